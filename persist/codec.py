@@ -1,0 +1,213 @@
+"""Strict JSON: what goes in comes out, type for type, or it does not go in.
+
+msgspec does the work. It is fast, but quietly turns sets, bytes and dates into other things and NaN into null; so
+`check` refuses, before encoding, each value that would not come back as it was. What msgspec cannot hold (a lone
+surrogate) goes through the standard library. `decode` trusts its input; `decode_strict` is for files that no
+checksum vouches for.
+
+Limits: 200 levels of nesting, integers up to 4,300 digits, `MAX_BYTES` a document.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+import msgspec
+
+from persist.errors import NotJSON, ValuePath
+
+MAX_DEPTH = 200
+MAX_DIGITS = 4300
+MAX_BYTES = 512 * 1024 * 1024
+
+_MAX_INT = 10**MAX_DIGITS
+# An integer of fewer bits surely has few enough digits; the exact comparison is for the others.
+_SAFE_BITS = 14_000
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder().decode
+
+
+def check(value: Any, path: ValuePath = ()) -> None:  # noqa: PLR0912 - one branch a JSON type
+    """Raise `NotJSON`, naming the place, unless `value` would come back from JSON exactly as it is.
+
+    Exact types only: a subclass (an enum, an OrderedDict) would come back as its base. Iterative, so that no
+    nesting of the value can exhaust Python's stack.
+    """
+    pending: list[tuple[Any, ValuePath]] = [(value, path)]
+    budget = MAX_BYTES
+    while pending:
+        item, here = pending.pop()
+        kind = type(item)
+        if kind is str or kind is bool or item is None:
+            continue
+        if kind is int:
+            if item.bit_length() > _SAFE_BITS and abs(item) >= _MAX_INT:
+                raise NotJSON(path=here, reason=f"an integer has at most {MAX_DIGITS:,} digits")
+            continue
+        if kind is float:
+            if not math.isfinite(item):
+                raise NotJSON(path=here, reason="NaN and infinities have no JSON form")
+            continue
+        if kind is dict:
+            children: list[tuple[str | int, Any]] = list(item.items())
+            for key, _ in children:
+                if type(key) is not str:
+                    raise NotJSON(path=here, reason=f"a key is {_name(type(key))}, and JSON has only string keys")
+        elif kind is list:
+            children = list(enumerate(item))
+        else:
+            raise NotJSON(path=here, reason=_advice(kind))
+        if len(here) >= MAX_DEPTH:
+            raise NotJSON(path=here, reason=f"nested deeper than {MAX_DEPTH} levels, or containing itself")
+        budget -= len(children)
+        if budget < 0:
+            raise NotJSON(path=path, reason=f"it would take more than {MAX_BYTES:,} bytes")
+        # Leaves are most of a document: look at them here rather than push them.
+        pending.extend((child, (*here, key)) for key, child in children if type(child) not in _LEAVES)
+
+
+_LEAVES = (str, bool, type(None))
+
+
+def _name(kind: type) -> str:
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def _advice(kind: type) -> str:
+    for plain in (str, int, float, dict, list):
+        if issubclass(kind, plain) and kind is not bool:
+            return f"it is {_name(kind)}; convert it with {plain.__name__}()"
+    hints = {"tuple": "; convert it with list()", "set": "; convert it with sorted()", "bytes": "; decode it"}
+    return f"it is {_name(kind)}{hints.get(kind.__name__, '')}"
+
+
+def encode(value: Any, path: ValuePath = ()) -> bytes:
+    """Encode a value that `check` has accepted, without spaces; `path` is where it stands, for the error.
+
+    The same value always gives the same bytes, and equal bytes mean equal values of equal types.
+    """
+    try:
+        return _encode(value)
+    except UnicodeEncodeError:
+        return _encode_surrogates(value, path)
+
+
+def _encode_surrogates(value: Any, path: ValuePath) -> bytes:
+    encoded = json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode()
+    # "\ud83d" followed by "\ude00" would come back as one character instead of two.
+    if json.loads(encoded) != value:
+        raise NotJSON(path=path, reason="a string in it holds a surrogate pair, which JSON would join to one character")
+    return encoded
+
+
+def decode(encoded: bytes) -> Any:
+    """Decode JSON that `encode` has written."""
+    try:
+        return _decode(encoded)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        # A lone surrogate, which msgspec does not read. If it is real damage, this raises in its turn.
+        return json.loads(encoded)
+
+
+class StrictError(ValueError):
+    """Foreign JSON that cannot be taken as it is; `offset` is in bytes."""
+
+    def __init__(self, reason: str, offset: int) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.offset = offset
+
+
+def decode_strict(encoded: bytes) -> Any:
+    """Decode JSON from another program; raise `StrictError` for what one reader would take and another would not.
+
+    That is: a byte order mark, bad UTF-8, duplicate keys, NaN and infinities (also as 1e400), integers and
+    nesting over the limits, anything after the value.
+    """
+    if encoded.startswith(b"\xef\xbb\xbf"):
+        raise StrictError("it begins with a byte order mark.", 0)
+    try:
+        text = encoded.decode()
+    except UnicodeDecodeError as error:
+        raise StrictError("it is not UTF-8.", error.start) from None
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite, parse_int=_int)
+        check(value)
+    except json.JSONDecodeError as error:
+        raise StrictError("it is not JSON, or it was cut off.", _byte_offset(text, error.pos)) from None
+    except (NotJSON, _Refused, RecursionError):
+        reason, position = _locate(text)
+        raise StrictError(reason, _byte_offset(text, position)) from None
+    return value
+
+
+class _Refused(Exception):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _Refused
+    return found
+
+
+def _refuse(_literal: str) -> None:
+    raise _Refused
+
+
+def _finite(literal: str) -> float:
+    number = float(literal)
+    if math.isinf(number):
+        raise _Refused
+    return number
+
+
+def _int(literal: str) -> int:
+    if len(literal.lstrip("-")) > MAX_DIGITS:
+        raise _Refused
+    return int(literal)
+
+
+def _byte_offset(text: str, position: int) -> int:
+    return len(text[:position].encode())
+
+
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]|-?Infinity|NaN|-?\d[\d.eE+-]*', re.DOTALL)
+_COLON = re.compile(r"\s*:")
+
+
+def _locate(text: str) -> tuple[str, int]:
+    """Find what the parser's hooks refused: they are not told where they are."""
+    keys: list[set[str] | None] = []
+    for token in _TOKEN.finditer(text):
+        literal, start = token[0], token.start()
+        if literal in "{[":
+            keys.append(set() if literal == "{" else None)
+            if len(keys) > MAX_DEPTH:
+                return f"it is nested deeper than {MAX_DEPTH} levels.", start
+        elif literal in "}]":
+            keys.pop()
+        elif literal[0] == '"':
+            scope = keys[-1] if keys else None
+            if scope is not None and _COLON.match(text, token.end()):
+                key = json.loads(literal)
+                if key in scope:
+                    return "a key stands twice in one object.", start
+                scope.add(key)
+        elif literal in ("NaN", "Infinity", "-Infinity"):
+            return "NaN and infinities are not JSON.", start
+        elif _out_of_range(literal):
+            return "a number is out of range.", start
+    return "it cannot be read exactly.", 0
+
+
+def _out_of_range(literal: str) -> bool:
+    try:
+        return math.isinf(_finite(literal)) if re.search("[.eE]", literal) else _int(literal) is None
+    except _Refused:
+        return True

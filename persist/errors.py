@@ -1,0 +1,370 @@
+"""Every error of `persist`: what happened, which file, what to do.
+
+An error carries its facts as attributes and survives pickling, so that a worker process can hand it to its
+parent. Its message never holds the content of a document; ids, field names, paths and numbers are all it says.
+
+    PersistError
+    ├── SessionNotFound (KeyError)      SessionExists        SessionDeleted      StoreClosed
+    ├── InvalidSessionId (ValueError)   InvalidStreamId (ValueError)
+    ├── NotJSON (ValueError)            WrongType (TypeError)
+    ├── ReservedField (ValueError)      MergeConflict        RevisionMismatch (a MergeConflict)    MessagesRemoved
+    ├── SessionBusy                     StreamLost           SweepIncomplete
+    ├── LockTimeout (TimeoutError)      NestedLock (RuntimeError)       LockNotHeld (RuntimeError)
+    ├── CorruptSession                  UnsupportedFormat    UnsafeFile (OSError)
+    ├── CommitFailed (OSError)          CommitUnknown (OSError)
+    └── UnsupportedFileSystem (OSError)
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+#: Where a value stands in a document: keys and list positions from the top, for example ``("messages", 3, "content")``.
+ValuePath = tuple["str | int", ...]
+
+
+def show_path(path: Sequence[str | int]) -> str:
+    """Write a path into a document as Python would: ``data['messages'][3]``."""
+    return "data" + "".join(f"[{step!r}]" for step in path)
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The process that runs a stream, as it described itself when it started the stream."""
+
+    pid: int
+    host: str
+    command: str
+    started_at: str
+
+    def __str__(self) -> str:
+        return f"pid {self.pid} ({self.command}) on {self.host} since {self.started_at}"
+
+
+class PersistError(Exception):
+    """The base of every error that `persist` raises on purpose.
+
+    A subclass takes its facts as keywords; each becomes an attribute and fills its place in `template`.
+    """
+
+    template = "{reason}"
+
+    def __init__(self, **facts: Any) -> None:
+        self._facts: Mapping[str, Any] = facts
+        for name, value in facts.items():
+            setattr(self, name, value)
+        super().__init__(self.template.format(**facts))
+
+    def __str__(self) -> str:
+        # KeyError would show the repr of its argument, and OSError two numbers.
+        return str(self.args[0])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), dict(self._facts))
+
+
+def _rebuild(kind: type[PersistError], facts: dict[str, Any]) -> PersistError:
+    return kind(**facts)
+
+
+class SessionNotFound(PersistError, KeyError):
+    """There is no such session. Create it with `Store.create`."""
+
+    template = "No session {session_id!r}: {path} does not exist. Make it with store.create()."
+    session_id: str
+    path: Path
+
+
+class SessionExists(PersistError):
+    """`create` or `duplicate` met a session of that id. Load it, or choose another id."""
+
+    template = "Session {session_id!r} exists already: {path}. Load it with store.load(), or choose another id."
+    session_id: str
+    path: Path
+
+
+class SessionDeleted(PersistError):
+    """The object's session was deleted, re-created or replaced since it was loaded: its save would revive a ghost."""
+
+    template = (
+        "Session {session_id!r} was deleted or replaced since it was loaded ({path}); nothing was saved. "
+        "Load it again, or make a new one with store.create()."
+    )
+    session_id: str
+    path: Path
+
+
+class StoreClosed(PersistError, RuntimeError):
+    """A verb was used on a store after its `close`."""
+
+    template = "The store {path} is closed. Open a new persist.Store."
+    path: Path
+
+
+class InvalidSessionId(PersistError, ValueError):
+    """A session id that could not be a file name everywhere, or that differs from another one only in case."""
+
+    template = "{session_id!r} is not a session id: {reason}"
+    session_id: object
+    reason: str
+
+
+class InvalidStreamId(PersistError, ValueError):
+    """A stream id that is malformed, or that this session has used before."""
+
+    template = "{stream_id!r} is not a usable stream id: {reason}"
+    stream_id: object
+    reason: str
+
+
+class NotJSON(PersistError, ValueError):
+    """A value that JSON cannot give back exactly as it was. Nothing was written."""
+
+    template = "{where} cannot be kept as JSON: {reason}"
+    path: ValuePath
+    where: str
+    reason: str
+
+    def __init__(self, *, path: ValuePath, reason: str, where: str = "") -> None:
+        super().__init__(path=path, reason=reason, where=where or show_path(path))
+
+
+class WrongType(PersistError, TypeError):
+    """An argument, or a field of the document, has a type that the verb cannot work with."""
+
+    template = "{what} is {got}, but must be {expected}."
+    what: str
+    expected: str
+    got: str
+
+
+class ReservedField(PersistError, ValueError):
+    """A field that belongs to the stream verbs, or to `persist` itself, was changed by hand."""
+
+    template = "Field {field!r} belongs to persist; nothing was written. {remedy}"
+    field: str
+    remedy: str
+
+
+class MergeConflict(PersistError):
+    """Two writers changed the same place in different ways. Nothing was written.
+
+    `base`, `mine` and `theirs` are the three values at `path`; `persist.MISSING` stands for "not there".
+    They are attributes only: the message never shows them.
+    """
+
+    template = (
+        "Session {session_id!r}: {where} was changed both here and on disk ({reason}); nothing was written. "
+        "Call session.refresh() after setting your edit aside, or save(on_conflict='mine' or 'theirs')."
+    )
+    session_id: str
+    path: ValuePath
+    where: str
+    reason: str
+    base: Any
+    mine: Any
+    theirs: Any
+
+    def __init__(
+        self, *, path: ValuePath, reason: str, base: Any, mine: Any, theirs: Any, session_id: str = "", where: str = ""
+    ) -> None:
+        super().__init__(
+            path=path,
+            reason=reason,
+            base=base,
+            mine=mine,
+            theirs=theirs,
+            session_id=session_id,
+            where=where or show_path(path),
+        )
+
+    def in_session(self, session_id: str) -> MergeConflict:
+        """Return the same conflict with the session named."""
+        return type(self)(**{**self._facts, "session_id": session_id})
+
+
+@contextmanager
+def conflicts_in(session_id: str) -> Iterator[None]:
+    """Name the session in a `MergeConflict` of the block: the pure functions below do not know it."""
+    try:
+        yield
+    except MergeConflict as conflict:
+        raise conflict.in_session(session_id) from None
+
+
+class RevisionMismatch(MergeConflict):
+    """An edit named the revision it had seen (`if_revision=`), and the session has moved on. Nothing was written."""
+
+    template = (
+        "Session {session_id!r} is at revision {theirs}, not at {mine}, which the edit was made for; "
+        "nothing was written. Load the session, look again, and repeat the edit."
+    )
+
+
+class SessionBusy(PersistError):
+    """A live stream owns the session. Wait for it, `cancel` it, or take the session with `cancel(force=True)`."""
+
+    template = (
+        "Session {session_id!r} is busy: stream {stream_id} is run by {owner} and still alive ({path} is locked). "
+        "Wait for it, or end it with store.cancel()."
+    )
+    session_id: str
+    stream_id: str
+    owner: Owner | None
+    path: Path
+
+
+class StreamLost(PersistError):
+    """This stream no longer owns its session; what it tried to write was not written."""
+
+    template = "Stream {stream_id} no longer owns session {session_id!r} ({reason}); nothing was written. End the turn."
+    session_id: str
+    stream_id: str
+    reason: str
+
+
+class SweepIncomplete(PersistError):
+    """A sweep cleared what it could; some sessions could not be looked at.
+
+    `cleared` lists what was cleared; `failures` maps a session id to its error.
+    """
+
+    template = "Cleared {count} stale streams, but could not look at {names}. Mend those sessions and sweep again."
+    cleared: list[Any]
+    failures: dict[str, Exception]
+
+    def __init__(self, *, cleared: list[Any], failures: dict[str, Exception], count: int = 0, names: str = "") -> None:
+        reasons = "; ".join(f"{session_id!r}: {error}" for session_id, error in failures.items())
+        super().__init__(cleared=cleared, failures=failures, count=len(cleared), names=reasons)
+
+
+class LockTimeout(PersistError, TimeoutError):
+    """The session's lock was not free in time. Nothing was written."""
+
+    template = (
+        "Could not lock session {session_id!r} within {timeout_s:g} s: {path} is held by {holder}. "
+        "Raise lock_timeout_s, or end that process."
+    )
+    session_id: str
+    path: Path
+    holder: str
+    timeout_s: float
+    waited_s: float
+
+
+class NestedLock(PersistError, RuntimeError):
+    """A thread that holds a session's lock asked for a second one: that could deadlock, so it is refused."""
+
+    template = (
+        "This thread holds the lock of session {held!r} and asked for that of {session_id!r}. "
+        "Leave the edit() or update() first."
+    )
+    session_id: str
+    held: str
+
+
+class LockNotHeld(PersistError, RuntimeError):
+    """Something of a transaction was used after its block, or in a forked child. Nothing was written."""
+
+    template = "The lock of session {session_id!r} is not held here any more; nothing was written. Start over."
+    session_id: str
+
+
+class MessagesRemoved(PersistError):
+    """A `save` would remove committed messages while a stream is running. Nothing was written."""
+
+    template = (
+        "save() would remove {count} committed messages of session {session_id!r} while stream {stream_id} is active; "
+        "nothing was written. If it is meant, use store.update(id, function, if_revision={revision})."
+    )
+    session_id: str
+    stream_id: str
+    count: int
+    revision: int
+
+
+class CorruptSession(PersistError):
+    """The file is not a document that can be trusted. It was not changed.
+
+    `offset` is the position of the first bad byte, where one is known.
+    """
+
+    template = "Session {session_id!r} is damaged: {path}{at} {reason} {remedy}"
+    session_id: str
+    path: Path
+    offset: int | None
+    reason: str
+    remedy: str
+
+    def __init__(
+        self, *, session_id: str, path: Path, reason: str, offset: int | None = None, remedy: str = "", at: str = ""
+    ) -> None:
+        super().__init__(
+            session_id=session_id,
+            path=path,
+            reason=reason,
+            offset=offset,
+            at=f", byte {offset}:" if offset is not None else ":",
+            remedy=remedy or "Mend the file by hand or restore it from a backup.",
+        )
+
+
+class UnsupportedFormat(PersistError):
+    """The file was written by a newer `persist`. It was not changed."""
+
+    template = "Session {session_id!r}: {path} has format {found}, and this version knows {known}. Upgrade persist."
+    session_id: str
+    path: Path
+    found: object
+    known: int
+
+
+class UnsafeFile(PersistError, OSError):
+    """A name of the store is a symbolic link, a directory, a FIFO or a device. It was not followed."""
+
+    template = "{path} is {found}, where persist keeps a plain file; it was not touched. Move it away."
+    path: Path
+    found: str
+
+
+class CommitFailed(PersistError, OSError):
+    """The disk refused the commit before anything became visible: the old revision stands."""
+
+    template = "Session {session_id!r} was not saved: {reason} at {path}. The old revision stands; mend that and retry."
+    session_id: str
+    path: Path
+    reason: str
+    errno: int | None
+
+
+class CommitUnknown(PersistError, OSError):
+    """The disk failed while a commit was being made durable: it may or may not survive a power cut.
+
+    The store takes no further write to this session; open a new one after looking at the disk.
+    """
+
+    template = (
+        "Session {session_id!r}: it is unknown whether the last commit is durable ({reason} at {path}). "
+        "This store refuses further writes to it: look at the disk, then open a new persist.Store."
+    )
+    session_id: str
+    path: Path
+    reason: str
+    errno: int | None
+
+
+class UnsupportedFileSystem(PersistError, OSError):
+    """The directory is on a network file system, whose locks do not hold."""
+
+    template = (
+        "{path} is on {file_system}, where file locks and fsync cannot be trusted. Use a local disk, "
+        "or pass allow_network=True and lose the guarantees."
+    )
+    path: Path
+    file_system: str

@@ -1,0 +1,226 @@
+"""Every byte that goes to disk or comes from it: one function per step of a protocol, so that faults have one seam.
+
+Rules kept here: nothing is opened through a symbolic link; only plain files are opened, and a FIFO cannot block the
+opener; writes loop until all is written; a file is synced with what the platform needs (macOS: F_FULLFSYNC).
+Other modules call these as ``disk.name(...)``, so a test can replace one of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from persist.errors import UnsafeFile, UnsupportedFileSystem
+
+if sys.platform == "darwin":
+    import fcntl
+
+_FLAGS = os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) if os.name == "posix" else 0
+_BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_NOINHERIT", 0)
+# Windows refuses to replace a file that somebody has open (hermes-webui #5196); readers are quick, so try again.
+REPLACE_ATTEMPTS = 50 if os.name == "nt" else 1
+REPLACE_PAUSE_S = 0.02
+
+MOUNTS = Path("/proc/self/mountinfo")
+_NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "afs", "lustre", "gpfs", "glusterfs"})
+_WRITE_CHUNK = 64 * 1024 * 1024
+
+
+def open_plain(path: Path, flags: int) -> int:
+    """Open a plain file, mode 0600 if it is created; raise `UnsafeFile` for anything else that bears the name."""
+    try:
+        fd = os.open(path, flags | _FLAGS | _BINARY, 0o600)
+    except OSError as error:
+        # ELOOP: a symbolic link. ENXIO: a FIFO without reader or a socket. EISDIR: opened for writing.
+        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR):
+            raise UnsafeFile(path=path, found=_what_is(path)) from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise UnsafeFile(path=path, found=_what_is(path))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _what_is(path: Path) -> str:
+    kinds = (
+        (stat.S_ISLNK, "a symbolic link"),
+        (stat.S_ISDIR, "a directory"),
+        (stat.S_ISFIFO, "a FIFO"),
+        (stat.S_ISSOCK, "a socket"),
+    )
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return "something else"
+    return next((name for test, name in kinds if test(mode)), "a device")
+
+
+def read(path: Path, limit: int) -> bytes:
+    """Return at most `limit` bytes from the start of a plain file."""
+    fd = open_plain(path, os.O_RDONLY)
+    try:
+        size = min(os.fstat(fd).st_size + 1, limit)
+        content = os.read(fd, size)
+        # A short read, or a file that still grows: go on to the end.
+        while len(content) < limit and (more := os.read(fd, limit - len(content))):
+            content += more
+        return content
+    finally:
+        os.close(fd)
+
+
+def modified_at(path: Path) -> float:
+    """When the file was last written, in seconds since the epoch."""
+    return os.lstat(path).st_mtime
+
+
+def exists(path: Path) -> bool:
+    """Tell whether the name is taken, by whatever it is; a dangling link counts."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def create(path: Path) -> int:
+    """Create a file that must not exist, mode 0600, open for writing."""
+    return open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+
+
+def write(fd: int, content: bytes) -> None:
+    """Write all of `content`; the kernel may take it piece by piece."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(fd, rest[:_WRITE_CHUNK]) :]
+
+
+def sync(fd: int) -> None:
+    """Return when the file's content would survive a power cut."""
+    if sys.platform == "darwin":
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
+def close(fd: int) -> None:
+    """Close a descriptor."""
+    os.close(fd)
+
+
+def sync_file(path: Path) -> None:
+    """Make durable what a file holds already."""
+    fd = open_plain(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        sync(fd)
+    finally:
+        close(fd)
+
+
+def sync_directory(path: Path) -> None:
+    """Return when the names in a directory would survive a power cut. Windows has no such call, and needs none on NTFS."""
+    if os.name == "nt":
+        return
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sync(fd)
+    finally:
+        close(fd)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Give `target` the content of `source` in one step; a reader sees the old file or the new one."""
+    for attempt in range(1, REPLACE_ATTEMPTS + 1):
+        try:
+            os.replace(source, target)
+        except PermissionError:
+            if attempt == REPLACE_ATTEMPTS:
+                raise
+            time.sleep(REPLACE_PAUSE_S)
+        else:
+            return
+
+
+def unlink(path: Path) -> bool:
+    """Remove a name; tell whether it was there."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno in (errno.EISDIR, errno.EPERM) and path.is_dir():
+            raise UnsafeFile(path=path, found="a directory") from None
+        raise
+    return True
+
+
+def names(directory: Path) -> list[str]:
+    """The names in a directory, unsorted; none if it is not there."""
+    try:
+        return os.listdir(directory)
+    except FileNotFoundError:
+        return []
+
+
+def make_directory(path: Path) -> bool:
+    """Make a directory, mode 0700, and what is missing above it; durable on return. Tell whether it was missing."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    for directory in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(mode=0o700)
+        sync_directory(directory.parent)
+    return bool(missing)
+
+
+def ignores_case(directory: Path, name: str) -> bool:
+    """Tell whether the file system takes `name` and its upper case for one name; `name` must exist in lower case."""
+    try:
+        return os.path.samefile(directory / name, directory / name.upper())
+    except FileNotFoundError:
+        return False
+
+
+def check_file_system(directory: Path, *, allow_network: bool) -> None:
+    """Refuse a network file system, warn about FUSE. Known on Linux only; elsewhere nothing is checked."""
+    kind = file_system(directory)
+    if kind in _NETWORK and not allow_network:
+        raise UnsupportedFileSystem(path=directory, file_system=kind)
+    if kind.startswith("fuse"):
+        warnings.warn(
+            f"{directory} is on {kind}: persist cannot know whether its locks and fsync hold.", RuntimeWarning, stacklevel=4
+        )
+
+
+def file_system(directory: Path) -> str:
+    """The kind of file system that holds `directory`, by the mount table ("ext4", "nfs4", …), or "unknown"."""
+    try:
+        table = MOUNTS.read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return "unknown"
+    here = os.path.realpath(directory)
+    best, kind = -1, "unknown"
+    for line in table:
+        before, _, after = line.partition(" - ")
+        point = _unescape(before.split(" ")[4])
+        # A later line covers an earlier one on the same mount point.
+        if len(point) >= best and (here + "/").startswith(point.rstrip("/") + "/"):
+            best, kind = len(point), after.split(" ")[0]
+    return kind
+
+
+def _unescape(field: str) -> str:
+    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        field = field.replace(code, character)
+    return field

@@ -1,0 +1,87 @@
+"""Every file name of a store, and the two kinds of id that names are made of. A directory holds:
+
+    var/sessions/
+      s-42.json                    the document (snapshot)
+      s-42.json.lock               the session's lock; a sidecar, since os.replace() of a locked file lets a second holder in
+      s-42.json.tmp                only inside a commit; found later under the lock it is a left-over
+      .leases/s-42.<stream id>     locked by the process that runs the stream
+
+Nothing else in the project spells a file name out.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from persist.errors import InvalidSessionId, InvalidStreamId
+
+LEASES = ".leases"
+_SNAPSHOT = ".json"
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
+# Windows opens a device under these names, whatever the extension.
+_DEVICES = re.compile(r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])")
+_RULE = "an id is 1 to 128 of A-Z a-z 0-9 _ -, begins with a letter or digit, and is no Windows device name."
+
+
+def check_session_id(session_id: object) -> str:
+    """Return `session_id` if it can name a session, else raise `InvalidSessionId`."""
+    if isinstance(session_id, str) and _ID.fullmatch(session_id) and not _DEVICES.fullmatch(session_id):
+        return session_id
+    raise InvalidSessionId(session_id=session_id, reason=_RULE)
+
+
+def check_stream_id(stream_id: object) -> str:
+    """Return `stream_id` if it can name a stream, else raise `InvalidStreamId`."""
+    if is_stream_id(stream_id):
+        return str(stream_id)
+    raise InvalidStreamId(stream_id=stream_id, reason=_RULE)
+
+
+def is_stream_id(stream_id: object) -> bool:
+    """Tell whether it can name a stream. Other programs may have written anything into `active_stream_id`."""
+    return isinstance(stream_id, str) and _ID.fullmatch(stream_id) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The paths of one store directory."""
+
+    directory: Path
+
+    @property
+    def leases(self) -> Path:
+        return self.directory / LEASES
+
+    def snapshot(self, session_id: str) -> Path:
+        return self.directory / f"{session_id}{_SNAPSHOT}"
+
+    def lock(self, session_id: str) -> Path:
+        return self.directory / f"{session_id}{_SNAPSHOT}.lock"
+
+    def temp(self, session_id: str) -> Path:
+        return self.directory / f"{session_id}{_SNAPSHOT}.tmp"
+
+    def lease(self, session_id: str, stream_id: str) -> Path:
+        return self.leases / f"{session_id}.{stream_id}"
+
+
+def session_of_snapshot(name: str) -> str | None:
+    """The session whose document has this file name, or None."""
+    stem = name.removesuffix(_SNAPSHOT)
+    return stem if stem != name and _ID.fullmatch(stem) else None
+
+
+def session_of_leftover(name: str) -> str | None:
+    """The session whose lock or temporary file has this name, or None."""
+    for suffix in (f"{_SNAPSHOT}.lock", f"{_SNAPSHOT}.tmp"):
+        if name.endswith(suffix) and _ID.fullmatch(name.removesuffix(suffix)):
+            return name.removesuffix(suffix)
+    return None
+
+
+def stream_of_lease(name: str) -> tuple[str, str] | None:
+    """The (session id, stream id) of a lease's file name, or None. Ids hold no dot, so the first one parts them."""
+    session_id, _, stream_id = name.partition(".")
+    return (session_id, stream_id) if _ID.fullmatch(session_id) and _ID.fullmatch(stream_id) else None

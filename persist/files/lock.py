@@ -1,0 +1,258 @@
+"""Locks: the one place that knows filelock, and the only order in which anything is locked.
+
+Order: the session's in-process mutex -> its file lock -> (its lease, only ever *tried*; see `lease`). A thread holds the
+lock of one session at a time; asking for a second one raises `NestedLock` instead of risking a deadlock.
+
+Why not a `filelock.FileLock` object: threads that poll one file starve each other (p99 82 ms against 5 ms behind a
+first-in-first-out mutex), and a cycle costs 270 µs against 12 µs for `lock_descriptor` on a fresh descriptor. Both take
+the same kernel lock, so each excludes the other.
+
+Fork: a child closes the descriptors it inherited and never unlocks them, because unlocking in the child would release
+the parent's lock. Opening and closing happen under `_table`, which a fork waits for, so that no descriptor is missed. The
+parent unlocks before it closes, so that a copy which leaked into a child all the same holds nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+from filelock import lock_descriptor, unlock_descriptor
+
+from persist.errors import CommitFailed, LockTimeout, NestedLock, PersistError
+from persist.files import disk
+
+# Growing only to 1 ms: backing off to 5 ms starves the longest waiter (860 ms, measured).
+_POLL_FIRST_S = 0.0002
+_POLL_LAST_S = 0.001
+
+_table = threading.RLock()
+_descriptors: set[int] = set()
+
+
+class HeldFile:
+    """A file that this process has open and locked. `close` gives it up; so does the end of the process."""
+
+    __slots__ = ("_fd", "_pid")
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._pid = os.getpid()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is still open, in the process that opened it."""
+        return self._fd >= 0 and self._pid == os.getpid()
+
+    @property
+    def fd(self) -> int:
+        return self._fd
+
+    def close(self) -> None:
+        """Unlock and close, once. In a forked child nothing is left to close."""
+        with _table:
+            fd, self._fd = self._fd, -1
+            if fd < 0 or self._pid != os.getpid():
+                return
+            _descriptors.discard(fd)
+            try:
+                unlock_descriptor(fd)
+            finally:
+                os.close(fd)
+
+
+def try_hold(path: Path, *, create: bool, exclusive: bool = False) -> HeldFile | None:
+    """Open and lock a file, without waiting.
+
+    Args:
+        create: make the file if it is missing; else a missing file raises `FileNotFoundError`.
+        exclusive: with `create`, a file that exists raises `FileExistsError`.
+
+    Returns:
+        The held file, or None if somebody else holds it, or if its holder removed it in the meantime.
+    """
+    flags = os.O_RDWR | (os.O_CREAT if create else 0) | (os.O_EXCL if exclusive else 0)
+    with _table:
+        fd = disk.open_plain(path, flags)
+        try:
+            # Without the look at st_nlink, a waiter may lock a file that its holder has just unlinked.
+            if not lock_descriptor(fd, blocking=False) or os.fstat(fd).st_nlink == 0:
+                os.close(fd)
+                return None
+        except BaseException:
+            os.close(fd)
+            raise
+        _descriptors.add(fd)
+        return HeldFile(fd)
+
+
+class FifoMutex:
+    """A mutex that serves its waiters in the order of their arrival, each with a deadline."""
+
+    __slots__ = ("__weakref__", "_guard", "_holder", "_waiters")
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._holder: str | None = None
+        self._waiters: deque[threading.Lock] = deque()
+
+    @property
+    def holder(self) -> str:
+        """The name of the thread that holds it."""
+        return self._holder or "unknown"
+
+    def acquire(self, timeout_s: float) -> bool:
+        """Take the mutex, waiting at most `timeout_s` seconds; tell whether it was taken."""
+        with self._guard:
+            if self._holder is None:
+                self._holder = threading.current_thread().name
+                return True
+            turn = threading.Lock()
+            turn.acquire()
+            self._waiters.append(turn)
+        taken = False
+        try:
+            taken = turn.acquire(timeout=max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
+        finally:
+            if not taken:
+                self._leave(turn)
+        if taken:
+            self._holder = threading.current_thread().name
+        return taken
+
+    def release(self) -> None:
+        """Hand the mutex to the first waiter, or free it."""
+        with self._guard:
+            if self._waiters:
+                self._holder = "a waiting thread"
+                self._waiters.popleft().release()
+            else:
+                self._holder = None
+
+    def _leave(self, turn: threading.Lock) -> None:
+        with self._guard:
+            if turn in self._waiters:
+                self._waiters.remove(turn)
+                return
+        # It was handed to us while we gave up: pass it on.
+        self.release()
+
+
+_mutexes: WeakValueDictionary[Path, FifoMutex] = WeakValueDictionary()
+
+
+def _mutex(path: Path) -> FifoMutex:
+    with _table:
+        return _mutexes.setdefault(path, FifoMutex())
+
+
+class _Held(threading.local):
+    session_id: str | None = None
+
+
+_held = _Held()
+
+
+@contextmanager
+def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
+    """Hold the lock of a session for a block.
+
+    Args:
+        path: the lock file; made if missing.
+        timeout_s: seconds to wait in all, for other threads and for other processes.
+
+    Raises:
+        LockTimeout: not free in time; it names the holder.
+        NestedLock: this thread holds a session's lock already.
+    """
+    if _held.session_id is not None:
+        raise NestedLock(session_id=session_id, held=_held.session_id)
+    start = time.monotonic()
+    deadline = start + timeout_s
+
+    def timed_out(holder: str) -> LockTimeout:
+        waited_s = time.monotonic() - start
+        return LockTimeout(session_id=session_id, path=path, holder=holder, timeout_s=timeout_s, waited_s=waited_s)
+
+    mutex = _mutex(path)
+    if not mutex.acquire(timeout_s):
+        raise timed_out(f"this process (pid {os.getpid()}), thread {mutex.holder!r}")
+    pid = os.getpid()
+    held: HeldFile | None = None
+    try:
+        try:
+            held = _poll(path, deadline)
+        except OSError as error:
+            if isinstance(error, PersistError):
+                raise
+            reason = error.strerror or type(error).__name__
+            raise CommitFailed(session_id=session_id, path=path, reason=reason, errno=error.errno) from error
+        if held is None:
+            raise timed_out(_holder_of(path))
+        _held.session_id = session_id
+        yield held
+    finally:
+        # A child that was forked inside the block has neither the lock nor the mutex.
+        if pid == os.getpid():
+            _held.session_id = None
+            try:
+                if held is not None:
+                    held.close()
+            finally:
+                mutex.release()
+
+
+def _poll(path: Path, deadline: float) -> HeldFile | None:
+    pause_s = _POLL_FIRST_S
+    while (held := try_hold(path, create=True)) is None:
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            return None
+        time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
+        pause_s = min(pause_s * 2, _POLL_LAST_S)
+    return held
+
+
+def _holder_of(path: Path) -> str:
+    """Who holds a locked file, by the kernel's table (Linux), else "unknown"."""
+    try:
+        inode = os.stat(path).st_ino
+        table = Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    for line in table:
+        fields = line.split()
+        # 1: FLOCK ADVISORY WRITE 812 fe:00:1234 0 EOF
+        if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode):
+            return describe_process(int(fields[4]))
+    return "unknown"
+
+
+def describe_process(pid: int) -> str:
+    """Name a process for a message: "pid 812 (uvicorn)"."""
+    if pid <= 0:
+        return "a process outside this container"
+    try:
+        return f"pid {pid} ({Path(f'/proc/{pid}/comm').read_text().strip()})"
+    except OSError:
+        return f"pid {pid}"
+
+
+def _forget_in_child() -> None:
+    for fd in _descriptors:
+        os.close(fd)
+    _descriptors.clear()
+    _mutexes.clear()
+    _held.session_id = None
+    _table.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_table.acquire, after_in_parent=_table.release, after_in_child=_forget_in_child)

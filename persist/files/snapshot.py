@@ -1,0 +1,378 @@
+"""The document on disk: how a session's data and its header become bytes, and how bytes are read back and trusted.
+
+    {"_persist":{"format":1,"checksum":"…","head_checksum":"…","head_bytes":49,"revision":7,…},     <- line 1: the header
+    "title":"File locks",                                                                          <- the head:
+    "active_stream_id":null,                                                                       <-   small fields
+    "messages":[                                                                                   <- the bulk:
+    {"id":"m1","role":"user","content":"hi"},                                                      <-   one item a line
+    {"id":"m2","role":"assistant","content":"hello"}
+    ]
+    }
+
+The whole file is one JSON object. `checksum` covers every byte after its own closing quote; `head_checksum` every byte
+after its own up to the end of the head (`head_bytes` counts the bytes of the head, line 1 left out), so that a head can be
+trusted without reading the bulk. Both are the first 128 bits of SHA-256, in hex; they stand at fixed places.
+
+The *body* is everything below line 1. It is canonical: the same data always has the same body, byte for byte, which makes
+"was anything changed" a comparison of bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from persist import codec
+from persist.errors import CorruptSession, NotJSON, Owner, ReservedField, UnsupportedFormat, WrongType
+from persist.files import disk
+
+FORMAT = 1
+HEADER = "_persist"
+BULK = ("messages", "tool_calls")
+ACTIVE = "active_stream_id"
+
+_OPENING = b'{"_persist":{"format":1,"checksum":"'
+_MIDDLE = b',"head_checksum":"'
+_DIGITS = 32
+_CHECKED_FROM = len(_OPENING) + _DIGITS + 1
+_HEAD_CHECKED_FROM = _CHECKED_FROM + len(_MIDDLE) + _DIGITS + 1
+_SHAPE = re.compile(re.escape(_OPENING) + b'([0-9a-f]{32})"' + re.escape(_MIDDLE) + b'([0-9a-f]{32})"')
+_FORMAT = re.compile(rb'\{"_persist":\{"format":(\d+)[,}]')
+_FIRST_READ_BYTES = 4096
+# A document's own limit, and room for its header.
+READ_LIMIT = codec.MAX_BYTES + 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOwner:
+    """Who runs the session's current stream, and which two messages are that stream's own."""
+
+    stream_id: str
+    process: Owner
+    prompt_id: str | int | None = None
+    answer_id: str | int | None = None
+    is_cancelled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What `persist` knows of a committed document beside its data.
+
+    `incarnation` tells a session from an earlier one of the same id. `epoch` is the fencing token: it grows with every
+    stream and never shrinks. Keys of a header that this version does not know are kept in `extra`.
+    """
+
+    incarnation: str
+    revision: int
+    created_at: datetime
+    updated_at: datetime
+    epoch: int = 0
+    owner: StreamOwner | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def next(self, *, touch: bool = True, **changes: Any) -> Header:
+        """The header of the next commit; `touch=False` keeps `updated_at`."""
+        updated_at = datetime.now(UTC) if touch else self.updated_at
+        return replace(self, revision=self.revision + 1, updated_at=updated_at, **changes)
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A session's data as bytes, parted into small fields and bulk. Equal data has equal bodies."""
+
+    head: bytes
+    bulk: bytes
+    counts: Mapping[str, int] = field(compare=False)
+
+    @classmethod
+    def of(cls, data: Any) -> Body:
+        """Encode a session's data.
+
+        Raises:
+            NotJSON: a value has no exact JSON form; its path is named.
+            WrongType: `data` is not a dict.
+            ReservedField: it has a field that is called like the header.
+        """
+        if type(data) is not dict:
+            raise WrongType(what="a session's data", expected="a plain dict", got=type(data).__name__)
+        codec.check(data)
+        if HEADER in data:
+            raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
+        small = [_line(key, value) for key, value in list(data.items()) if key not in BULK]
+        bulk = [_bulk_lines(key, data[key]) for key in BULK if key in data]
+        counts = {key: len(data[key]) for key in BULK if type(data.get(key)) is list}
+        head = b",\n".join(small) + (b",\n" if bulk else b"\n") if small else b""
+        body = cls(head, b",\n".join(bulk) + b"\n}\n" if bulk else b"}\n", counts)
+        if body.size > codec.MAX_BYTES:
+            raise NotJSON(path=(), reason=f"it would take more than {codec.MAX_BYTES:,} bytes")
+        return body
+
+    @property
+    def size(self) -> int:
+        return len(self.head) + len(self.bulk)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.head and self.bulk == b"}\n"
+
+    def data(self) -> dict[str, Any]:
+        """A fresh copy of the data."""
+        data: dict[str, Any] = codec.decode(b"{" + self.head + self.bulk)
+        return data
+
+    def fields(self) -> dict[str, Any]:
+        """A fresh copy of the small fields."""
+        fields: dict[str, Any] = codec.decode(b"{" + self.head.rstrip(b",\n") + b"}")
+        return fields
+
+
+def _line(key: str, value: Any) -> bytes:
+    return codec.encode(key, (key,)) + b":" + codec.encode(value, (key,))
+
+
+def _bulk_lines(key: str, value: Any) -> bytes:
+    if type(value) is not list or not value:
+        return _line(key, value)
+    items = b",\n".join([codec.encode(item, (key, index)) for index, item in enumerate(value)])
+    return codec.encode(key) + b":[\n" + items + b"\n]"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One committed revision. The checksum tells it from every other."""
+
+    header: Header
+    body: Body
+    checksum: str
+
+    @property
+    def active_stream_id(self) -> Any:
+        """What stands in the document: a string or None, unless another program wrote it."""
+        return self.body.fields().get(ACTIVE)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSnapshot:
+    """The header and the small fields of one committed revision."""
+
+    header: Header
+    fields: dict[str, Any]
+    counts: Mapping[str, int]
+
+
+# --- to bytes ----------------------------------------------------------------------------------------------------------
+
+
+def to_bytes(header: Header, body: Body) -> tuple[bytes, str]:
+    """Return the file's content, and its checksum."""
+    line = b'"' + _header_rest(header, body) + (b"\n" if body.is_empty else b",\n")
+    head_checksum = _digest(line[1:], body.head)
+    checked = _MIDDLE + head_checksum + line + body.head
+    checksum = _digest(checked, body.bulk)
+    return _OPENING + checksum + b'"' + checked + body.bulk, checksum.decode()
+
+
+def _digest(*pieces: bytes | memoryview) -> bytes:
+    total = hashlib.sha256()
+    for piece in pieces:
+        total.update(piece)
+    return total.hexdigest()[:_DIGITS].encode()
+
+
+def _header_rest(header: Header, body: Body) -> bytes:
+    owner = header.owner
+    values = {
+        "head_bytes": len(body.head),
+        "counts": dict(body.counts),
+        "revision": header.revision,
+        "incarnation": header.incarnation,
+        "created_at": header.created_at.isoformat(),
+        "updated_at": header.updated_at.isoformat(),
+        "epoch": header.epoch,
+        "owner": owner and _owner_fields(owner),
+        **header.extra,
+    }
+    return b"," + codec.encode(values)[1:]
+
+
+def _owner_fields(owner: StreamOwner) -> dict[str, Any]:
+    process = owner.process
+    return {
+        "stream_id": owner.stream_id,
+        "pid": process.pid,
+        "host": process.host,
+        "command": process.command,
+        "started_at": process.started_at,
+        "prompt_id": owner.prompt_id,
+        "answer_id": owner.answer_id,
+        "cancelled": owner.is_cancelled,
+    }
+
+
+# --- from bytes --------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path, session_id: str) -> Snapshot:
+    """Read one committed revision, whole and checked. Takes no lock.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CorruptSession, UnsupportedFormat, UnsafeFile: it cannot be trusted.
+    """
+    content = disk.read(path, READ_LIMIT)
+    return _Reader(path, session_id).snapshot(content)
+
+
+def read_head(path: Path, session_id: str) -> HeadSnapshot:
+    """Read the header and the small fields of one committed revision; the bulk is neither read nor checked.
+
+    A document without a header has to be read whole. Takes no lock; raises as `read` does.
+    """
+    return _quick_head(path) or _head_of(read(path, session_id))
+
+
+def _head_of(snapshot: Snapshot) -> HeadSnapshot:
+    return HeadSnapshot(snapshot.header, snapshot.body.fields(), snapshot.body.counts)
+
+
+def _quick_head(path: Path) -> HeadSnapshot | None:
+    """The head from the file's first bytes; None where it takes a full read to know, or to say what is wrong."""
+    limit = _FIRST_READ_BYTES
+    while True:
+        content = disk.read(path, limit)
+        shape, end = _SHAPE.match(content), content.find(b"\n")
+        if shape is None:
+            return None
+        try:
+            values = _header_values(content, end) if end >= 0 else None
+            needed = limit * 4 if values is None else end + 1 + int(values["head_bytes"])
+        except (ValueError, KeyError, TypeError):
+            return None
+        if values is not None and needed <= len(content):
+            head = content[end + 1 : needed]
+            if _digest(content[_HEAD_CHECKED_FROM:needed]) != shape[2]:
+                return None
+            return HeadSnapshot(_header(values), Body(head, b"", {}).fields(), values["counts"])
+        if len(content) < limit or needed > READ_LIMIT:
+            return None
+        limit = needed
+
+
+def _header_values(content: bytes, end: int) -> dict[str, Any]:
+    values: dict[str, Any] = codec.decode(content[len(b'{"_persist":') : end].rstrip(b","))
+    return values
+
+
+_KNOWN = frozenset({"format", "checksum", "head_checksum", "head_bytes", "counts", "revision", "incarnation"}) | frozenset(
+    {"created_at", "updated_at", "epoch", "owner"}
+)
+
+
+def _header(values: Mapping[str, Any]) -> Header:
+    return Header(
+        incarnation=values["incarnation"],
+        revision=values["revision"],
+        created_at=datetime.fromisoformat(values["created_at"]),
+        updated_at=datetime.fromisoformat(values["updated_at"]),
+        epoch=values["epoch"],
+        owner=values["owner"] and _owner(values["owner"]),
+        extra={key: value for key, value in values.items() if key not in _KNOWN},
+    )
+
+
+def _owner(values: Mapping[str, Any]) -> StreamOwner:
+    return StreamOwner(
+        stream_id=values["stream_id"],
+        process=Owner(values["pid"], values["host"], values["command"], values["started_at"]),
+        prompt_id=values["prompt_id"],
+        answer_id=values["answer_id"],
+        is_cancelled=values["cancelled"],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Reads one file's content; carries what its errors name."""
+
+    path: Path
+    session_id: str
+
+    def snapshot(self, content: bytes) -> Snapshot:
+        shape = _SHAPE.match(content)
+        if shape is None:
+            return self._foreign(content)
+        checksum = _digest(memoryview(content)[_CHECKED_FROM:])
+        if checksum != shape[1]:
+            raise self._mismatch(content)
+        end = content.index(b"\n")
+        values = _header_values(content, end)
+        start, bulk = end + 1, end + 1 + values["head_bytes"]
+        body = Body(content[start:bulk], content[bulk:], values["counts"])
+        return Snapshot(_header(values), body, checksum.decode())
+
+    def _foreign(self, content: bytes) -> Snapshot:
+        """A document of another program: revision 0 until its first commit here."""
+        newer = _FORMAT.match(content)
+        if newer is not None and int(newer[1]) != FORMAT:
+            raise UnsupportedFormat(session_id=self.session_id, path=self.path, found=int(newer[1]), known=FORMAT)
+        data = self.strict(content)
+        if HEADER in data or _looks_like_header(next(iter(data.values()), None)):
+            raise self._edited()
+        checksum = _digest(content).decode()
+        written_at = datetime.fromtimestamp(disk.modified_at(self.path), UTC)
+        return Snapshot(Header(checksum, 0, written_at, written_at), Body.of(data), checksum)
+
+    def strict(self, content: bytes) -> dict[str, Any]:
+        """Decode a document that no checksum vouches for."""
+        if len(content) > codec.MAX_BYTES:
+            raise self._corrupt(f"it is larger than {codec.MAX_BYTES:,} bytes.", codec.MAX_BYTES)
+        try:
+            data = codec.decode_strict(content)
+        except codec.StrictError as error:
+            raise self._corrupt(error.reason, error.offset) from None
+        if type(data) is not dict:
+            raise self._corrupt("it is JSON, but not an object.", 0)
+        return data
+
+    def _mismatch(self, content: bytes) -> CorruptSession:
+        try:
+            self.strict(content)
+        except CorruptSession as worse:
+            return worse
+        return self._edited()
+
+    def _edited(self) -> CorruptSession:
+        directory = self.path.parent
+        return self._corrupt(
+            "its checksum does not match: it was edited by hand or damaged.",
+            remedy=f"If the edit was meant, look at it and take it with 'persist accept {directory} {self.session_id}'.",
+        )
+
+    def _corrupt(self, reason: str, offset: int | None = None, remedy: str = "") -> CorruptSession:
+        return CorruptSession(session_id=self.session_id, path=self.path, reason=reason, offset=offset, remedy=remedy)
+
+
+def _looks_like_header(value: Any) -> bool:
+    # One flipped bit in the name "_persist" must not turn a document of ours into another program's.
+    return type(value) is dict and {"checksum", "head_checksum", "incarnation"} <= value.keys()
+
+
+def read_edited(path: Path, session_id: str) -> tuple[Header, Body]:
+    """Read a document whose checksum does not match, as `persist accept` takes it.
+
+    It must be strict JSON. What is left of its header is kept where it makes sense; the rest begins anew.
+    """
+    content = disk.read(path, READ_LIMIT)
+    data = _Reader(path, session_id).strict(content)
+    values = data.pop(HEADER, None)
+    body = Body.of(data)
+    try:
+        return _header(values), body
+    except (KeyError, TypeError, ValueError, AttributeError):
+        now = datetime.now(UTC)
+        return Header(_digest(content).decode(), 0, now, now), body

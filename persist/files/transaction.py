@@ -1,0 +1,285 @@
+"""The transaction *is* the lock: whatever needs a session's lock is a method of what only the lock gives.
+
+    with files.transaction("s-42") as tx:
+        snapshot = tx.read()
+        tx.commit(snapshot.header.next(), Body.of(data))
+
+A commit: write a temporary file, sync it, rename it over the document, sync the directory; only then is it acknowledged.
+Readers need no lock: the rename gives them the old revision or the new one.
+
+After a failed fsync the kernel may have dropped the data and still show it (fsync then even answers OK: measured), so the
+file is never synced again or trusted: the whole snapshot is written once more, to a new inode. If that fails too, and the
+rename had been done, nobody knows what a power cut would leave: `CommitUnknown`, and no further write to that session.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from persist.errors import CommitFailed, CommitUnknown, InvalidSessionId, LockNotHeld, PersistError, SessionNotFound
+from persist.files import disk, layout, lease, lock, snapshot
+from persist.files.layout import Layout
+from persist.files.lease import Lease
+from persist.files.snapshot import Body, Header, HeadSnapshot, Snapshot
+
+
+class SessionFiles:
+    """The sessions of one directory, as files."""
+
+    def __init__(self, directory: Path, *, lock_timeout_s: float, allow_network: bool = False) -> None:
+        # The real path: two names of one directory must share their in-process locks, and a chdir must not move the store.
+        self.layout = Layout(Path(os.path.realpath(directory)))
+        self.lock_timeout_s = lock_timeout_s
+        self._unknown: dict[str, CommitUnknown] = {}
+        disk.make_directory(self.layout.leases)
+        # Another process may have made the directory a moment ago: its name must not be lost under our first commit.
+        disk.sync_directory(self.layout.directory)
+        with contextlib.suppress(PermissionError):
+            disk.sync_directory(self.layout.directory.parent)
+        disk.check_file_system(self.layout.directory, allow_network=allow_network)
+        self._ignores_case = disk.ignores_case(self.layout.directory, layout.LEASES)
+
+    # --- without a lock ---
+
+    def exists(self, session_id: str) -> bool:
+        return disk.exists(self._path(session_id))
+
+    def read(self, session_id: str) -> Snapshot:
+        """Read the committed document. Takes no lock: some committed revision, never half of one."""
+        path = self._path(session_id)
+        try:
+            return snapshot.read(path, session_id)
+        except FileNotFoundError:
+            raise SessionNotFound(session_id=session_id, path=path) from None
+
+    def read_head(self, session_id: str) -> HeadSnapshot:
+        """Read the committed header and small fields. Takes no lock."""
+        path = self._path(session_id)
+        try:
+            return snapshot.read_head(path, session_id)
+        except FileNotFoundError:
+            raise SessionNotFound(session_id=session_id, path=path) from None
+
+    def session_ids(self) -> list[str]:
+        """The ids of all sessions, sorted."""
+        return sorted(filter(None, map(layout.session_of_snapshot, disk.names(self.layout.directory))))
+
+    def leases(self) -> list[tuple[str, str]]:
+        """The (session id, stream id) of all lease files, sorted; those of dead streams too."""
+        return sorted(filter(None, map(layout.stream_of_lease, disk.names(self.layout.leases))))
+
+    def leftovers(self) -> list[tuple[str, Path]]:
+        """Temporary files, and locks without a session: (session id, path), sorted. A commit under way shows as one."""
+        found = []
+        for name in disk.names(self.layout.directory):
+            session_id = layout.session_of_leftover(name)
+            path = self.layout.directory / name
+            if session_id and (path == self.layout.temp(session_id) or not self.exists(session_id)):
+                found.append((session_id, path))
+        return sorted(found)
+
+    def _path(self, session_id: str) -> Path:
+        path = self.layout.snapshot(layout.check_session_id(session_id))
+        if self._ignores_case:
+            for name in disk.names(self.layout.directory):
+                if name != path.name and name.lower() == path.name.lower():
+                    reason = f"on this file system it is the same name as {name.removesuffix('.json')!r}."
+                    raise InvalidSessionId(session_id=session_id, reason=reason)
+        return path
+
+    # --- under the session's lock ---
+
+    @contextmanager
+    def transaction(self, session_id: str, *, may_be_missing: bool = False) -> Iterator[Transaction]:
+        """Hold the session's lock for a block.
+
+        A session that is not there raises `SessionNotFound`, and no lock file is left for it.
+
+        Raises:
+            LockTimeout, NestedLock: see `lock.hold`.
+            CommitUnknown: an earlier commit of this store ended so.
+        """
+        path = self._path(session_id)
+        if not may_be_missing and not disk.exists(path):
+            raise SessionNotFound(session_id=session_id, path=path)
+        with lock.hold(self.layout.lock(session_id), session_id, self.lock_timeout_s) as held:
+            tx = Transaction(self, session_id, held)
+            try:
+                if not may_be_missing and not disk.exists(path):
+                    raise SessionNotFound(session_id=session_id, path=path)
+                yield tx
+            finally:
+                tx.end()
+
+
+class Transaction:
+    """What may be done while a session's lock is held. After the block, every method raises `LockNotHeld`."""
+
+    def __init__(self, files: SessionFiles, session_id: str, held: lock.HeldFile) -> None:
+        self.session_id = session_id
+        self._files = files
+        self._layout = files.layout
+        self._path = files.layout.snapshot(session_id)
+        self._held: lock.HeldFile | None = held
+
+    def _require_lock(self) -> None:
+        if self._held is None or not self._held.is_held:
+            raise LockNotHeld(session_id=self.session_id)
+
+    def end(self) -> None:
+        """End the transaction; a lock file without a session is removed by its last holder."""
+        if self._held is not None and self._held.is_held and not disk.exists(self._path):
+            # One that cannot be removed does no harm; `persist check` names it.
+            with contextlib.suppress(OSError):
+                disk.unlink(self._layout.lock(self.session_id))
+        self._held = None
+
+    def exists(self) -> bool:
+        self._require_lock()
+        return disk.exists(self._path)
+
+    def read(self) -> Snapshot:
+        """Read the committed document."""
+        self._require_lock()
+        return self._files.read(self.session_id)
+
+    def read_edited(self) -> tuple[Header, Body]:
+        """Read a document whose checksum need not match."""
+        self._require_lock()
+        return snapshot.read_edited(self._path, self.session_id)
+
+    def commit(self, header: Header, body: Body) -> Snapshot:
+        """Write a revision; durable and visible on return.
+
+        Raises:
+            CommitFailed: the disk refused; the old revision stands.
+            CommitUnknown: it is visible, but may not survive a power cut.
+        """
+        self._require_lock()
+        content, checksum = snapshot.to_bytes(header, body)
+        self._publish(content)
+        return Snapshot(header, body, checksum)
+
+    def confirm(self) -> None:
+        """Make durable what is on disk: its writer may have died between its rename and its sync."""
+        self._require_lock()
+        try:
+            disk.sync_file(self._path)
+            disk.sync_directory(self._layout.directory)
+        except OSError:
+            self._publish(disk.read(self._path, snapshot.READ_LIMIT))
+
+    def _publish(self, content: bytes) -> None:
+        if self.session_id in self._files._unknown:
+            raise self._files._unknown[self.session_id]
+        attempt = _Attempt(self._layout, self.session_id, content)
+        try:
+            attempt.run()
+        except _SyncFailed:
+            self._retry(attempt)
+        except PersistError:
+            raise
+        except OSError as error:
+            raise self._failure(CommitFailed, error) from error
+
+    def _retry(self, attempt: _Attempt) -> None:
+        """After a failed fsync: once more, to a new inode."""
+        try:
+            attempt.run()
+        except (OSError, _SyncFailed) as error:
+            cause = error.__cause__ if isinstance(error, _SyncFailed) else error
+            if not attempt.is_visible:
+                raise self._failure(CommitFailed, cause) from cause
+            unknown = self._failure(CommitUnknown, cause)
+            self._files._unknown[self.session_id] = unknown
+            raise unknown from cause
+
+    def _failure(self, kind: type[PersistError], cause: Any) -> Any:
+        reason = cause.strerror or type(cause).__name__
+        return kind(session_id=self.session_id, path=self._path, reason=reason, errno=cause.errno)
+
+    def delete(self) -> None:
+        """Remove the session; durable on return. The document goes first: what is left after a crash is no session."""
+        self._require_lock()
+        disk.unlink(self._path)
+        disk.sync_directory(self._layout.directory)
+        for session_id, stream_id in self._files.leases():
+            if session_id == self.session_id:
+                self.remove_lease(stream_id)
+        disk.unlink(self._layout.temp(self.session_id))
+
+    # --- leases of this session's streams ---
+
+    def take_lease(self, stream_id: str, description: bytes) -> Lease | None:
+        """Create and lock the lease of a new stream; None if one of that id is alive."""
+        self._require_lock()
+        return lease.take(self._layout.lease(self.session_id, stream_id), description)
+
+    @contextmanager
+    def holding_lease_if_dead(self, stream_id: object) -> Iterator[bool]:
+        """Try a stream's lease for a block; yield True if the stream is dead. An impossible id was never alive."""
+        self._require_lock()
+        if not layout.is_stream_id(stream_id):
+            yield True
+            return
+        with lease.holding_if_dead(self._layout.lease(self.session_id, str(stream_id))) as is_dead:
+            yield is_dead
+
+    def remove_lease(self, stream_id: object) -> None:
+        """Remove a stream's lease file, whoever holds it."""
+        self._require_lock()
+        if layout.is_stream_id(stream_id):
+            disk.unlink(self._layout.lease(self.session_id, str(stream_id)))
+
+
+class _SyncFailed(Exception):
+    """An fsync failed; its cause is the OSError."""
+
+
+class _Attempt:
+    """The commit protocol. `is_visible` tells whether a rename was done, in this run or an earlier one."""
+
+    def __init__(self, layout: Layout, session_id: str, content: bytes) -> None:
+        self._directory = layout.directory
+        self._temp = layout.temp(session_id)
+        self._path = layout.snapshot(session_id)
+        self._content = content
+        self.is_visible = False
+
+    def run(self) -> None:
+        try:
+            self._write_temp()
+            disk.replace(self._temp, self._path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                disk.unlink(self._temp)
+            raise
+        self.is_visible = True
+        try:
+            disk.sync_directory(self._directory)
+        except OSError as error:
+            raise _SyncFailed from error
+
+    def _write_temp(self) -> None:
+        fd = self._create_temp()
+        try:
+            disk.write(fd, self._content)
+            try:
+                disk.sync(fd)
+            except OSError as error:
+                raise _SyncFailed from error
+        finally:
+            disk.close(fd)
+
+    def _create_temp(self) -> int:
+        try:
+            return disk.create(self._temp)
+        except FileExistsError:
+            # We hold the lock, so its writer is dead.
+            disk.unlink(self._temp)
+            return disk.create(self._temp)

@@ -1,0 +1,338 @@
+"""Three-way merge of JSON values: what each side changed since the base, and nothing else. Pure functions, no I/O.
+
+- Objects merge key by key, recursively; a deletion is a change like any other.
+- Arrays merge item by item. Items are the same when they carry the same ``id``; without one, when they have the same
+  value, and what is left over between two matches is paired by position if both sides have equally many.
+  Two appends are both kept, theirs first. Adding next to items that the other side removed is a conflict.
+- Anything else: changed on one side wins; changed on both to different values is a conflict.
+
+Equality is of JSON type and value: ``True``, ``1`` and ``1.0`` differ, and so do ``0.0`` and ``-0.0``.
+
+A conflict raises `MergeConflict`, unless `prefer` says whose value to take. A policy settles one top-level field in its
+own way: ``sum`` adds both changes, ``max`` keeps the greater, ``mine`` and ``theirs`` take that side.
+
+The laws (tested as properties): ``merge(b, m, b) == m``; ``merge(b, b, t) == t``; edits that do not overlap commute, but
+for the order of two appended blocks; nothing that a side added is lost; nothing that a side removed comes back.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Final, Literal, get_args
+
+from persist.errors import MergeConflict, ValuePath, WrongType
+
+Policy = Literal["sum", "max", "mine", "theirs"]
+Preference = Literal["error", "mine", "theirs"]
+
+
+class _Missing:
+    """Stands for "no such key" where None is a value."""
+
+    def __repr__(self) -> str:
+        return "MISSING"
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __reduce__(self) -> str:
+        return "MISSING"
+
+
+MISSING: Final = _Missing()
+
+
+def check_policies(policies: Mapping[str, str]) -> None:
+    """Raise `WrongType` unless every value of `policies` is one of the four policies."""
+    for field, policy in policies.items():
+        if policy not in get_args(Policy):
+            raise WrongType(what=f"the merge policy of {field!r}", expected=" | ".join(get_args(Policy)), got=repr(policy))
+
+
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two JSON values have the same types and values all through; the order of keys is no part of it."""
+    kind = type(one)
+    if kind is not type(other):
+        return False
+    if kind is dict:
+        return len(one) == len(other) and all(key in other and same(one[key], other[key]) for key in one)
+    if kind is list:
+        return len(one) == len(other) and all(map(same, one, other))
+    if kind is float:
+        return bool(one == other) and math.copysign(1, one) == math.copysign(1, other)
+    return bool(one == other)
+
+
+def merge(
+    base: dict[str, Any],
+    mine: dict[str, Any],
+    theirs: dict[str, Any],
+    policies: Mapping[str, Policy] | None = None,
+    *,
+    prefer: Preference = "error",
+) -> dict[str, Any]:
+    """Return `theirs` with the changes that `mine` made to `base`.
+
+    The result shares structure with its arguments; none of them is changed.
+
+    Args:
+        policies: top-level field -> policy, asked when both sides changed that field.
+        prefer: whose value stands at a conflict; ``"error"`` raises.
+
+    Raises:
+        MergeConflict: both sides changed one place in different ways, and `prefer` is ``"error"``.
+    """
+    merger = _Merger(prefer, policies or {})
+    return merger.document(base, mine, theirs)
+
+
+def _keys(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    return [*theirs, *(key for key in mine if key not in theirs)]
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+class _Merger:
+    """One merge: it carries the caller's wishes down the recursion. `b`, `m`, `t` are base, mine and theirs."""
+
+    def __init__(self, prefer: Preference, policies: Mapping[str, Policy]) -> None:
+        self.prefer = prefer
+        self.policies = policies
+
+    def conflict(self, path: ValuePath, reason: str, b: Any, m: Any, t: Any) -> Any:
+        if self.prefer == "error":
+            raise MergeConflict(path=path, reason=reason, base=b, mine=m, theirs=t)
+        return m if self.prefer == "mine" else t
+
+    def document(self, b: dict[str, Any], m: dict[str, Any], t: dict[str, Any]) -> dict[str, Any]:
+        merged = {}
+        for key in _keys(m, t):
+            three = b.get(key, MISSING), m.get(key, MISSING), t.get(key, MISSING)
+            value = self.settled(key, *three) if key in self.policies else self.value((key,), *three)
+            if value is not MISSING:
+                merged[key] = value
+        return merged
+
+    def settled(self, key: str, b: Any, m: Any, t: Any) -> Any:
+        """A field that has a policy. It is asked only where both sides changed the field."""
+        policy = self.policies[key]
+        if same(b, m) or same(b, t):
+            return self.value((key,), b, m, t)
+        if policy == "mine":
+            return m
+        if policy == "theirs":
+            return t
+        if policy == "sum" and _is_number(m) and _is_number(t) and (b is MISSING or _is_number(b)):
+            total = t + (m - (0 if b is MISSING else b))
+            if math.isfinite(total):
+                return total
+        if policy == "max" and (type(m) is type(t) is str or (_is_number(m) and _is_number(t))):
+            return max(m, t)
+        return self.conflict((key,), f"policy {policy!r} cannot combine these values", b, m, t)
+
+    def value(self, path: ValuePath, b: Any, m: Any, t: Any) -> Any:
+        if same(b, m):
+            return t
+        if same(b, t):
+            return m
+        if type(m) is type(t) is dict and type(b) in (dict, _Missing):
+            return self.object(path, b or {}, m, t)
+        if type(m) is type(t) is list and type(b) in (list, _Missing):
+            return self.array(path, b or [], m, t)
+        if same(m, t):
+            return t
+        return self.conflict(path, "two different values", b, m, t)
+
+    def object(self, path: ValuePath, b: dict[str, Any], m: dict[str, Any], t: dict[str, Any]) -> dict[str, Any]:
+        merged = {}
+        for key in _keys(m, t):
+            value = self.value((*path, key), b.get(key, MISSING), m.get(key, MISSING), t.get(key, MISSING))
+            if value is not MISSING:
+                merged[key] = value
+        return merged
+
+    def array(self, path: ValuePath, b: list[Any], m: list[Any], t: list[Any]) -> list[Any]:
+        mine, theirs = _Edits(b, m), _Edits(b, t)
+        twins: dict[Any, Any] = {identity: item for item in theirs.all_added() if (identity := _identity(item))}
+        merged: list[Any] = []
+        for gap in range(len(b) + 1):
+            added = mine.added[gap]
+            if _clash(mine, theirs, gap):
+                if not same(added, theirs.added[gap]):
+                    return list(self.conflict(path, "one side added where the other removed", b, m, t))
+                added = []
+            merged += theirs.added[gap]
+            for item in added:
+                twin = twins.get(_identity(item) or MISSING, MISSING)
+                if twin is MISSING:
+                    merged.append(item)
+                elif not same(item, twin):
+                    return list(self.conflict(path, "one id, two contents", b, m, t))
+            if gap < len(b):
+                item = self.value((*path, gap), b[gap], mine.kept[gap], theirs.kept[gap])
+                if item is not MISSING:
+                    merged.append(item)
+        if _miscounted(merged, b, m, t, mine.all_added() + theirs.all_added()):
+            return list(self.conflict(path, "one side moved what the other moved or removed", b, m, t))
+        return merged
+
+
+class _Edits:
+    """What one side did to an array: `kept[i]` is its version of base item i (or MISSING), `added[i]` what it put before i."""
+
+    def __init__(self, base: list[Any], side: list[Any]) -> None:
+        self.kept: list[Any] = [MISSING] * len(base)
+        self.added: list[list[Any]] = [[] for _ in range(len(base) + 1)]
+        b = s = 0
+        for i, j in [*align(base, side), (len(base), len(side))]:
+            self._gap(base[b:i], side[s:j], b)
+            if i < len(base):
+                self.kept[i] = side[j]
+            b, s = i + 1, j + 1
+
+    def _gap(self, base: list[Any], side: list[Any], start: int) -> None:
+        """Between two matches: equally many items without an id are edits of one another, else removed and added."""
+        if len(base) == len(side) and not any(map(_identity, base)) and not any(map(_identity, side)):
+            self.kept[start : start + len(base)] = side
+        else:
+            self.added[start + len(base)] += side
+
+    def all_added(self) -> list[Any]:
+        return [item for items in self.added for item in items]
+
+    def removed_beside(self, gap: int) -> bool:
+        return any(kept is MISSING for kept in self.kept[max(gap - 1, 0) : gap + 1])
+
+
+def _clash(mine: _Edits, theirs: _Edits, gap: int) -> bool:
+    """One side added at this gap, and the other removed the item before or after it."""
+    return bool((mine.added[gap] and theirs.removed_beside(gap)) or (theirs.added[gap] and mine.removed_beside(gap)))
+
+
+def _identity(item: Any) -> tuple[type, Any] | None:
+    """An item's own id, or None. The type keeps ``1`` and ``"1"`` and ``True`` apart."""
+    if type(item) is dict:
+        own = item.get("id")
+        if type(own) in (str, int):
+            return type(own), own
+    return None
+
+
+def _miscounted(merged: list[Any], b: list[Any], m: list[Any], t: list[Any], added: list[Any]) -> bool:
+    """A moved item reads as removed here and added there: moved twice it would double, moved and removed it would return."""
+    before = Counter(map(_key, b))
+    moved = {key for key in map(_key, added) if key in before}
+    if not moved:
+        return False
+    now, mine, theirs = (Counter(map(_key, items)) for items in (merged, m, t))
+    return any(
+        now[key] != max(mine[key] + theirs[key] - before[key], 0) and not now[key] == mine[key] == theirs[key] for key in moved
+    )
+
+
+def align(base: list[Any], side: list[Any]) -> list[tuple[int, int]]:
+    """Match the items of two arrays: pairs of positions, rising in both.
+
+    Equal beginnings and ends first (nearly every change is an append), then the longest rising run of items that both
+    sides have. The n-th occurrence of a key matches the n-th only, so keys are unique and the run is found in
+    O(n log n); a general diff takes quadratic time on repeated items.
+    """
+    low, end = 0, min(len(base), len(side))
+    while low < end and _matches(base[low], side[low]):
+        low += 1
+    tail = 0
+    while tail < end - low and _matches(base[-1 - tail], side[-1 - tail]):
+        tail += 1
+    places = {key: i for i, key in enumerate(_keyed(base[low : len(base) - tail]), low)}
+    common = [(places[key], j) for j, key in enumerate(_keyed(side[low : len(side) - tail]), low) if key in places]
+    ends = [(len(base) - k, len(side) - k) for k in range(tail, 0, -1)]
+    return [(i, i) for i in range(low)] + _longest_rising(common) + ends
+
+
+def _matches(one: Any, other: Any) -> bool:
+    identity = _identity(one)
+    return identity == _identity(other) if identity else same(one, other)
+
+
+def _keyed(items: list[Any]) -> list[tuple[Any, int]]:
+    seen: Counter[Any] = Counter()
+    keys = []
+    for item in items:
+        key = _key(item)
+        keys.append((key, seen[key]))
+        seen[key] += 1
+    return keys
+
+
+def _key(item: Any) -> Any:
+    return _identity(item) or _frozen(item)
+
+
+def _frozen(value: Any) -> Any:
+    """A hashable form that is equal exactly where `same` is."""
+    if type(value) is dict:
+        return dict, frozenset((key, _frozen(item)) for key, item in value.items())
+    if type(value) is list:
+        return list, tuple(map(_frozen, value))
+    return type(value), repr(value) if type(value) is float else value
+
+
+def _longest_rising(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The longest run of pairs whose first members rise (the second ones rise already): patience sorting."""
+    tops: list[int] = []
+    piles: list[int] = []
+    before: list[int] = []
+    for index, (i, _) in enumerate(pairs):
+        pile = bisect_left(tops, i)
+        before.append(piles[pile - 1] if pile else -1)
+        if pile == len(tops):
+            tops.append(i)
+            piles.append(index)
+        else:
+            tops[pile], piles[pile] = i, index
+    run: list[tuple[int, int]] = []
+    index = piles[-1] if piles else -1
+    while index >= 0:
+        run.append(pairs[index])
+        index = before[index]
+    return run[::-1]
+
+
+def count_removed(base: list[Any], side: Any) -> int:
+    """How many items of an array `side` no longer has; an edited item is not a removed one."""
+    return _Edits(base, side).kept.count(MISSING) if type(side) is list else len(base)
+
+
+def patch(target: Any, wanted: Any) -> Any:
+    """Make `target` equal to `wanted` in place, keeping every object whose counterpart is still there.
+
+    Callers hold references into a document (``messages = session.data["messages"]``); after this they still hold
+    the document's own objects. Returns `target`, or `wanted` where the types differ.
+    """
+    if target is wanted or same(target, wanted):
+        return target
+    if type(target) is type(wanted) is dict:
+        for key in [key for key in target if key not in wanted]:
+            del target[key]
+        for key, value in wanted.items():
+            target[key] = patch(target[key], value) if key in target else value
+        return target
+    if type(target) is type(wanted) is list:
+        _patch_list(target, wanted)
+        return target
+    return wanted
+
+
+def _patch_list(target: list[Any], wanted: list[Any]) -> None:
+    # From the end to the front: positions before the one being changed stay valid.
+    i, j = len(target), len(wanted)
+    for p, q in reversed(align(target, wanted)):
+        target[p + 1 : i] = wanted[q + 1 : j]
+        target[p] = patch(target[p], wanted[q])
+        i, j = p, q
+    target[:i] = wanted[:j]

@@ -1,0 +1,223 @@
+"""Session: one conversation in memory, and what it was on disk when it was last loaded or saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any, get_args
+
+from persist import streams
+from persist.errors import MergeConflict, MessagesRemoved, SessionDeleted, SessionNotFound, WrongType, conflicts_in
+from persist.files.snapshot import ACTIVE, Body, Snapshot
+from persist.files.transaction import SessionFiles, Transaction
+from persist.merge import Policy, Preference, count_removed, merge, patch
+
+# No document on disk has it: a base that carries it is always merged, never taken for the state of the disk.
+_NO_CHECKSUM = ""
+
+
+class Session:
+    """One conversation, loaded. Change `data` in place, then `save`.
+
+    Attributes:
+        id: the session's id.
+        data: the document, a plain dict: ``json.dumps`` works on it, and nested edits count.
+
+    Concurrency: any number of objects, threads and processes may have one session loaded. A single `Session` object may be
+    saved from several threads; edits made to `data` while a save runs stay unsaved and are saved by the next one.
+    """
+
+    def __init__(
+        self, files: SessionFiles, policies: Mapping[str, Policy], session_id: str, snapshot: Snapshot, *, is_durable: bool
+    ) -> None:
+        self.id = session_id
+        self.data: dict[str, Any] = snapshot.body.data()
+        self._files = files
+        self._policies = policies
+        # The merge base, kept as bytes: nested edits through an alias could not change it.
+        self._base = snapshot
+        self._is_durable = is_durable
+
+    def __repr__(self) -> str:
+        return f"<persist.Session {self.id!r} at revision {self.revision}>"
+
+    @property
+    def revision(self) -> int:
+        """The revision that `data` is based on; 0 for a file that `persist` has not written yet."""
+        return self._base.header.revision
+
+    @property
+    def created_at(self) -> datetime:
+        """When the session was created (aware, UTC)."""
+        return self._base.header.created_at
+
+    @property
+    def updated_at(self) -> datetime:
+        """When it was last changed (aware, UTC); repairs and ``touch=False`` do not count."""
+        return self._base.header.updated_at
+
+    @property
+    def active_stream_id(self) -> str | None:
+        """The stream that owned the session when it was loaded. It may be dead: ask `clear_stale_stream`."""
+        return self.data.get(ACTIVE)
+
+    def save(self, *, touch: bool = True, on_conflict: Preference = "error") -> None:
+        """Write what this object changed; what others committed meanwhile is kept, and stands in `data` afterwards.
+
+        Durable and visible on return. If nothing was changed, nothing is written. `data` and every object in it that is
+        still there stay the same objects. After an error, memory and disk are as they were before.
+
+        Args:
+            touch: False keeps `updated_at`.
+            on_conflict: whose value stands where both sides changed one place: ``"mine"``, ``"theirs"``, or ``"error"``.
+
+        Raises:
+            MergeConflict: both sides changed one place; `refresh` after setting your edit aside, or name a side.
+            SessionDeleted: the session was deleted or replaced since it was loaded; load or create it again.
+            NotJSON, WrongType: a value has no exact JSON form; it is named.
+            ReservedField: a stream field was changed by hand; use the stream verbs.
+            MessagesRemoved: committed messages would vanish in the middle of a turn; use `Store.update`.
+            LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
+
+        Concurrency: holds the session's lock for read, merge and write, across threads and processes.
+        """
+        if on_conflict not in get_args(Preference):
+            raise WrongType(what="on_conflict", expected=" | ".join(get_args(Preference)), got=repr(on_conflict))
+        try:
+            with conflicts_in(self.id), self._files.transaction(self.id) as tx:
+                self._save(tx, touch, on_conflict)
+        except SessionNotFound:
+            raise self._deleted() from None
+
+    def _save(self, tx: Transaction, touch: bool, prefer: Preference) -> None:
+        there = self._same_incarnation(tx.read())
+        mine = Body.of(self.data)
+        streams.refuse_changed_stream_fields(self._base.body.fields(), mine.fields())
+        self._refuse_removal(mine, there)
+        merged = self._merged(mine, there, prefer)
+        if merged != there.body:
+            committed = tx.commit(there.header.next(touch=touch), merged)
+        else:
+            committed = there
+            if not (self._is_durable and there.checksum == self._base.checksum):
+                tx.confirm()
+        self._take(committed, mine)
+        self._is_durable = True
+
+    def _merged(self, mine: Body, there: Snapshot, prefer: Preference) -> Body:
+        if there.checksum == self._base.checksum:
+            return mine
+        if mine == self._base.body:
+            return there.body
+        base = self._base.body.data()
+        return Body.of(merge(base, mine.data(), there.body.data(), self._policies, prefer=prefer))
+
+    def _refuse_removal(self, mine: Body, there: Snapshot) -> None:
+        """In the middle of a turn, messages that vanish are an accident (hermes-webui #4205)."""
+        stream_id = there.active_stream_id
+        if stream_id is None or mine.bulk == self._base.body.bulk:
+            return
+        before, after = (body.data().get(streams.MESSAGES) for body in (self._base.body, mine))
+        if type(before) is list and (count := count_removed(before, after)):
+            raise MessagesRemoved(session_id=self.id, stream_id=stream_id, count=count, revision=there.header.revision)
+
+    def _take(self, committed: Snapshot, saved: Body) -> None:
+        """Bring what others committed into `data`, in place. Edits made since `saved` was encoded stay."""
+        if committed.body != saved:
+            with_edits = _merge_or_none(saved.data(), self.data, committed.body.data())
+            if with_edits is None:
+                # An edit made meanwhile contradicts theirs: it stays, and the next save reports it.
+                self._base = replace(committed, body=saved, checksum=_NO_CHECKSUM)
+                return
+            patch(self.data, with_edits)
+        self._base = committed
+
+    def refresh(self) -> None:
+        """Take the committed state into `data`; unsaved edits are merged in and stay unsaved. Takes no lock.
+
+        Raises:
+            MergeConflict: an unsaved edit contradicts the committed state; nothing was changed. Set it aside first.
+            SessionDeleted: the session was deleted or replaced; load or create it again.
+            CorruptSession: the file is damaged.
+        """
+        try:
+            there = self._same_incarnation(self._files.read(self.id))
+        except SessionNotFound:
+            raise self._deleted() from None
+        with conflicts_in(self.id):
+            wanted = merge(self._base.body.data(), self.data, there.body.data(), self._policies)
+        patch(self.data, wanted)
+        self._base, self._is_durable = there, False
+
+    def clear_stale_stream(self) -> bool:
+        """Clear this session's stream if it is dead: the compare-and-clear of hermes-webui #1533, across processes.
+
+        The stream that this object shows is compared with the one **on disk, under the session's lock**, and its lease is
+        asked in the same hold. Prompt and partial answer stay in ``messages``, marked ``interrupted``; the stream fields
+        are reset; `updated_at` is kept.
+
+        Returns:
+            True if it was cleared (durably; `data` shows it). False if there is no stream, if it is alive, or if the
+            session has moved on since it was loaded.
+
+        Raises:
+            LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
+        """
+        stream_id = self.active_stream_id
+        if stream_id is None:
+            return False
+        try:
+            committed = streams.clear_stale(self._files, self.id, stream_id)
+        except SessionNotFound:
+            return False
+        if committed is None:
+            return False
+        self._adopt(committed)
+        return True
+
+    def _adopt(self, committed: Snapshot) -> None:
+        base = self._base.body.data()
+        wanted = _merge_or_none(base, self.data, committed.body.data())
+        if wanted is not None:
+            patch(self.data, wanted)
+            self._base, self._is_durable = committed, True
+            return
+        # An unsaved edit contradicts the committed state: show that the stream is gone, leave the rest to the next save.
+        fields = {key: value for key, value in committed.body.fields().items() if key in streams.IDLE}
+        self.data.update(fields)
+        self._base = replace(self._base, body=Body.of({**base, **fields}), checksum=_NO_CHECKSUM)
+
+    def _same_incarnation(self, there: Snapshot) -> Snapshot:
+        if there.header.incarnation != self._base.header.incarnation:
+            raise self._deleted()
+        return there
+
+    def _deleted(self) -> SessionDeleted:
+        return SessionDeleted(session_id=self.id, path=self._files.layout.snapshot(self.id))
+
+
+def _merge_or_none(base: dict[str, Any], mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any] | None:
+    # Without policies: what is merged here is memory with a commit that has settled them.
+    try:
+        return merge(base, mine, theirs)
+    except MergeConflict:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The small fields of a session, as committed. It has no `save`: a part must never be written as the whole.
+
+    Attributes:
+        data: the small fields; ``messages`` and ``tool_calls`` are left out.
+        counts: the number of items of each field that was left out.
+    """
+
+    id: str
+    revision: int
+    created_at: datetime
+    updated_at: datetime
+    active_stream_id: str | None
+    data: Mapping[str, Any]
+    counts: Mapping[str, int] = field(default_factory=dict)

@@ -1,0 +1,430 @@
+"""Store: the verbs. Each is one transaction on one session, or a look that takes no lock."""
+
+from __future__ import annotations
+
+import math
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from persist import codec, streams
+from persist.errors import (
+    CorruptSession,
+    PersistError,
+    ReservedField,
+    RevisionMismatch,
+    SessionExists,
+    SessionNotFound,
+    StoreClosed,
+    SweepIncomplete,
+    UnsafeFile,
+    UnsupportedFormat,
+    WrongType,
+    conflicts_in,
+)
+from persist.files.snapshot import ACTIVE, HEADER, Body, Header, Snapshot
+from persist.files.transaction import SessionFiles, Transaction
+from persist.merge import Policy, check_policies
+from persist.session import Head, Session
+from persist.streams import Message, Stream, StreamInfo
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class ClearedStream:
+    """A stale stream that a sweep has cleared."""
+
+    session_id: str
+    stream_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that `Store.check` has found. `kind` is "corrupt", "unsupported", "unsafe", "stale" or "left-over"."""
+
+    session_id: str
+    kind: str
+    path: Path
+    message: str
+
+
+class Store:
+    """A directory of sessions, shared by any number of threads and processes of one machine.
+
+    Args:
+        path: the directory; made (mode 0700) if it is missing.
+        lock_timeout_s: seconds that a verb waits for a session's lock before it raises `LockTimeout`.
+        merge: top-level field -> "sum" | "max" | "mine" | "theirs": how `Session.save` settles a field that both sides
+            changed, instead of raising `MergeConflict`.
+        allow_network: True accepts a network file system, where no guarantee holds.
+
+    Raises:
+        WrongType: an argument is not what it must be.
+        UnsupportedFileSystem: the directory is on nfs, cifs, 9p or ceph.
+
+    Example:
+        >>> import persist, tempfile
+        >>> store = persist.Store(tempfile.mkdtemp())
+        >>> session = store.create("s-42", {"title": "New chat", "messages": []})
+        >>> a, b = store.load("s-42"), store.load("s-42")
+        >>> a.data["title"] = "File locks"
+        >>> b.data["messages"].append({"id": "m1", "role": "user", "content": "hi"})
+        >>> a.save(); b.save()
+        >>> store.load("s-42").data
+        {'title': 'File locks', 'messages': [{'id': 'm1', 'role': 'user', 'content': 'hi'}]}
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        lock_timeout_s: float = 5.0,
+        merge: Mapping[str, Policy] | None = None,
+        allow_network: bool = False,
+    ) -> None:
+        directory = _directory(path)
+        check_policies(merge or {})
+        self._policies = dict(merge or {})
+        self._files = SessionFiles(directory, lock_timeout_s=_seconds(lock_timeout_s), allow_network=allow_network)
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        return f"<persist.Store {self.path}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def path(self) -> Path:
+        """The store's directory, absolute."""
+        return self._files.layout.directory
+
+    def close(self) -> None:
+        """Refuse further verbs with `StoreClosed`. Streams that run go on until they end; nothing waits to be written."""
+        self._is_closed = True
+
+    def _open_files(self) -> SessionFiles:
+        if self._is_closed:
+            raise StoreClosed(path=self.path)
+        return self._files
+
+    def _session(self, session_id: str, snapshot: Snapshot, *, is_durable: bool) -> Session:
+        return Session(self._files, self._policies, session_id, snapshot, is_durable=is_durable)
+
+    # --- looking ---
+
+    def load(self, session_id: str) -> Session:
+        """Return a session as it was last committed. Takes no lock and never writes.
+
+        Raises:
+            SessionNotFound: create it first.
+            CorruptSession, UnsupportedFormat, UnsafeFile: the file cannot be trusted; it was not changed.
+            InvalidSessionId: see `persist.InvalidSessionId` for the rule.
+        """
+        return self._session(session_id, self._open_files().read(session_id), is_durable=False)
+
+    def head(self, session_id: str) -> Head:
+        """Return the small fields of a session, without reading its messages. Takes no lock and never writes.
+
+        Raises: as `load`, but damage among the messages goes unnoticed.
+        """
+        found = self._open_files().read_head(session_id)
+        header = found.header
+        active = found.fields.get(ACTIVE)
+        return Head(session_id, header.revision, header.created_at, header.updated_at, active, found.fields, found.counts)
+
+    def exists(self, session_id: str) -> bool:
+        """Tell whether there is such a session. Takes no lock."""
+        return self._open_files().exists(session_id)
+
+    def ids(self, *, after: str | None = None, limit: int | None = None) -> list[str]:
+        """Return session ids, sorted; a page of them with `after` (the last id of the page before) and `limit`. No lock."""
+        found = self._open_files().session_ids()
+        if limit is not None and (type(limit) is not int or limit < 0):
+            raise WrongType(what="limit", expected="a whole number from 0 up, or None", got=repr(limit))
+        if after is not None:
+            found = [session_id for session_id in found if session_id > after]
+        return found[:limit]
+
+    # --- writing ---
+
+    def create(self, session_id: str, data: dict[str, Any] | None = None) -> Session:
+        """Make a session. Durable and visible on return.
+
+        Raises:
+            SessionExists: load it, or choose another id.
+            InvalidSessionId, NotJSON, WrongType, ReservedField: an argument cannot be kept; nothing was written.
+            LockTimeout, NestedLock, CommitFailed, CommitUnknown: see the errors.
+        """
+        files = self._open_files()
+        data = {} if data is None else data
+        body = Body.of(data)
+        streams.refuse_changed_stream_fields({}, data)
+        now = datetime.now(UTC)
+        with files.transaction(session_id, may_be_missing=True) as tx:
+            if tx.exists():
+                raise SessionExists(session_id=session_id, path=files.layout.snapshot(session_id))
+            committed = tx.commit(Header(uuid.uuid4().hex, 1, now, now), body)
+        return self._session(session_id, committed, is_durable=True)
+
+    def duplicate(self, session_id: str, new_id: str) -> Session:
+        """Copy a committed session to a new id, without its stream: no stream fields, no partial answer.
+
+        Raises: as `load` for the first, as `create` for the second.
+        """
+        found = self._open_files().read(session_id)
+        return self.create(new_id, streams.without_stream(found.body.data(), found.header.owner))
+
+    def delete(self, session_id: str, *, force: bool = False) -> None:
+        """Remove a session; durable on return. A later `save` of an object that was loaded before is refused.
+
+        Args:
+            force: also while a live stream owns it (the stream gets `StreamLost`), and also if the file is damaged.
+
+        Raises:
+            SessionNotFound: there is none.
+            SessionBusy: a live stream owns it; wait, cancel it, or force.
+            LockTimeout, NestedLock, CorruptSession: see the errors.
+        """
+        streams.delete(self._open_files(), session_id, force=force)
+
+    @contextmanager
+    def edit(self, session_id: str, *, touch: bool = True) -> Iterator[dict[str, Any]]:
+        """Change a session exactly: the lock is held from the read to the write, for the whole block.
+
+        Yields the committed data; what the block leaves in it is committed, durably, when the block ends. A block that
+        raises writes nothing, and one that changes nothing writes nothing. Keep it short: others wait.
+
+        Args:
+            touch: False keeps `updated_at`.
+
+        Raises:
+            SessionNotFound, LockTimeout, NestedLock, CorruptSession: before the block.
+            NotJSON, ReservedField, CommitFailed, CommitUnknown: after it; nothing was written, unless it says "unknown".
+        """
+        with self._open_files().transaction(session_id) as tx:
+            found = tx.read()
+            data = found.body.data()
+            yield data
+            _commit_edit(tx, found, data, touch=touch)
+
+    def update(
+        self,
+        session_id: str,
+        function: Callable[[dict[str, Any]], Result],
+        *,
+        if_revision: int | None = None,
+        touch: bool = True,
+    ) -> Result:
+        """Call `function` on the committed data under the lock, commit what it left there, and return its result.
+
+        Args:
+            function: changes the data in place; if it raises, nothing is written.
+            if_revision: the revision that the edit was decided on. Name it for an edit that removes something.
+            touch: False keeps `updated_at`.
+
+        Raises:
+            RevisionMismatch (a `MergeConflict`): the session is at another revision; nothing was written.
+            Otherwise as `edit`.
+        """
+        with self._open_files().transaction(session_id) as tx:
+            found = tx.read()
+            revision = found.header.revision
+            if if_revision is not None and revision != if_revision:
+                path, reason = (HEADER, "revision"), "the session has moved on"
+                raise RevisionMismatch(
+                    session_id=session_id, path=path, reason=reason, base=if_revision, mine=if_revision, theirs=revision
+                )
+            data = found.body.data()
+            result = function(data)
+            _commit_edit(tx, found, data, touch=touch)
+            return result
+
+    def append(self, session_id: str, field: str, item: Any, *, touch: bool = True) -> int:
+        """Add an item to a list of the document; durable and visible on return. Idempotent by the item's ``id``.
+
+        An item whose ``id`` stands there with the same content is taken as appended already. A missing list is made.
+
+        Args:
+            field: a top-level field, ``"messages"`` say.
+            item: any JSON value.
+
+        Returns:
+            The revision that holds the item.
+
+        Raises:
+            MergeConflict: an item of that ``id`` is there, with other content.
+            NotJSON, WrongType, ReservedField: the item or the field cannot be used.
+            SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
+        """
+        if type(field) is not str:
+            raise WrongType(what="field", expected="a string", got=type(field).__name__)
+        if field in streams.IDLE:
+            raise ReservedField(field=field, remedy="Use store.start_stream().")
+        codec.check(item, (field,))
+        with conflicts_in(session_id), self._open_files().transaction(session_id) as tx:
+            found = tx.read()
+            data = found.body.data()
+            streams.append_once(streams.messages_of(data, field), item, field=field)
+            return _commit_edit(tx, found, data, touch=touch)
+
+    # --- streams ---
+
+    def start_stream(self, session_id: str, message: Message | None = None, *, stream_id: str | None = None) -> Stream:
+        """Claim a session for a turn of the model. On return the claim, its liveness and the prompt are durable and visible.
+
+        A stale stream is cleared on the way. Use the result in a ``with``: leaving it without `finish` is `fail`.
+
+        Args:
+            message: the prompt; without an ``id`` it gets ``<stream id>.prompt``. One whose ``id`` is in ``messages``
+                already (a turn that was interrupted) is taken up again. None starts a turn without a prompt.
+            stream_id: an id of your own, never used before in this session; by default a random one.
+
+        Raises:
+            SessionBusy: a live stream owns the session; it names the owner.
+            InvalidStreamId, NotJSON, WrongType: an argument cannot be used.
+            MergeConflict: a message of that ``id`` is there, with other content.
+            SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
+        """
+        return streams.start(self._open_files(), session_id, message, stream_id)
+
+    def cancel(self, session_id: str, stream_id: str, *, force: bool = False) -> bool:
+        """Ask a stream, of whatever process, to end. The request is durable; the owner sees `Stream.cancelled`.
+
+        A stream whose process is dead is cleared at once. Asking twice is asking once.
+
+        Args:
+            stream_id: the stream that is meant; if it is not the session's active one, nothing happens.
+            force: take the session away now: prompt and partial stay, marked ``interrupted``; the owner gets `StreamLost`.
+
+        Returns:
+            True if that stream was the active one.
+        """
+        return streams.cancel(self._open_files(), session_id, stream_id, force=force)
+
+    def streams(self) -> list[StreamInfo]:
+        """List the active streams, and for each whether it lives. Takes the lock of one session at a time.
+
+        Only streams that were started through `persist` are listed; see `clear_stale_streams` for others.
+        """
+        files = self._open_files()
+        looks = (streams.look_at(files, session_id, stream_id) for session_id, stream_id in files.leases())
+        return [info for info in looks if info is not None]
+
+    def clear_stale_streams(self, *, every_session: bool = False) -> list[ClearedStream]:
+        """Clear every stream whose process is dead; for the start of a server, or now and then.
+
+        Opens only the sessions that have a lease, however many others there are; one lock at a time. Left-over leases
+        are removed.
+
+        Args:
+            every_session: look into all sessions: also finds streams that another program left without a lease.
+
+        Raises:
+            SweepIncomplete: some sessions could not be looked at; what was cleared is in it.
+        """
+        files = self._open_files()
+        cleared: list[ClearedStream] = []
+        failures: dict[str, Exception] = {}
+        for session_id, stream_id in files.leases():
+            try:
+                if streams.sweep_lease(files, session_id, stream_id):
+                    cleared.append(ClearedStream(session_id, stream_id))
+            except (PersistError, OSError) as error:
+                failures[session_id] = error
+        for session_id in files.session_ids() if every_session else []:
+            try:
+                active = files.read_head(session_id).fields.get(ACTIVE)
+                if active is not None and streams.clear_stale(files, session_id, active) is not None:
+                    cleared.append(ClearedStream(session_id, str(active)))
+            except (PersistError, OSError) as error:
+                failures[session_id] = error
+        if failures:
+            raise SweepIncomplete(cleared=cleared, failures=failures)
+        return cleared
+
+    # --- care ---
+
+    def check(self) -> list[Problem]:
+        """Read every session whole, and name what is damaged, stale or left over. Changes nothing.
+
+        Takes the lock only of sessions that have a lease. While others write, a commit under way may show as a left-over.
+        """
+        files = self._open_files()
+        problems = [problem for session_id in files.session_ids() if (problem := _damage(files, session_id))]
+        for info in self.streams():
+            if not info.is_live:
+                path = files.layout.lease(info.session_id, info.stream_id)
+                what = f"Stream {info.stream_id} of session {info.session_id!r} is dead: clear it."
+                problems.append(Problem(info.session_id, "stale", path, what))
+        for session_id, path in files.leftovers():
+            what = f"{path} is left over from a crash; the next commit or delete of {session_id!r} removes it."
+            problems.append(Problem(session_id, "left-over", path, what))
+        return problems
+
+    def accept(self, session_id: str) -> Session:
+        """Take a document as it is after an edit by hand: it gets a new checksum and the next revision.
+
+        A document whose checksum matches is left alone.
+
+        Raises:
+            CorruptSession: it is not strict JSON; mend it first.
+            Otherwise as `edit`.
+        """
+        with self._open_files().transaction(session_id) as tx:
+            try:
+                return self._session(session_id, tx.read(), is_durable=False)
+            except CorruptSession:
+                header, body = tx.read_edited()
+            committed = tx.commit(header.next(), body)
+        return self._session(session_id, committed, is_durable=True)
+
+
+def _commit_edit(tx: Transaction, found: Snapshot, data: dict[str, Any], *, touch: bool) -> int:
+    body = Body.of(data)
+    if body == found.body:
+        tx.confirm()
+        return found.header.revision
+    streams.refuse_changed_stream_fields(found.body.fields(), body.fields())
+    return tx.commit(found.header.next(touch=touch), body).header.revision
+
+
+def _damage(files: SessionFiles, session_id: str) -> Problem | None:
+    try:
+        files.read(session_id)
+    except CorruptSession as error:
+        kind, message = "corrupt", str(error)
+    except UnsupportedFormat as error:
+        kind, message = "unsupported", str(error)
+    except UnsafeFile as error:
+        kind, message = "unsafe", str(error)
+    except SessionNotFound:
+        return None
+    else:
+        return None
+    return Problem(session_id, kind, files.layout.snapshot(session_id), message)
+
+
+def _directory(path: object) -> Path:
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise WrongType(what="a store's path", expected="a directory's name", got=repr(path))
+    directory = Path(path)
+    if directory.exists() and not directory.is_dir():
+        raise WrongType(what=f"the store {directory}", expected="a directory", got="something else")
+    return directory
+
+
+def _seconds(value: object) -> float:
+    if type(value) in (int, float) and math.isfinite(value) and value >= 0:  # type: ignore[arg-type,operator]
+        return float(value)  # type: ignore[arg-type]
+    raise WrongType(what="lock_timeout_s", expected="a number of seconds from 0 up", got=repr(value))
