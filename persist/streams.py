@@ -509,5 +509,6 @@ class Stream:
     def __del__(self) -> None:
         lease = getattr(self, "_lease", None)
         if lease is not None and lease.is_held:
+            dropped = f"{self!r} was dropped without finish() or fail(); it is stale now."
             lease.close()
-            warnings.warn(f"{self!r} was dropped without finish() or fail(); it is stale now.", ResourceWarning, stacklevel=2)
+            warnings.warn(dropped, ResourceWarning, stacklevel=2)

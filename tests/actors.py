@@ -1,0 +1,121 @@
+"""Actors: real server processes that a test leads step by step.
+
+An actor runs the code that it is sent, in a process of its own with a `Store` of its own, and sends back the value of the last
+expression or the exception. It can be made to pause where it is about to do one thing to the disk, so that a race has one
+known order instead of a lucky one; it is never mocked.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any, cast
+
+DEADLINE_S = 30.0
+
+
+class Actor:
+    """A process with ``store`` (a `persist.Store`) and ``persist`` in reach of the code it runs."""
+
+    def __init__(self, directory: Path, **store_options: Any) -> None:
+        here, there = Pipe()
+        self._connection = cast("Connection[Any, Any]", here)
+        command = [sys.executable, "-W", "error", __file__, str(there.fileno()), str(directory), repr(store_options)]
+        self.process = subprocess.Popen(command, pass_fds=[there.fileno()])
+        there.close()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def start(self, code: str) -> None:
+        """Send code; `result` gives its value."""
+        self._connection.send(code)
+
+    def result(self) -> Any:
+        """The value of the code's last expression, or its exception, raised here."""
+        kind, value = self._receive()
+        if kind == "raised":
+            raise value
+        assert kind == "value", f"expected the end of the code, and it is {kind} at {value}"
+        return value
+
+    def do(self, code: str) -> Any:
+        self.start(code)
+        return self.result()
+
+    def start_and_pause(self, code: str, step: str) -> None:
+        """Send code, and return when it is about to do `step` (a function of `persist.files.disk`); `go` lets it."""
+        self.do(f"pause_at({step!r})")
+        self.start(code)
+        assert self._receive() == ("paused", step)
+
+    def go(self) -> None:
+        self._connection.send("go")
+
+    def _receive(self) -> tuple[str, Any]:
+        assert self._connection.poll(DEADLINE_S), f"actor {self.pid} did not answer within {DEADLINE_S} s"
+        return cast("tuple[str, Any]", self._connection.recv())
+
+    def kill(self) -> None:
+        """SIGKILL; return when the process is gone."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(DEADLINE_S)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.kill()
+        self._connection.close()
+
+
+def _run(code: str, names: dict[str, Any]) -> Any:
+    tree = ast.parse(code)
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "<actor>", "exec"), names)
+    return None if last is None else eval(compile(ast.Expression(last.value), "<actor>", "eval"), names)
+
+
+def _pausing(connection: Connection[Any, Any]) -> Callable[[str], None]:
+    from persist.files import disk
+
+    def pause_at(step: str) -> None:
+        real = getattr(disk, step)
+
+        def paused(*arguments: Any) -> Any:
+            setattr(disk, step, real)
+            connection.send(("paused", step))
+            assert connection.recv() == "go"
+            return real(*arguments)
+
+        setattr(disk, step, paused)
+
+    return pause_at
+
+
+def _main(descriptor: str, directory: str, options: str) -> None:
+    import persist
+
+    connection = cast("Connection[Any, Any]", Connection(int(descriptor)))
+    store = persist.Store(directory, **ast.literal_eval(options))
+    names: dict[str, Any] = {"persist": persist, "store": store, "os": os, "pause_at": _pausing(connection)}
+    while True:
+        try:
+            code = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = ("value", _run(code, names))
+        except Exception as error:
+            answer = ("raised", error)
+        connection.send(answer)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,37 @@
+"""What all tests share: a directory for sessions, a store on it, and actors (other processes) on the same directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from actors import Actor
+
+import persist
+
+ActorFactory = Callable[..., Actor]
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "sessions"
+
+
+@pytest.fixture
+def store(directory: Path) -> persist.Store:
+    return persist.Store(directory, lock_timeout_s=20.0)
+
+
+@pytest.fixture
+def actor(directory: Path) -> Iterator[ActorFactory]:
+    """Start another server process on the same directory; all of them are gone after the test."""
+    actors: list[Actor] = []
+
+    def start(**store_options: object) -> Actor:
+        actors.append(Actor(directory, **store_options))
+        return actors[-1]
+
+    yield start
+    for each in actors:
+        each.close()

@@ -1,0 +1,297 @@
+"""The session lock: who excludes whom, for how long, and what a fork or a delete does to it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from actors import DEADLINE_S
+from conftest import ActorFactory
+from filelock import FileLock, Timeout
+
+import persist
+from persist.files import lock
+
+
+@pytest.fixture
+def session(store: persist.Store) -> persist.Session:
+    return store.create("s-1", {"messages": []})
+
+
+def test_timeout_names_the_process_that_holds_the_lock(directory: Path, session: persist.Session, actor: ActorFactory) -> None:
+    """E2: the error says who, where, and for how long; nothing was written."""
+    holder = actor()
+    holder.start_and_pause("store.append('s-1', 'log', 1)", "create")
+    impatient = persist.Store(directory, lock_timeout_s=0.1)
+    with pytest.raises(persist.LockTimeout) as caught:
+        impatient.append("s-1", "log", 2)
+    error = caught.value
+    assert (error.session_id, error.path, error.timeout_s) == ("s-1", directory / "s-1.json.lock", 0.1)
+    assert error.waited_s >= 0.1
+    if sys.platform == "linux":
+        assert error.holder.startswith(f"pid {holder.pid} (")
+    assert error.holder in str(error)
+    holder.go()
+    holder.result()
+    assert persist.Store(directory).load("s-1").data["log"] == [1]
+
+
+def test_timeout_names_the_thread_of_this_process(directory: Path, session: persist.Session) -> None:
+    """E2: between threads the holder is a thread of this process, by name."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with persist.Store(directory).edit("s-1"):
+            inside.set()
+            assert leave.wait(DEADLINE_S)
+
+    thread = threading.Thread(target=hold, name="title-writer")
+    thread.start()
+    assert inside.wait(DEADLINE_S)
+    with pytest.raises(persist.LockTimeout, match="title-writer"):
+        persist.Store(directory, lock_timeout_s=0.05).append("s-1", "log", 2)
+    leave.set()
+    thread.join(DEADLINE_S)
+
+
+def test_waiters_are_served_in_their_order(tmp_path: Path) -> None:
+    """First in, first out: five threads that queue up in a known order get the lock in that order."""
+    mutex = lock.FifoMutex()
+    assert mutex.acquire(0)
+    served: list[int] = []
+    threads = []
+    for n in range(5):
+
+        def wait(n: int = n) -> None:
+            assert mutex.acquire(DEADLINE_S)
+            served.append(n)
+            mutex.release()
+
+        threads.append(threading.Thread(target=wait))
+        threads[-1].start()
+        while len(mutex._waiters) <= n:
+            threading.Event().wait(0.001)
+    mutex.release()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    assert served == [0, 1, 2, 3, 4]
+
+
+def test_waiter_that_gives_up_leaves_the_queue(tmp_path: Path) -> None:
+    """A timed-out waiter neither takes nor blocks the lock; the next one gets it."""
+    mutex = lock.FifoMutex()
+    assert mutex.acquire(0)
+    assert not mutex.acquire(0.01)
+    mutex.release()
+    assert mutex.acquire(0)
+    mutex.release()
+
+
+def test_lock_handed_to_a_waiter_that_gave_up_is_passed_on() -> None:
+    """The hand-over and the time-out may cross; the lock must not stay with nobody."""
+    mutex = lock.FifoMutex()
+    assert mutex.acquire(0)
+    turn = threading.Lock()
+    turn.acquire()
+    mutex._waiters.append(turn)
+    mutex.release()
+    mutex._leave(turn)
+    assert mutex.acquire(0)
+
+
+def test_sessions_do_not_wait_for_each_other(directory: Path, store: persist.Store, actor: ActorFactory) -> None:
+    """E2: there is no global lock: while one session is held in mid-commit, another can be written at once."""
+    store.create("s-1", {})
+    store.create("s-2", {})
+    holder = actor()
+    holder.start_and_pause("store.append('s-1', 'log', 1)", "create")
+    persist.Store(directory, lock_timeout_s=0.0).append("s-2", "log", 1)
+    holder.go()
+    holder.result()
+
+
+@pytest.mark.parametrize("other", ["s-1", "s-2"])
+def test_second_lock_in_one_thread_is_refused(store: persist.Store, session: persist.Session, other: str) -> None:
+    """E2: one thread holds one session's lock; asking for a second is an error at once, not a deadlock."""
+    store.create("s-2", {})
+    with store.edit("s-1") as data:
+        data["kept"] = True
+        with pytest.raises(persist.NestedLock):
+            store.append(other, "log", 1)
+        assert store.load(other).id == other
+        assert store.head(other).id == other
+    assert store.load("s-1").data["kept"] is True
+
+
+def test_lock_excludes_users_of_filelock(store: persist.Store, session: persist.Session, directory: Path) -> None:
+    """Another program may take the same lock with filelock itself."""
+    with store.edit("s-1"), pytest.raises(Timeout):
+        FileLock(directory / "s-1.json.lock", timeout=0, fallback_to_soft=False).acquire()
+    with FileLock(directory / "s-1.json.lock", fallback_to_soft=False), pytest.raises(persist.LockTimeout):
+        persist.Store(directory, lock_timeout_s=0.05).append("s-1", "log", 1)
+
+
+def test_child_forked_inside_an_edit_holds_nothing(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+    """Fork: the child neither has its parent's lock nor releases it; it waits like any other process."""
+    other = actor(lock_timeout_s=0.05)
+    code = """
+with store.edit('s-1') as data:
+    child = os.fork()
+    if child == 0:
+        try:
+            store.append('s-1', 'log', 'while the parent holds it')
+        except persist.LockTimeout:
+            os._exit(7)
+        finally:
+            os._exit(1)
+    data['child_said'] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+"""
+    other.do(code)
+    assert store.load("s-1").data == {"messages": [], "child_said": 7}
+
+
+def test_block_left_in_a_forked_child_writes_nothing(
+    actor: ActorFactory, store: persist.Store, session: persist.Session
+) -> None:
+    """Fork: the child runs out of the very block that it was forked in, and is refused; the parent's edit is committed."""
+    other = actor()
+    code = """
+status = None
+try:
+    with store.edit('s-1') as data:
+        child = os.fork()
+        data['by'] = 'child' if child == 0 else 'parent'
+except persist.LockNotHeld:
+    os._exit(7)
+finally:
+    if child == 0:
+        os._exit(1)
+os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+"""
+    assert other.do(code) == 7
+    assert store.load("s-1").data["by"] == "parent"
+
+
+def test_lock_of_a_forked_parent_is_free_when_it_leaves(directory: Path, session: persist.Session, actor: ActorFactory) -> None:
+    """Fork: a child that lives on does not keep the lock that its parent held at the fork."""
+    other = actor()
+    code = """
+import time
+with store.edit('s-1') as data:
+    data['n'] = 1
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+child
+"""
+    child = other.do(code)
+    try:
+        persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_descriptor_number_may_be_another_files_in_the_child(actor: ActorFactory, session: persist.Session) -> None:
+    """Fork: what the child has opened since under the same number is neither unlocked nor closed."""
+    other = actor()
+    code = """
+from persist.files import lock
+held = lock.try_hold(store.path / 'any', create=True)
+child = os.fork()
+if child == 0:
+    try:
+        reused = os.open(os.devnull, os.O_RDONLY)
+        assert reused == held.fd
+        held.close()
+        os.fstat(reused)
+        os._exit(7)
+    finally:
+        os._exit(1)
+os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+"""
+    assert other.do(code) == 7
+
+
+def test_methods_of_a_finished_transaction_are_refused(store: persist.Store, session: persist.Session) -> None:
+    """The transaction is the lock: outside its block nothing of it works."""
+    with store._files.transaction("s-1") as tx:
+        found = tx.read()
+    for use in (tx.read, tx.exists, tx.confirm, tx.delete, lambda: tx.commit(found.header, found.body)):
+        with pytest.raises(persist.LockNotHeld):
+            use()
+
+
+def test_missing_session_leaves_no_lock_file(store: persist.Store, directory: Path) -> None:
+    """A verb on a session that is not there leaves nothing behind."""
+    for verb in (
+        lambda: store.append("nobody", "log", 1),
+        lambda: store.delete("nobody"),
+        lambda: store.start_stream("nobody"),
+        lambda: store.cancel("nobody", "x"),
+        lambda: store.update("nobody", lambda data: None),
+    ):
+        with pytest.raises(persist.SessionNotFound):
+            verb()
+    assert [path.name for path in directory.iterdir()] == [".leases"]
+
+
+def test_waiters_of_a_deleted_session_agree_on_the_next_lock(
+    store: persist.Store, directory: Path, actor: ActorFactory
+) -> None:
+    """A lock file that its holder has unlinked guards no name: 3 processes create, edit and delete one id.
+
+    Fails with the look at st_nlink taken out. Each create is answered by exactly one delete, and nothing is left over.
+    """
+    actors = [actor(lock_timeout_s=60.0) for _ in range(3)]
+    work = """
+counts = [0, 0]
+for n in range(150):
+    try:
+        store.create('s-9', {'n': 0}); counts[0] += 1
+    except persist.SessionExists:
+        pass
+    try:
+        with store.edit('s-9') as data:
+            before = data['n']; data['n'] = before + 1
+    except persist.SessionNotFound:
+        pass
+    try:
+        store.delete('s-9'); counts[1] += 1
+    except persist.SessionNotFound:
+        pass
+counts
+"""
+    for each in actors:
+        each.start(work)
+    counts = [each.result() for each in actors]
+    assert sum(created for created, _ in counts) == sum(deleted for _, deleted in counts)
+    assert sum(created for created, _ in counts) > 0
+    assert [path.name for path in directory.iterdir()] == [".leases"]
+
+
+def test_lock_is_free_after_kill(store: persist.Store, session: persist.Session, actor: ActorFactory, directory: Path) -> None:
+    """A writer that is killed in mid-commit holds nothing, and its temporary file is removed by the next commit."""
+    victim = actor()
+    victim.start_and_pause("store.append('s-1', 'log', 1)", "replace")
+    victim.kill()
+    assert (directory / "s-1.json.tmp").exists()
+    assert [problem.kind for problem in store.check()] == ["left-over"]
+    persist.Store(directory, lock_timeout_s=1.0).append("s-1", "log", 2)
+    assert store.load("s-1").data["log"] == [2]
+    assert not (directory / "s-1.json.tmp").exists()
+    assert store.check() == []
+
+
+def test_subprocess_does_not_inherit_the_lock(store: persist.Store, session: persist.Session, directory: Path) -> None:
+    """Descriptors are close-on-exec: a program started inside an edit does not keep the session locked."""
+    with store.edit("s-1") as data:
+        data["n"] = 1
+        program = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+    persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1)
+    program.communicate(b"\n", timeout=DEADLINE_S)

@@ -1,0 +1,100 @@
+"""Nothing lost: many writers on one session, in threads and processes."""
+
+from __future__ import annotations
+
+import pytest
+from actors import Actor
+from conftest import ActorFactory
+
+import persist
+
+PROCESSES = 4
+APPENDS = 200
+
+BY_SAVE = """
+def work(name):
+    session = store.load('s-1')
+    for n in range(count):
+        session.data['messages'].append({'id': f'{name}-{n}', 'role': 'user', 'content': 'x' * 40})
+        session.save()
+"""
+BY_EDIT = """
+def work(name):
+    for n in range(count):
+        with store.edit('s-1') as data:
+            data['messages'].append({'id': f'{name}-{n}', 'role': 'user', 'content': 'x' * 40})
+            data['total'] = data.get('total', 0) + 1
+"""
+BY_APPEND = """
+def work(name):
+    for n in range(count):
+        store.append('s-1', 'messages', {'id': f'{name}-{n}', 'role': 'user', 'content': 'x' * 40})
+"""
+THREADS = """
+import threading
+def run(name, threads):
+    errors = []
+    def guarded(name):
+        try:
+            work(name)
+        except Exception as error:
+            errors.append(repr(error))
+    started = [threading.Thread(target=guarded, args=(f'{name}-{t}',)) for t in range(threads)]
+    for thread in started: thread.start()
+    for thread in started: thread.join()
+    return errors
+"""
+
+
+def run_all(actors: list[Actor], work: str, *, threads: int, count: int) -> None:
+    for each in actors:
+        each.do(f"{work}\n{THREADS}\ncount = {count}")
+    # Every actor is up and waits for its next line: this is the barrier.
+    for each in actors:
+        each.start(f"run('p{each.pid}', {threads})")
+    assert [each.result() for each in actors] == [[]] * len(actors)
+
+
+def assert_each_once(store: persist.Store, expected: int) -> None:
+    """Two detectors: the ids in the document, and the revisions that were counted."""
+    session = store.load("s-1")
+    ids = [message["id"] for message in session.data["messages"]]
+    assert len(ids) == len(set(ids)) == expected
+    assert session.revision == expected + 1
+    for writer in {identity.rpartition("-")[0] for identity in ids}:
+        own = [int(identity.rpartition("-")[2]) for identity in ids if identity.rpartition("-")[0] == writer]
+        assert own == sorted(own)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("work", [BY_SAVE, BY_EDIT, BY_APPEND], ids=["save", "edit", "append"])
+def test_every_append_of_four_processes_is_kept(store: persist.Store, actor: ActorFactory, work: str, threads: int) -> None:
+    """A11, A12: 4 processes x 200 appends to one session, by one and by four threads each: 800 of 800, in order.
+
+    Fails with the lock taken out, and with the lock only around the write.
+    """
+    store.create("s-1", {"title": "Busy", "messages": []})
+    actors = [actor(lock_timeout_s=60.0) for _ in range(PROCESSES)]
+    run_all(actors, work, threads=threads, count=APPENDS // threads)
+    assert_each_once(store, PROCESSES * APPENDS)
+
+
+def test_readers_see_only_whole_revisions_that_grow(store: persist.Store, actor: ActorFactory) -> None:
+    """Nothing torn: lock-free loads beside a writer give committed revisions, each as long as its number says."""
+    store.create("s-1", {"messages": []})
+    writer, reader = actor(), actor()
+    writer.do(BY_APPEND + "\ncount = 150")
+    reader.do("seen = [(0, 0)]\nrunning = True")
+    writer.start("work('w')")
+    reader.start(
+        "while seen[-1][1] < 150:\n"
+        "    session = store.load('s-1')\n"
+        "    seen.append((session.revision, len(session.data['messages'])))\n"
+        "    head = store.head('s-1')\n"
+        "    assert head.counts['messages'] == head.revision - 1\n"
+        "seen"
+    )
+    writer.result()
+    seen = reader.result()[1:]
+    assert all(revision == length + 1 for revision, length in seen)
+    assert seen == sorted(seen)
