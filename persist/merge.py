@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal, get_args
 
 from persist.errors import MergeConflict, ValuePath, WrongType
@@ -93,6 +93,15 @@ def _keys(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     return [*theirs, *(key for key in mine if key not in theirs)]
 
 
+def _sum(theirs: float, mine: float, base: float) -> float | None:
+    try:
+        total = theirs + (mine - base)
+    except OverflowError:
+        # A float and an integer of hundreds of digits.
+        return None
+    return total if type(total) is int or math.isfinite(total) else None
+
+
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
@@ -128,8 +137,8 @@ class _Merger:
         if policy == "theirs":
             return t
         if policy == "sum" and _is_number(m) and _is_number(t) and (b is MISSING or _is_number(b)):
-            total = t + (m - (0 if b is MISSING else b))
-            if math.isfinite(total):
+            total = _sum(t, m, b or 0)
+            if total is not None:
                 return total
         if policy == "max" and (type(m) is type(t) is str or (_is_number(m) and _is_number(t))):
             return max(m, t)
@@ -141,45 +150,51 @@ class _Merger:
         if same(b, t):
             return m
         if type(m) is type(t) is dict and type(b) in (dict, _Missing):
-            return self.object(path, b or {}, m, t)
+            return self.object(path, b, m, t)
         if type(m) is type(t) is list and type(b) in (list, _Missing):
-            return self.array(path, b or [], m, t)
+            return self.array(path, b, m, t)
         if same(m, t):
             return t
         return self.conflict(path, "two different values", b, m, t)
 
-    def object(self, path: ValuePath, b: dict[str, Any], m: dict[str, Any], t: dict[str, Any]) -> dict[str, Any]:
+    def object(self, path: ValuePath, b: dict[str, Any] | _Missing, m: dict[str, Any], t: dict[str, Any]) -> dict[str, Any]:
+        base = b or {}
         merged = {}
         for key in _keys(m, t):
-            value = self.value((*path, key), b.get(key, MISSING), m.get(key, MISSING), t.get(key, MISSING))
+            value = self.value((*path, key), base.get(key, MISSING), m.get(key, MISSING), t.get(key, MISSING))
             if value is not MISSING:
                 merged[key] = value
         return merged
 
-    def array(self, path: ValuePath, b: list[Any], m: list[Any], t: list[Any]) -> list[Any]:
-        mine, theirs = _Edits(b, m), _Edits(b, t)
+    def array(self, path: ValuePath, b: list[Any] | _Missing, m: list[Any], t: list[Any]) -> Any:
+        base = b or []
+        mine, theirs = _Edits(base, m), _Edits(base, t)
+        try:
+            merged = self.items(path, base, mine, theirs)
+            _refuse_miscounted(merged, base, m, t, mine.all_added() + theirs.all_added())
+        except _Clash as clash:
+            return self.conflict(path, clash.reason, b, m, t)
+        return merged
+
+    def items(self, path: ValuePath, base: list[Any], mine: _Edits, theirs: _Edits) -> list[Any]:
         twins: dict[Any, Any] = {identity: item for item in theirs.all_added() if (identity := _identity(item))}
         merged: list[Any] = []
-        for gap in range(len(b) + 1):
-            added = mine.added[gap]
-            if _clash(mine, theirs, gap):
-                if not same(added, theirs.added[gap]):
-                    return list(self.conflict(path, "one side added where the other removed", b, m, t))
-                added = []
+        for gap in range(len(base) + 1):
             merged += theirs.added[gap]
-            for item in added:
-                twin = twins.get(_identity(item) or MISSING, MISSING)
-                if twin is MISSING:
-                    merged.append(item)
-                elif not same(item, twin):
-                    return list(self.conflict(path, "one id, two contents", b, m, t))
-            if gap < len(b):
-                item = self.value((*path, gap), b[gap], mine.kept[gap], theirs.kept[gap])
+            merged += _new_in(_added_beside(mine, theirs, gap), twins)
+            if gap < len(base):
+                item = self.value((*path, gap), base[gap], mine.kept[gap], theirs.kept[gap])
                 if item is not MISSING:
                     merged.append(item)
-        if _miscounted(merged, b, m, t, mine.all_added() + theirs.all_added()):
-            return list(self.conflict(path, "one side moved what the other moved or removed", b, m, t))
         return merged
+
+
+class _Clash(Exception):
+    """The two sides' edits of one array contradict each other."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 class _Edits:
@@ -209,9 +224,24 @@ class _Edits:
         return any(kept is MISSING for kept in self.kept[max(gap - 1, 0) : gap + 1])
 
 
-def _clash(mine: _Edits, theirs: _Edits, gap: int) -> bool:
-    """One side added at this gap, and the other removed the item before or after it."""
-    return bool((mine.added[gap] and theirs.removed_beside(gap)) or (theirs.added[gap] and mine.removed_beside(gap)))
+def _added_beside(mine: _Edits, theirs: _Edits, gap: int) -> list[Any]:
+    """What mine adds at a gap; nothing if both sides put the same in the place of what they removed."""
+    ours, others = mine.added[gap], theirs.added[gap]
+    if not ((ours and theirs.removed_beside(gap)) or (others and mine.removed_beside(gap))):
+        return ours
+    if not same(ours, others):
+        raise _Clash("one side added where the other removed")
+    return []
+
+
+def _new_in(added: list[Any], twins: Mapping[Any, Any]) -> Iterator[Any]:
+    """The items that the other side has not added too, under the same id."""
+    for item in added:
+        twin = twins.get(_identity(item) or MISSING, MISSING)
+        if twin is MISSING:
+            yield item
+        elif not same(item, twin):
+            raise _Clash("one id, two contents")
 
 
 def _identity(item: Any) -> tuple[type, Any] | None:
@@ -223,16 +253,16 @@ def _identity(item: Any) -> tuple[type, Any] | None:
     return None
 
 
-def _miscounted(merged: list[Any], b: list[Any], m: list[Any], t: list[Any], added: list[Any]) -> bool:
+def _refuse_miscounted(merged: list[Any], b: list[Any], m: list[Any], t: list[Any], added: list[Any]) -> None:
     """A moved item reads as removed here and added there: moved twice it would double, moved and removed it would return."""
     before = Counter(map(_key, b))
     moved = {key for key in map(_key, added) if key in before}
     if not moved:
-        return False
+        return
     now, mine, theirs = (Counter(map(_key, items)) for items in (merged, m, t))
-    return any(
-        now[key] != max(mine[key] + theirs[key] - before[key], 0) and not now[key] == mine[key] == theirs[key] for key in moved
-    )
+    for key in moved:
+        if now[key] != max(mine[key] + theirs[key] - before[key], 0) and not now[key] == mine[key] == theirs[key]:
+            raise _Clash("one side moved what the other moved or removed")
 
 
 def align(base: list[Any], side: list[Any]) -> list[tuple[int, int]]:

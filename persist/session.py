@@ -194,7 +194,7 @@ class Session:
         return there
 
     def _deleted(self) -> SessionDeleted:
-        return SessionDeleted(session_id=self.id, path=self._files.layout.snapshot(self.id))
+        return SessionDeleted(session_id=self.id, path=self._files.layout.session(self.id).document)
 
 
 def _merge_or_none(base: dict[str, Any], mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any] | None:

@@ -173,7 +173,7 @@ class Store:
         now = datetime.now(UTC)
         with files.transaction(session_id, may_be_missing=True) as tx:
             if tx.exists():
-                raise SessionExists(session_id=session_id, path=files.layout.snapshot(session_id))
+                raise SessionExists(session_id=session_id, path=files.layout.session(session_id).document)
             committed = tx.commit(Header(uuid.uuid4().hex, 1, now, now), body)
         return self._session(session_id, committed, is_durable=True)
 
@@ -412,7 +412,7 @@ def _damage(files: SessionFiles, session_id: str) -> Problem | None:
         return None
     else:
         return None
-    return Problem(session_id, kind, files.layout.snapshot(session_id), message)
+    return Problem(session_id, kind, files.layout.session(session_id).document, message)
 
 
 def _directory(path: object) -> Path:

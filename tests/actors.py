@@ -25,7 +25,7 @@ class Actor:
 
     def __init__(self, directory: Path, **store_options: Any) -> None:
         here, there = Pipe()
-        self._connection = cast("Connection[Any, Any]", here)
+        self._connection = here
         command = [sys.executable, "-W", "error", __file__, str(there.fileno()), str(directory), repr(store_options)]
         self.process = subprocess.Popen(command, pass_fds=[there.fileno()])
         there.close()
@@ -77,9 +77,12 @@ class Actor:
 
 def _run(code: str, names: dict[str, Any]) -> Any:
     tree = ast.parse(code)
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, "<actor>", "exec"), names)
-    return None if last is None else eval(compile(ast.Expression(last.value), "<actor>", "eval"), names)
+    *statements, last = tree.body
+    exec(compile(ast.Module(statements, []), "<actor>", "exec"), names)
+    if isinstance(last, ast.Expr):
+        return eval(compile(ast.Expression(last.value), "<actor>", "eval"), names)
+    exec(compile(ast.Module([last], []), "<actor>", "exec"), names)
+    return None
 
 
 def _pausing(connection: Connection[Any, Any]) -> Callable[[str], None]:
@@ -102,7 +105,7 @@ def _pausing(connection: Connection[Any, Any]) -> Callable[[str], None]:
 def _main(descriptor: str, directory: str, options: str) -> None:
     import persist
 
-    connection = cast("Connection[Any, Any]", Connection(int(descriptor)))
+    connection: Connection[Any, Any] = Connection(int(descriptor))
     store = persist.Store(directory, **ast.literal_eval(options))
     names: dict[str, Any] = {"persist": persist, "store": store, "os": os, "pause_at": _pausing(connection)}
     while True:

@@ -34,6 +34,10 @@ _WRITE_CHUNK = 64 * 1024 * 1024
 
 def open_plain(path: Path, flags: int) -> int:
     """Open a plain file, mode 0600 if it is created; raise `UnsafeFile` for anything else that bears the name."""
+    return _open(path, flags)[0]
+
+
+def _open(path: Path, flags: int) -> tuple[int, os.stat_result]:
     try:
         fd = os.open(path, flags | _FLAGS | _BINARY, 0o600)
     except OSError as error:
@@ -42,12 +46,13 @@ def open_plain(path: Path, flags: int) -> int:
             raise UnsafeFile(path=path, found=_what_is(path)) from None
         raise
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
             raise UnsafeFile(path=path, found=_what_is(path))
     except BaseException:
         os.close(fd)
         raise
-    return fd
+    return fd, status
 
 
 def _what_is(path: Path) -> str:
@@ -66,12 +71,12 @@ def _what_is(path: Path) -> str:
 
 def read(path: Path, limit: int) -> bytes:
     """Return at most `limit` bytes from the start of a plain file."""
-    fd = open_plain(path, os.O_RDONLY)
+    fd, status = _open(path, os.O_RDONLY)
     try:
-        size = min(os.fstat(fd).st_size + 1, limit)
+        # A document is never written to once it bears its name, so its size is known.
+        size = min(status.st_size, limit)
         content = os.read(fd, size)
-        # A short read, or a file that still grows: go on to the end.
-        while len(content) < limit and (more := os.read(fd, limit - len(content))):
+        while len(content) < size and (more := os.read(fd, size - len(content))):
             content += more
         return content
     finally:

@@ -23,7 +23,7 @@ from typing import Any
 
 from persist.errors import CommitFailed, CommitUnknown, InvalidSessionId, LockNotHeld, PersistError, SessionNotFound
 from persist.files import disk, layout, lease, lock, snapshot
-from persist.files.layout import Layout
+from persist.files.layout import Layout, SessionPaths
 from persist.files.lease import Lease
 from persist.files.snapshot import Body, Header, HeadSnapshot, Snapshot
 
@@ -67,7 +67,7 @@ class SessionFiles:
 
     def session_ids(self) -> list[str]:
         """The ids of all sessions, sorted."""
-        return sorted(filter(None, map(layout.session_of_snapshot, disk.names(self.layout.directory))))
+        return sorted(filter(None, map(layout.session_of_document, disk.names(self.layout.directory))))
 
     def leases(self) -> list[tuple[str, str]]:
         """The (session id, stream id) of all lease files, sorted; those of dead streams too."""
@@ -79,12 +79,12 @@ class SessionFiles:
         for name in disk.names(self.layout.directory):
             session_id = layout.session_of_leftover(name)
             path = self.layout.directory / name
-            if session_id and (path == self.layout.temp(session_id) or not self.exists(session_id)):
+            if session_id and (path == self.layout.session(session_id).temp or not self.exists(session_id)):
                 found.append((session_id, path))
         return sorted(found)
 
     def _path(self, session_id: str) -> Path:
-        path = self.layout.snapshot(layout.check_session_id(session_id))
+        path = self.layout.session(session_id).document
         if self._ignores_case:
             for name in disk.names(self.layout.directory):
                 if name != path.name and name.lower() == path.name.lower():
@@ -107,11 +107,10 @@ class SessionFiles:
         path = self._path(session_id)
         if not may_be_missing and not disk.exists(path):
             raise SessionNotFound(session_id=session_id, path=path)
-        with lock.hold(self.layout.lock(session_id), session_id, self.lock_timeout_s) as held:
+        with lock.hold(self.layout.session(session_id).lock, session_id, self.lock_timeout_s) as held:
             tx = Transaction(self, session_id, held)
             try:
-                if not may_be_missing and not disk.exists(path):
-                    raise SessionNotFound(session_id=session_id, path=path)
+                # Looked at again by the verb's own read: the session may have gone while we waited.
                 yield tx
             finally:
                 tx.end()
@@ -124,8 +123,9 @@ class Transaction:
         self.session_id = session_id
         self._files = files
         self._layout = files.layout
-        self._path = files.layout.snapshot(session_id)
+        self._paths = files.layout.session(session_id)
         self._held: lock.HeldFile | None = held
+        self._is_there = False
 
     def _require_lock(self) -> None:
         if self._held is None or not self._held.is_held:
@@ -133,25 +133,27 @@ class Transaction:
 
     def end(self) -> None:
         """End the transaction; a lock file without a session is removed by its last holder."""
-        if self._held is not None and self._held.is_held and not disk.exists(self._path):
+        if self._held is not None and self._held.is_held and not (self._is_there or disk.exists(self._paths.document)):
             # One that cannot be removed does no harm; `persist check` names it.
             with contextlib.suppress(OSError):
-                disk.unlink(self._layout.lock(self.session_id))
+                disk.unlink(self._paths.lock)
         self._held = None
 
     def exists(self) -> bool:
         self._require_lock()
-        return disk.exists(self._path)
+        return disk.exists(self._paths.document)
 
     def read(self) -> Snapshot:
         """Read the committed document."""
         self._require_lock()
-        return self._files.read(self.session_id)
+        found = self._files.read(self.session_id)
+        self._is_there = True
+        return found
 
     def read_edited(self) -> tuple[Header, Body]:
         """Read a document whose checksum need not match."""
         self._require_lock()
-        return snapshot.read_edited(self._path, self.session_id)
+        return snapshot.read_edited(self._paths.document, self.session_id)
 
     def commit(self, header: Header, body: Body) -> Snapshot:
         """Write a revision; durable and visible on return.
@@ -163,21 +165,22 @@ class Transaction:
         self._require_lock()
         content, checksum = snapshot.to_bytes(header, body)
         self._publish(content)
+        self._is_there = True
         return Snapshot(header, body, checksum)
 
     def confirm(self) -> None:
         """Make durable what is on disk: its writer may have died between its rename and its sync."""
         self._require_lock()
         try:
-            disk.sync_file(self._path)
+            disk.sync_file(self._paths.document)
             disk.sync_directory(self._layout.directory)
         except OSError:
-            self._publish(disk.read(self._path, snapshot.READ_LIMIT))
+            self._publish(disk.read(self._paths.document, snapshot.READ_LIMIT))
 
     def _publish(self, content: bytes) -> None:
         if self.session_id in self._files._unknown:
             raise self._files._unknown[self.session_id]
-        attempt = _Attempt(self._layout, self.session_id, content)
+        attempt = _Attempt(self._layout.directory, self._paths, content)
         try:
             attempt.run()
         except _SyncFailed:
@@ -201,17 +204,18 @@ class Transaction:
 
     def _failure(self, kind: type[PersistError], cause: Any) -> Any:
         reason = cause.strerror or type(cause).__name__
-        return kind(session_id=self.session_id, path=self._path, reason=reason, errno=cause.errno)
+        return kind(session_id=self.session_id, path=self._paths.document, reason=reason, errno=cause.errno)
 
     def delete(self) -> None:
         """Remove the session; durable on return. The document goes first: what is left after a crash is no session."""
         self._require_lock()
-        disk.unlink(self._path)
+        self._is_there = False
+        disk.unlink(self._paths.document)
         disk.sync_directory(self._layout.directory)
         for session_id, stream_id in self._files.leases():
             if session_id == self.session_id:
                 self.remove_lease(stream_id)
-        disk.unlink(self._layout.temp(self.session_id))
+        disk.unlink(self._paths.temp)
 
     # --- leases of this session's streams ---
 
@@ -244,10 +248,10 @@ class _SyncFailed(Exception):
 class _Attempt:
     """The commit protocol. `is_visible` tells whether a rename was done, in this run or an earlier one."""
 
-    def __init__(self, layout: Layout, session_id: str, content: bytes) -> None:
-        self._directory = layout.directory
-        self._temp = layout.temp(session_id)
-        self._path = layout.snapshot(session_id)
+    def __init__(self, directory: Path, paths: SessionPaths, content: bytes) -> None:
+        self._directory = directory
+        self._temp = paths.temp
+        self._path = paths.document
         self._content = content
         self.is_visible = False
 

@@ -196,7 +196,7 @@ def test_a10_loads_are_never_answered_from_an_older_cache(
 
 
 def test_a11_two_processes_cannot_both_run_a_turn(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """A11 (#7201): at most one live stream across processes; 40 rounds are in test_streams, 800 appends in test_lost_updates."""
+    """A11 (#7201): at most one live stream across processes; see also test_streams and test_lost_updates."""
     one, two = actor(), actor()
     one.do(START)
     with pytest.raises(persist.SessionBusy) as caught:

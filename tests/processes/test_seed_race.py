@@ -92,7 +92,7 @@ class TestTwoThreads:
         streams: list[persist.Stream] = []
 
         def start() -> str:
-            streams.append(persist.Store(directory, **SHORT).start_stream("s-1", PROMPT))
+            streams.append(persist.Store(directory, lock_timeout_s=SHORT["lock_timeout_s"]).start_stream("s-1", PROMPT))
             return streams[0].id
 
         def let_go() -> None:
@@ -165,7 +165,7 @@ class TestSeedBehaviour:
         session = store.load("s-1")
         assert session.data["pending_user_message"] == "First?"
         assert session.clear_stale_stream() is True
-        idle = {
+        idle: dict[str, object] = {
             "active_stream_id": None,
             "pending_user_message": None,
             "pending_attachments": [],

@@ -271,7 +271,18 @@ def test_lease_ends_with_its_process_although_a_forked_child_lives_on(
     """Fork: a child that outlives the owner does not keep the dead stream alive."""
     owner = actor()
     owner.do(START)
-    child = owner.do("import time\npid = os.fork()\nif pid == 0:\n    time.sleep(60)\n    os._exit(0)\npid")
+    code = """
+import time
+ready, here = os.pipe()
+pid = os.fork()
+if pid == 0:
+    os.write(here, b'!')
+    time.sleep(60)
+    os._exit(0)
+os.read(ready, 1)
+pid
+"""
+    child = owner.do(code)
     owner.kill()
     try:
         assert store.load("s-1").clear_stale_stream() is True
