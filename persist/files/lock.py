@@ -223,16 +223,17 @@ def _poll(path: Path, deadline: float) -> HeldFile | None:
 def _holder_of(path: Path) -> str:
     """Who holds a locked file, by the kernel's table (Linux), else "unknown"."""
     try:
-        inode = os.stat(path).st_ino
-        table = Path("/proc/locks").read_text().splitlines()
+        status = os.stat(path)
+        table = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
     except OSError:
         return "unknown"
-    for line in table:
-        fields = line.split()
-        # 1: FLOCK ADVISORY WRITE 812 fe:00:1234 0 EOF
-        if len(fields) >= 6 and fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == str(inode):
-            return describe_process(int(fields[4]))
-    return "unknown"
+    # 1: FLOCK ADVISORY WRITE 812 fe:00:1234 0 EOF
+    holders = {fields[5]: int(fields[4]) for fields in table if len(fields) > 5 and fields[1] == "FLOCK"}
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    # Some file systems (btrfs) show another device number there than stat() does: then the inode has to do.
+    same_inode = [pid for file, pid in holders.items() if file.rpartition(":")[2] == str(status.st_ino)]
+    pid = holders.get(f"{device}:{status.st_ino}", same_inode[0] if same_inode else None)
+    return "unknown" if pid is None else describe_process(pid)
 
 
 def describe_process(pid: int) -> str:

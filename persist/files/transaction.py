@@ -19,7 +19,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from persist.errors import CommitFailed, CommitUnknown, InvalidSessionId, LockNotHeld, PersistError, SessionNotFound
 from persist.files import disk, layout, lease, lock, snapshot
@@ -35,7 +34,7 @@ class SessionFiles:
         # The real path: two names of one directory must share their in-process locks, and a chdir must not move the store.
         self.layout = Layout(Path(os.path.realpath(directory)))
         self.lock_timeout_s = lock_timeout_s
-        self._unknown: dict[str, CommitUnknown] = {}
+        self._unknown: dict[str, str] = {}
         disk.make_directory(self.layout.leases)
         # Another process may have made the directory a moment ago: its name must not be lost under our first commit.
         disk.sync_directory(self.layout.directory)
@@ -179,7 +178,7 @@ class Transaction:
 
     def _publish(self, content: bytes) -> None:
         if self.session_id in self._files._unknown:
-            raise self._files._unknown[self.session_id]
+            raise self._failure(CommitUnknown, self._files._unknown[self.session_id], None)
         attempt = _Attempt(self._layout.directory, self._paths, content)
         try:
             attempt.run()
@@ -188,23 +187,21 @@ class Transaction:
         except PersistError:
             raise
         except OSError as error:
-            raise self._failure(CommitFailed, error) from error
+            raise self._failure(CommitFailed, _reason(error), error.errno) from error
 
     def _retry(self, attempt: _Attempt) -> None:
         """After a failed fsync: once more, to a new inode."""
         try:
             attempt.run()
         except (OSError, _SyncFailed) as error:
-            cause = error.__cause__ if isinstance(error, _SyncFailed) else error
-            if not attempt.is_visible:
-                raise self._failure(CommitFailed, cause) from cause
-            unknown = self._failure(CommitUnknown, cause)
-            self._files._unknown[self.session_id] = unknown
-            raise unknown from cause
+            cause = error.cause if isinstance(error, _SyncFailed) else error
+            if attempt.is_visible:
+                self._files._unknown[self.session_id] = _reason(cause)
+            kind = CommitUnknown if attempt.is_visible else CommitFailed
+            raise self._failure(kind, _reason(cause), cause.errno) from cause
 
-    def _failure(self, kind: type[PersistError], cause: Any) -> Any:
-        reason = cause.strerror or type(cause).__name__
-        return kind(session_id=self.session_id, path=self._paths.document, reason=reason, errno=cause.errno)
+    def _failure(self, kind: type[PersistError], reason: str, errno: int | None) -> PersistError:
+        return kind(session_id=self.session_id, path=self._paths.document, reason=reason, errno=errno)
 
     def delete(self) -> None:
         """Remove the session; durable on return. The document goes first: what is left after a crash is no session."""
@@ -241,8 +238,16 @@ class Transaction:
             disk.unlink(self._layout.lease(self.session_id, str(stream_id)))
 
 
+def _reason(error: OSError) -> str:
+    return error.strerror or type(error).__name__
+
+
 class _SyncFailed(Exception):
-    """An fsync failed; its cause is the OSError."""
+    """An fsync failed."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(cause)
+        self.cause = cause
 
 
 class _Attempt:
@@ -267,7 +272,7 @@ class _Attempt:
         try:
             disk.sync_directory(self._directory)
         except OSError as error:
-            raise _SyncFailed from error
+            raise _SyncFailed(error) from error
 
     def _write_temp(self) -> None:
         fd = self._create_temp()
@@ -276,7 +281,7 @@ class _Attempt:
             try:
                 disk.sync(fd)
             except OSError as error:
-                raise _SyncFailed from error
+                raise _SyncFailed(error) from error
         finally:
             disk.close(fd)
 
