@@ -56,10 +56,11 @@ class PersistError(Exception):
     template = "{reason}"
 
     def __init__(self, **facts: Any) -> None:
+        super().__init__(self.template.format(**facts))
         self._facts: Mapping[str, Any] = facts
+        # After the base's own __init__: OSError's would set errno back to None.
         for name, value in facts.items():
             setattr(self, name, value)
-        super().__init__(self.template.format(**facts))
 
     def __str__(self) -> str:
         # KeyError would show the repr of its argument, and OSError two numbers.
