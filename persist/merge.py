@@ -45,8 +45,10 @@ class _Missing:
 MISSING: Final = _Missing()
 
 
-def check_policies(policies: Mapping[str, str]) -> None:
-    """Raise `WrongType` unless every value of `policies` is one of the four policies."""
+def check_policies(policies: object) -> None:
+    """Raise `WrongType` unless `policies` maps fields to some of the four policies."""
+    if not isinstance(policies, Mapping):
+        raise WrongType(what="merge", expected="a mapping of fields to policies", got=type(policies).__name__)
     for field, policy in policies.items():
         if policy not in get_args(Policy):
             raise WrongType(what=f"the merge policy of {field!r}", expected=" | ".join(get_args(Policy)), got=repr(policy))
@@ -90,7 +92,8 @@ def merge(
 
 
 def _keys(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    return [*theirs, *(key for key in mine if key not in theirs)]
+    # Mine first: `patch` brings the result into mine, where a new key can only come last.
+    return [*mine, *(key for key in theirs if key not in mine)]
 
 
 def _sum(theirs: float, mine: float, base: float) -> float | None:
@@ -158,7 +161,7 @@ class _Merger:
         return self.conflict(path, "two different values", b, m, t)
 
     def object(self, path: ValuePath, b: dict[str, Any] | _Missing, m: dict[str, Any], t: dict[str, Any]) -> dict[str, Any]:
-        base = b or {}
+        base = {} if isinstance(b, _Missing) else b
         merged = {}
         for key in _keys(m, t):
             value = self.value((*path, key), base.get(key, MISSING), m.get(key, MISSING), t.get(key, MISSING))
@@ -167,7 +170,7 @@ class _Merger:
         return merged
 
     def array(self, path: ValuePath, b: list[Any] | _Missing, m: list[Any], t: list[Any]) -> Any:
-        base = b or []
+        base = [] if isinstance(b, _Missing) else b
         mine, theirs = _Edits(base, m), _Edits(base, t)
         try:
             merged = self.items(path, base, mine, theirs)

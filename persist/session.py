@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, get_args
 
-from persist import streams
+from persist import streams, turn
 from persist.errors import MergeConflict, MessagesRemoved, SessionDeleted, SessionNotFound, WrongType, conflicts_in
-from persist.files.snapshot import ACTIVE, Body, Snapshot
+from persist.files.snapshot import Body, Snapshot
 from persist.files.transaction import SessionFiles, Transaction
-from persist.merge import Policy, Preference, count_removed, merge, patch
+from persist.merge import Policy, Preference, count_removed, merge, patch, same
+from persist.turn import ACTIVE
 
 # No document on disk has it: a base that carries it is always merged, never taken for the state of the disk.
 _NO_CHECKSUM = ""
@@ -93,9 +94,9 @@ class Session:
     def _save(self, tx: Transaction, touch: bool, prefer: Preference) -> None:
         there = self._same_incarnation(tx.read())
         mine = Body.of(self.data)
-        streams.refuse_changed_stream_fields(self._base.body.fields(), mine.fields())
+        turn.refuse_changed_stream_fields(self._base.body.fields(), mine.fields())
         self._refuse_removal(mine, there)
-        merged = self._merged(mine, there, prefer)
+        merged = there.body if _is_unchanged(self._base.body, mine) else self._merged(mine, there, prefer)
         if merged != there.body:
             committed = tx.commit(there.header.next(touch=touch), merged)
         else:
@@ -108,8 +109,6 @@ class Session:
     def _merged(self, mine: Body, there: Snapshot, prefer: Preference) -> Body:
         if there.checksum == self._base.checksum:
             return mine
-        if mine == self._base.body:
-            return there.body
         base = self._base.body.data()
         return Body.of(merge(base, mine.data(), there.body.data(), self._policies, prefer=prefer))
 
@@ -118,7 +117,7 @@ class Session:
         stream_id = there.active_stream_id
         if stream_id is None or mine.bulk == self._base.body.bulk:
             return
-        before, after = (body.data().get(streams.MESSAGES) for body in (self._base.body, mine))
+        before, after = (body.data().get(turn.MESSAGES) for body in (self._base.body, mine))
         if type(before) is list and (count := count_removed(before, after)):
             raise MessagesRemoved(session_id=self.id, stream_id=stream_id, count=count, revision=there.header.revision)
 
@@ -184,7 +183,7 @@ class Session:
             self._base, self._is_durable = committed, True
             return
         # An unsaved edit contradicts the committed state: show that the stream is gone, leave the rest to the next save.
-        fields = {key: value for key, value in committed.body.fields().items() if key in streams.IDLE}
+        fields = {key: value for key, value in committed.body.fields().items() if key in turn.IDLE}
         self.data.update(fields)
         self._base = replace(self._base, body=Body.of({**base, **fields}), checksum=_NO_CHECKSUM)
 
@@ -195,6 +194,11 @@ class Session:
 
     def _deleted(self) -> SessionDeleted:
         return SessionDeleted(session_id=self.id, path=self._files.layout.session(self.id).document)
+
+
+def _is_unchanged(base: Body, mine: Body) -> bool:
+    # What others committed is patched into `data` in place: the same keys may then stand there in another order.
+    return base == mine or (base.size == mine.size and same(base.data(), mine.data()))
 
 
 def _merge_or_none(base: dict[str, Any], mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from persist import codec, streams
+from persist import codec, streams, turn
 from persist.errors import (
     CorruptSession,
     PersistError,
@@ -28,11 +28,12 @@ from persist.errors import (
     WrongType,
     conflicts_in,
 )
-from persist.files.snapshot import ACTIVE, HEADER, Body, Header, Snapshot
+from persist.files.snapshot import HEADER, Body, Header, Snapshot
 from persist.files.transaction import SessionFiles, Transaction
 from persist.merge import Policy, check_policies
 from persist.session import Head, Session
-from persist.streams import Message, Stream, StreamInfo
+from persist.streams import Stream, StreamInfo
+from persist.turn import ACTIVE, Message
 
 Result = TypeVar("Result")
 
@@ -90,8 +91,9 @@ class Store:
         allow_network: bool = False,
     ) -> None:
         directory = _directory(path)
-        check_policies(merge or {})
-        self._policies = dict(merge or {})
+        policies = {} if merge is None else merge
+        check_policies(policies)
+        self._policies = dict(policies)
         self._files = SessionFiles(directory, lock_timeout_s=_seconds(lock_timeout_s), allow_network=allow_network)
         self._is_closed = False
 
@@ -153,6 +155,8 @@ class Store:
         if limit is not None and (type(limit) is not int or limit < 0):
             raise WrongType(what="limit", expected="a whole number from 0 up, or None", got=repr(limit))
         if after is not None:
+            if type(after) is not str:
+                raise WrongType(what="after", expected="a session id, or None", got=repr(after))
             found = [session_id for session_id in found if session_id > after]
         return found[:limit]
 
@@ -169,7 +173,7 @@ class Store:
         files = self._open_files()
         data = {} if data is None else data
         body = Body.of(data)
-        streams.refuse_changed_stream_fields({}, data)
+        turn.refuse_changed_stream_fields({}, data)
         now = datetime.now(UTC)
         with files.transaction(session_id, may_be_missing=True) as tx:
             if tx.exists():
@@ -183,7 +187,8 @@ class Store:
         Raises: as `load` for the first, as `create` for the second.
         """
         found = self._open_files().read(session_id)
-        return self.create(new_id, streams.without_stream(found.body.data(), found.header.owner))
+        owner = found.header.owner
+        return self.create(new_id, turn.without_turn(found.body.data(), owner.answer_id if owner else None))
 
     def delete(self, session_id: str, *, force: bool = False) -> None:
         """Remove a session; durable on return. A later `save` of an object that was loaded before is refused.
@@ -237,6 +242,8 @@ class Store:
             RevisionMismatch (a `MergeConflict`): the session is at another revision; nothing was written.
             Otherwise as `edit`.
         """
+        if not callable(function):
+            raise WrongType(what="function", expected="callable", got=type(function).__name__)
         with self._open_files().transaction(session_id) as tx:
             found = tx.read()
             revision = found.header.revision
@@ -269,13 +276,13 @@ class Store:
         """
         if type(field) is not str:
             raise WrongType(what="field", expected="a string", got=type(field).__name__)
-        if field in streams.IDLE:
+        if field in turn.IDLE:
             raise ReservedField(field=field, remedy="Use store.start_stream().")
         codec.check(item, (field,))
         with conflicts_in(session_id), self._open_files().transaction(session_id) as tx:
             found = tx.read()
             data = found.body.data()
-            streams.append_once(streams.messages_of(data, field), item, field=field)
+            turn.append_once(turn.messages_of(data, field), item, field=field)
             return _commit_edit(tx, found, data, touch=touch)
 
     # --- streams ---
@@ -315,7 +322,8 @@ class Store:
     def streams(self) -> list[StreamInfo]:
         """List the active streams, and for each whether it lives. Takes the lock of one session at a time.
 
-        Only streams that were started through `persist` are listed; see `clear_stale_streams` for others.
+        Only streams that were started through `persist` are listed; see `clear_stale_streams` for others. The streams of a
+        session that cannot be read are left out: `check` names it.
         """
         files = self._open_files()
         looks = (streams.look_at(files, session_id, stream_id) for session_id, stream_id in files.leases())
@@ -395,7 +403,7 @@ def _commit_edit(tx: Transaction, found: Snapshot, data: dict[str, Any], *, touc
     if body == found.body:
         tx.confirm()
         return found.header.revision
-    streams.refuse_changed_stream_fields(found.body.fields(), body.fields())
+    turn.refuse_changed_stream_fields(found.body.fields(), body.fields())
     return tx.commit(found.header.next(touch=touch), body).header.revision
 
 
@@ -416,7 +424,7 @@ def _damage(files: SessionFiles, session_id: str) -> Problem | None:
 
 
 def _directory(path: object) -> Path:
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in str(path):
         raise WrongType(what="a store's path", expected="a directory's name", got=repr(path))
     directory = Path(path)
     if directory.exists() and not directory.is_dir():

@@ -4,10 +4,7 @@ A stream owns its session from `start` to `finish`, `fail` or the death of its p
 `active_stream_id` in the document) and the proof that it lives (its lease) become visible in one hold of the session's lock,
 and every later write of the stream compares incarnation, stream id and epoch in the same hold as it writes. So there is no
 instant at which a stream that is starting looks dead (hermes-webui #5053), at which a clear can hit a successor (#1533), or at
-which a stream that lost its session can still write to it (#2154).
-
-A turn in `messages`: the prompt, then what the stream appends, then its one partial answer, which `checkpoint` replaces
-and `finish` completes. The prompt is durable before `start` returns and nothing here ever removes it.
+which a stream that lost its session can still write to it (#2154). What a turn does to the data is in `turn`.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import functools
 import os
 import socket
 import sys
-import time
 import uuid
 import warnings
 from collections.abc import Callable
@@ -26,163 +22,33 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from persist import codec
+from persist import codec, turn
 from persist.errors import (
     CommitFailed,
+    CorruptSession,
     InvalidStreamId,
-    MergeConflict,
     Owner,
     PersistError,
-    ReservedField,
     SessionBusy,
     SessionNotFound,
     StreamLost,
+    UnsafeFile,
+    UnsupportedFormat,
     WrongType,
     conflicts_in,
 )
 from persist.files import layout
 from persist.files.lease import Lease
-from persist.files.snapshot import ACTIVE, Body, Header, Snapshot, StreamOwner
+from persist.files.snapshot import Body, Header, Snapshot, StreamOwner
 from persist.files.transaction import SessionFiles, Transaction
 from persist.merge import same
-
-#: The fields of a document that belong to the stream verbs, with their values while no stream is active.
-IDLE: dict[str, Any] = {
-    ACTIVE: None,
-    "pending_user_message": None,
-    "pending_attachments": [],
-    "pending_started_at": None,
-}
-MESSAGES = "messages"
-INTERRUPTED = "interrupted"
-
-Message = dict[str, Any]
-
-
-# --- the document's side: pure changes to data ---------------------------------------------------------------------------
-
-
-def refuse_changed_stream_fields(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Raise `ReservedField` if an edit touched what belongs to the stream verbs."""
-    for field, idle in IDLE.items():
-        if not same(before.get(field, idle), after.get(field, idle)):
-            verb = "Use store.start_stream(), store.cancel() or session.clear_stale_stream()."
-            raise ReservedField(field=field, remedy=verb)
-
-
-def without_stream(data: dict[str, Any], owner: StreamOwner | None) -> dict[str, Any]:
-    """The data of a copy: no stream fields, and no partial answer of a stream that runs on the original."""
-    kept = {key: value for key, value in data.items() if key not in IDLE}
-    if owner is not None and owner.answer_id is not None:
-        kept[MESSAGES] = [message for message in messages_of(kept) if not _has_id(message, owner.answer_id)]
-    return kept
-
-
-def messages_of(data: dict[str, Any], field: str = MESSAGES) -> list[Any]:
-    """The list under `field`, made if it is missing."""
-    messages = data.setdefault(field, [])
-    if type(messages) is not list:
-        raise WrongType(what=f"field {field!r} of the document", expected="a list", got=type(messages).__name__)
-    return messages
-
-
-def append_once(messages: list[Any], item: Any, *, before: int | None = None, field: str = MESSAGES) -> None:
-    """Add an item unless one of its id is there; the same id with other content is a `MergeConflict`."""
-    place = _find(messages, item.get("id")) if type(item) is dict else None
-    if place is None:
-        messages.insert(len(messages) if before is None else before, item)
-    else:
-        _require_same(messages[place], item, (field, place))
-
-
-def _require_same(there: Message, item: Message, path: tuple[str | int, ...]) -> None:
-    if not same(there, item):
-        raise MergeConflict(path=path, reason="its id is taken by other content", base=None, mine=item, theirs=there)
-
-
-def _has_id(message: Any, message_id: object) -> bool:
-    return type(message) is dict and "id" in message and same(message["id"], message_id)
-
-
-def _find(messages: list[Any], message_id: object) -> int | None:
-    """The place of the message with this id, looked for from the end."""
-    if message_id is None:
-        return None
-    return next((i for i in range(len(messages) - 1, -1, -1) if _has_id(messages[i], message_id)), None)
-
-
-def _with_id(message: Message, default: str) -> Message:
-    if message.get("id") is not None:
-        return message
-    return {"id": default} | {key: value for key, value in message.items() if key != "id"}
-
-
-def _put_prompt(messages: list[Any], prompt: Message) -> None:
-    """Add the prompt of a turn, or take up again the one that an interrupted turn has left."""
-    place = _find(messages, prompt["id"])
-    if place is None:
-        messages.append(prompt)
-        return
-    there = messages[place]
-    ignored = {INTERRUPTED: prompt.get(INTERRUPTED, False)}
-    _require_same({**there, **ignored}, {**prompt, **ignored}, (MESSAGES, place))
-    there.pop(INTERRUPTED, None)
-
-
-def _put_answer(messages: list[Any], answer: Message, current_id: object) -> None:
-    """Put the answer where the turn's partial stands, or at the end; there is never a second one."""
-    place = _find(messages, current_id)
-    twin = _find(messages, answer["id"])
-    if twin is not None and twin != place:
-        _require_same(messages[twin], answer, (MESSAGES, twin))
-        if place is not None:
-            del messages[place]
-    elif place is None:
-        messages.append(answer)
-    else:
-        messages[place] = answer
-
-
-def _end_turn(data: dict[str, Any]) -> None:
-    data.update({field: list(idle) if type(idle) is list else idle for field, idle in IDLE.items()})
-
-
-def _interrupt_turn(data: dict[str, Any], owner: StreamOwner | None) -> None:
-    """End a turn that has no answer: prompt and partial stay, marked once."""
-    messages = messages_of(data)
-    if owner is None:
-        _recover_foreign_prompt(data, messages)
-    else:
-        for message_id in (owner.prompt_id, owner.answer_id):
-            place = _find(messages, message_id)
-            if place is not None:
-                messages[place][INTERRUPTED] = True
-    _end_turn(data)
-
-
-def _recover_foreign_prompt(data: dict[str, Any], messages: list[Any]) -> None:
-    """Keep the prompt of a turn that another program started: `pending_user_message` may be its only copy (#1471)."""
-    content = data.get("pending_user_message")
-    if not content:
-        return
-    last = messages[-1] if messages else None
-    if type(last) is dict and last.get("role") == "user" and same(last.get("content"), content):
-        last[INTERRUPTED] = True
-        return
-    prompt = {"id": f"{data.get(ACTIVE)}.prompt", "role": "user", "content": content, INTERRUPTED: True}
-    if data.get("pending_attachments"):
-        prompt["attachments"] = data["pending_attachments"]
-    if _find(messages, prompt["id"]) is None:
-        messages.append(prompt)
-
-
-# --- the verbs -----------------------------------------------------------------------------------------------------------
+from persist.turn import ACTIVE, Data, Message
 
 
 def start(files: SessionFiles, session_id: str, message: Message | None, stream_id: str | None = None) -> Stream:
     """Claim a session for a new stream; see `Store.start_stream`."""
     stream_id = uuid.uuid4().hex if stream_id is None else layout.check_stream_id(stream_id)
-    prompt = None if message is None else _with_id(_checked(message), f"{stream_id}.prompt")
+    prompt = None if message is None else turn.with_id(_checked(message), f"{stream_id}.prompt")
     with conflicts_in(session_id), files.transaction(session_id) as tx:
         snapshot = tx.read()
         with tx.holding_lease_if_dead(snapshot.active_stream_id) as is_dead:
@@ -193,14 +59,14 @@ def start(files: SessionFiles, session_id: str, message: Message | None, stream_
 
 def _claim(files: SessionFiles, tx: Transaction, snapshot: Snapshot, stream_id: str, prompt: Message | None) -> Stream:
     data, header = snapshot.body.data(), snapshot.header
-    messages = messages_of(data)
-    if any(_has_id(m, f"{stream_id}.{part}") for m in messages for part in ("prompt", "answer")):
+    messages = turn.messages_of(data)
+    if any(turn.has_id(m, f"{stream_id}.{part}") for m in messages for part in ("prompt", "answer")):
         raise InvalidStreamId(stream_id=stream_id, reason="a stream of this session had it before. Choose a new one.")
     stale_id = data.get(ACTIVE)
     if stale_id is not None:
-        _interrupt_turn(data, _owner_of(header, stale_id))
+        _interrupt(data, header)
     owner = StreamOwner(stream_id, _this_process(), None if prompt is None else prompt["id"])
-    _begin_turn(data, stream_id, prompt)
+    turn.begin(data, stream_id, prompt)
     body = Body.of(data)
     lease = tx.take_lease(stream_id, codec.encode({"pid": owner.process.pid, "started_at": owner.process.started_at}))
     if lease is None:
@@ -217,16 +83,6 @@ def _claim(files: SessionFiles, tx: Transaction, snapshot: Snapshot, stream_id: 
     if stale_id is not None:
         tx.remove_lease(stale_id)
     return Stream(files, tx.session_id, committed, stream_id, lease)
-
-
-def _begin_turn(data: dict[str, Any], stream_id: str, prompt: Message | None) -> None:
-    _end_turn(data)
-    data[ACTIVE] = stream_id
-    data["pending_started_at"] = time.time()
-    if prompt is not None:
-        _put_prompt(messages_of(data), prompt)
-        data["pending_user_message"] = prompt.get("content")
-        data["pending_attachments"] = prompt.get("attachments", [])
 
 
 def clear_stale(files: SessionFiles, session_id: str, stream_id: object) -> Snapshot | None:
@@ -247,10 +103,18 @@ def _take_away(tx: Transaction, snapshot: Snapshot) -> Snapshot:
     """End the active stream without its owner: dead, or overruled by a forced cancel. The epoch fences an owner off."""
     data, header = snapshot.body.data(), snapshot.header
     stream_id = data[ACTIVE]
-    _interrupt_turn(data, _owner_of(header, stream_id))
+    _interrupt(data, header)
     committed = tx.commit(header.next(touch=False, epoch=header.epoch + 1, owner=None), Body.of(data))
     tx.remove_lease(stream_id)
     return committed
+
+
+def _interrupt(data: Data, header: Header) -> None:
+    owner = _owner_of(header, data[ACTIVE])
+    if owner is None:
+        turn.interrupt_foreign(data)
+    else:
+        turn.interrupt(data, owner.prompt_id, owner.answer_id)
 
 
 def sweep_lease(files: SessionFiles, session_id: str, stream_id: str) -> bool:
@@ -311,7 +175,7 @@ class StreamInfo:
 
 
 def look_at(files: SessionFiles, session_id: str, stream_id: str) -> StreamInfo | None:
-    """Tell whether a stream is alive, under its session's lock; None if it is not the session's active one."""
+    """Tell whether a stream is alive, under its session's lock; None if it is not known to be the session's active one."""
     try:
         with files.transaction(session_id) as tx:
             head = files.read_head(session_id)
@@ -327,7 +191,8 @@ def look_at(files: SessionFiles, session_id: str, stream_id: str) -> StreamInfo 
                     owner=None if owner is None else owner.process,
                     last_commit_at=head.header.updated_at,
                 )
-    except SessionNotFound:
+    except (SessionNotFound, CorruptSession, UnsupportedFormat, UnsafeFile):
+        # One damaged session must not hide the streams of the others; `check` names it.
         return None
 
 
@@ -408,7 +273,7 @@ class Stream:
             MergeConflict: another message has its id.
             CommitFailed, CommitUnknown, LockTimeout: see the errors; the turn may go on.
         """
-        answer = _with_id(_checked(message), f"{self.id}.answer")
+        answer = turn.with_id(_checked(message), f"{self.id}.answer")
         self._commit(lambda data, owner: self._answer(data, owner, answer))
 
     def append(self, message: Message) -> None:
@@ -418,9 +283,9 @@ class Stream:
         """
         item = _checked(message)
 
-        def change(data: dict[str, Any], owner: StreamOwner) -> StreamOwner:
-            messages = messages_of(data)
-            append_once(messages, item, before=_find(messages, owner.answer_id))
+        def change(data: Data, owner: StreamOwner) -> StreamOwner:
+            messages = turn.messages_of(data)
+            turn.append_once(messages, item, before=turn.find(messages, owner.answer_id))
             return owner
 
         self._commit(change)
@@ -433,12 +298,12 @@ class Stream:
 
         Raises: as `checkpoint`.
         """
-        answer = None if message is None else _with_id(_checked(message), f"{self.id}.answer")
+        answer = None if message is None else turn.with_id(_checked(message), f"{self.id}.answer")
 
-        def change(data: dict[str, Any], owner: StreamOwner) -> None:
+        def change(data: Data, owner: StreamOwner) -> None:
             if answer is not None:
                 self._answer(data, owner, answer)
-            _end_turn(data)
+            turn.end(data)
 
         self._commit(change)
 
@@ -447,13 +312,13 @@ class Stream:
 
         Raises: as `checkpoint`.
         """
-        self._commit(_interrupt_turn)
+        self._commit(lambda data, owner: turn.interrupt(data, owner.prompt_id, owner.answer_id))
 
-    def _answer(self, data: dict[str, Any], owner: StreamOwner, answer: Message) -> StreamOwner:
-        _put_answer(messages_of(data), answer, owner.answer_id)
+    def _answer(self, data: Data, owner: StreamOwner, answer: Message) -> StreamOwner:
+        turn.put_answer(turn.messages_of(data), answer, owner.answer_id)
         return replace(owner, answer_id=answer["id"])
 
-    def _commit(self, change: Callable[[dict[str, Any], StreamOwner], StreamOwner | None]) -> None:
+    def _commit(self, change: Callable[[Data, StreamOwner], StreamOwner | None]) -> None:
         """Apply a change, fenced. A change that returns no owner ends the turn, and its lease in the same lock hold."""
         if not self._lease.is_held:
             raise self._lost("it has ended, or this is a forked child")

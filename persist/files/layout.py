@@ -63,10 +63,13 @@ class Layout:
         self.directory = directory
         self.leases = directory / LEASES
         # Three Path objects cost more than taking the lock does (20 µs); servers come back to the same sessions.
-        self.session = lru_cache(maxsize=1024)(self._session)
+        self._session = lru_cache(maxsize=1024)(self._paths)
 
-    def _session(self, session_id: str) -> SessionPaths:
-        name = f"{check_session_id(session_id)}{_DOCUMENT}"
+    def session(self, session_id: str) -> SessionPaths:
+        return self._session(check_session_id(session_id))
+
+    def _paths(self, session_id: str) -> SessionPaths:
+        name = f"{session_id}{_DOCUMENT}"
         return SessionPaths(self.directory / name, self.directory / f"{name}{_LOCK}", self.directory / f"{name}{_TEMP}")
 
     def lease(self, session_id: str, stream_id: str) -> Path:

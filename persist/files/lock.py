@@ -150,7 +150,10 @@ _mutexes: WeakValueDictionary[Path, FifoMutex] = WeakValueDictionary()
 
 def _mutex(path: Path) -> FifoMutex:
     with _table:
-        return _mutexes.setdefault(path, FifoMutex())
+        mutex = _mutexes.get(path)
+        if mutex is None:
+            mutex = _mutexes[path] = FifoMutex()
+        return mutex
 
 
 class _Held(threading.local):

@@ -30,11 +30,11 @@ from typing import Any
 from persist import codec
 from persist.errors import CorruptSession, NotJSON, Owner, ReservedField, UnsupportedFormat, WrongType
 from persist.files import disk
+from persist.turn import ACTIVE
 
 FORMAT = 1
 HEADER = "_persist"
 BULK = ("messages", "tool_calls")
-ACTIVE = "active_stream_id"
 
 _OPENING = b'{"_persist":{"format":1,"checksum":"'
 _MIDDLE = b',"head_checksum":"'

@@ -315,6 +315,33 @@ def test_sweep_goes_on_past_a_damaged_session(
     assert list(caught.value.failures) == ["s-0"]
 
 
+def test_damaged_session_hides_no_other_streams(store: persist.Store, session: persist.Session, directory: Path) -> None:
+    """`streams` lists the rest, and `check` names the damage."""
+    store.create("s-0", {"messages": []})
+    with store.start_stream("s-0") as other, store.start_stream("s-1") as stream:
+        whole = (directory / "s-0.json").read_bytes()
+        (directory / "s-0.json").write_bytes(b"?" + whole)
+        assert [info.stream_id for info in store.streams()] == [stream.id]
+        assert [(problem.session_id, problem.kind) for problem in store.check()] == [("s-0", "corrupt")]
+        (directory / "s-0.json").write_bytes(whole)
+        stream.finish()
+        other.finish()
+
+
+def test_answer_of_an_interrupted_turn_is_taken_up_again(store: persist.Store, session: persist.Session) -> None:
+    """An answer with an id of its own: the retry continues the interrupted one instead of meeting it as a conflict."""
+    prompt = {"id": "m1", "role": "user", "content": "Why?"}
+    with store.start_stream("s-1", prompt) as stream:
+        stream.checkpoint({"id": "m2", "role": "assistant", "content": "Be"})
+    with store.start_stream("s-1", prompt) as stream:
+        stream.checkpoint({"id": "m2", "role": "assistant", "content": "Becau"})
+        stream.append({"role": "tool", "content": "looked"})
+        stream.finish({"id": "m2", "role": "assistant", "content": "Because."})
+    assert contents(store) == [("Why?", False), ("looked", False), ("Because.", False)]
+    with pytest.raises(persist.MergeConflict), store.start_stream("s-1") as stream:
+        stream.finish({"id": "m2", "role": "assistant", "content": "Something else."})
+
+
 def test_sweep_of_every_session_finds_streams_without_a_lease(store: persist.Store, directory: Path) -> None:
     """Adoption: what an old server left behind has no lease; its prompt is kept, and cleared once."""
     (directory / "old.json").write_text(

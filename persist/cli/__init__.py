@@ -1,0 +1,3 @@
+"""The command line: ``persist --help``."""
+
+from persist.cli.entry import main as main

@@ -1,0 +1,286 @@
+"""The commands that look at a store and mend it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.text import Text
+
+from persist import __version__
+from persist.cli.output import console, print_json, print_table, printable, tolerate_any_terminal
+from persist.cli.replay import replay
+from persist.errors import PersistError, SessionNotFound, SweepIncomplete
+from persist.files.layout import LEASES
+from persist.store import Store
+from persist.streams import StreamInfo
+
+PROBLEMS_FOUND = 1
+STORE_ERROR = 3
+
+_EPILOG = """\b
+Exit status:
+  0  all is well
+  1  problems were found: damaged sessions, left-overs, losses in a replay
+  2  the command line is wrong
+  3  the store refused; its reason is on the standard error
+
+\b
+Examples:
+  persist ls var/sessions
+  persist show var/sessions s-42
+  persist clear-stale var/sessions
+  persist check var/sessions --json | jq '.problems[].path'
+  persist replay --workers 4 --kills 20
+"""
+
+
+class StoreFailure(click.ClickException):
+    """What the store refused: its message, without a traceback, and exit status 3."""
+
+    exit_code = STORE_ERROR
+
+
+class StoreGroup(click.Group):
+    """Commands whose `PersistError` or `OSError` becomes a message."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        tolerate_any_terminal()
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise
+        except (PersistError, OSError) as error:
+            raise StoreFailure(printable(str(error), keep="\n")) from error
+
+
+def _open_store(_ctx: click.Context, _argument: click.Parameter, path: Path) -> Store:
+    """Open a store that is there already: `Store` would make its directory, and looking at one must never do that."""
+    if not path.is_dir():
+        raise click.BadParameter(f"{printable(str(path))} is not a directory.")
+    if not (path / LEASES).is_dir() and not any(path.glob("*.json")):
+        raise click.BadParameter(f"{printable(str(path))} is not a store: it has neither sessions (*.json) nor {LEASES}.")
+    return Store(path)
+
+
+store_argument = click.argument("store", type=click.Path(path_type=Path), callback=_open_store)
+session_argument = click.argument("session_id", metavar="ID")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+@click.group(cls=StoreGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="persist")
+def persist() -> None:
+    """Look at a store of chat sessions, mend it, and put it to the test."""
+
+
+persist.add_command(replay)
+
+
+# --- looking ---
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A session in the list. `stream` is "none", "live", "stale", or "unknown" if a session could not be asked."""
+
+    id: str
+    title: str | None = None
+    revision: int | None = None
+    messages: int | None = None
+    updated_at: str | None = None
+    stream: str = "none"
+    error: str | None = None
+
+    def row(self) -> tuple[object, ...]:
+        if self.error is not None:
+            return self.id, f"UNREADABLE: {self.error}", "", "", "", ""
+        return self.id, self.title or "", self.revision, self.messages, self.updated_at, self.stream
+
+
+@persist.command()
+@store_argument
+@json_option
+@click.pass_context
+def ls(ctx: click.Context, store: Store, as_json: bool) -> None:
+    """List the sessions.
+
+    Each with its stream: none, live, or stale (its process is dead). A damaged session is shown with its error, and the exit
+    status is 1.
+    """
+    streams = _streams_by_session(store)
+    entries = [entry for session_id in store.ids() if (entry := _entry(store, session_id, streams)) is not None]
+    if as_json:
+        print_json([asdict(entry) for entry in entries])
+    else:
+        print_table(("id", "title", "revision", "messages", "updated", "stream"), [entry.row() for entry in entries])
+    if any(entry.error for entry in entries):
+        ctx.exit(PROBLEMS_FOUND)
+
+
+def _streams_by_session(store: Store) -> Mapping[str, StreamInfo] | None:
+    try:
+        return {info.session_id: info for info in store.streams()}
+    except PersistError:
+        # A damaged or locked session must not hide the others: the list goes on without knowing who lives.
+        return None
+
+
+def _entry(store: Store, session_id: str, streams: Mapping[str, StreamInfo] | None) -> Entry | None:
+    try:
+        head = store.head(session_id)
+    except SessionNotFound:
+        return None
+    except PersistError as error:
+        return Entry(session_id, error=str(error))
+    title = head.data.get("title")
+    return Entry(
+        session_id,
+        title if isinstance(title, str) else None,
+        head.revision,
+        head.counts.get("messages", 0),
+        head.updated_at.isoformat(timespec="seconds"),
+        _state(session_id, head.active_stream_id, streams),
+    )
+
+
+def _state(session_id: str, active_stream_id: str | None, streams: Mapping[str, StreamInfo] | None) -> str:
+    if active_stream_id is None:
+        return "none"
+    if streams is None:
+        return "unknown"
+    info = streams.get(session_id)
+    return "live" if info is not None and info.is_live else "stale"
+
+
+@persist.command()
+@store_argument
+@session_argument
+@json_option
+def show(store: Store, session_id: str, as_json: bool) -> None:
+    """Print a conversation. Control characters in it are escaped."""
+    session = store.load(session_id)
+    facts = {"revision": session.revision, "created_at": session.created_at.isoformat()}
+    facts |= {"updated_at": session.updated_at.isoformat(), "active_stream_id": session.active_stream_id}
+    if as_json:
+        print_json({"id": session.id, **facts, "data": session.data})
+        return
+    out = console()
+    title = session.data.get("title")
+    out.print(Text(printable(title if isinstance(title, str) else session.id), style="bold"))
+    for name, value in facts.items():
+        out.print(Text(f"{name}: {printable(str(value))}", style="dim"))
+    messages = session.data.get("messages")
+    for message in messages if isinstance(messages, list) else []:
+        out.print(_message(message))
+
+
+def _message(message: Any) -> Text:
+    if not isinstance(message, dict):
+        return Text("\n" + _plain(message))
+    text = Text(f"\n{_plain(message.get('role'))}", style="bold")
+    text.append(f"  {_plain(message.get('id'))}\n", style="dim not bold")
+    text.append(_plain(message.get("content"), keep="\n\t"), style="not bold")
+    for key, value in message.items():
+        if key not in ("role", "id", "content"):
+            text.append(f"\n{printable(key)}: {_plain(value)}", style="dim not bold")
+    return text
+
+
+def _plain(value: Any, *, keep: str = "") -> str:
+    if value is None:
+        return ""
+    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), keep=keep)
+
+
+@persist.command()
+@store_argument
+@json_option
+def streams(store: Store, as_json: bool) -> None:
+    """List the active streams.
+
+    Each with its owner, and whether it lives. A live stream without a recent commit may hang: `persist` cannot tell, and
+    leaves it alone.
+    """
+    found = store.streams()
+    if as_json:
+        print_json([asdict(info) | {"last_commit_at": info.last_commit_at.isoformat()} for info in found])
+        return
+    rows = [(info.session_id, info.stream_id, _life(info), info.owner or "unknown", info.last_commit_at) for info in found]
+    print_table(("session", "stream", "state", "owner", "last commit"), rows)
+
+
+def _life(info: StreamInfo) -> str:
+    if not info.is_live:
+        return "stale"
+    return "live, asked to end" if info.is_cancelled else "live"
+
+
+@persist.command()
+@store_argument
+@json_option
+@click.pass_context
+def check(ctx: click.Context, store: Store, as_json: bool) -> None:
+    """Name what is damaged, stale or left over.
+
+    Reads every session whole, and changes nothing. If there is anything to name, the exit status is 1.
+    """
+    problems = store.check()
+    if as_json:
+        print_json({"problems": [asdict(problem) | {"path": str(problem.path)} for problem in problems]})
+    elif problems:
+        print_table(("session", "problem", "what"), [(p.session_id, p.kind, p.message) for p in problems])
+    else:
+        click.echo(f"{len(store.ids())} sessions: no problem found.")
+    if problems:
+        ctx.exit(PROBLEMS_FOUND)
+
+
+# --- mending ---
+
+
+@persist.command("clear-stale")
+@store_argument
+@click.option("--every-session", is_flag=True, help="Look into all sessions, also for streams that another program has left.")
+@json_option
+@click.pass_context
+def clear_stale(ctx: click.Context, store: Store, every_session: bool, as_json: bool) -> None:
+    """Clear the streams whose process is dead.
+
+    Prompt and partial answer are kept; live streams are left alone. Sessions that cannot be looked at are named, and the
+    exit status is 1.
+    """
+    failures: dict[str, Exception] = {}
+    try:
+        cleared = store.clear_stale_streams(every_session=every_session)
+    except SweepIncomplete as incomplete:
+        cleared, failures = incomplete.cleared, incomplete.failures
+    if as_json:
+        reasons = {session_id: str(error) for session_id, error in failures.items()}
+        print_json({"cleared": [asdict(each) for each in cleared], "failures": reasons})
+    else:
+        print_table(("session", "cleared stream"), [(each.session_id, each.stream_id) for each in cleared])
+        for error in failures.values():
+            click.echo(printable(str(error)), err=True)
+    if failures:
+        ctx.exit(PROBLEMS_FOUND)
+
+
+@persist.command()
+@store_argument
+@session_argument
+@json_option
+def accept(store: Store, session_id: str, as_json: bool) -> None:
+    """Take a document that was edited by hand.
+
+    It gets a new checksum. One that is sound is left alone.
+    """
+    session = store.accept(session_id)
+    if as_json:
+        print_json({"id": session.id, "revision": session.revision})
+    else:
+        click.echo(f"{session.id} is accepted at revision {session.revision}.")

@@ -1,0 +1,92 @@
+"""Outcome: play a plan, compare the store with what was played, and put it into figures."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from persist.errors import SweepIncomplete
+from persist.replay.supervise import Plan, Progress, Supervisor
+from persist.replay.verdict import Finding, compare
+from persist.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The figures of a replay; `findings` is what is wrong in the store, `failures` which processes failed and how."""
+
+    rounds: int
+    sessions: int
+    turns: int
+    messages: int
+    commits: int
+    playing_s: float
+    commits_per_s: float
+    commit_p50_ms: float
+    commit_p99_ms: float
+    kills: int
+    stale_cleared: int
+    merged: int
+    conflicts: int
+    busy: int
+    findings: list[Finding] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def lost(self) -> int:
+        return sum(finding.kind == "lost" for finding in self.findings)
+
+    @property
+    def doubled(self) -> int:
+        return sum(finding.kind == "doubled" for finding in self.findings)
+
+    @property
+    def is_clean(self) -> bool:
+        return not self.findings and not self.failures
+
+
+def replay(plan: Plan, on_progress: Callable[[Progress], None] = lambda _: None) -> Outcome:
+    """Play the plan to its end and compare the store with what was played. The store's directory must be empty or new."""
+    store = Store(plan.directory, lock_timeout_s=plan.timeout_s)
+    with tempfile.TemporaryDirectory(prefix="persist-replay-") as scratch:
+        supervisor = Supervisor(plan, Path(scratch), on_progress)
+        started = time.monotonic()
+        supervisor.run()
+        playing_s = time.monotonic() - started
+    return _judge(store, supervisor, playing_s)
+
+
+def _judge(store: Store, supervisor: Supervisor, playing_s: float) -> Outcome:
+    ledger, played = supervisor.ledger, supervisor.played
+    with suppress(SweepIncomplete):  # the comparison names what is damaged
+        ledger.cleared.update(cleared.stream_id for cleared in store.clear_stale_streams())
+    _commit_over_left_overs(store)
+    return Outcome(
+        rounds=supervisor.rounds,
+        sessions=len(played),
+        turns=sum(len(conversation.turns) for conversation in played),
+        messages=sum(len(conversation.messages) for conversation in played),
+        commits=len(ledger.commits_s),
+        playing_s=playing_s,
+        commits_per_s=len(ledger.commits_s) / playing_s,
+        commit_p50_ms=ledger.commit_ms(0.5),
+        commit_p99_ms=ledger.commit_ms(0.99),
+        kills=len(ledger.killed),
+        stale_cleared=ledger.stale_cleared,
+        merged=ledger.merged,
+        conflicts=ledger.conflicts,
+        busy=ledger.busy,
+        findings=compare(store, played, ledger),
+        failures=supervisor.failures,
+    )
+
+
+def _commit_over_left_overs(store: Store) -> None:
+    """A kill inside a session's last commit leaves a temporary file, which the next commit removes: make that commit."""
+    for problem in store.check():
+        if problem.kind == "left-over" and store.exists(problem.session_id):
+            store.update(problem.session_id, lambda data: data.update(has_left_over=True))

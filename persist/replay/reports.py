@@ -1,0 +1,52 @@
+"""Reports: what a played server tells its supervisor, one line each, after the verb has returned.
+
+A report is an acknowledgement: what it says was durable when it was sent, so it must be found at the end, whatever is killed.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import astuple, dataclass
+
+from persist import codec
+
+_STDOUT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One thing that happened.
+
+    Attributes:
+        verb: a commit ("create", "append", "start", "checkpoint", "finish", "title"), a look ("seen"), or something to
+            count ("busy", "conflict", "cleared", "taken-over").
+        session_id: the session it happened to.
+        item: the message's id; of a title, that of its turn's prompt; of a stream that was cleared or taken over, its id.
+        stream_id: the stream that did it, if one did.
+        took_s: seconds that the commit took, seen by its caller.
+        revision: one that holds what was committed; of a look, the one that was seen.
+        count: of a look, how many messages of the transcript were there, from the first on without a gap.
+        has_merged: of a title, whether others had committed since its object was loaded.
+    """
+
+    verb: str
+    session_id: str
+    item: str | None = None
+    stream_id: str | None = None
+    took_s: float = 0.0
+    revision: int = 0
+    count: int = 0
+    has_merged: bool = False
+
+    def send(self) -> None:
+        """Write the report to the standard output, which is the supervisor's pipe."""
+        # One write of less than PIPE_BUF is atomic: threads need no lock, and a kill tears no line.
+        os.write(_STDOUT, codec.encode(astuple(self)) + b"\n")
+
+
+COMMITS = frozenset({"create", "append", "start", "checkpoint", "finish", "title"})
+
+
+def parse(line: bytes) -> Report:
+    """Read a line that `Report.send` has written."""
+    return Report(*codec.decode(line))

@@ -1,0 +1,32 @@
+"""Sweeper: a server process that clears stale streams all the time, until its standard input ends.
+
+python -m persist.replay.sweeper STORE
+"""
+
+from __future__ import annotations
+
+import select
+import sys
+
+from persist.replay.reports import Report
+from persist.replay.worker import LOCK_TIMEOUT_S
+from persist.store import Store
+
+INTERVAL_S = 0.02
+
+
+def sweep(store: Store) -> None:
+    """Clear what is stale now, and report it."""
+    for cleared in store.clear_stale_streams():
+        Report("cleared", cleared.session_id, cleared.stream_id).send()
+
+
+def main(directory: str) -> None:
+    """Sweep until the supervisor closes the pipe, or is gone."""
+    store = Store(directory, lock_timeout_s=LOCK_TIMEOUT_S)
+    while not select.select([sys.stdin], [], [], INTERVAL_S)[0]:
+        sweep(store)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,197 @@
+"""Worker: a server process that plays turns into the store until no conversation has an open one.
+
+    python -m persist.replay.worker STORE CONVERSATIONS SEED
+
+It is killed at any instant and keeps nothing in memory that matters: what comes next is decided from the documents alone.
+Several workers meet on a session: one gets the stream, the others `SessionBusy`. While a turn runs, a thread of the same worker
+sets the title through a `Session` that was loaded before the turn, as chat servers do in the background (hermes-webui #3987).
+
+Imports stay light: a replacement must be there in an instant.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from persist import codec
+from persist.errors import MergeConflict, SessionBusy, SessionExists
+from persist.replay.conversations import TITLES, Conversation, Turn
+from persist.replay.reports import Report
+from persist.session import Session
+from persist.store import Store
+from persist.streams import Stream
+from persist.turn import Message
+
+Result = TypeVar("Result")
+
+WORDS_PER_CHECKPOINT = 12
+# Workers choose among the first so many unfinished sessions: few enough to meet often.
+SESSIONS_IN_PLAY = 8
+LOCK_TIMEOUT_S = 30.0
+_LONGEST_BACKOFF_S = 0.02
+
+
+def play(store: Store, conversations: list[Conversation], rng: random.Random) -> None:
+    """Play open turns, in a random order of sessions, until every conversation is complete."""
+    unfinished = list(conversations)
+    while unfinished:
+        conversation = rng.choice(unfinished[:SESSIONS_IN_PLAY])
+        session = _load_or_create(store, conversation)
+        Report("seen", session.id, revision=session.revision, count=conversation.count_in(session.data)).send()
+        if rng.random() < 0.5:
+            _clear_as_a_server_does(session)
+        turn = conversation.open_turn(session.data)
+        if turn is None:
+            unfinished.remove(conversation)
+            continue
+        try:
+            Play(store, session, conversation, turn).run()
+        except SessionBusy:
+            Report("busy", session.id).send()
+            time.sleep(rng.uniform(0, _LONGEST_BACKOFF_S))
+
+
+def _load_or_create(store: Store, conversation: Conversation) -> Session:
+    session_id = conversation.session_id
+    if not store.exists(session_id):
+        fields = {"title": conversation.title, TITLES: {}, "messages": []}
+        # Another worker may be quicker.
+        with suppress(SessionExists):
+            _timed(store, "create", session_id, None, partial(store.create, session_id, fields))
+    session = store.load(session_id)
+    for message in conversation.opening[conversation.count_in(session.data) :]:
+        _timed(store, "append", session_id, message["id"], partial(store.append, session_id, "messages", message))
+        session.refresh()
+    return session
+
+
+def _clear_as_a_server_does(session: Session) -> None:
+    """A session that is loaded for a response is freed of a dead stream first; otherwise the next start does it."""
+    stream_id = session.active_stream_id
+    if session.clear_stale_stream():
+        Report("cleared", session.id, stream_id).send()
+
+
+def _timed(
+    store: Store, verb: str, session_id: str, item: str | None, commit: Callable[[], Result], stream_id: str | None = None
+) -> Result:
+    started = time.perf_counter()
+    result = commit()
+    took_s = time.perf_counter() - started
+    # It may be a later revision than that of the commit, never an earlier one.
+    revision = 0 if item is None else store.head(session_id).revision
+    Report(verb, session_id, item, stream_id, took_s, revision).send()
+    return result
+
+
+class Play:
+    """One turn of a conversation, played as a live stream."""
+
+    def __init__(self, store: Store, session: Session, conversation: Conversation, turn: Turn) -> None:
+        self._store = store
+        self._session = session
+        self._conversation = conversation
+        self._turn = turn
+
+    def run(self) -> None:
+        """Play the turn to its end.
+
+        Raises:
+            SessionBusy: another worker plays this session just now.
+        """
+        started = time.perf_counter()
+        with self._store.start_stream(self._session.id, self._turn.prompt) as stream:
+            took_s = time.perf_counter() - started
+            revision = self._store.head(self._session.id).revision
+            Report("start", self._session.id, self._turn.prompt["id"], stream.id, took_s, revision).send()
+            if self._session.active_stream_id is not None:
+                Report("taken-over", self._session.id, self._session.active_stream_id).send()
+            title = TitleThread(self._store, self._session, self._turn, self._conversation.title_after(self._turn))
+            title.start()
+            self._stream_replies(stream)
+        title.join_or_raise()
+
+    def _stream_replies(self, stream: Stream) -> None:
+        for message in self._turn.steps:
+            self._commit(stream, "append", message["id"], partial(stream.append, message))
+        answer = self._turn.answer
+        if answer is not None and not self._type_out(stream, answer):
+            return
+        self._commit(stream, "finish", None if answer is None else answer["id"], partial(stream.finish, answer))
+
+    def _type_out(self, stream: Stream, answer: Message) -> bool:
+        """Checkpoint the answer as it grows; False if somebody has cancelled the stream."""
+        content = answer.get("content")
+        words = re.findall(r"\s*\S+", content) if isinstance(content, str) else []
+        for count in range(WORDS_PER_CHECKPOINT, len(words), WORDS_PER_CHECKPOINT):
+            if stream.cancelled:
+                return False
+            so_far = {"role": "assistant", "content": "".join(words[:count])}
+            self._commit(stream, "checkpoint", None, partial(stream.checkpoint, so_far))
+        return True
+
+    def _commit(self, stream: Stream, verb: str, item: str | None, commit: Callable[[], None]) -> None:
+        _timed(self._store, verb, self._session.id, item, commit, stream.id)
+
+
+class TitleThread(threading.Thread):
+    """Sets the title in the middle of a turn, through an object that was loaded before it."""
+
+    def __init__(self, store: Store, session: Session, turn: Turn, title: str) -> None:
+        super().__init__(name=f"title of {session.id}", daemon=True)
+        self._store = store
+        self._session = session
+        self._turn = turn
+        self._title = title
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            while not self._try_to_save():
+                Report("conflict", self._session.id).send()
+                self._session = self._store.load(self._session.id)
+        except BaseException as error:  # handed to whoever joins
+            self._error = error
+
+    def _try_to_save(self) -> bool:
+        session, seen = self._session, self._session.revision
+        session.data["title"] = self._title
+        session.data[TITLES][self._turn.key] = self._title
+        started = time.perf_counter()
+        try:
+            session.save()
+        except MergeConflict:
+            return False
+        took_s = time.perf_counter() - started
+        has_merged = session.revision > seen + 1
+        Report("title", session.id, self._turn.prompt["id"], None, took_s, session.revision, has_merged=has_merged).send()
+        return True
+
+    def join_or_raise(self) -> None:
+        """Wait for the title; an error of the thread is raised here."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+
+
+def main(directory: str, conversations: str, seed: str) -> None:
+    """Play; the arguments are those of the command line."""
+    listed = codec.decode(Path(conversations).read_bytes())
+    play(
+        Store(directory, lock_timeout_s=LOCK_TIMEOUT_S),
+        [Conversation(session_id, title, tuple(messages)) for session_id, title, messages in listed],
+        random.Random(seed),
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

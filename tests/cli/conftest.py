@@ -1,0 +1,54 @@
+"""What the tests of the command line share: a way to run it, and a replay that was played to its end once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from persist.cli.commands import persist as command
+from persist.replay.conversations import Conversation, samples
+from persist.replay.ledger import Ledger
+from persist.replay.supervise import Plan, Supervisor
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run() -> Run:
+    """Run `persist` with these arguments, its output not being a terminal."""
+
+    def run_command(*arguments: object, **environment: str) -> Result:
+        return CliRunner(env={"FORCE_COLOR": None, **environment}).invoke(command, [str(argument) for argument in arguments])
+
+    return run_command
+
+
+def json_of(result: Result) -> Any:
+    return json.loads(result.stdout)
+
+
+@dataclass(frozen=True)
+class Played:
+    """A replay's store, what was played into it, and what was acknowledged."""
+
+    directory: Path
+    conversations: list[Conversation]
+    ledger: Ledger
+
+
+@pytest.fixture(scope="session")
+def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
+    """A replay of the sample conversations. Without kills, so that every commit was acknowledged; tests damage copies of it."""
+    directory = tmp_path_factory.mktemp("replay") / "store"
+    directory.mkdir()
+    plan = Plan(samples(), directory, workers=2, seed=1)
+    supervisor = Supervisor(plan, tmp_path_factory.mktemp("scratch"), lambda _: None)
+    supervisor.run()
+    assert supervisor.failures == []
+    return Played(directory, supervisor.played, supervisor.ledger)

@@ -1,0 +1,307 @@
+"""The commands that look at a store and mend it: what they print, and their exit status."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from actors import Actor
+from cli.conftest import Run, json_of
+from conftest import ActorFactory
+
+import persist
+
+USER = {"id": "m1", "role": "user", "content": "hi"}
+HOSTILE = "\x1b]0;owned\x07\x1b[2Jevil\u202eltr\nsecond line\t\ud800"
+
+
+def damage(directory: Path, session_id: str) -> None:
+    path = directory / f"{session_id}.json"
+    path.write_bytes(path.read_bytes().replace(b'"hi"', b'"ho"'))
+
+
+def leave_a_dead_stream(actor: Actor, session_id: str) -> str:
+    stream_id: str = actor.do(f"stream = store.start_stream({session_id!r}, {USER!r})\nstream.id")
+    actor.kill()
+    return stream_id
+
+
+# --- usage ---
+
+
+COMMANDS = (("ls",), ("streams",), ("clear-stale",), ("check",), ("show", "s-42"), ("accept", "s-42"))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
+def test_missing_directory_is_a_usage_error_and_is_not_made(run: Run, directory: Path, command: tuple[str, ...]) -> None:
+    """Looking at a store that does not exist exits with 2 and creates nothing."""
+    result = run(command[0], directory, *command[1:])
+    assert result.exit_code == 2
+    assert f"{directory} is not a directory" in result.stderr
+    assert not directory.exists()
+
+
+def test_directory_that_is_no_store_is_a_usage_error_and_stays_as_it_is(run: Run, tmp_path: Path) -> None:
+    """A directory without sessions and leases is not taken for a store, and gets no file."""
+    (tmp_path / "notes.txt").write_text("mine")
+    result = run("ls", tmp_path)
+    assert result.exit_code == 2
+    assert "is not a store" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_error_of_the_store_is_a_message_and_status_3(run: Run, store: persist.Store) -> None:
+    """A `PersistError` is shown as its message, without a traceback, with exit status 3."""
+    result = run("show", store.path, "nobody")
+    assert result.exit_code == 3
+    assert result.stderr.startswith("Error: No session 'nobody'")
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_installed_command_exits_with_the_documented_status(store: persist.Store) -> None:
+    """The real `persist` process: 0 for a sound store, 1 for a damaged one, 2 for a wrong line, 3 for a refusal."""
+    store.create("s-42", {"messages": [USER]})
+    script = "from persist.cli import main; main()"
+
+    def status(*arguments: str) -> int:
+        return subprocess.run(
+            [sys.executable, "-c", script, *arguments], capture_output=True, timeout=30, check=False
+        ).returncode
+
+    assert status("check", str(store.path)) == 0
+    damage(store.path, "s-42")
+    assert status("check", str(store.path)) == 1
+    assert status("check", str(store.path / "nowhere")) == 2
+    assert status("show", str(store.path), "s-42") == 3
+
+
+@pytest.mark.parametrize("missing", ["click", "rich"])
+def test_missing_extra_is_named_with_its_remedy(missing: str) -> None:
+    """Without click or rich, `persist` says what to install and exits with 2."""
+    script = f"import sys; sys.modules[{missing!r}] = None; from persist.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode == 2
+    assert result.stderr == f"persist: the command line needs {missing}: pip install 'persist-sessions[cli]'\n"
+
+
+def test_help_shows_examples_and_exit_status(run: Run) -> None:
+    """``persist --help`` has runnable examples and the meaning of each exit status."""
+    help_text = run("--help").stdout
+    assert "persist clear-stale var/sessions" in help_text
+    assert "3  the store refused" in help_text
+
+
+# --- ls ---
+
+
+def test_ls_shows_each_session_and_who_runs_on_it(run: Run, store: persist.Store, actor: ActorFactory) -> None:
+    """`ls` gives title, revision and number of messages, and tells an idle session, a live stream and a dead one apart."""
+    for session_id in ("idle", "live", "stale"):
+        store.create(session_id, {"title": session_id.upper(), "messages": [{"id": "m0", "role": "system", "content": ""}]})
+    leave_a_dead_stream(actor(), "stale")
+    with store.start_stream("live", USER) as stream:
+        entries = json_of(result := run("ls", store.path, "--json"))
+        stream.finish()
+    assert result.exit_code == 0
+    assert [(entry["id"], entry["title"], entry["messages"], entry["stream"]) for entry in entries] == [
+        ("idle", "IDLE", 1, "none"),
+        ("live", "LIVE", 2, "live"),
+        ("stale", "STALE", 2, "stale"),
+    ]
+    assert [entry["revision"] for entry in entries] == [1, 2, 2]
+
+
+def test_ls_shows_a_stream_without_a_lease_as_stale(run: Run, tmp_path: Path) -> None:
+    """An `active_stream_id` that another program has left has no lease: it is stale (hermes-webui #2157)."""
+    (tmp_path / "s-42.json").write_text('{"active_stream_id": "x", "messages": []}')
+    assert [entry["stream"] for entry in json_of(run("ls", tmp_path, "--json"))] == ["stale"]
+
+
+def test_ls_shows_a_damaged_session_and_goes_on(run: Run, store: persist.Store) -> None:
+    """One damaged document does not hide the others; it is named, and the exit status is 1."""
+    for session_id in ("a", "b", "c"):
+        store.create(session_id, {"hello": "hi", "messages": []})
+    damage(store.path, "b")
+    result = run("ls", store.path)
+    assert result.exit_code == 1
+    lines = result.stdout.splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["id", "a", "b", "c"]
+    assert "UNREADABLE: Session 'b' is damaged" in lines[2]
+
+
+def test_ls_goes_on_when_a_damaged_session_has_a_stream(run: Run, store: persist.Store) -> None:
+    """A damaged session whose stream cannot be asked leaves the list readable; what is not known is not guessed."""
+    for session_id in ("a", "b"):
+        store.create(session_id, {"hello": "hi", "messages": []})
+    with store.start_stream("a") as stream:
+        with store.start_stream("b") as doomed:
+            damage(store.path, "b")
+            result = run("ls", store.path, "--json")
+            store.delete("b", force=True)
+            del doomed
+        stream.finish()
+    first, second = json_of(result)
+    assert first["stream"] in ("live", "unknown")
+    assert "damaged" in second["error"]
+
+
+def test_plain_ls_has_one_line_a_session(run: Run, store: persist.Store) -> None:
+    """For a pipe, a session is one line of cells parted by tabs, whatever its title holds."""
+    store.create("s-42", {"title": HOSTILE, "messages": []})
+    lines = run("ls", store.path).stdout.splitlines()
+    assert len(lines) == 2
+    assert lines[1].count("\t") == lines[0].count("\t") == 5
+
+
+@pytest.mark.parametrize("terminal", [{}, {"FORCE_COLOR": "1"}], ids=["pipe", "terminal"])
+@pytest.mark.parametrize("command", [("ls",), ("show", "s-42")], ids=lambda command: command[0])
+def test_document_cannot_steer_the_terminal(
+    run: Run, store: persist.Store, command: tuple[str, ...], terminal: dict[str, str]
+) -> None:
+    """Escape sequences, reordering marks and lone surrogates in a title or a message are shown as escapes."""
+    message = {"id": "m1", "role": "user\x1b[5m", "content": HOSTILE, "na\x1bme": "\x9b2J"}
+    store.create("s-42", {"title": HOSTILE, "messages": [message]})
+    result = run(command[0], store.path, *command[1:], COLUMNS="200", **terminal)
+    assert result.exit_code == 0
+    for raw in ("\x1b]0;", "\x1b[2J", "\x1b[5m", "\x07", "\x9b", "\u202e"):
+        assert raw not in result.stdout
+    assert "\\x1b]0;owned\\x07\\x1b[2Jevil\\u202eltr" in result.stdout
+
+
+def test_table_on_a_terminal_takes_no_markup_from_a_title(run: Run, store: persist.Store) -> None:
+    """On a terminal `ls` draws a table, in which ``[red]`` in a title is text."""
+    store.create("s-42", {"title": "[red]alarm[/red] :bomb:", "messages": []})
+    drawn = run("ls", store.path, FORCE_COLOR="1", COLUMNS="200").stdout
+    assert "│ [red]alarm[/red] :bomb: │" in drawn
+
+
+# --- show, streams ---
+
+
+def test_show_prints_messages_in_order_with_their_lines(run: Run, store: persist.Store) -> None:
+    """`show` prints every message readably: line breaks kept, tool calls as JSON, content of any type."""
+    messages = [
+        {"id": "m1", "role": "user", "content": "two\nlines"},
+        {"id": "m2", "role": "assistant", "content": None, "tool_calls": [{"name": "look"}]},
+        {"id": "m3", "role": "assistant", "content": [{"type": "text", "text": "done"}]},
+        "not even an object",
+    ]
+    store.create("s-42", {"title": "Hello", "messages": messages})
+    text = run("show", store.path, "s-42").stdout
+    wanted = ["Hello", "revision: 1", "user  m1", "two\nlines", 'tool_calls: [{"name": "look"}]', '"text": "done"', "not even"]
+    places = [text.find(part) for part in wanted]
+    assert -1 not in places
+    assert places == sorted(places)
+
+
+def test_show_json_is_the_whole_document(run: Run, store: persist.Store) -> None:
+    """``show --json`` gives the data as it is, with revision and times beside it."""
+    data = {"title": HOSTILE, "n": 10**30, "messages": [USER]}
+    session = store.create("s-42", data)
+    shown = json_of(run("show", store.path, "s-42", "--json"))
+    assert shown == {
+        "id": "s-42",
+        "revision": 1,
+        "created_at": session.created_at.isoformat(),
+        "updated_at": session.updated_at.isoformat(),
+        "active_stream_id": None,
+        "data": data,
+    }
+
+
+def test_streams_tells_live_asked_to_end_and_stale(run: Run, store: persist.Store, actor: ActorFactory) -> None:
+    """`streams` names each stream with its owner, and tells live, asked to end, and dead."""
+    for session_id in ("asked", "live", "stale"):
+        store.create(session_id, {"messages": []})
+    dead = actor()
+    leave_a_dead_stream(dead, "stale")
+    with store.start_stream("asked") as asked, store.start_stream("live") as live:
+        store.cancel("asked", asked.id)
+        plain = [line.split("\t") for line in run("streams", store.path).stdout.splitlines()]
+        shown = json_of(run("streams", store.path, "--json"))
+        live.finish()
+    assert [cells[:3:2] for cells in plain[1:]] == [["asked", "live, asked to end"], ["live", "live"], ["stale", "stale"]]
+    assert [(info["session_id"], info["is_live"], info["is_cancelled"]) for info in shown] == [
+        ("asked", True, True),
+        ("live", True, False),
+        ("stale", False, False),
+    ]
+    assert shown[2]["owner"]["pid"] == dead.pid
+
+
+# --- mending ---
+
+
+def test_clear_stale_clears_the_dead_and_leaves_the_living(run: Run, store: persist.Store, actor: ActorFactory) -> None:
+    """`clear-stale` names what it cleared; a live stream goes on undisturbed."""
+    for session_id in ("live", "stale"):
+        store.create(session_id, {"messages": []})
+    stream_id = leave_a_dead_stream(actor(), "stale")
+    with store.start_stream("live") as stream:
+        result = run("clear-stale", store.path, "--json")
+        stream.finish({"role": "assistant", "content": "still here"})
+    assert result.exit_code == 0
+    assert json_of(result) == {"cleared": [{"session_id": "stale", "stream_id": stream_id}], "failures": {}}
+    assert store.load("stale").active_stream_id is None
+
+
+def test_clear_stale_finds_foreign_streams_only_in_every_session(run: Run, tmp_path: Path) -> None:
+    """A stream that another program left without a lease is found with ``--every-session``."""
+    (tmp_path / "s-42.json").write_text('{"active_stream_id": "x", "messages": []}')
+    assert json_of(run("clear-stale", tmp_path, "--json"))["cleared"] == []
+    cleared = json_of(run("clear-stale", tmp_path, "--every-session", "--json"))["cleared"]
+    assert cleared == [{"session_id": "s-42", "stream_id": "x"}]
+
+
+def test_clear_stale_reports_sessions_it_could_not_look_at(run: Run, store: persist.Store, actor: ActorFactory) -> None:
+    """A damaged session does not stop the sweep: the others are cleared, it is named, and the exit status is 1."""
+    for session_id in ("a", "b"):
+        store.create(session_id, {"messages": []})
+    leave_a_dead_stream(actor(), "a")
+    stream_id = leave_a_dead_stream(actor(), "b")
+    damage(store.path, "a")
+    result = run("clear-stale", store.path, "--json")
+    assert result.exit_code == 1
+    found = json_of(result)
+    assert found["cleared"] == [{"session_id": "b", "stream_id": stream_id}]
+    assert "Session 'a' is damaged" in found["failures"]["a"]
+
+
+def test_check_names_damage_and_left_overs(run: Run, store: persist.Store) -> None:
+    """`check` exits with 0 on a sound store; with 1, naming each file, once something is damaged or left over."""
+    store.create("s-42", {"messages": [USER]})
+    sound = run("check", store.path)
+    assert (sound.exit_code, sound.stdout) == (0, "1 sessions: no problem found.\n")
+    damage(store.path, "s-42")
+    (store.path / "s-42.json.tmp").write_text("half")
+    result = run("check", store.path, "--json")
+    assert result.exit_code == 1
+    assert [(problem["kind"], problem["path"]) for problem in json_of(result)["problems"]] == [
+        ("corrupt", str(store.path / "s-42.json")),
+        ("left-over", str(store.path / "s-42.json.tmp")),
+    ]
+    assert run("check", store.path).stdout.count("\n") == 3
+
+
+def test_accept_takes_an_edit_by_hand(run: Run, store: persist.Store) -> None:
+    """After `accept` the edited document is sound, with the edit in it, at the next revision."""
+    store.create("s-42", {"messages": [USER]})
+    damage(store.path, "s-42")
+    assert run("show", store.path, "s-42").exit_code == 3
+    result = run("accept", store.path, "s-42", "--json")
+    assert result.exit_code == 0
+    assert json_of(result) == {"id": "s-42", "revision": 2}
+    assert store.load("s-42").data["messages"] == [{**USER, "content": "ho"}]
+
+
+def test_accept_refuses_what_is_no_json(run: Run, store: persist.Store) -> None:
+    """A truncated document cannot be accepted: exit status 3, and the file is as it was."""
+    store.create("s-42", {"messages": [USER]})
+    path = store.path / "s-42.json"
+    path.write_bytes(path.read_bytes()[:-4])
+    before = path.read_bytes()
+    assert run("accept", store.path, "s-42").exit_code == 3
+    assert path.read_bytes() == before

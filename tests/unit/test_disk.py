@@ -1,0 +1,275 @@
+"""Every byte that goes to disk: what is opened, how writes are completed, which file systems are trusted."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import persist
+from persist.files import disk
+
+# --- the mount table -----------------------------------------------------------------------------------------------------
+
+
+def mount(point: str, kind: str, options: str = "shared:1") -> str:
+    return f"36 25 0:32 / {point} rw,relatime {options} - {kind} source rw"
+
+
+@pytest.fixture
+def mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put lines in place of the kernel's mount table."""
+
+    def use(*lines: str) -> None:
+        table = tmp_path / "mountinfo"
+        table.write_text("".join(f"{line}\n" for line in lines))
+        monkeypatch.setattr(disk, "MOUNTS", table)
+
+    return use
+
+
+Mounts = Callable[..., None]
+
+
+def test_the_longest_mount_point_holds_the_directory(mounts: Mounts) -> None:
+    """A mount further down covers the one above, in whatever order they are listed; a like name beside it does not."""
+    mounts(mount("/mnt/a/b", "xfs"), mount("/", "ext4"), mount("/mnt/a", "nfs4"), mount("/mnt/a/bc", "tmpfs"))
+    assert disk.file_system(Path("/mnt/a/b")) == "xfs"
+    assert disk.file_system(Path("/mnt/a/b/deep/er")) == "xfs"
+    assert disk.file_system(Path("/mnt/a/other")) == "nfs4"
+    assert disk.file_system(Path("/mnt/a/bcd")) == "nfs4"
+    assert disk.file_system(Path("/mnt")) == "ext4"
+    assert disk.file_system(Path("/")) == "ext4"
+
+
+def test_a_later_mount_covers_an_earlier_one_at_the_same_place(mounts: Mounts) -> None:
+    """What was mounted over is out of reach."""
+    mounts(mount("/", "ext4"), mount("/mnt/a", "ext4"), mount("/mnt/a", "nfs"))
+    assert disk.file_system(Path("/mnt/a/x")) == "nfs"
+
+
+def test_a_mount_points_escapes_are_read(mounts: Mounts) -> None:
+    """The kernel writes space, tab, newline and backslash as octal numbers."""
+    mounts(mount("/", "ext4"), mount(r"/mnt/a\040b", "cifs"), mount(r"/mnt/c\011d\012e\134f", "ceph"))
+    assert disk.file_system(Path("/mnt/a b/x")) == "cifs"
+    assert disk.file_system(Path("/mnt/c\td\ne\\f/x")) == "ceph"
+
+
+def test_an_escaped_backslash_is_read_once(mounts: Mounts) -> None:
+    """A name that looks like an escape stays what it is."""
+    mounts(mount("/", "ext4"), mount(r"/mnt/a\134040b", "nfs"))
+    assert disk.file_system(Path(r"/mnt/a\040b/x")) == "nfs"
+
+
+@pytest.mark.parametrize("options", ["", "shared:1 master:2", "shared:1 propagate_from:3"])
+def test_any_number_of_optional_fields_may_stand_before_the_kind(mounts: Mounts, options: str) -> None:
+    """The kind follows the lone hyphen, wherever that is (proc_pid_mountinfo(5))."""
+    mounts(mount("/", "btrfs", options).replace("  ", " "))
+    assert disk.file_system(Path("/srv")) == "btrfs"
+
+
+def test_no_mount_table_is_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is none (not Linux, a bare container), nothing is refused."""
+    monkeypatch.setattr(disk, "MOUNTS", tmp_path / "missing")
+    assert disk.file_system(tmp_path) == "unknown"
+    persist.Store(tmp_path / "sessions").create("s")
+
+
+def test_a_symbolic_link_leads_to_the_file_system_of_its_target(mounts: Mounts, tmp_path: Path) -> None:
+    """The link's own place says nothing."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "near").symlink_to(tmp_path / "far")
+    mounts(mount("/", "ext4"), mount(str(tmp_path / "far"), "nfs"))
+    assert disk.file_system(tmp_path / "near") == "nfs"
+
+
+@pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "smb3", "9p", "ceph"])
+def test_a_network_file_system_is_refused_unless_asked_for(kind: str, mounts: Mounts, directory: Path) -> None:
+    """Its locks do not hold; `allow_network=True` is the caller's own word."""
+    mounts(mount("/", kind))
+    with pytest.raises(persist.UnsupportedFileSystem) as caught:
+        persist.Store(directory)
+    assert caught.value.file_system == kind
+    store = persist.Store(directory, allow_network=True)
+    store.create("s", {"a": 1})
+    assert store.load("s").data == {"a": 1}
+
+
+@pytest.mark.parametrize("kind", ["fuse", "fuse.sshfs", "fuseblk"])
+def test_a_fuse_file_system_is_warned_about_where_the_store_is_opened(kind: str, mounts: Mounts, directory: Path) -> None:
+    """Nobody can know; the warning points at the caller's line."""
+    mounts(mount("/", kind))
+    with pytest.warns(RuntimeWarning, match=f"is on {kind}") as caught:
+        persist.Store(directory)
+    assert caught[0].filename == __file__
+
+
+# --- names that are not plain files -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Iterator[dict[str, Path]]:
+    """One of each kind of name that is no plain file."""
+    kinds = {name: tmp_path / name for name in ("link", "dangling", "directory", "fifo", "socket")}
+    (tmp_path / "target").write_bytes(b"target")
+    kinds["link"].symlink_to(tmp_path / "target")
+    kinds["dangling"].symlink_to(tmp_path / "nowhere")
+    kinds["directory"].mkdir()
+    os.mkfifo(kinds["fifo"])
+    with socket.socket(socket.AF_UNIX) as listener:
+        # A socket's path is at most 107 bytes long: bind by a short, relative name.
+        before = Path.cwd()
+        os.chdir(tmp_path)
+        try:
+            listener.bind("socket")
+        finally:
+            os.chdir(before)
+        yield kinds
+
+
+FOUND = {
+    "link": "a symbolic link",
+    "dangling": "a symbolic link",
+    "directory": "a directory",
+    "fifo": "a FIFO",
+    "socket": "a socket",
+}
+
+
+@pytest.mark.parametrize(("kind", "found"), FOUND.items())
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR, os.O_RDWR | os.O_CREAT], ids=["read", "write", "create"])
+def test_only_a_plain_file_is_opened(kind: str, found: str, flags: int, odd: dict[str, Path]) -> None:
+    """Anything else is `UnsafeFile` at once: a FIFO cannot block the opener, a link is not followed."""
+    with pytest.raises(persist.UnsafeFile) as caught:
+        disk.open_plain(odd[kind], flags)
+    assert (caught.value.path, caught.value.found) == (odd[kind], found)
+    assert not (odd[kind].parent / "nowhere").exists()
+
+
+def test_a_device_is_not_opened() -> None:
+    """``/dev/null`` is no document."""
+    with pytest.raises(persist.UnsafeFile, match="/dev/null is a device"):
+        disk.read(Path("/dev/null"), 10)
+
+
+def test_a_refused_name_leaks_no_descriptor(odd: dict[str, Path]) -> None:
+    """What was opened to look at it is closed again."""
+    before = os.listdir("/proc/self/fd") if Path("/proc/self/fd").exists() else []
+    for kind in ("directory", "fifo"):
+        with pytest.raises(persist.UnsafeFile):
+            disk.open_plain(odd[kind], os.O_RDONLY)
+    assert len(before) in (0, len(os.listdir("/proc/self/fd")))
+
+
+def test_a_created_file_is_private_whatever_the_umask(tmp_path: Path) -> None:
+    """Mode 0600 from the first instant."""
+    before = os.umask(0)
+    try:
+        os.close(disk.create(tmp_path / "file"))
+        disk.make_directory(tmp_path / "a" / "b")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600
+    assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a", "a/b")] == [0o700, 0o700]
+
+
+@pytest.mark.parametrize("kind", FOUND)
+def test_a_file_is_never_created_over_anything(kind: str, odd: dict[str, Path]) -> None:
+    """`create` means that the name was free, also of dangling links."""
+    with pytest.raises(OSError):
+        disk.create(odd[kind])
+    assert not (odd[kind].parent / "nowhere").exists()
+
+
+def test_a_directory_is_not_unlinked(tmp_path: Path) -> None:
+    """Where a document should be there stands a directory: it is named, and stays."""
+    (tmp_path / "s.json").mkdir()
+    with pytest.raises(persist.UnsafeFile, match="is a directory"):
+        disk.unlink(tmp_path / "s.json")
+    assert (tmp_path / "s.json").is_dir()
+
+
+# --- whole reads and whole writes ---------------------------------------------------------------------------------------------
+
+
+def test_a_short_write_is_completed(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel may take seven bytes at a time; the document is whole."""
+    whole = os.write
+    monkeypatch.setattr(os, "write", lambda fd, content: whole(fd, bytes(content[:7])))
+    store.create("s", {"text": "äöü😀" * 100})
+    assert store.load("s").data == {"text": "äöü😀" * 100}
+
+
+def test_a_short_read_is_completed(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel may give seven bytes at a time; the document is whole, and no limit is passed."""
+    store.create("s", {"text": "äöü😀" * 100})
+    whole = os.read
+    monkeypatch.setattr(os, "read", lambda fd, size: whole(fd, min(size, 7)))
+    assert store.load("s").data == {"text": "äöü😀" * 100}
+    assert len(disk.read(store.path / "s.json", 100)) == 100
+
+
+# --- replace ------------------------------------------------------------------------------------------------------------------
+
+
+class Busy:
+    """An `os.replace` that a reader's open file blocks a number of times, as on Windows."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+        self.calls = 0
+        self._replace = os.replace
+
+    def __call__(self, source: Path, target: Path) -> None:
+        self.calls += 1
+        if self.calls <= self.times:
+            raise PermissionError(errno.EACCES, "a reader has it open")
+        self._replace(source, target)
+
+
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Busy]:
+    def block(times: int) -> Busy:
+        replace = Busy(times)
+        monkeypatch.setattr(os, "replace", replace)
+        monkeypatch.setattr(disk, "REPLACE_ATTEMPTS", 4)
+        monkeypatch.setattr(disk, "REPLACE_PAUSE_S", 0.0)
+        return replace
+
+    return block
+
+
+def test_a_reader_that_has_the_file_open_is_waited_for(store: persist.Store, busy: Callable[[int], Busy]) -> None:
+    """HAZARDS B4: Windows refuses to replace an open file; readers are quick, so it is tried again."""
+    session = store.create("s", {"a": 1})
+    replace = busy(3)
+    session.data["a"] = 2
+    session.save()
+    assert replace.calls == 4
+    assert store.load("s").data == {"a": 2}
+
+
+def test_the_waiting_has_an_end(store: persist.Store, busy: Callable[[int], Busy]) -> None:
+    """HAZARDS B4: then a clear error, the old revision stands, and nothing is left over."""
+    session = store.create("s", {"a": 1})
+    replace = busy(100)
+    session.data["a"] = 2
+    with pytest.raises(persist.CommitFailed, match="a reader has it open") as caught:
+        session.save()
+    assert replace.calls == 4
+    assert caught.value.errno == errno.EACCES
+    assert (store.load("s").data, session.revision) == ({"a": 1}, 1)
+    assert store.check() == []
+
+
+def test_another_error_is_not_tried_again(store: persist.Store, tmp_path: Path, busy: Callable[[int], Busy]) -> None:
+    """Only a busy reader goes away by waiting."""
+    replace = busy(0)
+    with pytest.raises(FileNotFoundError):
+        disk.replace(tmp_path / "missing", tmp_path / "target")
+    assert replace.calls == 1

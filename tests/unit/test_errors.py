@@ -1,0 +1,533 @@
+"""Every error says what happened, which session or file, and what to do; and none of them tells what a document holds.
+
+Each class is raised here by the public API, as its users meet it. A class without a case fails the first test.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import pickle
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import persist
+from persist import errors
+from persist.files import disk
+
+CANARY = "c" + "anary" * 3  # Put together, so that no line of this file shows it in a traceback.
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A store with one session, ``s``, that holds the canary everywhere."""
+
+    store: persist.Store
+    monkeypatch: pytest.MonkeyPatch
+    document: Path
+    lock: Path
+
+    def load(self) -> persist.Session:
+        return self.store.load("s")
+
+    def put(self, content: bytes) -> None:
+        self.document.write_bytes(content)
+
+    def damage(self, before: bytes, after: bytes) -> None:
+        self.put(self.document.read_bytes().replace(before, after))
+
+    def fail(self, function: str, code: int) -> None:
+        """Make one step of the disk fail, for good."""
+
+        def broken(*_arguments: Any) -> None:
+            raise OSError(code, os.strerror(code))
+
+        self.monkeypatch.setattr(disk, function, broken)
+
+
+@pytest.fixture
+def scene(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> Scene:
+    store.create("s", {"title": CANARY, "messages": [{"id": "m1", "content": CANARY}], "n": 0})
+    return Scene(store, monkeypatch, store.path / "s.json", store.path / "s.json.lock")
+
+
+# --- one way to each error --------------------------------------------------------------------------------------------------
+
+
+def session_deleted(scene: Scene) -> None:
+    session = scene.load()
+    scene.store.delete("s")
+    session.save()
+
+
+def store_closed(scene: Scene) -> None:
+    scene.store.close()
+    scene.load()
+
+
+def not_json(scene: Scene) -> None:
+    session = scene.load()
+    session.data["messages"][0]["parts"] = [{CANARY}]
+    session.save()
+
+
+def reserved_field(scene: Scene) -> None:
+    session = scene.load()
+    session.data["pending_user_message"] = CANARY
+    session.save()
+
+
+def merge_conflict(scene: Scene) -> None:
+    one, two = scene.load(), scene.load()
+    one.data["messages"][0]["content"] += "1"
+    two.data["messages"][0]["content"] += "2"
+    one.save()
+    two.save()
+
+
+def session_busy(scene: Scene) -> None:
+    with scene.store.start_stream("s", {"content": CANARY}, stream_id="t1"):
+        scene.store.start_stream("s", {"content": CANARY})
+
+
+def stream_lost(scene: Scene) -> None:
+    with scene.store.start_stream("s", {"content": CANARY}, stream_id="t1") as stream:
+        scene.store.cancel("s", "t1", force=True)
+        stream.finish({"content": CANARY})
+
+
+def sweep_incomplete(scene: Scene) -> None:
+    (scene.store.path / ".leases" / "s.t1").touch()
+    scene.damage(CANARY.encode(), CANARY.upper().encode())
+    scene.store.clear_stale_streams()
+
+
+@contextmanager
+def locked_elsewhere(path: Path) -> Iterator[None]:
+    """Hold the lock by the kernel's own call, as another program would."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def lock_timeout(scene: Scene) -> None:
+    with locked_elsewhere(scene.lock):
+        persist.Store(scene.store.path, lock_timeout_s=0.01).append("s", "messages", CANARY)
+
+
+def nested_lock(scene: Scene) -> None:
+    with scene.store.edit("s"):
+        scene.store.create("other", {"title": CANARY})
+
+
+def lock_not_held(scene: Scene) -> None:
+    with scene.store._files.transaction("s") as tx:
+        pass
+    tx.read()
+
+
+def messages_removed(scene: Scene) -> None:
+    session = scene.load()
+    session.data["messages"].clear()
+    with scene.store.start_stream("s", stream_id="t1"):
+        session.save()
+
+
+def corrupt_session(scene: Scene) -> None:
+    scene.put(scene.document.read_bytes()[:-4])
+    scene.load()
+
+
+def unsupported_format(scene: Scene) -> None:
+    scene.damage(b'"format":1', b'"format":7')
+    scene.load()
+
+
+def unsafe_file(scene: Scene) -> None:
+    target = scene.document.rename(scene.document.with_name("target"))
+    scene.document.symlink_to(target)
+    scene.load()
+
+
+def commit_failed(scene: Scene) -> None:
+    scene.fail("write", errno.ENOSPC)
+    scene.store.append("s", "messages", CANARY)
+
+
+def commit_unknown(scene: Scene) -> None:
+    scene.fail("sync_directory", errno.EIO)
+    scene.store.append("s", "messages", CANARY)
+
+
+def unsupported_file_system(scene: Scene) -> None:
+    table = scene.store.path.parent / "mountinfo"
+    table.write_text("36 25 0:32 / / rw - nfs4 server:/x rw\n")
+    scene.monkeypatch.setattr(disk, "MOUNTS", table)
+    persist.Store(scene.store.path)
+
+
+@dataclass(frozen=True)
+class Case:
+    """How an error comes about, what its message must contain, its facts, and the builtin that catches it too.
+
+    In `says` and `facts` a ``Path`` is relative to the store.
+    """
+
+    provoke: Callable[[Scene], object]
+    says: tuple[str | Path, ...]
+    facts: dict[str, Any] = field(default_factory=dict)
+    builtin: type[Exception] = Exception
+
+
+DOCUMENT, LOCK, LEASE = Path("s.json"), Path("s.json.lock"), Path(".leases/s.t1")
+
+CASES: dict[type[persist.PersistError], Case] = {
+    errors.SessionNotFound: Case(
+        lambda scene: scene.store.load("gone"),
+        ("No session 'gone'", Path("gone.json"), "store.create()"),
+        {"session_id": "gone", "path": Path("gone.json")},
+        KeyError,
+    ),
+    errors.SessionExists: Case(
+        lambda scene: scene.store.create("s", {"title": CANARY}),
+        ("'s' exists already", DOCUMENT, "store.load()"),
+        {"session_id": "s", "path": DOCUMENT},
+    ),
+    errors.SessionDeleted: Case(
+        session_deleted,
+        ("'s' was deleted or replaced", DOCUMENT, "nothing was saved", "Load it again"),
+        {"session_id": "s", "path": DOCUMENT},
+    ),
+    errors.StoreClosed: Case(store_closed, (Path(), "is closed", "Open a new"), {"path": Path()}, RuntimeError),
+    errors.InvalidSessionId: Case(
+        lambda scene: scene.store.create("../x", {"title": CANARY}),
+        ("'../x' is not a session id", "an id is 1 to 128 of A-Z a-z 0-9 _ -"),
+        {"session_id": "../x"},
+        ValueError,
+    ),
+    errors.InvalidStreamId: Case(
+        lambda scene: scene.store.start_stream("s", {"content": CANARY}, stream_id="-"),
+        ("'-' is not a usable stream id", "an id is 1 to 128"),
+        {"stream_id": "-"},
+        ValueError,
+    ),
+    errors.NotJSON: Case(
+        not_json,
+        ("data['messages'][0]['parts'][0]", "cannot be kept as JSON", "convert it with sorted()"),
+        {"path": ("messages", 0, "parts", 0), "where": "data['messages'][0]['parts'][0]"},
+        ValueError,
+    ),
+    errors.WrongType: Case(
+        lambda scene: scene.store.append("s", "title", CANARY),
+        ("field 'title' of the document is str, but must be a list",),
+        {"what": "field 'title' of the document", "got": "str", "expected": "a list"},
+        TypeError,
+    ),
+    errors.ReservedField: Case(
+        reserved_field,
+        ("'pending_user_message' belongs to persist", "nothing was written", "Use store.start_stream()"),
+        {"field": "pending_user_message"},
+        ValueError,
+    ),
+    errors.MergeConflict: Case(
+        merge_conflict,
+        ("'s'", "data['messages'][0]['content']", "two different values", "nothing was written", "session.refresh()"),
+        {
+            "session_id": "s",
+            "path": ("messages", 0, "content"),
+            "where": "data['messages'][0]['content']",
+            "reason": "two different values",
+            "base": CANARY,
+            "mine": CANARY + "2",
+            "theirs": CANARY + "1",
+        },
+    ),
+    errors.RevisionMismatch: Case(
+        lambda scene: scene.store.update("s", dict.clear, if_revision=9),
+        ("'s' is at revision 1, not at 9", "nothing was written", "look again"),
+        {"session_id": "s", "mine": 9, "theirs": 1},
+        errors.MergeConflict,
+    ),
+    errors.SessionBusy: Case(
+        session_busy,
+        ("'s' is busy", "stream t1", f"pid {os.getpid()}", "alive", LEASE, "store.cancel()"),
+        {"session_id": "s", "stream_id": "t1", "path": LEASE},
+    ),
+    errors.StreamLost: Case(
+        stream_lost,
+        ("Stream t1 no longer owns session 's'", "cancelled by force", "nothing was written", "End the turn"),
+        {"session_id": "s", "stream_id": "t1"},
+    ),
+    errors.SweepIncomplete: Case(
+        sweep_incomplete,
+        ("Cleared 0 stale streams", "could not look at 's'", DOCUMENT, "sweep again"),
+        {"cleared": [], "count": 0},
+    ),
+    errors.LockTimeout: Case(
+        lock_timeout,
+        ("Could not lock session 's' within 0.01 s", LOCK, f"is held by pid {os.getpid()} (", "Raise lock_timeout_s"),
+        {"session_id": "s", "path": LOCK, "timeout_s": 0.01},
+        TimeoutError,
+    ),
+    errors.NestedLock: Case(
+        nested_lock,
+        ("holds the lock of session 's'", "that of 'other'", "Leave the edit() or update() first"),
+        {"session_id": "other", "held": "s"},
+        RuntimeError,
+    ),
+    errors.LockNotHeld: Case(
+        lock_not_held,
+        ("The lock of session 's' is not held", "nothing was written", "Start over"),
+        {"session_id": "s"},
+        RuntimeError,
+    ),
+    errors.MessagesRemoved: Case(
+        messages_removed,
+        ("remove 1 committed messages of session 's'", "stream t1", "nothing was written", "if_revision=2"),
+        {"session_id": "s", "stream_id": "t1", "count": 1, "revision": 2},
+    ),
+    errors.CorruptSession: Case(
+        corrupt_session,
+        ("'s' is damaged", DOCUMENT, ", byte ", "cut off", "restore it from a backup"),
+        {"session_id": "s", "path": DOCUMENT},
+    ),
+    errors.UnsupportedFormat: Case(
+        unsupported_format,
+        ("'s'", DOCUMENT, "format 7", "knows 1", "Upgrade persist"),
+        {"session_id": "s", "path": DOCUMENT, "found": 7, "known": 1},
+    ),
+    errors.UnsafeFile: Case(
+        unsafe_file,
+        (DOCUMENT, "is a symbolic link", "not touched", "Move it away"),
+        {"path": DOCUMENT, "found": "a symbolic link"},
+        OSError,
+    ),
+    errors.CommitFailed: Case(
+        commit_failed,
+        ("'s' was not saved", os.strerror(errno.ENOSPC), DOCUMENT, "The old revision stands", "retry"),
+        {"session_id": "s", "path": DOCUMENT, "reason": os.strerror(errno.ENOSPC), "errno": errno.ENOSPC},
+        OSError,
+    ),
+    errors.CommitUnknown: Case(
+        commit_unknown,
+        ("'s'", "unknown whether the last commit is durable", os.strerror(errno.EIO), DOCUMENT, "open a new persist.Store"),
+        {"session_id": "s", "path": DOCUMENT, "reason": os.strerror(errno.EIO), "errno": errno.EIO},
+        OSError,
+    ),
+    errors.UnsupportedFileSystem: Case(
+        unsupported_file_system,
+        (Path(), "is on nfs4", "Use a local disk", "allow_network=True"),
+        {"path": Path(), "file_system": "nfs4"},
+        OSError,
+    ),
+}
+
+
+def every_error() -> list[type[persist.PersistError]]:
+    """All classes below `PersistError`, however deep."""
+    found: list[type[persist.PersistError]] = []
+    pending = [persist.PersistError]
+    while pending:
+        below = pending.pop().__subclasses__()
+        found += below
+        pending += below
+    return sorted(found, key=lambda kind: kind.__name__)
+
+
+def raised(scene: Scene, kind: type[persist.PersistError]) -> Any:
+    """The error as the library raises it, with its traceback."""
+    with pytest.raises(kind) as caught:
+        CASES[kind].provoke(scene)
+    assert type(caught.value) is kind
+    return caught.value
+
+
+each_error = pytest.mark.parametrize("kind", every_error(), ids=lambda kind: kind.__name__)
+
+
+@each_error
+def test_an_error_says_what_happened_where_and_what_to_do(kind: type[persist.PersistError], scene: Scene) -> None:
+    """The message alone is enough to act on; it is what `str` shows, whatever the builtin base would show."""
+    message = str(raised(scene, kind))
+    for fragment in CASES[kind].says:
+        wanted = str(scene.store.path / fragment) if isinstance(fragment, Path) else fragment
+        assert wanted in message
+    assert message == message.strip()
+    assert "\n" not in message
+
+
+@each_error
+def test_an_error_carries_its_facts_as_attributes(kind: type[persist.PersistError], scene: Scene) -> None:
+    """A program need not read the message."""
+    error = raised(scene, kind)
+    for name, value in CASES[kind].facts.items():
+        assert getattr(error, name) == (scene.store.path / value if isinstance(value, Path) else value), name
+
+
+@each_error
+def test_an_error_is_caught_by_its_builtin_too(kind: type[persist.PersistError]) -> None:
+    """``except TimeoutError`` and the like work; all of them are `PersistError`."""
+    assert issubclass(kind, CASES[kind].builtin)
+    assert issubclass(kind, persist.PersistError)
+
+
+@each_error
+def test_an_error_survives_pickling(kind: type[persist.PersistError], scene: Scene) -> None:
+    """A worker hands it to its parent: type, message and every attribute are the same there."""
+    error = raised(scene, kind)
+    copied = pickle.loads(pickle.dumps(error))
+    assert type(copied) is kind
+    assert str(copied) == str(error)
+    assert copied.args == error.args
+    assert repr(vars(copied)) == repr(vars(error))
+    for name in CASES[kind].facts:
+        assert getattr(copied, name) == getattr(error, name)
+
+
+@each_error
+def test_an_error_never_shows_what_a_document_holds(kind: type[persist.PersistError], scene: Scene) -> None:
+    """Message, repr, arguments and the traceback that a log would get, causes included."""
+    assert_silent(raised(scene, kind))
+
+
+@each_error
+def test_an_error_is_documented(kind: type[persist.PersistError]) -> None:
+    """It has a docstring of its own and its place in the module's tree."""
+    assert kind.__doc__ != persist.PersistError.__doc__
+    assert kind.__name__ in (errors.__doc__ or "")
+
+
+def assert_silent(error: BaseException) -> None:
+    shown = [str(error), repr(error), repr(error.args), *getattr(error, "__notes__", [])]
+    shown += traceback.format_exception(error)
+    assert not [text for text in shown if CANARY.lower() in text.lower()]
+
+
+# --- more places where content could slip out ------------------------------------------------------------------------------
+
+
+def two_edits(first: Callable[[dict[str, Any]], Any], second: Callable[[dict[str, Any]], Any]) -> Callable[[Scene], object]:
+    def provoke(scene: Scene) -> None:
+        session = scene.load()
+        scene.store.update("s", first)
+        second(session.data)
+        session.save()
+
+    return provoke
+
+
+def file_of(content: bytes) -> Callable[[Scene], object]:
+    def provoke(scene: Scene) -> object:
+        scene.put(content)
+        return scene.load()
+
+    return provoke
+
+
+def of_value(value: Any) -> Callable[[Scene], object]:
+    return lambda scene: scene.store.append("s", "messages", {"id": CANARY, "content": [CANARY, value]})
+
+
+def turn(scene: Scene) -> None:
+    with scene.store.start_stream("s", {"content": CANARY}) as stream:
+        stream.checkpoint({"id": "m1", "content": CANARY + "other"})
+
+
+SECRET = CANARY.encode()
+
+LEAKS: dict[str, Callable[[Scene], object]] = {
+    "a message's twin": lambda scene: scene.store.append("s", "messages", {"id": "m1", "content": CANARY + "x"}),
+    "an answer's twin": turn,
+    "a prompt's twin": lambda scene: scene.store.start_stream("s", {"id": "m1", "content": CANARY + "x"}),
+    "two titles": two_edits(lambda data: data.update(title=CANARY + "1"), lambda data: data.update(title=CANARY + "2")),
+    "append against truncation": two_edits(lambda data: data["messages"].clear(), lambda data: data["messages"].append(CANARY)),
+    "a list against a text": two_edits(lambda data: data.update(n=CANARY), lambda data: data.update(n=[CANARY])),
+    "bytes": of_value(CANARY.encode()),
+    "a tuple": of_value((CANARY,)),
+    "a key that is no text": of_value({(CANARY,): 1}),
+    "a surrogate pair": of_value(CANARY + "\ud83d\ude00"),
+    "a subclass of str": of_value(type("Text", (str,), {})(CANARY)),
+    "a document cut off": file_of(b'{"a":"' + SECRET),
+    "a document with bad UTF-8": file_of(b'{"a":"' + SECRET + b"\xff" + SECRET + b'"}'),
+    "a document with a raw newline": file_of(b'{"a":"' + SECRET + b"\n" + SECRET + b'"}'),
+    "a document that is a text": file_of(b'"' + SECRET + b'"'),
+    "a document with a key twice": file_of(b'{"' + SECRET + b'":1,"' + SECRET + b'":2}'),
+    "a document with a number too large": file_of(b'{"' + SECRET + b'":1e400}'),
+    "a document too deep": file_of(b'{"a":' + (b'{"' + SECRET + b'":') * 300 + b"1" + b"}" * 301),
+    "a document with something behind it": file_of(b'{"a":1}' + SECRET),
+    "a document with a strange header": file_of(b'{"_persist":{"format":"' + SECRET + b'"},"a":"' + SECRET + b'"}'),
+}
+
+
+@pytest.mark.parametrize("provoke", LEAKS.values(), ids=LEAKS)
+def test_no_way_to_an_error_shows_what_a_document_holds(provoke: Callable[[Scene], object], scene: Scene) -> None:
+    """Each of these refuses something right beside content; what is shown names the place only."""
+    with pytest.raises(persist.PersistError) as caught:
+        provoke(scene)
+    assert_silent(caught.value)
+
+
+def test_what_check_reports_shows_no_content(scene: Scene) -> None:
+    """A report of damage is read by more people than the document."""
+    scene.damage(SECRET, SECRET.upper())
+    [problem] = scene.store.check()
+    assert CANARY.lower() not in repr(problem).lower()
+
+
+def test_the_canary_would_be_seen(scene: Scene) -> None:
+    """The check above does catch an error that shows content, in its message or in its cause."""
+    with pytest.raises(AssertionError):
+        assert_silent(ValueError(CANARY))
+    quiet = ValueError("quiet")
+    quiet.__cause__ = ValueError(CANARY)
+    with pytest.raises(AssertionError):
+        assert_silent(quiet)
+
+
+# --- what the errors share ---------------------------------------------------------------------------------------------------
+
+
+def test_a_path_is_shown_as_python_would_write_it() -> None:
+    """It can be pasted behind the name of the data."""
+    assert errors.show_path(()) == "data"
+    assert errors.show_path(("messages", 3, "it's")) == """data['messages'][3]["it's"]"""
+
+
+def test_a_conflict_is_named_by_its_session() -> None:
+    """The pure functions do not know the session; whoever calls them names it, for every kind of conflict."""
+    conflict = errors.MergeConflict(path=("a",), reason="r", base=1, mine=2, theirs=persist.MISSING)
+    with pytest.raises(errors.MergeConflict, match="'s-42'") as caught, errors.conflicts_in("s-42"):
+        raise conflict
+    assert caught.value.session_id == "s-42"
+    assert (caught.value.base, caught.value.mine, caught.value.theirs) == (1, 2, persist.MISSING)
+
+
+def test_an_owner_introduces_itself() -> None:
+    """Pid, command, host and since when: what one needs to find the process."""
+    owner = persist.Owner(812, "web1", "uvicorn", "2026-01-01T00:00:00+00:00")
+    assert str(owner) == "pid 812 (uvicorn) on web1 since 2026-01-01T00:00:00+00:00"
+    assert pickle.loads(pickle.dumps(owner)) == owner
+
+
+def test_a_busy_session_names_its_owner(scene: Scene) -> None:
+    """`SessionBusy.owner` is the process that runs the stream."""
+    busy: persist.SessionBusy = raised(scene, errors.SessionBusy)
+    assert busy.owner is not None
+    assert busy.owner.pid == os.getpid()
+
+
+def test_an_unknown_commit_stops_all_further_writes_of_its_session(scene: Scene) -> None:
+    """The same error again, whatever is tried; another session of the store goes on."""
+    raised(scene, errors.CommitUnknown)
+    scene.monkeypatch.undo()
+    with pytest.raises(persist.CommitUnknown):
+        scene.store.append("s", "messages", 1)
+    scene.store.create("other")
+    persist.Store(scene.store.path).append("s", "messages", 1)

@@ -1,0 +1,90 @@
+"""The package as it is installed: what an import costs, which names it has, what it depends on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import subprocess
+import sys
+import tomllib
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+import persist
+
+PROJECT = Path(persist.__file__).parents[1] / "pyproject.toml"
+
+
+def modules_after(code: str) -> set[str]:
+    """The names of all modules that a fresh interpreter has loaded after some code."""
+    program = f"{code}\nimport sys\nprint(*sys.modules)"
+    return set(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_an_import_loads_nothing_that_it_does_not_need() -> None:
+    """``import persist`` costs next to nothing: no dependency, no room of the house."""
+    heavy = {"filelock", "msgspec", "persist.store", "persist.session", "persist.streams", "persist.errors", "persist.files"}
+    assert not heavy & modules_after("import persist")
+
+
+def test_the_pure_ground_floor_loads_no_filelock() -> None:
+    """Codec, merge and errors are of use without a lock, and touch no disk."""
+    assert not {"filelock", "persist.files"} & modules_after("import persist.codec, persist.merge, persist.errors")
+
+
+def test_a_name_is_loaded_at_its_first_use() -> None:
+    """The lazy names do lead to the modules that the first test does not find."""
+    assert {"filelock", "msgspec", "persist.store"} <= modules_after("import persist\npersist.Store")
+
+
+def test_every_public_name_resolves() -> None:
+    """Each of ``persist.__all__`` is there, is listed by ``dir``, and stays the same object."""
+    for name in persist.__all__:
+        assert getattr(persist, name) is getattr(persist, name)
+        assert name in dir(persist)
+
+
+def test_every_error_is_public() -> None:
+    """Whoever must catch an error can import it from the top."""
+    errors = {persist.PersistError}
+    while more := {sub for error in errors for sub in error.__subclasses__()} - errors:
+        errors |= more
+    assert {error.__name__ for error in errors} <= set(persist.__all__)
+
+
+def test_a_wrong_name_is_an_attribute_error() -> None:
+    """A misspelt name says so, and ``hasattr`` works."""
+    assert not hasattr(persist, "Stroe")
+    with pytest.raises(AttributeError, match="'persist' has no attribute 'Stroe'"):
+        persist.Stroe  # noqa: B018
+
+
+def test_star_import_gives_the_public_names() -> None:
+    """``from persist import *`` finds what `__all__` promises."""
+    found: dict[str, object] = {}
+    exec("from persist import *", found)
+    assert set(persist.__all__) <= found.keys()
+
+
+def test_types_are_shipped() -> None:
+    """Type checkers of users read the package's annotations."""
+    assert resources.files(persist).joinpath("py.typed").is_file()
+
+
+def test_the_version_is_written_once() -> None:
+    """What is installed and what the package says of itself are one number."""
+    assert importlib.metadata.version("persist-sessions") == persist.__version__
+
+
+def floor(requirement: str) -> tuple[int, ...]:
+    _, _, version = requirement.partition(">=")
+    return tuple(map(int, version.split(",")[0].split(".")))
+
+
+@pytest.mark.skipif(not PROJECT.exists(), reason="needs the source tree: pyproject.toml is not installed")
+def test_the_floor_excludes_filelocks_known_holes() -> None:
+    """CVE-2025-68146 and CVE-2026-22701 (symbolic links at lock files) are fixed in filelock 3.20.1 and 3.20.3."""
+    dependencies = tomllib.loads(PROJECT.read_text())["project"]["dependencies"]
+    [filelock] = [requirement for requirement in dependencies if requirement.startswith("filelock")]
+    assert floor(filelock) >= (3, 20, 3)

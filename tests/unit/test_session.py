@@ -1,0 +1,762 @@
+"""Session and Store in one process: what each verb does, what it refuses, and that a refusal changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import persist
+
+Verb = Callable[[persist.Store], Any]
+HI = {"id": "m1", "role": "user", "content": "hi"}
+HELLO = {"id": "m2", "role": "assistant", "content": "hello"}
+
+
+@pytest.fixture
+def session(store: persist.Store) -> persist.Session:
+    """A session of two messages at revision 1."""
+    return store.create("s", {"title": "t", "n": 0, "messages": [dict(HI), dict(HELLO)]})
+
+
+def on_disk(store: persist.Store, session_id: str = "s") -> dict[str, Any]:
+    """The document's data, read by nobody's code but the standard library's."""
+    data: dict[str, Any] = json.loads((store.path / f"{session_id}.json").read_bytes())
+    del data["_persist"]
+    return data
+
+
+def everything(directory: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below a directory with its inode and bytes: what "nothing was written" means. Locks hold no data."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {str(path.relative_to(directory)): (path.stat().st_ino, path.read_bytes()) for path in files}
+
+
+# --- save -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_created_session_is_on_disk_as_given(store: persist.Store) -> None:
+    """Durable and visible on return; the caller's own dict is not the session's."""
+    given: dict[str, Any] = {"title": "t", "messages": [HI]}
+    session = store.create("s", given)
+    session.data["messages"].append(HELLO)
+    assert given == {"title": "t", "messages": [HI]} == on_disk(store)
+    assert (session.id, session.revision) == ("s", 1)
+
+
+def test_references_into_the_data_stay_good_after_a_save(session: persist.Session, store: persist.Store) -> None:
+    """``msgs = s.data["messages"]; s.save(); msgs.append(x); s.save()`` keeps x."""
+    messages, first = session.data["messages"], session.data["messages"][0]
+    session.data["title"] = "new"
+    session.save()
+    messages.append({"id": "m3"})
+    first["seen"] = True
+    session.save()
+    assert on_disk(store)["messages"] == [{**HI, "seen": True}, HELLO, {"id": "m3"}]
+
+
+def test_references_stay_good_when_others_changed_the_session(session: persist.Session, store: persist.Store) -> None:
+    """Also where a save brings in what others committed, the caller's list and messages are the session's."""
+    messages, first = session.data["messages"], session.data["messages"][0]
+    store.update("s", lambda data: data["messages"][0].update(seen=True))
+    store.append("s", "messages", {"id": "m3"})
+    session.data["title"] = "new"
+    session.save()
+    assert session.data["messages"] is messages
+    assert messages[0] is first
+    assert messages == [{**HI, "seen": True}, HELLO, {"id": "m3"}]
+
+
+def test_two_objects_edits_are_both_kept(session: persist.Session, store: persist.Store) -> None:
+    """HAZARDS A3: `save` writes what this object changed, never its whole old document."""
+    older = store.load("s")
+    session.data["messages"].append({"id": "m3"})
+    session.save()
+    older.data["title"] = "from an older object"
+    older.save()
+    assert on_disk(store) == {"title": "from an older object", "n": 0, "messages": [HI, HELLO, {"id": "m3"}]}
+    assert (older.data, older.revision) == (on_disk(store), 3)
+
+
+def test_a_deletion_is_a_change_like_any_other(session: persist.Session, store: persist.Store) -> None:
+    """HAZARDS C2: an intentional shrink is kept, and never undone by an older object's save."""
+    older = store.load("s")
+    del session.data["title"]
+    session.data["messages"].clear()
+    session.save()
+    older.data["n"] = 1
+    older.save()
+    assert on_disk(store) == {"n": 1, "messages": []} == older.data
+
+
+def test_a_save_that_changes_nothing_writes_nothing(session: persist.Session, store: persist.Store) -> None:
+    """HAZARDS E3: the file is the same file, and the revision stays."""
+    before = everything(store.path)
+    session.save()
+    store.load("s").save()
+    with store.edit("s") as data:
+        data["title"] = "t"
+    store.update("s", lambda data: None)
+    assert store.append("s", "messages", HELLO) == 1
+    assert everything(store.path) == before
+    assert session.revision == 1
+
+
+def test_a_save_after_a_merge_that_changes_nothing_writes_nothing(session: persist.Session, store: persist.Store) -> None:
+    """HAZARDS E3: what a merge brought in, new keys and their order included, is no edit of this object."""
+    other = store.load("s")
+    session.data["mine"] = 1
+    session.data["messages"][0]["mine"] = 1
+    other.data["theirs"] = 1
+    other.data["messages"][0]["theirs"] = 1
+    other.save()
+    session.save()
+    before = everything(store.path)
+    session.save()
+    assert everything(store.path) == before
+    assert session.revision == 3
+
+
+def test_a_save_after_a_refresh_that_changes_nothing_writes_nothing(session: persist.Session, store: persist.Store) -> None:
+    """HAZARDS E3: taking the committed state is no edit either, wherever its new keys stand."""
+    store.update("s", lambda data: data.update({"messages": data.pop("messages"), "title": data.pop("title"), "new": 1}))
+    before = everything(store.path)
+    session.refresh()
+    session.save()
+    assert everything(store.path) == before
+
+
+def test_touch_false_keeps_the_time(session: persist.Session, store: persist.Store) -> None:
+    """HAZARDS B7: a repair does not move a session to the top of the list; it is a commit all the same."""
+    created = session.updated_at
+    session.data["n"] = 1
+    session.save(touch=False)
+    store.update("s", lambda data: data.update(n=2), touch=False)
+    with store.edit("s", touch=False) as data:
+        data["n"] = 3
+    assert store.append("s", "messages", 4, touch=False) == 5
+    assert store.load("s").updated_at == created
+    store.append("s", "messages", 5)
+    assert store.load("s").updated_at > created
+
+
+def test_a_failed_save_leaves_memory_and_disk_as_they_were(session: persist.Session, store: persist.Store) -> None:
+    """HAZARDS B6: a value deep inside that is not JSON is named; the next save, without it, writes the rest."""
+    session.data["title"] = "new"
+    session.data["messages"][1]["parts"] = [{"at": {1}}]
+    memory, disk = copy.deepcopy(session.data), everything(store.path)
+    with pytest.raises(persist.NotJSON) as caught:
+        session.save()
+    assert caught.value.path == ("messages", 1, "parts", 0, "at")
+    assert (session.data, everything(store.path), session.revision) == (memory, disk, 1)
+    session.data["messages"][1]["parts"] = []
+    session.save()
+    assert on_disk(store) == session.data
+
+
+# --- conflicts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def contested(session: persist.Session, store: persist.Store) -> persist.Session:
+    """A session whose unsaved title contradicts the one on disk, with other changes on both sides."""
+    store.update("s", lambda data: data.update(title="theirs", theirs=1))
+    session.data.update(title="mine", mine=1)
+    return session
+
+
+def test_a_contradiction_is_refused_whole(contested: persist.Session, store: persist.Store) -> None:
+    """`MergeConflict` names session, place and values; neither memory nor disk has changed."""
+    memory, disk = copy.deepcopy(contested.data), everything(store.path)
+    for verb in (contested.save, contested.refresh):
+        with pytest.raises(persist.MergeConflict, match=r"session\.refresh\(\)") as caught:
+            verb()
+        conflict = caught.value
+        assert (conflict.session_id, conflict.path) == ("s", ("title",))
+        assert (conflict.base, conflict.mine, conflict.theirs) == ("t", "mine", "theirs")
+        assert (contested.data, everything(store.path), contested.revision) == (memory, disk, 1)
+
+
+@pytest.mark.parametrize("side", ["mine", "theirs"])
+def test_on_conflict_takes_one_side_at_the_contradiction_only(
+    side: Any, contested: persist.Session, store: persist.Store
+) -> None:
+    """The other changes of both sides are kept."""
+    contested.save(on_conflict=side)
+    assert on_disk(store) == {"title": side, "n": 0, "messages": [HI, HELLO], "theirs": 1, "mine": 1} == contested.data
+
+
+def test_setting_the_edit_aside_is_the_way_out(contested: persist.Session, store: persist.Store) -> None:
+    """What the error says to do does work."""
+    contested.data["title"] = "t"
+    contested.refresh()
+    assert (contested.data["title"], contested.data["mine"]) == ("theirs", 1)
+    contested.data["title"] = "mine after all"
+    contested.save()
+    assert (on_disk(store)["title"], contested.revision) == ("mine after all", 3)
+
+
+def test_policies_of_the_store_settle_their_fields(directory: Path) -> None:
+    """`Store(merge=…)`: tokens add up, the later time stays, each by its own rule."""
+    store = persist.Store(directory, merge={"tokens": "sum", "seen_at": "max", "draft": "mine", "owner": "theirs"})
+    store.create("s", {"tokens": 10, "seen_at": "b", "draft": "", "owner": ""})
+    one, two = store.load("s"), store.load("s")
+    one.data.update(tokens=15, seen_at="d", draft="one", owner="one")
+    two.data.update(tokens=12, seen_at="c", draft="two", owner="two")
+    one.save()
+    two.save()
+    assert on_disk(store) == {"tokens": 17, "seen_at": "d", "draft": "two", "owner": "one"} == two.data
+    two.save()
+    assert on_disk(store)["tokens"] == 17
+
+
+def test_a_policy_counts_every_save_once(directory: Path) -> None:
+    """Counting on from the merged value adds what was counted since, no more."""
+    store = persist.Store(directory, merge={"n": "sum"})
+    store.create("s", {"n": 0})
+    objects = [store.load("s") for _ in range(3)]
+    for _ in range(4):
+        for each in objects:
+            each.data["n"] += 1
+        for each in objects:
+            each.save()
+    assert on_disk(store) == {"n": 12}
+
+
+# --- refresh ----------------------------------------------------------------------------------------------------------
+
+
+def test_refresh_takes_the_committed_state_and_keeps_unsaved_edits(session: persist.Session, store: persist.Store) -> None:
+    """Edits stay unsaved, in the caller's own objects, and the next save writes them."""
+    messages = session.data["messages"]
+    store.append("s", "messages", {"id": "m3"})
+    session.data["title"] = "mine"
+    before = everything(store.path)
+    session.refresh()
+    assert session.data == {"title": "mine", "n": 0, "messages": [HI, HELLO, {"id": "m3"}]}
+    assert session.data["messages"] is messages
+    assert (everything(store.path), session.revision) == (before, 2)
+    session.save()
+    assert (on_disk(store), session.revision) == (session.data, 3)
+
+
+def test_a_value_that_is_no_json_yet_is_kept_by_refresh(session: persist.Session, store: persist.Store) -> None:
+    """What is no JSON yet does not break a look at the disk; it is refused by the save."""
+    session.data["draft"] = {1, 2}
+    session.refresh()
+    assert session.data["draft"] == {1, 2}
+    with pytest.raises(persist.NotJSON):
+        session.save()
+
+
+# --- deleted and made anew --------------------------------------------------------------------------------------------
+
+
+def test_a_late_save_of_a_deleted_session_is_refused(session: persist.Session, store: persist.Store) -> None:
+    """HAZARDS C1: no ghost comes back, changed or not, and no file is left."""
+    store.delete("s")
+    for verb in (session.save, session.refresh):
+        with pytest.raises(persist.SessionDeleted):
+            verb()
+    session.data["title"] = "ghost"
+    with pytest.raises(persist.SessionDeleted):
+        session.save()
+    assert not store.exists("s")
+    assert sorted(path.name for path in store.path.iterdir()) == [".leases"]
+
+
+def test_a_late_save_into_a_session_of_the_same_id_is_refused(session: persist.Session, store: persist.Store) -> None:
+    """HAZARDS C1: the new session is another one, even if it begins with the same data."""
+    store.delete("s")
+    store.create("s", copy.deepcopy(session.data))
+    before = everything(store.path)
+    session.data["title"] = "ghost"
+    for verb in (session.save, session.refresh):
+        with pytest.raises(persist.SessionDeleted):
+            verb()
+    assert everything(store.path) == before
+
+
+def test_delete_removes_every_file_of_its_session_and_no_other(session: persist.Session, store: persist.Store) -> None:
+    """The neighbour whose id begins alike stays."""
+    store.create("s-2")
+    store.append("s-2", "messages", 1)
+    store.append("s", "messages", 1)
+    store.delete("s")
+    assert sorted(path.name for path in store.path.iterdir()) == [".leases", "s-2.json", "s-2.json.lock"]
+
+
+# --- reserved fields --------------------------------------------------------------------------------------------------
+
+STREAM_FIELDS = ["active_stream_id", "pending_user_message", "pending_attachments", "pending_started_at"]
+
+
+@pytest.mark.parametrize("field", STREAM_FIELDS)
+def test_stream_fields_are_changed_by_the_stream_verbs_only(field: str, session: persist.Session, store: persist.Store) -> None:
+    """`ReservedField` names the field and the verb to use, whichever way it is tried."""
+    before = everything(store.path)
+    session.data[field] = "x"
+    attempts: list[Callable[[], Any]] = [
+        session.save,
+        lambda: store.update("s", lambda data: data.update({field: "x"})),
+        lambda: store.create("s2", {field: "x"}),
+        lambda: store.append("s", field, "x"),
+    ]
+    for attempt in attempts:
+        with pytest.raises(persist.ReservedField, match="start_stream") as caught:
+            attempt()
+        assert caught.value.field == field
+    with pytest.raises(persist.ReservedField), store.edit("s") as data:
+        data[field] = "x"
+    assert everything(store.path) == before
+
+
+def test_stream_fields_that_say_nothing_are_no_change(store: persist.Store) -> None:
+    """Data that comes with the idle fields, as other servers write them, is taken."""
+    idle: dict[str, Any] = {
+        "active_stream_id": None,
+        "pending_user_message": None,
+        "pending_attachments": [],
+        "pending_started_at": None,
+    }
+    session = store.create("s", dict(idle))
+    session.data.clear()
+    session.save()
+    session.data.update(idle)
+    session.save()
+    assert store.load("s").active_stream_id is None
+
+
+def test_the_headers_name_is_no_field(session: persist.Session, store: persist.Store) -> None:
+    """`_persist` is refused at the top and is an ordinary key below it."""
+    before = everything(store.path)
+    session.data["_persist"] = {}
+    attempts: list[Callable[[], Any]] = [
+        session.save,
+        lambda: store.create("s2", {"_persist": 1}),
+        lambda: store.append("s", "_persist", 1),
+        lambda: store.update("s", lambda data: data.update(_persist=1)),
+    ]
+    for attempt in attempts:
+        with pytest.raises(persist.ReservedField, match="'_persist'"):
+            attempt()
+    assert everything(store.path) == before
+    store.update("s", lambda data: data.update(meta={"_persist": 1}))
+    assert store.load("s").data["meta"] == {"_persist": 1}
+
+
+# --- edit and update --------------------------------------------------------------------------------------------------
+
+
+class Oops(Exception):
+    pass
+
+
+def test_an_edit_commits_what_its_block_leaves(session: persist.Session, store: persist.Store) -> None:
+    """Read, change and write are one: nothing between."""
+    with store.edit("s") as data:
+        data["n"] += 1
+        data["messages"].pop()
+    assert on_disk(store) == {"title": "t", "n": 1, "messages": [HI]}
+
+
+def test_an_edit_that_raises_writes_nothing(session: persist.Session, store: persist.Store) -> None:
+    """Whatever it had changed by then; the error comes out as it is, and the lock is free again."""
+    before = everything(store.path)
+
+    def fail(data: dict[str, Any]) -> None:
+        data.clear()
+        raise Oops
+
+    with pytest.raises(Oops), store.edit("s") as data:
+        fail(data)
+    with pytest.raises(Oops):
+        store.update("s", fail)
+    assert everything(store.path) == before
+    store.append("s", "messages", {"id": "m3"})
+
+
+def test_an_update_returns_what_its_function_returns(session: persist.Session, store: persist.Store) -> None:
+    """The popped message, say."""
+    assert store.update("s", lambda data: data["messages"].pop()) == HELLO
+    assert on_disk(store)["messages"] == [HI]
+
+
+def test_an_update_names_the_revision_that_it_saw(session: persist.Session, store: persist.Store) -> None:
+    """HAZARDS A9: a destructive edit of an older state is a clean conflict; its function is not even called."""
+    store.append("s", "messages", {"id": "m3"})
+    before = everything(store.path)
+    calls: list[Any] = []
+    with pytest.raises(persist.RevisionMismatch, match="at revision 2, not at 1") as caught:
+        store.update("s", calls.append, if_revision=session.revision)
+    assert (caught.value.mine, caught.value.theirs) == (1, 2)
+    assert isinstance(caught.value, persist.MergeConflict)
+    assert (calls, everything(store.path)) == ([], before)
+    assert store.update("s", lambda data: data["messages"].pop(), if_revision=2) == {"id": "m3"}
+
+
+def test_a_lock_inside_a_lock_is_refused(session: persist.Session, store: persist.Store) -> None:
+    """A second session, or the same one again, is `NestedLock` instead of a deadlock; the outer edit still counts."""
+    store.create("other")
+    session.data["title"] = "new"
+    with store.edit("s") as data:
+        data["n"] = 1
+        for verb, wanted in NESTED:
+            with pytest.raises(persist.NestedLock) as caught:
+                verb(store)
+            assert (caught.value.held, caught.value.session_id) == ("s", wanted)
+        with pytest.raises(persist.NestedLock):
+            session.save()
+        assert store.load("s").data["n"] == 0
+    assert on_disk(store)["n"] == 1
+    session.save()
+
+
+NESTED: list[tuple[Verb, str]] = [
+    (lambda store: store.append("s", "messages", 1), "s"),
+    (lambda store: store.append("other", "messages", 1), "other"),
+    (lambda store: store.update("other", dict.clear), "other"),
+    (lambda store: store.edit("other").__enter__(), "other"),
+    (lambda store: store.create("new"), "new"),
+    (lambda store: store.delete("other"), "other"),
+    (lambda store: store.duplicate("s", "copy"), "copy"),
+    (lambda store: store.start_stream("other"), "other"),
+    (lambda store: persist.Store(store.path).append("s", "messages", 1), "s"),
+]
+
+
+def test_another_thread_waits_for_the_lock_and_says_who_holds_it(session: persist.Session, directory: Path) -> None:
+    """`lock_timeout_s` bounds the wait; afterwards the lock is as good as new."""
+    impatient = persist.Store(directory, lock_timeout_s=0.05)
+    caught: list[persist.LockTimeout] = []
+
+    def wait() -> None:
+        with pytest.raises(persist.LockTimeout) as error:
+            impatient.append("s", "messages", 1)
+        caught.append(error.value)
+
+    with impatient.edit("s") as data:
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(20)
+        data["n"] = 1
+    [timeout] = caught
+    assert timeout.timeout_s == 0.05 <= timeout.waited_s
+    assert "this process" in timeout.holder
+    assert impatient.append("s", "messages", 1) == 3
+
+
+# --- append -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_append_is_idempotent_by_id(session: persist.Session, store: persist.Store) -> None:
+    """HAZARDS D2: the same item again is a no-op, whatever the order of its keys; other content is a conflict."""
+    item = {"id": "m3", "role": "tool", "content": "x"}
+    assert store.append("s", "messages", item) == 2
+    before = everything(store.path)
+    assert store.append("s", "messages", dict(reversed(item.items()))) == 2
+    with pytest.raises(persist.MergeConflict, match=r"'s'.*its id is taken") as caught:
+        store.append("s", "messages", {**item, "content": "y"})
+    assert caught.value.path == ("messages", 2)
+    assert (caught.value.mine["content"], caught.value.theirs["content"]) == ("y", "x")
+    assert everything(store.path) == before
+
+
+@pytest.mark.parametrize("item", ["text", 5, None, ["a"], {}, {"content": "no id"}, {"id": None}])
+def test_an_item_without_an_id_is_appended_each_time(item: Any, session: persist.Session, store: persist.Store) -> None:
+    """Without an id nobody can tell a repetition."""
+    store.append("s", "messages", item)
+    assert store.append("s", "messages", item) == 3
+    assert on_disk(store)["messages"][2:] == [item, item]
+
+
+@pytest.mark.parametrize(("one", "two"), [(1, "1"), (1, True), (0, False)])
+def test_ids_of_different_types_are_different(one: Any, two: Any, session: persist.Session, store: persist.Store) -> None:
+    """``1``, ``"1"`` and ``True`` are three ids."""
+    store.append("s", "messages", {"id": one, "a": 1})
+    store.append("s", "messages", {"id": two, "a": 2})
+    assert len(on_disk(store)["messages"]) == 4
+
+
+def test_an_append_makes_a_missing_list_and_no_other(session: persist.Session, store: persist.Store) -> None:
+    """A field that is something else is `WrongType`, by its name; nothing is written."""
+    store.append("s", "notes", "n")
+    assert on_disk(store)["notes"] == ["n"]
+    before = everything(store.path)
+    with pytest.raises(persist.WrongType, match="field 'title' of the document is str, but must be a list"):
+        store.append("s", "title", "x")
+    assert everything(store.path) == before
+
+
+# --- looking, copying, closing ----------------------------------------------------------------------------------------
+
+
+def test_ids_are_paged_in_order(store: persist.Store) -> None:
+    """All pages together are all sessions, each once, though some come and go between."""
+    for name in ("b", "a", "C", "a-1", "a_1", "0"):
+        store.create(name)
+    assert store.ids() == sorted(["b", "a", "C", "a-1", "a_1", "0"])
+    pages, last = [], None
+    while page := store.ids(after=last, limit=2):
+        pages += page
+        last = page[-1]
+        store.delete(last)
+    assert pages == sorted(["b", "a", "C", "a-1", "a_1", "0"])
+    assert store.ids(limit=0) == []
+    assert store.ids(after="zzz") == []
+    assert store.ids(after="\n") == store.ids()
+
+
+def test_strange_files_in_the_directory_are_no_sessions(store: persist.Store) -> None:
+    """Editors' backups, locks and left-overs are not listed."""
+    store.create("s")
+    for name in ("s.json~", "notes.txt", ".hidden.json", "s.json.tmp", "a b.json"):
+        (store.path / name).write_text("{}")
+    assert store.ids() == ["s"]
+
+
+def test_exists_tells_whether_there_is_such_a_session(session: persist.Session, store: persist.Store) -> None:
+    """And leaves no trace of having asked."""
+    assert store.exists("s")
+    assert not store.exists("t")
+    assert not any(path.name.startswith("t") for path in store.path.iterdir())
+
+
+MISSING_VERBS: list[Verb] = [
+    lambda store: store.load("missing"),
+    lambda store: store.head("missing"),
+    lambda store: store.delete("missing"),
+    lambda store: store.delete("missing", force=True),
+    lambda store: store.update("missing", dict.clear),
+    lambda store: store.edit("missing").__enter__(),
+    lambda store: store.append("missing", "messages", 1),
+    lambda store: store.duplicate("missing", "copy"),
+    lambda store: store.start_stream("missing"),
+    lambda store: store.cancel("missing", "t"),
+    lambda store: store.accept("missing"),
+]
+
+
+@pytest.mark.parametrize("verb", MISSING_VERBS)
+def test_a_session_that_is_not_there_is_named_and_not_made(verb: Verb, store: persist.Store) -> None:
+    """`SessionNotFound` is a KeyError too; no document and no lock file appears."""
+    with pytest.raises(persist.SessionNotFound) as caught:
+        verb(store)
+    assert isinstance(caught.value, KeyError)
+    assert (caught.value.session_id, caught.value.path) == ("missing", store.path / "missing.json")
+    assert [path.name for path in store.path.iterdir()] == [".leases"]
+
+
+def test_create_never_overwrites(session: persist.Session, store: persist.Store) -> None:
+    """A session of that id is `SessionExists`, from `create` and `duplicate` alike."""
+    store.create("other")
+    before = everything(store.path)
+    verbs: list[Verb] = [
+        lambda store: store.create("s", {}),
+        lambda store: store.duplicate("other", "s"),
+        lambda store: store.duplicate("s", "s"),
+    ]
+    for verb in verbs:
+        with pytest.raises(persist.SessionExists):
+            verb(store)
+    assert everything(store.path) == before
+
+
+def test_a_duplicate_is_a_session_of_its_own(session: persist.Session, store: persist.Store) -> None:
+    """The same data at revision 1, and no bond with the original."""
+    store.update("s", lambda data: data.update(n=5))
+    copied = store.duplicate("s", "copy")
+    assert (copied.id, copied.revision, copied.data) == ("copy", 1, on_disk(store))
+    store.delete("s")
+    copied.data["n"] = 6
+    copied.save()
+    assert on_disk(store, "copy")["n"] == 6
+
+
+def test_a_duplicate_of_a_session_in_mid_turn_has_no_stream(session: persist.Session, store: persist.Store) -> None:
+    """Prompt and tool results are copied; stream fields and the partial answer are not, and the stream goes on."""
+    with store.start_stream("s", {"id": "p", "role": "user", "content": "?"}) as stream:
+        stream.append({"id": "tool", "role": "tool"})
+        stream.checkpoint({"role": "assistant", "content": "part"})
+        copied = store.duplicate("s", "copy")
+        assert copied.data["messages"] == [
+            HI,
+            HELLO,
+            {"id": "p", "role": "user", "content": "?"},
+            {"id": "tool", "role": "tool"},
+        ]
+        assert not copied.data.keys() & {*STREAM_FIELDS}
+        store.start_stream("copy").fail()
+        stream.finish({"role": "assistant", "content": "all"})
+    assert on_disk(store)["messages"][-1]["content"] == "all"
+
+
+def test_a_head_cannot_be_saved(session: persist.Session, store: persist.Store) -> None:
+    """HAZARDS B1: a part has no way to be written as the whole."""
+    head = store.head("s")
+    assert not hasattr(head, "save")
+    with pytest.raises(AttributeError):
+        head.data = {}  # type: ignore[misc]
+    with pytest.raises(persist.WrongType):
+        store.create("copy", head)  # type: ignore[arg-type]
+
+
+CLOSED_VERBS: list[Verb] = [
+    lambda store: store.load("s"),
+    lambda store: store.head("s"),
+    lambda store: store.exists("s"),
+    lambda store: store.ids(),
+    lambda store: store.create("new"),
+    lambda store: store.duplicate("s", "copy"),
+    lambda store: store.delete("s"),
+    lambda store: store.edit("s").__enter__(),
+    lambda store: store.update("s", dict.clear),
+    lambda store: store.append("s", "messages", 1),
+    lambda store: store.start_stream("s"),
+    lambda store: store.cancel("s", "t"),
+    lambda store: store.streams(),
+    lambda store: store.clear_stale_streams(),
+    lambda store: store.check(),
+    lambda store: store.accept("s"),
+]
+
+
+def test_a_closed_store_takes_no_verb(session: persist.Session, store: persist.Store) -> None:
+    """Every verb is `StoreClosed`; closing twice, or by ``with``, is closing."""
+    with store:
+        pass
+    store.close()
+    before = everything(store.path)
+    for verb in CLOSED_VERBS:
+        with pytest.raises(persist.StoreClosed, match=str(store.path)):
+            verb(store)
+    assert everything(store.path) == before
+
+
+def test_the_list_of_closed_verbs_is_complete(store: persist.Store) -> None:
+    """A verb added later must be refused on a closed store too."""
+    public = {name for name in vars(persist.Store) if not name.startswith("_")} - {"path", "close"}
+    assert len(public) == len(CLOSED_VERBS)
+
+
+def test_a_store_is_a_directory_not_a_way_of_spelling_it(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative names, links and a later chdir lead to one store, with one lock in the process."""
+    store.create("s")
+    link = store.path.parent / "link"
+    link.symlink_to(store.path)
+    monkeypatch.chdir(store.path.parent)
+    relative, linked = persist.Store("sessions"), persist.Store(link)
+    monkeypatch.chdir("/")
+    assert relative.path == linked.path == store.path
+    assert relative.append("s", "messages", 1) == 2
+    with store.edit("s"), pytest.raises(persist.NestedLock):
+        linked.append("s", "messages", 1)
+
+
+# --- arguments that cannot be -----------------------------------------------------------------------------------------
+
+BAD_IDS: list[Any] = ["", "../s", "s\n", ".s", "a" * 129, "con", None, 5, ["s"], b"s", {"s": 1}]
+
+
+@pytest.mark.parametrize("bad", BAD_IDS, ids=lambda bad: ascii(bad)[:12])
+def test_no_verb_takes_a_bad_session_id(bad: Any, session: persist.Session, store: persist.Store) -> None:
+    """Each is `InvalidSessionId`, and not a file more or less exists afterwards."""
+    before = everything(store.path.parent)
+    verbs: list[Callable[[], Any]] = [
+        lambda: store.load(bad),
+        lambda: store.head(bad),
+        lambda: store.exists(bad),
+        lambda: store.create(bad),
+        lambda: store.duplicate(bad, "copy"),
+        lambda: store.duplicate("s", bad),
+        lambda: store.delete(bad),
+        lambda: store.delete(bad, force=True),
+        lambda: store.edit(bad).__enter__(),
+        lambda: store.update(bad, dict.clear),
+        lambda: store.append(bad, "messages", 1),
+        lambda: store.start_stream(bad),
+        lambda: store.cancel(bad, "t"),
+        lambda: store.accept(bad),
+    ]
+    for verb in verbs:
+        with pytest.raises(persist.InvalidSessionId):
+            verb()
+    assert everything(store.path.parent) == before
+
+
+def no_json(store: persist.Store) -> None:
+    with store.edit("s") as data:
+        data["messages"][0]["at"] = math.nan
+
+
+def no_dict(store: persist.Store) -> None:
+    session = store.load("s")
+    session.data = []  # type: ignore[assignment]
+    session.save()
+
+
+BAD_ARGUMENTS: dict[str, tuple[Verb, type[Exception]]] = {
+    "create: a list": (lambda store: store.create("new", []), persist.WrongType),  # type: ignore[arg-type]
+    "create: a text": (lambda store: store.create("new", "{}"), persist.WrongType),  # type: ignore[arg-type]
+    "create: NaN": (lambda store: store.create("new", {"a": math.nan}), persist.NotJSON),
+    "create: a key": (lambda store: store.create("new", {1: 1}), persist.NotJSON),  # type: ignore[dict-item]
+    "edit: NaN": (no_json, persist.NotJSON),
+    "save: a list": (no_dict, persist.WrongType),
+    "save: on_conflict": (lambda store: store.load("s").save(on_conflict="ours"), persist.WrongType),  # type: ignore[arg-type]
+    "save: on_conflict list": (lambda store: store.load("s").save(on_conflict=[]), persist.WrongType),  # type: ignore[arg-type]
+    "update: tuple": (lambda store: store.update("s", lambda data: data.update(a=())), persist.NotJSON),
+    "update: no function": (lambda store: store.update("s", 5), persist.WrongType),  # type: ignore[arg-type]
+    "update: if_revision": (lambda store: store.update("s", dict.clear, if_revision="1"), persist.PersistError),  # type: ignore[arg-type]
+    "append: field": (lambda store: store.append("s", 5, 1), persist.WrongType),  # type: ignore[arg-type]
+    "append: no field": (lambda store: store.append("s", None, 1), persist.WrongType),  # type: ignore[arg-type]
+    "append: bytes": (lambda store: store.append("s", "messages", b"x"), persist.NotJSON),
+    "append: a pair as field": (lambda store: store.append("s", "\ud83d\ude00", 1), persist.NotJSON),
+    "ids: limit": (lambda store: store.ids(limit=-1), persist.WrongType),
+    "ids: limit text": (lambda store: store.ids(limit="1"), persist.WrongType),  # type: ignore[arg-type]
+    "ids: limit bool": (lambda store: store.ids(limit=True), persist.WrongType),
+    "ids: after": (lambda store: store.ids(after=5), persist.WrongType),  # type: ignore[arg-type]
+    "start: message": (lambda store: store.start_stream("s", "hi"), persist.WrongType),  # type: ignore[arg-type]
+    "start: message id": (lambda store: store.start_stream("s", {"id": 1.5}), persist.WrongType),
+    "start: NaN": (lambda store: store.start_stream("s", {"content": math.nan}), persist.NotJSON),
+    "start: stream_id": (lambda store: store.start_stream("s", stream_id="../t"), persist.InvalidStreamId),
+    "start: stream_id 5": (lambda store: store.start_stream("s", stream_id=5), persist.InvalidStreamId),  # type: ignore[arg-type]
+    "store: path": (lambda store: persist.Store(5), persist.WrongType),  # type: ignore[arg-type]
+    "store: bytes": (lambda store: persist.Store(b"x"), persist.WrongType),  # type: ignore[arg-type]
+    "store: empty": (lambda store: persist.Store(""), persist.WrongType),
+    "store: NUL": (lambda store: persist.Store(f"{store.path}/a\0b"), persist.WrongType),
+    "store: a file": (lambda store: persist.Store(store.path / "s.json"), persist.WrongType),
+    "store: below a file": (lambda store: persist.Store(store.path / "s.json" / "x"), NotADirectoryError),
+    "store: timeout": (lambda store: persist.Store(store.path, lock_timeout_s=-1), persist.WrongType),
+    "store: timeout NaN": (lambda store: persist.Store(store.path, lock_timeout_s=math.nan), persist.WrongType),
+    "store: timeout text": (lambda store: persist.Store(store.path, lock_timeout_s="5"), persist.WrongType),  # type: ignore[arg-type]
+    "store: timeout bool": (lambda store: persist.Store(store.path, lock_timeout_s=True), persist.WrongType),
+    "store: policy": (lambda store: persist.Store(store.path, merge={"n": "add"}), persist.WrongType),  # type: ignore[dict-item]
+    "store: policies": (lambda store: persist.Store(store.path, merge=["n"]), persist.WrongType),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize(("verb", "error"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
+def test_a_bad_argument_is_a_typed_error_and_changes_nothing(
+    verb: Verb, error: type[Exception], session: persist.Session, store: persist.Store
+) -> None:
+    """No verb writes half of what it was asked for, and none fails in a way that has no name."""
+    before = everything(store.path.parent)
+    with pytest.raises(error):
+        verb(store)
+    assert everything(store.path.parent) == before
+    store.append("s", "messages", {"id": "m3"})
+
+
+@pytest.mark.parametrize("stream_id", ["../t", "", None, 5, ["t"]])
+def test_cancelling_what_no_stream_is_called_is_a_no_op(stream_id: Any, session: persist.Session, store: persist.Store) -> None:
+    """Another stream than the current one, or none: False, nothing written."""
+    before = everything(store.path)
+    assert store.cancel("s", stream_id) is False
+    assert store.cancel("s", stream_id, force=True) is False
+    assert everything(store.path) == before
