@@ -5,7 +5,8 @@ msgspec does the work. It is fast, but quietly turns sets, bytes and dates into 
 surrogate) goes through the standard library. `decode` trusts its input; `decode_strict` is for files that no
 checksum vouches for.
 
-Limits: 200 levels of nesting, integers up to 4,300 digits, `MAX_BYTES` a document.
+Limits: 200 levels of nesting, integers up to 4,300 digits; a document has at most 512 MiB and 10 million values, which
+also ends the check of a list that contains itself many times over.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from persist.errors import NotJSON, ValuePath
 MAX_DEPTH = 200
 MAX_DIGITS = 4300
 MAX_BYTES = 512 * 1024 * 1024
+MAX_VALUES = 10_000_000
 
 _MAX_INT = 10**MAX_DIGITS
 # An integer of fewer bits surely has few enough digits; the exact comparison is for the others.
@@ -39,7 +41,7 @@ def check(value: Any, path: ValuePath = ()) -> None:
     nesting of the value can exhaust Python's stack.
     """
     pending = [(value, path)] if _is_container(value, path) else []
-    budget = MAX_BYTES
+    budget = MAX_VALUES
     while pending:
         container, here = pending.pop()
         budget -= len(container)

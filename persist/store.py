@@ -6,7 +6,7 @@ import math
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -244,6 +244,8 @@ class Store:
         """
         if not callable(function):
             raise WrongType(what="function", expected="callable", got=type(function).__name__)
+        if if_revision is not None and type(if_revision) is not int:
+            raise WrongType(what="if_revision", expected="a revision, or None", got=type(if_revision).__name__)
         with self._open_files().transaction(session_id) as tx:
             found = tx.read()
             revision = found.header.revision
@@ -319,6 +321,15 @@ class Store:
         """
         return streams.cancel(self._open_files(), session_id, stream_id, force=force)
 
+    def stream(self, session_id: str) -> StreamInfo | None:
+        """Tell who runs the session's active stream, and whether that process lives; None if no stream is active.
+
+        A stream that another program left, without a lease, shows as dead. Takes the session's lock.
+
+        Raises: as `load`; LockTimeout, NestedLock.
+        """
+        return streams.look_at(self._open_files(), session_id)
+
     def streams(self) -> list[StreamInfo]:
         """List the active streams, and for each whether it lives. Takes the lock of one session at a time.
 
@@ -326,8 +337,12 @@ class Store:
         session that cannot be read are left out: `check` names it.
         """
         files = self._open_files()
-        looks = (streams.look_at(files, session_id, stream_id) for session_id, stream_id in files.leases())
-        return [info for info in looks if info is not None]
+        found = []
+        for session_id in dict.fromkeys(session_id for session_id, _ in files.leases()):
+            # One damaged session must not hide the streams of the others; `check` names it.
+            with suppress(SessionNotFound, CorruptSession, UnsupportedFormat, UnsafeFile):
+                found.append(streams.look_at(files, session_id))
+        return [info for info in found if info is not None]
 
     def clear_stale_streams(self, *, every_session: bool = False) -> list[ClearedStream]:
         """Clear every stream whose process is dead; for the start of a server, or now and then.

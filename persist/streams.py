@@ -25,15 +25,12 @@ from typing import Any, Self
 from persist import codec, turn
 from persist.errors import (
     CommitFailed,
-    CorruptSession,
     InvalidStreamId,
     Owner,
     PersistError,
     SessionBusy,
     SessionNotFound,
     StreamLost,
-    UnsafeFile,
-    UnsupportedFormat,
     WrongType,
     conflicts_in,
 )
@@ -153,6 +150,8 @@ def delete(files: SessionFiles, session_id: str, *, force: bool) -> None:
     with files.transaction(session_id) as tx:
         if force:
             # Also a document that cannot be read.
+            if not tx.exists():
+                raise SessionNotFound(session_id=session_id, path=files.layout.session(session_id).document)
             tx.delete()
             return
         snapshot = tx.read()
@@ -174,26 +173,23 @@ class StreamInfo:
     last_commit_at: datetime
 
 
-def look_at(files: SessionFiles, session_id: str, stream_id: str) -> StreamInfo | None:
-    """Tell whether a stream is alive, under its session's lock; None if it is not known to be the session's active one."""
-    try:
-        with files.transaction(session_id) as tx:
-            head = files.read_head(session_id)
-            if head.fields.get(ACTIVE) != stream_id:
-                return None
-            with tx.holding_lease_if_dead(stream_id) as is_dead:
-                owner = _owner_of(head.header, stream_id)
-                return StreamInfo(
-                    session_id,
-                    stream_id,
-                    is_live=not is_dead,
-                    is_cancelled=owner is not None and owner.is_cancelled,
-                    owner=None if owner is None else owner.process,
-                    last_commit_at=head.header.updated_at,
-                )
-    except (SessionNotFound, CorruptSession, UnsupportedFormat, UnsafeFile):
-        # One damaged session must not hide the streams of the others; `check` names it.
-        return None
+def look_at(files: SessionFiles, session_id: str) -> StreamInfo | None:
+    """Tell whether a session's active stream is alive, under the session's lock; None if it has none."""
+    with files.transaction(session_id) as tx:
+        head = files.read_head(session_id)
+        stream_id = head.fields.get(ACTIVE)
+        if stream_id is None:
+            return None
+        with tx.holding_lease_if_dead(stream_id) as is_dead:
+            owner = _owner_of(head.header, stream_id)
+            return StreamInfo(
+                session_id,
+                stream_id,
+                is_live=not is_dead,
+                is_cancelled=owner is not None and owner.is_cancelled,
+                owner=None if owner is None else owner.process,
+                last_commit_at=head.header.updated_at,
+            )
 
 
 def _busy(files: SessionFiles, session_id: str, snapshot: Snapshot) -> SessionBusy:

@@ -113,12 +113,11 @@ class Chat:
             stream.finish({"role": "assistant", "content": text})
 
     def status(self, session_id: str) -> Reply:
-        if self._store.head(session_id).active_stream_id is not None:
-            for info in self._store.streams():
-                if info.session_id == session_id and info.is_live:
-                    owner = info.owner and asdict(info.owner)
-                    return {"active": True, "stream_id": info.stream_id, "cancelled": info.is_cancelled, "owner": owner}
-        return {"active": False, "stream_id": None, "cancelled": False, "owner": None}
+        info = self._store.stream(session_id)
+        if info is None or not info.is_live:
+            return {"active": False, "stream_id": None, "cancelled": False, "owner": None}
+        owner = info.owner and asdict(info.owner)
+        return {"active": True, "stream_id": info.stream_id, "cancelled": info.is_cancelled, "owner": owner}
 
     def cancel(self, session_id: str, stream_id: str) -> Reply:
         return {"cancelled": self._store.cancel(session_id, stream_id)}

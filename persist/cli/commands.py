@@ -102,7 +102,7 @@ class Entry:
         return self.id, self.title or "", self.revision, self.messages, self.updated_at, self.stream
 
 
-@persist.command()
+@persist.command(epilog="Example: persist ls var/sessions --json | jq -r '.[] | select(.stream == \"stale\") | .id'")
 @store_argument
 @json_option
 @click.pass_context
@@ -157,7 +157,7 @@ def _state(session_id: str, active_stream_id: str | None, streams: Mapping[str, 
     return "live" if info is not None and info.is_live else "stale"
 
 
-@persist.command()
+@persist.command(epilog="Example: persist show var/sessions s-42 --json | jq .data.messages[-1]")
 @store_argument
 @session_argument
 @json_option
@@ -197,7 +197,7 @@ def _plain(value: Any, *, keep: str = "") -> str:
     return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), keep=keep)
 
 
-@persist.command()
+@persist.command(epilog="Example: persist streams var/sessions")
 @store_argument
 @json_option
 def streams(store: Store, as_json: bool) -> None:
@@ -220,7 +220,7 @@ def _life(info: StreamInfo) -> str:
     return "live, asked to end" if info.is_cancelled else "live"
 
 
-@persist.command()
+@persist.command(epilog="Example: persist check var/sessions || mail -s 'damaged sessions' ops")
 @store_argument
 @json_option
 @click.pass_context
@@ -243,7 +243,7 @@ def check(ctx: click.Context, store: Store, as_json: bool) -> None:
 # --- mending ---
 
 
-@persist.command("clear-stale")
+@persist.command("clear-stale", epilog="Example: persist clear-stale var/sessions --every-session")
 @store_argument
 @click.option("--every-session", is_flag=True, help="Look into all sessions, also for streams that another program has left.")
 @json_option
@@ -270,7 +270,7 @@ def clear_stale(ctx: click.Context, store: Store, every_session: bool, as_json: 
         ctx.exit(PROBLEMS_FOUND)
 
 
-@persist.command()
+@persist.command(epilog="Example: persist accept var/sessions s-42")
 @store_argument
 @session_argument
 @json_option

@@ -620,6 +620,7 @@ CLOSED_VERBS: list[Verb] = [
     lambda store: store.append("s", "messages", 1),
     lambda store: store.start_stream("s"),
     lambda store: store.cancel("s", "t"),
+    lambda store: store.stream("s"),
     lambda store: store.streams(),
     lambda store: store.clear_stale_streams(),
     lambda store: store.check(),
