@@ -12,7 +12,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, cast
@@ -20,13 +21,21 @@ from typing import Any, cast
 DEADLINE_S = 30.0
 
 
+def eventually(claim: Callable[[], bool]) -> None:
+    """Return when a claim about the state has become true; fail when it has not within the deadline."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not claim():
+        assert time.monotonic() < deadline, "it did not become true"
+
+
 class Actor:
     """A process with ``store`` (a `persist.Store`) and ``persist`` in reach of the code it runs."""
 
-    def __init__(self, directory: Path, **store_options: Any) -> None:
+    def __init__(self, directory: Path, *, prefix: Sequence[str] = (), **store_options: Any) -> None:
+        """Start it; `prefix` is a command that starts commands, such as ``unshare``."""
         here, there = Pipe()
         self._connection = here
-        command = [sys.executable, "-W", "error", __file__, str(there.fileno()), str(directory), repr(store_options)]
+        command = [*prefix, sys.executable, "-W", "error", __file__, str(there.fileno()), str(directory), repr(store_options)]
         self.process = subprocess.Popen(command, pass_fds=[there.fileno()])
         there.close()
 

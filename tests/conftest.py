@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from actors import Actor
@@ -28,8 +29,8 @@ def actor(directory: Path) -> Iterator[ActorFactory]:
     """Start another server process on the same directory; all of them are gone after the test."""
     actors: list[Actor] = []
 
-    def start(**store_options: object) -> Actor:
-        actors.append(Actor(directory, **store_options))
+    def start(**options: Any) -> Actor:
+        actors.append(Actor(directory, **options))
         return actors[-1]
 
     yield start

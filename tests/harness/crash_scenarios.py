@@ -1,0 +1,234 @@
+"""What is played and checked for each crash state: the verbs, and what must hold after a reboot.
+
+Each state is opened by a fresh store: no process is left, so every stream is dead. It must show the old or the new
+document; a sweep must free the session; the next writes must work and clean up. The sweep's own crash states are checked
+in their turn.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import persist
+from harness.crashes import Step, Trace, read_disk, record, recording, states, write_disk
+
+PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
+ANSWER = {"id": "a1", "role": "assistant", "content": "Because."}
+
+Prepare = Callable[[persist.Store], Any]
+Verb = Callable[[persist.Store, Any], Any]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A verb, and what must be there before it. What `prepare` returns is handed to `verb`."""
+
+    name: str
+    verb: Verb
+    prepare: Prepare = lambda store: None
+    interrupted: Callable[[persist.Store], Any] = lambda store: None
+    content: dict[str, Any] = field(default_factory=lambda: {"title": "t" * 600, "messages": [{"id": "m1", "content": "hi"}]})
+
+
+def start_and_die(store: persist.Store) -> None:
+    stream = store.start_stream("s-1", PROMPT)
+    stream._lease.close()
+
+
+def running(store: persist.Store) -> persist.Stream:
+    stream = store.start_stream("s-1", PROMPT)
+    stream.checkpoint({"role": "assistant", "content": "Be"})
+    return stream
+
+
+def stale(store: persist.Store) -> persist.Session:
+    stream = running(store)
+    stream._lease.close()
+    return store.load("s-1")
+
+
+def changed(store: persist.Store) -> persist.Session:
+    session = store.load("s-1")
+    session.data["title"] = "changed"
+    return session
+
+
+def changed_on_both_sides(store: persist.Store) -> persist.Session:
+    session = changed(store)
+    store.append("s-1", "messages", {"id": "m2", "content": "theirs"})
+    return session
+
+
+def edited_by_hand(store: persist.Store) -> None:
+    path = store.path / "s-1.json"
+    path.write_bytes(path.read_bytes().replace(b'"hi"', b'"HI"'))
+
+
+def foreign(store: persist.Store) -> None:
+    (store.path / "s-1.json").write_bytes(b'{"title": "foreign", "messages": [{"id": "m1", "content": "hi"}]}')
+
+
+def left_over_temp(store: persist.Store) -> persist.Session:
+    (store.path / "s-1.json.tmp").write_bytes(b"left over")
+    return changed(store)
+
+
+MESSAGE = {"id": "m3", "role": "user", "content": "more"}
+SCENARIOS = [
+    Scenario("create", lambda store, _: store.create("s-2", {"title": "new"})),
+    Scenario("duplicate", lambda store, _: store.duplicate("s-1", "s-2")),
+    Scenario("save", lambda _, session: session.save(), changed),
+    Scenario("save that merges", lambda _, session: session.save(), changed_on_both_sides),
+    Scenario("save over a left-over", lambda _, session: session.save(), left_over_temp),
+    Scenario("append", lambda store, _: store.append("s-1", "messages", MESSAGE)),
+    Scenario("first commit to a foreign document", lambda store, _: store.append("s-1", "messages", MESSAGE), foreign),
+    Scenario("update", lambda store, _: store.update("s-1", lambda data: data.update(n=1))),
+    Scenario("accept", lambda store, _: store.accept("s-1"), edited_by_hand),
+    Scenario("delete", lambda store, _: store.delete("s-1")),
+    Scenario("delete with a stale stream", lambda store, _: store.delete("s-1"), stale),
+    Scenario("start", lambda store, _: start_and_die(store)),
+    Scenario("start over a stale stream", lambda store, _: start_and_die(store), stale),
+    Scenario("checkpoint", lambda _, stream: stream.checkpoint({"role": "assistant", "content": "Becau"}), running),
+    Scenario("stream.append", lambda _, stream: stream.append(MESSAGE), running),
+    Scenario("finish", lambda _, stream: stream.finish(ANSWER), running),
+    Scenario("fail", lambda _, stream: stream.fail(), running),
+    Scenario("cancel", lambda store, stream: store.cancel("s-1", stream.id), running),
+    Scenario("cancel by force", lambda store, stream: store.cancel("s-1", stream.id, force=True), running),
+    Scenario("clear", lambda _, session: session.clear_stale_stream(), stale),
+    Scenario(
+        "append of what a killed writer left visible",
+        lambda store, _: store.append("s-1", "messages", MESSAGE),
+        interrupted=lambda store: store.append("s-1", "messages", MESSAGE),
+    ),
+    Scenario(
+        "save of what a killed writer left visible",
+        lambda store, _: store.load("s-1").save(),
+        interrupted=lambda store: store.append("s-1", "messages", MESSAGE),
+    ),
+    Scenario(
+        "cancel of what a killed writer left cancelled",
+        lambda store, stream: store.cancel("s-1", stream.id),
+        running,
+        interrupted=lambda store: store.cancel("s-1", store.load("s-1").active_stream_id or ""),
+    ),
+    Scenario("sweep", lambda store, _: store.clear_stale_streams(), stale),
+]
+
+
+# --- from a scenario to its trace ----------------------------------------------------------------------------------------
+
+
+#: What each session shows: its data and whether its stream was asked to end, or the bytes of a file that is damaged.
+Documents = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a scenario did to the disk, with the documents before and after it."""
+
+    trace: Trace
+    old: Documents
+    new: Documents
+
+
+def documents(store: persist.Store) -> Documents:
+    return {session_id: _document(store, session_id) for session_id in store.ids()}
+
+
+def _document(store: persist.Store, session_id: str) -> Any:
+    try:
+        found = store._files.read(session_id)
+    except persist.CorruptSession:
+        return (store.path / f"{session_id}.json").read_bytes()
+    owner = found.header.owner
+    return found.body.data() | {"cancelled": owner is not None and owner.is_cancelled}
+
+
+def play(scenario: Scenario, scratch: Path, *, padding_bytes: int = 0) -> Case:
+    """Play a scenario; a larger document has more sectors to tear."""
+    store = persist.Store(scratch / "recorded")
+    store.create("s-1", scenario.content | {"padding": "p" * padding_bytes})
+    subject = scenario.prepare(store)
+    old = documents(store)
+    first = record(store.path, lambda: scenario.interrupted(store))
+    trace = record(store.path, lambda: scenario.verb(store, subject))
+    trace = Trace(first.before, until_rename(first.steps) + trace.steps)
+    new = documents(store)
+    if isinstance(subject, persist.Stream):
+        subject._lease.close()
+    shutil.rmtree(store.path)
+    return Case(trace, old, new)
+
+
+def until_rename(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The steps of a writer that was killed when its commit had just become visible, and was not durable yet."""
+    return steps[: [step.kind for step in steps].index("rename") + 1] if steps else ()
+
+
+# --- the check of one state ----------------------------------------------------------------------------------------------
+
+
+def faults(case: Case, trace: Trace, scratch: Path, *, deep: bool = True) -> Iterator[str]:
+    """What is wrong with the crash states of a trace; nothing, if the protocol is right."""
+    for state, returned in states(trace):
+        root = scratch / "state"
+        write_disk(root, state)
+        try:
+            yield from _faults_of(case, root, returned, deep=deep)
+        finally:
+            shutil.rmtree(root)
+
+
+def _faults_of(case: Case, root: Path, returned: bool, *, deep: bool) -> Iterator[str]:
+    store = persist.Store(root)
+    found = documents(store)
+    if found != case.new and (returned or found != case.old):
+        yield f"acknowledged and lost: {found}" if returned else f"neither old nor new: {found}"
+        return
+    if any(isinstance(document, bytes) for document in found.values()):
+        return  # edited by hand, and as it was
+    try:
+        yield from _recovery_faults(store, found, deep=deep)
+        yield from _next_write_faults(store)
+    except persist.PersistError as error:
+        yield f"recovery failed: {error}"
+
+
+def _recovery_faults(store: persist.Store, found: Documents, *, deep: bool) -> Iterator[str]:
+    """The sweep frees every session, once, keeps every message, and is crash-safe itself."""
+    before = read_disk(store.path)
+    with recording(store.path) as steps:
+        store.clear_stale_streams()
+    swept = documents(store)
+    for session_id, data in swept.items():
+        if data.get("active_stream_id") is not None:
+            yield f"{session_id} is stuck"
+        if _plain(data) != _plain(found[session_id]):
+            yield f"the sweep changed messages of {session_id}"
+    if store.clear_stale_streams() or documents(store) != swept:
+        yield "the sweep is not idempotent"
+    if deep and any(step.kind == "rename" for step in steps):
+        recovery = Trace(before, tuple(steps))
+        yield from faults(Case(recovery, found, swept), recovery, store.path.parent / "deeper", deep=False)
+
+
+def _plain(data: Any) -> list[Any]:
+    return [{key: value for key, value in message.items() if key != "interrupted"} for message in data.get("messages", [])]
+
+
+def _next_write_faults(store: persist.Store) -> Iterator[str]:
+    """Whatever was left, the next writes work and leave nothing over."""
+    for session_id in ("s-1", "s-2"):
+        if not store.exists(session_id):
+            store.create(session_id)
+        store.append(session_id, "messages", {"id": "next", "content": "next"})
+        with store.start_stream(session_id, {"id": "next prompt", "role": "user", "content": "next"}) as stream:
+            stream.finish()
+    if problems := store.check():
+        yield f"left over: {problems}"
+    if leases := [path.name for path in (store.path / ".leases").iterdir()]:
+        yield f"leases left over: {leases}"

@@ -1,0 +1,245 @@
+"""Crash states: what a power cut may leave of a verb's disk operations, enumerated (in the manner of ALICE, OSDI 2014).
+
+`record` runs a verb for real and writes down its steps: files made, bytes written, files and directories synced, names
+moved and removed. `states` gives every disk that a cut after any of the steps may leave, under what POSIX promises and no more:
+
+- a name that was made, moved or removed survives for certain only after its directory was synced; until then each
+  such step survives or not, whatever became of the others (a rename survives as a whole);
+- what was written survives for certain only after the file was synced; until then each sector of 512 bytes has its new
+  content, or zeros, or the file is shorter;
+- what was synced stays.
+
+A real file system reorders less. What holds here holds there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+import pytest
+
+from persist.files import disk
+
+SECTOR_BYTES = 512
+
+#: A disk: the content of each file, by its path below the store's directory.
+Disk = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a protocol. `file` tells files apart that bear one name after another."""
+
+    kind: str
+    path: str
+    file: int = -1
+    target: str = ""
+    content: bytes = field(default=b"", repr=False)
+
+    @property
+    def directory(self) -> str:
+        return str(PurePath(self.path).parent)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.path}" + (f" to {self.target}" if self.target else "")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What stood on the disk, durably, and the steps that were taken from there."""
+
+    before: Disk
+    steps: tuple[Step, ...]
+
+    def without(self, index: int) -> Trace:
+        return Trace(self.before, self.steps[:index] + self.steps[index + 1 :])
+
+    def swapped(self, index: int) -> Trace:
+        one, two = self.steps[index : index + 2]
+        return Trace(self.before, (*self.steps[:index], two, one, *self.steps[index + 2 :]))
+
+
+# --- recording -----------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """Writes down what the functions of `persist.files.disk` do below a directory, while they do it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.steps: list[Step] = []
+        self._file_of: dict[str, int] = {path: number for number, path in enumerate(read_disk(root))}
+        self._next = itertools.count(len(self._file_of))
+        self._open: dict[int, tuple[int, str]] = {}
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        for name in ("open_plain", "write", "sync", "close", "sync_directory", "replace", "unlink"):
+            patch.setattr(disk, name, getattr(self, name)(getattr(disk, name)))
+
+    def _name(self, path: Path) -> str:
+        return os.path.relpath(path, self.root)
+
+    def open_plain(self, real: Callable[..., int]) -> Callable[..., int]:
+        def open_plain(path: Path, flags: int) -> int:
+            name, is_new = self._name(path), not os.path.lexists(path)
+            fd = real(path, flags)
+            if is_new:
+                self._file_of[name] = next(self._next)
+                self.steps.append(Step("create", name, self._file_of[name]))
+            self._open[fd] = (self._file_of[name], name)
+            return fd
+
+        return open_plain
+
+    def write(self, real: Callable[..., None]) -> Callable[..., None]:
+        def write(fd: int, content: bytes) -> None:
+            real(fd, content)
+            file, name = self._open[fd]
+            self.steps.append(Step("write", name, file, content=bytes(content)))
+
+        return write
+
+    def sync(self, real: Callable[..., None]) -> Callable[..., None]:
+        def sync(fd: int) -> None:
+            real(fd)
+            if fd in self._open:
+                file, name = self._open[fd]
+                self.steps.append(Step("sync", name, file))
+
+        return sync
+
+    def close(self, real: Callable[..., None]) -> Callable[..., None]:
+        def close(fd: int) -> None:
+            real(fd)
+            self._open.pop(fd, None)
+
+        return close
+
+    def sync_directory(self, real: Callable[..., None]) -> Callable[..., None]:
+        def sync_directory(path: Path) -> None:
+            known = dict(self._open)
+            # A directory's descriptor may have the number of a file that lock.py has closed by itself.
+            self._open.clear()
+            real(path)
+            self._open.update(known)
+            self.steps.append(Step("sync directory", str(PurePath(self._name(path)) / "*")))
+
+        return sync_directory
+
+    def replace(self, real: Callable[..., None]) -> Callable[..., None]:
+        def replace(source: Path, target: Path) -> None:
+            real(source, target)
+            file = self._file_of.pop(self._name(source))
+            self._file_of[self._name(target)] = file
+            self.steps.append(Step("rename", self._name(source), file, self._name(target)))
+
+        return replace
+
+    def unlink(self, real: Callable[..., bool]) -> Callable[..., bool]:
+        def unlink(path: Path) -> bool:
+            was_there = real(path)
+            if was_there:
+                self.steps.append(Step("unlink", self._name(path), self._file_of.pop(self._name(path))))
+            return was_there
+
+        return unlink
+
+
+@contextmanager
+def recording(root: Path) -> Iterator[list[Step]]:
+    """Record the steps of the block."""
+    recorder = Recorder(root)
+    with pytest.MonkeyPatch.context() as patch:
+        recorder.install(patch)
+        yield recorder.steps
+
+
+def record(root: Path, verb: Callable[[], Any]) -> Trace:
+    """Run a verb and return its trace; what is on the disk now counts as durable."""
+    before = read_disk(root)
+    with recording(root) as steps:
+        verb()
+    return Trace(before, tuple(steps))
+
+
+def read_disk(root: Path) -> Disk:
+    return {os.path.relpath(path, root): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def write_disk(root: Path, state: Disk) -> None:
+    (root / ".leases").mkdir(parents=True)
+    for name, content in state.items():
+        (root / name).write_bytes(content)
+
+
+# --- enumerating ---------------------------------------------------------------------------------------------------------
+
+
+def states(trace: Trace) -> Iterator[tuple[Disk, bool]]:
+    """Every disk that a cut may leave, once each, and whether the verb had returned by then.
+
+    The end of the trace is when the verb returns; a disk that may be left before and after counts as after.
+    """
+    seen: dict[frozenset[tuple[str, bytes]], bool] = {}
+    for cut in range(len(trace.steps), -1, -1):
+        for state in _after(trace, cut):
+            seen.setdefault(frozenset(state.items()), cut == len(trace.steps))
+    for state_items, returned in seen.items():
+        yield dict(state_items), returned
+
+
+def _after(trace: Trace, cut: int) -> Iterator[Disk]:
+    """The disks that a cut after `cut` steps may leave."""
+    steps = trace.steps[:cut]
+    entries = {name: number for number, name in enumerate(trace.before)}
+    durable = dict(enumerate(trace.before.values()))
+    written = dict(durable)
+    pending: list[Step] = []
+    for step in steps:
+        if step.kind == "write":
+            written[step.file] = written.get(step.file, b"") + step.content
+        elif step.kind == "sync":
+            durable[step.file] = written.get(step.file, b"")
+        elif step.kind == "sync directory":
+            for each in [each for each in pending if each.directory == step.directory]:
+                _apply(each, entries)
+                pending.remove(each)
+        else:
+            pending.append(step)
+    for survivors in itertools.product((False, True), repeat=len(pending)):
+        names = dict(entries)
+        for step, survives in zip(pending, survivors, strict=True):
+            if survives:
+                _apply(step, names)
+        choices = [_contents(durable.get(file, b""), written.get(file, b"")) for file in names.values()]
+        for contents in itertools.product(*choices):
+            yield dict(zip(names, contents, strict=True))
+
+
+def _apply(step: Step, entries: dict[str, int]) -> None:
+    if step.kind == "create":
+        entries[step.path] = step.file
+    else:
+        if entries.get(step.path) == step.file:
+            del entries[step.path]
+        if step.kind == "rename":
+            entries[step.target] = step.file
+
+
+def _contents(durable: bytes, written: bytes) -> list[bytes]:
+    """What a file may hold whose last writes were not synced (it was empty, or all of it was durable, before)."""
+    if durable == written:
+        return [written]
+    sectors = [written[start : start + SECTOR_BYTES] for start in range(0, len(written), SECTOR_BYTES)]
+    torn = [
+        b"".join(sector if kept else bytes(len(sector)) for sector, kept in zip(sectors, pattern, strict=True))
+        for pattern in itertools.product((True, False), repeat=len(sectors))
+    ]
+    shorter = [b"".join(sectors[:count]) for count in range(len(sectors))]
+    return [durable, *dict.fromkeys(torn + shorter)]
