@@ -6,8 +6,6 @@ suite must find fault with the result. `scripts/crash-states` prints how many st
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,17 +16,6 @@ from harness.crashes import Step, Trace, record, states
 import persist
 
 by_name = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
-
-
-@pytest.fixture
-def scratch(tmp_path: Path) -> Iterator[Path]:
-    """A directory in memory where there is one: durability is the model's business here, not the disk's."""
-    memory = Path("/dev/shm")
-    if not memory.is_dir():
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory) as directory:
-        yield Path(directory)
 
 
 @by_name
