@@ -15,6 +15,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from enum import Enum
 from typing import Any
 
 import msgspec
@@ -85,11 +86,17 @@ def _advice(kind: type) -> str:
         return f"an integer has at most {MAX_DIGITS:,} digits"
     if kind is float:
         return "NaN and infinities have no JSON form"
+    return f"it is {_name(kind)}; {_hint(kind)}"
+
+
+def _hint(kind: type) -> str:
+    if issubclass(kind, Enum):
+        return "take its .value"
     for plain in (str, int, float, dict, list):
         if issubclass(kind, plain):
-            return f"it is {_name(kind)}; convert it with {plain.__name__}()"
-    hints = {"tuple": "; convert it with list()", "set": "; convert it with sorted()", "bytes": "; decode it"}
-    return f"it is {_name(kind)}{hints.get(kind.__name__, '')}"
+            return f"convert it with {plain.__name__}()"
+    hints = {"tuple": "convert it with list()", "set": "convert it with sorted()", "bytes": "decode it"}
+    return hints.get(kind.__name__, "convert it, with str() or .isoformat() say, or to a dict of its fields")
 
 
 def encode(value: Any, path: ValuePath = ()) -> bytes:

@@ -30,8 +30,9 @@ ValuePath = tuple["str | int", ...]
 
 
 def show_path(path: Sequence[str | int]) -> str:
-    """Write a path into a document as Python would: ``data['messages'][3]``."""
-    return "data" + "".join(f"[{step!r}]" for step in path)
+    """Write a path into a document as Python would: ``data['messages'][3]``; a very deep one by its two ends."""
+    steps = [f"[{step!r}]" for step in path]
+    return "data" + "".join(steps if len(steps) <= 10 else [*steps[:4], "…", *steps[-2:]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ def _rebuild(kind: type[PersistError], facts: dict[str, Any]) -> PersistError:
 class SessionNotFound(PersistError, KeyError):
     """There is no such session. Create it with `Store.create`."""
 
-    template = "No session {session_id!r}: {path} does not exist. Make it with store.create()."
+    template = "No session {session_id!r}: {path} does not exist. store.ids() lists the sessions; store.create() makes one."
     session_id: str
     path: Path
 
@@ -241,7 +242,7 @@ class SweepIncomplete(PersistError):
     failures: dict[str, Exception]
 
     def __init__(self, *, cleared: list[Any], failures: dict[str, Exception], count: int = 0, names: str = "") -> None:
-        reasons = "; ".join(f"{session_id!r}: {error}" for session_id, error in failures.items())
+        reasons = "; ".join(f"{session_id!r} ({str(error).rstrip('.')})" for session_id, error in failures.items())
         super().__init__(cleared=cleared, failures=failures, count=len(cleared), names=reasons)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from persist import streams, turn
 from persist.errors import MergeConflict, MessagesRemoved, SessionDeleted, SessionNotFound, WrongType, conflicts_in
@@ -61,7 +61,10 @@ class Session:
     @property
     def active_stream_id(self) -> str | None:
         """The stream that owned the session when it was loaded. It may be dead: ask `clear_stale_stream`."""
-        return self.data.get(ACTIVE)
+        return self.data.get(ACTIVE) or None
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("A Session stays in its process: hand its id over, and load it there.")
 
     def save(self, *, touch: bool = True, on_conflict: Preference = "error") -> None:
         """Write what this object changed; what others committed meanwhile is kept, and stands in `data` afterwards.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import uuid
@@ -33,7 +34,7 @@ from persist.files.transaction import SessionFiles, Transaction
 from persist.merge import Policy, check_policies
 from persist.session import Head, Session
 from persist.streams import Stream, StreamInfo
-from persist.turn import ACTIVE, Message
+from persist.turn import Message
 
 Result = TypeVar("Result")
 
@@ -48,7 +49,10 @@ class ClearedStream:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that `Store.check` has found. `kind` is "corrupt", "unsupported", "unsafe", "stale" or "left-over"."""
+    """Something that `Store.check` has found.
+
+    `kind` is "corrupt", "unsupported", "unsafe", "unreadable", "stale", "left-over" or "ignored".
+    """
 
     session_id: str
     kind: str
@@ -65,6 +69,7 @@ class Store:
         merge: top-level field -> "sum" | "max" | "mine" | "theirs": how `Session.save` settles a field that both sides
             changed, instead of raising `MergeConflict`.
         allow_network: True accepts a network file system, where no guarantee holds.
+        create: False opens a directory that must be there, and makes nothing in it until something is written.
 
     Raises:
         WrongType: an argument is not what it must be.
@@ -89,13 +94,21 @@ class Store:
         lock_timeout_s: float = 5.0,
         merge: Mapping[str, Policy] | None = None,
         allow_network: bool = False,
+        create: bool = True,
     ) -> None:
-        directory = _directory(path)
+        directory = _directory(path, create=create)
         policies = {} if merge is None else merge
         check_policies(policies)
         self._policies = dict(policies)
-        self._files = SessionFiles(directory, lock_timeout_s=_seconds(lock_timeout_s), allow_network=allow_network)
+        self._files = SessionFiles(
+            directory, lock_timeout_s=_seconds(lock_timeout_s), allow_network=allow_network, create=create
+        )
+        self._options = {"lock_timeout_s": lock_timeout_s, "merge": self._policies, "allow_network": allow_network}
         self._is_closed = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # For multiprocessing: the other process opens the same directory for itself.
+        return _reopened, (self.path, self._options)
 
     def __repr__(self) -> str:
         return f"<persist.Store {self.path}>"
@@ -131,7 +144,8 @@ class Store:
         Raises:
             SessionNotFound: create it first.
             CorruptSession, UnsupportedFormat, UnsafeFile: the file cannot be trusted; it was not changed.
-            InvalidSessionId: see `persist.InvalidSessionId` for the rule.
+            InvalidSessionId: an id is 1 to 128 of ``A-Z a-z 0-9 _ -``, and begins with a letter or digit.
+            OSError: the file cannot be opened.
         """
         return self._session(session_id, self._open_files().read(session_id), is_durable=False)
 
@@ -142,8 +156,8 @@ class Store:
         """
         found = self._open_files().read_head(session_id)
         header = found.header
-        active = found.fields.get(ACTIVE)
-        return Head(session_id, header.revision, header.created_at, header.updated_at, active, found.fields, found.counts)
+        times = header.created_at, header.updated_at
+        return Head(session_id, header.revision, *times, found.active_stream_id, found.fields, found.counts)
 
     def exists(self, session_id: str) -> bool:
         """Tell whether there is such a session. Takes no lock."""
@@ -256,6 +270,8 @@ class Store:
                 )
             data = found.body.data()
             result = function(data)
+            if inspect.isawaitable(result):
+                raise WrongType(what="function", expected="a plain function", got="async: nothing may be awaited under a lock")
             _commit_edit(tx, found, data, touch=touch)
             return result
 
@@ -318,6 +334,9 @@ class Store:
 
         Returns:
             True if that stream was the active one.
+
+        Raises:
+            SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
         return streams.cancel(self._open_files(), session_id, stream_id, force=force)
 
@@ -340,7 +359,7 @@ class Store:
         found = []
         for session_id in dict.fromkeys(session_id for session_id, _ in files.leases()):
             # One damaged session must not hide the streams of the others; `check` names it.
-            with suppress(SessionNotFound, CorruptSession, UnsupportedFormat, UnsafeFile):
+            with suppress(SessionNotFound, CorruptSession, UnsupportedFormat, OSError):
                 found.append(streams.look_at(files, session_id))
         return [info for info in found if info is not None]
 
@@ -367,7 +386,7 @@ class Store:
                 failures[session_id] = error
         for session_id in files.session_ids() if every_session else []:
             try:
-                active = files.read_head(session_id).fields.get(ACTIVE)
+                active = files.read_head(session_id).active_stream_id
                 if active is not None and streams.clear_stale(files, session_id, active) is not None:
                     cleared.append(ClearedStream(session_id, str(active)))
             except (PersistError, OSError) as error:
@@ -379,20 +398,18 @@ class Store:
     # --- care ---
 
     def check(self) -> list[Problem]:
-        """Read every session whole, and name what is damaged, stale or left over. Changes nothing.
+        """Read every session whole, and name what is damaged, stale, left over or no session. Changes nothing.
 
-        Takes the lock only of sessions that have a lease. While others write, a commit under way may show as a left-over.
+        Takes the lock only of sessions that name a stream. While others write, a commit under way may show as a left-over.
         """
         files = self._open_files()
-        problems = [problem for session_id in files.session_ids() if (problem := _damage(files, session_id))]
-        for info in self.streams():
-            if not info.is_live:
-                path = files.layout.lease(info.session_id, info.stream_id)
-                what = f"Stream {info.stream_id} of session {info.session_id!r} is dead: clear it."
-                problems.append(Problem(info.session_id, "stale", path, what))
+        problems = [problem for session_id in files.session_ids() if (problem := _problem(files, session_id))]
         for session_id, path in files.leftovers():
             what = f"{path} is left over from a crash; the next commit or delete of {session_id!r} removes it."
             problems.append(Problem(session_id, "left-over", path, what))
+        for path in files.ignored():
+            what = f"{path} is no session, since {path.stem!r} is no session id: it is ignored. Rename it, or move it away."
+            problems.append(Problem(path.stem, "ignored", path, what))
         return problems
 
     def accept(self, session_id: str) -> Session:
@@ -422,28 +439,41 @@ def _commit_edit(tx: Transaction, found: Snapshot, data: dict[str, Any], *, touc
     return tx.commit(found.header.next(touch=touch), body).header.revision
 
 
-def _damage(files: SessionFiles, session_id: str) -> Problem | None:
+def _problem(files: SessionFiles, session_id: str) -> Problem | None:
+    path = files.layout.session(session_id).document
     try:
-        files.read(session_id)
+        if files.read(session_id).active_stream_id is None:
+            return None
+        info = streams.look_at(files, session_id)
+        if info is None or info.is_live:
+            return None
+        remedy = f"Clear it with 'persist clear-stale {path.parent} --every-session'."
+        return Problem(session_id, "stale", path, f"Stream {info.stream_id} of session {session_id!r} is dead. {remedy}")
     except CorruptSession as error:
         kind, message = "corrupt", str(error)
     except UnsupportedFormat as error:
         kind, message = "unsupported", str(error)
     except UnsafeFile as error:
         kind, message = "unsafe", str(error)
+    except OSError as error:
+        kind, message = "unreadable", f"{path} cannot be read: {error.strerror or error}."
     except SessionNotFound:
         return None
-    else:
-        return None
-    return Problem(session_id, kind, files.layout.session(session_id).document, message)
+    return Problem(session_id, kind, path, message)
 
 
-def _directory(path: object) -> Path:
+def _reopened(path: Path, options: dict[str, Any]) -> Store:
+    return Store(path, **options)
+
+
+def _directory(path: object, *, create: bool) -> Path:
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in str(path):
         raise WrongType(what="a store's path", expected="a directory's name", got=repr(path))
     directory = Path(path)
     if directory.exists() and not directory.is_dir():
-        raise WrongType(what=f"the store {directory}", expected="a directory", got="something else")
+        raise WrongType(what=f"the store {directory}", expected="a directory", got="a file")
+    if not create and not directory.is_dir():
+        raise WrongType(what=f"the store {directory}", expected="a directory that is there", got="missing")
     return directory
 
 

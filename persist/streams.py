@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from persist import codec, turn
 from persist.errors import (
@@ -59,7 +59,7 @@ def _claim(files: SessionFiles, tx: Transaction, snapshot: Snapshot, stream_id: 
     messages = turn.messages_of(data)
     if any(turn.has_id(m, f"{stream_id}.{part}") for m in messages for part in ("prompt", "answer")):
         raise InvalidStreamId(stream_id=stream_id, reason="a stream of this session had it before. Choose a new one.")
-    stale_id = data.get(ACTIVE)
+    stale_id = snapshot.active_stream_id
     if stale_id is not None:
         _interrupt(data, header)
     owner = StreamOwner(stream_id, _this_process(), None if prompt is None else prompt["id"])
@@ -177,7 +177,7 @@ def look_at(files: SessionFiles, session_id: str) -> StreamInfo | None:
     """Tell whether a session's active stream is alive, under the session's lock; None if it has none."""
     with files.transaction(session_id) as tx:
         head = files.read_head(session_id)
-        stream_id = head.fields.get(ACTIVE)
+        stream_id = head.active_stream_id
         if stream_id is None:
             return None
         with tx.holding_lease_if_dead(stream_id) as is_dead:
@@ -244,6 +244,9 @@ class Stream:
     def __repr__(self) -> str:
         return f"<persist.Stream {self.id} of {self.session_id!r}{'' if self._lease.is_held else ', ended'}>"
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("A Stream belongs to the process that started it; it cannot be handed to another.")
+
     @property
     def cancelled(self) -> bool:
         """Whether somebody, in any process, has asked this stream to end, or it has lost its session.
@@ -252,7 +255,7 @@ class Stream:
         """
         try:
             head = self._files.read_head(self.session_id)
-            self._require_ownership(head.header, head.fields.get(ACTIVE))
+            self._require_ownership(head.header, head.active_stream_id)
         except (StreamLost, SessionNotFound):
             return True
         return head.header.owner is not None and head.header.owner.is_cancelled

@@ -155,10 +155,10 @@ def _recover_foreign_prompt(data: Data, messages: list[Any]) -> None:
         return
     last = messages[-1] if messages else None
     if type(last) is dict and last.get("role") == "user" and same(last.get("content"), content):
-        last[INTERRUPTED] = True
-        return
-    prompt = {"id": f"{data.get(ACTIVE)}.prompt", "role": "user", "content": content, INTERRUPTED: True}
-    if data.get("pending_attachments"):
-        prompt["attachments"] = data["pending_attachments"]
-    if find(messages, prompt["id"]) is None:
+        prompt = last
+    else:
+        prompt = {"id": f"{data.get(ACTIVE)}.prompt", "role": "user", "content": content}
         messages.append(prompt)
+    prompt[INTERRUPTED] = True
+    if data.get("pending_attachments"):
+        prompt.setdefault("attachments", data["pending_attachments"])

@@ -93,6 +93,8 @@ class Chat:
         }
 
     def start(self, session_id: str, message: str) -> Reply:
+        if not message.strip():
+            raise BadRequest("The message is empty.")
         with contextlib.ExitStack() as failing:
             stream = failing.enter_context(self._store.start_stream(session_id, {"role": "user", "content": message}))
             # A request's thread is a daemon and would pass that on; for a turn the interpreter shall wait at its exit.
@@ -225,6 +227,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def _shown_error(error: Exception, status: int) -> Reply:
+    if isinstance(error, persist.SessionNotFound):
+        # The error itself names the file, which is nobody else's business.
+        return {"error": f"There is no session {error.session_id!r}."}
     if isinstance(error, persist.SessionBusy):
         return {"error": str(error), "stream_id": error.stream_id, "owner": error.owner and asdict(error.owner)}
     # What went wrong inside is for the log, not for the client.
@@ -250,12 +255,19 @@ def main() -> None:
     parser.add_argument("--delay-s", type=float, default=0.05, help="seconds that the model takes for a word")
     options = parser.parse_args()
 
-    store = persist.Store(options.store)
+    try:
+        store = persist.Store(options.store)
+    except (persist.PersistError, OSError) as error:
+        sys.exit(str(error))
     _clear_what_dead_servers_left(store)
     chat = Chat(store, delay_s=options.delay_s)
     for signal_number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signal_number, lambda *_: sys.exit())
-    with ChatServer(chat, options.port) as server:
+    try:
+        listening = ChatServer(chat, options.port)
+    except (OSError, OverflowError) as error:
+        sys.exit(f"Cannot listen on port {options.port}: {error}")
+    with listening as server:
         print(f"http://127.0.0.1:{server.server_port}", flush=True)
         try:
             server.serve_forever()

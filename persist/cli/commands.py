@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from rich.text import Text
 from persist import __version__
 from persist.cli.output import console, print_json, print_table, printable, tolerate_any_terminal
 from persist.cli.replay import replay
-from persist.errors import PersistError, SessionNotFound, SweepIncomplete
+from persist.errors import CorruptSession, PersistError, SessionNotFound, SweepIncomplete
 from persist.files.layout import LEASES
 from persist.store import Store
 from persist.streams import StreamInfo
 
 PROBLEMS_FOUND = 1
 STORE_ERROR = 3
+_TITLE_SHOWN = 60
 
 _EPILOG = """\b
 Exit status:
@@ -64,7 +66,7 @@ def _open_store(_ctx: click.Context, _argument: click.Parameter, path: Path) -> 
         raise click.BadParameter(f"{printable(str(path))} is not a directory.")
     if not (path / LEASES).is_dir() and not any(path.glob("*.json")):
         raise click.BadParameter(f"{printable(str(path))} is not a store: it has neither sessions (*.json) nor {LEASES}.")
-    return Store(path)
+    return Store(path, create=False)
 
 
 store_argument = click.argument("store", type=click.Path(path_type=Path), callback=_open_store)
@@ -99,7 +101,7 @@ class Entry:
     def row(self) -> tuple[object, ...]:
         if self.error is not None:
             return self.id, f"UNREADABLE: {self.error}", "", "", "", ""
-        return self.id, self.title or "", self.revision, self.messages, self.updated_at, self.stream
+        return self.id, _clipped(self.title or ""), self.revision, self.messages, self.updated_at, self.stream
 
 
 @persist.command(epilog="Example: persist ls var/sessions --json | jq -r '.[] | select(.stream == \"stale\") | .id'")
@@ -109,8 +111,8 @@ class Entry:
 def ls(ctx: click.Context, store: Store, as_json: bool) -> None:
     """List the sessions.
 
-    Each with its stream: none, live, or stale (its process is dead). A damaged session is shown with its error, and the exit
-    status is 1.
+    Each with its stream: none, live, or stale (its process is dead). A session that cannot be read is shown with its error,
+    and the exit status is 1. Damage among the messages is found by `check`.
     """
     streams = _streams_by_session(store)
     entries = [entry for session_id in store.ids() if (entry := _entry(store, session_id, streams)) is not None]
@@ -120,6 +122,10 @@ def ls(ctx: click.Context, store: Store, as_json: bool) -> None:
         print_table(("id", "title", "revision", "messages", "updated", "stream"), [entry.row() for entry in entries])
     if any(entry.error for entry in entries):
         ctx.exit(PROBLEMS_FOUND)
+
+
+def _clipped(title: str) -> str:
+    return title if len(title) <= _TITLE_SHOWN else f"{title[: _TITLE_SHOWN - 1]}…"
 
 
 def _streams_by_session(store: Store) -> Mapping[str, StreamInfo] | None:
@@ -135,7 +141,7 @@ def _entry(store: Store, session_id: str, streams: Mapping[str, StreamInfo] | No
         head = store.head(session_id)
     except SessionNotFound:
         return None
-    except PersistError as error:
+    except (PersistError, OSError) as error:
         return Entry(session_id, error=str(error))
     title = head.data.get("title")
     return Entry(
@@ -143,7 +149,7 @@ def _entry(store: Store, session_id: str, streams: Mapping[str, StreamInfo] | No
         title if isinstance(title, str) else None,
         head.revision,
         head.counts.get("messages", 0),
-        head.updated_at.isoformat(timespec="seconds"),
+        _time(head.updated_at),
         _state(session_id, head.active_stream_id, streams),
     )
 
@@ -210,8 +216,14 @@ def streams(store: Store, as_json: bool) -> None:
     if as_json:
         print_json([asdict(info) | {"last_commit_at": info.last_commit_at.isoformat()} for info in found])
         return
-    rows = [(info.session_id, info.stream_id, _life(info), info.owner or "unknown", info.last_commit_at) for info in found]
+    rows = [
+        (info.session_id, info.stream_id, _life(info), info.owner or "unknown", _time(info.last_commit_at)) for info in found
+    ]
     print_table(("session", "stream", "state", "owner", "last commit"), rows)
+
+
+def _time(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")
 
 
 def _life(info: StreamInfo) -> str:
@@ -263,9 +275,12 @@ def clear_stale(ctx: click.Context, store: Store, every_session: bool, as_json: 
         reasons = {session_id: str(error) for session_id, error in failures.items()}
         print_json({"cleared": [asdict(each) for each in cleared], "failures": reasons})
     else:
-        print_table(("session", "cleared stream"), [(each.session_id, each.stream_id) for each in cleared])
+        if cleared:
+            print_table(("session", "cleared stream"), [(each.session_id, each.stream_id) for each in cleared])
+        else:
+            click.echo("No dead stream found." + ("" if every_session else " Those of other programs: --every-session."))
         for error in failures.values():
-            click.echo(printable(str(error)), err=True)
+            click.echo(f"Error: {printable(str(error))}", err=True)
     if failures:
         ctx.exit(PROBLEMS_FOUND)
 
@@ -279,8 +294,19 @@ def accept(store: Store, session_id: str, as_json: bool) -> None:
 
     It gets a new checksum. One that is sound is left alone.
     """
+    was_sound = _is_sound(store, session_id)
     session = store.accept(session_id)
     if as_json:
-        print_json({"id": session.id, "revision": session.revision})
+        print_json({"id": session.id, "revision": session.revision, "was_sound": was_sound})
+    elif was_sound:
+        click.echo(f"{session.id} is sound, at revision {session.revision}: there was nothing to accept.")
     else:
         click.echo(f"{session.id} is accepted at revision {session.revision}.")
+
+
+def _is_sound(store: Store, session_id: str) -> bool:
+    try:
+        store.load(session_id)
+    except CorruptSession:
+        return False
+    return True

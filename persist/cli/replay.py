@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,14 +73,33 @@ def replay(
         raise click.UsageError("--kills needs a conversation with a user message: workers are killed in the middle of a turn.")
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     directory = _empty_directory(store)
-    with _progress_bar() as on_progress:
-        result = outcome.replay(Plan(played, directory, workers, kills, seed, timeout_s), on_progress)
+    try:
+        with _ended_by_signals(), _progress_bar() as on_progress:
+            result = outcome.replay(Plan(played, directory, workers, kills, seed, timeout_s), on_progress)
+    except KeyboardInterrupt:
+        if store is None:
+            shutil.rmtree(directory)
+        raise click.ClickException("Interrupted; nothing was compared.") from None
     is_kept = store is not None or not result.is_clean
     if not is_kept:
         shutil.rmtree(directory)
     _print(result, directory if is_kept else None, seed, as_json)
     if not result.is_clean:
         ctx.exit(LOSS)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM end a replay as Ctrl-C does: with no process and no temporary store left."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _conversations(transcripts: Path | None) -> list[Conversation]:

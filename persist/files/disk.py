@@ -49,10 +49,21 @@ def _open(path: Path, flags: int) -> tuple[int, os.stat_result]:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise UnsafeFile(path=path, found=_what_is(path))
+        if flags & os.O_CREAT:
+            _give_to_owner_of_directory(path, fd)
     except BaseException:
         os.close(fd)
         raise
     return fd, status
+
+
+def _give_to_owner_of_directory(path: Path, fd: int | None = None) -> None:
+    """What root makes belongs to whom the directory belongs: one `sudo persist clear-stale` must not lock the server out."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+        return
+    owner, own = os.stat(path.parent), os.stat(path) if fd is None else os.fstat(fd)
+    if (own.st_uid, own.st_gid) != (owner.st_uid, owner.st_gid):
+        os.chown(path if fd is None else fd, owner.st_uid, owner.st_gid)
 
 
 def _what_is(path: Path) -> str:
@@ -185,6 +196,7 @@ def make_directory(path: Path) -> bool:
     for directory in reversed(missing):
         with contextlib.suppress(FileExistsError):
             directory.mkdir(mode=0o700)
+            _give_to_owner_of_directory(directory)
         sync_directory(directory.parent)
     return bool(missing)
 

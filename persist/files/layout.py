@@ -30,9 +30,13 @@ _RULE = "an id is 1 to 128 of A-Z a-z 0-9 _ -, begins with a letter or digit, an
 
 def check_session_id(session_id: object) -> str:
     """Return `session_id` if it can name a session, else raise `InvalidSessionId`."""
-    if isinstance(session_id, str) and _ID.fullmatch(session_id) and not _DEVICES.fullmatch(session_id):
+    if isinstance(session_id, str) and _is_session_id(session_id):
         return session_id
     raise InvalidSessionId(session_id=session_id, reason=_RULE)
+
+
+def _is_session_id(name: str) -> bool:
+    return _ID.fullmatch(name) is not None and _DEVICES.fullmatch(name) is None
 
 
 def check_stream_id(stream_id: object) -> str:
@@ -79,7 +83,7 @@ class Layout:
 def session_of_document(name: str) -> str | None:
     """The session whose document has this file name, or None."""
     stem = name.removesuffix(_DOCUMENT)
-    return stem if stem != name and _ID.fullmatch(stem) else None
+    return stem if stem != name and _is_session_id(stem) else None
 
 
 def session_of_leftover(name: str) -> str | None:

@@ -152,8 +152,8 @@ class Snapshot:
 
     @property
     def active_stream_id(self) -> Any:
-        """What stands in the document: a string or None, unless another program wrote it."""
-        return self.body.fields().get(ACTIVE)
+        """The stream that the document names, or None; anything else has been written by another program."""
+        return self.body.fields().get(ACTIVE) or None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +163,11 @@ class HeadSnapshot:
     header: Header
     fields: dict[str, Any]
     counts: Mapping[str, int]
+
+    @property
+    def active_stream_id(self) -> Any:
+        """As `Snapshot.active_stream_id`."""
+        return self.fields.get(ACTIVE) or None
 
 
 # --- to bytes ----------------------------------------------------------------------------------------------------------
@@ -336,7 +341,7 @@ class _Reader:
         except codec.StrictError as error:
             raise self._corrupt(error.reason, error.offset) from None
         if type(data) is not dict:
-            raise self._corrupt("it is JSON, but not an object.", 0)
+            raise self._corrupt("it is JSON, but not an object.", 0, "If it is no session, move it out of the store.")
         return data
 
     def _mismatch(self, content: bytes) -> CorruptSession:

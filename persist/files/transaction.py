@@ -30,18 +30,22 @@ from persist.files.snapshot import Body, Header, HeadSnapshot, Snapshot
 class SessionFiles:
     """The sessions of one directory, as files."""
 
-    def __init__(self, directory: Path, *, lock_timeout_s: float, allow_network: bool = False) -> None:
+    def __init__(self, directory: Path, *, lock_timeout_s: float, allow_network: bool = False, create: bool = True) -> None:
         # The real path: two names of one directory must share their in-process locks, and a chdir must not move the store.
         self.layout = Layout(Path(os.path.realpath(directory)))
         self.lock_timeout_s = lock_timeout_s
         self._unknown: dict[str, str] = {}
+        if create:
+            self._make_directories()
+        disk.check_file_system(self.layout.directory, allow_network=allow_network)
+        self._ignores_case = disk.ignores_case(self.layout.directory, layout.LEASES)
+
+    def _make_directories(self) -> None:
         disk.make_directory(self.layout.leases)
-        # Another process may have made the directory a moment ago: its name must not be lost under our first commit.
+        # Another process may have made them a moment ago: their names must not be lost under our first commit.
         disk.sync_directory(self.layout.directory)
         with contextlib.suppress(PermissionError):
             disk.sync_directory(self.layout.directory.parent)
-        disk.check_file_system(self.layout.directory, allow_network=allow_network)
-        self._ignores_case = disk.ignores_case(self.layout.directory, layout.LEASES)
 
     # --- without a lock ---
 
@@ -71,6 +75,11 @@ class SessionFiles:
     def leases(self) -> list[tuple[str, str]]:
         """The (session id, stream id) of all lease files, sorted; those of dead streams too."""
         return sorted(filter(None, map(layout.stream_of_lease, disk.names(self.layout.leases))))
+
+    def ignored(self) -> list[Path]:
+        """JSON files whose names are no session ids, sorted."""
+        names = [name for name in disk.names(self.layout.directory) if name.endswith(".json")]
+        return sorted(self.layout.directory / name for name in names if layout.session_of_document(name) is None)
 
     def leftovers(self) -> list[tuple[str, Path]]:
         """Temporary files, and locks without a session: (session id, path), sorted. A commit under way shows as one."""
@@ -219,6 +228,7 @@ class Transaction:
     def take_lease(self, stream_id: str, description: bytes) -> Lease | None:
         """Create and lock the lease of a new stream; None if one of that id is alive."""
         self._require_lock()
+        disk.make_directory(self._layout.leases)
         return lease.take(self._layout.lease(self.session_id, stream_id), description)
 
     @contextmanager

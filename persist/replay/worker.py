@@ -157,7 +157,6 @@ class TitleThread(threading.Thread):
     def run(self) -> None:
         try:
             while not self._try_to_save():
-                Report("conflict", self._session.id).send()
                 self._session = self._store.load(self._session.id)
         except BaseException as error:  # handed to whoever joins
             self._error = error
@@ -170,8 +169,12 @@ class TitleThread(threading.Thread):
         try:
             session.save()
         except MergeConflict:
+            Report("conflict", session.id).send()
             return False
         took_s = time.perf_counter() - started
+        if session.data["title"] != self._title:
+            # The object had this title already, so it was no edit, and a later turn's title stands: now it is one.
+            return False
         has_merged = session.revision > seen + 1
         Report("title", session.id, self._turn.prompt["id"], None, took_s, session.revision, has_merged=has_merged).send()
         return True

@@ -130,6 +130,19 @@ def test_title_is_merged_with_what_was_committed_since(store: persist.Store, cap
     assert (data["title"], data["messages"]) == ("Talk (1 of 1)", [TALK.messages[0]])
 
 
+def test_title_that_was_no_edit_is_saved_again(store: persist.Store, capfd: pytest.CaptureFixture[str]) -> None:
+    """An object that had the title already does not edit it; what is reported as saved must stand there all the same."""
+    loaded = store.create("talk", {"title": "Talk (1 of 1)", TITLES: {"turn-1": "Talk (1 of 1)"}, "messages": []})
+    with store.edit("talk") as data:
+        data["title"] = "A later one"
+    thread = TitleThread(store, loaded, TALK.turns[0], "Talk (1 of 1)")
+    thread.start()
+    thread.join_or_raise()
+    (report,) = [parse(line) for line in capfd.readouterr().out.encode().splitlines()]
+    assert (report.verb, report.revision) == ("title", 3)
+    assert store.load("talk").data["title"] == "Talk (1 of 1)"
+
+
 def test_worker_that_ends_by_itself_is_a_failure_with_its_reason(store: persist.Store) -> None:
     """A worker that dies of an error is named with what it wrote to its standard error, and the outcome is not clean."""
     store.create("talk", {"messages": []})

@@ -1,0 +1,5 @@
+"""`python -m persist`: the command line."""
+
+from persist.cli import main
+
+main()

@@ -1,0 +1,86 @@
+"""Histories of concurrent operations of several processes, some of them killed, have an order that explains them.
+
+The long form is `scripts/histories`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness.histories import ROOT, Plan, run_round
+
+MEMORY = Path("/dev/shm")
+Swaps = tuple[tuple[str, str], ...]
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A directory in memory, where there is one: order is what is proved here, and waiting for a disk proves nothing."""
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as name:
+        yield Path(name)
+
+
+def broken_package(parent: Path, file: str, swaps: Swaps) -> Path:
+    """A copy of the package with pieces of one file's text replaced; returns the directory that holds it."""
+    shutil.copytree(ROOT / "persist", parent / "persist", ignore=shutil.ignore_patterns("__pycache__"))
+    path = parent / "persist" / file
+    text = path.read_text()
+    for old, new in swaps:
+        assert old in text, f"{file} no longer has the text {old!r}"
+        text = text.replace(old, new)
+    path.write_text(text)
+    return parent
+
+
+def test_every_history_is_linearizable(scratch: Path) -> None:
+    """Lists, registers and owners: 4,000 operations of 3 processes with 2 threads each, 6 kills, and an order for all of it."""
+    report = run_round(scratch, Plan(operations=4_000, groups=4, kills=6))
+    assert report.anomalies == []
+    assert report.operations >= 4_000
+    assert report.kills == 6
+
+
+LOCK_OUT = (
+    ("if not lock_descriptor(fd, blocking=False) or os.fstat(fd).st_nlink == 0:", "if os.fstat(fd).st_nlink == 0:"),
+    ("if not mutex.acquire(timeout_s):", "if not FifoMutex.acquire(mutex := FifoMutex(), timeout_s):"),
+)
+OLD_CACHE = (
+    (
+        "self._open_files().read(session_id), is_durable=False)",
+        "_SEEN.setdefault(session_id, self._open_files().read(session_id)), is_durable=False)",
+    ),
+    ("Result = TypeVar", "_SEEN: dict[str, Snapshot] = {}\nResult = TypeVar"),
+)
+EARLY_ANSWER = (
+    (
+        "    def append(self,",
+        "    def append(self, *arguments: Any) -> int:\n"
+        "        import threading\n"
+        "        threading.Timer(0.002, self._append, arguments).start()\n"
+        "        return 0\n\n"
+        "    def _append(self,",
+    ),
+)
+NO_REVISION = (("if if_revision is not None and revision != if_revision:", "if False:"),)
+NO_LIVENESS = (("            yield is_dead\n", "            yield True\n"),)
+
+
+@pytest.mark.parametrize(
+    ("file", "swaps", "expected"),
+    [
+        pytest.param("files/lock.py", LOCK_OUT, {"list: lost append", "register: not linearizable"}, id="lock-out"),
+        pytest.param("store.py", OLD_CACHE, {"list: stale read"}, id="load-from-an-old-cache"),
+        pytest.param("store.py", EARLY_ANSWER, {"list: stale read"}, id="append-answered-before-it-is-written"),
+        pytest.param("store.py", NO_REVISION, {"register: not linearizable"}, id="if-revision-ignored"),
+        pytest.param("files/transaction.py", NO_LIVENESS, {"owner: not linearizable"}, id="live-streams-taken-for-dead"),
+    ],
+)
+def test_a_planted_bug_is_caught(scratch: Path, file: str, swaps: Swaps, expected: set[str]) -> None:
+    """The proof can fail: a package with a bug shows an anomaly that this bug causes."""
+    package = broken_package(scratch / "broken", file, swaps)
+    report = run_round(scratch, Plan(operations=1_800, groups=2, kills=0, reads=0.5), package=package)
+    assert expected & report.kinds
