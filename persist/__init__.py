@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from persist.errors import StoreClosed as StoreClosed
     from persist.errors import StreamLost as StreamLost
     from persist.errors import SweepIncomplete as SweepIncomplete
+    from persist.errors import Unreadable as Unreadable
     from persist.errors import UnsafeFile as UnsafeFile
     from persist.errors import UnsupportedFileSystem as UnsupportedFileSystem
     from persist.errors import UnsupportedFormat as UnsupportedFormat
@@ -53,7 +54,7 @@ _HOMES = {
     "errors": (
         "CommitFailed CommitUnknown CorruptSession InvalidSessionId InvalidStreamId LockNotHeld LockTimeout MergeConflict "
         "MessagesRemoved NestedLock NotJSON Owner PersistError ReservedField RevisionMismatch SessionBusy SessionDeleted "
-        "SessionExists SessionNotFound StoreClosed StreamLost SweepIncomplete UnsafeFile UnsupportedFileSystem "
+        "SessionExists SessionNotFound StoreClosed StreamLost SweepIncomplete Unreadable UnsafeFile UnsupportedFileSystem "
         "UnsupportedFormat WrongType"
     ),
     "merge": "MISSING",

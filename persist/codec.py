@@ -12,6 +12,7 @@ also ends the check of a list that contains itself many times over.
 from __future__ import annotations
 
 import json
+import marshal
 import math
 import re
 from collections.abc import Iterable
@@ -59,6 +60,22 @@ def check(value: Any, path: ValuePath = ()) -> None:
         else:
             children = enumerate(container)
         pending += [(child, (*here, key)) for key, child in children if _is_container(child, here, key)]
+
+
+def captured(value: Any, path: ValuePath = ()) -> Any:
+    """Return a copy of `value` as it is at one instant, checked.
+
+    Other threads may change `value` meanwhile. What is encoded, compared and taken for saved must be one state of it, so it is
+    copied in a single call of C, which lets no other thread run. marshal keeps every built-in type apart, as `check` needs it,
+    and refuses all others; `check` then says which it was.
+    """
+    try:
+        copy = marshal.loads(marshal.dumps(value))  # noqa: S302 - its own bytes, a line ago
+    except ValueError:
+        check(value, path)
+        raise NotJSON(path=path, reason="it cannot be copied") from None
+    check(copy, path)
+    return copy
 
 
 _KEYS = frozenset({str})
@@ -119,12 +136,12 @@ def _encode_surrogates(value: Any, path: ValuePath) -> bytes:
 
 
 def decode(encoded: bytes) -> Any:
-    """Decode JSON that `encode` has written."""
+    """Decode JSON that `encode` has written; raises `ValueError` or `RecursionError` for anything else."""
     try:
         return _decode(encoded)
     except (msgspec.DecodeError, UnicodeDecodeError):
         # A lone surrogate, which msgspec does not read. If it is real damage, this raises in its turn.
-        return json.loads(encoded)
+        return json.loads(encoded.decode())
 
 
 class StrictError(ValueError):
@@ -191,7 +208,7 @@ def _byte_offset(text: str, position: int) -> int:
     return len(text[:position].encode())
 
 
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]|-?Infinity|NaN|-?\d[\d.eE+-]*', re.DOTALL)
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]|-?Infinity|NaN|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?', re.DOTALL)
 _COLON = re.compile(r"\s*:")
 
 

@@ -10,7 +10,7 @@ parent. Its message never holds the content of a document; ids, field names, pat
     ├── ReservedField (ValueError)      MergeConflict        RevisionMismatch (a MergeConflict)    MessagesRemoved
     ├── SessionBusy                     StreamLost           SweepIncomplete
     ├── LockTimeout (TimeoutError)      NestedLock (RuntimeError)       LockNotHeld (RuntimeError)
-    ├── CorruptSession                  UnsupportedFormat    UnsafeFile (OSError)
+    ├── CorruptSession                  UnsupportedFormat    UnsafeFile (OSError)   Unreadable (OSError)
     ├── CommitFailed (OSError)          CommitUnknown (OSError)
     └── UnsupportedFileSystem (OSError)
 """
@@ -330,9 +330,30 @@ class UnsupportedFormat(PersistError):
 class UnsafeFile(PersistError, OSError):
     """A name of the store is a symbolic link, a directory, a FIFO or a device. It was not followed."""
 
-    template = "{path} is {found}, where persist keeps a plain file; it was not touched. Move it away."
+    template = "{path} is {found}, where persist keeps {wanted}; it was not touched. Move it away."
     path: Path
     found: str
+    wanted: str
+
+    def __init__(self, *, path: Path, found: str, wanted: str = "a plain file") -> None:
+        super().__init__(path=path, found=found, wanted=wanted)
+
+
+class Unreadable(PersistError, OSError):
+    """The disk, or its permissions, refused a look. Nothing was changed."""
+
+    template = "{path} cannot be read: {reason}. Nothing was changed; mend that and retry."
+    path: Path
+    reason: str
+    errno: int | None
+
+    def __init__(self, *, path: Path, reason: str, errno: int | None = None) -> None:
+        super().__init__(path=path, reason=reason, errno=errno)
+
+    @classmethod
+    def because(cls, path: Path, error: OSError) -> Unreadable:
+        """From what the system said."""
+        return cls(path=path, reason=error.strerror or type(error).__name__, errno=error.errno)
 
 
 class CommitFailed(PersistError, OSError):

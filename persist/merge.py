@@ -228,13 +228,13 @@ class _Edits:
 
 
 def _added_beside(mine: _Edits, theirs: _Edits, gap: int) -> list[Any]:
-    """What mine adds at a gap; nothing if both sides put the same in the place of what they removed."""
+    """What mine adds at a gap; nothing if both sides put the same in the place of what both removed."""
     ours, others = mine.added[gap], theirs.added[gap]
     if not ((ours and theirs.removed_beside(gap)) or (others and mine.removed_beside(gap))):
         return ours
-    if not same(ours, others):
-        raise _Clash("one side added where the other removed")
-    return []
+    if same(ours, others) and mine.removed_beside(gap) and theirs.removed_beside(gap):
+        return []
+    raise _Clash("one side added where the other removed")
 
 
 def _new_in(added: list[Any], twins: Mapping[Any, Any]) -> Iterator[Any]:
@@ -247,12 +247,12 @@ def _new_in(added: list[Any], twins: Mapping[Any, Any]) -> Iterator[Any]:
             raise _Clash("one id, two contents")
 
 
-def _identity(item: Any) -> tuple[type, Any] | None:
-    """An item's own id, or None. The type keeps ``1`` and ``"1"`` and ``True`` apart."""
+def _identity(item: Any) -> tuple[str, type, Any] | None:
+    """An item's own id, or None. The type keeps ``1`` and ``"1"`` apart, the word an item's id from a bare value."""
     if type(item) is dict:
         own = item.get("id")
         if type(own) in (str, int):
-            return type(own), own
+            return "id", type(own), own
     return None
 
 
@@ -341,31 +341,62 @@ def count_removed(base: list[Any], side: Any) -> int:
     return _Edits(base, side).kept.count(MISSING) if type(side) is list else len(base)
 
 
-def patch(target: Any, wanted: Any) -> Any:
+def patch(target: dict[str, Any], known: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Make `target` equal to `wanted` in place, keeping every object whose counterpart is still there.
 
     Callers hold references into a document (``messages = session.data["messages"]``); after this they still hold
-    the document's own objects. Returns `target`, or `wanted` where the types differ.
+    the document's own objects.
+
+    Args:
+        target: the document, of which `known` is a copy. Fields that another thread has set since, and items that it has
+            appended, stay.
+        wanted: what it shall be; parts of it become parts of `target`.
     """
-    if target is wanted or same(target, wanted):
-        return target
-    if type(target) is type(wanted) is dict:
-        for key in [key for key in target if key not in wanted]:
-            del target[key]
+    _Patch(target).object(target, known, wanted)
+
+
+class _Patch:
+    """One patch. An object that stands at two places of the target is not changed in place: the other place is not meant."""
+
+    def __init__(self, target: dict[str, Any]) -> None:
+        seen: Counter[int] = Counter()
+        pending: list[Any] = [target]
+        while pending:
+            item = pending.pop()
+            seen[id(item)] += 1
+            if seen[id(item)] == 1:
+                children = item.values() if type(item) is dict else item
+                pending += [child for child in children if type(child) in (dict, list)]
+        self._shared = {identity for identity, count in seen.items() if count > 1}
+
+    def value(self, target: Any, known: Any, wanted: Any) -> Any:
+        if same(known, wanted):
+            return target
+        if id(target) not in self._shared:
+            if type(target) is type(known) is type(wanted) is dict:
+                self.object(target, known, wanted)
+                return target
+            if type(target) is type(known) is type(wanted) is list:
+                self.array(target, known, wanted)
+                return target
+        return wanted
+
+    def object(self, target: dict[str, Any], known: dict[str, Any], wanted: dict[str, Any]) -> None:
+        for key in known:
+            if key not in wanted:
+                target.pop(key, None)
         for key, value in wanted.items():
-            target[key] = patch(target[key], value) if key in target else value
-        return target
-    if type(target) is type(wanted) is list:
-        _patch_list(target, wanted)
-        return target
-    return wanted
+            if key not in known:
+                target[key] = value
+            elif key in target:
+                target[key] = self.value(target[key], known[key], value)
 
-
-def _patch_list(target: list[Any], wanted: list[Any]) -> None:
-    # From the end to the front: positions before the one being changed stay valid.
-    i, j = len(target), len(wanted)
-    for p, q in reversed(align(target, wanted)):
-        target[p + 1 : i] = wanted[q + 1 : j]
-        target[p] = patch(target[p], wanted[q])
-        i, j = p, q
-    target[:i] = wanted[:j]
+    def array(self, target: list[Any], known: list[Any], wanted: list[Any]) -> None:
+        # From the end to the front: positions before the one being changed stay valid. What stands after the known end was
+        # appended meanwhile.
+        i, j = len(known), len(wanted)
+        for p, q in reversed(align(known, wanted)):
+            target[p + 1 : i] = wanted[q + 1 : j]
+            target[p] = self.value(target[p], known[p], wanted[q])
+            i, j = p, q
+        target[:i] = wanted[:j]

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, NoReturn, get_args
 
-from persist import streams, turn
+from persist import codec, streams, turn
 from persist.errors import MergeConflict, MessagesRemoved, SessionDeleted, SessionNotFound, WrongType, conflicts_in
-from persist.files.snapshot import Body, Snapshot
+from persist.files.snapshot import Body, Header, Snapshot
 from persist.files.transaction import SessionFiles, Transaction
 from persist.merge import Policy, Preference, count_removed, merge, patch, same
 from persist.turn import ACTIVE
 
 # No document on disk has it: a base that carries it is always merged, never taken for the state of the disk.
 _NO_CHECKSUM = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A commit that was begun: what it would have made of the document, and the state of `data` that it saved."""
+
+    header: Header
+    merged: Body
+    mine: Body
 
 
 class Session:
@@ -25,8 +35,9 @@ class Session:
         id: the session's id.
         data: the document, a plain dict: ``json.dumps`` works on it, and nested edits count.
 
-    Concurrency: any number of objects, threads and processes may have one session loaded. A single `Session` object may be
-    saved from several threads; edits made to `data` while a save runs stay unsaved and are saved by the next one.
+    Concurrency: any number of objects, threads and processes may have one session loaded. Threads may share one `Session`:
+    what is saved is one state of `data`, and fields set and items appended while a save or refresh runs stay, and are saved by
+    the next save. To move or remove items of a list meanwhile, take a lock of your own.
     """
 
     def __init__(
@@ -39,6 +50,9 @@ class Session:
         # The merge base, kept as bytes: nested edits through an alias could not change it.
         self._base = snapshot
         self._is_durable = is_durable
+        self._attempt: Attempt | None = None
+        # Guards base and data between threads that share this object. Taken inside the session's lock, never around it.
+        self._guard = threading.RLock()
 
     def __repr__(self) -> str:
         return f"<persist.Session {self.id!r} at revision {self.revision}>"
@@ -89,50 +103,67 @@ class Session:
         if on_conflict not in get_args(Preference):
             raise WrongType(what="on_conflict", expected=" | ".join(get_args(Preference)), got=repr(on_conflict))
         try:
-            with conflicts_in(self.id), self._files.transaction(self.id) as tx:
+            with conflicts_in(self.id), self._files.transaction(self.id) as tx, self._guard:
                 self._save(tx, touch, on_conflict)
         except SessionNotFound:
             raise self._deleted() from None
 
     def _save(self, tx: Transaction, touch: bool, prefer: Preference) -> None:
         there = self._same_incarnation(tx.read())
+        self._recognise(there)
         mine = Body.of(self.data)
         turn.refuse_changed_stream_fields(self._base.body.fields(), mine.fields())
-        self._refuse_removal(mine, there)
-        merged = there.body if _is_unchanged(self._base.body, mine) else self._merged(mine, there, prefer)
+        merged = self._merged(mine, there, prefer)
+        self._refuse_removal(there, merged)
         if merged != there.body:
-            committed = tx.commit(there.header.next(touch=touch), merged)
+            header = there.header.next(touch=touch)
+            self._attempt = Attempt(header, merged, mine)
+            committed = tx.commit(header, merged)
         else:
             committed = there
             if not (self._is_durable and there.checksum == self._base.checksum):
-                tx.confirm()
+                tx.confirm(there)
         self._take(committed, mine)
-        self._is_durable = True
+        self._attempt, self._is_durable = None, True
+
+    def _recognise(self, there: Snapshot) -> None:
+        """Take an earlier commit of this object for its own, though an exception (Ctrl-C, say) cut its save off.
+
+        Taken for somebody else's, what it appended without an id would be appended again.
+        """
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None and (there.header, there.body) == (attempt.header, attempt.merged):
+            self._take(there, attempt.mine)
 
     def _merged(self, mine: Body, there: Snapshot, prefer: Preference) -> Body:
+        if _is_unchanged(self._base.body, mine):
+            return there.body
         if there.checksum == self._base.checksum:
             return mine
-        base = self._base.body.data()
-        return Body.of(merge(base, mine.data(), there.body.data(), self._policies, prefer=prefer))
+        return Body.of(_merge_data(self._base.body.data(), mine.data(), there.body.data(), self._policies, prefer))
 
-    def _refuse_removal(self, mine: Body, there: Snapshot) -> None:
+    def _refuse_removal(self, there: Snapshot, merged: Body) -> None:
         """In the middle of a turn, messages that vanish are an accident (hermes-webui #4205)."""
         stream_id = there.active_stream_id
-        if stream_id is None or mine.bulk == self._base.body.bulk:
+        if stream_id is None or merged.bulk == there.body.bulk:
             return
-        before, after = (body.data().get(turn.MESSAGES) for body in (self._base.body, mine))
+        before, after = (body.data().get(turn.MESSAGES) for body in (there.body, merged))
+        if type(before) is list and type(after) is not list:
+            raise WrongType(what=f"field {turn.MESSAGES!r}", expected="a list, in a turn", got=type(after).__name__)
         if type(before) is list and (count := count_removed(before, after)):
             raise MessagesRemoved(session_id=self.id, stream_id=stream_id, count=count, revision=there.header.revision)
 
     def _take(self, committed: Snapshot, saved: Body) -> None:
-        """Bring what others committed into `data`, in place. Edits made since `saved` was encoded stay."""
+        """Bring what others committed into `data`, in place. Edits made since `saved` was captured stay."""
         if committed.body != saved:
-            with_edits = _merge_or_none(saved.data(), self.data, committed.body.data())
-            if with_edits is None:
+            now = codec.captured(self.data)
+            try:
+                wanted = _merge_data(saved.data(), now, committed.body.data())
+            except MergeConflict:
                 # An edit made meanwhile contradicts theirs: it stays, and the next save reports it.
                 self._base = replace(committed, body=saved, checksum=_NO_CHECKSUM)
                 return
-            patch(self.data, with_edits)
+            patch(self.data, now, wanted)
         self._base = committed
 
     def refresh(self) -> None:
@@ -143,14 +174,17 @@ class Session:
             SessionDeleted: the session was deleted or replaced; load or create it again.
             CorruptSession: the file is damaged.
         """
-        try:
-            there = self._same_incarnation(self._files.read(self.id))
-        except SessionNotFound:
-            raise self._deleted() from None
-        with conflicts_in(self.id):
-            wanted = merge(self._base.body.data(), self.data, there.body.data(), self._policies)
-        patch(self.data, wanted)
-        self._base, self._is_durable = there, False
+        # Read inside: a save of another thread must not put a newer base under an older state.
+        with self._guard, conflicts_in(self.id):
+            try:
+                there = self._same_incarnation(self._files.read(self.id))
+            except SessionNotFound:
+                raise self._deleted() from None
+            self._recognise(there)
+            now = codec.captured(self.data)
+            wanted = _merge_data(self._base.body.data(), now, there.body.data(), self._policies)
+            patch(self.data, now, wanted)
+            self._base, self._is_durable = there, False
 
     def clear_stale_stream(self) -> bool:
         """Clear this session's stream if it is dead: the compare-and-clear of hermes-webui #1533, across processes.
@@ -175,20 +209,22 @@ class Session:
             return False
         if committed is None:
             return False
-        self._adopt(committed)
+        with self._guard:
+            self._adopt(committed)
         return True
 
     def _adopt(self, committed: Snapshot) -> None:
-        base = self._base.body.data()
-        wanted = _merge_or_none(base, self.data, committed.body.data())
-        if wanted is not None:
-            patch(self.data, wanted)
+        if committed.header.revision <= self._base.header.revision:
+            return  # another thread has saved this object since, and taken it
+        base, now, theirs = self._base.body.data(), codec.captured(self.data), committed.body.data()
+        try:
+            patch(self.data, now, _merge_data(base, now, theirs))
             self._base, self._is_durable = committed, True
-            return
-        # An unsaved edit contradicts the committed state: show that the stream is gone, leave the rest to the next save.
-        fields = {key: value for key, value in committed.body.fields().items() if key in turn.IDLE}
-        self.data.update(fields)
-        self._base = replace(self._base, body=Body.of({**base, **fields}), checksum=_NO_CHECKSUM)
+        except MergeConflict:
+            # An unsaved edit contradicts the committed state: show that the stream is gone, leave the rest to the next save.
+            patch(self.data, now, turn.with_stream_fields_of(theirs, now))
+            body = Body.of(turn.with_stream_fields_of(theirs, base))
+            self._base = replace(self._base, body=body, checksum=_NO_CHECKSUM)
 
     def _same_incarnation(self, there: Snapshot) -> Snapshot:
         if there.header.incarnation != self._base.header.incarnation:
@@ -204,12 +240,16 @@ def _is_unchanged(base: Body, mine: Body) -> bool:
     return base == mine or (base.size == mine.size and same(base.data(), mine.data()))
 
 
-def _merge_or_none(base: dict[str, Any], mine: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any] | None:
-    # Without policies: what is merged here is memory with a commit that has settled them.
-    try:
-        return merge(base, mine, theirs)
-    except MergeConflict:
-        return None
+def _merge_data(
+    base: dict[str, Any],
+    mine: dict[str, Any],
+    theirs: dict[str, Any],
+    policies: Mapping[str, Policy] | None = None,
+    prefer: Preference = "error",
+) -> dict[str, Any]:
+    """Merge, with the stream fields from the disk whatever the caller prefers: None over a live stream is #1533 itself."""
+    base, mine = (turn.with_stream_fields_of(theirs, side) for side in (base, mine))
+    return merge(base, mine, theirs, policies, prefer=prefer)
 
 
 @dataclass(frozen=True, slots=True)

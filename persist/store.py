@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 from persist import codec, streams, turn
 from persist.errors import (
     CorruptSession,
+    LockTimeout,
     PersistError,
     ReservedField,
     RevisionMismatch,
@@ -51,7 +52,8 @@ class ClearedStream:
 class Problem:
     """Something that `Store.check` has found.
 
-    `kind` is "corrupt", "unsupported", "unsafe", "unreadable", "stale", "left-over" or "ignored".
+    `kind` is "corrupt", "unsupported", "unsafe", "unreadable", "locked", "stale", "left-over" or
+    "ignored".
     """
 
     session_id: str
@@ -99,6 +101,8 @@ class Store:
         directory = _directory(path, create=create)
         policies = {} if merge is None else merge
         check_policies(policies)
+        for field in turn.IDLE.keys() & policies.keys():
+            raise ReservedField(field=field, remedy="It always comes from the disk: leave it out of merge.")
         self._policies = dict(policies)
         self._files = SessionFiles(
             directory, lock_timeout_s=_seconds(lock_timeout_s), allow_network=allow_network, create=create
@@ -145,7 +149,7 @@ class Store:
             SessionNotFound: create it first.
             CorruptSession, UnsupportedFormat, UnsafeFile: the file cannot be trusted; it was not changed.
             InvalidSessionId: an id is 1 to 128 of ``A-Z a-z 0-9 _ -``, and begins with a letter or digit.
-            OSError: the file cannot be opened.
+            Unreadable: the disk, or its permissions, refused.
         """
         return self._session(session_id, self._open_files().read(session_id), is_durable=False)
 
@@ -201,8 +205,11 @@ class Store:
         Raises: as `load` for the first, as `create` for the second.
         """
         found = self._open_files().read(session_id)
-        owner = found.header.owner
-        return self.create(new_id, turn.without_turn(found.body.data(), owner.answer_id if owner else None))
+        data, owner = found.body.data(), found.header.owner
+        if owner is None and found.active_stream_id is not None:
+            # Another program's turn: its prompt may stand in the stream fields only.
+            turn.interrupt_foreign(data)
+        return self.create(new_id, turn.without_turn(data, owner.answer_id if owner else None))
 
     def delete(self, session_id: str, *, force: bool = False) -> None:
         """Remove a session; durable on return. A later `save` of an object that was loaded before is refused.
@@ -353,13 +360,13 @@ class Store:
         """List the active streams, and for each whether it lives. Takes the lock of one session at a time.
 
         Only streams that were started through `persist` are listed; see `clear_stale_streams` for others. The streams of a
-        session that cannot be read are left out: `check` names it.
+        session that cannot be read, or is locked for too long, are left out: `check` names it.
         """
         files = self._open_files()
         found = []
         for session_id in dict.fromkeys(session_id for session_id, _ in files.leases()):
             # One damaged session must not hide the streams of the others; `check` names it.
-            with suppress(SessionNotFound, CorruptSession, UnsupportedFormat, OSError):
+            with suppress(SessionNotFound, CorruptSession, UnsupportedFormat, LockTimeout, OSError):
                 found.append(streams.look_at(files, session_id))
         return [info for info in found if info is not None]
 
@@ -405,7 +412,7 @@ class Store:
         files = self._open_files()
         problems = [problem for session_id in files.session_ids() if (problem := _problem(files, session_id))]
         for session_id, path in files.leftovers():
-            what = f"{path} is left over from a crash; the next commit or delete of {session_id!r} removes it."
+            what = f"{path} is left over from a crash, and harmless; the next commit to {session_id!r} removes or uses it."
             problems.append(Problem(session_id, "left-over", path, what))
         for path in files.ignored():
             what = f"{path} is no session, since {path.stem!r} is no session id: it is ignored. Rename it, or move it away."
@@ -423,17 +430,18 @@ class Store:
         """
         with self._open_files().transaction(session_id) as tx:
             try:
-                return self._session(session_id, tx.read(), is_durable=False)
+                committed = tx.read()
+                tx.confirm(committed)
             except CorruptSession:
                 header, body = tx.read_edited()
-            committed = tx.commit(header.next(), body)
+                committed = tx.commit(header.next(), body)
         return self._session(session_id, committed, is_durable=True)
 
 
 def _commit_edit(tx: Transaction, found: Snapshot, data: dict[str, Any], *, touch: bool) -> int:
     body = Body.of(data)
     if body == found.body:
-        tx.confirm()
+        tx.confirm(found)
         return found.header.revision
     turn.refuse_changed_stream_fields(found.body.fields(), body.fields())
     return tx.commit(found.header.next(touch=touch), body).header.revision
@@ -455,8 +463,10 @@ def _problem(files: SessionFiles, session_id: str) -> Problem | None:
         kind, message = "unsupported", str(error)
     except UnsafeFile as error:
         kind, message = "unsafe", str(error)
+    except LockTimeout as error:
+        kind, message = "locked", str(error)
     except OSError as error:
-        kind, message = "unreadable", f"{path} cannot be read: {error.strerror or error}."
+        kind, message = "unreadable", str(error)
     except SessionNotFound:
         return None
     return Problem(session_id, kind, path, message)

@@ -60,6 +60,8 @@ def _claim(files: SessionFiles, tx: Transaction, snapshot: Snapshot, stream_id: 
     if any(turn.has_id(m, f"{stream_id}.{part}") for m in messages for part in ("prompt", "answer")):
         raise InvalidStreamId(stream_id=stream_id, reason="a stream of this session had it before. Choose a new one.")
     stale_id = snapshot.active_stream_id
+    if stream_id == stale_id:
+        raise InvalidStreamId(stream_id=stream_id, reason="it is the id of the stream that died. Choose a new one.")
     if stale_id is not None:
         _interrupt(data, header)
     owner = StreamOwner(stream_id, _this_process(), None if prompt is None else prompt["id"])
@@ -70,6 +72,7 @@ def _claim(files: SessionFiles, tx: Transaction, snapshot: Snapshot, stream_id: 
         raise InvalidStreamId(stream_id=stream_id, reason="a stream of that id is alive. Choose a new one.")
     try:
         committed = tx.commit(header.next(epoch=header.epoch + 1, owner=owner), body)
+        stream = Stream(files, tx.session_id, committed, stream_id, lease)
     except BaseException as error:
         # A failed launch must not keep its claim (hermes-webui #6869). Where the claim may be visible all the same, the
         # lease file stays behind, unlocked: by it a sweep finds the session.
@@ -79,7 +82,7 @@ def _claim(files: SessionFiles, tx: Transaction, snapshot: Snapshot, stream_id: 
         raise
     if stale_id is not None:
         tx.remove_lease(stale_id)
-    return Stream(files, tx.session_id, committed, stream_id, lease)
+    return stream
 
 
 def clear_stale(files: SessionFiles, session_id: str, stream_id: object) -> Snapshot | None:
@@ -139,7 +142,7 @@ def cancel(files: SessionFiles, session_id: str, stream_id: str, *, force: bool)
             if is_dead or force or owner is None:
                 _take_away(tx, snapshot)
             elif owner.is_cancelled:
-                tx.confirm()
+                tx.confirm(snapshot)
             else:
                 tx.commit(snapshot.header.next(touch=False, owner=replace(owner, is_cancelled=True)), snapshot.body)
         return True
@@ -329,7 +332,7 @@ class Stream:
                 owner_after = change(data, owner)
                 body = Body.of(data)
                 if owner_after == owner and body == snapshot.body:
-                    tx.confirm()
+                    tx.confirm(snapshot)
                 else:
                     tx.commit(snapshot.header.next(owner=owner_after), body)
                 if owner_after is None:

@@ -36,6 +36,12 @@ def refuse_changed_stream_fields(before: Data, after: Data) -> None:
             raise ReservedField(field=field, remedy=verb)
 
 
+def with_stream_fields_of(theirs: Data, data: Data) -> Data:
+    """The same data, but with the stream fields as they are, or are missing, in `theirs`."""
+    kept = {key: theirs.get(key) if key in IDLE else value for key, value in data.items() if key not in IDLE or key in theirs}
+    return kept | {key: theirs[key] for key in IDLE if key in theirs}
+
+
 def without_turn(data: Data, answer_id: MessageId | None) -> Data:
     """The data of a copy: no stream fields, and no partial answer of a stream that runs on the original."""
     kept = {key: value for key, value in data.items() if key not in IDLE}
@@ -133,9 +139,14 @@ def end(data: Data) -> None:
 
 
 def interrupt(data: Data, prompt_id: MessageId | None, answer_id: MessageId | None) -> None:
-    """End a turn that has no answer: prompt and partial stay, marked once."""
-    messages = messages_of(data)
+    """End a turn that has no answer: prompt and partial stay, marked once.
+
+    A turn can be ended whatever somebody has made of `messages`: what is no list has nothing to mark.
+    """
+    messages = data.get(MESSAGES)
     for message_id in (prompt_id, answer_id):
+        if type(messages) is not list:
+            break
         place = find(messages, message_id)
         if place is not None:
             messages[place][INTERRUPTED] = True
@@ -144,7 +155,8 @@ def interrupt(data: Data, prompt_id: MessageId | None, answer_id: MessageId | No
 
 def interrupt_foreign(data: Data) -> None:
     """End a turn that another program started, of which only the stream fields tell."""
-    _recover_foreign_prompt(data, messages_of(data))
+    if type(data.get(MESSAGES, [])) is list:
+        _recover_foreign_prompt(data, messages_of(data))
     end(data)
 
 

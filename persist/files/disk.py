@@ -34,7 +34,23 @@ _WRITE_CHUNK = 64 * 1024 * 1024
 
 def open_plain(path: Path, flags: int) -> int:
     """Open a plain file, mode 0600 if it is created; raise `UnsafeFile` for anything else that bears the name."""
+    if flags & os.O_CREAT and not flags & os.O_EXCL:
+        return _open_or_create(path, flags & ~os.O_CREAT)
     return _open(path, flags)[0]
+
+
+def _open_or_create(path: Path, flags: int) -> int:
+    """Open a file, or make it; apart, so that it is known which."""
+    while True:
+        try:
+            return _open(path, flags)[0]
+        except FileNotFoundError:
+            pass
+        try:
+            return _open(path, flags | os.O_CREAT | os.O_EXCL)[0]
+        except FileExistsError:
+            if not path.exists():
+                raise
 
 
 def _open(path: Path, flags: int) -> tuple[int, os.stat_result]:
@@ -49,7 +65,7 @@ def _open(path: Path, flags: int) -> tuple[int, os.stat_result]:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise UnsafeFile(path=path, found=_what_is(path))
-        if flags & os.O_CREAT:
+        if flags & os.O_EXCL:
             _give_to_owner_of_directory(path, fd)
     except BaseException:
         os.close(fd)
@@ -61,9 +77,13 @@ def _give_to_owner_of_directory(path: Path, fd: int | None = None) -> None:
     """What root makes belongs to whom the directory belongs: one `sudo persist clear-stale` must not lock the server out."""
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return
-    owner, own = os.stat(path.parent), os.stat(path) if fd is None else os.fstat(fd)
-    if (own.st_uid, own.st_gid) != (owner.st_uid, owner.st_gid):
-        os.chown(path if fd is None else fd, owner.st_uid, owner.st_gid)
+    owner, own = os.stat(path.parent), os.lstat(path) if fd is None else os.fstat(fd)
+    if (own.st_uid, own.st_gid) == (owner.st_uid, owner.st_gid):
+        return
+    if fd is None:
+        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+    else:
+        os.fchown(fd, owner.st_uid, owner.st_gid)
 
 
 def _what_is(path: Path) -> str:
@@ -72,6 +92,7 @@ def _what_is(path: Path) -> str:
         (stat.S_ISDIR, "a directory"),
         (stat.S_ISFIFO, "a FIFO"),
         (stat.S_ISSOCK, "a socket"),
+        (stat.S_ISREG, "a file"),
     )
     try:
         mode = os.lstat(path).st_mode
@@ -146,11 +167,14 @@ def sync_directory(path: Path) -> None:
     """Return when the names in a directory would survive a power cut. Windows has no such call, and needs none on NTFS."""
     if os.name == "nt":
         return
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    fd = os.open(path, flags)
     try:
         sync(fd)
     finally:
         close(fd)
+    # XFS that has shut itself down after an I/O error answers OK to the fsync of a directory, and refuses to open one.
+    close(os.open(path, flags))
 
 
 def replace(source: Path, target: Path) -> None:
@@ -177,6 +201,16 @@ def unlink(path: Path) -> bool:
             raise UnsafeFile(path=path, found="a directory") from None
         raise
     return True
+
+
+def check_directory(path: Path) -> None:
+    """Refuse what is no directory of its own: behind a symbolic link stand somebody else's files. Missing is fine."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISDIR(mode):
+        raise UnsafeFile(path=path, found=_what_is(path), wanted="a directory")
 
 
 def names(directory: Path) -> list[str]:

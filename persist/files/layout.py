@@ -25,6 +25,9 @@ _TEMP = ".tmp"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 # Windows opens a device under these names, whatever the extension.
 _DEVICES = re.compile(r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])")
+# A lease's name holds both ids, and file names end at 255 bytes.
+_MAX_STREAM_ID = 64
+_STREAM_RULE = "a stream id is 1 to 64 of A-Z a-z 0-9 _ -, and begins with a letter or digit."
 _RULE = "an id is 1 to 128 of A-Z a-z 0-9 _ -, begins with a letter or digit, and is no Windows device name."
 
 
@@ -43,12 +46,12 @@ def check_stream_id(stream_id: object) -> str:
     """Return `stream_id` if it can name a stream, else raise `InvalidStreamId`."""
     if is_stream_id(stream_id):
         return str(stream_id)
-    raise InvalidStreamId(stream_id=stream_id, reason=_RULE)
+    raise InvalidStreamId(stream_id=stream_id, reason=_STREAM_RULE)
 
 
 def is_stream_id(stream_id: object) -> bool:
     """Tell whether it can name a stream. Other programs may have written anything into `active_stream_id`."""
-    return isinstance(stream_id, str) and _ID.fullmatch(stream_id) is not None
+    return isinstance(stream_id, str) and _ID.fullmatch(stream_id) is not None and len(stream_id) <= _MAX_STREAM_ID
 
 
 @dataclass(frozen=True, slots=True)

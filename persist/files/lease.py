@@ -10,8 +10,8 @@ and each would take the other for the owner (measured: 3-42 % of the time).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from persist.files import disk
@@ -44,42 +44,54 @@ def take(path: Path, description: bytes) -> Lease | None:
     """
     if not _remove_if_free(path):
         return None
-    held = try_hold(path, create=True, exclusive=True)
-    if held is None:
-        return None
+    held = None
     try:
+        held = try_hold(path, create=True, exclusive=True)
+        if held is None:
+            return None
         disk.write(held.fd, description)
         disk.sync_directory(path.parent)
-    except BaseException:
-        held.close()
-        disk.unlink(path)
+        return Lease(path, held)
+    except BaseException as error:
+        if not isinstance(error, FileExistsError):
+            with contextlib.suppress(OSError):
+                disk.unlink(path)
+        if held is not None:
+            held.close()
         raise
-    return Lease(path, held)
 
 
-@contextmanager
-def holding_if_dead(path: Path) -> Iterator[bool]:
-    """Try a lease for a block; yield True if its stream is dead.
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Whether a lease's stream is dead; if its lease was there, it is held until `close`."""
 
-    A lease that was won stays locked for the block, so that what is concluded from its death stays true while it
-    is acted on. A missing lease counts as dead, and none is created.
+    is_dead: bool
+    _held: HeldFile | None = None
+
+    def close(self) -> None:
+        """Give up the lease of the dead stream."""
+        if self._held is not None:
+            self._held.close()
+
+
+def probe(path: Path) -> Probe:
+    """Try a lease.
+
+    A lease that was won stays locked until the probe is closed, so that what is concluded from its death stays true while
+    it is acted on. A missing lease counts as dead, and none is created.
     """
     try:
         held = try_hold(path, create=False)
     except FileNotFoundError:
-        yield True
-        return
-    if held is None:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        held.close()
+        return Probe(is_dead=True)
+    return Probe(held is not None, held)
 
 
 def _remove_if_free(path: Path) -> bool:
-    with holding_if_dead(path) as is_dead:
-        if is_dead:
+    found = probe(path)
+    try:
+        if found.is_dead:
             disk.unlink(path)
-        return is_dead
+        return found.is_dead
+    finally:
+        found.close()

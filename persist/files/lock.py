@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -38,12 +38,16 @@ _descriptors: set[int] = set()
 
 
 class HeldFile:
-    """A file that this process has open and locked. `close` gives it up; so does the end of the process."""
+    """A file that this process has open and locked. `close` gives it up; so does the end of the process.
 
-    __slots__ = ("_fd", "_pid")
+    Dropped without `close` (a signal's exception may come between any two steps), it is closed by its finaliser.
+    """
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    __slots__ = ("_fd", "_is_locked", "_pid")
+
+    def __init__(self) -> None:
+        self._fd = -1
+        self._is_locked = False
         self._pid = os.getpid()
 
     @property
@@ -55,17 +59,31 @@ class HeldFile:
     def fd(self) -> int:
         return self._fd
 
+    def open(self, path: Path, flags: int) -> bool:
+        """Open and try to lock; tell whether it is locked, and still bears its name."""
+        with _table:
+            self._fd = disk.open_plain(path, flags)
+            _descriptors.add(self._fd)
+            self._is_locked = lock_descriptor(self._fd, blocking=False)
+            # Without the look at st_nlink, a waiter may lock a file that its holder has just unlinked.
+            return self._is_locked and os.fstat(self._fd).st_nlink > 0
+
     def close(self) -> None:
         """Unlock and close, once. In a forked child nothing is left to close."""
         with _table:
-            fd, self._fd = self._fd, -1
+            fd = self._fd
             if fd < 0 or self._pid != os.getpid():
                 return
+            # What was done under the lock is done: the kernel gives both up even where it complains.
+            if self._is_locked:
+                with suppress(OSError):
+                    unlock_descriptor(fd)
             _descriptors.discard(fd)
-            try:
-                unlock_descriptor(fd)
-            finally:
+            self._fd = -1
+            with suppress(OSError):
                 os.close(fd)
+
+    __del__ = close
 
 
 def try_hold(path: Path, *, create: bool, exclusive: bool = False) -> HeldFile | None:
@@ -78,71 +96,66 @@ def try_hold(path: Path, *, create: bool, exclusive: bool = False) -> HeldFile |
     Returns:
         The held file, or None if somebody else holds it, or if its holder removed it in the meantime.
     """
-    flags = os.O_RDWR | (os.O_CREAT if create else 0) | (os.O_EXCL if exclusive else 0)
-    with _table:
-        fd = disk.open_plain(path, flags)
-        try:
-            # Without the look at st_nlink, a waiter may lock a file that its holder has just unlinked.
-            if not lock_descriptor(fd, blocking=False) or os.fstat(fd).st_nlink == 0:
-                os.close(fd)
-                return None
-        except BaseException:
-            os.close(fd)
-            raise
-        _descriptors.add(fd)
-        return HeldFile(fd)
+    held = HeldFile()
+    try:
+        if held.open(path, os.O_RDWR | (os.O_CREAT if create else 0) | (os.O_EXCL if exclusive else 0)):
+            return held
+    except BaseException:
+        held.close()
+        raise
+    held.close()
+    return None
+
+
+class Turn:
+    """One thread's place in the queue of a mutex."""
+
+    __slots__ = ("given", "thread")
+
+    def __init__(self) -> None:
+        self.thread = threading.current_thread().name
+        self.given = threading.Lock()
+        self.given.acquire()
 
 
 class FifoMutex:
-    """A mutex that serves its waiters in the order of their arrival, each with a deadline."""
+    """A mutex that serves its waiters in the order of their arrival, each with a deadline.
+
+    `release` belongs into a ``finally`` around `acquire`: it undoes whatever of it has happened.
+    """
 
     __slots__ = ("__weakref__", "_guard", "_holder", "_waiters")
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._holder: str | None = None
-        self._waiters: deque[threading.Lock] = deque()
+        # Re-entrant: a signal handler may come here while its own thread is inside.
+        self._guard = threading.RLock()
+        self._holder: Turn | None = None
+        self._waiters: deque[Turn] = deque()
 
     @property
     def holder(self) -> str:
         """The name of the thread that holds it."""
-        return self._holder or "unknown"
+        holder = self._holder
+        return "unknown" if holder is None else holder.thread
 
-    def acquire(self, timeout_s: float) -> bool:
+    def acquire(self, turn: Turn, timeout_s: float) -> bool:
         """Take the mutex, waiting at most `timeout_s` seconds; tell whether it was taken."""
         with self._guard:
             if self._holder is None:
-                self._holder = threading.current_thread().name
+                self._holder = turn
                 return True
-            turn = threading.Lock()
-            turn.acquire()
             self._waiters.append(turn)
-        taken = False
-        try:
-            taken = turn.acquire(timeout=max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
-        finally:
-            if not taken:
-                self._leave(turn)
-        if taken:
-            self._holder = threading.current_thread().name
-        return taken
+        return turn.given.acquire(timeout=max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
 
-    def release(self) -> None:
-        """Hand the mutex to the first waiter, or free it."""
+    def release(self, turn: Turn) -> None:
+        """Hand the mutex to the first waiter if this turn has it, also if it came too late; else leave the queue."""
         with self._guard:
-            if self._waiters:
-                self._holder = "a waiting thread"
-                self._waiters.popleft().release()
-            else:
-                self._holder = None
-
-    def _leave(self, turn: threading.Lock) -> None:
-        with self._guard:
-            if turn in self._waiters:
+            if self._holder is turn:
+                self._holder = self._waiters.popleft() if self._waiters else None
+                if self._holder is not None:
+                    self._holder.given.release()
+            elif turn in self._waiters:
                 self._waiters.remove(turn)
-                return
-        # It was handed to us while we gave up: pass it on.
-        self.release()
 
 
 _mutexes: WeakValueDictionary[Path, FifoMutex] = WeakValueDictionary()
@@ -156,11 +169,9 @@ def _mutex(path: Path) -> FifoMutex:
         return mutex
 
 
-class _Held(threading.local):
-    session_id: str | None = None
-
-
-_held = _Held()
+#: Thread -> the session whose lock it holds or waits for. By thread and not thread-local: a block that is entered in one
+#: thread and left in another (a synchronous dependency of a web framework, say) must free the one that entered it.
+_session_of: dict[int, str] = {}
 
 
 @contextmanager
@@ -173,53 +184,56 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
 
     Raises:
         LockTimeout: not free in time; it names the holder.
-        NestedLock: this thread holds a session's lock already.
+        NestedLock: this thread holds a session's lock, or waits for one: in a signal handler, say.
+        CommitFailed: the lock file cannot be opened.
     """
-    if _held.session_id is not None:
-        raise NestedLock(session_id=session_id, held=_held.session_id)
+    thread, pid = threading.get_ident(), os.getpid()
+    if thread in _session_of:
+        raise NestedLock(session_id=session_id, held=_session_of[thread])
+    mutex, turn, held = _mutex(path), Turn(), None
     start = time.monotonic()
-    deadline = start + timeout_s
 
     def timed_out(holder: str) -> LockTimeout:
         waited_s = time.monotonic() - start
         return LockTimeout(session_id=session_id, path=path, holder=holder, timeout_s=timeout_s, waited_s=waited_s)
 
-    mutex = _mutex(path)
-    if not mutex.acquire(timeout_s):
-        raise timed_out(f"this process (pid {os.getpid()}), thread {mutex.holder!r}")
-    pid = os.getpid()
-    held: HeldFile | None = None
     try:
-        try:
-            held = _poll(path, deadline)
-        except OSError as error:
-            if isinstance(error, PersistError):
-                raise
-            reason = error.strerror or type(error).__name__
-            raise CommitFailed(session_id=session_id, path=path, reason=reason, errno=error.errno) from error
+        _session_of[thread] = session_id
+        if not mutex.acquire(turn, timeout_s):
+            raise timed_out(f"this process (pid {pid}), thread {mutex.holder!r}")
+        held = _poll(path, session_id, start + timeout_s)
         if held is None:
             raise timed_out(_holder_of(path))
-        _held.session_id = session_id
         yield held
     finally:
-        # A child that was forked inside the block has neither the lock nor the mutex.
-        if pid == os.getpid():
-            _held.session_id = None
+        # One after the other, whatever exception a signal raises among them. A child that was forked inside the block has
+        # neither the lock nor the mutex.
+        try:
+            if held is not None:
+                held.close()
+        finally:
             try:
-                if held is not None:
-                    held.close()
+                if pid == os.getpid():
+                    mutex.release(turn)
             finally:
-                mutex.release()
+                if pid == os.getpid():
+                    _session_of.pop(thread, None)
 
 
-def _poll(path: Path, deadline: float) -> HeldFile | None:
+def _poll(path: Path, session_id: str, deadline: float) -> HeldFile | None:
     pause_s = _POLL_FIRST_S
-    while (held := try_hold(path, create=True)) is None:
-        left_s = deadline - time.monotonic()
-        if left_s <= 0:
-            return None
-        time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
-        pause_s = min(pause_s * 2, _POLL_LAST_S)
+    try:
+        while (held := try_hold(path, create=True)) is None:
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                return None
+            time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
+            pause_s = min(pause_s * 2, _POLL_LAST_S)
+    except OSError as error:
+        if isinstance(error, PersistError):
+            raise
+        reason = error.strerror or type(error).__name__
+        raise CommitFailed(session_id=session_id, path=path, reason=reason, errno=error.errno) from error
     return held
 
 
@@ -254,7 +268,7 @@ def _forget_in_child() -> None:
         os.close(fd)
     _descriptors.clear()
     _mutexes.clear()
-    _held.session_id = None
+    _session_of.clear()
     _table.release()
 
 

@@ -25,12 +25,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from persist import codec
 from persist.errors import CorruptSession, NotJSON, Owner, ReservedField, UnsupportedFormat, WrongType
 from persist.files import disk
 from persist.turn import ACTIVE
+
+Kind = TypeVar("Kind")
 
 FORMAT = 1
 HEADER = "_persist"
@@ -43,6 +45,7 @@ _CHECKED_FROM = len(_OPENING) + _DIGITS + 1
 _HEAD_CHECKED_FROM = _CHECKED_FROM + len(_MIDDLE) + _DIGITS + 1
 _SHAPE = re.compile(re.escape(_OPENING) + b'([0-9a-f]{32})"' + re.escape(_MIDDLE) + b'([0-9a-f]{32})"')
 _FORMAT = re.compile(rb'\{"_persist":\{"format":(\d+)[,}]')
+_BULK_STARTS = (*(b'"%s":' % name.encode() for name in BULK), b"}\n")
 _FIRST_READ_BYTES = 4096
 # A document's own limit, and room for its header.
 READ_LIMIT = codec.MAX_BYTES + 1024 * 1024
@@ -88,6 +91,8 @@ class Body:
     head: bytes
     bulk: bytes
     counts: Mapping[str, int] = field(compare=False)
+    #: Session id and file that it was read from, for the error of a body that cannot be decoded.
+    source: tuple[str, Path] | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, data: Any) -> Body:
@@ -100,10 +105,10 @@ class Body:
         """
         if type(data) is not dict:
             raise WrongType(what="a session's data", expected="a plain dict", got=type(data).__name__)
-        codec.check(data)
+        data = codec.captured(data)
         if HEADER in data:
             raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
-        small = [_line(key, value) for key, value in list(data.items()) if key not in BULK]
+        small = [_line(key, value) for key, value in data.items() if key not in BULK]
         bulk = [_bulk_lines(key, data[key]) for key in BULK if key in data]
         counts = {key: len(data[key]) for key in BULK if type(data.get(key)) is list}
         head = b",\n".join(small) + (b",\n" if bulk else b"\n") if small else b""
@@ -122,13 +127,22 @@ class Body:
 
     def data(self) -> dict[str, Any]:
         """A fresh copy of the data."""
-        data: dict[str, Any] = codec.decode(b"{" + self.head + self.bulk)
-        return data
+        return self._decode(b"{" + self.head + self.bulk)
 
     def fields(self) -> dict[str, Any]:
         """A fresh copy of the small fields."""
-        fields: dict[str, Any] = codec.decode(b"{" + self.head.rstrip(b",\n") + b"}")
-        return fields
+        return self._decode(b"{" + self.head.rstrip(b",\n") + b"}")
+
+    def _decode(self, encoded: bytes) -> dict[str, Any]:
+        """Its checksum vouches for it, so this fails only on what somebody has sealed on purpose."""
+        try:
+            decoded = codec.decode(encoded)
+        except (ValueError, RecursionError):
+            decoded = None
+        if type(decoded) is dict:
+            return decoded
+        session_id, path = self.source or ("", Path())
+        raise CorruptSession(session_id=session_id, path=path, reason="its checksum matches, but it is no JSON object.")
 
 
 def _line(key: str, value: Any) -> bytes:
@@ -256,16 +270,27 @@ def _quick_head(path: Path) -> HeadSnapshot | None:
         try:
             values = _header_values(content, end) if end >= 0 else None
             needed = limit * 4 if values is None else end + 1 + int(values["head_bytes"])
-        except (ValueError, KeyError, TypeError):
+        except _NONSENSE:
             return None
-        if values is not None and needed <= len(content):
-            head = content[end + 1 : needed]
-            if _digest(content[_HEAD_CHECKED_FROM:needed]) != shape[2]:
-                return None
-            return HeadSnapshot(_header(values), Body(head, b"", {}).fields(), values["counts"])
+        if values is not None and end < needed <= len(content):
+            return _checked_head(content[:needed], end, values, shape[2])
         if len(content) < limit or needed > READ_LIMIT:
             return None
         limit = needed
+
+
+def _checked_head(content: bytes, end: int, values: dict[str, Any], checksum: bytes) -> HeadSnapshot | None:
+    if _digest(memoryview(content)[_HEAD_CHECKED_FROM:]) != checksum:
+        return None
+    try:
+        body = Body(content[end + 1 :], b"", _counts(values))
+        return HeadSnapshot(_header(values), body.fields(), body.counts)
+    except (*_NONSENSE, CorruptSession):
+        return None
+
+
+#: What a header raises that was damaged, or made up by somebody who can seal it.
+_NONSENSE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 def _header_values(content: bytes, end: int) -> dict[str, Any]:
@@ -279,25 +304,53 @@ _KNOWN = frozenset({"format", "checksum", "head_checksum", "head_bytes", "counts
 
 
 def _header(values: Mapping[str, Any]) -> Header:
+    """The header of its JSON; raises one of `_NONSENSE` if it is none."""
     return Header(
-        incarnation=values["incarnation"],
-        revision=values["revision"],
-        created_at=datetime.fromisoformat(values["created_at"]),
-        updated_at=datetime.fromisoformat(values["updated_at"]),
-        epoch=values["epoch"],
-        owner=values["owner"] and _owner(values["owner"]),
+        incarnation=_of(str, values["incarnation"]),
+        revision=_natural(values["revision"]),
+        created_at=_time(values["created_at"]),
+        updated_at=_time(values["updated_at"]),
+        epoch=_natural(values["epoch"]),
+        owner=None if values["owner"] is None else _owner(_of(dict, values["owner"])),
         extra={key: value for key, value in values.items() if key not in _KNOWN},
     )
 
 
 def _owner(values: Mapping[str, Any]) -> StreamOwner:
+    texts = (_of(str, values[key]) for key in ("host", "command", "started_at"))
     return StreamOwner(
-        stream_id=values["stream_id"],
-        process=Owner(values["pid"], values["host"], values["command"], values["started_at"]),
-        prompt_id=values["prompt_id"],
-        answer_id=values["answer_id"],
-        is_cancelled=values["cancelled"],
+        stream_id=_of(str, values["stream_id"]),
+        process=Owner(_of(int, values["pid"]), *texts),
+        prompt_id=_message_id(values["prompt_id"]),
+        answer_id=_message_id(values["answer_id"]),
+        is_cancelled=_of(bool, values["cancelled"]),
     )
+
+
+def _of(kind: type[Kind], value: Any) -> Kind:
+    if type(value) is not kind:
+        raise TypeError(value)
+    return value
+
+
+def _natural(value: Any) -> int:
+    if _of(int, value) < 0 or value >= 2**63:
+        raise ValueError(value)
+    return _of(int, value)
+
+
+def _time(value: Any) -> datetime:
+    return datetime.fromisoformat(_of(str, value)).astimezone(UTC)
+
+
+def _message_id(value: Any) -> str | int | None:
+    if value is not None and type(value) not in (str, int):
+        raise TypeError(value)
+    return value  # type: ignore[no-any-return]
+
+
+def _counts(values: Mapping[str, Any]) -> Mapping[str, int]:
+    return {_of(str, key): _natural(count) for key, count in _of(dict, values["counts"]).items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,11 +367,16 @@ class _Reader:
         checksum = _digest(memoryview(content)[_CHECKED_FROM:])
         if checksum != shape[1]:
             raise self._mismatch(content)
-        end = content.index(b"\n")
-        values = _header_values(content, end)
-        start, bulk = end + 1, end + 1 + values["head_bytes"]
-        body = Body(content[start:bulk], content[bulk:], values["counts"])
-        return Snapshot(_header(values), body, checksum.decode())
+        try:
+            end = content.index(b"\n")
+            values = _header_values(content, end)
+            header, counts, bulk = _header(values), _counts(values), end + 1 + _natural(values["head_bytes"])
+        except _NONSENSE:
+            raise self._corrupt("its header makes no sense, although its checksum matches.") from None
+        body = Body(content[end + 1 : bulk], content[bulk:], counts, (self.session_id, self.path))
+        if not body.bulk.startswith(_BULK_STARTS):
+            raise self._corrupt("its header does not say where its bulk begins.")
+        return Snapshot(header, body, checksum.decode())
 
     def _foreign(self, content: bytes) -> Snapshot:
         """A document of another program: revision 0 until its first commit here."""
@@ -378,6 +436,6 @@ def read_edited(path: Path, session_id: str) -> tuple[Header, Body]:
     body = Body.of(data)
     try:
         return _header(values), body
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except _NONSENSE:
         now = datetime.now(UTC)
         return Header(_digest(content).decode(), 0, now, now), body

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from persist.errors import CommitFailed, CommitUnknown, InvalidSessionId, LockNotHeld, PersistError, SessionNotFound
+from persist.errors import CommitFailed, CommitUnknown, InvalidSessionId, LockNotHeld, PersistError, SessionNotFound, Unreadable
 from persist.files import disk, layout, lease, lock, snapshot
 from persist.files.layout import Layout, SessionPaths
 from persist.files.lease import Lease
@@ -34,7 +34,7 @@ class SessionFiles:
         # The real path: two names of one directory must share their in-process locks, and a chdir must not move the store.
         self.layout = Layout(Path(os.path.realpath(directory)))
         self.lock_timeout_s = lock_timeout_s
-        self._unknown: dict[str, str] = {}
+        self.unknown: dict[str, str] = {}
         if create:
             self._make_directories()
         disk.check_file_system(self.layout.directory, allow_network=allow_network)
@@ -54,19 +54,25 @@ class SessionFiles:
 
     def read(self, session_id: str) -> Snapshot:
         """Read the committed document. Takes no lock: some committed revision, never half of one."""
-        path = self._path(session_id)
-        try:
+        with self._looking_at(session_id) as path:
             return snapshot.read(path, session_id)
-        except FileNotFoundError:
-            raise SessionNotFound(session_id=session_id, path=path) from None
 
     def read_head(self, session_id: str) -> HeadSnapshot:
         """Read the committed header and small fields. Takes no lock."""
+        with self._looking_at(session_id) as path:
+            return snapshot.read_head(path, session_id)
+
+    @contextmanager
+    def _looking_at(self, session_id: str) -> Iterator[Path]:
         path = self._path(session_id)
         try:
-            return snapshot.read_head(path, session_id)
+            yield path
         except FileNotFoundError:
             raise SessionNotFound(session_id=session_id, path=path) from None
+        except PersistError:
+            raise
+        except OSError as error:
+            raise Unreadable.because(path, error) from error
 
     def session_ids(self) -> list[str]:
         """The ids of all sessions, sorted."""
@@ -74,7 +80,14 @@ class SessionFiles:
 
     def leases(self) -> list[tuple[str, str]]:
         """The (session id, stream id) of all lease files, sorted; those of dead streams too."""
-        return sorted(filter(None, map(layout.stream_of_lease, disk.names(self.layout.leases))))
+        try:
+            disk.check_directory(self.layout.leases)
+            names = disk.names(self.layout.leases)
+        except PersistError:
+            raise
+        except OSError as error:
+            raise Unreadable.because(self.layout.leases, error) from error
+        return sorted(filter(None, map(layout.stream_of_lease, names)))
 
     def ignored(self) -> list[Path]:
         """JSON files whose names are no session ids, sorted."""
@@ -112,9 +125,9 @@ class SessionFiles:
             LockTimeout, NestedLock: see `lock.hold`.
             CommitUnknown: an earlier commit of this store ended so.
         """
-        path = self._path(session_id)
-        if not may_be_missing and not disk.exists(path):
-            raise SessionNotFound(session_id=session_id, path=path)
+        with self._looking_at(session_id) as path:
+            if not may_be_missing and not disk.exists(path):
+                raise SessionNotFound(session_id=session_id, path=path)
         with lock.hold(self.layout.session(session_id).lock, session_id, self.lock_timeout_s) as held:
             tx = Transaction(self, session_id, held)
             try:
@@ -141,15 +154,17 @@ class Transaction:
 
     def end(self) -> None:
         """End the transaction; a lock file without a session is removed by its last holder."""
-        if self._held is not None and self._held.is_held and not (self._is_there or disk.exists(self._paths.document)):
-            # One that cannot be removed does no harm; `persist check` names it.
+        if self._held is not None and self._held.is_held and not self._is_there:
+            # Nothing that goes wrong here may hide what the verb has to say.
             with contextlib.suppress(OSError):
-                disk.unlink(self._paths.lock)
+                if not disk.exists(self._paths.document):
+                    disk.unlink(self._paths.lock)
         self._held = None
 
     def exists(self) -> bool:
         self._require_lock()
-        return disk.exists(self._paths.document)
+        with self._refusals():
+            return disk.exists(self._paths.document)
 
     def read(self) -> Snapshot:
         """Read the committed document."""
@@ -161,7 +176,8 @@ class Transaction:
     def read_edited(self) -> tuple[Header, Body]:
         """Read a document whose checksum need not match."""
         self._require_lock()
-        return snapshot.read_edited(self._paths.document, self.session_id)
+        with self._refusals():
+            return snapshot.read_edited(self._paths.document, self.session_id)
 
     def commit(self, header: Header, body: Body) -> Snapshot:
         """Write a revision; durable and visible on return.
@@ -171,65 +187,91 @@ class Transaction:
             CommitUnknown: it is visible, but may not survive a power cut.
         """
         self._require_lock()
+        self._require_known()
         content, checksum = snapshot.to_bytes(header, body)
         self._publish(content)
         self._is_there = True
         return Snapshot(header, body, checksum)
 
-    def confirm(self) -> None:
-        """Make durable what is on disk: its writer may have died between its rename and its sync."""
+    def confirm(self, found: Snapshot) -> None:
+        """Make durable what was read: its writer may have died between its rename and its sync."""
         self._require_lock()
+        self._require_known()
         try:
             disk.sync_file(self._paths.document)
             disk.sync_directory(self._layout.directory)
         except OSError:
-            self._publish(disk.read(self._paths.document, snapshot.READ_LIMIT))
+            # What the kernel still shows of that file proves nothing any more: write what was checked before.
+            self._publish(snapshot.to_bytes(found.header, found.body)[0])
+
+    def delete(self) -> None:
+        """Remove the session; durable on return. The document goes first: what is left after a crash is no session."""
+        self._require_lock()
+        self._require_known()
+        self._is_there = False
+        with self._refusals():
+            disk.unlink(self._paths.document)
+        try:
+            disk.sync_directory(self._layout.directory)
+        except OSError as error:
+            self._files.unknown[self.session_id] = _reason(error)
+            raise self._failure(CommitUnknown, _reason(error), error.errno) from error
+        _remove_leftover(self._paths.temp)
+        with contextlib.suppress(OSError):
+            for session_id, stream_id in self._files.leases():
+                if session_id == self.session_id:
+                    self.remove_lease(stream_id)
 
     def _publish(self, content: bytes) -> None:
-        if self.session_id in self._files._unknown:
-            raise self._failure(CommitUnknown, self._files._unknown[self.session_id], None)
         attempt = _Attempt(self._layout.directory, self._paths, content)
         try:
-            attempt.run()
-        except _SyncFailed:
-            self._retry(attempt)
-        except PersistError:
-            raise
-        except OSError as error:
-            raise self._failure(CommitFailed, _reason(error), error.errno) from error
+            with self._refusals():
+                attempt.run()
+        except _SyncFailed as failed:
+            self._publish_anew(attempt, failed)
 
-    def _retry(self, attempt: _Attempt) -> None:
-        """After a failed fsync: once more, to a new inode."""
+    def _publish_anew(self, attempt: _Attempt, failed: _SyncFailed) -> None:
+        """After a failed fsync: once more, to a new inode. If that fails too, a visible commit is of unknown durability."""
+        if attempt.is_visible:
+            self._files.unknown[self.session_id] = _reason(failed.cause)
         try:
             attempt.run()
         except (OSError, _SyncFailed) as error:
             cause = error.cause if isinstance(error, _SyncFailed) else error
             if attempt.is_visible:
-                self._files._unknown[self.session_id] = _reason(cause)
+                self._files.unknown[self.session_id] = _reason(cause)
             kind = CommitUnknown if attempt.is_visible else CommitFailed
             raise self._failure(kind, _reason(cause), cause.errno) from cause
+        self._files.unknown.pop(self.session_id, None)
+
+    def _require_known(self) -> None:
+        """After a `CommitUnknown` nothing more is written, and nothing acknowledged."""
+        reason = self._files.unknown.get(self.session_id)
+        if reason is not None:
+            raise self._failure(CommitUnknown, reason, None)
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        """The disk's own errors, before anything has changed, as `CommitFailed`."""
+        try:
+            yield
+        except PersistError:
+            raise
+        except OSError as error:
+            raise self._failure(CommitFailed, _reason(error), error.errno) from error
 
     def _failure(self, kind: type[PersistError], reason: str, errno: int | None) -> PersistError:
         return kind(session_id=self.session_id, path=self._paths.document, reason=reason, errno=errno)
-
-    def delete(self) -> None:
-        """Remove the session; durable on return. The document goes first: what is left after a crash is no session."""
-        self._require_lock()
-        self._is_there = False
-        disk.unlink(self._paths.document)
-        disk.sync_directory(self._layout.directory)
-        for session_id, stream_id in self._files.leases():
-            if session_id == self.session_id:
-                self.remove_lease(stream_id)
-        disk.unlink(self._paths.temp)
 
     # --- leases of this session's streams ---
 
     def take_lease(self, stream_id: str, description: bytes) -> Lease | None:
         """Create and lock the lease of a new stream; None if one of that id is alive."""
         self._require_lock()
-        disk.make_directory(self._layout.leases)
-        return lease.take(self._layout.lease(self.session_id, stream_id), description)
+        with self._refusals():
+            disk.make_directory(self._layout.leases)
+            disk.check_directory(self._layout.leases)
+            return lease.take(self._layout.lease(self.session_id, stream_id), description)
 
     @contextmanager
     def holding_lease_if_dead(self, stream_id: object) -> Iterator[bool]:
@@ -238,14 +280,25 @@ class Transaction:
         if not layout.is_stream_id(stream_id):
             yield True
             return
-        with lease.holding_if_dead(self._layout.lease(self.session_id, str(stream_id))) as is_dead:
-            yield is_dead
+        with self._refusals():
+            disk.check_directory(self._layout.leases)
+            probe = lease.probe(self._layout.lease(self.session_id, str(stream_id)))
+        try:
+            yield probe.is_dead
+        finally:
+            probe.close()
 
     def remove_lease(self, stream_id: object) -> None:
         """Remove a stream's lease file, whoever holds it."""
         self._require_lock()
         if layout.is_stream_id(stream_id):
-            disk.unlink(self._layout.lease(self.session_id, str(stream_id)))
+            _remove_leftover(self._layout.lease(self.session_id, str(stream_id)))
+
+
+def _remove_leftover(path: Path) -> None:
+    """Remove what no longer counts. If the disk refuses, it stays as a left-over, which a sweep or `check` finds."""
+    with contextlib.suppress(OSError):
+        disk.unlink(path)
 
 
 def _reason(error: OSError) -> str:

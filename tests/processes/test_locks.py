@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from actors import DEADLINE_S
+from actors import DEADLINE_S, eventually
 from conftest import ActorFactory
 from filelock import FileLock, Timeout
 
@@ -59,49 +59,58 @@ def test_timeout_names_the_thread_of_this_process(directory: Path, session: pers
     thread.join(DEADLINE_S)
 
 
-def test_waiters_are_served_in_their_order(tmp_path: Path) -> None:
+def test_waiters_are_served_in_their_order() -> None:
     """First in, first out: five threads that queue up in a known order get the lock in that order."""
-    mutex = lock.FifoMutex()
-    assert mutex.acquire(0)
+    mutex, first = lock.FifoMutex(), lock.Turn()
+    assert mutex.acquire(first, 0)
     served: list[int] = []
     threads = []
     for n in range(5):
 
         def wait(n: int = n) -> None:
-            assert mutex.acquire(DEADLINE_S)
+            turn = lock.Turn()
+            assert mutex.acquire(turn, DEADLINE_S)
             served.append(n)
-            mutex.release()
+            mutex.release(turn)
 
         threads.append(threading.Thread(target=wait))
         threads[-1].start()
-        while len(mutex._waiters) <= n:
-            threading.Event().wait(0.001)
-    mutex.release()
+        eventually(lambda n=n: len(mutex._waiters) > n)  # type: ignore[misc]
+    mutex.release(first)
     for thread in threads:
         thread.join(DEADLINE_S)
     assert served == [0, 1, 2, 3, 4]
 
 
-def test_waiter_that_gives_up_leaves_the_queue(tmp_path: Path) -> None:
+def test_waiter_that_gives_up_leaves_the_queue() -> None:
     """A timed-out waiter neither takes nor blocks the lock; the next one gets it."""
-    mutex = lock.FifoMutex()
-    assert mutex.acquire(0)
-    assert not mutex.acquire(0.01)
-    mutex.release()
-    assert mutex.acquire(0)
-    mutex.release()
+    mutex, first, second, third = lock.FifoMutex(), lock.Turn(), lock.Turn(), lock.Turn()
+    assert mutex.acquire(first, 0)
+    assert not mutex.acquire(second, 0.01)
+    mutex.release(second)
+    mutex.release(first)
+    assert mutex.acquire(third, 0)
 
 
 def test_lock_handed_to_a_waiter_that_gave_up_is_passed_on() -> None:
     """The hand-over and the time-out may cross; the lock must not stay with nobody."""
-    mutex = lock.FifoMutex()
-    assert mutex.acquire(0)
-    turn = threading.Lock()
-    turn.acquire()
-    mutex._waiters.append(turn)
-    mutex.release()
-    mutex._leave(turn)
-    assert mutex.acquire(0)
+    mutex, first, late, next_one = lock.FifoMutex(), lock.Turn(), lock.Turn(), lock.Turn()
+    assert mutex.acquire(first, 0)
+    assert not mutex.acquire(late, 0.01)
+    mutex.release(first)
+    assert not mutex.acquire(next_one, 0)
+    mutex.release(late)
+    assert next_one.given.acquire(timeout=0)
+
+
+def test_releasing_twice_is_releasing_once() -> None:
+    """An exception of a signal may come anywhere: a second release must not free what another thread has taken."""
+    mutex, first, second, third = lock.FifoMutex(), lock.Turn(), lock.Turn(), lock.Turn()
+    assert mutex.acquire(first, 0)
+    mutex.release(first)
+    assert mutex.acquire(second, 0)
+    mutex.release(first)
+    assert not mutex.acquire(third, 0)
 
 
 def test_sessions_do_not_wait_for_each_other(directory: Path, store: persist.Store, actor: ActorFactory) -> None:
@@ -222,7 +231,7 @@ def test_methods_of_a_finished_transaction_are_refused(store: persist.Store, ses
     """The transaction is the lock: outside its block nothing of it works."""
     with store._files.transaction("s-1") as tx:
         found = tx.read()
-    for use in (tx.read, tx.exists, tx.confirm, tx.delete, lambda: tx.commit(found.header, found.body)):
+    for use in (tx.read, tx.exists, tx.delete, lambda: tx.confirm(found), lambda: tx.commit(found.header, found.body)):
         with pytest.raises(persist.LockNotHeld):
             use()
 
@@ -295,3 +304,67 @@ def test_subprocess_does_not_inherit_the_lock(store: persist.Store, session: per
         program = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
     persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1)
     program.communicate(b"\n", timeout=DEADLINE_S)
+
+
+def test_edit_that_is_left_in_another_thread_frees_the_first(store: persist.Store, session: persist.Session) -> None:
+    """A block may be entered in one thread and left in another, as synchronous dependencies of web frameworks are."""
+    block = store.edit("s-1")
+    block.__enter__()["n"] = 1
+    thread = threading.Thread(target=block.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join(DEADLINE_S)
+    assert store.append("s-1", "log", 1) == 3
+    assert store.load("s-1").data["n"] == 1
+
+
+def test_signal_handler_that_uses_the_store_gets_an_error(actor: ActorFactory, session: persist.Session) -> None:
+    """E2: a handler that runs in the middle of a verb cannot wait for its own thread: NestedLock, never a hang."""
+    other = actor(lock_timeout_s=5.0)
+    code = """
+import signal
+answers = []
+def handler(*_):
+    try:
+        store.append('s-1', 'log', 'handler')
+        answers.append('written')
+    except persist.NestedLock:
+        answers.append('refused')
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+for n in range(300):
+    store.update('s-1', lambda data: data.update(n=n))
+signal.setitimer(signal.ITIMER_REAL, 0, 0)
+len(answers) > 0 and set(answers) <= {'written', 'refused'}
+"""
+    assert other.do(code) is True
+
+
+def test_interrupts_leak_no_lock(actor: ActorFactory, session: persist.Session, directory: Path) -> None:
+    """Exceptions that a signal handler raises anywhere in a verb leave no lock and no queue behind.
+
+    Where one hits the interpreter's own way out of a block, the block is ended when it is collected.
+    """
+    other = actor(lock_timeout_s=5.0)
+    code = """
+import gc, signal
+class Late(Exception): pass
+def handler(*_):
+    raise Late
+interrupted = 0
+signal.signal(signal.SIGALRM, handler)
+for n in range(500):
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.00005 + n % 97 * 0.00001)
+        store.update('s-1', lambda data: data.update(n=n))
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except Late:
+        interrupted += 1
+        gc.collect()
+    except persist.CommitUnknown:
+        store = persist.Store(store.path)
+signal.setitimer(signal.ITIMER_REAL, 0)
+store.update('s-1', lambda data: data.update(n='end'))
+interrupted
+"""
+    assert other.do(code) > 0
+    assert persist.Store(directory, lock_timeout_s=1.0).append("s-1", "log", 1) > 1

@@ -394,7 +394,7 @@ def test_the_greatest_depth_is_merged_and_patched() -> None:
         innermost = innermost["k"] if type(innermost) is dict else innermost[0]
     innermost["leaf"] = "m"
     merged = merge(base, mine, theirs)
-    patch(theirs, merged)
+    patch(theirs, copy.deepcopy(theirs), merged)
     assert same(theirs, merged)
     assert merged["top"]["theirs"] == merged["mine"] == 1
 
@@ -499,7 +499,7 @@ def test_a_patched_document_equals_what_was_wanted(data: st.DataObject) -> None:
     target = data.draw(conversations())
     wanted = data.draw(edited(target, "mine"))
     before = copy.deepcopy(wanted)
-    assert patch(target, wanted) is target
+    patch(target, copy.deepcopy(target), wanted)
     assert same(target, wanted)
     assert same(wanted, before)
 
@@ -507,7 +507,7 @@ def test_a_patched_document_equals_what_was_wanted(data: st.DataObject) -> None:
 @given(documents, documents)
 def test_any_document_can_be_patched_into_any_other(target: Document, wanted: Document) -> None:
     """Also where types change, lists shrink and keys go."""
-    assert patch(target, wanted) is target
+    patch(target, copy.deepcopy(target), wanted)
     assert same(target, wanted)
 
 
@@ -516,7 +516,7 @@ def test_patching_keeps_the_callers_objects(data: st.DataObject) -> None:
     """The list stays the same list, and each message that is still there the same dict, edited or not."""
     target = data.draw(conversations())
     messages, by_id = target["messages"], {item["id"]: item for item in target["messages"]}
-    patch(target, data.draw(edited(target, "mine", moves=False)))
+    patch(target, copy.deepcopy(target), data.draw(edited(target, "mine", moves=False)))
     assert target["messages"] is messages
     assert all(by_id.get(item["id"], item) is item for item in messages)
 
@@ -525,8 +525,27 @@ def test_patching_edits_items_without_ids_in_place_where_they_stand_still() -> N
     """An object beside items that come and go stays the caller's own."""
     kept = {"content": "kept"}
     target = {"l": [{"content": "gone"}, kept]}
-    patch(target, {"l": [{"content": "new"}, {"content": "kept"}, {"content": "later"}]})
+    patch(target, copy.deepcopy(target), {"l": [{"content": "new"}, {"content": "kept"}, {"content": "later"}]})
     assert target["l"][1] is kept
+
+
+def test_object_at_two_places_is_not_changed_at_both() -> None:
+    """An edit of one place must not appear at the other, which nobody has edited."""
+    shared = {"content": "a"}
+    target: Document = {"first": shared, "l": [shared]}
+    patch(target, copy.deepcopy(target), {"first": {"content": "a"}, "l": [{"content": "edited"}]})
+    assert target == {"first": {"content": "a"}, "l": [{"content": "edited"}]}
+
+
+def test_what_another_thread_has_added_meanwhile_stays() -> None:
+    """The target may have moved on since its copy was taken: items appended and fields set are kept."""
+    target: Document = {"l": ["a", "b"], "d": {}}
+    known = copy.deepcopy(target)
+    target["l"].append("late")
+    target["d"]["late"] = 1
+    target["late"] = 2
+    patch(target, known, {"l": ["x", "a", "b", "c"], "d": {"theirs": 1}})
+    assert target == {"l": ["x", "a", "b", "c", "late"], "d": {"late": 1, "theirs": 1}, "late": 2}
 
 
 # --- alignment --------------------------------------------------------------------------------------------------------
@@ -589,7 +608,7 @@ def test_twenty_thousand_items_are_merged_and_patched(shape: Callable[[int], tup
     base, side = shape(20_000)
     merged = merge({"l": base, "a": 0}, {"l": side, "a": 0}, {"l": base, "a": 1})
     target = {"l": list(base), "a": 0}
-    patch(target, merged)
+    patch(target, copy.deepcopy(target), merged)
     assert target == {"l": side, "a": 1}
 
 

@@ -246,13 +246,15 @@ def test_refresh_takes_the_committed_state_and_keeps_unsaved_edits(session: pers
     assert (on_disk(store), session.revision) == (session.data, 3)
 
 
-def test_a_value_that_is_no_json_yet_is_kept_by_refresh(session: persist.Session, store: persist.Store) -> None:
-    """What is no JSON yet does not break a look at the disk; it is refused by the save."""
+def test_a_value_that_is_no_json_is_refused_by_refresh_and_save(session: persist.Session, store: persist.Store) -> None:
+    """Neither can merge what it cannot compare; memory and disk stay as they are."""
+    store.update("s", lambda data: data.update(theirs=1))
     session.data["draft"] = {1, 2}
-    session.refresh()
+    for verb in (session.refresh, session.save):
+        with pytest.raises(persist.NotJSON, match="draft"):
+            verb()
     assert session.data["draft"] == {1, 2}
-    with pytest.raises(persist.NotJSON):
-        session.save()
+    assert "theirs" not in session.data
 
 
 # --- deleted and made anew --------------------------------------------------------------------------------------------

@@ -1,0 +1,113 @@
+"""The short form of `scripts/fuzz`: real documents, spoilt at random, are refused or read as what they say."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from harness.faults import quick_directory
+from harness.fuzzing import Oracle, mutant, originals, seal
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import persist
+from persist.files import snapshot
+
+# Derandomised, as in tests/unit: a build must not fail by luck. scripts/fuzz looks further.
+SETTINGS = settings(deadline=None, derandomize=True, database=None, max_examples=400, suppress_health_check=list(HealthCheck))
+
+
+@dataclass(frozen=True)
+class Bench:
+    documents: list[bytes]
+    oracle: Oracle
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    with quick_directory() as directory:
+        documents = originals(directory)
+        yield Bench(documents, Oracle(directory / "s.json", documents))
+
+
+def test_the_oracle_accepts_what_was_not_spoilt(bench: Bench) -> None:
+    """Real documents pass, and sealing one that is right changes nothing: else every verdict below would be worthless."""
+    for content in bench.documents:
+        assert seal(content) == content
+        assert bench.oracle.complaint(content, is_sealed=False) is None
+
+
+def test_the_oracle_notices_a_wrong_document(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that takes what its checksum does not vouch for is caught."""
+    content = bench.documents[-2]
+    spoilt = content.replace(b'"title":"t"', b'"title":"u"')
+    assert spoilt != content
+    assert bench.oracle.complaint(spoilt, is_sealed=False) is None
+    stale = snapshot.read(_put(bench, content), "s")
+    monkeypatch.setattr(snapshot, "read", lambda _path, _session_id: stale)
+    found = bench.oracle.complaint(spoilt, is_sealed=False)
+    assert found is not None
+    assert (found.reader, found.kind) == ("read", "another document than the bytes say")
+
+
+def _put(bench: Bench, content: bytes) -> Path:
+    path = bench.oracle.path
+    path.write_bytes(content)
+    return path
+
+
+@SETTINGS
+@given(dice=st.randoms(use_true_random=False))
+def test_a_spoilt_document_is_refused_or_read_as_it_is(bench: Bench, dice: random.Random) -> None:
+    """Typed error, or what an independent parse of the bytes says; also where an attacker has sealed it anew."""
+    content, is_sealed = mutant(dice, bench.documents)
+    assert bench.oracle.complaint(content, is_sealed=is_sealed) is None
+
+
+# --- sectors ----------------------------------------------------------------------------------------------------------
+
+SECTOR = 512
+
+
+@pytest.fixture
+def older_and_newer(store: persist.Store) -> tuple[bytes, bytes]:
+    """Two revisions of one document, of eight sectors and some bytes."""
+    store.create("s", {"title": "t", "messages": [{"id": f"m{n}", "content": "Why? " * 20} for n in range(32)]})
+    path = store.path / "s.json"
+    older = path.read_bytes()
+    store.update("s", lambda data: data["messages"][20].update(content="So. " * 25))
+    newer = path.read_bytes()
+    assert len(older) == len(newer) > 8 * SECTOR
+    return older, newer
+
+
+def sectors(content: bytes) -> list[bytes]:
+    return [content[start : start + SECTOR] for start in range(0, len(content), SECTOR)]
+
+
+def sector_damage(older: bytes, newer: bytes) -> Iterator[bytes]:
+    """What a disk that loses, misdirects or reorders sectors leaves of `newer`."""
+    own, stale = sectors(newer), sectors(older)
+    for first in range(len(own)):
+        for last in range(first + 1, len(own) + 1):
+            yield b"".join([*own[:first], bytes(sum(map(len, own[first:last]))), *own[last:]])
+            yield b"".join([*own[:first], *stale[first:last], *own[last:]])
+            if last < len(own):
+                yield b"".join([*own[:first], own[last], *own[first + 1 : last], own[first], *own[last + 1 :]])
+
+
+def test_lost_swapped_and_outdated_sectors_are_refused(store: persist.Store, older_and_newer: tuple[bytes, bytes]) -> None:
+    """Any run of sectors zeroed or from the revision before, any two exchanged: no document comes of it but a real one."""
+    older, newer = older_and_newer
+    tried = 0
+    for damaged in sector_damage(older, newer):
+        if damaged in (older, newer):
+            continue
+        tried += 1
+        (store.path / "s.json").write_bytes(damaged)
+        with pytest.raises(persist.CorruptSession):
+            store.load("s")
+    assert tried > 100

@@ -1,0 +1,524 @@
+"""Every I/O error at every place: each verb, with each of its kernel calls failing, once and for good.
+
+One rule judges them all: **an error means that nothing was written, unless it is `CommitUnknown`; no error means that it is
+on disk.** Beside it: memory stays as it was, lock and lease are free, no descriptor and no file is left over, and what failed
+works as soon as the disk does.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.faults import ERRORS, SHORT, Fault, descriptors, faults, injecting, quick_directory
+
+import persist
+from persist.files import disk, lock
+
+M1 = {"id": "m1", "role": "user", "content": "Why?"}
+M2 = {"id": "m2", "role": "assistant", "content": "So."}
+DATA: dict[str, Any] = {"title": "New chat", "messages": [M1]}
+PROMPT = {"id": "p", "role": "user", "content": "And then?"}
+ANSWER = {"id": "a", "role": "assistant", "content": "Then this."}
+TIMEOUT_S = 0.05
+MOST_PLACES = 200
+
+Run = Callable[[], object]
+View = dict[str, object]
+
+
+@dataclass
+class Scene:
+    """A store as an operation finds it, and what of it stands in memory."""
+
+    store: persist.Store
+    watched: list[persist.Session] = field(default_factory=list)
+    held: list[persist.Stream] = field(default_factory=list)
+
+    def session(self, **edits: Any) -> persist.Session:
+        """Load the session "s", edit it in memory, and watch it."""
+        session = self.store.load("s")
+        session.data.update(edits)
+        self.watched.append(session)
+        return session
+
+    def stream(self, session_id: str = "s", stream_id: str = "t1") -> persist.Stream:
+        """A stream with a partial answer."""
+        stream = self.store.start_stream(session_id, PROMPT, stream_id=stream_id)
+        stream.checkpoint(ANSWER | {"content": "Th"})
+        self.held.append(stream)
+        return stream
+
+    def stale(self, session_id: str = "s", stream_id: str = "t1") -> None:
+        """A stream whose lease is free, as that of a dead process."""
+        self.stream(session_id, stream_id)._lease.close()
+
+    def memory(self) -> list[tuple[int, Any]]:
+        return [(session.revision, copy.deepcopy(session.data)) for session in self.watched]
+
+    def close(self) -> None:
+        for stream in self.held:
+            stream._lease.close()
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A verb and the scene it is played in. `stage` sets the scene and returns the verb."""
+
+    name: str
+    stage: Callable[[Scene], Run]
+    is_look: bool = False
+    #: Its documentation says that it leaves out, or names, what cannot be read, instead of raising.
+    is_partial: bool = False
+    #: Leaving a block cannot be tried again: the lease is given up, and the session is stale.
+    is_final: bool = False
+
+
+OPERATIONS: dict[str, Operation] = {}
+
+
+def operation(**options: bool) -> Callable[[Callable[[Scene], Run]], None]:
+    def enter(stage: Callable[[Scene], Run]) -> None:
+        OPERATIONS[stage.__name__] = Operation(stage.__name__, stage, **options)
+
+    return enter
+
+
+# --- the verbs that write ------------------------------------------------------------------------------------------------
+
+
+@operation()
+def create(scene: Scene) -> Run:
+    return lambda: scene.store.create("new", DATA).data
+
+
+@operation()
+def save(scene: Scene) -> Run:
+    return scene.session(title="File locks").save
+
+
+@operation()
+def save_that_merges(scene: Scene) -> Run:
+    session = scene.session(title="File locks")
+    scene.store.append("s", "messages", M2)
+    return session.save
+
+
+@operation()
+def save_of_nothing(scene: Scene) -> Run:
+    return scene.session().save
+
+
+@operation()
+def save_over_a_left_over(scene: Scene) -> Run:
+    (scene.store.path / "s.json.tmp").write_bytes(b"half a docum")
+    return scene.session(title="File locks").save
+
+
+@operation()
+def edit(scene: Scene) -> Run:
+    def run() -> None:
+        with scene.store.edit("s") as data:
+            data["title"] = "File locks"
+
+    return run
+
+
+@operation()
+def update(scene: Scene) -> Run:
+    return lambda: scene.store.update("s", lambda data: data.update(title="File locks"), if_revision=1)
+
+
+@operation()
+def append(scene: Scene) -> Run:
+    return lambda: scene.store.append("s", "messages", M2)
+
+
+@operation()
+def append_again(scene: Scene) -> Run:
+    return lambda: scene.store.append("s", "messages", M1)
+
+
+@operation()
+def delete(scene: Scene) -> Run:
+    return lambda: scene.store.delete("s")
+
+
+@operation()
+def delete_with_a_stale_stream(scene: Scene) -> Run:
+    scene.stale()
+    return lambda: scene.store.delete("s")
+
+
+@operation()
+def delete_by_force(scene: Scene) -> Run:
+    scene.stream()
+    return lambda: scene.store.delete("s", force=True)
+
+
+@operation()
+def duplicate(scene: Scene) -> Run:
+    return lambda: scene.store.duplicate("s", "copy").data
+
+
+@operation()
+def accept(scene: Scene) -> Run:
+    path = scene.store.path / "s.json"
+    path.write_bytes(path.read_bytes().replace(b"New chat", b"Old chat"))
+    return lambda: scene.store.accept("s").data
+
+
+@operation()
+def start_stream(scene: Scene) -> Run:
+    return lambda: scene.held.append(scene.store.start_stream("s", PROMPT, stream_id="t2"))
+
+
+@operation()
+def start_over_a_stale_stream(scene: Scene) -> Run:
+    scene.stale()
+    message = PROMPT | {"id": "p2"}
+    return lambda: scene.held.append(scene.store.start_stream("s", message, stream_id="t2"))
+
+
+@operation()
+def checkpoint(scene: Scene) -> Run:
+    stream = scene.stream()
+    return lambda: stream.checkpoint(ANSWER)
+
+
+@operation()
+def stream_append(scene: Scene) -> Run:
+    stream = scene.stream()
+    return lambda: stream.append(M2)
+
+
+@operation()
+def finish(scene: Scene) -> Run:
+    stream = scene.stream()
+    return lambda: stream.finish(ANSWER)
+
+
+@operation()
+def fail(scene: Scene) -> Run:
+    return scene.stream().fail
+
+
+@operation(is_final=True)
+def leaving_the_block(scene: Scene) -> Run:
+    stream = scene.stream()
+    return lambda: stream.__exit__(None, None, None)
+
+
+@operation()
+def cancel(scene: Scene) -> Run:
+    scene.stream()
+    return lambda: scene.store.cancel("s", "t1")
+
+
+@operation()
+def cancel_again(scene: Scene) -> Run:
+    scene.stream()
+    scene.store.cancel("s", "t1")
+    return lambda: scene.store.cancel("s", "t1")
+
+
+@operation()
+def cancel_by_force(scene: Scene) -> Run:
+    scene.stream()
+    return lambda: scene.store.cancel("s", "t1", force=True)
+
+
+@operation()
+def clear_stale_stream(scene: Scene) -> Run:
+    scene.stale()
+    return scene.session().clear_stale_stream
+
+
+@operation()
+def clear_stale_streams(scene: Scene) -> Run:
+    scene.store.create("r", DATA)
+    scene.stale("r", "t0")
+    scene.stale()
+    return scene.store.clear_stale_streams
+
+
+# --- the verbs that look -------------------------------------------------------------------------------------------------
+
+
+@operation(is_look=True)
+def open_store(scene: Scene) -> Run:
+    return lambda: persist.Store(scene.store.path).ids()
+
+
+@operation(is_look=True)
+def open_new_store(scene: Scene) -> Run:
+    return lambda: persist.Store(scene.store.path.parent / "another").ids()
+
+
+@operation(is_look=True)
+def load(scene: Scene) -> Run:
+    return lambda: scene.store.load("s").data
+
+
+@operation(is_look=True)
+def head(scene: Scene) -> Run:
+    return lambda: scene.store.head("s").data
+
+
+@operation(is_look=True)
+def exists(scene: Scene) -> Run:
+    return lambda: scene.store.exists("s")
+
+
+@operation(is_look=True)
+def ids(scene: Scene) -> Run:
+    return scene.store.ids
+
+
+@operation(is_look=True)
+def refresh(scene: Scene) -> Run:
+    session = scene.session()
+    scene.store.append("s", "messages", M2)
+
+    def run() -> object:
+        session.refresh()
+        return session.data
+
+    return run
+
+
+@operation(is_look=True)
+def stream(scene: Scene) -> Run:
+    scene.stream()
+    return lambda: shown(scene.store.stream("s"))
+
+
+@operation(is_look=True, is_partial=True)
+def streams(scene: Scene) -> Run:
+    scene.stream()
+    return lambda: [shown(info) for info in scene.store.streams()]
+
+
+@operation(is_look=True)
+def is_cancelled(scene: Scene) -> Run:
+    stream = scene.stream()
+    return lambda: stream.cancelled
+
+
+@operation(is_look=True, is_partial=True)
+def check(scene: Scene) -> Run:
+    scene.stale()
+    return lambda: [(problem.session_id, problem.kind) for problem in scene.store.check()]
+
+
+def shown(info: persist.StreamInfo | None) -> object:
+    return info and (info.session_id, info.stream_id, info.is_live, info.is_cancelled)
+
+
+# --- the trial --------------------------------------------------------------------------------------------------------------
+
+
+def view(store: persist.Store) -> View:
+    """What is committed, as far as it does not change from run to run; an unreadable document shows as its error."""
+    return {session_id: _document(store, session_id) for session_id in store.ids()}
+
+
+def _document(store: persist.Store, session_id: str) -> object:
+    try:
+        found = store._files.read(session_id)
+    except persist.PersistError as error:
+        return type(error).__name__
+    header, owner = found.header, found.header.owner
+    data = {**found.body.data(), "pending_started_at": None}
+    return header.revision, header.epoch, owner and (owner.stream_id, owner.answer_id, owner.is_cancelled), data
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The two states that a disk may be in after an operation, and what the operation returns."""
+
+    old: View
+    new: View
+    result: object
+
+
+@cache
+def ends_of(operation: Operation) -> Ends:
+    """What the operation does where nothing fails."""
+    with quick_directory() as directory:
+        scene, run = staged(operation, directory)
+        old = view(scene.store)
+        result = run()
+        ends = Ends(old, view(scene.store), result)
+        scene.close()
+    return ends
+
+
+def staged(operation: Operation, directory: Path) -> tuple[Scene, Run]:
+    scene = Scene(persist.Store(directory / "sessions", lock_timeout_s=TIMEOUT_S))
+    scene.store.create("s", DATA)
+    return scene, operation.stage(scene)
+
+
+class Trial:
+    """One operation with one fault. `complaints` says what it did wrong; none are made where the fault was not reached."""
+
+    def __init__(self, operation: Operation, fault: Fault, directory: Path) -> None:
+        self.complaints: list[str] = []
+        self._operation, self._fault, self._ends = operation, fault, ends_of(operation)
+        before = descriptors()
+        self._scene, self._run = staged(operation, directory)
+        memory, strays = self._scene.memory(), self._strays()
+        self._raised, result = self._play()
+        if self.is_reached:
+            # A new store, as another process has one: what it reads is what there is.
+            self._fresh = persist.Store(self._scene.store.path, lock_timeout_s=TIMEOUT_S)
+            self._now = view(self._fresh)
+            self._judge(result)
+            self._expect(self._raised is None or self._scene.memory() == memory, "memory was changed")
+            self._look_for_strays(strays)
+            self._try_again()
+            self._scene.close()
+            # The errors differ in how they are told; what they leave behind is looked at for one of them.
+            if fault.errno == errno.EIO:
+                self._use_it_again()
+        self._scene.close()
+        self._reclaim(descriptors() - before)
+
+    def _play(self) -> tuple[Exception | None, object]:
+        # A stream that an error dropped says so; that it left no lease behind is looked at below.
+        with injecting(self._fault) as injection, warnings.catch_warnings(action="ignore", category=ResourceWarning):
+            try:
+                return None, self._run()
+            except Exception as error:
+                return error.with_traceback(None), None
+            finally:
+                self.is_reached = injection.hits > 0
+                self._passed_since = injection.passed_since
+
+    def _expect(self, is_right: bool, complaint: str) -> None:
+        if not is_right:
+            self.complaints.append(f"{self._operation.name}, {self._fault}: {complaint} ({self._raised!r})")
+
+    def _judge(self, result: object) -> None:
+        """The rule."""
+        ends, raised = self._ends, self._raised
+        changed = {session_id for session_id in ends.old | ends.new if self._now.get(session_id) != ends.old.get(session_id)}
+        right = all(self._now.get(session_id) == ends.new.get(session_id) for session_id in changed)
+        self._expect(right and self._now.keys() <= ends.old.keys() | ends.new.keys(), "neither the old revision nor the new")
+        if raised is None:
+            self._expect(self._now == ends.new, "returned, and its effect is not on disk")
+            # What could not be synced is in doubt for good; only a new file, synced and entered in its directory, is not.
+            is_durable = self._fault.call != "fsync" or self._passed_since >= 2 or self._operation.is_look
+            self._expect(is_durable, "returned, and it is not durable")
+            is_short = self._operation.is_partial and self._fault.errno != SHORT
+            self._expect(is_short or result == ends.result, f"returned {result!r}")
+            return
+        self._expect(self._fault.errno != SHORT, "a short read or write is no error")
+        kinds = (OSError, persist.PersistError) if self._operation.is_look else (persist.PersistError,)
+        self._expect(isinstance(raised, kinds), "untyped error")
+        errors = raised.failures if isinstance(raised, persist.SweepIncomplete) else dict.fromkeys(changed, raised)
+        sure = {cleared.session_id for cleared in getattr(raised, "cleared", [])}
+        unknown = {session_id for session_id, error in errors.items() if isinstance(error, persist.CommitUnknown)}
+        self._expect(changed == sure | unknown or ends.old == ends.new, "an error, and it is done all the same")
+        is_unknown = isinstance(raised, persist.CommitUnknown)
+        self._expect(not is_unknown or bool(changed) or ends.old == ends.new, "CommitUnknown, and nothing was done")
+
+    def _look_for_strays(self, before: set[str]) -> None:
+        """What was left over before may still be there; nothing may be added, unless it could not be unlinked."""
+        if "unlink" in self._fault.functions or isinstance(self._raised, persist.CommitUnknown):
+            return
+        active = {f"{name}.{found[2][0]}" for name, found in self._now.items() if isinstance(found, tuple) and found[2]}
+        strays = self._strays() - before - active
+        self._expect(not strays, f"left over: {strays}")
+
+    def _strays(self) -> set[str]:
+        directory = self._scene.store.path
+        return {path.name for pattern in ("*.tmp", ".leases/*") for path in directory.glob(pattern)}
+
+    def _try_again(self) -> None:
+        if isinstance(self._raised, persist.CommitUnknown):
+            refusal = self._write(self._scene.store, self._raised.session_id)
+            self._expect(isinstance(refusal, persist.CommitUnknown), f"takes writes after CommitUnknown: {refusal!r}")
+        if self._raised is None or self._operation.is_final:
+            self._expect(not self._operation.is_final or not self._scene.held[0]._lease.is_held, "the lease is still held")
+            return
+        try:
+            result = self._run()
+        except Exception as error:
+            is_right = isinstance(error, persist.PersistError) and self._now != self._ends.old
+            self._expect(is_right, f"does not work afterwards: {error!r}")
+            return
+        if isinstance(self._raised, persist.CommitUnknown):
+            self._expect(result != self._ends.result, "is acknowledged after CommitUnknown")
+        elif self._now == self._ends.old:
+            self._expect(view(self._fresh) == self._ends.new, "the second try did something else")
+
+    def _use_it_again(self) -> None:
+        """Whatever has happened, a new store works, and no session is stuck."""
+        store = self._fresh
+        failure = self._write(store, "s")
+        self._expect(failure is None, f"a new store does not work: {failure!r}")
+        try:
+            store.clear_stale_streams(every_session=True)
+            for session_id in store.ids():
+                store.start_stream(session_id).finish()
+            self._expect(store.check() == [], f"left over at the end: {store.check()}")
+        except (persist.PersistError, OSError) as error:
+            self._expect(False, f"stuck: {error!r}")
+
+    def _write(self, store: persist.Store, session_id: str) -> Exception | None:
+        try:
+            if store.exists(session_id):
+                store.append(session_id, "more", 1)
+            else:
+                store.create(session_id, DATA)
+        except Exception as error:
+            return error
+        return None
+
+    def _reclaim(self, leaked: set[int]) -> None:
+        self._expect(not leaked, f"{len(leaked)} descriptors leaked")
+        for fd in leaked:
+            lock._descriptors.discard(fd)
+            os.close(fd)
+
+
+def trials(operation: Operation, call: str) -> Iterator[Trial]:
+    """One trial for each fault of a call, at each of its places that the operation comes to."""
+    for place in range(1, MOST_PLACES):
+        for fault in faults(call, place):
+            trial = tried(operation, fault)
+            if not trial.is_reached:
+                return
+            yield trial
+    raise AssertionError(f"{operation.name} does not come to an end: {call}")
+
+
+def tried(operation: Operation, fault: Fault) -> Trial:
+    with quick_directory() as directory:
+        return Trial(operation, fault, directory)
+
+
+@pytest.fixture(autouse=True)
+def short_mount_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every trial opens stores; reading a machine's whole mount table each time would be a fifth of the time."""
+    monkeypatch.setattr(disk, "MOUNTS", Path(os.devnull))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_every_error_at_every_place_is_told_and_harms_nothing(operation: Operation) -> None:
+    """Nothing lost, nothing torn, nothing held, nothing leaked: whichever call fails, once or for good."""
+    found = [trial for call in ERRORS for trial in trials(operation, call)]
+    assert found, "no fault was reached: nothing was proved"
+    complaints = [complaint for trial in found for complaint in trial.complaints]
+    if complaints:
+        pytest.fail(f"{len(complaints)} complaints in {len(found)} trials:\n" + "\n".join(complaints), pytrace=False)

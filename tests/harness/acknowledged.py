@@ -1,0 +1,247 @@
+"""What writers were promised, and whether the documents show it.
+
+An author is one process that writes; every message has its author's name in its id. What an author has in a session is a
+`State`, and each of its verbs is a `Change` that leads from one state to the next. An author reports a change before it calls
+the verb, and reports the acknowledgement after the verb has returned. So at any time a document must show, for each author, the
+state that was acknowledged last, or a later one that was begun: nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import persist
+
+Message = tuple[str, str]
+"""Its id and its content."""
+State = tuple[Message, ...] | None
+"""An author's messages in a session, in the session's order. None: there is no such session."""
+
+
+class Change(NamedTuple):
+    """What a verb does to its author's state.
+
+    `kind` is "create" (a session with these messages), "append" (may be tried again), "add", "insert" (ahead of the message
+    with the id `ahead_of`, if it is there), "put" (in the place of the message with this id, or at the end), "keep" (nothing
+    changes) or "delete".
+    """
+
+    kind: str
+    session_id: str
+    messages: tuple[Message, ...] = ()
+    ahead_of: str = ""
+
+
+def after(state: State, change: Change) -> State:
+    """The state that a change leads to."""
+    if change.kind == "delete":
+        return None
+    messages = list(state or ())
+    for message in change.messages:
+        ids = [message_id for message_id, _ in messages]
+        if change.kind == "insert" and change.ahead_of in ids:
+            messages.insert(ids.index(change.ahead_of), message)
+        elif change.kind == "put" and message[0] in ids:
+            messages[ids.index(message[0])] = message
+        else:
+            messages.append(message)
+    return tuple(messages)
+
+
+def author_of(message_id: str) -> str:
+    """The author whose name an id begins with: ids are ``<author>-<number>…``."""
+    return message_id.partition("-")[0]
+
+
+@dataclass
+class Figures:
+    """What a run has counted. Everything from `lost` on is a broken promise."""
+
+    crashes: int = 0
+    begun: int = 0
+    acknowledged: int = 0
+    looks: int = 0
+    lost: int = 0
+    torn: int = 0
+    doubled: int = 0
+    stuck: int = 0
+    stray: int = 0
+    raised: int = 0
+    findings: list[str] = field(default_factory=list)
+
+    @property
+    def is_sound(self) -> bool:
+        return not self.findings
+
+    def found(self, kind: str, what: str, count: int = 1) -> None:
+        """Count a broken promise of the kind "lost", "torn", "doubled", "stuck", "stray" or "raised"."""
+        setattr(self, kind, getattr(self, kind) + count)
+        self.findings.append(f"{kind}: {what}")
+
+    def shown(self, crashes: str) -> str:
+        """One line; `crashes` is what this harness calls them."""
+        names = ("begun", "acknowledged", "looks", "lost", "torn", "doubled", "stuck", "stray", "raised")
+        return ", ".join([f"{self.crashes:,} {crashes}", *(f"{getattr(self, name):,} {name}" for name in names)])
+
+
+@dataclass
+class History:
+    """An author's states in one session, from the one that was acknowledged before the last look on."""
+
+    states: list[State]
+    promised: int = 0
+
+    def forget_the_past(self) -> None:
+        del self.states[: self.promised]
+        self.promised = 0
+
+    def go_on_from(self, state: State, change: Change | None = None) -> None:
+        """Take what was found for the truth."""
+        self.states = [state] if change is None else [state, after(state, change)]
+        self.promised = 0
+
+
+class Ledger:
+    """What every author has begun and what was acknowledged, for each session that is watched."""
+
+    def __init__(self) -> None:
+        self._histories: defaultdict[str, dict[str, History]] = defaultdict(dict)
+        self._pending: dict[str, Change] = {}
+        self._dead: set[str] = set()
+
+    @property
+    def session_ids(self) -> list[str]:
+        return list(self._histories)
+
+    def authors(self, session_id: str) -> set[str]:
+        return set(self._histories[session_id])
+
+    def begin(self, author: str, change: Change) -> None:
+        first = History([None if change.kind == "create" else ()])
+        history = self._histories[change.session_id].setdefault(author, first)
+        history.states.append(after(history.states[-1], change))
+        self._pending[author] = change
+
+    def acknowledge(self, author: str) -> None:
+        history = self._histories[self._pending.pop(author).session_id][author]
+        history.promised = len(history.states) - 1
+
+    def doubt(self, author: str) -> None:
+        """The verb returned when the power was gone already: no promise."""
+        del self._pending[author]
+
+    def refuse(self, author: str) -> None:
+        """The verb raised an error that says that nothing was written."""
+        self._histories[self._pending.pop(author).session_id][author].states.pop()
+
+    def bury(self, author: str) -> Change | None:
+        """The author is dead. Return the change whose outcome nobody knows; the next look will show it."""
+        self._dead.add(author)
+        return self._pending.pop(author, None)
+
+    def confirm(self, author: str, change: Change) -> None:
+        """The last change of a dead author was tried again, and is acknowledged now."""
+        self._pending[author] = change
+        self.acknowledge(author)
+
+    def forget_the_past(self) -> None:
+        """What is read from now on must show what is acknowledged by now."""
+        for by_author in self._histories.values():
+            for history in by_author.values():
+                history.forget_the_past()
+
+    def is_gone(self, session_id: str) -> bool:
+        """Whether all its authors know it to be deleted."""
+        return all(history.states == [None] for history in self._histories[session_id].values())
+
+    def forget(self, session_id: str) -> None:
+        """Watch a session no longer."""
+        del self._histories[session_id]
+
+    def compare(self, session_id: str, messages: list[Any] | None, figures: Figures) -> None:
+        """Hold what was read against what was promised; what is found of a dead author is final."""
+        found: defaultdict[str, list[Message]] = defaultdict(list)
+        for message in messages or ():
+            found[author_of(message["id"])].append((message["id"], message["content"]))
+        twice = [each for each, count in Counter(message["id"] for message in messages or ()).items() if count > 1]
+        if twice:
+            figures.found("doubled", f"{session_id}: {twice}", len(twice))
+        for author, history in self._histories[session_id].items():
+            state = None if messages is None else tuple(found[author])
+            if state not in history.states:
+                _name_fault(figures, f"{session_id}, {author}", history.states[0], state)
+                # So that a fault is counted once.
+                history.go_on_from(state, self._pending_in(session_id, author))
+            if author in self._dead:
+                history.go_on_from(state)
+
+    def _pending_in(self, session_id: str, author: str) -> Change | None:
+        change = self._pending.get(author)
+        return change if change is not None and change.session_id == session_id else None
+
+
+def _name_fault(figures: Figures, where: str, promised: State, found: State) -> None:
+    missing = set(promised or ()) - set(found or ())
+    if promised is not None and (missing or found is None):
+        figures.found("lost", f"{where}: acknowledged, and not there: {sorted(missing)[:5]}", max(1, len(missing)))
+    else:
+        figures.found("torn", f"{where}: no state that was ever committed: {found}")
+
+
+def read_all(store: persist.Store, session_ids: Iterable[str], figures: Figures) -> dict[str, list[Any] | None]:
+    """The messages of sessions, each read whole and by its head; None for one that is not there. Damage is a finding."""
+    found: dict[str, list[Any] | None] = {}
+    for session_id in session_ids:
+        try:
+            found[session_id] = store.load(session_id).data["messages"]
+            store.head(session_id)
+        except persist.SessionNotFound:
+            found.setdefault(session_id, None)
+        except persist.PersistError as error:
+            found.pop(session_id, None)
+            figures.found("torn", str(error))
+    return found
+
+
+def settle(store: persist.Store, figures: Figures) -> None:
+    """What the servers do after a crash: sweep, and try again what was cut off. Then no trace may be left."""
+    try:
+        store.clear_stale_streams()
+        for problem in store.check():
+            if problem.kind == "left-over":
+                _try_again(store, problem.session_id)
+        for session_id in store.ids():
+            if store.head(session_id).active_stream_id is not None:
+                figures.found("stuck", f"{session_id} has an active stream after a sweep")
+    except persist.PersistError as error:
+        figures.found("stuck", str(error))
+    for problem in store.check():
+        figures.found("stuck", problem.message)
+    for name in stray_files(store.path):
+        figures.found("stray", name)
+
+
+def _try_again(store: persist.Store, session_id: str) -> None:
+    """Whatever verb was cut off there, trying it again removes its left-overs."""
+    if store.exists(session_id):
+        store.update(session_id, bump)
+    else:
+        store.create(session_id)
+        store.delete(session_id)
+
+
+def bump(data: dict[str, Any]) -> None:
+    """A change that no author is asked for."""
+    data["visits"] = data.get("visits", 0) + 1
+
+
+def stray_files(directory: Path) -> Iterable[str]:
+    """Every name in a store at rest that is neither a document nor the lock of one."""
+    names = {path.name for path in directory.iterdir()}
+    documents = {name for name in names if name.endswith(".json")}
+    yield from sorted(names - documents - {f"{name}.lock" for name in documents} - {".leases"})
+    yield from sorted(f".leases/{path.name}" for path in (directory / ".leases").iterdir())

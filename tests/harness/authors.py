@@ -1,0 +1,309 @@
+"""The processes that work on a store until they are killed, and the pipes by which they say what they do.
+
+They are forked from a process that has imported everything and has no threads: a victim costs about two milliseconds
+instead of a start of the interpreter.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import random
+import select
+import selectors
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import persist
+from harness.acknowledged import Change, Figures, Ledger, Message
+
+LOCK_TIMEOUT_S = 30.0
+# Those that only look leave the processor to those that write.
+PAUSE_S = 0.001
+WORDS = ("Why?", "Grüße, 世界 🌍.", "The stream owns the session. " * 4, '{"quoted": "text"}\n' * 3)
+
+Role = Callable[["Author", Sequence[str]], None]
+
+
+class Author:
+    """In the child: the store, and the way to report what is done to it."""
+
+    def __init__(self, name: str, directory: Path, pipe: int, seed: int) -> None:
+        self.name = name
+        self.random = random.Random(f"{seed}/{name}")
+        self._pipe = pipe
+        self._numbers = itertools.count()
+        self.store = persist.Store(directory, lock_timeout_s=LOCK_TIMEOUT_S)
+
+    def new_id(self) -> str:
+        return f"{self.name}-{next(self._numbers)}"
+
+    def message(self) -> Message:
+        message_id = self.new_id()
+        return message_id, f"{message_id} {self.random.choice(WORDS)}"
+
+    def report(self, *record: object) -> None:
+        os.write(self._pipe, json.dumps(record).encode() + b"\n")
+
+    @contextmanager
+    def reporting(self, change: Change) -> Iterator[None]:
+        """Report a change before the block, and its acknowledgement when the verb in the block has returned."""
+        self.report("begin", *change)
+        try:
+            yield
+        except (persist.SessionBusy, persist.CommitFailed):
+            self.report("refuse")
+            raise
+        self.report("acknowledge", time.monotonic())
+
+
+def as_document(message: Message) -> dict[str, Any]:
+    return {"id": message[0], "role": "user", "content": message[1]}
+
+
+# --- what they do, until they are killed ---
+
+
+def write(author: Author, shared: Sequence[str]) -> None:
+    """Append, save, edit and update, on sessions that others write to."""
+    ways = (_append, _append_twice, _save, _edit, _update)
+    while True:
+        author.random.choice(ways)(author, author.random.choice(shared))
+
+
+def _append(author: Author, session_id: str) -> Message:
+    message = author.message()
+    with author.reporting(Change("append", session_id, (message,))):
+        author.store.append(session_id, "messages", as_document(message))
+    return message
+
+
+def _append_twice(author: Author, session_id: str) -> None:
+    """As a client does that has not got its answer."""
+    message = _append(author, session_id)
+    with author.reporting(Change("keep", session_id)):
+        author.store.append(session_id, "messages", as_document(message))
+
+
+def _save(author: Author, session_id: str) -> None:
+    session = author.store.load(session_id)
+    for _ in range(author.random.randint(1, 3)):
+        message = author.message()
+        session.data["messages"].append(as_document(message))
+        with author.reporting(Change("add", session_id, (message,))):
+            session.save()
+
+
+def _edit(author: Author, session_id: str) -> None:
+    message = author.message()
+    with author.reporting(Change("add", session_id, (message,))):
+        with author.store.edit(session_id) as data:
+            data["messages"].append(as_document(message))
+
+
+def _update(author: Author, session_id: str) -> None:
+    message = author.message()
+    with author.reporting(Change("add", session_id, (message,))):
+        author.store.update(session_id, lambda data: data["messages"].append(as_document(message)))
+
+
+def own(author: Author, shared: Sequence[str]) -> None:
+    """Run one turn after the other on sessions that others write to."""
+    while True:
+        with suppress(persist.SessionBusy):
+            _turn(author, author.random.choice(shared))
+
+
+def _turn(author: Author, session_id: str) -> None:
+    stream_id = author.new_id()
+    answer_id = f"{stream_id}.answer"
+    prompt = author.random.choice(WORDS)
+    with author.reporting(Change("add", session_id, ((f"{stream_id}.prompt", prompt),))):
+        stream = author.store.start_stream(session_id, {"role": "user", "content": prompt}, stream_id=stream_id)
+    with stream:
+        for step in range(author.random.randrange(6)):
+            if author.random.random() < 0.6:
+                text = f"partial {step}"
+                with author.reporting(Change("put", session_id, ((answer_id, text),))):
+                    stream.checkpoint({"role": "assistant", "content": text})
+            else:
+                message = author.message()
+                with author.reporting(Change("insert", session_id, (message,), answer_id)):
+                    stream.append(as_document(message))
+        if author.random.random() < 0.8:
+            with author.reporting(Change("put", session_id, ((answer_id, "whole"),))):
+                stream.finish({"role": "assistant", "content": "whole"})
+
+
+def garden(author: Author, _shared: Sequence[str]) -> None:
+    """Make sessions, copy them, and delete them again."""
+    while True:
+        session_id, copy_id = author.new_id(), author.new_id()
+        first = author.message()
+        with author.reporting(Change("create", session_id, (first,))):
+            author.store.create(session_id, {"title": "New chat", "messages": [as_document(first)]})
+        second = _append(author, session_id)
+        with author.reporting(Change("create", copy_id, (first, second))):
+            author.store.duplicate(session_id, copy_id)
+        _append(author, copy_id)
+        for each in (session_id, copy_id):
+            with author.reporting(Change("delete", each)):
+                author.store.delete(each)
+
+
+def sweep(author: Author, _shared: Sequence[str]) -> None:
+    """Clear stale streams, and ask who is alive."""
+    while True:
+        author.store.clear_stale_streams()
+        author.store.streams()
+        author.report("look")
+        time.sleep(PAUSE_S)
+
+
+def look(author: Author, shared: Sequence[str]) -> None:
+    """Load sessions and heads without a lock; a revision must never go back."""
+    seen = dict.fromkeys(shared, 0)
+    while True:
+        for session_id in shared:
+            revisions = seen[session_id], author.store.load(session_id).revision, author.store.head(session_id).revision
+            assert list(revisions) == sorted(revisions), f"revisions of {session_id} went back: {revisions}"
+            seen[session_id] = revisions[-1]
+        for session_id in author.store.ids():
+            with suppress(persist.SessionNotFound):
+                author.store.load(session_id)
+        author.report("look")
+        time.sleep(PAUSE_S)
+
+
+# --- the crew ---
+
+
+@dataclass(frozen=True, eq=False)
+class Hand:
+    """One process of the crew, as the parent sees it."""
+
+    name: str
+    role: Role
+    shared: tuple[str, ...]
+    pid: int
+    pipe: int
+
+
+class Crew:
+    """In the parent: starts processes, takes their reports down in the ledger, and kills them.
+
+    Attributes:
+        raised: what the processes have raised.
+        trusted_until: on the clock of `time.monotonic`; a verb that returned later has promised nothing.
+    """
+
+    def __init__(self, ledger: Ledger, figures: Figures, seed: int) -> None:
+        self.hands: list[Hand] = []
+        self.raised: list[str] = []
+        self.trusted_until = math.inf
+        self._ledger = ledger
+        self._figures = figures
+        self._seed = seed
+        self._names = (f"w{number}" for number in itertools.count())
+        self._selector = selectors.DefaultSelector()
+        self._cut_off: dict[Hand, bytes] = {}
+
+    def start(self, role: Role, directory: Path, shared: tuple[str, ...]) -> Hand:
+        name = next(self._names)
+        ours, theirs = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            for pipe in (ours, *(hand.pipe for hand in self.hands)):
+                os.close(pipe)
+            _live(name, role, directory, theirs, self._seed, shared)
+        os.close(theirs)
+        os.set_blocking(ours, False)
+        hand = Hand(name, role, shared, pid, ours)
+        self.hands.append(hand)
+        self._selector.register(ours, selectors.EVENT_READ, hand)
+        return hand
+
+    def listen(self, seconds: float = 0.0) -> None:
+        """Take reports down for so long; 0 takes what is there."""
+        until = time.monotonic() + seconds
+        while True:
+            for key, _ in self._selector.select(max(0.0, until - time.monotonic())):
+                self._hear(key.data)
+            if time.monotonic() >= until:
+                return
+
+    def kill(self, hand: Hand) -> Change | None:
+        """SIGKILL; on return the process is gone and all that it said is taken down. Return what it was cut off in."""
+        os.kill(hand.pid, signal.SIGKILL)
+        os.waitpid(hand.pid, 0)
+        while self._hear(hand):
+            pass
+        with suppress(KeyError):
+            self._selector.unregister(hand.pipe)
+        os.close(hand.pipe)
+        self._cut_off.pop(hand, None)
+        self.hands.remove(hand)
+        return self._ledger.bury(hand.name)
+
+    def kill_all(self) -> None:
+        for hand in list(self.hands):
+            self.kill(hand)
+
+    def _hear(self, hand: Hand) -> bool:
+        """Take down what has arrived from one process; False at its end."""
+        try:
+            content = os.read(hand.pipe, 1 << 16)
+        except BlockingIOError:
+            return True
+        if not content:
+            with suppress(KeyError):
+                self._selector.unregister(hand.pipe)
+            return False
+        *lines, self._cut_off[hand] = (self._cut_off.get(hand, b"") + content).split(b"\n")
+        for line in lines:
+            self._take_down(hand.name, *json.loads(line))
+        return True
+
+    def _take_down(self, author: str, kind: str, *record: Any) -> None:
+        if kind == "begin":
+            change, session_id, messages, ahead_of = record
+            self._ledger.begin(author, Change(change, session_id, tuple((each[0], each[1]) for each in messages), ahead_of))
+            self._figures.begun += 1
+        elif kind == "acknowledge":
+            self._acknowledge(author, at=record[0])
+        elif kind == "refuse":
+            self._ledger.refuse(author)
+        elif kind == "look":
+            self._figures.looks += 1
+        else:
+            self.raised.append(f"{author}: {record[0]}")
+
+    def _acknowledge(self, author: str, at: float) -> None:
+        if at < self.trusted_until:
+            self._ledger.acknowledge(author)
+            self._figures.acknowledged += 1
+        else:
+            self._ledger.doubt(author)
+
+
+def _live(name: str, role: Role, directory: Path, pipe: int, seed: int, shared: Sequence[str]) -> NoReturn:
+    """The life of a child: it ends by a kill, by an error that it reports, or because its parent is gone."""
+    try:
+        try:
+            role(Author(name, directory, pipe, seed), shared)
+        except Exception as error:
+            said = f"{role.__name__}: {type(error).__name__}: {error}"[:1000]
+            os.write(pipe, json.dumps(["raise", said]).encode() + b"\n")
+            # Its end is for the parent to make; a parent that is gone shows as an error of the pipe.
+            end_of_parent = select.poll()
+            end_of_parent.register(pipe, 0)
+            end_of_parent.poll()
+    finally:
+        os._exit(1)

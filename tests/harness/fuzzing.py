@@ -1,0 +1,262 @@
+"""Fuzzing of the readers: real documents, spoilt at random, and what a reader may make of each.
+
+The oracle: a typed error, or exactly what an independent parse of the bytes gives. A document may be *sealed*: its checksums
+made right again, as an attacker would, or a program that only copies the format. Then nothing vouches for its content.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import persist
+from persist.files import snapshot
+from persist.files.snapshot import Header, StreamOwner
+
+# Spelt out here, not taken from the reader: an error in its own idea of the format must show.
+_OPENING = rb'\{"_persist":\{"format":1,"checksum":"(.{32})","head_checksum":"(.{32})"'
+_SHAPE = re.compile(_OPENING, re.DOTALL)
+_HEAD_BYTES = re.compile(rb'"head_bytes":(-?\d{1,12})\b')
+
+#: What a mutation likes to put somewhere.
+TOKENS = (
+    *(b"{", b"}", b"[", b"]", b",", b":", b'"', b"\n", b"\\", b"\x00", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"[" * 2_000),
+    *(b"null", b"true", b"-1", b"0", b"1e400", b"-0.0", b"NaN", b"Infinity", b"9" * 30, b"9" * 5_000, b'""', b"{}", b"[]"),
+    *(
+        b'"_persist":{},',
+        b'"head_bytes":0',
+        b'"revision":7',
+        b'"active_stream_id":5',
+        b'"id":',
+        b'"\\ud800"',
+        b'"messages":[\n',
+    ),
+)
+
+
+def originals(directory: Path) -> list[bytes]:
+    """Real documents: empty, small, with messages of all kinds, with a live stream, and one that another program wrote."""
+    store = persist.Store(directory / "originals")
+    message = {"id": "m1", "role": "user", "content": "hi\nthere 😀", "meta": {"n": [1, -1.5e-7, None, True]}}
+    store.create("empty")
+    store.create("small", {"title": "Ein Täßchen", "\ud800": ["\ud800", {"a": {}}]})
+    store.create("whole", {"title": "t", "messages": [message, 5, []], "tool_calls": [{"id": 1}, "x"], "big": "x" * 5_000})
+    store.create("active", {"messages": [message]})
+    stream = store.start_stream("active", {"role": "user", "content": "Why?"})
+    stream.checkpoint({"role": "assistant", "content": "Be"})
+    found = [(store.path / f"{session_id}.json").read_bytes() for session_id in store.ids()]
+    stream.fail()
+    return [*found, json.dumps({"messages": [message], "updated_at": 5}, indent=1).encode()]
+
+
+def seal(content: bytes) -> bytes:
+    """Make both checksums right, if the content has places for them; its header is believed, whatever it says."""
+    shape = _SHAPE.match(content)
+    if shape is None:
+        return content
+    line = content.find(b"\n") + 1
+    told = _HEAD_BYTES.search(content, 0, line)
+    head_end = max(0, line + (int(told[1]) if told else 0))
+    content = _put(content, shape.start(2), content[shape.end() : head_end])
+    return _put(content, shape.start(1), content[shape.end(1) + 1 :])
+
+
+def _put(content: bytes, place: int, checked: bytes) -> bytes:
+    digest = hashlib.sha256(checked).hexdigest()[:32].encode()
+    return content[:place] + digest + content[place + 32 :]
+
+
+# --- mutations -------------------------------------------------------------------------------------------------------------
+
+Dice = random.Random
+Mutation = Callable[[bytes, Dice, list[bytes]], bytes]
+
+
+def _cut(content: bytes, dice: Dice) -> tuple[int, int]:
+    start = dice.randrange(len(content) + 1)
+    return start, min(len(content), start + dice.choice((0, 1, 2, 8, 64, 512)))
+
+
+def insert(content: bytes, dice: Dice, _others: list[bytes]) -> bytes:
+    start, _ = _cut(content, dice)
+    return content[:start] + dice.choice(TOKENS) + content[start:]
+
+
+def delete(content: bytes, dice: Dice, _others: list[bytes]) -> bytes:
+    start, end = _cut(content, dice)
+    return content[:start] + content[end:]
+
+
+def overwrite(content: bytes, dice: Dice, _others: list[bytes]) -> bytes:
+    start, end = _cut(content, dice)
+    return content[:start] + dice.randbytes(end - start) + content[end:]
+
+
+def replace_value(content: bytes, dice: Dice, _others: list[bytes]) -> bytes:
+    """Another value in the place of one: the JSON stays whole, and says something else."""
+    values = list(re.finditer(rb'(?<=[:\[,])("(?:[^"\\]|\\.)*"|-?\d[\d.eE+-]*|null|true|false|\{\}|\[\])', content))
+    if not values:
+        return content
+    value = dice.choice(values)
+    return content[: value.start()] + dice.choice(TOKENS) + content[value.end() :]
+
+
+def splice(content: bytes, dice: Dice, others: list[bytes]) -> bytes:
+    other = dice.choice(others)
+    return content[: _cut(content, dice)[0]] + other[_cut(other, dice)[0] :]
+
+
+def lines(content: bytes, dice: Dice, others: list[bytes]) -> bytes:
+    """Duplicate, remove, swap or borrow lines."""
+    own, foreign = content.split(b"\n"), dice.choice(others).split(b"\n")
+    place, other = dice.randrange(len(own)), dice.randrange(len(own))
+    match dice.randrange(4):
+        case 0:
+            own.insert(other, own[place])
+        case 1:
+            del own[place]
+        case 2:
+            own[place], own[other] = own[other], own[place]
+        case _:
+            own[place] = dice.choice(foreign)
+    return b"\n".join(own)
+
+
+MUTATIONS: tuple[Mutation, ...] = (insert, delete, overwrite, replace_value, splice, lines)
+
+
+def mutant(dice: Dice, documents: list[bytes]) -> tuple[bytes, bool]:
+    """A spoilt document, and whether it is sealed."""
+    content = dice.choice(documents)
+    for _ in range(dice.choice((1, 1, 1, 2, 3, 8))):
+        content = dice.choice(MUTATIONS)(content, dice, documents)
+    is_sealed = dice.random() < 0.6
+    return (seal(content), True) if is_sealed else (content, False)
+
+
+# --- the oracle --------------------------------------------------------------------------------------------------------------
+
+TYPED = (persist.CorruptSession, persist.UnsupportedFormat)
+# `persist accept` may meet a field of the header's name, or a value that is too large.
+TYPED_EDITED = (*TYPED, persist.NotJSON, persist.ReservedField)
+
+
+@dataclass(frozen=True, slots=True)
+class Complaint:
+    """A reader, and what it answered wrong. `kind` groups what has one cause."""
+
+    reader: str
+    kind: str
+    detail: str
+
+
+class Oracle:
+    """Judges what the readers make of a file at `path` that was made from `documents`."""
+
+    def __init__(self, path: Path, documents: list[bytes]) -> None:
+        self.path = path
+        # Damage among the messages goes unnoticed by a head: it may still show the small fields of the original.
+        self._heads = [_small(_parsed(content, is_strict=True)) for content in documents]
+
+    def complaint(self, content: bytes, *, is_sealed: bool) -> Complaint | None:
+        """Put the content there and read it in every way; say what was answered wrong, or None."""
+        path = self.path
+        path.write_bytes(content)
+        readers: dict[str, Callable[[], str | None]] = {
+            "read": lambda: _of_snapshot(snapshot.read(path, "s"), content, is_sealed),
+            "read_head": lambda: self._of_head(snapshot.read_head(path, "s"), content, is_sealed),
+            "read_edited": lambda: _of_edited(*snapshot.read_edited(path, "s"), content),
+        }
+        for name, reader in readers.items():
+            try:
+                wrong = reader()
+            except Exception as error:
+                if isinstance(error, TYPED_EDITED if name == "read_edited" else TYPED):
+                    continue
+                return Complaint(name, f"untyped {type(error).__name__}", str(error)[:200])
+            if wrong:
+                return Complaint(name, wrong, "")
+        return None
+
+    def _of_head(self, found: snapshot.HeadSnapshot, content: bytes, is_sealed: bool) -> str | None:
+        # Who seals a head may put anything into it; that it fits the bulk is not looked at.
+        expected = [] if is_sealed else [_small(_parsed(content, is_strict=True)), *self._heads]
+        if not is_sealed and not any(_same(found.fields, fields) for fields in expected):
+            return "other small fields than the bytes say"
+        if not all(type(count) is int and count >= 0 for count in dict(found.counts).values()):
+            return "counts that are none"
+        return _of_header(found.header)
+
+
+def _small(data: Any) -> Any:
+    return data and {key: value for key, value in data.items() if key not in snapshot.BULK}
+
+
+def _of_snapshot(found: snapshot.Snapshot, content: bytes, is_sealed: bool) -> str | None:
+    data, fields = found.body.data(), found.body.fields()
+    expected = _parsed(content, is_strict=not is_sealed)
+    if expected is None or not _same(data, expected):
+        return "another document than the bytes say"
+    if not _same(fields, _small(data)):
+        return "small fields that are not the document's"
+    return _of_header(found.header)
+
+
+def _of_edited(header: Header, body: snapshot.Body, content: bytes) -> str | None:
+    expected = _parsed(content, is_strict=True)
+    if expected is None or not _same(body.data(), expected):
+        return "another document than the bytes say"
+    return _of_header(header)
+
+
+def _of_header(header: Header) -> str | None:
+    """Every verb counts on these types."""
+    owner = header.owner
+    numbers = (header.revision, header.epoch)
+    is_right = (
+        type(header.incarnation) is str
+        and all(type(number) is int and number >= 0 for number in numbers)
+        and header.updated_at.tzinfo is not None
+        and header.created_at.tzinfo is not None
+        and (owner is None or _is_owner(owner))
+    )
+    return None if is_right else "a header of wrong types"
+
+
+def _is_owner(owner: Any) -> bool:
+    ids = (owner.prompt_id, owner.answer_id)
+    return (
+        isinstance(owner, StreamOwner)
+        and type(owner.stream_id) is str
+        and type(owner.process.pid) is int
+        and type(owner.is_cancelled) is bool
+        and all(message_id is None or type(message_id) in (str, int) for message_id in ids)
+    )
+
+
+def _parsed(content: bytes, *, is_strict: bool) -> Any:
+    """What the standard library says, with the header left out; None for what is no object."""
+    try:
+        data = json.loads(content.decode(), object_pairs_hook=_unique if is_strict else None)
+    except (ValueError, RecursionError):
+        return None
+    if type(data) is not dict:
+        return None
+    data.pop("_persist", None)
+    return data
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)

@@ -1,0 +1,565 @@
+"""Concurrency histories: threads of several processes work on a few sessions, some are killed, and each operation is recorded.
+
+Run as a program, this module is one of these processes. What a process called, and what it was told, goes line by line into a
+file for each thread, so that it outlives the process: an operation without an answer is one whose outcome is unknown. The
+instants are of CLOCK_MONOTONIC, which the processes of a machine share.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import persist
+from harness.linearizability import (
+    UNKNOWN,
+    Anomaly,
+    Operation,
+    Owned,
+    Prefix,
+    Versioned,
+    check_list,
+    check_object,
+    ownership,
+    register,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+DEADLINE_S = 120.0
+KINDS = ("list", "register", "owner")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is done in one round. All threads walk through the groups (a session of each kind) at about the same time."""
+
+    operations: int = 20_000
+    processes: int = 3
+    threads: int = 2
+    kills: int = 6
+    groups: int = 20
+    reads: float = 0.8
+    seed: int = 1533
+
+    @property
+    def operations_of_a_thread(self) -> int:
+        return self.operations // (self.processes * self.threads)
+
+    @property
+    def session_ids(self) -> list[str]:
+        return [f"{kind}-{group}" for kind in KINDS for group in range(self.groups)]
+
+
+@dataclass(slots=True)
+class Report:
+    """What a run did, and what no order of its operations explains."""
+
+    operations: int = 0
+    kills: int = 0
+    unknown: int = 0
+    seconds: float = 0.0
+    anomalies: list[tuple[str, Anomaly]] = field(default_factory=list)
+
+    def add(self, other: Report) -> None:
+        """Count another round in."""
+        self.operations += other.operations
+        self.kills += other.kills
+        self.unknown += other.unknown
+        self.seconds += other.seconds
+        self.anomalies += other.anomalies
+
+    @property
+    def kinds(self) -> set[str]:
+        """The kinds of anomalies, with the kind of session that had them."""
+        return {f"{session_id.partition('-')[0]}: {anomaly.kind}" for session_id, anomaly in self.anomalies}
+
+
+# --- in a worker process -----------------------------------------------------------------------------------------------
+
+
+class Record:
+    """One thread's operations, as lines of a file: the call before it is made, the answer after it is known."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+
+    def __call__(self, session_id: str, kind: str, argument: Any, action: Callable[[], Any]) -> Any:
+        """Do it, and write down what was called, when, and what came of it: the answer, or the error, which goes on."""
+        self._write(time.monotonic_ns(), session_id, kind, argument)
+        try:
+            result = action()
+        except persist.PersistError as error:
+            self._write(time.monotonic_ns(), "raised", repr(error))
+            raise
+        self._write(time.monotonic_ns(), "told", result)
+        return result
+
+    def _write(self, *line: Any) -> None:
+        os.write(self._fd, json.dumps(line).encode() + b"\n")
+
+
+class Client:
+    """One thread of a server process: it draws operations, and records them."""
+
+    def __init__(self, store: persist.Store, record: Record, name: str, seed: str) -> None:
+        self._store = store
+        self._record = record
+        self._name = name
+        self._random = random.Random(seed)
+        self._count = 0
+        self._group = -1
+        self._loaded: dict[str, persist.Session] = {}
+        self._stream: persist.Stream | None = None
+
+    def work(self, first: int, plan: Plan) -> None:
+        """Do the operations from number `first` to the plan's last."""
+        for number in range(first, plan.operations_of_a_thread):
+            self._enter(number * plan.groups // plan.operations_of_a_thread)
+            kind = self._random.choice(KINDS)
+            actions = READS if self._random.random() < plan.reads else WRITES
+            # What an operation raised stands in its record; the thread goes on.
+            with suppress(persist.PersistError):
+                self._random.choice(actions[kind])(self, f"{kind}-{self._group}")
+        self._enter(-1)
+
+    def _enter(self, group: int) -> None:
+        if group != self._group:
+            if self._stream is not None:
+                with suppress(persist.PersistError):
+                    self.end(self._stream.session_id)
+            self._loaded.clear()
+            self._group = group
+
+    def _new(self) -> str:
+        self._count += 1
+        return f"{self._name}-{self._count}"
+
+    def _load(self, session_id: str, shown: Callable[[persist.Session], Any]) -> persist.Session:
+        """Load a session; the record says what it showed."""
+        loaded: list[persist.Session] = []
+
+        def load() -> Any:
+            loaded.append(self._store.load(session_id))
+            return shown(loaded[0])
+
+        self._record(session_id, "read", None, load)
+        return loaded[0]
+
+    def _earlier(self, session_id: str) -> persist.Session:
+        """A list that this thread has had for a while: its revision is an old one."""
+        if session_id not in self._loaded:
+            self._loaded[session_id] = self.load_list(session_id)
+        return self._loaded[session_id]
+
+    # lists
+
+    def load_list(self, session_id: str) -> persist.Session:
+        return self._load(session_id, _items)
+
+    def refresh_list(self, session_id: str) -> None:
+        session = self._earlier(session_id)
+
+        def refresh() -> Prefix:
+            session.refresh()
+            return _items(session)
+
+        self._record(session_id, "read", None, refresh)
+
+    def count_list(self, session_id: str) -> None:
+        self._record(session_id, "count", None, lambda: self._store.head(session_id).counts["messages"])
+
+    def append_by_append(self, session_id: str) -> None:
+        item = self._new()
+
+        def append() -> None:
+            self._store.append(session_id, "messages", {"id": item})
+
+        self._record(session_id, "append", item, append)
+
+    def append_by_edit(self, session_id: str) -> None:
+        item = self._new()
+
+        def edit() -> None:
+            with self._store.edit(session_id) as data:
+                data["messages"].append({"id": item})
+
+        self._record(session_id, "append", item, edit)
+
+    def append_by_save(self, session_id: str) -> None:
+        session, item = self._earlier(session_id), self._new()
+        session.data["messages"].append({"id": item})
+
+        def save() -> Prefix:
+            session.save()
+            return _items(session)
+
+        self._record(session_id, "append", item, save)
+
+    # registers
+
+    def load_register(self, session_id: str) -> persist.Session:
+        return self._load(session_id, _value)
+
+    def head_register(self, session_id: str) -> Versioned:
+        seen: Versioned = self._record(session_id, "read", None, lambda: _value(self._store.head(session_id)))
+        return seen
+
+    def write(self, session_id: str) -> None:
+        value = self._new()
+
+        def edit() -> None:
+            with self._store.edit(session_id) as data:
+                data["value"] = value
+
+        self._record(session_id, "write", value, edit)
+
+    def swap_by_update(self, session_id: str) -> None:
+        expected, value = self.load_register(session_id).data["value"], self._new()
+
+        def swap(data: dict[str, Any]) -> bool:
+            if data["value"] != expected:
+                return False
+            data["value"] = value
+            return True
+
+        self._record(session_id, "swap", (expected, value), lambda: self._store.update(session_id, swap))
+
+    def swap_by_save(self, session_id: str) -> None:
+        session, value = self.load_register(session_id), self._new()
+        expected, session.data["value"] = session.data["value"], value
+
+        def save() -> bool:
+            try:
+                session.save()
+            except persist.MergeConflict:
+                return False
+            return True
+
+        self._record(session_id, "swap", (expected, value), save)
+
+    def put(self, session_id: str) -> None:
+        revision, value = self.head_register(session_id).revision, self._new()
+
+        def update() -> int:
+            try:
+                self._store.update(session_id, lambda data: data.update(value=value), if_revision=revision)
+            except persist.RevisionMismatch as mismatch:
+                return int(mismatch.theirs)
+            return revision
+
+        self._record(session_id, "put", (revision, value), update)
+
+    # owners
+
+    def load_owner(self, session_id: str) -> persist.Session:
+        return self._load(session_id, lambda session: session.active_stream_id)
+
+    def head_owner(self, session_id: str) -> None:
+        self._record(session_id, "read", None, lambda: self._store.head(session_id).active_stream_id)
+
+    def ask_owner(self, session_id: str) -> None:
+        stream = self._stream
+        if stream is None:
+            self.head_owner(session_id)
+        else:
+            self._record(session_id, "asked", stream.id, lambda: stream.cancelled)
+
+    def start(self, session_id: str) -> None:
+        if self._stream is not None:
+            self.end(session_id)
+        stream_id = self._new()
+
+        def start() -> str | None:
+            try:
+                self._stream = self._store.start_stream(session_id, stream_id=stream_id)
+            except persist.SessionBusy as busy:
+                return busy.stream_id
+            return None
+
+        self._record(session_id, "start", stream_id, start)
+
+    def end(self, session_id: str) -> None:
+        stream, self._stream = self._stream, None
+        if stream is None:
+            self.start(session_id)
+            return
+        end = self._random.choice((stream.finish, stream.fail))
+
+        def leave() -> bool:
+            try:
+                # The block gives up the lease also of a stream that has lost its session.
+                with stream:
+                    end()
+            except persist.StreamLost:
+                return False
+            return True
+
+        self._record(session_id, "end", stream.id, leave)
+
+    def cancel(self, session_id: str) -> None:
+        active = self.load_owner(session_id).active_stream_id
+        if active is not None:
+            self._record(session_id, "cancel", active, lambda: self._store.cancel(session_id, active))
+
+    def take_away(self, session_id: str) -> None:
+        active = self.load_owner(session_id).active_stream_id
+        if active is not None:
+            self._record(session_id, "force", active, lambda: self._store.cancel(session_id, active, force=True))
+
+    def clear(self, session_id: str) -> None:
+        session = self.load_owner(session_id)
+        if session.active_stream_id is not None:
+            self._record(session_id, "clear", session.active_stream_id, session.clear_stale_stream)
+
+
+def _items(session: persist.Session) -> Prefix:
+    return Prefix.of(message["id"] for message in session.data["messages"])
+
+
+def _value(seen: persist.Session | persist.Head) -> Versioned:
+    return Versioned(seen.revision, seen.data["value"])
+
+
+Action = Callable[[Client, str], object]
+READS: dict[str, list[Action]] = {
+    "list": [Client.load_list, Client.refresh_list, Client.count_list],
+    "register": [Client.load_register, Client.head_register],
+    "owner": [Client.load_owner, Client.head_owner, Client.ask_owner],
+}
+WRITES: dict[str, list[Action]] = {
+    "list": [Client.append_by_append, Client.append_by_edit, Client.append_by_save],
+    "register": [Client.write, Client.swap_by_update, Client.swap_by_save, Client.put],
+    "owner": [Client.start, Client.end, Client.cancel, Client.take_away, Client.clear],
+}
+
+
+def _work(directory: Path, number: int, starts: list[int], plan: Plan) -> None:
+    store = persist.Store(directory / "sessions", lock_timeout_s=DEADLINE_S)
+    barrier = threading.Barrier(len(starts) + 1)
+    failures: list[BaseException] = []
+
+    def work(index: int, first: int) -> None:
+        name = f"p{number}t{index}"
+        client = Client(store, Record(_record_path(directory, number, index)), name, f"{plan.seed} {name}")
+        barrier.wait()
+        try:
+            client.work(first, plan)
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=work, args=each, daemon=True) for each in enumerate(starts)]
+    for thread in threads:
+        thread.start()
+    # The records are open, so the parent sees that this process is ready; the end of its input lets it go.
+    sys.stdin.read()
+    barrier.wait()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _record_path(directory: Path, number: int, index: int) -> Path:
+    return directory / "records" / f"{number}-{index}"
+
+
+# --- in the process that leads -----------------------------------------------------------------------------------------
+
+
+class _Worker:
+    """One process of a round; `starts` are the numbers of the operations that its threads begin with."""
+
+    def __init__(self, directory: Path, number: int, starts: list[int], plan: Plan, package: Path) -> None:
+        self.number = number
+        self.starts = starts
+        self.died: tuple[int, int] | None = None
+        self.records = [_record_path(directory, number, index) for index in range(len(starts))]
+        options = json.dumps([str(directory), number, starts, asdict(plan)])
+        # -P: the working directory must not come before the package that is to be tested.
+        command = [sys.executable, "-P", "-W", "error", __file__, options]
+        environment = os.environ | {"PYTHONPATH": f"{package}{os.pathsep}{ROOT / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+
+    @property
+    def is_ready(self) -> bool:
+        return all(record.exists() for record in self.records)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is at work still; one that failed fails the run."""
+        status = self.process.poll()
+        assert status in (None, 0), f"worker {self.number} ended with status {status}; what it says stands above"
+        return status is None
+
+    def go(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+    def close(self) -> None:
+        """See to it that the process is gone."""
+        self.go()
+        self.process.kill()
+        self.process.wait()
+
+    def written_bytes(self) -> int:
+        return sum(record.stat().st_size for record in self.records if record.exists())
+
+    def kill(self) -> None:
+        """SIGKILL. It died between the two instants noted: what it had begun has taken effect by the second one, or never."""
+        called = time.monotonic_ns()
+        self.process.kill()
+        self.process.wait()
+        self.died = called, time.monotonic_ns()
+
+    def calls(self) -> list[int]:
+        """How far the threads have come."""
+        return [first + len(list(_calls(path))) for first, path in zip(self.starts, self.records, strict=True)]
+
+    def operations(self) -> Iterator[tuple[str, Operation]]:
+        """What it called, with the sessions; what was not answered has an unknown outcome."""
+        gone = self.died[1] if self.died else time.monotonic_ns()
+        for path in self.records:
+            for called, session_id, kind, argument, answer in _calls(path):
+                returned, how, result = answer or (gone, "unknown", None)
+                operation = Operation(self.number, kind, _tuple(argument), called, returned)
+                if how == "raised":
+                    yield session_id, replace(operation, kind="raised", argument=(kind, result))
+                yield session_id, operation if how != "told" else replace(operation, result=_tuple(result))
+                if how == "told" and kind == "append" and result is not None:
+                    # A save brings the committed state into memory: it is a read as well.
+                    yield session_id, replace(operation, kind="read", result=_tuple(result))
+
+
+def _calls(path: Path) -> Iterator[tuple[int, str, str, Any, Any]]:
+    """The calls of a record, each with its answer or None. A kill may have torn the last line: it counts as not written."""
+    lines = [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    is_answer = [line[1] in ("told", "raised") for line in lines] + [False]
+    for index, line in enumerate(lines):
+        if not is_answer[index]:
+            yield (*line, lines[index + 1] if is_answer[index + 1] else None)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if type(value) is list else value
+
+
+class _Round:
+    """One round: fresh sessions, the processes that work on them, and the kills."""
+
+    def __init__(self, directory: Path, plan: Plan, package: Path) -> None:
+        self._directory, self._plan, self._package = directory, plan, package
+        self._random = random.Random(plan.seed)
+        self._deadline = time.monotonic() + DEADLINE_S
+        self._workers: list[_Worker] = []
+        self._kills = self._planned_kills()
+        (directory / "records").mkdir(parents=True)
+
+    def _planned_kills(self) -> list[list[int]]:
+        """For each place of a worker, after how many bytes of records its processes are killed, the last one first."""
+        plan = self._plan
+        kills: list[list[int]] = [[] for _ in range(plan.processes)]
+        # An operation writes 100 bytes or so: these come early enough to be reached.
+        least = plan.operations_of_a_thread * plan.threads * 80
+        for number in range(plan.kills):
+            place = kills[number % plan.processes]
+            place.append(self._random.randrange(1, max(2, least * plan.processes // plan.kills)))
+        return kills
+
+    def _start(self, starts: list[int]) -> _Worker:
+        worker = _Worker(self._directory, len(self._workers), starts, self._plan, self._package)
+        self._workers.append(worker)
+        return worker
+
+    def run(self) -> list[_Worker]:
+        """Let the processes work until all is done; return them, the killed ones too."""
+        try:
+            places = [self._start([0] * self._plan.threads) for _ in range(self._plan.processes)]
+            while not all(worker.is_ready and worker.is_running for worker in places):
+                self._pause()
+            for worker in places:
+                worker.go()
+            while any(worker.is_running for worker in places):
+                places = [self._kill_if_due(*each) for each in zip(places, self._kills, strict=True)]
+                self._pause()
+            return self._workers
+        finally:
+            for worker in self._workers:
+                worker.close()
+
+    def _kill_if_due(self, worker: _Worker, kills: list[int]) -> _Worker:
+        """Kill it if it has come so far; return who works in its place."""
+        if not kills or worker.written_bytes() < kills[-1] or not worker.is_running:
+            return worker
+        kills.pop()
+        worker.kill()
+        successor = self._start(worker.calls())
+        successor.go()
+        return successor
+
+    def _pause(self) -> None:
+        assert time.monotonic() < self._deadline, f"a round did not end within {DEADLINE_S} s"
+        time.sleep(0.001)
+
+
+def run_round(directory: Path, plan: Plan, *, package: Path = ROOT) -> Report:
+    """Run one round on fresh sessions in `directory`, and check its history.
+
+    Args:
+        package: the directory that holds the package `persist` which the processes use.
+    """
+    started = time.monotonic()
+    store = persist.Store(directory / "sessions")
+    for session_id in plan.session_ids:
+        store.create(session_id, {"messages": []} if session_id.startswith("list") else {"value": None})
+    workers = _Round(directory, plan, package).run()
+    histories: dict[str, list[Operation]] = defaultdict(list)
+    for worker in workers:
+        for session_id, operation in worker.operations():
+            histories[session_id].append(operation)
+    report = Report(kills=sum(worker.died is not None for worker in workers))
+    deaths = [Operation(worker.number, "die", None, *worker.died, None) for worker in workers if worker.died]
+    for session_id, history in histories.items():
+        asked = [operation for operation in history if operation.kind != "raised"]
+        report.operations += len(asked)
+        report.unknown += sum(operation.result is UNKNOWN for operation in asked)
+        raised = [Anomaly("raised", str(operation)) for operation in history if operation.kind == "raised"]
+        try:
+            anomalies = raised + check_session(store.load(session_id), asked, deaths)
+        except persist.CorruptSession as damage:
+            anomalies = [*raised, Anomaly("damaged", str(damage))]
+        report.anomalies += [(session_id, anomaly) for anomaly in anomalies]
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def check_session(final: persist.Session, history: list[Operation], deaths: list[Operation]) -> list[Anomaly]:
+    """Check the history of one session, given how it stands at the end."""
+
+    def last_read(result: Any) -> Operation:
+        now = time.monotonic_ns()
+        return Operation(-1, "read", None, now, now, result)
+
+    match final.id.partition("-")[0]:
+        case "list":
+            items = [message["id"] for message in final.data["messages"]]
+            return check_list([*history, last_read(Prefix.of(items))], items)
+        case "register":
+            return check_object([*history, last_read(_value(final))], Versioned(1, None), register)
+        case _:
+            return check_object([*history, *deaths, last_read(final.active_stream_id)], Owned(), ownership)
+
+
+if __name__ == "__main__":
+    _directory, _number, _starts, _plan = json.loads(sys.argv[1])
+    _work(Path(_directory), _number, _starts, Plan(**_plan))

@@ -1,0 +1,35 @@
+"""Harnesses run as processes of their own, on the package as it is or on a copy with one mechanism taken out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import persist
+
+TESTS = Path(__file__).parent.parent
+PACKAGE_PARENT = Path(persist.__file__).parent.parent
+
+Mutation = tuple[str, str, str]
+"""A file of the package, a piece of its text, and what to put there."""
+
+
+def write_mutated_package(mutation: Mutation, parent: Path) -> None:
+    """Write a copy of the package, with its text changed, under `parent`."""
+    file, old, new = mutation
+    shutil.copytree(PACKAGE_PARENT / "persist", parent / "persist", ignore=shutil.ignore_patterns("__pycache__"))
+    source = parent / "persist" / file
+    text = source.read_text()
+    assert old in text, f"{file} no longer has the text {old!r}"
+    source.write_text(text.replace(old, new))
+
+
+def run_harness(name: str, options: Iterable[str], package_parent: Path, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """Run ``harness.<name>`` on the package under `package_parent`: it forks, which a process with threads must not."""
+    command = [sys.executable, "-P", "-W", "error", "-m", f"harness.{name}", *options]
+    environment = os.environ | {"PYTHONPATH": f"{package_parent}{os.pathsep}{TESTS}", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)

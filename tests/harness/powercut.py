@@ -1,0 +1,281 @@
+"""Power cuts: writers on a real file system of their own, whose power is cut in mid-commit by the kernel's own shutdown call.
+
+A sparse image behind a loop device is mounted in a private mount namespace. `FS_IOC_SHUTDOWN` without a flush of the log stops
+the file system at once: what had not reached the image by then is gone, as after a power cut, and mounting it again recovers
+by the journal. Then every session is held against what was acknowledged over a pipe *after* the verb had returned.
+
+What it does not show: a device that loses or reorders what it has acknowledged itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import fcntl
+import math
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import persist
+from harness.acknowledged import Figures
+from harness.authors import Role, garden, own, sweep, write
+from harness.watch import Watch, ask_on_interrupt
+
+WRITERS: tuple[Role, ...] = (write, own, garden)
+MOST_OTHERS = 2
+LONGEST_WORK_S = 0.02
+LONGEST_START_S = 1.0
+# The first to write to a directory makes it: its name, too, must survive.
+CUTS_A_DIRECTORY = 12
+SECONDS_A_LINE = 10.0
+NOTHING_RUN = 2
+
+_CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 1 << 14, 1 << 18
+_FS_IOC_SHUTDOWN, _NO_LOG_FLUSH = 0x8004587D, struct.pack("I", 2)
+# A file system in memory, where a flush of the image costs nothing.
+_MEMORY = Path("/dev/shm")
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class FileSystem:
+    """A kind of file system, with its mount options and the least that its mkfs asks for."""
+
+    kind: str
+    options: str
+    megabytes: int
+
+
+FILE_SYSTEMS = {
+    "ext4": FileSystem("ext4", "", 64),
+    # By default ext4 flushes a file that is renamed over another, which hides a missing fsync.
+    "ext4-noauto": FileSystem("ext4", "noauto_da_alloc", 64),
+    "xfs": FileSystem("xfs", "", 320),
+}
+
+
+class Refused(Exception):
+    """This machine does not allow it; the message says what was refused, and by what error."""
+
+
+class Disk:
+    """A file system on an image that can lose its power."""
+
+    def __init__(self, file_system: FileSystem, device: str, mount_point: Path) -> None:
+        self.mount_point = mount_point
+        self._file_system = file_system
+        self._device = device
+
+    def mount(self) -> None:
+        kind, options = self._file_system.kind.encode(), self._file_system.options.encode()
+        _call("mount", self._device.encode(), bytes(self.mount_point), kind, 0, options)
+
+    def cut(self) -> None:
+        """From here on nothing more reaches the image."""
+        fd = os.open(self.mount_point, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.ioctl(fd, _FS_IOC_SHUTDOWN, _NO_LOG_FLUSH)
+        finally:
+            os.close(fd)
+
+    def unmount(self) -> None:
+        _call("umount2", bytes(self.mount_point), 0)
+
+
+def _call(name: str, *arguments: object) -> None:
+    if getattr(_libc, name)(*arguments) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"{name}: {os.strerror(error)}")
+
+
+def _run(*command: str) -> str:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        raise Refused(f"{command[0]} is not installed") from None
+    except subprocess.CalledProcessError as error:
+        raise Refused(f"{' '.join(command)}: {error.stderr.strip()}") from None
+
+
+def enter_private_namespace() -> None:
+    """What is mounted from here on is seen by this process and its children only, and goes with the last of them."""
+    if sys.platform != "linux":
+        raise Refused("FS_IOC_SHUTDOWN and mount namespaces are Linux only")
+    if os.geteuid() != 0:
+        raise Refused("it takes root to mount a file system")
+    try:
+        _call("unshare", _CLONE_NEWNS)
+        _call("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
+    except OSError as error:
+        raise Refused(error.strerror) from None
+
+
+@contextmanager
+def _loop_device(image: Path) -> Iterator[str]:
+    device = _run("losetup", "--find", "--show", str(image))
+    try:
+        fd = os.open(device, os.O_RDWR)
+    finally:
+        # Of a device that is open, this is a promise to let go of it when it is closed.
+        _run("losetup", "--detach", device)
+    try:
+        yield device
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def disk_of(file_system: FileSystem) -> Iterator[Disk]:
+    """A new file system, mounted for the block; however this process ends, no device and no mount is left."""
+    with ExitStack() as undo:
+        parent = _MEMORY if _MEMORY.is_dir() else None
+        scratch = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="persist-powercut-", dir=parent)))
+        image, mount_point = scratch / "image", scratch / "mounted"
+        mount_point.mkdir()
+        with image.open("wb") as file:
+            file.truncate(file_system.megabytes << 20)
+        _run(f"mkfs.{file_system.kind}", "-q", str(image))
+        try:
+            device = undo.enter_context(_loop_device(image))
+            disk = Disk(file_system, device, mount_point)
+            disk.mount()
+        except OSError as error:
+            raise Refused(str(error)) from None
+        undo.callback(disk.unmount)
+        yield disk
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How often to cut. `keep_going` counts all faults instead of ending at the first."""
+
+    cuts: int = 10_000
+    seed: int = 0
+    keep_going: bool = False
+    is_interrupted: Callable[[], bool] = lambda: False
+
+
+class PowerCuts:
+    """One run on one disk; `run` returns its figures."""
+
+    def __init__(self, disk: Disk, plan: Plan) -> None:
+        self.figures = Figures()
+        self._disk = disk
+        self._plan = plan
+        self._random = random.Random(plan.seed)
+        self._last_line = time.monotonic()
+
+    def run(self) -> Figures:
+        number = 0
+        while not self._is_over():
+            directory = self._disk.mount_point / f"sessions-{number}"
+            self._cut_often(Watch(directory, self.figures, self._plan.seed + number))
+            # None of this may become durable with a commit to the next directory.
+            shutil.rmtree(directory)
+            os.sync()
+            number += 1
+        return self.figures
+
+    def _is_over(self) -> bool:
+        is_broken = not (self.figures.is_sound or self._plan.keep_going)
+        return self.figures.crashes >= self._plan.cuts or is_broken or self._plan.is_interrupted()
+
+    def _cut_often(self, watch: Watch) -> None:
+        """The first author makes the directory; whoever comes later finds what the cuts have left."""
+        watch.start(garden)
+        self._await_first_commit(watch)
+        self._cut(watch)
+        for _ in range(CUTS_A_DIRECTORY - 1):
+            if self._is_over():
+                break
+            watch.share()
+            watch.start(self._random.choice(WRITERS))
+            for role in self._random.choices((*WRITERS, sweep), k=self._random.randint(0, MOST_OTHERS)):
+                watch.start(role)
+            self._await_first_commit(watch)
+            self._cut(watch)
+        watch.settle()
+
+    def _await_first_commit(self, watch: Watch) -> None:
+        before, until = self.figures.acknowledged, time.monotonic() + LONGEST_START_S
+        while self.figures.acknowledged == before and time.monotonic() < until:
+            watch.crew.listen(0.001)
+
+    def _cut(self, watch: Watch) -> None:
+        """Cut the power in mid-commit, recover, and look."""
+        watch.crew.listen(self._random.uniform(0, LONGEST_WORK_S))
+        watch.blame()
+        # A real power cut stops the processes, too. Here they live on for a moment, in which XFS answers OK to the fsync of a
+        # directory that was changed before the cut; so only what was acknowledged before the cut counts.
+        watch.crew.trusted_until = time.monotonic()
+        self._disk.cut()
+        self.figures.crashes += 1
+        watch.crew.kill_all()
+        watch.crew.trusted_until = math.inf
+        # After the cut every verb may raise.
+        watch.crew.raised.clear()
+        self._disk.unmount()
+        self._disk.mount()
+        watch.open()
+        watch.look()
+        # Else what the cut has left is for the next authors to find, and for the next cut to hit.
+        if self._random.random() < 0.5:
+            watch.settle()
+        watch.retire()
+        self._tell()
+
+    def _tell(self) -> None:
+        if time.monotonic() - self._last_line > SECONDS_A_LINE:
+            self._last_line = time.monotonic()
+            print(self.figures.shown("cuts"), flush=True)
+
+
+def run_on(name: str, plan: Plan) -> bool | None:
+    """Run on one kind of file system and print the figures; None if the machine does not allow it."""
+    started = time.monotonic()
+    try:
+        with disk_of(FILE_SYSTEMS[name]) as disk:
+            figures = PowerCuts(disk, plan).run()
+    except Refused as refused:
+        print(f"{name}: skipped: {refused}", flush=True)
+        return None
+    for finding in figures.findings[:20]:
+        print(f"{name}: {finding}")
+    print(f"{name}: {figures.shown('cuts')}; {time.monotonic() - started:.0f} s", flush=True)
+    return figures.is_sound
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="scripts/powercut", description=__doc__)
+    parser.add_argument("--cuts", type=int, default=10_000, help="on each file system")
+    parser.add_argument("--filesystem", choices=[*FILE_SYSTEMS, "all"], default="all")
+    parser.add_argument("--seed", type=int, default=None, help="by default another one each time; it is printed")
+    parser.add_argument("--keep-going", action="store_true", help="count all faults instead of ending at the first")
+    options = parser.parse_args(arguments)
+    seed = random.randrange(1 << 32) if options.seed is None else options.seed
+    print(f"seed {seed}, persist from {Path(persist.__file__).parent}", flush=True)
+    try:
+        enter_private_namespace()
+    except Refused as refused:
+        print(f"skipped: {refused}")
+        return NOTHING_RUN
+    plan = Plan(options.cuts, seed, options.keep_going, ask_on_interrupt())
+    names = list(FILE_SYSTEMS) if options.filesystem == "all" else [options.filesystem]
+    outcomes = [run_on(name, plan) for name in names]
+    if False in outcomes:
+        return 1
+    return 0 if True in outcomes else NOTHING_RUN
+
+
+if __name__ == "__main__":
+    sys.exit(main())

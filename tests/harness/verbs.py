@@ -1,0 +1,70 @@
+"""Every verb on the session "s", each as one call: for tests that put something hostile in their way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import persist
+
+DEADLINE_S = 20.0
+#: A verb is given the store, and a `Session` that was loaded while all was well.
+Verb = Callable[[persist.Store, persist.Session], object]
+
+
+def _edit(store: persist.Store, _session: persist.Session) -> None:
+    with store.edit("s") as data:
+        data["more"] = 1
+
+
+def _save(_store: persist.Store, session: persist.Session) -> None:
+    session.data["more"] = 1
+    session.save()
+
+
+def _turn(store: persist.Store, _session: persist.Session) -> None:
+    with store.start_stream("s", {"role": "user", "content": "So?"}, stream_id="t2") as stream:
+        stream.checkpoint({"role": "assistant", "content": "S"})
+        stream.finish()
+
+
+VERBS: dict[str, Verb] = {
+    "load": lambda store, _: store.load("s").data,
+    "head": lambda store, _: store.head("s").data,
+    "stream": lambda store, _: store.stream("s"),
+    "streams": lambda store, _: store.streams(),
+    "check": lambda store, _: store.check(),
+    "refresh": lambda _, session: session.refresh(),
+    "save": _save,
+    "edit": _edit,
+    "append": lambda store, _: store.append("s", "messages", {"id": "m9"}),
+    "duplicate": lambda store, _: store.duplicate("s", "copy").data,
+    "a turn": _turn,
+    "cancel": lambda store, _: store.cancel("s", "t1"),
+    "clear": lambda _, session: session.clear_stale_stream(),
+    "sweep": lambda store, _: store.clear_stale_streams(every_session=True),
+    "accept": lambda store, _: store.accept("s").data,
+    "delete": lambda store, _: store.delete("s"),
+    "delete by force": lambda store, _: store.delete("s", force=True),
+    "create": lambda store, _: store.create("s"),
+}
+
+
+def within_deadline(step: Callable[[], object]) -> object:
+    """Run it in a thread of its own, and return or raise what it does: what hangs must fail the test, not stop it."""
+    outcome: list[tuple[object, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((step(), None))
+        except BaseException as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(DEADLINE_S)
+    assert outcome, f"no answer within {DEADLINE_S} s"
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result

@@ -1,0 +1,340 @@
+"""One Session object in several hands: threads that share it, exceptions that cut its verbs off, and what others commit."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from actors import DEADLINE_S
+
+import persist
+from persist.files import disk
+
+
+@pytest.fixture
+def session(store: persist.Store) -> persist.Session:
+    return store.create("s-1", {"title": "Shared", "n": 0, "messages": [{"id": "m1", "role": "user", "content": "hi"}]})
+
+
+def contents(store: persist.Store) -> list[str]:
+    return [message["content"] for message in store.load("s-1").data["messages"]]
+
+
+def in_threads(*works: Callable[[], None]) -> None:
+    """Run them at once, from a barrier; an exception of one is raised here."""
+    barrier, errors = threading.Barrier(len(works)), list[BaseException]()
+
+    def run(work: Callable[[], None]) -> None:
+        try:
+            barrier.wait(DEADLINE_S)
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    if errors:
+        raise errors[0]
+
+
+# --- stream fields -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefer", ["error", "mine"])
+def test_save_never_writes_none_over_a_live_stream(store: persist.Store, session: persist.Session, prefer: Any) -> None:
+    """A1 (#1533) by other means: whatever a save prefers at conflicts, stream fields come from the disk."""
+    session.data["active_stream_id"] = None
+    session.data["title"] = "mine"
+    with store.start_stream("s-1") as stream:
+        session.save(on_conflict=prefer)
+        info = store.stream("s-1")
+        assert info is not None
+        assert (info.stream_id, info.is_live) == (stream.id, True)
+        assert session.active_stream_id == stream.id
+        stream.finish()
+    assert store.load("s-1").data["title"] == "mine"
+
+
+def test_stream_fields_take_no_merge_policy(store: persist.Store) -> None:
+    """A policy could say "mine" for ever; so there is none for them."""
+    with pytest.raises(persist.ReservedField):
+        persist.Store(store.path, merge={"active_stream_id": "mine"})
+
+
+def test_save_that_prefers_mine_keeps_the_running_turn(store: persist.Store, session: persist.Session) -> None:
+    """B2, B3: a truncation that others made, and a turn that runs on it, are not undone by preferring mine."""
+    session.data["messages"].append({"id": "note", "content": "note"})
+    store.update("s-1", lambda data: data["messages"].clear(), if_revision=1)
+    with store.start_stream("s-1", {"role": "user", "content": "Why?"}) as stream:
+        with pytest.raises(persist.MessagesRemoved):
+            session.save(on_conflict="mine")
+        stream.finish({"role": "assistant", "content": "Because."})
+    assert contents(store) == ["Why?", "Because."]
+
+
+def test_messages_cannot_be_made_something_else_in_a_turn(store: persist.Store) -> None:
+    """A turn can always be ended: `messages` stays a list while it runs, and even if it does not."""
+    session = store.create("s-2", {"messages": []})
+    stream = store.start_stream("s-2")
+    session.refresh()
+    session.data["messages"] = "oops"
+    with pytest.raises(persist.WrongType):
+        session.save()
+    with store.edit("s-2") as data:
+        data["messages"] = "oops"
+    stream.fail()
+    assert store.load("s-2").active_stream_id is None
+
+
+def test_stale_id_cannot_be_taken_again(store: persist.Store) -> None:
+    """A stream that took the id of the dead one would remove its own lease, and two could live."""
+    (store.path / "s-3.json").write_text('{"messages": [], "active_stream_id": "X", "pending_user_message": null}')
+    with pytest.raises(persist.InvalidStreamId):
+        store.start_stream("s-3", stream_id="X")
+    with store.start_stream("s-3", stream_id="Y") as stream:
+        assert store.load("s-3").clear_stale_stream() is False
+        stream.finish()
+
+
+def test_owner_of_an_older_epoch_is_fenced_off_though_its_id_is_used_again(
+    store: persist.Store, session: persist.Session
+) -> None:
+    """A5: ids may be brought by the caller and repeat; the epoch does not. Fails with the epoch not compared."""
+    old = store.start_stream("s-1", {"id": "p1", "content": "1"}, stream_id="run")
+    store.cancel("s-1", "run", force=True)
+    with store.start_stream("s-1", {"id": "p2", "content": "2"}, stream_id="run") as new:
+        with pytest.raises(persist.StreamLost):
+            old.finish({"id": "late", "content": "late"})
+        new.finish({"id": "a2", "content": "answer"})
+    with old:
+        pass
+    assert contents(store) == ["hi", "1", "2", "answer"]
+
+
+# --- aliases and merging -------------------------------------------------------------------------------------------------
+
+
+def test_object_that_stands_at_two_places_reverts_nobody(store: persist.Store, session: persist.Session) -> None:
+    """A3: after another writer has edited one of the places, a save without an edit writes nothing."""
+    shared = {"id": "m2", "content": "a"}
+    session.data["messages"].append(shared)
+    session.data["first"] = shared
+    session.save()
+    store.update("s-1", lambda data: data["messages"][1].update(content="edited by another"))
+    session.data["title"] = "t"
+    session.save()
+    revision = session.revision
+    session.save()
+    assert session.revision == store.load("s-1").revision == revision
+    assert contents(store) == ["hi", "edited by another"]
+    assert store.load("s-1").data["first"] == {"id": "m2", "content": "a"}
+
+
+def test_clear_keeps_unsaved_edits(store: persist.Store, session: persist.Session) -> None:
+    """A clear brings the committed state into memory, and unsaved edits with it; one that contradicts it too."""
+    stream = store.start_stream("s-1", {"id": "p", "content": "Why?"})
+    session.refresh()
+    stream._lease.close()
+    other = store.load("s-1")
+    session.data["title"] = "unsaved"
+    other.data["messages"][1]["interrupted"] = "mine"
+    assert session.clear_stale_stream() is True
+    assert (session.data["title"], session.active_stream_id) == ("unsaved", None)
+    session.save()
+    assert store.load("s-1").data["title"] == "unsaved"
+    assert other.clear_stale_stream() is False
+
+
+def test_clear_shows_the_stream_gone_even_beside_a_contradiction(store: persist.Store, session: persist.Session) -> None:
+    """The stream fields are from the disk; the edit that contradicts the clear is reported by the next save."""
+    stream = store.start_stream("s-1", {"id": "p", "content": "Why?"})
+    session.refresh()
+    stream._lease.close()
+    session.data["messages"][1]["interrupted"] = "mine"
+    assert session.clear_stale_stream() is True
+    assert session.active_stream_id is None
+    assert session.data["messages"][1]["interrupted"] == "mine"
+    with pytest.raises(persist.MergeConflict):
+        session.save()
+
+
+# --- exceptions ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["create", "write", "sync", "replace", "sync_directory"])
+def test_save_that_was_cut_off_can_be_repeated(
+    store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Ctrl-C at any step of a save, and the same save again: what was appended without an id stands there once."""
+    session.data["messages"].append({"content": "no id"})
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(disk, step, interrupt)
+        session.save()
+    session.save()
+    assert contents(store) == ["hi", "no id"]
+    assert session.revision == 2
+    session.refresh()
+    assert [message["content"] for message in session.data["messages"]] == ["hi", "no id"]
+
+
+def test_saved_state_is_absorbed_once(store: persist.Store, session: persist.Session) -> None:
+    """A save that merged, and then a refresh: nothing of it is taken for new."""
+    store.update("s-1", lambda data: data.update(tags=["t"]))
+    session.data["messages"].append({"content": "mine"})
+    session.save()
+    session.refresh()
+    session.save()
+    assert session.data["tags"] == ["t"]
+    assert contents(store) == ["hi", "mine"]
+
+
+def test_nothing_is_acknowledged_after_an_unknown_commit(
+    store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After CommitUnknown this store neither writes nor confirms that session; a new store may look again."""
+
+    def broken(path: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    item = {"id": "m2", "content": "unknown"}
+    with monkeypatch.context() as patched:
+        patched.setattr(disk, "sync_directory", broken)
+        with pytest.raises(persist.CommitUnknown):
+            store.append("s-1", "messages", item)
+    for verb in (
+        lambda: store.append("s-1", "messages", item),
+        lambda: store.update("s-1", lambda data: None),
+        lambda: store.delete("s-1"),
+        session.save,
+    ):
+        with pytest.raises(persist.CommitUnknown):
+            verb()
+    assert persist.Store(store.path).append("s-1", "messages", item) == 2
+
+
+@pytest.mark.parametrize("verb", ["save", "refresh and save"])
+def test_what_others_committed_is_made_durable_before_it_is_acknowledged(
+    store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """A save that finds its state on disk already syncs it: its writer may have died before it could."""
+    session.save()
+    store.append("s-1", "messages", {"id": "m2", "content": "theirs"})
+    synced: list[Path] = []
+    real = disk.sync_file
+
+    def sync_file(path: Path) -> None:
+        synced.append(path)
+        real(path)
+
+    monkeypatch.setattr(disk, "sync_file", sync_file)
+    if verb.startswith("refresh"):
+        session.refresh()
+    session.save()
+    assert synced == [store.path / "s-1.json"]
+    session.save()
+    assert len(synced) == 1
+
+
+def test_failed_removal_of_a_stale_lease_does_not_lock_the_session(
+    store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once the claim is committed the stream exists: a left-over lease of its predecessor is no reason to lose it."""
+    stale = store.start_stream("s-1")
+    stale._lease.close()
+    real = disk.unlink
+
+    def refuse(path: Path) -> bool:
+        if path.name.endswith(stale.id):
+            raise OSError(5, "Input/output error")
+        return real(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(disk, "unlink", refuse)
+        stream = store.start_stream("s-1")
+    stream.finish()
+    assert store.clear_stale_streams() == []
+    assert list((store.path / ".leases").iterdir()) == []
+
+
+# --- threads -------------------------------------------------------------------------------------------------------------
+
+
+def test_items_appended_while_a_save_runs_are_saved_by_the_next(store: persist.Store, session: persist.Session) -> None:
+    """Threads share one object: one saves without rest, one appends, another process's commits come in between."""
+    done = threading.Event()
+
+    def saver() -> None:
+        while not done.is_set():
+            session.save()
+
+    def appender() -> None:
+        try:
+            for n in range(300):
+                session.data["messages"].append({"id": f"mine-{n}", "content": "x"})
+                if n % 10 == 0:
+                    store.append("s-1", "messages", {"id": f"theirs-{n}", "content": "y"})
+        finally:
+            done.set()
+
+    in_threads(saver, appender)
+    session.save()
+    ids = Counter(message["id"] for message in store.load("s-1").data["messages"])
+    expected = {"m1"} | {f"mine-{n}" for n in range(300)} | {f"theirs-{n}" for n in range(0, 300, 10)}
+    assert ids == Counter(expected)
+
+
+def test_what_is_saved_is_one_state_of_the_data(store: persist.Store, session: persist.Session) -> None:
+    """A list that another thread turns round and round is committed as it was at one instant: no item twice, none missing."""
+    session.data["ring"] = [{"id": n} for n in range(50)]
+    session.save()
+    ring, done = session.data["ring"], threading.Event()
+
+    def turner() -> None:
+        while not done.is_set():
+            ring.insert(0, ring.pop())
+
+    def saver() -> None:
+        try:
+            for n in range(200):
+                session.data["n"] = n
+                session.save()
+                ids = [item["id"] for item in store.load("s-1").data["ring"]]
+                sizes.add((len(ids), len(set(ids))))
+        finally:
+            done.set()
+
+    sizes: set[tuple[int, int]] = set()
+    in_threads(turner, saver)
+    # 49: seen between the taking out and the putting in.
+    assert sizes <= {(49, 49), (50, 50)}
+
+
+def test_refresh_beside_save_doubles_nothing(store: persist.Store, session: persist.Session) -> None:
+    """Two threads, one object: one refreshes, one appends without an id and saves."""
+    done = threading.Event()
+
+    def refresher() -> None:
+        while not done.is_set():
+            session.refresh()
+
+    def saver() -> None:
+        try:
+            for n in range(150):
+                session.data["messages"].append({"content": str(n)})
+                session.save()
+        finally:
+            done.set()
+
+    in_threads(refresher, saver)
+    assert contents(store) == ["hi", *map(str, range(150))]
