@@ -293,8 +293,15 @@ def test_accept_takes_an_edit_by_hand(run: Run, store: persist.Store) -> None:
     assert run("show", store.path, "s-42").exit_code == 3
     result = run("accept", store.path, "s-42", "--json")
     assert result.exit_code == 0
-    assert json_of(result) == {"id": "s-42", "revision": 2}
+    assert json_of(result) == {"id": "s-42", "revision": 2, "was_sound": False}
     assert store.load("s-42").data["messages"] == [{**USER, "content": "ho"}]
+
+
+def test_accept_of_a_sound_session_says_so(run: Run, store: persist.Store) -> None:
+    """Nothing is claimed that was not done."""
+    store.create("s-42", {"messages": [USER]})
+    assert "sound, at revision 1: there was nothing to accept" in run("accept", store.path, "s-42").stdout
+    assert store.load("s-42").revision == 1
 
 
 def test_accept_refuses_what_is_no_json(run: Run, store: persist.Store) -> None:

@@ -69,7 +69,7 @@ EARLY_ANSWER = (
     ),
 )
 NO_REVISION = (("if if_revision is not None and revision != if_revision:", "if False:"),)
-NO_LIVENESS = (("            yield is_dead\n", "            yield True\n"),)
+NO_LIVENESS = (("            yield probe.is_dead\n", "            yield True\n"),)
 
 
 @pytest.mark.parametrize(

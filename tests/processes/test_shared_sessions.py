@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -296,7 +297,7 @@ def test_items_appended_while_a_save_runs_are_saved_by_the_next(store: persist.S
 
 def test_what_is_saved_is_one_state_of_the_data(store: persist.Store, session: persist.Session) -> None:
     """A list that another thread turns round and round is committed as it was at one instant: no item twice, none missing."""
-    session.data["ring"] = [{"id": n} for n in range(50)]
+    session.data["ring"] = [{"id": n} for n in range(1000)]
     session.save()
     ring, done = session.data["ring"], threading.Event()
 
@@ -306,7 +307,7 @@ def test_what_is_saved_is_one_state_of_the_data(store: persist.Store, session: p
 
     def saver() -> None:
         try:
-            for n in range(200):
+            for n in range(80):
                 session.data["n"] = n
                 session.save()
                 ids = [item["id"] for item in store.load("s-1").data["ring"]]
@@ -315,9 +316,14 @@ def test_what_is_saved_is_one_state_of_the_data(store: persist.Store, session: p
             done.set()
 
     sizes: set[tuple[int, int]] = set()
-    in_threads(turner, saver)
-    # 49: seen between the taking out and the putting in.
-    assert sizes <= {(49, 49), (50, 50)}
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        in_threads(turner, saver)
+    finally:
+        sys.setswitchinterval(switching)
+    # 999: seen between the taking out and the putting in.
+    assert sizes <= {(999, 999), (1000, 1000)}
 
 
 def test_refresh_beside_save_doubles_nothing(store: persist.Store, session: persist.Session) -> None:

@@ -156,6 +156,14 @@ def unsafe_file(scene: Scene) -> None:
     scene.load()
 
 
+def unreadable(scene: Scene) -> None:
+    def refused(path: Path, limit: int) -> bytes:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    scene.monkeypatch.setattr(disk, "read", refused)
+    scene.store.load("s")
+
+
 def commit_failed(scene: Scene) -> None:
     scene.fail("write", errno.ENOSPC)
     scene.store.append("s", "messages", CANARY)
@@ -214,7 +222,7 @@ CASES: dict[type[persist.PersistError], Case] = {
     ),
     errors.InvalidStreamId: Case(
         lambda scene: scene.store.start_stream("s", {"content": CANARY}, stream_id="-"),
-        ("'-' is not a usable stream id", "an id is 1 to 128"),
+        ("'-' is not a usable stream id", "a stream id is 1 to 64"),
         {"stream_id": "-"},
         ValueError,
     ),
@@ -306,7 +314,13 @@ CASES: dict[type[persist.PersistError], Case] = {
     errors.UnsafeFile: Case(
         unsafe_file,
         (DOCUMENT, "is a symbolic link", "not touched", "Move it away"),
-        {"path": DOCUMENT, "found": "a symbolic link"},
+        {"path": DOCUMENT, "found": "a symbolic link", "wanted": "a plain file"},
+        OSError,
+    ),
+    errors.Unreadable: Case(
+        unreadable,
+        (DOCUMENT, "cannot be read", os.strerror(errno.EACCES), "Nothing was changed", "retry"),
+        {"path": DOCUMENT, "reason": os.strerror(errno.EACCES), "errno": errno.EACCES},
         OSError,
     ),
     errors.CommitFailed: Case(
