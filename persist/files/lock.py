@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -74,14 +74,17 @@ class HeldFile:
             fd = self._fd
             if fd < 0 or self._pid != os.getpid():
                 return
-            # What was done under the lock is done: the kernel gives both up even where it complains.
-            if self._is_locked:
-                with suppress(OSError):
-                    unlock_descriptor(fd)
             _descriptors.discard(fd)
+            try:
+                if self._is_locked:
+                    unlock_descriptor(fd)
+            except OSError:
+                pass  # what was done under the lock is done, and closing unlocks, too
             self._fd = -1
-            with suppress(OSError):
+            try:
                 os.close(fd)
+            except OSError:
+                pass  # the kernel gives the descriptor up even where it complains
 
     __del__ = close
 
@@ -113,9 +116,9 @@ class Turn:
     __slots__ = ("given", "thread")
 
     def __init__(self) -> None:
-        self.thread = threading.current_thread().name
-        self.given = threading.Lock()
-        self.given.acquire()
+        self.thread = threading.current_thread()
+        #: Locked while the turn waits; made only if it has to.
+        self.given: threading.Lock | None = None
 
 
 class FifoMutex:
@@ -136,7 +139,7 @@ class FifoMutex:
     def holder(self) -> str:
         """The name of the thread that holds it."""
         holder = self._holder
-        return "unknown" if holder is None else holder.thread
+        return "unknown" if holder is None else holder.thread.name
 
     def acquire(self, turn: Turn, timeout_s: float) -> bool:
         """Take the mutex, waiting at most `timeout_s` seconds; tell whether it was taken."""
@@ -144,21 +147,25 @@ class FifoMutex:
             if self._holder is None:
                 self._holder = turn
                 return True
+            turn.given = given = threading.Lock()
+            given.acquire()
             self._waiters.append(turn)
-        return turn.given.acquire(timeout=max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
+        return given.acquire(timeout=max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
 
     def release(self, turn: Turn) -> None:
         """Hand the mutex to the first waiter if this turn has it, also if it came too late; else leave the queue."""
         with self._guard:
             if self._holder is turn:
                 self._holder = self._waiters.popleft() if self._waiters else None
-                if self._holder is not None:
+                if self._holder is not None and self._holder.given is not None:
                     self._holder.given.release()
             elif turn in self._waiters:
                 self._waiters.remove(turn)
 
 
 _mutexes: WeakValueDictionary[Path, FifoMutex] = WeakValueDictionary()
+# Making one takes as long as taking the file lock: keep some of those that nobody uses just now.
+_kept: deque[FifoMutex] = deque(maxlen=256)
 
 
 def _mutex(path: Path) -> FifoMutex:
@@ -166,6 +173,7 @@ def _mutex(path: Path) -> FifoMutex:
         mutex = _mutexes.get(path)
         if mutex is None:
             mutex = _mutexes[path] = FifoMutex()
+            _kept.append(mutex)
         return mutex
 
 
@@ -268,6 +276,7 @@ def _forget_in_child() -> None:
         os.close(fd)
     _descriptors.clear()
     _mutexes.clear()
+    _kept.clear()
     _session_of.clear()
     _table.release()
 

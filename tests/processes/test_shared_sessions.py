@@ -297,9 +297,9 @@ def test_items_appended_while_a_save_runs_are_saved_by_the_next(store: persist.S
 
 def test_what_is_saved_is_one_state_of_the_data(store: persist.Store, session: persist.Session) -> None:
     """A list that another thread turns round and round is committed as it was at one instant: no item twice, none missing."""
-    session.data["ring"] = [{"id": n} for n in range(1000)]
+    ring, done = session.data["messages"], threading.Event()
+    ring[:] = [{"id": n} for n in range(1000)]
     session.save()
-    ring, done = session.data["ring"], threading.Event()
 
     def turner() -> None:
         while not done.is_set():
@@ -310,7 +310,7 @@ def test_what_is_saved_is_one_state_of_the_data(store: persist.Store, session: p
             for n in range(80):
                 session.data["n"] = n
                 session.save()
-                ids = [item["id"] for item in store.load("s-1").data["ring"]]
+                ids = [item["id"] for item in store.load("s-1").data["messages"]]
                 sizes.add((len(ids), len(set(ids))))
         finally:
             done.set()
