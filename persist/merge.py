@@ -122,6 +122,7 @@ class _Merger:
         return m if self.prefer == "mine" else t
 
     def document(self, b: dict[str, Any], m: dict[str, Any], t: dict[str, Any]) -> dict[str, Any]:
+        """The top level, where policies hold."""
         merged = {}
         for key in _keys(m, t):
             three = b.get(key, MISSING), m.get(key, MISSING), t.get(key, MISSING)
@@ -148,6 +149,7 @@ class _Merger:
         return self.conflict((key,), f"policy {policy!r} cannot combine these values", b, m, t)
 
     def value(self, path: ValuePath, b: Any, m: Any, t: Any) -> Any:
+        """Any place of a document; MISSING stands for "not there", on either way."""
         if same(b, m):
             return t
         if same(b, t):
@@ -161,6 +163,7 @@ class _Merger:
         return self.conflict(path, "two different values", b, m, t)
 
     def object(self, path: ValuePath, b: dict[str, Any] | _Missing, m: dict[str, Any], t: dict[str, Any]) -> dict[str, Any]:
+        """Key by key."""
         base = {} if isinstance(b, _Missing) else b
         merged = {}
         for key in _keys(m, t):
@@ -170,6 +173,7 @@ class _Merger:
         return merged
 
     def array(self, path: ValuePath, b: list[Any] | _Missing, m: list[Any], t: list[Any]) -> Any:
+        """Item by item; a contradiction is a conflict about the array as a whole."""
         base = [] if isinstance(b, _Missing) else b
         mine, theirs = _Edits(base, m), _Edits(base, t)
         try:
@@ -180,6 +184,7 @@ class _Merger:
         return merged
 
     def items(self, path: ValuePath, base: list[Any], mine: _Edits, theirs: _Edits) -> list[Any]:
+        """Walk along the base: what was added before each item, theirs first, then the item as both sides left it."""
         twins: dict[Any, Any] = {identity: item for item in theirs.all_added() if (identity := _identity(item))}
         merged: list[Any] = []
         for gap in range(len(base) + 1):
@@ -370,6 +375,7 @@ class _Patch:
         self._shared = {identity for identity, count in seen.items() if count > 1}
 
     def value(self, target: Any, known: Any, wanted: Any) -> Any:
+        """What shall stand where `target` stands: `target` itself, changed in place, if that can be."""
         if same(known, wanted):
             return target
         if id(target) not in self._shared:
@@ -382,6 +388,7 @@ class _Patch:
         return wanted
 
     def object(self, target: dict[str, Any], known: dict[str, Any], wanted: dict[str, Any]) -> None:
+        """Key by key; keys that are not known have been set meanwhile, and stay."""
         for key in known:
             if key not in wanted:
                 target.pop(key, None)
@@ -392,6 +399,7 @@ class _Patch:
                 target[key] = self.value(target[key], known[key], value)
 
     def array(self, target: list[Any], known: list[Any], wanted: list[Any]) -> None:
+        """Slice by slice, between the items that stay."""
         # From the end to the front: positions before the one being changed stay valid. What stands after the known end was
         # appended meanwhile.
         i, j = len(known), len(wanted)

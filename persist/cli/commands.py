@@ -51,6 +51,7 @@ class StoreGroup(click.Group):
     """Commands whose `PersistError` or `OSError` becomes a message."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
         tolerate_any_terminal()
         try:
             return super().invoke(ctx)

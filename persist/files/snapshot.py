@@ -361,6 +361,7 @@ class _Reader:
     session_id: str
 
     def snapshot(self, content: bytes) -> Snapshot:
+        """The committed revision that the content is, if its checksum vouches for it."""
         shape = _SHAPE.match(content)
         if shape is None:
             return self._foreign(content)

@@ -324,6 +324,7 @@ class _Attempt:
         self.is_visible = False
 
     def run(self) -> None:
+        """Write, sync, rename, sync: on return the content is durable and visible."""
         try:
             self._write_temp()
             disk.replace(self._temp, self._path)

@@ -70,6 +70,7 @@ class Conversation:
 
     @property
     def turns(self) -> tuple[Turn, ...]:
+        """The turns, in their order."""
         places = self._prompt_places()
         return tuple(
             Turn(number, self.messages[start], self.messages[start + 1 : end])

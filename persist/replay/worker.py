@@ -155,6 +155,7 @@ class TitleThread(threading.Thread):
         self._error: BaseException | None = None
 
     def run(self) -> None:
+        """Save until the title stands there; an error is kept for `join_or_raise`."""
         try:
             while not self._try_to_save():
                 self._session = self._store.load(self._session.id)
