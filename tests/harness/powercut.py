@@ -100,7 +100,9 @@ def _call(name: str, *arguments: object) -> None:
 
 def _run(*command: str) -> str:
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        # A bare environment often lacks the directories of the administrator's programs.
+        environment = os.environ | {"PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"}
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip()
     except FileNotFoundError:
         raise Refused(f"{command[0]} is not installed") from None
     except subprocess.CalledProcessError as error:
