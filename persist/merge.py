@@ -178,7 +178,7 @@ class _Merger:
         mine, theirs = _Edits(base, m), _Edits(base, t)
         try:
             merged = self.items(path, base, mine, theirs)
-            _refuse_miscounted(merged, base, m, t, mine.all_added() + theirs.all_added())
+            _refuse_miscounted(merged, base, m, t, mine.all_new() + theirs.all_new())
         except _Clash as clash:
             return self.conflict(path, clash.reason, b, m, t)
         return merged
@@ -211,6 +211,7 @@ class _Edits:
     def __init__(self, base: list[Any], side: list[Any]) -> None:
         self.kept: list[Any] = [MISSING] * len(base)
         self.added: list[list[Any]] = [[] for _ in range(len(base) + 1)]
+        self._replacing: list[Any] = []
         b = s = 0
         for i, j in [*align(base, side), (len(base), len(side))]:
             self._gap(base[b:i], side[s:j], b)
@@ -222,11 +223,16 @@ class _Edits:
         """Between two matches: equally many items without an id are edits of one another, else removed and added."""
         if len(base) == len(side) and not any(map(_identity, base)) and not any(map(_identity, side)):
             self.kept[start : start + len(base)] = side
+            self._replacing += side
         else:
             self.added[start + len(base)] += side
 
     def all_added(self) -> list[Any]:
         return [item for items in self.added for item in items]
+
+    def all_new(self) -> list[Any]:
+        """What stands where it did not stand before; a moved item is among it."""
+        return self.all_added() + self._replacing
 
     def removed_beside(self, gap: int) -> bool:
         return any(kept is MISSING for kept in self.kept[max(gap - 1, 0) : gap + 1])
@@ -370,7 +376,8 @@ class _Patch:
             item = pending.pop()
             seen[id(item)] += 1
             if seen[id(item)] == 1:
-                children = item.values() if type(item) is dict else item
+                # Another thread may add to it meanwhile: list() copies it in one call of C.
+                children = list(item.values() if type(item) is dict else item)
                 pending += [child for child in children if type(child) in (dict, list)]
         self._shared = {identity for identity, count in seen.items() if count > 1}
 

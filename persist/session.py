@@ -19,13 +19,17 @@ from persist.turn import ACTIVE
 _NO_CHECKSUM = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Attempt:
-    """A commit that was begun: what it would have made of the document, and the state of `data` that it saved."""
+    """A commit that was begun: what it would have made of the document, and the state of `data` that it saved.
+
+    `is_published` tells that it is known to have become visible.
+    """
 
     header: Header
     merged: Body
     mine: Body
+    is_published: bool = False
 
 
 class Session:
@@ -117,11 +121,16 @@ class Session:
         self._refuse_removal(there, merged)
         if merged != there.body:
             header = there.header.next(touch=touch)
-            self._attempt = Attempt(header, merged, mine)
-            committed = tx.commit(header, merged)
+            self._attempt, self._is_durable = Attempt(header, merged, mine), False
+            try:
+                committed = tx.commit(header, merged)
+            finally:
+                self._attempt.is_published = tx.is_published
         else:
             committed = there
-            if not (self._is_durable and there.checksum == self._base.checksum):
+            if self._is_durable and there.checksum == self._base.checksum:
+                tx.require_known()
+            else:
                 tx.confirm(there)
         self._take(committed, mine)
         self._attempt, self._is_durable = None, True
@@ -132,8 +141,12 @@ class Session:
         Taken for somebody else's, what it appended without an id would be appended again.
         """
         attempt, self._attempt = self._attempt, None
-        if attempt is not None and (there.header, there.body) == (attempt.header, attempt.merged):
-            self._take(there, attempt.mine)
+        if attempt is None:
+            return
+        if attempt.is_published or (there.header, there.body) == (attempt.header, attempt.merged):
+            # Others may have committed on top of it: what it wrote is the base, and the disk is merged with that.
+            self._take(Snapshot(attempt.header, attempt.merged, _NO_CHECKSUM), attempt.mine)
+            self._is_durable = False
 
     def _merged(self, mine: Body, there: Snapshot, prefer: Preference) -> Body:
         if _is_unchanged(self._base.body, mine):
@@ -204,7 +217,7 @@ class Session:
         if stream_id is None:
             return False
         try:
-            committed = streams.clear_stale(self._files, self.id, stream_id)
+            committed = streams.clear_stale(self._files, self.id, stream_id, self._base.header.incarnation)
         except SessionNotFound:
             return False
         if committed is None:
@@ -214,6 +227,7 @@ class Session:
         return True
 
     def _adopt(self, committed: Snapshot) -> None:
+        self._recognise(committed)
         if committed.header.revision <= self._base.header.revision:
             return  # another thread has saved this object since, and taken it
         base, now, theirs = self._base.body.data(), codec.captured(self.data), committed.body.data()

@@ -85,8 +85,11 @@ def _claim(files: SessionFiles, tx: Transaction, snapshot: Snapshot, stream_id: 
     return stream
 
 
-def clear_stale(files: SessionFiles, session_id: str, stream_id: object) -> Snapshot | None:
+def clear_stale(files: SessionFiles, session_id: str, stream_id: object, incarnation: str | None = None) -> Snapshot | None:
     """Clear `stream_id` from its session if it is still the active stream and is dead.
+
+    Args:
+        incarnation: that of the object which asks; a session made anew under the same id is another one.
 
     Returns:
         What was committed; None if another stream or none is active, or if this one is alive. Its `updated_at` is kept.
@@ -94,6 +97,8 @@ def clear_stale(files: SessionFiles, session_id: str, stream_id: object) -> Snap
     with files.transaction(session_id) as tx:
         snapshot = tx.read()
         if snapshot.active_stream_id is None or not same(snapshot.active_stream_id, stream_id):
+            return None
+        if incarnation not in (None, snapshot.header.incarnation):
             return None
         with tx.holding_lease_if_dead(stream_id) as is_dead:
             return _take_away(tx, snapshot) if is_dead else None

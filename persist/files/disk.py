@@ -141,12 +141,19 @@ def write(fd: int, content: bytes) -> None:
         rest = rest[os.write(fd, rest[:_WRITE_CHUNK]) :]
 
 
+class SyncFailed(OSError):
+    """An fsync failed: the kernel may have dropped what it should have written, and another fsync may say OK."""
+
+
 def sync(fd: int) -> None:
-    """Return when the file's content would survive a power cut."""
-    if sys.platform == "darwin":
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(fd)
+    """Return when the file's content would survive a power cut; else raise `SyncFailed`."""
+    try:
+        if sys.platform == "darwin":
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(fd)
+    except OSError as error:
+        raise SyncFailed(error.errno, error.strerror or type(error).__name__) from error
 
 
 def close(fd: int) -> None:

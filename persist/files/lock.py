@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 from filelock import lock_descriptor, unlock_descriptor
 
@@ -86,7 +86,9 @@ class HeldFile:
             except OSError:
                 pass  # the kernel gives the descriptor up even where it complains
 
-    __del__ = close
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
 
 
 def try_hold(path: Path, *, create: bool, exclusive: bool = False) -> HeldFile | None:
@@ -111,11 +113,16 @@ def try_hold(path: Path, *, create: bool, exclusive: bool = False) -> HeldFile |
 
 
 class Turn:
-    """One thread's place in the queue of a mutex."""
+    """One thread's place in the queue of a mutex.
 
-    __slots__ = ("given", "thread")
+    Only the block that asked for it keeps it: a turn that is gone has given up whatever it had, even if an exception of a
+    signal kept its `release` from running.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("__weakref__", "given", "session_id", "thread")
+
+    def __init__(self, session_id: str = "") -> None:
+        self.session_id = session_id
         self.thread = threading.current_thread()
         #: Locked while the turn waits; made only if it has to.
         self.given: threading.Lock | None = None
@@ -132,20 +139,23 @@ class FifoMutex:
     def __init__(self) -> None:
         # Re-entrant: a signal handler may come here while its own thread is inside.
         self._guard = threading.RLock()
-        self._holder: Turn | None = None
+        self._holder: ref[Turn] | None = None
         self._waiters: deque[Turn] = deque()
 
     @property
     def holder(self) -> str:
         """The name of the thread that holds it."""
-        holder = self._holder
+        holder = self._holding()
         return "unknown" if holder is None else holder.thread.name
+
+    def _holding(self) -> Turn | None:
+        return None if self._holder is None else self._holder()
 
     def acquire(self, turn: Turn, timeout_s: float) -> bool:
         """Take the mutex, waiting at most `timeout_s` seconds; tell whether it was taken."""
         with self._guard:
-            if self._holder is None:
-                self._holder = turn
+            if self._holding() is None:
+                self._holder = ref(turn)
                 return True
             turn.given = given = threading.Lock()
             given.acquire()
@@ -155,10 +165,11 @@ class FifoMutex:
     def release(self, turn: Turn) -> None:
         """Hand the mutex to the first waiter if this turn has it, also if it came too late; else leave the queue."""
         with self._guard:
-            if self._holder is turn:
-                self._holder = self._waiters.popleft() if self._waiters else None
-                if self._holder is not None and self._holder.given is not None:
-                    self._holder.given.release()
+            if self._holding() is turn:
+                following = self._waiters.popleft() if self._waiters else None
+                self._holder = None if following is None else ref(following)
+                if following is not None and following.given is not None:
+                    following.given.release()
             elif turn in self._waiters:
                 self._waiters.remove(turn)
 
@@ -177,9 +188,9 @@ def _mutex(path: Path) -> FifoMutex:
         return mutex
 
 
-#: Thread -> the session whose lock it holds or waits for. By thread and not thread-local: a block that is entered in one
+#: Thread -> its turn, while it holds a lock or waits for one. By thread and not thread-local: a block that is entered in one
 #: thread and left in another (a synchronous dependency of a web framework, say) must free the one that entered it.
-_session_of: dict[int, str] = {}
+_turn_of: dict[int, ref[Turn]] = {}
 
 
 @contextmanager
@@ -196,9 +207,10 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
         CommitFailed: the lock file cannot be opened.
     """
     thread, pid = threading.get_ident(), os.getpid()
-    if thread in _session_of:
-        raise NestedLock(session_id=session_id, held=_session_of[thread])
-    mutex, turn, held = _mutex(path), Turn(), None
+    outer = _turn_of[thread]() if thread in _turn_of else None
+    if outer is not None:
+        raise NestedLock(session_id=session_id, held=outer.session_id)
+    mutex, turn, held = _mutex(path), Turn(session_id), None
     start = time.monotonic()
 
     def timed_out(holder: str) -> LockTimeout:
@@ -206,7 +218,7 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
         return LockTimeout(session_id=session_id, path=path, holder=holder, timeout_s=timeout_s, waited_s=waited_s)
 
     try:
-        _session_of[thread] = session_id
+        _turn_of[thread] = ref(turn)
         if not mutex.acquire(turn, timeout_s):
             raise timed_out(f"this process (pid {pid}), thread {mutex.holder!r}")
         held = _poll(path, session_id, start + timeout_s)
@@ -225,7 +237,7 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
                     mutex.release(turn)
             finally:
                 if pid == os.getpid():
-                    _session_of.pop(thread, None)
+                    _turn_of.pop(thread, None)
 
 
 def _poll(path: Path, session_id: str, deadline: float) -> HeldFile | None:
@@ -277,7 +289,7 @@ def _forget_in_child() -> None:
     _descriptors.clear()
     _mutexes.clear()
     _kept.clear()
-    _session_of.clear()
+    _turn_of.clear()
     _table.release()
 
 

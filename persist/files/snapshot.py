@@ -44,7 +44,7 @@ _DIGITS = 32
 _CHECKED_FROM = len(_OPENING) + _DIGITS + 1
 _HEAD_CHECKED_FROM = _CHECKED_FROM + len(_MIDDLE) + _DIGITS + 1
 _SHAPE = re.compile(re.escape(_OPENING) + b'([0-9a-f]{32})"' + re.escape(_MIDDLE) + b'([0-9a-f]{32})"')
-_FORMAT = re.compile(rb'\{"_persist":\{"format":(\d+)[,}]')
+_FORMAT = re.compile(rb'\{"_persist":\{"format":(\d{1,9})[,}]')
 _BULK_STARTS = (*(b'"%s":' % name.encode() for name in BULK), b"}\n")
 _FIRST_READ_BYTES = 4096
 # A document's own limit, and room for its header.
@@ -375,7 +375,7 @@ class _Reader:
         except _NONSENSE:
             raise self._corrupt("its header makes no sense, although its checksum matches.") from None
         body = Body(content[end + 1 : bulk], content[bulk:], counts, (self.session_id, self.path))
-        if not body.bulk.startswith(_BULK_STARTS):
+        if not body.bulk.startswith(_BULK_STARTS) or content[end - 1 : end] != (b"}" if body.is_empty else b","):
             raise self._corrupt("its header does not say where its bulk begins.")
         return Snapshot(header, body, checksum.decode())
 

@@ -147,6 +147,8 @@ class Transaction:
         self._paths = files.layout.session(session_id)
         self._held: lock.HeldFile | None = held
         self._is_there = False
+        #: Whether the last commit became visible, also if an exception came after that.
+        self.is_published = False
 
     def _require_lock(self) -> None:
         if self._held is None or not self._held.is_held:
@@ -187,7 +189,7 @@ class Transaction:
             CommitUnknown: it is visible, but may not survive a power cut.
         """
         self._require_lock()
-        self._require_known()
+        self.require_known()
         content, checksum = snapshot.to_bytes(header, body)
         self._publish(content)
         self._is_there = True
@@ -196,18 +198,25 @@ class Transaction:
     def confirm(self, found: Snapshot) -> None:
         """Make durable what was read: its writer may have died between its rename and its sync."""
         self._require_lock()
-        self._require_known()
+        self.require_known()
         try:
             disk.sync_file(self._paths.document)
             disk.sync_directory(self._layout.directory)
-        except OSError:
+        except disk.SyncFailed as error:
             # What the kernel still shows of that file proves nothing any more: write what was checked before.
+            self._files.unknown[self.session_id] = _reason(error)
+            try:
+                self._publish(snapshot.to_bytes(found.header, found.body)[0])
+            except CommitFailed as failed:
+                raise self._failure(CommitUnknown, failed.reason, failed.errno) from failed
+            self._files.unknown.pop(self.session_id, None)
+        except OSError:
             self._publish(snapshot.to_bytes(found.header, found.body)[0])
 
     def delete(self) -> None:
         """Remove the session; durable on return. The document goes first: what is left after a crash is no session."""
         self._require_lock()
-        self._require_known()
+        self.require_known()
         self._is_there = False
         with self._refusals():
             disk.unlink(self._paths.document)
@@ -229,6 +238,8 @@ class Transaction:
                 attempt.run()
         except _SyncFailed as failed:
             self._publish_anew(attempt, failed)
+        finally:
+            self.is_published = attempt.is_visible
 
     def _publish_anew(self, attempt: _Attempt, failed: _SyncFailed) -> None:
         """After a failed fsync: once more, to a new inode. If that fails too, a visible commit is of unknown durability."""
@@ -244,7 +255,7 @@ class Transaction:
             raise self._failure(kind, _reason(cause), cause.errno) from cause
         self._files.unknown.pop(self.session_id, None)
 
-    def _require_known(self) -> None:
+    def require_known(self) -> None:
         """After a `CommitUnknown` nothing more is written, and nothing acknowledged."""
         reason = self._files.unknown.get(self.session_id)
         if reason is not None:

@@ -454,7 +454,8 @@ class Trial:
         try:
             result = self._run()
         except Exception as error:
-            is_right = isinstance(error, persist.PersistError) and self._now != self._ends.old
+            still_unknown = isinstance(error, persist.CommitUnknown) and isinstance(self._raised, persist.CommitUnknown)
+            is_right = still_unknown or (isinstance(error, persist.PersistError) and self._now != self._ends.old)
             self._expect(is_right, f"does not work afterwards: {error!r}")
             return
         if isinstance(self._raised, persist.CommitUnknown):

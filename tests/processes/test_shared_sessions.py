@@ -189,6 +189,68 @@ def test_save_that_was_cut_off_can_be_repeated(
     assert [message["content"] for message in session.data["messages"]] == ["hi", "no id"]
 
 
+@pytest.mark.parametrize("verb", ["save", "refresh", "clear"])
+def test_save_that_was_cut_off_is_recognised_under_later_commits(
+    store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """Ctrl-C after the rename, then a commit of somebody else, then the same object again: nothing is doubled."""
+    if verb == "clear":
+        stream = store.start_stream("s-1")
+        stream._lease.close()
+        session.refresh()
+    session.data["messages"].append({"content": "no id"})
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(disk, "sync_directory", interrupt)
+        session.save()
+    store.update("s-1", lambda data: data.update(title="on top"))
+    {"save": session.save, "refresh": session.refresh, "clear": session.clear_stale_stream}[verb]()
+    session.save()
+    assert contents(store) == ["hi", "no id"]
+    assert session.data["title"] == store.load("s-1").data["title"] == "on top"
+
+
+def test_save_that_was_cut_off_is_made_durable_before_it_is_acknowledged(
+    store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The retry finds its own commit visible, and may not trust that it was synced."""
+    session.data["title"] = "mine"
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(disk, "sync_directory", interrupt)
+        session.save()
+    synced: list[Path] = []
+    real = disk.sync_directory
+
+    def sync_directory(path: Path) -> None:
+        synced.append(path)
+        real(path)
+
+    monkeypatch.setattr(disk, "sync_directory", sync_directory)
+    session.save()
+    assert synced == [store.path]
+
+
+def test_session_made_anew_is_not_cleared_by_an_old_object(store: persist.Store) -> None:
+    """C1: the same id, and even the same stream id, of another incarnation are another session."""
+    old = store.create("s-2", {"messages": []})
+    first = store.start_stream("s-2", stream_id="run")
+    old.refresh()
+    store.delete("s-2", force=True)
+    store.create("s-2", {"messages": []})
+    second = store.start_stream("s-2", stream_id="run")
+    for stream in (first, second):
+        stream._lease.close()
+    assert old.clear_stale_stream() is False
+    assert store.load("s-2").active_stream_id == "run"
+
+
 def test_saved_state_is_absorbed_once(store: persist.Store, session: persist.Session) -> None:
     """A save that merged, and then a refresh: nothing of it is taken for new."""
     store.update("s-1", lambda data: data.update(tags=["t"]))
@@ -221,6 +283,29 @@ def test_nothing_is_acknowledged_after_an_unknown_commit(
     ):
         with pytest.raises(persist.CommitUnknown):
             verb()
+    assert persist.Store(store.path).append("s-1", "messages", item) == 2
+
+
+def test_failed_sync_of_what_was_found_is_not_tried_again(
+    store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second fsync may say OK with the data gone: what cannot be written anew is of unknown durability from then on."""
+    item = {"id": "m2", "content": "visible"}
+    store.append("s-1", "messages", item)
+
+    def no_space(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    def broken(fd: int) -> None:
+        raise disk.SyncFailed(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(disk, "sync", broken)
+        patched.setattr(disk, "replace", no_space)
+        with pytest.raises(persist.CommitUnknown):
+            store.append("s-1", "messages", item)
+    with pytest.raises(persist.CommitUnknown):
+        store.append("s-1", "messages", item)
     assert persist.Store(store.path).append("s-1", "messages", item) == 2
 
 
@@ -293,6 +378,32 @@ def test_items_appended_while_a_save_runs_are_saved_by_the_next(store: persist.S
     ids = Counter(message["id"] for message in store.load("s-1").data["messages"])
     expected = {"m1"} | {f"mine-{n}" for n in range(300)} | {f"theirs-{n}" for n in range(0, 300, 10)}
     assert ids == Counter(expected)
+
+
+def test_fields_set_while_a_save_merges_do_not_disturb_it(store: persist.Store, session: persist.Session) -> None:
+    """New keys appear in `data` all the time while saves merge what others commit."""
+    done = threading.Event()
+
+    def setter() -> None:
+        n = 0
+        while not done.is_set():
+            n += 1
+            session.data[f"new-{n % 500}"] = n
+            if n % 500 == 0:
+                for key in [key for key in session.data if key.startswith("new-")]:
+                    del session.data[key]
+
+    def saver() -> None:
+        try:
+            for n in range(60):
+                store.update("s-1", lambda data, n=n: data.update(theirs=n))  # type: ignore[misc]
+                session.save(on_conflict="mine")
+        finally:
+            done.set()
+
+    in_threads(setter, saver)
+    session.save(on_conflict="mine")
+    assert store.load("s-1").data["theirs"] == 59
 
 
 def test_what_is_saved_is_one_state_of_the_data(store: persist.Store, session: persist.Session) -> None:

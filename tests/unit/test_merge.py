@@ -537,6 +537,15 @@ def test_object_at_two_places_is_not_changed_at_both() -> None:
     assert target == {"first": {"content": "a"}, "l": [{"content": "edited"}]}
 
 
+@pytest.mark.parametrize(
+    ("mine", "theirs"), [(["x", 2, 3], [1, "x", 3]), (["x", 2, 3], [1, 2, 3])], ids=["both moved", "moved and removed"]
+)
+def test_move_that_looks_like_an_edit_neither_doubles_nor_revives(mine: list[Any], theirs: list[Any]) -> None:
+    """An item without an id that was moved onto another's place is counted as moved."""
+    with pytest.raises(MergeConflict):
+        merge({"l": [1, 2, 3, "x"]}, {"l": mine}, {"l": theirs})
+
+
 def test_what_another_thread_has_added_meanwhile_stays() -> None:
     """The target may have moved on since its copy was taken: items appended and fields set are kept."""
     target: Document = {"l": ["a", "b"], "d": {}}
