@@ -148,10 +148,10 @@ def _document(store: persist.Store, session_id: str) -> Any:
     return found.body.data() | {"cancelled": owner is not None and owner.is_cancelled}
 
 
-def play(scenario: Scenario, scratch: Path, *, padding_bytes: int = 0) -> Case:
-    """Play a scenario; a larger document has more sectors to tear."""
+def play(scenario: Scenario, scratch: Path) -> Case:
+    """Play a scenario, and record it."""
     store = persist.Store(scratch / "recorded")
-    store.create("s-1", scenario.content | {"padding": "p" * padding_bytes})
+    store.create("s-1", scenario.content)
     subject = scenario.prepare(store)
     old = documents(store)
     first = record(store.path, lambda: scenario.interrupted(store))
