@@ -390,7 +390,7 @@ def test_fields_set_while_a_save_merges_do_not_disturb_it(store: persist.Store, 
             n += 1
             session.data[f"new-{n % 500}"] = n
             if n % 500 == 0:
-                for key in [key for key in session.data if key.startswith("new-")]:
+                for key in [key for key in list(session.data) if key.startswith("new-")]:
                     del session.data[key]
 
     def saver() -> None:
