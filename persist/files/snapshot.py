@@ -127,11 +127,17 @@ class Body:
 
     def data(self) -> dict[str, Any]:
         """A fresh copy of the data."""
-        return self._decode(b"{" + self.head + self.bulk)
+        bulk = self._decode(b"{" + self.bulk)
+        if not bulk.keys() <= frozenset(BULK):
+            raise self._mislabelled()
+        return self.fields() | bulk
 
     def fields(self) -> dict[str, Any]:
         """A fresh copy of the small fields."""
-        return self._decode(b"{" + self.head.rstrip(b",\n") + b"}")
+        fields = self._decode(b"{" + self.head.removesuffix(b"\n").removesuffix(b",") + b"}")
+        if not fields.keys().isdisjoint(BULK):
+            raise self._mislabelled()
+        return fields
 
     def _decode(self, encoded: bytes) -> dict[str, Any]:
         """Its checksum vouches for it, so this fails only on what somebody has sealed on purpose."""
@@ -141,8 +147,14 @@ class Body:
             decoded = None
         if type(decoded) is dict:
             return decoded
+        raise self._corrupt("its checksum matches, but it is no JSON object.")
+
+    def _mislabelled(self) -> CorruptSession:
+        return self._corrupt("its checksum matches, but its small fields and its bulk are not parted as its header says.")
+
+    def _corrupt(self, reason: str) -> CorruptSession:
         session_id, path = self.source or ("", Path())
-        raise CorruptSession(session_id=session_id, path=path, reason="its checksum matches, but it is no JSON object.")
+        return CorruptSession(session_id=session_id, path=path, reason=reason)
 
 
 def _line(key: str, value: Any) -> bytes:
@@ -269,10 +281,10 @@ def _quick_head(path: Path) -> HeadSnapshot | None:
             return None
         try:
             values = _header_values(content, end) if end >= 0 else None
-            needed = limit * 4 if values is None else end + 1 + int(values["head_bytes"])
+            needed = limit * 4 if values is None else end + 1 + _natural(values["head_bytes"])
         except _NONSENSE:
             return None
-        if values is not None and end < needed <= len(content):
+        if values is not None and needed <= len(content):
             return _checked_head(content[:needed], end, values, shape[2])
         if len(content) < limit or needed > READ_LIMIT:
             return None
@@ -294,7 +306,7 @@ _NONSENSE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, Rec
 
 
 def _header_values(content: bytes, end: int) -> dict[str, Any]:
-    values: dict[str, Any] = codec.decode(content[len(b'{"_persist":') : end].rstrip(b","))
+    values: dict[str, Any] = codec.decode(content[len(b'{"_persist":') : end].removesuffix(b","))
     return values
 
 
@@ -353,6 +365,11 @@ def _counts(values: Mapping[str, Any]) -> Mapping[str, int]:
     return {_of(str, key): _natural(count) for key, count in _of(dict, values["counts"]).items()}
 
 
+def _is_parted(body: Body) -> bool:
+    ending = b"\n" if body.bulk == b"}\n" else b",\n"
+    return body.bulk.startswith(_BULK_STARTS) and (not body.head or body.head.endswith(ending))
+
+
 @dataclass(frozen=True, slots=True)
 class _Reader:
     """Reads one file's content; carries what its errors name."""
@@ -375,7 +392,7 @@ class _Reader:
         except _NONSENSE:
             raise self._corrupt("its header makes no sense, although its checksum matches.") from None
         body = Body(content[end + 1 : bulk], content[bulk:], counts, (self.session_id, self.path))
-        if not body.bulk.startswith(_BULK_STARTS) or content[end - 1 : end] != (b"}" if body.is_empty else b","):
+        if not _is_parted(body) or content[end - 1 : end] != (b"}" if body.is_empty else b","):
             raise self._corrupt("its header does not say where its bulk begins.")
         return Snapshot(header, body, checksum.decode())
 
