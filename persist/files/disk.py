@@ -228,16 +228,25 @@ def names(directory: Path) -> list[str]:
         return []
 
 
+def mkdir(path: Path) -> None:
+    """Make one directory, mode 0700. Its name is durable once the directory above it is synced."""
+    path.mkdir(mode=0o700)
+    _give_to_owner_of_directory(path)
+
+
 def make_directory(path: Path) -> bool:
     """Make a directory, mode 0700, and what is missing above it; durable on return. Tell whether it was missing."""
     missing = []
     while not path.exists():
         missing.append(path)
         path = path.parent
+    if missing:
+        # Another process may have made this one an instant ago, and not have synced its name yet.
+        with contextlib.suppress(PermissionError):
+            sync_directory(path.parent)
     for directory in reversed(missing):
         with contextlib.suppress(FileExistsError):
-            directory.mkdir(mode=0o700)
-            _give_to_owner_of_directory(directory)
+            mkdir(directory)
         sync_directory(directory.parent)
     return bool(missing)
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import persist
-from harness.crashes import Step, Trace, read_disk, record, recording, states, write_disk
+from harness.crashes import Step, Trace, read_disk, recording, states, write_disk
+from persist.files import disk
 
 PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
 ANSWER = {"id": "a1", "role": "assistant", "content": "Because."}
@@ -32,6 +33,45 @@ class Scenario:
     prepare: Prepare = lambda store: None
     interrupted: Callable[[persist.Store], Any] = lambda store: None
     content: dict[str, Any] = field(default_factory=lambda: {"title": "t" * 600, "messages": [{"id": "m1", "content": "hi"}]})
+
+    def play(self, scratch: Path) -> Case:
+        store = persist.Store(scratch / "recorded")
+        store.create("s-1", self.content)
+        subject = self.prepare(store)
+        old, before = documents(store), read_disk(store.path)
+        with recording(store.path) as steps:
+            self.interrupted(store)
+            steps[:] = until_rename(steps)
+            self.verb(store, subject)
+        case = Case(Trace(before, tuple(steps)), old, documents(store))
+        if isinstance(subject, persist.Stream):
+            subject._lease.close()
+        shutil.rmtree(store.path)
+        return case
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A use of a store whose directories are missing, or were made an instant ago and not synced.
+
+    Both functions are given its path, which ends in "var/sessions"; what `prepare` leaves there is durable.
+    """
+
+    name: str
+    verb: Callable[[Path], Any]
+    prepare: Callable[[Path], Any]
+
+    def play(self, scratch: Path) -> Case:
+        root = scratch / "recorded"
+        root.mkdir()
+        path = root / "var" / "sessions"
+        self.prepare(path)
+        old, before = documents_in(path), read_disk(root)
+        with recording(root) as steps:
+            self.verb(path)
+        case = Case(Trace(before, tuple(steps)), old, documents_in(path), place="var/sessions")
+        shutil.rmtree(root)
+        return case
 
 
 def start_and_die(store: persist.Store) -> None:
@@ -77,14 +117,57 @@ def left_over_temp(store: persist.Store) -> persist.Session:
     return changed(store)
 
 
+def nothing(path: Path) -> None:
+    """Neither the directory nor the one above it."""
+
+
+def directory_above(path: Path) -> None:
+    path.parent.mkdir()
+
+
+def documents_of_another_program(path: Path) -> None:
+    path.mkdir(parents=True)
+    (path / "s-1.json").write_bytes(b'{"messages": [{"id": "m1", "content": "hi"}]}')
+
+
+def create_first(path: Path) -> None:
+    persist.Store(path).create("s-2", {"title": "new"})
+
+
+def create_where_another_process_makes_the_directory_above(path: Path) -> None:
+    """It is just about to sync the one above that."""
+    disk.mkdir(path.parent)
+    create_first(path)
+
+
+def create_where_another_process_makes_the_directory(path: Path) -> None:
+    """It has made it, and is just about to sync the one above."""
+    disk.mkdir(path)
+    create_first(path)
+
+
+def first_start(path: Path) -> None:
+    """Nothing of the store is there but the documents."""
+    start_and_die(persist.Store(path, create=False))
+
+
+def start_where_another_process_makes_the_leases(path: Path) -> None:
+    """It has made their directory, and is just about to sync the store's."""
+    disk.mkdir(path / ".leases")
+    start_and_die(persist.Store(path))
+
+
 MESSAGE = {"id": "m3", "role": "user", "content": "more"}
-SCENARIOS = [
+#: About 20 sectors.
+LARGE = {"title": "large", "messages": [{"id": f"large {number}", "content": "x" * 470} for number in range(20)]}
+SCENARIOS: list[Scenario | Opening] = [
     Scenario("create", lambda store, _: store.create("s-2", {"title": "new"})),
     Scenario("duplicate", lambda store, _: store.duplicate("s-1", "s-2")),
     Scenario("save", lambda _, session: session.save(), changed),
     Scenario("save that merges", lambda _, session: session.save(), changed_on_both_sides),
     Scenario("save over a left-over", lambda _, session: session.save(), left_over_temp),
     Scenario("append", lambda store, _: store.append("s-1", "messages", MESSAGE)),
+    Scenario("append to a large document", lambda store, _: store.append("s-1", "messages", MESSAGE), content=LARGE),
     Scenario("first commit to a foreign document", lambda store, _: store.append("s-1", "messages", MESSAGE), foreign),
     Scenario("update", lambda store, _: store.update("s-1", lambda data: data.update(n=1))),
     Scenario("accept", lambda store, _: store.accept("s-1"), edited_by_hand),
@@ -116,6 +199,11 @@ SCENARIOS = [
         interrupted=lambda store: store.cancel("s-1", store.load("s-1").active_stream_id or ""),
     ),
     Scenario("sweep", lambda store, _: store.clear_stale_streams(), stale),
+    Opening("create in a new store", create_first, nothing),
+    Opening("create, directory above not yet synced", create_where_another_process_makes_the_directory_above, nothing),
+    Opening("create, directory not yet synced", create_where_another_process_makes_the_directory, directory_above),
+    Opening("first start", first_start, documents_of_another_program),
+    Opening("start, .leases not yet synced", start_where_another_process_makes_the_leases, documents_of_another_program),
 ]
 
 
@@ -128,11 +216,16 @@ Documents = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """What a scenario did to the disk, with the documents before and after it."""
+    """What a scenario did to the disk, with the documents before and after it. The store is at `place` on that disk."""
 
     trace: Trace
     old: Documents
     new: Documents
+    place: str = "."
+
+
+def documents_in(path: Path) -> Documents:
+    return documents(persist.Store(path, create=False)) if path.is_dir() else {}
 
 
 def documents(store: persist.Store) -> Documents:
@@ -148,25 +241,9 @@ def _document(store: persist.Store, session_id: str) -> Any:
     return found.body.data() | {"cancelled": owner is not None and owner.is_cancelled}
 
 
-def play(scenario: Scenario, scratch: Path) -> Case:
-    """Play a scenario, and record it."""
-    store = persist.Store(scratch / "recorded")
-    store.create("s-1", scenario.content)
-    subject = scenario.prepare(store)
-    old = documents(store)
-    first = record(store.path, lambda: scenario.interrupted(store))
-    trace = record(store.path, lambda: scenario.verb(store, subject))
-    trace = Trace(first.before, until_rename(first.steps) + trace.steps)
-    new = documents(store)
-    if isinstance(subject, persist.Stream):
-        subject._lease.close()
-    shutil.rmtree(store.path)
-    return Case(trace, old, new)
-
-
-def until_rename(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+def until_rename(steps: list[Step]) -> list[Step]:
     """The steps of a writer that was killed when its commit had just become visible, and was not durable yet."""
-    return steps[: [step.kind for step in steps].index("rename") + 1] if steps else ()
+    return steps[: [step.kind for step in steps].index("rename") + 1] if steps else []
 
 
 # --- the check of one state ----------------------------------------------------------------------------------------------
@@ -184,7 +261,7 @@ def faults(case: Case, trace: Trace, scratch: Path, *, deep: bool = True) -> Ite
 
 
 def _faults_of(case: Case, root: Path, returned: bool, *, deep: bool) -> Iterator[str]:
-    store = persist.Store(root)
+    store = persist.Store(root / case.place)
     found = documents(store)
     if found != case.new and (returned or found != case.old):
         yield f"acknowledged and lost: {found}" if returned else f"neither old nor new: {found}"

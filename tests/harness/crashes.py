@@ -1,13 +1,18 @@
 """Crash states: what a power cut may leave of a verb's disk operations, enumerated (in the manner of ALICE, OSDI 2014).
 
-`record` runs a verb for real and writes down its steps: files made, bytes written, files and directories synced, names
-moved and removed. `states` gives every disk that a cut after any of the steps may leave, under what POSIX promises and no more:
+`record` runs a verb for real and writes down its steps: files and directories made, bytes written, files and directories
+synced, names moved and removed. `states` gives every disk that a cut after any of the steps may leave, under what POSIX
+promises and no more:
 
 - a name that was made, moved or removed survives for certain only after its directory was synced; until then each
   such step survives or not, whatever became of the others (a rename survives as a whole);
+- where the name of a directory is lost, all that was made in it is lost, synced or not;
 - what was written survives for certain only after the file was synced; until then each sector of 512 bytes has its new
   content, or zeros, or the file is shorter;
 - what was synced stays.
+
+A file of n unsynced sectors may be left in 2**n ways. Up to `MOST_SECTORS` they are all enumerated; above that, the extreme
+ways and a sample stand for them, the same ones each time, and `is_sampled` says so.
 
 A real file system reorders less. What holds here holds there.
 """
@@ -16,7 +21,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -27,9 +34,15 @@ import pytest
 from persist.files import disk
 
 SECTOR_BYTES = 512
+#: A file of more unsynced sectors than this is sampled: 64 ways are quickly opened, 2**20 are not.
+MOST_SECTORS = 6
+SAMPLE_SIZE = 64
+SAMPLE_SEED = 1
 
-#: A disk: the content of each file, by its path below the store's directory.
-Disk = dict[str, bytes]
+#: What a file holds; None for a directory.
+Content = bytes | None
+#: A disk: what stands under each name, by its path below the recorded directory. A directory comes before what is in it.
+Disk = dict[str, Content]
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,7 @@ class Recorder:
         self._open: dict[int, tuple[int, str]] = {}
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        for name in ("open_plain", "write", "sync", "close", "sync_directory", "replace", "unlink"):
+        for name in ("open_plain", "write", "sync", "close", "mkdir", "sync_directory", "replace", "unlink"):
             patch.setattr(disk, name, getattr(self, name)(getattr(disk, name)))
 
     def _name(self, path: Path) -> str:
@@ -120,6 +133,13 @@ class Recorder:
             self._open.pop(fd, None)
 
         return close
+
+    def mkdir(self, real: Callable[..., None]) -> Callable[..., None]:
+        def mkdir(path: Path) -> None:
+            real(path)
+            self.steps.append(Step("mkdir", self._name(path), next(self._next)))
+
+        return mkdir
 
     def sync_directory(self, real: Callable[..., None]) -> Callable[..., None]:
         def sync_directory(path: Path) -> None:
@@ -169,13 +189,16 @@ def record(root: Path, verb: Callable[[], Any]) -> Trace:
 
 
 def read_disk(root: Path) -> Disk:
-    return {os.path.relpath(path, root): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    return {os.path.relpath(path, root): None if path.is_dir() else path.read_bytes() for path in sorted(root.rglob("*"))}
 
 
 def write_disk(root: Path, state: Disk) -> None:
-    (root / ".leases").mkdir(parents=True)
-    for name, content in state.items():
-        (root / name).write_bytes(content)
+    root.mkdir(parents=True)
+    for name, content in sorted(state.items()):
+        if content is None:
+            (root / name).mkdir()
+        else:
+            (root / name).write_bytes(content)
 
 
 # --- enumerating ---------------------------------------------------------------------------------------------------------
@@ -186,7 +209,7 @@ def states(trace: Trace) -> Iterator[tuple[Disk, bool]]:
 
     The end of the trace is when the verb returns; a disk that may be left before and after counts as after.
     """
-    seen: dict[frozenset[tuple[str, bytes]], bool] = {}
+    seen: dict[frozenset[tuple[str, Content]], bool] = {}
     for cut in range(len(trace.steps), -1, -1):
         for state in _after(trace, cut):
             seen.setdefault(frozenset(state.items()), cut == len(trace.steps))
@@ -194,36 +217,63 @@ def states(trace: Trace) -> Iterator[tuple[Disk, bool]]:
         yield dict(state_items), returned
 
 
+def is_sampled(trace: Trace) -> bool:
+    """Tell whether some file's unsynced sectors are too many for all their ways to be enumerated."""
+    written: Counter[int] = Counter()
+    for step in trace.steps:
+        written[step.file] += len(step.content)
+    return any(size > MOST_SECTORS * SECTOR_BYTES for size in written.values())
+
+
 def _after(trace: Trace, cut: int) -> Iterator[Disk]:
     """The disks that a cut after `cut` steps may leave."""
     steps = trace.steps[:cut]
-    entries = {name: number for number, name in enumerate(trace.before)}
-    durable = dict(enumerate(trace.before.values()))
-    written = dict(durable)
-    pending: list[Step] = []
-    for step in steps:
-        if step.kind == "write":
-            written[step.file] = written.get(step.file, b"") + step.content
-        elif step.kind == "sync":
-            durable[step.file] = written.get(step.file, b"")
-        elif step.kind == "sync directory":
-            for each in [each for each in pending if each.directory == step.directory]:
-                _apply(each, entries)
-                pending.remove(each)
-        else:
-            pending.append(step)
-    for survivors in itertools.product((False, True), repeat=len(pending)):
-        names = dict(entries)
-        for step, survives in zip(pending, survivors, strict=True):
-            if survives:
-                _apply(step, names)
-        choices = [_contents(durable.get(file, b""), written.get(file, b"")) for file in names.values()]
+    durable, written = _files_after(trace.before, steps)
+    for names in _names_after(trace.before, steps):
+        choices = [_contents(durable[file], written[file]) for file in names.values()]
         for contents in itertools.product(*choices):
             yield dict(zip(names, contents, strict=True))
 
 
+def _files_after(before: Disk, steps: Iterable[Step]) -> tuple[dict[int, Content], dict[int, Content]]:
+    """What each file holds for certain, and what was written to it."""
+    durable = dict(enumerate(before.values()))
+    written = dict(durable)
+    for step in steps:
+        if step.kind in ("create", "mkdir"):
+            durable[step.file] = written[step.file] = b"" if step.kind == "create" else None
+        elif step.kind == "write":
+            written[step.file] = (written[step.file] or b"") + step.content
+        elif step.kind == "sync":
+            durable[step.file] = written[step.file]
+    return durable, written
+
+
+def _names_after(before: Disk, steps: Iterable[Step]) -> Iterator[dict[str, int]]:
+    """The names that may be left, and the file that each stands for: one dictionary for each choice of what survives."""
+    certain = {name: number for number, name in enumerate(before)}
+    pending: list[Step] = []
+    for step in steps:
+        if step.kind == "sync directory":
+            for each in [each for each in pending if each.directory == step.directory]:
+                _apply(each, certain)
+                pending.remove(each)
+        elif step.kind not in ("write", "sync"):
+            pending.append(step)
+    for survives in itertools.product((False, True), repeat=len(pending)):
+        names = dict(certain)
+        for step in itertools.compress(pending, survives):
+            _apply(step, names)
+        yield _reachable(names)
+
+
+def _reachable(names: dict[str, int]) -> dict[str, int]:
+    """Without what stands in a directory whose own name is lost."""
+    return {name: file for name, file in names.items() if all(str(above) in names for above in PurePath(name).parents[:-1])}
+
+
 def _apply(step: Step, entries: dict[str, int]) -> None:
-    if step.kind == "create":
+    if step.kind in ("create", "mkdir"):
         entries[step.path] = step.file
     else:
         if entries.get(step.path) == step.file:
@@ -232,14 +282,36 @@ def _apply(step: Step, entries: dict[str, int]) -> None:
             entries[step.target] = step.file
 
 
-def _contents(durable: bytes, written: bytes) -> list[bytes]:
+def _contents(durable: Content, written: Content) -> list[Content]:
     """What a file may hold whose last writes were not synced (it was empty, or all of it was durable, before)."""
-    if durable == written:
+    if durable == written or written is None:
         return [written]
     sectors = [written[start : start + SECTOR_BYTES] for start in range(0, len(written), SECTOR_BYTES)]
     torn = [
         b"".join(sector if kept else bytes(len(sector)) for sector, kept in zip(sectors, pattern, strict=True))
-        for pattern in itertools.product((True, False), repeat=len(sectors))
+        for pattern in _patterns(len(sectors))
     ]
     shorter = [b"".join(sectors[:count]) for count in range(len(sectors))]
-    return [durable, *dict.fromkeys(torn + shorter)]
+    return list(dict.fromkeys([durable, *torn, *shorter]))
+
+
+#: For each sector of a file, whether it was kept.
+Pattern = tuple[bool, ...]
+
+
+def _patterns(sectors: int) -> Iterable[Pattern]:
+    """Every way to keep some sectors and lose the others; of many sectors, the extreme ways and a sample."""
+    if sectors <= MOST_SECTORS:
+        return itertools.product((True, False), repeat=sectors)
+    chance = random.Random(SAMPLE_SEED)
+    sample = [tuple(chance.random() < 0.5 for _ in range(sectors)) for _ in range(SAMPLE_SIZE)]
+    return dict.fromkeys([*_extreme_patterns(sectors), *sample])
+
+
+def _extreme_patterns(sectors: int) -> Iterator[Pattern]:
+    """All kept, all lost, each single one lost, each single one kept, each prefix kept."""
+    for place in range(sectors):
+        yield tuple(each != place for each in range(sectors))
+        yield tuple(each == place for each in range(sectors))
+        yield tuple(each < place for each in range(sectors))
+    yield (True,) * sectors
