@@ -130,10 +130,6 @@ class Ledger:
         history = self._histories[self._pending.pop(author).session_id][author]
         history.promised = len(history.states) - 1
 
-    def doubt(self, author: str) -> None:
-        """The verb returned when the power was gone already: no promise."""
-        del self._pending[author]
-
     def refuse(self, author: str) -> None:
         """The verb raised an error that says that nothing was written."""
         self._histories[self._pending.pop(author).session_id][author].states.pop()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import random
 import select
@@ -61,7 +60,7 @@ class Author:
         except (persist.SessionBusy, persist.CommitFailed):
             self.report("refuse")
             raise
-        self.report("acknowledge", time.monotonic())
+        self.report("acknowledge")
 
 
 def as_document(message: Message) -> dict[str, Any]:
@@ -201,13 +200,11 @@ class Crew:
 
     Attributes:
         raised: what the processes have raised.
-        trusted_until: on the clock of `time.monotonic`; a verb that returned later has promised nothing.
     """
 
     def __init__(self, ledger: Ledger, figures: Figures, seed: int) -> None:
         self.hands: list[Hand] = []
         self.raised: list[str] = []
-        self.trusted_until = math.inf
         self._ledger = ledger
         self._figures = figures
         self._seed = seed
@@ -277,20 +274,14 @@ class Crew:
             self._ledger.begin(author, Change(change, session_id, tuple((each[0], each[1]) for each in messages), ahead_of))
             self._figures.begun += 1
         elif kind == "acknowledge":
-            self._acknowledge(author, at=record[0])
+            self._ledger.acknowledge(author)
+            self._figures.acknowledged += 1
         elif kind == "refuse":
             self._ledger.refuse(author)
         elif kind == "look":
             self._figures.looks += 1
         else:
             self.raised.append(f"{author}: {record[0]}")
-
-    def _acknowledge(self, author: str, at: float) -> None:
-        if at < self.trusted_until:
-            self._ledger.acknowledge(author)
-            self._figures.acknowledged += 1
-        else:
-            self._ledger.doubt(author)
 
 
 def _live(name: str, role: Role, directory: Path, pipe: int, seed: int, shared: Sequence[str]) -> NoReturn:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import persist
+from harness import planted
 from harness.linearizability import (
     UNKNOWN,
     Anomaly,
@@ -386,10 +387,8 @@ class _Worker:
         self.died: tuple[int, int] | None = None
         self.records = [_record_path(directory, number, index) for index in range(len(starts))]
         options = json.dumps([str(directory), number, starts, asdict(plan)])
-        # -P: the working directory must not come before the package that is to be tested.
-        command = [sys.executable, "-P", "-W", "error", __file__, options]
-        environment = os.environ | {"PYTHONPATH": f"{package}{os.pathsep}{ROOT / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1"}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+        command = [*planted.PYTHON, __file__, options]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=planted.environment(package))
 
     @property
     def is_ready(self) -> bool:

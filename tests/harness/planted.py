@@ -14,6 +14,9 @@ import persist
 TESTS = Path(__file__).parent.parent
 PACKAGE_PARENT = Path(persist.__file__).parent.parent
 
+# -P: the working directory must not come before the package that is to be tested.
+PYTHON = (sys.executable, "-P", "-W", "error")
+
 Mutation = tuple[str, str, str]
 """A file of the package, a piece of its text, and what to put there."""
 
@@ -28,8 +31,14 @@ def write_mutated_package(mutation: Mutation, parent: Path) -> None:
     source.write_text(text.replace(old, new))
 
 
+def environment(package_parent: Path) -> dict[str, str]:
+    """The environment of a process of a harness that is to use the package under `package_parent`."""
+    return os.environ | {"PYTHONPATH": f"{package_parent}{os.pathsep}{TESTS}", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
 def run_harness(name: str, options: Iterable[str], package_parent: Path, timeout_s: float) -> subprocess.CompletedProcess[str]:
     """Run ``harness.<name>`` on the package under `package_parent`: it forks, which a process with threads must not."""
-    command = [sys.executable, "-P", "-W", "error", "-m", f"harness.{name}", *options]
-    environment = os.environ | {"PYTHONPATH": f"{package_parent}{os.pathsep}{TESTS}", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False)
+    command = [*PYTHON, "-m", f"harness.{name}", *options]
+    return subprocess.run(
+        command, env=environment(package_parent), capture_output=True, text=True, timeout=timeout_s, check=False
+    )

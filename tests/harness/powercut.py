@@ -11,25 +11,24 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import fcntl
-import math
 import os
-import random
 import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import persist
 from harness.acknowledged import Figures
 from harness.authors import Role, garden, own, sweep, write
-from harness.watch import Watch, ask_on_interrupt
+from harness.faults import quick_directory
+from harness.runs import Plan, Run, arguments_of
+from harness.watch import Watch
 
 WRITERS: tuple[Role, ...] = (write, own, garden)
 MOST_OTHERS = 2
@@ -37,13 +36,11 @@ LONGEST_WORK_S = 0.02
 LONGEST_START_S = 1.0
 # The first to write to a directory makes it: its name, too, must survive.
 CUTS_A_DIRECTORY = 12
-SECONDS_A_LINE = 10.0
 NOTHING_RUN = 2
 
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 1 << 14, 1 << 18
 _FS_IOC_SHUTDOWN, _NO_LOG_FLUSH = 0x8004587D, struct.pack("I", 2)
-# A file system in memory, where a flush of the image costs nothing.
-_MEMORY = Path("/dev/shm")
+_LOOP_CTL_GET_FREE, _LOOP_CONFIGURE, _LO_FLAGS_AUTOCLEAR = 0x4C82, 0x4C0A, 4
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -71,14 +68,16 @@ class Refused(Exception):
 class Disk:
     """A file system on an image that can lose its power."""
 
-    def __init__(self, file_system: FileSystem, device: str, mount_point: Path) -> None:
+    def __init__(self, file_system: FileSystem, image: Path, mount_point: Path) -> None:
         self.mount_point = mount_point
         self._file_system = file_system
-        self._device = device
+        self._image = image
 
     def mount(self) -> None:
+        """Mount the image by a new device: what a device has in its cache must not outlive a power cut, nor hide its damage."""
         kind, options = self._file_system.kind.encode(), self._file_system.options.encode()
-        _call("mount", self._device.encode(), bytes(self.mount_point), kind, 0, options)
+        with _loop_device(self._image) as device:
+            _call("mount", device.encode(), bytes(self.mount_point), kind, 0, options)
 
     def cut(self) -> None:
         """From here on nothing more reaches the image."""
@@ -98,11 +97,11 @@ def _call(name: str, *arguments: object) -> None:
         raise OSError(error, f"{name}: {os.strerror(error)}")
 
 
-def _run(*command: str) -> str:
+def _run(*command: str) -> None:
     try:
         # A bare environment often lacks the directories of the administrator's programs.
         environment = os.environ | {"PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"}
-        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.strip()
+        subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     except FileNotFoundError:
         raise Refused(f"{command[0]} is not installed") from None
     except subprocess.CalledProcessError as error:
@@ -124,32 +123,37 @@ def enter_private_namespace() -> None:
 
 @contextmanager
 def _loop_device(image: Path) -> Iterator[str]:
-    device = _run("losetup", "--find", "--show", str(image))
-    try:
-        fd = os.open(device, os.O_RDWR)
-    finally:
-        # Of a device that is open, this is a promise to let go of it when it is closed.
-        _run("losetup", "--detach", device)
-    try:
-        yield device
-    finally:
-        os.close(fd)
+    """A device that lasts until it is neither open nor mounted any more; it is open for the block."""
+    with open("/dev/loop-control", "r+b", buffering=0) as control, image.open("r+b") as file:
+        # The kernel's struct loop_config: fd, block_size, and far behind them lo_flags.
+        config = struct.pack("II52xI240x", file.fileno(), 0, _LO_FLAGS_AUTOCLEAR)
+        while True:
+            device = f"/dev/loop{fcntl.ioctl(control, _LOOP_CTL_GET_FREE)}"
+            with open(device, "r+b", buffering=0) as opened:
+                try:
+                    fcntl.ioctl(opened, _LOOP_CONFIGURE, config)
+                except OSError as error:
+                    # Somebody else was faster.
+                    if error.errno == errno.EBUSY:
+                        continue
+                    raise
+                yield device
+                return
 
 
 @contextmanager
 def disk_of(file_system: FileSystem) -> Iterator[Disk]:
     """A new file system, mounted for the block; however this process ends, no device and no mount is left."""
     with ExitStack() as undo:
-        parent = _MEMORY if _MEMORY.is_dir() else None
-        scratch = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="persist-powercut-", dir=parent)))
+        # In memory a flush of the image costs nothing.
+        scratch = undo.enter_context(quick_directory())
         image, mount_point = scratch / "image", scratch / "mounted"
         mount_point.mkdir()
         with image.open("wb") as file:
             file.truncate(file_system.megabytes << 20)
         _run(f"mkfs.{file_system.kind}", "-q", str(image))
         try:
-            device = undo.enter_context(_loop_device(image))
-            disk = Disk(file_system, device, mount_point)
+            disk = Disk(file_system, image, mount_point)
             disk.mount()
         except OSError as error:
             raise Refused(str(error)) from None
@@ -157,25 +161,14 @@ def disk_of(file_system: FileSystem) -> Iterator[Disk]:
         yield disk
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How often to cut. `keep_going` counts all faults instead of ending at the first."""
-
-    cuts: int = 10_000
-    seed: int = 0
-    keep_going: bool = False
-    is_interrupted: Callable[[], bool] = lambda: False
-
-
-class PowerCuts:
+class PowerCuts(Run):
     """One run on one disk; `run` returns its figures."""
 
+    crashes = "cuts"
+
     def __init__(self, disk: Disk, plan: Plan) -> None:
-        self.figures = Figures()
+        super().__init__(plan)
         self._disk = disk
-        self._plan = plan
-        self._random = random.Random(plan.seed)
-        self._last_line = time.monotonic()
 
     def run(self) -> Figures:
         number = 0
@@ -187,10 +180,6 @@ class PowerCuts:
             os.sync()
             number += 1
         return self.figures
-
-    def _is_over(self) -> bool:
-        is_broken = not (self.figures.is_sound or self._plan.keep_going)
-        return self.figures.crashes >= self._plan.cuts or is_broken or self._plan.is_interrupted()
 
     def _cut_often(self, watch: Watch) -> None:
         """The first author makes the directory; whoever comes later finds what the cuts have left."""
@@ -217,14 +206,11 @@ class PowerCuts:
         """Cut the power in mid-commit, recover, and look."""
         watch.crew.listen(self._random.uniform(0, LONGEST_WORK_S))
         watch.blame()
-        # A real power cut stops the processes, too. Here they live on for a moment, in which XFS answers OK to the fsync of a
-        # directory that was changed before the cut; so only what was acknowledged before the cut counts.
-        watch.crew.trusted_until = time.monotonic()
         self._disk.cut()
         self.figures.crashes += 1
+        # A real power cut stops the processes, too. Here they live on for a moment, as after an I/O error that shuts the
+        # file system down: every verb may raise then, and what one acknowledges counts all the same.
         watch.crew.kill_all()
-        watch.crew.trusted_until = math.inf
-        # After the cut every verb may raise.
         watch.crew.raised.clear()
         self._disk.unmount()
         self._disk.mount()
@@ -236,42 +222,29 @@ class PowerCuts:
         watch.retire()
         self._tell()
 
-    def _tell(self) -> None:
-        if time.monotonic() - self._last_line > SECONDS_A_LINE:
-            self._last_line = time.monotonic()
-            print(self.figures.shown("cuts"), flush=True)
-
 
 def run_on(name: str, plan: Plan) -> bool | None:
     """Run on one kind of file system and print the figures; None if the machine does not allow it."""
-    started = time.monotonic()
     try:
         with disk_of(FILE_SYSTEMS[name]) as disk:
-            figures = PowerCuts(disk, plan).run()
+            cuts = PowerCuts(disk, plan)
+            figures = cuts.run()
     except Refused as refused:
         print(f"{name}: skipped: {refused}", flush=True)
         return None
-    for finding in figures.findings[:20]:
-        print(f"{name}: {finding}")
-    print(f"{name}: {figures.shown('cuts')}; {time.monotonic() - started:.0f} s", flush=True)
+    cuts.tell_result(f"{name}: ")
     return figures.is_sound
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/powercut", description=__doc__)
-    parser.add_argument("--cuts", type=int, default=10_000, help="on each file system")
-    parser.add_argument("--filesystem", choices=[*FILE_SYSTEMS, "all"], default="all")
-    parser.add_argument("--seed", type=int, default=None, help="by default another one each time; it is printed")
-    parser.add_argument("--keep-going", action="store_true", help="count all faults instead of ending at the first")
-    options = parser.parse_args(arguments)
-    seed = random.randrange(1 << 32) if options.seed is None else options.seed
-    print(f"seed {seed}, persist from {Path(persist.__file__).parent}", flush=True)
+    parser.add_argument("--filesystem", choices=[*FILE_SYSTEMS, "all"], default="all", help="each gets so many cuts")
+    options, plan = arguments_of(parser, arguments, PowerCuts.crashes)
     try:
         enter_private_namespace()
     except Refused as refused:
         print(f"skipped: {refused}")
         return NOTHING_RUN
-    plan = Plan(options.cuts, seed, options.keep_going, ask_on_interrupt())
     names = list(FILE_SYSTEMS) if options.filesystem == "all" else [options.filesystem]
     outcomes = [run_on(name, plan) for name in names]
     if False in outcomes:

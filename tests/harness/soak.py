@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import persist
+from harness.acknowledged import stray_files
+from harness.faults import descriptors
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 SESSIONS = 20
@@ -42,7 +44,7 @@ class Soaked:
 def soak(directory: Path, commits: int) -> Soaked:
     """Make at least so many commits, over sessions that come and go, and count what is left of them."""
     store = persist.Store(directory)
-    before, warm, done = _descriptors(), 0, 0
+    before, warm, done = len(descriptors()), 0, 0
     number = 0
     while done < commits:
         done += _one_round(store, f"s-{number % SESSIONS}")
@@ -50,10 +52,8 @@ def soak(directory: Path, commits: int) -> Soaked:
         if not warm and done >= commits * WARM_UP:
             warm = _resident_bytes()
     gc.collect()
-    after, grown = _descriptors(), _resident_bytes() - warm
-    expected = {f"s-{n}.json{suffix}" for n in range(SESSIONS) for suffix in ("", ".lock")} | {".leases"}
-    stray = sorted({path.name for path in directory.iterdir()} - expected) + os.listdir(directory / ".leases")
-    return Soaked(done, before, after, grown, stray, len(store.check()))
+    after, grown = len(descriptors()), _resident_bytes() - warm
+    return Soaked(done, before, after, grown, list(stray_files(directory)), len(store.check()))
 
 
 def _one_round(store: persist.Store, session_id: str) -> int:
@@ -75,10 +75,6 @@ def _one_round(store: persist.Store, session_id: str) -> int:
     if session.data["n"] % 50 == 0:
         store.delete(session_id)
     return 6
-
-
-def _descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def _resident_bytes() -> int:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +13,6 @@ SHARED = 3
 MOST_MESSAGES = 40
 # The author of the sessions that the authors share.
 MADE_HERE = "shared"
-
-
-def ask_on_interrupt() -> Callable[[], bool]:
-    """From here on Ctrl-C only makes the result say True, so that a run ends after the crash at hand, with its figures."""
-    asked = threading.Event()
-    signal.signal(signal.SIGINT, lambda *_: asked.set())
-    return asked.is_set
 
 
 class Watch:

@@ -1,0 +1,78 @@
+"""A run of many crashes on a store: how many, with which dice, when it ends, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import persist
+from harness.acknowledged import Figures
+
+SECONDS_A_LINE = 10.0
+MOST_FINDINGS_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How often to crash. `keep_going` counts all faults instead of ending at the first."""
+
+    crashes: int = 10_000
+    seed: int = 0
+    keep_going: bool = False
+    is_interrupted: Callable[[], bool] = lambda: False
+
+
+class Run:
+    """What the runs have in common; a subclass makes the crashes.
+
+    Attributes:
+        crashes: what it calls them in what it prints.
+    """
+
+    crashes: str
+
+    def __init__(self, plan: Plan) -> None:
+        self.figures = Figures()
+        self._plan = plan
+        self._random = random.Random(plan.seed)
+        self._started = self._last_line = time.monotonic()
+
+    def _is_over(self) -> bool:
+        is_broken = not (self.figures.is_sound or self._plan.keep_going)
+        return self.figures.crashes >= self._plan.crashes or is_broken or self._plan.is_interrupted()
+
+    def _tell(self) -> None:
+        """Print the figures, if it is time for it."""
+        if time.monotonic() - self._last_line > SECONDS_A_LINE:
+            self._last_line = time.monotonic()
+            print(self.figures.shown(self.crashes), flush=True)
+
+    def tell_result(self, prefix: str = "") -> None:
+        """Print what was found, and the figures."""
+        for finding in self.figures.findings[:MOST_FINDINGS_SHOWN]:
+            print(f"{prefix}{finding}")
+        print(f"{prefix}{self.figures.shown(self.crashes)}; {time.monotonic() - self._started:.0f} s", flush=True)
+
+
+def arguments_of(parser: argparse.ArgumentParser, given: list[str] | None, crashes: str) -> tuple[argparse.Namespace, Plan]:
+    """Parse a command line, to which the options of every run are added; prints the seed. Ctrl-C ends the run from here on."""
+    parser.add_argument(f"--{crashes}", type=int, default=Plan().crashes, help="how many; default %(default)s")
+    parser.add_argument("--seed", type=int, default=None, help="by default another one each time; it is printed")
+    parser.add_argument("--keep-going", action="store_true", help="count all faults instead of ending at the first")
+    options = parser.parse_args(given)
+    seed = random.randrange(1 << 32) if options.seed is None else options.seed
+    print(f"seed {seed}, persist from {Path(persist.__file__).parent}", flush=True)
+    return options, Plan(getattr(options, crashes), seed, options.keep_going, ask_on_interrupt())
+
+
+def ask_on_interrupt() -> Callable[[], bool]:
+    """From here on Ctrl-C only makes the result say True, so that a run ends after the crash at hand, with its figures."""
+    asked = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: asked.set())
+    return asked.is_set
