@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from persist.errors import CommitFailed as CommitFailed
     from persist.errors import CommitUnknown as CommitUnknown
     from persist.errors import CorruptSession as CorruptSession
+    from persist.errors import IdTaken as IdTaken
     from persist.errors import InvalidSessionId as InvalidSessionId
     from persist.errors import InvalidStreamId as InvalidStreamId
     from persist.errors import LockNotHeld as LockNotHeld
@@ -52,10 +53,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "errors": (
-        "CommitFailed CommitUnknown CorruptSession InvalidSessionId InvalidStreamId LockNotHeld LockTimeout MergeConflict "
-        "MessagesRemoved NestedLock NotJSON Owner PersistError ReservedField RevisionMismatch SessionBusy SessionDeleted "
-        "SessionExists SessionNotFound StoreClosed StreamLost SweepIncomplete Unreadable UnsafeFile UnsupportedFileSystem "
-        "UnsupportedFormat WrongType"
+        "CommitFailed CommitUnknown CorruptSession IdTaken InvalidSessionId InvalidStreamId LockNotHeld LockTimeout "
+        "MergeConflict MessagesRemoved NestedLock NotJSON Owner PersistError ReservedField RevisionMismatch SessionBusy "
+        "SessionDeleted SessionExists SessionNotFound StoreClosed StreamLost SweepIncomplete Unreadable UnsafeFile "
+        "UnsupportedFileSystem UnsupportedFormat WrongType"
     ),
     "merge": "MISSING",
     "session": "Head Session",

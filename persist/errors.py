@@ -7,7 +7,7 @@ parent. Its message never holds the content of a document; ids, field names, pat
     ├── SessionNotFound (KeyError)      SessionExists        SessionDeleted      StoreClosed
     ├── InvalidSessionId (ValueError)   InvalidStreamId (ValueError)
     ├── NotJSON (ValueError)            WrongType (TypeError)
-    ├── ReservedField (ValueError)      MergeConflict        RevisionMismatch (a MergeConflict)    MessagesRemoved
+    ├── ReservedField (ValueError)      MergeConflict        RevisionMismatch, IdTaken (MergeConflicts)    MessagesRemoved
     ├── SessionBusy                     StreamLost           SweepIncomplete
     ├── LockTimeout (TimeoutError)      NestedLock (RuntimeError)       LockNotHeld (RuntimeError)
     ├── CorruptSession                  UnsupportedFormat    UnsafeFile (OSError)   Unreadable (OSError)
@@ -200,6 +200,15 @@ def conflicts_in(session_id: str) -> Iterator[None]:
         raise conflict.in_session(session_id) from None
 
 
+class IdTaken(MergeConflict):
+    """A message was to be added whose ``id`` another message has. Nothing was written."""
+
+    template = (
+        "Session {session_id!r}: {where} has the same id, and other content; nothing was written. "
+        "Give the new one an id of its own, or send the same content again."
+    )
+
+
 class RevisionMismatch(MergeConflict):
     """An edit named the revision it had seen (`if_revision=`), and the session has moved on. Nothing was written."""
 
@@ -251,13 +260,26 @@ class LockTimeout(PersistError, TimeoutError):
 
     template = (
         "Could not lock session {session_id!r} within {timeout_s:g} s: {path} is held by {holder}. "
-        "Raise lock_timeout_s, or end that process."
+        "Raise lock_timeout_s, or {remedy}."
     )
     session_id: str
     path: Path
     holder: str
     timeout_s: float
     waited_s: float
+    remedy: str
+
+    def __init__(
+        self,
+        *,
+        session_id: str,
+        path: Path,
+        holder: str,
+        timeout_s: float,
+        waited_s: float,
+        remedy: str = "end that process",
+    ) -> None:
+        super().__init__(session_id=session_id, path=path, holder=holder, timeout_s=timeout_s, waited_s=waited_s, remedy=remedy)
 
 
 class NestedLock(PersistError, RuntimeError):

@@ -44,6 +44,8 @@ class Session:
     the next save. To move or remove items of a list meanwhile, take a lock of your own.
     """
 
+    __slots__ = ("__weakref__", "_attempt", "_base", "_files", "_guard", "_is_durable", "_policies", "data", "id")
+
     def __init__(
         self, files: SessionFiles, policies: Mapping[str, Policy], session_id: str, snapshot: Snapshot, *, is_durable: bool
     ) -> None:
@@ -57,6 +59,12 @@ class Session:
         self._attempt: Attempt | None = None
         # Guards base and data between threads that share this object. Taken inside the session's lock, never around it.
         self._guard = threading.RLock()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # `session.title = …` on an object that takes any attribute would be lost at the next save, without a word.
+        if name not in self.__slots__:
+            raise AttributeError(f"A Session has no attribute {name!r} to set; the fields of its document are session.data[…].")
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         return f"<persist.Session {self.id!r} at revision {self.revision}>"

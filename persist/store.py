@@ -229,7 +229,9 @@ class Store:
         """Change a session exactly: the lock is held from the read to the write, for the whole block.
 
         Yields the committed data; what the block leaves in it is committed, durably, when the block ends. A block that
-        raises writes nothing, and one that changes nothing writes nothing. Keep it short: others wait.
+        raises writes nothing, and one that changes nothing writes nothing. Keep it short: others wait. Change the dict in
+        place: another one that is bound to the same name is not seen. Messages that the block removes are removed, also in
+        the middle of a turn.
 
         Args:
             touch: False keeps `updated_at`.
@@ -295,7 +297,7 @@ class Store:
             The revision that holds the item.
 
         Raises:
-            MergeConflict: an item of that ``id`` is there, with other content.
+            IdTaken: an item of that ``id`` is there, with other content.
             NotJSON, WrongType, ReservedField: the item or the field cannot be used.
             SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
@@ -325,7 +327,7 @@ class Store:
         Raises:
             SessionBusy: a live stream owns the session; it names the owner.
             InvalidStreamId, NotJSON, WrongType: an argument cannot be used.
-            MergeConflict: a message of that ``id`` is there, with other content.
+            IdTaken: a message of that ``id`` is there, with other content.
             SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
         return streams.start(self._open_files(), session_id, message, stream_id)
@@ -455,7 +457,9 @@ def _problem(files: SessionFiles, session_id: str) -> Problem | None:
         info = streams.look_at(files, session_id)
         if info is None or info.is_live:
             return None
-        remedy = f"Clear it with 'persist clear-stale {path.parent} --every-session'."
+        # A sweep goes by the leases; another program's streams have none.
+        option = "" if (session_id, info.stream_id) in files.leases() else " --every-session"
+        remedy = f"Clear it with 'persist clear-stale {path.parent}{option}'."
         return Problem(session_id, "stale", path, f"Stream {info.stream_id} of session {session_id!r} is dead. {remedy}")
     except CorruptSession as error:
         kind, message = "corrupt", str(error)

@@ -237,6 +237,11 @@ class Stream:
     Every verb raises `StreamLost` once the session belongs to somebody else (a forced cancel, a delete), or the stream has
     ended.
 
+    Attributes:
+        id: the stream's id.
+        session_id: that of the session it owns.
+        epoch: its fencing token; grows with every stream of the session.
+
     Concurrency: each verb is one commit under the session's lock, from any thread of the process that started the
     stream. In a forked child every verb raises `StreamLost`, and leaving the block does nothing.
     """
@@ -277,7 +282,7 @@ class Stream:
         Raises:
             StreamLost: the session is no longer this stream's: end the turn.
             NotJSON, WrongType: the message cannot be kept.
-            MergeConflict: another message has its id.
+            IdTaken: another message has its id.
             CommitFailed, CommitUnknown, LockTimeout: see the errors; the turn may go on.
         """
         answer = turn.with_id(_checked(message), f"{self.id}.answer")

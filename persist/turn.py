@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from persist.errors import MergeConflict, ReservedField, WrongType
+from persist.errors import IdTaken, ReservedField, WrongType
 from persist.merge import same
 
 Data = dict[str, Any]
@@ -59,7 +59,7 @@ def messages_of(data: Data, field: str = MESSAGES) -> list[Any]:
 
 
 def append_once(messages: list[Any], item: Any, *, before: int | None = None, field: str = MESSAGES) -> None:
-    """Add an item unless one of its id is there; the same id with other content is a `MergeConflict`."""
+    """Add an item unless one of its id is there; the same id with other content is `IdTaken`."""
     place = find(messages, item.get("id")) if type(item) is dict else None
     if place is None:
         messages.insert(len(messages) if before is None else before, item)
@@ -69,7 +69,7 @@ def append_once(messages: list[Any], item: Any, *, before: int | None = None, fi
 
 def _require_same(there: Message, item: Message, path: tuple[str | int, ...]) -> None:
     if not same(there, item):
-        raise MergeConflict(path=path, reason="its id is taken by other content", base=None, mine=item, theirs=there)
+        raise IdTaken(path=path, reason="its id is taken by other content", base=None, mine=item, theirs=there)
 
 
 def has_id(message: Any, message_id: object) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -22,6 +24,8 @@ from persist.streams import StreamInfo
 
 PROBLEMS_FOUND = 1
 STORE_ERROR = 3
+# As a shell reports a program that SIGPIPE has ended.
+ENDED_BY_SIGPIPE = 141
 _TITLE_SHOWN = 60
 
 _EPILOG = """\b
@@ -56,7 +60,9 @@ class StoreGroup(click.Group):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise
+            # Who reads has seen enough (`persist ls … | head`). Else Python would complain when it flushes at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(ENDED_BY_SIGPIPE) from None
         except (PersistError, OSError) as error:
             raise StoreFailure(printable(str(error), keep="\n")) from error
 

@@ -35,7 +35,11 @@ def check_session_id(session_id: object) -> str:
     """Return `session_id` if it can name a session, else raise `InvalidSessionId`."""
     if isinstance(session_id, str) and _is_session_id(session_id):
         return session_id
-    raise InvalidSessionId(session_id=session_id, reason=_RULE)
+    raise InvalidSessionId(session_id=session_id, reason=_type_hint(session_id) + _RULE)
+
+
+def _type_hint(name: object) -> str:
+    return "" if isinstance(name, str) else f"it is no string, but {type(name).__name__}; "
 
 
 def _is_session_id(name: str) -> bool:
@@ -46,7 +50,7 @@ def check_stream_id(stream_id: object) -> str:
     """Return `stream_id` if it can name a stream, else raise `InvalidStreamId`."""
     if is_stream_id(stream_id):
         return str(stream_id)
-    raise InvalidStreamId(stream_id=stream_id, reason=_STREAM_RULE)
+    raise InvalidStreamId(stream_id=stream_id, reason=_type_hint(stream_id) + _STREAM_RULE)
 
 
 def is_stream_id(stream_id: object) -> bool:

@@ -213,14 +213,15 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
     mutex, turn, held = _mutex(path), Turn(session_id), None
     start = time.monotonic()
 
-    def timed_out(holder: str) -> LockTimeout:
+    def timed_out(holder: str, **remedy: str) -> LockTimeout:
         waited_s = time.monotonic() - start
-        return LockTimeout(session_id=session_id, path=path, holder=holder, timeout_s=timeout_s, waited_s=waited_s)
+        return LockTimeout(session_id=session_id, path=path, holder=holder, timeout_s=timeout_s, waited_s=waited_s, **remedy)
 
     try:
         _turn_of[thread] = ref(turn)
         if not mutex.acquire(turn, timeout_s):
-            raise timed_out(f"this process (pid {pid}), thread {mutex.holder!r}")
+            remedy = "leave that thread's edit() or update() sooner: it must not wait for others who write this session"
+            raise timed_out(f"this process (pid {pid}), thread {mutex.holder!r}", remedy=remedy)
         held = _poll(path, session_id, start + timeout_s)
         if held is None:
             raise timed_out(_holder_of(path))

@@ -35,10 +35,15 @@ class SessionFiles:
         self.layout = Layout(Path(os.path.realpath(directory)))
         self.lock_timeout_s = lock_timeout_s
         self.unknown: dict[str, str] = {}
-        if create:
-            self._make_directories()
-        disk.check_file_system(self.layout.directory, allow_network=allow_network)
-        self._ignores_case = disk.ignores_case(self.layout.directory, layout.LEASES)
+        try:
+            if create:
+                self._make_directories()
+            disk.check_file_system(self.layout.directory, allow_network=allow_network)
+            self._ignores_case = disk.ignores_case(self.layout.directory, layout.LEASES)
+        except PersistError:
+            raise
+        except OSError as error:
+            raise Unreadable.because(self.layout.directory, error) from error
 
     def _make_directories(self) -> None:
         disk.make_directory(self.layout.leases)

@@ -84,7 +84,7 @@ def test_missing_extra_is_named_with_its_remedy(missing: str) -> None:
     script = f"import sys; sys.modules[{missing!r}] = None; from persist.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
     assert result.returncode == 2
-    assert result.stderr == f"persist: the command line needs {missing}: pip install 'persist-sessions[cli]'\n"
+    assert result.stderr == f"persist: the command line needs {missing}: pip install '.[cli]', in a checkout of persist\n"
 
 
 def test_help_shows_examples_and_exit_status(run: Run) -> None:

@@ -257,6 +257,12 @@ CASES: dict[type[persist.PersistError], Case] = {
             "theirs": CANARY + "1",
         },
     ),
+    errors.IdTaken: Case(
+        lambda scene: scene.store.append("s", "messages", {"id": "m1", "content": CANARY + "2"}),
+        ("Session 's'", "data['messages'][0]", "same id", "nothing was written"),
+        {"session_id": "s", "path": ("messages", 0)},
+        errors.MergeConflict,
+    ),
     errors.RevisionMismatch: Case(
         lambda scene: scene.store.update("s", dict.clear, if_revision=9),
         ("'s' is at revision 1, not at 9", "nothing was written", "look again"),

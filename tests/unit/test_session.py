@@ -457,13 +457,20 @@ def test_another_thread_waits_for_the_lock_and_says_who_holds_it(session: persis
 # --- append -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["title", "messages", "pending_user_message"])
+def test_a_field_set_beside_the_data_is_refused(session: persist.Session, name: str) -> None:
+    """What users of such servers write (`session.title = …; session.save()`) must not be lost without a word."""
+    with pytest.raises(AttributeError, match=rf"'{name}' to set.*session\.data"):
+        setattr(session, name, "x")
+
+
 def test_an_append_is_idempotent_by_id(session: persist.Session, store: persist.Store) -> None:
     """HAZARDS D2: the same item again is a no-op, whatever the order of its keys; other content is a conflict."""
     item = {"id": "m3", "role": "tool", "content": "x"}
     assert store.append("s", "messages", item) == 2
     before = everything(store.path)
     assert store.append("s", "messages", dict(reversed(item.items()))) == 2
-    with pytest.raises(persist.MergeConflict, match=r"'s'.*its id is taken") as caught:
+    with pytest.raises(persist.IdTaken, match=r"'s'.*has the same id") as caught:
         store.append("s", "messages", {**item, "content": "y"})
     assert caught.value.path == ("messages", 2)
     assert (caught.value.mine["content"], caught.value.theirs["content"]) == ("y", "x")
@@ -734,7 +741,7 @@ BAD_ARGUMENTS: dict[str, tuple[Verb, type[Exception]]] = {
     "store: empty": (lambda store: persist.Store(""), persist.WrongType),
     "store: NUL": (lambda store: persist.Store(f"{store.path}/a\0b"), persist.WrongType),
     "store: a file": (lambda store: persist.Store(store.path / "s.json"), persist.WrongType),
-    "store: below a file": (lambda store: persist.Store(store.path / "s.json" / "x"), NotADirectoryError),
+    "store: below a file": (lambda store: persist.Store(store.path / "s.json" / "x"), persist.Unreadable),
     "store: timeout": (lambda store: persist.Store(store.path, lock_timeout_s=-1), persist.WrongType),
     "store: timeout NaN": (lambda store: persist.Store(store.path, lock_timeout_s=math.nan), persist.WrongType),
     "store: timeout text": (lambda store: persist.Store(store.path, lock_timeout_s="5"), persist.WrongType),  # type: ignore[arg-type]
