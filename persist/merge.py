@@ -21,6 +21,7 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Final, Literal, get_args
 
 from persist.errors import MergeConflict, ValuePath, WrongType
@@ -392,18 +393,28 @@ class _Patch:
             if type(target) is type(known) is type(wanted) is list:
                 self.array(target, known, wanted)
                 return target
-        return wanted
+        # Set since by another thread: its edit stays, and is merged by the next save.
+        return wanted if same(known, target) else target
 
     def object(self, target: dict[str, Any], known: dict[str, Any], wanted: dict[str, Any]) -> None:
         """Key by key; keys that are not known have been set meanwhile, and stay."""
-        for key in known:
-            if key not in wanted:
+        for key, value in known.items():
+            if key not in wanted and same(value, target.get(key, MISSING)):
                 target.pop(key, None)
         for key, value in wanted.items():
             if key not in known:
-                target[key] = value
+                target.setdefault(key, value)
             elif key in target:
-                target[key] = self.value(target[key], known[key], value)
+                self.swap(target, key, known[key], value)
+
+    def swap(self, target: dict[str, Any], key: str, known: Any, wanted: Any) -> None:
+        """Put what is wanted under a key, unless another thread has set it since."""
+        old = target.get(key, MISSING)
+        new = self.value(old, known, wanted)
+        with suppress(KeyError):
+            # No call stands between looking and setting: no other thread comes between.
+            if target[key] is old:
+                target[key] = new
 
     def array(self, target: list[Any], known: list[Any], wanted: list[Any]) -> None:
         """Slice by slice, between the items that stay."""

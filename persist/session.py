@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, NoReturn, get_args
 
 from persist import codec, streams, turn
-from persist.errors import MergeConflict, MessagesRemoved, SessionDeleted, SessionNotFound, WrongType, conflicts_in
+from persist.errors import LockNotHeld, MergeConflict, MessagesRemoved, SessionDeleted, SessionNotFound, WrongType, conflicts_in
 from persist.files.snapshot import Body, Header, Snapshot
 from persist.files.transaction import SessionFiles, Transaction
 from persist.merge import Policy, Preference, count_removed, merge, patch, same
@@ -32,6 +34,18 @@ class Attempt:
     is_published: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What an object knows of the disk. One value: an exception that comes at any step finds all of it old, or all of it new.
+
+    `base` is the merge base, kept as bytes: nested edits through an alias could not change it.
+    """
+
+    base: Snapshot
+    is_durable: bool
+    attempt: Attempt | None = None
+
+
 class Session:
     """One conversation, loaded. Change `data` in place, then `save`.
 
@@ -44,7 +58,7 @@ class Session:
     the next save. To move or remove items of a list meanwhile, take a lock of your own.
     """
 
-    __slots__ = ("__weakref__", "_attempt", "_base", "_files", "_guard", "_is_durable", "_policies", "data", "id")
+    __slots__ = ("__weakref__", "_files", "_guard", "_known", "_pid", "_policies", "data", "id")
 
     def __init__(
         self, files: SessionFiles, policies: Mapping[str, Policy], session_id: str, snapshot: Snapshot, *, is_durable: bool
@@ -53,12 +67,11 @@ class Session:
         self.data: dict[str, Any] = snapshot.body.data()
         self._files = files
         self._policies = policies
-        # The merge base, kept as bytes: nested edits through an alias could not change it.
-        self._base = snapshot
-        self._is_durable = is_durable
-        self._attempt: Attempt | None = None
-        # Guards base and data between threads that share this object. Taken inside the session's lock, never around it.
+        self._known = _Known(snapshot, is_durable)
+        # Guards what is known, and data, between threads that share this object. Taken inside the session's lock, never
+        # around it.
         self._guard = threading.RLock()
+        self._pid = os.getpid()
 
     def __setattr__(self, name: str, value: Any) -> None:
         # `session.title = …` on an object that takes any attribute would be lost at the next save, without a word.
@@ -68,6 +81,21 @@ class Session:
 
     def __repr__(self) -> str:
         return f"<persist.Session {self.id!r} at revision {self.revision}>"
+
+    @property
+    def _base(self) -> Snapshot:
+        return self._known.base
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep the other threads that share this object out."""
+        if self._pid != os.getpid():
+            # A forked child. A thread that it did not inherit may have been in here, and have left things half done.
+            if not self._guard.acquire(blocking=False):
+                raise LockNotHeld(session_id=self.id)
+            self._guard, self._pid = threading.RLock(), os.getpid()
+        with self._guard:
+            yield
 
     @property
     def revision(self) -> int:
@@ -115,7 +143,7 @@ class Session:
         if on_conflict not in get_args(Preference):
             raise WrongType(what="on_conflict", expected=" | ".join(get_args(Preference)), got=repr(on_conflict))
         try:
-            with conflicts_in(self.id), self._files.transaction(self.id) as tx, self._guard:
+            with conflicts_in(self.id), self._files.transaction(self.id) as tx, self._alone():
                 self._save(tx, touch, on_conflict)
         except SessionNotFound:
             raise self._deleted() from None
@@ -129,32 +157,33 @@ class Session:
         self._refuse_removal(there, merged)
         if merged != there.body:
             header = there.header.next(touch=touch)
-            self._attempt, self._is_durable = Attempt(header, merged, mine), False
+            attempt = Attempt(header, merged, mine)
+            self._known = _Known(self._base, is_durable=False, attempt=attempt)
             try:
                 committed = tx.commit(header, merged)
             finally:
-                self._attempt.is_published = tx.is_published
+                attempt.is_published = tx.is_published
         else:
             committed = there
-            if self._is_durable and there.checksum == self._base.checksum:
+            if self._known.is_durable and there.checksum == self._base.checksum:
                 tx.require_known()
             else:
                 tx.confirm(there)
-        self._take(committed, mine)
-        self._attempt, self._is_durable = None, True
+        self._take(committed, mine, is_durable=True)
 
     def _recognise(self, there: Snapshot) -> None:
         """Take an earlier commit of this object for its own, though an exception (Ctrl-C, say) cut its save off.
 
         Taken for somebody else's, what it appended without an id would be appended again.
         """
-        attempt, self._attempt = self._attempt, None
+        attempt = self._known.attempt
         if attempt is None:
             return
         if attempt.is_published or (there.header, there.body) == (attempt.header, attempt.merged):
             # Others may have committed on top of it: what it wrote is the base, and the disk is merged with that.
-            self._take(Snapshot(attempt.header, attempt.merged, _NO_CHECKSUM), attempt.mine)
-            self._is_durable = False
+            self._take(Snapshot(attempt.header, attempt.merged, _NO_CHECKSUM), attempt.mine, is_durable=False)
+        else:
+            self._known = _Known(self._base, is_durable=False)
 
     def _merged(self, mine: Body, there: Snapshot, prefer: Preference) -> Body:
         if _is_unchanged(self._base.body, mine):
@@ -174,18 +203,30 @@ class Session:
         if type(before) is list and (count := count_removed(before, after)):
             raise MessagesRemoved(session_id=self.id, stream_id=stream_id, count=count, revision=there.header.revision)
 
-    def _take(self, committed: Snapshot, saved: Body) -> None:
+    def _take(self, committed: Snapshot, saved: Body, *, is_durable: bool) -> None:
         """Bring what others committed into `data`, in place. Edits made since `saved` was captured stay."""
-        if committed.body != saved:
-            now = codec.captured(self.data)
-            try:
-                wanted = _merge_data(saved.data(), now, committed.body.data())
-            except MergeConflict:
-                # An edit made meanwhile contradicts theirs: it stays, and the next save reports it.
-                self._base = replace(committed, body=saved, checksum=_NO_CHECKSUM)
-                return
+        if committed.body == saved:
+            self._known = _Known(committed, is_durable)
+            return
+        now = codec.captured(self.data)
+        try:
+            wanted = _merge_data(saved.data(), now, committed.body.data())
+        except MergeConflict:
+            # An edit made meanwhile contradicts theirs: it stays, and the next save reports it.
+            self._known = _Known(replace(committed, body=saved, checksum=_NO_CHECKSUM), is_durable)
+        else:
+            self._show(now, wanted, _Known(committed, is_durable))
+
+    def _show(self, now: dict[str, Any], wanted: dict[str, Any], known: _Known) -> None:
+        """Bring `data` from `now` to `wanted`, in place, and take `known` for what the disk holds: both or neither."""
+        try:
             patch(self.data, now, wanted)
-        self._base = committed
+            self._known = known
+        except BaseException:
+            # Cut off half-way (Ctrl-C, say): what stands in `data` already would pass for an edit, and be added once more.
+            patch(self.data, codec.captured(self.data), wanted)
+            self._known = known
+            raise
 
     def refresh(self) -> None:
         """Take the committed state into `data`; unsaved edits are merged in and stay unsaved. Takes no lock.
@@ -196,7 +237,7 @@ class Session:
             CorruptSession: the file is damaged.
         """
         # Read inside: a save of another thread must not put a newer base under an older state.
-        with self._guard, conflicts_in(self.id):
+        with self._alone(), conflicts_in(self.id):
             try:
                 there = self._same_incarnation(self._files.read(self.id))
             except SessionNotFound:
@@ -204,8 +245,7 @@ class Session:
             self._recognise(there)
             now = codec.captured(self.data)
             wanted = _merge_data(self._base.body.data(), now, there.body.data(), self._policies)
-            patch(self.data, now, wanted)
-            self._base, self._is_durable = there, False
+            self._show(now, wanted, _Known(there, is_durable=False))
 
     def clear_stale_stream(self) -> bool:
         """Clear this session's stream if it is dead: the compare-and-clear of hermes-webui #1533, across processes.
@@ -230,7 +270,7 @@ class Session:
             return False
         if committed is None:
             return False
-        with self._guard:
+        with self._alone():
             self._adopt(committed)
         return True
 
@@ -240,13 +280,13 @@ class Session:
             return  # another thread has saved this object since, and taken it
         base, now, theirs = self._base.body.data(), codec.captured(self.data), committed.body.data()
         try:
-            patch(self.data, now, _merge_data(base, now, theirs))
-            self._base, self._is_durable = committed, True
+            wanted, known = _merge_data(base, now, theirs), _Known(committed, is_durable=True)
         except MergeConflict:
             # An unsaved edit contradicts the committed state: show that the stream is gone, leave the rest to the next save.
-            patch(self.data, now, turn.with_stream_fields_of(theirs, now))
+            wanted = turn.with_stream_fields_of(theirs, now)
             body = Body.of(turn.with_stream_fields_of(theirs, base))
-            self._base = replace(self._base, body=body, checksum=_NO_CHECKSUM)
+            known = replace(self._known, base=replace(self._base, body=body, checksum=_NO_CHECKSUM))
+        self._show(now, wanted, known)
 
     def _same_incarnation(self, there: Snapshot) -> Snapshot:
         if there.header.incarnation != self._base.header.incarnation:

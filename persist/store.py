@@ -5,11 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -192,11 +190,10 @@ class Store:
         data = {} if data is None else data
         body = Body.of(data)
         turn.refuse_changed_stream_fields({}, data)
-        now = datetime.now(UTC)
         with files.transaction(session_id, may_be_missing=True) as tx:
             if tx.exists():
                 raise SessionExists(session_id=session_id, path=files.layout.session(session_id).document)
-            committed = tx.commit(Header(uuid.uuid4().hex, 1, now, now), body)
+            committed = tx.commit(Header.first(), body)
         return self._session(session_id, committed, is_durable=True)
 
     def duplicate(self, session_id: str, new_id: str) -> Session:
@@ -205,7 +202,7 @@ class Store:
         Raises: as `load` for the first, as `create` for the second.
         """
         found = self._open_files().read(session_id)
-        data, owner = found.body.data(), found.header.owner
+        data, owner = found.body.data(), streams.owner_of(found.header, found.active_stream_id)
         if owner is None and found.active_stream_id is not None:
             # Another program's turn: its prompt may stand in the stream fields only.
             turn.interrupt_foreign(data)
@@ -279,8 +276,9 @@ class Store:
                 )
             data = found.body.data()
             result = function(data)
-            if inspect.isawaitable(result):
-                raise WrongType(what="function", expected="a plain function", got="async: nothing may be awaited under a lock")
+            if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+                # Its body has not run, or not to the end.
+                raise WrongType(what="function", expected="a plain function", got="an async one or a generator")
             _commit_edit(tx, found, data, touch=touch)
             return result
 

@@ -115,7 +115,7 @@ def _take_away(tx: Transaction, snapshot: Snapshot) -> Snapshot:
 
 
 def _interrupt(data: Data, header: Header) -> None:
-    owner = _owner_of(header, data[ACTIVE])
+    owner = owner_of(header, data[ACTIVE])
     if owner is None:
         turn.interrupt_foreign(data)
     else:
@@ -143,7 +143,7 @@ def cancel(files: SessionFiles, session_id: str, stream_id: str, *, force: bool)
         if snapshot.active_stream_id is None or not same(snapshot.active_stream_id, stream_id):
             return False
         with tx.holding_lease_if_dead(stream_id) as is_dead:
-            owner = _owner_of(snapshot.header, stream_id)
+            owner = owner_of(snapshot.header, stream_id)
             if is_dead or force or owner is None:
                 _take_away(tx, snapshot)
             elif owner.is_cancelled:
@@ -189,7 +189,7 @@ def look_at(files: SessionFiles, session_id: str) -> StreamInfo | None:
         if stream_id is None:
             return None
         with tx.holding_lease_if_dead(stream_id) as is_dead:
-            owner = _owner_of(head.header, stream_id)
+            owner = owner_of(head.header, stream_id)
             return StreamInfo(
                 session_id,
                 stream_id,
@@ -202,13 +202,13 @@ def look_at(files: SessionFiles, session_id: str) -> StreamInfo | None:
 
 def _busy(files: SessionFiles, session_id: str, snapshot: Snapshot) -> SessionBusy:
     stream_id = snapshot.active_stream_id
-    owner = _owner_of(snapshot.header, stream_id)
+    owner = owner_of(snapshot.header, stream_id)
     path = files.layout.lease(session_id, stream_id)
     return SessionBusy(session_id=session_id, stream_id=stream_id, owner=None if owner is None else owner.process, path=path)
 
 
-def _owner_of(header: Header, stream_id: object) -> StreamOwner | None:
-    """The owner, if it is the owner of that stream: another program may have put its own id into the document."""
+def owner_of(header: Header, stream_id: object) -> StreamOwner | None:
+    """The header's owner, if it is the owner of that stream: another program may have put its own id into the document."""
     return header.owner if header.owner is not None and header.owner.stream_id == stream_id else None
 
 

@@ -111,7 +111,8 @@ def put_answer(messages: list[Any], answer: Message, current_id: MessageId | Non
     place = find(messages, current_id)
     twin = find(messages, answer["id"])
     if twin is not None and twin != place:
-        if not messages[twin].get(INTERRUPTED):
+        if not messages[twin].get(INTERRUPTED) or messages[twin].get("role") != answer.get("role"):
+            # An interrupted answer may be given anew; a prompt is never written over.
             _require_same(messages[twin], answer, (MESSAGES, twin))
         messages[twin] = answer
         if place is not None:

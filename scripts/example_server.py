@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A small chat server on `persist` and the standard library, to copy from. Two of it may run on one directory.
 
-    .venv/bin/python scripts/example_server.py --store var/chats --port 8080
+    scripts/example_server.py --store var/chats --port 8080
 
     POST /api/session/new                                        -> {"session": {…}}
     GET  /api/session?session_id=                                -> {"session": {…}}; clears a stale stream first
@@ -15,17 +15,27 @@ The first line it prints is its address. It knows no users: keep it on 127.0.0.1
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+if __name__ == "__main__" and importlib.util.find_spec("persist") is None:
+    # In a checkout any Python will do to start it: it goes on in the project's own environment. Leave this out of a copy.
+    root = Path(__file__).resolve().parent.parent
+    subprocess.run([root / "scripts" / "setup-venv"], check=True)
+    os.execl(root / ".venv/bin/python", root / ".venv/bin/python", __file__, *sys.argv[1:])
+
 import argparse
 import contextlib
 import json
 import signal
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
@@ -249,11 +259,15 @@ def _clear_what_dead_servers_left(store: persist.Store) -> None:
 
 def main() -> None:
     """Serve until SIGTERM or SIGINT; running turns are then failed, not lost."""
-    parser = argparse.ArgumentParser(description="A small chat server on persist.")
+    parser = argparse.ArgumentParser(description="A small chat server on persist.", allow_abbrev=False)
     parser.add_argument("--store", type=Path, required=True, help="directory of the sessions; made if it is missing")
     parser.add_argument("--port", type=int, default=0, help="0, the default, takes any free port")
     parser.add_argument("--delay-s", type=float, default=0.05, help="seconds that the model takes for a word")
     options = parser.parse_args()
+    if not 0 <= options.port <= 65_535:
+        parser.error("argument --port: must be from 0 to 65535")
+    if not 0 <= options.delay_s <= threading.TIMEOUT_MAX:
+        parser.error("argument --delay-s: must be at least 0")
 
     try:
         store = persist.Store(options.store)
@@ -265,7 +279,7 @@ def main() -> None:
         signal.signal(signal_number, lambda *_: sys.exit())
     try:
         listening = ChatServer(chat, options.port)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         sys.exit(f"Cannot listen on port {options.port}: {error}")
     with listening as server:
         print(f"http://127.0.0.1:{server.server_port}", flush=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from actors import Actor
+from harness.faults import quick_directory
 
 import persist
 
@@ -21,14 +21,10 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def scratch(tmp_path: Path) -> Iterator[Path]:
+def scratch() -> Iterator[Path]:
     """A directory in memory where there is one: for tests of what survives in a model, or of order, not of the disk."""
-    memory = Path("/dev/shm")
-    if not memory.is_dir():
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory) as directory:
-        yield Path(directory)
+    with quick_directory() as directory:
+        yield directory
 
 
 @pytest.fixture

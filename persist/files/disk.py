@@ -120,6 +120,14 @@ def modified_at(path: Path) -> float:
     return os.lstat(path).st_mtime
 
 
+def bears_name(fd: int, path: Path) -> bool:
+    """Tell whether a name leads to the file that a descriptor has open."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
 def exists(path: Path) -> bool:
     """Tell whether the name is taken, by whatever it is; a dangling link counts."""
     try:
@@ -170,18 +178,30 @@ def sync_file(path: Path) -> None:
         close(fd)
 
 
-def sync_directory(path: Path) -> None:
-    """Return when the names in a directory would survive a power cut. Windows has no such call, and needs none on NTFS."""
-    if os.name == "nt":
-        return
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    fd = os.open(path, flags)
+def open_directory(path: Path) -> int:
+    """Open a directory for `sync_directory`. Windows has no such thing, and needs none on NTFS: there it is -1."""
+    return -1 if os.name == "nt" else os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def close_directory(fd: int) -> None:
+    """Close what `open_directory` has opened."""
+    if fd >= 0:
+        # What an fsync has answered stays true, whatever becomes of the descriptor.
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def sync_directory(path: Path, opened: int | None = None) -> None:
+    """Return when the names in a directory would survive a power cut; `opened` is its descriptor, if there is one already."""
+    fd = open_directory(path) if opened is None else opened
     try:
-        sync(fd)
+        if fd >= 0:
+            sync(fd)
+            # XFS that has shut itself down after an I/O error answers OK to the fsync of a directory, but not to this.
+            os.fstat(fd)
     finally:
-        close(fd)
-    # XFS that has shut itself down after an I/O error answers OK to the fsync of a directory, and refuses to open one.
-    close(os.open(path, flags))
+        if opened is None:
+            close_directory(fd)
 
 
 def replace(source: Path, target: Path) -> None:

@@ -96,7 +96,7 @@ def session_of_document(name: str) -> str | None:
 def session_of_leftover(name: str) -> str | None:
     """The session whose lock or temporary file has this name, or None."""
     for suffix in (f"{_DOCUMENT}{_LOCK}", f"{_DOCUMENT}{_TEMP}"):
-        if name.endswith(suffix) and _ID.fullmatch(name.removesuffix(suffix)):
+        if name.endswith(suffix) and _is_session_id(name.removesuffix(suffix)):
             return name.removesuffix(suffix)
     return None
 
@@ -104,4 +104,4 @@ def session_of_leftover(name: str) -> str | None:
 def stream_of_lease(name: str) -> tuple[str, str] | None:
     """The (session id, stream id) of a lease's file name, or None. Ids hold no dot, so the first one parts them."""
     session_id, _, stream_id = name.partition(".")
-    return (session_id, stream_id) if _ID.fullmatch(session_id) and _ID.fullmatch(stream_id) else None
+    return (session_id, stream_id) if _is_session_id(session_id) and is_stream_id(stream_id) else None

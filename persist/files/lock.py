@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from weakref import WeakValueDictionary, ref
 
@@ -65,8 +65,9 @@ class HeldFile:
             self._fd = disk.open_plain(path, flags)
             _descriptors.add(self._fd)
             self._is_locked = lock_descriptor(self._fd, blocking=False)
-            # Without the look at st_nlink, a waiter may lock a file that its holder has just unlinked.
-            return self._is_locked and os.fstat(self._fd).st_nlink > 0
+            # A waiter may lock a file that its holder has just unlinked. Its number of links would not tell: a backup may
+            # hold a hard link.
+            return self._is_locked and disk.bears_name(self._fd, path)
 
     def close(self) -> None:
         """Unlock and close, once. In a forked child nothing is left to close."""
@@ -210,7 +211,10 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
     outer = _turn_of[thread]() if thread in _turn_of else None
     if outer is not None:
         raise NestedLock(session_id=session_id, held=outer.session_id)
-    mutex, turn, held = _mutex(path), Turn(session_id), None
+    if _table._is_owned():  # type: ignore[attr-defined]
+        # A signal handler (or a finaliser) in the middle of opening or closing a lock: to wait here would stop everybody.
+        raise NestedLock(session_id=session_id, held="unknown")
+    mutex, turn, held = None, Turn(session_id), None
     start = time.monotonic()
 
     def timed_out(holder: str, **remedy: str) -> LockTimeout:
@@ -219,6 +223,7 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
 
     try:
         _turn_of[thread] = ref(turn)
+        mutex = _mutex(path)
         if not mutex.acquire(turn, timeout_s):
             remedy = "leave that thread's edit() or update() sooner: it must not wait for others who write this session"
             raise timed_out(f"this process (pid {pid}), thread {mutex.holder!r}", remedy=remedy)
@@ -234,7 +239,7 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
                 held.close()
         finally:
             try:
-                if pid == os.getpid():
+                if mutex is not None and pid == os.getpid():
                     mutex.release(turn)
             finally:
                 if pid == os.getpid():
@@ -286,7 +291,9 @@ def describe_process(pid: int) -> str:
 
 def _forget_in_child() -> None:
     for fd in _descriptors:
-        os.close(fd)
+        # Somebody else's mistake may have closed it.
+        with suppress(OSError):
+            os.close(fd)
     _descriptors.clear()
     _mutexes.clear()
     _kept.clear()

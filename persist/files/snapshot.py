@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, TypeVar
 
 from persist import codec
@@ -76,12 +77,20 @@ class Header:
     updated_at: datetime
     epoch: int = 0
     owner: StreamOwner | None = None
+    #: Tells this commit from any other of the same content.
+    commit: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def first(cls) -> Header:
+        """The header of a session's first commit."""
+        now = datetime.now(UTC)
+        return cls(token_hex(16), 1, now, now, commit=token_hex(8))
 
     def next(self, *, touch: bool = True, **changes: Any) -> Header:
         """The header of the next commit; `touch=False` keeps `updated_at`."""
         updated_at = datetime.now(UTC) if touch else self.updated_at
-        return replace(self, revision=self.revision + 1, updated_at=updated_at, **changes)
+        return replace(self, revision=self.revision + 1, updated_at=updated_at, commit=token_hex(8), **changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +235,7 @@ def _header_rest(header: Header, body: Body) -> bytes:
         "updated_at": header.updated_at.isoformat(),
         "epoch": header.epoch,
         "owner": owner and _owner_fields(owner),
+        "commit": header.commit,
         **header.extra,
     }
     return b"," + codec.encode(values)[1:]
@@ -311,7 +321,7 @@ def _header_values(content: bytes, end: int) -> dict[str, Any]:
 
 
 _KNOWN = frozenset({"format", "checksum", "head_checksum", "head_bytes", "counts", "revision", "incarnation"}) | frozenset(
-    {"created_at", "updated_at", "epoch", "owner"}
+    {"created_at", "updated_at", "epoch", "owner", "commit"}
 )
 
 
@@ -324,6 +334,7 @@ def _header(values: Mapping[str, Any]) -> Header:
         updated_at=_time(values["updated_at"]),
         epoch=_natural(values["epoch"]),
         owner=None if values["owner"] is None else _owner(_of(dict, values["owner"])),
+        commit=_of(str, values.get("commit", "")),
         extra={key: value for key, value in values.items() if key not in _KNOWN},
     )
 
@@ -366,8 +377,11 @@ def _counts(values: Mapping[str, Any]) -> Mapping[str, int]:
 
 
 def _is_parted(body: Body) -> bool:
-    ending = b"\n" if body.bulk == b"}\n" else b",\n"
-    return body.bulk.startswith(_BULK_STARTS) and (not body.head or body.head.endswith(ending))
+    if not body.head:
+        return body.bulk.startswith(_BULK_STARTS)
+    # A comma stands between the head and the bulk, if there are both.
+    is_last = body.bulk == b"}\n"
+    return body.bulk.startswith(_BULK_STARTS) and body.head.endswith(b"\n") and body.head.endswith(b",\n") is not is_last
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,8 +419,14 @@ class _Reader:
         if HEADER in data or _looks_like_header(next(iter(data.values()), None)):
             raise self._edited()
         checksum = _digest(content).decode()
-        written_at = datetime.fromtimestamp(disk.modified_at(self.path), UTC)
+        written_at = self._written_at()
         return Snapshot(Header(checksum, 0, written_at, written_at), Body.of(data), checksum)
+
+    def _written_at(self) -> datetime:
+        try:
+            return datetime.fromtimestamp(disk.modified_at(self.path), UTC)
+        except (ValueError, OverflowError):
+            return datetime.now(UTC)  # a time that no calendar has: anybody can set a file's time
 
     def strict(self, content: bytes) -> dict[str, Any]:
         """Decode a document that no checksum vouches for."""

@@ -55,7 +55,8 @@ class SessionFiles:
     # --- without a lock ---
 
     def exists(self, session_id: str) -> bool:
-        return disk.exists(self._path(session_id))
+        with self._looking_at(session_id) as path:
+            return disk.exists(path)
 
     def read(self, session_id: str) -> Snapshot:
         """Read the committed document. Takes no lock: some committed revision, never half of one."""
@@ -81,7 +82,7 @@ class SessionFiles:
 
     def session_ids(self) -> list[str]:
         """The ids of all sessions, sorted."""
-        return sorted(filter(None, map(layout.session_of_document, disk.names(self.layout.directory))))
+        return sorted(filter(None, map(layout.session_of_document, self._names())))
 
     def leases(self) -> list[tuple[str, str]]:
         """The (session id, stream id) of all lease files, sorted; those of dead streams too."""
@@ -94,15 +95,21 @@ class SessionFiles:
             raise Unreadable.because(self.layout.leases, error) from error
         return sorted(filter(None, map(layout.stream_of_lease, names)))
 
+    def _names(self) -> list[str]:
+        try:
+            return disk.names(self.layout.directory)
+        except OSError as error:
+            raise Unreadable.because(self.layout.directory, error) from error
+
     def ignored(self) -> list[Path]:
         """JSON files whose names are no session ids, sorted."""
-        names = [name for name in disk.names(self.layout.directory) if name.endswith(".json")]
+        names = [name for name in self._names() if name.endswith(".json")]
         return sorted(self.layout.directory / name for name in names if layout.session_of_document(name) is None)
 
     def leftovers(self) -> list[tuple[str, Path]]:
         """Temporary files, and locks without a session: (session id, path), sorted. A commit under way shows as one."""
         found = []
-        for name in disk.names(self.layout.directory):
+        for name in self._names():
             session_id = layout.session_of_leftover(name)
             path = self.layout.directory / name
             if session_id and (path == self.layout.session(session_id).temp or not self.exists(session_id)):
@@ -224,12 +231,18 @@ class Transaction:
         self.require_known()
         self._is_there = False
         with self._refusals():
-            disk.unlink(self._paths.document)
+            directory = disk.open_directory(self._layout.directory)
         try:
-            disk.sync_directory(self._layout.directory)
+            with self._refusals():
+                disk.unlink(self._paths.document)
+            disk.sync_directory(self._layout.directory, directory)
+        except CommitFailed:
+            raise
         except OSError as error:
             self._files.unknown[self.session_id] = _reason(error)
             raise self._failure(CommitUnknown, _reason(error), error.errno) from error
+        finally:
+            disk.close_directory(directory)
         _remove_leftover(self._paths.temp)
         with contextlib.suppress(OSError):
             for session_id, stream_id in self._files.leases():
@@ -341,6 +354,18 @@ class _Attempt:
 
     def run(self) -> None:
         """Write, sync, rename, sync: on return the content is durable and visible."""
+        # Now, while nothing is visible: without a free descriptor after the rename, nobody would know its outcome.
+        directory = disk.open_directory(self._directory)
+        try:
+            self._publish()
+            try:
+                disk.sync_directory(self._directory, directory)
+            except OSError as error:
+                raise _SyncFailed(error) from error
+        finally:
+            disk.close_directory(directory)
+
+    def _publish(self) -> None:
         try:
             self._write_temp()
             disk.replace(self._temp, self._path)
@@ -349,10 +374,6 @@ class _Attempt:
                 disk.unlink(self._temp)
             raise
         self.is_visible = True
-        try:
-            disk.sync_directory(self._directory)
-        except OSError as error:
-            raise _SyncFailed(error) from error
 
     def _write_temp(self) -> None:
         fd = self._create_temp()

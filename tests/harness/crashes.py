@@ -142,11 +142,11 @@ class Recorder:
         return mkdir
 
     def sync_directory(self, real: Callable[..., None]) -> Callable[..., None]:
-        def sync_directory(path: Path) -> None:
+        def sync_directory(path: Path, opened: int | None = None) -> None:
             known = dict(self._open)
             # A directory's descriptor may have the number of a file that lock.py has closed by itself.
             self._open.clear()
-            real(path)
+            real(path, opened)
             self._open.update(known)
             self.steps.append(Step("sync directory", str(PurePath(self._name(path)) / "*")))
 

@@ -38,7 +38,7 @@ LONGEST_START_S = 1.0
 CUTS_A_DIRECTORY = 12
 NOTHING_RUN = 2
 
-_CLONE_NEWNS, _MS_REC, _MS_PRIVATE = 0x20000, 1 << 14, 1 << 18
+_CLONE_NEWNS, _MS_REC, _MS_PRIVATE, _MNT_DETACH = 0x20000, 1 << 14, 1 << 18, 2
 _FS_IOC_SHUTDOWN, _NO_LOG_FLUSH = 0x8004587D, struct.pack("I", 2)
 _LOOP_CTL_GET_FREE, _LOOP_CONFIGURE, _LO_FLAGS_AUTOCLEAR = 0x4C82, 0x4C0A, 4
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -65,6 +65,10 @@ class Refused(Exception):
     """This machine does not allow it; the message says what was refused, and by what error."""
 
 
+class NotRecovered(Exception):
+    """After a cut the file system could not be mounted again; the message says by what error."""
+
+
 class Disk:
     """A file system on an image that can lose its power."""
 
@@ -72,12 +76,14 @@ class Disk:
         self.mount_point = mount_point
         self._file_system = file_system
         self._image = image
+        self._is_mounted = False
 
     def mount(self) -> None:
         """Mount the image by a new device: what a device has in its cache must not outlive a power cut, nor hide its damage."""
         kind, options = self._file_system.kind.encode(), self._file_system.options.encode()
         with _loop_device(self._image) as device:
             _call("mount", device.encode(), bytes(self.mount_point), kind, 0, options)
+        self._is_mounted = True
 
     def cut(self) -> None:
         """From here on nothing more reaches the image."""
@@ -87,8 +93,22 @@ class Disk:
         finally:
             os.close(fd)
 
-    def unmount(self) -> None:
-        _call("umount2", bytes(self.mount_point), 0)
+    def recover(self) -> None:
+        """Mount it anew, as after a reboot."""
+        try:
+            self._unmount(0)
+            self.mount()
+        except OSError as error:
+            raise NotRecovered(f"could not be mounted again after a cut: {error}") from None
+
+    def close(self) -> None:
+        """Unmount it if it is mounted: after a failed `recover` it may be either. What still uses it keeps it until it ends."""
+        if self._is_mounted:
+            self._unmount(_MNT_DETACH)
+
+    def _unmount(self, flags: int) -> None:
+        _call("umount2", bytes(self.mount_point), flags)
+        self._is_mounted = False
 
 
 def _call(name: str, *arguments: object) -> None:
@@ -157,7 +177,7 @@ def disk_of(file_system: FileSystem) -> Iterator[Disk]:
             disk.mount()
         except OSError as error:
             raise Refused(str(error)) from None
-        undo.callback(disk.unmount)
+        undo.callback(disk.close)
         yield disk
 
 
@@ -212,8 +232,7 @@ class PowerCuts(Run):
         # file system down: every verb may raise then, and what one acknowledges counts all the same.
         watch.crew.kill_all()
         watch.crew.raised.clear()
-        self._disk.unmount()
-        self._disk.mount()
+        self._disk.recover()
         watch.open()
         watch.look()
         # Else what the cut has left is for the next authors to find, and for the next cut to hit.
@@ -227,17 +246,24 @@ def run_on(name: str, plan: Plan) -> bool | None:
     """Run on one kind of file system and print the figures; None if the machine does not allow it."""
     try:
         with disk_of(FILE_SYSTEMS[name]) as disk:
-            cuts = PowerCuts(disk, plan)
-            figures = cuts.run()
+            return _run_and_tell(name, PowerCuts(disk, plan))
     except Refused as refused:
         print(f"{name}: skipped: {refused}", flush=True)
         return None
+
+
+def _run_and_tell(name: str, cuts: PowerCuts) -> bool:
+    try:
+        is_sound = cuts.run().is_sound
+    except NotRecovered as failure:
+        is_sound = False
+        print(f"{name}: {failure}", flush=True)
     cuts.tell_result(f"{name}: ")
-    return figures.is_sound
+    return is_sound
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/powercut", description=__doc__)
+    parser = argparse.ArgumentParser(prog="scripts/powercut", description=__doc__, allow_abbrev=False)
     parser.add_argument("--filesystem", choices=[*FILE_SYSTEMS, "all"], default="all", help="each gets so many cuts")
     options, plan = arguments_of(parser, arguments, PowerCuts.crashes)
     try:

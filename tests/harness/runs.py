@@ -1,4 +1,4 @@
-"""A run of many crashes on a store: how many, with which dice, when it ends, and what it prints."""
+"""What the long runs share: the types of their arguments, and a run of many crashes on a store."""
 
 from __future__ import annotations
 
@@ -16,6 +16,54 @@ from harness.acknowledged import Figures
 
 SECONDS_A_LINE = 10.0
 MOST_FINDINGS_SHOWN = 20
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------------
+
+# With none of what it counts a run would pass without having looked: that is a mistake in its arguments, not a result.
+
+
+def positive(text: str) -> int:
+    """How many of something, at least one."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
+    return number
+
+
+def not_negative(text: str) -> int:
+    """How many of something that may also be left out."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {number}")
+    return number
+
+
+def minutes(text: str) -> float:
+    """A time that is longer than none."""
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
+    return number
+
+
+def share(text: str) -> float:
+    """A part of a whole."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
+    return number
+
+
+def existing_directory(text: str) -> Path:
+    """A directory to work in. It is not made: whoever has misspelt it would find gigabytes in a strange place."""
+    directory = Path(text)
+    if not directory.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no directory {text!r}")
+    return directory
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +110,7 @@ class Run:
 
 def arguments_of(parser: argparse.ArgumentParser, given: list[str] | None, crashes: str) -> tuple[argparse.Namespace, Plan]:
     """Parse a command line, to which the options of every run are added; prints the seed. Ctrl-C ends the run from here on."""
-    parser.add_argument(f"--{crashes}", type=int, default=Plan().crashes, help="how many; default %(default)s")
+    parser.add_argument(f"--{crashes}", type=positive, default=Plan().crashes, help="how many; default %(default)s")
     parser.add_argument("--seed", type=int, default=None, help="by default another one each time; it is printed")
     parser.add_argument("--keep-going", action="store_true", help="count all faults instead of ending at the first")
     options = parser.parse_args(given)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness.acknowledged import Figures
 from harness.authors import Hand, garden, look, own, sweep, write
-from harness.runs import Plan, Run, arguments_of
+from harness.runs import Plan, Run, arguments_of, existing_directory, positive
 from harness.watch import Watch
 
 ROLES = (write, own, garden, write, own, sweep, look, write)
@@ -74,9 +74,9 @@ class Torture(Run):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/torture", description=__doc__)
-    parser.add_argument("--workers", type=int, default=len(ROLES))
-    parser.add_argument("--directory", type=Path, default=None, help="where to make the store; it is removed if all is well")
+    parser = argparse.ArgumentParser(prog="scripts/torture", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--workers", type=positive, default=len(ROLES), help="processes at a time; default %(default)s")
+    parser.add_argument("--directory", type=existing_directory, help="where to make the store; it is removed if all is well")
     options, plan = arguments_of(parser, arguments, Torture.crashes)
     parent = tempfile.mkdtemp(prefix="persist-torture-", dir=options.directory)
     print(f"{options.workers} processes, {parent}", flush=True)

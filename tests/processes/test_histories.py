@@ -6,22 +6,12 @@ The long form is `scripts/histories`.
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from harness.histories import ROOT, Plan, run_round
 
-MEMORY = Path("/dev/shm")
 Swaps = tuple[tuple[str, str], ...]
-
-
-@pytest.fixture
-def scratch() -> Iterator[Path]:
-    """A directory in memory, where there is one: order is what is proved here, and waiting for a disk proves nothing."""
-    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as name:
-        yield Path(name)
 
 
 def broken_package(parent: Path, file: str, swaps: Swaps) -> Path:

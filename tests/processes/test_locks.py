@@ -369,3 +369,52 @@ interrupted
 """
     assert other.do(code) > 0
     assert persist.Store(directory, lock_timeout_s=1.0).append("s-1", "log", 1) > 1
+
+
+def test_hard_link_to_the_lock_file_admits_nobody_else(
+    store: persist.Store, session: persist.Session, directory: Path, actor: ActorFactory
+) -> None:
+    """A backup made of hard links (`cp -al`) keeps the inode of a removed lock alive: whoever holds that one holds nothing.
+
+    Fails if a lock is believed that has any link left.
+    """
+    backup = directory / "backup"
+    backup.mkdir()
+    os.link(directory / "s-1.json.lock", backup / "s-1.json.lock")
+    late = actor()
+    # It has locked the file, and is about to see whether that still bears its name.
+    late.start_and_pause("with store.edit('s-1') as data: data['late'] = 1", "bears_name")
+    (directory / "s-1.json.lock").unlink()
+    with store.edit("s-1") as data:
+        late.go()
+        # Time to do wrong; what proves it is the document.
+        late._connection.poll(0.5)
+        data["n"] = 1
+    late.result()
+    found = store.load("s-1").data
+    assert (found["n"], found["late"]) == (1, 1)
+
+
+def test_signal_handler_inside_the_table_gets_an_error(store: persist.Store, session: persist.Session) -> None:
+    """A handler that comes while its thread opens or closes a lock may not wait: every other thread would wait for it."""
+    with lock._table, pytest.raises(persist.NestedLock):
+        store.append("s-1", "messages", {"id": "m2"})
+    store.append("s-1", "messages", {"id": "m2"})
+
+
+def test_fork_goes_on_after_a_descriptor_that_somebody_closed(store: persist.Store, session: persist.Session) -> None:
+    """The child can lock, whatever state it found the inherited descriptors in."""
+    closed = os.dup(0)
+    os.close(closed)
+    lock._descriptors.add(closed)
+    try:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(int(DEADLINE_S))
+            thread = threading.Thread(target=lambda: store.append("s-1", "messages", {"id": "of the child"}))
+            thread.start()
+            thread.join(DEADLINE_S)
+            os._exit(thread.is_alive())
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        lock._descriptors.discard(closed)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 from actors import DEADLINE_S
+from conftest import ActorFactory
 
 import persist
+from persist import merge
+from persist import session as session_module
 from persist.files import disk
 
 
@@ -228,13 +235,86 @@ def test_save_that_was_cut_off_is_made_durable_before_it_is_acknowledged(
     synced: list[Path] = []
     real = disk.sync_directory
 
-    def sync_directory(path: Path) -> None:
+    def sync_directory(path: Path, *opened: int) -> None:
         synced.append(path)
-        real(path)
+        real(path, *opened)
 
     monkeypatch.setattr(disk, "sync_directory", sync_directory)
     session.save()
     assert synced == [store.path]
+
+
+def test_equal_commit_of_another_is_not_taken_for_ones_own(
+    store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save that the disk refused, then the very same change by another object, then the save again: both count."""
+    adding = persist.Store(store.path, merge={"n": "sum"})
+    mine, theirs = adding.load("s-1"), adding.load("s-1")
+    for each in (mine, theirs):
+        each.data["n"] += 1
+        each.data["messages"].append({"content": "no id"})
+
+    def full(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(persist.CommitFailed):
+        patched.setattr(disk, "replace", full)
+        mine.save(touch=False)
+    theirs.save(touch=False)
+    mine.save(touch=False)
+    assert store.load("s-1").data["n"] == 2
+    assert contents(store) == ["hi", "no id", "no id"]
+
+
+class Interrupting:
+    """Raises KeyboardInterrupt at one line of the modules where an object's memory is brought up to date."""
+
+    def __init__(self, place: int) -> None:
+        self.left = place
+
+    def __call__(self, frame: FrameType, event: str, _argument: object) -> Any:
+        if not frame.f_code.co_filename.endswith(("persist/session.py", "persist/merge.py")):
+            return None
+        if event in ("line", "return"):
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.parametrize("verb", ["save", "refresh", "clear"])
+def test_interrupt_at_any_line_doubles_nothing(verb: str, scratch: Path) -> None:
+    """Ctrl-C wherever it hits: when the verb is called again, what others appended without an id stands there once."""
+    place = 0
+    while True:
+        place += 1
+        store = persist.Store(scratch / f"{place}")
+        store.create("s-1", {"messages": [{"content": "hi"}]})
+        stream = store.start_stream("s-1")
+        stream._lease.close()
+        session = store.load("s-1")
+        store.append("s-1", "messages", {"content": "theirs"})
+        session.data["title"] = "mine"
+        call = {"save": session.save, "refresh": session.refresh, "clear": session.clear_stale_stream}[verb]
+        interrupting = Interrupting(place)
+        before = sys.gettrace()
+        try:
+            sys.settrace(interrupting)
+            call()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        call()
+        session.refresh()
+        session.save()
+        assert contents(store) == ["hi", "theirs"], f"after line {place}"
+        assert session.data == store.load("s-1").data
+        assert session.data["title"] == "mine"
+        shutil.rmtree(store.path)
+        if interrupting.left > 0:
+            break
+    assert place > 50
 
 
 def test_session_made_anew_is_not_cleared_by_an_old_object(store: persist.Store) -> None:
@@ -262,12 +342,36 @@ def test_saved_state_is_absorbed_once(store: persist.Store, session: persist.Ses
     assert contents(store) == ["hi", "mine"]
 
 
+def test_lack_of_descriptors_is_no_unknown_commit(session: persist.Session, actor: ActorFactory) -> None:
+    """A burst of connections between the rename and the sync: the commit ends well, or is refused before it is visible."""
+    other = actor()
+    other.do(
+        """
+import resource
+from persist.files import disk
+real, eaten = disk.replace, []
+def replace(source, target):
+    real(source, target)
+    try:
+        while True:
+            eaten.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        pass
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+disk.replace = replace
+"""
+    )
+    assert other.do("store.append('s-1', 'messages', {'content': 'no descriptor left'})") == 2
+    other.do("disk.replace = real\nfor fd in eaten: os.close(fd)")
+    assert other.do("store.append('s-1', 'messages', {'content': 'some again'})") == 3
+
+
 def test_nothing_is_acknowledged_after_an_unknown_commit(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After CommitUnknown this store neither writes nor confirms that session; a new store may look again."""
 
-    def broken(path: Path) -> None:
+    def broken(*_arguments: object) -> None:
         raise OSError(5, "Input/output error")
 
     item = {"id": "m2", "content": "unknown"}
@@ -455,3 +559,59 @@ def test_refresh_beside_save_doubles_nothing(store: persist.Store, session: pers
 
     in_threads(refresher, saver)
     assert contents(store) == ["hi", *map(str, range(150))]
+
+
+# --- threads and forks ----------------------------------------------------------------------------------------------------
+
+
+def test_field_set_while_a_save_merges_stays(
+    store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread sets what the disk has changed, too, in the instant before it is brought in: its value stays.
+
+    Fails if what was merged is put over it without a look.
+    """
+    store.update("s-1", lambda data: data.update(title="theirs"))
+    session.data["n"] = 1
+    real = merge.patch
+
+    def patch(target: dict[str, Any], known: dict[str, Any], wanted: dict[str, Any]) -> None:
+        target["title"] = "set meanwhile"
+        real(target, known, wanted)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(session_module, "patch", patch)
+        session.save()
+    assert session.data["title"] == "set meanwhile"
+    session.save()
+    assert store.load("s-1").data["title"] == "set meanwhile"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are POSIX only")
+def test_child_forked_while_another_thread_is_inside_gets_an_error(session: persist.Session) -> None:
+    """What a thread that the child does not have left half done is refused, and nobody waits for that thread.
+
+    Fails (the child is ended by its alarm) if the child waits for the lock that it inherited.
+    """
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with session._alone():
+            inside.set()
+            leave.wait(DEADLINE_S)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert inside.wait(DEADLINE_S)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(int(DEADLINE_S))
+        try:
+            session.refresh()
+        except persist.LockNotHeld:
+            os._exit(0)
+        os._exit(1)
+    leave.set()
+    thread.join(DEADLINE_S)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    session.refresh()

@@ -18,7 +18,7 @@ import copy
 import gc
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -35,7 +35,6 @@ from persist.turn import IDLE
 
 Data = dict[str, Any]
 
-MEMORY = Path("/dev/shm")
 IDS = ("one", "two", "three")
 FIELDS = ("title", "topic")
 
@@ -660,18 +659,11 @@ class SessionMachine(RuleBasedStateMachine):
         assert [(problem.session_id, problem.kind) for problem in self.store.check()] == [(each, "stale") for each in stale]
 
 
-@pytest.fixture
-def parent(tmp_path: Path) -> Iterator[Path]:
-    """A directory in memory, where there is one: thousands of steps need not wait for a disk."""
-    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else tmp_path) as name:
-        yield Path(name)
-
-
-def test_every_verb_does_what_the_model_says(parent: Path) -> None:
+def test_every_verb_does_what_the_model_says(scratch: Path) -> None:
     """Whatever the order of the verbs: the answers, the errors and the documents are the model's."""
 
     class Machine(SessionMachine):
         pass
 
-    Machine.parent = parent
+    Machine.parent = scratch
     run_state_machine_as_test(Machine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None))
