@@ -111,6 +111,7 @@ def test_other_files_in_the_directory_are_no_sessions(name: str) -> None:
         ("a.lock", None),
         (".json.tmp", None),
         ("a b.json.tmp", None),
+        ("con.json.lock", None),
     ],
 )
 def test_a_leftover_names_its_session(name: str, session_id: str | None) -> None:
@@ -127,6 +128,8 @@ def test_a_leftover_names_its_session(name: str, session_id: str | None) -> None
         ("a.", None),
         (".b", None),
         ("a.b.c", None),
+        ("con.b", None),
+        ("a." + "b" * 65, None),
         ("a.b\n", None),
     ],
 )

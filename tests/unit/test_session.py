@@ -6,7 +6,7 @@ import copy
 import json
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -606,6 +606,40 @@ def test_a_duplicate_of_a_session_in_mid_turn_has_no_stream(session: persist.Ses
     assert on_disk(store)["messages"][-1]["content"] == "all"
 
 
+def test_a_duplicate_keeps_the_prompt_of_another_program(store: persist.Store) -> None:
+    """B3: it may stand in the stream fields alone, also where the header names an owner of an earlier stream."""
+    store.create("s", {"messages": []})
+    stream = store.start_stream("s", stream_id="ours")
+    stream._lease.close()
+    path = store.path / "s.json"
+    foreign = path.read_bytes().replace(b'"active_stream_id":"ours"', b'"active_stream_id":"theirs"')
+    path.write_bytes(foreign.replace(b'"pending_user_message":null', b'"pending_user_message":"the only copy"'))
+    store.accept("s")
+    copied = store.duplicate("s", "copy")
+    assert [message["content"] for message in copied.data["messages"]] == ["the only copy"]
+
+
+def test_an_answer_never_takes_a_prompts_place(store: persist.Store) -> None:
+    """B3: an answer that has the id of an interrupted prompt is refused; the prompt stays."""
+    store.create("s", {"messages": []})
+    prompt = {"id": "m7", "role": "user", "content": "Why?"}
+    with store.start_stream("s", prompt):
+        pass
+    with store.start_stream("s") as stream, pytest.raises(persist.IdTaken):
+        stream.finish({"id": "m7", "role": "assistant", "content": "Because."})
+    assert store.load("s").data["messages"] == [{**prompt, "interrupted": True}]
+
+
+def test_a_directory_that_went_away_is_named(store: persist.Store) -> None:
+    """What the disk says to a look is a `PersistError`, from every verb that lists."""
+    (store.path / ".leases").rmdir()
+    store.path.rmdir()
+    store.path.write_text("a file")
+    for verb in (store.ids, store.check, lambda: store.exists("s"), lambda: store.load("s")):
+        with pytest.raises(persist.Unreadable, match="Not a directory"):
+            verb()
+
+
 def test_a_head_cannot_be_saved(session: persist.Session, store: persist.Store) -> None:
     """HAZARDS B1: a part has no way to be written as the whole."""
     head = store.head("s")
@@ -705,6 +739,11 @@ def no_json(store: persist.Store) -> None:
         data["messages"][0]["at"] = math.nan
 
 
+def generator(data: dict[str, Any]) -> Iterator[None]:
+    data["n"] = 1
+    yield
+
+
 def no_dict(store: persist.Store) -> None:
     session = store.load("s")
     session.data = []  # type: ignore[assignment]
@@ -723,6 +762,7 @@ BAD_ARGUMENTS: dict[str, tuple[Verb, type[Exception]]] = {
     "update: tuple": (lambda store: store.update("s", lambda data: data.update(a=())), persist.NotJSON),
     "update: no function": (lambda store: store.update("s", 5), persist.WrongType),  # type: ignore[arg-type]
     "update: if_revision": (lambda store: store.update("s", dict.clear, if_revision="1"), persist.PersistError),  # type: ignore[arg-type]
+    "update: a generator": (lambda store: store.update("s", generator), persist.WrongType),
     "append: field": (lambda store: store.append("s", 5, 1), persist.WrongType),  # type: ignore[arg-type]
     "append: no field": (lambda store: store.append("s", None, 1), persist.WrongType),  # type: ignore[arg-type]
     "append: bytes": (lambda store: store.append("s", "messages", b"x"), persist.NotJSON),

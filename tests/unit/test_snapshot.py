@@ -316,6 +316,15 @@ def test_a_document_without_a_header_is_revision_zero(store: persist.Store) -> N
     assert store.check() == []
 
 
+def test_a_time_that_no_calendar_has_harms_nothing(store: persist.Store) -> None:
+    """Anybody may give a file any time: a document of another program is read all the same."""
+    path = store.path / "s.json"
+    path.write_bytes(b'{"title": "t"}')
+    os.utime(path, (0, 10**11))
+    assert store.load("s").data == {"title": "t"}
+    assert store.check() == []
+
+
 def test_the_first_commit_gives_it_a_header(store: persist.Store) -> None:
     """Its own `updated_at` stays data; a save over an object loaded before is merged as ever."""
     path = put(store, {"messages": [], "updated_at": 5, "created_at": "x"})
