@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from persist.errors import CommitFailed as CommitFailed
     from persist.errors import CommitUnknown as CommitUnknown
     from persist.errors import CorruptSession as CorruptSession
+    from persist.errors import CursorAhead as CursorAhead
+    from persist.errors import EmitFailed as EmitFailed
+    from persist.errors import EventsNotFound as EventsNotFound
     from persist.errors import IdTaken as IdTaken
     from persist.errors import InvalidSessionId as InvalidSessionId
     from persist.errors import InvalidStreamId as InvalidStreamId
@@ -42,6 +45,8 @@ if TYPE_CHECKING:
     from persist.errors import UnsupportedFileSystem as UnsupportedFileSystem
     from persist.errors import UnsupportedFormat as UnsupportedFormat
     from persist.errors import WrongType as WrongType
+    from persist.files.events import Event as Event
+    from persist.following import Following as Following
     from persist.merge import MISSING as MISSING
     from persist.session import Head as Head
     from persist.session import Session as Session
@@ -53,11 +58,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "errors": (
-        "CommitFailed CommitUnknown CorruptSession IdTaken InvalidSessionId InvalidStreamId LockNotHeld LockTimeout "
-        "MergeConflict MessagesRemoved NestedLock NotJSON Owner PersistError ReservedField RevisionMismatch SessionBusy "
-        "SessionDeleted SessionExists SessionNotFound StoreClosed StreamLost SweepIncomplete Unreadable UnsafeFile "
-        "UnsupportedFileSystem UnsupportedFormat WrongType"
+        "CommitFailed CommitUnknown CorruptSession CursorAhead EmitFailed EventsNotFound IdTaken InvalidSessionId "
+        "InvalidStreamId LockNotHeld LockTimeout MergeConflict MessagesRemoved NestedLock NotJSON Owner PersistError "
+        "ReservedField RevisionMismatch SessionBusy SessionDeleted SessionExists SessionNotFound StoreClosed StreamLost "
+        "SweepIncomplete Unreadable UnsafeFile UnsupportedFileSystem UnsupportedFormat WrongType"
     ),
+    "files.events": "Event",
+    "following": "Following",
     "merge": "MISSING",
     "session": "Head Session",
     "store": "ClearedStream Problem Store",

@@ -141,7 +141,11 @@ def decode(encoded: bytes) -> Any:
         return _decode(encoded)
     except (msgspec.DecodeError, UnicodeDecodeError):
         # A lone surrogate, which msgspec does not read. If it is real damage, this raises in its turn.
-        return json.loads(encoded.decode())
+        return json.loads(encoded.decode(), parse_constant=_no_constant)
+
+
+def _no_constant(literal: str) -> None:
+    raise ValueError(f"{literal} is not JSON")
 
 
 class StrictError(ValueError):

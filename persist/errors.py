@@ -12,6 +12,7 @@ parent. Its message never holds the content of a document; ids, field names, pat
     ├── LockTimeout (TimeoutError)      NestedLock (RuntimeError)       LockNotHeld (RuntimeError)
     ├── CorruptSession                  UnsupportedFormat    UnsafeFile (OSError)   Unreadable (OSError)
     ├── CommitFailed (OSError)          CommitUnknown (OSError)
+    ├── EventsNotFound (KeyError)       CursorAhead (ValueError)   EmitFailed (OSError)
     └── UnsupportedFileSystem (OSError)
 """
 
@@ -243,7 +244,7 @@ class StreamLost(PersistError):
 class SweepIncomplete(PersistError):
     """A sweep cleared what it could; some sessions could not be looked at.
 
-    `cleared` lists what was cleared; `failures` maps a session id to its error.
+    `cleared` lists what was cleared; `failures` maps a session id to its error, and ``"*"`` to that of the events' directory.
     """
 
     template = "Cleared {count} stale streams, but could not look at {names}. Mend those sessions and sweep again."
@@ -399,6 +400,44 @@ class CommitUnknown(PersistError, OSError):
         "This store refuses further writes to it: look at the disk, then open a new persist.Store."
     )
     session_id: str
+    path: Path
+    reason: str
+    errno: int | None
+
+
+class EventsNotFound(PersistError, KeyError):
+    """There are no events of that stream: it never ran, it ended without an event, or its events have expired."""
+
+    template = (
+        "No events of stream {stream_id!r} of session {session_id!r}: {path} does not exist. It never ran here, ended without "
+        "an event, or its events have expired (Store(keep_events_s=…)). Load the session instead."
+    )
+    session_id: str
+    stream_id: str
+    path: Path
+
+
+class CursorAhead(PersistError, ValueError):
+    """A cursor beyond the stream's last event: it is another stream's, or a power cut took the events it has seen."""
+
+    template = (
+        "Stream {stream_id!r} of session {session_id!r} has {count} events, and the cursor is at {after}. "
+        "Follow it from the start (after=0)."
+    )
+    session_id: str
+    stream_id: str
+    after: int
+    count: int
+
+
+class EmitFailed(PersistError, OSError):
+    """The disk refused events, or to make them durable. Those that were emitted before stand; the stream goes on."""
+
+    template = (
+        "Events of stream {stream_id!r} were not all emitted, or not made durable: {reason} at {path}. Mend that; "
+        "store.events() tells which ones stand, before you emit the others again."
+    )
+    stream_id: str
     path: Path
     reason: str
     errno: int | None

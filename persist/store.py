@@ -28,8 +28,10 @@ from persist.errors import (
     WrongType,
     conflicts_in,
 )
+from persist.files.events import Event
 from persist.files.snapshot import HEADER, Body, Header, Snapshot
 from persist.files.transaction import SessionFiles, Transaction
+from persist.following import Cursor, Following
 from persist.merge import Policy, check_policies
 from persist.session import Head, Session
 from persist.streams import Stream, StreamInfo
@@ -68,6 +70,7 @@ class Store:
         lock_timeout_s: seconds that a verb waits for a session's lock before it raises `LockTimeout`.
         merge: top-level field -> "sum" | "max" | "mine" | "theirs": how `Session.save` settles a field that both sides
             changed, instead of raising `MergeConflict`.
+        keep_events_s: seconds that a stream's events stay after its end, for those who come back late.
         allow_network: True accepts a network file system, where no guarantee holds.
         create: False opens a directory that must be there, and makes nothing in it until something is written.
 
@@ -93,6 +96,7 @@ class Store:
         *,
         lock_timeout_s: float = 5.0,
         merge: Mapping[str, Policy] | None = None,
+        keep_events_s: float = 300.0,
         allow_network: bool = False,
         create: bool = True,
     ) -> None:
@@ -103,9 +107,18 @@ class Store:
             raise ReservedField(field=field, remedy="It always comes from the disk: leave it out of merge.")
         self._policies = dict(policies)
         self._files = SessionFiles(
-            directory, lock_timeout_s=_seconds(lock_timeout_s), allow_network=allow_network, create=create
+            directory,
+            lock_timeout_s=_seconds("lock_timeout_s", lock_timeout_s),
+            keep_events_s=_seconds("keep_events_s", keep_events_s),
+            allow_network=allow_network,
+            create=create,
         )
-        self._options = {"lock_timeout_s": lock_timeout_s, "merge": self._policies, "allow_network": allow_network}
+        self._options = {
+            "lock_timeout_s": lock_timeout_s,
+            "merge": self._policies,
+            "keep_events_s": keep_events_s,
+            "allow_network": allow_network,
+        }
         self._is_closed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -338,6 +351,7 @@ class Store:
         Args:
             stream_id: the stream that is meant; if it is not the session's active one, nothing happens.
             force: take the session away now: prompt and partial stay, marked ``interrupted``; the owner gets `StreamLost`.
+                If the disk refuses then, the stream goes on, but its events have ended: repeat it.
 
         Returns:
             True if that stream was the active one.
@@ -346,6 +360,35 @@ class Store:
             SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
         return streams.cancel(self._open_files(), session_id, stream_id, force=force)
+
+    def follow(self, session_id: str, stream_id: str, *, after: int = 0) -> Following:
+        """Follow a stream's events as they come, from any process, until it ends.
+
+        Iterate the result; its `ended` then tells how the stream has ended. Events of this process come at once, those of
+        others within some 10 ms. The death of the process that runs the stream is noticed within a second.
+
+        Args:
+            stream_id: a session's `active_stream_id`, say.
+            after: the offset of the last event that was seen; 0 begins with the first.
+
+        Raises:
+            EventsNotFound: it never ran, it ended without an event, or its events have expired; load the session instead.
+            CursorAhead: the stream has fewer events than `after`: the cursor is another stream's. Begin at 0.
+            InvalidStreamId, WrongType: a malformed cursor.
+            SessionNotFound, LockTimeout, CorruptSession: see the errors.
+        """
+        return Following(self.cursor(session_id, stream_id, after))
+
+    def cursor(self, session_id: str, stream_id: str, after: int = 0) -> Cursor:
+        """What `follow` and its asynchronous twin are made of."""
+        return Cursor(self._open_files(), session_id, stream_id, after)
+
+    def events(self, session_id: str, stream_id: str, *, after: int = 0) -> list[Event]:
+        """Return the events that a stream has emitted until now, beginning behind `after`.
+
+        Raises: as `follow`.
+        """
+        return self.cursor(session_id, stream_id, after).take_all()
 
     def stream(self, session_id: str) -> StreamInfo | None:
         """Tell who runs the session's active stream, and whether that process lives; None if no stream is active.
@@ -374,7 +417,7 @@ class Store:
         """Clear every stream whose process is dead; for the start of a server, or now and then.
 
         Opens only the sessions that have a lease, however many others there are; one lock at a time. Left-over leases
-        are removed.
+        are removed, and events of streams that have ended go away when their time is over.
 
         Args:
             every_session: look into all sessions: also finds streams that another program left without a lease.
@@ -398,6 +441,10 @@ class Store:
                     cleared.append(ClearedStream(session_id, str(active)))
             except (PersistError, OSError) as error:
                 failures[session_id] = error
+        try:
+            files.events.sweep()
+        except PersistError as error:
+            failures["*"] = error
         if failures:
             raise SweepIncomplete(cleared=cleared, failures=failures)
         return cleared
@@ -489,7 +536,7 @@ def _directory(path: object, *, create: bool) -> Path:
     return directory
 
 
-def _seconds(value: object) -> float:
+def _seconds(what: str, value: object) -> float:
     if type(value) in (int, float) and math.isfinite(value) and value >= 0:  # type: ignore[arg-type,operator]
         return float(value)  # type: ignore[arg-type]
-    raise WrongType(what="lock_timeout_s", expected="a number of seconds from 0 up", got=repr(value))
+    raise WrongType(what=what, expected="a number of seconds from 0 up", got=repr(value))

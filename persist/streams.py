@@ -35,6 +35,7 @@ from persist.errors import (
     conflicts_in,
 )
 from persist.files import layout
+from persist.files.events import Ended, Fenced
 from persist.files.lease import Lease
 from persist.files.snapshot import Body, Header, Snapshot, StreamOwner
 from persist.files.transaction import SessionFiles, Transaction
@@ -67,6 +68,7 @@ def _claim(files: SessionFiles, tx: Transaction, snapshot: Snapshot, stream_id: 
     owner = StreamOwner(stream_id, _this_process(), None if prompt is None else prompt["id"])
     turn.begin(data, stream_id, prompt)
     body = Body.of(data)
+    tx.forget_events(stream_id)
     lease = tx.take_lease(stream_id, codec.encode({"pid": owner.process.pid, "started_at": owner.process.started_at}))
     if lease is None:
         raise InvalidStreamId(stream_id=stream_id, reason="a stream of that id is alive. Choose a new one.")
@@ -81,6 +83,7 @@ def _claim(files: SessionFiles, tx: Transaction, snapshot: Snapshot, stream_id: 
         lease.close()
         raise
     if stale_id is not None:
+        tx.end_events(stale_id, "died")
         tx.remove_lease(stale_id)
     return stream
 
@@ -101,14 +104,19 @@ def clear_stale(files: SessionFiles, session_id: str, stream_id: object, incarna
         if incarnation not in (None, snapshot.header.incarnation):
             return None
         with tx.holding_lease_if_dead(stream_id) as is_dead:
-            return _take_away(tx, snapshot) if is_dead else None
+            return _take_away(tx, snapshot, "died") if is_dead else None
 
 
-def _take_away(tx: Transaction, snapshot: Snapshot) -> Snapshot:
+def _take_away(tx: Transaction, snapshot: Snapshot, ended: Ended) -> Snapshot:
     """End the active stream without its owner: dead, or overruled by a forced cancel. The epoch fences an owner off."""
     data, header = snapshot.body.data(), snapshot.header
     stream_id = data[ACTIVE]
     _interrupt(data, header)
+    if ended == "died":
+        tx.end_events(stream_id, ended)
+    else:
+        # An owner that lives may emit at any moment, and asks for no lock.
+        tx.fence_events(stream_id, ended)
     committed = tx.commit(header.next(touch=False, epoch=header.epoch + 1, owner=None), Body.of(data))
     tx.remove_lease(stream_id)
     return committed
@@ -130,7 +138,7 @@ def sweep_lease(files: SessionFiles, session_id: str, stream_id: str) -> bool:
             if not is_dead:
                 return False
             if snapshot is not None and snapshot.active_stream_id == stream_id:
-                _take_away(tx, snapshot)
+                _take_away(tx, snapshot, "died")
                 return True
             tx.remove_lease(stream_id)
             return False
@@ -145,7 +153,7 @@ def cancel(files: SessionFiles, session_id: str, stream_id: str, *, force: bool)
         with tx.holding_lease_if_dead(stream_id) as is_dead:
             owner = owner_of(snapshot.header, stream_id)
             if is_dead or force or owner is None:
-                _take_away(tx, snapshot)
+                _take_away(tx, snapshot, "died" if is_dead else "cancelled")
             elif owner.is_cancelled:
                 tx.confirm(snapshot)
             else:
@@ -181,9 +189,9 @@ class StreamInfo:
     last_commit_at: datetime
 
 
-def look_at(files: SessionFiles, session_id: str) -> StreamInfo | None:
+def look_at(files: SessionFiles, session_id: str, *, lock_timeout_s: float | None = None) -> StreamInfo | None:
     """Tell whether a session's active stream is alive, under the session's lock; None if it has none."""
-    with files.transaction(session_id) as tx:
+    with files.transaction(session_id, lock_timeout_s=lock_timeout_s) as tx:
         head = files.read_head(session_id)
         stream_id = head.active_stream_id
         if stream_id is None:
@@ -253,6 +261,7 @@ class Stream:
         self._files = files
         self._incarnation = claim.header.incarnation
         self._lease = lease
+        self._events = files.events.writer(session_id, stream_id)
 
     def __repr__(self) -> str:
         return f"<persist.Stream {self.id} of {self.session_id!r}{'' if self._lease.is_held else ', ended'}>"
@@ -302,6 +311,45 @@ class Stream:
 
         self._commit(change)
 
+    def emit(self, *events: Any, durable: bool = False) -> int:
+        """Add events for those who follow the stream (`Store.follow`), in this process and in others; they see them at once.
+
+        Costs a few microseconds and takes no lock, but for the first time. What was emitted outlives this process.
+
+        Args:
+            events: JSON values; several in one call are one write.
+            durable: return only when they would survive a power cut, too.
+
+        Returns:
+            The offset of the last one; the first event of a stream has offset 1.
+
+        Raises:
+            StreamLost: the session is no longer this stream's; the events were emitted nowhere. End the turn.
+            NotJSON: an event cannot be kept; none was emitted.
+            EmitFailed: the disk refused.
+            LockTimeout, NestedLock, CommitFailed, Unreadable, CorruptSession: at the first event, which looks at the session.
+        """
+        if not events:
+            raise WrongType(what="emit()", expected="called with one event or more", got="called with none")
+        encoded = [codec.encode(codec.captured(event)) for event in events]
+        if not self._lease.is_held:
+            raise self._lost("it has ended, or this is a forked child")
+        if not self._events.is_open:
+            self._open_events()
+        try:
+            return self._events.append(encoded, durable=durable)
+        except Fenced:
+            raise self._lost("it has ended, was cancelled by force, or was cleared as stale") from None
+
+    def _open_events(self) -> None:
+        try:
+            with self._files.transaction(self.session_id) as tx:
+                snapshot = tx.read()
+                self._require_ownership(snapshot.header, snapshot.active_stream_id)
+                self._events.open()
+        except SessionNotFound:
+            raise self._lost("the session was deleted") from None
+
     def finish(self, message: Message | None = None) -> None:
         """End the turn with its answer, in one commit: the message, and the stream fields cleared.
 
@@ -317,20 +365,20 @@ class Stream:
                 self._answer(data, owner, answer)
             turn.end(data)
 
-        self._commit(change)
+        self._commit(change, "finished")
 
     def fail(self) -> None:
         """End the turn without an answer: prompt and partial stay in `messages`, marked ``interrupted``.
 
         Raises: as `checkpoint`.
         """
-        self._commit(lambda data, owner: turn.interrupt(data, owner.prompt_id, owner.answer_id))
+        self._commit(lambda data, owner: turn.interrupt(data, owner.prompt_id, owner.answer_id), "failed")
 
     def _answer(self, data: Data, owner: StreamOwner, answer: Message) -> StreamOwner:
         turn.put_answer(turn.messages_of(data), answer, owner.answer_id)
         return replace(owner, answer_id=answer["id"])
 
-    def _commit(self, change: Callable[[Data, StreamOwner], StreamOwner | None]) -> None:
+    def _commit(self, change: Callable[[Data, StreamOwner], StreamOwner | None], ended: Ended = "failed") -> None:
         """Apply a change, fenced. A change that returns no owner ends the turn, and its lease in the same lock hold."""
         if not self._lease.is_held:
             raise self._lost("it has ended, or this is a forked child")
@@ -346,10 +394,15 @@ class Stream:
                 else:
                     tx.commit(snapshot.header.next(owner=owner_after), body)
                 if owner_after is None:
+                    tx.end_events(self.id, "cancelled" if owner.is_cancelled and ended == "failed" else ended)
                     tx.remove_lease(self.id)
-                    self._lease.close()
+                    self._close()
         except SessionNotFound:
             raise self._lost("the session was deleted") from None
+
+    def _close(self) -> None:
+        self._lease.close()
+        self._events.close()
 
     def _require_ownership(self, header: Header, active_stream_id: object) -> StreamOwner:
         """The fence: compared in the same lock hold as the write that follows."""
@@ -381,11 +434,11 @@ class Stream:
                 raise
             error.add_note(f"Stream {self.id} could not be marked as interrupted either: {failure}")
         finally:
-            self._lease.close()
+            self._close()
 
     def __del__(self) -> None:
         lease = getattr(self, "_lease", None)
         if lease is not None and lease.is_held:
             dropped = f"{self!r} was dropped without finish() or fail(); it is stale now."
-            lease.close()
+            self._close()
             warnings.warn(dropped, ResourceWarning, stacklevel=2)

@@ -115,6 +115,12 @@ def read(path: Path, limit: int) -> bytes:
         os.close(fd)
 
 
+def read_at(fd: int, limit: int, position: int) -> bytes:
+    """Return at most `limit` bytes of an open file, from a position on; none at its end. Moves the descriptor there."""
+    os.lseek(fd, position, os.SEEK_SET)
+    return os.read(fd, limit)
+
+
 def modified_at(path: Path) -> float:
     """When the file was last written, in seconds since the epoch."""
     return os.lstat(path).st_mtime

@@ -5,6 +5,7 @@
       s-42.json.lock               the session's lock; a sidecar, since os.replace() of a locked file lets a second holder in
       s-42.json.tmp                only inside a commit; found later under the lock it is a left-over
       .leases/s-42.<stream id>     locked by the process that runs the stream
+      .events/s-42.<stream id>     the stream's events, one a line
 
 Nothing else in the project spells a file name out.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 from persist.errors import InvalidSessionId, InvalidStreamId
 
 LEASES = ".leases"
+EVENTS = ".events"
 _DOCUMENT = ".json"
 _LOCK = ".lock"
 _TEMP = ".tmp"
@@ -73,6 +75,7 @@ class Layout:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.leases = directory / LEASES
+        self.events = directory / EVENTS
         # Three Path objects cost more than taking the lock does (20 µs); servers come back to the same sessions.
         self._session = lru_cache(maxsize=1024)(self._paths)
 
@@ -85,6 +88,9 @@ class Layout:
 
     def lease(self, session_id: str, stream_id: str) -> Path:
         return self.leases / f"{session_id}.{stream_id}"
+
+    def events_of(self, session_id: str, stream_id: str) -> Path:
+        return self.events / f"{check_session_id(session_id)}.{check_stream_id(stream_id)}"
 
 
 def session_of_document(name: str) -> str | None:
@@ -101,7 +107,7 @@ def session_of_leftover(name: str) -> str | None:
     return None
 
 
-def stream_of_lease(name: str) -> tuple[str, str] | None:
-    """The (session id, stream id) of a lease's file name, or None. Ids hold no dot, so the first one parts them."""
+def stream_of(name: str) -> tuple[str, str] | None:
+    """The (session id, stream id) of a lease's or an events file's name, or None. Ids hold no dot: the first one parts them."""
     session_id, _, stream_id = name.partition(".")
     return (session_id, stream_id) if _is_session_id(session_id) and is_stream_id(stream_id) else None

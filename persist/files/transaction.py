@@ -22,6 +22,7 @@ from pathlib import Path
 
 from persist.errors import CommitFailed, CommitUnknown, InvalidSessionId, LockNotHeld, PersistError, SessionNotFound, Unreadable
 from persist.files import disk, layout, lease, lock, snapshot
+from persist.files.events import Ended, EventFiles
 from persist.files.layout import Layout, SessionPaths
 from persist.files.lease import Lease
 from persist.files.snapshot import Body, Header, HeadSnapshot, Snapshot
@@ -30,10 +31,19 @@ from persist.files.snapshot import Body, Header, HeadSnapshot, Snapshot
 class SessionFiles:
     """The sessions of one directory, as files."""
 
-    def __init__(self, directory: Path, *, lock_timeout_s: float, allow_network: bool = False, create: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        lock_timeout_s: float,
+        keep_events_s: float = 300.0,
+        allow_network: bool = False,
+        create: bool = True,
+    ) -> None:
         # The real path: two names of one directory must share their in-process locks, and a chdir must not move the store.
         self.layout = Layout(Path(os.path.realpath(directory)))
         self.lock_timeout_s = lock_timeout_s
+        self.events = EventFiles(self.layout, keep_events_s)
         self.unknown: dict[str, str] = {}
         try:
             if create:
@@ -93,7 +103,7 @@ class SessionFiles:
             raise
         except OSError as error:
             raise Unreadable.because(self.layout.leases, error) from error
-        return sorted(filter(None, map(layout.stream_of_lease, names)))
+        return sorted(filter(None, map(layout.stream_of, names)))
 
     def _names(self) -> list[str]:
         try:
@@ -128,7 +138,9 @@ class SessionFiles:
     # --- under the session's lock ---
 
     @contextmanager
-    def transaction(self, session_id: str, *, may_be_missing: bool = False) -> Iterator[Transaction]:
+    def transaction(
+        self, session_id: str, *, may_be_missing: bool = False, lock_timeout_s: float | None = None
+    ) -> Iterator[Transaction]:
         """Hold the session's lock for a block.
 
         A session that is not there raises `SessionNotFound`, and no lock file is left for it.
@@ -140,7 +152,8 @@ class SessionFiles:
         with self._looking_at(session_id) as path:
             if not may_be_missing and not disk.exists(path):
                 raise SessionNotFound(session_id=session_id, path=path)
-        with lock.hold(self.layout.session(session_id).lock, session_id, self.lock_timeout_s) as held:
+        timeout_s = self.lock_timeout_s if lock_timeout_s is None else lock_timeout_s
+        with lock.hold(self.layout.session(session_id).lock, session_id, timeout_s) as held:
             tx = Transaction(self, session_id, held)
             try:
                 # Looked at again by the verb's own read: the session may have gone while we waited.
@@ -248,6 +261,8 @@ class Transaction:
             for session_id, stream_id in self._files.leases():
                 if session_id == self.session_id:
                     self.remove_lease(stream_id)
+        with contextlib.suppress(OSError):
+            self._files.events.remove_session(self.session_id)
 
     def _publish(self, content: bytes) -> None:
         attempt = _Attempt(self._layout.directory, self._paths, content)
@@ -316,6 +331,32 @@ class Transaction:
             yield probe.is_dead
         finally:
             probe.close()
+
+    # --- events of this session's streams ---
+
+    def make_events(self, stream_id: str) -> None:
+        """Make the file of a stream's events, so that whoever ends the stream finds where to say it."""
+        self._require_lock()
+        with self._refusals():
+            self._files.events.make(self._files.events.path(self.session_id, stream_id))
+
+    def forget_events(self, stream_id: str) -> None:
+        """Remove the events of an earlier stream of that id."""
+        self._require_lock()
+        with self._refusals():
+            self._files.events.remove(self.session_id, stream_id)
+
+    def fence_events(self, stream_id: object, ended: Ended) -> None:
+        """End a stream's events before its session is taken away: on return, what it still emits lands nowhere."""
+        self._require_lock()
+        if layout.is_stream_id(stream_id):
+            with self._refusals():
+                self._files.events.end(self.session_id, str(stream_id), ended)
+
+    def end_events(self, stream_id: object, ended: Ended) -> None:
+        """End the events of a stream that has ended. If the disk refuses, those who follow find out by the document."""
+        with contextlib.suppress(OSError):
+            self.fence_events(stream_id, ended)
 
     def remove_lease(self, stream_id: object) -> None:
         """Remove a stream's lease file, whoever holds it."""

@@ -135,4 +135,4 @@ def test_a_leftover_names_its_session(name: str, session_id: str | None) -> None
 )
 def test_a_lease_names_its_session_and_stream(name: str, stream: tuple[str, str] | None) -> None:
     """Ids hold no dot, so the name parts in one way only."""
-    assert layout.stream_of_lease(name) == stream
+    assert layout.stream_of(name) == stream

@@ -1,0 +1,450 @@
+"""Events: what a running stream says while it runs, readable by any process while it is written.
+
+    {"offset":1,"event":{"type":"token","text":"Be"}}
+    {"offset":2,"event":{"type":"token","text":"cause."}}
+    {"end":"finished"}
+
+One file a stream, `.events/<session id>.<stream id>`, which is only ever appended to. Whoever needs it first makes it: the
+stream with its first event, or a reader who waits for that. What a reader takes for an event is a whole line with the next
+offset; all else (a line that was torn by a crash, what a power cut left behind a hole) is passed over, so offsets have no gaps.
+
+The end line is the fence. Whoever ends the stream appends it, under the session's lock; nothing behind it counts. Appends do
+not mix (O_APPEND), and after each the writer looks where it ended: further on than its own bytes reach, somebody else has
+ended the stream. So a write needs no lock and no look at the document.
+
+Each emission is one write to the kernel and not batched in memory: it takes 4 µs, and what was emitted is seen at once, also
+after `kill -9`. It is not synced, so a power cut may take the last events, but for `durable=True`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from persist import codec
+from persist.errors import EmitFailed, NestedLock, PersistError, Unreadable
+from persist.files import disk, layout
+from persist.files.layout import Layout
+from persist.files.lock import HeldFile, try_hold
+
+#: How a stream has ended. "died": its process was gone; "deleted": its session was removed; "unknown": the line that says it
+#: was not written, since the disk was full or the process was killed in that instant.
+Ended = Literal["finished", "failed", "cancelled", "died", "deleted", "unknown"]
+
+_LINE = re.compile(rb'\{"offset":(\d{1,18}),"event":(.+)\}', re.DOTALL)
+_END = re.compile(rb'\{"end":"(finished|failed|cancelled|died|deleted)"\}')
+_CHUNK_BYTES = 256 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event of a stream. `offset` counts from 1, without gaps; with the stream's id it makes a cursor."""
+
+    offset: int
+    data: Any
+
+
+# --- waking those who wait, in this process ---------------------------------------------------------------------------------
+
+_waiting: dict[Path, tuple[Callable[[], None], ...]] = {}
+# Re-entrant: the garbage collector may end a dropped wait in the thread that is inside just now.
+_waiting_guard = threading.RLock()
+
+
+@contextmanager
+def waking(path: Path, wake: Callable[[], None]) -> Iterator[None]:
+    """Have `wake` called, from any thread, whenever this process has appended to a file; for a block."""
+    with _waiting_guard:
+        _waiting[path] = (*_waiting.get(path, ()), wake)
+    try:
+        yield
+    finally:
+        with _waiting_guard:
+            others = list(_waiting[path])
+            others.remove(wake)
+            _waiting[path] = tuple(others)
+            if not others:
+                del _waiting[path]
+
+
+def _wake(path: Path) -> None:
+    for wake in _waiting.get(path, ()):
+        wake()
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------------
+
+
+class Fenced(Exception):
+    """Somebody else has ended the stream; what was appended after that does not count."""
+
+
+class EventWriter:
+    """Appends the events of a stream that this process runs; safe for its threads.
+
+    The file is open and locked from `open` on. Nobody asks for that lock: it comes with what `HeldFile` does for a descriptor
+    in forks and at the end.
+    """
+
+    def __init__(self, path: Path, session_id: str, stream_id: str) -> None:
+        self._path = path
+        self._session_id = session_id
+        self._stream_id = stream_id
+        # Re-entrant: a signal handler that emits while its own thread does must get an error, and not wait for ever.
+        self._guard = threading.RLock()
+        self._is_busy = False
+        self._held: HeldFile | None = None
+        self._count = 0
+        self._end = 0
+        #: Whether a write broke off, so that it is not known what stands there.
+        self._is_torn = False
+        self._is_fenced = False
+        self._is_name_durable = False
+        self._sync_error: OSError | None = None
+
+    @property
+    def is_open(self) -> bool:
+        return self._held is not None
+
+    def open(self) -> None:
+        """Make the file or open it, under the session's lock: who takes the session away must find it, to put the end there."""
+        with self._alone(), self._refusals():
+            if self._held is None:
+                disk.make_directory(self._path.parent)
+                disk.check_directory(self._path.parent)
+                self._held = try_hold(self._path, create=True, append=True)
+
+    def append(self, events: Sequence[bytes], *, durable: bool) -> int:
+        """Append events, each the JSON of one, and return the offset of the last.
+
+        Raises:
+            EmitFailed: the disk refused.
+            Fenced: the stream has been ended.
+            NestedLock: this thread is in the middle of it, and a signal handler asks again.
+        """
+        with self._alone(), self._refusals():
+            if self._held is None or not self._held.is_held or self._is_fenced:
+                raise Fenced
+            if self._is_torn:
+                self._take_stock(self._held.fd)
+            self._write(self._held.fd, events)
+            if durable:
+                self._sync(self._held.fd)
+            offset = self._count
+        _wake(self._path)
+        return offset
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with self._guard:
+            if self._held is not None:
+                self._held.close()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._guard:
+            if self._is_busy:
+                raise NestedLock(session_id=self._session_id, held=self._session_id)
+            self._is_busy = True
+            try:
+                yield
+            finally:
+                self._is_busy = False
+
+    def _write(self, fd: int, events: Sequence[bytes]) -> None:
+        lines = b"".join([b'{"offset":%d,"event":%b}\n' % line for line in enumerate(events, self._count + 1)])
+        if self._is_torn:
+            # Not only a newline: a line that lacks nothing but that would become an event, in the place of the next one.
+            lines = b"?\n" + lines
+        self._is_torn = True
+        disk.write(fd, lines)
+        self._end += len(lines)
+        if os.lseek(fd, 0, os.SEEK_CUR) != self._end:
+            self._is_fenced = True
+            raise Fenced
+        self._count += len(events)
+        self._is_torn = False
+
+    def _take_stock(self, fd: int) -> None:
+        """After a write that broke off: some of its events may stand there, and the last line may be torn."""
+        try:
+            reader = EventReader(self._path)
+        except FileNotFoundError:
+            raise Fenced from None
+        with reader:
+            # Asked for before the events: an end line that comes behind them must show as one.
+            self._end = reader.size()
+            while reader.read():
+                pass
+            if reader.ended is not None or not reader.reads(fd):
+                raise Fenced
+            self._count = reader.count
+
+    def _sync(self, fd: int) -> None:
+        if self._sync_error is not None:
+            # After a failed fsync a second one may answer OK for data that is lost (measured).
+            raise self._sync_error
+        try:
+            disk.sync(fd)
+            if not self._is_name_durable:
+                disk.sync_directory(self._path.parent)
+                self._is_name_durable = True
+        except OSError as error:
+            self._sync_error = error
+            raise
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except PersistError:
+            raise
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise EmitFailed(stream_id=self._stream_id, path=self._path, reason=reason, errno=error.errno) from error
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------------
+
+
+class EventReader:
+    """Reads the events of one stream from an offset on, again and again while they are written.
+
+    `count` is the offset of the last event that was passed; `ended` how the stream has ended, once its end line was read.
+    """
+
+    def __init__(self, path: Path, after: int = 0) -> None:
+        self.count = 0
+        self.ended: Ended | None = None
+        self._path = path
+        self._after = after
+        self._position = 0
+        self._torn = b""
+        self._fd = -1  # for `close`, if it cannot be opened
+        with self._refusals():
+            disk.check_directory(path.parent)
+            self._fd = disk.open_plain(path, os.O_RDONLY)
+
+    def __enter__(self) -> EventReader:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            disk.close(fd)
+
+    def size(self) -> int:
+        """The size of the file now, in bytes."""
+        return os.fstat(self._fd).st_size
+
+    def reads(self, fd: int) -> bool:
+        """Whether this is the file that a descriptor has open, and not another that bears its name by now."""
+        return os.path.sameopenfile(self._fd, fd)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there are bytes that were not read yet. Never waits for the disk."""
+        return self.size() > self._position
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether the file bears no name any more."""
+        return os.fstat(self._fd).st_nlink == 0
+
+    def read(self) -> list[Event]:
+        """The events that came since the last call, or the first of them; none if there are none now."""
+        found: list[Event] = []
+        while not found and self.ended is None:
+            with self._refusals():
+                chunk = disk.read_at(self._fd, _CHUNK_BYTES, self._position)
+            if not chunk:
+                break
+            self._position += len(chunk)
+            *lines, self._torn = (self._torn + chunk).split(b"\n")
+            found = [event for line in lines if (event := self._take(line)) is not None]
+        return found
+
+    @contextmanager
+    def _refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except (PersistError, FileNotFoundError):
+            raise
+        except OSError as error:
+            raise Unreadable.because(self._path, error) from error
+
+    def _take(self, line: bytes) -> Event | None:
+        """The event of a line, if it counts and is asked for."""
+        if self.ended is not None:
+            return None
+        shape = _LINE.fullmatch(line)
+        if shape is None:
+            self._take_end(line)
+            return None
+        if int(shape[1]) != self.count + 1:
+            return None
+        try:
+            # Also where it is not asked for: a torn line may have the shape of a whole one.
+            event = Event(self.count + 1, codec.decode(shape[2]))
+        except (ValueError, RecursionError):
+            return None
+        self.count += 1
+        return event if self.count > self._after else None
+
+    def _take_end(self, line: bytes) -> None:
+        end = _END.fullmatch(line)
+        if end is not None:
+            self.ended = end[1].decode()  # type: ignore[assignment]
+
+
+# --- all streams of a store --------------------------------------------------------------------------------------------------
+
+
+class EventFiles:
+    """The events of all streams of one store: makes, ends and removes their files."""
+
+    def __init__(self, files: Layout, keep_s: float) -> None:
+        self._layout = files
+        self._keep_s = keep_s
+        self._expiry = _Expiry(self._remove_expired)
+
+    def path(self, session_id: str, stream_id: str) -> Path:
+        """Where the events of a stream stand, if it has any."""
+        return self._layout.events_of(session_id, stream_id)
+
+    def writer(self, session_id: str, stream_id: str) -> EventWriter:
+        """For the process that runs the stream; makes nothing before the first event."""
+        return EventWriter(self.path(session_id, stream_id), session_id, stream_id)
+
+    # What follows is called under the session's lock.
+
+    def make(self, path: Path) -> None:
+        """Make an empty file, for a reader who comes before the first event."""
+        disk.make_directory(path.parent)
+        disk.check_directory(path.parent)
+        disk.close(disk.open_plain(path, os.O_RDWR | os.O_CREAT))
+
+    def end(self, session_id: str, stream_id: str, ended: Ended) -> None:
+        """Append the end line, if the stream has events; the file goes away some time after that."""
+        path = self.path(session_id, stream_id)
+        if disk.exists(path):
+            disk.check_directory(path.parent)
+            _append_end(path, ended)
+            self._expiry.add(path, self._keep_s)
+            _wake(path)
+
+    def remove(self, session_id: str, stream_id: str) -> None:
+        """Remove the events of an earlier stream of that id."""
+        disk.check_directory(self._layout.events)
+        disk.unlink(self.path(session_id, stream_id))
+
+    def remove_session(self, session_id: str) -> None:
+        """End and remove the events of all streams of a session."""
+        for found in self._streams():
+            if found[0] == session_id:
+                self.end(*found, "deleted")
+                self.remove(*found)
+
+    def sweep(self) -> None:
+        """Remove what has expired, and see to it that the rest will be: after a crash nobody else does."""
+        now = time.time()
+        for found in self._streams():
+            path = self.path(*found)
+            with contextlib.suppress(OSError):
+                if not disk.exists(self._layout.lease(*found)):
+                    # A clock that was set back must not keep them for ever.
+                    left_s = self._keep_s - max(0.0, now - disk.modified_at(path))
+                    if left_s > 0:
+                        self._expiry.add(path, left_s)
+                    else:
+                        # Not in a thread: a command that sweeps may end before that has begun.
+                        disk.unlink(path)
+
+    def _remove_expired(self, path: Path) -> None:
+        found = layout.stream_of(path.name)
+        with contextlib.suppress(OSError):
+            if found is not None and disk.exists(self._layout.lease(*found)):
+                # In a session that was made anew a stream of that id runs, and these are its events.
+                self._expiry.add(path, max(1.0, self._keep_s))
+            else:
+                disk.unlink(path)
+
+    def _streams(self) -> list[tuple[str, str]]:
+        try:
+            disk.check_directory(self._layout.events)
+            return list(filter(None, map(layout.stream_of, disk.names(self._layout.events))))
+        except PersistError:
+            raise
+        except OSError as error:
+            raise Unreadable.because(self._layout.events, error) from error
+
+
+def _append_end(path: Path, ended: Ended) -> None:
+    fd = disk.open_plain(path, os.O_RDWR | os.O_APPEND)
+    try:
+        size = os.fstat(fd).st_size
+        is_torn = size > 0 and disk.read_at(fd, 1, size - 1) != b"\n"
+        disk.write(fd, b"\n" * is_torn + b'{"end":"%b"}\n' % ended.encode())
+    finally:
+        disk.close(fd)
+
+
+class _Expiry:
+    """Removes files when their time has come, in a thread that is there only while there is something to remove."""
+
+    def __init__(self, remove: Callable[[Path], None]) -> None:
+        self._remove = remove
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pid = os.getpid()
+        self._guard = threading.Lock()
+        self._due: list[tuple[float, Path]] = []
+        self._timer: threading.Timer | None = None
+
+    def add(self, path: Path, delay_s: float) -> None:
+        """Remove a file after some seconds."""
+        if self._pid != os.getpid():
+            # A forked child has no such thread; its parent sees to what is there already.
+            self._forget()
+        due = (time.monotonic() + delay_s, path)
+        with self._guard:
+            heapq.heappush(self._due, due)
+            if self._due[0] is due:
+                self._arm()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = threading.Timer(max(0.0, self._due[0][0] - time.monotonic()), self._remove_due)
+        self._timer.daemon = True
+        # An interpreter that is ending starts no thread; a sweep removes the files.
+        with contextlib.suppress(RuntimeError):
+            self._timer.start()
+
+    def _remove_due(self) -> None:
+        expired = []
+        with self._guard:
+            now = time.monotonic()
+            while self._due and self._due[0][0] <= now:
+                expired.append(heapq.heappop(self._due)[1])
+            if self._due:
+                self._arm()
+        for path in expired:
+            self._remove(path)

@@ -1,0 +1,184 @@
+"""Following a stream: its events as they come, in any process, until it ends, however it ends.
+
+A cursor is a stream's id and the offset of the last event that was seen. Whoever lost its connection comes back with it, to
+any worker, and misses nothing and sees nothing twice. One that cannot be right is answered with an error at once.
+
+Events are noticed by looking at the file's size, every 10 ms, and at once if this process wrote them. Whether the owner lives
+is asked only after a silence: under the session's lock, where the question disturbs nobody.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+from persist import streams
+from persist.errors import CursorAhead, EventsNotFound, LockTimeout, SessionNotFound, WrongType
+from persist.files import layout
+from persist.files.events import Ended, Event, EventReader, waking
+from persist.files.transaction import SessionFiles
+
+#: How often a follower looks for events of other processes.
+POLL_S = 0.01
+#: After how much silence it asks whether the owner lives, and how often then.
+LOOK_S = 0.4
+#: How long that question may wait for the session's lock: events that come meanwhile wait with it.
+LOOK_TIMEOUT_S = 0.02
+
+
+class Cursor:
+    """A place in the events of one stream. `take` is what is new; `ended` how the stream has ended, once all was taken."""
+
+    def __init__(self, files: SessionFiles, session_id: str, stream_id: str, after: int) -> None:
+        if type(after) is not int or after < 0:
+            raise WrongType(what="after", expected="the offset of an event, from 0 up", got=repr(after))
+        self.session_id = layout.check_session_id(session_id)
+        self.stream_id = layout.check_stream_id(stream_id)
+        self.path = files.events.path(session_id, stream_id)
+        self.after = after
+        self.ended: Ended | None = None
+        self._files = files
+        self._reader = self._open(after)
+        self._first = self._reader.read()
+        if self._reader.count < after:
+            self._reader.close()
+            raise CursorAhead(session_id=session_id, stream_id=stream_id, after=after, count=self._reader.count)
+        self._quiet_since = time.monotonic()
+
+    def _open(self, after: int) -> EventReader:
+        try:
+            return EventReader(self.path, after)
+        except FileNotFoundError:
+            self._make_if_active()
+        try:
+            return EventReader(self.path, after)
+        except FileNotFoundError:
+            raise EventsNotFound(session_id=self.session_id, stream_id=self.stream_id, path=self.path) from None
+
+    def _make_if_active(self) -> None:
+        """The stream may be about to say its first word: then whoever ends it must find where to say that."""
+        with self._files.transaction(self.session_id) as tx:
+            if self._files.read_head(self.session_id).active_stream_id == self.stream_id:
+                tx.make_events(self.stream_id)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._reader.close()
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `take` has something to do. Never waits for the disk."""
+        return bool(self._first) or self._reader.has_more or self._is_quiet
+
+    @property
+    def _is_quiet(self) -> bool:
+        return time.monotonic() - self._quiet_since > LOOK_S
+
+    def take(self) -> list[Event]:
+        """The events that are new; none if there are none yet, or if the stream has ended."""
+        found = self._take_written()
+        if found:
+            self._quiet_since = time.monotonic()
+        elif self._reader.ended is not None:
+            self.ended = self._reader.ended
+        elif self._is_quiet:
+            return self._look()
+        return found
+
+    def take_all(self) -> list[Event]:
+        """All that is written by now, without asking whether the stream is still there; closes the cursor."""
+        found: list[Event] = []
+        try:
+            while new := self._take_written():
+                found += new
+        finally:
+            self.close()
+        return found
+
+    def _take_written(self) -> list[Event]:
+        found, self._first = self._first or self._reader.read(), []
+        return found
+
+    def _look(self) -> list[Event]:
+        """Ask whether the stream is still there; what its owner wrote until then is read first."""
+        ended = self._ended_unsaid()
+        self._quiet_since = time.monotonic()
+        found = self._reader.read()
+        if not found:
+            self.ended = self._reader.ended or ended
+        return found
+
+    def _ended_unsaid(self) -> Ended | None:
+        """How a stream has ended whose end line is not there."""
+        try:
+            info = streams.look_at(self._files, self.session_id, lock_timeout_s=LOOK_TIMEOUT_S)
+        except LockTimeout:
+            return None  # asked again after the next silence
+        except SessionNotFound:
+            return "deleted"
+        if info is None or info.stream_id != self.stream_id:
+            return "unknown"
+        return None if info.is_live else "died"
+
+
+class Following:
+    """The events of a stream as they come; made by `Store.follow`. Iterate it; the loop ends with the stream.
+
+    After the loop, `ended` tells how: ``"finished"``, ``"failed"``, ``"cancelled"``, ``"died"`` (its process is gone, noticed
+    within a second), ``"deleted"``, or ``"unknown"`` (the line that says how was lost, with a full disk say). `offset` is that
+    of the last event that was handed out: with it, and the stream's id, anybody can go on from here.
+
+    Not for several threads at once. Leave a loop early with `close`, or use it in a ``with``.
+    """
+
+    def __init__(self, cursor: Cursor) -> None:
+        self.session_id = cursor.session_id
+        self.stream_id = cursor.stream_id
+        self.offset = cursor.after
+        self._cursor = cursor
+        self._pending: deque[Event] = deque()
+        self._news = threading.Event()
+        self._is_closed = False
+        self._open = ExitStack()
+        self._open.callback(cursor.close)
+        self._open.enter_context(waking(cursor.path, self._news.set))
+
+    def __repr__(self) -> str:
+        return f"<persist.Following {self.stream_id} of {self.session_id!r} at {self.offset}{self.ended and ', ' + self.ended}>"
+
+    @property
+    def ended(self) -> Ended | None:
+        """How the stream has ended; None while there is more to come."""
+        return None if self._pending else self._cursor.ended
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        while not self._pending:
+            if self._is_closed or self._cursor.ended is not None:
+                self.close()
+                raise StopIteration
+            self._news.clear()
+            self._pending.extend(self._cursor.take())
+            if not self._pending and self._cursor.ended is None:
+                self._news.wait(POLL_S)
+        event = self._pending.popleft()
+        self.offset = event.offset
+        return event
+
+    def close(self) -> None:
+        """Stop following."""
+        self._is_closed = True
+        self._open.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,425 @@
+"""`persist.aio` on asyncio and on trio: the same verbs, a loop that is never held up, and cancellation that loses nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import os
+import threading
+import types
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import pytest
+from actors import DEADLINE_S
+from conftest import ActorFactory
+
+import persist
+import persist.aio
+from persist.files import disk
+
+pytestmark = pytest.mark.anyio
+PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
+ANSWER = {"id": "a1", "role": "assistant", "content": "Because."}
+
+
+@pytest.fixture(params=["asyncio", "trio"])
+def anyio_backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+async def aio(store: persist.Store) -> AsyncIterator[persist.aio.Store]:
+    store.create("s-1", {"title": "Async", "messages": []})
+    async with persist.aio.Store(persist.Store(store.path, lock_timeout_s=20.0)) as opened:
+        yield opened
+
+
+class Gate:
+    """Holds a step of the disk up until it is opened; `reached` tells that somebody stands before it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+        self.reached, self.is_open = threading.Event(), threading.Event()
+        real = getattr(disk, step)
+
+        def held_up(*arguments: Any) -> Any:
+            self.reached.set()
+            assert self.is_open.wait(DEADLINE_S)
+            return real(*arguments)
+
+        monkeypatch.setattr(disk, step, held_up)
+
+    async def wait(self) -> None:
+        assert await anyio.to_thread.run_sync(self.reached.wait, DEADLINE_S)
+
+
+def contents(store: persist.Store) -> list[str]:
+    return [message["content"] for message in store.load("s-1").data["messages"]]
+
+
+# --- the verbs -----------------------------------------------------------------------------------------------------------
+
+
+def parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
+    found = inspect.signature(function).parameters.values()
+    return [(each.name, each.kind, each.default) for each in found]
+
+
+@pytest.mark.parametrize("kind", ["Store", "Session", "Stream"])
+def test_every_verb_is_there_with_the_same_arguments(kind: str) -> None:
+    """The same nouns and verbs; only `edit` (nothing is awaited under a lock) and `cancelled` have other names."""
+    plain, mirror = getattr(persist, kind), getattr(persist.aio, kind)
+    left_out = {"edit", "cursor", "cancelled"}
+    for name, member in vars(plain).items():
+        if name.startswith("_") or name in left_out:
+            continue
+        assert hasattr(mirror, name), name
+        if inspect.isfunction(member):
+            assert parameters(member) == parameters(getattr(mirror, name)), name
+
+
+async def test_verbs_do_what_their_twins_do(aio: persist.aio.Store, store: persist.Store) -> None:
+    """Create, load, change, save, append, update, look, duplicate, delete."""
+    session = await aio.create("s-2", {"messages": []})
+    session.data["title"] = "mine"
+    await aio.append("s-2", "messages", PROMPT)
+    await session.save()
+    assert (session.revision, session.data) == (3, {"title": "mine", "messages": [PROMPT]})
+    assert await aio.update("s-2", lambda data: data["messages"].pop(), if_revision=3) == PROMPT
+    assert (await aio.head("s-2")).data["title"] == "mine"
+    await (await aio.load("s-2")).refresh()
+    await aio.duplicate("s-2", "s-3")
+    assert await aio.ids() == ["s-1", "s-2", "s-3"]
+    await aio.delete("s-3")
+    assert not await aio.exists("s-3")
+    assert await aio.check() == []
+    assert (await aio.accept("s-2")).revision == 4
+    with pytest.raises(persist.SessionNotFound):
+        await aio.load("s-3")
+    with pytest.raises(persist.WrongType):
+        persist.aio.Store(store, lock_timeout_s=1.0)
+
+
+async def test_turn_from_prompt_to_answer(aio: persist.aio.Store, store: persist.Store) -> None:
+    """A stream as a context manager: one owner, checkpoints, and the answer."""
+    async with aio.start_stream("s-1", PROMPT) as stream:
+        assert (await aio.stream("s-1")).stream_id == stream.id  # type: ignore[union-attr]
+        with pytest.raises(persist.SessionBusy):
+            await aio.start_stream("s-1")
+        assert not await stream.is_cancelled()
+        await stream.emit({"token": "Be"}, {"token": "cause."}, durable=True)
+        await stream.checkpoint({"id": "a1", "role": "assistant", "content": "Be"})
+        await stream.append({"id": "t1", "role": "tool", "content": "x"})
+        await aio.cancel("s-1", stream.id)
+        assert await stream.is_cancelled()
+        await stream.finish(ANSWER)
+    assert contents(store) == ["Why?", "x", "Because."]
+    assert [event.data["token"] for event in await aio.events("s-1", stream.id)] == ["Be", "cause."]
+    assert await aio.streams() == []
+
+
+async def test_turn_that_raises_is_marked(aio: persist.aio.Store, store: persist.Store) -> None:
+    """B3: leaving the block without `finish` is `fail`: the prompt stays, marked, and the session is free."""
+    with pytest.raises(ZeroDivisionError):
+        async with aio.start_stream("s-1", PROMPT):
+            raise ZeroDivisionError
+    assert store.load("s-1").data["messages"] == [{**PROMPT, "interrupted": True}]
+    stream = await aio.start_stream("s-1")
+    await stream.fail()
+    assert await aio.clear_stale_streams() == []
+
+
+async def test_stale_stream_is_cleared(aio: persist.aio.Store, actor: ActorFactory) -> None:
+    """A7: the stream of a process that is gone."""
+    owner = actor()
+    owner.do("stream = store.start_stream('s-1')")
+    session = await aio.load("s-1")
+    assert not await session.clear_stale_stream()
+    owner.kill()
+    assert await session.clear_stale_stream()
+
+
+# --- the loop ------------------------------------------------------------------------------------------------------------
+
+
+async def test_loop_runs_on_while_a_verb_waits(aio: persist.aio.Store, actor: ActorFactory) -> None:
+    """A lock that another process holds stops the task that needs it, and no other.
+
+    Fails if the verb runs in the loop itself: then nothing happens until the lock is free.
+    """
+    other = actor()
+    other.start_and_pause("store.append('s-1', 'messages', {'content': 'theirs'})", "replace")
+    ticks = 0
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(aio.append, "s-1", "messages", {"content": "mine"})
+        for _ in range(50):
+            await anyio.sleep(0.002)
+            ticks += 1
+        assert other.process.poll() is None
+        other.go()
+    await anyio.to_thread.run_sync(other.result)
+    assert ticks == 50
+    assert [message["content"] for message in (await aio.load("s-1")).data["messages"]] == ["theirs", "mine"]
+
+
+async def test_many_tasks_on_one_session_lose_nothing(aio: persist.aio.Store, store: persist.Store) -> None:
+    """A12: 100 read-modify-writes at once, in one loop, and none is lost."""
+
+    async def visit() -> None:
+        await aio.update("s-1", lambda data: data.update(visits=data.get("visits", 0) + 1))
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(100):
+            tasks.start_soon(visit)
+    assert store.load("s-1").data["visits"] == 100
+
+
+# --- cancellation --------------------------------------------------------------------------------------------------------
+
+
+async def test_write_survives_the_cancellation_of_its_task(
+    aio: persist.aio.Store, store: persist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A verb that has begun is carried to its end; only then is its task cancelled.
+
+    Fails if the task does not wait for its thread.
+    """
+    gate = Gate(monkeypatch, "replace")
+    was_cancelled = False
+
+    async def write() -> None:
+        nonlocal was_cancelled
+        try:
+            await aio.append("s-1", "messages", {"content": "kept"})
+            await anyio.sleep(DEADLINE_S)
+        except anyio.get_cancelled_exc_class():
+            was_cancelled = True
+            assert gate.is_open.is_set(), "cancelled while its thread was still writing"
+            raise
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(write)
+        await gate.wait()
+        tasks.cancel_scope.cancel()
+        # The loop goes round some times before the disk gives in.
+        with anyio.CancelScope(shield=True):
+            await anyio.sleep(0.05)
+        gate.is_open.set()
+    assert was_cancelled
+    assert contents(store) == ["kept"]
+
+
+async def test_cancelled_start_fails_the_stream_that_it_obtained(
+    aio: persist.aio.Store, store: persist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A8: nobody gets that stream, so it may not own the session; the prompt stays, marked.
+
+    Fails without the undo: the session is busy until the stream is collected, and nobody knows.
+    """
+    gate = Gate(monkeypatch, "replace")
+    async with anyio.create_task_group() as tasks:
+
+        async def start() -> None:
+            await aio.start_stream("s-1", PROMPT)
+
+        tasks.start_soon(start)
+        await gate.wait()
+        tasks.cancel_scope.cancel()
+        gate.is_open.set()
+    assert store.stream("s-1") is None
+    assert store.load("s-1").data["messages"] == [{**PROMPT, "interrupted": True}]
+    assert list((store.path / ".leases").iterdir()) == []
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+async def test_native_cancellation_of_asyncio_waits_for_the_write(
+    aio: persist.aio.Store, store: persist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`task.cancel()`, again and again, heeds no shield of anyio: the write comes first all the same."""
+    gate = Gate(monkeypatch, "replace")
+    task = asyncio.create_task(aio.append("s-1", "messages", {"content": "kept"}))
+    await gate.wait()
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0.01)
+        assert not task.done()
+    gate.is_open.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert contents(store) == ["kept"]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+async def test_failure_of_a_cancelled_write_is_not_lost(aio: persist.aio.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is cancelled gets the cancellation, with the error of the verb as its cause."""
+    gate = Gate(monkeypatch, "exists")
+    task = asyncio.create_task(aio.append("missing", "messages", {"content": "kept"}))
+    await gate.wait()
+    task.cancel()
+    gate.is_open.set()
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await task
+    assert isinstance(caught.value.__cause__, persist.SessionNotFound)
+
+
+def test_end_of_the_loop_waits_for_a_write(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`asyncio.run` cancels what still runs when it ends; a stream that is being started is failed, a write is kept."""
+    store.create("s-1", {"messages": []})
+    gate = Gate(monkeypatch, "replace")
+
+    async def serve() -> None:
+        aio = persist.aio.Store(store)
+
+        async def start() -> None:
+            await aio.start_stream("s-1", PROMPT)
+
+        task = asyncio.create_task(start())
+        await gate.wait()
+        threading.Timer(0.05, gate.is_open.set).start()
+        assert not task.done()
+
+    asyncio.run(serve())
+    assert store.stream("s-1") is None
+    assert store.load("s-1").data["messages"] == [{**PROMPT, "interrupted": True}]
+
+
+@types.coroutine
+def cancelled_at(step: int, work: Coroutine[Any, Any, Any]) -> Generator[Any, Any, bool]:
+    """Drive a coroutine and cancel it at its n-th suspension; tell whether it came so far."""
+    try:
+        waited_for = work.send(None)
+        while True:
+            step -= 1
+            if step == 0:
+                waited_for = work.throw(asyncio.CancelledError())
+            else:
+                try:
+                    value = yield waited_for
+                except BaseException as error:
+                    waited_for = work.throw(error)
+                else:
+                    waited_for = work.send(value)
+    except (StopIteration, asyncio.CancelledError):
+        return step <= 0
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+async def test_cancellation_at_every_await_loses_nothing_and_leaks_no_lease(scratch: Path) -> None:
+    """A turn with events, a follower, checkpoints and an answer, cancelled at its n-th suspension, for every n."""
+    step = 0
+    came_so_far = True
+    while came_so_far:
+        step += 1
+        store = persist.Store(scratch / f"{step}")
+        store.create("s-1", {"messages": []})
+        aio = persist.aio.Store(store)
+        acknowledged: list[str] = []
+
+        async def turn(aio: persist.aio.Store = aio, acknowledged: list[str] = acknowledged) -> None:
+            async with aio.start_stream("s-1", PROMPT) as stream:
+                acknowledged.append("p1")
+                await stream.emit({"token": "Be"})
+                await stream.checkpoint({"id": "a1", "role": "assistant", "content": "Be"})
+                acknowledged.append("a1")
+                await aio.append("s-1", "messages", {"id": "m1", "content": "beside"})
+                acknowledged.append("m1")
+                async for _ in aio.follow("s-1", stream.id):
+                    await stream.finish(ANSWER)
+
+        came_so_far = await cancelled_at(step, turn())
+        found = [message["id"] for message in store.load("s-1").data["messages"]]
+        assert set(acknowledged) <= set(found), f"at {step}"
+        assert len(found) == len(set(found)), f"at {step}"
+        assert store.stream("s-1") is None, f"at {step}"
+        assert list((store.path / ".leases").iterdir()) == [], f"at {step}"
+        aio.close()
+    assert step > 10
+
+
+# --- following -----------------------------------------------------------------------------------------------------------
+
+
+async def test_follower_in_the_loop_sees_every_event_of_another_process(aio: persist.aio.Store, actor: ActorFactory) -> None:
+    """In order, once, without gaps, to the end of the stream."""
+    owner = actor()
+    stream_id = owner.do("stream = store.start_stream('s-1'); stream.id")
+    owner.start("for n in range(2000): stream.emit(n)\nstream.finish()")
+    following = aio.follow("s-1", stream_id)
+    found = [(event.offset, event.data) async for event in following]
+    assert found == [(n + 1, n) for n in range(2000)]
+    assert (following.ended, following.offset) == ("finished", 2000)
+    await anyio.to_thread.run_sync(owner.result)
+
+
+async def test_follower_that_times_out_again_and_again_loses_nothing(aio: persist.aio.Store) -> None:
+    """A step that is cancelled (a heartbeat's time-out) may have read events; the next step hands them out."""
+    async with aio.start_stream("s-1") as stream, anyio.create_task_group() as tasks:
+
+        async def emit() -> None:
+            for n in range(200):
+                await stream.emit(n)
+            await stream.finish()
+
+        tasks.start_soon(emit)
+        following, found = aio.follow("s-1", stream.id), []
+        while following.ended is None:
+            with anyio.move_on_after(0.001):
+                event = await anext(following, None)
+                found += [] if event is None else [event.data]
+    assert found == list(range(200))
+
+
+async def test_death_of_the_owner_ends_the_loop(aio: persist.aio.Store, actor: ActorFactory) -> None:
+    """The follower gets what was emitted, and then the news."""
+    owner = actor()
+    stream_id = owner.do("stream = store.start_stream('s-1'); stream.emit('last words'); stream.id")
+    following = aio.follow("s-1", stream_id)
+    assert (await anext(following)).data == "last words"
+    owner.kill()
+    with pytest.raises(StopAsyncIteration):
+        await anext(following)
+    assert following.ended == "died"
+
+
+async def test_bad_cursor_is_answered_at_the_first_step(aio: persist.aio.Store) -> None:
+    """D5: a clear error, never a hang."""
+    async with aio.start_stream("s-1") as stream:
+        await stream.emit(1)
+        for bad, error in (((stream.id, 7), persist.CursorAhead), (("none", 0), persist.EventsNotFound)):
+            with pytest.raises(error):
+                await anext(aio.follow("s-1", bad[0], after=bad[1]))
+
+
+async def test_dropped_follower_leaves_no_descriptor(aio: persist.aio.Store) -> None:
+    """Whoever leaves the loop early need not close it."""
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("descriptors are counted on Linux only")
+    async with aio.start_stream("s-1") as stream:
+        await stream.emit(*range(10))
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(20):
+            async for _event in aio.follow("s-1", stream.id):
+                break
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_follower_of_a_loop_that_has_ended_disturbs_no_emitter(store: persist.Store, anyio_backend: str) -> None:
+    """A stream outlives the loops of those who follow it."""
+    store.create("s-1")
+    with store.start_stream("s-1") as stream:
+        stream.emit("first")
+        aio = persist.aio.Store(store)
+        following = aio.follow("s-1", stream.id)
+
+        async def look() -> None:
+            await anext(following)
+
+        anyio.run(look, backend=anyio_backend)
+        assert stream.emit("second") == 2
+        following.close()
+        stream.finish()

@@ -1,0 +1,832 @@
+"""Events across processes: followed while they are written, ended whatever becomes of the owner, and fenced off behind it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from actors import DEADLINE_S, eventually
+from conftest import ActorFactory
+from harness.faults import Fault, descriptors, injecting
+
+import persist
+from persist import following, streams
+from persist.files import events
+from persist.files.transaction import SessionFiles
+
+START = "stream = store.start_stream('s-1', {'role': 'user', 'content': 'Why?'}); stream.id"
+#: Follows to the end, and answers what was seen and how it ended.
+FOLLOW = "following = store.follow('s-1', {!r}); [(event.offset, event.data) for event in following], following.ended"
+#: Follows in a thread, and asks after each millisecond of silence whether the owner lives; `looks` counts how often.
+LOOKING = """
+import threading
+from persist import following, streams
+following.LOOK_S = 0.001
+looks, seen, real = [], [], streams.look_at
+def counted(*arguments):
+    looks.append(real(*arguments))
+    return looks[-1]
+streams.look_at = counted
+followed = store.follow('s-1', {!r})
+threading.Thread(target=lambda: seen.extend(event.data for event in followed), daemon=True).start()
+"""
+
+
+@pytest.fixture
+def session(store: persist.Store) -> persist.Session:
+    return store.create("s-1", {"messages": []})
+
+
+def written(store: persist.Store, stream_id: str) -> list[Any]:
+    """The events of a stream of "s-1", their offsets checked."""
+    found = store.events("s-1", stream_id)
+    assert [event.offset for event in found] == list(range(1, len(found) + 1))
+    return [event.data for event in found]
+
+
+def numbered(data: list[Any]) -> list[tuple[int, Any]]:
+    return list(enumerate(data, 1))
+
+
+# --- followed to the end -------------------------------------------------------------------------------------------------
+
+
+def test_followers_see_every_event_of_many_threads_once(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
+    """4 threads emit 200 times each, also several at once, and 2 processes follow: every event once, at the offset it was told.
+
+    Fails without the writer's guard, and if a reader keeps no torn line.
+    """
+    followers = [actor(), actor()]
+    barrier = threading.Barrier(4)
+    told: dict[int, list[str]] = {}
+    with store.start_stream("s-1") as stream:
+        for each in followers:
+            each.start(FOLLOW.format(stream.id))
+
+        def emit(thread: int) -> None:
+            barrier.wait(DEADLINE_S)
+            for n in range(200):
+                data = [f"{thread}.{n}.{part}" for part in range(1 + n % 3)]
+                told[stream.emit(*data)] = data
+
+        threads = [threading.Thread(target=emit, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE_S)
+        stream.finish()
+    expected = [data for offset in sorted(told) for data in told[offset]]
+    assert len(expected) == 4 * sum(1 + n % 3 for n in range(200))
+    for each in followers:
+        assert each.result() == (numbered(expected), "finished")
+
+
+ENDS: dict[str, tuple[str, persist.Ended]] = {
+    "finish": ("stream.finish({'role': 'assistant', 'content': 'Because.'})", "finished"),
+    "fail": ("stream.fail()", "failed"),
+    "leaving": ("with stream: pass", "failed"),
+    "cancel": ("store.cancel('s-1', stream.id)\nwith stream: pass", "cancelled"),
+    "finish in spite of a cancel": ("store.cancel('s-1', stream.id); stream.finish()", "finished"),
+    "forced cancel": ("store.cancel('s-1', stream.id, force=True)", "cancelled"),
+    "forced delete": ("store.delete('s-1', force=True)", "deleted"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_follower_is_told_how_the_stream_ended(
+    store: persist.Store, session: persist.Session, actor: ActorFactory, end: str
+) -> None:
+    """Every end of a stream ends its followers, who came before the first event, and tells how; also without any event.
+
+    Without the end line they would ask the document, which cannot tell: "unknown". Fails, too, if only the stream makes the
+    file: the follower finds none.
+    """
+    owner = actor()
+    code, ended = ENDS[end]
+    for data in ([], ["Be", "cause."]):
+        if not store.exists("s-1"):
+            store.create("s-1", {"messages": []})
+        with store.follow("s-1", owner.do(START)) as followed:
+            owner.do(f"[stream.emit(each) for each in {data}]")
+            owner.do(code)
+            assert [(event.offset, event.data) for event in followed] == numbered(data)
+            assert followed.ended == ended
+            assert next(followed, None) is None
+
+
+def test_cleared_stream_has_died(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+    """Each of those who may be the first to find the stream dead says so in its events, before anybody asks."""
+    clearing: tuple[Callable[[str], object], ...] = (
+        lambda _: store.clear_stale_streams(),
+        lambda _: store.load("s-1").clear_stale_stream(),
+        lambda stream_id: store.cancel("s-1", stream_id),
+        lambda stream_id: store.cancel("s-1", stream_id, force=True),
+        lambda _: store.start_stream("s-1").finish(),
+    )
+    for clear in clearing:
+        owner = actor()
+        stream_id = owner.do(START)
+        owner.do("stream.emit('Be')")
+        owner.kill()
+        clear(stream_id)
+        assert (store.path / ".events" / f"s-1.{stream_id}").read_bytes().endswith(b'{"end":"died"}\n')
+        with store.follow("s-1", stream_id) as followed:
+            assert ([event.data for event in followed], followed.ended) == (["Be"], "died")
+
+
+def test_killed_owner_is_noticed(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+    """kill -9, without a word: each follower is told "died", all that was emitted is there, and the session can start again.
+
+    Fails without the look at the lease; the same if what was emitted were kept in memory for a while.
+    """
+    follower = actor()
+    for _ in range(3):
+        owner = actor()
+        stream_id = owner.do(START)
+        follower.start(FOLLOW.format(stream_id))
+        assert owner.do("[stream.emit(n) for n in range(1000)][-1]") == 1000
+        owner.kill()
+        # On an idle machine within LOOK_S + POLL_S of the kill; `result` gives up after its deadline.
+        assert follower.result() == (numbered(list(range(1000))), "died")
+        assert written(store, stream_id) == list(range(1000))
+        store.start_stream("s-1").finish()
+
+
+def test_what_was_written_before_the_look_comes_first(
+    store: persist.Store, session: persist.Session, actor: ActorFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner says its last word and finishes when a follower is about to ask. Fails if the answer is all."""
+    owner = actor()
+    stream_id = owner.do(START)
+    real = streams.look_at
+
+    def look_at(files: SessionFiles, session_id: str) -> persist.StreamInfo | None:
+        owner.do("stream.emit('last'); stream.finish()")
+        return real(files, session_id)
+
+    monkeypatch.setattr(streams, "look_at", look_at)
+    with store.follow("s-1", stream_id) as followed:
+        assert ([event.data for event in followed], followed.ended) == (["last"], "finished")
+
+
+def test_one_look_after_a_silence_is_enough() -> None:
+    """A death is noticed in less than a second, since that is more than two silences long."""
+    assert following.LOOK_S + following.POLL_S < 0.5
+
+
+def test_killed_in_the_middle_of_an_emission(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+    """Killed with half of a line written: the followers see what was whole, and its end."""
+    owner = actor()
+    stream_id = owner.do(START)
+    owner.do("stream.emit('whole')")
+    owner.do("""
+from persist.files import disk
+real = disk.write
+def half(fd, content):
+    real(fd, content[:len(content) // 2])
+    disk.rest_of_it()
+disk.rest_of_it = lambda: None
+disk.write = half
+""")
+    owner.start_and_pause("stream.emit('torn')", "rest_of_it")
+    with store.follow("s-1", stream_id) as followed:
+        owner.kill()
+        assert ([event.data for event in followed], followed.ended) == (["whole"], "died")
+    store.clear_stale_streams()
+    with store.follow("s-1", stream_id) as followed:
+        assert ([event.data for event in followed], followed.ended) == (["whole"], "died")
+
+
+# --- asking disturbs nobody ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_stopped", [True, False], ids=["stopped", "silent"])
+def test_silent_owner_is_not_declared_dead(
+    store: persist.Store, session: persist.Session, actor: ActorFactory, is_stopped: bool
+) -> None:
+    """An owner that says nothing, or is stopped, is asked for again and again, and lives; what it says later is seen.
+
+    Fails if death is concluded from silence.
+    """
+    owner, follower = actor(), actor()
+    stream_id = owner.do(START)
+    owner.do("stream.emit(1)")
+    if is_stopped:
+        os.kill(owner.pid, signal.SIGSTOP)
+    follower.do(LOOKING.format(stream_id))
+    eventually(partial(follower.do, "len(looks) >= 20"))
+    assert follower.do("seen, followed.ended") == ([1], None)
+    os.kill(owner.pid, signal.SIGCONT)
+    owner.do("stream.emit(2); stream.finish()")
+    eventually(partial(follower.do, "followed.ended == 'finished'"))
+    assert follower.do("seen") == [1, 2]
+
+
+def test_looking_at_a_live_stream_disturbs_nobody(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+    """While 4 processes ask after it, nobody can start a stream beside a live one, and its owner is always its owner."""
+    owner, followers = actor(), [actor() for _ in range(4)]
+    stream_id = owner.do(START)
+    for each in followers:
+        each.do(LOOKING.format(stream_id))
+    for _ in range(50):
+        with pytest.raises(persist.SessionBusy, match=stream_id):
+            store.start_stream("s-1")
+        owner.do("stream.checkpoint({'role': 'assistant', 'content': 'Be'})")
+    for each in followers:
+        eventually(partial(each.do, "len(looks) >= 20"))
+        assert each.do("followed.ended, all(info.is_live for info in looks)") == (None, True)
+    owner.do("stream.finish()")
+
+
+def test_looking_at_a_dead_stream_disturbs_nobody(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+    """While 4 processes ask after a dead stream, its successor starts at the first try; 40 times.
+
+    Fails if they ask without the session's lock: each holds the dead lease for a moment, and looks like its owner.
+    """
+    followers = [actor() for _ in range(4)]
+    for each in followers:
+        each.do(
+            """
+import threading
+from persist import following
+following.LOOK_S = 0
+asked = 0
+def ask():
+    global asked
+    while True:
+        try:
+            list(store.follow('s-1', store.head('s-1').active_stream_id))
+        except (persist.EventsNotFound, persist.InvalidStreamId):
+            continue
+        asked += 1
+threading.Thread(target=ask, daemon=True).start()
+"""
+        )
+    for _ in range(40):
+        stream = store.start_stream("s-1")
+        stream._close()  # as its death would
+        asked = followers[0].do("asked")
+        eventually(partial(followers[0].do, f"asked > {asked + 1}"))
+
+
+# --- the fence -----------------------------------------------------------------------------------------------------------
+
+#: An operator removes the lease file, say, so that the stream looks dead while its owner lives.
+LOOKS_DEAD = "[path.unlink() for path in (store.path / '.leases').iterdir()]"
+TAKE_AWAY = {
+    "forced cancel": "store.cancel('s-1', 'turn-1', force=True)",
+    "forced delete": "store.delete('s-1', force=True)",
+    "deleted and made anew": """
+store.delete('s-1', force=True)
+store.create('s-1', {'messages': []})
+new = store.start_stream('s-1', stream_id='turn-1')
+new.emit('new')
+""",
+    "cleared as stale": f"{LOOKS_DEAD}; store.load('s-1').clear_stale_stream()",
+    "taken over": f"{LOOKS_DEAD}; new = store.start_stream('s-1')",
+}
+
+
+@pytest.mark.parametrize("how", TAKE_AWAY)
+def test_late_emission_lands_nowhere(store: persist.Store, session: persist.Session, actor: ActorFactory, how: str) -> None:
+    """The session is taken away when the owner is about to write an event: that event, and each later one, lands nowhere.
+
+    Fails without the end line, and without the look at where the write ended.
+    """
+    owner, other = actor(), actor()
+    stream_id = owner.do("stream = store.start_stream('s-1', stream_id='turn-1'); stream.id")
+    owner.do("stream.emit('before')")
+    with store.follow("s-1", stream_id) as followed:
+        owner.start_and_pause("stream.emit('late')", "write")
+        other.do(TAKE_AWAY[how])
+        owner.go()
+        with pytest.raises(persist.StreamLost):
+            owner.result()
+        for code in ("stream.emit('later')", "stream.emit('a', 'b', durable=True)"):
+            with pytest.raises(persist.StreamLost):
+                owner.do(code)
+        assert [event.data for event in followed] == ["before"]
+    if how == "forced delete":
+        with pytest.raises(persist.SessionNotFound):
+            store.events("s-1", stream_id)
+    else:
+        assert written(store, stream_id) == (["new"] if "anew" in how else ["before"])
+
+
+@pytest.mark.parametrize("is_followed", [True, False], ids=["followed", "unheard"])
+@pytest.mark.parametrize("how", TAKE_AWAY)
+def test_first_emission_of_a_stream_that_lost_its_session_lands_nowhere(
+    store: persist.Store, session: persist.Session, actor: ActorFactory, how: str, is_followed: bool
+) -> None:
+    """Who had not emitted anything when the session was taken away finds out at its first emission, and makes no file.
+
+    Fails if the file is opened without the look at who owns the session.
+    """
+    owner, other = actor(), actor()
+    stream_id = owner.do("stream = store.start_stream('s-1', stream_id='turn-1'); stream.id")
+    if is_followed:
+        followed = store.follow("s-1", stream_id)
+    other.do(TAKE_AWAY[how])
+    for _ in range(2):
+        with pytest.raises(persist.StreamLost):
+            owner.do("stream.emit('late')")
+    if is_followed:
+        assert list(followed) == []
+    if "anew" in how:
+        assert written(store, stream_id) == ["new"]
+    elif not is_followed:
+        assert not (store.path / ".events").exists()
+
+
+def test_emission_before_the_fence_counts(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+    """A forced cancel that is about to end the events has not ended them: what comes before its line counts."""
+    owner, other = actor(), actor()
+    stream_id = owner.do(START)
+    owner.do("stream.emit(1)")
+    other.start_and_pause(f"store.cancel('s-1', {stream_id!r}, force=True)", "write")
+    assert owner.do("stream.emit(2)") == 2
+    other.go()
+    assert other.result() is True
+    with pytest.raises(persist.StreamLost):
+        owner.do("stream.emit(3)")
+    assert written(store, stream_id) == [1, 2]
+
+
+def test_fence_stands_before_the_session_is_free(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+    """A forced cancel ends the events before it publishes its commit. Fails if it does so after."""
+    owner, other = actor(), actor()
+    stream_id = owner.do(START)
+    owner.do("stream.emit(1)")
+    other.start_and_pause(f"store.cancel('s-1', {stream_id!r}, force=True)", "replace")
+    with pytest.raises(persist.StreamLost):
+        owner.do("stream.emit(2)")
+    other.go()
+    other.result()
+    assert written(store, stream_id) == [1]
+
+
+def test_first_emission_under_way_when_the_session_is_taken_away(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
+    """The owner makes its file under the session's lock, so that a forced cancel cannot miss it.
+
+    Whichever comes first then, an emission that is acknowledged is there, and one that is refused is not. Fails if the file
+    is made without the lock.
+    """
+    owner, hasty, other = actor(), actor(lock_timeout_s=0.0), actor()
+    stream_id = owner.do(START)
+    owner.start_and_pause("stream.emit('first')", "make_directory")
+    cancel = f"store.cancel('s-1', {stream_id!r}, force=True)"
+    with pytest.raises(persist.LockTimeout):
+        hasty.do(cancel)
+    other.start(cancel)
+    owner.go()
+    try:
+        acknowledged = [owner.result()]
+    except persist.StreamLost:
+        acknowledged = []
+    assert other.result() is True
+    assert written(store, stream_id) == ["first"] * len(acknowledged)
+    with store.follow("s-1", stream_id) as followed:
+        assert (len(list(followed)), followed.ended) == (len(acknowledged), "cancelled")
+
+
+def test_emission_beside_finish(store: persist.Store, session: persist.Session) -> None:
+    """A thread emits while another one finishes, 20 times: what was acknowledged is there, and what was refused is not."""
+    for _ in range(20):
+        barrier = threading.Barrier(2)
+        acknowledged: list[int] = []
+        stream = store.start_stream("s-1")
+
+        def emit(stream: persist.Stream = stream, barrier: threading.Barrier = barrier, to: list[int] = acknowledged) -> None:
+            barrier.wait(DEADLINE_S)
+            while True:
+                try:
+                    to.append(stream.emit(len(to) + 1))
+                except persist.StreamLost:
+                    return
+
+        thread = threading.Thread(target=emit)
+        thread.start()
+        barrier.wait(DEADLINE_S)
+        stream.finish()
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()
+        try:
+            assert written(store, stream.id) == acknowledged
+        except persist.EventsNotFound:
+            assert acknowledged == []
+
+
+def test_forked_child_emits_nothing(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+    """In a forked child `emit` is StreamLost, also where the parent's file is open; the parent goes on.
+
+    Fails without the look at the process id.
+    """
+    owner = actor()
+    code = """
+stream.emit('before')
+child = os.fork()
+if child == 0:
+    verdict = 1
+    try:
+        stream.emit('from the child')
+    except persist.StreamLost:
+        verdict = 7
+    finally:
+        os._exit(verdict)
+child_said = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+stream.emit('after')
+child_said
+"""
+    stream_id = owner.do(START)
+    assert owner.do(code) == 7
+    assert written(store, stream_id) == ["before", "after"]
+
+
+def test_id_that_is_used_again_begins_anew(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+    """The events of an earlier stream of that id are not the new one's, also if its session's delete could not remove them.
+
+    Fails if the file is not removed at the start of a stream.
+    """
+    other = actor()
+    for n in range(3):
+        with store.start_stream("s-1", stream_id="turn-1") as stream:
+            with pytest.raises(persist.CursorAhead):
+                store.events("s-1", "turn-1", after=1)
+            assert other.do("store.events('s-1', 'turn-1')") == []
+            stream.emit(n)
+            assert [event.data for event in other.do("store.events('s-1', 'turn-1')")] == [n]
+            stream.finish()
+        path = store.path / ".events" / "s-1.turn-1"
+        left_behind = path.read_bytes()
+        store.delete("s-1")
+        assert not path.exists()
+        path.write_bytes(left_behind)
+        store.create("s-1", {"messages": []})
+
+
+# --- cursors -------------------------------------------------------------------------------------------------------------
+
+
+def test_cursor_that_cannot_be_right_is_refused_at_once(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
+    """Ahead, of a wrong type, malformed, of another session or stream: an error that names it, from `follow` and `events`."""
+    store.create("s-2", {"messages": []})
+    owner = actor()
+    stream_id = owner.do(START)
+    owner.do("stream.emit(1, 2)")
+    cases: list[tuple[tuple[Any, Any, Any], type[Exception]]] = [
+        (("s-1", stream_id, 3), persist.CursorAhead),
+        (("s-1", stream_id, 2**70), persist.CursorAhead),
+        (("s-2", stream_id, 0), persist.EventsNotFound),
+        (("s-1", "another", 0), persist.EventsNotFound),
+        (("s-3", stream_id, 0), persist.SessionNotFound),
+        *[(("s-1", stream_id, after), persist.WrongType) for after in (-1, True, None, 1.0, "1", "")],
+        *[
+            (("s-1", wrong, 0), persist.InvalidStreamId)
+            for wrong in ("", "../s-1", "a.b", "x" * 65, None, 7, "a\0", f"{stream_id}\n")
+        ],
+        *[((wrong, stream_id, 0), persist.InvalidSessionId) for wrong in ("", "../s", "a.b", None, 7)],
+    ]
+    names = sorted(os.listdir(store.path))
+    open_before = descriptors()
+    look: Callable[..., object]
+    for look in (store.follow, store.events):
+        for (session_id, of_stream, after), error in cases:
+            with pytest.raises(error):
+                look(session_id, of_stream, after=after)
+    assert descriptors() == open_before
+    assert sorted(os.listdir(store.path)) == names
+    owner.do("stream.finish()")
+    with pytest.raises(persist.CursorAhead) as caught:
+        store.follow("s-1", stream_id, after=3)
+    assert (caught.value.after, caught.value.count) == (3, 2)
+
+
+def test_cursor_at_the_last_event_waits_for_the_next(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
+    """Nothing is new, and nothing wrong: the follower waits, and goes on. Of a stream that has ended, it ends."""
+    owner, follower = actor(), actor()
+    stream_id = owner.do(START)
+    owner.do("stream.emit(1, 2)")
+    follower.start(f"following = store.follow('s-1', {stream_id!r}, after=2); next(following)")
+    owner.do("stream.emit(3)")
+    assert follower.result() == persist.Event(3, 3)
+    owner.do("stream.finish()")
+    followed = store.follow("s-1", stream_id, after=3)
+    assert (list(followed), followed.ended) == ([], "finished")
+
+
+def test_stream_that_ended_without_an_event_has_none(store: persist.Store, session: persist.Session) -> None:
+    """Nobody emitted and nobody followed: no directory was made, and there is a clear answer afterwards."""
+    store.start_stream("s-1").finish()
+    with store.start_stream("s-1") as stream:
+        pass
+    store.clear_stale_streams()
+    assert not (store.path / ".events").exists()
+    with pytest.raises(persist.EventsNotFound):
+        store.follow("s-1", stream.id)
+    assert not (store.path / ".events").exists()
+
+
+def test_follower_may_come_and_go(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+    """A client that loses its connection after each event, and comes back with its cursor to any process, misses nothing."""
+    owner, workers = actor(), [actor(), actor()]
+    stream_id = owner.do(START)
+    owner.do("import threading; thread = threading.Thread(target=lambda: [stream.emit(n) for n in range(40)]); thread.start()")
+    seen: list[Any] = []
+    while len(seen) < 40:
+        code = f"with store.follow('s-1', {stream_id!r}, after={len(seen)}) as f: event = next(f)\n(event.offset, event.data)"
+        seen.append(workers[len(seen) % 2].do(code))
+    assert seen == numbered(list(range(40)))
+    owner.kill()
+    after_death = f"f = store.follow('s-1', {stream_id!r}, after=40); list(f), f.ended"
+    assert workers[0].do(after_death) == ([], "died")
+
+
+def test_loop_that_was_left_goes_on_where_it_was(store: persist.Store, session: persist.Session) -> None:
+    """Breaking out of a loop, and iterating again, loses nothing; a follower that was closed has no more to say."""
+    with store.start_stream("s-1") as stream:
+        stream.emit(*range(10))
+        followed = store.follow("s-1", stream.id)
+        seen = []
+        for event in followed:
+            seen.append(event.data)
+            if event.data == 4:
+                break
+        assert (followed.offset, followed.ended) == (5, None)
+        stream.emit(10)
+        stream.finish()
+    seen += [event.data for event in followed]
+    assert (seen, followed.offset, followed.ended) == (list(range(11)), 11, "finished")
+    closed = store.follow("s-1", stream.id)
+    closed.close()
+    assert (list(closed), closed.ended) == ([], None)
+
+
+def test_dropped_follower_leaves_nothing_open(store: persist.Store, session: persist.Session) -> None:
+    """Closed early, dropped in the middle, refused, or read to the end: no descriptor is left, and nobody to be woken."""
+    with store.start_stream("s-1") as stream:
+        stream.emit(*range(3))
+        before = descriptors()
+        store.follow("s-1", stream.id).close()
+        next(store.follow("s-1", stream.id))
+        store.events("s-1", stream.id)
+        with store.follow("s-1", stream.id) as followed:
+            next(followed)
+        with pytest.raises(persist.CursorAhead):
+            store.follow("s-1", stream.id, after=4)
+        assert descriptors() == before
+        assert not any(path.is_relative_to(store.path) for path in events._waiting)
+        at_the_end = store.follow("s-1", stream.id)
+        stream.finish()
+    list(at_the_end)
+    assert descriptors() < before
+    assert not any(path.is_relative_to(store.path) for path in events._waiting)
+
+
+# --- one process ---------------------------------------------------------------------------------------------------------
+
+
+def _is_as_long_as(seen: list[Any], count: int) -> bool:
+    return len(seen) == count
+
+
+def test_follower_in_the_same_process_is_woken(
+    store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events and the end come at once, and not with the next look at the file: these are put off beyond the deadline."""
+    monkeypatch.setattr(following, "POLL_S", 10 * DEADLINE_S)
+    seen: list[Any] = []
+    with store.start_stream("s-1") as stream:
+        followed = store.follow("s-1", stream.id)
+        thread = threading.Thread(target=lambda: seen.extend(event.data for event in followed), daemon=True)
+        thread.start()
+        for n in range(20):
+            stream.emit(n)
+            eventually(partial(_is_as_long_as, seen, n + 1))
+        stream.finish()
+    thread.join(DEADLINE_S)
+    assert (seen, followed.ended) == (list(range(20)), "finished")
+
+
+def test_lock_that_is_held_for_long_ends_no_follower(
+    store: persist.Store, session: persist.Session, actor: ActorFactory, directory: Path
+) -> None:
+    """A follower that cannot ask whether the owner lives, since the session is locked, asks again. Fails if it concludes."""
+    owner, holder = actor(), actor()
+    stream_id = owner.do(START)
+    follower = persist.Store(directory, lock_timeout_s=0.0)
+    with follower.follow("s-1", stream_id) as followed:
+        holder.start_and_pause("store.append('s-1', 'messages', {'content': 'x'})", "replace")
+        with pytest.raises(persist.LockTimeout):
+            follower.stream("s-1")
+        looks: list[object] = []
+        real = streams.look_at
+
+        def counted(files: SessionFiles, session_id: str) -> persist.StreamInfo | None:
+            looks.append(session_id)
+            return real(files, session_id)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(following, "LOOK_S", 0.001)
+            patch.setattr(streams, "look_at", counted)
+            thread = threading.Thread(target=lambda: next(followed), daemon=True)
+            thread.start()
+            eventually(lambda: len(looks) > 10)
+            assert thread.is_alive()
+            holder.go()
+            holder.result()
+            owner.do("stream.emit(1)")
+            thread.join(DEADLINE_S)
+        assert (followed.offset, followed.ended) == (1, None)
+
+
+def test_event_that_is_no_json_is_refused_with_all_beside_it(store: persist.Store, session: persist.Session) -> None:
+    """NotJSON: nothing of that call is emitted; the stream goes on at the next offset. Fails if each is written by itself."""
+    with store.start_stream("s-1") as stream:
+        for wrong in ({1, 2}, {1: 2}, float("nan"), (1,), b"x", {"a": [object()]}, "\ud83d\ude00"):
+            with pytest.raises(persist.NotJSON):
+                stream.emit("before", wrong, "behind")
+        with pytest.raises(persist.WrongType):
+            stream.emit()
+        assert not (store.path / ".events").exists()
+        assert stream.emit("fine") == 1
+        with pytest.raises(persist.NotJSON):
+            stream.emit({1, 2})
+        assert stream.emit("too", "three") == 3
+        stream.finish()
+    assert written(store, stream.id) == ["fine", "too", "three"]
+
+
+# --- expiry --------------------------------------------------------------------------------------------------------------
+
+
+def test_events_go_away_some_time_after_the_end(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+    """The process that ends a stream removes its events when their time is over; who reads just then gets all, and the end."""
+    owner = actor(keep_events_s=0)
+    stream_id = owner.do(START)
+    owner.do("stream.emit(1, 2)")
+    with store.follow("s-1", stream_id) as followed:
+        owner.do("stream.finish()")
+        eventually(lambda: not (store.path / ".events" / f"s-1.{stream_id}").exists())
+        assert ([event.data for event in followed], followed.ended) == ([1, 2], "finished")
+    with pytest.raises(persist.EventsNotFound):
+        store.follow("s-1", stream_id, after=2)
+
+
+def test_events_are_kept_as_long_as_was_said(store: persist.Store, session: persist.Session, directory: Path) -> None:
+    """Before their time nothing goes, neither by the end of a later stream nor by a sweep; after it a sweep removes them."""
+    for _ in range(2):
+        with store.start_stream("s-1") as stream:
+            stream.emit(1)
+            stream.finish()
+        store.clear_stale_streams()
+    assert written(store, stream.id) == [1]
+    assert len(list((directory / ".events").iterdir())) == 2
+    persist.Store(directory, keep_events_s=0).clear_stale_streams()
+    assert list((directory / ".events").iterdir()) == []
+
+
+def test_sweep_after_a_crash_removes_what_nobody_else_will(
+    store: persist.Store, session: persist.Session, actor: ActorFactory, directory: Path
+) -> None:
+    """All processes are gone: the next sweep ends the dead stream's events, and sees to it that all of them go away in time."""
+    owner = actor()
+    ended = owner.do("stream = store.start_stream('s-1'); stream.emit(1); stream.finish(); stream.id")
+    dead = owner.do("stream = store.start_stream('s-1'); stream.emit(1); stream.id")
+    owner.kill()
+    os.utime(directory / ".events" / f"s-1.{ended}", (1, 1))
+    sweeper = persist.Store(directory, keep_events_s=1.0)
+    sweeper.clear_stale_streams()
+    assert not (directory / ".events" / f"s-1.{ended}").exists()
+    eventually(lambda: not (directory / ".events" / f"s-1.{dead}").exists())
+
+
+def test_events_of_a_live_stream_stay_however_old(
+    store: persist.Store, session: persist.Session, actor: ActorFactory, directory: Path
+) -> None:
+    """A stream that said its last word a year ago, and runs: a sweep leaves its events. Fails if it goes by age only."""
+    owner = actor()
+    stream_id = owner.do(START)
+    owner.do("stream.emit(1)")
+    os.utime(directory / ".events" / f"s-1.{stream_id}", (1, 1))
+    persist.Store(directory, keep_events_s=0).clear_stale_streams()
+    assert written(store, stream_id) == [1]
+    assert owner.do("stream.emit(2)") == 2
+    owner.do("stream.finish()")
+
+
+def test_time_of_an_earlier_stream_takes_no_events_of_a_live_one(directory: Path) -> None:
+    """A session made anew runs a stream of an earlier one's id when the time of that one is over: its events stay.
+
+    Fails if what bears the name by then is removed.
+    """
+    store = persist.Store(directory, keep_events_s=0.3)
+    for session_id in ("s-1", "s-2"):
+        store.create(session_id, {"messages": []})
+        with store.start_stream(session_id, stream_id="turn-1") as stream:
+            stream.emit("old")
+            stream.finish()
+    store.delete("s-1")
+    store.create("s-1", {"messages": []})
+    with store.start_stream("s-1", stream_id="turn-1") as stream:
+        stream.emit("new")
+        # Their times are over one after the other.
+        eventually(lambda: not (directory / ".events" / "s-2.turn-1").exists())
+        assert written(store, "turn-1") == ["new"]
+        stream.finish()
+    eventually(lambda: not (directory / ".events" / "s-1.turn-1").exists())
+
+
+# --- whose files ---------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_owner_can_read_events(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+    """Whatever the umask: the directory is 0700 and each file 0600, whether the stream made it or a follower."""
+    owner = actor()
+    stream_id = owner.do("os.umask(0); stream = store.start_stream('s-1'); stream.emit(1); stream.finish(); stream.id")
+    followed = owner.do("stream = store.start_stream('s-1'); store.follow('s-1', stream.id).close(); stream.id")
+    made = store.path / ".events"
+    assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    for each in (stream_id, followed):
+        assert stat.S_IMODE((made / f"s-1.{each}").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("is_directory", [True, False], ids=["directory", "file"])
+def test_symbolic_link_is_not_followed(
+    store: persist.Store, session: persist.Session, tmp_path: Path, is_directory: bool
+) -> None:
+    """A link at `.events`, or at a stream's file: UnsafeFile for who emits, follows or cancels, and its target is as it was.
+
+    Fails if a reader, a writer or a remover does not check the directory.
+    """
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    target = elsewhere / "s-1.turn-1"
+    target.write_bytes(b'{"offset":1,"event":"theirs"}\n')
+    link = store.path / ".events"
+    with store.start_stream("s-1", stream_id="turn-1") as stream:
+        if is_directory:
+            link.symlink_to(elsewhere)
+        else:
+            link.mkdir(mode=0o700)
+            (link / target.name).symlink_to(target)
+        refused: tuple[Callable[[], object], ...] = (
+            lambda: stream.emit("mine"),
+            lambda: store.follow("s-1", "turn-1"),
+            lambda: store.events("s-1", "turn-1"),
+            lambda: store.cancel("s-1", "turn-1", force=True),
+        )
+        for verb in refused:
+            with pytest.raises(persist.UnsafeFile):
+                verb()
+        stream.finish()
+    with pytest.raises(persist.UnsafeFile) if is_directory else nullcontext():
+        store.clear_stale_streams()
+    with pytest.raises(persist.UnsafeFile) if is_directory else nullcontext():
+        store.start_stream("s-1", stream_id="turn-1").finish()
+    assert {path.name: path.read_bytes() for path in elsewhere.iterdir()} == {target.name: b'{"offset":1,"event":"theirs"}\n'}
+
+
+CANARY = "canary-7f3a"
+
+
+def test_no_event_appears_in_an_error(store: persist.Store, session: persist.Session) -> None:
+    """What users say is in no message, whatever goes wrong with it."""
+    errors: list[BaseException] = []
+
+    def refused(verb: Callable[[], object]) -> None:
+        with pytest.raises(persist.PersistError) as caught:
+            verb()
+        errors.append(caught.value)
+
+    with store.start_stream("s-1") as stream:
+        stream.emit(CANARY)
+        refused(lambda: stream.emit([CANARY, {CANARY}]))
+        for call in ("write", "fsync"):
+            with injecting(Fault(call, 1, errno.EIO, is_persistent=False)):
+                refused(lambda: stream.emit({"text": CANARY}, durable=True))
+        refused(lambda: store.follow("s-1", stream.id, after=100))
+        store.cancel("s-1", stream.id, force=True)
+        refused(lambda: stream.emit(CANARY))
+    with store.follow("s-1", stream.id) as followed, injecting(Fault("read", 1, errno.EIO, is_persistent=True)):
+        next(followed)
+        errors.append(Exception(repr(followed)))
+    for error in errors:
+        told = f"{error!r} {error} {error.args} {error.__cause__!r}"
+        assert CANARY not in told

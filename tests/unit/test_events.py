@@ -1,0 +1,550 @@
+"""Events as a file: what a reader takes for an event, and what a writer does after each way to fail."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from actors import eventually
+from harness.faults import SHORT, Fault, descriptors, faults, injecting
+from hypothesis import given
+from hypothesis import strategies as st
+
+import persist
+from persist import codec
+from persist.files import events
+from persist.files.events import Ended, Event, EventFiles, EventReader, EventWriter, Fenced
+from persist.files.layout import Layout
+
+END = b'{"end":"finished"}\n'
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def line(offset: int, data: Any) -> bytes:
+    return b'{"offset":%d,"event":%b}\n' % (offset, codec.encode(data))
+
+
+def read(path: Path, after: int = 0) -> tuple[list[Any], Ended | None]:
+    """All that a reader finds, its offsets checked."""
+    found: list[Event] = []
+    with EventReader(path, after) as reader:
+        while new := reader.read():
+            found += new
+        assert [event.offset for event in found] == list(range(after + 1, after + len(found) + 1))
+        return [event.data for event in found], reader.ended
+
+
+@pytest.fixture
+def path(scratch: Path) -> Path:
+    (scratch / ".events").mkdir(mode=0o700)
+    return scratch / ".events" / "s-1.t-1"
+
+
+@pytest.fixture
+def files(scratch: Path) -> EventFiles:
+    return EventFiles(Layout(scratch), keep_s=300.0)
+
+
+@pytest.fixture
+def writer(files: EventFiles) -> Iterator[EventWriter]:
+    opened = files.writer("s-1", "t-1")
+    opened.open()
+    yield opened
+    opened.close()
+
+
+def emit(writer: EventWriter, *data: Any, durable: bool = False) -> int:
+    return writer.append([codec.encode(each) for each in data], durable=durable)
+
+
+@contextmanager
+def broken_off(after_bytes: int) -> Iterator[None]:
+    """The disk is full after so many bytes more."""
+    real, left = os.write, after_bytes
+
+    def write(fd: int, content: bytes) -> int:
+        nonlocal left
+        if left == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = real(fd, content[:left])
+        left -= written
+        return written
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "write", write)
+        yield
+
+
+# --- what a reader takes for an event ------------------------------------------------------------------------------------
+
+
+@given(st.lists(json_values, max_size=5), st.integers(1, 90))
+def test_events_come_back_as_they_went_in(tmp_path_factory: pytest.TempPathFactory, data: list[Any], chunk_bytes: int) -> None:
+    """Any JSON, read in chunks of any size: fails if a piece of a line that a chunk ends in is not kept for the next."""
+    directory = tmp_path_factory.mktemp("events")
+    writer = EventWriter(directory / "s-1.t-1", "s-1", "t-1")
+    writer.open()
+    for value in data:
+        emit(writer, value)
+    writer.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(events, "_CHUNK_BYTES", chunk_bytes)
+        assert read(directory / "s-1.t-1") == (data, None)
+
+
+SAYINGS = ["Be", {"a": {"b": 1}}, [1, [2, [3]]], 'quote " brace } line \n', "Ünïcödé 🎈 \u2028", 12, None, {"": {}}]
+WHOLE = b"".join(line(offset, data) for offset, data in enumerate(SAYINGS, 1)) + END
+
+
+@pytest.mark.parametrize("chunk_bytes", [7, 4096])
+def test_truncated_file_has_a_prefix_of_the_events(path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+    """Cut at every byte: the events whose lines are whole, and never a wrong one; the end only if its line is whole."""
+    monkeypatch.setattr(events, "_CHUNK_BYTES", chunk_bytes)
+    for size in range(len(WHOLE) + 1):
+        path.write_bytes(WHOLE[:size])
+        lines = WHOLE[:size].count(b"\n")
+        assert read(path) == (SAYINGS[:lines], "finished" if lines > len(SAYINGS) else None)
+
+
+def test_stream_that_died_in_the_middle_of_a_line_is_ended(path: Path, files: EventFiles) -> None:
+    """Cut at every byte, and then ended by another process: no event is lost or wrong, and the end is read.
+
+    Fails if the end line is appended to the torn one.
+    """
+    for size in range(len(WHOLE) - len(END) + 1):
+        path.write_bytes(WHOLE[:size])
+        files.end("s-1", "t-1", "died")
+        # A line that lacks nothing but its newline was written whole.
+        whole = sum(size >= len(b"".join(WHOLE.splitlines(True)[:n])) - 1 for n in range(1, len(SAYINGS) + 1))
+        assert read(path) == (SAYINGS[:whole], "died")
+
+
+GARBAGE = [
+    b'{"offset":2,"event":{"a":{"b":1}',
+    b'{"offset":2,"event":{"a":{"b":1}}',
+    b'{"offset":2,"event":"a}',
+    b'{"offset":2,"event":[1}',
+    b'{"offset":2,"event":1}}',
+    b'{"offset":2,"event":1} ',
+    b' {"offset":2,"event":1}',
+    b'{"offset":2,"event":}',
+    b'{"offset":2,"event":1,"event":2}',
+    b'{"offset":2,"event":1}{"offset":2,"event":1}',
+    b'{"offset":2,"event":"\xff"}',
+    b'{"offset":2,"event":"\x00"}',
+    b'{"offset":2,"event":' + b"[" * 100_000 + b"}",
+    b'{"offset":1,"event":"again"}',
+    b'{"offset":3,"event":"too early"}',
+    b'{"offset":-2,"event":1}',
+    b'{"offset":2.0,"event":1}',
+    b'{"offset":"2","event":1}',
+    b'{"offset":' + b"9" * 5000 + b',"event":1}',
+    b'{"offset":\xd9\xa2,"event":1}',
+    b'{"event":1,"offset":2}',
+    b'{"end":"finished" }',
+    b'{"end":"unknown"}',
+    b'{"end":"finished"}\r',
+    b'{"end":"fin',
+    b"",
+    b"null",
+    b"\x00" * 4096,
+]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE, ids=range(len(GARBAGE)))
+@pytest.mark.parametrize("after", [0, 2])
+def test_garbage_is_passed_over(path: Path, garbage: bytes, after: int) -> None:
+    """A line that is no event, or not the next one, counts for nothing, also before the cursor, where nothing is asked for.
+
+    Fails if a line is taken by its shape alone.
+    """
+    path.write_bytes(line(1, "a") + garbage + b"\n" + line(2, "b") + line(3, "c") + END)
+    assert read(path, after) == (["a", "b", "c"][after:], "finished")
+    path.write_bytes(line(1, "a") + garbage + b"\n")
+    with EventReader(path, after) as reader:
+        reader.read()
+        assert (reader.count, reader.ended) == (1, None)
+
+
+def test_events_behind_a_hole_do_not_count(path: Path) -> None:
+    """What a power cut left behind a hole has offsets that do not follow: the events end where the hole begins."""
+    torn = line(3, "c")
+    path.write_bytes(line(1, "a") + line(2, "b") + b"\x00" * len(torn) + line(4, "d") + line(5, "e"))
+    assert read(path) == (["a", "b"], None)
+
+
+def test_nothing_behind_the_end_line_counts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end line is the fence: events and other ends behind it are not there, however the file is cut into chunks."""
+    path.write_bytes(line(1, "a") + END + line(2, "late") + b'{"end":"died"}\n')
+    for chunk_bytes in (*range(1, 60), 4096):
+        monkeypatch.setattr(events, "_CHUNK_BYTES", chunk_bytes)
+        assert read(path) == (["a"], "finished")
+
+
+def test_reader_who_comes_again_and_again_sees_each_event_once(path: Path) -> None:
+    """The file grows byte by byte, and the reader looks after each: every event once, as soon as its line is whole."""
+    path.touch()
+    found: list[Any] = []
+    with EventReader(path) as reader, path.open("ab", buffering=0) as file:
+        for byte in WHOLE:
+            had_more = reader.has_more
+            file.write(bytes([byte]))
+            assert (had_more, reader.has_more) == (False, True)
+            found += reader.read()
+        assert [event.data for event in found] == SAYINGS
+        assert [event.offset for event in found] == list(range(1, len(SAYINGS) + 1))
+        assert (reader.read(), reader.ended) == ([], "finished")
+
+
+def test_cursor_begins_behind_its_event(path: Path) -> None:
+    """`after` events are passed, however many chunks that takes; at the end, and beyond it, there are none."""
+    path.write_bytes(b"".join(line(n, "x" * 1000) for n in range(1, 1001)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(events, "_CHUNK_BYTES", 4096)
+        assert len(read(path, 997)[0]) == 3
+        assert read(path, 1000) == read(path, 1001) == ([], None)
+
+
+def test_huge_event_passes(path: Path, writer: EventWriter) -> None:
+    """An event of many chunks, between two small ones."""
+    huge = "é\n" * 4_000_000
+    for value in ("a", huge, "b"):
+        emit(writer, value)
+    assert read(path) == (["a", huge, "b"], None)
+
+
+# --- a writer whose write breaks off -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refused", [["refused"], [{"a": {"b": 1}}, [2], "3}"]], ids=["one", "several"])
+def test_write_that_broke_off_costs_no_later_event(path: Path, files: EventFiles, refused: list[Any]) -> None:
+    """The disk is full at any byte of an emission: it is refused, and the next one is kept, with the offset it was told.
+
+    Of the refused one a part may stand there, if its lines are whole. Fails without the stock-taking; and, for a line that
+    lacks nothing but its newline, if the newline that follows makes it an event, in the place of the next one.
+    """
+    whole = b"".join(line(offset, data) for offset, data in enumerate(refused, 2))
+    for written in range(len(whole)):
+        writer = files.writer("s-1", "t-1")
+        writer.open()
+        assert emit(writer, "before") == 1
+        with broken_off(written), pytest.raises(persist.EmitFailed):
+            emit(writer, *refused)
+        kept = whole[:written].count(b"\n")
+        assert emit(writer, "after") == kept + 2
+        assert emit(writer, "later", "last") == kept + 4
+        files.end("s-1", "t-1", "finished")
+        assert read(path) == (["before", *refused[:kept], "after", "later", "last"], "finished")
+        writer.close()
+        path.unlink()
+
+
+def test_write_that_breaks_off_again_and_again(path: Path, files: EventFiles) -> None:
+    """Each attempt gets one byte further than the one before, until one succeeds: it is the only one that is kept."""
+    size = len(line(1, "kept"))
+    writer = files.writer("s-1", "t-1")
+    writer.open()
+    for written in range(size):
+        with broken_off(written), pytest.raises(persist.EmitFailed):
+            emit(writer, "kept")
+    assert emit(writer, "kept") == 1
+    assert read(path) == (["kept"], None)
+    writer.close()
+
+
+def test_interrupt_behind_the_write_keeps_what_was_written(path: Path, writer: EventWriter) -> None:
+    """Ctrl-C when the bytes are down already: the event is there, and the next follows. Fails without the stock-taking."""
+    with pytest.MonkeyPatch.context() as patch:
+        real = os.write
+
+        def interrupted(fd: int, content: bytes) -> int:
+            real(fd, content)
+            raise KeyboardInterrupt
+
+        patch.setattr(os, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            emit(writer, "a")
+    assert emit(writer, "b") == 2
+    assert read(path) == (["a", "b"], None)
+
+
+# --- the fence -----------------------------------------------------------------------------------------------------------
+
+
+def test_fenced_writer_stays_fenced(path: Path, files: EventFiles, writer: EventWriter) -> None:
+    """Once the stream has been ended, every emission says so: at once, afterwards, and when the file has gone.
+
+    Fails without the look at where the write ended; the last one, if a file that is gone is blamed on the disk.
+    """
+    emit(writer, "a")
+    files.end("s-1", "t-1", "cancelled")
+    for _ in range(2):
+        with pytest.raises(Fenced):
+            emit(writer, "late")
+    files.remove("s-1", "t-1")
+    with pytest.raises(Fenced):
+        emit(writer, "late")
+    assert not path.exists()
+
+
+def test_fence_is_seen_after_a_write_that_broke_off(path: Path, files: EventFiles, writer: EventWriter) -> None:
+    """The stream is ended, and its file even removed, between a failed emission and the next.
+
+    Fails if stock is taken blindly.
+    """
+    emit(writer, "a")
+    with broken_off(9), pytest.raises(persist.EmitFailed):
+        emit(writer, "b")
+    files.end("s-1", "t-1", "cancelled")
+    with pytest.raises(Fenced):
+        emit(writer, "late")
+    assert read(path) == (["a"], "cancelled")
+    files.remove("s-1", "t-1")
+    with pytest.raises(Fenced):
+        emit(writer, "late")
+
+
+def test_fence_that_came_into_the_middle_of_a_write_is_one(path: Path, writer: EventWriter) -> None:
+    """The end line hit a half-written event, so that nobody can read it; the writer has seen it all the same, for good.
+
+    Fails without the memory of it.
+    """
+    emit(writer, "a")
+    with path.open("ab") as file:
+        file.write(b'{"offset":2,"ev{"end":"cancelled"}\n')
+    for _ in range(3):
+        with pytest.raises(Fenced):
+            emit(writer, "late")
+
+
+def test_successor_of_the_same_id_is_not_written_to(path: Path, files: EventFiles, writer: EventWriter) -> None:
+    """A failed emission, the session made anew, a stream of the same id: the old writer takes no stock of the new file."""
+    emit(writer, "a")
+    with broken_off(9), pytest.raises(persist.EmitFailed):
+        emit(writer, "b")
+    assert writer._held is not None
+    files.remove_session("s-1")
+    successor = files.writer("s-1", "t-1")
+    successor.open()
+    # As long as the old file, so that its size does not tell them apart.
+    missing = os.fstat(writer._held.fd).st_size - len(line(1, ""))
+    emit(successor, new := "n" * missing)
+    for _ in range(2):
+        with pytest.raises(Fenced):
+            emit(writer, "late")
+    assert emit(successor, "newer") == 2
+    assert read(path) == ([new, "newer"], None)
+    successor.close()
+
+
+def test_end_line_that_the_stock_taking_misses_is_a_fence(
+    path: Path, files: EventFiles, writer: EventWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended after stock was taken and before the write: the write is late. Fails if the size is asked for after the events."""
+    emit(writer, "a")
+    with broken_off(9), pytest.raises(persist.EmitFailed):
+        emit(writer, "b")
+    real = EventReader.read
+
+    def ended_behind_it(reader: EventReader) -> list[Event]:
+        found = real(reader)
+        if not found:
+            files.end("s-1", "t-1", "cancelled")
+        return found
+
+    monkeypatch.setattr(EventReader, "read", ended_behind_it)
+    with pytest.raises(Fenced):
+        emit(writer, "late")
+    monkeypatch.undo()
+    assert read(path) == (["a"], "cancelled")
+
+
+# --- what the disk refuses -----------------------------------------------------------------------------------------------
+
+CALLS = ["open", "write", "read", "fsync", "close", "mkdir", "fstat", "lstat", "stat", "flock", "any"]
+MOST_PLACES = 100
+
+
+@pytest.mark.parametrize("durable", [False, True], ids=["plain", "durable"])
+@pytest.mark.parametrize("is_first", [True, False], ids=["first", "later"])
+@pytest.mark.parametrize("call", CALLS)
+def test_refused_emission_costs_nothing_else(scratch: Path, call: str, is_first: bool, durable: bool) -> None:
+    """Every error of every kernel call of `emit`: an error of persist or an acknowledgement that holds; the next one works.
+
+    No offset is left out, no event stands there twice, and no descriptor is left open.
+    """
+    store = persist.Store(scratch, keep_events_s=1000.0)
+    store.create("s", {"messages": []})
+    place, hits = 1, 1
+    while hits:
+        hits = 0
+        assert place < MOST_PLACES
+        for fault in faults(call, place):
+            before = descriptors()
+            hits += _emit_under(fault, store, is_first=is_first, durable=durable)
+            assert descriptors() == before, fault
+        place += 1
+
+
+def _emit_under(fault: Fault, store: persist.Store, *, is_first: bool, durable: bool) -> int:
+    said = [] if is_first else ["before"]
+    with store.start_stream("s") as stream:
+        for each in said:
+            stream.emit(each)
+        error = None
+        with injecting(fault) as injection:
+            try:
+                stream.emit("tried", durable=durable)
+            except (persist.PersistError, OSError) as failure:
+                error = failure
+        if error is None:
+            said.append("tried")
+        else:
+            assert injection.hits, error
+            assert isinstance(error, OSError if is_first else persist.EmitFailed), fault
+            assert isinstance(error, persist.PersistError), fault
+        # Written, and not synced: it may be there.
+        may_stand = error is not None and durable
+        stream.emit("next")
+        stream.emit("last")
+        found = [event.data for event in store.events("s", stream.id)]
+        assert found == [*said, "next", "last"] or (may_stand and found == [*said, "tried", "next", "last"]), fault
+        stream.finish()
+    return injection.hits
+
+
+def test_no_durable_emission_claims_success_after_a_failed_sync(store: persist.Store) -> None:
+    """The kernel answers OK to the second fsync of data that it has dropped: nothing durable is promised any more.
+
+    Fails without the memory of the failure. What is not to be durable goes on.
+    """
+    store.create("s", {"messages": []})
+    with store.start_stream("s") as stream:
+        stream.emit(1, durable=True)
+        with injecting(Fault("fsync", 1, errno.EIO, is_persistent=False)), pytest.raises(persist.EmitFailed):
+            stream.emit(2, durable=True)
+        for n in (3, 4):
+            with pytest.raises(persist.EmitFailed):
+                stream.emit(n, durable=True)
+        assert stream.emit(5) == 5
+        stream.finish()
+    assert [event.data for event in store.events("s", stream.id)] == [1, 2, 3, 4, 5]
+
+
+def test_short_writes_are_completed(path: Path, writer: EventWriter) -> None:
+    """The kernel takes half of what it is given: the rest follows, and nothing has failed."""
+    with injecting(Fault("write", 1, SHORT, is_persistent=True)) as injection:
+        assert emit(writer, "a", {"b": "c"}) == 2
+    assert injection.hits > 1
+    assert read(path) == (["a", {"b": "c"}], None)
+
+
+# --- durability ----------------------------------------------------------------------------------------------------------
+
+
+def test_durable_emission_syncs_the_file_and_once_its_name(
+    path: Path, writer: EventWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A durable emission returns when the file is synced, the first one its directory, too; others sync nothing.
+
+    Fails with either sync taken out.
+    """
+    synced: list[str] = []
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{fd}")).name
+        synced.append(f"{name} of {os.fstat(fd).st_size} bytes" if name == path.name else name)
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    emit(writer, "a")
+    assert synced == []
+    emit(writer, "b", durable=True)
+    assert synced == [f"s-1.t-1 of {2 * len(line(1, 'a'))} bytes", ".events"]
+    emit(writer, "c", durable=True)
+    assert synced[2:] == [f"s-1.t-1 of {3 * len(line(1, 'a'))} bytes"]
+    emit(writer, "d")
+    assert len(synced) == 3
+
+
+# --- waking --------------------------------------------------------------------------------------------------------------
+
+
+def test_those_who_wait_are_woken_by_every_append_and_the_end(path: Path, files: EventFiles, writer: EventWriter) -> None:
+    """In the same process nobody waits for the next look at the file, and nobody is woken for another file's events."""
+    calls: list[str] = []
+    with events.waking(path, lambda: calls.append("a")), events.waking(path, lambda: calls.append("b")):
+        with events.waking(path.with_name("s-1.t-2"), lambda: calls.append("another")):
+            emit(writer, 1)
+            assert calls == ["a", "b"]
+            files.end("s-1", "t-1", "finished")
+            assert calls == ["a", "b"] * 2
+    with pytest.raises(Fenced):
+        emit(writer, 2)
+    assert calls == ["a", "b"] * 2
+
+
+def test_garbage_collector_may_come_at_any_moment(path: Path) -> None:
+    """A dropped follower is collected by whoever allocates just then, also by one who is about to wait himself.
+
+    Fails (it waits for itself) if the guard of those who wait is not re-entrant.
+    """
+
+    class Collecting(type(path)):  # type: ignore[misc]
+        def __hash__(self) -> int:
+            gc.collect()
+            return hash(str(self))
+
+    def wait_and_drop() -> None:
+        dropped: dict[str, Any] = {"stack": ExitStack()}
+        dropped["itself"] = dropped
+        dropped["stack"].enter_context(events.waking(path, lambda: None))
+        del dropped
+        with events.waking(Collecting(path), done.set):
+            pass
+        done.set()
+
+    done = threading.Event()
+    threading.Thread(target=wait_and_drop, daemon=True).start()
+    assert done.wait(20.0)
+
+
+# --- expiry --------------------------------------------------------------------------------------------------------------
+
+
+def test_sweep_removes_at_once_what_has_expired(scratch: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that sweeps, and ends, leaves no work to a thread that ends with it. Fails if it is left to the thread."""
+    removed: list[tuple[str, threading.Thread]] = []
+    real = os.unlink
+
+    def unlink(name: Path) -> None:
+        real(name)
+        removed.append((Path(name).name, threading.current_thread()))
+
+    path.write_bytes(WHOLE)
+    path.with_name("s-2.t-1").write_bytes(WHOLE)
+    os.utime(path, (1, 1))
+    monkeypatch.setattr(os, "unlink", unlink)
+    EventFiles(Layout(scratch), keep_s=1000.0).sweep()
+    assert removed == [(path.name, threading.current_thread())]
+
+
+def test_clock_that_was_set_back_keeps_nothing_for_ever(scratch: Path, path: Path) -> None:
+    """A file from the future goes away as long after the sweep as it is kept at all. Fails if its age may be negative."""
+    path.write_bytes(WHOLE)
+    os.utime(path, (2**32, 2**32))
+    EventFiles(Layout(scratch), keep_s=0.05).sweep()
+    eventually(lambda: not path.exists())
