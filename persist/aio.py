@@ -407,7 +407,7 @@ class Store:
 
     def follow(self, session_id: str, stream_id: str, *, after: int = 0) -> Following:
         """See `persist.Store.follow`. Use it as ``async for event in store.follow(…)``."""
-        return Following(self._threads, lambda: self._store.cursor(session_id, stream_id, after), after)
+        return Following(self._threads, lambda: self._store._cursor(session_id, stream_id, after), after)
 
     async def events(self, session_id: str, stream_id: str, *, after: int = 0) -> list[Event]:
         """See `persist.Store.events`."""

@@ -377,9 +377,9 @@ class Store:
             InvalidStreamId, WrongType: a malformed cursor.
             SessionNotFound, LockTimeout, CorruptSession: see the errors.
         """
-        return Following(self.cursor(session_id, stream_id, after))
+        return Following(self._cursor(session_id, stream_id, after))
 
-    def cursor(self, session_id: str, stream_id: str, after: int = 0) -> Cursor:
+    def _cursor(self, session_id: str, stream_id: str, after: int = 0) -> Cursor:
         """What `follow` and its asynchronous twin are made of."""
         return Cursor(self._open_files(), session_id, stream_id, after)
 
@@ -388,7 +388,7 @@ class Store:
 
         Raises: as `follow`.
         """
-        return self.cursor(session_id, stream_id, after).take_all()
+        return self._cursor(session_id, stream_id, after).take_all()
 
     def stream(self, session_id: str) -> StreamInfo | None:
         """Tell who runs the session's active stream, and whether that process lives; None if no stream is active.

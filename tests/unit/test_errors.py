@@ -97,6 +97,20 @@ def session_busy(scene: Scene) -> None:
         scene.store.start_stream("s", {"content": CANARY})
 
 
+def cursor_ahead(scene: Scene) -> None:
+    with scene.store.start_stream("s", stream_id="t1") as stream:
+        stream.emit(CANARY)
+        scene.store.follow("s", "t1", after=5)
+
+
+def emit_failed(scene: Scene) -> None:
+    with scene.store.start_stream("s", stream_id="t1") as stream:
+        stream.emit(CANARY)
+        with scene.monkeypatch.context() as patched:
+            Scene(scene.store, patched, scene.document, scene.lock).fail("write", errno.ENOSPC)
+            stream.emit(CANARY)
+
+
 def stream_lost(scene: Scene) -> None:
     with scene.store.start_stream("s", {"content": CANARY}, stream_id="t1") as stream:
         scene.store.cancel("s", "t1", force=True)
@@ -194,7 +208,7 @@ class Case:
     builtin: type[Exception] = Exception
 
 
-DOCUMENT, LOCK, LEASE = Path("s.json"), Path("s.json.lock"), Path(".leases/s.t1")
+DOCUMENT, LOCK, LEASE, EVENTS = Path("s.json"), Path("s.json.lock"), Path(".leases/s.t1"), Path(".events")
 
 CASES: dict[type[persist.PersistError], Case] = {
     errors.SessionNotFound: Case(
@@ -262,6 +276,24 @@ CASES: dict[type[persist.PersistError], Case] = {
         ("Session 's'", "data['messages'][0]", "same id", "nothing was written"),
         {"session_id": "s", "path": ("messages", 0)},
         errors.MergeConflict,
+    ),
+    errors.EventsNotFound: Case(
+        lambda scene: scene.store.follow("s", "t9"),
+        ("stream 't9' of session 's'", str(EVENTS / "s.t9"), "does not exist", "Load the session"),
+        {"session_id": "s", "stream_id": "t9", "path": EVENTS / "s.t9"},
+        KeyError,
+    ),
+    errors.CursorAhead: Case(
+        cursor_ahead,
+        ("'t1' of session 's'", "has 1 events", "cursor is at 5", "after=0"),
+        {"session_id": "s", "stream_id": "t1", "after": 5, "count": 1},
+        ValueError,
+    ),
+    errors.EmitFailed: Case(
+        emit_failed,
+        ("stream 't1'", str(EVENTS / "s.t1"), "No space left", "store.events()"),
+        {"stream_id": "t1", "path": EVENTS / "s.t1", "errno": errno.ENOSPC},
+        OSError,
     ),
     errors.RevisionMismatch: Case(
         lambda scene: scene.store.update("s", dict.clear, if_revision=9),

@@ -663,6 +663,8 @@ CLOSED_VERBS: list[Verb] = [
     lambda store: store.append("s", "messages", 1),
     lambda store: store.start_stream("s"),
     lambda store: store.cancel("s", "t"),
+    lambda store: store.follow("s", "t"),
+    lambda store: store.events("s", "t"),
     lambda store: store.stream("s"),
     lambda store: store.streams(),
     lambda store: store.clear_stale_streams(),
