@@ -132,4 +132,10 @@ def is_harmless(one: Step, two: Step) -> bool:
         return True  # a lock file has no content, and a missing one is made
     if any(step.kind == "write" and step.directory.endswith(".leases") for step in (one, two)):
         return True  # what a lease says is for people; what counts is its name, and the kernel's lock
+    if (
+        all(step.path.startswith(".events") for step in (one, two))
+        and one.kind.startswith("sync")
+        and two.kind.startswith("sync")
+    ):
+        return True  # an event is acknowledged after both
     return not {"sync", "sync directory", "rename"} & kinds

@@ -16,6 +16,7 @@ from typing import Any
 import persist
 from harness.crashes import Step, Trace, read_disk, recording, states, write_disk
 from persist.files import disk
+from persist.files.events import EventReader
 
 PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
 ANSWER = {"id": "a1", "role": "assistant", "content": "Because."}
@@ -82,6 +83,12 @@ def start_and_die(store: persist.Store) -> None:
 def running(store: persist.Store) -> persist.Stream:
     stream = store.start_stream("s-1", PROMPT)
     stream.checkpoint({"role": "assistant", "content": "Be"})
+    return stream
+
+
+def emitting(store: persist.Store) -> persist.Stream:
+    stream = running(store)
+    stream.emit("a", durable=True)
     return stream
 
 
@@ -177,6 +184,9 @@ SCENARIOS: list[Scenario | Opening] = [
     Scenario("start over a stale stream", lambda store, _: start_and_die(store), stale),
     Scenario("checkpoint", lambda _, stream: stream.checkpoint({"role": "assistant", "content": "Becau"}), running),
     Scenario("stream.append", lambda _, stream: stream.append(MESSAGE), running),
+    Scenario("first durable event", lambda _, stream: stream.emit("a", durable=True), running),
+    Scenario("durable event", lambda _, stream: stream.emit("b", durable=True), emitting),
+    Scenario("finish after events", lambda _, stream: stream.finish(ANSWER), emitting),
     Scenario("finish", lambda _, stream: stream.finish(ANSWER), running),
     Scenario("fail", lambda _, stream: stream.fail(), running),
     Scenario("cancel", lambda store, stream: store.cancel("s-1", stream.id), running),
@@ -238,7 +248,18 @@ def _document(store: persist.Store, session_id: str) -> Any:
     except persist.CorruptSession:
         return (store.path / f"{session_id}.json").read_bytes()
     owner = found.header.owner
-    return found.body.data() | {"cancelled": owner is not None and owner.is_cancelled}
+    shown = {"cancelled": owner is not None and owner.is_cancelled, "events": events_of(store, session_id)}
+    return found.body.data() | shown
+
+
+def events_of(store: persist.Store, session_id: str) -> list[Any]:
+    """The events of all streams of a session. How they ended is not durable, and not needed: the document says it."""
+    paths = sorted((store.path / ".events").glob(f"{session_id}.*"))
+    found = []
+    for path in paths:
+        with EventReader(path) as reader:
+            found += [event.data for event in reader.read()]
+    return found
 
 
 def until_rename(steps: list[Step]) -> list[Step]:

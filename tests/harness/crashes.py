@@ -22,6 +22,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -89,7 +90,7 @@ class Recorder:
         self.steps: list[Step] = []
         self._file_of: dict[str, int] = {path: number for number, path in enumerate(read_disk(root))}
         self._next = itertools.count(len(self._file_of))
-        self._open: dict[int, tuple[int, str]] = {}
+        self._open: dict[int, tuple[str, int]] = {}
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         for name in ("open_plain", "write", "sync", "close", "mkdir", "sync_directory", "replace", "unlink"):
@@ -105,25 +106,30 @@ class Recorder:
             if is_new:
                 self._file_of[name] = next(self._next)
                 self.steps.append(Step("create", name, self._file_of[name]))
-            self._open[fd] = (self._file_of[name], name)
+            self._open[fd] = (name, self._file_of[name])
             return fd
 
         return open_plain
 
+    def _file(self, fd: int) -> tuple[str, int]:
+        """The name and the number of an open file; one that was opened before has the name that the system knows."""
+        if fd not in self._open:
+            name = self._name(Path(f"/proc/self/fd/{fd}").readlink())
+            self._open[fd] = (name, self._file_of[name])
+        return self._open[fd]
+
     def write(self, real: Callable[..., None]) -> Callable[..., None]:
         def write(fd: int, content: bytes) -> None:
             real(fd, content)
-            file, name = self._open[fd]
-            self.steps.append(Step("write", name, file, content=bytes(content)))
+            self.steps.append(Step("write", *self._file(fd), content=bytes(content)))
 
         return write
 
     def sync(self, real: Callable[..., None]) -> Callable[..., None]:
         def sync(fd: int) -> None:
             real(fd)
-            if fd in self._open:
-                file, name = self._open[fd]
-                self.steps.append(Step("sync", name, file))
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                self.steps.append(Step("sync", *self._file(fd)))
 
         return sync
 
@@ -283,16 +289,17 @@ def _apply(step: Step, entries: dict[str, int]) -> None:
 
 
 def _contents(durable: Content, written: Content) -> list[Content]:
-    """What a file may hold whose last writes were not synced (it was empty, or all of it was durable, before)."""
-    if durable == written or written is None:
+    """What a file may hold that was appended to and not synced: what was durable stays, also in a sector that is lost."""
+    if durable == written or written is None or durable is None:
         return [written]
-    sectors = [written[start : start + SECTOR_BYTES] for start in range(0, len(written), SECTOR_BYTES)]
+    start = len(durable) // SECTOR_BYTES * SECTOR_BYTES
+    sectors = [(written[at : at + SECTOR_BYTES], durable[at:]) for at in range(start, len(written), SECTOR_BYTES)]
     torn = [
-        b"".join(sector if kept else bytes(len(sector)) for sector, kept in zip(sectors, pattern, strict=True))
+        b"".join(new if kept else old.ljust(len(new), b"\0") for (new, old), kept in zip(sectors, pattern, strict=True))
         for pattern in _patterns(len(sectors))
     ]
-    shorter = [b"".join(sectors[:count]) for count in range(len(sectors))]
-    return list(dict.fromkeys([durable, *torn, *shorter]))
+    shorter = [written[start:at] for at in range(start, len(written), SECTOR_BYTES) if at >= len(durable)]
+    return [written[:start] + rest for rest in dict.fromkeys([durable[start:], *torn, *shorter])]
 
 
 #: For each sector of a file, whether it was kept.
