@@ -132,10 +132,9 @@ def is_harmless(one: Step, two: Step) -> bool:
         return True  # a lock file has no content, and a missing one is made
     if any(step.kind == "write" and step.directory.endswith(".leases") for step in (one, two)):
         return True  # what a lease says is for people; what counts is its name, and the kernel's lock
-    if (
-        all(step.path.startswith(".events") for step in (one, two))
-        and one.kind.startswith("sync")
-        and two.kind.startswith("sync")
-    ):
+    are_events = [step.directory == ".events" for step in (one, two)]
+    if all(are_events) and kinds == {"sync", "sync directory"}:
         return True  # an event is acknowledged after both
+    if any(are_events) and kinds == {"write", "sync directory"} and one.directory != two.directory:
+        return True  # an end line is no part of the commit; who misses it asks the document
     return not {"sync", "sync directory", "rename"} & kinds
