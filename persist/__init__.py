@@ -55,6 +55,14 @@ if TYPE_CHECKING:
     from persist.store import Store as Store
     from persist.streams import Stream as Stream
     from persist.streams import StreamInfo as StreamInfo
+    from persist.testrun.errors import FactoryFailed as FactoryFailed
+    from persist.testrun.errors import KeyCycle as KeyCycle
+    from persist.testrun.errors import KeyTaken as KeyTaken
+    from persist.testrun.errors import NamedLockNested as NamedLockNested
+    from persist.testrun.errors import NamedLockTimeout as NamedLockTimeout
+    from persist.testrun.errors import NotShared as NotShared
+    from persist.testrun.errors import OthersRunning as OthersRunning
+    from persist.testrun.errors import ProducerTimeout as ProducerTimeout
 
 _HOMES = {
     "errors": (
@@ -69,6 +77,9 @@ _HOMES = {
     "session": "Head Session",
     "store": "ClearedStream Problem Store",
     "streams": "Stream StreamInfo",
+    "testrun.errors": (
+        "FactoryFailed KeyCycle KeyTaken NamedLockNested NamedLockTimeout NotShared OthersRunning ProducerTimeout"
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -1,0 +1,103 @@
+"""The end of a run, in the controller: when all workers are gone, each teardown runs once, the last made first."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from persist.testrun import outcome
+from persist.testrun.once import KIND, mark_ended
+from persist.testrun.outcome import ENDED, VALUE, Record
+from persist.testrun.run import Data, Run
+
+
+def end(run: Run) -> list[str]:
+    """Run what is left to tear down. Return what went wrong, as texts for the summary.
+
+    Each is marked as ended before it runs: an interrupt, and a second call, go on with the rest and repeat nothing.
+    """
+    problems = []
+    for session_id, data in sorted(run.sessions(KIND), key=_number, reverse=True):
+        records = data.get("messages", [])
+        problems += [
+            f"{data['name']}: its end failed.\n{each['error']}"
+            for each in records
+            if each.get("error") and each["kind"] == ENDED
+        ]
+        if not records or records[-1]["kind"] != VALUE:
+            continue
+        if data["style"] == "yield":
+            what = f"{records[-1]['worker']}, which produced it, died before the end: what follows its yield did not run."
+            problems.append(f"{data['name']}: {what}")
+        elif data["teardown"] is not None:
+            mark_ended(run, session_id)
+            problems += _torn_down(data, records[-1]["value"])
+    return problems
+
+
+def _number(session: tuple[str, Data]) -> int:
+    records = session[1].get("messages", [])
+    return max((int(record.get("number", -1)) for record in records), default=-1)
+
+
+def _torn_down(data: Data, value: Any) -> Iterator[str]:
+    address = data["teardown"]
+    try:
+        function_at(address)(value)
+    except outcome.NO_OUTCOME:
+        raise
+    except BaseException as error:
+        yield f"{data['name']}: its teardown {address['module']}:{address['qualname']} failed.\n{outcome.text_of(error)}"
+
+
+def function_at(address: Record) -> Callable[..., Any]:
+    """Import a function by its address.
+
+    A worker finds test modules and conftest files by what pytest puts into ``sys.path`` while it collects, and several
+    conftest files may share one name. So the module must come from the right file, wherever that takes it from.
+    """
+    found: Any = _module(address["module"], address["file"])
+    for name in address["qualname"].split("."):
+        found = getattr(found, name)
+    return found  # type: ignore[no-any-return]
+
+
+def _module(name: str, file: str | None) -> ModuleType:
+    with _on_path(name, file):
+        try:
+            module = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if file is None or error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise
+        else:
+            if file is None or _is_from(module, file):
+                return module
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{file} cannot be imported", name=name, path=file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+
+def _is_from(module: ModuleType, file: str) -> bool:
+    return Path(module.__file__ or "").resolve() == Path(file).resolve()
+
+
+@contextmanager
+def _on_path(name: str, file: str | None) -> Iterator[None]:
+    """Find what the module itself imports where pytest would have put it on the path."""
+    depth = name.count(".") + (file is not None and Path(file).name == "__init__.py")
+    roots = [] if file is None else [str(Path(file).resolve().parents[depth])]
+    sys.path[:0] = roots
+    try:
+        yield
+    finally:
+        for root in roots:
+            sys.path.remove(root)

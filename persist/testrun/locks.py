@@ -1,0 +1,49 @@
+"""A named lock between the tests of all workers; its holder may die, and take as long as it likes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from persist.errors import SessionBusy
+from persist.streams import Stream
+from persist.testrun.errors import NamedLockNested, NamedLockTimeout
+from persist.testrun.run import Run, Wait, describe
+
+_TEST = "test"
+
+
+@contextmanager
+def hold(run: Run, name: str, timeout_s: float) -> Iterator[None]:
+    """Hold the lock `name` for a block.
+
+    A stream's lease and not a session's lock: this one may be held for minutes, and other verbs may be used meanwhile.
+    """
+    __tracebackhide__ = True
+    session_id = run.session("lock", name)
+    if session_id in run.held.streams:
+        raise NamedLockNested(name=name)
+    with _acquired(run, session_id, name, timeout_s) as stream:
+        run.held.streams[session_id] = stream.id
+        try:
+            run.store.update(session_id, lambda data: data.update({_TEST: os.environ.get("PYTEST_CURRENT_TEST", "")}))
+            yield
+        finally:
+            del run.held.streams[session_id]
+
+
+def _acquired(run: Run, session_id: str, name: str, timeout_s: float) -> Stream:
+    __tracebackhide__ = True
+    wait = Wait(timeout_s)
+    while isinstance(stream := run.try_stream(session_id), SessionBusy):
+        busy = stream
+
+        def timed_out(busy: SessionBusy = busy) -> NamedLockTimeout:
+            holder, since_s = describe(busy)
+            test = run.store.head(session_id).data.get(_TEST, "")
+            where = f", in {test}" if test else ""
+            return NamedLockTimeout(name=name, holder=holder, since_s=since_s, waited_s=wait.waited_s, where=where)
+
+        wait.pause(timed_out)
+    return stream

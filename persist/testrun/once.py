@@ -1,0 +1,165 @@
+"""Once: a value that one process of the run produces, and every process gets.
+
+    persist_once("database", make_database, teardown=drop_database)
+
+Whoever comes first claims the key's session and runs the factory; the others poll until its record is there, or until the
+claim is free because its process died: then the next one takes over. A look at the record before the claim saves the claim;
+the look after it decides, since another process may have finished in between.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from persist import codec
+from persist.errors import SessionBusy, WrongType
+from persist.streams import Stream
+from persist.testrun import outcome
+from persist.testrun.errors import KeyCycle, ProducerTimeout
+from persist.testrun.outcome import ENDED, VALUE, Record
+from persist.testrun.run import Run, Wait, describe
+
+Function = Callable[..., Any]
+KIND = "once"
+_WAITS_FOR = "waits_for"
+_NOWHERE = ModuleType("nowhere")
+
+
+def origin_of(function: Function) -> str:
+    """Where a function comes from, the same text in every process: "make_database (tests/conftest.py:12)"."""
+    plain = getattr(function, "func", function)
+    code = getattr(getattr(plain, "__func__", plain), "__code__", None)
+    name = getattr(plain, "__qualname__", type(plain).__qualname__)
+    return f"{name} ({code.co_filename}:{code.co_firstlineno})" if code else f"{name} of {plain.__module__}"
+
+
+def address_of(teardown: Function | None) -> Record | None:
+    """Where another process finds a teardown; it must be an importable function.
+
+    Raises:
+        WrongType: a lambda, a local function, a method or a partial: only this process has it.
+    """
+    if teardown is None:
+        return None
+    module, qualname = getattr(teardown, "__module__", None) or "", getattr(teardown, "__qualname__", "")
+    # Its own globals besides: of several conftest files of one name, only one is in sys.modules.
+    for namespace in (vars(sys.modules.get(module, _NOWHERE)), getattr(teardown, "__globals__", {})):
+        if module != "__main__" and _found_in(namespace, qualname) is teardown:
+            return {"module": module, "qualname": qualname, "file": namespace.get("__file__")}
+    expected = "a function at the top of a module: another process imports it, at the end of the run"
+    raise WrongType(what="teardown", expected=expected, got=repr(teardown))
+
+
+def _found_in(namespace: Mapping[str, Any], qualname: str) -> Any:
+    first, *others = qualname.split(".")
+    found = namespace.get(first)
+    for name in others:
+        found = getattr(found, name, None)
+    return found
+
+
+class Once:
+    """One key of a run.
+
+    Args:
+        origin: what the factory is; another one under the same key is `KeyTaken`.
+        style: "value", or "yield" if the producer has something to finish at the end.
+    """
+
+    def __init__(self, run: Run, key: str, origin: str, *, teardown: Function | None = None, style: str = "value") -> None:
+        self.run = run
+        self.key = key
+        facts = {"factory": origin, "teardown": address_of(teardown), "style": style}
+        self.session_id = run.session(KIND, key, **facts)
+
+    def value(self, factory: Callable[[], Any], timeout_s: float) -> Any:
+        """Return the value, a fresh copy; produce it if nobody has."""
+        __tracebackhide__ = True
+        self._refuse_own_production()
+        wait, cause = Wait(timeout_s), None
+        while (record := self.record()) is None:
+            stream = self.run.try_stream(self.session_id)
+            if isinstance(stream, SessionBusy):
+                self._await(stream, wait)
+                continue
+            with stream:
+                if self.record() is None:
+                    cause = self._produce(stream, factory)
+        return outcome.result(record, self.key, cause)
+
+    def record(self) -> Record | None:
+        """How the factory's run has ended; None if it has not run, or if what it made was finished since."""
+        records = self.run.store.load(self.session_id).data.get("messages", [])
+        return None if not records or records[-1]["kind"] == ENDED else dict(records[-1])
+
+    def _produce(self, stream: Stream, factory: Callable[[], Any]) -> BaseException | None:
+        producing = self.run.held.streams
+        producing[self.session_id] = stream.id
+        try:
+            value = factory()
+            codec.check(value)
+        except outcome.NO_OUTCOME:
+            raise
+        except BaseException as error:
+            stream.finish(outcome.of_error(error, self.run.worker))
+            return error
+        finally:
+            del producing[self.session_id]
+        # The number tells in which order things were made. It is drawn late: what this factory asked for comes before it.
+        number = self.run.count("made")
+        stream.finish({"kind": VALUE, "worker": self.run.worker, "number": number, "value": value})
+        return None
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Note that what was made is finished: whoever comes later makes it anew."""
+        mark_ended(self.run, self.session_id, error)
+
+    # --- waiting ---
+
+    def _await(self, busy: SessionBusy, wait: Wait) -> None:
+        __tracebackhide__ = True
+        producing = self.run.held.streams
+        if producing:
+            # Seen by whoever waits for that one: written before the look, so that of two that wait for each other one sees it.
+            mine, stream_id = next(reversed(producing.items()))
+            edge = f"{stream_id} {self.session_id}"
+            self.run.store.update(mine, lambda data: data.update({_WAITS_FOR: edge}))
+            self._refuse_cycle(producing)
+
+        def timed_out() -> ProducerTimeout:
+            producer, since_s = describe(busy)
+            return ProducerTimeout(key=self.key, producer=producer, since_s=since_s, waited_s=wait.waited_s)
+
+        wait.pause(timed_out)
+
+    def _refuse_own_production(self) -> None:
+        producing = list(self.run.held.streams)
+        if self.session_id in producing:
+            self._refuse([*producing[producing.index(self.session_id) :], self.session_id])
+
+    def _refuse_cycle(self, producing: dict[str, str]) -> None:
+        chain = [self.session_id]
+        while (following := self._waits_for(chain[-1])) is not None:
+            chain.append(following)
+            if following in producing:
+                self._refuse([following, *chain])
+            if following in chain[:-1]:
+                return  # a cycle of others: theirs to report
+
+    def _waits_for(self, session_id: str) -> str | None:
+        head = self.run.store.head(session_id)
+        stream_id, _, following = head.data.get(_WAITS_FOR, "").partition(" ")
+        return following if stream_id and stream_id == head.active_stream_id else None
+
+    def _refuse(self, chain: list[str]) -> None:
+        raise KeyCycle(chain=" -> ".join(repr(self.run.store.head(each).data["name"]) for each in chain))
+
+
+def mark_ended(run: Run, session_id: str, error: BaseException | None = None) -> None:
+    """Note that what a key's factory made is finished, and what its end said."""
+    said = None if error is None else outcome.text_of(error)
+    number = len(run.store.load(session_id).data["messages"])
+    run.store.append(session_id, "messages", {"id": f"ended-{number}", "kind": ENDED, "error": said})

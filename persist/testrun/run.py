@@ -1,0 +1,139 @@
+"""Run: the store in which the processes of one test run meet.
+
+Each thing that is shared is a session of it, whose id is made of the thing's name. Whoever produces a value or holds a
+named lock runs a stream of that session: so at most one process does at a time, everybody can see which one, and the
+kernel tells when it is dead. The streams' ids begin with the worker's name, for the messages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from persist.errors import SessionBusy, SessionExists, SessionNotFound
+from persist.store import Store
+from persist.streams import Stream
+from persist.testrun.errors import KeyTaken
+
+#: Many workers on few cores may queue for one session; whoever waits here has a time-out of its own above.
+_LOCK_TIMEOUT_S = 60.0
+_POLL_S = (0.02, 0.05)
+
+Data = dict[str, Any]
+
+
+class Run:
+    """One process's view of what its test run shares.
+
+    Args:
+        directory: belongs to this run alone; made here.
+        worker: how this process is called, "gw0" say.
+    """
+
+    def __init__(self, directory: Path, worker: str) -> None:
+        self.store = Store(directory / "run", lock_timeout_s=_LOCK_TIMEOUT_S)
+        self.worker = worker
+        self.held = Held()
+
+    def session(self, kind: str, name: str, **facts: Any) -> str:
+        """Return the id of the session for a named thing; make it with those facts if it is new.
+
+        Raises:
+            KeyTaken: it is there, with other facts.
+        """
+        if type(name) is not str:
+            raise TypeError(f"A name in {kind!r} is a string, not {type(name).__name__}.")
+        session_id = f"{kind}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:40]}"
+        facts = {"name": name} | facts
+        found = self._made(session_id, facts)
+        differing = [key for key, value in facts.items() if found.get(key) != value]
+        if differing:
+            first, second = (", ".join(_shown(key, side.get(key)) for key in differing) for side in (found, facts))
+            raise KeyTaken(key=name, first=first, second=second)
+        return session_id
+
+    def _made(self, session_id: str, facts: Data) -> Data:
+        with suppress(SessionNotFound):
+            return dict(self.store.head(session_id).data)
+        self.make(session_id, facts)
+        return dict(self.store.head(session_id).data)
+
+    def make(self, session_id: str, facts: Data | None = None) -> None:
+        """Make a session unless it is there."""
+        if not self.store.exists(session_id):
+            with suppress(SessionExists):
+                self.store.create(session_id, facts)
+
+    def try_stream(self, session_id: str) -> Stream | SessionBusy:
+        """Claim a session for this process, or tell who has it."""
+        try:
+            return self.store.start_stream(session_id, stream_id=f"{self.worker}-{os.urandom(4).hex()}")
+        except SessionBusy as busy:
+            return busy
+
+    def count(self, name: str, start: int = 0) -> int:
+        """Return a number that no other call of this run gets: `start`, and upwards."""
+        if type(start) is not int:
+            raise TypeError(f"A counter starts at an integer, not at {start!r}.")
+        session_id = self.session("count", name, start=start)
+
+        def take(data: Data) -> int:
+            data["next"] = data.get("next", start) + 1
+            return int(data["next"]) - 1
+
+        return self.store.update(session_id, take)
+
+    def sessions(self, kind: str) -> list[tuple[str, Data]]:
+        """The sessions of one kind: (id, data)."""
+        return [(each, self.store.load(each).data) for each in self.store.ids() if each.startswith(f"{kind}-")]
+
+
+def _shown(what: str, fact: Any) -> str:
+    return f"{what} {fact['module']}:{fact['qualname']}" if isinstance(fact, dict) else f"{what} {fact}"
+
+
+class Held(threading.local):
+    """What the current thread produces or holds just now: session id -> stream id, outermost first."""
+
+    def __init__(self) -> None:
+        self.streams: dict[str, str] = {}
+
+
+class Wait:
+    """A wait that polls, with a deadline."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._start = time.monotonic()
+        self._deadline = self._start + timeout_s
+
+    @property
+    def waited_s(self) -> float:
+        return time.monotonic() - self._start
+
+    def shorten(self, timeout_s: float) -> None:
+        """Wait no longer than `timeout_s` from now on."""
+        self._deadline = min(self._deadline, time.monotonic() + timeout_s)
+
+    def pause(self, late: Exception | Callable[[], Exception]) -> None:
+        """Sleep for a moment; raise `late`, or what it makes, if the time is over."""
+        __tracebackhide__ = True
+        if time.monotonic() >= self._deadline:
+            raise late if isinstance(late, Exception) else late()
+        time.sleep(random.uniform(*_POLL_S))
+
+
+def describe(busy: SessionBusy) -> tuple[str, float]:
+    """Who runs the stream that is in the way, and for how many seconds: ("gw0 (pid 812)", 3.2)."""
+    worker = busy.stream_id.rpartition("-")[0]
+    if busy.owner is None:
+        return worker, 0.0
+    since = datetime.now(UTC) - datetime.fromisoformat(busy.owner.started_at)
+    return f"{worker} (pid {busy.owner.pid})", max(0.0, since.total_seconds())

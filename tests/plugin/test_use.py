@@ -1,0 +1,173 @@
+"""What a user may get wrong, each with an answer that says so; and what one process does alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plugin.conftest import Project
+
+import persist
+from persist.errors import SessionBusy
+from persist.pytest_plugin import shared_fixture
+from persist.streams import Stream
+from persist.testrun.once import Once
+from persist.testrun.run import Run
+
+Projects = Callable[..., Project]
+
+
+def test_mistakes_are_told(project: Projects) -> None:
+    """One project with every mistake, in one process: each fails with its own words, at once."""
+    test = """
+        import functools
+        import pytest, persist
+        from journal_of import note
+        from persist.pytest_plugin import shared_fixture
+
+        def one(): return 1
+        def drop(value): pass
+        class Box:
+            def drop(self, value): pass
+
+        def test_one_key_two_factories(persist_once):
+            assert persist_once("key", one, teardown=drop) == 1
+            with pytest.raises(persist.KeyTaken, match=r"'key' stands for factory one \\(.*:\\d+\\).*asked for as factory"):
+                persist_once("key", lambda: 1, teardown=drop)
+            with pytest.raises(persist.KeyTaken, match="stands for teardown .*test_a:drop in .* as teardown None"):
+                persist_once("key", one)
+
+        @pytest.mark.parametrize("teardown", [lambda value: None, Box().drop, functools.partial(drop)])
+        def test_teardown_that_nobody_can_import(persist_once, teardown):
+            with pytest.raises(persist.WrongType, match="at the top of a module"):
+                persist_once("other", one, teardown=teardown)
+
+        def test_own_value(persist_once):
+            def make(): return persist_once("self", make)
+            with pytest.raises(persist.FactoryFailed, match="'self' -> 'self'"):
+                persist_once("self", make)
+
+        def test_nested(persist_once):
+            assert persist_once("outer", lambda: [persist_once("inner", one)]) == [1]
+
+        def test_nested_lock(persist_lock):
+            with persist_lock("a"), persist_lock("b"):
+                with pytest.raises(persist.NamedLockNested), persist_lock("a"):
+                    pass
+            with pytest.raises(ZeroDivisionError), persist_lock("a"):
+                1 / 0
+            with persist_lock("a", timeout_s=0):
+                pass
+
+        def test_two_starts(persist_counter):
+            assert [persist_counter("n", start=5), persist_counter("n", start=5)] == [5, 6]
+            with pytest.raises(persist.KeyTaken, match="start 5"):
+                persist_counter("n")
+
+        @shared_fixture(params=[{1, 2}])
+        def bad_parameter(): return 1
+        def test_parameter(bad_parameter): pass
+
+        @shared_fixture
+        def twice():
+            yield 1
+            yield 2
+        def test_yields_twice(twice): pass
+
+        @shared_fixture
+        def failing_end():
+            yield 1
+            raise OSError("cannot stop")
+        def test_end(failing_end): pass
+    """
+    done = project(test_a=test).run()
+    assert done.counts(passed=10, errors=2), done.printed
+    assert "must be a JSON value, to be told in every worker" in done.printed
+    assert "The fixture yielded twice" in done.printed
+    assert "OSError: cannot stop" in done.printed
+
+
+def test_controller_without_the_plugin_is_told(project: Projects) -> None:
+    """A worker whose controller does not know the plugin says so, instead of sharing with nobody."""
+    made = project(test_a="def test(persist_store): pass")
+    made.write("late", "import os\nif 'PYTEST_XDIST_WORKER' in os.environ:\n    pytest_plugins = ['persist.pytest_plugin']\n")
+    done = made.run("-n1", plugin="late")
+    assert done.counts(errors=1), done.printed
+    assert "NotShared: This worker shares no directory" in done.printed
+
+
+def test_asynchronous_and_doubly_ended_fixtures_are_refused() -> None:
+    """What cannot work is refused where it is written."""
+
+    async def later() -> int:
+        return 1
+
+    def started() -> Any:
+        yield 1
+
+    with pytest.raises(TypeError, match=r"later is asynchronous"):
+        shared_fixture(later)
+    with pytest.raises(TypeError, match="not a plain function"):
+        shared_fixture(classmethod(lambda cls: 1))  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"started has a yield"):
+        shared_fixture(teardown=print)(started)
+
+
+class LateRun(Run):
+    """Another process produces the value in the instant before this one's claim."""
+
+    other: Callable[[], Any] | None = None
+
+    def try_stream(self, session_id: str) -> Stream | SessionBusy:
+        if self.other is not None:
+            other, self.other = self.other, None
+            other()
+        return super().try_stream(session_id)
+
+
+def test_value_made_just_before_the_claim_is_taken(scratch: Path) -> None:
+    """Between the look and the claim another process may finish: the claim is followed by a second look.
+
+    Fails without that look in `Once.value`.
+    """
+    first, second = Run(scratch, "gw0"), LateRun(scratch, "gw1")
+    second.other = lambda: Once(first, "key", "here").value(lambda: "first", 5.0)
+    assert Once(second, "key", "here").value(lambda: "second", 5.0) == "first"
+
+
+def test_finished_value_is_made_anew(scratch: Path) -> None:
+    """A worker that comes after the end, in place of one that crashed say, does not get what is finished."""
+    run = Run(scratch, "gw0")
+    once = Once(run, "key", "here", style="yield")
+    assert once.value(lambda: "first", 5.0) == "first"
+    once.end()
+    assert once.value(lambda: "second", 5.0) == "second"
+
+
+def test_interrupted_factory_may_run_again(scratch: Path) -> None:
+    """Ctrl-C in a factory says nothing about the value: it is not recorded, and the claim is free."""
+    run = Run(scratch, "gw0")
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Once(run, "key", "here").value(interrupted, 5.0)
+    assert Once(run, "key", "here").value(lambda: 2, 5.0) == 2
+
+
+@pytest.mark.parametrize("name", [1, None, ["a"]])
+def test_names_are_strings(scratch: Path, name: Any) -> None:
+    """A key, a lock's and a counter's name is a string."""
+    with pytest.raises(TypeError, match="is a string"):
+        Run(scratch, "gw0").session("once", name)
+
+
+def test_errors_survive_pickling() -> None:
+    """Each error keeps its facts on the way to another process."""
+    import pickle
+
+    error = persist.KeyTaken(key="k", first="a", second="b")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
