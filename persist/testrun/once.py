@@ -78,7 +78,6 @@ class Once:
     def value(self, factory: Callable[[], Any], timeout_s: float) -> Any:
         """Return the value, a fresh copy; produce it if nobody has."""
         __tracebackhide__ = True
-        self._refuse_own_production()
         wait, cause = Wait(timeout_s), None
         while (record := self.record()) is None:
             stream = self.run.try_stream(self.session_id)
@@ -127,7 +126,7 @@ class Once:
             mine, stream_id = next(reversed(producing.items()))
             edge = f"{stream_id} {self.session_id}"
             self.run.store.update(mine, lambda data: data.update({_WAITS_FOR: edge}))
-            self._refuse_cycle(producing)
+            self._refuse_cycle(list(producing))
 
         def timed_out() -> ProducerTimeout:
             producer, since_s = describe(busy)
@@ -135,27 +134,20 @@ class Once:
 
         wait.pause(timed_out)
 
-    def _refuse_own_production(self) -> None:
-        producing = list(self.run.held.streams)
-        if self.session_id in producing:
-            self._refuse([*producing[producing.index(self.session_id) :], self.session_id])
-
-    def _refuse_cycle(self, producing: dict[str, str]) -> None:
-        chain = [self.session_id]
+    def _refuse_cycle(self, producing: list[str]) -> None:
+        chain = producing[-1:]
         while (following := self._waits_for(chain[-1])) is not None:
-            chain.append(following)
             if following in producing:
-                self._refuse([following, *chain])
-            if following in chain[:-1]:
+                cycle = [*producing[producing.index(following) :], *chain[1:], following]
+                raise KeyCycle(chain=" -> ".join(repr(self.run.store.head(each).data["name"]) for each in cycle))
+            if following in chain:
                 return  # a cycle of others: theirs to report
+            chain.append(following)
 
     def _waits_for(self, session_id: str) -> str | None:
         head = self.run.store.head(session_id)
         stream_id, _, following = head.data.get(_WAITS_FOR, "").partition(" ")
         return following if stream_id and stream_id == head.active_stream_id else None
-
-    def _refuse(self, chain: list[str]) -> None:
-        raise KeyCycle(chain=" -> ".join(repr(self.run.store.head(each).data["name"]) for each in chain))
 
 
 def mark_ended(run: Run, session_id: str, error: BaseException | None = None) -> None:

@@ -118,7 +118,7 @@ class Uses:
         """
         self._announce()
         for session_id in reversed(list(self._uses)):
-            with suppress(Exception):
+            with suppress(Exception, KeyboardInterrupt):
                 self._end(session_id, on_record=True)
 
     def _end(self, session_id: str, *, on_record: bool) -> None:

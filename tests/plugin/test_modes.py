@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from plugin.conftest import Project
+from harness.projects import Project
 
 CONFTEST = """
     import os
@@ -82,8 +82,8 @@ MODES = {
 def test_every_mode_makes_once_and_ends_once(project: Callable[..., Project], mode: str) -> None:
     """A value is made once, whoever asks at the same time; ends come once, after the last use; nothing is left.
 
-    The factory waits until every worker has asked, so they do ask at one time. Fails without the claim in `Once.value`, without
-    `mark_ended` in the controller, without the wait in `Uses._end` and without the removal in `Controller`.
+    The factory waits until every worker has asked. Fails without the wait in `Uses._end`, and without the end and the
+    removal in the controller.
     """
     workers, arguments = MODES[mode]
     files = {f"test_{letter}": TEST for letter in "abcd"}

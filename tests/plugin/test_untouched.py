@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from plugin.conftest import PLUGIN, Project
+from harness.projects import PLUGIN, Project
 
 Projects = Callable[..., Project]
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from plugin.conftest import Project
+from harness.projects import Project
 
 import persist
 from persist.errors import SessionBusy
 from persist.pytest_plugin import shared_fixture
 from persist.streams import Stream
+from persist.testrun import ending, locks
 from persist.testrun.once import Once
 from persist.testrun.run import Run
 
@@ -135,6 +139,110 @@ def test_value_made_just_before_the_claim_is_taken(scratch: Path) -> None:
     first, second = Run(scratch, "gw0"), LateRun(scratch, "gw1")
     second.other = lambda: Once(first, "key", "here").value(lambda: "first", 5.0)
     assert Once(second, "key", "here").value(lambda: "second", 5.0) == "first"
+
+
+class WatchedRun(Run):
+    """Counts how often it has asked for a claim."""
+
+    asked = 0
+
+    def try_stream(self, session_id: str) -> Stream | SessionBusy:
+        answer = super().try_stream(session_id)
+        self.asked += 1
+        return answer
+
+    def await_asking(self, times: int, unless: list[str]) -> None:
+        """Wait until it has asked so often, unless something has happened."""
+        deadline = time.monotonic() + 20.0
+        while self.asked < times and not unless:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+
+def test_whoever_asks_meanwhile_waits(scratch: Path) -> None:
+    """While one produces, another that asks gets no claim, and then the value of the first.
+
+    The first factory ends when the other has asked twice. Fails if `Run.try_stream` takes a claim from its holder.
+    """
+    first, second = Run(scratch, "gw0"), WatchedRun(scratch, "gw1")
+    made: list[str] = []
+    got: list[str] = []
+
+    def make(who: str) -> str:
+        made.append(who)
+        return who
+
+    def ask() -> None:
+        got.append(Once(second, "key", "here").value(lambda: make("second"), 20.0))
+
+    other = threading.Thread(target=ask)
+
+    def slow() -> str:
+        other.start()
+        second.await_asking(2, unless=made)
+        return make("first")
+
+    assert Once(first, "key", "here").value(slow, 20.0) == "first"
+    other.join(20.0)
+    assert (made, got) == (["first"], ["first"])
+
+
+def test_named_lock_keeps_others_out(scratch: Path) -> None:
+    """While one holds a named lock, another asks for it and stays outside. Fails if `Run.try_stream` takes it from its holder."""
+    first, second = Run(scratch, "gw0"), WatchedRun(scratch, "gw1")
+    entered: list[str] = []
+
+    def ask() -> None:
+        with locks.hold(second, "printer", 20.0):
+            entered.append("second")
+
+    other = threading.Thread(target=ask)
+    with locks.hold(first, "printer", 20.0):
+        other.start()
+        second.await_asking(3, unless=entered)
+        assert entered == []
+    other.join(20.0)
+    assert entered == ["second"]
+
+
+def test_numbers_are_drawn_once(scratch: Path) -> None:
+    """Four that count at once draw 120 different numbers. Fails if the counter is read and written in two steps."""
+    barrier, drawn = threading.Barrier(4, timeout=20.0), list[int]()
+
+    def draw(worker: str) -> None:
+        run = Run(scratch, worker)
+        barrier.wait()
+        drawn.extend(run.count("number") for _ in range(30))
+
+    threads = [threading.Thread(target=draw, args=(f"gw{n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60.0)
+    assert sorted(drawn) == list(range(120))
+
+
+_torn_down: list[str] = []
+
+
+def tear_down(value: str) -> None:
+    """Is interrupted at the first of the two."""
+    _torn_down.append(value)
+    if value == "second":
+        raise KeyboardInterrupt
+
+
+def test_interrupted_end_goes_on_and_repeats_nothing(scratch: Path) -> None:
+    """A second Ctrl-C, in a teardown: the next call, at the end of the process, does the rest. Fails without `mark_ended`."""
+    _torn_down.clear()
+    run = Run(scratch, "main")
+    for value in ("first", "second"):
+        Once(run, value, "here", teardown=tear_down).value(functools.partial(str, value), 5.0)
+    with pytest.raises(KeyboardInterrupt):
+        ending.end(run)
+    assert ending.end(run) == []
+    assert ending.end(run) == []
+    assert _torn_down == ["second", "first"]
 
 
 def test_finished_value_is_made_anew(scratch: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from plugin.conftest import Project
+from harness.projects import Project
 
 Projects = Callable[..., Project]
 BOTH = ("-n2", "--dist", "loadscope")
