@@ -188,7 +188,7 @@ def test_whoever_asks_meanwhile_waits(scratch: Path) -> None:
 
 
 def test_named_lock_keeps_others_out(scratch: Path) -> None:
-    """While one holds a named lock, another asks for it and stays outside. Fails if `Run.try_stream` takes it from its holder."""
+    """While one holds a named lock, another that asks stays outside. Fails if `Run.try_stream` takes it from its holder."""
     first, second = Run(scratch, "gw0"), WatchedRun(scratch, "gw1")
     entered: list[str] = []
 
@@ -228,7 +228,7 @@ _torn_down: list[str] = []
 def tear_down(value: str) -> None:
     """Is interrupted at the first of the two."""
     _torn_down.append(value)
-    if value == "second":
+    if _torn_down == ["second"]:
         raise KeyboardInterrupt
 
 
