@@ -300,11 +300,13 @@ class Following:
             if cursor.ended is not None:
                 self.close()
                 raise StopAsyncIteration
-            if cursor.is_due:
+            if not cursor.is_due:
+                await news.wait(following.POLL_S)
+            elif (found := cursor.take_cached()) is not None:
+                self._pending.extend(found)
+            else:
                 # In the thread to the end, so that nothing is lost if the task that asked is gone.
                 await self._threads.run(lambda: self._pending.extend(cursor.take()))
-            else:
-                await news.wait(following.POLL_S)
         event = self._pending.popleft()
         self.offset = event.offset
         return event

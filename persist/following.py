@@ -9,6 +9,7 @@ is asked only after a silence: under the session's lock, where the question dist
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections import deque
@@ -48,7 +49,7 @@ class Cursor:
         if self._reader.count < after:
             self._reader.close()
             raise CursorAhead(session_id=session_id, stream_id=stream_id, after=after, count=self._reader.count)
-        self._quiet_since = time.monotonic()
+        self._hush()
 
     def _open(self, after: int) -> EventReader:
         try:
@@ -73,21 +74,32 @@ class Cursor:
     @property
     def is_due(self) -> bool:
         """Whether `take` has something to do. Never waits for the disk."""
-        return bool(self._first) or self._reader.has_more or self._is_quiet
+        return bool(self._first) or self._reader.has_more or self._reader.ended is not None or self._is_quiet
 
     @property
     def _is_quiet(self) -> bool:
-        return time.monotonic() - self._quiet_since > LOOK_S
+        return time.monotonic() > self._look_at
+
+    def _hush(self, share: float = 1.0) -> None:
+        """Begin a silence, or a share of one. No two last equally long, so that not all followers ask at once."""
+        self._look_at = time.monotonic() + share * LOOK_S * random.uniform(0.75, 1.0)
 
     def take(self) -> list[Event]:
         """The events that are new; none if there are none yet, or if the stream has ended."""
-        found = self._take_written()
+        return self._look() if self._is_quiet and not self._reader.has_more else self._taken(self._take_written())
+
+    def take_cached(self) -> list[Event] | None:
+        """As `take`, for an event loop: None where that would wait for the disk or for a lock."""
+        if self._first or self._is_quiet:
+            return None
+        found = self._reader.read_cached()
+        return None if found is None else self._taken(found)
+
+    def _taken(self, found: list[Event]) -> list[Event]:
         if found:
-            self._quiet_since = time.monotonic()
-        elif self._reader.ended is not None:
+            self._hush()
+        else:
             self.ended = self._reader.ended
-        elif self._is_quiet:
-            return self._look()
         return found
 
     def take_all(self) -> list[Event]:
@@ -106,9 +118,9 @@ class Cursor:
 
     def _look(self) -> list[Event]:
         """Ask whether the stream is still there; what its owner wrote until then is read first."""
+        self._hush()
         ended = self._ended_unsaid()
-        self._quiet_since = time.monotonic()
-        found = self._reader.read()
+        found = self._taken(self._take_written())
         if not found:
             self.ended = self._reader.ended or ended
         return found
@@ -118,7 +130,8 @@ class Cursor:
         try:
             info = streams.look_at(self._files, self.session_id, lock_timeout_s=LOOK_TIMEOUT_S)
         except LockTimeout:
-            return None  # asked again after the next silence
+            self._hush(0.2)
+            return None
         except SessionNotFound:
             return "deleted"
         if info is None or info.stream_id != self.stream_id:

@@ -112,12 +112,11 @@ def _take_away(tx: Transaction, snapshot: Snapshot, ended: Ended) -> Snapshot:
     data, header = snapshot.body.data(), snapshot.header
     stream_id = data[ACTIVE]
     _interrupt(data, header)
-    if ended == "died":
-        tx.end_events(stream_id, ended)
-    else:
-        # An owner that lives may emit at any moment, and asks for no lock.
+    if ended != "died":
+        # Before: an owner that lives may emit at any moment, and asks for no lock.
         tx.fence_events(stream_id, ended)
     committed = tx.commit(header.next(touch=False, epoch=header.epoch + 1, owner=None), Body.of(data))
+    tx.end_events(stream_id, ended)
     tx.remove_lease(stream_id)
     return committed
 

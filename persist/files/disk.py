@@ -121,6 +121,17 @@ def read_at(fd: int, limit: int, position: int) -> bytes:
     return os.read(fd, limit)
 
 
+def read_cached(fd: int, limit: int, position: int) -> bytes | None:
+    """As `read_at`, but None where that would wait for the disk, or where the platform cannot tell."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return None
+    buffer = bytearray(limit)
+    try:
+        return bytes(buffer[: os.preadv(fd, [buffer], position, os.RWF_NOWAIT)])
+    except OSError:
+        return None
+
+
 def modified_at(path: Path) -> float:
     """When the file was last written, in seconds since the epoch."""
     return os.lstat(path).st_mtime

@@ -122,6 +122,7 @@ class Figures:
     crashes: int = 0
     begun: int = 0
     acknowledged: int = 0
+    events: int = 0
     looks: int = 0
     lost: int = 0
     torn: int = 0
@@ -144,7 +145,7 @@ class Figures:
 
     def shown(self, crashes: str) -> str:
         """One line; `crashes` is what this harness calls them."""
-        names = ("begun", "acknowledged", "looks", "lost", "torn", "doubled", "stuck", "stray", "raised", "idle")
+        names = ("begun", "acknowledged", "events", "looks", "lost", "torn", "doubled", "stuck", "stray", "raised", "idle")
         return ", ".join([f"{self.crashes:,} {crashes}", *(f"{getattr(self, name):,} {name}" for name in names)])
 
 
@@ -169,6 +170,8 @@ class Ledger:
     """What every author has begun and what was acknowledged, for each session that is watched."""
 
     def __init__(self) -> None:
+        #: The offset of the last event that each stream has emitted, by session and stream.
+        self.emitted: dict[tuple[str, str], int] = {}
         self._histories: defaultdict[str, dict[str, History]] = defaultdict(dict)
         self._pending: dict[str, Change] = {}
         self._dead: set[str] = set()
@@ -220,6 +223,22 @@ class Ledger:
         del self._histories[session_id]
         del self._visits_missing[session_id]
 
+    def compare_events(self, store: persist.Store, emitted: dict[tuple[str, str], int], figures: Figures) -> None:
+        """Every event that was emitted by then must be there, once, in order, for as long as its stream has not ended."""
+        for (session_id, stream_id), offset in emitted.items():
+            try:
+                found = store.events(session_id, stream_id)
+            except (persist.EventsNotFound, persist.SessionNotFound):
+                # Whoever ends a stream removes its events: the document says whether somebody did.
+                if not _is_active(store, session_id, stream_id):
+                    self.emitted.pop((session_id, stream_id), None)
+                    continue
+                found = []
+            if len(found) < offset:
+                figures.found("lost", f"{session_id}, {stream_id}: {len(found)} events of {offset}")
+            elif [(event.offset, event.data) for event in found] != _events(stream_id, len(found)):
+                figures.found("torn", f"{session_id}, {stream_id}: other events than were emitted")
+
     def compare(self, session_id: str, document: Document | None, figures: Figures) -> None:
         """Hold what was read against what was promised; what is found of a dead author is final."""
         found = {} if document is None else shown_by_author(document)
@@ -252,6 +271,14 @@ class Ledger:
     def _pending_in(self, session_id: str, author: str) -> Change | None:
         change = self._pending.get(author)
         return change if change is not None and change.session_id == session_id else None
+
+
+def _events(stream_id: str, count: int) -> list[tuple[int, str]]:
+    return [(offset, f"{stream_id} {2 - offset % 2}") for offset in range(1, count + 1)]
+
+
+def _is_active(store: persist.Store, session_id: str, stream_id: str) -> bool:
+    return store.exists(session_id) and store.load(session_id).active_stream_id == stream_id
 
 
 def shown_by_author(document: Document) -> dict[str, Shown]:
@@ -340,5 +367,5 @@ def stray_files(directory: Path) -> Iterable[str]:
     """Every name in a store at rest that is neither a document nor the lock of one."""
     names = {path.name for path in directory.iterdir()}
     documents = {name for name in names if name.endswith(".json")}
-    yield from sorted(names - documents - {f"{name}.lock" for name in documents} - {".leases"})
-    yield from sorted(f".leases/{path.name}" for path in (directory / ".leases").iterdir())
+    yield from sorted(names - documents - {f"{name}.lock" for name in documents} - {".leases", ".events"})
+    yield from sorted(str(path.relative_to(directory)) for path in directory.glob(".*/*"))

@@ -39,8 +39,8 @@ class Author:
         self.random = random.Random(f"{seed}/{name}")
         self._pipe = pipe
         self._numbers = itertools.count()
-        # Two saves may count a visit at a time.
-        self.store = persist.Store(directory, lock_timeout_s=LOCK_TIMEOUT_S, merge={"visits": "sum"})
+        # Two saves may count a visit at a time. Events of a stream that has ended are of no interest here.
+        self.store = persist.Store(directory, lock_timeout_s=LOCK_TIMEOUT_S, merge={"visits": "sum"}, keep_events_s=0)
 
     def new_id(self) -> str:
         return f"{self.name}-{next(self._numbers)}"
@@ -135,6 +135,7 @@ def _turn(author: Author, session_id: str) -> None:
         stream = author.store.start_stream(session_id, {"role": "user", "content": prompt}, stream_id=stream_id)
     with stream:
         for step in range(author.random.randrange(6)):
+            _emit(author, stream)
             if author.random.random() < 0.6:
                 text = f"partial {step}"
                 with author.reporting(Change("put", session_id, ((answer_id, text),))):
@@ -150,6 +151,13 @@ def _turn(author: Author, session_id: str) -> None:
             # Leaving its block is what ends it.
             with author.reporting(Change("fail", session_id)), stream:
                 pass
+
+
+def _emit(author: Author, stream: persist.Stream) -> None:
+    """Two events, of which the second is synced, and the first with it."""
+    first = stream.emit(f"{stream.id} 1")
+    assert stream.emit(f"{stream.id} 2", durable=True) == first + 1
+    author.report("emitted", stream.session_id, stream.id, first + 1)
 
 
 def garden(author: Author, _shared: Sequence[str]) -> None:
@@ -307,6 +315,10 @@ class Crew:
             self._figures.worked.add(hand.role.__name__)
         elif kind == "refuse":
             self._ledger.refuse(hand.name)
+        elif kind == "emitted":
+            session_id, stream_id, offset = record
+            self._ledger.emitted[session_id, stream_id] = offset
+            self._figures.events += 2
         elif kind == "look":
             self._figures.looks += 1
             self._figures.worked.add(hand.role.__name__)

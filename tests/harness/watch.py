@@ -37,7 +37,7 @@ class Watch:
 
     def open(self) -> None:
         """Look at the directory with a new store, as a process does that has just started."""
-        self.store = persist.Store(self._directory, lock_timeout_s=LOCK_TIMEOUT_S)
+        self.store = persist.Store(self._directory, lock_timeout_s=LOCK_TIMEOUT_S, keep_events_s=0)
 
     def start(self, role: Role) -> Hand:
         return self.crew.start(role, self._directory, self.shared)
@@ -102,6 +102,7 @@ class Watch:
         self.crew.listen()
         self._acknowledged_before = self.figures.acknowledged
         self.ledger.forget_the_past()
+        self.ledger.compare_events(self.store, dict(self.ledger.emitted), self.figures)
         found = read_all(self.store, self.ledger.session_ids, self.figures)
         # What was begun while we read may show already.
         self.crew.listen()
