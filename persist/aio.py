@@ -273,11 +273,15 @@ class _Starting:
 class Following:
     """The events of a stream as they come: ``async for event in store.follow(…)``. See `persist.Following`.
 
-    It is opened by its first step, which raises what `persist.Store.follow` raises. A step that is cancelled (by a time-out,
-    say) loses nothing: the next one goes on from there.
+    Await it, or enter it, to open it, and to hear what is wrong with a cursor (what `persist.Store.follow` raises); else its
+    first step does that. A step that is cancelled (by a time-out, say) loses nothing: the next one goes on from there.
     """
 
-    def __init__(self, threads: _Threads, opened: Callable[[], following.Cursor], after: int) -> None:
+    def __init__(
+        self, threads: _Threads, opened: Callable[[], following.Cursor], session_id: str, stream_id: str, after: int
+    ) -> None:
+        self.session_id = session_id
+        self.stream_id = stream_id
         self.offset = after
         self._threads = threads
         self._opened = opened
@@ -289,6 +293,19 @@ class Following:
     def ended(self) -> Ended | None:
         """How the stream has ended; None while there is more to come."""
         return None if self._pending or self._begun is None else self._begun[0].ended
+
+    def __await__(self) -> Generator[Any, Any, Self]:
+        return self.__aenter__().__await__()
+
+    async def __aenter__(self) -> Self:
+        if self._begun is None:
+            await self._begin()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
@@ -408,8 +425,8 @@ class Store:
         return _Starting(self._threads, lambda: self._store.start_stream(session_id, message, stream_id=stream_id))
 
     def follow(self, session_id: str, stream_id: str, *, after: int = 0) -> Following:
-        """See `persist.Store.follow`. Use it as ``async for event in store.follow(…)``."""
-        return Following(self._threads, lambda: self._store._cursor(session_id, stream_id, after), after)
+        """See `persist.Store.follow`. Use it as ``async for event in store.follow(…)``; await it to open it at once."""
+        return Following(self._threads, lambda: self._store._cursor(session_id, stream_id, after), session_id, stream_id, after)
 
     async def events(self, session_id: str, stream_id: str, *, after: int = 0) -> list[Event]:
         """See `persist.Store.events`."""

@@ -349,8 +349,8 @@ async def test_follower_in_the_loop_sees_every_event_of_another_process(aio: per
     owner = actor()
     stream_id = owner.do("stream = store.start_stream('s-1'); stream.id")
     owner.start("for n in range(2000): stream.emit(n)\nstream.finish()")
-    following = aio.follow("s-1", stream_id)
-    found = [(event.offset, event.data) async for event in following]
+    async with aio.follow("s-1", stream_id) as following:
+        found = [(event.offset, event.data) async for event in following]
     assert found == [(n + 1, n) for n in range(2000)]
     assert (following.ended, following.offset) == ("finished", 2000)
     await anyio.to_thread.run_sync(owner.result)
@@ -393,6 +393,8 @@ async def test_bad_cursor_is_answered_at_the_first_step(aio: persist.aio.Store) 
         for bad, error in (((stream.id, 7), persist.CursorAhead), (("none", 0), persist.EventsNotFound)):
             with pytest.raises(error):
                 await anext(aio.follow("s-1", bad[0], after=bad[1]))
+            with pytest.raises(error):
+                await aio.follow("s-1", bad[0], after=bad[1])
 
 
 async def test_dropped_follower_leaves_no_descriptor(aio: persist.aio.Store) -> None:
