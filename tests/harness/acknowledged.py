@@ -227,13 +227,12 @@ class Ledger:
         """Every event that was emitted by then must be there, once, in order, for as long as its stream has not ended."""
         for (session_id, stream_id), offset in emitted.items():
             try:
-                found = store.events(session_id, stream_id)
-            except (persist.EventsNotFound, persist.SessionNotFound):
-                # Whoever ends a stream removes its events: the document says whether somebody did.
-                if not _is_active(store, session_id, stream_id):
-                    self.emitted.pop((session_id, stream_id), None)
-                    continue
-                found = []
+                found = _events_of(store, session_id, stream_id)
+            except persist.PersistError:
+                continue  # a damaged document, which is a finding of its own
+            if found is None:
+                self.emitted.pop((session_id, stream_id), None)
+                continue
             if len(found) < offset:
                 figures.found("lost", f"{session_id}, {stream_id}: {len(found)} events of {offset}")
             elif [(event.offset, event.data) for event in found] != _events(stream_id, len(found)):
@@ -277,8 +276,13 @@ def _events(stream_id: str, count: int) -> list[tuple[int, str]]:
     return [(offset, f"{stream_id} {2 - offset % 2}") for offset in range(1, count + 1)]
 
 
-def _is_active(store: persist.Store, session_id: str, stream_id: str) -> bool:
-    return store.exists(session_id) and store.load(session_id).active_stream_id == stream_id
+def _events_of(store: persist.Store, session_id: str, stream_id: str) -> list[persist.Event] | None:
+    """The events of a stream; None if it has ended: whoever ends it removes them, and the document tells."""
+    try:
+        return store.events(session_id, stream_id)
+    except (persist.EventsNotFound, persist.SessionNotFound):
+        is_active = store.exists(session_id) and store.load(session_id).active_stream_id == stream_id
+        return [] if is_active else None
 
 
 def shown_by_author(document: Document) -> dict[str, Shown]:
