@@ -281,6 +281,11 @@ class Stream:
             return True
         return head.header.owner is not None and head.header.owner.is_cancelled
 
+    @property
+    def _has_emitted(self) -> bool:
+        """Whether it has emitted events, so that the next ones need no lock."""
+        return self._events.is_open
+
     def checkpoint(self, message: Message) -> None:
         """Make the answer so far durable; it replaces the stream's one partial message.
 

@@ -116,7 +116,10 @@ def read(path: Path, limit: int) -> bytes:
 
 
 def read_at(fd: int, limit: int, position: int) -> bytes:
-    """Return at most `limit` bytes of an open file, from a position on; none at its end. Moves the descriptor there."""
+    """Return at most `limit` bytes of an open file, from a position on; none at its end."""
+    if hasattr(os, "pread"):
+        # A descriptor that is inherited by a fork has one position for both processes.
+        return os.pread(fd, limit, position)
     os.lseek(fd, position, os.SEEK_SET)
     return os.read(fd, limit)
 
@@ -143,6 +146,15 @@ def bears_name(fd: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(fd), os.lstat(path))
     except FileNotFoundError:
         return False
+
+
+Version = tuple[int, int, int]
+
+
+def version_of(path: Path) -> Version:
+    """What changes when a file is written to, or another one takes its name: inode, size, and when it was written."""
+    status = os.lstat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def exists(path: Path) -> bool:

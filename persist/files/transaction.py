@@ -244,6 +244,9 @@ class Transaction:
         self.require_known()
         self._is_there = False
         with self._refusals():
+            # First, so that nothing is emitted behind what a follower takes for the end.
+            self._files.events.fence_session(self.session_id)
+        with self._refusals():
             directory = disk.open_directory(self._layout.directory)
         try:
             with self._refusals():
