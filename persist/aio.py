@@ -21,24 +21,26 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self, TypeVar
 
 import anyio
 import anyio.lowlevel
-import anyio.to_thread
 
 import persist
-from persist import following
 from persist.errors import WrongType
-from persist.files.events import Ended, Event, waking
+from persist.files.events import Ended, Event
+from persist.files.waiting import waking
+from persist.following import Cursor
 from persist.merge import Preference
 from persist.session import Head
 from persist.store import ClearedStream, Problem
@@ -46,61 +48,77 @@ from persist.streams import StreamInfo
 from persist.turn import Message
 
 Result = TypeVar("Result")
-#: Threads of a store: so many verbs may wait for locks and disks at the same time.
-THREADS = 32
+#: Threads of a store: so many verbs may wait for disks, and so many for sessions' locks, at the same time.
+QUICK_THREADS = 16
+PATIENT_THREADS = 128
 
 
 # --- hops ------------------------------------------------------------------------------------------------------------------
 
 
 class _Threads:
-    """Runs verbs in threads of their own, away from those that the application hops to."""
+    """Runs verbs in threads of their own, away from those that the application hops to.
+
+    What may wait for a session's lock has threads apart, so that a session that somebody keeps locked holds up nobody's events.
+    """
 
     def __init__(self) -> None:
-        self._executor = ThreadPoolExecutor(THREADS, thread_name_prefix="persist")
-        self._limiter = anyio.CapacityLimiter(THREADS)
+        self._start()
 
-    async def run(self, function: Callable[[], Result], undo: Callable[[Result], object] | None = None) -> Result:
+    def _start(self) -> None:
+        self._pid = os.getpid()
+        self._quick = ThreadPoolExecutor(QUICK_THREADS, thread_name_prefix="persist")
+        self._patient = ThreadPoolExecutor(PATIENT_THREADS, thread_name_prefix="persist-locks")
+
+    async def run(
+        self, function: Callable[[], Result], undo: Callable[[Result], object] | None = None, *, is_quick: bool = False
+    ) -> Result:
         """Call a function in a thread, to its end, whatever becomes of the caller.
 
         Args:
             undo: called with the result, in a thread, if the caller was cancelled and will not get it.
+            is_quick: it waits for no session's lock.
         """
-        with anyio.CancelScope(shield=True):
-            result, cancellation = await self._finish(function)
+        result, cancellation = await self._finish(function, is_quick=is_quick)
+        cancelled = anyio.get_cancelled_exc_class()
         try:
             if cancellation is not None:
                 raise cancellation
             if undo is not None:
                 await anyio.lowlevel.checkpoint_if_cancelled()
-        except anyio.get_cancelled_exc_class():
+        except cancelled as error:
             if undo is not None:
-                with anyio.CancelScope(shield=True):
-                    await self._finish(lambda: undo(result))
+                await self._undo(partial(undo, result), error)
             raise
         return result
 
-    async def _finish(self, function: Callable[[], Result]) -> tuple[Result, BaseException | None]:
+    async def _undo(self, undo: Callable[[], object], error: BaseException) -> None:
+        try:
+            await self._finish(undo)
+        except Exception as failure:
+            # Whoever cancelled waits for the cancellation, and for nothing else.
+            error.add_note(f"What was obtained could not be given back: {failure}")
+
+    async def _finish(self, function: Callable[[], Result], *, is_quick: bool = False) -> tuple[Result, BaseException | None]:
         """Its result, and what cancelled the caller in the meantime."""
-        if not _is_asyncio():
-            return await anyio.to_thread.run_sync(function, limiter=self._limiter), None
-        call = contextvars.copy_context().run
-        # Not a task: `asyncio.run` cancels all tasks when it ends, and then the result would be lost.
-        work = asyncio.get_running_loop().run_in_executor(self._executor, call, function)
+        if self._pid != os.getpid():
+            # A forked child has none of the threads.
+            self._start()
+        done, context = _News(), contextvars.copy_context()
+        work = (self._quick if is_quick else self._patient).submit(context.run, function)
+        # Not a task, and no future of the loop: `asyncio.run` cancels those when it ends, and the result would be lost.
+        work.add_done_callback(lambda _: done.set())
         cancellation: BaseException | None = None
-        while not work.done():
-            try:
-                await asyncio.wait([work])
-            except asyncio.CancelledError as error:
-                # A task's own cancel() does not heed anyio's shield.
-                cancellation = error
+        with anyio.CancelScope(shield=True):
+            while not work.done():
+                try:
+                    await done.wait()
+                except asyncio.CancelledError as error:
+                    # A task's own cancel() does not heed anyio's shield.
+                    cancellation = error
         if cancellation is not None and work.exception() is not None:
             raise cancellation from work.exception()
         return work.result(), cancellation
-
-    def close(self) -> None:
-        """Let the threads go when they have done what they have begun."""
-        self._executor.shutdown(wait=False)
 
 
 def _is_asyncio() -> bool:
@@ -111,10 +129,11 @@ def _is_asyncio() -> bool:
 
 
 class _News:
-    """An event that any thread may set, in the loop that made it."""
+    """An event that any thread may set, in the loop that made it; also from a signal handler."""
 
     def __init__(self) -> None:
         self._event = anyio.Event()
+        self._is_on_its_way = False
         if _is_asyncio():
             self._soon: Callable[..., object] = asyncio.get_running_loop().call_soon_threadsafe
         else:
@@ -123,18 +142,21 @@ class _News:
             self._soon = trio.lowlevel.current_trio_token().run_sync_soon
 
     def set(self) -> None:
-        # RuntimeError, and trio's RunFinishedError, which is one: the loop has ended, and nobody waits.
-        with suppress(RuntimeError):
-            self._soon(self._set)
+        """Wake the one who waits; once, however often it is called."""
+        if not self._is_on_its_way:
+            self._is_on_its_way = True
+            # RuntimeError, and trio's RunFinishedError, which is one: the loop has ended, and nobody waits.
+            with suppress(RuntimeError):
+                self._soon(self._set)
 
     def _set(self) -> None:
         self._event.set()
 
-    async def wait(self, timeout_s: float) -> None:
+    async def wait(self, timeout_s: float = math.inf) -> None:
         """Return when it is set, or after some seconds; it is unset then."""
         with anyio.move_on_after(timeout_s):
             await self._event.wait()
-        self._event = anyio.Event()
+        self._event, self._is_on_its_way = anyio.Event(), False
 
 
 # --- the nouns -------------------------------------------------------------------------------------------------------------
@@ -214,11 +236,12 @@ class Stream:
 
     async def is_cancelled(self) -> bool:
         """See `persist.Stream.cancelled`, which cannot be awaited under that name."""
-        return await self._threads.run(lambda: self._stream.cancelled)
+        return await self._threads.run(lambda: self._stream.cancelled, is_quick=True)
 
     async def emit(self, *events: Any, durable: bool = False) -> int:
         """See `persist.Stream.emit`."""
-        return await self._threads.run(lambda: self._stream.emit(*events, durable=durable))
+        is_quick = self._stream._has_emitted
+        return await self._threads.run(lambda: self._stream.emit(*events, durable=durable), is_quick=is_quick)
 
     async def checkpoint(self, message: Message) -> None:
         """See `persist.Stream.checkpoint`."""
@@ -257,7 +280,9 @@ class _Starting:
         return self._started().__await__()
 
     async def _started(self) -> Stream:
-        return Stream(self._threads, await self._threads.run(self._start, undo=lambda stream: stream.fail()))
+        return Stream(
+            self._threads, await self._threads.run(self._start, undo=lambda stream: stream.__exit__(None, None, None))
+        )
 
     async def __aenter__(self) -> Stream:
         self._stream = await self._started()
@@ -273,16 +298,20 @@ class _Starting:
 class Following:
     """The events of a stream as they come: ``async for event in store.follow(…)``. See `persist.Following`.
 
-    It is opened by its first step, which raises what `persist.Store.follow` raises. A step that is cancelled (by a time-out,
-    say) loses nothing: the next one goes on from there.
+    Await it, or enter it, to open it, and to hear what is wrong with a cursor (what `persist.Store.follow` raises); else its
+    first step does that. A step that is cancelled (by a time-out, say) loses nothing: the next one goes on from there.
     """
 
-    def __init__(self, threads: _Threads, opened: Callable[[], following.Cursor], after: int) -> None:
+    def __init__(self, threads: _Threads, opened: Callable[[], Cursor], session_id: str, stream_id: str, after: int) -> None:
+        self.session_id = session_id
+        self.stream_id = stream_id
         self.offset = after
         self._threads = threads
         self._opened = opened
-        self._begun: tuple[following.Cursor, _News] | None = None
+        self._begun: tuple[Cursor, _News] | None = None
         self._pending: deque[Event] = deque()
+        self._is_closed = False
+        self._is_taking = False
         self._open = ExitStack()
 
     @property
@@ -290,26 +319,56 @@ class Following:
         """How the stream has ended; None while there is more to come."""
         return None if self._pending or self._begun is None else self._begun[0].ended
 
+    def __await__(self) -> Generator[Any, Any, Self]:
+        return self.__aenter__().__await__()
+
+    async def __aenter__(self) -> Self:
+        if self._begun is None:
+            await self._begin()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
 
     async def __anext__(self) -> Event:
         await anyio.lowlevel.checkpoint()
-        cursor, news = self._begun or await self._begin()
-        while not self._pending:
-            if cursor.ended is not None:
-                self.close()
-                raise StopAsyncIteration
-            if cursor.is_due:
-                # In the thread to the end, so that nothing is lost if the task that asked is gone.
-                await self._threads.run(lambda: self._pending.extend(cursor.take()))
-            else:
-                await news.wait(following.POLL_S)
+        if not self._pending and not self._is_closed:
+            await self._wait()
+        if not self._pending:
+            self.close()
+            raise StopAsyncIteration
         event = self._pending.popleft()
         self.offset = event.offset
         return event
 
-    async def _begin(self) -> tuple[following.Cursor, _News]:
+    async def _wait(self) -> None:
+        """Return when there is an event, or there will be none."""
+        cursor, news = self._begun or await self._begin()
+        while not (self._pending or self._is_closed or cursor.ended):
+            if not cursor.is_due:
+                await news.wait(cursor.quiet_left_s)
+            elif (found := cursor.take_cached()) is not None:
+                self._pending.extend(found)
+                await anyio.lowlevel.checkpoint()
+            else:
+                await self._take(cursor)
+
+    async def _take(self, cursor: Cursor) -> None:
+        # In the thread to the end, so that nothing is lost if the task that asked is gone; closed by another, only after that.
+        self._is_taking = True
+        try:
+            await self._threads.run(lambda: self._pending.extend(cursor.take()), is_quick=not cursor.is_quiet)
+        finally:
+            self._is_taking = False
+            if self._is_closed:
+                self._open.close()
+
+    async def _begin(self) -> tuple[Cursor, _News]:
         cursor = await self._threads.run(self._opened, undo=lambda cursor: cursor.close())
         news = _News()
         self._open.callback(cursor.close)
@@ -319,7 +378,9 @@ class Following:
 
     def close(self) -> None:
         """Stop following."""
-        self._open.close()
+        self._is_closed = True
+        if not self._is_taking:
+            self._open.close()
 
     async def aclose(self) -> None:
         """As `close`; what `contextlib.aclosing` calls."""
@@ -346,9 +407,8 @@ class Store:
         return self._store.path
 
     def close(self) -> None:
-        """Refuse further verbs; what has begun is carried to its end."""
+        """Refuse further verbs with `StoreClosed`; streams that run go on until they end."""
         self._store.close()
-        self._threads.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -360,19 +420,19 @@ class Store:
 
     async def load(self, session_id: str) -> Session:
         """See `persist.Store.load`."""
-        return Session(self._threads, await self._threads.run(lambda: self._store.load(session_id)))
+        return Session(self._threads, await self._threads.run(lambda: self._store.load(session_id), is_quick=True))
 
     async def head(self, session_id: str) -> Head:
         """See `persist.Store.head`."""
-        return await self._threads.run(lambda: self._store.head(session_id))
+        return await self._threads.run(lambda: self._store.head(session_id), is_quick=True)
 
     async def exists(self, session_id: str) -> bool:
         """See `persist.Store.exists`."""
-        return await self._threads.run(lambda: self._store.exists(session_id))
+        return await self._threads.run(lambda: self._store.exists(session_id), is_quick=True)
 
     async def ids(self, *, after: str | None = None, limit: int | None = None) -> list[str]:
         """See `persist.Store.ids`."""
-        return await self._threads.run(lambda: self._store.ids(after=after, limit=limit))
+        return await self._threads.run(lambda: self._store.ids(after=after, limit=limit), is_quick=True)
 
     async def create(self, session_id: str, data: dict[str, Any] | None = None) -> Session:
         """See `persist.Store.create`."""
@@ -406,12 +466,12 @@ class Store:
         return _Starting(self._threads, lambda: self._store.start_stream(session_id, message, stream_id=stream_id))
 
     def follow(self, session_id: str, stream_id: str, *, after: int = 0) -> Following:
-        """See `persist.Store.follow`. Use it as ``async for event in store.follow(…)``."""
-        return Following(self._threads, lambda: self._store._cursor(session_id, stream_id, after), after)
+        """See `persist.Store.follow`. Use it as ``async for event in store.follow(…)``; await it to open it at once."""
+        return Following(self._threads, lambda: self._store._cursor(session_id, stream_id, after), session_id, stream_id, after)
 
     async def events(self, session_id: str, stream_id: str, *, after: int = 0) -> list[Event]:
         """See `persist.Store.events`."""
-        return await self._threads.run(lambda: self._store.events(session_id, stream_id, after=after))
+        return await self._threads.run(lambda: self._store.events(session_id, stream_id, after=after), is_quick=True)
 
     async def cancel(self, session_id: str, stream_id: str, *, force: bool = False) -> bool:
         """See `persist.Store.cancel`."""

@@ -3,28 +3,29 @@
 A cursor is a stream's id and the offset of the last event that was seen. Whoever lost its connection comes back with it, to
 any worker, and misses nothing and sees nothing twice. One that cannot be right is answered with an error at once.
 
-Events are noticed by looking at the file's size, every 10 ms, and at once if this process wrote them. Whether the owner lives
-is asked only after a silence: under the session's lock, where the question disturbs nobody.
+Whoever waits is woken when the file grows (see `files.waiting`). Whether the owner lives is asked only after a silence: under
+the session's lock, where the question disturbs nobody.
 """
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 from persist import streams
-from persist.errors import CursorAhead, EventsNotFound, LockTimeout, SessionNotFound, WrongType
+from persist.errors import CommitFailed, CursorAhead, EventsNotFound, LockTimeout, SessionNotFound, Unreadable, WrongType
 from persist.files import layout
-from persist.files.events import Ended, Event, EventReader, waking
+from persist.files.events import Ended, Event, EventReader
 from persist.files.transaction import SessionFiles
+from persist.files.waiting import waking
 
-#: How often a follower looks for events of other processes.
-POLL_S = 0.01
 #: After how much silence it asks whether the owner lives, and how often then.
 LOOK_S = 0.4
 #: How long that question may wait for the session's lock: events that come meanwhile wait with it.
@@ -44,11 +45,11 @@ class Cursor:
         self.ended: Ended | None = None
         self._files = files
         self._reader = self._open(after)
-        self._first = self._reader.read()
+        self._first = self._reader.read(until=self._reader.size())
         if self._reader.count < after:
             self._reader.close()
             raise CursorAhead(session_id=session_id, stream_id=stream_id, after=after, count=self._reader.count)
-        self._quiet_since = time.monotonic()
+        self._hush()
 
     def _open(self, after: int) -> EventReader:
         try:
@@ -73,28 +74,47 @@ class Cursor:
     @property
     def is_due(self) -> bool:
         """Whether `take` has something to do. Never waits for the disk."""
-        return bool(self._first) or self._reader.has_more or self._is_quiet
+        return bool(self._first) or self._reader.has_more or self._reader.ended is not None or self.is_quiet
 
     @property
-    def _is_quiet(self) -> bool:
-        return time.monotonic() - self._quiet_since > LOOK_S
+    def quiet_left_s(self) -> float:
+        """For how many seconds there is nothing to do, if nothing is written."""
+        return max(0.0, self._look_at - time.monotonic()) + 0.001
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether it is time to ask if the stream's owner lives."""
+        return time.monotonic() > self._look_at
+
+    def _hush(self, share: float = 1.0) -> None:
+        """Begin a silence, or a share of one. No two last equally long, so that not all followers ask at once."""
+        self._look_at = time.monotonic() + share * LOOK_S * random.uniform(0.75, 1.0)
 
     def take(self) -> list[Event]:
         """The events that are new; none if there are none yet, or if the stream has ended."""
-        found = self._take_written()
+        return self._look() if self.is_quiet and not self._reader.has_more else self._taken(self._take_written())
+
+    def take_cached(self) -> list[Event] | None:
+        """As `take`, for an event loop: None where that would wait for the disk or for a lock."""
+        if self._first or self.is_quiet:
+            return None
+        found = self._reader.read_cached()
+        return None if found is None else self._taken(found)
+
+    def _taken(self, found: list[Event]) -> list[Event]:
         if found:
-            self._quiet_since = time.monotonic()
-        elif self._reader.ended is not None:
+            self._hush()
+        else:
             self.ended = self._reader.ended
-        elif self._is_quiet:
-            return self._look()
         return found
 
     def take_all(self) -> list[Event]:
         """All that is written by now, without asking whether the stream is still there; closes the cursor."""
-        found: list[Event] = []
+        found, self._first = self._first, []
+        until = self._reader.size()
         try:
-            while new := self._take_written():
+            # Up to where it stands now: a fast stream could be followed for ever.
+            while new := self._reader.read(until):
                 found += new
         finally:
             self.close()
@@ -106,9 +126,9 @@ class Cursor:
 
     def _look(self) -> list[Event]:
         """Ask whether the stream is still there; what its owner wrote until then is read first."""
+        self._hush()
         ended = self._ended_unsaid()
-        self._quiet_since = time.monotonic()
-        found = self._reader.read()
+        found = self._taken(self._take_written())
         if not found:
             self.ended = self._reader.ended or ended
         return found
@@ -117,13 +137,20 @@ class Cursor:
         """How a stream has ended whose end line is not there."""
         try:
             info = streams.look_at(self._files, self.session_id, lock_timeout_s=LOOK_TIMEOUT_S)
-        except LockTimeout:
-            return None  # asked again after the next silence
+        except (LockTimeout, CommitFailed, Unreadable):
+            # Somebody works on the session, or there is no descriptor left just now: ask again soon.
+            self._hush(0.5)
+            return None
         except SessionNotFound:
             return "deleted"
         if info is None or info.stream_id != self.stream_id:
             return "unknown"
         return None if info.is_live else "died"
+
+
+def _unlock(lock: threading.Lock) -> None:
+    with suppress(RuntimeError):
+        lock.release()
 
 
 class Following:
@@ -142,11 +169,13 @@ class Following:
         self.offset = cursor.after
         self._cursor = cursor
         self._pending: deque[Event] = deque()
-        self._news = threading.Event()
+        # Locked while there is no news. No threading.Event: a signal handler that emits could meet its own thread inside.
+        self._no_news = threading.Lock()
+        self._no_news.acquire()
         self._is_closed = False
         self._open = ExitStack()
         self._open.callback(cursor.close)
-        self._open.enter_context(waking(cursor.path, self._news.set))
+        self._open.enter_context(waking(cursor.path, partial(_unlock, self._no_news)))
 
     def __repr__(self) -> str:
         return f"<persist.Following {self.stream_id} of {self.session_id!r} at {self.offset}{self.ended and ', ' + self.ended}>"
@@ -164,10 +193,10 @@ class Following:
             if self._is_closed or self._cursor.ended is not None:
                 self.close()
                 raise StopIteration
-            self._news.clear()
+            self._no_news.acquire(blocking=False)
             self._pending.extend(self._cursor.take())
             if not self._pending and self._cursor.ended is None:
-                self._news.wait(POLL_S)
+                self._no_news.acquire(timeout=self._cursor.quiet_left_s)
         event = self._pending.popleft()
         self.offset = event.offset
         return event

@@ -112,12 +112,11 @@ def _take_away(tx: Transaction, snapshot: Snapshot, ended: Ended) -> Snapshot:
     data, header = snapshot.body.data(), snapshot.header
     stream_id = data[ACTIVE]
     _interrupt(data, header)
-    if ended == "died":
-        tx.end_events(stream_id, ended)
-    else:
-        # An owner that lives may emit at any moment, and asks for no lock.
+    if ended != "died":
+        # Before: an owner that lives may emit at any moment, and asks for no lock.
         tx.fence_events(stream_id, ended)
     committed = tx.commit(header.next(touch=False, epoch=header.epoch + 1, owner=None), Body.of(data))
+    tx.end_events(stream_id, ended)
     tx.remove_lease(stream_id)
     return committed
 
@@ -281,6 +280,11 @@ class Stream:
         except (StreamLost, SessionNotFound):
             return True
         return head.header.owner is not None and head.header.owner.is_cancelled
+
+    @property
+    def _has_emitted(self) -> bool:
+        """Whether it has emitted events, so that the next ones need no lock."""
+        return self._events.is_open
 
     def checkpoint(self, message: Message) -> None:
         """Make the answer so far durable; it replaces the stream's one partial message.

@@ -116,9 +116,23 @@ def read(path: Path, limit: int) -> bytes:
 
 
 def read_at(fd: int, limit: int, position: int) -> bytes:
-    """Return at most `limit` bytes of an open file, from a position on; none at its end. Moves the descriptor there."""
+    """Return at most `limit` bytes of an open file, from a position on; none at its end."""
+    if hasattr(os, "pread"):
+        # A descriptor that is inherited by a fork has one position for both processes.
+        return os.pread(fd, limit, position)
     os.lseek(fd, position, os.SEEK_SET)
     return os.read(fd, limit)
+
+
+def read_cached(fd: int, limit: int, position: int) -> bytes | None:
+    """As `read_at`, but None where that would wait for the disk, or where the platform cannot tell."""
+    if not hasattr(os, "RWF_NOWAIT"):
+        return None
+    buffer = bytearray(limit)
+    try:
+        return bytes(buffer[: os.preadv(fd, [buffer], position, os.RWF_NOWAIT)])
+    except OSError:
+        return None
 
 
 def modified_at(path: Path) -> float:
@@ -132,6 +146,15 @@ def bears_name(fd: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(fd), os.lstat(path))
     except FileNotFoundError:
         return False
+
+
+Version = tuple[int, int, int]
+
+
+def version_of(path: Path) -> Version:
+    """What changes when a file is written to, or another one takes its name: inode, size, and when it was written."""
+    status = os.lstat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def exists(path: Path) -> bool:

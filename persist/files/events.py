@@ -12,19 +12,19 @@ The end line is the fence. Whoever ends the stream appends it, under the session
 not mix (O_APPEND), and after each the writer looks where it ended: further on than its own bytes reach, somebody else has
 ended the stream. So a write needs no lock and no look at the document.
 
-Each emission is one write to the kernel and not batched in memory: it takes 4 µs, and what was emitted is seen at once, also
-after `kill -9`. It is not synced, so a power cut may take the last events, but for `durable=True`.
+Each emission is one write to the kernel and not batched in memory: it takes some microseconds, and what was emitted is seen at
+once, also after `kill -9`. It is not synced, so a power cut may take the last events, but for `durable=True`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import heapq
+import math
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from persist.errors import EmitFailed, NestedLock, PersistError, Unreadable
 from persist.files import disk, layout
 from persist.files.layout import Layout
 from persist.files.lock import HeldFile, try_hold
+from persist.files.waiting import wake
 
 #: How a stream has ended. "died": its process was gone; "deleted": its session was removed; "unknown": the line that says it
 #: was not written, since the disk was full or the process was killed in that instant.
@@ -42,7 +43,12 @@ Ended = Literal["finished", "failed", "cancelled", "died", "deleted", "unknown"]
 
 _LINE = re.compile(rb'\{"offset":(\d{1,18}),"event":(.+)\}', re.DOTALL)
 _END = re.compile(rb'\{"end":"(finished|failed|cancelled|died|deleted)"\}')
+_LONGEST_WAIT_S = 3600.0
+_LONGEST_END = 64
 _CHUNK_BYTES = 256 * 1024
+#: As much as an event loop may take in at a time: below a millisecond.
+_CACHED_CHUNK_BYTES = 32 * 1024
+_MOST_PIECES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,34 +57,6 @@ class Event:
 
     offset: int
     data: Any
-
-
-# --- waking those who wait, in this process ---------------------------------------------------------------------------------
-
-_waiting: dict[Path, tuple[Callable[[], None], ...]] = {}
-# Re-entrant: the garbage collector may end a dropped wait in the thread that is inside just now.
-_waiting_guard = threading.RLock()
-
-
-@contextmanager
-def waking(path: Path, wake: Callable[[], None]) -> Iterator[None]:
-    """Have `wake` called, from any thread, whenever this process has appended to a file; for a block."""
-    with _waiting_guard:
-        _waiting[path] = (*_waiting.get(path, ()), wake)
-    try:
-        yield
-    finally:
-        with _waiting_guard:
-            others = list(_waiting[path])
-            others.remove(wake)
-            _waiting[path] = tuple(others)
-            if not others:
-                del _waiting[path]
-
-
-def _wake(path: Path) -> None:
-    for wake in _waiting.get(path, ()):
-        wake()
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------------
@@ -140,7 +118,7 @@ class EventWriter:
             if durable:
                 self._sync(self._held.fd)
             offset = self._count
-        _wake(self._path)
+        wake(self._path)
         return offset
 
     def close(self) -> None:
@@ -197,7 +175,13 @@ class EventWriter:
             disk.sync(fd)
             if not self._is_name_durable:
                 disk.sync_directory(self._path.parent)
+                # Another process may have made that directory an instant ago, and not have synced its name.
+                disk.sync_directory(self._path.parent.parent)
                 self._is_name_durable = True
+            # A file system that is shut down in this very instant may have answered OK (ext4, measured); it opens nothing.
+            disk.close(disk.open_plain(self._path, os.O_RDONLY))
+        except FileNotFoundError:
+            raise Fenced from None
         except OSError as error:
             self._sync_error = error
             raise
@@ -228,7 +212,7 @@ class EventReader:
         self._path = path
         self._after = after
         self._position = 0
-        self._torn = b""
+        self._torn: list[bytes] = []
         self._fd = -1  # for `close`, if it cannot be opened
         with self._refusals():
             disk.check_directory(path.parent)
@@ -262,23 +246,38 @@ class EventReader:
         """Whether there are bytes that were not read yet. Never waits for the disk."""
         return self.size() > self._position
 
-    @property
-    def is_removed(self) -> bool:
-        """Whether the file bears no name any more."""
-        return os.fstat(self._fd).st_nlink == 0
+    def read(self, until: int | None = None) -> list[Event]:
+        """The events that came since the last call, or the first of them; none if there are none now.
 
-    def read(self) -> list[Event]:
-        """The events that came since the last call, or the first of them; none if there are none now."""
+        Args:
+            until: the size of the file up to which to look for the first one.
+        """
         found: list[Event] = []
-        while not found and self.ended is None:
+        while not found and self.ended is None and (until is None or self._position < until):
             with self._refusals():
                 chunk = disk.read_at(self._fd, _CHUNK_BYTES, self._position)
             if not chunk:
                 break
-            self._position += len(chunk)
-            *lines, self._torn = (self._torn + chunk).split(b"\n")
-            found = [event for line in lines if (event := self._take(line)) is not None]
+            found = self._feed(chunk)
         return found
+
+    def read_cached(self) -> list[Event] | None:
+        """As `read`, a little at a time; None where that would wait for the disk, or for a large event."""
+        if self.ended is not None:
+            return []
+        if len(self._torn) > _MOST_PIECES:
+            return None
+        chunk = disk.read_cached(self._fd, _CACHED_CHUNK_BYTES, self._position)
+        return None if chunk is None else self._feed(chunk)
+
+    def _feed(self, chunk: bytes) -> list[Event]:
+        self._position += len(chunk)
+        self._torn.append(chunk)
+        if b"\n" not in chunk:
+            return []
+        *lines, rest = b"".join(self._torn).split(b"\n")
+        self._torn = [rest]
+        return [event for line in lines if (event := self._take(line)) is not None]
 
     @contextmanager
     def _refusals(self) -> Iterator[None]:
@@ -322,7 +321,7 @@ class EventFiles:
     def __init__(self, files: Layout, keep_s: float) -> None:
         self._layout = files
         self._keep_s = keep_s
-        self._expiry = _Expiry(self._remove_expired)
+        self._expiry = _Expiry()
 
     def path(self, session_id: str, stream_id: str) -> Path:
         """Where the events of a stream stand, if it has any."""
@@ -340,14 +339,20 @@ class EventFiles:
         disk.check_directory(path.parent)
         disk.close(disk.open_plain(path, os.O_RDWR | os.O_CREAT))
 
-    def end(self, session_id: str, stream_id: str, ended: Ended) -> None:
-        """Append the end line, if the stream has events; the file goes away some time after that."""
+    def fence(self, session_id: str, stream_id: str, ended: Ended) -> bool:
+        """Append the end line, if the stream has events and none yet; tell whether it has any."""
         path = self.path(session_id, stream_id)
-        if disk.exists(path):
-            disk.check_directory(path.parent)
-            _append_end(path, ended)
-            self._expiry.add(path, self._keep_s)
-            _wake(path)
+        if not disk.exists(path):
+            return False
+        disk.check_directory(path.parent)
+        _append_end(path, ended)
+        wake(path)
+        return True
+
+    def end(self, session_id: str, stream_id: str, ended: Ended) -> None:
+        """As `fence`; and the file goes away some time after that."""
+        if self.fence(session_id, stream_id, ended):
+            self._keep(self.path(session_id, stream_id), self._keep_s)
 
     def remove(self, session_id: str, stream_id: str) -> None:
         """Remove the events of an earlier stream of that id."""
@@ -356,10 +361,15 @@ class EventFiles:
 
     def remove_session(self, session_id: str) -> None:
         """End and remove the events of all streams of a session."""
-        for found in self._streams():
-            if found[0] == session_id:
-                self.end(*found, "deleted")
+        for found in self._streams_of(session_id):
+            with contextlib.suppress(OSError):
+                self.fence(*found, "deleted")
                 self.remove(*found)
+
+    def fence_session(self, session_id: str) -> None:
+        """End the events of all streams of a session that is about to be deleted."""
+        for found in self._streams_of(session_id):
+            self.fence(*found, "deleted")
 
     def sweep(self) -> None:
         """Remove what has expired, and see to it that the rest will be: after a crash nobody else does."""
@@ -369,21 +379,17 @@ class EventFiles:
             with contextlib.suppress(OSError):
                 if not disk.exists(self._layout.lease(*found)):
                     # A clock that was set back must not keep them for ever.
-                    left_s = self._keep_s - max(0.0, now - disk.modified_at(path))
-                    if left_s > 0:
-                        self._expiry.add(path, left_s)
-                    else:
-                        # Not in a thread: a command that sweeps may end before that has begun.
-                        disk.unlink(path)
+                    self._keep(path, self._keep_s - max(0.0, now - disk.modified_at(path)))
 
-    def _remove_expired(self, path: Path) -> None:
-        found = layout.stream_of(path.name)
-        with contextlib.suppress(OSError):
-            if found is not None and disk.exists(self._layout.lease(*found)):
-                # In a session that was made anew a stream of that id runs, and these are its events.
-                self._expiry.add(path, max(1.0, self._keep_s))
-            else:
-                disk.unlink(path)
+    def _keep(self, path: Path, left_s: float) -> None:
+        if left_s > 0:
+            self._expiry.add(path, left_s)
+        else:
+            # Not in a thread: a command that sweeps may end before that has begun.
+            disk.unlink(path)
+
+    def _streams_of(self, session_id: str) -> list[tuple[str, str]]:
+        return [found for found in self._streams() if found[0] == session_id]
 
     def _streams(self) -> list[tuple[str, str]]:
         try:
@@ -399,8 +405,9 @@ def _append_end(path: Path, ended: Ended) -> None:
     fd = disk.open_plain(path, os.O_RDWR | os.O_APPEND)
     try:
         size = os.fstat(fd).st_size
-        is_torn = size > 0 and disk.read_at(fd, 1, size - 1) != b"\n"
-        disk.write(fd, b"\n" * is_torn + b'{"end":"%b"}\n' % ended.encode())
+        *_, line, rest = [b"", *disk.read_at(fd, _LONGEST_END, max(0, size - _LONGEST_END)).split(b"\n")]
+        if rest or not _END.fullmatch(line):
+            disk.write(fd, b"\n" * bool(rest) + b'{"end":"%b"}\n' % ended.encode())
     finally:
         disk.close(fd)
 
@@ -408,43 +415,48 @@ def _append_end(path: Path, ended: Ended) -> None:
 class _Expiry:
     """Removes files when their time has come, in a thread that is there only while there is something to remove."""
 
-    def __init__(self, remove: Callable[[Path], None]) -> None:
-        self._remove = remove
+    def __init__(self) -> None:
         self._forget()
 
     def _forget(self) -> None:
         self._pid = os.getpid()
-        self._guard = threading.Lock()
-        self._due: list[tuple[float, Path]] = []
+        # Re-entrant, for signal handlers and finalisers.
+        self._guard = threading.RLock()
+        self._due: dict[Path, tuple[float, disk.Version]] = {}
         self._timer: threading.Timer | None = None
+        self._next = math.inf
 
     def add(self, path: Path, delay_s: float) -> None:
-        """Remove a file after some seconds."""
+        """Remove a file after some seconds, if it is the same by then: its id may be used again by a stream that lives."""
         if self._pid != os.getpid():
             # A forked child has no such thread; its parent sees to what is there already.
             self._forget()
-        due = (time.monotonic() + delay_s, path)
+        due = time.monotonic() + delay_s
         with self._guard:
-            heapq.heappush(self._due, due)
-            if self._due[0] is due:
+            self._due[path] = (due, disk.version_of(path))
+            if due < self._next:
                 self._arm()
 
     def _arm(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = threading.Timer(max(0.0, self._due[0][0] - time.monotonic()), self._remove_due)
+        self._next = min(due for due, _ in self._due.values())
+        wait_s = min(max(0.0, self._next - time.monotonic()), _LONGEST_WAIT_S)
+        self._timer = threading.Timer(wait_s, self._remove_due)
         self._timer.daemon = True
         # An interpreter that is ending starts no thread; a sweep removes the files.
         with contextlib.suppress(RuntimeError):
             self._timer.start()
 
     def _remove_due(self) -> None:
-        expired = []
         with self._guard:
-            now = time.monotonic()
-            while self._due and self._due[0][0] <= now:
-                expired.append(heapq.heappop(self._due)[1])
+            now, self._next = time.monotonic(), math.inf
+            expired = {path: version for path, (due, version) in self._due.items() if due <= now}
+            for path in expired:
+                del self._due[path]
             if self._due:
                 self._arm()
-        for path in expired:
-            self._remove(path)
+        for path, version in expired.items():
+            with contextlib.suppress(OSError):
+                if disk.version_of(path) == version:
+                    disk.unlink(path)

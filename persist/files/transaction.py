@@ -244,6 +244,9 @@ class Transaction:
         self.require_known()
         self._is_there = False
         with self._refusals():
+            # First, so that nothing is emitted behind what a follower takes for the end.
+            self._files.events.fence_session(self.session_id)
+        with self._refusals():
             directory = disk.open_directory(self._layout.directory)
         try:
             with self._refusals():
@@ -351,12 +354,14 @@ class Transaction:
         self._require_lock()
         if layout.is_stream_id(stream_id):
             with self._refusals():
-                self._files.events.end(self.session_id, str(stream_id), ended)
+                self._files.events.fence(self.session_id, str(stream_id), ended)
 
     def end_events(self, stream_id: object, ended: Ended) -> None:
         """End the events of a stream that has ended. If the disk refuses, those who follow find out by the document."""
-        with contextlib.suppress(OSError):
-            self.fence_events(stream_id, ended)
+        self._require_lock()
+        if layout.is_stream_id(stream_id):
+            with contextlib.suppress(OSError):
+                self._files.events.end(self.session_id, str(stream_id), ended)
 
     def remove_lease(self, stream_id: object) -> None:
         """Remove a stream's lease file, whoever holds it."""

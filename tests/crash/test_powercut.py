@@ -5,12 +5,17 @@ Skipped, with the reason, where this machine does not let a file system be made,
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
-from harness.planted import PACKAGE_PARENT, Mutation, run_harness, write_mutated_package
+from harness.acknowledged import Figures
+from harness.authors import Raised
+from harness.planted import PACKAGE_PARENT, PYTHON, Mutation, environment, run_harness, write_mutated_package
 from harness.powercut import NOTHING_RUN
+from harness.runs import INTERRUPTED, Plan
+from harness.watch import Watch
 
 DEADLINE_S = 120
 
@@ -26,10 +31,32 @@ NO_SYNC_OF_A_DELETE = (
     "            pass\n",
 )
 NO_SECOND_LOOK = ("files/disk.py", "            os.fstat(fd)\n", "")
+FIELDS_THROWN_AWAY = (
+    "session.py",
+    "        mine = Body.of(self.data)\n",
+    "        mine = Body.of({key: value for key, value in self.data.items() if key not in ('title', 'visits')})\n",
+)
+RAISES = (
+    "streams.py",
+    "    stream_id = uuid.uuid4().hex if",
+    "    if os.urandom(1)[0] < 64:\n        raise RuntimeError('planted')\n    stream_id = uuid.uuid4().hex if",
+)
+# In its children only: what the harness does itself goes well.
+HANGS = (
+    "files/transaction.py",
+    "\nclass SessionFiles:\n",
+    "\nos.register_at_fork(after_in_child=lambda: setattr(lock, 'hold', lambda *_: __import__('time').sleep(3600)))\n\n\n"
+    "class SessionFiles:\n",
+)
+STREAMS_HANG = (
+    "streams.py",
+    "stream_id = uuid.uuid4().hex if",
+    "__import__('time').sleep(3600)\n    stream_id = uuid.uuid4().hex if",
+)
 
 
-def powercut(file_system: str, cuts: int, package_parent: Path) -> subprocess.CompletedProcess[str]:
-    options = (f"--filesystem={file_system}", f"--cuts={cuts}", "--seed=1")
+def powercut(file_system: str, cuts: int, package_parent: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    options = (f"--filesystem={file_system}", f"--cuts={cuts}", "--seed=1", *more)
     done = run_harness("powercut", options, package_parent, DEADLINE_S)
     if done.returncode == NOTHING_RUN and "skipped: " in done.stdout:
         pytest.skip(done.stdout.partition("skipped: ")[2].strip())
@@ -53,6 +80,7 @@ def test_no_acknowledged_commit_is_lost_by_a_power_cut(file_system: str) -> None
         pytest.param("ext4-noauto", NO_SYNC_OF_A_DELETE, {"torn"}, id="no-sync-of-a-delete"),
         # Torn: a delete that was acknowledged.
         pytest.param("xfs", NO_SECOND_LOOK, {"lost", "torn"}, id="believes-an-xfs-that-is-shut-down"),
+        pytest.param("ext4", FIELDS_THROWN_AWAY, {"lost"}, id="a-save-drops-small-fields"),
     ],
 )
 def test_the_power_cuts_see_a_missing_step(tmp_path: Path, file_system: str, mutation: Mutation, verdicts: set[str]) -> None:
@@ -62,3 +90,55 @@ def test_the_power_cuts_see_a_missing_step(tmp_path: Path, file_system: str, mut
     assert done.returncode == 1, done.stdout + done.stderr
     found = {line.split(": ")[1] for line in done.stdout.splitlines() if line.count(": ") > 1}
     assert found & verdicts, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("mutation", "cuts", "patience_s", "verdict"),
+    [
+        # The first author imports the package anew: those that hang come after it.
+        pytest.param(HANGS, 2, 1, "idle: no commit for 1 s", id="every-verb-hangs"),
+        pytest.param(STREAMS_HANG, 1, 2, "idle: ['own'] have done nothing", id="one-role-hangs"),
+    ],
+)
+def test_a_run_in_which_too_little_is_done_does_not_pass(
+    tmp_path: Path, mutation: Mutation, cuts: int, patience_s: int, verdict: str
+) -> None:
+    """A cut follows a commit, and each kind of process gets something done, though it be after the last cut."""
+    write_mutated_package(mutation, tmp_path)
+    done = powercut("ext4", cuts, tmp_path, f"--patience={patience_s}")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert verdict in done.stdout
+
+
+def test_what_was_raised_before_a_cut_counts_and_what_came_of_it_does_not(tmp_path: Path) -> None:
+    """Also an error that was heard of only after the cut: it tells when it was raised."""
+    watch = Watch(tmp_path, Figures(), Plan())
+    watch.crew.raised += [Raised(1.0, "an error"), Raised(3.0, "the disk is gone")]
+    watch.blame(until_s=2.0)
+    assert watch.figures.findings == ["raised: an error"]
+    assert watch.crew.raised == []
+
+
+def test_the_power_cuts_see_an_error_that_no_cut_has_caused(tmp_path: Path) -> None:
+    """A verb that fails now and then, with a disk that has its power, is a finding."""
+    write_mutated_package(RAISES, tmp_path)
+    done = powercut("ext4", 50, tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "raised: " in done.stdout
+    assert "RuntimeError: planted" in done.stdout
+
+
+def test_an_interrupted_run_does_not_pass() -> None:
+    """Ctrl-C ends it with the figures of the file system at hand, and no other one is begun."""
+    command = [*PYTHON, "-m", "harness.powercut"]
+    with subprocess.Popen(command, env=environment(PACKAGE_PARENT), stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        # From its first line on it takes Ctrl-C for a question.
+        said = running.stdout.readline()
+        running.send_signal(signal.SIGINT)
+        said += running.communicate(timeout=DEADLINE_S)[0]
+    if "skipped: " in said:
+        pytest.skip(said.partition("skipped: ")[2].strip())
+    assert running.returncode == INTERRUPTED, said
+    assert said.rstrip().endswith("; interrupted")
+    assert said.count(" cuts, ") == 1

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
-from harness.planted import PACKAGE_PARENT, Mutation, run_harness, write_mutated_package
+from harness.planted import PACKAGE_PARENT, PYTHON, Mutation, environment, run_harness, write_mutated_package
+from harness.runs import INTERRUPTED
 
 DEADLINE_S = 120
 
@@ -28,10 +30,36 @@ IN_PLACE = (
 )
 TEMPS_OF_THEIR_OWN = ("files/layout.py", 'f"{name}{_TEMP}")', "f\"{name}.{__import__('os').getpid()}{_TEMP}\")")
 NO_LEASE = ("streams.py", "            if not is_dead:\n                return False\n", "")
+FIELDS_THROWN_AWAY = (
+    "session.py",
+    "        mine = Body.of(self.data)\n",
+    "        mine = Body.of({key: value for key, value in self.data.items() if key not in ('title', 'visits')})\n",
+)
+OLD_TITLE = (
+    "session.py",
+    "        return Body.of(_merge_data(self._base.body.data(), mine.data(), there.body.data(), self._policies, prefer))\n",
+    "        merged = _merge_data(self._base.body.data(), mine.data(), there.body.data(), self._policies, prefer)\n"
+    "        return Body.of(merged | {'title': self.data['title']})\n",
+)
+UNCOUNTED = ("merge.py", "total = _sum(t, m, b or 0)", "total = max(t, m)")
+UNMARKED = ("turn.py", "messages[place][INTERRUPTED] = True", "pass")
+NOT_MIRRORED = ("turn.py", 'data["pending_user_message"] = prompt.get("content")', 'data["pending_user_message"] = ""')
+# In its children only: what the harness does itself goes well.
+HANGS = (
+    "files/transaction.py",
+    "\nclass SessionFiles:\n",
+    "\nos.register_at_fork(after_in_child=lambda: setattr(lock, 'hold', lambda *_: __import__('time').sleep(3600)))\n\n\n"
+    "class SessionFiles:\n",
+)
+STREAMS_HANG = (
+    "streams.py",
+    "stream_id = uuid.uuid4().hex if",
+    "__import__('time').sleep(3600)\n    stream_id = uuid.uuid4().hex if",
+)
 
 
-def torture(kills: int, package_parent: Path, scratch: Path) -> subprocess.CompletedProcess[str]:
-    options = (f"--kills={kills}", "--seed=1", f"--directory={scratch}")
+def torture(kills: int, package_parent: Path, scratch: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    options = (f"--kills={kills}", "--seed=1", f"--directory={scratch}", *more)
     return run_harness("torture", options, package_parent, DEADLINE_S)
 
 
@@ -52,8 +80,14 @@ def test_nothing_acknowledged_is_lost_torn_or_doubled_by_150_kills(tmp_path: Pat
         # Raised by the reader of a half.
         pytest.param(IN_PLACE, 150, {"torn", "raised"}, id="written-in-place"),
         pytest.param(TEMPS_OF_THEIR_OWN, 40, {"stray"}, id="temps-that-nobody-removes"),
-        # Raised by the owner, as StreamLost.
-        pytest.param(NO_LEASE, 150, {"raised"}, id="live-streams-are-cleared"),
+        # Raised by the owner, as StreamLost; lost is the stream that the document must show.
+        pytest.param(NO_LEASE, 150, {"raised", "lost"}, id="live-streams-are-cleared"),
+        pytest.param(FIELDS_THROWN_AWAY, 40, {"lost"}, id="a-save-drops-small-fields"),
+        pytest.param(OLD_TITLE, 150, {"lost"}, id="a-save-brings-an-old-title-back"),
+        pytest.param(UNCOUNTED, 150, {"lost"}, id="one-of-two-visits-is-not-counted"),
+        # Torn, where it was for others to mark the turn of a dead process.
+        pytest.param(UNMARKED, 40, {"lost", "torn"}, id="no-mark-on-an-interrupted-turn"),
+        pytest.param(NOT_MIRRORED, 40, {"lost"}, id="a-prompt-missing-from-the-stream-fields"),
     ],
 )
 def test_the_torture_sees_a_planted_bug(tmp_path: Path, mutation: Mutation, kills: int, verdicts: set[str]) -> None:
@@ -63,3 +97,34 @@ def test_the_torture_sees_a_planted_bug(tmp_path: Path, mutation: Mutation, kill
     assert done.returncode == 1, done.stdout + done.stderr
     found = {line.partition(": ")[0] for line in done.stdout.splitlines()}
     assert found & verdicts, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("mutation", "patience_s", "verdict"),
+    [
+        pytest.param(HANGS, 1, "idle: no commit for 1 s", id="every-verb-hangs"),
+        pytest.param(STREAMS_HANG, 2, "idle: ['own'] have done nothing", id="one-role-hangs"),
+    ],
+)
+def test_a_run_in_which_too_little_is_done_does_not_pass(
+    tmp_path: Path, mutation: Mutation, patience_s: int, verdict: str
+) -> None:
+    """What was never acknowledged cannot be lost: each kill follows a commit, and each kind of process gets something done."""
+    write_mutated_package(mutation, tmp_path)
+    done = torture(20, tmp_path, tmp_path, f"--patience={patience_s}")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert verdict in done.stdout
+
+
+def test_an_interrupted_run_does_not_pass(tmp_path: Path) -> None:
+    """Ctrl-C ends it with its figures, and with the status of a program that SIGINT has ended."""
+    command = [*PYTHON, "-m", "harness.torture", f"--directory={tmp_path}"]
+    with subprocess.Popen(command, env=environment(PACKAGE_PARENT), stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        # From its first line on it takes Ctrl-C for a question.
+        said = running.stdout.readline()
+        running.send_signal(signal.SIGINT)
+        said += running.communicate(timeout=DEADLINE_S)[0]
+    assert running.returncode == INTERRUPTED, said
+    assert said.rstrip().endswith("; interrupted")
+    assert "0 idle" in said

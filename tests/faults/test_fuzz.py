@@ -1,4 +1,7 @@
-"""The short form of `scripts/fuzz`: real documents, spoilt at random, are refused or read as what they say."""
+"""The short form of `scripts/fuzz`: real documents, spoilt at random, are refused or read as what they say.
+
+And the fuzzing sees a check that is missing.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,16 @@ from pathlib import Path
 
 import pytest
 from harness.faults import quick_directory
-from harness.fuzzing import Oracle, mutant, originals, seal
+from harness.fuzzing import NOT_VOUCHED_FOR, Oracle, mutant, originals, seal, trusted
+from harness.planted import Mutation, run_harness, write_mutated_package
 from harness.verbs import within_deadline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import persist
 from persist.files import snapshot
+
+DEADLINE_S = 60
 
 # Derandomised, as in tests/unit: a build must not fail by luck. scripts/fuzz looks further.
 SETTINGS = settings(deadline=None, derandomize=True, database=None, max_examples=400, suppress_health_check=list(HealthCheck))
@@ -32,27 +38,65 @@ class Bench:
 def bench() -> Iterator[Bench]:
     with quick_directory() as directory:
         documents = originals(directory)
-        yield Bench(documents, Oracle(directory / "s.json", documents))
+        yield Bench(documents, Oracle(directory / "s.json"))
 
 
 def test_the_oracle_accepts_what_was_not_spoilt(bench: Bench) -> None:
     """Real documents pass, and sealing one that is right changes nothing: else every verdict below would be worthless."""
     for content in bench.documents:
         assert seal(content) == content
-        assert bench.oracle.complaint(content, is_sealed=False) is None
+        assert bench.oracle.complaint(content) is None
 
 
 def test_the_oracle_notices_a_wrong_document(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that takes what its checksum does not vouch for is caught."""
+    """A reader that answers something else than a document says is caught, and one that answers where it must refuse."""
     content = bench.documents[-2]
     spoilt = content.replace(b'"title":"t"', b'"title":"u"')
     assert spoilt != content
-    assert bench.oracle.complaint(spoilt, is_sealed=False) is None
+    assert bench.oracle.complaint(spoilt) is None
     stale = snapshot.read(_put(bench, content), "s")
     monkeypatch.setattr(snapshot, "read", lambda _path, _session_id: stale)
-    found = bench.oracle.complaint(spoilt, is_sealed=False)
-    assert found is not None
-    assert (found.reader, found.kind) == ("read", "another document than the bytes say")
+    for document, kind in ((spoilt, NOT_VOUCHED_FOR), (seal(spoilt), "another document than the bytes say")):
+        found = bench.oracle.complaint(document)
+        assert found is not None
+        assert (found.reader, found.kind) == ("read", kind)
+
+
+def test_a_document_of_another_program_needs_no_checksum(bench: Bench) -> None:
+    """What has no header is judged by what it says; with a header's name, or with its parts under another name, it is not."""
+    foreign = b'{"title":"t","messages":[]}'
+    header = b'{"checksum":"","head_checksum":"","incarnation":""}'
+    assert trusted(foreign) == {"title": "t", "messages": []}
+    assert trusted(foreign.replace(b"{", b'{"_persist":{},', 1)) is None
+    assert trusted(foreign.replace(b"{", b'{"_persisu":' + header + b",", 1)) is None
+    assert trusted(foreign.replace(b"{", b'{"title":"u",', 1)) is None
+    assert all(trusted(content) is not None for content in bench.documents)
+
+
+NO_CHECKSUM = ("files/snapshot.py", "        if checksum != shape[1]:\n            raise self._mismatch(content)\n", "")
+# A damaged document that is strict JSON still.
+HALF_A_CHECKSUM = ("files/snapshot.py", "            raise self._mismatch(content)\n", "            self.strict(content)\n")
+NO_HEAD_CHECKSUM = (
+    "files/snapshot.py",
+    "    if _digest(memoryview(content)[_HEAD_CHECKED_FROM:]) != checksum:\n        return None\n",
+    "",
+)
+
+
+@pytest.mark.parametrize(
+    ("mutation", "reader"),
+    [
+        pytest.param(NO_CHECKSUM, "read", id="no-checksum"),
+        pytest.param(HALF_A_CHECKSUM, "read", id="no-checksum-where-it-is-json"),
+        pytest.param(NO_HEAD_CHECKSUM, "read_head", id="no-checksum-of-a-head"),
+    ],
+)
+def test_the_fuzzing_sees_a_missing_check(tmp_path: Path, mutation: Mutation, reader: str) -> None:
+    """With one check taken out of a copy of the package, a second of mutants shows a document that was to be refused."""
+    write_mutated_package(mutation, tmp_path)
+    done = run_harness("fuzzing", ["--minutes=0.015", f"--directory={tmp_path}"], tmp_path, DEADLINE_S)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"WRONG: {reader}, {NOT_VOUCHED_FOR}, damaged" in done.stdout
 
 
 def _put(bench: Bench, content: bytes) -> Path:
@@ -65,8 +109,8 @@ def _put(bench: Bench, content: bytes) -> Path:
 @given(dice=st.randoms(use_true_random=False))
 def test_a_spoilt_document_is_refused_or_read_as_it_is(bench: Bench, dice: random.Random) -> None:
     """Typed error, or what an independent parse of the bytes says; also where an attacker has sealed it anew."""
-    content, is_sealed = mutant(dice, bench.documents)
-    assert bench.oracle.complaint(content, is_sealed=is_sealed) is None
+    content, _is_sealed = mutant(dice, bench.documents)
+    assert bench.oracle.complaint(content) is None
 
 
 # Found by scripts/fuzz, once: each was read as something else than its bytes say, or read for ever.
@@ -91,7 +135,7 @@ def test_a_sealed_document_that_is_parted_otherwise_than_it_says_is_refused(
     [whole] = [content for content in bench.documents if b'"tool_calls":[' in content]
     hostile = seal(spoil(whole))
     assert hostile != whole
-    assert within_deadline(lambda: bench.oracle.complaint(hostile, is_sealed=True)) is None
+    assert within_deadline(lambda: bench.oracle.complaint(hostile)) is None
     with pytest.raises(persist.CorruptSession):
         snapshot.read(_put(bench, hostile), "s").body.data()
 

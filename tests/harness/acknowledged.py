@@ -1,9 +1,10 @@
 """What writers were promised, and whether the documents show it.
 
-An author is one process that writes; every message has its author's name in its id. What an author has in a session is a
-`State`, and each of its verbs is a `Change` that leads from one state to the next. An author reports a change before it calls
-the verb, and reports the acknowledgement after the verb has returned. So at any time a document must show, for each author, the
-state that was acknowledged last, or a later one that was begun: nothing else.
+An author is one process that writes; every message has its author's name in its id, and so have a session's title and its
+stream. What an author has in a session is a `State`, and each of its verbs is a `Change` that leads from one state to the next.
+An author reports a change before it calls the verb, and reports the acknowledgement after the verb has returned. So at any time
+a document must show, for each author, the state that was acknowledged last, or a later one that was begun: nothing else. The
+stream of an author that is dead may have been ended for it.
 """
 
 from __future__ import annotations
@@ -16,40 +17,94 @@ from typing import Any, NamedTuple
 
 import persist
 
+Document = dict[str, Any]
 Message = tuple[str, str]
 """Its id and its content."""
-State = tuple[Message, ...] | None
-"""An author's messages in a session, in the session's order. None: there is no such session."""
+
+PROMPT, ANSWER, VISIT = ".prompt", ".answer", ".visit"
+"""How ids end: of a stream's two messages, and of a message that was committed together with a visit."""
+_PENDING: Document = {"pending_user_message": None, "pending_attachments": [], "pending_started_at": None}
+
+
+class Kept(NamedTuple):
+    """A message as it stands in a document."""
+
+    id: str
+    content: str
+    is_interrupted: bool = False
+
+
+class Shown(NamedTuple):
+    """What a session has of one author.
+
+    `messages` are in the session's order, `title` is the one that this author has given it, and `stream` is what runs there:
+    its id and its prompt.
+    """
+
+    messages: tuple[Kept, ...] = ()
+    title: str | None = None
+    stream: Message | None = None
+
+
+State = Shown | None
+"""None: there is no such session."""
 
 
 class Change(NamedTuple):
     """What a verb does to its author's state.
 
-    `kind` is "create" (a session with these messages), "append" (may be tried again), "add", "insert" (ahead of the message
-    with the id `ahead_of`, if it is there), "put" (in the place of the message with this id, or at the end), "keep" (nothing
-    changes) or "delete".
+    `kind` is "create" (a session with these messages and this title), "append" (may be tried again), "add", "insert" (ahead of
+    the message with the id `ahead_of`, if it is there), "put" (in the place of the message with this id, or at the end),
+    "start" (a stream, with this prompt), "finish" (the stream, with this answer), "fail" (the stream), "rename" (the session,
+    to this title), "keep" (nothing changes) or "delete".
     """
 
     kind: str
     session_id: str
     messages: tuple[Message, ...] = ()
     ahead_of: str = ""
+    title: str | None = None
 
 
 def after(state: State, change: Change) -> State:
     """The state that a change leads to."""
     if change.kind == "delete":
         return None
-    messages = list(state or ())
+    shown = state or Shown()
+    shown = shown._replace(messages=_with(shown.messages, change))
+    match change.kind:
+        case "create" | "rename":
+            return shown._replace(title=change.title)
+        case "start":
+            [(prompt_id, content)] = change.messages
+            return shown._replace(stream=(prompt_id.removesuffix(PROMPT), content))
+        case "finish":
+            return shown._replace(stream=None)
+        case "fail":
+            return interrupted(shown)
+    return shown
+
+
+def _with(before: tuple[Kept, ...], change: Change) -> tuple[Kept, ...]:
+    messages = list(before)
     for message in change.messages:
-        ids = [message_id for message_id, _ in messages]
+        ids = [each.id for each in messages]
         if change.kind == "insert" and change.ahead_of in ids:
-            messages.insert(ids.index(change.ahead_of), message)
-        elif change.kind == "put" and message[0] in ids:
-            messages[ids.index(message[0])] = message
+            messages.insert(ids.index(change.ahead_of), Kept(*message))
+        elif change.kind in ("put", "finish") and message[0] in ids:
+            messages[ids.index(message[0])] = Kept(*message)
         else:
-            messages.append(message)
+            messages.append(Kept(*message))
     return tuple(messages)
+
+
+def interrupted(state: State) -> State:
+    """The same, with its stream ended for it: prompt and partial answer stay, marked."""
+    if state is None or state.stream is None:
+        return state
+    own = (state.stream[0] + PROMPT, state.stream[0] + ANSWER)
+    messages = (each._replace(is_interrupted=True) if each.id in own else each for each in state.messages)
+    return state._replace(messages=tuple(messages), stream=None)
 
 
 def author_of(message_id: str) -> str:
@@ -59,11 +114,15 @@ def author_of(message_id: str) -> str:
 
 @dataclass
 class Figures:
-    """What a run has counted. Everything from `lost` on is a broken promise."""
+    """What a run has counted. Everything from `lost` on is a broken promise, or, if `idle`, a run that shows nothing.
+
+    `worked` names the roles that have brought something to its end.
+    """
 
     crashes: int = 0
     begun: int = 0
     acknowledged: int = 0
+    events: int = 0
     looks: int = 0
     lost: int = 0
     torn: int = 0
@@ -71,6 +130,8 @@ class Figures:
     stuck: int = 0
     stray: int = 0
     raised: int = 0
+    idle: int = 0
+    worked: set[str] = field(default_factory=set)
     findings: list[str] = field(default_factory=list)
 
     @property
@@ -78,13 +139,13 @@ class Figures:
         return not self.findings
 
     def found(self, kind: str, what: str, count: int = 1) -> None:
-        """Count a broken promise of the kind "lost", "torn", "doubled", "stuck", "stray" or "raised"."""
+        """Count a broken promise of the kind "lost", "torn", "doubled", "stuck", "stray", "raised" or "idle"."""
         setattr(self, kind, getattr(self, kind) + count)
         self.findings.append(f"{kind}: {what}")
 
     def shown(self, crashes: str) -> str:
         """One line; `crashes` is what this harness calls them."""
-        names = ("begun", "acknowledged", "looks", "lost", "torn", "doubled", "stuck", "stray", "raised")
+        names = ("begun", "acknowledged", "events", "looks", "lost", "torn", "doubled", "stuck", "stray", "raised", "idle")
         return ", ".join([f"{self.crashes:,} {crashes}", *(f"{getattr(self, name):,} {name}" for name in names)])
 
 
@@ -109,9 +170,12 @@ class Ledger:
     """What every author has begun and what was acknowledged, for each session that is watched."""
 
     def __init__(self) -> None:
+        #: The offset of the last event that each stream has emitted, by session and stream.
+        self.emitted: dict[tuple[str, str], int] = {}
         self._histories: defaultdict[str, dict[str, History]] = defaultdict(dict)
         self._pending: dict[str, Change] = {}
         self._dead: set[str] = set()
+        self._visits_missing: Counter[str] = Counter()
 
     @property
     def session_ids(self) -> list[str]:
@@ -121,7 +185,7 @@ class Ledger:
         return set(self._histories[session_id])
 
     def begin(self, author: str, change: Change) -> None:
-        first = History([None if change.kind == "create" else ()])
+        first = History([None if change.kind == "create" else Shown()])
         history = self._histories[change.session_id].setdefault(author, first)
         history.states.append(after(history.states[-1], change))
         self._pending[author] = change
@@ -157,43 +221,111 @@ class Ledger:
     def forget(self, session_id: str) -> None:
         """Watch a session no longer."""
         del self._histories[session_id]
+        del self._visits_missing[session_id]
 
-    def compare(self, session_id: str, messages: list[Any] | None, figures: Figures) -> None:
+    def compare_events(self, store: persist.Store, emitted: dict[tuple[str, str], int], figures: Figures) -> None:
+        """Every event that was emitted by then must be there, once, in order, for as long as its stream has not ended."""
+        for (session_id, stream_id), offset in emitted.items():
+            try:
+                found = _events_of(store, session_id, stream_id)
+            except persist.PersistError:
+                continue  # a damaged document, which is a finding of its own
+            if found is None:
+                self.emitted.pop((session_id, stream_id), None)
+                continue
+            if len(found) < offset:
+                figures.found("lost", f"{session_id}, {stream_id}: {len(found)} events of {offset}")
+            elif [(event.offset, event.data) for event in found] != _events(stream_id, len(found)):
+                figures.found("torn", f"{session_id}, {stream_id}: other events than were emitted")
+
+    def compare(self, session_id: str, document: Document | None, figures: Figures) -> None:
         """Hold what was read against what was promised; what is found of a dead author is final."""
-        found: defaultdict[str, list[Message]] = defaultdict(list)
-        for message in messages or ():
-            found[author_of(message["id"])].append((message["id"], message["content"]))
-        twice = [each for each, count in Counter(message["id"] for message in messages or ()).items() if count > 1]
-        if twice:
-            figures.found("doubled", f"{session_id}: {twice}", len(twice))
+        found = {} if document is None else shown_by_author(document)
+        if document is not None:
+            self._compare_whole(session_id, document, figures)
         for author, history in self._histories[session_id].items():
-            state = None if messages is None else tuple(found[author])
-            if state not in history.states:
-                _name_fault(figures, f"{session_id}, {author}", history.states[0], state)
+            state = None if document is None else found.get(author, Shown())
+            allowed = [*history.states, *map(interrupted, history.states)] if author in self._dead else history.states
+            if state not in allowed:
+                _name_fault(figures, f"{session_id}, {author}", allowed, state)
                 # So that a fault is counted once.
                 history.go_on_from(state, self._pending_in(session_id, author))
             if author in self._dead:
                 history.go_on_from(state)
+
+    def _compare_whole(self, session_id: str, document: Document, figures: Figures) -> None:
+        """What must be right whoever has written: each id once, a visit with each of its messages, no remains of a stream."""
+        ids = [message["id"] for message in document["messages"]]
+        twice = [each for each, count in Counter(ids).items() if count > 1]
+        if twice:
+            figures.found("doubled", f"{session_id}: {twice}", len(twice))
+        missing = sum(each.endswith(VISIT) for each in ids) - document.get("visits", 0)
+        if missing != self._visits_missing[session_id]:
+            self._visits_missing[session_id] = missing
+            figures.found("lost" if missing > 0 else "torn", f"{session_id}: {missing} visits are missing", abs(missing) or 1)
+        remains = {key for key, idle in _PENDING.items() if document.get(key, idle) != idle}
+        if remains and document["active_stream_id"] is None:
+            figures.found("torn", f"{session_id}: no stream, but {sorted(remains)}")
 
     def _pending_in(self, session_id: str, author: str) -> Change | None:
         change = self._pending.get(author)
         return change if change is not None and change.session_id == session_id else None
 
 
-def _name_fault(figures: Figures, where: str, promised: State, found: State) -> None:
-    missing = set(promised or ()) - set(found or ())
-    if promised is not None and (missing or found is None):
-        figures.found("lost", f"{where}: acknowledged, and not there: {sorted(missing)[:5]}", max(1, len(missing)))
+def _events(stream_id: str, count: int) -> list[tuple[int, str]]:
+    return [(offset, f"{stream_id} {2 - offset % 2}") for offset in range(1, count + 1)]
+
+
+def _events_of(store: persist.Store, session_id: str, stream_id: str) -> list[persist.Event] | None:
+    """The events of a stream; None if it has ended: whoever ends it removes them, and the document tells."""
+    try:
+        return store.events(session_id, stream_id)
+    except (persist.EventsNotFound, persist.SessionNotFound):
+        is_active = store.exists(session_id) and store.load(session_id).active_stream_id == stream_id
+        return [] if is_active else None
+
+
+def shown_by_author(document: Document) -> dict[str, Shown]:
+    """What a document has of each author that has left anything in it."""
+    messages: defaultdict[str, list[Kept]] = defaultdict(list)
+    for message in document["messages"]:
+        kept = Kept(message["id"], message["content"], message.get("interrupted", False))
+        messages[author_of(kept.id)].append(kept)
+    found = {author: Shown(tuple(kept)) for author, kept in messages.items()}
+    if title := document.get("title"):
+        maker = author_of(title)
+        found[maker] = found.get(maker, Shown())._replace(title=title)
+    if stream_id := document.get("active_stream_id"):
+        owner = author_of(stream_id)
+        found[owner] = found.get(owner, Shown())._replace(stream=(stream_id, str(document.get("pending_user_message"))))
+    return found
+
+
+def _name_fault(figures: Figures, where: str, allowed: list[State], found: State) -> None:
+    promised = allowed[0]
+    missing = set(promised.messages if promised else ()) - set(found.messages if found else ())
+    older = [] if found is None else [f"{name} is {now}" for name, now in _fields(found) if now not in _values(allowed, name)]
+    if promised is not None and (missing or older or found is None):
+        what = f"{where}: acknowledged, and not there: {sorted(missing)[:5]} {', '.join(older)}"
+        figures.found("lost", what, max(1, len(missing) + len(older)))
     else:
         figures.found("torn", f"{where}: no state that was ever committed: {found}")
 
 
-def read_all(store: persist.Store, session_ids: Iterable[str], figures: Figures) -> dict[str, list[Any] | None]:
-    """The messages of sessions, each read whole and by its head; None for one that is not there. Damage is a finding."""
-    found: dict[str, list[Any] | None] = {}
+def _fields(shown: Shown) -> list[tuple[str, object]]:
+    return [("title", shown.title), ("stream", shown.stream)]
+
+
+def _values(states: list[State], name: str) -> list[object]:
+    return [getattr(state, name) for state in states if state is not None]
+
+
+def read_all(store: persist.Store, session_ids: Iterable[str], figures: Figures) -> dict[str, Document | None]:
+    """The documents of sessions, each read whole and by its head; None for one that is not there. Damage is a finding."""
+    found: dict[str, Document | None] = {}
     for session_id in session_ids:
         try:
-            found[session_id] = store.load(session_id).data["messages"]
+            found[session_id] = store.load(session_id).data
             store.head(session_id)
         except persist.SessionNotFound:
             found.setdefault(session_id, None)
@@ -224,20 +356,20 @@ def settle(store: persist.Store, figures: Figures) -> None:
 def _try_again(store: persist.Store, session_id: str) -> None:
     """Whatever verb was cut off there, trying it again removes its left-overs."""
     if store.exists(session_id):
-        store.update(session_id, bump)
+        store.update(session_id, _mark_as_settled)
     else:
         store.create(session_id)
         store.delete(session_id)
 
 
-def bump(data: dict[str, Any]) -> None:
+def _mark_as_settled(data: Document) -> None:
     """A change that no author is asked for."""
-    data["visits"] = data.get("visits", 0) + 1
+    data["settled"] = data.get("settled", 0) + 1
 
 
 def stray_files(directory: Path) -> Iterable[str]:
     """Every name in a store at rest that is neither a document nor the lock of one."""
     names = {path.name for path in directory.iterdir()}
     documents = {name for name in names if name.endswith(".json")}
-    yield from sorted(names - documents - {f"{name}.lock" for name in documents} - {".leases"})
-    yield from sorted(f".leases/{path.name}" for path in (directory / ".leases").iterdir())
+    yield from sorted(names - documents - {f"{name}.lock" for name in documents} - {".leases", ".events"})
+    yield from sorted(str(path.relative_to(directory)) for path in directory.glob(".*/*"))

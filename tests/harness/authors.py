@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import persist
-from harness.acknowledged import Change, Figures, Ledger, Message
+from harness.acknowledged import ANSWER, PROMPT, VISIT, Change, Document, Figures, Ledger, Message
 
 LOCK_TIMEOUT_S = 30.0
 # Those that only look leave the processor to those that write.
@@ -39,13 +39,14 @@ class Author:
         self.random = random.Random(f"{seed}/{name}")
         self._pipe = pipe
         self._numbers = itertools.count()
-        self.store = persist.Store(directory, lock_timeout_s=LOCK_TIMEOUT_S)
+        # Two saves may count a visit at a time. Events of a stream that has ended are of no interest here.
+        self.store = persist.Store(directory, lock_timeout_s=LOCK_TIMEOUT_S, merge={"visits": "sum"}, keep_events_s=0)
 
     def new_id(self) -> str:
         return f"{self.name}-{next(self._numbers)}"
 
-    def message(self) -> Message:
-        message_id = self.new_id()
+    def message(self, suffix: str = "") -> Message:
+        message_id = self.new_id() + suffix
         return message_id, f"{message_id} {self.random.choice(WORDS)}"
 
     def report(self, *record: object) -> None:
@@ -63,8 +64,14 @@ class Author:
         self.report("acknowledge")
 
 
-def as_document(message: Message) -> dict[str, Any]:
+def as_document(message: Message) -> Document:
     return {"id": message[0], "role": "user", "content": message[1]}
+
+
+def visit(data: Document, message: Message) -> None:
+    """Add a message and count a visit: both or neither must be committed."""
+    data["messages"].append(as_document(message))
+    data["visits"] = data.get("visits", 0) + 1
 
 
 # --- what they do, until they are killed ---
@@ -94,23 +101,23 @@ def _append_twice(author: Author, session_id: str) -> None:
 def _save(author: Author, session_id: str) -> None:
     session = author.store.load(session_id)
     for _ in range(author.random.randint(1, 3)):
-        message = author.message()
-        session.data["messages"].append(as_document(message))
+        message = author.message(VISIT)
+        visit(session.data, message)
         with author.reporting(Change("add", session_id, (message,))):
             session.save()
 
 
 def _edit(author: Author, session_id: str) -> None:
-    message = author.message()
+    message = author.message(VISIT)
     with author.reporting(Change("add", session_id, (message,))):
         with author.store.edit(session_id) as data:
-            data["messages"].append(as_document(message))
+            visit(data, message)
 
 
 def _update(author: Author, session_id: str) -> None:
-    message = author.message()
+    message = author.message(VISIT)
     with author.reporting(Change("add", session_id, (message,))):
-        author.store.update(session_id, lambda data: data["messages"].append(as_document(message)))
+        author.store.update(session_id, lambda data: visit(data, message))
 
 
 def own(author: Author, shared: Sequence[str]) -> None:
@@ -122,12 +129,13 @@ def own(author: Author, shared: Sequence[str]) -> None:
 
 def _turn(author: Author, session_id: str) -> None:
     stream_id = author.new_id()
-    answer_id = f"{stream_id}.answer"
+    answer_id = stream_id + ANSWER
     prompt = author.random.choice(WORDS)
-    with author.reporting(Change("add", session_id, ((f"{stream_id}.prompt", prompt),))):
+    with author.reporting(Change("start", session_id, ((stream_id + PROMPT, prompt),))):
         stream = author.store.start_stream(session_id, {"role": "user", "content": prompt}, stream_id=stream_id)
     with stream:
         for step in range(author.random.randrange(6)):
+            _emit(author, stream)
             if author.random.random() < 0.6:
                 text = f"partial {step}"
                 with author.reporting(Change("put", session_id, ((answer_id, text),))):
@@ -137,24 +145,44 @@ def _turn(author: Author, session_id: str) -> None:
                 with author.reporting(Change("insert", session_id, (message,), answer_id)):
                     stream.append(as_document(message))
         if author.random.random() < 0.8:
-            with author.reporting(Change("put", session_id, ((answer_id, "whole"),))):
+            with author.reporting(Change("finish", session_id, ((answer_id, "whole"),))):
                 stream.finish({"role": "assistant", "content": "whole"})
+        else:
+            # Leaving its block is what ends it.
+            with author.reporting(Change("fail", session_id)), stream:
+                pass
+
+
+def _emit(author: Author, stream: persist.Stream) -> None:
+    """Two events, of which the second is synced, and the first with it."""
+    first = stream.emit(f"{stream.id} 1")
+    assert stream.emit(f"{stream.id} 2", durable=True) == first + 1
+    author.report("emitted", stream.session_id, stream.id, first + 1)
 
 
 def garden(author: Author, _shared: Sequence[str]) -> None:
-    """Make sessions, copy them, and delete them again."""
+    """Make sessions, rename them, copy them, and delete them again."""
     while True:
         session_id, copy_id = author.new_id(), author.new_id()
-        first = author.message()
-        with author.reporting(Change("create", session_id, (first,))):
-            author.store.create(session_id, {"title": "New chat", "messages": [as_document(first)]})
+        first, title = author.message(), author.new_id()
+        with author.reporting(Change("create", session_id, (first,), title=title)):
+            author.store.create(session_id, {"title": title, "messages": [as_document(first)]})
         second = _append(author, session_id)
-        with author.reporting(Change("create", copy_id, (first, second))):
+        title = _rename(author, session_id)
+        with author.reporting(Change("create", copy_id, (first, second), title=title)):
             author.store.duplicate(session_id, copy_id)
         _append(author, copy_id)
         for each in (session_id, copy_id):
             with author.reporting(Change("delete", each)):
                 author.store.delete(each)
+
+
+def _rename(author: Author, session_id: str) -> str:
+    session, title = author.store.load(session_id), author.new_id()
+    session.data["title"] = title
+    with author.reporting(Change("rename", session_id, title=title)):
+        session.save()
+    return title
 
 
 def sweep(author: Author, _shared: Sequence[str]) -> None:
@@ -195,6 +223,13 @@ class Hand:
     pipe: int
 
 
+class Raised(NamedTuple):
+    """An error that a process has ended by, and when (`time.monotonic`, which all processes of a machine share)."""
+
+    at_s: float
+    said: str
+
+
 class Crew:
     """In the parent: starts processes, takes their reports down in the ledger, and kills them.
 
@@ -204,7 +239,7 @@ class Crew:
 
     def __init__(self, ledger: Ledger, figures: Figures, seed: int) -> None:
         self.hands: list[Hand] = []
-        self.raised: list[str] = []
+        self.raised: list[Raised] = []
         self._ledger = ledger
         self._figures = figures
         self._seed = seed
@@ -265,23 +300,31 @@ class Crew:
             return False
         *lines, self._cut_off[hand] = (self._cut_off.get(hand, b"") + content).split(b"\n")
         for line in lines:
-            self._take_down(hand.name, *json.loads(line))
+            self._take_down(hand, *json.loads(line))
         return True
 
-    def _take_down(self, author: str, kind: str, *record: Any) -> None:
+    def _take_down(self, hand: Hand, kind: str, *record: Any) -> None:
         if kind == "begin":
-            change, session_id, messages, ahead_of = record
-            self._ledger.begin(author, Change(change, session_id, tuple((each[0], each[1]) for each in messages), ahead_of))
+            change, session_id, messages, ahead_of, title = record
+            messages = tuple((each[0], each[1]) for each in messages)
+            self._ledger.begin(hand.name, Change(change, session_id, messages, ahead_of, title))
             self._figures.begun += 1
         elif kind == "acknowledge":
-            self._ledger.acknowledge(author)
+            self._ledger.acknowledge(hand.name)
             self._figures.acknowledged += 1
+            self._figures.worked.add(hand.role.__name__)
         elif kind == "refuse":
-            self._ledger.refuse(author)
+            self._ledger.refuse(hand.name)
+        elif kind == "emitted":
+            session_id, stream_id, offset = record
+            self._ledger.emitted[session_id, stream_id] = offset
+            self._figures.events += 2
         elif kind == "look":
             self._figures.looks += 1
+            self._figures.worked.add(hand.role.__name__)
         else:
-            self.raised.append(f"{author}: {record[0]}")
+            at_s, said = record
+            self.raised.append(Raised(at_s, f"{hand.name}: {said}"))
 
 
 def _live(name: str, role: Role, directory: Path, pipe: int, seed: int, shared: Sequence[str]) -> NoReturn:
@@ -291,7 +334,7 @@ def _live(name: str, role: Role, directory: Path, pipe: int, seed: int, shared: 
             role(Author(name, directory, pipe, seed), shared)
         except Exception as error:
             said = f"{role.__name__}: {type(error).__name__}: {error}"[:1000]
-            os.write(pipe, json.dumps(["raise", said]).encode() + b"\n")
+            os.write(pipe, json.dumps(["raise", time.monotonic(), said]).encode() + b"\n")
             # Its end is for the parent to make; a parent that is gone shows as an error of the pipe.
             end_of_parent = select.poll()
             end_of_parent.register(pipe, 0)

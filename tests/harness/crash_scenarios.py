@@ -92,6 +92,12 @@ def emitting(store: persist.Store) -> persist.Stream:
     return stream
 
 
+def emit_where_another_process_makes_the_directory(store: persist.Store, stream: persist.Stream) -> None:
+    """It has made it, and is just about to sync the store's."""
+    disk.mkdir(store.path / ".events")
+    stream.emit("a", durable=True)
+
+
 def stale(store: persist.Store) -> persist.Session:
     stream = running(store)
     stream._lease.close()
@@ -185,6 +191,7 @@ SCENARIOS: list[Scenario | Opening] = [
     Scenario("checkpoint", lambda _, stream: stream.checkpoint({"role": "assistant", "content": "Becau"}), running),
     Scenario("stream.append", lambda _, stream: stream.append(MESSAGE), running),
     Scenario("first durable event", lambda _, stream: stream.emit("a", durable=True), running),
+    Scenario("first durable event, .events not yet synced", emit_where_another_process_makes_the_directory, running),
     Scenario("durable event", lambda _, stream: stream.emit("b", durable=True), emitting),
     Scenario("finish after events", lambda _, stream: stream.finish(ANSWER), emitting),
     Scenario("finish", lambda _, stream: stream.finish(ANSWER), running),

@@ -1,21 +1,30 @@
 """Fuzzing of the readers: real documents, spoilt at random, and what a reader may make of each.
 
-The oracle: a typed error, or exactly what an independent parse of the bytes gives. A document may be *sealed*: its checksums
-made right again, as an attacker would, or a program that only copies the format. Then nothing vouches for its content.
+The oracle: a typed error, or exactly what an independent parse of the bytes gives; and an error wherever there is a header
+whose checksum, computed here once more, is wrong. A document may be *sealed*: its checksums made right again, as an attacker
+would, or a program that only copies the format. Then its checksum vouches for whatever its content is.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import os
 import random
 import re
+import sys
+import tempfile
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import persist
+from harness.faults import quick_directory
+from harness.runs import duration, existing_directory
 from persist.files import snapshot
 from persist.files.snapshot import Header, StreamOwner
 
@@ -23,6 +32,7 @@ from persist.files.snapshot import Header, StreamOwner
 _OPENING = rb'\{"_persist":\{"format":1,"checksum":"(.{32})","head_checksum":"(.{32})"'
 _SHAPE = re.compile(_OPENING, re.DOTALL)
 _HEAD_BYTES = re.compile(rb'"head_bytes":(-?\d{1,12})\b')
+_DIGITS = 32
 
 #: What a mutation likes to put somewhere.
 TOKENS = (
@@ -68,8 +78,11 @@ def seal(content: bytes) -> bytes:
 
 
 def _put(content: bytes, place: int, checked: bytes) -> bytes:
-    digest = hashlib.sha256(checked).hexdigest()[:32].encode()
-    return content[:place] + digest + content[place + 32 :]
+    return content[:place] + _digest(checked) + content[place + _DIGITS :]
+
+
+def _digest(checked: bytes) -> bytes:
+    return hashlib.sha256(checked).hexdigest()[:_DIGITS].encode()
 
 
 # --- mutations -------------------------------------------------------------------------------------------------------------
@@ -157,20 +170,18 @@ class Complaint:
 
 
 class Oracle:
-    """Judges what the readers make of a file at `path` that was made from `documents`."""
+    """Judges what the readers make of a file at `path`."""
 
-    def __init__(self, path: Path, documents: list[bytes]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        # Damage among the messages goes unnoticed by a head: it may still show the small fields of the original.
-        self._heads = [_small(_parsed(content, is_strict=True)) for content in documents]
 
-    def complaint(self, content: bytes, *, is_sealed: bool) -> Complaint | None:
+    def complaint(self, content: bytes) -> Complaint | None:
         """Put the content there and read it in every way; say what was answered wrong, or None."""
         path = self.path
         path.write_bytes(content)
         readers: dict[str, Callable[[], str | None]] = {
-            "read": lambda: _of_snapshot(snapshot.read(path, "s"), content, is_sealed),
-            "read_head": lambda: self._of_head(snapshot.read_head(path, "s"), content, is_sealed),
+            "read": lambda: _of_snapshot(snapshot.read(path, "s"), content),
+            "read_head": lambda: _of_head(snapshot.read_head(path, "s"), content),
             "read_edited": lambda: _of_edited(*snapshot.read_edited(path, "s"), content),
         }
         for name, reader in readers.items():
@@ -184,27 +195,70 @@ class Oracle:
                 return Complaint(name, wrong, "")
         return None
 
-    def _of_head(self, found: snapshot.HeadSnapshot, content: bytes, is_sealed: bool) -> str | None:
-        # Who seals a head may put anything into it; that it fits the bulk is not looked at.
-        expected = [] if is_sealed else [_small(_parsed(content, is_strict=True)), *self._heads]
-        if not is_sealed and not any(_same(found.fields, fields) for fields in expected):
-            return "other small fields than the bytes say"
-        if not all(type(count) is int and count >= 0 for count in dict(found.counts).values()):
-            return "counts that are none"
-        return _of_header(found.header)
+
+NOT_VOUCHED_FOR = "a document that its checksum does not vouch for"
+
+
+def trusted(content: bytes) -> Any:
+    """The data that a reader may make of it, with the header left out; None if it must refuse.
+
+    That is what the checksum of a header vouches for; or, with no trace of a header, the strict JSON of another program.
+    """
+    shape = _SHAPE.match(content)
+    if shape is not None:
+        return _parsed(content, is_strict=False) if _is_whole(content, shape) else None
+    data = _object(content, is_strict=True)
+    return None if data is None or _bears_header(data) else data
+
+
+def trusted_head(content: bytes) -> Any:
+    """The small fields that a checksum vouches for, that of the head or of all, whatever stands behind them; or None."""
+    shape, line = _SHAPE.match(content), content.find(b"\n") + 1
+    header = _object(content[:line].removesuffix(b"\n").removesuffix(b",") + b"}", is_strict=False)
+    if shape is None or header is None:
+        return None
+    told = header["_persist"].get("head_bytes") if type(header["_persist"]) is dict else None
+    if type(told) is not int or told < 0:
+        return None
+    if _digest(content[shape.end() : line + told]) != shape[2] and not _is_whole(content, shape):
+        return None
+    return _object(b"{" + content[line : line + told].removesuffix(b"\n").removesuffix(b",") + b"}", is_strict=False)
+
+
+def _is_whole(content: bytes, shape: re.Match[bytes]) -> bool:
+    return _digest(content[shape.end(1) + 1 :]) == shape[1]
+
+
+def _bears_header(data: dict[str, Any]) -> bool:
+    """Also one whose name was spoilt: a document of ours must not turn into another program's by a flipped bit."""
+    first = next(iter(data.values()), None)
+    return "_persist" in data or (type(first) is dict and {"checksum", "head_checksum", "incarnation"} <= first.keys())
 
 
 def _small(data: Any) -> Any:
     return data and {key: value for key, value in data.items() if key not in snapshot.BULK}
 
 
-def _of_snapshot(found: snapshot.Snapshot, content: bytes, is_sealed: bool) -> str | None:
-    data, fields = found.body.data(), found.body.fields()
-    expected = _parsed(content, is_strict=not is_sealed)
-    if expected is None or not _same(data, expected):
+def _of_snapshot(found: snapshot.Snapshot, content: bytes) -> str | None:
+    data, fields, expected = found.body.data(), found.body.fields(), trusted(content)
+    if expected is None:
+        return NOT_VOUCHED_FOR
+    if not _same(data, expected):
         return "another document than the bytes say"
     if not _same(fields, _small(data)):
         return "small fields that are not the document's"
+    return _of_header(found.header)
+
+
+def _of_head(found: snapshot.HeadSnapshot, content: bytes) -> str | None:
+    # Damage among the messages goes unnoticed by a head.
+    expected = [fields for fields in (trusted_head(content), _small(trusted(content))) if fields is not None]
+    if not expected:
+        return NOT_VOUCHED_FOR
+    if not any(_same(found.fields, fields) for fields in expected):
+        return "other small fields than the bytes say"
+    if not all(type(count) is int and count >= 0 for count in dict(found.counts).values()):
+        return "counts that are none"
     return _of_header(found.header)
 
 
@@ -242,14 +296,16 @@ def _is_owner(owner: Any) -> bool:
 
 def _parsed(content: bytes, *, is_strict: bool) -> Any:
     """What the standard library says, with the header left out; None for what is no object."""
+    data = _object(content, is_strict=is_strict)
+    return data and {key: value for key, value in data.items() if key != "_persist"}
+
+
+def _object(content: bytes, *, is_strict: bool) -> dict[str, Any] | None:
     try:
         data = json.loads(content.decode(), object_pairs_hook=_unique if is_strict else None)
     except (ValueError, RecursionError):
         return None
-    if type(data) is not dict:
-        return None
-    data.pop("_persist", None)
-    return data
+    return data if type(data) is dict else None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -260,3 +316,73 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _same(one: Any, other: Any) -> bool:
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------------
+
+Kind = tuple[str, str, str]
+
+
+class Tally:
+    """What was tried, and an example of each kind of wrong answer."""
+
+    def __init__(self, oracle: Oracle, examples: Path) -> None:
+        self.tried = 0
+        self.found: Counter[Kind] = Counter()
+        self._oracle = oracle
+        self._examples = examples
+
+    def judge(self, content: bytes, *, is_sealed: bool) -> None:
+        self.tried += 1
+        complaint = self._oracle.complaint(content)
+        if complaint is not None:
+            self._enter(complaint, content, is_sealed)
+
+    def _enter(self, complaint: Complaint, content: bytes, is_sealed: bool) -> None:
+        kind = (complaint.reader, complaint.kind, "sealed" if is_sealed else "damaged")
+        self.found[kind] += 1
+        if self.found[kind] == 1:
+            self._examples.mkdir(exist_ok=True)
+            example = self._examples / f"{len(self.found)}.json"
+            example.write_bytes(content)
+            print(f"WRONG: {', '.join(kind)}: {complaint.detail}\n       {example}", flush=True)
+
+    def report(self, seconds: float) -> int:
+        """Print the figures; return the exit status."""
+        print(f"{self.tried:,} documents in {seconds:.0f} s, {self.found.total():,} wrong answers of {len(self.found)} kinds")
+        for kind, count in self.found.most_common():
+            print(f"  {count:>8,}  {', '.join(kind)}")
+        return 1 if self.found else 0
+
+
+Search = Callable[[Tally, list[bytes], float, int], int]
+"""Tries documents made from real ones for so many seconds, from a seed; returns the exit status."""
+
+
+def at_random(tally: Tally, documents: list[bytes], seconds: float, seed: int) -> int:
+    """Try mutants until the time is over; the seed of each follows from its number."""
+    started = time.monotonic()
+    while time.monotonic() < started + seconds:
+        content, is_sealed = mutant(random.Random(seed + tally.tried), documents)
+        tally.judge(content, is_sealed=is_sealed)
+    return tally.report(time.monotonic() - started)
+
+
+def main(arguments: list[str] | None = None, search: Search = at_random) -> int:
+    parser = argparse.ArgumentParser(prog="scripts/fuzz", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--minutes", type=duration, default=3.0, help="how long; default %(default)g")
+    parser.add_argument("--seed", type=int, default=1533, help="the same seed tries the same mutants")
+    parser.add_argument(
+        "--directory",
+        type=existing_directory,
+        help="where wrong answers' files are kept (default: one in the system's temporary directory)",
+    )
+    options = parser.parse_args(arguments)
+    examples = options.directory or Path(tempfile.gettempdir()) / f"persist-fuzz-{os.getpid()}"
+    with quick_directory() as directory:
+        tally = Tally(Oracle(directory / "s.json"), examples)
+        return search(tally, originals(directory), options.minutes * 60, options.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

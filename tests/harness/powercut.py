@@ -21,19 +21,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from harness.acknowledged import Figures
 from harness.authors import Role, garden, own, sweep, write
 from harness.faults import quick_directory
-from harness.runs import Plan, Run, arguments_of
+from harness.runs import INTERRUPTED, Plan, Run, arguments_of
 from harness.watch import Watch
 
 WRITERS: tuple[Role, ...] = (write, own, garden)
 MOST_OTHERS = 2
 LONGEST_WORK_S = 0.02
-LONGEST_START_S = 1.0
 # The first to write to a directory makes it: its name, too, must survive.
 CUTS_A_DIRECTORY = 12
 NOTHING_RUN = 2
@@ -194,7 +193,7 @@ class PowerCuts(Run):
         number = 0
         while not self._is_over():
             directory = self._disk.mount_point / f"sessions-{number}"
-            self._cut_often(Watch(directory, self.figures, self._plan.seed + number))
+            self._cut_often(Watch(directory, self.figures, replace(self._plan, seed=self._plan.seed + number)))
             # None of this may become durable with a commit to the next directory.
             shutil.rmtree(directory)
             os.sync()
@@ -204,7 +203,6 @@ class PowerCuts(Run):
     def _cut_often(self, watch: Watch) -> None:
         """The first author makes the directory; whoever comes later finds what the cuts have left."""
         watch.start(garden)
-        self._await_first_commit(watch)
         self._cut(watch)
         for _ in range(CUTS_A_DIRECTORY - 1):
             if self._is_over():
@@ -213,25 +211,22 @@ class PowerCuts(Run):
             watch.start(self._random.choice(WRITERS))
             for role in self._random.choices((*WRITERS, sweep), k=self._random.randint(0, MOST_OTHERS)):
                 watch.start(role)
-            self._await_first_commit(watch)
             self._cut(watch)
+        if self._is_over() and self.figures.is_sound:
+            self._require_work(watch)
         watch.settle()
-
-    def _await_first_commit(self, watch: Watch) -> None:
-        before, until = self.figures.acknowledged, time.monotonic() + LONGEST_START_S
-        while self.figures.acknowledged == before and time.monotonic() < until:
-            watch.crew.listen(0.001)
 
     def _cut(self, watch: Watch) -> None:
         """Cut the power in mid-commit, recover, and look."""
+        watch.await_commit()
         watch.crew.listen(self._random.uniform(0, LONGEST_WORK_S))
-        watch.blame()
+        cut_at_s = time.monotonic()
         self._disk.cut()
-        self.figures.crashes += 1
         # A real power cut stops the processes, too. Here they live on for a moment, as after an I/O error that shuts the
         # file system down: every verb may raise then, and what one acknowledges counts all the same.
         watch.crew.kill_all()
-        watch.crew.raised.clear()
+        self.figures.crashes += 1
+        watch.blame(until_s=cut_at_s)
         self._disk.recover()
         watch.open()
         watch.look()
@@ -241,25 +236,32 @@ class PowerCuts(Run):
         watch.retire()
         self._tell()
 
+    def _require_work(self, watch: Watch) -> None:
+        watch.share()
+        watch.require_work_of((*WRITERS, sweep))
+        watch.crew.kill_all()
+        watch.blame()
+        watch.look()
 
-def run_on(name: str, plan: Plan) -> bool | None:
-    """Run on one kind of file system and print the figures; None if the machine does not allow it."""
+
+def run_on(name: str, plan: Plan) -> int:
+    """Run on one kind of file system and print the figures. Return the exit status; the machine may not allow it."""
     try:
         with disk_of(FILE_SYSTEMS[name]) as disk:
             return _run_and_tell(name, PowerCuts(disk, plan))
     except Refused as refused:
         print(f"{name}: skipped: {refused}", flush=True)
-        return None
+        return NOTHING_RUN
 
 
-def _run_and_tell(name: str, cuts: PowerCuts) -> bool:
+def _run_and_tell(name: str, cuts: PowerCuts) -> int:
     try:
-        is_sound = cuts.run().is_sound
+        cuts.run()
     except NotRecovered as failure:
-        is_sound = False
         print(f"{name}: {failure}", flush=True)
-    cuts.tell_result(f"{name}: ")
-    return is_sound
+        cuts.tell_result(f"{name}: ")
+        return 1
+    return cuts.tell_result(f"{name}: ")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -271,11 +273,13 @@ def main(arguments: list[str] | None = None) -> int:
     except Refused as refused:
         print(f"skipped: {refused}")
         return NOTHING_RUN
-    names = list(FILE_SYSTEMS) if options.filesystem == "all" else [options.filesystem]
-    outcomes = [run_on(name, plan) for name in names]
-    if False in outcomes:
-        return 1
-    return 0 if True in outcomes else NOTHING_RUN
+    statuses = set()
+    for name in FILE_SYSTEMS if options.filesystem == "all" else [options.filesystem]:
+        statuses.add(run_on(name, plan))
+        if plan.is_interrupted():
+            statuses.add(INTERRUPTED)
+            break
+    return next(status for status in (1, INTERRUPTED, 0, NOTHING_RUN) if status in statuses)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from harness.acknowledged import Figures
 
 SECONDS_A_LINE = 10.0
 MOST_FINDINGS_SHOWN = 20
+# As a shell reports a program that SIGINT has ended.
+INTERRUPTED = 130
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------------
@@ -39,7 +41,7 @@ def not_negative(text: str) -> int:
     return number
 
 
-def minutes(text: str) -> float:
+def duration(text: str) -> float:
     """A time that is longer than none."""
     number = float(text)
     if not number > 0:
@@ -68,11 +70,15 @@ def existing_directory(text: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How often to crash. `keep_going` counts all faults instead of ending at the first."""
+    """How often to crash. `keep_going` counts all faults instead of ending at the first.
+
+    `patience_s` is how long a healthy store may take, at the worst, to commit anything at all.
+    """
 
     crashes: int = 10_000
     seed: int = 0
     keep_going: bool = False
+    patience_s: float = 30.0
     is_interrupted: Callable[[], bool] = lambda: False
 
 
@@ -92,7 +98,7 @@ class Run:
         self._started = self._last_line = time.monotonic()
 
     def _is_over(self) -> bool:
-        is_broken = not (self.figures.is_sound or self._plan.keep_going)
+        is_broken = not (self.figures.is_sound or self._plan.keep_going) or self.figures.idle > 0
         return self.figures.crashes >= self._plan.crashes or is_broken or self._plan.is_interrupted()
 
     def _tell(self) -> None:
@@ -101,11 +107,16 @@ class Run:
             self._last_line = time.monotonic()
             print(self.figures.shown(self.crashes), flush=True)
 
-    def tell_result(self, prefix: str = "") -> None:
-        """Print what was found, and the figures."""
+    def tell_result(self, prefix: str = "") -> int:
+        """Print what was found, and the figures; return the exit status. A run that was cut short has not passed."""
         for finding in self.figures.findings[:MOST_FINDINGS_SHOWN]:
             print(f"{prefix}{finding}")
-        print(f"{prefix}{self.figures.shown(self.crashes)}; {time.monotonic() - self._started:.0f} s", flush=True)
+        is_interrupted = self._plan.is_interrupted()
+        end = "; interrupted" if is_interrupted else ""
+        print(f"{prefix}{self.figures.shown(self.crashes)}; {time.monotonic() - self._started:.0f} s{end}", flush=True)
+        if not self.figures.is_sound:
+            return 1
+        return INTERRUPTED if is_interrupted else 0
 
 
 def arguments_of(parser: argparse.ArgumentParser, given: list[str] | None, crashes: str) -> tuple[argparse.Namespace, Plan]:
@@ -113,10 +124,18 @@ def arguments_of(parser: argparse.ArgumentParser, given: list[str] | None, crash
     parser.add_argument(f"--{crashes}", type=positive, default=Plan().crashes, help="how many; default %(default)s")
     parser.add_argument("--seed", type=int, default=None, help="by default another one each time; it is printed")
     parser.add_argument("--keep-going", action="store_true", help="count all faults instead of ending at the first")
+    parser.add_argument(
+        "--patience",
+        type=duration,
+        metavar="SECONDS",
+        default=Plan().patience_s,
+        help="a run in which nothing is committed for so long has failed; default %(default)g",
+    )
     options = parser.parse_args(given)
+    is_interrupted = ask_on_interrupt()
     seed = random.randrange(1 << 32) if options.seed is None else options.seed
     print(f"seed {seed}, persist from {Path(persist.__file__).parent}", flush=True)
-    return options, Plan(getattr(options, crashes), seed, options.keep_going, ask_on_interrupt())
+    return options, Plan(getattr(options, crashes), seed, options.keep_going, options.patience, is_interrupted)
 
 
 def ask_on_interrupt() -> Callable[[], bool]:

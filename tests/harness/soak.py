@@ -1,15 +1,24 @@
-"""Soak: many commits of every kind in one process; descriptors, memory and files must stay as they were."""
+"""Soak: many commits of every kind in one process; descriptors, memory and files must stay as they were.
+
+At the end every session must hold what was committed to it, and nothing else.
+"""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import os
-from dataclasses import dataclass
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import persist
 from harness.acknowledged import stray_files
 from harness.faults import descriptors
+from harness.runs import existing_directory, positive
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 SESSIONS = 20
@@ -20,7 +29,10 @@ WARM_UP = 0.2
 
 @dataclass(frozen=True, slots=True)
 class Soaked:
-    """What a soak found. `grown_bytes` is the resident memory at the end less that after the warm-up."""
+    """What a soak found. `grown_bytes` is the resident memory at the end less that after the warm-up.
+
+    `wrong` names the sessions that do not hold what was committed to them.
+    """
 
     commits: int
     descriptors_before: int
@@ -28,6 +40,7 @@ class Soaked:
     grown_bytes: int
     stray: list[str]
     problems: int
+    wrong: list[str]
 
     @property
     def faults(self) -> list[str]:
@@ -38,44 +51,107 @@ class Soaked:
             found.append(f"memory grew by {self.grown_bytes:,} bytes")
         if self.stray or self.problems:
             found.append(f"left over: {self.stray}, {self.problems} problems")
+        if self.wrong:
+            found.append(f"not what was committed: {self.wrong}")
         return found
 
 
+@dataclass(slots=True)
+class Expected:
+    """What a session must hold."""
+
+    n: int = 0
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    def is_shown_by(self, data: dict[str, Any]) -> bool:
+        shown = (data["n"], data["messages"], data.get("active_stream_id"), data.get("pending_user_message"))
+        return shown == (self.n, self.messages, None, None)
+
+
 def soak(directory: Path, commits: int) -> Soaked:
-    """Make at least so many commits, over sessions that come and go, and count what is left of them."""
+    """Make at least so many commits, over sessions that come and go, and look at what is left of them."""
     store = persist.Store(directory)
+    # What others in this process have dropped must not be closed while we count.
+    gc.collect()
     before, warm, done = len(descriptors()), 0, 0
+    expected: dict[str, Expected] = {}
     number = 0
     while done < commits:
-        done += _one_round(store, f"s-{number % SESSIONS}")
+        done += _one_round(store, f"s-{number % SESSIONS}", f"r{number}", expected)
         number += 1
         if not warm and done >= commits * WARM_UP:
             warm = _resident_bytes()
     gc.collect()
     after, grown = len(descriptors()), _resident_bytes() - warm
-    return Soaked(done, before, after, grown, list(stray_files(directory)), len(store.check()))
+    wrong = list(_wrong_sessions(store, expected))
+    return Soaked(done, before, after, grown, list(stray_files(directory)), len(store.check()), wrong)
 
 
-def _one_round(store: persist.Store, session_id: str) -> int:
+def _wrong_sessions(store: persist.Store, expected: dict[str, Expected]) -> Iterator[str]:
+    found = store.ids()
+    yield from sorted(expected.keys() ^ set(found))
+    for session_id in expected.keys() & set(found):
+        if not expected[session_id].is_shown_by(store.load(session_id).data):
+            yield session_id
+
+
+def _one_round(store: persist.Store, session_id: str, name: str, expected: dict[str, Expected]) -> int:
     """Every kind of commit once, on one session; returns how many commits it made."""
-    if not store.exists(session_id):
+    if session_id not in expected:
         store.create(session_id, {"messages": [], "n": 0})
+        expected[session_id] = Expected()
         return 1
+    there = expected[session_id]
     session = store.load(session_id)
-    store.append(session_id, "messages", {"role": "user", "content": "x" * 300})
+    message = {"id": name, "role": "user", "content": f"{name} " * 100}
+    store.append(session_id, "messages", message)
     session.data["n"] += 1
     session.save()
-    with store.start_stream(session_id, {"role": "user", "content": "Why?"}) as stream:
-        stream.checkpoint({"role": "assistant", "content": "Be"})
-        assert not stream.cancelled
-        if session.data["n"] % 3:
-            stream.finish({"role": "assistant", "content": "Because."})
+    there.n += 1
+    there.messages = [*there.messages, message, *_turn(store, session_id, name, is_finished=there.n % 3 != 0)][-KEPT_MESSAGES:]
     with store.edit(session_id) as data:
         del data["messages"][:-KEPT_MESSAGES]
-    if session.data["n"] % 50 == 0:
+    if there.n % 50 == 0:
         store.delete(session_id)
+        del expected[session_id]
     return 6
+
+
+def _turn(store: persist.Store, session_id: str, name: str, *, is_finished: bool) -> list[dict[str, Any]]:
+    """One turn; returns the messages that it must leave."""
+    prompt, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": f"{name} Be"}
+    with store.start_stream(session_id, prompt, stream_id=f"{name}-t") as stream:
+        stream.checkpoint(answer)
+        assert not stream.cancelled
+        if is_finished:
+            answer["content"] += "cause."
+            stream.finish(answer)
+    mark = {} if is_finished else {"interrupted": True}
+    return [{"id": f"{name}-t.prompt", **prompt, **mark}, {"id": f"{name}-t.answer", **answer, **mark}]
 
 
 def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="scripts/soak", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--commits", type=positive, default=100_000, help="at least so many; default 100,000")
+    parser.add_argument(
+        "--directory", type=existing_directory, help="where to make the scratch store; by default the temporary directory"
+    )
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(dir=options.directory) as scratch:
+        soaked = soak(Path(scratch) / "sessions", options.commits)
+    print(f"commits                {soaked.commits:>12,}")
+    print(f"descriptors            {soaked.descriptors_before:>6} -> {soaked.descriptors_after}")
+    print(f"memory after warm-up   {soaked.grown_bytes / 1024:>+12,.0f} KiB")
+    print(f"stray files            {len(soaked.stray):>12}")
+    print(f"wrong sessions         {len(soaked.wrong):>12}")
+    for fault in soaked.faults:
+        print(f"FAULT: {fault}")
+    return 1 if soaked.faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

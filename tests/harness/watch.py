@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import persist
-from harness.acknowledged import Change, Figures, Ledger, read_all, settle
+from harness.acknowledged import Change, Document, Figures, Ledger, read_all, settle
 from harness.authors import LOCK_TIMEOUT_S, Crew, Hand, Role, as_document
+from harness.runs import Plan
 
 SHARED = 3
 MOST_MESSAGES = 40
@@ -22,28 +26,66 @@ class Watch:
     that start from then on, and deleted when the last author that knows it is dead.
     """
 
-    def __init__(self, directory: Path, figures: Figures, seed: int) -> None:
+    def __init__(self, directory: Path, figures: Figures, plan: Plan) -> None:
         self.figures = figures
         self.ledger = Ledger()
-        self.crew = Crew(self.ledger, figures, seed)
+        self.crew = Crew(self.ledger, figures, plan.seed)
         self.shared: tuple[str, ...] = ()
         self._directory = directory
+        self._plan = plan
+        self._acknowledged_before = figures.acknowledged
 
     def open(self) -> None:
         """Look at the directory with a new store, as a process does that has just started."""
-        self.store = persist.Store(self._directory, lock_timeout_s=LOCK_TIMEOUT_S)
+        self.store = persist.Store(self._directory, lock_timeout_s=LOCK_TIMEOUT_S, keep_events_s=0)
 
     def start(self, role: Role) -> Hand:
         return self.crew.start(role, self._directory, self.shared)
 
     def share(self) -> None:
-        """See to it that there are enough sessions to share."""
-        missing = [f"{MADE_HERE}-{self.figures.crashes}-{number}" for number in range(len(self.shared), SHARED)]
-        for session_id in missing:
-            self.ledger.begin(MADE_HERE, Change("create", session_id))
-            self.store.create(session_id, {"title": "New chat", "messages": []})
+        """See to it that there are enough sessions to share, and rename one of them."""
+        for number in range(len(self.shared), SHARED):
+            session_id = title = f"{MADE_HERE}-{self.figures.crashes}-{number}"
+            with self._promised(Change("create", session_id, title=title)):
+                self.store.create(session_id, {"title": title, "messages": []})
+            self.shared += (session_id,)
+        session_id, title = self.shared[self.figures.crashes % SHARED], f"{MADE_HERE}-at-{self.figures.crashes}"
+        with self._promised(Change("rename", session_id, title=title)):
+            self.store.update(session_id, lambda data: data.update(title=title))
+
+    @contextmanager
+    def _promised(self, change: Change) -> Iterator[None]:
+        self.ledger.begin(MADE_HERE, change)
+        try:
+            yield
             self.ledger.acknowledge(MADE_HERE)
-        self.shared += tuple(missing)
+        except persist.PersistError as error:
+            self.figures.found("raised", f"{change.kind}: {error}")
+
+    def await_commit(self) -> bool:
+        """Wait until something was acknowledged since the last look: what nobody was promised cannot be lost by a crash."""
+        has_come = self._await(lambda: self.figures.acknowledged > self._acknowledged_before)
+        if not has_come:
+            self.figures.found("idle", f"no commit for {self._plan.patience_s:g} s")
+        return has_come
+
+    def require_work_of(self, roles: Iterable[Role]) -> None:
+        """Each role must have done something in this run. One that was always killed too early has the time for it now."""
+        missing = {role.__name__: role for role in roles if role.__name__ not in self.figures.worked}
+        for role in set(missing.values()) - {hand.role for hand in self.crew.hands}:
+            self.start(role)
+        if not self._await(lambda: missing.keys() <= self.figures.worked):
+            idle = sorted(missing.keys() - self.figures.worked)
+            self.figures.found("idle", f"{idle} have done nothing, not even in {self._plan.patience_s:g} s", len(idle))
+
+    def _await(self, is_so: Callable[[], bool]) -> bool:
+        """Listen until it is so. An error of the crew and Ctrl-C end it, too: they have a verdict of their own."""
+        until = time.monotonic() + self._plan.patience_s
+        while not (is_so() or self.crew.raised or self._plan.is_interrupted()):
+            if time.monotonic() >= until:
+                return False
+            self.crew.listen(0.001)
+        return True
 
     def try_again(self, author: str, change: Change | None) -> None:
         """Do once more, with the same item, an append whose outcome nobody knows: then it must be there, once."""
@@ -58,12 +100,14 @@ class Watch:
     def look(self) -> None:
         """Read every session, and hold it against what was acknowledged before."""
         self.crew.listen()
+        self._acknowledged_before = self.figures.acknowledged
         self.ledger.forget_the_past()
+        self.ledger.compare_events(self.store, dict(self.ledger.emitted), self.figures)
         found = read_all(self.store, self.ledger.session_ids, self.figures)
         # What was begun while we read may show already.
         self.crew.listen()
-        for session_id, messages in found.items():
-            self.ledger.compare(session_id, messages, self.figures)
+        for session_id, document in found.items():
+            self.ledger.compare(session_id, document, self.figures)
         self.shared = tuple(each for each in self.shared if _is_fit(found.get(each)))
 
     def retire(self) -> None:
@@ -77,10 +121,11 @@ class Watch:
                     # A damaged one is a finding already.
                     self.store.delete(session_id, force=not self.figures.is_sound)
 
-    def blame(self) -> None:
-        """What the crew has raised until now has no excuse."""
-        for error in self.crew.raised:
-            self.figures.found("raised", error)
+    def blame(self, until_s: float = math.inf) -> None:
+        """What the crew has raised has no excuse, unless it was raised after that time (`time.monotonic`)."""
+        for raised in self.crew.raised:
+            if raised.at_s <= until_s:
+                self.figures.found("raised", raised.said)
         self.crew.raised.clear()
 
     def settle(self) -> None:
@@ -88,5 +133,5 @@ class Watch:
         settle(self.store, self.figures)
 
 
-def _is_fit(messages: list[Any] | None) -> bool:
-    return messages is not None and len(messages) < MOST_MESSAGES
+def _is_fit(document: Document | None) -> bool:
+    return document is not None and len(document["messages"]) < MOST_MESSAGES

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import inspect
 import os
+import signal
 import sys
 import threading
 import types
@@ -349,8 +351,8 @@ async def test_follower_in_the_loop_sees_every_event_of_another_process(aio: per
     owner = actor()
     stream_id = owner.do("stream = store.start_stream('s-1'); stream.id")
     owner.start("for n in range(2000): stream.emit(n)\nstream.finish()")
-    following = aio.follow("s-1", stream_id)
-    found = [(event.offset, event.data) async for event in following]
+    async with aio.follow("s-1", stream_id) as following:
+        found = [(event.offset, event.data) async for event in following]
     assert found == [(n + 1, n) for n in range(2000)]
     assert (following.ended, following.offset) == ("finished", 2000)
     await anyio.to_thread.run_sync(owner.result)
@@ -393,6 +395,8 @@ async def test_bad_cursor_is_answered_at_the_first_step(aio: persist.aio.Store) 
         for bad, error in (((stream.id, 7), persist.CursorAhead), (("none", 0), persist.EventsNotFound)):
             with pytest.raises(error):
                 await anext(aio.follow("s-1", bad[0], after=bad[1]))
+            with pytest.raises(error):
+                await aio.follow("s-1", bad[0], after=bad[1])
 
 
 async def test_dropped_follower_leaves_no_descriptor(aio: persist.aio.Store) -> None:
@@ -424,3 +428,146 @@ def test_follower_of_a_loop_that_has_ended_disturbs_no_emitter(store: persist.St
         assert stream.emit("second") == 2
         following.close()
         stream.finish()
+
+
+# --- threads, forks and loops ----------------------------------------------------------------------------------------------
+
+
+async def test_streams_end_after_the_store_is_closed(aio: persist.aio.Store, store: persist.Store) -> None:
+    """A server that stops closes its store, and the turns that still run go on until they end; new verbs are refused."""
+    stream = await aio.start_stream("s-1", PROMPT)
+    aio.close()
+    with pytest.raises(persist.StoreClosed):
+        await aio.load("s-1")
+    await stream.emit(1)
+    await stream.finish(ANSWER)
+    assert contents(store) == ["Why?", "Because."]
+
+
+@pytest.mark.parametrize("outer", [TimeoutError, None])
+async def test_cancellation_comes_through_when_the_undo_fails(
+    aio: persist.aio.Store, store: persist.Store, monkeypatch: pytest.MonkeyPatch, outer: Any
+) -> None:
+    """Somebody locks the session just then: who cancelled gets the cancellation, and the stream is stale, not alive."""
+    gate = Gate(monkeypatch, "replace")
+    impatient = persist.aio.Store(persist.Store(store.path, lock_timeout_s=0.01))
+    caught: list[BaseException] = []
+
+    async def start() -> None:
+        try:
+            await impatient.start_stream("s-1", PROMPT)
+        except BaseException as error:
+            caught.append(error)
+            raise
+
+    real = persist.Stream.__exit__
+
+    def refused(self: persist.Stream, *error: Any) -> None:
+        with store.edit("s-1"):
+            thread = threading.Thread(target=lambda: _suppressed(lambda: real(self, *error)))
+            thread.start()
+            thread.join(DEADLINE_S)
+        raise persist.StoreClosed(path=store.path)
+
+    monkeypatch.setattr(persist.Stream, "__exit__", refused)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(start)
+        await gate.wait()
+        tasks.cancel_scope.cancel()
+        gate.is_open.set()
+    assert isinstance(caught[0], anyio.get_cancelled_exc_class())
+    info = store.stream("s-1")
+    assert info is None or not info.is_live
+
+
+def _suppressed(call: Callable[[], object]) -> None:
+    with contextlib.suppress(persist.PersistError):
+        call()
+
+
+async def test_locked_session_holds_up_no_events_of_others(aio: persist.aio.Store, store: persist.Store) -> None:
+    """More verbs than there are quick threads wait for one session; another session's stream goes on.
+
+    Fails if all verbs share the threads.
+    """
+    await aio.create("s-2", {"messages": []})
+    async with aio.start_stream("s-2") as stream, anyio.create_task_group() as tasks:
+        await stream.emit(0)
+        with store.edit("s-1"):
+            for n in range(2 * persist.aio.QUICK_THREADS):
+                tasks.start_soon(aio.append, "s-1", "messages", {"content": str(n)})
+            for n in range(20):
+                await stream.emit(n)
+            assert len(await aio.events("s-2", stream.id)) == 21
+        await stream.finish()
+    assert len(contents(store)) == 2 * persist.aio.QUICK_THREADS
+
+
+async def test_closed_follower_stops(aio: persist.aio.Store) -> None:
+    """Closed before its first step, between two, and by another task while one waits: the loop ends."""
+    async with aio.start_stream("s-1") as stream:
+        await stream.emit(1, 2)
+        unopened, between, waiting_one = (aio.follow("s-1", stream.id, after=after) for after in (0, 0, 2))
+        unopened.close()
+        assert [event async for event in unopened] == []
+        await anext(between)
+        between.close()
+        assert [event.data async for event in between] == [2]
+        async with anyio.create_task_group() as tasks:
+
+            async def close() -> None:
+                await anyio.sleep(0.02)
+                waiting_one.close()
+
+            tasks.start_soon(close)
+            assert [event async for event in waiting_one] == []
+
+
+def test_loops_in_two_threads_share_a_store(store: persist.Store, anyio_backend: str) -> None:
+    """A store belongs to no loop: two of them, each with many tasks, and one after the other."""
+    store.create("s-1", {"n": 0})
+    aio = persist.aio.Store(store)
+
+    async def count() -> None:
+        await aio.update("s-1", lambda data: data.update(n=data["n"] + 1))
+
+    async def serve() -> None:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(50):
+                tasks.start_soon(count)
+
+    threads = [threading.Thread(target=anyio.run, args=(serve,), kwargs={"backend": anyio_backend}) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(DEADLINE_S)
+    anyio.run(serve, backend="trio" if anyio_backend == "asyncio" else "asyncio")
+    assert store.load("s-1").data["n"] == 150
+
+
+def test_forked_worker_has_threads_of_its_own(store: persist.Store) -> None:
+    """Pre-fork servers: the parent has used the store, and its threads are not in the child. Fails (by its alarm) if shared."""
+    store.create("s-1", {"messages": []})
+    aio = persist.aio.Store(store)
+
+    async def use() -> None:
+        await aio.append("s-1", "messages", {"content": "x"})
+        await aio.load("s-1")
+
+    asyncio.run(use())
+    child = os.fork()
+    if child == 0:
+        signal.alarm(int(DEADLINE_S))
+        asyncio.run(use())
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert contents(store) == ["x", "x"]
+
+
+async def test_large_event_passes(aio: persist.aio.Store) -> None:
+    """Megabytes in one event are read in a thread, and in one piece."""
+    async with aio.start_stream("s-1") as stream:
+        large = "x" * 3_000_000
+        await stream.emit("before", large, "after")
+        await stream.finish()
+    assert [event.data async for event in aio.follow("s-1", stream.id)] == ["before", large, "after"]

@@ -20,7 +20,7 @@ from harness.faults import Fault, descriptors, injecting
 
 import persist
 from persist import following, streams
-from persist.files import events
+from persist.files import disk, waiting
 from persist.files.transaction import SessionFiles
 
 START = "stream = store.start_stream('s-1', {'role': 'user', 'content': 'Why?'}); stream.id"
@@ -182,7 +182,7 @@ def test_what_was_written_before_the_look_comes_first(
 
 def test_one_look_after_a_silence_is_enough() -> None:
     """A death is noticed in less than a second, since that is more than two silences long."""
-    assert following.LOOK_S + following.POLL_S < 0.5
+    assert following.LOOK_S + waiting.POLL_S < 0.5
 
 
 def test_killed_in_the_middle_of_an_emission(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
@@ -591,12 +591,12 @@ def test_dropped_follower_leaves_nothing_open(store: persist.Store, session: per
         with pytest.raises(persist.CursorAhead):
             store.follow("s-1", stream.id, after=4)
         assert descriptors() == before
-        assert not any(path.is_relative_to(store.path) for path in events._waiting)
+        assert not any(path.is_relative_to(store.path) for path in waiting._waiting)
         at_the_end = store.follow("s-1", stream.id)
         stream.finish()
     list(at_the_end)
     assert descriptors() < before
-    assert not any(path.is_relative_to(store.path) for path in events._waiting)
+    assert not any(path.is_relative_to(store.path) for path in waiting._waiting)
 
 
 # --- one process ---------------------------------------------------------------------------------------------------------
@@ -609,8 +609,10 @@ def _is_as_long_as(seen: list[Any], count: int) -> bool:
 def test_follower_in_the_same_process_is_woken(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Events and the end come at once, and not with the next look at the file: these are put off beyond the deadline."""
-    monkeypatch.setattr(following, "POLL_S", 10 * DEADLINE_S)
+    """Events and the end come at once, and not with the next look at the file: nobody looks, and a silence has no end."""
+    eventually(lambda: waiting._looking is None)
+    monkeypatch.setattr(waiting, "_look_from_now_on", lambda: None)
+    monkeypatch.setattr(following, "LOOK_S", 10 * DEADLINE_S)
     seen: list[Any] = []
     with store.start_stream("s-1") as stream:
         followed = store.follow("s-1", stream.id)
@@ -830,3 +832,147 @@ def test_no_event_appears_in_an_error(store: persist.Store, session: persist.Ses
     for error in errors:
         told = f"{error!r} {error} {error.args} {error.__cause__!r}"
         assert CANARY not in told
+
+
+# --- signals, forks, and what a fast writer does ----------------------------------------------------------------------------
+
+
+def test_signal_handler_may_emit_while_others_follow(actor: ActorFactory, session: persist.Session) -> None:
+    """A handler that emits, over and over, in a process whose threads follow: it may be refused, and nobody waits for ever."""
+    owner = actor()
+    seen = owner.do(
+        """
+import signal, threading
+stream = store.start_stream("s-1")
+stream.emit(0)
+followers = [store.follow("s-1", stream.id) for _ in range(2)]
+counts = [0, 0]
+def count(place):
+    for _ in followers[place]:
+        counts[place] += 1
+threads = [threading.Thread(target=count, args=(place,)) for place in range(2)]
+for thread in threads: thread.start()
+emitted = 1
+def handler(*_):
+    global emitted
+    try:
+        stream.emit("handler"); emitted += 1
+    except persist.NestedLock:
+        pass
+signal.signal(signal.SIGALRM, handler)
+signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+for n in range(3000):
+    stream.emit(n); emitted += 1
+signal.setitimer(signal.ITIMER_REAL, 0)
+stream.finish()
+for thread in threads: thread.join()
+len(store.events("s-1", stream.id)), counts
+"""
+    )
+    assert seen[1] == [seen[0]] * 2
+
+
+def test_child_reads_with_a_cursor_of_its_own(store: persist.Store, session: persist.Session) -> None:
+    """A follower that is open when the process forks: parent and child each see every event. Fails if they share a position."""
+    with store.start_stream("s-1") as stream:
+        for n in range(300):
+            stream.emit(*[f"{n} {m} {'x' * 1000}" for m in range(10)])
+        followed = store.follow("s-1", stream.id)
+        stream.finish()
+    child = os.fork()
+    if child == 0:
+        os._exit([event.offset for event in followed] != list(range(1, 3001)))
+    assert [event.offset for event in followed] == list(range(1, 3001))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_child_of_a_fork_in_the_middle_of_a_registration_can_follow(store: persist.Store, session: persist.Session) -> None:
+    """Another thread is inside the guard of those who wait: the child has a guard of its own. Fails (by its alarm) if not."""
+    with store.start_stream("s-1") as stream:
+        stream.emit(1)
+        with waiting._guard:
+            child = _forked_in_a_thread(lambda: next(store.follow("s-1", stream.id)).data == 1)
+        assert child() == 0
+
+
+def _forked_in_a_thread(claim: Callable[[], bool]) -> Callable[[], int]:
+    """Fork in another thread; the child exits with 0 if the claim holds there."""
+    pids: list[int] = []
+
+    def fork() -> None:
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(int(DEADLINE_S))
+            os._exit(not claim())
+        pids.append(pid)
+
+    thread = threading.Thread(target=fork)
+    thread.start()
+    thread.join(DEADLINE_S)
+    return lambda: os.waitstatus_to_exitcode(os.waitpid(pids[0], 0)[1])
+
+
+def test_events_up_to_now_are_not_those_of_the_future(
+    store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`events` ends where the file ended when it was asked, however fast the stream goes on. Fails if it chases the end."""
+    with store.start_stream("s-1") as stream:
+        stream.emit("first")
+        real = disk.read_at
+
+        def read_at(fd: int, limit: int, position: int) -> bytes:
+            found: bytes = real(fd, limit, position)
+            if stream.emit("one more") > 100:
+                pytest.fail("it chases the end")
+            return found
+
+        with monkeypatch.context() as patched:
+            patched.setattr(disk, "read_at", read_at)
+            assert len(store.events("s-1", stream.id)) < 5
+        stream.finish()
+
+
+def test_deletion_ends_the_events_before_the_session_is_gone(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
+    """What the owner emits while its session is being deleted is refused, so no follower misses an acknowledged event."""
+    owner, deleter = actor(), actor()
+    stream_id = owner.do("stream = store.start_stream('s-1'); stream.emit(1); stream.id")
+    deleter.start_and_pause("store.delete('s-1', force=True)", "unlink")
+    with pytest.raises(persist.StreamLost):
+        owner.do("stream.emit(2)")
+    followed = store.follow("s-1", stream_id)
+    deleter.go()
+    deleter.result()
+    assert ([event.data for event in followed], followed.ended) == ([1], "deleted")
+
+
+def test_id_that_is_used_again_is_kept_for_its_own_time(store: persist.Store, session: persist.Session) -> None:
+    """The time of an earlier stream of that id does not count for the later one; a sweep makes no second entry."""
+    keeping = persist.Store(store.path, keep_events_s=3600)
+    expiry = keeping._files.events._expiry
+    for data in ("old", "new"):
+        with keeping.start_stream("s-1", {"id": data, "content": "x"}, stream_id="again") as stream:
+            stream.emit(data)
+            stream.finish({"id": f"answer {data}", "role": "assistant", "content": "x"})
+    for _ in range(3):
+        keeping.clear_stale_streams()
+    path = keeping._files.events.path("s-1", "again")
+    [(due_s, version)] = expiry._due.values()
+    # Its time has come, and another file has taken the name since.
+    expiry._due[path] = (0.0, (version[0], version[1] - 1, version[2]))
+    expiry._remove_due()
+    assert due_s > 0
+    assert [event.data for event in keeping.events("s-1", "again")] == ["new"]
+
+
+def test_events_may_be_kept_for_centuries(store: persist.Store, session: persist.Session) -> None:
+    """A time that no timer can wait for is waited for in parts."""
+    keeping = persist.Store(store.path, keep_events_s=1e10)
+    with keeping.start_stream("s-1") as stream:
+        stream.emit(1)
+        stream.finish()
+    timer = keeping._files.events._expiry._timer
+    assert timer is not None
+    assert timer.interval < 1e5
+    timer.cancel()

@@ -6,7 +6,7 @@ import errno
 import gc
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import persist
 from persist import codec
-from persist.files import events
+from persist.files import events, waiting
 from persist.files.events import Ended, Event, EventFiles, EventReader, EventWriter, Fenced
 from persist.files.layout import Layout
 
@@ -457,7 +457,7 @@ def test_short_writes_are_completed(path: Path, writer: EventWriter) -> None:
 def test_durable_emission_syncs_the_file_and_once_its_name(
     path: Path, writer: EventWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A durable emission returns when the file is synced, the first one its directory, too; others sync nothing.
+    """A durable emission returns when the file is synced, the first one also the directories above; others sync nothing.
 
     Fails with either sync taken out.
     """
@@ -473,11 +473,11 @@ def test_durable_emission_syncs_the_file_and_once_its_name(
     emit(writer, "a")
     assert synced == []
     emit(writer, "b", durable=True)
-    assert synced == [f"s-1.t-1 of {2 * len(line(1, 'a'))} bytes", ".events"]
+    assert synced == [f"s-1.t-1 of {2 * len(line(1, 'a'))} bytes", ".events", path.parent.parent.name]
     emit(writer, "c", durable=True)
-    assert synced[2:] == [f"s-1.t-1 of {3 * len(line(1, 'a'))} bytes"]
+    assert synced[3:] == [f"s-1.t-1 of {3 * len(line(1, 'a'))} bytes"]
     emit(writer, "d")
-    assert len(synced) == 3
+    assert len(synced) == 4
 
 
 # --- waking --------------------------------------------------------------------------------------------------------------
@@ -486,8 +486,14 @@ def test_durable_emission_syncs_the_file_and_once_its_name(
 def test_those_who_wait_are_woken_by_every_append_and_the_end(path: Path, files: EventFiles, writer: EventWriter) -> None:
     """In the same process nobody waits for the next look at the file, and nobody is woken for another file's events."""
     calls: list[str] = []
-    with events.waking(path, lambda: calls.append("a")), events.waking(path, lambda: calls.append("b")):
-        with events.waking(path.with_name("s-1.t-2"), lambda: calls.append("another")):
+    me = threading.get_ident()
+
+    def waker(name: str) -> Callable[[], None]:
+        # The thread that looks at the files calls it, too.
+        return lambda: calls.append(name) if threading.get_ident() == me else None
+
+    with waiting.waking(path, waker("a")), waiting.waking(path, waker("b")):
+        with waiting.waking(path.with_name("s-1.t-2"), waker("another")):
             emit(writer, 1)
             assert calls == ["a", "b"]
             files.end("s-1", "t-1", "finished")
@@ -511,9 +517,9 @@ def test_garbage_collector_may_come_at_any_moment(path: Path) -> None:
     def wait_and_drop() -> None:
         dropped: dict[str, Any] = {"stack": ExitStack()}
         dropped["itself"] = dropped
-        dropped["stack"].enter_context(events.waking(path, lambda: None))
+        dropped["stack"].enter_context(waiting.waking(path, lambda: None))
         del dropped
-        with events.waking(Collecting(path), done.set):
+        with waiting.waking(Collecting(path), done.set):
             pass
         done.set()
 

@@ -70,8 +70,8 @@ def assert_refused(done: subprocess.CompletedProcess[str], option: str, scratch:
 @pytest.mark.parametrize("name", IN_PYTHON)
 def test_a_shortened_option_is_refused(tmp_path: Path, name: str) -> None:
     """A misspelt option is never taken for another one, nor ignored."""
-    required = ("--store=sessions",) if name == "example_server.py" else ()
-    assert_refused(run(tmp_path, name, *required, "--hel"), "--hel", tmp_path)
+    required = {"example_server.py": "--store=sessions", "example_async_server.py": "--directory=sessions"}.get(name)
+    assert_refused(run(tmp_path, name, *filter(None, [required]), "--hel"), "--hel", tmp_path)
 
 
 @needs_the_environment

@@ -1,0 +1,94 @@
+"""Waiting for files to grow: who waits, and the one thread of this process that looks.
+
+What this process writes itself wakes those who wait at once. For what others write, one thread looks at the size of each file
+that somebody waits for, every 10 ms; it ends when nobody does. So a hundred who wait for one file cost one look at a time, and
+a server that nobody listens to costs nothing.
+
+The functions that wake are called from any thread, also from a signal handler in the middle of another such call: they must
+neither wait nor take a lock that is not re-entrant.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+#: How often the files are looked at.
+POLL_S = 0.01
+
+Wake = Callable[[], None]
+
+_waiting: dict[Path, tuple[Wake, ...]] = {}
+# Re-entrant: the garbage collector may end a dropped wait in the thread that is inside just now.
+_guard = threading.RLock()
+_looking: threading.Thread | None = None
+
+
+@contextmanager
+def waking(path: Path, wake: Wake) -> Iterator[None]:
+    """Have `wake` called whenever somebody, in whatever process, has appended to a file; for a block."""
+    with _guard:
+        _waiting[path] = (*_waiting.get(path, ()), wake)
+        _look_from_now_on()
+    try:
+        yield
+    finally:
+        with _guard:
+            others = list(_waiting.get(path, ()))
+            # In a forked child nobody waits.
+            if wake in others:
+                others.remove(wake)
+            _waiting[path] = tuple(others)
+            if not others:
+                del _waiting[path]
+
+
+def wake(path: Path) -> None:
+    """Wake those who wait for a file, in this process."""
+    for each in _waiting.get(path, ()):
+        each()
+
+
+def _look_from_now_on() -> None:
+    global _looking  # noqa: PLW0603 - one thread a process
+    if _looking is None:
+        _looking = threading.Thread(target=_look, name="persist-events", daemon=True)
+        _looking.start()
+
+
+def _look() -> None:
+    global _looking  # noqa: PLW0603
+    sizes: dict[Path, int] = {}
+    while True:
+        time.sleep(POLL_S)
+        with _guard:
+            paths = list(_waiting)
+            if not paths:
+                _looking = None
+                return
+        before, sizes = sizes, {path: _size(path) for path in paths}
+        for path, size in sizes.items():
+            # The first look, too: it may have grown since the one who waits has read it.
+            if before.get(path) != size:
+                wake(path)
+
+
+def _size(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def _forget_in_child() -> None:
+    global _guard, _looking
+    _guard, _looking = threading.RLock(), None
+    _waiting.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

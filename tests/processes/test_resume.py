@@ -1,0 +1,366 @@
+"""Streams that any worker can resume: the README's own server and the example, as real uvicorn processes over one directory.
+
+A client that loses its connection again and again, a worker that is killed, cursors that cannot be right. Waiting is asking
+the servers, with a deadline; what is asserted is what they sent, never that time has passed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from http.client import HTTPConnection, HTTPResponse
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from actors import DEADLINE_S, eventually
+
+import persist
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "scripts" / "example_async_server.py"
+#: Echoed a word each 100 ms or 10 ms, it outlasts every test.
+LONG_PROMPT = " ".join(f"word{i}" for i in range(100_000))
+
+
+def app_of_the_readme() -> str:
+    """The code blocks of its section, which are one file."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Resumable streams", 1)[1].split("\n## ", 1)[0]
+    return "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
+
+
+# --- a client ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sent:
+    """One Server-Sent Event: its id is a cursor, and it has a name only if the stream has ended."""
+
+    id: str
+    name: str
+    data: str
+
+
+class Followed:
+    """A connection that follows a stream; iterate it to its end, which must come in time, or `close` it before."""
+
+    def __init__(self, port: int, path: str, cursor: str | None) -> None:
+        self._deadline = time.monotonic() + DEADLINE_S
+        self._connection = HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
+        self._connection.request("GET", path, headers={} if cursor is None else {"Last-Event-ID": cursor})
+        self._response: HTTPResponse = self._connection.getresponse()
+        self.status = self._response.status
+
+    def __iter__(self) -> Iterator[Sent]:
+        fields: dict[str, str] = {}
+        while line := self._response.readline():
+            assert time.monotonic() < self._deadline, "the stream did not end"
+            name, _, value = line.decode().rstrip("\r\n").partition(": ")
+            if name:
+                fields[name] = value
+            elif "data" in fields:
+                yield Sent(fields.get("id", ""), fields.get("event", ""), fields["data"])
+                fields = {}
+        self.close()
+
+    def close(self) -> None:
+        self._response.close()
+        self._connection.close()
+
+    def body(self) -> Any:
+        """The answer of one that was refused."""
+        try:
+            return json.loads(self._response.read())
+        finally:
+            self.close()
+
+
+@dataclass(frozen=True)
+class Server:
+    process: subprocess.Popen[bytes]
+    port: int
+
+    def request(self, method: str, path: str, body: str | None = None) -> tuple[int, Any]:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
+        try:
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+        finally:
+            connection.close()
+
+    def start(self, prompt: str) -> str:
+        """Start a turn in session "s-1"."""
+        status, reply = self.request("POST", "/chat/s-1", prompt)
+        assert status == 202, reply
+        return str(reply["stream_id"])
+
+    def follow(self, stream_id: str, cursor: str | None = None, *, session_id: str = "s-1") -> Followed:
+        return Followed(self.port, f"/events/{session_id}/{stream_id}", cursor)
+
+    def event_files_open(self) -> int:
+        """How many descriptors of the server are on events."""
+        names = [link.readlink() for link in Path(f"/proc/{self.process.pid}/fd").iterdir() if link.is_symlink()]
+        return sum(name.parent.name == ".events" for name in names)
+
+    def end(self, signal_number: int) -> None:
+        self.process.send_signal(signal_number)
+        self.process.wait(DEADLINE_S)
+
+
+def tokens(sent: list[Sent]) -> list[str]:
+    return [each.data for each in sent if not each.name]
+
+
+def first_of(followed: Followed, count: int) -> list[Sent]:
+    """The next events, fewer if it ends; then the connection is dropped."""
+    found: list[Sent] = []
+    for each in followed:
+        found.append(each)
+        if len(found) == count:
+            break
+    followed.close()
+    return found
+
+
+# --- servers -------------------------------------------------------------------------------------------------------------
+
+Serve = Callable[..., list[Server]]
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The server processes of a test; all of them are gone after it."""
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.wait(DEADLINE_S)
+
+
+def serving(log: Path, process: subprocess.Popen[bytes]) -> Server:
+    """The server that writes this log, once it has named its address in it and answers there."""
+    found: list[int] = []
+
+    def answers() -> bool:
+        text = log.read_text()
+        assert process.poll() is None, text
+        found[:] = [int(port) for port in re.findall(r"http://127\.0\.0\.1:(\d+)", text)]
+        return bool(found)
+
+    eventually(answers)
+    return Server(process, found[0])
+
+
+@pytest.fixture
+def start_up(tmp_path: Path, processes: list[subprocess.Popen[bytes]]) -> Callable[[list[str], int], list[Server]]:
+    def start(command: list[str], count: int) -> list[Server]:
+        logs = [tmp_path / f"{len(processes) + n}.log" for n in range(count)]
+        for log in logs:
+            with log.open("wb") as written:
+                processes.append(subprocess.Popen(command, cwd=tmp_path, stdout=written, stderr=subprocess.STDOUT))
+        return [serving(log, process) for log, process in zip(logs, processes[-count:], strict=True)]
+
+    return start
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> persist.Store:
+    return persist.Store(tmp_path / "var" / "sessions", lock_timeout_s=20.0)
+
+
+@pytest.fixture
+def serve(tmp_path: Path, store: persist.Store, start_up: Callable[[list[str], int], list[Server]]) -> Serve:
+    """Start workers of the README's `app.py`, on a store with the session "s-1"."""
+    store.create("s-1", {"messages": []})
+    (tmp_path / "app.py").write_text(app_of_the_readme(), encoding="utf-8")
+    command = [sys.executable, "-W", "error", "-m", "uvicorn", "app:app", "--port", "0", "--no-access-log"]
+    return lambda count: start_up(command, count)
+
+
+@pytest.fixture
+def serve_example(store: persist.Store, start_up: Callable[[list[str], int], list[Server]]) -> Serve:
+    """Start workers of the example script."""
+    command = [sys.executable, "-W", "error", str(EXAMPLE), "--directory", str(store.path), "--delay-s", "0.01"]
+    return lambda count: start_up(command, count)
+
+
+# --- the README's server -------------------------------------------------------------------------------------------------
+
+
+def test_client_that_loses_its_connection_again_and_again_sees_every_event_once(serve: Serve, store: persist.Store) -> None:
+    """A turn in worker A, followed through B over 20 connections: each event once and in order, then the end.
+
+    Fails if a worker knows its own streams only, or does not go on from `Last-Event-ID`. What a dropped connection had open
+    is closed: fails if a follower that is cut off is kept (left to the garbage collector, as a rule).
+    """
+    a, b = serve(2)
+    words = [f"word{i}" for i in range(40)]
+    stream_id = a.start(" ".join(words))
+    seen: list[Sent] = []
+    connections = 0
+    counts = cycle([1, 3, 2])
+    while not seen or not seen[-1].name:
+        connections += 1
+        seen += first_of(b.follow(stream_id, seen[-1].id if seen else None), next(counts))
+        assert tokens(seen) == words[: len(tokens(seen))]
+    assert connections >= 20
+    assert [each.id for each in seen[:-1]] == [str(n) for n in range(1, 41)]
+    assert tokens(seen) == words
+    assert seen[-1] == Sent("", "finished", "40")
+    assert [event.data for event in store.events("s-1", stream_id)] == words
+    assert store.load("s-1").data["messages"][-1]["content"] == " ".join(words)
+    if Path("/proc/self/fd").exists():
+        eventually(lambda: b.event_files_open() == 0)
+
+
+@pytest.mark.parametrize("is_started_at_once", [False, True], ids=["then started again", "started again at once"])
+def test_follower_is_told_that_the_worker_was_killed(serve: Serve, store: persist.Store, is_started_at_once: bool) -> None:
+    """`kill -9` of A in mid-stream: B's follower gets all that was emitted, and "died"; B starts a turn; the prompt is kept.
+
+    Fails (at the deadline) if nobody asks whether the owner lives, and, started at once, if the take-over does not end the
+    events of the dead.
+    """
+    a, b = serve(2)
+    stream_id = a.start(LONG_PROMPT)
+    followed = b.follow(stream_id)
+    events = iter(followed)
+    seen = [next(events) for _ in range(5)]
+    a.end(signal.SIGKILL)
+    if is_started_at_once:
+        b.start("again")
+    seen += events
+    followed.close()
+    if not is_started_at_once:
+        b.start("again")
+    assert tokens(seen) == [event.data for event in store.events("s-1", stream_id)] == LONG_PROMPT.split()[: len(seen) - 1]
+    assert seen[-1] == Sent("", "died", str(len(seen) - 1))
+    prompt = store.load("s-1").data["messages"][0]
+    assert (prompt["content"], prompt["interrupted"]) == (LONG_PROMPT, True)
+
+
+def test_cursor_that_cannot_be_right_is_refused(serve: Serve, store: persist.Store) -> None:
+    """D5: ahead, of another stream, malformed: an answer at once that says so, and no stream that hangs.
+
+    Fails without the look at the cursor before the response, which could not be refused any more.
+    """
+    (server,) = serve(1)
+    stream_id = server.start("one two three")
+    assert len(first_of(server.follow(stream_id), 4)) == 4
+    refusals = {cursor: answer(server.follow(stream_id, cursor)) for cursor in ("4", "x", "-1", "1.5", "other:1", "")}
+    ahead, malformed, negative = (416, "CursorAhead"), (400, "ValueError"), (400, "WrongType")
+    assert refusals == {"4": ahead, "x": malformed, "-1": negative, "1.5": malformed, "other:1": malformed, "": malformed}
+    assert answer(server.follow("0" * 32)) == (410, "EventsNotFound")
+    assert answer(server.follow(stream_id, session_id="s-2")) == (404, "SessionNotFound")
+    assert answer(server.follow(".x")) == (400, "InvalidStreamId")
+    assert answer(server.follow(stream_id, session_id=".x")) == (400, "InvalidSessionId")
+    # That of the last event is right: there is nothing more but the end.
+    assert list(server.follow(stream_id, "3")) == [Sent("", "finished", "3")]
+
+
+def answer(followed: Followed) -> tuple[int, str]:
+    return followed.status, followed.body()["error"]
+
+
+def test_second_turn_is_refused_by_every_worker(serve: Serve, store: persist.Store) -> None:
+    """A11: one live stream a session, across workers: 409 while it runs; 404 without a session. Nothing is written."""
+    a, b = serve(2)
+    stream_id = a.start(LONG_PROMPT)
+    refused = [worker.request("POST", "/chat/s-1", "me too") for worker in (a, b)]
+    assert refused == [(409, {"error": "SessionBusy"})] * 2
+    assert b.request("POST", "/chat/s-2", "hello") == (404, {"error": "SessionNotFound"})
+    session = store.load("s-1")
+    assert (session.active_stream_id, len(session.data["messages"])) == (stream_id, 1)
+
+
+def test_worker_that_is_told_to_stop_finishes_its_turn(serve: Serve, store: persist.Store) -> None:
+    """SIGTERM: the turn goes on to its end, without a client, too. Fails if it is a task that the server does not know."""
+    (server,) = serve(1)
+    stream_id = server.start("one two three four five")
+    first_of(server.follow(stream_id), 1)
+    server.end(signal.SIGTERM)
+    with store.follow("s-1", stream_id) as following:
+        assert [event.data for event in following] == ["one", "two", "three", "four", "five"]
+        assert following.ended == "finished"
+    assert store.load("s-1").data["messages"][-1]["content"] == "one two three four five"
+
+
+# --- the example ---------------------------------------------------------------------------------------------------------
+
+
+def test_cancel_through_the_other_worker_ends_the_stream(serve_example: Serve) -> None:
+    """A cancel at B reaches the turn in A, and both workers' followers are told; until then a second turn is refused.
+
+    Fails if the turn does not ask whether it is cancelled.
+    """
+    a, b = serve_example(2)
+    stream_id = a.start(LONG_PROMPT)
+    followers = [worker.follow(stream_id) for worker in (a, b)]
+    streams = [iter(each) for each in followers]
+    seen = [[next(events)] for events in streams]
+    for worker in (a, b):
+        assert worker.request("POST", "/chat/s-1", "me too") == (409, {"error": "SessionBusy", "stream_id": stream_id})
+    assert b.request("POST", f"/cancel/s-1/{'0' * 32}") == (200, {"cancelled": False})
+    assert b.request("POST", f"/cancel/s-1/{stream_id}") == (200, {"cancelled": True})
+    for events, found in zip(streams, seen, strict=True):
+        found.extend(events)
+        assert found[-1].name == "cancelled"
+    assert seen[0] == seen[1]
+    assert [each.id for each in seen[0][:-1]] == [f"{stream_id}:{n}" for n in range(1, len(seen[0]))]
+    status, session = b.request("GET", "/session/s-1")
+    assert (status, session["active_stream_id"]) == (200, None)
+    assert (session["messages"][0]["content"], session["messages"][0]["interrupted"]) == (LONG_PROMPT, True)
+    assert b.start("again") != stream_id
+
+
+def test_cursor_of_the_example_names_its_stream(serve_example: Serve) -> None:
+    """D5: "<stream id>:<offset>", or the offset alone, also as `?after=`; that of another stream is refused, not guessed at."""
+    (server,) = serve_example(1)
+    stream_id = server.start("one two")
+    sent = list(server.follow(stream_id))
+    assert tokens(sent) == ['{"token": "You said:"}', '{"token": "one"}', '{"token": "two"}']
+    for cursor in (f"{stream_id}:1", "1"):
+        assert list(server.follow(stream_id, cursor)) == sent[1:]
+    assert list(server.follow(f"{stream_id}?after={stream_id}:1")) == sent[1:]
+    for cursor in ("other:1", "x", "-1", "1.5", ":", "9" * 5000, ""):
+        refused = server.follow(stream_id, cursor)
+        assert refused.status == 400, cursor
+        refused.close()
+    assert answer(server.follow(stream_id, f"{stream_id}:4")) == (416, "CursorAhead")
+    assert answer(server.follow("0" * 32)) == (410, "EventsNotFound")
+    assert answer(server.follow(stream_id, session_id="s-2")) == (404, "SessionNotFound")
+    assert server.request("GET", "/session/s-2") == (404, {"error": "SessionNotFound"})
+
+
+@pytest.mark.parametrize(
+    ("signal_number", "ended"), [(signal.SIGTERM, "failed"), (signal.SIGINT, "failed"), (signal.SIGKILL, "died")]
+)
+def test_server_that_stops_leaves_no_stream_behind(
+    serve_example: Serve, store: persist.Store, signal_number: signal.Signals, ended: str
+) -> None:
+    """Told to stop, a server fails its turns before it is gone; killed, the next one clears them when it starts.
+
+    Fails without the cancel in its lifespan, and without the sweep.
+    """
+    (server,) = serve_example(1)
+    stream_id = server.start(LONG_PROMPT)
+    first_of(server.follow(stream_id), 25)
+    server.end(signal_number)
+    if signal_number == signal.SIGKILL:
+        assert store.load("s-1").active_stream_id == stream_id
+        serve_example(1)
+        # The address is printed before the sweep; the first answer comes after it.
+    eventually(lambda: store.load("s-1").active_stream_id is None)
+    session = store.load("s-1")
+    assert [message["interrupted"] for message in session.data["messages"]] == [True, True]
+    with store.follow("s-1", stream_id) as following:
+        assert len(list(following)) >= 25
+        assert following.ended == ended
+    assert store.streams() == []
