@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 from harness.acknowledged import Figures
 from harness.authors import Raised
-from harness.planted import PACKAGE_PARENT, PYTHON, Mutation, environment, run_harness, write_mutated_package
+from harness.planted import (
+    FIELDS_THROWN_AWAY,
+    HANGS,
+    PACKAGE_PARENT,
+    PYTHON,
+    STREAMS_HANG,
+    Mutation,
+    environment,
+    run_harness,
+    write_mutated_package,
+)
 from harness.powercut import NOTHING_RUN
 from harness.runs import INTERRUPTED, Plan
 from harness.watch import Watch
@@ -31,27 +41,10 @@ NO_SYNC_OF_A_DELETE = (
     "            pass\n",
 )
 NO_SECOND_LOOK = ("files/disk.py", "            os.fstat(fd)\n", "")
-FIELDS_THROWN_AWAY = (
-    "session.py",
-    "        mine = Body.of(self.data)\n",
-    "        mine = Body.of({key: value for key, value in self.data.items() if key not in ('title', 'visits')})\n",
-)
 RAISES = (
     "streams.py",
     "    stream_id = uuid.uuid4().hex if",
     "    if os.urandom(1)[0] < 64:\n        raise RuntimeError('planted')\n    stream_id = uuid.uuid4().hex if",
-)
-# In its children only: what the harness does itself goes well.
-HANGS = (
-    "files/transaction.py",
-    "\nclass SessionFiles:\n",
-    "\nos.register_at_fork(after_in_child=lambda: setattr(lock, 'hold', lambda *_: __import__('time').sleep(3600)))\n\n\n"
-    "class SessionFiles:\n",
-)
-STREAMS_HANG = (
-    "streams.py",
-    "stream_id = uuid.uuid4().hex if",
-    "__import__('time').sleep(3600)\n    stream_id = uuid.uuid4().hex if",
 )
 
 

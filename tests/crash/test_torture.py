@@ -7,7 +7,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from harness.planted import PACKAGE_PARENT, PYTHON, Mutation, environment, run_harness, write_mutated_package
+from harness.planted import (
+    FIELDS_THROWN_AWAY,
+    HANGS,
+    PACKAGE_PARENT,
+    PYTHON,
+    STREAMS_HANG,
+    Mutation,
+    environment,
+    run_harness,
+    write_mutated_package,
+)
 from harness.runs import INTERRUPTED
 
 DEADLINE_S = 120
@@ -30,11 +40,6 @@ IN_PLACE = (
 )
 TEMPS_OF_THEIR_OWN = ("files/layout.py", 'f"{name}{_TEMP}")', "f\"{name}.{__import__('os').getpid()}{_TEMP}\")")
 NO_LEASE = ("streams.py", "            if not is_dead:\n                return False\n", "")
-FIELDS_THROWN_AWAY = (
-    "session.py",
-    "        mine = Body.of(self.data)\n",
-    "        mine = Body.of({key: value for key, value in self.data.items() if key not in ('title', 'visits')})\n",
-)
 OLD_TITLE = (
     "session.py",
     "        return Body.of(_merge_data(self._base.body.data(), mine.data(), there.body.data(), self._policies, prefer))\n",
@@ -44,18 +49,6 @@ OLD_TITLE = (
 UNCOUNTED = ("merge.py", "total = _sum(t, m, b or 0)", "total = max(t, m)")
 UNMARKED = ("turn.py", "messages[place][INTERRUPTED] = True", "pass")
 NOT_MIRRORED = ("turn.py", 'data["pending_user_message"] = prompt.get("content")', 'data["pending_user_message"] = ""')
-# In its children only: what the harness does itself goes well.
-HANGS = (
-    "files/transaction.py",
-    "\nclass SessionFiles:\n",
-    "\nos.register_at_fork(after_in_child=lambda: setattr(lock, 'hold', lambda *_: __import__('time').sleep(3600)))\n\n\n"
-    "class SessionFiles:\n",
-)
-STREAMS_HANG = (
-    "streams.py",
-    "stream_id = uuid.uuid4().hex if",
-    "__import__('time').sleep(3600)\n    stream_id = uuid.uuid4().hex if",
-)
 
 
 def torture(kills: int, package_parent: Path, scratch: Path, *more: str) -> subprocess.CompletedProcess[str]:

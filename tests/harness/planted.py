@@ -21,6 +21,26 @@ Mutation = tuple[str, str, str]
 """A file of the package, a piece of its text, and what to put there."""
 
 
+# What both the torture and the power cuts must notice.
+FIELDS_THROWN_AWAY = (
+    "session.py",
+    "        mine = Body.of(self.data)\n",
+    "        mine = Body.of({key: value for key, value in self.data.items() if key not in ('title', 'visits')})\n",
+)
+# In its children only: what the harness does itself goes well.
+HANGS = (
+    "files/transaction.py",
+    "\nclass SessionFiles:\n",
+    "\nos.register_at_fork(after_in_child=lambda: setattr(lock, 'hold', lambda *_: __import__('time').sleep(3600)))\n\n\n"
+    "class SessionFiles:\n",
+)
+STREAMS_HANG = (
+    "streams.py",
+    "stream_id = uuid.uuid4().hex if",
+    "__import__('time').sleep(3600)\n    stream_id = uuid.uuid4().hex if",
+)
+
+
 def write_mutated_package(mutation: Mutation, parent: Path) -> None:
     """Write a copy of the package, with its text changed, under `parent`."""
     file, old, new = mutation
