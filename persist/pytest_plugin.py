@@ -137,6 +137,7 @@ class Controller:
 
     def __init__(self) -> None:
         self._live: set[str] = set()
+        self._gateways: list[Any] = []
         self._published: set[str] | None = None
         self._problems: list[str] = []
         self._has_ended = False
@@ -168,6 +169,7 @@ class Controller:
         if spec.popen and not spec.via:
             node.workerinput[_KEY] = str(self.directory)
             self._live.add(node.gateway.id)
+            self._gateways.append(node.gateway)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
@@ -205,9 +207,10 @@ class Controller:
 
     def _end(self) -> None:
         if self._is_used and not self._has_ended:
-            from persist.testrun.ending import end
+            from persist.testrun.ending import end, outlive
 
-            self._problems += end(self._run)
+            # xdist's own end is cut short by a second interrupt: then workers may still be in their tests.
+            self._problems += outlive(self._gateways) or end(self._run)
             self._has_ended = True
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
@@ -250,6 +253,11 @@ class _Alone(Participant):
 
 
 def _participant(request: pytest.FixtureRequest) -> Participant:
+    if _PARTICIPANT not in request.config.stash:
+        raise pytest.UsageError(
+            "The pytest plugin of persist is not loaded. Load it with '-p persist.pytest_plugin', in addopts say; where "
+            "plugins are loaded by themselves, leave out '-p no:persist.pytest_plugin'."
+        )
     return request.config.stash[_PARTICIPANT]
 
 
@@ -281,8 +289,13 @@ def persist_once(request: pytest.FixtureRequest) -> PersistOnce:
         key: str, factory: Callable[[], Any], *, teardown: Callable[[Any], object] | None = None, timeout_s: float = 300.0
     ) -> Any:
         __tracebackhide__ = True
+        from persist.errors import WrongType
         from persist.testrun.once import Once, origin_of
 
+        if type(key) is not str:
+            raise WrongType(what="the key of persist_once", expected="a string", got=type(key).__name__)
+        if not callable(factory):
+            raise WrongType(what="the factory", expected="a function: make, not make()", got=type(factory).__name__)
         return Once(participant.run, key, origin_of(factory), teardown=teardown).value(factory, timeout_s)
 
     return once
@@ -345,6 +358,7 @@ def shared_fixture(function: Function, /) -> Any: ...
 @overload
 def shared_fixture(
     *,
+    scope: str = "session",
     params: Iterable[object] | None = None,
     autouse: bool = False,
     ids: Sequence[object | None] | Callable[[Any], object | None] | None = None,
@@ -371,6 +385,7 @@ def shared_fixture(
     cannot run; the summary says so. A `teardown` runs in the controller, and survives that.
 
     Args:
+        scope: "session", which it is anyway.
         params, autouse, ids, name: as for `pytest.fixture`. Parameters must be JSON values: they are part of the key.
         teardown: as for `persist_once`; not together with a ``yield``.
         timeout_s: seconds to wait for another worker that is producing the value.
@@ -380,11 +395,15 @@ def shared_fixture(
         TypeError: no plain function: an asynchronous one, or a class method.
         Besides, in the tests: as `persist_once`.
     """
+    if options.pop("scope", "session") != "session":
+        raise TypeError("A shared fixture lasts for the whole run: leave scope= out, or keep pytest.fixture for a shorter one.")
+    if unknown := sorted(options.keys() - {"params", "autouse", "ids", "name"}):
+        raise TypeError(f"shared_fixture() has no option {unknown[0]!r}.")
     if function is None:
         own = {"teardown": teardown, "timeout_s": timeout_s, "end_timeout_s": end_timeout_s}
         return lambda function: shared_fixture(function, **own, **options)
     if not inspect.isfunction(function):
-        raise TypeError(f"{function!r} is not a plain function, as a shared fixture must be.")
+        raise TypeError(f"{function!r} is not a plain function, as a shared fixture must be. Leave out @pytest.fixture.")
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         raise TypeError(
             f"{function.__qualname__} is asynchronous: a shared fixture is a plain function. Call asyncio.run() in it."
@@ -441,9 +460,36 @@ def _needing_request(shared: Function, function: Function) -> Function:
     return shared
 
 
+def _place(function: Function, request: pytest.FixtureRequest) -> str:
+    """What tells apart the fixtures that pytest makes of one function: by other names, in other modules, in derived classes."""
+    definition = request._fixturedef  # type: ignore[attr-defined]
+    name, base = definition.argname, definition.baseid
+    file, _, classes = base.partition("::")
+    is_elsewhere = file.endswith(".py") and Path(file).name != Path(function.__code__.co_filename).name
+    parts = [f"as {name}"] if name != function.__name__ else []
+    parts += [f"of {base}"] if classes or is_elsewhere else []
+    return "".join(f" {part}" for part in parts)
+
+
+def _dependencies(request: pytest.FixtureRequest) -> str:
+    """Which of its possible values each fixture has that this one is made of: another one makes another value."""
+    chosen: dict[str, str] = {}
+    pending = list(request._fixturedef.argnames)  # type: ignore[attr-defined]
+    indices = getattr(getattr(request._pyfuncitem, "callspec", None), "indices", {})
+    while pending:
+        name = pending.pop()
+        if name == "request" or name in chosen:
+            continue
+        definition = request._get_active_fixturedef(name)
+        chosen[name] = f"[{indices[name]}]" if name in indices else ""
+        pending += definition.argnames
+    told = ", ".join(f"{name}{which}" for name, which in sorted(chosen.items()) if which)
+    return f" with {told}" if told else ""
+
+
 def _fixture_key(function: Function, request: pytest.FixtureRequest) -> str:
     """The same in every worker, and another one for every fixture and parameter, like a node id."""
-    key = f"{function.__code__.co_filename}::{function.__qualname__}"
+    key = f"{function.__code__.co_filename}::{function.__qualname__}{_place(function, request)}{_dependencies(request)}"
     if not hasattr(request, "param"):
         return key
     try:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,8 @@ from persist.testrun import outcome
 from persist.testrun.once import KIND, mark_ended
 from persist.testrun.outcome import ENDED, VALUE, Record
 from persist.testrun.run import Data, Run
+
+_WORKER_END_S = 3.0
 
 
 def end(run: Run) -> list[str]:
@@ -41,6 +44,27 @@ def end(run: Run) -> list[str]:
     return problems
 
 
+def outlive(gateways: Iterable[Any]) -> list[str]:
+    """Wait for the worker processes to be gone; kill those that are not soon. Return what keeps the run from ending."""
+    left = []
+    for gateway in gateways:
+        # execnet has no public name for the process behind a gateway.
+        process = getattr(getattr(gateway, "_io", None), "popen", None)
+        if process is not None and not _is_gone(process):
+            left.append(f"{gateway.id} (pid {process.pid}) cannot be ended: the teardowns of this run were not run.")
+    return left
+
+
+def _is_gone(process: subprocess.Popen[bytes]) -> bool:
+    try:
+        process.wait(_WORKER_END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_WORKER_END_S)
+    return process.poll() is not None
+
+
 def _number(session: tuple[str, Data]) -> int:
     records = session[1].get("messages", [])
     return max((int(record.get("number", -1)) for record in records), default=-1)
@@ -50,7 +74,7 @@ def _torn_down(data: Data, value: Any) -> Iterator[str]:
     address = data["teardown"]
     try:
         function_at(address)(value)
-    except outcome.NO_OUTCOME:
+    except KeyboardInterrupt:
         raise
     except BaseException as error:
         yield f"{data['name']}: its teardown {address['module']}:{address['qualname']} failed.\n{outcome.text_of(error)}"

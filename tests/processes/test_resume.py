@@ -116,7 +116,7 @@ class Server:
 
 
 def tokens(sent: list[Sent]) -> list[str]:
-    return [each.data for each in sent if not each.name]
+    return [json.loads(each.data) for each in sent if not each.name]
 
 
 def first_of(followed: Followed, count: int) -> list[Sent]:
@@ -325,7 +325,7 @@ def test_cursor_of_the_example_names_its_stream(serve_example: Serve) -> None:
     (server,) = serve_example(1)
     stream_id = server.start("one two")
     sent = list(server.follow(stream_id))
-    assert tokens(sent) == ['{"token": "You said:"}', '{"token": "one"}', '{"token": "two"}']
+    assert tokens(sent) == [{"token": "You said:"}, {"token": "one"}, {"token": "two"}]
     for cursor in (f"{stream_id}:1", "1"):
         assert list(server.follow(stream_id, cursor)) == sent[1:]
     assert list(server.follow(f"{stream_id}?after={stream_id}:1")) == sent[1:]
