@@ -115,7 +115,7 @@ class Server:
         self.process.wait(DEADLINE_S)
 
 
-def tokens(sent: list[Sent]) -> list[str]:
+def tokens(sent: list[Sent]) -> list[Any]:
     return [json.loads(each.data) for each in sent if not each.name]
 
 
