@@ -19,16 +19,11 @@ There is no `edit`, since nothing may be awaited while a lock is held: `update(i
 
 from __future__ import annotations
 
-import asyncio
-import contextvars
-import math
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self, TypeVar
@@ -41,6 +36,7 @@ from persist.errors import WrongType
 from persist.files.events import Ended, Event
 from persist.files.waiting import waking
 from persist.following import Cursor
+from persist.hops import News, Threads
 from persist.merge import Preference
 from persist.session import Head
 from persist.store import ClearedStream, Problem
@@ -48,124 +44,12 @@ from persist.streams import StreamInfo
 from persist.turn import Message
 
 Result = TypeVar("Result")
-#: Threads of a store: so many verbs may wait for disks, and so many for sessions' locks, at the same time.
-QUICK_THREADS = 16
-PATIENT_THREADS = 128
-
-
-# --- hops ------------------------------------------------------------------------------------------------------------------
-
-
-class _Threads:
-    """Runs verbs in threads of their own, away from those that the application hops to.
-
-    What may wait for a session's lock has threads apart, so that a session that somebody keeps locked holds up nobody's events.
-    """
-
-    def __init__(self) -> None:
-        self._start()
-
-    def _start(self) -> None:
-        self._pid = os.getpid()
-        self._quick = ThreadPoolExecutor(QUICK_THREADS, thread_name_prefix="persist")
-        self._patient = ThreadPoolExecutor(PATIENT_THREADS, thread_name_prefix="persist-locks")
-
-    async def run(
-        self, function: Callable[[], Result], undo: Callable[[Result], object] | None = None, *, is_quick: bool = False
-    ) -> Result:
-        """Call a function in a thread, to its end, whatever becomes of the caller.
-
-        Args:
-            undo: called with the result, in a thread, if the caller was cancelled and will not get it.
-            is_quick: it waits for no session's lock.
-        """
-        result, cancellation = await self._finish(function, is_quick=is_quick)
-        cancelled = anyio.get_cancelled_exc_class()
-        try:
-            if cancellation is not None:
-                raise cancellation
-            if undo is not None:
-                await anyio.lowlevel.checkpoint_if_cancelled()
-        except cancelled as error:
-            if undo is not None:
-                await self._undo(partial(undo, result), error)
-            raise
-        return result
-
-    async def _undo(self, undo: Callable[[], object], error: BaseException) -> None:
-        try:
-            await self._finish(undo)
-        except Exception as failure:
-            # Whoever cancelled waits for the cancellation, and for nothing else.
-            error.add_note(f"What was obtained could not be given back: {failure}")
-
-    async def _finish(self, function: Callable[[], Result], *, is_quick: bool = False) -> tuple[Result, BaseException | None]:
-        """Its result, and what cancelled the caller in the meantime."""
-        if self._pid != os.getpid():
-            # A forked child has none of the threads.
-            self._start()
-        done, context = _News(), contextvars.copy_context()
-        work = (self._quick if is_quick else self._patient).submit(context.run, function)
-        # Not a task, and no future of the loop: `asyncio.run` cancels those when it ends, and the result would be lost.
-        work.add_done_callback(lambda _: done.set())
-        cancellation: BaseException | None = None
-        with anyio.CancelScope(shield=True):
-            while not work.done():
-                try:
-                    await done.wait()
-                except asyncio.CancelledError as error:
-                    # A task's own cancel() does not heed anyio's shield.
-                    cancellation = error
-        if cancellation is not None and work.exception() is not None:
-            raise cancellation from work.exception()
-        return work.result(), cancellation
-
-
-def _is_asyncio() -> bool:
-    try:
-        return asyncio.current_task() is not None
-    except RuntimeError:
-        return False
-
-
-class _News:
-    """An event that any thread may set, in the loop that made it; also from a signal handler."""
-
-    def __init__(self) -> None:
-        self._event = anyio.Event()
-        self._is_on_its_way = False
-        if _is_asyncio():
-            self._soon: Callable[..., object] = asyncio.get_running_loop().call_soon_threadsafe
-        else:
-            import trio
-
-            self._soon = trio.lowlevel.current_trio_token().run_sync_soon
-
-    def set(self) -> None:
-        """Wake the one who waits; once, however often it is called."""
-        if not self._is_on_its_way:
-            self._is_on_its_way = True
-            # RuntimeError, and trio's RunFinishedError, which is one: the loop has ended, and nobody waits.
-            with suppress(RuntimeError):
-                self._soon(self._set)
-
-    def _set(self) -> None:
-        self._event.set()
-
-    async def wait(self, timeout_s: float = math.inf) -> None:
-        """Return when it is set, or after some seconds; it is unset then."""
-        with anyio.move_on_after(timeout_s):
-            await self._event.wait()
-        self._event, self._is_on_its_way = anyio.Event(), False
-
-
-# --- the nouns -------------------------------------------------------------------------------------------------------------
 
 
 class Session:
     """A session as it was loaded; `data` is a plain dict. See `persist.Session`."""
 
-    def __init__(self, threads: _Threads, session: persist.Session) -> None:
+    def __init__(self, threads: Threads, session: persist.Session) -> None:
         self._threads = threads
         self._session = session
 
@@ -212,7 +96,7 @@ class Session:
 class Stream:
     """A running turn that owns its session; leaving its ``async with`` without `finish` is `fail`. See `persist.Stream`."""
 
-    def __init__(self, threads: _Threads, stream: persist.Stream) -> None:
+    def __init__(self, threads: Threads, stream: persist.Stream) -> None:
         self._threads = threads
         self._stream = stream
 
@@ -271,7 +155,7 @@ class Stream:
 class _Starting:
     """A stream that is about to be started: await it, or enter it."""
 
-    def __init__(self, threads: _Threads, start: Callable[[], persist.Stream]) -> None:
+    def __init__(self, threads: Threads, start: Callable[[], persist.Stream]) -> None:
         self._threads = threads
         self._start = start
         self._stream: Stream | None = None
@@ -302,13 +186,13 @@ class Following:
     first step does that. A step that is cancelled (by a time-out, say) loses nothing: the next one goes on from there.
     """
 
-    def __init__(self, threads: _Threads, opened: Callable[[], Cursor], session_id: str, stream_id: str, after: int) -> None:
+    def __init__(self, threads: Threads, opened: Callable[[], Cursor], session_id: str, stream_id: str, after: int) -> None:
         self.session_id = session_id
         self.stream_id = stream_id
         self.offset = after
         self._threads = threads
         self._opened = opened
-        self._begun: tuple[Cursor, _News] | None = None
+        self._begun: tuple[Cursor, News] | None = None
         self._pending: deque[Event] = deque()
         self._is_closed = False
         self._is_taking = False
@@ -368,9 +252,9 @@ class Following:
             if self._is_closed:
                 self._open.close()
 
-    async def _begin(self) -> tuple[Cursor, _News]:
+    async def _begin(self) -> tuple[Cursor, News]:
         cursor = await self._threads.run(self._opened, undo=lambda cursor: cursor.close())
-        news = _News()
+        news = News()
         self._open.callback(cursor.close)
         self._open.enter_context(waking(cursor.path, news.set))
         self._begun = cursor, news
@@ -397,7 +281,7 @@ class Store:
         if isinstance(path, persist.Store) and options:
             raise WrongType(what="options", expected="given to the persist.Store itself", got="given beside it")
         self._store = path if isinstance(path, persist.Store) else persist.Store(path, **options)
-        self._threads = _Threads()
+        self._threads = Threads()
 
     def __repr__(self) -> str:
         return repr(self._store).replace("persist.", "persist.aio.", 1)

@@ -128,7 +128,7 @@ class Cursor:
         """Ask whether the stream is still there; what its owner wrote until then is read first."""
         self._hush()
         ended = self._ended_unsaid()
-        found = self._taken(self._take_written())
+        found = self._take_written()
         if not found:
             self.ended = self._reader.ended or ended
         return found

@@ -112,11 +112,13 @@ class Participant:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_teardown(self, nextitem: pytest.Item | None) -> None:
+        """Know whether the fixtures that end now end for good."""
         if "uses" in self.__dict__:
             self.uses.is_ending = nextitem is None
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_sessionfinish(self, exitstatus: int) -> Generator[None, object, object]:
+        """Say to the others, at the end, that nothing is used here any more."""
         # Inside xdist's wrapper, which tells the controller that this worker has finished, and around pytest's own
         # teardown of the fixtures that are left.
         if "uses" in self.__dict__:
@@ -159,12 +161,14 @@ class Controller:
         return Run(self.directory, "controller")
 
     def pytest_report_header(self, config: pytest.Config) -> list[str]:
+        """Tell with ``-v`` where the run's directory is."""
         return [f"persist: what this run shares: {self.directory}"] if config.get_verbosity() > 0 else []
 
     # --- the workers ---
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
+        """Tell a new worker of this machine where the processes meet."""
         spec = node.gateway.spec
         if spec.popen and not spec.via:
             node.workerinput[_KEY] = str(self.directory)
@@ -173,6 +177,7 @@ class Controller:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
+        """Tell those who wait for others that one is gone."""
         self._live.discard(node.gateway.id)
         self._publish()
 
@@ -191,6 +196,7 @@ class Controller:
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
+        """End the run when its workers are gone: the teardowns, and the directory if all went well."""
         # Around xdist's own, which waits for the workers' ends; inside the terminal's, which prints the summary.
         try:
             return (yield)
@@ -214,6 +220,7 @@ class Controller:
             self._has_ended = True
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        """Print what went wrong at the end, and where the directory is kept."""
         if self._problems:
             terminalreporter.write_sep("=", "persist: errors at the end of the run", red=True)
             for problem in self._problems:

@@ -10,7 +10,7 @@ offset; all else (a line that was torn by a crash, what a power cut left behind 
 
 The end line is the fence. Whoever ends the stream appends it, under the session's lock; nothing behind it counts. Appends do
 not mix (O_APPEND), and after each the writer looks where it ended: further on than its own bytes reach, somebody else has
-ended the stream. So a write needs no lock and no look at the document.
+ended the stream. So, but for the first one, a write needs no lock and no look at the document.
 
 Each emission is one write to the kernel and not batched in memory: it takes some microseconds, and what was emitted is seen at
 once, also after `kill -9`. It is not synced, so a power cut may take the last events, but for `durable=True`.
@@ -19,7 +19,6 @@ once, also after `kill -9`. It is not synced, so a power cut may take the last e
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 import threading
@@ -33,6 +32,7 @@ from typing import Any, Literal
 from persist import codec
 from persist.errors import EmitFailed, NestedLock, PersistError, Unreadable
 from persist.files import disk, layout
+from persist.files.expiry import Expiry
 from persist.files.layout import Layout
 from persist.files.lock import HeldFile, try_hold
 from persist.files.waiting import wake
@@ -43,7 +43,6 @@ Ended = Literal["finished", "failed", "cancelled", "died", "deleted", "unknown"]
 
 _LINE = re.compile(rb'\{"offset":(\d{1,18}),"event":(.+)\}', re.DOTALL)
 _END = re.compile(rb'\{"end":"(finished|failed|cancelled|died|deleted)"\}')
-_LONGEST_WAIT_S = 3600.0
 _LONGEST_END = 64
 _CHUNK_BYTES = 256 * 1024
 #: As much as an event loop may take in at a time: below a millisecond.
@@ -321,7 +320,7 @@ class EventFiles:
     def __init__(self, files: Layout, keep_s: float) -> None:
         self._layout = files
         self._keep_s = keep_s
-        self._expiry = _Expiry()
+        self._expiry = Expiry()
 
     def path(self, session_id: str, stream_id: str) -> Path:
         """Where the events of a stream stand, if it has any."""
@@ -360,16 +359,16 @@ class EventFiles:
         disk.unlink(self.path(session_id, stream_id))
 
     def remove_session(self, session_id: str) -> None:
-        """End and remove the events of all streams of a session."""
+        """Remove the events of all streams of a session."""
         for found in self._streams_of(session_id):
             with contextlib.suppress(OSError):
-                self.fence(*found, "deleted")
                 self.remove(*found)
 
     def fence_session(self, session_id: str) -> None:
-        """End the events of all streams of a session that is about to be deleted."""
+        """End the events of all streams of a session that is about to be deleted. A full disk must not keep it from that."""
         for found in self._streams_of(session_id):
-            self.fence(*found, "deleted")
+            with contextlib.suppress(OSError):
+                self.fence(*found, "deleted")
 
     def sweep(self) -> None:
         """Remove what has expired, and see to it that the rest will be: after a crash nobody else does."""
@@ -410,53 +409,3 @@ def _append_end(path: Path, ended: Ended) -> None:
             disk.write(fd, b"\n" * bool(rest) + b'{"end":"%b"}\n' % ended.encode())
     finally:
         disk.close(fd)
-
-
-class _Expiry:
-    """Removes files when their time has come, in a thread that is there only while there is something to remove."""
-
-    def __init__(self) -> None:
-        self._forget()
-
-    def _forget(self) -> None:
-        self._pid = os.getpid()
-        # Re-entrant, for signal handlers and finalisers.
-        self._guard = threading.RLock()
-        self._due: dict[Path, tuple[float, disk.Version]] = {}
-        self._timer: threading.Timer | None = None
-        self._next = math.inf
-
-    def add(self, path: Path, delay_s: float) -> None:
-        """Remove a file after some seconds, if it is the same by then: its id may be used again by a stream that lives."""
-        if self._pid != os.getpid():
-            # A forked child has no such thread; its parent sees to what is there already.
-            self._forget()
-        due = time.monotonic() + delay_s
-        with self._guard:
-            self._due[path] = (due, disk.version_of(path))
-            if due < self._next:
-                self._arm()
-
-    def _arm(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._next = min(due for due, _ in self._due.values())
-        wait_s = min(max(0.0, self._next - time.monotonic()), _LONGEST_WAIT_S)
-        self._timer = threading.Timer(wait_s, self._remove_due)
-        self._timer.daemon = True
-        # An interpreter that is ending starts no thread; a sweep removes the files.
-        with contextlib.suppress(RuntimeError):
-            self._timer.start()
-
-    def _remove_due(self) -> None:
-        with self._guard:
-            now, self._next = time.monotonic(), math.inf
-            expired = {path: version for path, (due, version) in self._due.items() if due <= now}
-            for path in expired:
-                del self._due[path]
-            if self._due:
-                self._arm()
-        for path, version in expired.items():
-            with contextlib.suppress(OSError):
-                if disk.version_of(path) == version:
-                    disk.unlink(path)

@@ -210,12 +210,7 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
         CommitFailed: the lock file cannot be opened.
     """
     thread, pid = threading.get_ident(), os.getpid()
-    outer = _turn_of[thread]() if thread in _turn_of else None
-    if outer is not None:
-        raise NestedLock(session_id=session_id, held=outer.session_id)
-    if _table._is_owned():  # type: ignore[attr-defined]
-        # A signal handler (or a finaliser) in the middle of opening or closing a lock: to wait here would stop everybody.
-        raise NestedLock(session_id=session_id, held="unknown")
+    _refuse_nesting(thread, session_id)
     mutex, turn, held = None, Turn(session_id), None
     start = time.monotonic()
 
@@ -246,6 +241,15 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
             finally:
                 if pid == os.getpid():
                     _turn_of.pop(thread, None)
+
+
+def _refuse_nesting(thread: int, session_id: str) -> None:
+    outer = _turn_of[thread]() if thread in _turn_of else None
+    if outer is not None:
+        raise NestedLock(session_id=session_id, held=outer.session_id)
+    if _table._is_owned():  # type: ignore[attr-defined]
+        # A signal handler (or a finaliser) in the middle of opening or closing a lock: to wait here would stop everybody.
+        raise NestedLock(session_id=session_id, held="unknown")
 
 
 def _poll(path: Path, session_id: str, deadline: float) -> HeldFile | None:

@@ -125,6 +125,16 @@ def test_follower_is_told_how_the_stream_ended(
             assert next(followed, None) is None
 
 
+def test_full_disk_does_not_keep_a_session_from_being_deleted(store: persist.Store, session: persist.Session) -> None:
+    """To delete is how one makes room: the end line of its events is wanted, not needed. Fails if that must be written."""
+    with store.start_stream("s-1") as stream:
+        stream.emit("Be")
+        with injecting(Fault("write", 1, errno.ENOSPC, is_persistent=True)):
+            store.delete("s-1", force=True)
+    assert not store.exists("s-1")
+    assert disk.names(store.path / ".events") == []
+
+
 def test_cleared_stream_has_died(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
     """Each of those who may be the first to find the stream dead says so in its events, before anybody asks."""
     clearing: tuple[Callable[[str], object], ...] = (
