@@ -336,10 +336,12 @@ class Store:
         function: Callable[[dict[str, Any]], Result],
         *,
         if_revision: int | None = None,
+        head_only: bool = False,
         touch: bool = True,
     ) -> Result:
         """See `persist.Store.update`."""
-        return await self._threads.run(lambda: self._store.update(session_id, function, if_revision=if_revision, touch=touch))
+        options: dict[str, Any] = {"if_revision": if_revision, "head_only": head_only, "touch": touch}
+        return await self._threads.run(lambda: self._store.update(session_id, function, **options))
 
     async def append(self, session_id: str, field: str, item: Any, *, touch: bool = True) -> int:
         """See `persist.Store.append`."""
@@ -376,6 +378,10 @@ class Store:
     async def check(self) -> list[Problem]:
         """See `persist.Store.check`."""
         return await self._threads.run(self._store.check)
+
+    async def compact(self, session_id: str) -> bool:
+        """See `persist.Store.compact`."""
+        return await self._threads.run(lambda: self._store.compact(session_id))
 
     async def accept(self, session_id: str) -> Session:
         """See `persist.Store.accept`."""

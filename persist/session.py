@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, NoReturn, get_args
@@ -149,7 +149,7 @@ class Session:
             raise self._deleted() from None
 
     def _save(self, tx: Transaction, touch: bool, prefer: Preference) -> None:
-        there = self._same_incarnation(tx.read())
+        there = self._same_incarnation(tx.read(self._known.base if self._known.attempt is None else None))
         self._recognise(there)
         mine = Body.of(self.data)
         turn.refuse_changed_stream_fields(self._base.body.fields(), mine.fields())
@@ -165,10 +165,10 @@ class Session:
                 attempt.is_published = tx.is_published
         else:
             committed = there
-            if self._known.is_durable and there.checksum == self._base.checksum:
+            if self._known.is_durable and there.identity == self._base.identity:
                 tx.require_known()
             else:
-                tx.confirm(there)
+                tx.confirm()
         self._take(committed, mine, is_durable=True)
 
     def _recognise(self, there: Snapshot) -> None:
@@ -188,7 +188,7 @@ class Session:
     def _merged(self, mine: Body, there: Snapshot, prefer: Preference) -> Body:
         if _is_unchanged(self._base.body, mine):
             return there.body
-        if there.checksum == self._base.checksum:
+        if there.identity == self._base.identity:
             return mine
         return Body.of(_merge_data(self._base.body.data(), mine.data(), there.body.data(), self._policies, prefer))
 
@@ -265,22 +265,24 @@ class Session:
         if stream_id is None:
             return False
         try:
-            committed = streams.clear_stale(self._files, self.id, stream_id, self._base.header.incarnation)
+            is_cleared = streams.clear_stale(self._files, self.id, stream_id, self._base.header.incarnation)
         except SessionNotFound:
             return False
-        if committed is None:
-            return False
-        with self._alone():
-            self._adopt(committed)
-        return True
+        if is_cleared:
+            # Deleted since: then there is nothing to show.
+            with suppress(SessionNotFound), self._alone():
+                self._adopt(self._files.read(self.id))
+        return is_cleared
 
     def _adopt(self, committed: Snapshot) -> None:
+        if committed.header.incarnation != self._base.header.incarnation:
+            return
         self._recognise(committed)
         if committed.header.revision <= self._base.header.revision:
             return  # another thread has saved this object since, and taken it
         base, now, theirs = self._base.body.data(), codec.captured(self.data), committed.body.data()
         try:
-            wanted, known = _merge_data(base, now, theirs), _Known(committed, is_durable=True)
+            wanted, known = _merge_data(base, now, theirs), _Known(committed, is_durable=False)
         except MergeConflict:
             # An unsaved edit contradicts the committed state: show that the stream is gone, leave the rest to the next save.
             wanted = turn.with_stream_fields_of(theirs, now)

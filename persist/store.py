@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import os
@@ -10,9 +11,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, get_args
 
 from persist import codec, streams, turn
+from persist.draft import Draft, revise
 from persist.errors import (
     CorruptSession,
     LockTimeout,
@@ -29,8 +31,8 @@ from persist.errors import (
     conflicts_in,
 )
 from persist.files.events import Event
-from persist.files.snapshot import HEADER, Body, Header, Snapshot
-from persist.files.transaction import SessionFiles, Transaction
+from persist.files.snapshot import BULK, HEADER, Body, Header, Snapshot
+from persist.files.transaction import Mode, SessionFiles, Transaction
 from persist.following import Cursor, Following
 from persist.merge import Policy, check_policies
 from persist.session import Head, Session
@@ -68,6 +70,8 @@ class Store:
     Args:
         path: the directory; made (mode 0700) if it is missing.
         lock_timeout_s: seconds that a verb waits for a session's lock before it raises `LockTimeout`.
+        journal: which sessions have a journal beside their document, so that a commit costs what it changes: ``"auto"``, those
+            above 64 KiB; ``"always"``, all; ``"never"``, none. It is for what this store writes: every store reads all.
         merge: top-level field -> "sum" | "max" | "mine" | "theirs": how `Session.save` settles a field that both sides
             changed, instead of raising `MergeConflict`.
         keep_events_s: seconds that a stream's events stay after its end, for those who come back late.
@@ -95,12 +99,15 @@ class Store:
         path: str | os.PathLike[str],
         *,
         lock_timeout_s: float = 5.0,
+        journal: Mode = "auto",
         merge: Mapping[str, Policy] | None = None,
         keep_events_s: float = 300.0,
         allow_network: bool = False,
         create: bool = True,
     ) -> None:
         directory = _directory(path, create=create)
+        if journal not in get_args(Mode):
+            raise WrongType(what="journal", expected=" | ".join(get_args(Mode)), got=repr(journal))
         policies = {} if merge is None else merge
         check_policies(policies)
         for field in turn.IDLE.keys() & policies.keys():
@@ -109,12 +116,14 @@ class Store:
         self._files = SessionFiles(
             directory,
             lock_timeout_s=_seconds("lock_timeout_s", lock_timeout_s),
+            journal=journal,
             keep_events_s=_seconds("keep_events_s", keep_events_s),
             allow_network=allow_network,
             create=create,
         )
         self._options = {
             "lock_timeout_s": lock_timeout_s,
+            "journal": journal,
             "merge": self._policies,
             "keep_events_s": keep_events_s,
             "allow_network": allow_network,
@@ -262,6 +271,7 @@ class Store:
         function: Callable[[dict[str, Any]], Result],
         *,
         if_revision: int | None = None,
+        head_only: bool = False,
         touch: bool = True,
     ) -> Result:
         """Call `function` on the committed data under the lock, commit what it left there, and return its result.
@@ -269,6 +279,8 @@ class Store:
         Args:
             function: changes the data in place; if it raises, nothing is written.
             if_revision: the revision that the edit was decided on. Name it for an edit that removes something.
+            head_only: hand out the small fields only, as `head` shows them. The messages stay, and are not read: of a large
+                session that costs a small part.
             touch: False keeps `updated_at`.
 
         Raises:
@@ -279,19 +291,25 @@ class Store:
             raise WrongType(what="function", expected="callable", got=type(function).__name__)
         if if_revision is not None and type(if_revision) is not int:
             raise WrongType(what="if_revision", expected="a revision, or None", got=type(if_revision).__name__)
-        with self._open_files().transaction(session_id) as tx:
-            found = tx.read()
-            revision = found.header.revision
+
+        def call(revision: int, data: dict[str, Any]) -> Result:
             if if_revision is not None and revision != if_revision:
                 path, reason = (HEADER, "revision"), "the session has moved on"
                 raise RevisionMismatch(
                     session_id=session_id, path=path, reason=reason, base=if_revision, mine=if_revision, theirs=revision
                 )
-            data = found.body.data()
             result = function(data)
             if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
                 # Its body has not run, or not to the end.
                 raise WrongType(what="function", expected="a plain function", got="an async one or a generator")
+            return result
+
+        with self._open_files().transaction(session_id) as tx:
+            if head_only:
+                return revise(tx, lambda draft: _update_head(tx, draft, call, touch=touch))
+            found = tx.read()
+            data = found.body.data()
+            result = call(found.header.revision, data)
             _commit_edit(tx, found, data, touch=touch)
             return result
 
@@ -317,11 +335,13 @@ class Store:
         if field in turn.IDLE:
             raise ReservedField(field=field, remedy="Use store.start_stream().")
         codec.check(item, (field,))
+
+        def add(draft: Draft) -> int:
+            turn.append_once(turn.messages_of(draft.data, field), item, field=field)
+            return _commit_draft(tx, draft, touch=touch)
+
         with conflicts_in(session_id), self._open_files().transaction(session_id) as tx:
-            found = tx.read()
-            data = found.body.data()
-            turn.append_once(turn.messages_of(data, field), item, field=field)
-            return _commit_edit(tx, found, data, touch=touch)
+            return revise(tx, add)
 
     # --- streams ---
 
@@ -437,7 +457,7 @@ class Store:
         for session_id in files.session_ids() if every_session else []:
             try:
                 active = files.read_head(session_id).active_stream_id
-                if active is not None and streams.clear_stale(files, session_id, active) is not None:
+                if active is not None and streams.clear_stale(files, session_id, active):
                     cleared.append(ClearedStream(session_id, str(active)))
             except (PersistError, OSError) as error:
                 failures[session_id] = error
@@ -466,29 +486,64 @@ class Store:
             problems.append(Problem(path.stem, "ignored", path, what))
         return problems
 
+    def compact(self, session_id: str) -> bool:
+        """Fold a session's journal into its document, so that the file alone is the session; it stays at its revision.
+
+        It happens by itself when a journal has outgrown its document. Do it before you edit the file by hand, or copy it.
+
+        Returns:
+            Whether there was anything to fold.
+
+        Raises:
+            SessionNotFound, LockTimeout, NestedLock, CorruptSession, CommitFailed, CommitUnknown: see the errors.
+        """
+        with self._open_files().transaction(session_id) as tx:
+            return tx.compact()
+
     def accept(self, session_id: str) -> Session:
         """Take a document as it is after an edit by hand: it gets a new checksum and the next revision.
 
-        A document whose checksum matches is left alone.
+        A session that is sound is left alone. Of a journal that is damaged, what stands before the damage is taken; a copy of
+        it is kept beside it, with ".damaged" behind its name.
 
         Raises:
-            CorruptSession: it is not strict JSON; mend it first.
+            CorruptSession: it is not strict JSON, or what its journal says does not fit it any more; mend it first.
             Otherwise as `edit`.
         """
         with self._open_files().transaction(session_id) as tx:
             try:
                 committed = tx.read()
-                tx.confirm(committed)
+                tx.confirm()
             except CorruptSession:
-                header, body = tx.read_edited()
-                committed = tx.commit(header.next(), body)
+                found = tx.salvage()
+                committed = tx.commit(found.header.next(), found.body)
         return self._session(session_id, committed, is_durable=True)
+
+
+def _commit_draft(tx: Transaction, draft: Draft, *, touch: bool) -> int:
+    if draft.is_changed():
+        return draft.commit(draft.header.next(touch=touch)).revision
+    tx.confirm()
+    return draft.header.revision
+
+
+def _update_head(tx: Transaction, draft: Draft, function: Callable[[int, dict[str, Any]], Result], *, touch: bool) -> Result:
+    bulk = {name: draft.data.pop(name) for name in BULK if name in draft.data}
+    before = copy.deepcopy({name: value for name, value in draft.data.items() if name in turn.IDLE})
+    result = function(draft.header.revision, draft.data)
+    for name in BULK:
+        if name in draft.data:
+            raise ReservedField(field=name, remedy="It is no small field: leave head_only out.")
+    turn.refuse_changed_stream_fields(before, draft.data)
+    draft.data.update(bulk)
+    _commit_draft(tx, draft, touch=touch)
+    return result
 
 
 def _commit_edit(tx: Transaction, found: Snapshot, data: dict[str, Any], *, touch: bool) -> int:
     body = Body.of(data)
     if body == found.body:
-        tx.confirm(found)
+        tx.confirm()
         return found.header.revision
     turn.refuse_changed_stream_fields(found.body.fields(), body.fields())
     return tx.commit(found.header.next(touch=touch), body).header.revision

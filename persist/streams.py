@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from persist import codec, turn
+from persist.draft import Draft, revise
 from persist.errors import (
     CommitFailed,
     InvalidStreamId,
@@ -37,7 +38,7 @@ from persist.errors import (
 from persist.files import layout
 from persist.files.events import Ended, Fenced
 from persist.files.lease import Lease
-from persist.files.snapshot import Body, Header, Snapshot, StreamOwner
+from persist.files.snapshot import Header, Snapshot, StreamOwner
 from persist.files.transaction import SessionFiles, Transaction
 from persist.merge import same
 from persist.turn import ACTIVE, Data, Message
@@ -47,33 +48,35 @@ def start(files: SessionFiles, session_id: str, message: Message | None, stream_
     """Claim a session for a new stream; see `Store.start_stream`."""
     stream_id = uuid.uuid4().hex if stream_id is None else layout.check_stream_id(stream_id)
     prompt = None if message is None else turn.with_id(_checked(message), f"{stream_id}.prompt")
-    with conflicts_in(session_id), files.transaction(session_id) as tx:
-        snapshot = tx.read()
-        with tx.holding_lease_if_dead(snapshot.active_stream_id) as is_dead:
+
+    def claim(draft: Draft) -> Stream:
+        with tx.holding_lease_if_dead(draft.active_stream_id) as is_dead:
             if not is_dead:
-                raise _busy(files, session_id, snapshot)
-            return _claim(files, tx, snapshot, stream_id, prompt)
+                raise _busy(files, session_id, draft)
+            return _claim(files, tx, draft, stream_id, prompt)
+
+    with conflicts_in(session_id), files.transaction(session_id) as tx:
+        return revise(tx, claim)
 
 
-def _claim(files: SessionFiles, tx: Transaction, snapshot: Snapshot, stream_id: str, prompt: Message | None) -> Stream:
-    data, header = snapshot.body.data(), snapshot.header
+def _claim(files: SessionFiles, tx: Transaction, draft: Draft, stream_id: str, prompt: Message | None) -> Stream:
+    data, header, stale_id = draft.data, draft.header, draft.active_stream_id
     messages = turn.messages_of(data)
-    if any(turn.has_id(m, f"{stream_id}.{part}") for m in messages for part in ("prompt", "answer")):
+    if any(turn.find(messages, f"{stream_id}.{part}") is not None for part in ("prompt", "answer")):
         raise InvalidStreamId(stream_id=stream_id, reason="a stream of this session had it before. Choose a new one.")
-    stale_id = snapshot.active_stream_id
     if stream_id == stale_id:
         raise InvalidStreamId(stream_id=stream_id, reason="it is the id of the stream that died. Choose a new one.")
     if stale_id is not None:
         _interrupt(data, header)
     owner = StreamOwner(stream_id, _this_process(), None if prompt is None else prompt["id"])
     turn.begin(data, stream_id, prompt)
-    body = Body.of(data)
+    draft.is_changed()  # raises what it has to, before anything is done
     tx.forget_events(stream_id)
     lease = tx.take_lease(stream_id, codec.encode({"pid": owner.process.pid, "started_at": owner.process.started_at}))
     if lease is None:
         raise InvalidStreamId(stream_id=stream_id, reason="a stream of that id is alive. Choose a new one.")
     try:
-        committed = tx.commit(header.next(epoch=header.epoch + 1, owner=owner), body)
+        committed = draft.commit(header.next(epoch=header.epoch + 1, owner=owner))
         stream = Stream(files, tx.session_id, committed, stream_id, lease)
     except BaseException as error:
         # A failed launch must not keep its claim (hermes-webui #6869). Where the claim may be visible all the same, the
@@ -88,37 +91,40 @@ def _claim(files: SessionFiles, tx: Transaction, snapshot: Snapshot, stream_id: 
     return stream
 
 
-def clear_stale(files: SessionFiles, session_id: str, stream_id: object, incarnation: str | None = None) -> Snapshot | None:
-    """Clear `stream_id` from its session if it is still the active stream and is dead.
+def clear_stale(files: SessionFiles, session_id: str, stream_id: object, incarnation: str | None = None) -> bool:
+    """Clear `stream_id` from its session if it is still the active stream and is dead; `updated_at` is kept.
 
     Args:
         incarnation: that of the object which asks; a session made anew under the same id is another one.
 
     Returns:
-        What was committed; None if another stream or none is active, or if this one is alive. Its `updated_at` is kept.
+        Whether it was cleared; not if another stream or none is active, or if this one is alive.
     """
-    with files.transaction(session_id) as tx:
-        snapshot = tx.read()
-        if snapshot.active_stream_id is None or not same(snapshot.active_stream_id, stream_id):
-            return None
-        if incarnation not in (None, snapshot.header.incarnation):
-            return None
+
+    def clear(draft: Draft) -> bool:
+        if draft.active_stream_id is None or not same(draft.active_stream_id, stream_id):
+            return False
+        if incarnation not in (None, draft.header.incarnation):
+            return False
         with tx.holding_lease_if_dead(stream_id) as is_dead:
-            return _take_away(tx, snapshot, "died") if is_dead else None
+            if is_dead:
+                _take_away(tx, draft, "died")
+            return is_dead
+
+    with files.transaction(session_id) as tx:
+        return revise(tx, clear)
 
 
-def _take_away(tx: Transaction, snapshot: Snapshot, ended: Ended) -> Snapshot:
+def _take_away(tx: Transaction, draft: Draft, ended: Ended) -> None:
     """End the active stream without its owner: dead, or overruled by a forced cancel. The epoch fences an owner off."""
-    data, header = snapshot.body.data(), snapshot.header
-    stream_id = data[ACTIVE]
-    _interrupt(data, header)
+    header, stream_id = draft.header, draft.active_stream_id
+    _interrupt(draft.data, header)
     if ended != "died":
         # Before: an owner that lives may emit at any moment, and asks for no lock.
         tx.fence_events(stream_id, ended)
-    committed = tx.commit(header.next(touch=False, epoch=header.epoch + 1, owner=None), Body.of(data))
+    draft.commit(header.next(touch=False, epoch=header.epoch + 1, owner=None))
     tx.end_events(stream_id, ended)
     tx.remove_lease(stream_id)
-    return committed
 
 
 def _interrupt(data: Data, header: Header) -> None:
@@ -131,33 +137,39 @@ def _interrupt(data: Data, header: Header) -> None:
 
 def sweep_lease(files: SessionFiles, session_id: str, stream_id: str) -> bool:
     """Clear the stream that a lease file names, or remove a left-over lease; tell whether a stream was cleared."""
-    with files.transaction(session_id, may_be_missing=True) as tx:
-        snapshot = tx.read() if tx.exists() else None
+
+    def sweep(draft: Draft | None) -> bool:
         with tx.holding_lease_if_dead(stream_id) as is_dead:
             if not is_dead:
                 return False
-            if snapshot is not None and snapshot.active_stream_id == stream_id:
-                _take_away(tx, snapshot, "died")
+            if draft is not None and draft.active_stream_id == stream_id:
+                _take_away(tx, draft, "died")
                 return True
             tx.remove_lease(stream_id)
             return False
 
+    with files.transaction(session_id, may_be_missing=True) as tx:
+        return revise(tx, sweep) if tx.exists() else sweep(None)
+
 
 def cancel(files: SessionFiles, session_id: str, stream_id: str, *, force: bool) -> bool:
     """Ask a stream to end, or end it; see `Store.cancel`."""
-    with files.transaction(session_id) as tx:
-        snapshot = tx.read()
-        if snapshot.active_stream_id is None or not same(snapshot.active_stream_id, stream_id):
+
+    def cancel(draft: Draft) -> bool:
+        if draft.active_stream_id is None or not same(draft.active_stream_id, stream_id):
             return False
         with tx.holding_lease_if_dead(stream_id) as is_dead:
-            owner = owner_of(snapshot.header, stream_id)
+            owner = owner_of(draft.header, stream_id)
             if is_dead or force or owner is None:
-                _take_away(tx, snapshot, "died" if is_dead else "cancelled")
+                _take_away(tx, draft, "died" if is_dead else "cancelled")
             elif owner.is_cancelled:
-                tx.confirm(snapshot)
+                tx.confirm()
             else:
-                tx.commit(snapshot.header.next(touch=False, owner=replace(owner, is_cancelled=True)), snapshot.body)
+                draft.commit(draft.header.next(touch=False, owner=replace(owner, is_cancelled=True)))
         return True
+
+    with files.transaction(session_id) as tx:
+        return revise(tx, cancel)
 
 
 def delete(files: SessionFiles, session_id: str, *, force: bool) -> None:
@@ -169,10 +181,10 @@ def delete(files: SessionFiles, session_id: str, *, force: bool) -> None:
                 raise SessionNotFound(session_id=session_id, path=files.layout.session(session_id).document)
             tx.delete()
             return
-        snapshot = tx.read()
-        with tx.holding_lease_if_dead(snapshot.active_stream_id) as is_dead:
+        found = tx.read()
+        with tx.holding_lease_if_dead(found.active_stream_id) as is_dead:
             if not is_dead:
-                raise _busy(files, session_id, snapshot)
+                raise _busy(files, session_id, found)
             tx.delete()
 
 
@@ -207,9 +219,9 @@ def look_at(files: SessionFiles, session_id: str, *, lock_timeout_s: float | Non
             )
 
 
-def _busy(files: SessionFiles, session_id: str, snapshot: Snapshot) -> SessionBusy:
-    stream_id = snapshot.active_stream_id
-    owner = owner_of(snapshot.header, stream_id)
+def _busy(files: SessionFiles, session_id: str, found: Draft | Snapshot) -> SessionBusy:
+    stream_id = found.active_stream_id
+    owner = owner_of(found.header, stream_id)
     path = files.layout.lease(session_id, stream_id)
     return SessionBusy(session_id=session_id, stream_id=stream_id, owner=None if owner is None else owner.process, path=path)
 
@@ -253,12 +265,12 @@ class Stream:
     stream. In a forked child every verb raises `StreamLost`, and leaving the block does nothing.
     """
 
-    def __init__(self, files: SessionFiles, session_id: str, claim: Snapshot, stream_id: str, lease: Lease) -> None:
+    def __init__(self, files: SessionFiles, session_id: str, claim: Header, stream_id: str, lease: Lease) -> None:
         self.id = stream_id
         self.session_id = session_id
-        self.epoch = claim.header.epoch
+        self.epoch = claim.epoch
         self._files = files
-        self._incarnation = claim.header.incarnation
+        self._incarnation = claim.incarnation
         self._lease = lease
         self._events = files.events.writer(session_id, stream_id)
 
@@ -347,9 +359,9 @@ class Stream:
 
     def _open_events(self) -> None:
         try:
-            with self._files.transaction(self.session_id) as tx:
-                snapshot = tx.read()
-                self._require_ownership(snapshot.header, snapshot.active_stream_id)
+            with self._files.transaction(self.session_id):
+                head = self._files.read_head(self.session_id)
+                self._require_ownership(head.header, head.active_stream_id)
                 self._events.open()
         except SessionNotFound:
             raise self._lost("the session was deleted") from None
@@ -386,21 +398,22 @@ class Stream:
         """Apply a change, fenced. A change that returns no owner ends the turn, and its lease in the same lock hold."""
         if not self._lease.is_held:
             raise self._lost("it has ended, or this is a forked child")
+
+        def commit(draft: Draft) -> None:
+            owner = self._require_ownership(draft.header, draft.active_stream_id)
+            owner_after = change(draft.data, owner)
+            if owner_after != owner or draft.is_changed():
+                draft.commit(draft.header.next(owner=owner_after))
+            else:
+                tx.confirm()
+            if owner_after is None:
+                tx.end_events(self.id, "cancelled" if owner.is_cancelled and ended == "failed" else ended)
+                tx.remove_lease(self.id)
+                self._close()
+
         try:
             with conflicts_in(self.session_id), self._files.transaction(self.session_id) as tx:
-                snapshot = tx.read()
-                owner = self._require_ownership(snapshot.header, snapshot.active_stream_id)
-                data = snapshot.body.data()
-                owner_after = change(data, owner)
-                body = Body.of(data)
-                if owner_after == owner and body == snapshot.body:
-                    tx.confirm(snapshot)
-                else:
-                    tx.commit(snapshot.header.next(owner=owner_after), body)
-                if owner_after is None:
-                    tx.end_events(self.id, "cancelled" if owner.is_cancelled and ended == "failed" else ended)
-                    tx.remove_lease(self.id)
-                    self._close()
+                revise(tx, commit)
         except SessionNotFound:
             raise self._lost("the session was deleted") from None
 

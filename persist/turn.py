@@ -7,6 +7,7 @@ and the finish completes. Nothing here removes a prompt.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from typing import Any
 
 from persist.errors import IdTaken, ReservedField, WrongType
@@ -28,6 +29,45 @@ MESSAGES = "messages"
 INTERRUPTED = "interrupted"
 
 
+class Unread(Exception):
+    """What is asked of a list that has not been read takes reading it."""
+
+
+class Items(ABC):
+    """A list of the document that has not been read, in the place of the list. What it cannot tell raises `Unread`."""
+
+    @abstractmethod
+    def find(self, message_id: MessageId) -> int | None:
+        """The place of the last item of this id; None if there is none."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def insert(self, place: int, item: Any) -> None:
+        """As that of a list."""
+
+    @abstractmethod
+    def mark(self, place: int, field: str, value: Any) -> None:
+        """Set a field of the item at a place."""
+
+    @abstractmethod
+    def __setitem__(self, place: int, item: Any) -> None: ...
+
+    @abstractmethod
+    def __getitem__(self, place: int) -> Any: ...
+
+    @abstractmethod
+    def __delitem__(self, place: int) -> None: ...
+
+    def append(self, item: Any) -> None:
+        """As that of a list."""
+        self.insert(len(self), item)
+
+
+Messages = list[Any] | Items
+
+
 def refuse_changed_stream_fields(before: Data, after: Data) -> None:
     """Raise `ReservedField` if an edit touched what belongs to the stream verbs."""
     for field, idle in IDLE.items():
@@ -46,19 +86,23 @@ def without_turn(data: Data, answer_id: MessageId | None) -> Data:
     """The data of a copy: no stream fields, and no partial answer of a stream that runs on the original."""
     kept = {key: value for key, value in data.items() if key not in IDLE}
     if answer_id is not None:
-        kept[MESSAGES] = [message for message in messages_of(kept) if not has_id(message, answer_id)]
+        kept[MESSAGES] = [message for message in kept.get(MESSAGES, []) if not has_id(message, answer_id)]
     return kept
 
 
-def messages_of(data: Data, field: str = MESSAGES) -> list[Any]:
+def messages_of(data: Data, field: str = MESSAGES) -> Messages:
     """The list under `field`, made if it is missing."""
     messages = data.setdefault(field, [])
-    if type(messages) is not list:
+    if not _is_list(messages):
         raise WrongType(what=f"field {field!r} of the document", expected="a list", got=type(messages).__name__)
-    return messages
+    return messages  # type: ignore[no-any-return]
 
 
-def append_once(messages: list[Any], item: Any, *, before: int | None = None, field: str = MESSAGES) -> None:
+def _is_list(value: Any) -> bool:
+    return type(value) is list or isinstance(value, Items)
+
+
+def append_once(messages: Messages, item: Any, *, before: int | None = None, field: str = MESSAGES) -> None:
     """Add an item unless one of its id is there; the same id with other content is `IdTaken`."""
     place = find(messages, item.get("id")) if type(item) is dict else None
     if place is None:
@@ -77,10 +121,12 @@ def has_id(message: Any, message_id: object) -> bool:
     return type(message) is dict and "id" in message and same(message["id"], message_id)
 
 
-def find(messages: list[Any], message_id: MessageId | None) -> int | None:
+def find(messages: Messages, message_id: MessageId | None) -> int | None:
     """The place of the message with this id, looked for from the end."""
     if message_id is None:
         return None
+    if isinstance(messages, Items):
+        return messages.find(message_id)
     return next((i for i in range(len(messages) - 1, -1, -1) if has_id(messages[i], message_id)), None)
 
 
@@ -91,7 +137,7 @@ def with_id(message: Message, default: str) -> Message:
     return {"id": default} | {key: value for key, value in message.items() if key != "id"}
 
 
-def put_prompt(messages: list[Any], prompt: Message) -> None:
+def put_prompt(messages: Messages, prompt: Message) -> None:
     """Add the prompt of a turn, or take up again the one that an interrupted turn has left."""
     place = find(messages, prompt["id"])
     if place is None:
@@ -103,7 +149,7 @@ def put_prompt(messages: list[Any], prompt: Message) -> None:
     there.pop(INTERRUPTED, None)
 
 
-def put_answer(messages: list[Any], answer: Message, current_id: MessageId | None) -> None:
+def put_answer(messages: Messages, answer: Message, current_id: MessageId | None) -> None:
     """Put the answer where the turn's partial stands, or at the end; there is never a second one.
 
     An answer whose id an interrupted turn has left takes that one's place, as a prompt does.
@@ -144,29 +190,35 @@ def interrupt(data: Data, prompt_id: MessageId | None, answer_id: MessageId | No
 
     A turn can be ended whatever somebody has made of `messages`: what is no list has nothing to mark.
     """
-    messages = data.get(MESSAGES)
-    for message_id in (prompt_id, answer_id):
-        if type(messages) is not list:
-            break
-        place = find(messages, message_id)
-        if place is not None:
-            messages[place][INTERRUPTED] = True
+    if _is_list(data.get(MESSAGES, [])):
+        messages = messages_of(data)
+        for message_id in (prompt_id, answer_id):
+            place = find(messages, message_id)
+            if place is not None:
+                _mark(messages, place)
     end(data)
+
+
+def _mark(messages: Messages, place: int) -> None:
+    if isinstance(messages, Items):
+        messages.mark(place, INTERRUPTED, True)
+    else:
+        messages[place][INTERRUPTED] = True
 
 
 def interrupt_foreign(data: Data) -> None:
     """End a turn that another program started, of which only the stream fields tell."""
-    if type(data.get(MESSAGES, [])) is list:
+    if _is_list(data.get(MESSAGES, [])):
         _recover_foreign_prompt(data, messages_of(data))
     end(data)
 
 
-def _recover_foreign_prompt(data: Data, messages: list[Any]) -> None:
+def _recover_foreign_prompt(data: Data, messages: Messages) -> None:
     """Keep the prompt of a turn that another program started: `pending_user_message` may be its only copy (#1471)."""
     content = data.get("pending_user_message")
     if not content:
         return
-    last = messages[-1] if messages else None
+    last = messages[-1] if len(messages) else None
     if type(last) is dict and last.get("role") == "user" and same(last.get("content"), content):
         prompt = last
     else:

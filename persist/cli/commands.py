@@ -292,6 +292,22 @@ def clear_stale(ctx: click.Context, store: Store, every_session: bool, as_json: 
         ctx.exit(PROBLEMS_FOUND)
 
 
+@persist.command(epilog="Example: persist compact var/sessions s-42")
+@store_argument
+@session_argument
+@json_option
+def compact(store: Store, session_id: str, as_json: bool) -> None:
+    """Fold a session's journal into its document.
+
+    Then the file alone is the session: do it before you edit or copy it.
+    """
+    was_folded = store.compact(session_id)
+    if as_json:
+        print_json({"id": session_id, "was_folded": was_folded})
+    else:
+        click.echo(f"{session_id}: {'the journal was folded' if was_folded else 'there was nothing to fold'}.")
+
+
 @persist.command(epilog="Example: persist accept var/sessions s-42")
 @store_argument
 @session_argument

@@ -115,6 +115,20 @@ def read(path: Path, limit: int) -> bytes:
         os.close(fd)
 
 
+def read_start(path: Path, limit: int) -> tuple[bytes, int]:
+    """Return at most `limit` bytes from the start of a plain file, and its size."""
+    fd, status = _open(path, os.O_RDONLY)
+    try:
+        return os.read(fd, limit), status.st_size
+    finally:
+        os.close(fd)
+
+
+def size_of(fd: int) -> int:
+    """The size of an open file."""
+    return os.fstat(fd).st_size
+
+
 def read_at(fd: int, limit: int, position: int) -> bytes:
     """Return at most `limit` bytes of an open file, from a position on; none at its end."""
     if hasattr(os, "pread"):
@@ -189,6 +203,17 @@ def sync(fd: int) -> None:
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
         else:
             os.fsync(fd)
+    except OSError as error:
+        raise SyncFailed(error.errno, error.strerror or type(error).__name__) from error
+
+
+def sync_data(fd: int) -> None:
+    """As `sync`, for a file that was appended to: its times may be lost."""
+    if not hasattr(os, "fdatasync"):
+        sync(fd)
+        return
+    try:
+        os.fdatasync(fd)
     except OSError as error:
         raise SyncFailed(error.errno, error.strerror or type(error).__name__) from error
 

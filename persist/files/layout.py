@@ -4,6 +4,7 @@
       s-42.json                    the document (snapshot)
       s-42.json.lock               the session's lock; a sidecar, since os.replace() of a locked file lets a second holder in
       s-42.json.tmp                only inside a commit; found later under the lock it is a left-over
+      s-42.<generation>.journal    the commits since the snapshot, if the session is large
       .leases/s-42.<stream id>     locked by the process that runs the stream
       .events/s-42.<stream id>     the stream's events, one a line
 
@@ -24,6 +25,7 @@ EVENTS = ".events"
 _DOCUMENT = ".json"
 _LOCK = ".lock"
 _TEMP = ".tmp"
+_JOURNAL = re.compile(r"(?P<session>[^.]+)\.(?P<generation>[1-9][0-9]{0,17})\.journal")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 # Windows opens a device under these names, whatever the extension.
 _DEVICES = re.compile(r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])")
@@ -86,6 +88,9 @@ class Layout:
         name = f"{session_id}{_DOCUMENT}"
         return SessionPaths(self.directory / name, self.directory / f"{name}{_LOCK}", self.directory / f"{name}{_TEMP}")
 
+    def journal(self, session_id: str, generation: int) -> Path:
+        return self.directory / f"{check_session_id(session_id)}.{generation}.journal"
+
     def lease(self, session_id: str, stream_id: str) -> Path:
         return self.leases / f"{session_id}.{stream_id}"
 
@@ -105,6 +110,12 @@ def session_of_leftover(name: str) -> str | None:
         if name.endswith(suffix) and _is_session_id(name.removesuffix(suffix)):
             return name.removesuffix(suffix)
     return None
+
+
+def journal_of(name: str) -> tuple[str, int] | None:
+    """The session and the generation of the journal that has this file name, or None."""
+    shape = _JOURNAL.fullmatch(name)
+    return (shape["session"], int(shape["generation"])) if shape and _is_session_id(shape["session"]) else None
 
 
 def stream_of(name: str) -> tuple[str, str] | None:

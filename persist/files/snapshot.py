@@ -35,16 +35,19 @@ from persist.turn import ACTIVE
 
 Kind = TypeVar("Kind")
 
-FORMAT = 1
+#: Format 1 is the whole session; format 2 has a journal beside it, which a reader that does not know of it would overlook.
+WHOLE, JOURNALED = 1, 2
 HEADER = "_persist"
 BULK = ("messages", "tool_calls")
 
-_OPENING = b'{"_persist":{"format":1,"checksum":"'
+_OPENING = b'{"_persist":{"format":%d,"checksum":"'
 _MIDDLE = b',"head_checksum":"'
 _DIGITS = 32
-_CHECKED_FROM = len(_OPENING) + _DIGITS + 1
+_CHECKED_FROM = len(_OPENING % WHOLE) + _DIGITS + 1
 _HEAD_CHECKED_FROM = _CHECKED_FROM + len(_MIDDLE) + _DIGITS + 1
-_SHAPE = re.compile(re.escape(_OPENING) + b'([0-9a-f]{32})"' + re.escape(_MIDDLE) + b'([0-9a-f]{32})"')
+_SHAPE = re.compile(rb'\{"_persist":\{"format":([12]),"checksum":"([0-9a-f]{32})"' + re.escape(_MIDDLE) + b'([0-9a-f]{32})"')
+#: So many bytes of a document hold its checksums: they tell it from any other.
+OPENING_BYTES = _HEAD_CHECKED_FROM
 _FORMAT = re.compile(rb'\{"_persist":\{"format":(\d{1,9})[,}]')
 _BULK_STARTS = (*(b'"%s":' % name.encode() for name in BULK), b"}\n")
 _FIRST_READ_BYTES = 4096
@@ -80,6 +83,9 @@ class Header:
     #: Tells this commit from any other of the same content.
     commit: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    #: The number of the last journal that the session has had; and whether it has it still. To fold it is no commit.
+    generation: int = field(default=0, compare=False)
+    is_journaled: bool = field(default=False, compare=False)
 
     @classmethod
     def first(cls) -> Header:
@@ -117,14 +123,39 @@ class Body:
         data = codec.captured(data)
         if HEADER in data:
             raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
-        small = [_line(key, value) for key, value in data.items() if key not in BULK]
+        small = small_of(data)
         bulk = [_bulk_lines(key, data[key]) for key in BULK if key in data]
         counts = {key: len(data[key]) for key in BULK if type(data.get(key)) is list}
-        head = b",\n".join(small) + (b",\n" if bulk else b"\n") if small else b""
+        head = small + (b",\n" if bulk else b"\n") if small else b""
         body = cls(head, b",\n".join(bulk) + b"\n}\n" if bulk else b"}\n", counts)
         if body.size > codec.MAX_BYTES:
             raise NotJSON(path=(), reason=f"it would take more than {codec.MAX_BYTES:,} bytes")
         return body
+
+    @classmethod
+    def assembled(cls, small: bytes, bulk: Mapping[str, bytes], counts: Mapping[str, int]) -> Body:
+        """The body of small fields, as `small` has them, and of bulk fields, each as its JSON."""
+        lines = [b'"%b":%b' % (name.encode(), bulk[name]) for name in BULK if name in bulk]
+        head = small + (b",\n" if lines else b"\n") if small else b""
+        return cls(head, b",\n".join(lines) + b"\n}\n" if lines else b"}\n", counts)
+
+    @property
+    def small(self) -> bytes:
+        """The small fields, whatever follows them."""
+        return self.head.removesuffix(b"\n").removesuffix(b",")
+
+    def parts(self) -> dict[str, bytes]:
+        """The bulk fields, each as its JSON: a list that is not empty has one item a line."""
+        found = {}
+        rest = self.bulk.removesuffix(b"}\n").removesuffix(b"\n")
+        for name in reversed(BULK):
+            # A line of a list is an item: none begins like this.
+            mark = b'"%b":' % name.encode()
+            start = 0 if rest.startswith(mark) else rest.find(b"\n" + mark) + 1
+            if rest.startswith(mark, start):
+                found[name] = rest[start + len(mark) :]
+                rest = rest[:start].removesuffix(b",\n")
+        return found
 
     @property
     def size(self) -> int:
@@ -143,7 +174,7 @@ class Body:
 
     def fields(self) -> dict[str, Any]:
         """A fresh copy of the small fields."""
-        fields = self._decode(b"{" + self.head.removesuffix(b"\n").removesuffix(b",") + b"}")
+        fields = self._decode(b"{" + self.small + b"}")
         if not fields.keys().isdisjoint(BULK):
             raise self._mislabelled()
         return fields
@@ -166,6 +197,11 @@ class Body:
         return CorruptSession(session_id=session_id, path=path, reason=reason)
 
 
+def small_of(data: Mapping[str, Any]) -> bytes:
+    """The small fields of a session's data, one a line."""
+    return b",\n".join([_line(key, value) for key, value in data.items() if key not in BULK])
+
+
 def _line(key: str, value: Any) -> bytes:
     return codec.encode(key, (key,)) + b":" + codec.encode(value, (key,))
 
@@ -186,6 +222,11 @@ class Snapshot:
     checksum: str
 
     @property
+    def identity(self) -> str:
+        """What no other committed state of the session has, whichever file it stands in; "" for what is in no file."""
+        return self.checksum and (self.header.commit or self.checksum)
+
+    @property
     def active_stream_id(self) -> Any:
         """The stream that the document names, or None; anything else has been written by another program."""
         return self.body.fields().get(ACTIVE) or None
@@ -193,11 +234,18 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class HeadSnapshot:
-    """The header and the small fields of one committed revision."""
+    """The header and the small fields of one committed revision. `checksum` is that of the file."""
 
     header: Header
-    fields: dict[str, Any]
+    small: bytes
     counts: Mapping[str, int]
+    #: Taken as it stands there: a head is vouched for by a checksum of its own.
+    checksum: str = field(compare=False)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """A fresh copy of the small fields."""
+        return Body.assembled(self.small, {}, {}).fields()
 
     @property
     def active_stream_id(self) -> Any:
@@ -214,7 +262,8 @@ def to_bytes(header: Header, body: Body) -> tuple[bytes, str]:
     head_checksum = _digest(line[1:], body.head)
     checked = _MIDDLE + head_checksum + line + body.head
     checksum = _digest(checked, body.bulk)
-    return _OPENING + checksum + b'"' + checked + body.bulk, checksum.decode()
+    opening = _OPENING % (JOURNALED if header.is_journaled else WHOLE)
+    return opening + checksum + b'"' + checked + body.bulk, checksum.decode()
 
 
 def _digest(*pieces: bytes | memoryview) -> bytes:
@@ -225,7 +274,6 @@ def _digest(*pieces: bytes | memoryview) -> bytes:
 
 
 def _header_rest(header: Header, body: Body) -> bytes:
-    owner = header.owner
     values = {
         "head_bytes": len(body.head),
         "counts": dict(body.counts),
@@ -233,12 +281,23 @@ def _header_rest(header: Header, body: Body) -> bytes:
         "incarnation": header.incarnation,
         "created_at": header.created_at.isoformat(),
         "updated_at": header.updated_at.isoformat(),
-        "epoch": header.epoch,
-        "owner": owner and _owner_fields(owner),
         "commit": header.commit,
-        **header.extra,
+        **({"generation": header.generation, "is_journaled": header.is_journaled} if header.generation else {}),
+        **stream_values(header),
     }
     return b"," + codec.encode(values)[1:]
+
+
+def stream_values(header: Header) -> dict[str, Any]:
+    """What of a header changes seldom: the stream's part, and what this version does not know. JSON values."""
+    return {"epoch": header.epoch, "owner": header.owner and _owner_fields(header.owner), **header.extra}
+
+
+def with_stream_values(header: Header, values: Mapping[str, Any]) -> Header:
+    """The header with what `stream_values` has given; raises one of `NONSENSE` for anything else."""
+    owner = None if values["owner"] is None else _owner(_of(dict, values["owner"]))
+    extra = {key: value for key, value in values.items() if key not in _KNOWN}
+    return replace(header, epoch=_natural(values["epoch"]), owner=owner, extra=extra)
 
 
 def _owner_fields(owner: StreamOwner) -> dict[str, Any]:
@@ -269,6 +328,12 @@ def read(path: Path, session_id: str) -> Snapshot:
     return _Reader(path, session_id).snapshot(content)
 
 
+def is_journaled(start: bytes) -> bool:
+    """Tell of the first bytes of a document whether it has a journal."""
+    shape = _SHAPE.match(start)
+    return shape is not None and int(shape[1]) == JOURNALED
+
+
 def read_head(path: Path, session_id: str) -> HeadSnapshot:
     """Read the header and the small fields of one committed revision; the bulk is neither read nor checked.
 
@@ -278,7 +343,7 @@ def read_head(path: Path, session_id: str) -> HeadSnapshot:
 
 
 def _head_of(snapshot: Snapshot) -> HeadSnapshot:
-    return HeadSnapshot(snapshot.header, snapshot.body.fields(), snapshot.body.counts)
+    return HeadSnapshot(snapshot.header, snapshot.body.small, snapshot.body.counts, snapshot.checksum)
 
 
 def _quick_head(path: Path) -> HeadSnapshot | None:
@@ -292,27 +357,28 @@ def _quick_head(path: Path) -> HeadSnapshot | None:
         try:
             values = _header_values(content, end) if end >= 0 else None
             needed = limit * 4 if values is None else end + 1 + _natural(values["head_bytes"])
-        except _NONSENSE:
+        except NONSENSE:
             return None
         if values is not None and needed <= len(content):
-            return _checked_head(content[:needed], end, values, shape[2])
+            return _checked_head(content[:needed], end, values, shape)
         if len(content) < limit or needed > READ_LIMIT:
             return None
         limit = needed
 
 
-def _checked_head(content: bytes, end: int, values: dict[str, Any], checksum: bytes) -> HeadSnapshot | None:
-    if _digest(memoryview(content)[_HEAD_CHECKED_FROM:]) != checksum:
+def _checked_head(content: bytes, end: int, values: dict[str, Any], shape: re.Match[bytes]) -> HeadSnapshot | None:
+    if _digest(memoryview(content)[_HEAD_CHECKED_FROM:]) != shape[3]:
         return None
     try:
         body = Body(content[end + 1 :], b"", _counts(values))
-        return HeadSnapshot(_header(values), body.fields(), body.counts)
-    except (*_NONSENSE, CorruptSession):
+        body.fields()
+        return HeadSnapshot(_header(values, int(shape[1])), body.small, body.counts, shape[2].decode())
+    except (*NONSENSE, CorruptSession):
         return None
 
 
 #: What a header raises that was damaged, or made up by somebody who can seal it.
-_NONSENSE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+NONSENSE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 def _header_values(content: bytes, end: int) -> dict[str, Any]:
@@ -321,22 +387,25 @@ def _header_values(content: bytes, end: int) -> dict[str, Any]:
 
 
 _KNOWN = frozenset({"format", "checksum", "head_checksum", "head_bytes", "counts", "revision", "incarnation"}) | frozenset(
-    {"created_at", "updated_at", "epoch", "owner", "commit"}
+    {"created_at", "updated_at", "epoch", "owner", "commit", "generation", "is_journaled"}
 )
 
 
-def _header(values: Mapping[str, Any]) -> Header:
-    """The header of its JSON; raises one of `_NONSENSE` if it is none."""
-    return Header(
+def _header(values: Mapping[str, Any], version: int) -> Header:
+    """The header of its JSON; raises one of `NONSENSE` if it is none."""
+    # No checksum covers the version: a bit of it must not hide the journal.
+    if values.get("is_journaled", False) is not (version == JOURNALED):
+        raise ValueError(version)
+    header = Header(
         incarnation=_of(str, values["incarnation"]),
         revision=_natural(values["revision"]),
-        created_at=_time(values["created_at"]),
-        updated_at=_time(values["updated_at"]),
-        epoch=_natural(values["epoch"]),
-        owner=None if values["owner"] is None else _owner(_of(dict, values["owner"])),
+        created_at=time_of(values["created_at"]),
+        updated_at=time_of(values["updated_at"]),
         commit=_of(str, values.get("commit", "")),
-        extra={key: value for key, value in values.items() if key not in _KNOWN},
+        generation=_natural(values.get("generation", 0)),
+        is_journaled=version == JOURNALED,
     )
+    return with_stream_values(header, values)
 
 
 def _owner(values: Mapping[str, Any]) -> StreamOwner:
@@ -362,7 +431,8 @@ def _natural(value: Any) -> int:
     return _of(int, value)
 
 
-def _time(value: Any) -> datetime:
+def time_of(value: Any) -> datetime:
+    """A header's time."""
     return datetime.fromisoformat(_of(str, value)).astimezone(UTC)
 
 
@@ -397,13 +467,14 @@ class _Reader:
         if shape is None:
             return self._foreign(content)
         checksum = _digest(memoryview(content)[_CHECKED_FROM:])
-        if checksum != shape[1]:
+        if checksum != shape[2]:
             raise self._mismatch(content)
         try:
             end = content.index(b"\n")
             values = _header_values(content, end)
-            header, counts, bulk = _header(values), _counts(values), end + 1 + _natural(values["head_bytes"])
-        except _NONSENSE:
+            header, counts = _header(values, int(shape[1])), _counts(values)
+            bulk = end + 1 + _natural(values["head_bytes"])
+        except NONSENSE:
             raise self._corrupt("its header makes no sense, although its checksum matches.") from None
         body = Body(content[end + 1 : bulk], content[bulk:], counts, (self.session_id, self.path))
         if not _is_parted(body) or content[end - 1 : end] != (b"}" if body.is_empty else b","):
@@ -413,8 +484,8 @@ class _Reader:
     def _foreign(self, content: bytes) -> Snapshot:
         """A document of another program: revision 0 until its first commit here."""
         newer = _FORMAT.match(content)
-        if newer is not None and int(newer[1]) != FORMAT:
-            raise UnsupportedFormat(session_id=self.session_id, path=self.path, found=int(newer[1]), known=FORMAT)
+        if newer is not None and int(newer[1]) not in (WHOLE, JOURNALED):
+            raise UnsupportedFormat(session_id=self.session_id, path=self.path, found=int(newer[1]), known=JOURNALED)
         data = self.strict(content)
         if HEADER in data or _looks_like_header(next(iter(data.values()), None)):
             raise self._edited()
@@ -463,17 +534,18 @@ def _looks_like_header(value: Any) -> bool:
     return type(value) is dict and {"checksum", "head_checksum", "incarnation"} <= value.keys()
 
 
-def read_edited(path: Path, session_id: str) -> tuple[Header, Body]:
+def read_edited(path: Path, session_id: str) -> Snapshot:
     """Read a document whose checksum does not match, as `persist accept` takes it.
 
-    It must be strict JSON. What is left of its header is kept where it makes sense; the rest begins anew.
+    It must be strict JSON. What is left of its header, and the checksum in it, is kept if it makes sense; else it begins anew.
     """
     content = disk.read(path, READ_LIMIT)
     data = _Reader(path, session_id).strict(content)
     values = data.pop(HEADER, None)
     body = Body.of(data)
     try:
-        return _header(values), body
-    except _NONSENSE:
+        return Snapshot(_header(values, values.get("format", WHOLE)), body, _of(str, values["checksum"]))
+    except NONSENSE:
         now = datetime.now(UTC)
-        return Header(_digest(content).decode(), 0, now, now), body
+        checksum = _digest(content).decode()
+        return Snapshot(Header(checksum, 0, now, now), body, checksum)

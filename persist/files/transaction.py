@@ -4,38 +4,70 @@
         snapshot = tx.read()
         tx.commit(snapshot.header.next(), Body.of(data))
 
-A commit: write a temporary file, sync it, rename it over the document, sync the directory; only then is it acknowledged.
-Readers need no lock: the rename gives them the old revision or the new one.
+A commit of a small session writes the document anew (see `publish`). That of a large one appends a record to its journal (see
+`journal`) and syncs that, until the journal has outgrown the document and is folded into it. Only then is it acknowledged.
+Readers need no lock: they see the old revision or the new one.
 
 After a failed fsync the kernel may have dropped the data and still show it (fsync then even answers OK: measured), so the
-file is never synced again or trusted: the whole snapshot is written once more, to a new inode. If that fails too, and the
-rename had been done, nobody knows what a power cut would leave: `CommitUnknown`, and no further write to that session.
+file is never synced again or trusted: the whole document is written once more, to a new inode. If that fails too, and the
+commit had become visible, nobody knows what a power cut would leave: `CommitUnknown`, and no further write to that session.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal, TypeVar
 
-from persist.errors import CommitFailed, CommitUnknown, InvalidSessionId, LockNotHeld, PersistError, SessionNotFound, Unreadable
-from persist.files import disk, layout, lease, lock, snapshot
+from persist.errors import (
+    CommitFailed,
+    CommitUnknown,
+    CorruptSession,
+    InvalidSessionId,
+    LockNotHeld,
+    PersistError,
+    SessionNotFound,
+    Unreadable,
+)
+from persist.files import change, disk, journal, layout, lease, lock, snapshot
+from persist.files.change import Change
 from persist.files.events import Ended, EventFiles
-from persist.files.layout import Layout, SessionPaths
+from persist.files.index import Index, keys_of
+from persist.files.journal import Journal, Overtaken, Tail
+from persist.files.known import Known, KnownSessions
+from persist.files.layout import Layout
 from persist.files.lease import Lease
+from persist.files.publish import Attempt, SyncFailed
 from persist.files.snapshot import Body, Header, HeadSnapshot, Snapshot
+
+Found = TypeVar("Found")
+#: Which sessions have a journal: large ones, all, or none.
+Mode = Literal["auto", "always", "never"]
+#: A session enters journal mode above the first size, and leaves it at a fold below the second.
+ENTER_BYTES, LEAVE_BYTES = 64 * 1024, 32 * 1024
+#: A journal is folded when it is larger than its document, but not before this.
+FOLD_AT_LEAST_BYTES = 64 * 1024
+#: How often a reader whose journal has vanished starts over before it takes the lock.
+READ_ATTEMPTS = 3
 
 
 class SessionFiles:
     """The sessions of one directory, as files."""
+
+    #: In the place of `FOLD_AT_LEAST_BYTES` and the document's size, for those who try a store out.
+    fold_bytes: float | None = None
 
     def __init__(
         self,
         directory: Path,
         *,
         lock_timeout_s: float,
+        journal: Mode = "auto",
         keep_events_s: float = 300.0,
         allow_network: bool = False,
         create: bool = True,
@@ -43,6 +75,8 @@ class SessionFiles:
         # The real path: two names of one directory must share their in-process locks, and a chdir must not move the store.
         self.layout = Layout(Path(os.path.realpath(directory)))
         self.lock_timeout_s = lock_timeout_s
+        self.mode = journal
+        self.known = KnownSessions()
         self.events = EventFiles(self.layout, keep_events_s)
         self.unknown: dict[str, str] = {}
         try:
@@ -65,21 +99,45 @@ class SessionFiles:
     # --- without a lock ---
 
     def exists(self, session_id: str) -> bool:
-        with self._looking_at(session_id) as path:
+        with self.looking_at(session_id) as path:
             return disk.exists(path)
 
     def read(self, session_id: str) -> Snapshot:
         """Read the committed document. Takes no lock: some committed revision, never half of one."""
-        with self._looking_at(session_id) as path:
-            return snapshot.read(path, session_id)
+        return self._not_overtaken(session_id, self.read_now)
 
     def read_head(self, session_id: str) -> HeadSnapshot:
         """Read the committed header and small fields. Takes no lock."""
-        with self._looking_at(session_id) as path:
-            return snapshot.read_head(path, session_id)
+        return self._not_overtaken(session_id, self._read_head_now)
+
+    def _not_overtaken(self, session_id: str, look: Callable[[str], Found]) -> Found:
+        """Start over when a fold comes between document and journal; if it is always so, keep everybody out."""
+        for _ in range(READ_ATTEMPTS):
+            with contextlib.suppress(Overtaken):
+                return look(session_id)
+        with self.transaction(session_id) as tx:
+            return tx.alone(look)
+
+    def read_now(self, session_id: str) -> Snapshot:
+        """As `read`, but raise `Overtaken` if the journal is not there that the document names."""
+        with self.looking_at(session_id) as path:
+            found = snapshot.read(path, session_id)
+            if not found.header.is_journaled:
+                return found
+            return self.journal(session_id, found.header.generation).replay(found)
+
+    def _read_head_now(self, session_id: str) -> HeadSnapshot:
+        with self.looking_at(session_id) as path:
+            found = snapshot.read_head(path, session_id)
+            if not found.header.is_journaled:
+                return found
+            return self.journal(session_id, found.header.generation).head(found)
+
+    def journal(self, session_id: str, generation: int) -> Journal:
+        return Journal(self.layout.journal(session_id, generation), session_id)
 
     @contextmanager
-    def _looking_at(self, session_id: str) -> Iterator[Path]:
+    def looking_at(self, session_id: str) -> Iterator[Path]:
         path = self._path(session_id)
         try:
             yield path
@@ -117,14 +175,30 @@ class SessionFiles:
         return sorted(self.layout.directory / name for name in names if layout.session_of_document(name) is None)
 
     def leftovers(self) -> list[tuple[str, Path]]:
-        """Temporary files, and locks without a session: (session id, path), sorted. A commit under way shows as one."""
+        """Temporary files, journals that no document names, and locks without a session: (session id, path), sorted.
+
+        A commit under way shows as one.
+        """
         found = []
         for name in self._names():
             session_id = layout.session_of_leftover(name)
             path = self.layout.directory / name
             if session_id and (path == self.layout.session(session_id).temp or not self.exists(session_id)):
                 found.append((session_id, path))
+            of_journal = layout.journal_of(name)
+            if of_journal is not None and not self._names_journal(*of_journal):
+                found.append((of_journal[0], path))
         return sorted(found)
+
+    def _names_journal(self, session_id: str, generation: int) -> bool:
+        try:
+            with self.looking_at(session_id) as path:
+                header = snapshot.read_head(path, session_id).header
+        except SessionNotFound:
+            return False
+        except PersistError:
+            return True  # nobody knows: it is told for what it is
+        return header.is_journaled and header.generation == generation
 
     def _path(self, session_id: str) -> Path:
         path = self.layout.session(session_id).document
@@ -149,7 +223,7 @@ class SessionFiles:
             LockTimeout, NestedLock: see `lock.hold`.
             CommitUnknown: an earlier commit of this store ended so.
         """
-        with self._looking_at(session_id) as path:
+        with self.looking_at(session_id) as path:
             if not may_be_missing and not disk.exists(path):
                 raise SessionNotFound(session_id=session_id, path=path)
         timeout_s = self.lock_timeout_s if lock_timeout_s is None else lock_timeout_s
@@ -172,6 +246,11 @@ class Transaction:
         self._paths = files.layout.session(session_id)
         self._held: lock.HeldFile | None = held
         self._is_there = False
+        #: What the document is, if it was read.
+        self._found: Snapshot | None = None
+        #: The journal, if the session has one, and what is known of it; while a write is under way nothing is.
+        self._fd = -1
+        self._known: Known | None = None
         #: Whether the last commit became visible, also if an exception came after that.
         self.is_published = False
 
@@ -181,6 +260,9 @@ class Transaction:
 
     def end(self) -> None:
         """End the transaction; a lock file without a session is removed by its last holder."""
+        self._close_journal()
+        if self._known is not None:
+            self._files.known.keep(self.session_id, self._known)
         if self._held is not None and self._held.is_held and not self._is_there:
             # Nothing that goes wrong here may hide what the verb has to say.
             with contextlib.suppress(OSError):
@@ -188,23 +270,110 @@ class Transaction:
                     disk.unlink(self._paths.lock)
         self._held = None
 
+    def _close_journal(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            # What was synced stays so, whatever becomes of the descriptor.
+            with contextlib.suppress(OSError):
+                disk.close(fd)
+
+    # --- reading ---
+
     def exists(self) -> bool:
         self._require_lock()
         with self._refusals():
             return disk.exists(self._paths.document)
 
-    def read(self) -> Snapshot:
-        """Read the committed document."""
+    def read(self, known: Snapshot | None = None) -> Snapshot:
+        """Read the committed document. If the session has a journal that ends with what is `known`, that is it."""
         self._require_lock()
-        found = self._files.read(self.session_id)
+        here = self.look() if known is not None and known.identity and known.header.is_journaled else None
+        if known is not None and here is not None and here.tail.header == known.header:
+            # Somebody may have folded it since: that is no commit, but another journal.
+            self._found = replace(known, header=here.tail.header)
+        else:
+            self._found = self.alone(self._files.read_now)
         self._is_there = True
-        return found
+        return self._found
 
-    def read_edited(self) -> tuple[Header, Body]:
-        """Read a document whose checksum need not match."""
+    def alone(self, look: Callable[[str], Found]) -> Found:
+        """Look at the session's files while nobody can change them: a journal that is not there is missing."""
+        try:
+            return look(self.session_id)
+        except Overtaken:
+            raise self._journal_missing() from None
+
+    def _journal_missing(self) -> CorruptSession:
+        reason = "the journal that it names is missing, or is that of another document."
+        remedy = (
+            f"Restore both from a backup, or take it as it is with 'persist accept {self._layout.directory} {self.session_id}'."
+        )
+        return CorruptSession(session_id=self.session_id, path=self._paths.document, reason=reason, remedy=remedy)
+
+    def look(self) -> Known | None:
+        """What is known of the session without reading all of it, up to date; None if it has no journal.
+
+        Raises: as `read`.
+        """
+        self._require_lock()
+        if self._known is None:
+            with self._files.looking_at(self.session_id) as path:
+                start, size = disk.read_start(path, snapshot.OPENING_BYTES)
+                self._is_there = True
+                if snapshot.is_journaled(start):
+                    self._known = self.alone(lambda _: self._look(start, size))
+        return self._known
+
+    def _look(self, start: bytes, size: int) -> Known:
+        known = self._files.known.take(self.session_id)
+        if known is None or known.opening != start:
+            known = self._first_look(start, size)
+        log = self._files.journal(self.session_id, known.tail.header.generation)
+        self._close_journal()
+        self._fd = log.open(os.O_RDWR | os.O_APPEND)
+        if not log.ends_so(self._fd, known.tail):
+            known = self._first_look(start, size)
+            log.check_opening(self._fd, known.tail)
+        for record in log.follow(self._fd, known.tail):
+            known.take(record.changes)
+        return known
+
+    def _first_look(self, start: bytes, size: int) -> Known:
+        return Known(start, Tail.of(snapshot.read_head(self._paths.document, self.session_id)), size)
+
+    def index(self, field: str) -> Index:
+        """What is known of a list's items. The first time, the session is read for it."""
+        known = self.look()
+        assert known is not None, "only a session with a journal has an index"
+        if field not in known.indexes:
+            found = self._found or self.read()
+            known.indexes[field] = Index(found.body.parts().get(field, b"[]"), keys_of(known.tail.header.owner))
+            self._files.known.make_room_for(known)
+        return known.indexes[field]
+
+    def salvage(self) -> Snapshot:
+        """Read a session that is damaged or was edited by hand: the document as it is, and of its journal what is good.
+
+        A journal that is damaged is kept beside it, as a copy.
+
+        Raises:
+            CorruptSession: the document is not JSON, or what the journal says does not fit it any more.
+        """
         self._require_lock()
         with self._refusals():
-            return snapshot.read_edited(self._paths.document, self.session_id)
+            edited = snapshot.read_edited(self._paths.document, self.session_id)
+            if not edited.header.is_journaled:
+                return edited
+            log = self._files.journal(self.session_id, edited.header.generation)
+            try:
+                found, is_whole = log.salvage(edited)
+            except Overtaken:
+                return edited
+            if not is_whole:
+                log.keep_copy()
+            return found
+
+    # --- writing ---
 
     def commit(self, header: Header, body: Body) -> Snapshot:
         """Write a revision; durable and visible on return.
@@ -215,28 +384,151 @@ class Transaction:
         """
         self._require_lock()
         self.require_known()
-        content, checksum = snapshot.to_bytes(header, body)
-        self._publish(content)
-        self._is_there = True
-        return Snapshot(header, body, checksum)
+        found = self._found
+        if found is None or not found.header.is_journaled:
+            return self._write(header, body)
+        changes = change.between(found.body, body)
+        return replace(found, header=self._record(header, body.small, body.counts, changes, body), body=body)
 
-    def confirm(self, found: Snapshot) -> None:
-        """Make durable what was read: its writer may have died between its rename and its sync."""
+    def record(self, header: Header, small: bytes, counts: Mapping[str, int], changes: tuple[Change, ...]) -> Header:
+        """Commit changes of a session that `look` knows; as `commit`. `small` and `counts` are those after them."""
         self._require_lock()
         self.require_known()
+        return self._record(header, small, counts, changes, None)
+
+    def _record(
+        self, header: Header, small: bytes, counts: Mapping[str, int], changes: tuple[Change, ...], body: Body | None
+    ) -> Header:
+        known = self.look()
+        assert known is not None, "only a session with a journal takes records"
+        record = known.tail.record(header, small, counts, changes, known.synced)
+        line = journal.encode(record, known.tail.seed)
+        if self._must_fold(known, len(line)) or not self._settle(known):
+            header = self._write(header, body or self._whole(header, small, changes)).header
+            self._go_on_with_indexes(known, changes)
+            return header
+        # From here to the end, nothing is known.
+        self._known, self._found = None, self._found if body is not None else None
+        with self._refusals():
+            disk.write(self._fd, line)
+        self.is_published = True
         try:
-            disk.sync_file(self._paths.document)
-            disk.sync_directory(self._layout.directory)
-        except disk.SyncFailed as error:
-            # What the kernel still shows of that file proves nothing any more: write what was checked before.
-            self._files.unknown[self.session_id] = _reason(error)
-            try:
-                self._publish(snapshot.to_bytes(found.header, found.body)[0])
-            except CommitFailed as failed:
-                raise self._failure(CommitUnknown, failed.reason, failed.errno) from failed
-            self._files.unknown.pop(self.session_id, None)
+            disk.sync_data(self._fd)
+        except OSError as error:
+            self._write_anew(header, small, changes, body, error)
+            return header
+        known.tail.take(line, record)
+        known.take(changes)
+        known.synced = known.tail.end
+        self._known = known
+        return header
+
+    def _must_fold(self, known: Known, more_bytes: int) -> bool:
+        limit = self._files.fold_bytes
+        if limit is None:
+            limit = max(FOLD_AT_LEAST_BYTES, known.document_bytes)
+        return self._files.mode == "never" or known.tail.is_torn or known.tail.end + more_bytes > limit
+
+    def _settle(self, known: Known) -> bool:
+        """See to it that the files bear their names durably: their writer may have died before it did. Tell whether they do."""
+        try:
+            if not known.synced:
+                disk.sync_file(self._paths.document)
+                disk.sync_directory(self._layout.directory)
         except OSError:
-            self._publish(snapshot.to_bytes(found.header, found.body)[0])
+            return False
+        return True
+
+    def _whole(self, header: Header, small: bytes, changes: tuple[Change, ...]) -> Body:
+        """The body that a commit makes, whether or not it shows already."""
+        found = self._found or self.read()
+        return found.body if found.header == header else change.applied(found.body, small, changes)
+
+    def _write_anew(self, header: Header, small: bytes, changes: tuple[Change, ...], body: Body | None, error: OSError) -> None:
+        """After a failed fsync of a record: the whole document, to a new inode."""
+        self._files.unknown[self.session_id] = _reason(error)
+        try:
+            self._write(header, body or self._whole(header, small, changes))
+        except PersistError as failed:
+            raise self._failure(CommitUnknown, _reason(error), error.errno) from failed
+        self._files.unknown.pop(self.session_id, None)
+
+    def _go_on_with_indexes(self, before: Known, changes: tuple[Change, ...]) -> None:
+        """After a fold, what is known of the lists is still so."""
+        if self._known is not None:
+            self._known.indexes = before.indexes
+            self._known.take(changes)
+
+    def compact(self) -> bool:
+        """Fold the journal into the document; durable on return. Tell whether there was anything to fold."""
+        self._require_lock()
+        self.require_known()
+        known = self.look()
+        if known is None:
+            return False
+        is_empty = known.tail.last == 0 and not known.tail.is_torn
+        found = self.read()
+        if is_empty and self._has_journal(found.header, found.body):
+            return False
+        self._write(found.header, found.body)
+        self._go_on_with_indexes(known, ())
+        return True
+
+    def _has_journal(self, header: Header, body: Body) -> bool:
+        """Whether the session is to have a journal from its next document on."""
+        limit = LEAVE_BYTES if header.is_journaled else ENTER_BYTES
+        return self._files.mode == "always" or (self._files.mode == "auto" and body.size > limit)
+
+    def _write(self, header: Header, body: Body) -> Snapshot:
+        """Write the whole document."""
+        self._known = None
+        self._close_journal()
+        header = replace(header, is_journaled=self._has_journal(header, body))
+        attempt = Attempt(self._layout, self.session_id, header, body)
+        self._publish(attempt)
+        self._is_there = True
+        self._found = written = attempt.snapshot
+        if written.header.is_journaled:
+            head = HeadSnapshot(written.header, body.small, body.counts, written.checksum)
+            tail = Tail.of(head)
+            self._known = Known(attempt.opening, tail, attempt.size_bytes, tail.end)
+            # What comes after it in this transaction looks for itself.
+            self._files.known.keep(self.session_id, self._known)
+        return written
+
+    def confirm(self) -> None:
+        """Make durable what was read: its writer may have died between its write and its sync."""
+        self._require_lock()
+        self.require_known()
+        known = self.look()
+        try:
+            if known is None:
+                disk.sync_file(self._paths.document)
+                disk.sync_directory(self._layout.directory)
+            elif known.synced < known.tail.end:
+                self._sync_journal(known)
+        except OSError as error:
+            self._write_confirmed(error)
+
+    def _sync_journal(self, known: Known) -> None:
+        disk.sync_data(self._fd)
+        if not self._settle(known):
+            raise disk.SyncFailed(errno.EIO, "the document could not be synced")
+        known.synced = known.tail.end
+
+    def _write_confirmed(self, error: OSError) -> None:
+        """After a failed fsync, what the kernel still shows of a file proves nothing: write what was checked before."""
+        is_failed_sync = isinstance(error, disk.SyncFailed)
+        if is_failed_sync:
+            self._files.unknown[self.session_id] = _reason(error)
+        try:
+            found = self._found or self.read()
+            self._write(found.header, found.body)
+        except CommitFailed as failed:
+            if is_failed_sync:
+                raise self._failure(CommitUnknown, failed.reason, failed.errno) from failed
+            raise
+        self._files.unknown.pop(self.session_id, None)
 
     def delete(self) -> None:
         """Remove the session; durable on return. The document goes first: what is left after a crash is no session."""
@@ -259,7 +551,10 @@ class Transaction:
             raise self._failure(CommitUnknown, _reason(error), error.errno) from error
         finally:
             disk.close_directory(directory)
+        self._known = None
         _remove_leftover(self._paths.temp)
+        with contextlib.suppress(OSError):
+            self._remove_journals()
         with contextlib.suppress(OSError):
             for session_id, stream_id in self._files.leases():
                 if session_id == self.session_id:
@@ -267,24 +562,29 @@ class Transaction:
         with contextlib.suppress(OSError):
             self._files.events.remove_session(self.session_id)
 
-    def _publish(self, content: bytes) -> None:
-        attempt = _Attempt(self._layout.directory, self._paths, content)
+    def _remove_journals(self) -> None:
+        for name in disk.names(self._layout.directory):
+            of_journal = layout.journal_of(name)
+            if of_journal is not None and of_journal[0] == self.session_id:
+                _remove_leftover(self._layout.directory / name)
+
+    def _publish(self, attempt: Attempt) -> None:
         try:
             with self._refusals():
                 attempt.run()
-        except _SyncFailed as failed:
+        except SyncFailed as failed:
             self._publish_anew(attempt, failed)
         finally:
-            self.is_published = attempt.is_visible
+            self.is_published = self.is_published or attempt.is_visible
 
-    def _publish_anew(self, attempt: _Attempt, failed: _SyncFailed) -> None:
+    def _publish_anew(self, attempt: Attempt, failed: SyncFailed) -> None:
         """After a failed fsync: once more, to a new inode. If that fails too, a visible commit is of unknown durability."""
         if attempt.is_visible:
             self._files.unknown[self.session_id] = _reason(failed.cause)
         try:
             attempt.run()
-        except (OSError, _SyncFailed) as error:
-            cause = error.cause if isinstance(error, _SyncFailed) else error
+        except (OSError, SyncFailed) as error:
+            cause = error.cause if isinstance(error, SyncFailed) else error
             if attempt.is_visible:
                 self._files.unknown[self.session_id] = _reason(cause)
             kind = CommitUnknown if attempt.is_visible else CommitFailed
@@ -378,64 +678,3 @@ def _remove_leftover(path: Path) -> None:
 
 def _reason(error: OSError) -> str:
     return error.strerror or type(error).__name__
-
-
-class _SyncFailed(Exception):
-    """An fsync failed."""
-
-    def __init__(self, cause: OSError) -> None:
-        super().__init__(cause)
-        self.cause = cause
-
-
-class _Attempt:
-    """The commit protocol. `is_visible` tells whether a rename was done, in this run or an earlier one."""
-
-    def __init__(self, directory: Path, paths: SessionPaths, content: bytes) -> None:
-        self._directory = directory
-        self._temp = paths.temp
-        self._path = paths.document
-        self._content = content
-        self.is_visible = False
-
-    def run(self) -> None:
-        """Write, sync, rename, sync: on return the content is durable and visible."""
-        # Now, while nothing is visible: without a free descriptor after the rename, nobody would know its outcome.
-        directory = disk.open_directory(self._directory)
-        try:
-            self._publish()
-            try:
-                disk.sync_directory(self._directory, directory)
-            except OSError as error:
-                raise _SyncFailed(error) from error
-        finally:
-            disk.close_directory(directory)
-
-    def _publish(self) -> None:
-        try:
-            self._write_temp()
-            disk.replace(self._temp, self._path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                disk.unlink(self._temp)
-            raise
-        self.is_visible = True
-
-    def _write_temp(self) -> None:
-        fd = self._create_temp()
-        try:
-            disk.write(fd, self._content)
-            try:
-                disk.sync(fd)
-            except OSError as error:
-                raise _SyncFailed(error) from error
-        finally:
-            disk.close(fd)
-
-    def _create_temp(self) -> int:
-        try:
-            return disk.create(self._temp)
-        except FileExistsError:
-            # We hold the lock, so its writer is dead.
-            disk.unlink(self._temp)
-            return disk.create(self._temp)

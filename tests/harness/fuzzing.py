@@ -182,7 +182,7 @@ class Oracle:
         readers: dict[str, Callable[[], str | None]] = {
             "read": lambda: _of_snapshot(snapshot.read(path, "s"), content),
             "read_head": lambda: _of_head(snapshot.read_head(path, "s"), content),
-            "read_edited": lambda: _of_edited(*snapshot.read_edited(path, "s"), content),
+            "read_edited": lambda: _of_edited(snapshot.read_edited(path, "s"), content),
         }
         for name, reader in readers.items():
             try:
@@ -262,11 +262,11 @@ def _of_head(found: snapshot.HeadSnapshot, content: bytes) -> str | None:
     return _of_header(found.header)
 
 
-def _of_edited(header: Header, body: snapshot.Body, content: bytes) -> str | None:
+def _of_edited(found: snapshot.Snapshot, content: bytes) -> str | None:
     expected = _parsed(content, is_strict=True)
-    if expected is None or not _same(body.data(), expected):
+    if expected is None or not _same(found.body.data(), expected):
         return "another document than the bytes say"
-    return _of_header(header)
+    return _of_header(found.header)
 
 
 def _of_header(header: Header) -> str | None:

@@ -232,7 +232,7 @@ def test_methods_of_a_finished_transaction_are_refused(store: persist.Store, ses
     """The transaction is the lock: outside its block nothing of it works."""
     with store._files.transaction("s-1") as tx:
         found = tx.read()
-    for use in (tx.read, tx.exists, tx.delete, lambda: tx.confirm(found), lambda: tx.commit(found.header, found.body)):
+    for use in (tx.read, tx.exists, tx.delete, tx.confirm, tx.look, tx.compact, lambda: tx.commit(found.header, found.body)):
         with pytest.raises(persist.LockNotHeld):
             use()
 

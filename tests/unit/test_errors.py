@@ -346,8 +346,8 @@ CASES: dict[type[persist.PersistError], Case] = {
     ),
     errors.UnsupportedFormat: Case(
         unsupported_format,
-        ("'s'", DOCUMENT, "format 7", "knows 1", "Upgrade persist"),
-        {"session_id": "s", "path": DOCUMENT, "found": 7, "known": 1},
+        ("'s'", DOCUMENT, "format 7", "knows 2", "Upgrade persist"),
+        {"session_id": "s", "path": DOCUMENT, "found": 7, "known": 2},
     ),
     errors.UnsafeFile: Case(
         unsafe_file,

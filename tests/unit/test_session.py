@@ -670,6 +670,7 @@ CLOSED_VERBS: list[Verb] = [
     lambda store: store.clear_stale_streams(),
     lambda store: store.check(),
     lambda store: store.accept("s"),
+    lambda store: store.compact("s"),
 ]
 
 

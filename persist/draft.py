@@ -1,0 +1,173 @@
+"""Drafts: a session's data while a verb changes it, under the lock; of a large session without reading it.
+
+    def change(draft):
+        turn.append_once(turn.messages_of(draft.data), item)
+        draft.commit(draft.header.next())
+
+    revise(tx, change)
+
+A draft's `data` is the document. Of a session with a journal, its lists stand there unread (`turn.Items`): how many items
+there are is known, and which ids they have. A change that needs more than that raises `Unread`, and is made again on the whole
+document. So it must touch nothing but the draft before its commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+from persist import codec
+from persist.errors import ReservedField
+from persist.files import change, index
+from persist.files.change import Change
+from persist.files.known import Known
+from persist.files.snapshot import BULK, HEADER, Body, Header, small_of
+from persist.files.transaction import Transaction
+from persist.turn import ACTIVE, Data, Items, MessageId, Unread
+
+Result = TypeVar("Result")
+
+
+class Draft(Protocol):
+    """A session under its lock, to be changed and committed."""
+
+    @property
+    def header(self) -> Header:
+        """That of the committed revision."""
+
+    @property
+    def active_stream_id(self) -> Any:
+        """The stream that the committed revision names, or None."""
+
+    @property
+    def data(self) -> Data:
+        """The document, to be changed in place."""
+
+    def is_changed(self) -> bool:
+        """Tell whether the data, as it is now, differs from the committed revision. That is what is committed, then.
+
+        Raises: what cannot be kept.
+        """
+
+    def commit(self, header: Header) -> Header:
+        """Commit the data; as `Transaction.commit`."""
+
+
+def revise(tx: Transaction, change: Callable[[Draft], Result]) -> Result:
+    """Make a change: on what is known of the session if that will do, else on the whole document."""
+    known = tx.look()
+    if known is not None:
+        try:
+            return change(_Sparse(tx, known))
+        except Unread:
+            pass
+    return change(_Whole(tx))
+
+
+class _Whole:
+    """The document, read whole."""
+
+    def __init__(self, tx: Transaction) -> None:
+        self._tx = tx
+        self._found = tx.read()
+        self._body: Body | None = None
+        self.header = self._found.header
+        self.active_stream_id = self._found.active_stream_id
+        self.data: Data = self._found.body.data()
+
+    def is_changed(self) -> bool:
+        self._body = Body.of(self.data)
+        return self._body != self._found.body
+
+    def commit(self, header: Header) -> Header:
+        return self._tx.commit(header, self._body or Body.of(self.data)).header
+
+
+class _Sparse:
+    """The small fields, and lists that have not been read."""
+
+    def __init__(self, tx: Transaction, known: Known) -> None:
+        self._tx = tx
+        self._known = known
+        self.header = known.tail.header
+        self.data: Data = Body.assembled(known.tail.small, {}, {}).fields()
+        self.active_stream_id = self.data.get(ACTIVE) or None
+        self._lists = {name: _UnreadItems(tx, known, name) for name in BULK}
+        self.data.update(self._lists)
+
+    def _changes(self) -> tuple[Change, ...]:
+        if any(self.data.get(name) is not items for name, items in self._lists.items()):
+            raise Unread
+        return tuple(each for items in self._lists.values() for each in items.changes)
+
+    def _small(self) -> bytes:
+        if HEADER in self.data:
+            raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
+        return small_of(codec.captured({key: value for key, value in self.data.items() if key not in BULK}))
+
+    def is_changed(self) -> bool:
+        return bool(self._changes()) or self._small() != self._known.tail.small
+
+    def commit(self, header: Header) -> Header:
+        counts = {name: items.count for name, items in self._lists.items() if items.count is not None}
+        return self._tx.record(header, self._small(), counts, self._changes())
+
+
+class _UnreadItems(Items):
+    """A list of which the items' number and ids are known. Notes down what is done to it."""
+
+    def __init__(self, tx: Transaction, known: Known, field: str) -> None:
+        #: None if the field is missing, or no list: that is not known.
+        self.count = known.tail.counts.get(field)
+        self._tx = tx
+        self._field = field
+        self._wanted = index.keys_of(known.tail.header.owner)
+        #: Each change, with the ids of what it inserts.
+        self._noted: list[tuple[Change, list[bytes | None]]] = []
+
+    @property
+    def changes(self) -> list[Change]:
+        return [change for change, _ in self._noted]
+
+    def __len__(self) -> int:
+        if self.count is None:
+            raise Unread
+        return self.count
+
+    def find(self, message_id: MessageId) -> int | None:
+        key = index.key_of(message_id)
+        if key is None or self.count is None:
+            raise Unread
+        known = self._tx.index(self._field)
+        if not known.may_hold(key) and not any(key in keys for _, keys in self._noted):
+            return None
+        places = known.places
+        for noted, keys in self._noted:
+            places = index.moved(places, noted, keys, self._wanted | {key})
+        if key not in places:
+            raise Unread
+        return places[key]
+
+    def insert(self, place: int, item: Any) -> None:
+        self._note(place, 0, item)
+
+    def __setitem__(self, place: int, item: Any) -> None:
+        self._note(place, 1, item)
+
+    def __delitem__(self, place: int) -> None:
+        self._note(place, 1)
+
+    def __getitem__(self, place: int) -> Any:
+        raise Unread
+
+    def mark(self, place: int, field: str, value: Any) -> None:
+        self._noted.append((change.marked(self._field, place, {field: value}), []))
+
+    def _note(self, place: int, remove: int, *items: Any) -> None:
+        if not 0 <= place <= place + remove <= len(self):
+            raise Unread
+        path = (self._field, place)
+        encoded = [codec.encode(codec.captured(item, path), path) for item in items]
+        keys = [index.key_of(item.get("id")) if type(item) is dict else None for item in items]
+        self._noted.append((change.inserted(self._field, place, *encoded, remove=remove), keys))
+        self.count = len(self) + len(items) - remove

@@ -1,0 +1,397 @@
+"""The journal of a large session: the commits since its snapshot, one a line, so that a commit costs what it changes.
+
+    {"persist_journal":1,"generation":3,"snapshot":"0f0e…"}                                <- the opening
+    {"crc":"5d9b7e01","after":"c1f3a2b4","revision":8,"updated_at":"…","commit":"…",       <- a record (one line)
+     "counts":{"messages":3},"synced":55,"head_at":0,
+     "changes":[{"in":"messages","at":2,"insert":[{"id":"m3","role":"user","content":"hi"}]}]}
+    {"crc":"77aa0123","after":"5d9b7e01","revision":9,"updated_at":"…","commit":"…",       <- a record that changes the head
+     "counts":{"messages":3},"synced":310,"head":{"stream":{"epoch":1,"owner":null},"fields":{"title":"Locks"}}}
+
+The file `s-42.<generation>.journal` belongs to the one snapshot whose header names that generation and whose checksum stands
+in its opening. It is only ever appended to, under the session's lock: one record a commit, one write, one fdatasync.
+
+    crc       CRC-32 of the line behind it (without the newline), seeded with that of the opening: each line stands for itself
+    after     the crc of the record before, or of the opening: none can be missing
+    revision  one more than before
+    synced    up to which byte the writer knew the file to be durable when it wrote this
+    head_at   where the last record with a head begins; 0 is the snapshot. So a head takes two reads, whatever came between
+    head      the small fields and the stream's part of the header, whole
+    changes   see `change`
+
+What does not check out at the end of the file is a torn tail if a crash can have made it: a line that breaks off, or whose lost
+sectors are zeros. It was never acknowledged; the next writer folds it away. Anything else is damage: a whole line that was
+altered, or a bad line before something that a later writer knew to be durable. Damage is told, and nothing is written.
+Readers refuse unknown versions of the opening.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from persist import codec
+from persist.errors import CorruptSession, UnsupportedFormat
+from persist.files import change, disk, snapshot
+from persist.files.change import Bulk, Change, DoesNotFit
+from persist.files.snapshot import Header, HeadSnapshot, Snapshot
+
+VERSION = 1
+_OPENING = b'{"persist_journal":%d,"generation":%d,"snapshot":"%b"}\n'
+_VERSION = re.compile(rb'\{"persist_journal":(\d{1,9}),')
+_PREFIX = b'{"crc":"%08x",'
+_CHECKED_FROM = len(_PREFIX % 0)
+_LINE = re.compile(rb'\{"crc":"([0-9a-f]{8})",')
+_SECTOR_BYTES = 512
+_FIRST_READ_BYTES = 4096
+READ_LIMIT = 16 * snapshot.READ_LIMIT
+
+
+class Overtaken(Exception):
+    """The journal is not the one that the snapshot names, or is not there: a fold came between reading the two."""
+
+
+class Image(msgspec.Struct, frozen=True):
+    """A whole head: what `snapshot.stream_values` gives, and the small fields, as the JSON of an object."""
+
+    stream: dict[str, Any]
+    fields: msgspec.Raw
+
+
+class Record(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One commit. See the grammar."""
+
+    after: str
+    revision: int
+    updated_at: str
+    commit: str
+    counts: dict[str, int]
+    synced: int
+    head_at: int = 0
+    head: Image | None = None
+    changes: tuple[Change, ...] = ()
+
+
+def opening(generation: int, checksum: str) -> bytes:
+    """The first line of the journal of a snapshot."""
+    return _OPENING % (VERSION, generation, checksum.encode())
+
+
+# --- a line ----------------------------------------------------------------------------------------------------------------
+
+
+def encode(record: Record, seed: int) -> bytes:
+    """The line of a record."""
+    rest = msgspec.json.encode(record)[1:]
+    return _PREFIX % zlib.crc32(rest, seed) + rest + b"\n"
+
+
+_decode_record = msgspec.json.Decoder(Record).decode
+
+
+def _is_whole(line: bytes, seed: int) -> bool:
+    shape = _LINE.match(line)
+    return shape is not None and zlib.crc32(memoryview(line)[_CHECKED_FROM:], seed) == int(shape[1], 16)
+
+
+def _decoded(line: bytes) -> Record:
+    """The record of a line whose CRC is right. Raises one of `NONSENSE` for what somebody has sealed on purpose."""
+    try:
+        return _decode_record(line)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        # A lone surrogate, which msgspec does not read.
+        values = codec.decode(line)
+        changes = tuple(map(change.from_plain, values.pop("changes", ())))
+        head = values.pop("head", None)
+        image = None if head is None else Image(head["stream"], msgspec.Raw(codec.encode(head["fields"])))
+        return msgspec.structs.replace(msgspec.convert(values, Record), changes=changes, head=image)
+
+
+NONSENSE = (*snapshot.NONSENSE, msgspec.DecodeError, msgspec.ValidationError)
+
+
+# --- what a journal says ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Tail:
+    """The end of a journal: where it is, and the head that is valid there. All that it takes to append a record.
+
+    Attributes:
+        header, small, counts: the session's head after the last record.
+        checksum: that of the snapshot.
+        seed: the CRC of the opening.
+        after: that of the last record, in hex; `last` is where it begins, and `end` where it ends.
+        head_at: where the record with the last full head begins.
+        is_torn: whether something stands behind the end that a crash has left.
+    """
+
+    header: Header
+    small: bytes
+    counts: Mapping[str, int]
+    checksum: str
+    seed: int
+    after: str
+    last: int
+    end: int
+    head_at: int = 0
+    is_torn: bool = False
+
+    @classmethod
+    def of(cls, head: HeadSnapshot) -> Tail:
+        """The end of a journal that has no record yet."""
+        line = opening(head.header.generation, head.checksum)
+        seed = zlib.crc32(line)
+        return cls(head.header, head.small, head.counts, head.checksum, seed, f"{seed:08x}", 0, len(line))
+
+    def record(
+        self, header: Header, small: bytes, counts: Mapping[str, int], changes: tuple[Change, ...], synced: int
+    ) -> Record:
+        """The record of the next commit."""
+        stream = snapshot.stream_values(header)
+        is_same_head = small == self.small and stream == snapshot.stream_values(self.header)
+        return Record(
+            after=self.after,
+            revision=header.revision,
+            updated_at=header.updated_at.isoformat(),
+            commit=header.commit,
+            counts=dict(counts),
+            synced=synced,
+            head_at=self.head_at if is_same_head else 0,
+            head=None if is_same_head else Image(stream, msgspec.Raw(b"{" + small.replace(b",\n", b",") + b"}")),
+            changes=changes,
+        )
+
+    def take(self, line: bytes, record: Record) -> None:
+        """Go on behind a record; raises `DoesNotFit` if it does not follow."""
+        if record.after != self.after or record.revision != self.header.revision + 1:
+            raise DoesNotFit("revision")
+        if record.head is None and record.head_at != self.head_at:
+            raise DoesNotFit("head_at")
+        self.header, self.small = _head_after(self.header, self.small, record)
+        self.counts = record.counts
+        self.after = line[len(b'{"crc":"') :][:8].decode()
+        self.last, self.end = self.end, self.end + len(line)
+        if record.head is not None:
+            self.head_at = self.last
+
+
+def _head_after(header: Header, small: bytes, record: Record) -> tuple[Header, bytes]:
+    header = replace(header, revision=record.revision, updated_at=snapshot.time_of(record.updated_at), commit=record.commit)
+    if record.head is None:
+        return header, small
+    return snapshot.with_stream_values(header, record.head.stream), snapshot.small_of(codec.decode(bytes(record.head.fields)))
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """The journal of one session, as a file to be read; carries what its errors name."""
+
+    path: Path
+    session_id: str
+
+    def open(self, flags: int = os.O_RDONLY) -> int:
+        """Open it; raise `Overtaken` if it is not there."""
+        try:
+            return disk.open_plain(self.path, flags)
+        except FileNotFoundError:
+            raise Overtaken from None
+
+    def check_opening(self, fd: int, tail: Tail) -> None:
+        """Raise `Overtaken` if this is the journal of another snapshot, and `UnsupportedFormat` if it is a newer one."""
+        expected = opening(tail.header.generation, tail.checksum)
+        found = disk.read_at(fd, len(expected), 0)
+        if found == expected:
+            return
+        version = _VERSION.match(found)
+        if version is not None and int(version[1]) != VERSION:
+            raise UnsupportedFormat(session_id=self.session_id, path=self.path, found=int(version[1]), known=VERSION)
+        raise Overtaken
+
+    def ends_so(self, fd: int, tail: Tail) -> bool:
+        """Whether the last line of a tail stands where it says."""
+        line = _PREFIX % int(tail.after, 16) if tail.last else opening(tail.header.generation, tail.checksum)
+        return disk.read_at(fd, len(line), tail.last) == line
+
+    def follow(self, fd: int, tail: Tail) -> Iterator[Record]:
+        """Read what stands behind a tail, which moves along.
+
+        Raises:
+            CorruptSession: it is damaged there.
+        """
+        content = _read_from(fd, tail.end)
+        start, position = tail.end, 0
+        while (stop := content.find(b"\n", position)) >= 0:
+            line = content[position : stop + 1]
+            if not _is_whole(line[:-1], tail.seed):
+                break
+            try:
+                record = _decoded(line)
+                tail.take(line, record)
+            except NONSENSE:
+                raise self.damaged(tail.end, "a record in it does not follow the one before") from None
+            yield record
+            position = stop + 1
+        rest = content[position:]
+        if rest and not _is_torn(rest, start + position, tail.seed):
+            raise self.damaged(tail.end, "a record in it was altered")
+        tail.is_torn = bool(rest)
+
+    def damaged(self, offset: int, reason: str) -> CorruptSession:
+        """The error of a journal that no crash can have left like that."""
+        remedy = f"Take the last good state with 'persist accept {self.path.parent} {self.session_id}', or restore a backup."
+        return CorruptSession(session_id=self.session_id, path=self.path, reason=f"{reason}.", offset=offset, remedy=remedy)
+
+    def replay(self, found: Snapshot) -> Snapshot:
+        """The session as it is after all that the journal holds. Takes no lock.
+
+        Raises:
+            Overtaken: a fold has come between.
+            CorruptSession, UnsupportedFormat: it cannot be trusted.
+        """
+        tail = Tail.of(HeadSnapshot(found.header, found.body.small, found.body.counts, found.checksum))
+        fd = self.open()
+        try:
+            self.check_opening(fd, tail)
+            bulk = Bulk(found.body)
+            for record in self.follow(fd, tail):
+                self._apply(bulk, record, tail)
+        finally:
+            disk.close(fd)
+        if tail.header == found.header:
+            return found
+        body = replace(bulk.body(tail.small), source=(self.session_id, self.path))
+        if body.counts != tail.counts:
+            raise self.damaged(tail.last, "it does not hold as many items as it says")
+        return Snapshot(tail.header, body, found.checksum)
+
+    def salvage(self, edited: Snapshot) -> tuple[Snapshot, bool]:
+        """As `replay`, up to what is damaged; tell whether nothing is."""
+        tail = Tail.of(HeadSnapshot(edited.header, edited.body.small, edited.body.counts, edited.checksum))
+        bulk = Bulk(edited.body)
+        fd = self.open()
+        try:
+            self.check_opening(fd, tail)
+            records = self.follow(fd, tail)
+            is_whole = False
+            while not is_whole:
+                try:
+                    record = next(records, None)
+                except CorruptSession:
+                    break
+                is_whole = record is None
+                if record is not None:
+                    self._apply(bulk, record, tail)
+        finally:
+            disk.close(fd)
+        return Snapshot(tail.header, bulk.body(tail.small), edited.checksum), is_whole
+
+    def keep_copy(self) -> None:
+        """Keep what a damaged journal holds, durably, for those who can make something of it."""
+        copy = self.path.with_name(f"{self.path.name}.damaged")
+        with suppress(FileExistsError):
+            fd = disk.create(copy)
+            try:
+                disk.write(fd, disk.read(self.path, READ_LIMIT))
+                disk.sync(fd)
+            finally:
+                disk.close(fd)
+
+    def _apply(self, bulk: Bulk, record: Record, tail: Tail) -> None:
+        try:
+            for each in record.changes:
+                bulk.apply(each)
+        except NONSENSE:
+            raise self.damaged(tail.last, "a record in it changes what is not there") from None
+
+    def head(self, head: HeadSnapshot) -> HeadSnapshot:
+        """The head after all that the journal holds, from its last record and the one with the head. Takes no lock."""
+        tail = Tail.of(head)
+        fd = self.open()
+        try:
+            self.check_opening(fd, tail)
+            line = _last_line(fd, tail)
+            if line is None:
+                return head
+            record = _decoded(line)
+            at = record.head_at
+            if record.head is None and at:
+                header, small = _head_after(head.header, head.small, _decoded(_line_at(fd, at, tail.seed)))
+            else:
+                header, small = head.header, head.small
+            header, small = _head_after(header, small, record)
+        except NONSENSE:
+            raise self.damaged(tail.end, "its last record makes no sense") from None
+        finally:
+            disk.close(fd)
+        return HeadSnapshot(header, small, record.counts, head.checksum)
+
+
+def _read_from(fd: int, position: int) -> bytes:
+    pieces = []
+    while piece := disk.read_at(fd, 1024 * 1024, position):
+        pieces.append(piece)
+        position += len(piece)
+    return b"".join(pieces)
+
+
+def _last_line(fd: int, tail: Tail) -> bytes | None:
+    """The last whole record, looked for from the end; None if there is none."""
+    size, window = disk.size_of(fd), _FIRST_READ_BYTES
+    while True:
+        start = max(tail.end, size - window)
+        lines = disk.read_at(fd, size - start, start).split(b"\n")[:-1]
+        # The first one may have begun before.
+        for line in reversed(lines if start == tail.end else lines[1:]):
+            if _is_whole(line, tail.seed):
+                return line
+        if start == tail.end:
+            return None
+        window *= 4
+
+
+def _line_at(fd: int, position: int, seed: int) -> bytes:
+    """The record that begins at a position. Raises `ValueError` if none does."""
+    limit = _FIRST_READ_BYTES
+    while True:
+        content = disk.read_at(fd, limit, position)
+        line, newline, _ = content.partition(b"\n")
+        if newline and _is_whole(line, seed):
+            return line
+        if newline or len(content) < limit:
+            raise ValueError(position)
+        limit *= 4
+
+
+def _is_torn(rest: bytes, position: int, seed: int) -> bool:
+    """Whether a crash can have left this behind the last good record: a write that was never acknowledged."""
+    line, newline, behind = rest.partition(b"\n")
+    if newline and b"\0" not in line:
+        return False
+    if not newline and _is_whole(line[:-1], seed):
+        return False  # its newline was altered
+    if not _has_lost_whole_sectors(rest, position):
+        return False
+    later = (_decoded_or_none(each, seed) for each in behind.split(b"\n")[:-1])
+    return not any(record is not None and record.synced > position for record in later)
+
+
+def _decoded_or_none(line: bytes, seed: int) -> Record | None:
+    try:
+        return _decoded(line) if _is_whole(line, seed) else None
+    except NONSENSE:
+        return None
+
+
+def _has_lost_whole_sectors(rest: bytes, position: int) -> bool:
+    """Whether zeros, which no record holds, fill all of a sector that was appended, or nothing of it."""
+    start = -position % _SECTOR_BYTES
+    sectors = [rest[:start], *(rest[at : at + _SECTOR_BYTES] for at in range(start, len(rest), _SECTOR_BYTES))]
+    return all(b"\0" not in sector or not sector.strip(b"\0") for sector in sectors)

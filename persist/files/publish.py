@@ -1,0 +1,133 @@
+"""The commit protocol of a whole document: in every instant the old one or the new one stands there, durably.
+
+Write a temporary file, sync it, rename it over the document, sync the directory. A document that has a journal comes with a
+new, empty one, which is made and synced before. Its name is made durable before the rename: else a power cut could leave a
+document whose journal is missing. The journal of the document that was replaced is removed last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from persist.files import disk, journal, snapshot
+from persist.files.layout import Layout
+from persist.files.snapshot import Body, Header, Snapshot
+
+
+class SyncFailed(Exception):
+    """An fsync failed."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+class Attempt:
+    """A commit of a whole document, to be run until it succeeds.
+
+    Attributes:
+        is_visible: whether a rename was done, in this run or an earlier one.
+        snapshot, size_bytes, opening: what was written, its size, and its first bytes.
+    """
+
+    def __init__(self, layout: Layout, session_id: str, header: Header, body: Body) -> None:
+        self._layout = layout
+        self._session_id = session_id
+        self._paths = layout.session(session_id)
+        self._header = header
+        self._body = body
+        self.is_visible = False
+        self.size_bytes = 0
+        self.opening = b""
+        self.snapshot = Snapshot(header, body, "")
+
+    def run(self) -> None:
+        """Write, sync, rename, sync: on return the document is durable and visible."""
+        # Now, while nothing is visible: without a free descriptor after the rename, nobody would know its outcome.
+        directory = disk.open_directory(self._layout.directory)
+        try:
+            self._publish(directory)
+            try:
+                disk.sync_directory(self._layout.directory, directory)
+            except OSError as error:
+                raise SyncFailed(error) from error
+        finally:
+            disk.close_directory(directory)
+        self._remove_old_journals()
+
+    def _publish(self, directory: int) -> None:
+        """Up to the rename. Each run makes a journal of its own: readers may have that of an earlier one open."""
+        if self._header.is_journaled:
+            self._header = replace(self._header, generation=self._free_generation())
+        content, checksum = snapshot.to_bytes(self._header, self._body)
+        self.snapshot, self.size_bytes = Snapshot(self._header, self._body, checksum), len(content)
+        self.opening = content[: snapshot.OPENING_BYTES]
+        made = [self._paths.temp]
+        try:
+            if self._header.is_journaled:
+                made.append(self._journal(self._header.generation))
+                _write_new(made[-1], journal.opening(self._header.generation, checksum))
+                _sync_directory(self._layout.directory, directory)
+            _write_new(self._paths.temp, content)
+        except BaseException:
+            _remove(made)
+            raise
+        try:
+            disk.replace(self._paths.temp, self._paths.document)
+        except OSError:
+            # Of nothing else it is known that the rename was not done: then the journal is that of the document.
+            _remove(made)
+            raise
+        self.is_visible = True
+
+    def _free_generation(self) -> int:
+        """The next one whose name is free: a crash may have left one, and what may be somebody's journal is not touched."""
+        generation = self._header.generation + 1
+        while disk.exists(self._journal(generation)):
+            generation += 1
+        return generation
+
+    def _journal(self, generation: int) -> Path:
+        return self._layout.journal(self._session_id, generation)
+
+    def _remove_old_journals(self) -> None:
+        """That of the document before, and what a crash or a run that failed has left of those before that."""
+        last = self._header.generation
+        _remove(map(self._journal, range(max(1, last - 3), last + (not self._header.is_journaled))))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            disk.unlink(path)
+
+
+def _sync_directory(path: Path, opened: int) -> None:
+    try:
+        disk.sync_directory(path, opened)
+    except OSError as error:
+        raise SyncFailed(error) from error
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    fd = _create(path)
+    try:
+        disk.write(fd, content)
+        try:
+            disk.sync(fd)
+        except OSError as error:
+            raise SyncFailed(error) from error
+    finally:
+        disk.close(fd)
+
+
+def _create(path: Path) -> int:
+    try:
+        return disk.create(path)
+    except FileExistsError:
+        # We hold the lock, so its writer is dead.
+        disk.unlink(path)
+        return disk.create(path)
