@@ -1,7 +1,7 @@
 """Changes: what is found between two bodies makes one into the other, and weighs what was changed.
 
-They fail without their mechanisms: each of the marks of a line's end taken out of `between` (`rfind` of a newline, whole lines in
-`_common_end`), the order from the last splice to the first, the alignment of distant edits, and each refusal of `Bulk.apply`.
+They fail without their mechanisms: the look for a line's end in `_splices` and in `_common_end`, the order from the last
+splice to the first, the alignment of distant edits, and each refusal of `Bulk.apply`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Document = dict[str, Any]
 
 # Strings that stand for something in a document, that msgspec does not read, or that begin or end alike.
 words = st.sampled_from(["", "x", "y", "é", "\ud800", "tool_calls", '"tool_calls":', "a\nb", "],\n", "\\", "x" * 40, "\u2028"])
-items = st.one_of(
+items: st.SearchStrategy[Any] = st.one_of(
     words,
     st.sampled_from([None, 0, 1.5, True, [], {}, [1, 2], {"tool_calls": [1]}, {"a": {}}]),
     st.fixed_dictionaries({"id": st.sampled_from("abcdef"), "content": words}),
@@ -144,7 +144,7 @@ def test_edits_of_both_fields_are_told_apart(large: list[Document]) -> None:
     assert between(Body.of(old), Body.of(new)) == (inserted("tool_calls", len(large), b"1"),)
 
 
-# --- what cannot be applied --------------------------------------------------------------------------------------------------
+# --- what cannot be applied -------------------------------------------------------------------------------------------
 
 LIST = Body.of({"messages": [{"id": "a"}, "b"], "tool_calls": {"a": 1}})
 
