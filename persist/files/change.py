@@ -95,11 +95,15 @@ class Bulk:
                 raise DoesNotFit(change.field)
             lines.apply(change)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many items each list has."""
+        return {name: len(lines) for name, lines in self._fields.items() if isinstance(lines, _Lines)}
+
     def body(self, small: bytes) -> Body:
         """The whole, with these small fields."""
-        counts = {name: len(lines) for name, lines in self._fields.items() if isinstance(lines, _Lines)}
         values = {name: lines if isinstance(lines, bytes) else lines.value() for name, lines in self._fields.items()}
-        return Body.assembled(small, values, counts)
+        return Body.assembled(small, values, self.counts)
 
 
 class _Lines:

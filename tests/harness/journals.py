@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,7 @@ def line_of(opening: bytes, rest: bytes) -> bytes:
     return b'{"crc":"%08x",' % zlib.crc32(rest, zlib.crc32(opening)) + rest + b"\n"
 
 
-def sealed(opening: bytes, records: list[Record | bytes]) -> bytes:
+def sealed(opening: bytes, records: Sequence[Record | bytes]) -> bytes:
     """A journal of these records, with every CRC right, and each `after` that of the record before.
 
     A record of bytes is JSON already, brace and all; it is sealed as it is.
