@@ -60,9 +60,12 @@ class Overtaken(Exception):
 
 
 class Image(msgspec.Struct, frozen=True):
-    """A whole head: what `snapshot.stream_values` gives, and the small fields, as the JSON of an object."""
+    """A whole head: what `snapshot.stream_values` gives, and the small fields, each as the JSON of an object.
 
-    stream: dict[str, Any]
+    As JSON, since only `codec` can encode all that may be in them.
+    """
+
+    stream: msgspec.Raw
     fields: msgspec.Raw
 
 
@@ -111,7 +114,7 @@ def _decoded(line: bytes) -> Record:
         values = codec.decode(line)
         changes = tuple(map(change.from_plain, values.pop("changes", ())))
         head = values.pop("head", None)
-        image = None if head is None else Image(head["stream"], msgspec.Raw(codec.encode(head["fields"])))
+        image = None if head is None else Image(*(msgspec.Raw(codec.encode(head[key])) for key in ("stream", "fields")))
         return msgspec.structs.replace(msgspec.convert(values, Record), changes=changes, head=image)
 
 
@@ -166,7 +169,7 @@ class Tail:
             counts=dict(counts),
             synced=synced,
             head_at=self.head_at if is_same_head else 0,
-            head=None if is_same_head else Image(stream, msgspec.Raw(b"{" + small.replace(b",\n", b",") + b"}")),
+            head=None if is_same_head else _image(stream, small),
             changes=changes,
         )
 
@@ -187,11 +190,16 @@ class Tail:
             self.head_at = self.last
 
 
+def _image(stream: Mapping[str, Any], small: bytes) -> Image:
+    return Image(msgspec.Raw(codec.encode(stream)), msgspec.Raw(b"{" + small.replace(b",\n", b",") + b"}"))
+
+
 def _head_after(header: Header, small: bytes, record: Record) -> tuple[Header, bytes]:
     header = replace(header, revision=record.revision, updated_at=snapshot.time_of(record.updated_at), commit=record.commit)
     if record.head is None:
         return header, small
-    return snapshot.with_stream_values(header, record.head.stream), snapshot.small_of(codec.decode(bytes(record.head.fields)))
+    stream, fields = (codec.decode(bytes(raw)) for raw in (record.head.stream, record.head.fields))
+    return snapshot.with_stream_values(header, stream), snapshot.small_of(fields)
 
 
 @dataclass(frozen=True, slots=True)
