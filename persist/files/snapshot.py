@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -114,17 +114,50 @@ class Body:
         """
         if type(data) is not dict:
             raise WrongType(what="a session's data", expected="a plain dict", got=type(data).__name__)
-        data = codec.captured(data)
-        if HEADER in data:
-            raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
-        small = [_line(key, value) for key, value in data.items() if key not in BULK]
-        bulk = [_bulk_lines(key, data[key]) for key in BULK if key in data]
-        counts = {key: len(data[key]) for key in BULK if type(data.get(key)) is list}
-        head = b",\n".join(small) + (b",\n" if bulk else b"\n") if small else b""
-        body = cls(head, b",\n".join(bulk) + b"\n}\n" if bulk else b"}\n", counts)
+        body = cls._at_once(data) or cls._of_copy(codec.captured(data))
         if body.size > codec.MAX_BYTES:
             raise NotJSON(path=(), reason=f"it would take more than {codec.MAX_BYTES:,} bytes")
         return body
+
+    @classmethod
+    def _at_once(cls, data: dict[str, Any]) -> Body | None:
+        """Encode much data without copying it first; None for little of it, and for what is unusual."""
+        known = data.copy()
+        lists = {key: known[key] for key in BULK if type(known.get(key)) is list}
+        if HEADER in known or max(map(len, lists.values()), default=0) < codec.MANY:
+            return None
+        single = {key: value for key, value in known.items() if key not in lists}
+        encoded = codec.encode_at_once(data, known, [single.values(), *lists.values()])
+        if encoded is None:
+            return None
+        values, items = dict(zip(single, encoded[0], strict=True)), dict(zip(lists, encoded[1:], strict=True))
+        return cls._joined(known, values, items)
+
+    @classmethod
+    def _of_copy(cls, data: dict[str, Any]) -> Body:
+        """Encode data that nobody else has, one value after the other."""
+        if HEADER in data:
+            raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
+        items = {key: _encoded_items(key, data[key]) for key in BULK if type(data.get(key)) is list}
+        values = {key: codec.encode(value, (key,)) for key, value in data.items() if key not in items}
+        return cls._joined(list(data), values, items)
+
+    @classmethod
+    def _joined(cls, keys: Iterable[str], values: Mapping[str, bytes], items: Mapping[str, list[bytes]]) -> Body:
+        """Put the fields together: those of `values` are encoded whole, those of `items` item by item."""
+        counts = {key: len(found) for key, found in items.items()}
+        small = [_line(key, values[key]) for key in keys if key not in BULK]
+        # One join: to copy megabytes once more may cost as much as to encode them.
+        bulk = [
+            piece
+            for key in BULK
+            if key in values or key in items
+            for piece in (_lines(key, items[key]) if key in items else [_line(key, values[key])])
+        ]
+        if not bulk:
+            return cls(b",\n".join(small) + b"\n" if small else b"", b"}\n", counts)
+        bulk[-1] += b"\n}\n"
+        return cls(b"".join(line + b",\n" for line in small), b",\n".join(bulk), counts)
 
     @property
     def size(self) -> int:
@@ -166,15 +199,22 @@ class Body:
         return CorruptSession(session_id=session_id, path=path, reason=reason)
 
 
-def _line(key: str, value: Any) -> bytes:
-    return codec.encode(key, (key,)) + b":" + codec.encode(value, (key,))
+def _encoded_items(key: str, items: list[Any]) -> list[bytes]:
+    return [codec.encode(item, (key, index)) for index, item in enumerate(items)]
 
 
-def _bulk_lines(key: str, value: Any) -> bytes:
-    if type(value) is not list or not value:
-        return _line(key, value)
-    items = b",\n".join([codec.encode(item, (key, index)) for index, item in enumerate(value)])
-    return codec.encode(key) + b":[\n" + items + b"\n]"
+def _line(key: str, value: bytes) -> bytes:
+    return codec.encode(key, (key,)) + b":" + value
+
+
+def _lines(key: str, items: list[bytes]) -> list[bytes]:
+    """A bulk field, in pieces that belong on both sides of a comma and the end of a line."""
+    if not items:
+        return [_line(key, b"[]")]
+    first, *others = items
+    lines = [_line(key, b"[\n" + first), *others]
+    lines[-1] += b"\n]"
+    return lines
 
 
 @dataclass(frozen=True, slots=True)
