@@ -140,10 +140,12 @@ class _Look:
 
     def _planned(self, container: Any) -> Iterator[Callable[[], object]]:
         """The steps. The first that returns something true has found a reason to go no further."""
-        dicts, lists = ([container] if type(container) is kind else [] for kind in (dict, list))
+        dicts: list[dict[Any, Any]] = [container] if type(container) is dict else []
+        lists: list[list[Any]] = [container] if type(container) is list else []
         kinds_of_keys: set[type] = set()
         for values, kinds in zip(self.values, self._kinds, strict=True):
-            inside = chain(chain.from_iterable(map(dict.values, dicts)), chain.from_iterable(lists))
+            in_dicts: Iterator[Any] = chain.from_iterable(map(dict.values, dicts))
+            inside = chain(in_dicts, chain.from_iterable(lists))
             # One too many says it all: a list that contains itself ten times over has 10**8 values on the eighth level.
             yield partial(values.extend, islice(inside, MAX_VALUES + 1))
             yield partial(operator.getitem, values, slice(MAX_VALUES, None))
@@ -185,10 +187,10 @@ class _Look:
         return chain.from_iterable(map(_of_kind, repeat(kind), self.values, self._kinds))
 
 
-def _of_kind(kind: type, values: Iterable[Any], kinds: Iterable[type]) -> Iterator[Any]:
+def _of_kind(kind: type, values: Iterable[Any], kinds: set[type]) -> Iterator[Any]:
     """Those of `values` that are of a kind, once somebody asks. If `kinds` is without it by then, none is looked at."""
     found = compress(values, map(operator.is_, map(type, values), repeat(kind)))
-    return chain.from_iterable(compress((found,), map(operator.contains, (kinds,), (kind,))))
+    return chain.from_iterable(compress((found,), map(kinds.__contains__, (kind,))))
 
 
 def _garbage_collections() -> int:

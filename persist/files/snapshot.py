@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, TypeVar
@@ -48,6 +50,8 @@ _SHAPE = re.compile(re.escape(_OPENING) + b'([0-9a-f]{32})"' + re.escape(_MIDDLE
 _FORMAT = re.compile(rb'\{"_persist":\{"format":(\d{1,9})[,}]')
 _BULK_STARTS = (*(b'"%s":' % name.encode() for name in BULK), b"}\n")
 _FIRST_READ_BYTES = 4096
+# From here on, a thread costs less than it saves.
+_LARGE_BYTES = 256 * 1024
 # A document's own limit, and room for its header.
 READ_LIMIT = codec.MAX_BYTES + 1024 * 1024
 
@@ -102,6 +106,8 @@ class Body:
     counts: Mapping[str, int] = field(compare=False)
     #: Session id and file that it was read from, for the error of a body that cannot be decoded.
     source: tuple[str, Path] | None = field(default=None, compare=False)
+    #: The bulk as objects, if it was decoded while its checksum was computed: for the first who asks, as nobody may share them.
+    decoded: list[dict[str, Any]] = field(default_factory=list, compare=False, repr=False)
 
     @classmethod
     def of(cls, data: Any) -> Body:
@@ -169,7 +175,10 @@ class Body:
 
     def data(self) -> dict[str, Any]:
         """A fresh copy of the data."""
-        bulk = self._decode(b"{" + self.bulk)
+        try:
+            bulk = self.decoded.pop()
+        except IndexError:
+            bulk = self._decode(b"{" + self.bulk)
         if not bulk.keys() <= frozenset(BULK):
             raise self._mislabelled()
         return self.fields() | bulk
@@ -264,6 +273,23 @@ def _digest(*pieces: bytes | memoryview) -> bytes:
     return total.hexdigest()[:_DIGITS].encode()
 
 
+def _digest_beside(pieces: memoryview) -> Callable[[], bytes]:
+    """Begin to digest in another thread; what is returned waits for the digest. SHA-256 lets the other threads run."""
+    digests: list[bytes] = []
+    thread = threading.Thread(target=lambda: digests.append(_digest(pieces)), name="persist-digest", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # too many threads, or the interpreter ends
+        return lambda: _digest(pieces)
+
+    def digest() -> bytes:
+        thread.join()
+        # A signal handler may have forked: in the child, the thread has ended without a word.
+        return digests[0] if digests else _digest(pieces)
+
+    return digest
+
+
 def _header_rest(header: Header, body: Body) -> bytes:
     owner = header.owner
     values = {
@@ -298,15 +324,17 @@ def _owner_fields(owner: StreamOwner) -> dict[str, Any]:
 # --- from bytes --------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path, session_id: str) -> Snapshot:
+def read(path: Path, session_id: str, *, decode: bool = False) -> Snapshot:
     """Read one committed revision, whole and checked. Takes no lock.
+
+    `decode` is for who wants all of the data at once: of a large document, the bulk is decoded while it is checked.
 
     Raises:
         FileNotFoundError: there is none.
         CorruptSession, UnsupportedFormat, UnsafeFile: it cannot be trusted.
     """
     content = disk.read(path, READ_LIMIT)
-    return _Reader(path, session_id).snapshot(content)
+    return _Reader(path, session_id).snapshot(content, decode=decode and len(content) >= _LARGE_BYTES)
 
 
 def read_head(path: Path, session_id: str) -> HeadSnapshot:
@@ -416,6 +444,24 @@ def _counts(values: Mapping[str, Any]) -> Mapping[str, int]:
     return {_of(str, key): _natural(count) for key, count in _of(dict, values["counts"]).items()}
 
 
+def _decoded_bulk(content: bytes) -> list[dict[str, Any]]:
+    """The bulk of what may be damaged, if it can be decoded as one with the rest: without a copy of the bulk in braces.
+
+    No small field may stand in the bulk: there it would hide the one of the head, which is decoded alone to compare them.
+    """
+    try:
+        end = content.index(b"\n")
+        start = end + 1 + _natural(_header_values(content, end)["head_bytes"])
+        if start > len(content) // 4:
+            return []
+        whole = _of(dict, codec.decode(content))
+        bulk = {key: whole.pop(key) for key in list(whole) if key in BULK}
+        head = codec.decode(content[:start].removesuffix(b"\n").removesuffix(b",") + b"}")
+        return [bulk] if codec.encode(whole) == codec.encode(head) else []
+    except (*_NONSENSE, NotJSON):
+        return []
+
+
 def _is_parted(body: Body) -> bool:
     if not body.head:
         return body.bulk.startswith(_BULK_STARTS)
@@ -431,12 +477,16 @@ class _Reader:
     path: Path
     session_id: str
 
-    def snapshot(self, content: bytes) -> Snapshot:
+    def snapshot(self, content: bytes, *, decode: bool = False) -> Snapshot:
         """The committed revision that the content is, if its checksum vouches for it."""
         shape = _SHAPE.match(content)
         if shape is None:
             return self._foreign(content)
-        checksum = _digest(memoryview(content)[_CHECKED_FROM:])
+        checked = memoryview(content)[_CHECKED_FROM:]
+        digest = _digest_beside(checked) if decode else partial(_digest, checked)
+        # Whatever this gives or refuses, it counts for nothing until the checksum has been compared.
+        decoded = _decoded_bulk(content) if decode else []
+        checksum = digest()
         if checksum != shape[1]:
             raise self._mismatch(content)
         try:
@@ -445,7 +495,7 @@ class _Reader:
             header, counts, bulk = _header(values), _counts(values), end + 1 + _natural(values["head_bytes"])
         except _NONSENSE:
             raise self._corrupt("its header makes no sense, although its checksum matches.") from None
-        body = Body(content[end + 1 : bulk], content[bulk:], counts, (self.session_id, self.path))
+        body = Body(content[end + 1 : bulk], content[bulk:], counts, (self.session_id, self.path), decoded)
         if not _is_parted(body) or content[end - 1 : end] != (b"}" if body.is_empty else b","):
             raise self._corrupt("its header does not say where its bulk begins.")
         return Snapshot(header, body, checksum.decode())

@@ -68,10 +68,10 @@ class SessionFiles:
         with self._looking_at(session_id) as path:
             return disk.exists(path)
 
-    def read(self, session_id: str) -> Snapshot:
+    def read(self, session_id: str, *, decode: bool = False) -> Snapshot:
         """Read the committed document. Takes no lock: some committed revision, never half of one."""
         with self._looking_at(session_id) as path:
-            return snapshot.read(path, session_id)
+            return snapshot.read(path, session_id, decode=decode)
 
     def read_head(self, session_id: str) -> HeadSnapshot:
         """Read the committed header and small fields. Takes no lock."""
