@@ -164,7 +164,10 @@ class _Look:
         collections = _garbage_collections()
         try:
             is_refused = bool(next(run, None))
-        except (UnicodeEncodeError, RuntimeError):
+        except (
+            ValueError,
+            RuntimeError,
+        ):  # a lone surrogate, an integer too long to write out; a dict that a finalizer changed
             return False
         # Before Python 3.12, one may begin in the middle, and a finalizer let other threads run.
         return not is_refused and _garbage_collections() == collections
