@@ -40,7 +40,7 @@ import msgspec
 from persist import codec
 from persist.errors import CorruptSession, UnsupportedFormat
 from persist.files import change, disk, snapshot
-from persist.files.change import Bulk, Change, DoesNotFit
+from persist.files.change import Bulk, Change, DoesNotFit, apply_to_data
 from persist.files.snapshot import Header, HeadSnapshot, Snapshot
 
 VERSION = 1
@@ -263,14 +263,19 @@ class Journal:
         fd = self.open()
         try:
             self.check_opening(fd, tail)
-            bulk = Bulk(found.body)
-            for record in self.follow(fd, tail):
-                self._apply(bulk, record, tail)
+            records = list(self.follow(fd, tail))
         finally:
             disk.close(fd)
-        if tail.header == found.header:
+        if not records:
             return found
-        body = replace(bulk.body(tail.small), source=(self.session_id, self.path))
+        bulk, decoded = Bulk(found.body), found.body.decoded
+        for record in records:
+            self._apply(bulk, record, tail)
+        for data in decoded:
+            for record in records:
+                for each in record.changes:
+                    apply_to_data(data, each)
+        body = replace(bulk.body(tail.small), source=(self.session_id, self.path), decoded=decoded)
         if body.counts != tail.counts:
             raise self.damaged(tail.last, "it does not hold as many items as it says")
         return Snapshot(tail.header, body, found.checksum)
