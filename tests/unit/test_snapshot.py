@@ -170,37 +170,68 @@ def test_a_body_of_many_messages_may_not_have_a_field_like_the_header() -> None:
         snapshot.Body.of({"_persist": {}, "messages": [M1] * codec.MANY})
 
 
-def test_a_body_is_one_state_across_its_messages() -> None:
-    """Tokens that another thread moves between messages, three levels down: none is seen twice, at most one is on its way.
-
-    Fails if anything is checked or encoded apart from the rest.
-    """
-    boxes: list[list[int]] = [[] for _ in range(200)]
-    boxes[0] += range(500)
-    data = {"messages": [{"content": [{"tokens": box}]} for box in boxes], "moves": 0}
+@contextlib.contextmanager
+def beside(turn: Callable[[], object]) -> Iterator[None]:
+    """Run something again and again in another thread, which the interpreter switches to as often as it can."""
     begun, done = threading.Barrier(2), threading.Event()
 
-    def mover() -> None:
+    def run() -> None:
         begun.wait(10)
         while not done.is_set():
-            # Both ways through the document: an encoding that takes its time sees a token before and behind, or nowhere.
-            for source, target in itertools.chain(itertools.pairwise(boxes), itertools.pairwise(reversed(boxes))):
-                for _ in range(len(source)):
-                    target.append(source.pop())
+            turn()
 
-    thread = threading.Thread(target=mover)
-    switching = sys.getswitchinterval()
+    thread, switching = threading.Thread(target=run), sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     thread.start()
     try:
         begun.wait(10)
-        bodies = [snapshot.Body.of(data) for _ in range(60)]
+        yield
     finally:
         done.set()
         thread.join()
         sys.setswitchinterval(switching)
+
+
+def test_a_body_is_one_state_across_its_messages() -> None:
+    """Tokens that another thread moves between messages, three levels down: none is seen twice, at most one is on its way.
+
+    Fails if the items are encoded one by one, each as it is by then.
+    """
+    boxes: list[list[int]] = [[] for _ in range(200)]
+    boxes[0] += range(500)
+    data = {"messages": [{"content": [{"tokens": box}]} for box in boxes]}
+
+    def move() -> None:
+        # Both ways through the document: an encoding that takes its time sees a token twice, or nowhere.
+        for source, target in itertools.chain(itertools.pairwise(boxes), itertools.pairwise(reversed(boxes))):
+            for _ in range(len(source)):
+                target.append(source.pop())
+
+    with beside(move):
+        bodies = [snapshot.Body.of(data) for _ in range(60)]
     seen = [[n for item in body.data()["messages"] for n in item["content"][0]["tokens"]] for body in bodies]
     assert {(len(tokens), len(set(tokens))) for tokens in seen} <= {(499, 499), (500, 500)}
+
+
+def test_what_json_would_change_is_not_saved_however_short_it_is_there() -> None:
+    """NaN, put there and taken back by another thread: a body has the number, or is refused; never the null that NaN becomes.
+
+    Fails if the values are checked at one instant and encoded at another.
+    """
+    message: dict[str, Any] = {"cost": 1.0}
+    data = {"messages": [*[M1] * codec.MANY, message]}
+
+    def flip() -> None:
+        # A loop: the interpreter switches threads where it jumps back, with either value in place.
+        for message["cost"] in (float("nan"), 1.0):
+            pass
+
+    bodies = []
+    with beside(flip):
+        for _ in range(1500):
+            with contextlib.suppress(NotJSON):
+                bodies.append(snapshot.Body.of(data))
+    assert {body.data()["messages"][-1]["cost"] for body in bodies} <= {1.0}
 
 
 def test_a_line_holds_one_key_or_one_message(store: persist.Store) -> None:
