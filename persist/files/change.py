@@ -12,14 +12,12 @@ from typing import Any
 import msgspec
 
 from persist import codec
-from persist.files.snapshot import BULK, Body
+from persist.files.snapshot import BULK, PIECE_BYTES, Body
 from persist.merge import align
 
 _SEPARATOR = b",\n"
 #: Where more than this differs between the first change and the last one, the lines between them are compared, too.
 _ONE_SPLICE_BYTES = 16 * 1024
-#: So much is compared at a time. Larger pieces would be mapped, and each page of them zeroed, before they are copied.
-_PIECE_BYTES = 64 * 1024
 
 
 class Change(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -78,7 +76,7 @@ class Bulk:
     """The bulk of a body, to be changed."""
 
     def __init__(self, body: Body) -> None:
-        bulk = memoryview(body.bulk)
+        bulk = memoryview(body.text)
         self._fields: dict[str, _Lines | bytes] = {}
         for name, (start, end) in body.ranges().items():
             count = body.counts.get(name)
@@ -182,7 +180,7 @@ def applied(body: Body, small: bytes, changes: Iterable[Change]) -> Body:
 
 def between(before: Body, after: Body) -> tuple[Change, ...]:
     """The changes that make one body's bulk the other's. Costs two passes of memcmp, and then what the change weighs."""
-    if before.bulk == after.bulk:
+    if before.has_bulk_of(after):
         return ()
     old, new = before.ranges(), after.ranges()
     changes: list[Change] = []
@@ -191,36 +189,36 @@ def between(before: Body, after: Body) -> tuple[Change, ...]:
             changes += _splices(name, _Items(before, name, *old[name]), _Items(after, name, *new[name]))
         elif name not in new:
             changes += [Change(name, is_dropped=True)] if name in old else []
-        elif name not in old or before.bulk[slice(*old[name])] != after.bulk[slice(*new[name])]:
-            value = after.bulk[slice(*new[name])]
+        elif name not in old or before.text[slice(*old[name])] != after.text[slice(*new[name])]:
+            value = after.text[slice(*new[name])]
             changes.append(Change(name, value=msgspec.Raw(value.replace(b"\n", b"") if name in after.counts else value)))
     return tuple(changes)
 
 
 class _Items:
-    """The items of a list, where they stand in a bulk. Positions count from the first one's beginning; nothing is copied."""
+    """The items of a list, where they stand in a text. Positions count from the first one's beginning; nothing is copied."""
 
     def __init__(self, body: Body, name: str, start: int, end: int) -> None:
         self.count = body.counts[name]
-        self._bulk = body.bulk
+        self._text = body.text
         self._start = start + 2 if self.count else start
         self.size = end - 2 - self._start if self.count else 0
 
     def text(self, start: int, end: int) -> bytes:
-        return self._bulk[self._start + start : self._start + end]
+        return self._text[self._start + start : self._start + end]
 
     def has(self, text: bytes, at: int) -> bool:
-        return at + len(text) <= self.size and self._bulk.startswith(text, self._start + at)
+        return at + len(text) <= self.size and self._text.startswith(text, self._start + at)
 
     def line_at(self, position: int) -> int:
         """Where the line begins that a position is in."""
-        return max(self._bulk.rfind(b"\n", self._start, self._start + position) + 1 - self._start, 0)
+        return max(self._text.rfind(b"\n", self._start, self._start + position) + 1 - self._start, 0)
 
     def line_from(self, position: int) -> int:
         """Where the first line begins at or behind a position."""
-        if position == 0 or self._bulk.startswith(b"\n", self._start + position - 1):
+        if position == 0 or self._text.startswith(b"\n", self._start + position - 1):
             return position
-        found = self._bulk.find(b"\n", self._start + position, self._start + self.size)
+        found = self._text.find(b"\n", self._start + position, self._start + self.size)
         return self.size if found < 0 else found + 1 - self._start
 
     def place(self, position: int) -> int:
@@ -228,8 +226,8 @@ class _Items:
         if position >= self.size:
             return self.count
         if position < self.size // 2:
-            return self._bulk.count(b"\n", self._start, self._start + position)
-        return self.count - 1 - self._bulk.count(b"\n", self._start + position, self._start + self.size)
+            return self._text.count(b"\n", self._start, self._start + position)
+        return self.count - 1 - self._text.count(b"\n", self._start + position, self._start + self.size)
 
     def lines(self, start: int, end: int) -> list[bytes]:
         text = self.text(start, end).removesuffix(_SEPARATOR)
@@ -279,9 +277,9 @@ def _common_end(old: _Items, new: _Items, start: int) -> int:
 def _same_bytes(limit: int, has: Callable[[int, int], bool]) -> int:
     """How many bytes are the same: looked for piece by piece, and in the first piece that is not, by halves."""
     at = 0
-    while at < limit and has(at, min(_PIECE_BYTES, limit - at)):
-        at += min(_PIECE_BYTES, limit - at)
-    size = min(_PIECE_BYTES, limit - at)
+    while at < limit and has(at, min(PIECE_BYTES, limit - at)):
+        at += min(PIECE_BYTES, limit - at)
+    size = min(PIECE_BYTES, limit - at)
     while size:
         size //= 2
         while size and at + size <= limit and has(at, size):

@@ -62,7 +62,7 @@ class Index:
 
     def _scan(self, body: Body, field: str, wanted: frozenset[bytes]) -> Iterator[bytes]:
         place, (start, end) = 0, body.ranges().get(field, (0, 0))
-        for keys in _keys_in(body.bulk, start + 2, end - 2):
+        for keys in _keys_in(body.text, start + 2, end - 2):
             for key in keys:
                 if key is not None:
                     yield key
@@ -108,12 +108,12 @@ def moved(places: dict[bytes, int], change: Change, keys: list[bytes | None], wa
     return after
 
 
-def _keys_in(bulk: bytes, start: int, end: int) -> Iterable[list[bytes | None]]:
+def _keys_in(text: bytes, start: int, end: int) -> Iterable[list[bytes | None]]:
     """The ids of the items of a list, some thousands at a time."""
     while start < end:
-        stop = bulk.find(b",\n", min(start + _CHUNK_BYTES, end), end)
+        stop = text.find(b",\n", min(start + _CHUNK_BYTES, end), end)
         stop = end if stop < 0 else stop
-        yield _keys_in_chunk(bulk[start:stop])
+        yield _keys_in_chunk(text[start:stop])
         start = stop + 2
 
 

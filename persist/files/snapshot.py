@@ -53,6 +53,8 @@ OPENING_BYTES = _HEAD_CHECKED_FROM
 _FORMAT = re.compile(rb'\{"_persist":\{"format":(\d{1,9})[,}]')
 _BULK_STARTS = (*(b'"%s":' % name.encode() for name in BULK), b"}\n")
 _FIRST_READ_BYTES = 4096
+#: So much is compared at a time: to copy much more takes fresh memory, which costs more than to compare it.
+PIECE_BYTES = 64 * 1024
 # From here on, a thread costs less than it saves.
 _LARGE_BYTES = 256 * 1024
 # A document's own limit, and room for its header.
@@ -103,17 +105,39 @@ class Header:
         return replace(self, revision=self.revision + 1, updated_at=updated_at, commit=token_hex(8), **changes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Body:
-    """A session's data as bytes, parted into small fields and bulk. Equal data has equal bodies."""
+    """A session's data as bytes, parted into small fields and bulk. Equal data has equal bodies.
+
+    The bulk is `text` from `start` on: what was read from a file is not copied out of it.
+    """
 
     head: bytes
-    bulk: bytes
-    counts: Mapping[str, int] = field(compare=False)
+    text: bytes
+    counts: Mapping[str, int]
     #: Session id and file that it was read from, for the error of a body that cannot be decoded.
-    source: tuple[str, Path] | None = field(default=None, compare=False)
+    source: tuple[str, Path] | None = None
     #: The bulk as objects, if it was decoded while its checksum was computed: for the first who asks, as nobody may share them.
-    decoded: list[dict[str, Any]] = field(default_factory=list, compare=False, repr=False)
+    decoded: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    start: int = 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Body) and self.head == other.head and self.has_bulk_of(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def bulk(self) -> bytes:
+        return self.text[self.start :] if self.start else self.text
+
+    def has_bulk_of(self, other: Body) -> bool:
+        """Whether the bulk of both is the same, byte for byte."""
+        if len(self.text) - self.start != len(other.text) - other.start:
+            return False
+        places = range(0, len(self.text) - self.start, PIECE_BYTES)
+        return all(
+            other.text.startswith(self.text[self.start + at : self.start + at + PIECE_BYTES], other.start + at) for at in places
+        )
 
     @classmethod
     def of(cls, data: Any) -> Body:
@@ -148,17 +172,17 @@ class Body:
         return self.head.removesuffix(b"\n").removesuffix(b",")
 
     def ranges(self) -> dict[str, tuple[int, int]]:
-        """Where in the bulk the JSON of each field stands. A list that is not empty has one item a line."""
+        """Where in the text the JSON of each bulk field stands. A list that is not empty has one item a line."""
         found = {}
-        end = len(self.bulk) - len(b"\n}\n")
+        end = len(self.text) - len(b"\n}\n")
         for name in reversed(BULK):
             mark = b'"%b":' % name.encode()
-            is_long = self.counts.get(name, 0) > 0
             # No line of a list begins like a field. The last field's is the last line, or it opens the last list.
-            start = (self.bulk.rfind(b"\n" + mark + b"[\n", 0, end) if is_long else self.bulk.rfind(b"\n", 0, max(end, 0))) + 1
-            if end > 0 and self.bulk.startswith(mark, start):
-                found[name] = start + len(mark), end
-                end = start - len(b",\n")
+            line = b"\n" + mark + b"[\n" if self.counts.get(name) else b"\n"
+            place = max(self.text.rfind(line, self.start, max(end, self.start)) + 1, self.start)
+            if self.text.startswith(mark, place, max(end, place)):
+                found[name] = place + len(mark), end
+                end = place - len(b",\n")
         return found
 
     @classmethod
@@ -203,11 +227,15 @@ class Body:
 
     @property
     def size(self) -> int:
-        return len(self.head) + len(self.bulk)
+        return len(self.head) + len(self.text) - self.start
 
     @property
     def is_empty(self) -> bool:
-        return not self.head and self.bulk == b"}\n"
+        return not self.head and self.has_no_bulk
+
+    @property
+    def has_no_bulk(self) -> bool:
+        return len(self.text) - self.start == len(b"}\n")
 
     def data(self) -> dict[str, Any]:
         """A fresh copy of the data."""
@@ -315,9 +343,10 @@ def to_bytes(header: Header, body: Body) -> tuple[bytes, str]:
     line = b'"' + _header_rest(header, body) + (b"\n" if body.is_empty else b",\n")
     head_checksum = _digest(line[1:], body.head)
     checked = _MIDDLE + head_checksum + line + body.head
-    checksum = _digest(checked, body.bulk)
+    bulk = memoryview(body.text)[body.start :]
+    checksum = _digest(checked, bulk)
     opening = _OPENING % (JOURNALED if header.is_journaled else WHOLE)
-    return opening + checksum + b'"' + checked + body.bulk, checksum.decode()
+    return b"".join([opening, checksum, b'"', checked, bulk]), checksum.decode()
 
 
 def _digest(*pieces: bytes | memoryview) -> bytes:
@@ -539,11 +568,10 @@ def _decoded_bulk(content: bytes) -> list[dict[str, Any]]:
 
 
 def _is_parted(body: Body) -> bool:
-    if not body.head:
-        return body.bulk.startswith(_BULK_STARTS)
+    if not body.text.startswith(_BULK_STARTS, body.start):
+        return False
     # A comma stands between the head and the bulk, if there are both.
-    is_last = body.bulk == b"}\n"
-    return body.bulk.startswith(_BULK_STARTS) and body.head.endswith(b"\n") and body.head.endswith(b",\n") is not is_last
+    return not body.head or (body.head.endswith(b"\n") and body.head.endswith(b",\n") is not body.has_no_bulk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -572,7 +600,7 @@ class _Reader:
             bulk = end + 1 + _natural(values["head_bytes"])
         except NONSENSE:
             raise self._corrupt("its header makes no sense, although its checksum matches.") from None
-        body = Body(content[end + 1 : bulk], content[bulk:], counts, (self.session_id, self.path), decoded)
+        body = Body(content[end + 1 : bulk], content, counts, (self.session_id, self.path), decoded, bulk)
         if not _is_parted(body) or content[end - 1 : end] != (b"}" if body.is_empty else b","):
             raise self._corrupt("its header does not say where its bulk begins.")
         return Snapshot(header, body, checksum.decode())

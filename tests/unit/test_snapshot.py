@@ -495,7 +495,7 @@ def test_a_small_field_among_the_bulk_of_a_large_document_is_refused(extra: byte
     path = document(store)
     found = snapshot.read(path, "s")
     header = replace(found.header, is_journaled=False)
-    forged = replace(found.body, bulk=found.body.bulk.removesuffix(b"\n}\n") + b",\n" + extra + b"\n}\n")
+    forged = replace(found.body, start=0, text=found.body.bulk.removesuffix(b"\n}\n") + b",\n" + extra + b"\n}\n")
     path.write_bytes(snapshot.to_bytes(header, forged)[0])
     with pytest.raises(persist.CorruptSession, match="not parted"):
         store.load("s")
