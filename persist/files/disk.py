@@ -107,19 +107,23 @@ def read(path: Path, limit: int) -> bytes:
     try:
         # A document is never written to once it bears its name, so its size is known.
         size = min(status.st_size, limit)
-        content = os.read(fd, size)
-        while len(content) < size and (more := os.read(fd, size - len(content))):
-            content += more
-        return content
+        return _read_all(fd, size)
     finally:
         os.close(fd)
+
+
+def _read_all(fd: int, size: int) -> bytes:
+    content = os.read(fd, size)
+    while len(content) < size and (more := os.read(fd, size - len(content))):
+        content += more
+    return content
 
 
 def read_start(path: Path, limit: int) -> tuple[bytes, int]:
     """Return at most `limit` bytes from the start of a plain file, and its size."""
     fd, status = _open(path, os.O_RDONLY)
     try:
-        return os.read(fd, limit), status.st_size
+        return _read_all(fd, limit), status.st_size
     finally:
         os.close(fd)
 

@@ -219,9 +219,9 @@ class Journal:
         raise Overtaken
 
     def ends_so(self, fd: int, tail: Tail) -> bool:
-        """Whether the last line of a tail stands where it says."""
+        """Whether the last line of a tail stands where it says, and whole."""
         line = _PREFIX % int(tail.after, 16) if tail.last else opening(tail.header.generation, tail.checksum)
-        return disk.read_at(fd, len(line), tail.last) == line
+        return disk.size_of(fd) >= tail.end and disk.read_at(fd, len(line), tail.last) == line
 
     def follow(self, fd: int, tail: Tail) -> Iterator[Record]:
         """Read what stands behind a tail, which moves along.

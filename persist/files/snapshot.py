@@ -151,9 +151,13 @@ class Body:
         if type(data) is not dict:
             raise WrongType(what="a session's data", expected="a plain dict", got=type(data).__name__)
         body = cls._at_once(data) or cls._of_copy(codec.captured(data))
-        if body.size > codec.MAX_BYTES:
-            raise NotJSON(path=(), reason=f"it would take more than {codec.MAX_BYTES:,} bytes")
+        body.check_size()
         return body
+
+    def check_size(self) -> None:
+        """Raise `NotJSON` if it would be too large to be read back."""
+        if self.size > codec.MAX_BYTES:
+            raise NotJSON(path=(), reason=f"it would take more than {codec.MAX_BYTES:,} bytes")
 
     @classmethod
     def assembled(cls, small: bytes, bulk: Mapping[str, list[bytes | memoryview]], counts: Mapping[str, int]) -> Body:
@@ -177,9 +181,11 @@ class Body:
         end = len(self.text) - len(b"\n}\n")
         for name in reversed(BULK):
             mark = b'"%b":' % name.encode()
-            # No line of a list begins like a field. The last field's is the last line, or it opens the last list.
-            line = b"\n" + mark + b"[\n" if self.counts.get(name) else b"\n"
-            place = max(self.text.rfind(line, self.start, max(end, self.start)) + 1, self.start)
+            place = self.start
+            if not self.text.startswith(mark, place):
+                # No line of a list begins like a field. The last field's is the last line, or it opens the last list.
+                line = b"\n" + mark + b"[\n" if self.counts.get(name) else b"\n"
+                place = max(self.text.rfind(line, self.start, max(end, self.start)) + 1, self.start)
             if self.text.startswith(mark, place, max(end, place)):
                 found[name] = place + len(mark), end
                 end = place - len(b",\n")

@@ -317,6 +317,10 @@ class Transaction:
         Raises: as `read`.
         """
         self._require_lock()
+        if self._known is not None and self._fd < 0:
+            # Written a moment ago, in this transaction; its journal is not open yet.
+            self._files.known.keep(self.session_id, self._known)
+            self._known = None
         if self._known is None:
             with self._files.looking_at(self.session_id) as path:
                 start, size = disk.read_start(path, snapshot.OPENING_BYTES)
@@ -482,6 +486,7 @@ class Transaction:
 
     def _write(self, header: Header, body: Body) -> Snapshot:
         """Write the whole document."""
+        body.check_size()
         self._known = None
         self._close_journal()
         header = replace(header, is_journaled=self._has_journal(header, body))
@@ -493,8 +498,6 @@ class Transaction:
             tail = Tail.of(HeadSnapshot(written.header, body.small, body.counts, written.checksum))
             log = self._files.journal(self.session_id, written.header.generation)
             self._known = Known(attempt.opening, log, tail, attempt.size_bytes, tail.end)
-            # What comes after it in this transaction looks for itself.
-            self._files.known.keep(self.session_id, self._known)
         return written
 
     def confirm(self) -> None:
