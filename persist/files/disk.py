@@ -134,7 +134,14 @@ def size_of(fd: int) -> int:
 
 
 def read_at(fd: int, limit: int, position: int) -> bytes:
-    """Return at most `limit` bytes of an open file, from a position on; none at its end."""
+    """Return `limit` bytes of an open file, from a position on; fewer where it ends."""
+    content = _read_once_at(fd, limit, position)
+    while 0 < len(content) < limit and (more := _read_once_at(fd, limit - len(content), position + len(content))):
+        content += more
+    return content
+
+
+def _read_once_at(fd: int, limit: int, position: int) -> bytes:
     if hasattr(os, "pread"):
         # A descriptor that is inherited by a fork has one position for both processes.
         return os.pread(fd, limit, position)
