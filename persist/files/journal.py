@@ -39,7 +39,7 @@ import msgspec
 from persist import codec
 from persist.errors import CorruptSession, UnsupportedFormat
 from persist.files import change, disk, snapshot
-from persist.files.change import Bulk, Change, DoesNotFit
+from persist.files.change import Bulk, Change, DoesNotFit, apply_to_data
 from persist.files.snapshot import Header, HeadSnapshot, Snapshot
 
 VERSION = 1
@@ -228,9 +228,9 @@ class Journal:
         raise Overtaken
 
     def ends_so(self, fd: int, tail: Tail) -> bool:
-        """Whether the last line of a tail stands where it says."""
+        """Whether the last line of a tail stands where it says, and whole."""
         line = _PREFIX % int(tail.after, 16) if tail.last else opening(tail.header.generation, tail.checksum)
-        return disk.read_at(fd, len(line), tail.last) == line
+        return disk.size_of(fd) >= tail.end and disk.read_at(fd, len(line), tail.last) == line
 
     def follow(self, fd: int, tail: Tail) -> Iterator[Record]:
         """Read what stands behind a tail, which moves along.
@@ -272,14 +272,19 @@ class Journal:
         fd = self.open()
         try:
             self.check_opening(fd, tail)
-            bulk = Bulk(found.body)
-            for record in self.follow(fd, tail):
-                self._apply(bulk, record, tail)
+            records = list(self.follow(fd, tail))
         finally:
             disk.close(fd)
-        if tail.header == found.header:
+        if not records:
             return found
-        body = replace(bulk.body(tail.small), source=(self.session_id, self.path))
+        bulk, decoded = Bulk(found.body), found.body.decoded
+        for record in records:
+            self._apply(bulk, record, tail)
+        for data in decoded:
+            for record in records:
+                for each in record.changes:
+                    apply_to_data(data, each)
+        body = replace(bulk.body(tail.small), source=(self.session_id, self.path), decoded=decoded)
         if body.counts != tail.counts:
             raise self.damaged(tail.last, "it does not hold as many items as it says")
         return Snapshot(tail.header, body, found.checksum)

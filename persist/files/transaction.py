@@ -21,6 +21,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -102,9 +103,9 @@ class SessionFiles:
         with self.looking_at(session_id) as path:
             return disk.exists(path)
 
-    def read(self, session_id: str) -> Snapshot:
+    def read(self, session_id: str, *, decode: bool = False) -> Snapshot:
         """Read the committed document. Takes no lock: some committed revision, never half of one."""
-        return self._not_overtaken(session_id, self.read_now)
+        return self._not_overtaken(session_id, partial(self.read_now, decode=decode))
 
     def read_head(self, session_id: str) -> HeadSnapshot:
         """Read the committed header and small fields. Takes no lock."""
@@ -118,10 +119,10 @@ class SessionFiles:
         with self.transaction(session_id) as tx:
             return tx.alone(look)
 
-    def read_now(self, session_id: str) -> Snapshot:
+    def read_now(self, session_id: str, *, decode: bool = False) -> Snapshot:
         """As `read`, but raise `Overtaken` if the journal is not there that the document names."""
         with self.looking_at(session_id) as path:
-            found = snapshot.read(path, session_id)
+            found = snapshot.read(path, session_id, decode=decode)
             if not found.header.is_journaled:
                 return found
             return self.journal(session_id, found.header.generation).replay(found)
@@ -324,6 +325,10 @@ class Transaction:
         Raises: as `read`.
         """
         self._require_lock()
+        if self._known is not None and self._fd < 0:
+            # Written a moment ago, in this transaction; its journal is not open yet.
+            self._files.known.keep(self.session_id, self._known)
+            self._known = None
         if self._known is None:
             with self._files.looking_at(self.session_id) as path:
                 start, size = disk.read_start(path, snapshot.OPENING_BYTES)
@@ -355,7 +360,7 @@ class Transaction:
         assert known is not None, "only a session with a journal has an index"
         if field not in known.indexes:
             found = self._found or self.read()
-            known.indexes[field] = Index(found.body.parts().get(field, b"[]"), keys_of(known.tail.header.owner))
+            known.indexes[field] = Index(found.body, field, keys_of(known.tail.header.owner))
             self._files.known.make_room_for(known)
         return known.indexes[field]
 
@@ -489,6 +494,7 @@ class Transaction:
 
     def _write(self, header: Header, body: Body) -> Snapshot:
         """Write the whole document."""
+        body.check_size()
         self._known = None
         self._close_journal()
         header = replace(header, is_journaled=self._has_journal(header, body))
@@ -500,8 +506,6 @@ class Transaction:
             tail = Tail.of(HeadSnapshot(written.header, body.small, body.counts, written.checksum))
             log = self._files.journal(self.session_id, written.header.generation)
             self._known = Known(attempt.opening, log, tail, attempt.size_bytes, tail.end)
-            # What comes after it in this transaction looks for itself.
-            self._files.known.keep(self.session_id, self._known)
         return written
 
     def confirm(self) -> None:

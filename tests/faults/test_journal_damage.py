@@ -434,6 +434,11 @@ NONSENSE: dict[str, bytes] = {
     "item with NaN": b'"changes":[{"in":"messages","at":0,"insert":[NaN]}]',
     "item with NaN and a lone surrogate": b'"changes":[{"in":"messages","at":0,"insert":[NaN,"\\ud800"]}]',
     "item with bad UTF-8": b'"changes":[{"in":"messages","at":0,"insert":["\xff"]}]',
+    "item with too many digits": b'"changes":[{"in":"messages","at":0,"insert":[' + b"9" * 5000 + b"]}]",
+    "item that is no end of a number": b'"changes":[{"in":"messages","at":0,"insert":[1e999]}]',
+    "value with too many digits": b'"changes":[{"in":"messages","value":{"a":' + b"9" * 5000 + b"}}]",
+    "mark with too many digits": b'"changes":[{"in":"messages","at":0,"mark":{"a":' + b"9" * 5000 + b"}}]",
+    "head with too many digits": b'"head":{"stream":{"epoch":1,"owner":null},"fields":{"a":' + b"9" * 5000 + b"}}",
     "unknown field": b'"later":[1,{"a":2}]',
 }
 

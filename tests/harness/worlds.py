@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import persist
-from persist.files.snapshot import BULK
+from persist.files.snapshot import BULK, Body
 from persist.turn import IDLE
 
 Data = dict[str, Any]
@@ -191,7 +191,9 @@ class World:
         session, head = store.load("s"), store.head("s")
         assert head.data == {name: value for name, value in session.data.items() if name not in BULK}
         assert (head.revision, head.updated_at) == (session.revision, session.updated_at)
-        header = store._files.read("s").header
+        found = store._files.read("s")
+        assert found.body == Body.of(session.data), "what was decoded with the records is what stands there"
+        header = found.header
         owner = header.owner and (
             header.owner.stream_id,
             header.owner.prompt_id,
