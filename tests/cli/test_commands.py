@@ -31,7 +31,7 @@ def leave_a_dead_stream(actor: Actor, session_id: str) -> str:
 # --- usage ---
 
 
-COMMANDS = (("ls",), ("streams",), ("clear-stale",), ("check",), ("show", "s-42"), ("accept", "s-42"))
+COMMANDS = (("ls",), ("streams",), ("clear-stale",), ("check",), ("show", "s-42"), ("accept", "s-42"), ("compact", "s-42"))
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
@@ -312,3 +312,50 @@ def test_accept_refuses_what_is_no_json(run: Run, store: persist.Store) -> None:
     before = path.read_bytes()
     assert run("accept", store.path, "s-42").exit_code == 3
     assert path.read_bytes() == before
+
+
+# --- compact ---
+
+
+def test_compact_folds_the_journal_and_says_so(run: Run, store: persist.Store) -> None:
+    """After `compact` the file alone is the session, at its revision; with nothing to fold it says that."""
+    always = persist.Store(store.path, journal="always")
+    always.create("s-42", {"messages": [USER] * 500 + ["x" * 70_000]})
+    always.append("s-42", "messages", "last")
+    before = always.load("s-42")
+    assert '"last"' not in (store.path / "s-42.json").read_text()
+    result = run("compact", store.path, "s-42", "--json")
+    assert (result.exit_code, json_of(result)) == (0, {"id": "s-42", "was_folded": True})
+    assert '"last"' in (store.path / "s-42.json").read_text()
+    folded = {path.name: path.read_bytes() for path in store.path.glob("s-42*")}
+    result = run("compact", store.path, "s-42")
+    assert (result.exit_code, result.stdout) == (0, "s-42: there was nothing to fold.\n")
+    assert {path.name: path.read_bytes() for path in store.path.glob("s-42*")} == folded
+    after = store.load("s-42")
+    assert (after.data, after.revision, after.updated_at) == (before.data, before.revision, before.updated_at)
+
+
+def test_compact_of_a_missing_session_is_status_3(run: Run, store: persist.Store) -> None:
+    """And of a damaged one: it says what to do, and folds nothing."""
+    assert run("compact", store.path, "nobody").exit_code == 3
+    always = persist.Store(store.path, journal="always")
+    always.create("s-42", {"messages": [USER]})
+    next(store.path.glob("s-42.*.journal")).unlink()
+    result = run("compact", store.path, "s-42")
+    assert result.exit_code == 3
+    assert "persist accept" in result.stderr
+
+
+def test_accept_of_a_damaged_journal_keeps_a_copy(run: Run, store: persist.Store) -> None:
+    """`accept` takes what stands before the damage; the damaged journal is kept beside the session."""
+    always = persist.Store(store.path, journal="always")
+    always.create("s-42", {"messages": [USER]})
+    always.append("s-42", "messages", "good")
+    always.append("s-42", "messages", "evil")
+    [path] = store.path.glob("s-42.*.journal")
+    spoilt = path.read_bytes().replace(b'"evil"', b'"live"')
+    path.write_bytes(spoilt)
+    assert run("show", store.path, "s-42").exit_code == 3
+    assert run("accept", store.path, "s-42").exit_code == 0
+    assert store.load("s-42").data["messages"] == [USER, "good"]
+    assert (store.path / f"{path.name}.damaged").read_bytes() == spoilt

@@ -108,6 +108,20 @@ async def test_verbs_do_what_their_twins_do(aio: persist.aio.Store, store: persi
         persist.aio.Store(store, lock_timeout_s=1.0)
 
 
+async def test_large_sessions_cost_what_changes(aio: persist.aio.Store) -> None:
+    """`update(head_only=True)` and `compact` do what their twins do; a verb of a large session appends to its journal."""
+    await aio.create("s-2", {"title": "Async", "messages": ["x" * 70_000]})
+    document = (aio.path / "s-2.json").read_bytes()
+    assert await aio.update("s-2", lambda data: data.update(title="Large") or sorted(data), head_only=True) == ["title"]
+    await aio.append("s-2", "messages", PROMPT)
+    assert (aio.path / "s-2.json").read_bytes() == document
+    assert (await aio.head("s-2")).data == {"title": "Large"}
+    assert await aio.compact("s-2") is True
+    assert await aio.compact("s-2") is False
+    assert (aio.path / "s-2.json").read_bytes() != document
+    assert (await aio.load("s-2")).data == {"title": "Large", "messages": ["x" * 70_000, PROMPT]}
+
+
 async def test_turn_from_prompt_to_answer(aio: persist.aio.Store, store: persist.Store) -> None:
     """A stream as a context manager: one owner, checkpoints, and the answer."""
     async with aio.start_stream("s-1", PROMPT) as stream:
