@@ -1,7 +1,7 @@
 """Changes: what is found between two bodies makes one into the other, and weighs what was changed.
 
-They fail without their mechanisms: the look for a line's end in `_splices` and in `_common_end`, the order from the last
-splice to the first, the alignment of distant edits, and each refusal of `Bulk.apply`.
+They fail without their mechanisms: the looks for the line that a difference is in, the order from the last splice to the
+first, the alignment of distant edits, and each refusal of `Bulk.apply`.
 """
 
 from __future__ import annotations
@@ -76,6 +76,11 @@ def assert_inverse(before: Document, after: Document) -> None:
     assert found.counts == new.counts
     assert found.data() == after
     assert bool(changes) == (old.bulk != new.bulk)
+    data = copy.deepcopy(before)
+    for each in changes:
+        change.apply_to_data(data, each)
+    expected = {name: value for name, value in after.items() if name in BULK}
+    assert {name: value for name, value in data.items() if name in BULK} == expected, "as decoded data, too"
 
 
 @given(edits())
@@ -95,6 +100,17 @@ def test_what_is_between_two_documents_makes_one_the_other(pair: tuple[Document,
     before, after = pair
     assert_inverse(before, after)
     assert_inverse(after, before)
+
+
+@given(edits(), st.sampled_from([1, 2, 7, 64]), st.sampled_from([0, 40]))
+def test_what_is_compared_in_pieces_is_what_is_compared_at_once(
+    pair: tuple[Document, Document], piece_bytes: int, one_splice_bytes: int
+) -> None:
+    """Also where pieces end in mid-line, and where distant edits are told apart however small they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(change, "PIECE_BYTES", piece_bytes)
+        patch.setattr(change, "_ONE_SPLICE_BYTES", one_splice_bytes)
+        assert_inverse(*pair)
 
 
 def message(number: int) -> Document:

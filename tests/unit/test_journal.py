@@ -316,6 +316,18 @@ def test_record_that_was_left_out_is_missed(journaled: persist.Store) -> None:
             persist.Store(journaled.path).append("s", "messages", 1)
 
 
+def test_record_behind_another_one_than_it_was_written_to_is_damage(journaled: persist.Store) -> None:
+    """Right CRC, right revision, but the record before is another one of that revision: told by a load and by a writer."""
+    append(journaled, 1)
+    append(journaled, 2)
+    path = journal_of(journaled)
+    opening, [first, second] = parted(path.read_bytes())
+    path.write_bytes(sealed(opening, [record_of(first) | {"commit": "another"}]) + second)
+    for verb in verbs(persist.Store(journaled.path))[2:] + verbs(persist.Store(journaled.path))[:1]:
+        with pytest.raises(persist.CorruptSession):
+            verb()
+
+
 def test_records_of_another_journal_do_not_check_out(journaled: persist.Store) -> None:
     """The CRC of a record begins with that of its journal's opening: lines of another journal are damage."""
     append(journaled, 1)
