@@ -347,7 +347,10 @@ class Transaction:
             known = self._first_look(start, size)
             known.log.check_opening(self._fd, known.tail)
         for record in known.log.follow(self._fd, known.tail):
-            known.take(record.changes)
+            try:
+                known.take(record.changes)
+            except snapshot.NONSENSE:
+                raise known.log.damaged(known.tail.last, "a record in it makes no sense") from None
         return known
 
     def _first_look(self, start: bytes, size: int) -> Known:
@@ -360,7 +363,11 @@ class Transaction:
         assert known is not None, "only a session with a journal has an index"
         if field not in known.indexes:
             found = self._found or self.read()
-            known.indexes[field] = Index(found.body, field, keys_of(known.tail.header.owner))
+            try:
+                known.indexes[field] = Index(found.body, field, keys_of(known.tail.header.owner))
+            except snapshot.NONSENSE:
+                found.body.data()  # raises, and tells which file it is
+                raise
             self._files.known.make_room_for(known)
         return known.indexes[field]
 
