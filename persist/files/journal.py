@@ -357,7 +357,10 @@ class Journal:
             record = _decoded(line)
             at = record.head_at
             if record.head is None and at:
-                header, small = _head_after(head.header, head.small, _decoded(_line_at(fd, at, tail.seed)))
+                with_head = _decoded(_line_at(fd, at, tail.seed))
+                if with_head.head is None:
+                    raise DoesNotFit("head_at")
+                header, small = _head_after(head.header, head.small, with_head)
             else:
                 header, small = head.header, head.small
             header, small = _head_after(header, small, record)

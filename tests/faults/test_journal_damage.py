@@ -282,6 +282,16 @@ def test_flipped_bit_of_a_torn_journal_shows_no_other_state(damaged: History) ->
     assert shown == set(range(whole, whole + 120))
 
 
+def test_head_that_is_not_where_a_record_says_is_told(damaged: History) -> None:
+    """Where the last record says that the head stands is a whole record without one: no head is made up."""
+    opening, lines = parted(damaged.content)
+    first = record_of(lines[0])
+    assert "head" not in first
+    damaged.put(sealed(opening, [first, first | {"revision": 3, "head_at": len(opening)}]))
+    with pytest.raises(persist.CorruptSession):
+        damaged.store().head("s")
+
+
 # --- sectors -----------------------------------------------------------------------------------------------------------
 
 
