@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from harness.faults import quick_directory
-from harness.fuzzing import NOT_VOUCHED_FOR, Oracle, mutant, originals, seal, trusted
+from harness.fuzzing import NOT_VOUCHED_FOR, JournalOracle, Oracle, journals, mutant, originals, seal, seal_journal, trusted
 from harness.planted import Mutation, run_harness, write_mutated_package
 from harness.verbs import within_deadline
 from hypothesis import HealthCheck, given, settings
@@ -138,6 +138,55 @@ def test_a_sealed_document_that_is_parted_otherwise_than_it_says_is_refused(
     assert within_deadline(lambda: bench.oracle.complaint(hostile)) is None
     with pytest.raises(persist.CorruptSession):
         snapshot.read(_put(bench, hostile), "s").body.data()
+
+
+# --- journals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def journaled() -> Iterator[JournalOracle]:
+    with quick_directory() as directory:
+        yield JournalOracle(directory)
+
+
+def test_the_oracle_of_journals_accepts_what_was_not_spoilt(journaled: JournalOracle) -> None:
+    """A real journal passes, whole and cut between records, and sealing it changes nothing."""
+    for content in journals(journaled):
+        assert seal_journal(content) == content
+        assert journaled.complaint(content) is None
+
+
+def test_the_oracle_of_journals_notices_another_state(journaled: JournalOracle) -> None:
+    """A record that says something else, sealed, is shown for what it says: judged as if it were damaged, that is caught."""
+    spoilt = seal_journal(journaled.content.replace("Täßchen".encode(), b"Tasse"))
+    found = journaled.complaint(spoilt)
+    assert found is not None
+    assert (found.reader, found.kind) == ("head", "a head that was never committed")
+    assert journaled.complaint(spoilt, is_sealed=True) is None
+
+
+NO_CRC = (
+    "files/journal.py",
+    "shape is not None and zlib.crc32(memoryview(line)[_CHECKED_FROM:], seed) == int(shape[1], 16)",
+    "shape is not None",
+)
+
+
+def test_the_fuzzing_of_journals_sees_a_missing_check(tmp_path: Path) -> None:
+    """With the CRC taken out of a copy of the package, some seconds of mutants show a state that was never committed."""
+    write_mutated_package(NO_CRC, tmp_path)
+    options = ["--journals", "--minutes=0.06", f"--directory={tmp_path}"]
+    done = run_harness("fuzzing", options, tmp_path, DEADLINE_S)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "WRONG: load, a state that was never committed, damaged" in done.stdout
+
+
+@settings(SETTINGS, max_examples=150)
+@given(dice=st.randoms(use_true_random=False))
+def test_a_spoilt_journal_is_refused_or_shows_a_committed_state(journaled: JournalOracle, dice: random.Random) -> None:
+    """Typed error, or a state that was committed, for readers, writers and `accept`; sealed anew, no untyped error."""
+    content, is_sealed = mutant(dice, journals(journaled), seal_journal)
+    assert journaled.complaint(content, is_sealed=is_sealed) is None
 
 
 # --- sectors ----------------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
-"""Fuzzing of the readers: real documents, spoilt at random, and what a reader may make of each.
+"""Fuzzing of the readers: real documents and journals, spoilt at random, and what a reader may make of each.
 
 The oracle: a typed error, or exactly what an independent parse of the bytes gives; and an error wherever there is a header
 whose checksum, computed here once more, is wrong. A document may be *sealed*: its checksums made right again, as an attacker
 would, or a program that only copies the format. Then its checksum vouches for whatever its content is.
+
+Of a journal that is not sealed, a reader shows a state that was committed, or a typed error; of one that is, no untyped error.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import re
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +36,8 @@ _OPENING = rb'\{"_persist":\{"format":1,"checksum":"(.{32})","head_checksum":"(.
 _SHAPE = re.compile(_OPENING, re.DOTALL)
 _HEAD_BYTES = re.compile(rb'"head_bytes":(-?\d{1,12})\b')
 _DIGITS = 32
+_AFTER = re.compile(rb'"after":"[0-9a-f]{8}"')
+_CRC_BYTES = len(b'{"crc":"00000000",')
 
 #: What a mutation likes to put somewhere.
 TOKENS = (
@@ -75,6 +80,18 @@ def seal(content: bytes) -> bytes:
     head_end = max(0, line + (int(told[1]) if told else 0))
     content = _put(content, shape.start(2), content[shape.end() : head_end])
     return _put(content, shape.start(1), content[shape.end(1) + 1 :])
+
+
+def seal_journal(content: bytes) -> bytes:
+    """Make the CRC of every line of a journal right, and let each follow the one before."""
+    opening, *lines = content.split(b"\n")
+    seed = zlib.crc32(opening + b"\n")
+    after, sealed = b"%08x" % seed, [opening]
+    for line in lines:
+        rest = _AFTER.sub(b'"after":"%b"' % after, line[_CRC_BYTES:], count=1)
+        after = b"%08x" % zlib.crc32(rest, seed)
+        sealed.append(b'{"crc":"%b",' % after + rest if line else b"")
+    return b"\n".join(sealed)
 
 
 def _put(content: bytes, place: int, checked: bytes) -> bytes:
@@ -144,8 +161,8 @@ def lines(content: bytes, dice: Dice, others: list[bytes]) -> bytes:
 MUTATIONS: tuple[Mutation, ...] = (insert, delete, overwrite, replace_value, splice, lines)
 
 
-def mutant(dice: Dice, documents: list[bytes]) -> tuple[bytes, bool]:
-    """A spoilt document, and whether it is sealed."""
+def mutant(dice: Dice, documents: list[bytes], seal: Callable[[bytes], bytes] = seal) -> tuple[bytes, bool]:
+    """A spoilt document or journal, and whether it is sealed."""
     content = dice.choice(documents)
     for _ in range(dice.choice((1, 1, 1, 2, 3, 8))):
         content = dice.choice(MUTATIONS)(content, dice, documents)
@@ -172,10 +189,12 @@ class Complaint:
 class Oracle:
     """Judges what the readers make of a file at `path`."""
 
+    seal = staticmethod(seal)
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def complaint(self, content: bytes) -> Complaint | None:
+    def complaint(self, content: bytes, *, is_sealed: bool = False) -> Complaint | None:
         """Put the content there and read it in every way; say what was answered wrong, or None."""
         path = self.path
         path.write_bytes(content)
@@ -318,6 +337,92 @@ def _same(one: Any, other: Any) -> bool:
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
+# --- journals ---------------------------------------------------------------------------------------------------------------
+
+
+class JournalOracle(Oracle):
+    """Judges what a store makes of a session whose journal is spoilt."""
+
+    seal = staticmethod(seal_journal)
+
+    def __init__(self, directory: Path) -> None:
+        """Make a session with a journal of some records."""
+        self._directory = directory / "journaled"
+        self._states: dict[int, Any] = {}
+        store = self._store()
+        message = {"id": "m1", "role": "user", "content": "hi\nthere 😀", "\ud800": ["\ud800", -1.5e-7, None]}
+        store.create("s", {"title": "t", "messages": [message]})
+        self._note(store)
+        for verb in (
+            lambda: store.append("s", "messages", {"id": 2, "crc": "00000000", "content": "x" * 700}),
+            lambda: store.update("s", lambda data: data.update(title="Täßchen", big="y" * 600), head_only=True),
+            lambda: store.append("s", "tool_calls", {"id": "c1"}),
+            lambda: store.update("s", lambda data: data["messages"].insert(0, [])),
+            lambda: store.append("s", "messages", "\ud800"),
+        ):
+            verb()
+            self._note(store)
+        super().__init__(next(self._directory.glob("s.*.journal")))
+        self.content = self.path.read_bytes()
+        self._document = (self._directory / "s.json").read_bytes()
+
+    def _store(self) -> persist.Store:
+        return persist.Store(self._directory, journal="always", lock_timeout_s=0)
+
+    def _note(self, store: persist.Store) -> None:
+        session = store.load("s")
+        self._states[session.revision] = session.data
+
+    def complaint(self, content: bytes, *, is_sealed: bool = False) -> Complaint | None:
+        """Put the journal beside its document, and do each verb to the session; say what was answered wrong, or None."""
+        verbs: dict[str, Callable[[persist.Store], Any]] = {
+            "head": lambda store: self._of_head(store.head("s")),
+            "load": lambda store: self._of_session(store.load("s")),
+            "append": self._of_append,
+            "accept": lambda store: self._of_accepted(store.accept("s")),
+        }
+        for name, verb in verbs.items():
+            for path in self._directory.glob("s.*.journal*"):
+                path.unlink()
+            (self._directory / "s.json").write_bytes(self._document)
+            self.path.write_bytes(content)
+            try:
+                wrong = verb(self._store())
+            except Exception as error:
+                if isinstance(error, (*TYPED_EDITED, persist.MergeConflict, persist.WrongType, persist.Unreadable)):
+                    continue
+                return Complaint(name, f"untyped {type(error).__name__}", str(error)[:200])
+            if wrong and not is_sealed:
+                return Complaint(name, wrong, "")
+        return None
+
+    def _is_committed(self, revision: int, data: Any) -> bool:
+        return revision in self._states and _same(self._states[revision], data)
+
+    def _of_session(self, session: persist.Session) -> str | None:
+        return None if self._is_committed(session.revision, session.data) else "a state that was never committed"
+
+    def _of_head(self, head: persist.Head) -> str | None:
+        is_right = head.revision in self._states and _same(head.data, _small(self._states[head.revision]))
+        return None if is_right else "a head that was never committed"
+
+    def _of_append(self, store: persist.Store) -> str | None:
+        revision = store.append("s", "messages", {"id": "new"})
+        data = store.load("s").data
+        return None if self._is_committed(revision - 1, data | {"messages": data["messages"][:-1]}) else "a state made up"
+
+    def _of_accepted(self, session: persist.Session) -> str | None:
+        # A sound session is left alone; else it is the next revision of one that was committed.
+        is_right = any(self._is_committed(session.revision - step, session.data) for step in (0, 1))
+        return None if is_right else "a state that was never committed"
+
+
+def journals(oracle: JournalOracle) -> list[bytes]:
+    """Its journal, whole and in parts."""
+    opening, *lines = oracle.content.splitlines(keepends=True)
+    return [oracle.content, b"".join([opening, *lines[:2]]), opening]
+
+
 # --- runs ------------------------------------------------------------------------------------------------------------------
 
 Kind = tuple[str, str, str]
@@ -329,12 +434,12 @@ class Tally:
     def __init__(self, oracle: Oracle, examples: Path) -> None:
         self.tried = 0
         self.found: Counter[Kind] = Counter()
-        self._oracle = oracle
+        self.oracle = oracle
         self._examples = examples
 
     def judge(self, content: bytes, *, is_sealed: bool) -> None:
         self.tried += 1
-        complaint = self._oracle.complaint(content)
+        complaint = self.oracle.complaint(content, is_sealed=is_sealed)
         if complaint is not None:
             self._enter(complaint, content, is_sealed)
 
@@ -363,7 +468,7 @@ def at_random(tally: Tally, documents: list[bytes], seconds: float, seed: int) -
     """Try mutants until the time is over; the seed of each follows from its number."""
     started = time.monotonic()
     while time.monotonic() < started + seconds:
-        content, is_sealed = mutant(random.Random(seed + tally.tried), documents)
+        content, is_sealed = mutant(random.Random(seed + tally.tried), documents, tally.oracle.seal)
         tally.judge(content, is_sealed=is_sealed)
     return tally.report(time.monotonic() - started)
 
@@ -377,9 +482,13 @@ def main(arguments: list[str] | None = None, search: Search = at_random) -> int:
         type=existing_directory,
         help="where wrong answers' files are kept (default: one in the system's temporary directory)",
     )
+    parser.add_argument("--journals", action="store_true", help="spoil journals instead of documents")
     options = parser.parse_args(arguments)
     examples = options.directory or Path(tempfile.gettempdir()) / f"persist-fuzz-{os.getpid()}"
     with quick_directory() as directory:
+        if options.journals:
+            of_journals = JournalOracle(directory)
+            return search(Tally(of_journals, examples), journals(of_journals), options.minutes * 60, options.seed)
         tally = Tally(Oracle(directory / "s.json"), examples)
         return search(tally, originals(directory), options.minutes * 60, options.seed)
 
