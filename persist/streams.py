@@ -203,7 +203,7 @@ class StreamInfo:
 def look_at(files: SessionFiles, session_id: str, *, lock_timeout_s: float | None = None) -> StreamInfo | None:
     """Tell whether a session's active stream is alive, under the session's lock; None if it has none."""
     with files.transaction(session_id, lock_timeout_s=lock_timeout_s) as tx:
-        head = files.read_head(session_id)
+        head = tx.read_head()
         stream_id = head.active_stream_id
         if stream_id is None:
             return None
@@ -359,8 +359,8 @@ class Stream:
 
     def _open_events(self) -> None:
         try:
-            with self._files.transaction(self.session_id):
-                head = self._files.read_head(self.session_id)
+            with self._files.transaction(self.session_id) as tx:
+                head = tx.read_head()
                 self._require_ownership(head.header, head.active_stream_id)
                 self._events.open()
         except SessionNotFound:

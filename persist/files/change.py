@@ -98,26 +98,17 @@ class Bulk:
                 raise DoesNotFit(change.field)
             lines.apply(change)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many items each list has."""
+        return {name: len(lines) for name, lines in self._fields.items() if isinstance(lines, _Lines)}
+
     def body(self, small: bytes) -> Body:
         """The whole, with these small fields."""
-        counts = {name: len(lines) for name, lines in self._fields.items() if isinstance(lines, _Lines)}
         pieces: dict[str, list[bytes | memoryview]] = {
             name: [lines] if isinstance(lines, bytes) else lines.pieces() for name, lines in self._fields.items()
         }
-        return Body.assembled(small, pieces, counts)
-
-
-def apply_to_data(data: dict[str, Any], change: Change) -> None:
-    """Make in decoded data a change that a `Bulk` has taken."""
-    if change.is_dropped:
-        data.pop(change.field, None)
-    elif not isinstance(change.value, msgspec.UnsetType):
-        data[change.field] = codec.decode(bytes(change.value))
-    elif not isinstance(change.mark, msgspec.UnsetType):
-        data[change.field][change.at].update(codec.decode(bytes(change.mark)))
-    else:
-        items = data.setdefault(change.field, [])
-        items[change.at : change.at + change.remove] = [codec.decode(bytes(item)) for item in change.insert]
+        return Body.assembled(small, pieces, self.counts)
 
 
 class _Lines:
