@@ -7,6 +7,7 @@ in their turn.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,34 +18,67 @@ import persist
 from harness.crashes import Step, Trace, read_disk, recording, states, write_disk
 from persist.files import disk
 from persist.files.events import EventReader
+from persist.files.known import KnownSessions
+from persist.files.transaction import Mode as Journal
 
 PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
 ANSWER = {"id": "a1", "role": "assistant", "content": "Because."}
+
+#: About 20 sectors.
+LARGE = {"title": "large", "messages": [{"id": f"large {number}", "content": "x" * 470} for number in range(20)]}
 
 Prepare = Callable[[persist.Store], Any]
 Verb = Callable[[persist.Store, Any], Any]
 
 
 @dataclass(frozen=True)
+class Mode:
+    """How a store writes: which sessions have a journal, and how large one may grow."""
+
+    journal: Journal = "auto"
+    fold_bytes: float | None = None
+
+    def open(self, path: Path) -> persist.Store:
+        store = persist.Store(path)
+        self.set(store)
+        return store
+
+    def set(self, store: persist.Store) -> None:
+        store._files.mode, store._files.fold_bytes = self.journal, self.fold_bytes
+
+
+@dataclass(frozen=True)
 class Scenario:
-    """A verb, and what must be there before it. What `prepare` returns is handed to `verb`."""
+    """A verb, and what must be there before it. What `prepare` returns is handed to `verb`.
+
+    Attributes:
+        interrupted: the commit of another process, which was killed when it had just become visible.
+        is_cold: the verb is that of a process that has never seen the session.
+        mode, prepared: how the verb's store writes, and that of those before, if that is another way.
+    """
 
     name: str
     verb: Verb
     prepare: Prepare = lambda store: None
     interrupted: Callable[[persist.Store], Any] = lambda store: None
     content: dict[str, Any] = field(default_factory=lambda: {"title": "t" * 600, "messages": [{"id": "m1", "content": "hi"}]})
+    is_cold: bool = False
+    mode: Mode = Mode()
+    prepared: Mode | None = None
 
     def play(self, scratch: Path) -> Case:
-        store = persist.Store(scratch / "recorded")
+        store = (self.prepared or self.mode).open(scratch / "recorded")
         store.create("s-1", self.content)
         subject = self.prepare(store)
+        self.mode.set(store)
+        if self.is_cold:
+            store._files.known = KnownSessions()
+        another = self.mode.open(store.path)
         old, before = documents(store), read_disk(store.path)
-        with recording(store.path) as steps:
-            self.interrupted(store)
-            steps[:] = until_rename(steps)
+        with recording(store.path) as recorder:
+            recorder.kill(lambda: self.interrupted(another))
             self.verb(store, subject)
-        case = Case(Trace(before, tuple(steps)), old, documents(store))
+        case = Case(Trace(before, tuple(recorder.steps)), old, documents(store), mode=self.mode)
         if isinstance(subject, persist.Stream):
             subject._lease.close()
         shutil.rmtree(store.path)
@@ -68,9 +102,9 @@ class Opening:
         path = root / "var" / "sessions"
         self.prepare(path)
         old, before = documents_in(path), read_disk(root)
-        with recording(root) as steps:
+        with recording(root) as recorder:
             self.verb(path)
-        case = Case(Trace(before, tuple(steps)), old, documents_in(path), place="var/sessions")
+        case = Case(Trace(before, tuple(recorder.steps)), old, documents_in(path), place="var/sessions")
         shutil.rmtree(root)
         return case
 
@@ -171,8 +205,6 @@ def start_where_another_process_makes_the_leases(path: Path) -> None:
 
 
 MESSAGE = {"id": "m3", "role": "user", "content": "more"}
-#: About 20 sectors.
-LARGE = {"title": "large", "messages": [{"id": f"large {number}", "content": "x" * 470} for number in range(20)]}
 SCENARIOS: list[Scenario | Opening] = [
     Scenario("create", lambda store, _: store.create("s-2", {"title": "new"})),
     Scenario("duplicate", lambda store, _: store.duplicate("s-1", "s-2")),
@@ -239,6 +271,7 @@ class Case:
     old: Documents
     new: Documents
     place: str = "."
+    mode: Mode = Mode()
 
 
 def documents_in(path: Path) -> Documents:
@@ -253,10 +286,18 @@ def _document(store: persist.Store, session_id: str) -> Any:
     try:
         found = store._files.read(session_id)
     except persist.CorruptSession:
-        return (store.path / f"{session_id}.json").read_bytes()
+        return _damaged(store, session_id)
     owner = found.header.owner
     shown = {"cancelled": owner is not None and owner.is_cancelled, "events": events_of(store, session_id)}
     return found.body.data() | shown
+
+
+def _damaged(store: persist.Store, session_id: str) -> bytes:
+    """What the files of a session hold that cannot be read: the document, and the journal that it names."""
+    content = (store.path / f"{session_id}.json").read_bytes()
+    named = re.search(rb'"generation":([1-9][0-9]*)', content.partition(b"\n")[0])
+    journal = store.path / f"{session_id}.{int(named[1])}.journal" if named else None
+    return content + (journal.read_bytes() if journal is not None and journal.exists() else b"")
 
 
 def events_of(store: persist.Store, session_id: str) -> list[Any]:
@@ -267,11 +308,6 @@ def events_of(store: persist.Store, session_id: str) -> list[Any]:
         with EventReader(path) as reader:
             found += [event.data for event in reader.read()]
     return found
-
-
-def until_rename(steps: list[Step]) -> list[Step]:
-    """The steps of a writer that was killed when its commit had just become visible, and was not durable yet."""
-    return steps[: [step.kind for step in steps].index("rename") + 1] if steps else []
 
 
 # --- the check of one state ----------------------------------------------------------------------------------------------
@@ -289,7 +325,7 @@ def faults(case: Case, trace: Trace, scratch: Path, *, deep: bool = True) -> Ite
 
 
 def _faults_of(case: Case, root: Path, returned: bool, *, deep: bool) -> Iterator[str]:
-    store = persist.Store(root / case.place)
+    store = case.mode.open(root / case.place)
     found = documents(store)
     if found != case.new and (returned or found != case.old):
         yield f"acknowledged and lost: {found}" if returned else f"neither old nor new: {found}"
@@ -297,16 +333,16 @@ def _faults_of(case: Case, root: Path, returned: bool, *, deep: bool) -> Iterato
     if any(isinstance(document, bytes) for document in found.values()):
         return  # edited by hand, and as it was
     try:
-        yield from _recovery_faults(store, found, deep=deep)
+        yield from _recovery_faults(case, store, found, deep=deep)
         yield from _next_write_faults(store)
     except persist.PersistError as error:
         yield f"recovery failed: {error}"
 
 
-def _recovery_faults(store: persist.Store, found: Documents, *, deep: bool) -> Iterator[str]:
+def _recovery_faults(case: Case, store: persist.Store, found: Documents, *, deep: bool) -> Iterator[str]:
     """The sweep frees every session, once, keeps every message, and is crash-safe itself."""
     before = read_disk(store.path)
-    with recording(store.path) as steps:
+    with recording(store.path) as recorder:
         store.clear_stale_streams()
     swept = documents(store)
     for session_id, data in swept.items():
@@ -316,9 +352,9 @@ def _recovery_faults(store: persist.Store, found: Documents, *, deep: bool) -> I
             yield f"the sweep changed messages of {session_id}"
     if store.clear_stale_streams() or documents(store) != swept:
         yield "the sweep is not idempotent"
-    if deep and any(step.kind == "rename" for step in steps):
-        recovery = Trace(before, tuple(steps))
-        yield from faults(Case(recovery, found, swept), recovery, store.path.parent / "deeper", deep=False)
+    if deep and any(step.kind in ("write", "rename") for step in recorder.steps):
+        recovery = Trace(before, tuple(recorder.steps))
+        yield from faults(Case(recovery, found, swept, mode=case.mode), recovery, store.path.parent / "deeper", deep=False)
 
 
 def _plain(data: Any) -> list[Any]:
@@ -333,7 +369,24 @@ def _next_write_faults(store: persist.Store) -> Iterator[str]:
         store.append(session_id, "messages", {"id": "next", "content": "next"})
         with store.start_stream(session_id, {"id": "next prompt", "role": "user", "content": "next"}) as stream:
             stream.finish()
-    if problems := store.check():
+    if problems := [problem for problem in store.check() if not _is_journal(problem)]:
         yield f"left over: {problems}"
+    yield from _fold_faults(store)
     if leases := [path.name for path in (store.path / ".leases").iterdir()]:
         yield f"leases left over: {leases}"
+
+
+def _is_journal(problem: persist.Problem) -> bool:
+    """A journal that a fold has left is harmless, and stays until the next one: a commit does not look for it."""
+    return problem.kind == "left-over" and problem.path.suffix == ".journal"
+
+
+def _fold_faults(store: persist.Store) -> Iterator[str]:
+    """A fold changes nothing that is seen, and leaves nothing over."""
+    before = documents(store)
+    for session_id in before:
+        store.compact(session_id)
+    if documents(store) != before or documents(persist.Store(store.path)) != before:
+        yield "the fold changed a document"
+    if problems := store.check():
+        yield f"left over after a fold: {problems}"
