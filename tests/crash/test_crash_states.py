@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 from harness.crash_scenarios import MESSAGE, SCENARIOS, Opening, Scenario, faults
+from harness.journal_scenarios import JOURNALED
 from harness.crashes import MOST_SECTORS, SECTOR_BYTES, Step, Trace, is_sampled, record, states
 
 import persist
 
 Play = Scenario | Opening
-by_name = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+by_name = pytest.mark.parametrize("scenario", [*SCENARIOS, *JOURNALED], ids=lambda scenario: scenario.name)
 
 
 @by_name

@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import persist
-from harness.crashes import Step, Trace, read_disk, recording, states, write_disk
+from harness.crashes import Disk, Trace, read_disk, recording, states, write_disk
 from persist.files import disk
 from persist.files.events import EventReader
 from persist.files.known import KnownSessions
@@ -77,8 +78,9 @@ class Scenario:
         old, before = documents(store), read_disk(store.path)
         with recording(store.path) as recorder:
             recorder.kill(lambda: self.interrupted(another))
+            between = documents(another)
             self.verb(store, subject)
-        case = Case(Trace(before, tuple(recorder.steps)), old, documents(store), mode=self.mode)
+        case = Case(Trace(before, tuple(recorder.steps)), old, documents(store), between=between, mode=self.mode)
         if isinstance(subject, persist.Stream):
             subject._lease.close()
         shutil.rmtree(store.path)
@@ -265,11 +267,15 @@ Documents = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """What a scenario did to the disk, with the documents before and after it. The store is at `place` on that disk."""
+    """What a scenario did to the disk, with the documents before and after it. The store is at `place` on that disk.
+
+    `between` is what a killed writer has left visible, and nobody acknowledged.
+    """
 
     trace: Trace
     old: Documents
     new: Documents
+    between: Documents | None = None
     place: str = "."
     mode: Mode = Mode()
 
@@ -316,27 +322,47 @@ def events_of(store: persist.Store, session_id: str) -> list[Any]:
 def faults(case: Case, trace: Trace, scratch: Path, *, deep: bool = True) -> Iterator[str]:
     """What is wrong with the crash states of a trace; nothing, if the protocol is right."""
     for state, returned in states(trace):
-        root = scratch / "state"
-        write_disk(root, state)
-        try:
+        with disk_of(state, scratch / "state") as root:
             yield from _faults_of(case, root, returned, deep=deep)
-        finally:
-            shutil.rmtree(root)
+
+
+@contextmanager
+def disk_of(state: Disk, root: Path) -> Iterator[Path]:
+    """A state, written out for a block."""
+    write_disk(root, state)
+    try:
+        yield root
+    finally:
+        shutil.rmtree(root)
 
 
 def _faults_of(case: Case, root: Path, returned: bool, *, deep: bool) -> Iterator[str]:
     store = case.mode.open(root / case.place)
     found = documents(store)
-    if found != case.new and (returned or found != case.old):
-        yield f"acknowledged and lost: {found}" if returned else f"neither old nor new: {found}"
+    if fault := next(_outcome_faults(case, found, returned), None):
+        yield fault
         return
-    if any(isinstance(document, bytes) for document in found.values()):
-        return  # edited by hand, and as it was
     try:
+        if any(isinstance(document, bytes) for document in found.values()):
+            # Edited by hand, or damaged, and as it was.
+            found = _accepted(store)
+            yield from _outcome_faults(case, found, returned=True)
         yield from _recovery_faults(case, store, found, deep=deep)
         yield from _next_write_faults(store)
     except persist.PersistError as error:
         yield f"recovery failed: {error}"
+
+
+def _accepted(store: persist.Store) -> Documents:
+    for session_id in store.ids():
+        store.accept(session_id)
+    return documents(store)
+
+
+def _outcome_faults(case: Case, found: Documents, returned: bool) -> Iterator[str]:
+    """Old or new, and nothing else; what was acknowledged, new."""
+    if found != case.new and (returned or found not in (case.old, case.between)):
+        yield f"acknowledged and lost: {found}" if returned else f"neither old nor new: {found}"
 
 
 def _recovery_faults(case: Case, store: persist.Store, found: Documents, *, deep: bool) -> Iterator[str]:
@@ -354,7 +380,18 @@ def _recovery_faults(case: Case, store: persist.Store, found: Documents, *, deep
         yield "the sweep is not idempotent"
     if deep and any(step.kind in ("write", "rename") for step in recorder.steps):
         recovery = Trace(before, tuple(recorder.steps))
-        yield from faults(Case(recovery, found, swept, mode=case.mode), recovery, store.path.parent / "deeper", deep=False)
+        yield from _sweep_faults(Case(recovery, found, swept, mode=case.mode), store.path.parent / "deeper")
+
+
+def _sweep_faults(case: Case, scratch: Path) -> Iterator[str]:
+    """What a cut in the middle of the sweep leaves. How one writes on from there is looked at where the sweep is the verb."""
+    for state, returned in states(case.trace):
+        with disk_of(state, scratch) as root:
+            store = case.mode.open(root)
+            yield from _outcome_faults(case, documents(store), returned)
+            store.clear_stale_streams()
+            if documents(store) != case.new:
+                yield "the sweep did not go on"
 
 
 def _plain(data: Any) -> list[Any]:
@@ -369,16 +406,17 @@ def _next_write_faults(store: persist.Store) -> Iterator[str]:
         store.append(session_id, "messages", {"id": "next", "content": "next"})
         with store.start_stream(session_id, {"id": "next prompt", "role": "user", "content": "next"}) as stream:
             stream.finish()
-    if problems := [problem for problem in store.check() if not _is_journal(problem)]:
+    if problems := [problem for problem in store.check() if not _waits_for_fold(store, problem)]:
         yield f"left over: {problems}"
     yield from _fold_faults(store)
     if leases := [path.name for path in (store.path / ".leases").iterdir()]:
         yield f"leases left over: {leases}"
 
 
-def _is_journal(problem: persist.Problem) -> bool:
-    """A journal that a fold has left is harmless, and stays until the next one: a commit does not look for it."""
-    return problem.kind == "left-over" and problem.path.suffix == ".journal"
+def _waits_for_fold(store: persist.Store, problem: persist.Problem) -> bool:
+    """What a fold that was cut off has left is harmless. A commit that only appends a record does not look for it."""
+    is_journaled = store._files.read(problem.session_id).header.is_journaled
+    return problem.kind == "left-over" and (is_journaled or problem.path.suffix == ".journal")
 
 
 def _fold_faults(store: persist.Store) -> Iterator[str]:
