@@ -30,7 +30,6 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -296,13 +295,14 @@ class Journal:
     def keep_copy(self) -> None:
         """Keep what a damaged journal holds, durably, for those who can make something of it."""
         copy = self.path.with_name(f"{self.path.name}.damaged")
-        with suppress(FileExistsError):
-            fd = disk.create(copy)
-            try:
-                disk.write(fd, disk.read(self.path, READ_LIMIT))
-                disk.sync(fd)
-            finally:
-                disk.close(fd)
+        # A copy that is there already may be half of one: a crash came in between.
+        disk.unlink(copy)
+        fd = disk.create(copy)
+        try:
+            disk.write(fd, disk.read(self.path, READ_LIMIT))
+            disk.sync(fd)
+        finally:
+            disk.close(fd)
 
     def _apply(self, bulk: Bulk, record: Record, tail: Tail) -> None:
         try:

@@ -80,7 +80,9 @@ class Scenario:
             recorder.kill(lambda: self.interrupted(another))
             between = documents(another)
             self.verb(store, subject)
-        case = Case(Trace(before, tuple(recorder.steps)), old, documents(store), between=between, mode=self.mode)
+        kept = {name: content for name, content in read_disk(store.path).items() if name.endswith(".damaged")}
+        trace = Trace(before, tuple(recorder.steps))
+        case = Case(trace, old, documents(store), between=between, kept=kept, mode=self.mode)
         if isinstance(subject, persist.Stream):
             subject._lease.close()
         shutil.rmtree(store.path)
@@ -269,13 +271,15 @@ Documents = dict[str, Any]
 class Case:
     """What a scenario did to the disk, with the documents before and after it. The store is at `place` on that disk.
 
-    `between` is what a killed writer has left visible, and nobody acknowledged.
+    `between` is what a killed writer has left visible, and nobody acknowledged. `kept` are copies of damaged files, which must be
+    there before what they were made of is replaced.
     """
 
     trace: Trace
     old: Documents
     new: Documents
     between: Documents | None = None
+    kept: Disk = field(default_factory=dict)
     place: str = "."
     mode: Mode = Mode()
 
@@ -347,6 +351,8 @@ def _faults_of(case: Case, root: Path, returned: bool, *, deep: bool) -> Iterato
             # Edited by hand, or damaged, and as it was.
             found = _accepted(store)
             yield from _outcome_faults(case, found, returned=True)
+        if found == case.new and not case.kept.items() <= read_disk(store.path).items():
+            yield "no copy was kept of what was damaged"
         yield from _recovery_faults(case, store, found, deep=deep)
         yield from _next_write_faults(store)
     except persist.PersistError as error:
