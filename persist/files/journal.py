@@ -375,8 +375,8 @@ def _is_torn(rest: bytes, position: int, seed: int) -> bool:
     line, newline, behind = rest.partition(b"\n")
     if newline and b"\0" not in line:
         return False
-    if not newline and _is_whole(line[:-1], seed):
-        return False  # its newline was altered
+    if not newline and not line.endswith(b"\0") and _is_whole(line[:-1], seed):
+        return False  # its newline was altered, and not lost: it may stand alone in its sector
     if not _has_lost_whole_sectors(rest, position):
         return False
     later = (_decoded_or_none(each, seed) for each in behind.split(b"\n")[:-1])
