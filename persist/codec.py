@@ -11,12 +11,16 @@ also ends the check of a list that contains itself many times over.
 
 from __future__ import annotations
 
+import gc
 import json
 import marshal
 import math
+import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
+from functools import partial
+from itertools import chain, compress, islice, repeat
 from typing import Any
 
 import msgspec
@@ -32,6 +36,9 @@ _MAX_INT = 10**MAX_DIGITS
 # An integer of fewer bits surely has few enough digits; the exact comparison is for the others.
 _SAFE_BITS = 14_000
 
+#: A list of so many items is looked at as a whole, not one by one.
+MANY = 64
+
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
 
@@ -46,6 +53,10 @@ def check(value: Any, path: ValuePath = ()) -> None:
     budget = MAX_VALUES
     while pending:
         container, here = pending.pop()
+        if len(container) >= MANY and len(here) + _Look.LEVELS <= MAX_DEPTH and (count := _count_exact(container)):
+            budget -= count
+            if budget >= 0:
+                continue
         budget -= len(container)
         if len(here) >= MAX_DEPTH or budget < 0:
             raise NotJSON(path=here, reason=f"nested deeper than {MAX_DEPTH} levels, too large, or containing itself")
@@ -78,8 +89,115 @@ def captured(value: Any, path: ValuePath = ()) -> Any:
     return copy
 
 
+def encode_at_once(data: dict[str, Any], known: Mapping[str, Any], parts: Sequence[Iterable[Any]]) -> list[list[bytes]] | None:
+    """Encode each value of each part, checked, all as they are at one instant.
+
+    Args:
+        data: what other threads may change meanwhile.
+        known: a copy of it, which the parts were taken from.
+        parts: together all the values of `known`; in place of a list also its items.
+
+    Returns:
+        The encoded values, part by part. None if `data` is no longer like `known`, or holds something unusual: `captured`
+        can do that, or says what is wrong.
+    """
+    look, keys = _Look(data), list[str]()
+    encoded: list[list[bytes]] = []
+    if not look.take(partial(keys.extend, data), partial(encoded.extend, map(list, map(map, repeat(_encode), parts)))):
+        return None
+    is_known = keys == list(known) and all(map(operator.is_, look.values[0], known.values()))
+    return encoded if is_known and look.has_exact_numbers() else None
+
+
+def _count_exact(container: Any) -> int:
+    """How many values there are in a container, on all levels, if a look shows that each is JSON's own; else 0."""
+    look = _Look(container)
+    return look.count if look.take() and look.has_exact_numbers() else 0
+
+
 _KEYS = frozenset({str})
 _PLAIN = frozenset({str, bool, type(None)})
+_CONTAINERS = frozenset({dict, list})
+_KINDS = _PLAIN | _CONTAINERS | {int, float}
+
+
+class _Look:
+    """What a container holds, level by level, at one instant.
+
+    Each step is a call of C on what the steps before it have found, and all of them run in one call of C: as there is no
+    bytecode in between, no other thread runs. A look before the encoding, or one before and one after it, would cost less
+    thought and prove less: another thread may put a value there and take it away again. Values that never change (strings,
+    numbers) are found by the steps, and judged later.
+    """
+
+    #: What lies deeper is walked. Of a chat: field, message, content, part, call, arguments, and two for them.
+    LEVELS = 8
+
+    def __init__(self, container: Any) -> None:
+        self.values: list[list[Any]] = [[] for _ in range(self.LEVELS)]
+        self._kinds: list[set[type]] = [set() for _ in range(self.LEVELS)]
+        self._steps = list(self._planned(container))
+
+    def _planned(self, container: Any) -> Iterator[Callable[[], object]]:
+        """The steps. The first that returns something true has found a reason to go no further."""
+        dicts: list[dict[Any, Any]] = [container] if type(container) is dict else []
+        lists: list[list[Any]] = [container] if type(container) is list else []
+        kinds_of_keys: set[type] = set()
+        for values, kinds in zip(self.values, self._kinds, strict=True):
+            in_dicts: Iterator[Any] = chain.from_iterable(map(dict.values, dicts))
+            inside = chain(in_dicts, chain.from_iterable(lists))
+            # One too many says it all: a list that contains itself ten times over has 10**8 values on the eighth level.
+            yield partial(values.extend, islice(inside, MAX_VALUES + 1))
+            yield partial(operator.getitem, values, slice(MAX_VALUES, None))
+            yield partial(kinds.update, map(type, values))
+            yield partial(kinds.difference, _KINDS)
+            yield partial(kinds_of_keys.update, map(type, chain.from_iterable(dicts)))
+            yield partial(kinds_of_keys.difference, _KEYS)
+            dicts, lists = [], []
+            yield partial(dicts.extend, _of_kind(dict, values, kinds))
+            yield partial(lists.extend, _of_kind(list, values, kinds))
+        yield partial(_CONTAINERS.intersection, kinds)
+
+    def take(self, *further: Callable[[], object]) -> bool:
+        """Look, and then take `further` steps in the same instant. False if that found something else than JSON's own types."""
+        run = filter(None, map(operator.call, [*self._steps, *further]))
+        collections = _garbage_collections()
+        try:
+            is_refused = bool(next(run, None))
+        except (
+            ValueError,
+            RuntimeError,
+        ):  # a lone surrogate, an integer too long to write out; a dict that a finalizer changed
+            return False
+        # Before Python 3.12, one may begin in the middle, and a finalizer let other threads run.
+        return not is_refused and _garbage_collections() == collections
+
+    @property
+    def count(self) -> int:
+        """How many values there are, on all levels."""
+        return sum(map(len, self.values))
+
+    def has_exact_numbers(self) -> bool:
+        """Tell whether no float is NaN or infinite, no integer longer than 64 bits, and their number within the limit.
+
+        Longer integers may be fine, but to write one out asks for pending signals, and so may let other threads run.
+        """
+        integers = [0, *self._found(int)]
+        are_short = min(integers) >= -(2**63) and max(integers) < 2**64
+        return are_short and all(map(math.isfinite, self._found(float))) and self.count <= MAX_VALUES
+
+    def _found(self, kind: type) -> Iterable[Any]:
+        return chain.from_iterable(map(_of_kind, repeat(kind), self.values, self._kinds))
+
+
+def _of_kind(kind: type, values: Iterable[Any], kinds: set[type]) -> Iterator[Any]:
+    """Those of `values` that are of a kind, once somebody asks. If `kinds` is without it by then, none is looked at."""
+    found = compress(values, map(operator.is_, map(type, values), repeat(kind)))
+    return chain.from_iterable(compress((found,), map(kinds.__contains__, (kind,))))
+
+
+def _garbage_collections() -> int:
+    return sum(generation["collections"] for generation in gc.get_stats())
 
 
 def _is_container(value: Any, *path: Any) -> bool:

@@ -171,7 +171,7 @@ class Store:
             InvalidSessionId: an id is 1 to 128 of ``A-Z a-z 0-9 _ -``, and begins with a letter or digit.
             Unreadable: the disk, or its permissions, refused.
         """
-        return self._session(session_id, self._open_files().read(session_id), is_durable=False)
+        return self._session(session_id, self._open_files().read(session_id, decode=True), is_durable=False)
 
     def head(self, session_id: str) -> Head:
         """Return the small fields of a session, without reading its messages. Takes no lock and never writes.

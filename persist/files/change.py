@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from persist import codec
-from persist.files.snapshot import BULK, Body
+from persist.files.snapshot import BULK, PIECE_BYTES, Body
 from persist.merge import align
 
 _SEPARATOR = b",\n"
@@ -76,9 +76,12 @@ class Bulk:
     """The bulk of a body, to be changed."""
 
     def __init__(self, body: Body) -> None:
+        bulk = memoryview(body.text)
         self._fields: dict[str, _Lines | bytes] = {}
-        for name, value in body.parts().items():
-            self._fields[name] = _Lines(value, body.counts[name]) if name in body.counts else value
+        for name, (start, end) in body.ranges().items():
+            count = body.counts.get(name)
+            # Between the brackets, each with its end of a line.
+            self._fields[name] = bytes(bulk[start:end]) if count is None else _Lines(bulk[start + 2 : end - 2], count)
 
     def apply(self, change: Change) -> None:
         """Make a change; raise `DoesNotFit` if that cannot be."""
@@ -90,7 +93,7 @@ class Bulk:
             value = bytes(change.value)
             self._fields[change.field] = _Lines.of(value) if value.startswith(b"[") else value
         else:
-            lines = self._fields.setdefault(change.field, _Lines(b"[]", 0))
+            lines = self._fields.setdefault(change.field, _Lines(memoryview(b""), 0))
             if isinstance(lines, bytes):
                 raise DoesNotFit(change.field)
             lines.apply(change)
@@ -98,22 +101,37 @@ class Bulk:
     def body(self, small: bytes) -> Body:
         """The whole, with these small fields."""
         counts = {name: len(lines) for name, lines in self._fields.items() if isinstance(lines, _Lines)}
-        values = {name: lines if isinstance(lines, bytes) else lines.value() for name, lines in self._fields.items()}
-        return Body.assembled(small, values, counts)
+        pieces: dict[str, list[bytes | memoryview]] = {
+            name: [lines] if isinstance(lines, bytes) else lines.pieces() for name, lines in self._fields.items()
+        }
+        return Body.assembled(small, pieces, counts)
+
+
+def apply_to_data(data: dict[str, Any], change: Change) -> None:
+    """Make in decoded data a change that a `Bulk` has taken."""
+    if change.is_dropped:
+        data.pop(change.field, None)
+    elif not isinstance(change.value, msgspec.UnsetType):
+        data[change.field] = codec.decode(bytes(change.value))
+    elif not isinstance(change.mark, msgspec.UnsetType):
+        data[change.field][change.at].update(codec.decode(bytes(change.mark)))
+    else:
+        items = data.setdefault(change.field, [])
+        items[change.at : change.at + change.remove] = [codec.decode(bytes(item)) for item in change.insert]
 
 
 class _Lines:
     """The items of a list. Nearly all changes are made at its end: what stands before that is left in one piece."""
 
-    def __init__(self, value: bytes, count: int) -> None:
-        self._front = value[2:-2] if count else b""
+    def __init__(self, front: memoryview, count: int) -> None:
+        self._front = front
         self._count = count
         self._back: list[bytes] = []
 
     @classmethod
     def of(cls, value: bytes) -> _Lines:
         """A list whose JSON need not have one item a line."""
-        lines = cls(b"[]", 0)
+        lines = cls(memoryview(b""), 0)
         lines._back = [codec.encode(item) for item in codec.decode(value)]
         return lines
 
@@ -124,17 +142,22 @@ class _Lines:
         if not 0 <= change.at <= change.at + change.remove <= len(self):
             raise DoesNotFit(change.field)
         if change.at < self._count:
-            self._back[:0] = self._front.split(_SEPARATOR)
-            self._front, self._count = b"", 0
+            self._back[:0] = bytes(self._front).split(_SEPARATOR)
+            self._count = 0
         place = change.at - self._count
         if isinstance(change.mark, msgspec.UnsetType):
             self._back[place : place + change.remove] = map(bytes, change.insert)
         else:
             self._back[place : place + 1] = [_with_mark(self._back[place : place + 1], change.mark)]
 
-    def value(self) -> bytes:
-        lines = ([self._front] if self._count else []) + self._back
-        return b"[\n" + _SEPARATOR.join(lines) + b"\n]" if lines else b"[]"
+    def pieces(self) -> list[bytes | memoryview]:
+        """What its JSON consists of."""
+        if not len(self):
+            return [b"[]"]
+        back = _SEPARATOR.join(self._back)
+        if not self._count:
+            return [b"[\n", back, b"\n]"]
+        return [b"[\n", self._front, _SEPARATOR if back else b"", back, b"\n]"]
 
 
 def _with_mark(found: list[bytes], mark: msgspec.Raw) -> bytes:
@@ -156,47 +179,69 @@ def applied(body: Body, small: bytes, changes: Iterable[Change]) -> Body:
 
 
 def between(before: Body, after: Body) -> tuple[Change, ...]:
-    """The changes that make one body's bulk the other's. Costs some passes of memcmp, and then what the change weighs."""
-    if before.bulk == after.bulk:
+    """The changes that make one body's bulk the other's. Costs two passes of memcmp, and then what the change weighs."""
+    if before.has_bulk_of(after):
         return ()
-    old, new = before.parts(), after.parts()
+    old, new = before.ranges(), after.ranges()
     changes: list[Change] = []
     for name in BULK:
-        if old.get(name) == new.get(name):
-            continue
-        if name not in new:
-            changes.append(Change(name, is_dropped=True))
-        elif name in before.counts and name in after.counts:
-            changes += _splices(name, _Region(old[name], before.counts[name]), _Region(new[name], after.counts[name]))
-        else:
-            changes.append(Change(name, value=msgspec.Raw(_on_one_line(new[name], name in after.counts))))
+        if name in new and name in old and name in before.counts and name in after.counts:
+            changes += _splices(name, _Items(before, name, *old[name]), _Items(after, name, *new[name]))
+        elif name not in new:
+            changes += [Change(name, is_dropped=True)] if name in old else []
+        elif name not in old or before.text[slice(*old[name])] != after.text[slice(*new[name])]:
+            value = after.text[slice(*new[name])]
+            changes.append(Change(name, value=msgspec.Raw(value.replace(b"\n", b"") if name in after.counts else value)))
     return tuple(changes)
 
 
-def _on_one_line(value: bytes, is_list: bool) -> bytes:
-    return value.replace(b"\n", b"") if is_list else value
+class _Items:
+    """The items of a list, where they stand in a text. Positions count from the first one's beginning; nothing is copied."""
 
+    def __init__(self, body: Body, name: str, start: int, end: int) -> None:
+        self.count = body.counts[name]
+        self._text = body.text
+        self._start = start + 2 if self.count else start
+        self.size = end - 2 - self._start if self.count else 0
 
-class _Region:
-    """The items of a list, each with a separator behind it."""
+    def text(self, start: int, end: int) -> bytes:
+        return self._text[self._start + start : self._start + end]
 
-    def __init__(self, value: bytes, count: int) -> None:
-        self.lines = value[2:-2] + _SEPARATOR if count else b""
-        self.count = count
+    def has(self, text: bytes, at: int) -> bool:
+        return at + len(text) <= self.size and self._text.startswith(text, self._start + at)
+
+    def line_at(self, position: int) -> int:
+        """Where the line begins that a position is in."""
+        return max(self._text.rfind(b"\n", self._start, self._start + position) + 1 - self._start, 0)
+
+    def line_from(self, position: int) -> int:
+        """Where the first line begins at or behind a position."""
+        if position == 0 or self._text.startswith(b"\n", self._start + position - 1):
+            return position
+        found = self._text.find(b"\n", self._start + position, self._start + self.size)
+        return self.size if found < 0 else found + 1 - self._start
 
     def place(self, position: int) -> int:
-        """How many items stand before a position. Counted from the nearer end."""
-        if position > len(self.lines) // 2:
-            return self.count - self.lines.count(b"\n", position)
-        return self.lines.count(b"\n", 0, position)
+        """How many items stand before a line."""
+        if position >= self.size:
+            return self.count
+        if position < self.size // 2:
+            return self._text.count(b"\n", self._start, self._start + position)
+        return self.count - 1 - self._text.count(b"\n", self._start + position, self._start + self.size)
+
+    def lines(self, start: int, end: int) -> list[bytes]:
+        text = self.text(start, end).removesuffix(_SEPARATOR)
+        return text.split(_SEPARATOR) if text else []
 
 
-def _splices(field: str, old: _Region, new: _Region) -> Iterator[Change]:
+def _splices(field: str, old: _Items, new: _Items) -> Iterator[Change]:
     """From the last one to the first, so that the positions of those to come stay as they are."""
-    start = old.lines.rfind(b"\n", 0, _common(old.lines, new.lines)) + 1
-    end = _common_end(old.lines[start:], new.lines[start:])
-    removed, added = (_split(region.lines[start : len(region.lines) - end]) for region in (old, new))
+    start = _first_difference(old, new)
+    end = _common_end(old, new, start)
+    removed, added = old.lines(start, old.size - end), new.lines(start, new.size - end)
     first = old.place(start)
+    if not removed and not added:
+        return
     if sum(map(len, removed)) <= _ONE_SPLICE_BYTES or not added:
         yield inserted(field, first, *added, remove=len(removed))
         return
@@ -207,34 +252,36 @@ def _splices(field: str, old: _Region, new: _Region) -> Iterator[Change]:
         i, j = p, q
 
 
-def _split(lines: bytes) -> list[bytes]:
-    return lines.removesuffix(_SEPARATOR).split(_SEPARATOR) if lines else []
+def _first_difference(old: _Items, new: _Items) -> int:
+    """Where the first line begins that is not the same; behind the separator, if one list is the beginning of the other."""
+    same = _same_bytes(min(old.size, new.size), lambda at, size: new.has(old.text(at, at + size), at))
+    for one, other in ((old, new), (new, old)):
+        if same == one.size and (other.has(_SEPARATOR, same) or same == other.size or not same):
+            return same + len(_SEPARATOR) if 0 < same < other.size else same
+    return old.line_at(same)
 
 
-def _common(one: bytes, other: bytes) -> int:
-    """How many bytes two strings begin alike."""
-    return _longest(min(len(one), len(other)), lambda low, high: one[low:high] == other[low:high])
+def _common_end(old: _Items, new: _Items, start: int) -> int:
+    """How many bytes behind `start` are the same at the end, in whole lines of both."""
+    rest = min(old.size, new.size) - start
+    if rest <= 0:
+        return 0
+
+    def has(at: int, size: int) -> bool:
+        return new.has(old.text(old.size - at - size, old.size - at), new.size - at - size)
+
+    same = _same_bytes(rest, has)
+    return max(min(items.size - items.line_from(items.size - same) for items in (old, new)), 0)
 
 
-def _common_end(one: bytes, other: bytes) -> int:
-    """How many bytes two strings end alike, in whole lines of both."""
-
-    def same(low: int, high: int) -> bool:
-        return one[len(one) - high : len(one) - low] == other[len(other) - high : len(other) - low]
-
-    size = _longest(min(len(one), len(other)), same)
-    if all(size == len(lines) or lines[len(lines) - size - 1 : len(lines) - size] == b"\n" for lines in (one, other)):
-        return size
-    # The line in which they begin to differ is not the same.
-    return len(one) - 1 - one.find(b"\n", len(one) - size) if size else 0
-
-
-def _longest(limit: int, same: Callable[[int, int], bool]) -> int:
-    """The largest number up to which all is the same: bisected, so that each byte is compared about twice, by memcmp."""
-    if same(0, limit):
-        return limit
-    low, high = 0, limit
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if same(low, middle) else (low, middle)
-    return low
+def _same_bytes(limit: int, has: Callable[[int, int], bool]) -> int:
+    """How many bytes are the same: looked for piece by piece, and in the first piece that is not, by halves."""
+    at = 0
+    while at < limit and has(at, min(PIECE_BYTES, limit - at)):
+        at += min(PIECE_BYTES, limit - at)
+    size = min(PIECE_BYTES, limit - at)
+    while size:
+        size //= 2
+        while size and at + size <= limit and has(at, size):
+            at += size
+    return at

@@ -107,19 +107,23 @@ def read(path: Path, limit: int) -> bytes:
     try:
         # A document is never written to once it bears its name, so its size is known.
         size = min(status.st_size, limit)
-        content = os.read(fd, size)
-        while len(content) < size and (more := os.read(fd, size - len(content))):
-            content += more
-        return content
+        return _read_all(fd, size)
     finally:
         os.close(fd)
+
+
+def _read_all(fd: int, size: int) -> bytes:
+    content = os.read(fd, size)
+    while len(content) < size and (more := os.read(fd, size - len(content))):
+        content += more
+    return content
 
 
 def read_start(path: Path, limit: int) -> tuple[bytes, int]:
     """Return at most `limit` bytes from the start of a plain file, and its size."""
     fd, status = _open(path, os.O_RDONLY)
     try:
-        return os.read(fd, limit), status.st_size
+        return _read_all(fd, limit), status.st_size
     finally:
         os.close(fd)
 
@@ -130,7 +134,14 @@ def size_of(fd: int) -> int:
 
 
 def read_at(fd: int, limit: int, position: int) -> bytes:
-    """Return at most `limit` bytes of an open file, from a position on; none at its end."""
+    """Return `limit` bytes of an open file, from a position on; fewer where it ends."""
+    content = _read_once_at(fd, limit, position)
+    while 0 < len(content) < limit and (more := _read_once_at(fd, limit - len(content), position + len(content))):
+        content += more
+    return content
+
+
+def _read_once_at(fd: int, limit: int, position: int) -> bytes:
     if hasattr(os, "pread"):
         # A descriptor that is inherited by a fork has one position for both processes.
         return os.pread(fd, limit, position)

@@ -14,7 +14,7 @@ import msgspec
 
 from persist import codec
 from persist.files.change import Change
-from persist.files.snapshot import StreamOwner
+from persist.files.snapshot import Body, StreamOwner
 
 _CHUNK_BYTES = 1024 * 1024
 _MOST_RECENT = 4096
@@ -55,15 +55,14 @@ def _key_in(item: bytes) -> bytes | None:
 class Index:
     """The ids of a list's items, and the places of those that are asked for."""
 
-    def __init__(self, value: bytes, wanted: frozenset[bytes]) -> None:
-        """Of a list's JSON, one item a line, as `Body.parts` gives it."""
+    def __init__(self, body: Body, field: str, wanted: frozenset[bytes]) -> None:
         self.places: dict[bytes, int] = {}
         self._recent: set[int] = set()
-        self._settled = array("q", sorted(map(hash, self._scan(value, wanted))))
+        self._settled = array("q", sorted(map(hash, self._scan(body, field, wanted))))
 
-    def _scan(self, value: bytes, wanted: frozenset[bytes]) -> Iterator[bytes]:
-        place = 0
-        for keys in _keys_in(value[2:-2]):
+    def _scan(self, body: Body, field: str, wanted: frozenset[bytes]) -> Iterator[bytes]:
+        place, (start, end) = 0, body.ranges().get(field, (0, 0))
+        for keys in _keys_in(body.text, start + 2, end - 2):
             for key in keys:
                 if key is not None:
                     yield key
@@ -109,14 +108,13 @@ def moved(places: dict[bytes, int], change: Change, keys: list[bytes | None], wa
     return after
 
 
-def _keys_in(lines: bytes) -> Iterable[list[bytes | None]]:
+def _keys_in(text: bytes, start: int, end: int) -> Iterable[list[bytes | None]]:
     """The ids of the items of a list, some thousands at a time."""
-    start = 0
-    while start < len(lines):
-        end = lines.find(b",\n", start + _CHUNK_BYTES)
-        chunk = lines[start : end if end >= 0 else len(lines)]
-        yield _keys_in_chunk(chunk)
-        start += len(chunk) + 2
+    while start < end:
+        stop = text.find(b",\n", min(start + _CHUNK_BYTES, end), end)
+        stop = end if stop < 0 else stop
+        yield _keys_in_chunk(text[start:stop])
+        start = stop + 2
 
 
 def _keys_in_chunk(chunk: bytes) -> list[bytes | None]:

@@ -39,7 +39,7 @@ import msgspec
 from persist import codec
 from persist.errors import CorruptSession, UnsupportedFormat
 from persist.files import change, disk, snapshot
-from persist.files.change import Bulk, Change, DoesNotFit
+from persist.files.change import Bulk, Change, DoesNotFit, apply_to_data
 from persist.files.snapshot import Header, HeadSnapshot, Snapshot
 
 VERSION = 1
@@ -174,8 +174,11 @@ class Tail:
             raise DoesNotFit("revision")
         if record.head is None and record.head_at != self.head_at:
             raise DoesNotFit("head_at")
-        self.header, self.small = _head_after(self.header, self.small, record)
-        self.counts = record.counts
+        self.go_on(line, record, *_head_after(self.header, self.small, record))
+
+    def go_on(self, line: bytes, record: Record, header: Header, small: bytes) -> None:
+        """Go on behind a record of which it is known that it follows, and which head it makes."""
+        self.header, self.small, self.counts = header, small, record.counts
         self.after = line[len(b'{"crc":"') :][:8].decode()
         self.last, self.end = self.end, self.end + len(line)
         if record.head is not None:
@@ -215,9 +218,9 @@ class Journal:
         raise Overtaken
 
     def ends_so(self, fd: int, tail: Tail) -> bool:
-        """Whether the last line of a tail stands where it says."""
+        """Whether the last line of a tail stands where it says, and whole."""
         line = _PREFIX % int(tail.after, 16) if tail.last else opening(tail.header.generation, tail.checksum)
-        return disk.read_at(fd, len(line), tail.last) == line
+        return disk.size_of(fd) >= tail.end and disk.read_at(fd, len(line), tail.last) == line
 
     def follow(self, fd: int, tail: Tail) -> Iterator[Record]:
         """Read what stands behind a tail, which moves along.
@@ -259,14 +262,19 @@ class Journal:
         fd = self.open()
         try:
             self.check_opening(fd, tail)
-            bulk = Bulk(found.body)
-            for record in self.follow(fd, tail):
-                self._apply(bulk, record, tail)
+            records = list(self.follow(fd, tail))
         finally:
             disk.close(fd)
-        if tail.header == found.header:
+        if not records:
             return found
-        body = replace(bulk.body(tail.small), source=(self.session_id, self.path))
+        bulk, decoded = Bulk(found.body), found.body.decoded
+        for record in records:
+            self._apply(bulk, record, tail)
+        for data in decoded:
+            for record in records:
+                for each in record.changes:
+                    apply_to_data(data, each)
+        body = replace(bulk.body(tail.small), source=(self.session_id, self.path), decoded=decoded)
         if body.counts != tail.counts:
             raise self.damaged(tail.last, "it does not hold as many items as it says")
         return Snapshot(tail.header, body, found.checksum)

@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, TypeVar
@@ -51,6 +53,10 @@ OPENING_BYTES = _HEAD_CHECKED_FROM
 _FORMAT = re.compile(rb'\{"_persist":\{"format":(\d{1,9})[,}]')
 _BULK_STARTS = (*(b'"%s":' % name.encode() for name in BULK), b"}\n")
 _FIRST_READ_BYTES = 4096
+#: So much is compared at a time: to copy much more takes fresh memory, which costs more than to compare it.
+PIECE_BYTES = 64 * 1024
+# From here on, a thread costs less than it saves.
+_LARGE_BYTES = 256 * 1024
 # A document's own limit, and room for its header.
 READ_LIMIT = codec.MAX_BYTES + 1024 * 1024
 
@@ -99,15 +105,39 @@ class Header:
         return replace(self, revision=self.revision + 1, updated_at=updated_at, commit=token_hex(8), **changes)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Body:
-    """A session's data as bytes, parted into small fields and bulk. Equal data has equal bodies."""
+    """A session's data as bytes, parted into small fields and bulk. Equal data has equal bodies.
+
+    The bulk is `text` from `start` on: what was read from a file is not copied out of it.
+    """
 
     head: bytes
-    bulk: bytes
-    counts: Mapping[str, int] = field(compare=False)
+    text: bytes
+    counts: Mapping[str, int]
     #: Session id and file that it was read from, for the error of a body that cannot be decoded.
-    source: tuple[str, Path] | None = field(default=None, compare=False)
+    source: tuple[str, Path] | None = None
+    #: The bulk as objects, if it was decoded while its checksum was computed: for the first who asks, as nobody may share them.
+    decoded: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    start: int = 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Body) and self.head == other.head and self.has_bulk_of(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def bulk(self) -> bytes:
+        return self.text[self.start :] if self.start else self.text
+
+    def has_bulk_of(self, other: Body) -> bool:
+        """Whether the bulk of both is the same, byte for byte."""
+        if len(self.text) - self.start != len(other.text) - other.start:
+            return False
+        places = range(0, len(self.text) - self.start, PIECE_BYTES)
+        return all(
+            other.text.startswith(self.text[self.start + at : self.start + at + PIECE_BYTES], other.start + at) for at in places
+        )
 
     @classmethod
     def of(cls, data: Any) -> Body:
@@ -120,54 +150,105 @@ class Body:
         """
         if type(data) is not dict:
             raise WrongType(what="a session's data", expected="a plain dict", got=type(data).__name__)
-        data = codec.captured(data)
-        if HEADER in data:
-            raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
-        small = small_of(data)
-        bulk = [_bulk_lines(key, data[key]) for key in BULK if key in data]
-        counts = {key: len(data[key]) for key in BULK if type(data.get(key)) is list}
-        head = small + (b",\n" if bulk else b"\n") if small else b""
-        body = cls(head, b",\n".join(bulk) + b"\n}\n" if bulk else b"}\n", counts)
-        if body.size > codec.MAX_BYTES:
-            raise NotJSON(path=(), reason=f"it would take more than {codec.MAX_BYTES:,} bytes")
+        body = cls._at_once(data) or cls._of_copy(codec.captured(data))
+        body.check_size()
         return body
 
+    def check_size(self) -> None:
+        """Raise `NotJSON` if it would be too large to be read back."""
+        if self.size > codec.MAX_BYTES:
+            raise NotJSON(path=(), reason=f"it would take more than {codec.MAX_BYTES:,} bytes")
+
     @classmethod
-    def assembled(cls, small: bytes, bulk: Mapping[str, bytes], counts: Mapping[str, int]) -> Body:
-        """The body of small fields, as `small` has them, and of bulk fields, each as its JSON."""
-        lines = [b'"%b":%b' % (name.encode(), bulk[name]) for name in BULK if name in bulk]
-        head = small + (b",\n" if lines else b"\n") if small else b""
-        return cls(head, b",\n".join(lines) + b"\n}\n" if lines else b"}\n", counts)
+    def assembled(cls, small: bytes, bulk: Mapping[str, list[bytes | memoryview]], counts: Mapping[str, int]) -> Body:
+        """The body of small fields, as `small` has them, and of bulk fields, each as pieces of its JSON."""
+        names = [name for name in BULK if name in bulk]
+        head = small + (b",\n" if names else b"\n") if small else b""
+        pieces: list[bytes | memoryview] = []
+        for name in names:
+            pieces += [b'%b"%b":' % (b",\n" if pieces else b"", name.encode()), *bulk[name]]
+        # One join: to copy megabytes once more may cost as much as to encode them.
+        return cls(head, b"".join([*pieces, b"\n}\n"]) if pieces else b"}\n", counts)
 
     @property
     def small(self) -> bytes:
         """The small fields, whatever follows them."""
         return self.head.removesuffix(b"\n").removesuffix(b",")
 
-    def parts(self) -> dict[str, bytes]:
-        """The bulk fields, each as its JSON: a list that is not empty has one item a line."""
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """Where in the text the JSON of each bulk field stands. A list that is not empty has one item a line."""
         found = {}
-        rest = self.bulk.removesuffix(b"}\n").removesuffix(b"\n")
+        end = len(self.text) - len(b"\n}\n")
         for name in reversed(BULK):
-            # A line of a list is an item: none begins like this.
             mark = b'"%b":' % name.encode()
-            start = 0 if rest.startswith(mark) else rest.find(b"\n" + mark) + 1
-            if rest.startswith(mark, start):
-                found[name] = rest[start + len(mark) :]
-                rest = rest[:start].removesuffix(b",\n")
+            place = self.start
+            if not self.text.startswith(mark, place):
+                # No line of a list begins like a field. The last field's is the last line, or it opens the last list.
+                line = b"\n" + mark + b"[\n" if self.counts.get(name) else b"\n"
+                place = max(self.text.rfind(line, self.start, max(end, self.start)) + 1, self.start)
+            if self.text.startswith(mark, place, max(end, place)):
+                found[name] = place + len(mark), end
+                end = place - len(b",\n")
         return found
+
+    @classmethod
+    def _at_once(cls, data: dict[str, Any]) -> Body | None:
+        """Encode much data without copying it first; None for little of it, and for what is unusual."""
+        known = data.copy()
+        lists = {key: known[key] for key in BULK if type(known.get(key)) is list}
+        if HEADER in known or max(map(len, lists.values()), default=0) < codec.MANY:
+            return None
+        single = {key: value for key, value in known.items() if key not in lists}
+        encoded = codec.encode_at_once(data, known, [single.values(), *lists.values()])
+        if encoded is None:
+            return None
+        values, items = dict(zip(single, encoded[0], strict=True)), dict(zip(lists, encoded[1:], strict=True))
+        return cls._joined(known, values, items)
+
+    @classmethod
+    def _of_copy(cls, data: dict[str, Any]) -> Body:
+        """Encode data that nobody else has, one value after the other."""
+        if HEADER in data:
+            raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
+        items = {key: _encoded_items(key, data[key]) for key in BULK if type(data.get(key)) is list}
+        values = {key: codec.encode(value, (key,)) for key, value in data.items() if key not in items}
+        return cls._joined(list(data), values, items)
+
+    @classmethod
+    def _joined(cls, keys: Iterable[str], values: Mapping[str, bytes], items: Mapping[str, list[bytes]]) -> Body:
+        """Put the fields together: those of `values` are encoded whole, those of `items` item by item."""
+        counts = {key: len(found) for key, found in items.items()}
+        small = [_line(key, values[key]) for key in keys if key not in BULK]
+        # One join: to copy megabytes once more may cost as much as to encode them.
+        bulk = [
+            piece
+            for key in BULK
+            if key in values or key in items
+            for piece in (_lines(key, items[key]) if key in items else [_line(key, values[key])])
+        ]
+        if not bulk:
+            return cls(b",\n".join(small) + b"\n" if small else b"", b"}\n", counts)
+        bulk[-1] += b"\n}\n"
+        return cls(b"".join(line + b",\n" for line in small), b",\n".join(bulk), counts)
 
     @property
     def size(self) -> int:
-        return len(self.head) + len(self.bulk)
+        return len(self.head) + len(self.text) - self.start
 
     @property
     def is_empty(self) -> bool:
-        return not self.head and self.bulk == b"}\n"
+        return not self.head and self.has_no_bulk
+
+    @property
+    def has_no_bulk(self) -> bool:
+        return len(self.text) - self.start == len(b"}\n")
 
     def data(self) -> dict[str, Any]:
         """A fresh copy of the data."""
-        bulk = self._decode(b"{" + self.bulk)
+        try:
+            bulk = self.decoded.pop()
+        except IndexError:
+            bulk = self._decode(b"{" + self.bulk)
         if not bulk.keys() <= frozenset(BULK):
             raise self._mislabelled()
         return self.fields() | bulk
@@ -199,18 +280,25 @@ class Body:
 
 def small_of(data: Mapping[str, Any]) -> bytes:
     """The small fields of a session's data, one a line."""
-    return b",\n".join([_line(key, value) for key, value in data.items() if key not in BULK])
+    return b",\n".join([_line(key, codec.encode(value, (key,))) for key, value in data.items() if key not in BULK])
 
 
-def _line(key: str, value: Any) -> bytes:
-    return codec.encode(key, (key,)) + b":" + codec.encode(value, (key,))
+def _encoded_items(key: str, items: list[Any]) -> list[bytes]:
+    return [codec.encode(item, (key, index)) for index, item in enumerate(items)]
 
 
-def _bulk_lines(key: str, value: Any) -> bytes:
-    if type(value) is not list or not value:
-        return _line(key, value)
-    items = b",\n".join([codec.encode(item, (key, index)) for index, item in enumerate(value)])
-    return codec.encode(key) + b":[\n" + items + b"\n]"
+def _line(key: str, value: bytes) -> bytes:
+    return codec.encode(key, (key,)) + b":" + value
+
+
+def _lines(key: str, items: list[bytes]) -> list[bytes]:
+    """A bulk field, in pieces that belong on both sides of a comma and the end of a line."""
+    if not items:
+        return [_line(key, b"[]")]
+    first, *others = items
+    lines = [_line(key, b"[\n" + first), *others]
+    lines[-1] += b"\n]"
+    return lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,9 +349,10 @@ def to_bytes(header: Header, body: Body) -> tuple[bytes, str]:
     line = b'"' + _header_rest(header, body) + (b"\n" if body.is_empty else b",\n")
     head_checksum = _digest(line[1:], body.head)
     checked = _MIDDLE + head_checksum + line + body.head
-    checksum = _digest(checked, body.bulk)
+    bulk = memoryview(body.text)[body.start :]
+    checksum = _digest(checked, bulk)
     opening = _OPENING % (JOURNALED if header.is_journaled else WHOLE)
-    return opening + checksum + b'"' + checked + body.bulk, checksum.decode()
+    return b"".join([opening, checksum, b'"', checked, bulk]), checksum.decode()
 
 
 def _digest(*pieces: bytes | memoryview) -> bytes:
@@ -271,6 +360,23 @@ def _digest(*pieces: bytes | memoryview) -> bytes:
     for piece in pieces:
         total.update(piece)
     return total.hexdigest()[:_DIGITS].encode()
+
+
+def _digest_beside(pieces: memoryview) -> Callable[[], bytes]:
+    """Begin to digest in another thread; what is returned waits for the digest. SHA-256 lets the other threads run."""
+    digests: list[bytes] = []
+    thread = threading.Thread(target=lambda: digests.append(_digest(pieces)), name="persist-digest", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:  # too many threads, or the interpreter ends
+        return lambda: _digest(pieces)
+
+    def digest() -> bytes:
+        thread.join()
+        # A signal handler may have forked: in the child, the thread has ended without a word.
+        return digests[0] if digests else _digest(pieces)
+
+    return digest
 
 
 def _header_rest(header: Header, body: Body) -> bytes:
@@ -317,15 +423,17 @@ def _owner_fields(owner: StreamOwner) -> dict[str, Any]:
 # --- from bytes --------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path, session_id: str) -> Snapshot:
+def read(path: Path, session_id: str, *, decode: bool = False) -> Snapshot:
     """Read one committed revision, whole and checked. Takes no lock.
+
+    `decode` is for who wants all of the data at once: of a large document, the bulk is decoded while it is checked.
 
     Raises:
         FileNotFoundError: there is none.
         CorruptSession, UnsupportedFormat, UnsafeFile: it cannot be trusted.
     """
     content = disk.read(path, READ_LIMIT)
-    return _Reader(path, session_id).snapshot(content)
+    return _Reader(path, session_id).snapshot(content, decode=decode and len(content) >= _LARGE_BYTES)
 
 
 def is_journaled(start: bytes) -> bool:
@@ -343,6 +451,7 @@ def read_head(path: Path, session_id: str) -> HeadSnapshot:
 
 
 def _head_of(snapshot: Snapshot) -> HeadSnapshot:
+    snapshot.body.fields()  # raises if they are none
     return HeadSnapshot(snapshot.header, snapshot.body.small, snapshot.body.counts, snapshot.checksum)
 
 
@@ -446,12 +555,29 @@ def _counts(values: Mapping[str, Any]) -> Mapping[str, int]:
     return {_of(str, key): _natural(count) for key, count in _of(dict, values["counts"]).items()}
 
 
+def _decoded_bulk(content: bytes) -> list[dict[str, Any]]:
+    """The bulk of what may be damaged, if it can be decoded as one with the rest: without a copy of the bulk in braces.
+
+    No small field may stand in the bulk: there it would hide the one of the head, which is decoded alone to compare them.
+    """
+    try:
+        end = content.index(b"\n")
+        start = end + 1 + _natural(_header_values(content, end)["head_bytes"])
+        if start > len(content) // 4:
+            return []
+        whole = _of(dict, codec.decode(content))
+        bulk = {key: whole.pop(key) for key in list(whole) if key in BULK}
+        head = codec.decode(content[:start].removesuffix(b"\n").removesuffix(b",") + b"}")
+        return [bulk] if codec.encode(whole) == codec.encode(head) else []
+    except (*NONSENSE, NotJSON):
+        return []
+
+
 def _is_parted(body: Body) -> bool:
-    if not body.head:
-        return body.bulk.startswith(_BULK_STARTS)
+    if not body.text.startswith(_BULK_STARTS, body.start):
+        return False
     # A comma stands between the head and the bulk, if there are both.
-    is_last = body.bulk == b"}\n"
-    return body.bulk.startswith(_BULK_STARTS) and body.head.endswith(b"\n") and body.head.endswith(b",\n") is not is_last
+    return not body.head or (body.head.endswith(b"\n") and body.head.endswith(b",\n") is not body.has_no_bulk)
 
 
 @dataclass(frozen=True, slots=True)
@@ -461,12 +587,16 @@ class _Reader:
     path: Path
     session_id: str
 
-    def snapshot(self, content: bytes) -> Snapshot:
+    def snapshot(self, content: bytes, *, decode: bool = False) -> Snapshot:
         """The committed revision that the content is, if its checksum vouches for it."""
         shape = _SHAPE.match(content)
         if shape is None:
             return self._foreign(content)
-        checksum = _digest(memoryview(content)[_CHECKED_FROM:])
+        checked = memoryview(content)[_CHECKED_FROM:]
+        digest = _digest_beside(checked) if decode else partial(_digest, checked)
+        # Whatever this gives or refuses, it counts for nothing until the checksum has been compared.
+        decoded = _decoded_bulk(content) if decode else []
+        checksum = digest()
         if checksum != shape[2]:
             raise self._mismatch(content)
         try:
@@ -476,7 +606,7 @@ class _Reader:
             bulk = end + 1 + _natural(values["head_bytes"])
         except NONSENSE:
             raise self._corrupt("its header makes no sense, although its checksum matches.") from None
-        body = Body(content[end + 1 : bulk], content[bulk:], counts, (self.session_id, self.path))
+        body = Body(content[end + 1 : bulk], content, counts, (self.session_id, self.path), decoded, bulk)
         if not _is_parted(body) or content[end - 1 : end] != (b"}" if body.is_empty else b","):
             raise self._corrupt("its header does not say where its bulk begins.")
         return Snapshot(header, body, checksum.decode())

@@ -21,6 +21,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -102,9 +103,9 @@ class SessionFiles:
         with self.looking_at(session_id) as path:
             return disk.exists(path)
 
-    def read(self, session_id: str) -> Snapshot:
+    def read(self, session_id: str, *, decode: bool = False) -> Snapshot:
         """Read the committed document. Takes no lock: some committed revision, never half of one."""
-        return self._not_overtaken(session_id, self.read_now)
+        return self._not_overtaken(session_id, partial(self.read_now, decode=decode))
 
     def read_head(self, session_id: str) -> HeadSnapshot:
         """Read the committed header and small fields. Takes no lock."""
@@ -118,10 +119,10 @@ class SessionFiles:
         with self.transaction(session_id) as tx:
             return tx.alone(look)
 
-    def read_now(self, session_id: str) -> Snapshot:
+    def read_now(self, session_id: str, *, decode: bool = False) -> Snapshot:
         """As `read`, but raise `Overtaken` if the journal is not there that the document names."""
         with self.looking_at(session_id) as path:
-            found = snapshot.read(path, session_id)
+            found = snapshot.read(path, session_id, decode=decode)
             if not found.header.is_journaled:
                 return found
             return self.journal(session_id, found.header.generation).replay(found)
@@ -316,6 +317,10 @@ class Transaction:
         Raises: as `read`.
         """
         self._require_lock()
+        if self._known is not None and self._fd < 0:
+            # Written a moment ago, in this transaction; its journal is not open yet.
+            self._files.known.keep(self.session_id, self._known)
+            self._known = None
         if self._known is None:
             with self._files.looking_at(self.session_id) as path:
                 start, size = disk.read_start(path, snapshot.OPENING_BYTES)
@@ -328,18 +333,18 @@ class Transaction:
         known = self._files.known.take(self.session_id)
         if known is None or known.opening != start:
             known = self._first_look(start, size)
-        log = self._files.journal(self.session_id, known.tail.header.generation)
         self._close_journal()
-        self._fd = log.open(os.O_RDWR | os.O_APPEND)
-        if not log.ends_so(self._fd, known.tail):
+        self._fd = known.log.open(os.O_RDWR | os.O_APPEND)
+        if not known.log.ends_so(self._fd, known.tail):
             known = self._first_look(start, size)
-            log.check_opening(self._fd, known.tail)
-        for record in log.follow(self._fd, known.tail):
+            known.log.check_opening(self._fd, known.tail)
+        for record in known.log.follow(self._fd, known.tail):
             known.take(record.changes)
         return known
 
     def _first_look(self, start: bytes, size: int) -> Known:
-        return Known(start, Tail.of(snapshot.read_head(self._paths.document, self.session_id)), size)
+        head = snapshot.read_head(self._paths.document, self.session_id)
+        return Known(start, self._files.journal(self.session_id, head.header.generation), Tail.of(head), size)
 
     def index(self, field: str) -> Index:
         """What is known of a list's items. The first time, the session is read for it."""
@@ -347,7 +352,7 @@ class Transaction:
         assert known is not None, "only a session with a journal has an index"
         if field not in known.indexes:
             found = self._found or self.read()
-            known.indexes[field] = Index(found.body.parts().get(field, b"[]"), keys_of(known.tail.header.owner))
+            known.indexes[field] = Index(found.body, field, keys_of(known.tail.header.owner))
             self._files.known.make_room_for(known)
         return known.indexes[field]
 
@@ -417,7 +422,7 @@ class Transaction:
         except OSError as error:
             self._write_anew(header, small, changes, body, error)
             return header
-        known.tail.take(line, record)
+        known.tail.go_on(line, record, header, small)
         known.take(changes)
         known.synced = known.tail.end
         self._known = known
@@ -481,6 +486,7 @@ class Transaction:
 
     def _write(self, header: Header, body: Body) -> Snapshot:
         """Write the whole document."""
+        body.check_size()
         self._known = None
         self._close_journal()
         header = replace(header, is_journaled=self._has_journal(header, body))
@@ -489,11 +495,9 @@ class Transaction:
         self._is_there = True
         self._found = written = attempt.snapshot
         if written.header.is_journaled:
-            head = HeadSnapshot(written.header, body.small, body.counts, written.checksum)
-            tail = Tail.of(head)
-            self._known = Known(attempt.opening, tail, attempt.size_bytes, tail.end)
-            # What comes after it in this transaction looks for itself.
-            self._files.known.keep(self.session_id, self._known)
+            tail = Tail.of(HeadSnapshot(written.header, body.small, body.counts, written.checksum))
+            log = self._files.journal(self.session_id, written.header.generation)
+            self._known = Known(attempt.opening, log, tail, attempt.size_bytes, tail.end)
         return written
 
     def confirm(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import datetime
 import decimal
 import enum
@@ -41,6 +42,12 @@ def nested(depth: int, kind: str = "list") -> Any:
     value: Any = [] if kind == "list" else {}
     for _ in range(depth - 1):
         value = [value] if kind == "list" else {"k": value}
+    return value
+
+
+def deep(value: Any, depth: int) -> Any:
+    for _ in range(depth):
+        value = {"k": value}
     return value
 
 
@@ -147,6 +154,34 @@ def test_two_hundred_levels_come_back_and_one_more_is_refused(kind: str) -> None
     assert caught.value.path == (0 if kind == "list" else "k",) * codec.MAX_DEPTH
 
 
+@pytest.mark.parametrize("above", [0, 150, 189, 190, 191, 192, 193, 198, 199])
+def test_the_limit_of_nesting_is_the_same_in_a_long_list(above: int) -> None:
+    """Where many values are looked at as a whole, the levels above them and inside them still count together."""
+    for inside, is_accepted in ((codec.MAX_DEPTH - above - 1, True), (codec.MAX_DEPTH - above, False)):
+        value = deep([*range(codec.MANY), *([nested(inside)] if inside else [])], above)
+        with contextlib.nullcontext() if is_accepted else pytest.raises(NotJSON, match="deeper than 200 levels"):
+            codec.check(value)
+
+
+def test_the_limit_of_values_counts_those_of_a_long_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document may have so many values and no more, however they are spread."""
+    value = [[0] * codec.MANY, {str(n): 1 for n in range(codec.MANY)}, 5]
+    monkeypatch.setattr(codec, "MAX_VALUES", 2 * codec.MANY + 3)
+    codec.check(value)
+    monkeypatch.setattr(codec, "MAX_VALUES", 2 * codec.MANY + 2)
+    with pytest.raises(NotJSON, match="too large"):
+        codec.check(value)
+
+
+def test_a_long_list_that_contains_itself_many_times_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking at it as a whole ends at the limit of values, level by level, and not at that of the memory."""
+    monkeypatch.setattr(codec, "MAX_VALUES", 100_000)
+    endless: list[Any] = []
+    endless += [endless] * codec.MANY
+    with pytest.raises(NotJSON, match="containing itself"):
+        codec.check({"messages": endless})
+
+
 def test_a_list_that_is_used_twice_is_no_cycle() -> None:
     """Two references to one object are two copies in JSON, and no error."""
     shared = [1]
@@ -208,8 +243,9 @@ REFUSED = [
         (lambda value: value, ()),
         (lambda value: {"meta": value}, ("meta",)),
         (lambda value: {"messages": [{}, {"role": "user", "content": [0, value]}]}, ("messages", 1, "content", 1)),
+        (lambda value: {"messages": [{}] * codec.MANY + [{"at": value}]}, ("messages", codec.MANY, "at")),
     ],
-    ids=["alone", "in a field", "in a message"],
+    ids=["alone", "in a field", "in a message", "behind many messages"],
 )
 def test_a_value_that_json_would_change_is_refused_by_its_path(
     value: Any, reason: str, place: Callable[[Any], Any], path: ValuePath
@@ -219,6 +255,15 @@ def test_a_value_that_json_would_change_is_refused_by_its_path(
         codec.check(place(value))
     assert caught.value.path == path
     assert str(caught.value).startswith("data" + "".join(f"[{step!r}]" for step in path) + " cannot be kept as JSON:")
+
+
+@pytest.mark.parametrize("value", [case[0] for case in REFUSED], ids=lambda value: type(value).__name__)
+def test_what_lies_deep_behind_many_values_is_refused_by_its_path(value: Any) -> None:
+    """At any level, also below those that are looked at as a whole."""
+    for depth in range(12):
+        with pytest.raises(NotJSON) as caught:
+            codec.check([*range(codec.MANY), deep(value, depth)])
+        assert caught.value.path == (codec.MANY, *["k"] * depth)
 
 
 def test_the_path_begins_where_the_caller_says() -> None:
@@ -260,6 +305,17 @@ def test_text_comes_back_or_is_refused(text: str) -> None:
         assert json.loads(json.dumps(text)) != text
     else:
         assert codec.decode(encoded) == text
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{"a": "x", "b": ["y"]}, {"b": ["y"], "a": ["x"]}, {"a": ["x"]}, {"a": ["x"], "b": ["y"], "c": 1}, {"a": [], "b": []}],
+)
+def test_what_is_encoded_at_once_is_what_the_caller_knew(data: dict[str, Any]) -> None:
+    """A field that another thread sets, removes or moves after the caller has looked makes the answer void."""
+    known = {"a": ["x"], "b": ["y"]}
+    assert codec.encode_at_once(known, known.copy(), list(known.values())) == [[b'"x"'], [b'"y"']]
+    assert codec.encode_at_once(data, known, list(known.values())) is None
 
 
 # --- files that no checksum vouches for ---------------------------------------------------------------------------------

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import socket
 import stat
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import persist
+from persist import codec
+from persist.errors import NotJSON
 from persist.files import snapshot
 
 M1 = {"id": "m1", "role": "user", "content": "hi\nthere"}
@@ -86,6 +94,144 @@ def test_every_shape_is_one_json_object_and_comes_back(data: dict[str, Any], sto
     assert found == data == store.load("s").data
     small = {key: value for key, value in data.items() if key not in snapshot.BULK}
     assert store.head("s").data == small
+
+
+def plainly(data: dict[str, Any]) -> tuple[bytes, bytes, dict[str, int]]:
+    """Head, bulk and counts as the format has them, one value after the other."""
+
+    def line(key: str, value: Any) -> bytes:
+        return codec.encode(key) + b":" + codec.encode(value)
+
+    def lines(key: str, value: Any) -> bytes:
+        if type(value) is not list or not value:
+            return line(key, value)
+        return codec.encode(key) + b":[\n" + b",\n".join(codec.encode(item) for item in value) + b"\n]"
+
+    small = [line(key, value) for key, value in data.items() if key not in snapshot.BULK]
+    bulk = [lines(key, data[key]) for key in snapshot.BULK if key in data]
+    counts = {key: len(data[key]) for key in snapshot.BULK if type(data.get(key)) is list}
+    head = b",\n".join(small) + (b",\n" if bulk else b"\n") if small else b""
+    return head, b",\n".join(bulk) + b"\n}\n" if bulk else b"}\n", counts
+
+
+texts = st.text(st.characters(codec=None, exclude_categories=())).filter(lambda text: json.loads(json.dumps(text)) == text)
+leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts
+inner = st.recursive(leaves, lambda part: st.lists(part, max_size=3) | st.dictionaries(texts, part, max_size=3), max_leaves=8)
+bulk_fields = st.lists(inner, max_size=4).map(lambda items: items * codec.MANY) | st.lists(inner, max_size=3) | inner
+documents = st.dictionaries(st.sampled_from([*snapshot.BULK, *"abc"]) | texts, bulk_fields, max_size=6).filter(
+    lambda data: snapshot.HEADER not in data
+)
+LONG: list[dict[str, Any]] = [
+    {"messages": [M1] * codec.MANY},
+    {"tool_calls": [1] * codec.MANY, "title": "x", "messages": [M1, M2]},
+    {"messages": [None] * codec.MANY, "tool_calls": []},
+    {"messages": "no list", "tool_calls": [{}] * codec.MANY, "a": {"b": []}},
+    {"messages": [*["x"] * codec.MANY, "\ud800"], "\ud800": 1},
+    {"messages": [*[0.0] * codec.MANY, -0.0, True, 1, 1.0, 2**64 - 1, -(2**63)], "": None},
+    {"messages": [2**64] * codec.MANY, "tool_calls": [-(2**63) - 1, 10**4299]},
+    {"messages": [[[[[[[[[[1]]]]]]]]]] * codec.MANY},
+    {"\n": "},\n", "messages": ["]\n}\n"] * codec.MANY, "tool_calls": None},
+]
+
+
+@given(documents)
+def test_a_body_is_canonical_however_it_was_encoded(data: dict[str, Any]) -> None:
+    """Much data is encoded in another way than little, and unusual data in another than usual: nobody sees it in the bytes."""
+    body = snapshot.Body.of(data)
+    assert (body.head, body.bulk, body.counts) == plainly(data)
+    assert list(body.data()) == [*(key for key in data if key not in snapshot.BULK), *(k for k in snapshot.BULK if k in data)]
+
+
+@pytest.mark.parametrize("data", [*SHAPES, *LONG], ids=lambda data: ascii(data)[:40])
+def test_a_body_of_any_shape_is_canonical(data: dict[str, Any]) -> None:
+    """The same for what hypothesis seldom meets: lone surrogates, long integers, depth, bulk that is no list."""
+    body = snapshot.Body.of(data)
+    assert (body.head, body.bulk, body.counts) == plainly(data)
+    assert body.data() == data
+
+
+@pytest.mark.parametrize(
+    "wrong", [(1,), {1}, b"x", float("nan"), {1: 2}, Path("x"), 10**4300, "\ud83d\ude00"], ids=lambda v: type(v).__name__
+)
+def test_a_body_of_many_messages_is_as_strict_as_one_of_few(wrong: Any) -> None:
+    """What JSON would change is named by its path behind any number of good messages, and in a small field beside them."""
+    for data, path in (
+        ({"messages": [M1] * codec.MANY + [{"content": wrong}]}, ("messages", codec.MANY)),
+        ({"messages": [M1] * codec.MANY, "meta": [wrong]}, ("meta",)),
+    ):
+        with pytest.raises(NotJSON) as caught:
+            snapshot.Body.of(data)
+        assert caught.value.path[: len(path)] == path
+
+
+def test_a_body_of_many_messages_may_not_have_a_field_like_the_header() -> None:
+    """It would take the header's place."""
+    with pytest.raises(persist.ReservedField):
+        snapshot.Body.of({"_persist": {}, "messages": [M1] * codec.MANY})
+
+
+@contextlib.contextmanager
+def beside(turn: Callable[[], object]) -> Iterator[None]:
+    """Run something again and again in another thread, which the interpreter switches to as often as it can."""
+    begun, done = threading.Barrier(2), threading.Event()
+
+    def run() -> None:
+        begun.wait(10)
+        while not done.is_set():
+            turn()
+
+    thread, switching = threading.Thread(target=run), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread.start()
+    try:
+        begun.wait(10)
+        yield
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(switching)
+
+
+def test_a_body_is_one_state_across_its_messages() -> None:
+    """Tokens that another thread moves between messages, three levels down: none is seen twice, at most one is on its way.
+
+    Fails if the items are encoded one by one, each as it is by then.
+    """
+    boxes: list[list[int]] = [[] for _ in range(200)]
+    boxes[0] += range(500)
+    data = {"messages": [{"content": [{"tokens": box}]} for box in boxes]}
+
+    def move() -> None:
+        # Both ways through the document: an encoding that takes its time sees a token twice, or nowhere.
+        for source, target in itertools.chain(itertools.pairwise(boxes), itertools.pairwise(reversed(boxes))):
+            for _ in range(len(source)):
+                target.append(source.pop())
+
+    with beside(move):
+        bodies = [snapshot.Body.of(data) for _ in range(60)]
+    seen = [[n for item in body.data()["messages"] for n in item["content"][0]["tokens"]] for body in bodies]
+    assert {(len(tokens), len(set(tokens))) for tokens in seen} <= {(499, 499), (500, 500)}
+
+
+def test_what_json_would_change_is_not_saved_however_short_it_is_there() -> None:
+    """NaN, put there and taken back by another thread: a body has the number, or is refused; never the null that NaN becomes.
+
+    Fails if the values are checked at one instant and encoded at another.
+    """
+    message: dict[str, Any] = {"cost": 1.0}
+    data = {"messages": [*[M1] * codec.MANY, message]}
+
+    def flip() -> None:
+        # A loop: the interpreter switches threads where it jumps back, with either value in place.
+        for message["cost"] in (float("nan"), 1.0):
+            pass
+
+    bodies = []
+    with beside(flip):
+        for _ in range(1500):
+            with contextlib.suppress(NotJSON):
+                bodies.append(snapshot.Body.of(data))
+    assert {body.data()["messages"][-1]["cost"] for body in bodies} <= {1.0}
 
 
 def test_a_line_holds_one_key_or_one_message(store: persist.Store) -> None:
@@ -297,6 +443,77 @@ def test_a_newer_format_is_named_and_left_alone(found: int, store: persist.Store
             look("s")
         assert (caught.value.found, caught.value.known) == (found, 2)
     assert document(store).read_bytes() == other
+
+
+@pytest.fixture
+def large(store: persist.Store) -> bytes:
+    """A document that is decoded while its checksum is computed."""
+    messages = [{"id": str(n), "content": "y" * 1000} for n in range(300)]
+    store.create("s", {"title": "x", "messages": messages, "meta": {"a": [1]}})
+    content = document(store).read_bytes()
+    assert len(content) > snapshot._LARGE_BYTES
+    return content
+
+
+def test_a_large_document_is_loaded_as_a_small_one_is(store: persist.Store, large: bytes) -> None:
+    """Decoded early or late, the data is the same, in the same order."""
+    path = document(store)
+    early, late = snapshot.read(path, "s", decode=True), snapshot.read(path, "s")
+    assert early.body.decoded
+    assert not late.body.decoded
+    assert early == late
+    assert json.dumps(early.body.data()) == json.dumps(late.body.data())
+
+
+def test_two_who_ask_for_the_data_share_no_object(store: persist.Store, large: bytes) -> None:
+    """What was decoded early is given away once."""
+    body = snapshot.read(document(store), "s", decode=True).body
+    first, second = body.data(), body.data()
+    first["messages"][0]["content"] = first["meta"]["a"] = "changed"
+    assert second["messages"][0]["content"] == "y" * 1000
+    assert second["meta"] == {"a": [1]}
+    assert body.data() == second
+
+
+def test_damage_to_a_large_document_is_refused(store: persist.Store, large: bytes) -> None:
+    """Bytes that were decoded before they were checked come to nothing, and the error is the one of the checksum."""
+    path = document(store)
+    for position in (*range(0, 400, 7), *range(400, len(large), 20_011), len(large) - 2):
+        damaged = bytearray(large)
+        damaged[position] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(TYPED) as early:
+            snapshot.read(path, "s", decode=True)
+        with pytest.raises(TYPED) as late:
+            snapshot.read(path, "s")
+        assert str(early.value) == str(late.value)
+
+
+@pytest.mark.parametrize("extra", [b'"title":"other"', b'"_persist":{}', b'"new":1', b'"meta":{"a":[true]}'])
+def test_a_small_field_among_the_bulk_of_a_large_document_is_refused(extra: bytes, store: persist.Store, large: bytes) -> None:
+    """Somebody who can compute a checksum cannot have `load` and `head` show two values of one field."""
+    path = document(store)
+    found = snapshot.read(path, "s")
+    header = replace(found.header, is_journaled=False)
+    forged = replace(found.body, start=0, text=found.body.bulk.removesuffix(b"\n}\n") + b",\n" + extra + b"\n}\n")
+    path.write_bytes(snapshot.to_bytes(header, forged)[0])
+    with pytest.raises(persist.CorruptSession, match="not parted"):
+        store.load("s")
+
+
+def test_a_large_document_is_loaded_where_no_thread_can_be_started(
+    store: persist.Store, large: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the limit of threads, or while the interpreter ends, it only takes longer; damage is still found."""
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert store.load("s").data["title"] == "x"
+    document(store).write_bytes(large.replace(b"yyy", b"zzz", 1))
+    with pytest.raises(persist.CorruptSession, match="checksum"):
+        store.load("s")
 
 
 # --- documents of other programs -------------------------------------------------------------------------------------------
