@@ -111,6 +111,19 @@ class Bulk:
         return Body.assembled(small, pieces, self.counts)
 
 
+def apply_to_data(data: dict[str, Any], change: Change) -> None:
+    """Make in decoded data a change that a `Bulk` has taken."""
+    if change.is_dropped:
+        data.pop(change.field, None)
+    elif not isinstance(change.value, msgspec.UnsetType):
+        data[change.field] = codec.decode(bytes(change.value))
+    elif not isinstance(change.mark, msgspec.UnsetType):
+        data[change.field][change.at].update(codec.decode(bytes(change.mark)))
+    else:
+        items = data.setdefault(change.field, [])
+        items[change.at : change.at + change.remove] = [codec.decode(bytes(item)) for item in change.insert]
+
+
 class _Lines:
     """The items of a list. Nearly all changes are made at its end: what stands before that is left in one piece."""
 
