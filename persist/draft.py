@@ -94,23 +94,25 @@ class _Sparse:
         self.active_stream_id = self.data.get(ACTIVE) or None
         self._lists = {name: _UnreadItems(tx, known, name) for name in BULK}
         self.data.update(self._lists)
+        self._taken: tuple[bytes, tuple[Change, ...]] | None = None
 
-    def _changes(self) -> tuple[Change, ...]:
-        if any(self.data.get(name) is not items for name, items in self._lists.items()):
-            raise Unread
-        return tuple(each for items in self._lists.values() for each in items.changes)
-
-    def _small(self) -> bytes:
+    def _take(self) -> tuple[bytes, tuple[Change, ...]]:
+        """The small fields and the changes of the lists, as they are now."""
         if HEADER in self.data:
             raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
-        return small_of(codec.captured({key: value for key, value in self.data.items() if key not in BULK}))
+        if any(self.data.get(name) is not items for name, items in self._lists.items()):
+            raise Unread
+        small = small_of(codec.captured({key: value for key, value in self.data.items() if key not in BULK}))
+        return small, tuple(each for items in self._lists.values() for each in items.changes)
 
     def is_changed(self) -> bool:
-        return bool(self._changes()) or self._small() != self._known.tail.small
+        self._taken = small, changes = self._take()
+        return bool(changes) or small != self._known.tail.small
 
     def commit(self, header: Header) -> Header:
+        small, changes = self._taken or self._take()
         counts = {name: items.count for name, items in self._lists.items() if items.count is not None}
-        return self._tx.record(header, self._small(), counts, self._changes())
+        return self._tx.record(header, small, counts, changes)
 
 
 class _UnreadItems(Items):

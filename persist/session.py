@@ -12,6 +12,7 @@ from typing import Any, NoReturn, get_args
 
 from persist import codec, streams, turn
 from persist.errors import LockNotHeld, MergeConflict, MessagesRemoved, SessionDeleted, SessionNotFound, WrongType, conflicts_in
+from persist.files.change import between
 from persist.files.snapshot import Body, Header, Snapshot
 from persist.files.transaction import SessionFiles, Transaction
 from persist.merge import Policy, Preference, count_removed, merge, patch, same
@@ -195,7 +196,7 @@ class Session:
     def _refuse_removal(self, there: Snapshot, merged: Body) -> None:
         """In the middle of a turn, messages that vanish are an accident (hermes-webui #4205)."""
         stream_id = there.active_stream_id
-        if stream_id is None or merged.bulk == there.body.bulk:
+        if stream_id is None or all(each.is_items and not each.remove for each in between(there.body, merged)):
             return
         before, after = (body.data().get(turn.MESSAGES) for body in (there.body, merged))
         if type(before) is list and type(after) is not list:

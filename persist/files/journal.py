@@ -175,8 +175,11 @@ class Tail:
             raise DoesNotFit("revision")
         if record.head is None and record.head_at != self.head_at:
             raise DoesNotFit("head_at")
-        self.header, self.small = _head_after(self.header, self.small, record)
-        self.counts = record.counts
+        self.go_on(line, record, *_head_after(self.header, self.small, record))
+
+    def go_on(self, line: bytes, record: Record, header: Header, small: bytes) -> None:
+        """Go on behind a record of which it is known that it follows, and which head it makes."""
+        self.header, self.small, self.counts = header, small, record.counts
         self.after = line[len(b'{"crc":"') :][:8].decode()
         self.last, self.end = self.end, self.end + len(line)
         if record.head is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from persist.files.change import Change
 from persist.files.index import Index, keys_of
-from persist.files.journal import Tail
+from persist.files.journal import Journal, Tail
 
 MOST_SESSIONS = 256
 MOST_INDEX_BYTES = 64 * 1024 * 1024
@@ -25,6 +25,7 @@ class Known:
 
     Attributes:
         opening: the first bytes of its document, which hold the checksums.
+        log: its journal.
         tail: the end of its journal, with the head that is valid there.
         document_bytes: the size of its document.
         synced: up to which byte this process knows the journal to be durable; 0 if not even the files' names.
@@ -32,6 +33,7 @@ class Known:
     """
 
     opening: bytes
+    log: Journal
     tail: Tail
     document_bytes: int
     synced: int = 0

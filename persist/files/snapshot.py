@@ -343,6 +343,7 @@ def read_head(path: Path, session_id: str) -> HeadSnapshot:
 
 
 def _head_of(snapshot: Snapshot) -> HeadSnapshot:
+    snapshot.body.fields()  # raises if they are none
     return HeadSnapshot(snapshot.header, snapshot.body.small, snapshot.body.counts, snapshot.checksum)
 
 

@@ -328,18 +328,18 @@ class Transaction:
         known = self._files.known.take(self.session_id)
         if known is None or known.opening != start:
             known = self._first_look(start, size)
-        log = self._files.journal(self.session_id, known.tail.header.generation)
         self._close_journal()
-        self._fd = log.open(os.O_RDWR | os.O_APPEND)
-        if not log.ends_so(self._fd, known.tail):
+        self._fd = known.log.open(os.O_RDWR | os.O_APPEND)
+        if not known.log.ends_so(self._fd, known.tail):
             known = self._first_look(start, size)
-            log.check_opening(self._fd, known.tail)
-        for record in log.follow(self._fd, known.tail):
+            known.log.check_opening(self._fd, known.tail)
+        for record in known.log.follow(self._fd, known.tail):
             known.take(record.changes)
         return known
 
     def _first_look(self, start: bytes, size: int) -> Known:
-        return Known(start, Tail.of(snapshot.read_head(self._paths.document, self.session_id)), size)
+        head = snapshot.read_head(self._paths.document, self.session_id)
+        return Known(start, self._files.journal(self.session_id, head.header.generation), Tail.of(head), size)
 
     def index(self, field: str) -> Index:
         """What is known of a list's items. The first time, the session is read for it."""
@@ -417,7 +417,7 @@ class Transaction:
         except OSError as error:
             self._write_anew(header, small, changes, body, error)
             return header
-        known.tail.take(line, record)
+        known.tail.go_on(line, record, header, small)
         known.take(changes)
         known.synced = known.tail.end
         self._known = known
@@ -489,9 +489,9 @@ class Transaction:
         self._is_there = True
         self._found = written = attempt.snapshot
         if written.header.is_journaled:
-            head = HeadSnapshot(written.header, body.small, body.counts, written.checksum)
-            tail = Tail.of(head)
-            self._known = Known(attempt.opening, tail, attempt.size_bytes, tail.end)
+            tail = Tail.of(HeadSnapshot(written.header, body.small, body.counts, written.checksum))
+            log = self._files.journal(self.session_id, written.header.generation)
+            self._known = Known(attempt.opening, log, tail, attempt.size_bytes, tail.end)
             # What comes after it in this transaction looks for itself.
             self._files.known.keep(self.session_id, self._known)
         return written

@@ -73,12 +73,12 @@ def test_a_document_of_another_program_needs_no_checksum(bench: Bench) -> None:
     assert all(trusted(content) is not None for content in bench.documents)
 
 
-NO_CHECKSUM = ("files/snapshot.py", "        if checksum != shape[1]:\n            raise self._mismatch(content)\n", "")
+NO_CHECKSUM = ("files/snapshot.py", "        if checksum != shape[2]:\n            raise self._mismatch(content)\n", "")
 # A damaged document that is strict JSON still.
 HALF_A_CHECKSUM = ("files/snapshot.py", "            raise self._mismatch(content)\n", "            self.strict(content)\n")
 NO_HEAD_CHECKSUM = (
     "files/snapshot.py",
-    "    if _digest(memoryview(content)[_HEAD_CHECKED_FROM:]) != checksum:\n        return None\n",
+    "    if _digest(memoryview(content)[_HEAD_CHECKED_FROM:]) != shape[3]:\n        return None\n",
     "",
 )
 
