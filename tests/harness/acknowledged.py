@@ -127,9 +127,10 @@ def load_bytes_of(title: str) -> int:
     return int(title.rpartition("+")[2])
 
 
-def rename(data: Document, title: str) -> None:
-    """Give a session a title, and make it carry what that says."""
+def titled(data: Document, title: str) -> Document:
+    """Give a document this title, and what that says it carries."""
     data.update(title=title, tool_calls=load_of(load_bytes_of(title)))
+    return data
 
 
 @dataclass

@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import persist
-from harness.acknowledged import ANSWER, PROMPT, VISIT, Change, Document, Figures, Ledger, Message, rename, title_of
+from harness.acknowledged import ANSWER, PROMPT, VISIT, Change, Document, Figures, Ledger, Message, title_of, titled
 from harness.journaling import LOAD_BYTES, Journaling
 
 LOCK_TIMEOUT_S = 30.0
 # Those that only look leave the processor to those that write.
 PAUSE_S = 0.001
+HEADS_A_LOOK = 5
 # More than a reader of a head takes at a time. With many of them no session would stay small.
-LONG, LONG_SHARE = "Once upon a time, there was a lock. " * 250, 0.03
+LONG, LONG_SHARE = "Once upon a time, there was a lock. " * 250, 0.01
 WORDS = ("Why?", "Grüße, 世界 🌍.", "The stream owns the session. " * 4, '{"quoted": "text"}\n' * 3)
 
 Role = Callable[["Author", Sequence[str]], None]
@@ -184,10 +185,8 @@ def garden(author: Author, _shared: Sequence[str]) -> None:
     while True:
         session_id, copy_id = author.new_id(), author.new_id()
         first, title = author.message(), _title(author)
-        data = {"messages": [as_document(first)]}
-        rename(data, title)
         with author.reporting(Change("create", session_id, (first,), title=title)):
-            author.store.create(session_id, data)
+            author.store.create(session_id, titled({"messages": [as_document(first)]}, title))
         second = _append(author, session_id)
         title = _rename(author, session_id)
         _compact(author, session_id)
@@ -201,7 +200,7 @@ def garden(author: Author, _shared: Sequence[str]) -> None:
 
 def _rename(author: Author, session_id: str) -> str:
     session, title = author.store.load(session_id), _title(author)
-    rename(session.data, title)
+    titled(session.data, title)
     with author.reporting(Change("rename", session_id, title=title)):
         session.save()
     return title
@@ -235,8 +234,9 @@ def look(author: Author, shared: Sequence[str]) -> None:
 
 def _look_at(store: persist.Store, session_id: str, seen: int) -> int:
     """Revisions must never go back, and head and document of one revision are the same. Return the last revision."""
-    before, head, after = store.load(session_id), store.head(session_id), store.load(session_id)
-    revisions = [seen, before.revision, head.revision, after.revision]
+    before, heads = store.load(session_id), [store.head(session_id) for _ in range(HEADS_A_LOOK)]
+    after, head = store.load(session_id), heads[-1]
+    revisions = [seen, before.revision, *(head.revision for head in heads), after.revision]
     assert revisions == sorted(revisions), f"revisions of {session_id} went back: {revisions}"
     for session in (before, after):
         is_same = session.revision == head.revision

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import persist
-from harness.acknowledged import Change, Document, Figures, Ledger, load_bytes_of, read_all, rename, settle, title_of
+from harness.acknowledged import Change, Document, Figures, Ledger, load_bytes_of, read_all, settle, title_of, titled
 from harness.authors import LOCK_TIMEOUT_S, Crew, Hand, Role, as_document
 from harness.journaling import LOAD_BYTES
 from harness.runs import Plan
@@ -48,27 +48,30 @@ class Watch:
         return self.crew.start(role, self._directory, self.shared)
 
     def share(self) -> None:
-        """See to it that there are enough sessions to share, and rename one of them, which may make it large, or small."""
+        """See to it that there are enough sessions to share, and rename one; that may make it a large one, or small again."""
         for number in range(len(self.shared), SHARED):
             session_id = f"{MADE_HERE}-{self.figures.crashes}-{number}"
-            title = title_of(session_id, 0)
+            title = title_of(session_id, self._random.choice((0, LOAD_BYTES)))
             with self._promised(Change("create", session_id, title=title)):
-                self.store.create(session_id, {"title": title, "messages": []})
+                self.store.create(session_id, titled({"messages": []}, title))
             self.shared += (session_id,)
+        self._count_journals()
         self._rename(self.shared[self.figures.crashes % SHARED], f"{MADE_HERE}-at-{self.figures.crashes}")
+        self._count_journals()
 
     def _rename(self, session_id: str, name: str) -> None:
+        # Nobody else renames what is shared.
+        load_bytes = load_bytes_of(self.store.head(session_id).data["title"])
         if self._random.random() < 0.5:
-            title = title_of(name, self._random.choice((0, LOAD_BYTES)))
+            title = title_of(name, LOAD_BYTES - load_bytes)
             with self._promised(Change("rename", session_id, title=title)):
-                self.store.update(session_id, lambda data: rename(data, title))
+                self.store.update(session_id, lambda data: titled(data, title))
         else:
-            # Nobody else renames what is shared: it carries what it has carried.
-            title = title_of(name, load_bytes_of(self.store.head(session_id).data["title"]))
+            title = title_of(name, load_bytes)
             with self._promised(Change("rename", session_id, title=title)):
                 self.store.update(session_id, lambda data: data.update(title=title), head_only=True)
-            with self._promised(Change("keep", session_id)):
-                self.store.compact(session_id)
+        with self._promised(Change("keep", session_id)):
+            self.store.compact(session_id)
 
     @contextmanager
     def _promised(self, change: Change) -> Iterator[None]:
@@ -121,18 +124,17 @@ class Watch:
         self.ledger.forget_the_past()
         self.ledger.compare_events(self.store, dict(self.ledger.emitted), self.figures)
         found = read_all(self.store, self.ledger.session_ids, self.figures)
-        self._count_journals(found)
         # What was begun while we read may show already.
         self.crew.listen()
         for session_id, document in found.items():
             self.ledger.compare(session_id, document, self.figures)
         self.shared = tuple(each for each in self.shared if _is_fit(found.get(each)))
 
-    def _count_journals(self, found: dict[str, Document | None]) -> None:
+    def _count_journals(self) -> None:
         before = self._journaled
         self._journaled = {path.name.partition(".")[0] for path in self.store.path.glob("*.journal")}
         self.figures.entered += len(self._journaled - before)
-        self.figures.left += sum(found.get(session_id) is not None for session_id in before - self._journaled)
+        self.figures.left += sum(map(self.store.exists, before - self._journaled))
 
     def retire(self) -> None:
         """Delete the sessions that nobody works on any more."""
