@@ -96,6 +96,21 @@ def costs(directory: Path, messages: int, names: list[str], effort: Effort) -> C
     return Costs(messages, appends, loads, heads)
 
 
+def growth(directory: Path, sizes: tuple[int, ...], effort: Effort) -> Findings:
+    """`append` to sessions of all sizes in turns: the disk is never the same from one minute to the next."""
+    names = {size: f"{size:,} messages" for size in sizes if size > SMALL}
+    actions = {}
+    for size, name in names.items():
+        place = directory / str(size)
+        place.mkdir()
+        turns = Turns([ours.Append(place, size)])
+        actions[name] = Action(turns.run, turns.before)
+    seconds = interleaved(actions, effort)
+    smallest, largest = names[min(names)], names[max(names)]
+    target = at_most(f"append() at {largest}, to {smallest}", 1.5, seconds[largest] / seconds[smallest])
+    return Findings([compared("store.append() at all sizes, in turns", seconds, smallest)], [target])
+
+
 def _loads(found: dict[str, list[Peer]], with_journal: ours.Append, fresh: persist.Store) -> dict[str, Action]:
     content = msgspec.json.encode(with_journal.load().data)
     mine = {
@@ -140,18 +155,25 @@ def field(sizes: tuple[int, ...], is_quick: bool) -> Field:
         skipped.append("This version of persist has no journal: its stores are opened without one.")
     if not any(kind.name == ours.UPDATE_HEAD for kind in ALL):
         skipped.append(f"Skipped: {ours.UPDATE_HEAD}: this version of persist has no such argument.")
-    for kind in present:
-        most = kind.most[is_quick]
-        if most < max(sizes):
-            left_out = ", ".join(f"{size:,}" for size in sizes if size > most)
-            skipped.append(f"Skipped: {kind.name} at {left_out} messages: {kind.too_slow}.")
+    skipped += _too_slow(present, sizes, is_quick)
     return Field({size: [kind.name for kind in present if size <= kind.most[is_quick]] for size in sizes}, skipped)
+
+
+def _too_slow(kinds: list[type[Peer]], sizes: tuple[int, ...], is_quick: bool) -> Iterator[str]:
+    """A line for all that are left out at the same sizes for the same reason."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for kind in kinds:
+        left_out = ", ".join(f"{size:,}" for size in sizes if size > kind.most[is_quick])
+        if left_out:
+            names.setdefault((left_out, kind.too_slow), []).append(kind.name)
+    for (left_out, reason), skipped in names.items():
+        yield f"Skipped at {left_out} messages, as {reason}: {'; '.join(skipped)}."
 
 
 def legend() -> Table:
     """Each peer's way, and whether it survives a power cut."""
     rows = [(kind.name, kind.durable, kind.way) for kind in ALL]
-    return Table("How one message is appended", ("durable", "way"), rows)
+    return Table("How one message is appended", ("durable", "way"), rows, ends_in_prose=True)
 
 
 def findings(found: Costs) -> Findings:
@@ -197,9 +219,6 @@ def _append_targets(at: dict[int, Costs]) -> Iterator[Target]:
         what = f"append() at {size:,}{said}, to"
         yield at_most(f"{what} SQLite WAL FULL", 1.0, _quotient(costs.appends, name, peers.SQLITE))
         yield at_most(f"{what} write + fdatasync", 1.6, _quotient(costs.appends, name, peers.LIMIT))
-    large, middle = at.get(100_000), at.get(1_000)
-    growth = large.appends[ours.APPEND] / middle.appends[ours.APPEND] if large and middle else None
-    yield at_most("append() at 100,000, to 1,000 messages", 1.5, growth)
 
 
 def _change_targets(at: dict[int, Costs]) -> Iterator[Target]:

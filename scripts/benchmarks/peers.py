@@ -262,7 +262,7 @@ class LangChain(Peer):
     way = "add_message(), which reads and writes the whole file"
     modules = ("langchain_community.chat_message_histories.file", "langchain_core.messages")
     most = (10_000, 1_000)
-    too_slow = "each add_message() rebuilds every message as an object: seconds apiece"
+    too_slow = "each add_message() rebuilds every message as an object"
 
     def prepare(self, data: dict[str, Any]) -> None:
         history, messages = map(importlib.import_module, self.modules)

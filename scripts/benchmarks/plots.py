@@ -72,13 +72,15 @@ def _bars(pyplot: Any, crowds: list[Crowd]) -> Any:
     figure, axes = pyplot.subplots(figsize=(11, 4.5), layout="constrained")
     colours = ["tab:blue" if "persist" in name else "black" if "write +" in name else "tab:gray" for name in names]
     bars = axes.barh(names, [at[name].rate for name in names], color=colours)
-    labels = [
-        f" {at[name].rate:,.0f}/s, slowest/fastest {at[name].fairness:.2f}, p99 {at[name].p99_s * 1e3:.0f} ms" for name in names
-    ]
+    labels = [_label(at[name]) for name in names]
     axes.bar_label(bars, labels=labels)
     axes.margins(x=0.5)
     axes.set(xlabel="durable commits a second, in all", title=f"{most} processes at once")
     return figure
+
+
+def _label(crowd: Crowd) -> str:
+    return f" {crowd.rate:,.0f}/s, slowest/fastest {crowd.fairness:.2f}, p99 {crowd.p99_s * 1e3:.0f} ms"
 
 
 def _saved(figure: Any, path: Path) -> list[Path]:

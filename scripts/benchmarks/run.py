@@ -52,7 +52,7 @@ FULL = Plan(
     patience_s=60.0,
 )
 QUICK = Plan(
-    contest=Effort(rounds=120, share_s=0.5, limit_s=8.0),
+    contest=Effort(rounds=120, share_s=0.5, limit_s=6.0),
     counts=(1, 8),
     rounds=2,
     seconds=1.0,
@@ -63,7 +63,7 @@ QUICK = Plan(
     neighbour_effort=Effort(rounds=15, share_s=1.0, limit_s=1.0),
     stale=20,
     take_overs=8,
-    patience_s=6.0,
+    patience_s=4.0,
 )
 
 
@@ -99,6 +99,7 @@ def _measure(scratch: Path, plan: Plan, plots_to: Path, *, is_quick: bool) -> li
 
 def _others(plan: Plan) -> dict[Callable[..., Findings], tuple[Any, ...]]:
     return {
+        contest.growth: (plan.sizes, plan.contest),
         resources.findings: (plan.sizes, plan.patience_s),
         small.lock_cycles: (plan.locks,),
         small.commits: (plan.commits,),

@@ -34,12 +34,16 @@ def at_least(what: str, limit: float, found: float | None, unit: str = "×") -> 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A title, the names of the columns behind the first, the rows, and notes below them."""
+    """A title, the names of the columns behind the first, the rows, and notes below them.
+
+    Figures stand flush right; a last column of prose, flush left.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     notes: list[str] = field(default_factory=list)
+    ends_in_prose: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,9 @@ def print_table(table: Table) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     print()
     for first, *others in lines:
-        cells = (f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True))
+        cells = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
+        if table.ends_in_prose:
+            cells[-1] = others[-1]
         print("   ".join([f"{first:<{widths[0]}}", *cells]).rstrip())
     for note in table.notes:
         print(f"  {note}")
