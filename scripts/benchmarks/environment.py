@@ -44,14 +44,18 @@ def _wanted() -> str:
 
 def _set_up() -> None:
     print(f"Setting up {PLACE} …", file=sys.stderr, flush=True)
-    venv.create(PLACE, clear=True, with_pip=True)
+    try:
+        venv.create(PLACE, clear=True, with_pip=True)
+    except subprocess.CalledProcessError:
+        sys.exit("No virtual environment could be made. On Debian or Ubuntu: apt-get install python3-venv")
     subprocess.run([*_pip(), "--editable", str(ROOT)], check=True)
     if _install(*peers()):
         return
     # One peer that cannot be installed must not keep the others away.
     for requirement in peers():
         if not _install(requirement):
-            print(f"{requirement} could not be installed: what needs it will be skipped.", file=sys.stderr, flush=True)
+            print(f"{requirement} could not be installed: it will be skipped.", file=sys.stderr, flush=True)
+    print(f"To try again, remove {PLACE}.", file=sys.stderr, flush=True)
 
 
 def _pip() -> list[str]:
