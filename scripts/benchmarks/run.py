@@ -52,7 +52,7 @@ FULL = Plan(
     patience_s=60.0,
 )
 QUICK = Plan(
-    contest=Effort(rounds=120, share_s=0.5, limit_s=6.0),
+    contest=Effort(rounds=120, share_s=0.5, limit_s=4.0),
     counts=(1, 8),
     rounds=2,
     seconds=1.0,
