@@ -457,7 +457,7 @@ class Store:
         for session_id in files.session_ids() if every_session else []:
             try:
                 active = files.read_head(session_id).active_stream_id
-                if active is not None and streams.clear_stale(files, session_id, active):
+                if active is not None and streams.clear_stale(files, session_id, active) is not None:
                     cleared.append(ClearedStream(session_id, str(active)))
             except (PersistError, OSError) as error:
                 failures[session_id] = error
