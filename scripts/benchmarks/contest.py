@@ -18,7 +18,7 @@ from benchmarks import ours, peers
 from benchmarks.measure import Action, Effort, interleaved
 from benchmarks.peers import Peer
 from benchmarks.tables import Findings, Table, Target, at_least, at_most, compared, ratio, shown
-from benchmarks.workload import SESSION, TAKES_JOURNAL, new_message, open_store
+from benchmarks.workload import SESSION, new_message, open_store
 from persist.files import disk
 
 ALL = (*peers.OTHERS, *ours.APPENDS, *ours.VERBS)
@@ -161,10 +161,6 @@ def field(sizes: tuple[int, ...], is_quick: bool) -> Field:
             present.append(kind)
         else:
             skipped.append(f"Skipped: {kind.name}: {reason}")
-    if not TAKES_JOURNAL:
-        skipped.append("This version of persist has no journal: its stores are opened without one.")
-    if not any(kind.name == ours.UPDATE_HEAD for kind in ALL):
-        skipped.append(f"Skipped: {ours.UPDATE_HEAD}: this version of persist has no such argument.")
     skipped += _too_slow(present, sizes, is_quick)
     return Field({size: [kind.name for kind in present if size <= kind.most[is_quick]] for size in sizes}, skipped)
 

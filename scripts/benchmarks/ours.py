@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 import persist
 from benchmarks.peers import Peer
-from benchmarks.workload import SESSION, TAKES_HEAD_ONLY, Message, open_store
+from benchmarks.workload import SESSION, Message, open_store
+from persist.files.transaction import Mode
 
 APPEND = "persist: store.append()"
 ALWAYS = 'persist: store.append(), journal="always"'
@@ -22,7 +23,7 @@ PROMPT = {"role": "user", "content": "Why?"}
 class Append(Peer):
     name = APPEND
     way = 'append, journal="auto": up to 64 KiB the file is replaced, above it is journaled'
-    journal: ClassVar[str] = "auto"
+    journal: ClassVar[Mode] = "auto"
 
     def prepare(self, data: dict[str, Any]) -> None:
         self._store = open_store(self.directory, self.journal)
@@ -140,6 +141,6 @@ VERBS: tuple[type[Peer], ...] = (
     StreamFinish,
     Save,
     Update,
-    *([UpdateHead] if TAKES_HEAD_ONLY else []),
+    UpdateHead,
     ClearStale,
 )

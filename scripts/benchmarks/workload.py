@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from pathlib import Path
 from typing import Any
 
 import persist
+from persist.files.transaction import Mode
 
 Message = dict[str, Any]
 
 #: The session that is measured; the same name wherever one is needed.
 SESSION = "s"
-TAKES_JOURNAL = "journal" in inspect.signature(persist.Store).parameters
-TAKES_HEAD_ONLY = "head_only" in inspect.signature(persist.Store.update).parameters
 
 _TEXT = "A commit costs what it changes, not what the session or its neighbours weigh. " * 5
 _numbers = itertools.count()
@@ -36,7 +34,6 @@ def new_message() -> Message:
     return message(number) | {"id": f"new-{number}"}
 
 
-def open_store(path: Path, journal: str = "auto") -> persist.Store:
-    """A store that journals so: "auto", "always" or "never". One without journals is opened as it is."""
-    options: dict[str, Any] = {"journal": journal} if TAKES_JOURNAL else {}
-    return persist.Store(path, lock_timeout_s=60.0, **options)
+def open_store(path: Path, journal: Mode = "auto") -> persist.Store:
+    """A store whose waits are long enough for any crowd."""
+    return persist.Store(path, lock_timeout_s=60.0, journal=journal)
