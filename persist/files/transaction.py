@@ -480,9 +480,19 @@ class Transaction:
             self._known.take(changes)
 
     def compact(self) -> bool:
-        """Fold the journal into the document; durable on return. Tell whether there was anything to fold."""
+        """Fold the journal into the document; durable on return. Tell whether there was anything to fold.
+
+        What crashes have left behind is removed.
+        """
         self._require_lock()
         self.require_known()
+        is_folded = self._fold()
+        _remove_leftover(self._paths.temp)
+        with contextlib.suppress(OSError):
+            self._remove_journals(but=self._known)
+        return is_folded
+
+    def _fold(self) -> bool:
         known = self.look()
         if known is None:
             return False
@@ -573,7 +583,7 @@ class Transaction:
         self._known = None
         _remove_leftover(self._paths.temp)
         with contextlib.suppress(OSError):
-            self._remove_journals()
+            self._remove_journals(but=None)
         with contextlib.suppress(OSError):
             for session_id, stream_id in self._files.leases():
                 if session_id == self.session_id:
@@ -581,10 +591,12 @@ class Transaction:
         with contextlib.suppress(OSError):
             self._files.events.remove_session(self.session_id)
 
-    def _remove_journals(self) -> None:
+    def _remove_journals(self, *, but: Known | None) -> None:
+        """Remove the session's journals, but not that of its document."""
+        named = None if but is None else (self.session_id, but.tail.header.generation)
         for name in disk.names(self._layout.directory):
             of_journal = layout.journal_of(name)
-            if of_journal is not None and of_journal[0] == self.session_id:
+            if of_journal is not None and of_journal[0] == self.session_id and of_journal != named:
                 _remove_leftover(self._layout.directory / name)
 
     def _publish(self, attempt: Attempt) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 from harness.crash_scenarios import MESSAGE, SCENARIOS, Opening, Scenario, faults
+from harness.journal_scenarios import JOURNALED
 from harness.crashes import MOST_SECTORS, SECTOR_BYTES, Step, Trace, is_sampled, record, states
 
 import persist
 
 Play = Scenario | Opening
-by_name = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
+by_name = pytest.mark.parametrize("scenario", [*SCENARIOS, *JOURNALED], ids=lambda scenario: scenario.name)
 
 
 @by_name
@@ -34,8 +35,7 @@ def test_every_crash_state_is_old_or_new(scenario: Play, scratch: Path) -> None:
 def test_every_sync_is_needed(scenario: Play, scratch: Path) -> None:
     """Leave out any single sync of the trace, and a state shows an acknowledged commit lost, a torn one or a stuck session."""
     case = scenario.play(scratch)
-    # The document itself is synced only by `confirm`: its need shows with a file of another program, below.
-    syncs = [i for i, step in enumerate(case.trace.steps) if step.kind.startswith("sync") and step.path != "s-1.json"]
+    syncs = [i for i, step in enumerate(case.trace.steps) if step.kind.startswith("sync")]
     needed = [i for i in syncs if not is_spare(case.trace.steps, i)]
     assert needed
     for index in needed:
@@ -101,18 +101,45 @@ def kept_sectors(content: bytes) -> tuple[bool, ...]:
 
 
 def is_spare(steps: Sequence[Step], index: int) -> bool:
-    """A directory's sync that this trace could do without: nothing was made in it, or it is synced twice before any rename.
+    """A step that this trace could do without; each is needed in another one."""
+    step = steps[index]
+    return (
+        (step.kind == "sync" and not _has_news(steps[:index], step.file))
+        or (step.kind == "sync directory" and _is_spare_sync_of_directory(steps, index))
+        or (_removes_a_journal(step) and any(map(_removes_a_journal, steps[index + 1 :])))
+    )
+
+
+def _has_news(steps: Sequence[Step], file: int) -> bool:
+    """Whether a file was written to since it was synced.
+
+    `confirm` and the first record of a process sync also what its writer has synced, maybe under another name: they cannot
+    know. Their need shows with the files of another program, above.
+    """
+    kinds = [step.kind for step in steps if step.file == file and step.kind in ("write", "sync")]
+    return kinds[-1:] == ["write"]
+
+
+def _is_spare_sync_of_directory(steps: Sequence[Step], index: int) -> bool:
+    """Nothing was made in it, or it is synced twice before any rename.
 
     `Store` syncs what another process may just have made, also where it has made and synced it itself. Each of the two syncs
     is needed where it is alone: in "first start", and in the scenarios "not yet synced".
     """
     step = steps[index]
-    if step.kind != "sync directory":
-        return False
     changes = [each for each in steps[:index] if each.kind in ("mkdir", "create", "rename", "unlink")]
-    opening = list(takewhile(lambda each: each.kind != "rename", steps))
+    opening = list(takewhile(lambda each: each.kind != "rename" and not each.path.endswith(".journal"), steps))
     is_doubled = index < len(opening) and opening.count(step) > 1
     return is_doubled or step.directory not in [each.directory for each in changes]
+
+
+def _removes_a_journal(step: Step) -> bool:
+    """Of several, the last one is that of the document which was replaced; no document names those that go before."""
+    return step.kind == "unlink" and step.path.endswith(".journal")
+
+
+def _is_journal(step: Step) -> bool:
+    return step.path.endswith(".journal")
 
 
 def is_harmless(one: Step, two: Step) -> bool:
@@ -120,12 +147,12 @@ def is_harmless(one: Step, two: Step) -> bool:
     kinds = {one.kind, two.kind}
     if "create" in kinds and one.file == two.file:
         return True  # nothing can be written to a file before it is made
-    if "s-1.json" in (one.path, two.path) and "sync" in kinds:
-        return True  # `confirm` syncs what its writer has synced under another name
-    if any(step.kind == "create" and step.path.endswith(".tmp") for step in (one, two)):
-        return True  # a temporary file is nobody's document yet
-    if one.kind == two.kind == "sync directory":
+    if any(step.kind == "create" and step.path.endswith((".tmp", ".journal")) for step in (one, two)):
+        return True  # a temporary file is nobody's document yet, and no document names a new journal
+    if {one.kind, two.kind} <= {"sync", "sync directory"} and (one.kind == two.kind or _is_journal(one) or _is_journal(two)):
         return True  # both are done before anything depends on either
+    if kinds == {"write", "sync directory"} and (_is_journal(one) or _is_journal(two)):
+        return True  # a record is acknowledged after a sync of its own, which comes later
     if one.directory != two.directory and "sync directory" in kinds and {"mkdir", "create"} & kinds:
         return True  # an empty directory or file says nothing yet, and only its own directory's sync makes it durable
     if any(step.path.endswith(".lock") for step in (one, two)):

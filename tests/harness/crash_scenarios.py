@@ -7,44 +7,82 @@ in their turn.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import persist
-from harness.crashes import Step, Trace, read_disk, recording, states, write_disk
+from harness.crashes import Disk, Trace, read_disk, recording, states, write_disk
 from persist.files import disk
 from persist.files.events import EventReader
+from persist.files.known import KnownSessions
+from persist.files.transaction import Mode as Journal
 
 PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
 ANSWER = {"id": "a1", "role": "assistant", "content": "Because."}
+
+#: About 20 sectors.
+LARGE = {"title": "large", "messages": [{"id": f"large {number}", "content": "x" * 470} for number in range(20)]}
 
 Prepare = Callable[[persist.Store], Any]
 Verb = Callable[[persist.Store, Any], Any]
 
 
 @dataclass(frozen=True)
+class Mode:
+    """How a store writes: which sessions have a journal, and how large one may grow."""
+
+    journal: Journal = "auto"
+    fold_bytes: float | None = None
+
+    def open(self, path: Path) -> persist.Store:
+        store = persist.Store(path)
+        self.set(store)
+        return store
+
+    def set(self, store: persist.Store) -> None:
+        store._files.mode, store._files.fold_bytes = self.journal, self.fold_bytes
+
+
+@dataclass(frozen=True)
 class Scenario:
-    """A verb, and what must be there before it. What `prepare` returns is handed to `verb`."""
+    """A verb, and what must be there before it. What `prepare` returns is handed to `verb`.
+
+    Attributes:
+        interrupted: the commit of another process, which was killed when it had just become visible.
+        is_cold: the verb is that of a process that has never seen the session.
+        mode, prepared: how the verb's store writes, and that of those before, if that is another way.
+    """
 
     name: str
     verb: Verb
     prepare: Prepare = lambda store: None
     interrupted: Callable[[persist.Store], Any] = lambda store: None
     content: dict[str, Any] = field(default_factory=lambda: {"title": "t" * 600, "messages": [{"id": "m1", "content": "hi"}]})
+    is_cold: bool = False
+    mode: Mode = Mode()
+    prepared: Mode | None = None
 
     def play(self, scratch: Path) -> Case:
-        store = persist.Store(scratch / "recorded")
+        store = (self.prepared or self.mode).open(scratch / "recorded")
         store.create("s-1", self.content)
         subject = self.prepare(store)
+        self.mode.set(store)
+        if self.is_cold:
+            store._files.known = KnownSessions()
+        another = self.mode.open(store.path)
         old, before = documents(store), read_disk(store.path)
-        with recording(store.path) as steps:
-            self.interrupted(store)
-            steps[:] = until_rename(steps)
+        with recording(store.path) as recorder:
+            recorder.kill(lambda: self.interrupted(another))
+            between = documents(another)
             self.verb(store, subject)
-        case = Case(Trace(before, tuple(steps)), old, documents(store))
+        kept = {name: content for name, content in read_disk(store.path).items() if name.endswith(".damaged")}
+        trace = Trace(before, tuple(recorder.steps))
+        case = Case(trace, old, documents(store), between=between, kept=kept, mode=self.mode)
         if isinstance(subject, persist.Stream):
             subject._lease.close()
         shutil.rmtree(store.path)
@@ -68,9 +106,9 @@ class Opening:
         path = root / "var" / "sessions"
         self.prepare(path)
         old, before = documents_in(path), read_disk(root)
-        with recording(root) as steps:
+        with recording(root) as recorder:
             self.verb(path)
-        case = Case(Trace(before, tuple(steps)), old, documents_in(path), place="var/sessions")
+        case = Case(Trace(before, tuple(recorder.steps)), old, documents_in(path), place="var/sessions")
         shutil.rmtree(root)
         return case
 
@@ -171,8 +209,6 @@ def start_where_another_process_makes_the_leases(path: Path) -> None:
 
 
 MESSAGE = {"id": "m3", "role": "user", "content": "more"}
-#: About 20 sectors.
-LARGE = {"title": "large", "messages": [{"id": f"large {number}", "content": "x" * 470} for number in range(20)]}
 SCENARIOS: list[Scenario | Opening] = [
     Scenario("create", lambda store, _: store.create("s-2", {"title": "new"})),
     Scenario("duplicate", lambda store, _: store.duplicate("s-1", "s-2")),
@@ -233,12 +269,19 @@ Documents = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """What a scenario did to the disk, with the documents before and after it. The store is at `place` on that disk."""
+    """What a scenario did to the disk, with the documents before and after it. The store is at `place` on that disk.
+
+    `between` is what a killed writer has left visible, and nobody acknowledged. `kept` are copies of damaged files, which must be
+    there before what they were made of is replaced.
+    """
 
     trace: Trace
     old: Documents
     new: Documents
+    between: Documents | None = None
+    kept: Disk = field(default_factory=dict)
     place: str = "."
+    mode: Mode = Mode()
 
 
 def documents_in(path: Path) -> Documents:
@@ -253,10 +296,18 @@ def _document(store: persist.Store, session_id: str) -> Any:
     try:
         found = store._files.read(session_id)
     except persist.CorruptSession:
-        return (store.path / f"{session_id}.json").read_bytes()
+        return _damaged(store, session_id)
     owner = found.header.owner
     shown = {"cancelled": owner is not None and owner.is_cancelled, "events": events_of(store, session_id)}
     return found.body.data() | shown
+
+
+def _damaged(store: persist.Store, session_id: str) -> bytes:
+    """What the files of a session hold that cannot be read: the document, and the journal that it names."""
+    content = (store.path / f"{session_id}.json").read_bytes()
+    named = re.search(rb'"generation":([1-9][0-9]*)', content.partition(b"\n")[0])
+    journal = store.path / f"{session_id}.{int(named[1])}.journal" if named else None
+    return content + (journal.read_bytes() if journal is not None and journal.exists() else b"")
 
 
 def events_of(store: persist.Store, session_id: str) -> list[Any]:
@@ -269,44 +320,61 @@ def events_of(store: persist.Store, session_id: str) -> list[Any]:
     return found
 
 
-def until_rename(steps: list[Step]) -> list[Step]:
-    """The steps of a writer that was killed when its commit had just become visible, and was not durable yet."""
-    return steps[: [step.kind for step in steps].index("rename") + 1] if steps else []
-
-
 # --- the check of one state ----------------------------------------------------------------------------------------------
 
 
 def faults(case: Case, trace: Trace, scratch: Path, *, deep: bool = True) -> Iterator[str]:
     """What is wrong with the crash states of a trace; nothing, if the protocol is right."""
     for state, returned in states(trace):
-        root = scratch / "state"
-        write_disk(root, state)
-        try:
+        with disk_of(state, scratch / "state") as root:
             yield from _faults_of(case, root, returned, deep=deep)
-        finally:
-            shutil.rmtree(root)
+
+
+@contextmanager
+def disk_of(state: Disk, root: Path) -> Iterator[Path]:
+    """A state, written out for a block."""
+    write_disk(root, state)
+    try:
+        yield root
+    finally:
+        shutil.rmtree(root)
 
 
 def _faults_of(case: Case, root: Path, returned: bool, *, deep: bool) -> Iterator[str]:
-    store = persist.Store(root / case.place)
+    store = case.mode.open(root / case.place)
     found = documents(store)
-    if found != case.new and (returned or found != case.old):
-        yield f"acknowledged and lost: {found}" if returned else f"neither old nor new: {found}"
+    if fault := next(_outcome_faults(case, found, returned), None):
+        yield fault
         return
-    if any(isinstance(document, bytes) for document in found.values()):
-        return  # edited by hand, and as it was
     try:
-        yield from _recovery_faults(store, found, deep=deep)
+        if any(isinstance(document, bytes) for document in found.values()):
+            # Edited by hand, or damaged, and as it was.
+            found = _accepted(store)
+            yield from _outcome_faults(case, found, returned=True)
+        if found == case.new and not case.kept.items() <= read_disk(store.path).items():
+            yield "no copy was kept of what was damaged"
+        yield from _recovery_faults(case, store, found, deep=deep)
         yield from _next_write_faults(store)
     except persist.PersistError as error:
         yield f"recovery failed: {error}"
 
 
-def _recovery_faults(store: persist.Store, found: Documents, *, deep: bool) -> Iterator[str]:
+def _accepted(store: persist.Store) -> Documents:
+    for session_id in store.ids():
+        store.accept(session_id)
+    return documents(store)
+
+
+def _outcome_faults(case: Case, found: Documents, returned: bool) -> Iterator[str]:
+    """Old or new, and nothing else; what was acknowledged, new."""
+    if found != case.new and (returned or found not in (case.old, case.between)):
+        yield f"acknowledged and lost: {found}" if returned else f"neither old nor new: {found}"
+
+
+def _recovery_faults(case: Case, store: persist.Store, found: Documents, *, deep: bool) -> Iterator[str]:
     """The sweep frees every session, once, keeps every message, and is crash-safe itself."""
     before = read_disk(store.path)
-    with recording(store.path) as steps:
+    with recording(store.path) as recorder:
         store.clear_stale_streams()
     swept = documents(store)
     for session_id, data in swept.items():
@@ -316,9 +384,20 @@ def _recovery_faults(store: persist.Store, found: Documents, *, deep: bool) -> I
             yield f"the sweep changed messages of {session_id}"
     if store.clear_stale_streams() or documents(store) != swept:
         yield "the sweep is not idempotent"
-    if deep and any(step.kind == "rename" for step in steps):
-        recovery = Trace(before, tuple(steps))
-        yield from faults(Case(recovery, found, swept), recovery, store.path.parent / "deeper", deep=False)
+    if deep and any(step.kind in ("write", "rename") for step in recorder.steps):
+        recovery = Trace(before, tuple(recorder.steps))
+        yield from _sweep_faults(Case(recovery, found, swept, mode=case.mode), store.path.parent / "deeper")
+
+
+def _sweep_faults(case: Case, scratch: Path) -> Iterator[str]:
+    """What a cut in the middle of the sweep leaves. How one writes on from there is looked at where the sweep is the verb."""
+    for state, returned in states(case.trace):
+        with disk_of(state, scratch) as root:
+            store = case.mode.open(root)
+            yield from _outcome_faults(case, documents(store), returned)
+            store.clear_stale_streams()
+            if documents(store) != case.new:
+                yield "the sweep did not go on"
 
 
 def _plain(data: Any) -> list[Any]:
@@ -333,7 +412,25 @@ def _next_write_faults(store: persist.Store) -> Iterator[str]:
         store.append(session_id, "messages", {"id": "next", "content": "next"})
         with store.start_stream(session_id, {"id": "next prompt", "role": "user", "content": "next"}) as stream:
             stream.finish()
-    if problems := store.check():
+    if problems := [problem for problem in store.check() if not _waits_for_fold(store, problem)]:
         yield f"left over: {problems}"
+    yield from _fold_faults(store)
     if leases := [path.name for path in (store.path / ".leases").iterdir()]:
         yield f"leases left over: {leases}"
+
+
+def _waits_for_fold(store: persist.Store, problem: persist.Problem) -> bool:
+    """What a fold that was cut off has left is harmless. A commit that only appends a record does not look for it."""
+    is_journaled = store._files.read(problem.session_id).header.is_journaled
+    return problem.kind == "left-over" and (is_journaled or problem.path.suffix == ".journal")
+
+
+def _fold_faults(store: persist.Store) -> Iterator[str]:
+    """A fold changes nothing that is seen, and leaves nothing over."""
+    before = documents(store)
+    for session_id in before:
+        store.compact(session_id)
+    if documents(store) != before or documents(persist.Store(store.path)) != before:
+        yield "the fold changed a document"
+    if problems := store.check():
+        yield f"left over after a fold: {problems}"

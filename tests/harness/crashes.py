@@ -25,7 +25,7 @@ import random
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -82,6 +82,10 @@ class Trace:
 # --- recording -----------------------------------------------------------------------------------------------------------
 
 
+class Killed(BaseException):
+    """The writer is killed."""
+
+
 class Recorder:
     """Writes down what the functions of `persist.files.disk` do below a directory, while they do it."""
 
@@ -91,10 +95,33 @@ class Recorder:
         self._file_of: dict[str, int] = {path: number for number, path in enumerate(read_disk(root))}
         self._next = itertools.count(len(self._file_of))
         self._open: dict[int, tuple[str, int]] = {}
+        self._kills = False
+
+    def kill(self, writer: Callable[[], Any]) -> None:
+        """Run a writer that is killed when its commit has just become visible, and is not durable yet."""
+        self._kills = True
+        with suppress(Killed):
+            writer()
+        self._kills = False
+        # What was tidied up on the way out of here, a process that is killed leaves as it is.
+        visible = [index for index, step in enumerate(self.steps) if self._is_visible(step)]
+        del self.steps[visible[0] + 1 if visible else 0 :]
+
+    def _is_visible(self, step: Step) -> bool:
+        """Whether a commit shows from this step on: a document is renamed, or a journal that was there gets a record."""
+        made = {each.file for each in self.steps if each.kind == "create"}
+        return step.kind == "rename" or (step.kind == "write" and step.path.endswith(".journal") and step.file not in made)
+
+    def _note(self, step: Step) -> None:
+        self.steps.append(step)
+        if self._kills and self._is_visible(step):
+            raise Killed
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         for name in ("open_plain", "write", "sync", "close", "mkdir", "sync_directory", "replace", "unlink"):
             patch.setattr(disk, name, getattr(self, name)(getattr(disk, name)))
+        # Of a file that is only appended to, it makes as much durable.
+        patch.setattr(disk, "sync_data", self.sync(disk.sync_data))
 
     def _name(self, path: Path) -> str:
         return os.path.relpath(path, self.root)
@@ -121,7 +148,7 @@ class Recorder:
     def write(self, real: Callable[..., None]) -> Callable[..., None]:
         def write(fd: int, content: bytes) -> None:
             real(fd, content)
-            self.steps.append(Step("write", *self._file(fd), content=bytes(content)))
+            self._note(Step("write", *self._file(fd), content=bytes(content)))
 
         return write
 
@@ -163,7 +190,7 @@ class Recorder:
             real(source, target)
             file = self._file_of.pop(self._name(source))
             self._file_of[self._name(target)] = file
-            self.steps.append(Step("rename", self._name(source), file, self._name(target)))
+            self._note(Step("rename", self._name(source), file, self._name(target)))
 
         return replace
 
@@ -178,20 +205,20 @@ class Recorder:
 
 
 @contextmanager
-def recording(root: Path) -> Iterator[list[Step]]:
+def recording(root: Path) -> Iterator[Recorder]:
     """Record the steps of the block."""
     recorder = Recorder(root)
     with pytest.MonkeyPatch.context() as patch:
         recorder.install(patch)
-        yield recorder.steps
+        yield recorder
 
 
 def record(root: Path, verb: Callable[[], Any]) -> Trace:
     """Run a verb and return its trace; what is on the disk now counts as durable."""
     before = read_disk(root)
-    with recording(root) as steps:
+    with recording(root) as recorder:
         verb()
-    return Trace(before, tuple(steps))
+    return Trace(before, tuple(recorder.steps))
 
 
 def read_disk(root: Path) -> Disk:

@@ -1,0 +1,184 @@
+"""What a power cut leaves of a journal: of a record that was never acknowledged, any part; of all others, everything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from harness.crash_scenarios import Case, disk_of, documents, faults
+from harness.crashes import SECTOR_BYTES, Disk, Step, Trace, read_disk, record, states, write_disk
+from harness.journal_scenarios import ALWAYS, ANOTHER, append, append_another, journaled, recorded
+
+import persist
+from persist.files import disk
+
+JOURNAL = "s-1.1.journal"
+
+
+def journaled_store(path: Path) -> persist.Store:
+    store = ALWAYS.open(path)
+    store.create("s-1", {"title": "t", "messages": [{"id": "m1", "content": "hi"}]})
+    recorded(store)
+    return store
+
+
+def size_of(store: persist.Store) -> int:
+    return (store.path / JOURNAL).stat().st_size
+
+
+def padding(scratch: Path, item: dict[str, str], *, end: int) -> str:
+    """What makes a record with this item end at such a byte of a sector."""
+    store = journaled_store(scratch / "measured")
+    store.append("s-1", "messages", item)
+    return "x" * ((end - size_of(store)) % SECTOR_BYTES)
+
+
+def torn_states(store: persist.Store, item: dict[str, str]) -> tuple[list[Disk], Disk, Disk]:
+    """Every way in which the record of an item may be left, if its writer was killed; and the disk before it and after it."""
+    trace = record(store.path, lambda: store.append("s-1", "messages", item))
+    [write] = [step for step in trace.steps if step.kind == "write"]
+    before, after = trace.before, read_disk(store.path)
+    assert before[JOURNAL] is not None
+    assert after[JOURNAL] == before[JOURNAL] + write.content
+    left = [state for state, _ in states(Trace(before, (write,)))]
+    return [state for state in left if state[JOURNAL] not in (before[JOURNAL], after[JOURNAL])], before, after
+
+
+# Where the record ends: anywhere; with its newline alone in a sector; with a sector.
+@pytest.mark.parametrize("end", [300, 1, 0], ids=lambda end: f"ends at {end}")
+def test_a_torn_tail_is_no_record_and_the_next_writer_folds_it_away(scratch: Path, end: int) -> None:
+    """Nothing torn, nothing lost: whatever is left of a record, the session is as before it, and what is appended next stays.
+
+    Fails if a torn tail is not folded away (`known.tail.is_torn` taken out of `_must_fold`).
+    """
+    item = {"id": "torn", "content": "torn"}
+    item["content"] += padding(scratch, item, end=end) + "x" * SECTOR_BYTES
+    torn, before, _ = torn_states(journaled_store(scratch / "sessions"), item)
+    assert len(torn) > 4, "a record of one sector: nothing is torn"
+    write_disk(scratch / "before", before)
+    old = documents(ALWAYS.open(scratch / "before"))
+    for state in torn:
+        with disk_of(state, scratch / "torn"):
+            store = ALWAYS.open(scratch / "torn")
+            assert documents(store) == old
+            trace = record(store.path, lambda store=store: append_another(store))  # type: ignore[misc]
+            case = Case(trace, old, documents(store), mode=ALWAYS)
+            assert "rename s-1.json.tmp to s-1.json" in map(str, trace.steps), "it was not folded away"
+        assert list(faults(case, trace, scratch, deep=False)) == []
+
+
+def test_a_torn_tail_does_not_keep_what_stands_before_it_from_being_acknowledged(scratch: Path) -> None:
+    """An idempotent append finds its item before a torn tail, and makes it durable, writing nothing."""
+    store = journaled_store(scratch / "sessions")
+    append(store)
+    torn, _, _ = torn_states(store, ANOTHER | {"content": "x" * SECTOR_BYTES})
+    for state in torn:
+        with disk_of(state, scratch / "torn"):
+            store = ALWAYS.open(scratch / "torn")
+            trace = record(store.path, lambda store=store: append(store))  # type: ignore[misc]
+            assert [step.kind for step in trace.steps] == ["sync", "sync", "sync directory"]
+
+
+def test_two_records_of_which_neither_was_acknowledged_may_be_torn(scratch: Path) -> None:
+    """A killed writer's record and the next one's, cut before any sync: in no state is the session taken for damaged.
+
+    Fails if a bad line with a good one behind it is always taken for damage.
+    """
+    padded = ANOTHER | {"content": "x" * SECTOR_BYTES}
+    append_padded = journaled(
+        "two records", lambda store, _: store.append("s-1", "messages", padded), recorded, append, is_cold=True
+    )
+    case = append_padded.play(scratch)
+    writes = [step for step in case.trace.steps if step.kind == "write"]
+    assert len(writes) == 2
+    trace = Trace(case.trace.before, tuple(writes))
+    assert len(list(states(trace))) > 8
+    for state, _ in states(trace):
+        with disk_of(state, scratch / "state") as root:
+            assert documents(persist.Store(root)) in (case.old, case.between, case.new)
+
+
+@pytest.mark.parametrize("is_idempotent", [True, False], ids=["found", "appended to"])
+@pytest.mark.parametrize("kind, path", [("sync", JOURNAL), ("sync", "s-1.json"), ("sync directory", "*")])
+def test_what_another_program_has_copied_is_made_durable(scratch: Path, kind: str, path: str, is_idempotent: bool) -> None:
+    """A session that was restored from a backup, and never synced: each of the first commit's syncs is needed.
+
+    Fails without `Transaction._settle`, which syncs the document and the directory, and without either of its two syncs.
+    """
+    store = journaled_store(scratch / "sessions")
+    append(store)
+    backup = {name: content for name, content in read_disk(store.path).items() if name in (JOURNAL, "s-1.json")}
+    store = ALWAYS.open(store.path)
+    verb = append if is_idempotent else append_another
+    trace = record(store.path, lambda: verb(store))
+    numbers = {name: number for number, name in enumerate(trace.before)}
+    copied: list[Step] = []
+    for name, content in backup.items():
+        copied += Step("create", name, numbers[name]), Step("write", name, numbers[name], content=content or b"")
+    around = {name: content for name, content in trace.before.items() if name not in backup}
+    trace = Trace(around, tuple(renumbered(step, list(trace.before), list(around)) for step in (*copied, *trace.steps)))
+    new = documents(store)
+    [place] = [index for index, step in enumerate(trace.steps) if (step.kind, step.path) == (kind, path)]
+    assert shown(trace, scratch) == [new]
+    assert shown(trace.without(place), scratch) != [new]
+
+
+def renumbered(step: Step, before: list[str], around: list[str]) -> Step:
+    """The same, where the copied files count as made by the trace: files that were there are known by their place."""
+    name = before[step.file] if 0 <= step.file < len(before) else None
+    number = around.index(name) if name in around else step.file + len(before)
+    return Step(step.kind, step.path, step.file if step.file < 0 else number, step.target, step.content)
+
+
+def shown(trace: Trace, scratch: Path) -> list[object]:
+    """What the session may be after the verb has returned and the power was cut; each once."""
+    found: list[object] = []
+    for state, returned in states(trace):
+        if returned:
+            with disk_of(state, scratch / "state") as root:
+                each = documents(persist.Store(root))
+                found += [each] if each not in found else []
+    return found
+
+
+def test_without_its_first_sync_of_the_directory_a_fold_loses_the_session(scratch: Path) -> None:
+    """The new journal's name must be durable before the rename: else a document may be left whose journal is missing.
+
+    Fails if `Attempt._publish` does not sync the directory.
+    """
+    case = journaled("fold", lambda store, _: store.compact("s-1"), recorded).play(scratch)
+    first, rename, _second = (i for i, step in enumerate(case.trace.steps) if step.kind in ("sync directory", "rename"))
+    assert case.trace.steps[first].kind == "sync directory" and case.trace.steps[rename].kind == "rename"
+    unreadable = set()
+    for state, _ in states(case.trace.without(first)):
+        with disk_of(state, scratch / "state") as root:
+            try:
+                persist.Store(root).load("s-1")
+            except persist.CorruptSession as error:
+                unreadable.add((error.path.name if error.path else "", "s-1.2.journal" in state))
+    assert unreadable == {("s-1.json", False)}
+
+
+def test_an_acknowledged_record_stands_in_a_journal_that_bears_its_name_durably(scratch: Path) -> None:
+    """A fold was killed between its rename and its last sync; who appends to the new journal makes its name durable first.
+
+    Fails without `Transaction._settle`: after the cut the old document is there, with the old journal.
+    """
+    case = journaled("append", append, recorded, lambda store: store.compact("s-1"), is_cold=True).play(scratch)
+    after_rename = [step.kind for step in case.trace.steps].index("rename") + 1
+    places = [i for i, step in enumerate(case.trace.steps) if step.kind == "sync directory" and i > after_rename]
+    assert len(places) == 1
+    assert list(faults(case, case.trace, scratch, deep=False)) == []
+    found = list(faults(case, case.trace.without(places[0]), scratch, deep=False))
+    assert any(fault.startswith("acknowledged and lost") for fault in found)
+
+
+def test_a_record_is_one_write_and_one_fdatasync(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warm append is two calls that reach the disk, and nothing but the record is synced."""
+    store = journaled_store(scratch / "sessions")
+    calls: list[str] = []
+    real = disk.sync_data
+    monkeypatch.setattr(disk, "sync_data", lambda fd: (calls.append("fdatasync"), real(fd))[1])
+    trace = record(store.path, lambda: append(store))
+    assert [(step.kind, step.path) for step in trace.steps] == [("write", JOURNAL), ("sync", JOURNAL)]
+    assert calls == ["fdatasync"]
