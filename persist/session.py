@@ -11,7 +11,16 @@ from datetime import datetime
 from typing import Any, NoReturn, get_args
 
 from persist import codec, streams, turn
-from persist.errors import LockNotHeld, MergeConflict, MessagesRemoved, SessionDeleted, SessionNotFound, WrongType, conflicts_in
+from persist.errors import (
+    LockNotHeld,
+    MergeConflict,
+    MessagesRemoved,
+    SessionDeleted,
+    SessionNotFound,
+    Unreadable,
+    WrongType,
+    conflicts_in,
+)
 from persist.files.change import between
 from persist.files.snapshot import Body, Header, Snapshot
 from persist.files.transaction import SessionFiles, Transaction
@@ -270,8 +279,8 @@ class Session:
         except SessionNotFound:
             return False
         if is_cleared:
-            # Deleted since: then there is nothing to show.
-            with suppress(SessionNotFound), self._alone():
+            # Deleted since: then there is nothing to show. Unreadable: it is cleared all the same, and the next save shows it.
+            with suppress(SessionNotFound, Unreadable), self._alone():
                 self._adopt(self._files.read(self.id))
         return is_cleared
 
