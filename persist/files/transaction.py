@@ -543,6 +543,8 @@ class Transaction:
             # First, so that nothing is emitted behind what a follower takes for the end.
             self._files.events.fence_session(self.session_id)
         with self._refusals():
+            # While it can still be refused: a journal that is left behind holds all that was said.
+            journals = self._journals()
             directory = disk.open_directory(self._layout.directory)
         try:
             with self._refusals():
@@ -557,8 +559,8 @@ class Transaction:
             disk.close_directory(directory)
         self._known = None
         _remove_leftover(self._paths.temp)
-        with contextlib.suppress(OSError):
-            self._remove_journals()
+        for path in journals:
+            _remove_leftover(path)
         with contextlib.suppress(OSError):
             for session_id, stream_id in self._files.leases():
                 if session_id == self.session_id:
@@ -566,11 +568,10 @@ class Transaction:
         with contextlib.suppress(OSError):
             self._files.events.remove_session(self.session_id)
 
-    def _remove_journals(self) -> None:
-        for name in disk.names(self._layout.directory):
-            of_journal = layout.journal_of(name)
-            if of_journal is not None and of_journal[0] == self.session_id:
-                _remove_leftover(self._layout.directory / name)
+    def _journals(self) -> list[Path]:
+        """Those that bear the session's name, whichever its document names."""
+        found = {name: layout.journal_of(name) for name in disk.names(self._layout.directory)}
+        return [self._layout.directory / name for name, what in found.items() if what and what[0] == self.session_id]
 
     def _publish(self, attempt: Attempt) -> None:
         try:
