@@ -173,6 +173,16 @@ def test_an_acknowledged_record_stands_in_a_journal_that_bears_its_name_durably(
     assert any(fault.startswith("acknowledged and lost") for fault in found)
 
 
+def test_however_many_folds_were_cut_off_the_next_one_leaves_nothing_over(scratch: Path) -> None:
+    """Each of them has left a journal that no document names; all of them are gone."""
+    store = journaled_store(scratch / "sessions")
+    for generation in range(2, 9):
+        (store.path / f"s-1.{generation}.journal").write_bytes(b"cut off")
+    assert store.compact("s-1")
+    assert [path.name for path in store.path.glob("*.journal")] == ["s-1.9.journal"]
+    assert store.check() == []
+
+
 def test_a_record_is_one_write_and_one_fdatasync(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A warm append is two calls that reach the disk, and nothing but the record is synced."""
     store = journaled_store(scratch / "sessions")
