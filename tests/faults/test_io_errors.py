@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from harness.crash_scenarios import Mode
 from harness.faults import ERRORS, SHORT, SYNCS, TORN, Fault, descriptors, faults, injecting, quick_directory
-from harness.journal_scenarios import ALWAYS, FOLDING, LEAVING, NEVER
+from harness.journal_scenarios import ALWAYS, AUTO, FOLDING, LEAVING, NEVER
 
 import persist
 from persist.files import disk, lock
@@ -85,14 +85,14 @@ class Operation:
     #: Leaving a block cannot be tried again: the lease is given up, and the session is stale.
     is_final: bool = False
     #: How its store writes, and the one that made the session, if that is another way.
-    mode: Mode = Mode()
+    mode: Mode = AUTO
     made: Mode | None = None
     #: It is that of a process that has never seen the session.
     is_cold: bool = False
 
     @property
     def is_variant(self) -> bool:
-        return self.mode != Mode() or self.made is not None
+        return self.mode != AUTO or self.made is not None
 
     def but(self, name: str, **options: Any) -> Operation:
         return replace(self, name=f"{self.name}, {name}", **options)
@@ -103,7 +103,7 @@ OPERATIONS: dict[str, Operation] = {}
 
 def operation(**options: bool) -> Callable[[Callable[[Scene], Run]], None]:
     def enter(stage: Callable[[Scene], Run]) -> None:
-        OPERATIONS[stage.__name__] = Operation(stage.__name__, stage, **options)
+        OPERATIONS[stage.__name__] = replace(Operation(stage.__name__, stage), **options)  # type: ignore[arg-type]
 
     return enter
 
