@@ -64,7 +64,7 @@ class Cursor:
     def _make_if_active(self) -> None:
         """The stream may be about to say its first word: then whoever ends it must find where to say that."""
         with self._files.transaction(self.session_id) as tx:
-            if self._files.read_head(self.session_id).active_stream_id == self.stream_id:
+            if tx.read_head().active_stream_id == self.stream_id:
                 tx.make_events(self.stream_id)
 
     def close(self) -> None:

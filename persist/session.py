@@ -22,7 +22,7 @@ from persist.errors import (
     conflicts_in,
 )
 from persist.files.change import between
-from persist.files.snapshot import Body, Header, Snapshot
+from persist.files.snapshot import Body, Header, Snapshot, StreamOwner
 from persist.files.transaction import SessionFiles, Transaction
 from persist.merge import Policy, Preference, count_removed, merge, patch, same
 from persist.turn import ACTIVE
@@ -54,6 +54,12 @@ class _Known:
     base: Snapshot
     is_durable: bool
     attempt: Attempt | None = None
+    #: The header after this object's stream was cleared on disk. Its body is made of the base, once somebody needs it.
+    cleared: Header | None = None
+
+    @property
+    def header(self) -> Header:
+        return self.cleared or self.base.header
 
 
 class Session:
@@ -94,7 +100,13 @@ class Session:
 
     @property
     def _base(self) -> Snapshot:
-        return self._known.base
+        """The merge base; asked for by one thread at a time."""
+        known = self._known
+        if known.cleared is not None:
+            data = known.base.body.data()
+            _interrupt(data, known.base.header.owner)
+            self._known = known = _Known(replace(known.base, header=known.cleared, body=Body.of(data)), known.is_durable)
+        return known.base
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -110,17 +122,17 @@ class Session:
     @property
     def revision(self) -> int:
         """The revision that `data` is based on; 0 for a file that `persist` has not written yet."""
-        return self._base.header.revision
+        return self._known.header.revision
 
     @property
     def created_at(self) -> datetime:
         """When the session was created (aware, UTC)."""
-        return self._base.header.created_at
+        return self._known.header.created_at
 
     @property
     def updated_at(self) -> datetime:
         """When it was last changed (aware, UTC); repairs and ``touch=False`` do not count."""
-        return self._base.header.updated_at
+        return self._known.header.updated_at
 
     @property
     def active_stream_id(self) -> str | None:
@@ -159,7 +171,7 @@ class Session:
             raise self._deleted() from None
 
     def _save(self, tx: Transaction, touch: bool, prefer: Preference) -> None:
-        there = self._same_incarnation(tx.read(self._known.base if self._known.attempt is None else None))
+        there = self._same_incarnation(tx.read(self._base if self._known.attempt is None else None))
         self._recognise(there)
         mine = Body.of(self.data)
         turn.refuse_changed_stream_fields(self._base.body.fields(), mine.fields())
@@ -275,14 +287,34 @@ class Session:
         if stream_id is None:
             return False
         try:
-            is_cleared = streams.clear_stale(self._files, self.id, stream_id, self._base.header.incarnation)
+            cleared = streams.clear_stale(self._files, self.id, stream_id, self._known.header.incarnation)
         except SessionNotFound:
             return False
-        if is_cleared:
-            # Deleted since: then there is nothing to show. Unreadable: it is cleared all the same, and the next save shows it.
-            with suppress(SessionNotFound, Unreadable), self._alone():
-                self._adopt(self._files.read(self.id))
-        return is_cleared
+        if cleared is None:
+            return False
+        with self._alone():
+            if not self._show_cleared(cleared):
+                # Deleted since: nothing to show. Unreadable: it is cleared all the same, and the next save shows it.
+                with suppress(SessionNotFound, Unreadable):
+                    self._adopt(self._files.read(self.id))
+        return True
+
+    def _show_cleared(self, cleared: streams.Cleared) -> bool:
+        """Do in memory what was done on disk, without reading it; False if this object is based on another state."""
+        known, before = self._known, cleared.before
+        is_ours = before.owner is not None and before.owner.stream_id == self.active_stream_id
+        if known.attempt or known.cleared or not known.base.identity or known.base.header != before or not is_ours:
+            return False
+        after = replace(known, is_durable=True, cleared=cleared.after)
+        try:
+            _interrupt(self.data, before.owner)
+            self._known = after
+        except BaseException:
+            # Cut off half-way (Ctrl-C, say): once more, it is done only once.
+            _interrupt(self.data, before.owner)
+            self._known = after
+            raise
+        return True
 
     def _adopt(self, committed: Snapshot) -> None:
         if committed.header.incarnation != self._base.header.incarnation:
@@ -307,6 +339,11 @@ class Session:
 
     def _deleted(self) -> SessionDeleted:
         return SessionDeleted(session_id=self.id, path=self._files.layout.session(self.id).document)
+
+
+def _interrupt(data: dict[str, Any], owner: StreamOwner | None) -> None:
+    if owner is not None:
+        turn.interrupt(data, owner.prompt_id, owner.answer_id)
 
 
 def _is_unchanged(base: Body, mine: Body) -> bool:

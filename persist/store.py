@@ -457,7 +457,7 @@ class Store:
         for session_id in files.session_ids() if every_session else []:
             try:
                 active = files.read_head(session_id).active_stream_id
-                if active is not None and streams.clear_stale(files, session_id, active):
+                if active is not None and streams.clear_stale(files, session_id, active) is not None:
                     cleared.append(ClearedStream(session_id, str(active)))
             except (PersistError, OSError) as error:
                 failures[session_id] = error
@@ -479,7 +479,11 @@ class Store:
         files = self._open_files()
         problems = [problem for session_id in files.session_ids() if (problem := _problem(files, session_id))]
         for session_id, path in files.leftovers():
-            what = f"{path} is left over from a crash, and harmless; the next commit to {session_id!r} removes or uses it."
+            remedy = f"the next commit to {session_id!r} removes or uses it"
+            if files.exists(session_id):
+                # A commit that only adds to a journal does not.
+                remedy = f"'persist compact {files.layout.directory} {session_id}' removes it"
+            what = f"{path} is left over from a crash, and harmless; {remedy}."
             problems.append(Problem(session_id, "left-over", path, what))
         for path in files.ignored():
             what = f"{path} is no session, since {path.stem!r} is no session id: it is ignored. Rename it, or move it away."
@@ -489,7 +493,8 @@ class Store:
     def compact(self, session_id: str) -> bool:
         """Fold a session's journal into its document, so that the file alone is the session; it stays at its revision.
 
-        It happens by itself when a journal has outgrown its document. Do it before you edit the file by hand, or copy it.
+        It happens by itself when a journal has outgrown its document. Do it before you edit the file by hand, or copy it. What
+        crashes have left behind of the session is removed.
 
         Returns:
             Whether there was anything to fold.

@@ -90,40 +90,47 @@ def _claim(files: SessionFiles, tx: Transaction, draft: Draft, stream_id: str, p
     return stream
 
 
-def clear_stale(files: SessionFiles, session_id: str, stream_id: object, incarnation: str | None = None) -> bool:
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """A stale stream that was cleared: the session's header before and after that."""
+
+    before: Header
+    after: Header
+
+
+def clear_stale(files: SessionFiles, session_id: str, stream_id: object, incarnation: str | None = None) -> Cleared | None:
     """Clear `stream_id` from its session if it is still the active stream and is dead; `updated_at` is kept.
 
     Args:
         incarnation: that of the object which asks; a session made anew under the same id is another one.
 
     Returns:
-        Whether it was cleared; not if another stream or none is active, or if this one is alive.
+        What was committed; None if another stream or none is active, or if this one is alive.
     """
 
-    def clear(draft: Draft) -> bool:
+    def clear(draft: Draft) -> Cleared | None:
         if draft.active_stream_id is None or not same(draft.active_stream_id, stream_id):
-            return False
+            return None
         if incarnation not in (None, draft.header.incarnation):
-            return False
+            return None
         with tx.holding_lease_if_dead(stream_id) as is_dead:
-            if is_dead:
-                _take_away(tx, draft, "died")
-            return is_dead
+            return Cleared(draft.header, _take_away(tx, draft, "died")) if is_dead else None
 
     with files.transaction(session_id) as tx:
         return revise(tx, clear)
 
 
-def _take_away(tx: Transaction, draft: Draft, ended: Ended) -> None:
+def _take_away(tx: Transaction, draft: Draft, ended: Ended) -> Header:
     """End the active stream without its owner: dead, or overruled by a forced cancel. The epoch fences an owner off."""
     header, stream_id = draft.header, draft.active_stream_id
     _interrupt(draft.data, header)
     if ended != "died":
         # Before: an owner that lives may emit at any moment, and asks for no lock.
         tx.fence_events(stream_id, ended)
-    draft.commit(header.next(touch=False, epoch=header.epoch + 1, owner=None))
+    committed = draft.commit(header.next(touch=False, epoch=header.epoch + 1, owner=None))
     tx.end_events(stream_id, ended)
     tx.remove_lease(stream_id)
+    return committed
 
 
 def _interrupt(data: Data, header: Header) -> None:
@@ -202,7 +209,7 @@ class StreamInfo:
 def look_at(files: SessionFiles, session_id: str, *, lock_timeout_s: float | None = None) -> StreamInfo | None:
     """Tell whether a session's active stream is alive, under the session's lock; None if it has none."""
     with files.transaction(session_id, lock_timeout_s=lock_timeout_s) as tx:
-        head = files.read_head(session_id)
+        head = tx.read_head()
         stream_id = head.active_stream_id
         if stream_id is None:
             return None
@@ -358,8 +365,8 @@ class Stream:
 
     def _open_events(self) -> None:
         try:
-            with self._files.transaction(self.session_id):
-                head = self._files.read_head(self.session_id)
+            with self._files.transaction(self.session_id) as tx:
+                head = tx.read_head()
                 self._require_ownership(head.header, head.active_stream_id)
                 self._events.open()
         except SessionNotFound:

@@ -98,13 +98,17 @@ class Bulk:
                 raise DoesNotFit(change.field)
             lines.apply(change)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many items each list has."""
+        return {name: len(lines) for name, lines in self._fields.items() if isinstance(lines, _Lines)}
+
     def body(self, small: bytes) -> Body:
         """The whole, with these small fields."""
-        counts = {name: len(lines) for name, lines in self._fields.items() if isinstance(lines, _Lines)}
         pieces: dict[str, list[bytes | memoryview]] = {
             name: [lines] if isinstance(lines, bytes) else lines.pieces() for name, lines in self._fields.items()
         }
-        return Body.assembled(small, pieces, counts)
+        return Body.assembled(small, pieces, self.counts)
 
 
 def apply_to_data(data: dict[str, Any], change: Change) -> None:

@@ -48,6 +48,8 @@ _VERSION = re.compile(rb'\{"persist_journal":(\d{1,9}),')
 _PREFIX = b'{"crc":"%08x",'
 _CHECKED_FROM = len(_PREFIX % 0)
 _LINE = re.compile(rb'\{"crc":"([0-9a-f]{8})",')
+#: What may stand behind a record: another one, a lost sector, or nothing.
+_BEGINNING = re.compile(rb"\{|\0+|\Z")
 _SECTOR_BYTES = 512
 _FIRST_READ_BYTES = 4096
 READ_LIMIT = 16 * snapshot.READ_LIMIT
@@ -58,9 +60,12 @@ class Overtaken(Exception):
 
 
 class Image(msgspec.Struct, frozen=True):
-    """A whole head: what `snapshot.stream_values` gives, and the small fields, as the JSON of an object."""
+    """A whole head: what `snapshot.stream_values` gives, and the small fields, each as the JSON of an object.
 
-    stream: dict[str, Any]
+    As JSON, since only `codec` can encode all that may be in them.
+    """
+
+    stream: msgspec.Raw
     fields: msgspec.Raw
 
 
@@ -109,7 +114,7 @@ def _decoded(line: bytes) -> Record:
         values = codec.decode(line)
         changes = tuple(map(change.from_plain, values.pop("changes", ())))
         head = values.pop("head", None)
-        image = None if head is None else Image(head["stream"], msgspec.Raw(codec.encode(head["fields"])))
+        image = None if head is None else Image(*(msgspec.Raw(codec.encode(head[key])) for key in ("stream", "fields")))
         return msgspec.structs.replace(msgspec.convert(values, Record), changes=changes, head=image)
 
 
@@ -164,7 +169,7 @@ class Tail:
             counts=dict(counts),
             synced=synced,
             head_at=self.head_at if is_same_head else 0,
-            head=None if is_same_head else Image(stream, msgspec.Raw(b"{" + small.replace(b",\n", b",") + b"}")),
+            head=None if is_same_head else _image(stream, small),
             changes=changes,
         )
 
@@ -185,11 +190,16 @@ class Tail:
             self.head_at = self.last
 
 
+def _image(stream: Mapping[str, Any], small: bytes) -> Image:
+    return Image(msgspec.Raw(codec.encode(stream)), msgspec.Raw(b"{" + small.replace(b",\n", b",") + b"}"))
+
+
 def _head_after(header: Header, small: bytes, record: Record) -> tuple[Header, bytes]:
     header = replace(header, revision=record.revision, updated_at=snapshot.time_of(record.updated_at), commit=record.commit)
     if record.head is None:
         return header, small
-    return snapshot.with_stream_values(header, record.head.stream), snapshot.small_of(codec.decode(bytes(record.head.fields)))
+    stream, fields = (codec.decode(bytes(raw)) for raw in (record.head.stream, record.head.fields))
+    return snapshot.with_stream_values(header, stream), snapshot.small_of(fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,15 +305,31 @@ class Journal:
                     break
                 is_whole = record is None
                 if record is not None:
-                    self._apply(bulk, record, tail)
+                    self._apply_to_edited(bulk, record)
         finally:
             disk.close(fd)
         return Snapshot(tail.header, bulk.body(tail.small), edited.checksum), is_whole
 
+    def _apply_to_edited(self, bulk: Bulk, record: Record) -> None:
+        """As `_apply`; where somebody has added or removed items by hand, places are not what they were: nothing is guessed."""
+        try:
+            for each in record.changes:
+                bulk.apply(each)
+            if record.changes and bulk.counts != record.counts:
+                raise DoesNotFit("counts")
+        except NONSENSE:
+            reason = f"what {self.path.name} says does not fit the document as it is."
+            remedy = (
+                "Undo the edit where it added or removed items of a list; "
+                "or move the journal away, and with it the commits in it, and accept the document as it is."
+            )
+            document = self.path.with_name(f"{self.session_id}.json")
+            raise CorruptSession(session_id=self.session_id, path=document, reason=reason, remedy=remedy) from None
+
     def keep_copy(self) -> None:
         """Keep what a damaged journal holds, durably, for those who can make something of it."""
         copy = self.path.with_name(f"{self.path.name}.damaged")
-        # A copy that is there already may be half of one: a crash came in between.
+        # One of an earlier attempt may be half a copy.
         disk.unlink(copy)
         fd = disk.create(copy)
         try:
@@ -325,7 +351,7 @@ class Journal:
         fd = self.open()
         try:
             self.check_opening(fd, tail)
-            line = _last_line(fd, tail)
+            line = self._last_line(fd, tail)
             if line is None:
                 return head
             record = _decoded(line)
@@ -341,6 +367,22 @@ class Journal:
             disk.close(fd)
         return HeadSnapshot(header, small, record.counts, head.checksum)
 
+    def _last_line(self, fd: int, tail: Tail) -> bytes | None:
+        """The last whole record, looked for from the end; None if there is none. Behind it, nothing may be damaged."""
+        size, window = disk.size_of(fd), _FIRST_READ_BYTES
+        while True:
+            start = max(tail.end, size - window)
+            content = disk.read_at(fd, size - start, start)
+            is_all = start == tail.end
+            found = _last_whole(content, tail.seed, may_begin_before=not is_all)
+            if found is not None or is_all:
+                line, rest = found or (None, content)
+                position = start + len(content) - len(rest)
+                if rest and not _is_torn(rest, position, tail.seed):
+                    raise self.damaged(position, "a record in it was altered")
+                return line
+            window *= 4
+
 
 def _read_from(fd: int, position: int) -> bytes:
     pieces = []
@@ -350,19 +392,15 @@ def _read_from(fd: int, position: int) -> bytes:
     return b"".join(pieces)
 
 
-def _last_line(fd: int, tail: Tail) -> bytes | None:
-    """The last whole record, looked for from the end; None if there is none."""
-    size, window = disk.size_of(fd), _FIRST_READ_BYTES
-    while True:
-        start = max(tail.end, size - window)
-        lines = disk.read_at(fd, size - start, start).split(b"\n")[:-1]
-        # The first one may have begun before.
-        for line in reversed(lines if start == tail.end else lines[1:]):
-            if _is_whole(line, tail.seed):
-                return line
-        if start == tail.end:
-            return None
-        window *= 4
+def _last_whole(content: bytes, seed: int, *, may_begin_before: bool) -> tuple[bytes, bytes] | None:
+    """The last whole record, and what stands behind it. The first line may be the end of one that has begun before."""
+    stop = content.rfind(b"\n")
+    while stop >= 0:
+        begin = content.rfind(b"\n", 0, stop) + 1
+        if (begin or not may_begin_before) and _is_whole(content[begin:stop], seed):
+            return content[begin:stop], content[stop + 1 :]
+        stop = begin - 1
+    return None
 
 
 def _line_at(fd: int, position: int, seed: int) -> bytes:
@@ -383,12 +421,26 @@ def _is_torn(rest: bytes, position: int, seed: int) -> bool:
     line, newline, behind = rest.partition(b"\n")
     if newline and b"\0" not in line:
         return False
-    if not newline and not line.endswith(b"\0") and _is_whole(line[:-1], seed):
-        return False  # its newline was altered, and not lost: it may stand alone in its sector
+    if not newline and _is_whole_but_for_its_newline(line, seed):
+        return False
     if not _has_lost_whole_sectors(rest, position):
         return False
     later = (_decoded_or_none(each, seed) for each in behind.split(b"\n")[:-1])
     return not any(record is not None and record.synced > position for record in later)
+
+
+def _is_whole_but_for_its_newline(line: bytes, seed: int) -> bool:
+    """Whether it begins with a record whose newline was altered. A zero there may be what is left of a lost sector."""
+    shape = _LINE.match(line)
+    if shape is None:
+        return False
+    crc, done = seed, _CHECKED_FROM
+    for found in _BEGINNING.finditer(line, done + 1):
+        end = found.start() - 1
+        crc, done = zlib.crc32(line[done:end], crc), end
+        if crc == int(shape[1], 16) and line[end]:
+            return True
+    return False
 
 
 def _decoded_or_none(line: bytes, seed: int) -> Record | None:

@@ -109,7 +109,7 @@ class SessionFiles:
 
     def read_head(self, session_id: str) -> HeadSnapshot:
         """Read the committed header and small fields. Takes no lock."""
-        return self._not_overtaken(session_id, self._read_head_now)
+        return self._not_overtaken(session_id, self.read_head_now)
 
     def _not_overtaken(self, session_id: str, look: Callable[[str], Found]) -> Found:
         """Start over when a fold comes between document and journal; if it is always so, keep everybody out."""
@@ -127,7 +127,8 @@ class SessionFiles:
                 return found
             return self.journal(session_id, found.header.generation).replay(found)
 
-    def _read_head_now(self, session_id: str) -> HeadSnapshot:
+    def read_head_now(self, session_id: str) -> HeadSnapshot:
+        """As `read_head`, but raise `Overtaken` if the journal is not there that the document names."""
         with self.looking_at(session_id) as path:
             found = snapshot.read_head(path, session_id)
             if not found.header.is_journaled:
@@ -297,6 +298,13 @@ class Transaction:
         self._is_there = True
         return self._found
 
+    def read_head(self) -> HeadSnapshot:
+        """Read the committed header and small fields."""
+        self._require_lock()
+        found = self.alone(self._files.read_head_now)
+        self._is_there = True
+        return found
+
     def alone(self, look: Callable[[str], Found]) -> Found:
         """Look at the session's files while nobody can change them: a journal that is not there is missing."""
         try:
@@ -465,9 +473,22 @@ class Transaction:
             self._known.take(changes)
 
     def compact(self) -> bool:
-        """Fold the journal into the document; durable on return. Tell whether there was anything to fold."""
+        """Fold the journal into the document; durable on return. Tell whether there was anything to fold.
+
+        What crashes have left behind is removed.
+        """
         self._require_lock()
         self.require_known()
+        is_folded = self._fold()
+        _remove_leftover(self._paths.temp)
+        named = None if self._known is None else self._known.log.path
+        with contextlib.suppress(OSError):
+            for path in self._journals():
+                if path != named:
+                    _remove_leftover(path)
+        return is_folded
+
+    def _fold(self) -> bool:
         known = self.look()
         if known is None:
             return False

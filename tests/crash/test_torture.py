@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -34,9 +35,11 @@ NOT_WRITTEN = (
 )
 NOT_IDEMPOTENT = ("turn.py", "    if place is None:\n        messages.insert", "    if True:\n        messages.insert")
 IN_PLACE = (
-    "files/transaction.py",
-    "disk.replace(self._temp, self._path)",
-    "self._path.write_bytes(b''), self._path.write_bytes(self._temp.read_bytes()), disk.unlink(self._temp)",
+    "files/publish.py",
+    "            disk.replace(self._paths.temp, self._paths.document)\n",
+    "            self._paths.document.write_bytes(b'')\n"
+    "            self._paths.document.write_bytes(self._paths.temp.read_bytes())\n"
+    "            disk.unlink(self._paths.temp)\n",
 )
 TEMPS_OF_THEIR_OWN = ("files/layout.py", 'f"{name}{_TEMP}")', "f\"{name}.{__import__('os').getpid()}{_TEMP}\")")
 NO_LEASE = ("streams.py", "            if not is_dead:\n                return False\n", "")
@@ -50,17 +53,59 @@ UNCOUNTED = ("merge.py", "total = _sum(t, m, b or 0)", "total = max(t, m)")
 UNMARKED = ("turn.py", "messages[place][INTERRUPTED] = True", "pass")
 NOT_MIRRORED = ("turn.py", 'data["pending_user_message"] = prompt.get("content")', 'data["pending_user_message"] = ""')
 
+# Of journals.
+TRUSTS_ITS_END = (
+    "files/transaction.py",
+    "        for record in known.log.follow(self._fd, known.tail):\n",
+    "        for record in known.log.follow(self._fd, known.tail) if not known.synced else ():\n",
+)
+TRUSTS_ITS_SNAPSHOT = (
+    "files/transaction.py",
+    "        if known is None or known.opening != start:\n",
+    "        if known is None:\n",
+)
+OVERTAKEN_IS_EMPTY = (
+    "files/transaction.py",
+    "            return self.journal(session_id, found.header.generation).replay(found)\n",
+    "            with contextlib.suppress(Overtaken):\n"
+    "                return self.journal(session_id, found.header.generation).replay(found)\n"
+    "            return found\n",
+)
+OLD_JOURNAL_GOES_FIRST = (
+    "files/publish.py",
+    "            _write_new(self._paths.temp, content)\n",
+    "            self._remove_old_journals()\n            _write_new(self._paths.temp, content)\n",
+)
+HEAD_IS_LEFT_OUT = (
+    "files/journal.py",
+    "        is_same_head = small == self.small and ",
+    "        is_same_head = ",
+)
+
 
 def torture(kills: int, package_parent: Path, scratch: Path, *more: str) -> subprocess.CompletedProcess[str]:
     options = (f"--kills={kills}", "--seed=1", f"--directory={scratch}", *more)
     return run_harness("torture", options, package_parent, DEADLINE_S)
 
 
-def test_nothing_acknowledged_is_lost_torn_or_doubled_by_150_kills(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("journal", "fold", "passed"),
+    [
+        pytest.param("mixed", "mixed", {"entered", "left"}, id="each-in-its-way"),
+        pytest.param("auto", "normal", {"entered", "left"}, id="large-sessions-have-journals"),
+        pytest.param("always", "normal", {"entered"}, id="all-have-journals"),
+        pytest.param("always", "1", {"entered"}, id="all-are-folded-at-each-commit"),
+    ],
+)
+def test_nothing_acknowledged_is_lost_torn_or_doubled_by_kills(
+    tmp_path: Path, journal: str, fold: str, passed: set[str]
+) -> None:
     """After each kill every acknowledged item is there once, in its writer's order; at the end no file is stray."""
-    done = torture(150, PACKAGE_PARENT, tmp_path)
+    done = torture(40, PACKAGE_PARENT, tmp_path, f"--journal={journal}", f"--fold={fold}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "150 kills" in done.stdout
+    figures = {name: int(count) for count, name in re.findall(r"(\d+) (\w+)", done.stdout.splitlines()[-1].replace(",", ""))}
+    assert figures["kills"] == 40
+    assert {name for name in ("entered", "left") if figures[name]} == passed
 
 
 @pytest.mark.parametrize(
@@ -87,6 +132,29 @@ def test_the_torture_sees_a_planted_bug(tmp_path: Path, mutation: Mutation, kill
     """With one mechanism taken out of a copy of the package, the torture ends with that verdict."""
     write_mutated_package(mutation, tmp_path)
     done = torture(kills, tmp_path, tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = {line.partition(": ")[0] for line in done.stdout.splitlines()}
+    assert found & verdicts, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("mutation", "fold", "verdicts"),
+    [
+        # Two records stand behind the same one: damage, to whoever comes next.
+        pytest.param(TRUSTS_ITS_END, "normal", {"torn", "raised"}, id="does-not-look-behind-the-end-it-knows"),
+        pytest.param(TRUSTS_ITS_SNAPSHOT, "1", {"torn", "raised"}, id="does-not-look-at-the-snapshot-it-knows"),
+        # Raised by the reader: a revision that went back.
+        pytest.param(OVERTAKEN_IS_EMPTY, "mixed", {"raised", "lost"}, id="a-load-overtaken-by-a-fold"),
+        pytest.param(OLD_JOURNAL_GOES_FIRST, "1", {"torn", "raised"}, id="the-old-journal-goes-before-the-rename"),
+        pytest.param(HEAD_IS_LEFT_OUT, "normal", {"lost"}, id="small-fields-missing-from-a-record"),
+    ],
+)
+def test_the_torture_sees_a_bug_planted_in_the_journal(
+    tmp_path: Path, mutation: Mutation, fold: str, verdicts: set[str]
+) -> None:
+    """With every session journaled; as above."""
+    write_mutated_package(mutation, tmp_path)
+    done = torture(150, tmp_path, tmp_path, "--journal=always", f"--fold={fold}")
     assert done.returncode == 1, done.stdout + done.stderr
     found = {line.partition(": ")[0] for line in done.stdout.splitlines()}
     assert found & verdicts, done.stdout

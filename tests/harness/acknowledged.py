@@ -9,13 +9,15 @@ stream of an author that is dead may have been ended for it.
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import persist
+from harness.journaling import load_of
 
 Document = dict[str, Any]
 Message = tuple[str, str]
@@ -37,13 +39,14 @@ class Kept(NamedTuple):
 class Shown(NamedTuple):
     """What a session has of one author.
 
-    `messages` are in the session's order, `title` is the one that this author has given it, and `stream` is what runs there:
-    its id and its prompt.
+    `messages` are in the session's order, `title` is the one that this author has given it, `stream` is what runs there (its
+    id and its prompt), and `mark` is what this author has set in the head.
     """
 
     messages: tuple[Kept, ...] = ()
     title: str | None = None
     stream: Message | None = None
+    mark: str | None = None
 
 
 State = Shown | None
@@ -56,7 +59,7 @@ class Change(NamedTuple):
     `kind` is "create" (a session with these messages and this title), "append" (may be tried again), "add", "insert" (ahead of
     the message with the id `ahead_of`, if it is there), "put" (in the place of the message with this id, or at the end),
     "start" (a stream, with this prompt), "finish" (the stream, with this answer), "fail" (the stream), "rename" (the session,
-    to this title), "keep" (nothing changes) or "delete".
+    to this title), "mark" (the session's head, with this title), "keep" (nothing changes) or "delete".
     """
 
     kind: str
@@ -75,6 +78,8 @@ def after(state: State, change: Change) -> State:
     match change.kind:
         case "create" | "rename":
             return shown._replace(title=change.title)
+        case "mark":
+            return shown._replace(mark=change.title)
         case "start":
             [(prompt_id, content)] = change.messages
             return shown._replace(stream=(prompt_id.removesuffix(PROMPT), content))
@@ -112,10 +117,27 @@ def author_of(message_id: str) -> str:
     return message_id.partition("-")[0]
 
 
+def title_of(name: str, load_bytes: int) -> str:
+    """The title that says what its session carries; the two are only committed together."""
+    return f"{name}+{load_bytes}"
+
+
+def load_bytes_of(title: str) -> int:
+    """What a session with this title carries."""
+    return int(title.rpartition("+")[2])
+
+
+def titled(data: Document, title: str) -> Document:
+    """Give a document this title, and what that says it carries."""
+    data.update(title=title, tool_calls=load_of(load_bytes_of(title)))
+    return data
+
+
 @dataclass
 class Figures:
     """What a run has counted. Everything from `lost` on is a broken promise, or, if `idle`, a run that shows nothing.
 
+    `entered` and `left` say how often a session was seen to have a journal that had none before, and the other way round.
     `worked` names the roles that have brought something to its end.
     """
 
@@ -124,6 +146,8 @@ class Figures:
     acknowledged: int = 0
     events: int = 0
     looks: int = 0
+    entered: int = 0
+    left: int = 0
     lost: int = 0
     torn: int = 0
     doubled: int = 0
@@ -145,8 +169,9 @@ class Figures:
 
     def shown(self, crashes: str) -> str:
         """One line; `crashes` is what this harness calls them."""
-        names = ("begun", "acknowledged", "events", "looks", "lost", "torn", "doubled", "stuck", "stray", "raised", "idle")
-        return ", ".join([f"{self.crashes:,} {crashes}", *(f"{getattr(self, name):,} {name}" for name in names)])
+        names = ("begun", "acknowledged", "events", "looks", "entered", "left")
+        faults = ("lost", "torn", "doubled", "stuck", "stray", "raised", "idle")
+        return ", ".join([f"{self.crashes:,} {crashes}", *(f"{getattr(self, name):,} {name}" for name in names + faults)])
 
 
 @dataclass
@@ -254,7 +279,7 @@ class Ledger:
                 history.go_on_from(state)
 
     def _compare_whole(self, session_id: str, document: Document, figures: Figures) -> None:
-        """What must be right whoever has written: each id once, a visit with each of its messages, no remains of a stream."""
+        """What must be right whoever has written: each id once, what is committed together, no remains of a stream."""
         ids = [message["id"] for message in document["messages"]]
         twice = [each for each, count in Counter(ids).items() if count > 1]
         if twice:
@@ -263,6 +288,8 @@ class Ledger:
         if missing != self._visits_missing[session_id]:
             self._visits_missing[session_id] = missing
             figures.found("lost" if missing > 0 else "torn", f"{session_id}: {missing} visits are missing", abs(missing) or 1)
+        if (title := document.get("title")) and document.get("tool_calls", []) != load_of(load_bytes_of(title)):
+            figures.found("torn", f"{session_id}: it does not carry what its title {title} says")
         remains = {key for key, idle in _PENDING.items() if document.get(key, idle) != idle}
         if remains and document["active_stream_id"] is None:
             figures.found("torn", f"{session_id}: no stream, but {sorted(remains)}")
@@ -295,6 +322,8 @@ def shown_by_author(document: Document) -> dict[str, Shown]:
     if title := document.get("title"):
         maker = author_of(title)
         found[maker] = found.get(maker, Shown())._replace(title=title)
+    for author, mark in document.get("marks", {}).items():
+        found[author] = found.get(author, Shown())._replace(mark=mark)
     if stream_id := document.get("active_stream_id"):
         owner = author_of(stream_id)
         found[owner] = found.get(owner, Shown())._replace(stream=(stream_id, str(document.get("pending_user_message"))))
@@ -313,7 +342,7 @@ def _name_fault(figures: Figures, where: str, allowed: list[State], found: State
 
 
 def _fields(shown: Shown) -> list[tuple[str, object]]:
-    return [("title", shown.title), ("stream", shown.stream)]
+    return [("title", shown.title), ("stream", shown.stream), ("mark", shown.mark)]
 
 
 def _values(states: list[State], name: str) -> list[object]:
@@ -357,6 +386,7 @@ def _try_again(store: persist.Store, session_id: str) -> None:
     """Whatever verb was cut off there, trying it again removes its left-overs."""
     if store.exists(session_id):
         store.update(session_id, _mark_as_settled)
+        store.compact(session_id)
     else:
         store.create(session_id)
         store.delete(session_id)
@@ -368,8 +398,16 @@ def _mark_as_settled(data: Document) -> None:
 
 
 def stray_files(directory: Path) -> Iterable[str]:
-    """Every name in a store at rest that is neither a document nor the lock of one."""
+    """Every name in a store at rest that is neither a document nor the lock or the journal of one."""
     names = {path.name for path in directory.iterdir()}
     documents = {name for name in names if name.endswith(".json")}
-    yield from sorted(names - documents - {f"{name}.lock" for name in documents} - {".leases", ".events"})
+    known = documents | {f"{name}.lock" for name in documents} | {".leases", ".events"}
+    yield from sorted(names - known - set(_journals_named(directory, documents)))
     yield from sorted(str(path.relative_to(directory)) for path in directory.glob(".*/*"))
+
+
+def _journals_named(directory: Path, documents: Iterable[str]) -> Iterator[str]:
+    for name in documents:
+        header = json.loads((directory / name).read_bytes())["_persist"]
+        if header.get("is_journaled"):
+            yield f"{name.removesuffix('.json')}.{header['generation']}.journal"

@@ -21,11 +21,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import persist
-from harness.acknowledged import ANSWER, PROMPT, VISIT, Change, Document, Figures, Ledger, Message
+from harness.acknowledged import ANSWER, PROMPT, VISIT, Change, Document, Figures, Ledger, Message, title_of, titled
+from harness.journaling import LOAD_BYTES, Journaling
 
 LOCK_TIMEOUT_S = 30.0
 # Those that only look leave the processor to those that write.
 PAUSE_S = 0.001
+HEADS_A_LOOK = 5
+# More than a reader of a head takes at a time. With many of them no session would stay small.
+LONG, LONG_SHARE = "Once upon a time, there was a lock. " * 250, 0.01
 WORDS = ("Why?", "Grüße, 世界 🌍.", "The stream owns the session. " * 4, '{"quoted": "text"}\n' * 3)
 
 Role = Callable[["Author", Sequence[str]], None]
@@ -34,20 +38,24 @@ Role = Callable[["Author", Sequence[str]], None]
 class Author:
     """In the child: the store, and the way to report what is done to it."""
 
-    def __init__(self, name: str, directory: Path, pipe: int, seed: int) -> None:
+    def __init__(self, name: str, directory: Path, pipe: int, seed: int, journaling: Journaling) -> None:
         self.name = name
         self.random = random.Random(f"{seed}/{name}")
         self._pipe = pipe
         self._numbers = itertools.count()
         # Two saves may count a visit at a time. Events of a stream that has ended are of no interest here.
-        self.store = persist.Store(directory, lock_timeout_s=LOCK_TIMEOUT_S, merge={"visits": "sum"}, keep_events_s=0)
+        options = {"lock_timeout_s": LOCK_TIMEOUT_S, "merge": {"visits": "sum"}, "keep_events_s": 0}
+        self.store = journaling.drawn(self.random).open(directory, **options)
 
     def new_id(self) -> str:
         return f"{self.name}-{next(self._numbers)}"
 
+    def words(self) -> str:
+        return LONG if self.random.random() < LONG_SHARE else self.random.choice(WORDS)
+
     def message(self, suffix: str = "") -> Message:
         message_id = self.new_id() + suffix
-        return message_id, f"{message_id} {self.random.choice(WORDS)}"
+        return message_id, f"{message_id} {self.words()}"
 
     def report(self, *record: object) -> None:
         os.write(self._pipe, json.dumps(record).encode() + b"\n")
@@ -78,8 +86,8 @@ def visit(data: Document, message: Message) -> None:
 
 
 def write(author: Author, shared: Sequence[str]) -> None:
-    """Append, save, edit and update, on sessions that others write to."""
-    ways = (_append, _append_twice, _save, _edit, _update)
+    """Append, save, edit, update and compact, on sessions that others write to."""
+    ways = (_append, _append_twice, _save, _edit, _update, _mark, _compact)
     while True:
         author.random.choice(ways)(author, author.random.choice(shared))
 
@@ -120,6 +128,18 @@ def _update(author: Author, session_id: str) -> None:
         author.store.update(session_id, lambda data: visit(data, message))
 
 
+def _mark(author: Author, session_id: str) -> None:
+    """A change of the head only."""
+    mark = author.new_id()
+    with author.reporting(Change("mark", session_id, title=mark)):
+        author.store.update(session_id, lambda data: data.setdefault("marks", {}).update({author.name: mark}), head_only=True)
+
+
+def _compact(author: Author, session_id: str) -> None:
+    with author.reporting(Change("keep", session_id)):
+        author.store.compact(session_id)
+
+
 def own(author: Author, shared: Sequence[str]) -> None:
     """Run one turn after the other on sessions that others write to."""
     while True:
@@ -130,7 +150,7 @@ def own(author: Author, shared: Sequence[str]) -> None:
 def _turn(author: Author, session_id: str) -> None:
     stream_id = author.new_id()
     answer_id = stream_id + ANSWER
-    prompt = author.random.choice(WORDS)
+    prompt = author.words()
     with author.reporting(Change("start", session_id, ((stream_id + PROMPT, prompt),))):
         stream = author.store.start_stream(session_id, {"role": "user", "content": prompt}, stream_id=stream_id)
     with stream:
@@ -161,14 +181,15 @@ def _emit(author: Author, stream: persist.Stream) -> None:
 
 
 def garden(author: Author, _shared: Sequence[str]) -> None:
-    """Make sessions, rename them, copy them, and delete them again."""
+    """Make sessions, rename them, which makes some large and others small, copy them, and delete them again."""
     while True:
         session_id, copy_id = author.new_id(), author.new_id()
-        first, title = author.message(), author.new_id()
+        first, title = author.message(), _title(author)
         with author.reporting(Change("create", session_id, (first,), title=title)):
-            author.store.create(session_id, {"title": title, "messages": [as_document(first)]})
+            author.store.create(session_id, titled({"messages": [as_document(first)]}, title))
         second = _append(author, session_id)
         title = _rename(author, session_id)
+        _compact(author, session_id)
         with author.reporting(Change("create", copy_id, (first, second), title=title)):
             author.store.duplicate(session_id, copy_id)
         _append(author, copy_id)
@@ -178,11 +199,15 @@ def garden(author: Author, _shared: Sequence[str]) -> None:
 
 
 def _rename(author: Author, session_id: str) -> str:
-    session, title = author.store.load(session_id), author.new_id()
-    session.data["title"] = title
+    session, title = author.store.load(session_id), _title(author)
+    titled(session.data, title)
     with author.reporting(Change("rename", session_id, title=title)):
         session.save()
     return title
+
+
+def _title(author: Author) -> str:
+    return title_of(author.new_id(), author.random.choice((0, LOAD_BYTES)))
 
 
 def sweep(author: Author, _shared: Sequence[str]) -> None:
@@ -195,18 +220,34 @@ def sweep(author: Author, _shared: Sequence[str]) -> None:
 
 
 def look(author: Author, shared: Sequence[str]) -> None:
-    """Load sessions and heads without a lock; a revision must never go back."""
+    """Load sessions and heads without a lock."""
     seen = dict.fromkeys(shared, 0)
     while True:
         for session_id in shared:
-            revisions = seen[session_id], author.store.load(session_id).revision, author.store.head(session_id).revision
-            assert list(revisions) == sorted(revisions), f"revisions of {session_id} went back: {revisions}"
-            seen[session_id] = revisions[-1]
+            seen[session_id] = _look_at(author.store, session_id, seen[session_id])
         for session_id in author.store.ids():
             with suppress(persist.SessionNotFound):
                 author.store.load(session_id)
         author.report("look")
         time.sleep(PAUSE_S)
+
+
+def _look_at(store: persist.Store, session_id: str, seen: int) -> int:
+    """Revisions must never go back, and head and document of one revision are the same. Return the last revision."""
+    before, heads = store.load(session_id), [store.head(session_id) for _ in range(HEADS_A_LOOK)]
+    after, head = store.load(session_id), heads[-1]
+    revisions = [seen, before.revision, *(head.revision for head in heads), after.revision]
+    assert revisions == sorted(revisions), f"revisions of {session_id} went back: {revisions}"
+    for session in (before, after):
+        is_same = session.revision == head.revision
+        assert not is_same or _head_of(session) == (head.data, head.counts), f"{session_id} has another head than it shows"
+    return revisions[-1]
+
+
+def _head_of(session: persist.Session) -> tuple[Document, dict[str, int]]:
+    lists = {name: session.data[name] for name in ("messages", "tool_calls") if name in session.data}
+    small = {name: value for name, value in session.data.items() if name not in lists}
+    return small, {name: len(items) for name, items in lists.items()}
 
 
 # --- the crew ---
@@ -237,12 +278,13 @@ class Crew:
         raised: what the processes have raised.
     """
 
-    def __init__(self, ledger: Ledger, figures: Figures, seed: int) -> None:
+    def __init__(self, ledger: Ledger, figures: Figures, seed: int, journaling: Journaling) -> None:
         self.hands: list[Hand] = []
         self.raised: list[Raised] = []
         self._ledger = ledger
         self._figures = figures
         self._seed = seed
+        self._journaling = journaling
         self._names = (f"w{number}" for number in itertools.count())
         self._selector = selectors.DefaultSelector()
         self._cut_off: dict[Hand, bytes] = {}
@@ -254,7 +296,7 @@ class Crew:
         if pid == 0:
             for pipe in (ours, *(hand.pipe for hand in self.hands)):
                 os.close(pipe)
-            _live(name, role, directory, theirs, self._seed, shared)
+            _live(role, lambda: Author(name, directory, theirs, self._seed, self._journaling), theirs, shared)
         os.close(theirs)
         os.set_blocking(ours, False)
         hand = Hand(name, role, shared, pid, ours)
@@ -327,11 +369,11 @@ class Crew:
             self.raised.append(Raised(at_s, f"{hand.name}: {said}"))
 
 
-def _live(name: str, role: Role, directory: Path, pipe: int, seed: int, shared: Sequence[str]) -> NoReturn:
+def _live(role: Role, author: Callable[[], Author], pipe: int, shared: Sequence[str]) -> NoReturn:
     """The life of a child: it ends by a kill, by an error that it reports, or because its parent is gone."""
     try:
         try:
-            role(Author(name, directory, pipe, seed), shared)
+            role(author(), shared)
         except Exception as error:
             said = f"{role.__name__}: {type(error).__name__}: {error}"[:1000]
             os.write(pipe, json.dumps(["raise", time.monotonic(), said]).encode() + b"\n")

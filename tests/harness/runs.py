@@ -8,11 +8,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import persist
 from harness.acknowledged import Figures
+from harness.journaling import Journaling, add_journaling, journaling_of
 
 SECONDS_A_LINE = 10.0
 MOST_FINDINGS_SHOWN = 20
@@ -79,6 +80,7 @@ class Plan:
     seed: int = 0
     keep_going: bool = False
     patience_s: float = 30.0
+    journaling: Journaling = field(default_factory=Journaling)
     is_interrupted: Callable[[], bool] = lambda: False
 
 
@@ -131,11 +133,13 @@ def arguments_of(parser: argparse.ArgumentParser, given: list[str] | None, crash
         default=Plan().patience_s,
         help="a run in which nothing is committed for so long has failed; default %(default)g",
     )
+    add_journaling(parser)
     options = parser.parse_args(given)
     is_interrupted = ask_on_interrupt()
     seed = random.randrange(1 << 32) if options.seed is None else options.seed
     print(f"seed {seed}, persist from {Path(persist.__file__).parent}", flush=True)
-    return options, Plan(getattr(options, crashes), seed, options.keep_going, options.patience, is_interrupted)
+    journaling = journaling_of(options)
+    return options, Plan(getattr(options, crashes), seed, options.keep_going, options.patience, journaling, is_interrupted)
 
 
 def ask_on_interrupt() -> Callable[[], bool]:

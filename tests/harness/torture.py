@@ -19,6 +19,8 @@ from harness.watch import Watch
 
 ROLES = (write, own, garden, write, own, sweep, look, write)
 LONGEST_PAUSE_S = 0.02
+# How often the parent forgets all that it knows of the sessions, and may write in another way from then on.
+ANEW = 0.1
 
 
 class Torture(Run):
@@ -62,6 +64,8 @@ class Torture(Run):
         watch.share()
         watch.retire()
         watch.start(victim.role)
+        if self._random.random() < ANEW:
+            watch.open()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import persist
-from harness.acknowledged import Change, Document, Figures, Ledger, read_all, settle
+from harness.acknowledged import Change, Document, Figures, Ledger, load_bytes_of, read_all, settle, title_of, titled
 from harness.authors import LOCK_TIMEOUT_S, Crew, Hand, Role, as_document
+from harness.journaling import LOAD_BYTES
 from harness.runs import Plan
 
 SHARED = 3
@@ -29,7 +31,9 @@ class Watch:
     def __init__(self, directory: Path, figures: Figures, plan: Plan) -> None:
         self.figures = figures
         self.ledger = Ledger()
-        self.crew = Crew(self.ledger, figures, plan.seed)
+        self.crew = Crew(self.ledger, figures, plan.seed, plan.journaling)
+        self._random = random.Random(plan.seed)
+        self._journaled: set[str] = set()
         self.shared: tuple[str, ...] = ()
         self._directory = directory
         self._plan = plan
@@ -37,21 +41,37 @@ class Watch:
 
     def open(self) -> None:
         """Look at the directory with a new store, as a process does that has just started."""
-        self.store = persist.Store(self._directory, lock_timeout_s=LOCK_TIMEOUT_S, keep_events_s=0)
+        journaling = self._plan.journaling.drawn(self._random)
+        self.store = journaling.open(self._directory, lock_timeout_s=LOCK_TIMEOUT_S, keep_events_s=0)
 
     def start(self, role: Role) -> Hand:
         return self.crew.start(role, self._directory, self.shared)
 
     def share(self) -> None:
-        """See to it that there are enough sessions to share, and rename one of them."""
+        """See to it that there are enough sessions to share, and rename one; that may make it a large one, or small again."""
         for number in range(len(self.shared), SHARED):
-            session_id = title = f"{MADE_HERE}-{self.figures.crashes}-{number}"
+            session_id = f"{MADE_HERE}-{self.figures.crashes}-{number}"
+            title = title_of(session_id, self._random.choice((0, LOAD_BYTES)))
             with self._promised(Change("create", session_id, title=title)):
-                self.store.create(session_id, {"title": title, "messages": []})
+                self.store.create(session_id, titled({"messages": []}, title))
             self.shared += (session_id,)
-        session_id, title = self.shared[self.figures.crashes % SHARED], f"{MADE_HERE}-at-{self.figures.crashes}"
-        with self._promised(Change("rename", session_id, title=title)):
-            self.store.update(session_id, lambda data: data.update(title=title))
+        self._count_journals()
+        self._rename(self.shared[self.figures.crashes % SHARED], f"{MADE_HERE}-at-{self.figures.crashes}")
+        self._count_journals()
+
+    def _rename(self, session_id: str, name: str) -> None:
+        # Nobody else renames what is shared.
+        load_bytes = load_bytes_of(self.store.head(session_id).data["title"])
+        if self._random.random() < 0.5:
+            title = title_of(name, LOAD_BYTES - load_bytes)
+            with self._promised(Change("rename", session_id, title=title)):
+                self.store.update(session_id, lambda data: titled(data, title))
+        else:
+            title = title_of(name, load_bytes)
+            with self._promised(Change("rename", session_id, title=title)):
+                self.store.update(session_id, lambda data: data.update(title=title), head_only=True)
+        with self._promised(Change("keep", session_id)):
+            self.store.compact(session_id)
 
     @contextmanager
     def _promised(self, change: Change) -> Iterator[None]:
@@ -109,6 +129,12 @@ class Watch:
         for session_id, document in found.items():
             self.ledger.compare(session_id, document, self.figures)
         self.shared = tuple(each for each in self.shared if _is_fit(found.get(each)))
+
+    def _count_journals(self) -> None:
+        before = self._journaled
+        self._journaled = {path.name.partition(".")[0] for path in self.store.path.glob("*.journal")}
+        self.figures.entered += len(self._journaled - before)
+        self.figures.left += sum(map(self.store.exists, before - self._journaled))
 
     def retire(self) -> None:
         """Delete the sessions that nobody works on any more."""

@@ -530,6 +530,22 @@ def test_strange_files_in_the_directory_are_no_sessions(store: persist.Store) ->
     assert store.ids() == ["s"]
 
 
+def test_compact_removes_what_crashes_have_left_behind(scratch: Path) -> None:
+    """Also if there is nothing to fold: a commit that adds to a journal leaves it there. `check` says so."""
+    store = persist.Store(scratch / "sessions", journal="always")
+    for session_id in ("s", "t"):
+        store.create(session_id, {"messages": []})
+    before = everything(store.path)
+    for name in ("s.json.tmp", "s.2.journal", "s.9.journal", "t.9.journal"):
+        (store.path / name).write_bytes(b"")
+    problems = [problem for problem in store.check() if problem.session_id == "s"]
+    assert [problem.kind for problem in problems] == ["left-over"] * 3
+    assert all(f"'persist compact {store.path} s' removes it" in problem.message for problem in problems)
+    assert store.compact("s") is False
+    (store.path / "t.9.journal").unlink()
+    assert everything(store.path) == before
+
+
 def test_exists_tells_whether_there_is_such_a_session(session: persist.Session, store: persist.Store) -> None:
     """And leaves no trace of having asked."""
     assert store.exists("s")

@@ -1,0 +1,1 @@
+"""What `scripts/bench` is made of: the peers, the measuring in turns, the tables, the targets and the plots."""

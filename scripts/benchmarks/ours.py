@@ -1,0 +1,146 @@
+"""persist among its peers: `append`, and the other verbs that commit."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar
+
+import persist
+from benchmarks.peers import Peer
+from benchmarks.workload import SESSION, Message, open_store
+from persist.files.transaction import Mode
+
+APPEND = "persist: store.append()"
+ALWAYS = 'persist: store.append(), journal="always"'
+SAVE = "persist: session.save() after one appended message"
+UPDATE = "persist: store.update() of one small field"
+UPDATE_HEAD = "persist: store.update(head_only=True)"
+CLEAR = "persist: session.clear_stale_stream()"
+
+PROMPT = {"role": "user", "content": "Why?"}
+
+
+class Append(Peer):
+    name = APPEND
+    way = 'append, journal="auto": up to 64 KiB the file is replaced, above it is journaled'
+    journal: ClassVar[Mode] = "auto"
+
+    def prepare(self, data: dict[str, Any]) -> None:
+        self._store = open_store(self.directory, self.journal)
+        self._store.create(SESSION, data)
+
+    def append(self, message: Message) -> None:
+        self._store.append(SESSION, "messages", message)
+
+    def load(self) -> persist.Session:
+        return self._store.load(SESSION)
+
+    def head(self) -> persist.Head:
+        return self._store.head(SESSION)
+
+
+class AppendAlways(Append):
+    name = ALWAYS
+    way = 'append, journal="always": every session is journaled'
+    journal = "always"
+    most = (10, 10)
+    too_slow = 'above 64 KiB it is the same as "auto"'
+
+
+class Verb(Append):
+    """Another verb than `append`; the large sizes are for the full run."""
+
+    most = (100_000, 10_000)
+    too_slow = "the full run measures it"
+
+
+class StreamAppend(Verb):
+    name = "persist: stream.append()"
+    way = "a fenced append to the running turn"
+
+    def prepare(self, data: dict[str, Any]) -> None:
+        super().prepare(data)
+        self._stream = self._store.start_stream(SESSION, PROMPT)
+
+    def append(self, message: Message) -> None:
+        self._stream.append(message)
+
+    def close(self) -> None:
+        self._stream.fail()
+
+
+class StreamCheckpoint(StreamAppend):
+    name = "persist: stream.checkpoint()"
+    way = "the partial answer is replaced by a message of 430 bytes"
+
+    def append(self, message: Message) -> None:
+        self._stream.checkpoint({"role": "assistant", "content": message["content"]})
+
+
+class StreamFinish(Verb):
+    name = "persist: stream.finish()"
+    way = "the answer and the end of the turn; its start is not timed"
+
+    def before(self) -> None:
+        self._stream = self._store.start_stream(SESSION, PROMPT)
+
+    def append(self, message: Message) -> None:
+        self._stream.finish({"role": "assistant", "content": message["content"]})
+
+
+class Save(Verb):
+    name = SAVE
+    way = 'session.data["messages"].append(…), save(); the session stays loaded'
+
+    def prepare(self, data: dict[str, Any]) -> None:
+        super().prepare(data)
+        self._session = self._store.load(SESSION)
+
+    def append(self, message: Message) -> None:
+        self._session.data["messages"].append(message)
+        self._session.save()
+
+
+class Update(Verb):
+    name = UPDATE
+    way = "a function that sets one field of the data"
+
+    options: ClassVar[dict[str, Any]] = {}
+
+    def append(self, message: Message) -> None:
+        self._store.update(SESSION, lambda data: data.update(draft=message["id"]), **self.options)
+
+
+class UpdateHead(Update):
+    name = UPDATE_HEAD
+    way = "a function that sets one field of the small fields"
+    options: ClassVar[dict[str, Any]] = {"head_only": True}
+
+
+class ClearStale(Verb):
+    name = CLEAR
+    way = "the stream of a dead owner is cleared; its start and the load are not timed"
+
+    def before(self) -> None:
+        stream = self._store.start_stream(SESSION, PROMPT)
+        self._session = self._store.load(SESSION)
+        with warnings.catch_warnings():
+            # Dropped, it gives its lease up and changes nothing else: as if its process had died.
+            warnings.simplefilter("ignore", ResourceWarning)
+            del stream
+
+    def append(self, message: Message) -> None:
+        if not self._session.clear_stale_stream():
+            raise AssertionError("The stream was not stale.")
+
+
+APPENDS: tuple[type[Peer], ...] = (Append, AppendAlways)
+VERBS: tuple[type[Peer], ...] = (
+    StreamAppend,
+    StreamCheckpoint,
+    StreamFinish,
+    Save,
+    Update,
+    UpdateHead,
+    ClearStale,
+)

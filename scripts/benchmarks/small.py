@@ -1,0 +1,98 @@
+"""What a lock costs, and a commit to a small session, alone and among many neighbours."""
+
+from __future__ import annotations
+
+import fcntl
+import itertools
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+from statistics import median
+
+import filelock
+
+import persist
+from benchmarks import bare
+from benchmarks.measure import Action, Effort, interleaved
+from benchmarks.tables import Findings, Table, at_most, compared, ratio, shown
+from benchmarks.workload import SESSION, conversation, new_message, open_store
+from persist.files.lock import hold
+
+#: Messages of a session of about 4 KB.
+MESSAGES = 9
+
+
+def copies(store: persist.Store, count: int) -> list[str]:
+    """Put a committed session there under many names: without an fsync for each, so all are settled at the end."""
+    content = store.path.joinpath(f"{SESSION}.json").read_bytes()
+    names = [f"{SESSION}-{i:05}" for i in range(count)]
+    for name in names:
+        store.path.joinpath(f"{name}.json").write_bytes(content)
+    os.sync()
+    return names
+
+
+def _enter(lock: AbstractContextManager[object]) -> None:
+    with lock:
+        pass
+
+
+def _raw_lock(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(fd)
+
+
+def lock_cycles(directory: Path, effort: Effort) -> Findings:
+    """An uncontended lock and unlock."""
+    ours, raw, fresh = (directory / f"{name}.lock" for name in ("ours", "raw", "fresh"))
+    kept = filelock.FileLock(directory / "kept.lock")
+    base, mine = "open + flock + close", "persist.files.lock.hold"
+    actions = {
+        mine: Action(lambda: _enter(hold(ours, SESSION, 5.0))),
+        base: Action(lambda: _raw_lock(raw)),
+        "filelock.FileLock, kept": Action(lambda: _enter(kept)),
+        "filelock.FileLock, fresh": Action(lambda: _enter(filelock.FileLock(fresh))),
+    }
+    seconds = interleaved(actions, effort)
+    target = at_most("lock and unlock, uncontended", 20, seconds[mine] * 1e6, "µs")
+    return Findings([compared("Lock and unlock, uncontended", seconds, base)], [target])
+
+
+def saver(session: persist.Session) -> Action:
+    """A save of one small changed field."""
+    drafts = itertools.count(1)
+    return Action(session.save, lambda: session.data.update(draft=next(drafts)))
+
+
+def commits(directory: Path, effort: Effort) -> Findings:
+    """Commits to a session of 4 KB."""
+    store = open_store(directory)
+    session = store.create(SESSION, conversation(MESSAGES))
+    content = store.path.joinpath(f"{SESSION}.json").read_bytes()
+    # Twenty in turn, so that none grows far from 4 KB.
+    targets, peer = itertools.cycle(copies(store, 20)), store.path / "peer"
+    base, save = "temp + fsync + rename + directory fsync", "session.save()"
+    actions = {
+        save: saver(session),
+        "store.append()": Action(lambda: store.append(next(targets), "messages", new_message())),
+        base: Action(lambda: bare.replace(peer, content)),
+    }
+    seconds = interleaved(actions, effort)
+    target = at_most("save() of a session of 4 KB, to bare replace", 1.3, seconds[save] / seconds[base])
+    return Findings([compared(f"A commit to a session of {len(content):,} bytes", seconds, base)], [target])
+
+
+def neighbours(directory: Path, effort: Effort, count: int, runs: int) -> Findings:
+    """A save in a directory of its own, and in one with many other sessions."""
+    alone, crowded = open_store(directory / "alone"), open_store(directory / "crowded")
+    sessions = {store.path: store.create(SESSION, conversation(MESSAGES)) for store in (alone, crowded)}
+    copies(crowded, count)
+    names = "save() alone", f"save() with {count:,} neighbours"
+    actions = {name: saver(session) for name, session in zip(names, sessions.values(), strict=True)}
+    found = [interleaved(actions, effort) for _ in range(runs)]
+    quotient = median(run[names[1]] / run[names[0]] for run in found)
+    seconds = [median(run[name] for run in found) for name in names]
+    rows = [(names[0], shown(seconds[0]), "1.00 ×"), (names[1], shown(seconds[1]), ratio(quotient, 1.0))]
+    target = at_most(f"save() with {count:,} neighbours, to alone", 1.25, quotient)
+    return Findings([Table(f"Neighbours (median of {runs} runs)", ("median", "to alone"), rows)], [target])

@@ -1,0 +1,553 @@
+"""A damaged journal: what a crash can have left is folded away by the next writer; anything else is told, nothing written.
+
+Each test damages the files of a session whose every committed state is known. They fail without their mechanisms: the CRC of a
+record, the rule of the altered newline, that of whole sectors, and `synced`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.faults import quick_directory
+from harness.journals import journal_of, line_of, parted, record_of, sealed
+from harness.verbs import within_deadline
+
+import persist
+from persist.files import disk
+
+SECTOR = 512
+
+
+@dataclass
+class History:
+    """A session with a journal; its `content`, and what the session was after each commit.
+
+    Attributes:
+        states: by revision, the data, and the end of the journal.
+    """
+
+    directory: Path
+    content: bytes = b""
+    states: dict[int, tuple[dict[str, Any], int]] = field(default_factory=dict)
+
+    def store(self, mode: str = "always") -> persist.Store:
+        """One that knows nothing yet, as another process has it."""
+        return persist.Store(self.directory, journal=mode)  # type: ignore[arg-type]
+
+    def note(self) -> None:
+        session = self.store().load("s")
+        self.content = self.path.read_bytes()
+        self.states[session.revision] = (session.data, len(self.content))
+
+    @property
+    def path(self) -> Path:
+        return journal_of(self.store())
+
+    def assert_committed(self, session: persist.Session) -> int:
+        """It is a state that was committed; return its revision."""
+        assert session.revision in self.states
+        assert session.data == self.states[session.revision][0]
+        return session.revision
+
+    def put(self, content: bytes) -> None:
+        self.path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def history() -> Iterator[History]:
+    """A few records: an append, a change of the head, a turn with a partial and its end, and a save in the middle."""
+    with quick_directory() as directory:
+        found = History(directory)
+        store = found.store()
+        store.create("s", {"title": "New chat", "messages": [{"id": "m1", "role": "user", "content": "J* hi"}]})
+        found.note()
+        store.append("s", "messages", {"id": "m2", "content": "é J @ *" * 3})
+        found.note()
+        store.update("s", lambda data: data.update(title="File locks"), head_only=True)
+        found.note()
+        with store.start_stream("s", {"role": "user", "content": "Why?"}) as stream:
+            found.note()
+            stream.checkpoint({"role": "assistant", "content": "Be"})
+            found.note()
+            stream.finish({"role": "assistant", "content": "Because."})
+        found.note()
+        session = store.load("s")
+        session.data["messages"][0]["content"] = "edited"
+        session.save()
+        found.note()
+        yield found
+
+
+@pytest.fixture
+def damaged(history: History) -> Iterator[History]:
+    """The same, to be damaged; whole again for the next test."""
+    files = {path: path.read_bytes() for path in history.directory.glob("s.*") if path.is_file()}
+    yield history
+    for path in history.directory.glob("s.*"):
+        path.unlink()
+    for path, content in files.items():
+        path.write_bytes(content)
+
+
+def outcome(verb: Callable[[], Any]) -> Any:
+    """What a verb returns, or the kind of its error; others than these are none that damage may lead to."""
+    try:
+        return verb()
+    except (persist.CorruptSession, persist.UnsupportedFormat) as error:
+        return type(error)
+
+
+Verb = Callable[[persist.Store], object]
+
+
+def head(store: persist.Store) -> object:
+    return store.head("s")
+
+
+def load(store: persist.Store) -> object:
+    return store.load("s").data
+
+
+def check(store: persist.Store) -> object:
+    return store.check()
+
+
+def streams(store: persist.Store) -> object:
+    return store.streams()
+
+
+def rename(store: persist.Store) -> object:
+    return store.update("s", lambda data: data.update(title="new"), head_only=True)
+
+
+def append_new(store: persist.Store) -> object:
+    return store.append("s", "messages", {"id": "new"})
+
+
+def append_again(store: persist.Store) -> object:
+    """What is there already: it would be acknowledged without a commit."""
+    return store.append("s", "messages", {"id": "m2", "content": "é J @ *" * 3})
+
+
+def fold(store: persist.Store) -> object:
+    return store.compact("s")
+
+
+def start_stream(store: persist.Store) -> object:
+    return store.start_stream("s")
+
+
+def clear_stale(store: persist.Store) -> object:
+    return store.clear_stale_streams(every_session=True)
+
+
+def accept(store: persist.Store) -> object:
+    return store.accept("s").data
+
+
+def delete(store: persist.Store) -> object:
+    store.delete("s")
+    return None
+
+
+# --- truncation --------------------------------------------------------------------------------------------------------
+
+
+def test_every_truncation_shows_a_committed_revision(damaged: History) -> None:
+    """Cut off at any byte, a journal is what its whole records say; load and head agree."""
+    content, store = damaged.content, damaged.store()
+    first_end = damaged.states[1][1]
+    path = damaged.path
+    for length in range(len(content) + 1):
+        path.write_bytes(content[:length])
+        loaded = outcome(lambda: store.load("s"))
+        if length < first_end:
+            # The opening is durable before the document names it: no crash takes it away.
+            assert loaded is outcome(lambda: store.head("s")) is persist.CorruptSession
+            continue
+        expected = max(revision for revision, (_, end) in damaged.states.items() if end <= length)
+        assert damaged.assert_committed(loaded) == expected
+        assert store.head("s").revision == expected
+
+
+def test_next_writer_folds_a_torn_tail_away(damaged: History) -> None:
+    """After a cut in mid-record the next commit, of whichever verb, makes a new document; nothing is cut off in place."""
+    content, path = damaged.content, damaged.path
+    document = damaged.directory / "s.json"
+    before = document.read_bytes()
+    ends = sorted(end for _, end in damaged.states.values())
+    for end in (ends[0] + 1, ends[2] - 1, ends[3] + 40, ends[-1] - 2):
+        for write in (append_new, rename, fold):
+            for leftover in damaged.directory.glob("s.*.journal"):
+                leftover.unlink()
+            path.write_bytes(content[:end])
+            document.write_bytes(before)
+            store = damaged.store()
+            expected = store.load("s")
+            damaged.assert_committed(expected)
+            write(store)
+            assert not path.exists()
+            found = damaged.store().load("s")
+            assert found.data["messages"][: len(expected.data["messages"])] == expected.data["messages"]
+            assert found.data != expected.data or found.revision == expected.revision
+            assert parted(damaged.path.read_bytes())[1] == []
+
+
+def test_writer_that_knows_the_session_folds_a_torn_tail_too(damaged: History) -> None:
+    """Another process dies in the middle of its record: the one that goes on sees it at its next commit."""
+    store = damaged.store()
+    store.append("s", "messages", {"id": "warm"})
+    with damaged.path.open("ab") as file:
+        file.write(b'{"crc":"0000')
+    store.append("s", "messages", {"id": "new"})
+    assert [each["id"] for each in damaged.store().load("s").data["messages"][-2:]] == ["warm", "new"]
+    assert parted(damaged.path.read_bytes())[1] == []
+
+
+# --- flipped bits ------------------------------------------------------------------------------------------------------
+
+
+def flips(content: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Each content in which one bit is another, from a place on, and where."""
+    for place in range(start, len(content)):
+        for bit in range(8):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << bit
+            yield place, bytes(flipped)
+
+
+def test_no_flipped_bit_of_a_whole_journal_goes_unnoticed(damaged: History) -> None:
+    """Any bit of the opening, of a record, of a newline, the last one's too: an error, never an older or another state.
+
+    No crash flips a bit, and what a crash can leave does not come of one: so there is no position at all where an older
+    revision would be shown.
+    """
+    content, store, path = damaged.content, damaged.store(), damaged.path
+    shown = set()
+    for place, flipped in flips(content):
+        path.write_bytes(flipped)
+        found = outcome(lambda: store.load("s"))
+        if isinstance(found, persist.Session):
+            shown.add(place)
+        elif found is persist.UnsupportedFormat:
+            assert place == content.index(b"1,"), "the version"
+    assert shown == set()
+
+
+def test_flipped_bit_keeps_writers_out(damaged: History) -> None:
+    """Whatever verb comes first: the error, and not a byte is written. Each byte, one bit of each."""
+    content, path = damaged.content, damaged.path
+    files = sorted(each.name for each in damaged.directory.iterdir())
+    for place, flipped in list(flips(content))[::13]:
+        path.write_bytes(flipped)
+        store = damaged.store()
+        for verb in (append_again, append_new, rename, fold, start_stream, delete):
+            assert outcome(functools.partial(verb, store)) in (persist.CorruptSession, persist.UnsupportedFormat), place
+        assert path.read_bytes() == flipped
+        assert sorted(each.name for each in damaged.directory.iterdir()) == files
+
+
+def test_head_of_a_journal_whose_last_record_was_altered_is_told(damaged: History) -> None:
+    """A head never shows an older revision than was acknowledged: damage of the last record is an error for it, too."""
+    content, store, path = damaged.content, damaged.store(), damaged.path
+    last = damaged.states[max(damaged.states) - 1][1]
+    # From the record before the last one on; what stands before that is not read.
+    for place, flipped in flips(content, damaged.states[max(damaged.states) - 2][1]):
+        path.write_bytes(flipped)
+        found = outcome(lambda: store.head("s"))
+        if isinstance(found, persist.Head):
+            assert place < last
+            assert (found.revision, found.data["title"]) == (max(damaged.states), "File locks")
+
+
+def test_flipped_bit_of_a_torn_journal_shows_no_other_state(damaged: History) -> None:
+    """With a torn tail, a flip in the tail leaves it torn or makes it damage; one before it is damage."""
+    content = damaged.content
+    whole = damaged.states[5][1]
+    store, path = damaged.store(), damaged.path
+    shown = set()
+    for place, flipped in flips(content[: whole + 120]):
+        path.write_bytes(flipped)
+        found = outcome(lambda: store.load("s"))
+        if isinstance(found, persist.Session):
+            assert damaged.assert_committed(found) == 5
+            shown.add(place)
+    assert shown == set(range(whole, whole + 120))
+
+
+# --- sectors -----------------------------------------------------------------------------------------------------------
+
+
+def long_record(history: History, size: int) -> tuple[bytes, int]:
+    """A journal whose last record is so many bytes long, and where that begins."""
+    content = history.content
+    opening, lines = parted(content)
+    last = record_of(lines[-1])
+    fitting = last | {"revision": last["revision"] + 1, "head_at": last.get("head_at", 0), "commit": ""}
+    fitting["changes"] = [{"in": "messages", "at": 0, "insert": [""]}]
+    fitting["counts"] = {"messages": last["counts"]["messages"] + 1}
+    records = [*map(record_of, lines), fitting]
+    short = len(sealed(opening, records)) - len(content)
+    fitting["commit"] = "x" * (size - short)
+    made = sealed(opening, records)
+    assert made[: len(content)] == content
+    assert len(made) == len(content) + size
+    return made, len(content)
+
+
+def test_lost_sectors_of_the_last_record_are_a_torn_tail(damaged: History) -> None:
+    """A power cut leaves zeros in any of the sectors that were appended, all of one or nothing of it: the state before."""
+    content, start = long_record(damaged, 4 * SECTOR)
+    edges = [start, *range(start + -start % SECTOR, len(content), SECTOR), len(content)]
+    for lost in range(1, 2 ** (len(edges) - 1)):
+        spoilt = bytearray(content)
+        for number, (begin, end) in enumerate(itertools.pairwise(edges)):
+            if lost >> number & 1:
+                spoilt[begin:end] = bytes(end - begin)
+        damaged.put(bytes(spoilt))
+        assert damaged.assert_committed(damaged.store().load("s")) == max(damaged.states)
+        assert damaged.store().head("s").revision == max(damaged.states)
+
+
+def test_newline_in_a_lost_sector_of_its_own_is_a_torn_tail(damaged: History) -> None:
+    """Where only the newline of a record had come into a new sector, and that was lost, a crash has done it."""
+    size = 2 * SECTOR + -len(damaged.content) % SECTOR + 1
+    content, _ = long_record(damaged, size)
+    assert len(content) % SECTOR == 1
+    damaged.put(content[:-1] + b"\0")
+    assert damaged.assert_committed(damaged.store().load("s")) == max(damaged.states)
+    damaged.store().append("s", "messages", {"id": "new"})
+    assert parted(damaged.path.read_bytes())[1] == []
+
+
+def test_zeros_in_a_part_of_a_sector_are_damage(damaged: History) -> None:
+    """Less than a sector is not lost by a power cut."""
+    content, start = long_record(damaged, 4 * SECTOR)
+    first = start + -start % SECTOR
+    for begin, end in ((first + 1, first + SECTOR), (first, first + SECTOR - 1), (first + 7, first + 8)):
+        damaged.put(content[:begin] + bytes(end - begin) + content[end:])
+        with pytest.raises(persist.CorruptSession):
+            damaged.store().load("s")
+
+
+def two_records(history: History, synced: int) -> tuple[bytes, int, int]:
+    """A journal with a long record, and another one behind it that says how far the file was durable."""
+    content, start = long_record(history, 4 * SECTOR)
+    opening, lines = parted(content)
+    records = list(map(record_of, lines))
+    last = records[-1] | {"revision": records[-1]["revision"] + 1, "synced": synced}
+    last["counts"] = {"messages": last["counts"]["messages"] + 1}
+    return sealed(opening, [*records, last]), start, len(content)
+
+
+def test_lost_record_before_one_that_knew_it_durable_is_damage(damaged: History) -> None:
+    """A record that was acknowledged, as a later one says, is never folded away: the damage is told, and nothing written."""
+    _, start, end = two_records(damaged, 0)
+    first = start + -start % SECTOR
+    for synced in (start + 1, end):
+        content, *_ = two_records(damaged, synced)
+        damaged.put(content)
+        assert damaged.store().load("s").revision == max(damaged.states) + 2
+        spoilt = content[:first] + bytes(SECTOR) + content[first + SECTOR :]
+        damaged.put(spoilt)
+        for verb in (lambda: damaged.store().load("s"), lambda: damaged.store().append("s", "messages", 1)):
+            with pytest.raises(persist.CorruptSession, match="persist accept"):
+                verb()
+        assert damaged.path.read_bytes() == spoilt
+
+
+def test_two_records_that_nobody_acknowledged_are_a_torn_tail(damaged: History) -> None:
+    """Two writers died before their syncs: the first one's lost sectors do not make the second one's record proof of it."""
+    for synced in (0, max(end for _, end in damaged.states.values())):
+        content, start, _ = two_records(damaged, synced)
+        first = start + -start % SECTOR
+        damaged.put(content[:first] + bytes(SECTOR) + content[first + SECTOR :])
+        assert damaged.assert_committed(damaged.store().load("s")) == max(damaged.states)
+    store = damaged.store()
+    store.append("s", "messages", {"id": "new"})
+    assert store.load("s").revision == max(damaged.states) + 1
+    assert parted(damaged.path.read_bytes())[1] == []
+
+
+# --- nonsense, sealed ---------------------------------------------------------------------------------------------------
+
+HUGE = "9" * 30
+NONSENSE: dict[str, bytes] = {
+    "revision is a text": b'"revision":"8"',
+    "revision is huge": b'"revision":' + HUGE.encode(),
+    "revision has too many digits": b'"revision":' + b"9" * 5000,
+    "revision is below zero": b'"revision":-1',
+    "revision is a fraction": b'"revision":8.0',
+    "time is none": b'"updated_at":"soon"',
+    "time is out of range": b'"updated_at":"0001-01-01T00:00:00+14:00"',
+    "time is a number": b'"updated_at":5',
+    "commit is a number": b'"commit":5',
+    "commit is a lone surrogate": b'"commit":"\\ud800"',
+    "counts are a list": b'"counts":[1]',
+    "counts are negative": b'"counts":{"messages":-1}',
+    "counts are huge": b'"counts":{"messages":' + HUGE.encode() + b"}",
+    "counts of something else": b'"counts":{"title":1}',
+    "synced is huge": b'"synced":' + HUGE.encode(),
+    "synced is a text": b'"synced":"x"',
+    "head_at is below zero": b'"head_at":-5',
+    "head_at is huge": b'"head_at":' + HUGE.encode(),
+    "head_at is in mid-record": b'"head_at":3',
+    "head is a number": b'"head":5',
+    "head is empty": b'"head":{}',
+    "head without fields": b'"head":{"stream":{"epoch":1,"owner":null}}',
+    "head of a list": b'"head":{"stream":{"epoch":1,"owner":null},"fields":[1]}',
+    "head of a number": b'"head":{"stream":{"epoch":1,"owner":null},"fields":5}',
+    "head with a list of messages": b'"head":{"stream":{"epoch":1,"owner":null},"fields":{"messages":[1]}}',
+    "head with a header": b'"head":{"stream":{"epoch":1,"owner":null},"fields":{"_persist":{}}}',
+    "head with a number of no end": b'"head":{"stream":{"epoch":1,"owner":null},"fields":{"a":1e400}}',
+    "head with a lone surrogate": b'"head":{"stream":{"epoch":1,"owner":null},"fields":{"a":"\\ud800"}}',
+    "head with NaN": b'"head":{"stream":{"epoch":1,"owner":null},"fields":{"a":NaN,"b":"\\ud800"}}',
+    "head nested deeply": b'"head":{"stream":{"epoch":1,"owner":null},"fields":{"a":' + b"[" * 9000 + b"]" * 9000 + b"}}",
+    "stream without epoch": b'"head":{"stream":{"owner":null},"fields":{}}',
+    "stream with an epoch below zero": b'"head":{"stream":{"epoch":-1,"owner":null},"fields":{}}',
+    "stream whose owner is a list": b'"head":{"stream":{"epoch":1,"owner":[1]},"fields":{}}',
+    "stream whose owner has no process": b'"head":{"stream":{"epoch":1,"owner":{"stream_id":"a"}},"fields":{}}',
+    "active stream that is a list": b'"head":{"stream":{"epoch":1,"owner":null},"fields":{"active_stream_id":[1]}}',
+    "changes are an object": b'"changes":{"in":"messages"}',
+    "changes are numbers": b'"changes":[5]',
+    "change without a field": b'"changes":[{"at":0}]',
+    "change of a small field": b'"changes":[{"in":"title","at":0,"insert":[1]}]',
+    "change behind the end": b'"changes":[{"in":"messages","at":99,"insert":[1]}]',
+    "change at a huge place": b'"changes":[{"in":"messages","at":' + HUGE.encode() + b',"insert":[1]}]',
+    "change below zero": b'"changes":[{"in":"messages","at":-1,"insert":[1]}]',
+    "change that removes less than nothing": b'"changes":[{"in":"messages","at":1,"remove":-1}]',
+    "change that inserts a text": b'"changes":[{"in":"messages","at":0,"insert":"ab"}]',
+    "mark on a text": b'"changes":[{"in":"messages","at":0,"mark":"x"}]',
+    "mark of a list": b'"changes":[{"in":"messages","at":0,"mark":[1]}]',
+    "value nested deeply": b'"changes":[{"in":"messages","value":' + b"[" * 9000 + b"]" * 9000 + b"}]",
+    "value that is a list cut off": b'"changes":[{"in":"messages","value":[}]',
+    "value with a number of no end": b'"changes":[{"in":"messages","value":[1e400]}]',
+    "item nested deeply": b'"changes":[{"in":"messages","at":0,"insert":[' + b"[" * 9000 + b"]" * 9000 + b"]}]",
+    "item with a lone surrogate": b'"changes":[{"in":"messages","at":0,"insert":["\\ud800"]}]',
+    "item with NaN": b'"changes":[{"in":"messages","at":0,"insert":[NaN]}]',
+    "item with NaN and a lone surrogate": b'"changes":[{"in":"messages","at":0,"insert":[NaN,"\\ud800"]}]',
+    "item with bad UTF-8": b'"changes":[{"in":"messages","at":0,"insert":["\xff"]}]',
+    "unknown field": b'"later":[1,{"a":2}]',
+}
+
+
+@pytest.mark.parametrize("is_last", [True, False], ids=["last", "not last"])
+@pytest.mark.parametrize("nonsense", NONSENSE.values(), ids=NONSENSE)
+def test_sealed_nonsense_gives_typed_errors_only(damaged: History, nonsense: bytes, is_last: bool) -> None:
+    """A record that somebody made up, with the right CRC: each verb answers as ever, or with a typed error; none hangs."""
+    opening, lines = parted(damaged.path.read_bytes())
+    *before, last = lines
+    key = nonsense.partition(b":")[0]
+    plain = record_of(last)
+    plain.pop(json.loads(key), None)
+    if key == b'"head"':
+        plain.pop("head_at", None)
+    rest = json.dumps(plain, separators=(",", ":")).encode()[1:-1] + b"," + nonsense + b"}"
+    hostile = line_of(opening, rest)
+    behind = b"" if is_last else line_of(opening, json.dumps(plain | {"after": hostile[8:16].decode()}).encode()[1:])
+    damaged.put(opening + b"".join(before) + hostile + behind)
+    for verb in (head, load, check, streams, rename, append_new, clear_stale, fold, accept, load):
+        within_deadline(functools.partial(answer_or_typed_error, verb, damaged.store()))
+
+
+def answer_or_typed_error(verb: Verb, store: persist.Store) -> object:
+    try:
+        return verb(store)
+    except persist.PersistError as error:
+        return error
+
+
+# --- accept ------------------------------------------------------------------------------------------------------------
+
+
+def test_accept_takes_the_last_good_state_and_keeps_a_copy(damaged: History) -> None:
+    """Of a damaged journal, all before the damage is taken, at the next revision; what was damaged is kept beside it."""
+    content, path = damaged.content, damaged.path
+    place = damaged.states[4][1] + 100
+    spoilt = content[:place] + b"?" + content[place + 1 :]
+    damaged.put(spoilt)
+    store = damaged.store()
+    with pytest.raises(persist.CorruptSession, match="persist accept"):
+        store.load("s")
+    session = store.accept("s")
+    assert (session.data, session.revision) == (damaged.states[4][0], 5)
+    copy = path.with_name(f"{path.name}.damaged")
+    assert copy.read_bytes() == spoilt
+    assert copy.stat().st_mode & 0o777 == 0o600
+    assert not path.exists()
+    assert damaged.store().load("s").data == damaged.states[4][0]
+    assert [problem.kind for problem in store.check()] in ([], ["stale"])
+
+
+def test_accept_of_a_sound_session_with_a_journal_changes_nothing(damaged: History) -> None:
+    """Neither the document nor the journal."""
+    before = {path: path.read_bytes() for path in damaged.directory.glob("s.*") if path.is_file()}
+    assert damaged.store().accept("s").revision == max(damaged.states)
+    assert {path: path.read_bytes() for path in damaged.directory.glob("s.*") if path.is_file()} == before
+
+
+def edit_by_hand(history: History, change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    path = history.directory / "s.json"
+    document: dict[str, Any] = json.loads(path.read_bytes())
+    change(document)
+    path.write_text(json.dumps(document, indent=1))
+    return document
+
+
+def test_accept_of_an_edited_document_keeps_what_its_journal_says(damaged: History) -> None:
+    """An edit by hand of a message: the commits of the journal are made on top of it."""
+    with pytest.raises(persist.CorruptSession):
+        edit_by_hand(damaged, lambda document: document["messages"][0].update(meta="by hand"))
+        damaged.store().load("s")
+    session = damaged.store().accept("s")
+    expected = damaged.states[max(damaged.states)][0]
+    assert session.data["messages"][1:] == expected["messages"][1:]
+    assert session.data["title"] == expected["title"]
+    assert session.revision == max(damaged.states) + 1
+    assert not list(damaged.directory.glob("*.damaged"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda document: document["messages"].clear(), id="items removed"),
+        pytest.param(lambda document: document["messages"].insert(0, {"id": "by hand"}), id="an item added"),
+        pytest.param(lambda document: document.update(messages="none"), id="no list"),
+        pytest.param(lambda document: document.pop("messages"), id="the field removed"),
+    ],
+)
+def test_accept_of_an_edited_document_that_its_journal_does_not_fit_is_refused(
+    damaged: History, change: Callable[[dict[str, Any]], object]
+) -> None:
+    """Where the journal's places are not those of the document any more, nothing is guessed: the error, and no byte changed."""
+    edit_by_hand(damaged, change)
+    before = {path: path.read_bytes() for path in damaged.directory.glob("s.*") if path.is_file()}
+    with pytest.raises(persist.CorruptSession):
+        damaged.store().accept("s")
+    assert {path: path.read_bytes() for path in damaged.directory.glob("s.*") if path.is_file()} == before
+
+
+def test_copy_of_a_damaged_journal_is_always_whole(damaged: History, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk in the middle of the copy refuses the accept; the one after that keeps all of it."""
+    content, path = damaged.content, damaged.path
+    spoilt = content[:-30] + b"?" + content[-29:]
+    damaged.put(spoilt)
+    real = disk.write
+
+    def full(fd: int, content: bytes) -> None:
+        real(fd, content[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(disk, "write", full)
+    with pytest.raises(persist.CommitFailed):
+        damaged.store().accept("s")
+    monkeypatch.undo()
+    damaged.store().accept("s")
+    assert path.with_name(f"{path.name}.damaged").read_bytes() == spoilt

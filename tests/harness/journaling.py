@@ -1,0 +1,67 @@
+"""How the stores of a harness write: which sessions get a journal, and when it is folded.
+
+Both are preferences of who writes. So the stores of one run may differ: each takes over what another has left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import persist
+from persist.files.transaction import ENTER_BYTES, Mode
+
+MIXED = "mixed"
+MODES: tuple[Mode, ...] = get_args(Mode)
+FOLDS: dict[str, float | None] = {"normal": None, "1": 1, "never": math.inf}
+"""When a journal is folded: at its normal size, at every commit, or never."""
+
+LOAD_BYTES = ENTER_BYTES + 4096
+"""With so much a session is a large one, whatever else it holds; without, a small one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Journaling:
+    """What is preferred: one of `MODES` and one of `FOLDS`; "mixed" lets each store draw its own."""
+
+    mode: str = MIXED
+    fold: str = MIXED
+
+    def drawn(self, random: random.Random) -> Journaling:
+        """With nothing left open."""
+        mode = random.choice(MODES) if self.mode == MIXED else self.mode
+        fold = random.choice(list(FOLDS)) if self.fold == MIXED else self.fold
+        return Journaling(mode, fold)
+
+    def open(self, directory: Path, **options: Any) -> persist.Store:
+        """A store that writes so. Nothing may be left open."""
+        store = persist.Store(directory, journal=self.mode, **options)
+        store._files.fold_bytes = FOLDS[self.fold]
+        return store
+
+    def all(self) -> list[Journaling]:
+        """Each that may be drawn."""
+        modes = MODES if self.mode == MIXED else [self.mode]
+        folds = FOLDS if self.fold == MIXED else [self.fold]
+        return [Journaling(mode, fold) for mode in modes for fold in folds]
+
+
+def add_journaling(parser: argparse.ArgumentParser) -> None:
+    """Add the options --journal and --fold."""
+    each = "'mixed' lets each store draw its own; default mixed"
+    parser.add_argument("--journal", choices=[*MODES, MIXED], default=MIXED, help=f"which sessions get a journal; {each}")
+    parser.add_argument("--fold", choices=[*FOLDS, MIXED], default=MIXED, help=f"when it is folded; 1 is always; {each}")
+
+
+def journaling_of(options: argparse.Namespace) -> Journaling:
+    """What `add_journaling` has asked for."""
+    return Journaling(options.journal, options.fold)
+
+
+def load_of(size_bytes: int) -> list[dict[str, str]]:
+    """The `tool_calls` of a session that is to carry so much."""
+    return [{"output": "x" * size_bytes}] if size_bytes else []

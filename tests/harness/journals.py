@@ -1,0 +1,121 @@
+"""Journals, for tests: the grammar once more, spelt out, and how many bytes a verb reads and writes."""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import persist
+from persist.files import disk
+
+# Not taken from `persist.files.journal`: an error in its own idea of the grammar must show.
+_OPENING = re.compile(rb'\{"persist_journal":1,"generation":(\d+),"snapshot":"([0-9a-f]{32})"\}\n')
+_CRC = re.compile(rb'\{"crc":"([0-9a-f]{8})",')
+
+Record = dict[str, Any]
+
+
+def journal_of(store: persist.Store, session_id: str = "s") -> Path:
+    """The one journal of a session; fails if it has none, or several."""
+    [path] = store.path.glob(f"{session_id}.*.journal")
+    return path
+
+
+def has_journal(store: persist.Store, session_id: str = "s") -> bool:
+    """Whether the document names a journal, and whether there is one: both, or neither."""
+    is_named = b'"is_journaled":true' in (store.path / f"{session_id}.json").read_bytes().partition(b"\n")[0]
+    assert bool(list(store.path.glob(f"{session_id}.*.journal"))) is is_named
+    return is_named
+
+
+def parted(content: bytes) -> tuple[bytes, list[bytes]]:
+    """The opening and the records of a whole journal, each with its newline."""
+    first, *lines = content.splitlines(keepends=True)
+    assert _OPENING.fullmatch(first)
+    return first, lines
+
+
+def record_of(line: bytes) -> Record:
+    """What a record says, without its CRC."""
+    record: Record = json.loads(line)
+    del record["crc"]
+    return record
+
+
+def line_of(opening: bytes, rest: bytes) -> bytes:
+    """A record sealed: `rest` is its JSON, without the brace that opens it."""
+    return b'{"crc":"%08x",' % zlib.crc32(rest, zlib.crc32(opening)) + rest + b"\n"
+
+
+def sealed(opening: bytes, records: Sequence[Record | bytes]) -> bytes:
+    """A journal of these records, with every CRC right, and each `after` that of the record before.
+
+    A record of bytes is JSON already, brace and all; it is sealed as it is.
+    """
+    content, after = opening, b"%08x" % zlib.crc32(opening)
+    for record in records:
+        line = line_of(opening, (_json(record | {"after": after.decode()}) if isinstance(record, dict) else record)[1:])
+        content, after = content + line, line[8:16]
+    return content
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def chain_is_right(content: bytes) -> bool:
+    """Whether each record has its own CRC, and that of the one before."""
+    opening, lines = parted(content)
+    seed = zlib.crc32(opening)
+    after = f"{seed:08x}"
+    for line in lines:
+        crc = _CRC.match(line)
+        if crc is None or int(crc[1], 16) != zlib.crc32(line[crc.end() : -1], seed) or json.loads(line)["after"] != after:
+            return False
+        after = crc[1].decode()
+    return True
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What was read and written through `persist.files.disk`, in bytes."""
+
+    read: int = 0
+    written: int = 0
+
+
+@contextmanager
+def traffic() -> Iterator[Traffic]:
+    """Count the bytes that go through the seam, for a block."""
+    counted = Traffic()
+    names = ("read", "read_start", "read_at", "write")
+    real: dict[str, Callable[..., Any]] = {name: getattr(disk, name) for name in names}
+
+    def reading(name: str) -> Callable[..., Any]:
+        def read(*arguments: Any) -> Any:
+            answer = real[name](*arguments)
+            counted.read += len(answer[0] if name == "read_start" else answer)
+            return answer
+
+        return read
+
+    def write(fd: int, content: bytes) -> None:
+        counted.written += len(content)
+        real["write"](fd, content)
+
+    for name in names:
+        setattr(disk, name, write if name == "write" else reading(name))
+    try:
+        yield counted
+    finally:
+        for name in names:
+            setattr(disk, name, real[name])

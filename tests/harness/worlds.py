@@ -1,0 +1,207 @@
+"""Worlds: the same random verbs done to stores of different kinds, which must answer alike and hold alike.
+
+All that is drawn comes from a world's own dice. Two worlds with the same seed do the same steps as long as they are in the same
+state; once they are not, they are compared, and differ.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import persist
+from persist.files.snapshot import BULK
+from persist.turn import IDLE
+
+Data = dict[str, Any]
+#: Ids that are two and look like one, that msgspec does not read, and that are none.
+IDS = ("a", "b", "é", "\ud800", 1, "1", 1.0, True, None, "one.answer", "one.prompt", "two.answer", "long" * 30)
+CONTENTS = ("x", "y", "é\n", "\ud800", {"crc": "00000000"}, "z" * 2000)
+STREAMS = ("one", "two", "three")
+
+
+class World:
+    """A session "s" of some stores on one directory, the streams and objects that are in play, and dice."""
+
+    def __init__(self, stores: Sequence[persist.Store], seed: int) -> None:
+        self._stores = stores
+        self._dice = random.Random(seed)
+        self._streams: list[persist.Stream] = []
+        self._objects: list[persist.Session] = []
+        # Twice: it is done more often.
+        self._verbs: tuple[Callable[[], Any], ...] = (
+            *(self._append, self._append, self._append, self._start, self._start, self._checkpoint, self._checkpoint),
+            *(self._append_to_turn, self._end, self._drop, self._cancel, self._clear_stale, self._sweep),
+            *(self._update, self._update_head, self._update_head, self._load, self._change_and_save, self._change_and_save),
+            *(self._compact, self._make_anew),
+        )
+        self._store.create("s", self._new_data())
+
+    @property
+    def _store(self) -> persist.Store:
+        return self._dice.choice(self._stores)
+
+    def step(self) -> tuple[str, Any]:
+        """Do one verb; return its name, and what came of it."""
+        verb = self._dice.choice(self._verbs)
+        try:
+            return verb.__name__, verb()
+        except persist.MergeConflict as error:
+            return verb.__name__, (type(error), error.path, error.mine, error.theirs)
+        except persist.PersistError as error:
+            return verb.__name__, type(error)
+
+    def close(self) -> None:
+        for stream in self._streams:
+            stream._close()
+
+    # --- verbs ---
+
+    def _new_data(self) -> Data:
+        messages = [self._item() for _ in range(self._dice.choice([0, 3, 30]))]
+        lists: Data = self._dice.choice([{}, {"messages": messages}, {"messages": messages, "tool_calls": [1]}])
+        return {"title": "New chat", "tags": ["t"]} | lists
+
+    def _item(self) -> Any:
+        kind = self._dice.random()
+        if kind < 0.1:
+            return self._dice.choice(["text", 5, None, [1], {}, {"tool_calls": [1]}])
+        return self._message() | ({"id": self._dice.choice(IDS)} if kind < 0.8 else {"id": self._dice.getrandbits(60)})
+
+    def _message(self) -> Data:
+        return {"role": self._dice.choice(["user", "assistant"]), "content": self._dice.choice(CONTENTS)}
+
+    def _append(self) -> Any:
+        field = self._dice.choice(["messages", "messages", "messages", "tool_calls", "tags", "title", "new"])
+        return self._store.append("s", field, self._item(), touch=self._dice.random() < 0.7)
+
+    def _start(self) -> Any:
+        prompt = None if self._dice.random() < 0.2 else self._message()
+        if prompt is not None and self._dice.random() < 0.5:
+            prompt["id"] = self._dice.choice(IDS)
+        name = self._dice.choice(STREAMS) + str(self._dice.choice(["", self._dice.getrandbits(20)]))
+        self._streams.append(self._store.start_stream("s", prompt, stream_id=name))
+        return name
+
+    def _stream(self) -> persist.Stream:
+        # Mostly the one that owns the session; older ones have lost it.
+        return self._dice.choice([*self._streams[:-1], *self._streams[-1:] * 4])
+
+    def _answer(self) -> Data:
+        return self._message() | ({"id": self._dice.choice(IDS)} if self._dice.random() < 0.3 else {})
+
+    def _checkpoint(self) -> Any:
+        # One that repeats the last one is no commit, or one: it may not have been read what stands there.
+        return self._stream().checkpoint(self._answer() | {"n": self._dice.random()}) if self._streams else None
+
+    def _append_to_turn(self) -> Any:
+        return self._stream().append(self._answer()) if self._streams else None
+
+    def _end(self) -> Any:
+        if not self._streams:
+            return None
+        stream, how = self._stream(), self._dice.randrange(3)
+        if how == 0:
+            return stream.finish(self._answer())
+        return stream.finish() if how == 1 else stream.fail()
+
+    def _drop(self) -> Any:
+        """Its process dies."""
+        if self._streams:
+            self._streams.pop()._close()
+
+    def _cancel(self) -> Any:
+        active = self._store.head("s").active_stream_id
+        stream_id = active if active and self._dice.random() < 0.9 else "nobody"
+        return self._store.cancel("s", stream_id, force=self._dice.random() < 0.3)
+
+    def _clear_stale(self) -> Any:
+        return self._store.load("s").clear_stale_stream()
+
+    def _sweep(self) -> Any:
+        return self._store.clear_stale_streams(every_session=self._dice.random() < 0.5)
+
+    def _update(self) -> Any:
+        def change(data: Data) -> Any:
+            messages = data.get("messages")
+            what = self._dice.random()
+            if what < 0.1:
+                data["messages"] = self._dice.choice(["no list", {"a": 1}, []])
+            elif what < 0.2:
+                data.pop(self._dice.choice(BULK), None)
+            elif type(messages) is not list:
+                data["messages"] = [self._item()]
+            elif what < 0.5 and messages:
+                del messages[self._dice.randrange(len(messages))]
+            else:
+                messages.insert(self._dice.randint(0, len(messages)), self._item())
+            return len(data)
+
+        return self._store.update("s", change, touch=self._dice.random() < 0.7)
+
+    def _update_head(self) -> Any:
+        def change(data: Data) -> Any:
+            field = self._dice.choice(["title", "é\ud800", "n", "n", "messages", "active_stream_id", "pending_user_message"])
+            value = self._dice.choice(["x", None, 5, [1, {"a": "\ud800"}], "long" * 1000])
+            if self._dice.random() < 0.2:
+                return data.pop(field, None) is None
+            data[field] = value
+            return sorted(map(ascii, data))
+
+        if_revision = self._store.head("s").revision - (self._dice.random() < 0.2)
+        return self._store.update("s", change, head_only=True, if_revision=self._dice.choice([None, if_revision]))
+
+    def _load(self) -> Any:
+        del self._objects[:-3]
+        self._objects.append(self._store.load("s"))
+
+    def _change_and_save(self) -> Any:
+        if not self._objects:
+            return None
+        session = self._dice.choice(self._objects)
+        messages = session.data.setdefault("messages", [])
+        if type(messages) is list:
+            messages.append(self._item())
+        if self._dice.random() < 0.5:
+            session.data["title"] = self._dice.choice("xyz")
+        session.save(on_conflict=self._dice.choice(["error", "mine", "theirs"]))
+        return session.revision
+
+    def _compact(self) -> Any:
+        # Whether there was anything to fold is where the worlds differ.
+        self._store.compact("s")
+
+    def _make_anew(self) -> Any:
+        if self._dice.random() < 0.8:
+            return None
+        self._store.delete("s", force=self._dice.random() < 0.5)
+        self._store.create("s", self._new_data())
+        return "made anew"
+
+    # --- state ---
+
+    def state(self) -> object:
+        """All that a session says of itself, but for times and what is drawn by chance elsewhere."""
+        shown = [self._shown(store) for store in self._stores]
+        assert all(each == shown[0] for each in shown)
+        return shown[0]
+
+    def _shown(self, store: persist.Store) -> object:
+        session, head = store.load("s"), store.head("s")
+        assert head.data == {name: value for name, value in session.data.items() if name not in BULK}
+        assert (head.revision, head.updated_at) == (session.revision, session.updated_at)
+        header = store._files.read("s").header
+        owner = header.owner and (
+            header.owner.stream_id,
+            header.owner.prompt_id,
+            header.owner.answer_id,
+            header.owner.is_cancelled,
+        )
+        streams = [(info.stream_id, info.is_live, info.is_cancelled) for info in store.streams()]
+        fields = [(name, value if name != "pending_started_at" else value is None) for name, value in session.data.items()]
+        # The order in which the stream fields came is nobody's concern.
+        stream_fields = sorted(pair for pair in fields if pair[0] in IDLE and pair[0] != "pending_attachments")
+        plain = [pair for pair in fields if pair[0] not in IDLE]
+        attachments = session.data.get("pending_attachments")
+        return plain, stream_fields, attachments, session.revision, head.counts, header.epoch, owner, streams

@@ -1,0 +1,360 @@
+"""What a commit to a large session costs in bytes, and what a process may believe of what it knows.
+
+They fail without their mechanisms: the draft that does not read, the looks at `known.opening` and `ends_so`, the index that is
+moved on, the bounds of `KnownSessions`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from conftest import ActorFactory
+from harness.journals import Traffic, has_journal, journal_of, parted, traffic
+
+import persist
+from persist.files import known
+from persist.files.index import Index
+from persist.files.known import Known, KnownSessions
+
+KB = 1024
+#: What a commit of a few hundred bytes may cost, at any size of the session.
+MOST_READ, MOST_WRITTEN = 16 * KB, 4 * KB
+
+
+def message(number: int) -> dict[str, Any]:
+    return {"id": f"m{number}", "role": "user", "content": f"{number} ".ljust(480, "x")}
+
+
+def small(number: int) -> dict[str, Any]:
+    return {"id": f"new-{number}", "role": "user", "content": "hi"}
+
+
+@pytest.fixture
+def large(store: persist.Store) -> persist.Store:
+    """A store with a session of a megabyte, of 2,000 messages."""
+    store.create("s", {"title": "New chat", "messages": [message(number) for number in range(2000)]})
+    assert has_journal(store)
+    return store
+
+
+def measured(verb: Callable[[], object]) -> Traffic:
+    with traffic() as counted:
+        verb()
+    return counted
+
+
+def assert_costs_the_change(verb: Callable[[], object]) -> None:
+    counted = measured(verb)
+    assert 0 < counted.written < MOST_WRITTEN
+    assert counted.read < MOST_READ
+
+
+def titled(title: str) -> Callable[[dict[str, Any]], None]:
+    return lambda data: data.update(title=title)
+
+
+# --- bytes -------------------------------------------------------------------------------------------------------------
+
+
+def test_commit_to_a_large_session_reads_and_writes_the_change(large: persist.Store) -> None:
+    """Once warm, none of these reads the document or writes it: a change of a megabyte's session costs some KB at most."""
+    large.append("s", "messages", small(0))  # reads the ids
+    assert_costs_the_change(lambda: large.append("s", "messages", small(1)))
+    assert_costs_the_change(lambda: large.append("s", "messages", {"content": "without an id"}))
+    assert_costs_the_change(lambda: large.update("s", titled("File locks"), head_only=True))
+    streams = []
+    assert_costs_the_change(lambda: streams.append(large.start_stream("s", small(2))))
+    [stream] = streams
+    for number in range(3):
+        assert_costs_the_change(partial(stream.checkpoint, {"role": "assistant", "content": f"so far {number}"}))
+        assert_costs_the_change(partial(stream.append, small(3 + number)))
+    assert_costs_the_change(lambda: large.cancel("s", stream.id))
+    assert_costs_the_change(lambda: stream.finish({"role": "assistant", "content": "all"}))
+    found = large.load("s").data
+    assert found["title"] == "File locks"
+    ids = [each.get("id") for each in found["messages"][2000:]]
+    assert ids == ["new-0", "new-1", None, "new-2", "new-3", "new-4", "new-5", f"{stream.id}.answer"]
+    assert found["messages"][-1]["content"] == "all"
+
+
+def test_end_of_a_turn_by_others_reads_and_writes_the_change(large: persist.Store) -> None:
+    """A fail, a forced cancel, a stale clear and a sweep mark prompt and partial without reading the document."""
+    large.append("s", "messages", small(0))
+
+    def begun() -> persist.Stream:
+        stream = large.start_stream("s", {"role": "user", "content": "Why?"})
+        stream.checkpoint({"role": "assistant", "content": "so far"})
+        return stream
+
+    assert_costs_the_change(begun().fail)
+    stream = begun()
+    assert_costs_the_change(lambda: large.cancel("s", stream.id, force=True))
+    stream._close()
+    session = large.load("s")
+    begun()._close()
+    session.refresh()
+    files, active = large._files, session.active_stream_id
+    assert active is not None
+    assert_costs_the_change(lambda: persist.streams.clear_stale(files, "s", active))
+    begun()._close()
+    assert_costs_the_change(large.clear_stale_streams)
+    turns = large.load("s").data["messages"][2001:]
+    assert [(each["role"], each["interrupted"]) for each in turns] == [("user", True), ("assistant", True)] * 4
+
+
+def test_commits_of_others_are_followed_by_reading_them_only(large: persist.Store, actor: ActorFactory) -> None:
+    """What another process has appended since is read from the journal; the document is not."""
+    other = actor()
+    large.append("s", "messages", small(0))
+    for number in range(1, 9, 2):
+        other.do(f"store.append('s', 'messages', {small(number)!r})")
+        assert_costs_the_change(partial(large.append, "s", "messages", small(number + 1)))
+    with pytest.raises(persist.IdTaken):
+        large.append("s", "messages", small(7) | {"content": "another"})
+    assert [each["id"] for each in large.load("s").data["messages"][2000:]] == [f"new-{number}" for number in range(9)]
+
+
+def test_save_writes_the_change(large: persist.Store) -> None:
+    """A save of an edited message, an appended one and a field writes these, and reads no more of a session that it knows."""
+    session = large.load("s")
+    session.data["messages"].append(small(0))
+    session.save()
+    session.data["messages"][700]["content"] = "edited"
+    session.data["messages"].append(small(1))
+    session.data["title"] = "File locks"
+    assert_costs_the_change(session.save)
+    assert large.load("s").data == session.data
+
+
+def test_save_of_distant_edits_writes_them_only(large: persist.Store) -> None:
+    """Edits at both ends of a megabyte do not write what stands between them."""
+    session = large.load("s")
+    for place in (0, 1000, 1999):
+        session.data["messages"][place]["content"] = "edited"
+    assert measured(session.save).written < MOST_WRITTEN
+    assert large.load("s").data == session.data
+
+
+def test_many_appends_cost_little_on_average_folds_included(store: persist.Store) -> None:
+    """Over a thousand appends of 400 bytes to 400 KB, what is written is a few times what was appended."""
+    store.create("s", {"messages": [message(number) for number in range(800)]})
+    store.append("s", "messages", small(0))
+    with traffic() as counted:
+        for number in range(1000):
+            store.append("s", "messages", {"id": number, "content": "x" * 370})
+    assert counted.written / 1000 < 3 * KB
+    assert counted.read / 1000 < 4 * KB
+    assert store.head("s").counts == {"messages": 1801}
+
+
+def test_asking_whether_a_stream_was_cancelled_reads_a_head(large: persist.Store) -> None:
+    """`cancelled` is asked for every token: it reads some KB of a megabyte."""
+    with large.start_stream("s") as stream:
+        assert measured(lambda: stream.cancelled).read < MOST_READ
+        stream.finish()
+
+
+# --- what is known -----------------------------------------------------------------------------------------------------
+
+
+def test_session_made_anew_by_another_process_is_not_taken_for_the_known_one(large: persist.Store, actor: ActorFactory) -> None:
+    """Same id, same journal's name, as many records: what was known of the session before is not believed of this one."""
+    large.append("s", "messages", small(0))
+    name = journal_of(large).name
+    other = actor()
+    other.do(
+        "store.delete('s')\n"
+        f"store.create('s', {{'messages': [{{'id': 'other', 'content': 'y' * 70_000}}]}})\n"
+        f"store.append('s', 'messages', {small(1)!r})"
+    )
+    assert journal_of(large).name == name
+    large.append("s", "messages", small(0))
+    assert [each["id"] for each in large.load("s").data["messages"]] == ["other", "new-1", "new-0"]
+
+
+def test_journal_that_was_restored_from_a_backup_is_looked_at_anew(large: persist.Store) -> None:
+    """An administrator puts back the files of an hour ago: the next commit goes on from these, not from what was known."""
+    large.append("s", "messages", small(0))
+    backup = {path: path.read_bytes() for path in large.path.glob("s.*") if path.is_file()}
+    large.append("s", "messages", small(1))
+    large.append("s", "messages", small(2))
+    for path, content in backup.items():
+        path.write_bytes(content)
+    large.append("s", "messages", small(1))
+    assert [each["id"] for each in large.load("s").data["messages"][2000:]] == ["new-0", "new-1"]
+    assert persist.Store(large.path).load("s").revision == 3
+
+
+def test_edit_by_hand_is_told_by_whoever_reads_the_document(large: persist.Store) -> None:
+    """A document that was edited by hand is refused by what reads it whole, and by a first look if a small field was edited.
+
+    What reads only the journal's end goes on: its record is kept, and `accept` makes it on top of the edit.
+    """
+    large.append("s", "messages", small(0))
+    path = large.path / "s.json"
+    path.write_bytes(path.read_bytes().replace(b'"content":"7 x', b'"content":"8 x'))
+    large.append("s", "messages", small(1))
+    large.head("s")
+    for reader in (large.load, persist.Store(large.path).compact, large.compact):
+        with pytest.raises(persist.CorruptSession, match="persist accept"):
+            reader("s")
+    accepted = large.accept("s").data["messages"]
+    assert accepted[7]["content"].startswith("8 x")
+    assert [each["id"] for each in accepted[2000:]] == ["new-0", "new-1"]
+    path.write_bytes(path.read_bytes().replace(b'"title":"New chat"', b'"title":"Old chat"'))
+    for cold in (persist.Store(large.path).head, persist.Store(large.path).start_stream):
+        with pytest.raises(persist.CorruptSession):
+            cold("s")
+
+
+def test_document_that_was_written_anew_by_hand_is_told_at_once(large: persist.Store) -> None:
+    """An editor that formats the file changes its first bytes: no verb goes on as if it were the known one."""
+    large.append("s", "messages", small(0))
+    path = large.path / "s.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()), indent=1))
+    before = journal_of(large).read_bytes()
+    with pytest.raises(persist.CorruptSession):
+        large.append("s", "messages", small(1))
+    with pytest.raises(persist.CorruptSession):
+        large.head("s")
+    assert journal_of(large).read_bytes() == before
+
+
+def test_refused_verb_leaves_no_trace_in_what_is_known(large: persist.Store) -> None:
+    """An item that is refused, an edit that raises, a revision that has moved on: it is as if they had not been."""
+    large.append("s", "messages", small(0))
+
+    def failing(data: dict[str, Any]) -> None:
+        data["title"] = "lost"
+        raise ValueError
+
+    for refused in (
+        lambda: large.append("s", "messages", small(0) | {"content": "another"}),
+        lambda: large.append("s", "messages", {"id": "bad", "content": object()}),
+        lambda: large.append("s", "title", 1),
+        lambda: large.update("s", failing, head_only=True),
+        lambda: large.update("s", titled("lost"), head_only=True, if_revision=1),
+        lambda: large.update("s", lambda data: data.update(messages=[]), head_only=True),
+        lambda: large.start_stream("s", small(0) | {"content": "another"}),
+    ):
+        with pytest.raises((persist.PersistError, ValueError)):
+            refused()
+    large.append("s", "messages", small(1))
+    assert large.head("s").revision == 3
+    assert large.load("s").data["title"] == "New chat"
+    assert [each["id"] for each in large.load("s").data["messages"][2000:]] == ["new-0", "new-1"]
+
+
+def test_evicted_knowledge_is_slower_and_never_wrong(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for two sessions and hardly an index, random appends to five of them are all there, each once."""
+    monkeypatch.setattr(known, "MOST_SESSIONS", 2)
+    monkeypatch.setattr(known, "MOST_INDEX_BYTES", 200)
+    always = persist.Store(store.path, journal="always")
+    names = [f"s{number}" for number in range(5)]
+    for name in names:
+        always.create(name, {"messages": []})
+    dice, there = random.Random(7), {name: list[int]() for name in names}
+    for _ in range(150):
+        name, number = dice.choice(names), dice.randrange(40)
+        always.append(name, "messages", {"id": number, "content": str(number)})
+        if number not in there[name]:
+            there[name].append(number)
+        assert len(always._files.known._known) <= 2
+    for name in names:
+        assert [each["id"] for each in always.load(name).data["messages"]] == there[name]
+
+
+def test_what_is_known_keeps_within_its_bounds(large: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sessions used last stay, so many of them; the oldest indexes make room before a new one is kept."""
+    large.append("s", "messages", small(0))
+    one = large._files.known.take("s")
+    assert one is not None
+    assert one.index_bytes == 8 * 2000 + 128
+    sessions = KnownSessions()
+
+    def another() -> Known:
+        each = Known(one.opening, one.log, one.tail, one.document_bytes)
+        each.indexes["messages"] = Index(b"[\n" + b",\n".join(b'{"id":%d}' % n for n in range(1000)) + b"\n]", frozenset())
+        assert each.index_bytes == 8000
+        return each
+
+    monkeypatch.setattr(known, "MOST_INDEX_BYTES", 80_000)
+    for number in range(300):
+        each = another() if number % 10 == 0 else Known(one.opening, one.log, one.tail, one.document_bytes)
+        sessions.make_room_for(each)
+        sessions.keep(f"{number}", each)
+    assert len(sessions._known) <= known.MOST_SESSIONS == 256
+    assert sum(each.index_bytes for each in sessions._known.values()) <= 80_000
+    assert "299" in sessions._known
+    assert sessions.take("299") is not None
+    assert sessions.take("299") is None
+
+
+def test_index_of_a_large_list_takes_eight_bytes_an_item(large: persist.Store) -> None:
+    """Also after many appends: those that came last are settled now and then."""
+    index = Index(b"[]", frozenset())
+    change = persist.files.change.inserted
+    for number in range(10_000):
+        index.take(change("messages", number, b'{"id":%d}' % number), frozenset())
+    assert index.size_bytes <= 8 * 10_000 + 128 * 4096
+    assert all(index.may_hold(b"%d" % number) for number in range(10_000))
+    assert not any(index.may_hold(b"%d" % number) for number in range(10_000, 10_500))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_child_and_parent_go_on_from_the_same_knowledge(actor: ActorFactory, large: persist.Store) -> None:
+    """A forked child inherits what its parent knows: both append in turn, and each sees what the other has done."""
+    server = actor()
+    server.do(f"store.append('s', 'messages', {small(0)!r})")
+    ids = server.do(
+        "here, there = os.pipe()\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    try:\n"
+        "        os.read(here, 1)\n"
+        "        store.append('s', 'messages', {'id': 'child', 'content': 'hi'})\n"
+        "        store.append('s', 'messages', {'id': 'parent', 'content': 'hi'})\n"
+        "        os._exit(0)\n"
+        "    finally:\n"
+        "        os._exit(1)\n"
+        "store.append('s', 'messages', {'id': 'parent', 'content': 'hi'})\n"
+        "os.write(there, b'.')\n"
+        "status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])\n"
+        "store.append('s', 'messages', {'id': 'child', 'content': 'hi'})\n"
+        "store.append('s', 'messages', {'id': 'late', 'content': 'hi'})\n"
+        "[status, [each['id'] for each in store.load('s').data['messages'][2000:]]]"
+    )
+    assert ids == [0, ["new-0", "parent", "child", "late"]]
+
+
+def test_processes_that_take_turns_lose_nothing_through_folds(store: persist.Store, actor: ActorFactory) -> None:
+    """Three processes append, rename and fold in random order, with a store of each mode among them."""
+    store.create("s", {"messages": ["x" * 70_000]})
+    modes = ("auto", "always", "never")
+    servers = [actor(journal=mode) for mode in modes]
+    dice = random.Random(11)
+    for number in range(90):
+        server = dice.choice(servers)
+        server.do(f"store.append('s', 'messages', {{'id': {number}}})")
+        if dice.random() < 0.2:
+            dice.choice(servers).do("store.compact('s')")
+        if dice.random() < 0.2:
+            dice.choice(servers).do(f"store.update('s', lambda data: data.update(title={number}), head_only=True)")
+    assert [each["id"] for each in store.load("s").data["messages"][1:]] == list(range(90))
+    assert store.check() == []
+
+
+def test_fold_leaves_what_is_known_of_the_lists(large: persist.Store) -> None:
+    """The append after a fold need not read the ids again."""
+    large.append("s", "messages", small(0))
+    large.compact("s")
+    assert parted(journal_of(large).read_bytes())[1] == []
+    assert_costs_the_change(lambda: large.append("s", "messages", small(1)))
+    with pytest.raises(persist.IdTaken):
+        large.append("s", "messages", small(0) | {"content": "another"})

@@ -1,0 +1,520 @@
+"""The journal: its grammar, what a head reads of it, which one belongs to a document, and readers that a fold overtakes.
+
+They fail without their mechanisms: the check of the opening, of its version and its generation; `after` and `revision` of a
+record; `head_at`; the start from anew of a reader that was overtaken, and the lock that it takes at last.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from actors import Actor
+from conftest import ActorFactory
+from harness.journals import chain_is_right, has_journal, journal_of, parted, record_of, sealed, traffic
+
+import persist
+from persist.files import disk, journal, snapshot
+from persist.files.journal import Record, Tail
+from persist.files.snapshot import HeadSnapshot
+from persist.files.transaction import Mode
+
+HELLO = {"id": "m1", "role": "user", "content": "hi"}
+
+
+@pytest.fixture
+def journaled(directory: Path) -> persist.Store:
+    """A store whose sessions all have a journal, with one session."""
+    store = persist.Store(directory, journal="always", lock_timeout_s=20.0)
+    store.create("s", {"title": "New chat", "messages": [HELLO]})
+    return store
+
+
+def append(store: persist.Store, number: int) -> None:
+    store.append("s", "messages", {"id": f"a{number}", "content": "x" * 300})
+
+
+def setting(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """What `update` is given to set a field."""
+    return lambda data: data.update({field: value})
+
+
+# --- grammar ----------------------------------------------------------------------------------------------------------
+
+
+def test_journal_is_written_as_its_grammar_says(journaled: persist.Store) -> None:
+    """The opening names format, generation and snapshot; a record is one line, with the keys in the order of the grammar."""
+    append(journaled, 1)
+    journaled.update("s", lambda data: data.update(title="Locks"), head_only=True)
+    append(journaled, 2)
+    content = journal_of(journaled).read_bytes()
+    opening, lines = parted(content)
+    header = json.loads((journaled.path / "s.json").read_bytes())["_persist"]
+    assert opening == b'{"persist_journal":1,"generation":1,"snapshot":"%b"}\n' % header["checksum"].encode()
+    assert journal_of(journaled).name == "s.1.journal"
+    assert chain_is_right(content)
+    added, renamed, added_again = map(json.loads, lines)
+    common = ["crc", "after", "revision", "updated_at", "commit", "counts", "synced"]
+    assert list(added) == [*common, "changes"]
+    assert list(renamed) == [*common, "head"]
+    assert list(added_again) == [*common, "head_at", "changes"]
+    assert added["changes"] == [{"in": "messages", "at": 1, "insert": [{"id": "a1", "content": "x" * 300}]}]
+    assert renamed["head"] == {"stream": {"epoch": 0, "owner": None}, "fields": {"title": "Locks"}}
+    assert [each["revision"] for each in (added, renamed, added_again)] == [2, 3, 4]
+    assert [each["counts"] for each in (added, renamed, added_again)] == [{"messages": 2}, {"messages": 2}, {"messages": 3}]
+    assert added_again["head_at"] == len(opening) + len(lines[0])
+    # Each commit knew that the one before was durable.
+    assert [each["synced"] for each in (added, renamed)] == [len(opening), len(opening) + len(lines[0])]
+
+
+def test_records_of_the_example_are_read(journaled: persist.Store) -> None:
+    """A journal written by hand, by the grammar in the docstring, is what the session is."""
+    path = journal_of(journaled)
+    opening = path.read_bytes()
+    record = {"after": "", "updated_at": "2026-01-01T00:00:00+00:00", "synced": len(opening)}
+    inserted = {"in": "messages", "at": 1, "insert": [{"id": "m3", "role": "user", "content": "hi"}]}
+    head = {"stream": {"epoch": 1, "owner": None}, "fields": {"title": "Locks"}}
+    path.write_bytes(
+        sealed(
+            opening,
+            [
+                record | {"revision": 2, "commit": "a", "counts": {"messages": 2}, "head_at": 0, "changes": [inserted]},
+                record | {"revision": 3, "commit": "b", "counts": {"messages": 2}, "head": head},
+            ],
+        )
+    )
+    session = journaled.load("s")
+    assert session.data == {"title": "Locks", "messages": [HELLO, inserted["insert"][0]]}  # type: ignore[index]
+    assert session.revision == 3
+    assert journaled.head("s").data == {"title": "Locks"}
+
+
+@pytest.mark.parametrize("text", ["", "a\nb", "\ud800", "é", "\u2028", '"', "\\", "\0"])
+def test_any_text_is_one_line(journaled: persist.Store, text: str) -> None:
+    """Whatever a message or a field holds, a record is one line, without a zero byte, and comes back."""
+    journaled.append("s", "messages", {"id": text or 0, "content": text})
+    journaled.update("s", lambda data: data.update(title=text), head_only=True)
+    content = journal_of(journaled).read_bytes()
+    assert content.count(b"\n") == 3
+    assert b"\0" not in content
+    assert journaled.load("s").data == {"title": text, "messages": [HELLO, {"id": text or 0, "content": text}]}
+    assert journaled.head("s").data == {"title": text}
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+def shown(store: persist.Store) -> tuple[object, ...]:
+    """What a head shows, and what the whole session shows in its place."""
+    head, session = store.head("s"), store.load("s")
+    counts = {name: len(session.data[name]) for name in snapshot.BULK if type(session.data.get(name)) is list}
+    small = {name: value for name, value in session.data.items() if name not in snapshot.BULK}
+    assert list(head.data) == list(small), "the order of fields, too"
+    assert (head.data, head.counts) == (small, counts)
+    assert (head.revision, head.created_at, head.updated_at) == (session.revision, session.created_at, session.updated_at)
+    assert head.active_stream_id == session.active_stream_id
+    found = store._files.read("s")
+    assert store._files.read_head("s") == HeadSnapshot(found.header, found.body.small, found.body.counts, "")
+    return head.revision, head.data
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("fold_bytes", [2000, math.inf])
+def test_head_shows_what_the_whole_session_shows(journaled: persist.Store, seed: int, fold_bytes: float) -> None:
+    """After any sequence of commits, with and without a change of the head, of every size."""
+    journaled._files.fold_bytes = fold_bytes
+    dice = random.Random(seed)
+    stream: persist.Stream | None = None
+    for number in range(40):
+        what = dice.choice(["append", "append", "rename", "long", "stream", "drop", "save"])
+        if what == "append":
+            append(journaled, number)
+        elif what == "rename":
+            journaled.update("s", setting(f"t{number % 3}", number), head_only=True)
+        elif what == "long":
+            journaled.update("s", setting("long", "é" * dice.choice([1, 5000])), head_only=True)
+        elif what == "drop":
+            journaled.update("s", lambda data: data.pop("long", None), head_only=True)
+        elif what == "save":
+            session = journaled.load("s")
+            session.data["messages"].insert(0, number)
+            session.data["tool_calls"] = dice.choice([[], [1], {"a": 1}])
+            session.save()
+        elif stream is None:
+            stream = journaled.start_stream("s")
+        else:
+            stream.finish({"content": "y" * dice.choice([1, 9000])})
+            stream = None
+        shown(journaled)
+    if stream is not None:
+        stream.fail()
+    shown(persist.Store(journaled.path))
+
+
+@pytest.mark.parametrize("records", [0, 1, 500])
+def test_head_reads_no_more_of_a_long_journal(journaled: persist.Store, records: int) -> None:
+    """A head costs some reads of 4 KB, whatever the journal holds, also where the last change of the head is far back."""
+    journaled._files.fold_bytes = math.inf
+    journaled.update("s", lambda data: data.update(title="Locks"), head_only=True)
+    for number in range(records):
+        append(journaled, number)
+    with traffic() as counted:
+        head = journaled.head("s")
+    assert head.data == {"title": "Locks"}
+    assert head.counts == {"messages": 1 + records}
+    assert counted.read <= 3 * 4096 + 100
+
+
+# --- which journal ----------------------------------------------------------------------------------------------------
+
+
+def verbs(store: persist.Store) -> list[Callable[[], object]]:
+    """The ways to read and to write the session."""
+    return [
+        lambda: store.load("s"),
+        lambda: store.head("s"),
+        lambda: store.append("s", "messages", 1),
+        lambda: store.update("s", lambda data: data.update(title="y"), head_only=True),
+        lambda: store.start_stream("s"),
+        lambda: store.compact("s"),
+    ]
+
+
+def assert_every_verb_raises(store: persist.Store, kind: type[Exception], match: str) -> None:
+    """Of a store that does not know the session yet, whatever its mode."""
+    for mode in get_args(Mode):
+        for verb in verbs(persist.Store(store.path, journal=mode)):
+            with pytest.raises(kind, match=match):
+                verb()
+
+
+def test_unknown_version_is_refused_and_left_alone(journaled: persist.Store) -> None:
+    """A journal of a newer version raises `UnsupportedFormat` for readers and writers, also on `accept`, and stays as it is."""
+    append(journaled, 1)
+    path = journal_of(journaled)
+    newer = path.read_bytes().replace(b'"persist_journal":1', b'"persist_journal":2')
+    path.write_bytes(newer)
+    document = (journaled.path / "s.json").read_bytes()
+    assert_every_verb_raises(journaled, persist.UnsupportedFormat, "version 2|format 2")
+    with pytest.raises(persist.UnsupportedFormat):
+        journaled.accept("s")
+    assert [problem.kind for problem in journaled.check()] == ["unsupported"]
+    assert path.read_bytes() == newer
+    assert (journaled.path / "s.json").read_bytes() == document
+
+
+def test_journal_of_another_snapshot_is_not_applied(journaled: persist.Store) -> None:
+    """A journal under the right name that belongs to another document is as good as none: `CorruptSession`."""
+    append(journaled, 1)
+    path = journal_of(journaled)
+    opening, _ = parted(path.read_bytes())
+    other = opening.replace(opening[-35:-3], b"0" * 32)
+    path.write_bytes(other + b"".join(parted(path.read_bytes())[1]))
+    assert_every_verb_raises(journaled, persist.CorruptSession, "persist accept")
+
+
+def test_journal_of_another_generation_is_not_applied(journaled: persist.Store) -> None:
+    """The generation in the opening must be that of the document, whatever the file is called."""
+    append(journaled, 1)
+    path = journal_of(journaled)
+    path.write_bytes(path.read_bytes().replace(b'"generation":1', b'"generation":2'))
+    assert_every_verb_raises(journaled, persist.CorruptSession, "persist accept")
+
+
+def test_journal_that_is_named_but_missing_is_told(journaled: persist.Store) -> None:
+    """A document whose journal is gone is `CorruptSession`, which names the remedy; that takes the document as it is."""
+    append(journaled, 1)
+    journal_of(journaled).unlink()
+    assert_every_verb_raises(journaled, persist.CorruptSession, "the journal that it names is missing.*persist accept")
+    assert [problem.kind for problem in journaled.check()] == ["corrupt"]
+    assert journaled.accept("s").data["messages"] == [HELLO]
+    append(journaled, 2)
+    assert len(persist.Store(journaled.path).load("s").data["messages"]) == 2
+
+
+def test_missing_journal_of_a_session_with_a_stream_is_told_by_every_look(journaled: persist.Store) -> None:
+    """Also where a look holds the session's lock already: the damage is named, and hides no other session's stream."""
+    journaled.create("t")
+    with journaled.start_stream("t") as sound, journaled.start_stream("s") as stream:
+        journal_of(journaled).unlink()
+        assert [info.stream_id for info in journaled.streams()] == [sound.id]
+        with pytest.raises(persist.CorruptSession):
+            journaled.stream("s")
+        with pytest.raises(persist.CorruptSession):
+            stream.emit("token")
+        with pytest.raises(persist.CorruptSession):
+            journaled.events("s", stream.id)
+        journaled.delete("s", force=True)
+
+
+def test_left_over_journal_is_named_and_harmless(journaled: persist.Store) -> None:
+    """A journal that no document names, as a crash leaves it, is shown by `check`, and no fold takes its name."""
+    append(journaled, 1)
+    (journaled.path / "s.2.journal").write_bytes(b"somebody's")
+    assert [(problem.kind, problem.path.name) for problem in journaled.check()] == [("left-over", "s.2.journal")]
+    journaled.compact("s")
+    assert journaled.load("s").data["messages"][-1]["id"] == "a1"
+    assert (journaled.path / "s.3.journal").exists()
+
+
+def test_symbolic_link_in_the_place_of_a_journal_is_refused(journaled: persist.Store, tmp_path: Path) -> None:
+    """What stands behind a link is somebody else's file: it is neither read nor written."""
+    path = journal_of(journaled)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    before = (tmp_path / "elsewhere").read_bytes()
+    assert_every_verb_raises(journaled, persist.UnsafeFile, "symbolic link")
+    assert (tmp_path / "elsewhere").read_bytes() == before
+
+
+# --- records that do not follow ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param({"revision": 4}, id="a revision left out"),
+        pytest.param({"revision": 2}, id="a revision twice"),
+        pytest.param({"head_at": 5}, id="another head"),
+        pytest.param({"counts": {"messages": 9}}, id="another number of items"),
+        pytest.param({"counts": {}}, id="no number of items"),
+        pytest.param({"changes": [{"in": "messages", "at": 9, "insert": [1]}]}, id="a place that is not there"),
+        pytest.param({"changes": [{"in": "title", "at": 0, "insert": [1]}]}, id="a field that is no list"),
+    ],
+)
+def test_record_that_does_not_follow_is_damage(journaled: persist.Store, wrong: dict[str, Any]) -> None:
+    """A record whose CRC is right, but which cannot have come after the ones before, is refused by a load."""
+    append(journaled, 1)
+    append(journaled, 2)
+    path = journal_of(journaled)
+    opening, lines = parted(path.read_bytes())
+    first, second = map(record_of, lines)
+    path.write_bytes(sealed(opening, [first, second]))
+    assert journaled.load("s").revision == 3
+    path.write_bytes(sealed(opening, [first, second | wrong]))
+    with pytest.raises(persist.CorruptSession, match="persist accept"):
+        journaled.load("s")
+
+
+def test_record_that_was_left_out_is_missed(journaled: persist.Store) -> None:
+    """Each record names the CRC of the one before: none can be taken out, or change places."""
+    for number in range(3):
+        append(journaled, number)
+    path = journal_of(journaled)
+    opening, [one, two, three] = parted(path.read_bytes())
+    for lines in ([two, three], [one, three], [two, one, three], [one, one, two, three], [one, two, two, three]):
+        path.write_bytes(opening + b"".join(lines))
+        with pytest.raises(persist.CorruptSession):
+            persist.Store(journaled.path).load("s")
+        with pytest.raises(persist.CorruptSession):
+            persist.Store(journaled.path).append("s", "messages", 1)
+
+
+def test_records_of_another_journal_do_not_check_out(journaled: persist.Store) -> None:
+    """The CRC of a record begins with that of its journal's opening: lines of another journal are damage."""
+    append(journaled, 1)
+    journaled.create("t", {"title": "New chat", "messages": [HELLO]})
+    journaled.append("t", "messages", {"id": "a1", "content": "x" * 300})
+    ours, theirs = (journal_of(journaled, session_id) for session_id in ("s", "t"))
+    ours.write_bytes(parted(ours.read_bytes())[0] + b"".join(parted(theirs.read_bytes())[1]))
+    with pytest.raises(persist.CorruptSession):
+        journaled.load("s")
+
+
+def test_line_of_a_record_is_the_one_of_the_grammar() -> None:
+    """The CRC is of the line behind it, seeded with that of the opening; defaults are left out."""
+    record = Record("0a0b0c0d", 8, "t", "c", {"messages": 3}, 55)
+    rest = b'"after":"0a0b0c0d","revision":8,"updated_at":"t","commit":"c","counts":{"messages":3},"synced":55}'
+    assert journal.encode(record, 7) == b'{"crc":"%08x",' % zlib.crc32(rest, 7) + rest + b"\n"
+
+
+# --- readers that a fold overtakes ------------------------------------------------------------------------------------
+
+FOLD = "store.compact('s')"
+READERS = {
+    "load": "(lambda found: [len(found.data['messages']), found.revision])(store.load('s'))",
+    "head": "(lambda found: [found.counts['messages'], found.revision])(store.head('s'))",
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_reader_that_a_fold_overtakes_starts_over(journaled: persist.Store, actor: ActorFactory, reader: str) -> None:
+    """Between a reader's look at the document and its look at the journal, the journal goes: it reads the new ones."""
+    append(journaled, 1)
+    other: Actor = actor(journal="always")
+    # The first thing after the document was read.
+    other.start_and_pause(READERS[reader], "open_plain")
+    append(journaled, 2)
+    journaled.compact("s")
+    append(journaled, 3)
+    other.go()
+    assert other.result() == [4, 4]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_reader_that_is_always_overtaken_takes_the_lock(
+    journaled: persist.Store, monkeypatch: pytest.MonkeyPatch, reader: str
+) -> None:
+    """After three times it keeps everybody out, and reads what is committed; nothing is told to be damaged."""
+    writer = persist.Store(journaled.path, journal="always", lock_timeout_s=0.05)
+    overtaken = 0
+    real = journal.Journal.open
+
+    def open_after_a_fold(log: journal.Journal, *flags: int) -> int:
+        nonlocal overtaken
+        monkeypatch.setattr(journal.Journal, "open", real)
+        try:
+            append(writer, overtaken)
+            writer.compact("s")
+            overtaken += 1
+        except (persist.LockTimeout, persist.NestedLock):
+            # The reader holds the lock by now.
+            return real(log, *flags)
+        finally:
+            monkeypatch.setattr(journal.Journal, "open", open_after_a_fold)
+        return real(log, *flags)
+
+    monkeypatch.setattr(journal.Journal, "open", open_after_a_fold)
+    revision = getattr(journaled, reader)("s").revision
+    monkeypatch.undo()
+    assert overtaken == 3
+    assert revision == journaled.load("s").revision == 4
+
+
+def test_writer_that_waits_is_not_misled_by_a_fold(journaled: persist.Store, actor: ActorFactory) -> None:
+    """What a process knows of a journal is worth nothing once another one has folded it: it appends to the new one."""
+    other = actor(journal="always")
+    other.do("store.append('s', 'messages', {'id': 'o1'})")
+    append(journaled, 1)
+    other.do(FOLD)
+    append(journaled, 2)
+    other.do("store.append('s', 'messages', {'id': 'o2'})")
+    journaled.compact("s")
+    other.do("store.append('s', 'messages', {'id': 'o3'})")
+    assert [each["id"] for each in journaled.load("s").data["messages"]] == ["m1", "o1", "a1", "a2", "o2", "o3"]
+
+
+# --- which sessions have one ------------------------------------------------------------------------------------------
+
+KB = 1024
+
+
+def resize(store: persist.Store, size: int) -> None:
+    """Make the body of the session so many bytes large, by one commit."""
+    store.update("s", lambda data: data.update(messages=["x" * (size - 20)]))
+
+
+def test_auto_enters_above_64_kb_and_leaves_below_32_kb_at_a_fold(store: persist.Store) -> None:
+    """A session of 64 KiB is whole, one byte more has a journal; it is left only by a fold that finds 32 KiB or less."""
+    store.create("s", {"messages": ["x"]})
+    resize(store, 64 * KB)
+    assert store._files.read("s").body.size == 64 * KB
+    assert not has_journal(store)
+    resize(store, 64 * KB + 1)
+    assert has_journal(store)
+    resize(store, 32 * KB)
+    assert has_journal(store)
+    resize(store, 32 * KB + 1)
+    store.compact("s")
+    assert has_journal(store)
+    resize(store, 32 * KB)
+    assert has_journal(store)
+    store.compact("s")
+    assert not has_journal(store)
+    resize(store, 64 * KB)
+    assert not has_journal(store)
+
+
+def test_auto_folds_when_the_journal_outgrows_its_document(store: persist.Store) -> None:
+    """A journal is never larger than its document or 64 KiB, whichever is more."""
+    store.create("s", {"messages": ["x" * 100_000]})
+    generations = set()
+    for number in range(60):
+        store.append("s", "messages", {"id": number, "content": "y" * 5000})
+        path = journal_of(store)
+        generations.add(path.name)
+        assert path.stat().st_size <= (store.path / "s.json").stat().st_size
+    assert 2 <= len(generations) <= 4
+    assert len(store.load("s").data["messages"]) == 61
+
+
+def test_never_leaves_at_its_next_commit(journaled: persist.Store) -> None:
+    """A store without journals folds what it finds with its own commit in it, and reads it before that."""
+    append(journaled, 1)
+    never = persist.Store(journaled.path, journal="never")
+    assert never.load("s").revision == never.head("s").revision == 2
+    assert has_journal(journaled)
+    assert never.append("s", "messages", {"id": "a1", "content": "x" * 300}) == 2
+    assert has_journal(journaled), "it was there already: nothing was committed"
+    assert never.append("s", "messages", {"id": "n"}) == 3
+    assert not has_journal(journaled)
+    assert [each["id"] for each in journaled.load("s").data["messages"]] == ["m1", "a1", "n"]
+
+
+def test_stores_of_different_modes_lose_nothing(directory: Path) -> None:
+    """Modes are preferences: whatever order they write in, all is there, once, in order."""
+    modes = {mode: persist.Store(directory, journal=mode) for mode in get_args(Mode)}
+    modes["auto"].create("s", {"messages": ["x" * 70_000]})
+    dice = random.Random(3)
+    for number in range(120):
+        modes[dice.choice(list(modes))].append("s", "messages", {"id": number})
+    for store in modes.values():
+        assert [each["id"] for each in store.load("s").data["messages"][1:]] == list(range(120))
+        assert store.head("s").counts == {"messages": 121}
+        assert store.check() == []
+
+
+def test_compact_makes_the_document_the_session(journaled: persist.Store) -> None:
+    """After it the file alone is the session, at the same revision and time; another one has nothing to do."""
+    assert journaled.compact("s") is False
+    append(journaled, 1)
+    before = journaled.load("s")
+    assert journaled.compact("s") is True
+    document = json.loads((journaled.path / "s.json").read_bytes())
+    del document["_persist"]
+    assert document == before.data
+    assert len(parted(journal_of(journaled).read_bytes())[1]) == 0
+    after = journaled.load("s")
+    assert (after.revision, after.updated_at, after.data) == (before.revision, before.updated_at, before.data)
+    assert journaled.compact("s") is False
+    # It is no commit: who loaded before it has nothing to merge.
+    before.data["title"] = "mine"
+    before.save()
+    assert before.revision == 3
+
+
+def test_compact_of_a_small_session_leaves_journal_mode(journaled: persist.Store, store: persist.Store) -> None:
+    """Also where the journal is empty: the mode of who asks counts."""
+    assert store.compact("s") is True
+    assert not has_journal(journaled)
+    assert store.compact("s") is False
+
+
+def test_delete_removes_every_journal(journaled: persist.Store) -> None:
+    """A session that is deleted leaves no journal, also none that a crash has left over."""
+    append(journaled, 1)
+    (journaled.path / "s.7.journal").write_bytes(b"")
+    journaled.create("s-2")
+    journaled.delete("s")
+    assert [path.name for path in journaled.path.glob("*.journal")] == ["s-2.1.journal"]
+
+
+def test_end_of_a_new_journal_is_known_without_reading_it(journaled: persist.Store) -> None:
+    """`Tail.of` says of a journal what following its file says."""
+    head = snapshot.read_head(journaled.path / "s.json", "s")
+    tail = Tail.of(head)
+    log = journal.Journal(journal_of(journaled), "s")
+    fd = log.open()
+    try:
+        log.check_opening(fd, tail)
+        assert log.ends_so(fd, tail)
+        assert list(log.follow(fd, tail)) == []
+        assert (tail.end, tail.is_torn) == (disk.size_of(fd), False)
+    finally:
+        disk.close(fd)
