@@ -11,7 +11,16 @@ from datetime import datetime
 from typing import Any, NoReturn, get_args
 
 from persist import codec, streams, turn
-from persist.errors import LockNotHeld, MergeConflict, MessagesRemoved, SessionDeleted, SessionNotFound, WrongType, conflicts_in
+from persist.errors import (
+    LockNotHeld,
+    MergeConflict,
+    MessagesRemoved,
+    SessionDeleted,
+    SessionNotFound,
+    Unreadable,
+    WrongType,
+    conflicts_in,
+)
 from persist.files.change import between
 from persist.files.snapshot import Body, Header, Snapshot, StreamOwner
 from persist.files.transaction import SessionFiles, Transaction
@@ -285,8 +294,8 @@ class Session:
             return False
         with self._alone():
             if not self._show_cleared(cleared):
-                # Deleted since: then there is nothing to show.
-                with suppress(SessionNotFound):
+                # Deleted since: nothing to show. Unreadable: it is cleared all the same, and the next save shows it.
+                with suppress(SessionNotFound, Unreadable):
                     self._adopt(self._files.read(self.id))
         return True
 

@@ -25,7 +25,6 @@ from typing import Any, NoReturn, Self
 from persist import codec, turn
 from persist.draft import Draft, revise
 from persist.errors import (
-    CommitFailed,
     InvalidStreamId,
     Owner,
     PersistError,
@@ -81,7 +80,7 @@ def _claim(files: SessionFiles, tx: Transaction, draft: Draft, stream_id: str, p
     except BaseException as error:
         # A failed launch must not keep its claim (hermes-webui #6869). Where the claim may be visible all the same, the
         # lease file stays behind, unlocked: by it a sweep finds the session.
-        if isinstance(error, CommitFailed):
+        if isinstance(error, PersistError) and not tx.is_published:
             tx.remove_lease(stream_id)
         lease.close()
         raise

@@ -39,6 +39,7 @@ class Attempt:
         self._paths = layout.session(session_id)
         self._header = header
         self._body = body
+        self._generation_before = header.generation
         self.is_visible = False
         self.size_bytes = 0
         self.opening = b""
@@ -96,7 +97,8 @@ class Attempt:
     def _remove_old_journals(self) -> None:
         """That of the document before, and what a crash or a run that failed has left of those before that."""
         last = self._header.generation
-        _remove(map(self._journal, range(max(1, last - 3), last + (not self._header.is_journaled))))
+        first = max(1, self._generation_before - 3)
+        _remove(map(self._journal, range(first, last + (not self._header.is_journaled))))
 
 
 def _remove(paths: Iterable[Path]) -> None:

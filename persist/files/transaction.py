@@ -488,8 +488,11 @@ class Transaction:
         self.require_known()
         is_folded = self._fold()
         _remove_leftover(self._paths.temp)
+        named = None if self._known is None else self._known.log.path
         with contextlib.suppress(OSError):
-            self._remove_journals(but=self._known)
+            for path in self._journals():
+                if path != named:
+                    _remove_leftover(path)
         return is_folded
 
     def _fold(self) -> bool:
@@ -568,6 +571,8 @@ class Transaction:
             # First, so that nothing is emitted behind what a follower takes for the end.
             self._files.events.fence_session(self.session_id)
         with self._refusals():
+            # While it can still be refused: a journal that is left behind holds all that was said.
+            journals = self._journals()
             directory = disk.open_directory(self._layout.directory)
         try:
             with self._refusals():
@@ -582,8 +587,8 @@ class Transaction:
             disk.close_directory(directory)
         self._known = None
         _remove_leftover(self._paths.temp)
-        with contextlib.suppress(OSError):
-            self._remove_journals(but=None)
+        for path in journals:
+            _remove_leftover(path)
         with contextlib.suppress(OSError):
             for session_id, stream_id in self._files.leases():
                 if session_id == self.session_id:
@@ -591,13 +596,10 @@ class Transaction:
         with contextlib.suppress(OSError):
             self._files.events.remove_session(self.session_id)
 
-    def _remove_journals(self, *, but: Known | None) -> None:
-        """Remove the session's journals, but not that of its document."""
-        named = None if but is None else (self.session_id, but.tail.header.generation)
-        for name in disk.names(self._layout.directory):
-            of_journal = layout.journal_of(name)
-            if of_journal is not None and of_journal[0] == self.session_id and of_journal != named:
-                _remove_leftover(self._layout.directory / name)
+    def _journals(self) -> list[Path]:
+        """Those that bear the session's name, whichever its document names."""
+        found = {name: layout.journal_of(name) for name in disk.names(self._layout.directory)}
+        return [self._layout.directory / name for name, what in found.items() if what and what[0] == self.session_id]
 
     def _publish(self, attempt: Attempt) -> None:
         try:

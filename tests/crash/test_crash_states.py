@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from harness.crash_scenarios import MESSAGE, SCENARIOS, Opening, Scenario, faults
-from harness.journal_scenarios import JOURNALED
 from harness.crashes import MOST_SECTORS, SECTOR_BYTES, Step, Trace, is_sampled, record, states
+from harness.journal_scenarios import JOURNALED
 
 import persist
 

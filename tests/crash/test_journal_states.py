@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ from harness.crashes import SECTOR_BYTES, Disk, Step, Trace, read_disk, record, 
 from harness.journal_scenarios import ALWAYS, ANOTHER, append, append_another, journaled, recorded
 
 import persist
-from persist.files import disk
 
 JOURNAL = "s-1.1.journal"
 
@@ -38,8 +38,7 @@ def torn_states(store: persist.Store, item: dict[str, str]) -> tuple[list[Disk],
     trace = record(store.path, lambda: store.append("s-1", "messages", item))
     [write] = [step for step in trace.steps if step.kind == "write"]
     before, after = trace.before, read_disk(store.path)
-    assert before[JOURNAL] is not None
-    assert after[JOURNAL] == before[JOURNAL] + write.content
+    assert after[JOURNAL] == (before[JOURNAL] or b"") + write.content
     left = [state for state, _ in states(Trace(before, (write,)))]
     return [state for state in left if state[JOURNAL] not in (before[JOURNAL], after[JOURNAL])], before, after
 
@@ -99,7 +98,7 @@ def test_two_records_of_which_neither_was_acknowledged_may_be_torn(scratch: Path
 
 
 @pytest.mark.parametrize("is_idempotent", [True, False], ids=["found", "appended to"])
-@pytest.mark.parametrize("kind, path", [("sync", JOURNAL), ("sync", "s-1.json"), ("sync directory", "*")])
+@pytest.mark.parametrize(("kind", "path"), [("sync", JOURNAL), ("sync", "s-1.json"), ("sync directory", "*")])
 def test_what_another_program_has_copied_is_made_durable(scratch: Path, kind: str, path: str, is_idempotent: bool) -> None:
     """A session that was restored from a backup, and never synced: each of the first commit's syncs is needed.
 
@@ -148,7 +147,8 @@ def test_without_its_first_sync_of_the_directory_a_fold_loses_the_session(scratc
     """
     case = journaled("fold", lambda store, _: store.compact("s-1"), recorded).play(scratch)
     first, rename, _second = (i for i, step in enumerate(case.trace.steps) if step.kind in ("sync directory", "rename"))
-    assert case.trace.steps[first].kind == "sync directory" and case.trace.steps[rename].kind == "rename"
+    assert case.trace.steps[first].kind == "sync directory"
+    assert case.trace.steps[rename].kind == "rename"
     unreadable = set()
     for state, _ in states(case.trace.without(first)):
         with disk_of(state, scratch / "state") as root:
@@ -173,12 +173,56 @@ def test_an_acknowledged_record_stands_in_a_journal_that_bears_its_name_durably(
     assert any(fault.startswith("acknowledged and lost") for fault in found)
 
 
+def test_the_journal_of_another_document_is_not_taken_for_this_one(scratch: Path) -> None:
+    """Nothing is read from it, and nothing recorded in it. Fails if `Journal.check_opening` takes any opening."""
+    store = journaled_store(scratch / "sessions")
+    another = ALWAYS.open(scratch / "another")
+    another.create("s-1", {"messages": []})
+    (store.path / JOURNAL).write_bytes((another.path / JOURNAL).read_bytes())
+    before = read_disk(store.path)
+    for process in (store, ALWAYS.open(store.path)):
+        with pytest.raises(persist.CorruptSession):
+            process.load("s-1")
+        with pytest.raises(persist.CorruptSession):
+            append(process)
+    assert read_disk(store.path) == before
+
+
+def test_what_a_process_knows_of_a_journal_is_compared_with_it(scratch: Path) -> None:
+    """A backup was restored under a running server: its next record follows what is there, not what it knew.
+
+    Fails if the record that a process knew as the last is not looked for (`ends_so`).
+    """
+    store = journaled_store(scratch / "sessions")
+    backup = (store.path / JOURNAL).read_bytes()
+    append(store)
+    (store.path / JOURNAL).write_bytes(backup)
+    append_another(store)
+    messages = persist.Store(store.path).load("s-1").data["messages"]
+    assert [message["id"] for message in messages] == ["m1", "m2", "m4"]
+
+
+def test_however_many_folds_were_cut_off_the_next_one_leaves_nothing_over(scratch: Path) -> None:
+    """Each of them has left a journal that no document names; all of them are gone."""
+    store = journaled_store(scratch / "sessions")
+    for generation in range(2, 9):
+        (store.path / f"s-1.{generation}.journal").write_bytes(b"cut off")
+    assert store.compact("s-1")
+    assert [path.name for path in store.path.glob("*.journal")] == ["s-1.9.journal"]
+    assert store.check() == []
+
+
 def test_a_record_is_one_write_and_one_fdatasync(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A warm append is two calls that reach the disk, and nothing but the record is synced."""
     store = journaled_store(scratch / "sessions")
-    calls: list[str] = []
-    real = disk.sync_data
-    monkeypatch.setattr(disk, "sync_data", lambda fd: (calls.append("fdatasync"), real(fd))[1])
+    calls: list[int] = []
+    real = os.fdatasync
+
+    def counted(fd: int) -> None:
+        calls.append(fd)
+        real(fd)
+
+    monkeypatch.setattr(os, "fdatasync", counted)
     trace = record(store.path, lambda: append(store))
     assert [(step.kind, step.path) for step in trace.steps] == [("write", JOURNAL), ("sync", JOURNAL)]
-    assert calls == ["fdatasync"]
+    assert len(calls) == 1

@@ -12,16 +12,19 @@ import errno
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.faults import ERRORS, SHORT, Fault, descriptors, faults, injecting, quick_directory
+from harness.crash_scenarios import Mode
+from harness.faults import ERRORS, SHORT, SYNCS, TORN, Fault, descriptors, faults, injecting, quick_directory
+from harness.journal_scenarios import ALWAYS, AUTO, FOLDING, LEAVING, NEVER
 
 import persist
 from persist.files import disk, lock
+from persist.files.known import KnownSessions
 
 M1 = {"id": "m1", "role": "user", "content": "Why?"}
 M2 = {"id": "m2", "role": "assistant", "content": "So."}
@@ -30,6 +33,7 @@ PROMPT = {"id": "p", "role": "user", "content": "And then?"}
 ANSWER = {"id": "a", "role": "assistant", "content": "Then this."}
 TIMEOUT_S = 0.05
 MOST_PLACES = 200
+PARTIAL = (SHORT, TORN)
 
 Run = Callable[[], object]
 View = dict[str, object]
@@ -80,6 +84,18 @@ class Operation:
     is_partial: bool = False
     #: Leaving a block cannot be tried again: the lease is given up, and the session is stale.
     is_final: bool = False
+    #: How its store writes, and the one that made the session, if that is another way.
+    mode: Mode = AUTO
+    made: Mode | None = None
+    #: It is that of a process that has never seen the session.
+    is_cold: bool = False
+
+    @property
+    def is_variant(self) -> bool:
+        return self.mode != AUTO or self.made is not None
+
+    def but(self, name: str, **options: Any) -> Operation:
+        return replace(self, name=f"{self.name}, {name}", **options)
 
 
 OPERATIONS: dict[str, Operation] = {}
@@ -87,7 +103,7 @@ OPERATIONS: dict[str, Operation] = {}
 
 def operation(**options: bool) -> Callable[[Callable[[Scene], Run]], None]:
     def enter(stage: Callable[[Scene], Run]) -> None:
-        OPERATIONS[stage.__name__] = Operation(stage.__name__, stage, **options)
+        OPERATIONS[stage.__name__] = replace(Operation(stage.__name__, stage), **options)  # type: ignore[arg-type]
 
     return enter
 
@@ -138,6 +154,11 @@ def update(scene: Scene) -> Run:
 
 
 @operation()
+def update_of_a_small_field(scene: Scene) -> Run:
+    return lambda: scene.store.update("s", lambda data: data.update(title="File locks"), head_only=True)
+
+
+@operation()
 def append(scene: Scene) -> Run:
     return lambda: scene.store.append("s", "messages", M2)
 
@@ -174,6 +195,19 @@ def accept(scene: Scene) -> Run:
     path = scene.store.path / "s.json"
     path.write_bytes(path.read_bytes().replace(b"New chat", b"Old chat"))
     return lambda: scene.store.accept("s").data
+
+
+@operation()
+def accept_of_a_damaged_journal(scene: Scene) -> Run:
+    scene.store.append("s", "messages", M2)
+    for path in scene.store.path.glob("s.*.journal"):
+        path.write_bytes(path.read_bytes().replace(b"So.", b"No."))
+    return lambda: scene.store.accept("s").data
+
+
+@operation()
+def compact(scene: Scene) -> Run:
+    return lambda: scene.store.compact("s")
 
 
 @operation()
@@ -319,6 +353,29 @@ def check(scene: Scene) -> Run:
     return lambda: [(problem.session_id, problem.kind) for problem in scene.store.check()]
 
 
+# --- the same, of sessions with a journal ------------------------------------------------------------------------------------
+
+
+def in_other_ways() -> Iterator[Operation]:
+    """Records, folds, and entering and leaving the journal."""
+    whole = dict(OPERATIONS)
+    for each in whole.values():
+        if each.name not in ("update", "open_store", "open_new_store", "exists", "ids"):
+            yield each.but("journaled", mode=ALWAYS)
+    for name in ("append", "append_again", "save", "start_stream", "finish", "clear_stale_stream", "compact"):
+        yield whole[name].but("journaled, of a new process", mode=ALWAYS, is_cold=True)
+    for name in ("append", "save", "start_over_a_stale_stream", "checkpoint", "finish", "clear_stale_streams"):
+        yield whole[name].but("folding", mode=FOLDING)
+    for name in ("append", "save"):
+        yield whole[name].but("entering", mode=ALWAYS, made=NEVER)
+    for name in ("append", "finish", "compact"):
+        yield whole[name].but("leaving", mode=NEVER, made=ALWAYS)
+    yield whole["append"].but("folding and leaving", mode=LEAVING, made=ALWAYS)
+
+
+OPERATIONS |= {each.name: each for each in [*in_other_ways()]}
+
+
 def shown(info: persist.StreamInfo | None) -> object:
     return info and (info.session_id, info.stream_id, info.is_live, info.is_cancelled)
 
@@ -363,9 +420,23 @@ def ends_of(operation: Operation) -> Ends:
 
 
 def staged(operation: Operation, directory: Path) -> tuple[Scene, Run]:
-    scene = Scene(persist.Store(directory / "sessions", lock_timeout_s=TIMEOUT_S))
+    made = operation.made or operation.mode
+    scene = Scene(opened(made, directory / "sessions"))
     scene.store.create("s", DATA)
-    return scene, operation.stage(scene)
+    if made.journal == "always":
+        # A journal that is not empty.
+        scene.store.update("s", lambda data: data.update(n=1), head_only=True)
+    run = operation.stage(scene)
+    operation.mode.set(scene.store)
+    if operation.is_cold:
+        scene.store._files.known = KnownSessions()
+    return scene, run
+
+
+def opened(mode: Mode, path: Path) -> persist.Store:
+    store = persist.Store(path, lock_timeout_s=TIMEOUT_S)
+    mode.set(store)
+    return store
 
 
 class Trial:
@@ -380,7 +451,7 @@ class Trial:
         self._raised, result = self._play()
         if self.is_reached:
             # A new store, as another process has one: what it reads is what there is.
-            self._fresh = persist.Store(self._scene.store.path, lock_timeout_s=TIMEOUT_S)
+            self._fresh = opened(operation.mode, self._scene.store.path)
             self._now = view(self._fresh)
             self._judge(result)
             self._expect(self._raised is None or self._scene.memory() == memory, "memory was changed")
@@ -417,7 +488,7 @@ class Trial:
         if raised is None:
             self._expect(self._now == ends.new, "returned, and its effect is not on disk")
             # What could not be synced is in doubt for good; only a new file, synced and entered in its directory, is not.
-            is_durable = self._fault.call != "fsync" or self._passed_since >= 2 or self._operation.is_look
+            is_durable = self._fault.call not in SYNCS or self._passed_since >= 2 or self._operation.is_look
             self._expect(is_durable, "returned, and it is not durable")
             is_short = self._operation.is_partial and self._fault.errno != SHORT
             self._expect(is_short or result == ends.result, f"returned {result!r}")
@@ -434,7 +505,8 @@ class Trial:
 
     def _look_for_strays(self, before: set[str]) -> None:
         """What was left over before may still be there; nothing may be added, unless it could not be unlinked."""
-        if "unlink" in self._fault.functions or isinstance(self._raised, persist.CommitUnknown):
+        failures = [self._raised, *getattr(self._raised, "failures", {}).values()]
+        if "unlink" in self._fault.functions or any(isinstance(error, persist.CommitUnknown) for error in failures):
             return
         active = {f"{name}.{found[2][0]}" for name, found in self._now.items() if isinstance(found, tuple) and found[2]}
         strays = self._strays() - before - active
@@ -442,7 +514,8 @@ class Trial:
 
     def _strays(self) -> set[str]:
         directory = self._scene.store.path
-        return {path.name for pattern in ("*.tmp", ".leases/*") for path in directory.glob(pattern)}
+        journals = {path.name for _, path in self._scene.store._files.leftovers() if path.suffix == ".journal"}
+        return journals | {path.name for pattern in ("*.tmp", ".leases/*") for path in directory.glob(pattern)}
 
     def _try_again(self) -> None:
         if isinstance(self._raised, persist.CommitUnknown):
@@ -472,6 +545,7 @@ class Trial:
             store.clear_stale_streams(every_session=True)
             for session_id in store.ids():
                 store.start_stream(session_id).finish()
+                store.compact(session_id)
             self._expect(store.check() == [], f"left over at the end: {store.check()}")
         except (persist.PersistError, OSError) as error:
             self._expect(False, f"stuck: {error!r}")
@@ -497,6 +571,8 @@ def trials(operation: Operation, call: str) -> Iterator[Trial]:
     """One trial for each fault of a call, at each of its places that the operation comes to."""
     for place in range(1, MOST_PLACES):
         for fault in faults(call, place):
+            if operation.is_variant and call not in SYNCS and fault.errno not in (errno.EIO, *PARTIAL):
+                continue  # how the other errors are told was seen where the session has no journal
             trial = tried(operation, fault)
             if not trial.is_reached:
                 return

@@ -48,6 +48,9 @@ class Mode:
         store._files.mode, store._files.fold_bytes = self.journal, self.fold_bytes
 
 
+AUTO = Mode()
+
+
 @dataclass(frozen=True)
 class Scenario:
     """A verb, and what must be there before it. What `prepare` returns is handed to `verb`.
@@ -64,7 +67,7 @@ class Scenario:
     interrupted: Callable[[persist.Store], Any] = lambda store: None
     content: dict[str, Any] = field(default_factory=lambda: {"title": "t" * 600, "messages": [{"id": "m1", "content": "hi"}]})
     is_cold: bool = False
-    mode: Mode = Mode()
+    mode: Mode = AUTO
     prepared: Mode | None = None
 
     def play(self, scratch: Path) -> Case:
@@ -271,8 +274,8 @@ Documents = dict[str, Any]
 class Case:
     """What a scenario did to the disk, with the documents before and after it. The store is at `place` on that disk.
 
-    `between` is what a killed writer has left visible, and nobody acknowledged. `kept` are copies of damaged files, which must be
-    there before what they were made of is replaced.
+    `between` is what a killed writer has left visible, and nobody acknowledged. `kept` are copies of damaged files: they must
+    be there before what they were made of is replaced.
     """
 
     trace: Trace
@@ -281,7 +284,7 @@ class Case:
     between: Documents | None = None
     kept: Disk = field(default_factory=dict)
     place: str = "."
-    mode: Mode = Mode()
+    mode: Mode = AUTO
 
 
 def documents_in(path: Path) -> Documents:

@@ -20,6 +20,8 @@ from typing import Any
 
 #: Instead of an errno: `read` and `write` do a part of what they were asked for.
 SHORT = 0
+#: The disk fills up in the middle of a write: a part of it is done, and what comes next is refused.
+TORN = -1
 
 _EVERYWHERE = (errno.EIO, errno.EINTR)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -27,9 +29,10 @@ _REFUSED = (errno.EROFS, errno.EACCES)
 #: The kernel calls that can fail, each with the errors that it is made to answer.
 ERRORS: dict[str, tuple[int, ...]] = {
     "open": (*_EVERYWHERE, *_FULL, *_REFUSED, errno.EMFILE),
-    "write": (*_EVERYWHERE, *_FULL, errno.EROFS, SHORT),
+    "write": (*_EVERYWHERE, *_FULL, errno.EROFS, SHORT, TORN),
     "read": (*_EVERYWHERE, SHORT),
     "fsync": (*_EVERYWHERE, *_FULL, errno.EROFS),
+    "fdatasync": (*_EVERYWHERE, *_FULL, errno.EROFS),
     "close": (*_EVERYWHERE, *_FULL),
     "replace": (*_EVERYWHERE, *_FULL, *_REFUSED),
     "unlink": (*_EVERYWHERE, *_REFUSED),
@@ -43,6 +46,8 @@ ERRORS: dict[str, tuple[int, ...]] = {
     # The disk is gone: from one call on, whatever that is, each that would reach it fails.
     "any": (errno.EIO,),
 }
+#: What makes something durable: those that pass are counted for each other.
+SYNCS = ("fsync", "fdatasync")
 _REACHES_THE_DISK = tuple(name for name in ERRORS if name not in ("close", "flock", "any"))
 
 
@@ -59,8 +64,13 @@ class Fault:
     def functions(self) -> tuple[str, ...]:
         return _REACHES_THE_DISK if self.call == "any" else (self.call,)
 
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """Functions that do not fail, but of which it is of interest whether they are called."""
+        return tuple(name for name in SYNCS if self.call in SYNCS and name != self.call)
+
     def __str__(self) -> str:
-        answer = "SHORT" if self.errno == SHORT else errno.errorcode[self.errno]
+        answer = {SHORT: "SHORT", TORN: "TORN"}.get(self.errno) or errno.errorcode[self.errno]
         return f"{self.call} {self.place}{'+' if self.is_persistent else ''} {answer}"
 
 
@@ -90,14 +100,24 @@ class Injection:
 
         return faulty
 
+    def watching(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any, **options: Any) -> Any:
+            self.passed_since += 1
+            return real(*arguments, **options)
+
+        return watched
+
     def _is_due(self) -> bool:
         self._calls += 1
         place = self._fault.place
-        return self._calls >= place if self._fault.is_persistent else self._calls == place
+        last = place + (self._fault.errno == TORN)
+        return self._calls >= place if self._fault.is_persistent else place <= self._calls <= last
 
     def _fail(self, real: Callable[..., Any], *arguments: Any) -> Any:
         fault = self._fault
-        if fault.errno == SHORT:
+        if fault.errno == TORN and self.hits > 1:
+            raise OSError(errno.ENOSPC, f"injected: {os.strerror(errno.ENOSPC)}")
+        if fault.errno in (SHORT, TORN):
             fd, what = arguments
             return real(fd, max(1, what // 2) if fault.call == "read" else what[: max(1, len(what) // 2)])
         if fault.call == "close":
@@ -109,10 +129,10 @@ class Injection:
 def injecting(fault: Fault) -> Iterator[Injection]:
     """Make one fault happen to this thread for a block."""
     module: ModuleType = fcntl if fault.call == "flock" else os
-    real = {name: getattr(module, name) for name in fault.functions}
+    real = {name: getattr(module, name) for name in (*fault.functions, *fault.watched)}
     injection = Injection(fault)
     for name, function in real.items():
-        setattr(module, name, injection.around(function))
+        setattr(module, name, (injection.around if name in fault.functions else injection.watching)(function))
     try:
         yield injection
     finally:

@@ -1,4 +1,4 @@
-"""The same for sessions with a journal: records, folds, and entering and leaving it. Documents small enough to be enumerated."""
+"""The same for sessions with a journal: records, folds, entering and leaving it; of a size that can be enumerated."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import persist
 from harness.crash_scenarios import (
     ANSWER,
+    AUTO,
     MESSAGE,
     Mode,
     Scenario,
@@ -20,6 +21,7 @@ from harness.crash_scenarios import (
 )
 
 ANOTHER = {"id": "m4", "role": "user", "content": "another"}
+__all__ = ["ALWAYS", "ANOTHER", "AUTO", "ENDLESS", "FOLDING", "JOURNALED", "LEAVING", "NEVER"]
 ALWAYS, ENDLESS, NEVER = Mode("always"), Mode("always", math.inf), Mode("never")
 #: A fold at every commit; and one that finds a document which is too small for a journal.
 FOLDING, LEAVING = Mode("always", 1), Mode("auto", 1)
@@ -27,7 +29,6 @@ FOLDING, LEAVING = Mode("always", 1), Mode("auto", 1)
 
 def journaled(name: str, *what: Any, **options: Any) -> Scenario:
     return Scenario(f"journal: {name}", *what, **{"mode": ALWAYS} | options)
-
 
 
 def append(store: persist.Store, _subject: object = None) -> None:
