@@ -29,10 +29,10 @@ from harness.watch import Watch
 
 DEADLINE_S = 120
 
-NO_FILE_SYNC = ("files/transaction.py", "                disk.sync(fd)\n", "                pass\n")
+NO_FILE_SYNC = ("files/publish.py", "            disk.sync(fd)\n", "            pass\n")
 NO_DIRECTORY_SYNC = (
-    "files/transaction.py",
-    "                disk.sync_directory(self._directory, directory)\n",
+    "files/publish.py",
+    "                disk.sync_directory(self._layout.directory, directory)\n",
     "                pass\n",
 )
 NO_SYNC_OF_A_DELETE = (
