@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import persist
 from harness import planted
@@ -36,6 +36,7 @@ from harness.linearizability import (
     ownership,
     register,
 )
+from persist.files.transaction import Mode
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 120.0
@@ -53,7 +54,7 @@ class Plan:
     groups: int = 20
     reads: float = 0.8
     seed: int = 1533
-    journal: str = MIXED
+    journal: Mode | Literal["mixed"] = MIXED
     fold: str = MIXED
 
     @property

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.histories import ROOT, Plan, run_round
@@ -35,11 +36,11 @@ def broken_package(parent: Path, file: str, swaps: Swaps) -> Path:
         pytest.param("always", "1", id="all-are-folded-at-each-commit"),
     ],
 )
-def test_every_history_is_linearizable(scratch: Path, journal: str, fold: str) -> None:
-    """Lists, registers and owners: 2,400 operations of 3 processes with 2 threads each, 6 kills, and an order for all of it."""
-    report = run_round(scratch, Plan(operations=2_400, groups=4, kills=6, journal=journal, fold=fold))
+def test_every_history_is_linearizable(scratch: Path, journal: Any, fold: str) -> None:
+    """Lists, registers and owners: 2,000 operations of 3 processes with 2 threads each, 6 kills, and an order for all of it."""
+    report = run_round(scratch, Plan(operations=2_000, groups=4, kills=6, journal=journal, fold=fold))
     assert report.anomalies == []
-    assert report.operations >= 2_400
+    assert report.operations >= 2_000
     assert report.kills == 6
 
 
@@ -90,7 +91,6 @@ def test_a_planted_bug_is_caught(scratch: Path, file: str, swaps: Swaps, expecte
 
 # Of journals.
 TRUSTS_ITS_END = (("follow(self._fd, known.tail):", "follow(self._fd, known.tail) if not known.synced else ():"),)
-TRUSTS_ITS_SNAPSHOT = (("if known is None or known.opening != start:", "if known is None:"),)
 OVERTAKEN_IS_EMPTY = (
     (
         "            return self.journal(session_id, found.header.generation).replay(found)\n",
@@ -107,7 +107,6 @@ OVERTAKEN_IS_EMPTY = (
         pytest.param(
             TRUSTS_ITS_END, {"list: reordered appends", "list: wrong items"}, id="does-not-look-behind-the-end-it-knows"
         ),
-        pytest.param(TRUSTS_ITS_SNAPSHOT, {"list: raised"}, id="does-not-look-at-the-snapshot-it-knows"),
         pytest.param(OVERTAKEN_IS_EMPTY, {"list: stale read", "register: not linearizable"}, id="a-load-overtaken-by-a-fold"),
     ],
 )
