@@ -29,10 +29,10 @@ from harness.watch import Watch
 
 DEADLINE_S = 120
 
-NO_FILE_SYNC = ("files/transaction.py", "                disk.sync(fd)\n", "                pass\n")
+NO_FILE_SYNC = ("files/publish.py", "            disk.sync(fd)\n", "            pass\n")
 NO_DIRECTORY_SYNC = (
-    "files/transaction.py",
-    "                disk.sync_directory(self._directory, directory)\n",
+    "files/publish.py",
+    "                disk.sync_directory(self._layout.directory, directory)\n",
     "                pass\n",
 )
 NO_SYNC_OF_A_DELETE = (
@@ -41,6 +41,9 @@ NO_SYNC_OF_A_DELETE = (
     "            pass\n",
 )
 NO_SECOND_LOOK = ("files/disk.py", "            os.fstat(fd)\n", "")
+# Of journals.
+NO_SYNC_OF_A_RECORD = ("files/disk.py", "        os.fdatasync(fd)\n", "")
+NO_SECOND_LOOK_AT_A_RECORD = ("files/disk.py", "        os.pread(fd, 1, 0)\n", "")
 RAISES = (
     "streams.py",
     "    stream_id = uuid.uuid4().hex if",
@@ -56,30 +59,44 @@ def powercut(file_system: str, cuts: int, package_parent: Path, *more: str) -> s
     return done
 
 
-@pytest.mark.parametrize("file_system", ["ext4", "ext4-noauto", "xfs"])
-def test_no_acknowledged_commit_is_lost_by_a_power_cut(file_system: str) -> None:
+@pytest.mark.parametrize(
+    ("file_system", "journal", "fold"),
+    [
+        ("ext4", "always", "normal"),
+        ("ext4", "auto", "normal"),
+        ("ext4-noauto", "always", "1"),
+        ("ext4-noauto", "never", "normal"),
+        ("xfs", "mixed", "mixed"),
+        ("xfs", "always", "normal"),
+    ],
+)
+def test_no_acknowledged_commit_is_lost_by_a_power_cut(file_system: str, journal: str, fold: str) -> None:
     """After each cut and recovery every acknowledged commit is there, every document is whole, and nothing is stuck."""
-    done = powercut(file_system, 14, PACKAGE_PARENT)
+    done = powercut(file_system, 14, PACKAGE_PARENT, f"--journal={journal}", f"--fold={fold}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{file_system}: 14 cuts" in done.stdout
 
 
 @pytest.mark.parametrize(
-    ("file_system", "mutation", "verdicts"),
+    ("file_system", "journal", "mutation", "verdicts"),
     [
-        pytest.param("ext4-noauto", NO_FILE_SYNC, {"torn"}, id="no-file-sync"),
-        pytest.param("ext4-noauto", NO_DIRECTORY_SYNC, {"lost"}, id="no-directory-sync"),
+        pytest.param("ext4-noauto", "never", NO_FILE_SYNC, {"torn"}, id="no-file-sync"),
+        pytest.param("ext4-noauto", "never", NO_DIRECTORY_SYNC, {"lost"}, id="no-directory-sync"),
         # A session that comes back.
-        pytest.param("ext4-noauto", NO_SYNC_OF_A_DELETE, {"torn"}, id="no-sync-of-a-delete"),
+        pytest.param("ext4-noauto", "never", NO_SYNC_OF_A_DELETE, {"torn"}, id="no-sync-of-a-delete"),
         # Torn: a delete that was acknowledged.
-        pytest.param("xfs", NO_SECOND_LOOK, {"lost", "torn"}, id="believes-an-xfs-that-is-shut-down"),
-        pytest.param("ext4", FIELDS_THROWN_AWAY, {"lost"}, id="a-save-drops-small-fields"),
+        pytest.param("xfs", "never", NO_SECOND_LOOK, {"lost", "torn"}, id="believes-an-xfs-that-is-shut-down"),
+        pytest.param("ext4", "mixed", FIELDS_THROWN_AWAY, {"lost"}, id="a-save-drops-small-fields"),
+        pytest.param("ext4", "always", NO_SYNC_OF_A_RECORD, {"lost"}, id="no-sync-of-a-record"),
+        pytest.param("ext4", "always", NO_SECOND_LOOK_AT_A_RECORD, {"lost"}, id="believes-an-ext4-that-is-shut-down"),
     ],
 )
-def test_the_power_cuts_see_a_missing_step(tmp_path: Path, file_system: str, mutation: Mutation, verdicts: set[str]) -> None:
+def test_the_power_cuts_see_a_missing_step(
+    tmp_path: Path, file_system: str, journal: str, mutation: Mutation, verdicts: set[str]
+) -> None:
     """With one step of a commit taken out of a copy of the package, a few cuts show the damage."""
     write_mutated_package(mutation, tmp_path)
-    done = powercut(file_system, 300, tmp_path)
+    done = powercut(file_system, 300, tmp_path, f"--journal={journal}", "--fold=normal")
     assert done.returncode == 1, done.stdout + done.stderr
     found = {line.split(": ")[1] for line in done.stdout.splitlines() if line.count(": ") > 1}
     assert found & verdicts, done.stdout

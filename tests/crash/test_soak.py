@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from harness.journaling import Journaling
 from harness.planted import Mutation, run_harness, write_mutated_package
 from harness.soak import Soaked, soak
 
@@ -17,7 +18,7 @@ DEADLINE_S = 120
 NOT_WRITTEN = (
     "store.py",
     "    return tx.commit(found.header.next(touch=touch), body).header.revision\n",
-    "    return tx.commit(found.header.next(), body).header.revision if found.header.revision % 4 else 1\n",
+    "    return tx.commit(found.header.next(), body).header.revision if found.header.revision % 5 else 1\n",
 )
 NOT_COUNTED = (
     "session.py",
@@ -25,12 +26,23 @@ NOT_COUNTED = (
     "        mine = Body.of(self.data | {'n': min(self.data['n'], 3)})\n",
 )
 UNMARKED = ("turn.py", "messages[place][INTERRUPTED] = True", "pass")
+JOURNALS_THAT_STAY = ("files/publish.py", "        self._remove_old_journals()\n", "        pass\n")
+NOT_CLOSED = ("files/transaction.py", "                disk.close(fd)\n", "                pass\n")
 
 
-def test_thousands_of_commits_leave_nothing_behind(scratch: Path) -> None:
-    """3,000 commits of every kind: the same descriptors, flat memory, no stray file, and each session holds what it must."""
-    soaked = soak(scratch / "sessions", 3_000)
-    assert soaked.commits >= 3_000
+@pytest.mark.parametrize(
+    "journaling",
+    [
+        pytest.param(Journaling(), id="each-in-its-way"),
+        pytest.param(Journaling("auto", "normal"), id="large-sessions-have-journals"),
+        pytest.param(Journaling("always", "normal"), id="all-have-journals"),
+        pytest.param(Journaling("always", "1"), id="all-are-folded-at-each-commit"),
+    ],
+)
+def test_thousands_of_commits_leave_nothing_behind(scratch: Path, journaling: Journaling) -> None:
+    """1,500 commits of every kind: the same descriptors, flat memory, no stray file, and each session holds what it must."""
+    soaked = soak(scratch / "sessions", 1_500, journaling)
+    assert soaked.commits >= 1_500
     assert soaked.faults == []
 
 
@@ -51,9 +63,24 @@ def test_verdict_names_each_kind_of_leak() -> None:
         pytest.param(UNMARKED, id="no-mark-on-an-interrupted-turn"),
     ],
 )
-def test_the_soak_sees_a_planted_bug(tmp_path: Path, mutation: Mutation) -> None:
+def test_the_soak_sees_a_planted_bug(scratch: Path, mutation: Mutation) -> None:
     """With one mechanism taken out of a copy of the package, sessions do not hold what was committed to them."""
-    write_mutated_package(mutation, tmp_path)
-    done = run_harness("soak", ["--commits=700", f"--directory={tmp_path}"], tmp_path, DEADLINE_S)
+    write_mutated_package(mutation, scratch)
+    done = run_harness("soak", ["--commits=700", f"--directory={scratch}"], scratch, DEADLINE_S)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "FAULT: not what was committed: ['s-" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("mutation", "fault"),
+    [
+        pytest.param(JOURNALS_THAT_STAY, "left over: ['s-", id="journals-that-nobody-removes"),
+        pytest.param(NOT_CLOSED, "descriptors went from", id="journals-that-nobody-closes"),
+    ],
+)
+def test_the_soak_sees_what_journals_leave_behind(scratch: Path, mutation: Mutation, fault: str) -> None:
+    """With one mechanism taken out of a copy of the package, there are more files, or more descriptors, than before."""
+    write_mutated_package(mutation, scratch)
+    done = run_harness("soak", ["--commits=700", "--journal=always", f"--directory={scratch}"], scratch, DEADLINE_S)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"FAULT: {fault}" in done.stdout

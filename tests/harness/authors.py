@@ -6,6 +6,7 @@ instead of a start of the interpreter.
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import random
 import select
 import selectors
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +27,9 @@ from harness.acknowledged import ANSWER, PROMPT, VISIT, Change, Document, Figure
 from harness.journaling import LOAD_BYTES, Journaling
 
 LOCK_TIMEOUT_S = 30.0
+# A few dozen reports: then an author waits for the parent to listen. Else the more there is to look at, the more is written
+# meanwhile, and so the more there is to look at the next time.
+PIPE_BYTES = 4096
 # Those that only look leave the processor to those that write.
 PAUSE_S = 0.001
 HEADS_A_LOOK = 5
@@ -292,6 +297,8 @@ class Crew:
     def start(self, role: Role, directory: Path, shared: tuple[str, ...]) -> Hand:
         name = next(self._names)
         ours, theirs = os.pipe()
+        if sys.platform == "linux":
+            fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         pid = os.fork()
         if pid == 0:
             for pipe in (ours, *(hand.pipe for hand in self.hands)):

@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import persist
 from harness import planted
+from harness.journaling import LOAD_BYTES, MIXED, Journaling, load_of
 from harness.linearizability import (
     UNKNOWN,
     Anomaly,
@@ -35,6 +36,7 @@ from harness.linearizability import (
     ownership,
     register,
 )
+from persist.files.transaction import Mode
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 120.0
@@ -52,6 +54,12 @@ class Plan:
     groups: int = 20
     reads: float = 0.8
     seed: int = 1533
+    journal: Mode | Literal["mixed"] = MIXED
+    fold: str = MIXED
+
+    @property
+    def journaling(self) -> Journaling:
+        return Journaling(self.journal, self.fold)
 
     @property
     def operations_of_a_thread(self) -> int:
@@ -180,6 +188,18 @@ class Client:
     def count_list(self, session_id: str) -> None:
         self._record(session_id, "count", None, lambda: self._store.head(session_id).counts["messages"])
 
+    def compact_list(self, session_id: str) -> None:
+        self._compact(session_id, "count", lambda: self._store.head(session_id).counts["messages"])
+
+    def _compact(self, session_id: str, kind: str, look: Callable[[], Any]) -> None:
+        """A fold shows nothing, and must change nothing of what is seen after it."""
+
+        def fold() -> Any:
+            self._store.compact(session_id)
+            return look()
+
+        self._record(session_id, kind, None, fold)
+
     def append_by_append(self, session_id: str) -> None:
         item = self._new()
 
@@ -217,16 +237,32 @@ class Client:
         return seen
 
     def write(self, session_id: str) -> None:
-        value = self._new()
+        """Also what the session carries besides: it becomes a large one, or a small one."""
+        value, load = self._new(), self._load_drawn()
 
         def edit() -> None:
             with self._store.edit(session_id) as data:
-                data["value"] = value
+                data.update(value=value, tool_calls=load)
 
         self._record(session_id, "write", value, edit)
 
+    def _load_drawn(self) -> list[dict[str, str]]:
+        return load_of(self._random.choice((0, LOAD_BYTES)))
+
+    def write_head(self, session_id: str) -> None:
+        value = self._new()
+
+        def update() -> None:
+            self._store.update(session_id, lambda data: data.update(value=value), head_only=True)
+
+        self._record(session_id, "write", value, update)
+
+    def compact_register(self, session_id: str) -> None:
+        self._compact(session_id, "read", lambda: _value(self._store.head(session_id)))
+
     def swap_by_update(self, session_id: str) -> None:
         expected, value = self.load_register(session_id).data["value"], self._new()
+        head_only = self._random.random() < 0.5
 
         def swap(data: dict[str, Any]) -> bool:
             if data["value"] != expected:
@@ -234,7 +270,7 @@ class Client:
             data["value"] = value
             return True
 
-        self._record(session_id, "swap", (expected, value), lambda: self._store.update(session_id, swap))
+        self._record(session_id, "swap", (expected, value), lambda: self._store.update(session_id, swap, head_only=head_only))
 
     def swap_by_save(self, session_id: str) -> None:
         session, value = self.load_register(session_id), self._new()
@@ -251,10 +287,14 @@ class Client:
 
     def put(self, session_id: str) -> None:
         revision, value = self.head_register(session_id).revision, self._new()
+        head_only = self._random.random() < 0.5
+
+        def put(data: dict[str, Any]) -> None:
+            data["value"] = value
 
         def update() -> int:
             try:
-                self._store.update(session_id, lambda data: data.update(value=value), if_revision=revision)
+                self._store.update(session_id, put, if_revision=revision, head_only=head_only)
             except persist.RevisionMismatch as mismatch:
                 return int(mismatch.theirs)
             return revision
@@ -339,14 +379,22 @@ READS: dict[str, list[Action]] = {
     "owner": [Client.load_owner, Client.head_owner, Client.ask_owner],
 }
 WRITES: dict[str, list[Action]] = {
-    "list": [Client.append_by_append, Client.append_by_edit, Client.append_by_save],
-    "register": [Client.write, Client.swap_by_update, Client.swap_by_save, Client.put],
+    "list": [Client.append_by_append, Client.append_by_edit, Client.append_by_save, Client.compact_list],
+    "register": [
+        Client.write,
+        Client.write_head,
+        Client.swap_by_update,
+        Client.swap_by_save,
+        Client.put,
+        Client.compact_register,
+    ],
     "owner": [Client.start, Client.end, Client.cancel, Client.take_away, Client.clear],
 }
 
 
 def _work(directory: Path, number: int, starts: list[int], plan: Plan) -> None:
-    store = persist.Store(directory / "sessions", lock_timeout_s=DEADLINE_S)
+    journaling = plan.journaling.drawn(random.Random(f"{plan.seed} {number}"))
+    store = journaling.open(directory / "sessions", lock_timeout_s=DEADLINE_S)
     barrier = threading.Barrier(len(starts) + 1)
     failures: list[BaseException] = []
 
@@ -518,9 +566,11 @@ def run_round(directory: Path, plan: Plan, *, package: Path = ROOT) -> Report:
         package: the directory that holds the package `persist` which the processes use.
     """
     started = time.monotonic()
-    store = persist.Store(directory / "sessions")
+    store = plan.journaling.drawn(random.Random(plan.seed)).open(directory / "sessions")
     for session_id in plan.session_ids:
-        store.create(session_id, {"messages": []} if session_id.startswith("list") else {"value": None})
+        # Every other one is large.
+        load = load_of(int(session_id.rpartition("-")[2]) % 2 * LOAD_BYTES)
+        store.create(session_id, {"messages": [], "value": None, "tool_calls": load})
     workers = _Round(directory, plan, package).run()
     histories: dict[str, list[Operation]] = defaultdict(list)
     for worker in workers:

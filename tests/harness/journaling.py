@@ -10,12 +10,12 @@ import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Final, Literal, get_args
 
 import persist
 from persist.files.transaction import ENTER_BYTES, Mode
 
-MIXED = "mixed"
+MIXED: Final = "mixed"
 MODES: tuple[Mode, ...] = get_args(Mode)
 FOLDS: dict[str, float | None] = {"normal": None, "1": 1, "never": math.inf}
 """When a journal is folded: at its normal size, at every commit, or never."""
@@ -28,7 +28,7 @@ LOAD_BYTES = ENTER_BYTES + 4096
 class Journaling:
     """What is preferred: one of `MODES` and one of `FOLDS`; "mixed" lets each store draw its own."""
 
-    mode: str = MIXED
+    mode: Mode | Literal["mixed"] = MIXED
     fold: str = MIXED
 
     def drawn(self, random: random.Random) -> Journaling:
@@ -39,13 +39,15 @@ class Journaling:
 
     def open(self, directory: Path, **options: Any) -> persist.Store:
         """A store that writes so. Nothing may be left open."""
+        if self.mode == MIXED:
+            raise ValueError("draw first")
         store = persist.Store(directory, journal=self.mode, **options)
         store._files.fold_bytes = FOLDS[self.fold]
         return store
 
     def all(self) -> list[Journaling]:
         """Each that may be drawn."""
-        modes = MODES if self.mode == MIXED else [self.mode]
+        modes = MODES if self.mode == MIXED else (self.mode,)
         folds = FOLDS if self.fold == MIXED else [self.fold]
         return [Journaling(mode, fold) for mode in modes for fold in folds]
 

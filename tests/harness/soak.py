@@ -6,11 +6,13 @@ At the end every session must hold what was committed to it, and nothing else.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 import persist
 from harness.acknowledged import stray_files
 from harness.faults import descriptors
+from harness.journaling import LOAD_BYTES, Journaling, add_journaling, journaling_of, load_of
 from harness.runs import existing_directory, positive
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -61,30 +64,42 @@ class Expected:
     """What a session must hold."""
 
     n: int = 0
+    load_bytes: int = 0
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     def is_shown_by(self, data: dict[str, Any]) -> bool:
-        shown = (data["n"], data["messages"], data.get("active_stream_id"), data.get("pending_user_message"))
-        return shown == (self.n, self.messages, None, None)
+        shown = (
+            data["n"],
+            data["messages"],
+            data["tool_calls"],
+            data.get("active_stream_id"),
+            data.get("pending_user_message"),
+        )
+        return shown == (self.n, self.messages, load_of(self.load_bytes), None, None)
 
 
-def soak(directory: Path, commits: int) -> Soaked:
-    """Make at least so many commits, over sessions that come and go, and look at what is left of them."""
-    store = persist.Store(directory)
+def soak(directory: Path, commits: int, journaling: Journaling) -> Soaked:
+    """Make at least so many commits, over sessions that come and go, and look at what is left of them.
+
+    What `journaling` leaves open is left to the stores: there is one for each way, and they take turns.
+    """
+    stores = [each.open(directory) for each in journaling.all()]
     # What others in this process have dropped must not be closed while we count.
     gc.collect()
     before, warm, done = len(descriptors()), 0, 0
     expected: dict[str, Expected] = {}
     number = 0
     while done < commits:
+        # Each session meets each store.
+        store = stores[(number + number // SESSIONS) % len(stores)]
         done += _one_round(store, f"s-{number % SESSIONS}", f"r{number}", expected)
         number += 1
         if not warm and done >= commits * WARM_UP:
             warm = _resident_bytes()
     gc.collect()
     after, grown = len(descriptors()), _resident_bytes() - warm
-    wrong = list(_wrong_sessions(store, expected))
-    return Soaked(done, before, after, grown, list(stray_files(directory)), len(store.check()), wrong)
+    wrong = list(_wrong_sessions(stores[0], expected))
+    return Soaked(done, before, after, grown, list(stray_files(directory)), len(stores[0].check()), wrong)
 
 
 def _wrong_sessions(store: persist.Store, expected: dict[str, Expected]) -> Iterator[str]:
@@ -98,7 +113,7 @@ def _wrong_sessions(store: persist.Store, expected: dict[str, Expected]) -> Iter
 def _one_round(store: persist.Store, session_id: str, name: str, expected: dict[str, Expected]) -> int:
     """Every kind of commit once, on one session; returns how many commits it made."""
     if session_id not in expected:
-        store.create(session_id, {"messages": [], "n": 0})
+        store.create(session_id, {"messages": [], "tool_calls": [], "n": 0})
         expected[session_id] = Expected()
         return 1
     there = expected[session_id]
@@ -107,14 +122,25 @@ def _one_round(store: persist.Store, session_id: str, name: str, expected: dict[
     store.append(session_id, "messages", message)
     session.data["n"] += 1
     session.save()
-    there.n += 1
-    there.messages = [*there.messages, message, *_turn(store, session_id, name, is_finished=there.n % 3 != 0)][-KEPT_MESSAGES:]
+    store.update(session_id, _count, head_only=True)
+    there.n += 2
+    there.messages = [*there.messages, message, *_turn(store, session_id, name, is_finished=there.n % 6 != 0)][-KEPT_MESSAGES:]
     with store.edit(session_id) as data:
         del data["messages"][:-KEPT_MESSAGES]
-    if there.n % 50 == 0:
+        if there.n % 14 == 0:
+            # A small session becomes a large one, and a large one small.
+            there.load_bytes = LOAD_BYTES - there.load_bytes
+            data["tool_calls"] = load_of(there.load_bytes)
+    if there.n % 10 == 0:
+        store.compact(session_id)
+    if there.n % 100 == 0:
         store.delete(session_id)
         del expected[session_id]
-    return 6
+    return 7
+
+
+def _count(data: dict[str, Any]) -> None:
+    data["n"] += 1
 
 
 def _turn(store: persist.Store, session_id: str, name: str, *, is_finished: bool) -> list[dict[str, Any]]:
@@ -131,6 +157,10 @@ def _turn(store: persist.Store, session_id: str, name: str, *, is_finished: bool
 
 
 def _resident_bytes() -> int:
+    gc.collect()
+    # What large documents have left free must not count: how much of it the allocator keeps is chance.
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
 
 
@@ -140,9 +170,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--directory", type=existing_directory, help="where to make the scratch store; by default the temporary directory"
     )
+    add_journaling(parser)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.directory) as scratch:
-        soaked = soak(Path(scratch) / "sessions", options.commits)
+        soaked = soak(Path(scratch) / "sessions", options.commits, journaling_of(options))
     print(f"commits                {soaked.commits:>12,}")
     print(f"descriptors            {soaked.descriptors_before:>6} -> {soaked.descriptors_after}")
     print(f"memory after warm-up   {soaked.grown_bytes / 1024:>+12,.0f} KiB")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.histories import ROOT, Plan, run_round
@@ -26,11 +27,20 @@ def broken_package(parent: Path, file: str, swaps: Swaps) -> Path:
     return parent
 
 
-def test_every_history_is_linearizable(scratch: Path) -> None:
-    """Lists, registers and owners: 4,000 operations of 3 processes with 2 threads each, 6 kills, and an order for all of it."""
-    report = run_round(scratch, Plan(operations=4_000, groups=4, kills=6))
+@pytest.mark.parametrize(
+    ("journal", "fold"),
+    [
+        pytest.param("mixed", "mixed", id="each-in-its-way"),
+        pytest.param("auto", "normal", id="large-sessions-have-journals"),
+        pytest.param("always", "normal", id="all-have-journals"),
+        pytest.param("always", "1", id="all-are-folded-at-each-commit"),
+    ],
+)
+def test_every_history_is_linearizable(scratch: Path, journal: Any, fold: str) -> None:
+    """Lists, registers and owners: 2,000 operations of 3 processes with 2 threads each, 6 kills, and an order for all of it."""
+    report = run_round(scratch, Plan(operations=2_000, groups=4, kills=6, journal=journal, fold=fold))
     assert report.anomalies == []
-    assert report.operations >= 4_000
+    assert report.operations >= 2_000
     assert report.kills == 6
 
 
@@ -75,5 +85,33 @@ NO_LIVENESS = (("            yield probe.is_dead\n", "            yield True\n")
 def test_a_planted_bug_is_caught(scratch: Path, file: str, swaps: Swaps, expected: set[str]) -> None:
     """The proof can fail: a package with a bug shows an anomaly that this bug causes."""
     package = broken_package(scratch / "broken", file, swaps)
-    report = run_round(scratch, Plan(operations=1_800, groups=2, kills=0, reads=0.5), package=package)
+    report = run_round(scratch, Plan(operations=1_800, groups=2, kills=0, reads=0.5, journal="never"), package=package)
+    assert expected & report.kinds
+
+
+# Of journals.
+TRUSTS_ITS_END = (("follow(self._fd, known.tail):", "follow(self._fd, known.tail) if not known.synced else ():"),)
+OVERTAKEN_IS_EMPTY = (
+    (
+        "            return self.journal(session_id, found.header.generation).replay(found)\n",
+        "            with contextlib.suppress(Overtaken):\n"
+        "                return self.journal(session_id, found.header.generation).replay(found)\n"
+        "            return found\n",
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("swaps", "expected"),
+    [
+        pytest.param(
+            TRUSTS_ITS_END, {"list: reordered appends", "list: wrong items"}, id="does-not-look-behind-the-end-it-knows"
+        ),
+        pytest.param(OVERTAKEN_IS_EMPTY, {"list: stale read", "register: not linearizable"}, id="a-load-overtaken-by-a-fold"),
+    ],
+)
+def test_a_bug_planted_in_the_journal_is_caught(scratch: Path, swaps: Swaps, expected: set[str]) -> None:
+    """With every session journaled, by stores that fold at different times; as above."""
+    package = broken_package(scratch / "broken", "files/transaction.py", swaps)
+    report = run_round(scratch, Plan(operations=1_800, groups=2, kills=0, reads=0.5, journal="always"), package=package)
     assert expected & report.kinds

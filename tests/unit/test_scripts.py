@@ -88,6 +88,11 @@ def test_a_shortened_option_is_refused(tmp_path: Path, name: str) -> None:
         ("histories", "--threads", "0"),
         ("histories", "--kills", "-1"),
         ("histories", "--reads", "1.5"),
+        *(
+            (name, option, "sometimes")
+            for name in ("torture", "powercut", "histories", "soak")
+            for option in ("--journal", "--fold")
+        ),
         ("fuzz", "--minutes", "0"),
         ("fuzz", "--minutes", "-1"),
         ("fuzz", "--minutes", "nan"),
