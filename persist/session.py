@@ -302,8 +302,9 @@ class Session:
     def _show_cleared(self, cleared: streams.Cleared) -> bool:
         """Do in memory what was done on disk, without reading it; False if this object is based on another state."""
         known, before = self._known, cleared.before
-        is_ours = before.owner is not None and before.owner.stream_id == self.active_stream_id
-        if known.attempt or known.cleared or not known.base.identity or known.base.header != before or not is_ours:
+        if known.attempt or known.cleared or not known.base.identity or known.base.header != before:
+            return False
+        if before.owner is None or before.owner.stream_id != self.active_stream_id or _has_marks(self.data, before.owner):
             return False
         after = replace(known, is_durable=True, cleared=cleared.after)
         try:
@@ -344,6 +345,15 @@ class Session:
 def _interrupt(data: dict[str, Any], owner: StreamOwner | None) -> None:
     if owner is not None:
         turn.interrupt(data, owner.prompt_id, owner.answer_id)
+
+
+def _has_marks(data: dict[str, Any], owner: StreamOwner) -> bool:
+    """Whether somebody has said of the turn's messages that they are interrupted, or that they are not."""
+    messages = data.get(turn.MESSAGES)
+    if type(messages) is not list:
+        return False
+    places = (turn.find(messages, message_id) for message_id in (owner.prompt_id, owner.answer_id))
+    return any(place is not None and turn.INTERRUPTED in messages[place] for place in places)
 
 
 def _is_unchanged(base: Body, mine: Body) -> bool:

@@ -437,7 +437,8 @@ class Store:
         """Clear every stream whose process is dead; for the start of a server, or now and then.
 
         Opens only the sessions that have a lease, however many others there are; one lock at a time. Left-over leases
-        are removed, and events of streams that have ended go away when their time is over.
+        are removed, and what a deletion that was cut off has left.
+        Events of streams that have ended go when their time is over.
 
         Args:
             every_session: look into all sessions: also finds streams that another program left without a lease.
@@ -461,6 +462,12 @@ class Store:
                     cleared.append(ClearedStream(session_id, str(active)))
             except (PersistError, OSError) as error:
                 failures[session_id] = error
+        for session_id in files.orphans():
+            try:
+                with files.transaction(session_id, may_be_missing=True) as tx:
+                    tx.remove_orphans()
+            except (PersistError, OSError) as error:
+                failures[session_id] = error
         try:
             files.events.sweep()
         except PersistError as error:
@@ -479,7 +486,7 @@ class Store:
         files = self._open_files()
         problems = [problem for session_id in files.session_ids() if (problem := _problem(files, session_id))]
         for session_id, path in files.leftovers():
-            remedy = f"the next commit to {session_id!r} removes or uses it"
+            remedy = f"'persist clear-stale {files.layout.directory}' or the next session of that name removes it"
             if files.exists(session_id):
                 # A commit that only adds to a journal does not.
                 remedy = f"'persist compact {files.layout.directory} {session_id}' removes it"

@@ -38,7 +38,7 @@ import msgspec
 
 from persist import codec
 from persist.errors import CorruptSession, UnsupportedFormat
-from persist.files import change, disk, snapshot
+from persist.files import change, disk, layout, snapshot
 from persist.files.change import Bulk, Change, DoesNotFit, apply_to_data
 from persist.files.snapshot import Header, HeadSnapshot, Snapshot
 
@@ -98,6 +98,10 @@ def encode(record: Record, seed: int) -> bytes:
 
 
 _decode_record = msgspec.json.Decoder(Record).decode
+
+
+def _crc_of(line: bytes) -> str:
+    return line[len(b'{"crc":"') :][:8].decode()
 
 
 def _is_whole(line: bytes, seed: int) -> bool:
@@ -184,7 +188,7 @@ class Tail:
     def go_on(self, line: bytes, record: Record, header: Header, small: bytes) -> None:
         """Go on behind a record of which it is known that it follows, and which head it makes."""
         self.header, self.small, self.counts = header, small, record.counts
-        self.after = line[len(b'{"crc":"') :][:8].decode()
+        self.after = _crc_of(line)
         self.last, self.end = self.end, self.end + len(line)
         if record.head is not None:
             self.head_at = self.last
@@ -328,7 +332,7 @@ class Journal:
 
     def keep_copy(self) -> None:
         """Keep what a damaged journal holds, durably, for those who can make something of it."""
-        copy = self.path.with_name(f"{self.path.name}.damaged")
+        copy = layout.copy_of(self.path)
         # One of an earlier attempt may be half a copy.
         disk.unlink(copy)
         fd = disk.create(copy)
@@ -371,20 +375,23 @@ class Journal:
         return HeadSnapshot(header, small, record.counts, head.checksum)
 
     def _last_line(self, fd: int, tail: Tail) -> bytes | None:
-        """The last whole record, looked for from the end; None if there is none. Behind it, nothing may be damaged."""
+        """The last committed record, looked for from the end; None if there is none. Behind it, nothing may be damaged."""
         size, window = disk.size_of(fd), _FIRST_READ_BYTES
         while True:
             start = max(tail.end, size - window)
-            content = disk.read_at(fd, size - start, start)
-            is_all = start == tail.end
-            found = _last_whole(content, tail.seed, may_begin_before=not is_all)
-            if found is not None or is_all:
-                line, rest = found or (None, content)
-                position = start + len(content) - len(rest)
-                if rest and not _is_torn(rest, position, tail.seed):
-                    raise self.damaged(position, "a record in it was altered")
-                return line
-            window *= 4
+            try:
+                return self._last_in(disk.read_at(fd, size - start, start), start, tail)
+            except _BeginsBefore:
+                window *= 4
+
+    def _last_in(self, content: bytes, start: int, tail: Tail) -> bytes | None:
+        good: bytes | None = content
+        while good is not None:
+            line, end = _last_whole(good, tail.seed, is_all=start == tail.end)
+            if end < len(content) and not _is_torn(content[end:], start + end, tail.seed):
+                raise self.damaged(start + end, "a record in it was altered")
+            good = None if line is None else _before_a_lost_one(content[:end], line, start, tail)
+        return line
 
 
 def _read_from(fd: int, position: int) -> bytes:
@@ -395,14 +402,40 @@ def _read_from(fd: int, position: int) -> bytes:
     return b"".join(pieces)
 
 
-def _last_whole(content: bytes, seed: int, *, may_begin_before: bool) -> tuple[bytes, bytes] | None:
-    """The last whole record, and what stands behind it. The first line may be the end of one that has begun before."""
+class _BeginsBefore(Exception):
+    """What is looked for begins before what was read."""
+
+
+def _last_whole(content: bytes, seed: int, *, is_all: bool) -> tuple[bytes | None, int]:
+    """The last whole record, and where it ends; None if there is none."""
     stop = content.rfind(b"\n")
     while stop >= 0:
         begin = content.rfind(b"\n", 0, stop) + 1
-        if (begin or not may_begin_before) and _is_whole(content[begin:stop], seed):
-            return content[begin:stop], content[stop + 1 :]
+        if (begin or is_all) and _is_whole(content[begin:stop], seed):
+            return content[begin:stop], stop + 1
         stop = begin - 1
+    if not is_all:
+        raise _BeginsBefore
+    return None, 0
+
+
+def _before_a_lost_one(content: bytes, line: bytes, start: int, tail: Tail) -> bytes | None:
+    """What stands before a record that was lost in front of the last one; None if none was.
+
+    Two writers may have been cut off one after the other, and a power cut have kept the second record only.
+    """
+    begin = len(content) - len(line) - 1
+    record = _decoded(line)
+    durable = max(record.synced, tail.end)
+    while start + begin > durable:
+        before = content.rfind(b"\n", 0, begin - 1) + 1
+        if before == 0 and start > tail.end:
+            raise _BeginsBefore
+        line = content[before : begin - 1]
+        if not _is_whole(line, tail.seed) or _crc_of(line) != record.after:
+            return content[:before]
+        record, begin = _decoded(line), before
+        durable = max(record.synced, durable)
     return None
 
 

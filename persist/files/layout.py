@@ -4,7 +4,7 @@
       s-42.json                    the document (snapshot)
       s-42.json.lock               the session's lock; a sidecar, since os.replace() of a locked file lets a second holder in
       s-42.json.tmp                only inside a commit; found later under the lock it is a left-over
-      s-42.<generation>.journal    the commits since the snapshot, if the session is large
+      s-42.<generation>.journal    the commits since the snapshot, if the session is large; ".damaged" behind it: a copy, kept
       .leases/s-42.<stream id>     locked by the process that runs the stream
       .events/s-42.<stream id>     the stream's events, one a line
 
@@ -25,6 +25,7 @@ EVENTS = ".events"
 _DOCUMENT = ".json"
 _LOCK = ".lock"
 _TEMP = ".tmp"
+_DAMAGED = ".damaged"
 _JOURNAL = re.compile(r"(?P<session>[^.]+)\.(?P<generation>[1-9][0-9]{0,17})\.journal")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 # Windows opens a device under these names, whatever the extension.
@@ -98,6 +99,11 @@ class Layout:
         return self.events / f"{check_session_id(session_id)}.{check_stream_id(stream_id)}"
 
 
+def copy_of(journal: Path) -> Path:
+    """Where a damaged journal is kept, when it is replaced."""
+    return journal.with_name(f"{journal.name}{_DAMAGED}")
+
+
 def session_of_document(name: str) -> str | None:
     """The session whose document has this file name, or None."""
     stem = name.removesuffix(_DOCUMENT)
@@ -112,9 +118,9 @@ def session_of_leftover(name: str) -> str | None:
     return None
 
 
-def journal_of(name: str) -> tuple[str, int] | None:
-    """The session and the generation of the journal that has this file name, or None."""
-    shape = _JOURNAL.fullmatch(name)
+def journal_of(name: str, *, copies: bool = False) -> tuple[str, int] | None:
+    """The session and the generation of the journal that has this file name, or None. `copies` of damaged ones count, too."""
+    shape = _JOURNAL.fullmatch(name.removesuffix(_DAMAGED) if copies else name)
     return (shape["session"], int(shape["generation"])) if shape and _is_session_id(shape["session"]) else None
 
 

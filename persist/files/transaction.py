@@ -16,8 +16,8 @@ commit had become visible, nobody knows what a power cut would leave: `CommitUnk
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,6 +31,7 @@ from persist.errors import (
     CorruptSession,
     InvalidSessionId,
     LockNotHeld,
+    NestedLock,
     PersistError,
     SessionNotFound,
     Unreadable,
@@ -55,6 +56,7 @@ ENTER_BYTES, LEAVE_BYTES = 64 * 1024, 32 * 1024
 FOLD_AT_LEAST_BYTES = 64 * 1024
 #: How often a reader whose journal has vanished starts over before it takes the lock.
 READ_ATTEMPTS = 3
+READ_ATTEMPTS_IN_A_LOCK, READ_PAUSE_S = 20, 0.001
 
 
 class SessionFiles:
@@ -116,8 +118,16 @@ class SessionFiles:
         for _ in range(READ_ATTEMPTS):
             with contextlib.suppress(Overtaken):
                 return look(session_id)
-        with self.transaction(session_id) as tx:
-            return tx.alone(look)
+        try:
+            with self.transaction(session_id) as tx:
+                return tx.alone(look)
+        except NestedLock:
+            # Within the block of another session's lock, all that can be done is to try for longer.
+            for _ in range(READ_ATTEMPTS_IN_A_LOCK):
+                time.sleep(READ_PAUSE_S)
+                with contextlib.suppress(Overtaken):
+                    return look(session_id)
+            raise
 
     def read_now(self, session_id: str, *, decode: bool = False) -> Snapshot:
         """As `read`, but raise `Overtaken` if the journal is not there that the document names."""
@@ -191,6 +201,13 @@ class SessionFiles:
             if of_journal is not None and not self._names_journal(*of_journal):
                 found.append((of_journal[0], path))
         return sorted(found)
+
+    def orphans(self) -> list[str]:
+        """Sessions of which there is nothing but a journal, sorted."""
+        names = self._names()
+        there = set(filter(None, map(layout.session_of_document, names)))
+        journals = (layout.journal_of(name, copies=True) for name in names)
+        return sorted({found[0] for found in journals if found is not None and found[0] not in there})
 
     def _names_journal(self, session_id: str, generation: int) -> bool:
         try:
@@ -421,9 +438,10 @@ class Transaction:
     ) -> Header:
         known = self.look()
         assert known is not None, "only a session with a journal takes records"
+        is_settled = self._is_settled(known)
         record = known.tail.record(header, small, counts, changes, known.synced)
         line = journal.encode(record, known.tail.seed)
-        if self._must_fold(known, len(line)) or not self._settle(known):
+        if not is_settled or self._must_fold(known, len(line)):
             header = self._write(header, body or self._whole(header, small, changes)).header
             self._go_on_with_indexes(known, changes)
             return header
@@ -449,15 +467,22 @@ class Transaction:
             limit = max(FOLD_AT_LEAST_BYTES, known.document_bytes)
         return self._files.mode == "never" or known.tail.is_torn or known.tail.end + more_bytes > limit
 
-    def _settle(self, known: Known) -> bool:
-        """See to it that the files bear their names durably: their writer may have died before it did. Tell whether they do."""
+    def _is_settled(self, known: Known) -> bool:
+        """Make durable what this process has not seen to yet: the writer may have died before it did. Tell whether it is."""
         try:
             if not known.synced:
-                disk.sync_file(self._paths.document)
-                disk.sync_directory(self._layout.directory)
+                self._sync_known(known)
         except OSError:
             return False
         return True
+
+    def _sync_known(self, known: Known) -> None:
+        """Make the journal durable, and the first time its name, and the document."""
+        disk.sync_data(self._fd)
+        if not known.synced:
+            disk.sync_file(self._paths.document)
+            disk.sync_directory(self._layout.directory)
+        known.synced = known.tail.end
 
     def _whole(self, header: Header, small: bytes, changes: tuple[Change, ...]) -> Body:
         """The body that a commit makes, whether or not it shows already."""
@@ -467,11 +492,17 @@ class Transaction:
     def _write_anew(self, header: Header, small: bytes, changes: tuple[Change, ...], body: Body | None, error: OSError) -> None:
         """After a failed fsync of a record: the whole document, to a new inode."""
         self._files.unknown[self.session_id] = _reason(error)
+        self._spoil_journal()
         try:
             self._write(header, body or self._whole(header, small, changes))
         except PersistError as failed:
             raise self._failure(CommitUnknown, _reason(error), error.errno) from failed
         self._files.unknown.pop(self.session_id, None)
+
+    def _spoil_journal(self) -> None:
+        """Leave a torn tail. Another process must not append to what may be lost below: whoever finds it folds."""
+        with contextlib.suppress(OSError):
+            disk.write(self._fd, b"?")
 
     def _go_on_with_indexes(self, before: Known, changes: tuple[Change, ...]) -> None:
         """After a fold, what is known of the lists is still so."""
@@ -538,21 +569,17 @@ class Transaction:
                 disk.sync_file(self._paths.document)
                 disk.sync_directory(self._layout.directory)
             elif known.synced < known.tail.end:
-                self._sync_journal(known)
+                self._sync_known(known)
         except OSError as error:
             self._write_confirmed(error)
-
-    def _sync_journal(self, known: Known) -> None:
-        disk.sync_data(self._fd)
-        if not self._settle(known):
-            raise disk.SyncFailed(errno.EIO, "the document could not be synced")
-        known.synced = known.tail.end
 
     def _write_confirmed(self, error: OSError) -> None:
         """After a failed fsync, what the kernel still shows of a file proves nothing: write what was checked before."""
         is_failed_sync = isinstance(error, disk.SyncFailed)
         if is_failed_sync:
             self._files.unknown[self.session_id] = _reason(error)
+            if self._fd >= 0:
+                self._spoil_journal()
         try:
             found = self._found or self.read()
             self._write(found.header, found.body)
@@ -572,7 +599,7 @@ class Transaction:
             self._files.events.fence_session(self.session_id)
         with self._refusals():
             # While it can still be refused: a journal that is left behind holds all that was said.
-            journals = self._journals()
+            journals = self._journals(copies=True)
             directory = disk.open_directory(self._layout.directory)
         try:
             with self._refusals():
@@ -596,10 +623,17 @@ class Transaction:
         with contextlib.suppress(OSError):
             self._files.events.remove_session(self.session_id)
 
-    def _journals(self) -> list[Path]:
-        """Those that bear the session's name, whichever its document names."""
-        found = {name: layout.journal_of(name) for name in disk.names(self._layout.directory)}
+    def _journals(self, *, copies: bool = False) -> list[Path]:
+        """Those that bear the session's name, whichever its document names; `copies` of damaged ones, too."""
+        found = {name: layout.journal_of(name, copies=copies) for name in disk.names(self._layout.directory)}
         return [self._layout.directory / name for name, what in found.items() if what and what[0] == self.session_id]
+
+    def remove_orphans(self) -> None:
+        """Remove the journals of a session that is no more: a crash has cut its deletion off."""
+        self._require_lock()
+        with self._refusals():
+            for path in [] if disk.exists(self._paths.document) else self._journals(copies=True):
+                disk.unlink(path)
 
     def _publish(self, attempt: Attempt) -> None:
         try:
