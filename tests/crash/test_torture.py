@@ -64,13 +64,6 @@ TRUSTS_ITS_SNAPSHOT = (
     "        if known is None or known.opening != start:\n",
     "        if known is None:\n",
 )
-OVERTAKEN_IS_EMPTY = (
-    "files/transaction.py",
-    "            return self.journal(session_id, found.header.generation).replay(found)\n",
-    "            with contextlib.suppress(Overtaken):\n"
-    "                return self.journal(session_id, found.header.generation).replay(found)\n"
-    "            return found\n",
-)
 OLD_JOURNAL_GOES_FIRST = (
     "files/publish.py",
     "            _write_new(self._paths.temp, content)\n",
@@ -143,8 +136,6 @@ def test_the_torture_sees_a_planted_bug(tmp_path: Path, mutation: Mutation, kill
         # Two records stand behind the same one: damage, to whoever comes next.
         pytest.param(TRUSTS_ITS_END, "normal", {"torn", "raised"}, id="does-not-look-behind-the-end-it-knows"),
         pytest.param(TRUSTS_ITS_SNAPSHOT, "1", {"torn", "raised"}, id="does-not-look-at-the-snapshot-it-knows"),
-        # Raised by the reader: a revision that went back.
-        pytest.param(OVERTAKEN_IS_EMPTY, "mixed", {"raised", "lost"}, id="a-load-overtaken-by-a-fold"),
         pytest.param(OLD_JOURNAL_GOES_FIRST, "1", {"torn", "raised"}, id="the-old-journal-goes-before-the-rename"),
         pytest.param(HEAD_IS_LEFT_OUT, "normal", {"lost"}, id="small-fields-missing-from-a-record"),
     ],

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -408,6 +409,8 @@ def stray_files(directory: Path) -> Iterable[str]:
 
 def _journals_named(directory: Path, documents: Iterable[str]) -> Iterator[str]:
     for name in documents:
-        header = json.loads((directory / name).read_bytes())["_persist"]
-        if header.get("is_journaled"):
-            yield f"{name.removesuffix('.json')}.{header['generation']}.journal"
+        # Damage is a finding of its own.
+        with suppress(ValueError):
+            header = json.loads((directory / name).read_bytes())["_persist"]
+            if header.get("is_journaled"):
+                yield f"{name.removesuffix('.json')}.{header['generation']}.journal"

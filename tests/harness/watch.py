@@ -60,8 +60,12 @@ class Watch:
         self._count_journals()
 
     def _rename(self, session_id: str, name: str) -> None:
-        # Nobody else renames what is shared.
-        load_bytes = load_bytes_of(self.store.head(session_id).data["title"])
+        try:
+            # Nobody else renames what is shared.
+            load_bytes = load_bytes_of(self.store.head(session_id).data["title"])
+        except persist.PersistError as error:
+            self.figures.found("raised", f"head: {error}")
+            return
         if self._random.random() < 0.5:
             title = title_of(name, LOAD_BYTES - load_bytes)
             with self._promised(Change("rename", session_id, title=title)):

@@ -53,8 +53,8 @@ LOCK_OUT = (
 )
 OLD_CACHE = (
     (
-        "self._open_files().read(session_id), is_durable=False)",
-        "_SEEN.setdefault(session_id, self._open_files().read(session_id)), is_durable=False)",
+        "self._open_files().read(session_id, decode=True), is_durable=False)",
+        "_SEEN.setdefault(session_id, self._open_files().read(session_id, decode=True)), is_durable=False)",
     ),
     ("Result = TypeVar", "_SEEN: dict[str, Snapshot] = {}\nResult = TypeVar"),
 )
