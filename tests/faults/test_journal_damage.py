@@ -6,6 +6,7 @@ record, the rule of the altered newline, that of whole sectors, and `synced`.
 
 from __future__ import annotations
 
+import errno
 import functools
 import itertools
 import json
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.faults import quick_directory
+from harness.faults import Fault, injecting, quick_directory
 from harness.journals import journal_of, line_of, parted, record_of, sealed
 from harness.verbs import within_deadline
 
 import persist
 from persist.files import disk
+from persist.files.transaction import Transaction
 
 SECTOR = 512
 
@@ -566,3 +568,69 @@ def test_copy_of_a_damaged_journal_is_always_whole(damaged: History, monkeypatch
     monkeypatch.undo()
     damaged.store().accept("s")
     assert path.with_name(f"{path.name}.damaged").read_bytes() == spoilt
+
+
+# --- two writers that were cut off ----------------------------------------------------------------------------------------
+
+
+def test_head_shows_no_record_behind_one_that_was_lost(tmp_path: Path) -> None:
+    """Two records that nobody acknowledged, of which a power cut kept the second: head and load show what was before both.
+
+    Fails if a head takes the last whole record without going back to what a writer knew to be durable.
+    """
+    one = persist.Store(tmp_path, journal="always")
+    one.create("s", {"messages": []})
+    journal_path = journal_of(one)
+    one.append("s", "messages", {"content": "x" * 2000})
+    with pytest.MonkeyPatch.context() as patch:
+        # The second one is killed before its sync, too, and so has told nobody that anything is durable.
+        patch.setattr(Transaction, "_is_settled", lambda _tx, _known: True)
+        persist.Store(tmp_path, journal="always").append("s", "messages", {"content": "y"})
+    content = bytearray(journal_path.read_bytes())
+    content[1024:1536] = bytes(512)
+    journal_path.write_bytes(content)
+    reader = persist.Store(tmp_path)
+    assert reader.load("s").revision == reader.head("s").revision == 1
+    assert persist.Store(tmp_path, journal="always").append("s", "messages", {"content": "z"}) == 2
+
+
+def test_journal_that_could_not_be_synced_is_appended_to_by_nobody(tmp_path: Path) -> None:
+    """After a failed fsync the kernel may have lost the record: another process writes the whole session to a new file.
+
+    Fails if the writer whose sync failed leaves no torn tail behind: the other one would build on what may be lost.
+    """
+    one, other = (persist.Store(tmp_path, journal="always") for _ in range(2))
+    one.create("s", {"messages": []})
+    one.append("s", "messages", {"id": "a"})
+    other.append("s", "messages", {"id": "b"})
+    spoilt = journal_of(one)
+    failing = Fault("fdatasync", 1, errno.EIO, is_persistent=True)
+    with (
+        injecting(failing),
+        injecting(Fault("replace", 1, errno.EIO, is_persistent=True)),
+        pytest.raises(persist.CommitUnknown),
+    ):
+        one.append("s", "messages", {"id": "c"})
+    other.append("s", "messages", {"id": "d"})
+    assert journal_of(other) != spoilt
+    assert [message["id"] for message in other.load("s").data["messages"]] == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("is_made_anew", [False, True])
+def test_deletion_that_was_cut_off_is_ended_by_a_sweep(tmp_path: Path, is_made_anew: bool) -> None:
+    """A journal holds what was said: it does not outlive its session, and that of a session made anew is left alone."""
+    store = persist.Store(tmp_path, journal="always")
+    store.create("s", {"messages": []})
+    store.append("s", "messages", {"content": "secret"})
+    store.path.joinpath("s.json").unlink()
+    copy = store.path / "s.1.journal.damaged"
+    copy.write_bytes(b"secret")
+    if is_made_anew:
+        store.create("s", {"messages": []})
+        store.append("s", "messages", {"content": "new"})
+    store.clear_stale_streams()
+    assert copy.exists() is is_made_anew
+    if is_made_anew:
+        assert store.load("s").data == {"messages": [{"content": "new"}]}
+        store.delete("s")
+    assert [path.name for path in store.path.iterdir() if path.is_file()] == []
