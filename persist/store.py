@@ -462,15 +462,12 @@ class Store:
                     cleared.append(ClearedStream(session_id, str(active)))
             except (PersistError, OSError) as error:
                 failures[session_id] = error
-        for session_id in files.orphans():
-            try:
+        try:
+            for session_id in files.orphans():
                 with files.transaction(session_id, may_be_missing=True) as tx:
                     tx.remove_orphans()
-            except (PersistError, OSError) as error:
-                failures[session_id] = error
-        try:
             files.events.sweep()
-        except PersistError as error:
+        except (PersistError, OSError) as error:
             failures["*"] = error
         if failures:
             raise SweepIncomplete(cleared=cleared, failures=failures)

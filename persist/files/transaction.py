@@ -438,13 +438,12 @@ class Transaction:
     ) -> Header:
         known = self.look()
         assert known is not None, "only a session with a journal takes records"
-        is_settled = self._is_settled(known)
-        record = known.tail.record(header, small, counts, changes, known.synced)
-        line = journal.encode(record, known.tail.seed)
-        if not is_settled or self._must_fold(known, len(line)):
+        if self._must_fold(known) or not self._is_settled(known):
             header = self._write(header, body or self._whole(header, small, changes)).header
             self._go_on_with_indexes(known, changes)
             return header
+        record = known.tail.record(header, small, counts, changes, known.synced)
+        line = journal.encode(record, known.tail.seed)
         # From here to the end, nothing is known.
         self._known, self._found = None, self._found if body is not None else None
         with self._refusals():
@@ -461,11 +460,11 @@ class Transaction:
         self._known = known
         return header
 
-    def _must_fold(self, known: Known, more_bytes: int) -> bool:
+    def _must_fold(self, known: Known) -> bool:
         limit = self._files.fold_bytes
         if limit is None:
             limit = max(FOLD_AT_LEAST_BYTES, known.document_bytes)
-        return self._files.mode == "never" or known.tail.is_torn or known.tail.end + more_bytes > limit
+        return self._files.mode == "never" or known.tail.is_torn or known.tail.end > limit
 
     def _is_settled(self, known: Known) -> bool:
         """Make durable what this process has not seen to yet: the writer may have died before it did. Tell whether it is."""

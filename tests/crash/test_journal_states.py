@@ -84,9 +84,7 @@ def test_two_records_of_which_neither_was_acknowledged_may_be_torn(scratch: Path
     Fails if a bad line with a good one behind it is always taken for damage.
     """
     padded = ANOTHER | {"content": "x" * SECTOR_BYTES}
-    append_padded = journaled(
-        "two records", lambda store, _: store.append("s-1", "messages", padded), recorded, append, is_cold=True
-    )
+    append_padded = journaled("two records", lambda store, _: store.append("s-1", "messages", padded), recorded, append)
     case = append_padded.play(scratch)
     writes = [step for step in case.trace.steps if step.kind == "write"]
     assert len(writes) == 2
@@ -102,7 +100,7 @@ def test_two_records_of_which_neither_was_acknowledged_may_be_torn(scratch: Path
 def test_what_another_program_has_copied_is_made_durable(scratch: Path, kind: str, path: str, is_idempotent: bool) -> None:
     """A session that was restored from a backup, and never synced: each of the first commit's syncs is needed.
 
-    Fails without `Transaction._settle`, which syncs the document and the directory, and without either of its two syncs.
+    Fails without `Transaction._sync_known`, which syncs the document and the directory, and without either of these two syncs.
     """
     store = journaled_store(scratch / "sessions")
     append(store)
@@ -117,7 +115,8 @@ def test_what_another_program_has_copied_is_made_durable(scratch: Path, kind: st
     around = {name: content for name, content in trace.before.items() if name not in backup}
     trace = Trace(around, tuple(renumbered(step, list(trace.before), list(around)) for step in (*copied, *trace.steps)))
     new = documents(store)
-    [place] = [index for index, step in enumerate(trace.steps) if (step.kind, step.path) == (kind, path)]
+    # Of the journal, that of the new record: it makes durable what stands before it, too.
+    *_, place = (index for index, step in enumerate(trace.steps) if (step.kind, step.path) == (kind, path))
     assert shown(trace, scratch) == [new]
     assert shown(trace.without(place), scratch) != [new]
 
@@ -162,7 +161,7 @@ def test_without_its_first_sync_of_the_directory_a_fold_loses_the_session(scratc
 def test_an_acknowledged_record_stands_in_a_journal_that_bears_its_name_durably(scratch: Path) -> None:
     """A fold was killed between its rename and its last sync; who appends to the new journal makes its name durable first.
 
-    Fails without `Transaction._settle`: after the cut the old document is there, with the old journal.
+    Fails without `Transaction._is_settled`: after the cut the old document is there, with the old journal.
     """
     case = journaled("append", append, recorded, lambda store: store.compact("s-1"), is_cold=True).play(scratch)
     after_rename = [step.kind for step in case.trace.steps].index("rename") + 1

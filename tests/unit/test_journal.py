@@ -444,14 +444,14 @@ def test_auto_enters_above_64_kb_and_leaves_below_32_kb_at_a_fold(store: persist
 
 
 def test_auto_folds_when_the_journal_outgrows_its_document(store: persist.Store) -> None:
-    """A journal is never larger than its document or 64 KiB, whichever is more."""
+    """A journal is folded by the first commit that finds it larger than its document, or than 64 KiB if that is more."""
     store.create("s", {"messages": ["x" * 100_000]})
     generations = set()
     for number in range(60):
         store.append("s", "messages", {"id": number, "content": "y" * 5000})
         path = journal_of(store)
         generations.add(path.name)
-        assert path.stat().st_size <= (store.path / "s.json").stat().st_size
+        assert path.stat().st_size <= (store.path / "s.json").stat().st_size + 6000
     assert 2 <= len(generations) <= 4
     assert len(store.load("s").data["messages"]) == 61
 
