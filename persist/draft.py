@@ -123,7 +123,7 @@ class _UnreadItems(Items):
         self.count = known.tail.counts.get(field)
         self._tx = tx
         self._field = field
-        self._wanted = index.keys_of(known.tail.header.owner)
+        self._owner = known.tail.header.owner
         #: Each change, with the ids of what it inserts.
         self._noted: list[tuple[Change, list[bytes | None]]] = []
 
@@ -143,9 +143,9 @@ class _UnreadItems(Items):
         known = self._tx.index(self._field)
         if not known.may_hold(key) and not any(key in keys for _, keys in self._noted):
             return None
-        places = known.places
+        places, wanted = known.places, index.keys_of(self._owner) | {key}
         for noted, keys in self._noted:
-            places = index.moved(places, noted, keys, self._wanted | {key})
+            places = index.moved(places, noted, keys, wanted)
         if key not in places:
             raise Unread
         return places[key]

@@ -32,7 +32,6 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -163,8 +162,9 @@ class Tail:
         self, header: Header, small: bytes, counts: Mapping[str, int], changes: tuple[Change, ...], synced: int
     ) -> Record:
         """The record of the next commit."""
-        stream = snapshot.stream_values(header)
-        is_same_head = small == self.small and stream == snapshot.stream_values(self.header)
+        before = self.header
+        is_same_stream = (header.epoch, header.owner, header.extra) == (before.epoch, before.owner, before.extra)
+        is_same_head = is_same_stream and small == self.small
         return Record(
             after=self.after,
             revision=header.revision,
@@ -173,7 +173,7 @@ class Tail:
             counts=dict(counts),
             synced=synced,
             head_at=self.head_at if is_same_head else 0,
-            head=None if is_same_head else _image(stream, small),
+            head=None if is_same_head else _image(header, small),
             changes=changes,
         )
 
@@ -194,8 +194,9 @@ class Tail:
             self.head_at = self.last
 
 
-def _image(stream: Mapping[str, Any], small: bytes) -> Image:
-    return Image(msgspec.Raw(codec.encode(stream)), msgspec.Raw(b"{" + small.replace(b",\n", b",") + b"}"))
+def _image(header: Header, small: bytes) -> Image:
+    stream = codec.encode(snapshot.stream_values(header))
+    return Image(msgspec.Raw(stream), msgspec.Raw(b"{" + small.replace(b",\n", b",") + b"}"))
 
 
 def _head_after(header: Header, small: bytes, record: Record) -> tuple[Header, bytes]:

@@ -83,10 +83,11 @@ class Layout:
         self._session = lru_cache(maxsize=1024)(self._paths)
 
     def session(self, session_id: str) -> SessionPaths:
-        return self._session(check_session_id(session_id))
+        # What is no string may have no hash.
+        return self._session(session_id if type(session_id) is str else check_session_id(session_id))
 
     def _paths(self, session_id: str) -> SessionPaths:
-        name = f"{session_id}{_DOCUMENT}"
+        name = f"{check_session_id(session_id)}{_DOCUMENT}"
         return SessionPaths(self.directory / name, self.directory / f"{name}{_LOCK}", self.directory / f"{name}{_TEMP}")
 
     def journal(self, session_id: str, generation: int) -> Path:
