@@ -19,9 +19,10 @@ from typing import Any, Protocol, TypeVar
 from persist import codec
 from persist.errors import ReservedField
 from persist.files import change, index
+from persist.files.body import BULK, HEADER, Body, small_of
 from persist.files.change import Change
 from persist.files.known import Known
-from persist.files.snapshot import BULK, HEADER, Body, Header, small_of
+from persist.files.snapshot import Header
 from persist.files.transaction import Transaction
 from persist.turn import ACTIVE, Data, Items, MessageId, Unread
 

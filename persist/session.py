@@ -21,8 +21,9 @@ from persist.errors import (
     WrongType,
     conflicts_in,
 )
+from persist.files.body import Body
 from persist.files.change import between
-from persist.files.snapshot import Body, Header, Snapshot, StreamOwner
+from persist.files.snapshot import Header, Snapshot, StreamOwner
 from persist.files.transaction import SessionFiles, Transaction
 from persist.merge import Policy, Preference, count_removed, merge, patch, same
 from persist.turn import ACTIVE

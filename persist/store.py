@@ -30,9 +30,11 @@ from persist.errors import (
     WrongType,
     conflicts_in,
 )
+from persist.files.body import BULK, HEADER, Body
+from persist.files.directory import Mode
 from persist.files.events import Event
-from persist.files.snapshot import BULK, HEADER, Body, Header, Snapshot
-from persist.files.transaction import Mode, SessionFiles, Transaction
+from persist.files.snapshot import Header, Snapshot
+from persist.files.transaction import SessionFiles, Transaction
 from persist.following import Cursor, Following
 from persist.merge import Policy, check_policies
 from persist.session import Head, Session

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from persist import codec
-from persist.files.snapshot import BULK, PIECE_BYTES, Body
+from persist.files.body import BULK, PIECE_BYTES, Body
 from persist.merge import align
 
 _SEPARATOR = b",\n"

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from persist import codec
+from persist.files.body import Body
 from persist.files.change import Change
-from persist.files.snapshot import Body, StreamOwner
+from persist.files.snapshot import StreamOwner
 
 _CHUNK_BYTES = 1024 * 1024
 _MOST_RECENT = 4096

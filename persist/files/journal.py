@@ -38,6 +38,7 @@ import msgspec
 from persist import codec
 from persist.errors import CorruptSession, UnsupportedFormat
 from persist.files import change, disk, layout, snapshot
+from persist.files.body import small_of
 from persist.files.change import Bulk, Change, DoesNotFit, apply_to_data
 from persist.files.snapshot import Header, HeadSnapshot, Snapshot
 
@@ -204,7 +205,7 @@ def _head_after(header: Header, small: bytes, record: Record) -> tuple[Header, b
     if record.head is None:
         return header, small
     stream, fields = (codec.decode(bytes(raw)) for raw in (record.head.stream, record.head.fields))
-    return snapshot.with_stream_values(header, stream), snapshot.small_of(fields)
+    return snapshot.with_stream_values(header, stream), small_of(fields)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from persist.files import disk, journal, snapshot
+from persist.files.body import Body
 from persist.files.layout import Layout
-from persist.files.snapshot import Body, Header, Snapshot
+from persist.files.snapshot import Header, Snapshot
 
 
 class SyncFailed(Exception):

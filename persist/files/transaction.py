@@ -23,33 +23,30 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from persist.errors import (
     CommitFailed,
     CommitUnknown,
     CorruptSession,
-    InvalidSessionId,
     LockNotHeld,
     NestedLock,
     PersistError,
     SessionNotFound,
-    Unreadable,
 )
 from persist.files import change, disk, journal, layout, lease, lock, snapshot
+from persist.files.body import Body
 from persist.files.change import Change
-from persist.files.events import Ended, EventFiles
+from persist.files.directory import SessionDirectory
+from persist.files.events import Ended
 from persist.files.index import Index, keys_of
-from persist.files.journal import Journal, Overtaken, Tail
-from persist.files.known import Known, KnownSessions
-from persist.files.layout import Layout
+from persist.files.journal import Overtaken, Tail
+from persist.files.known import Known
 from persist.files.lease import Lease
 from persist.files.publish import Attempt, SyncFailed
-from persist.files.snapshot import Body, Header, HeadSnapshot, Snapshot
+from persist.files.snapshot import Header, HeadSnapshot, Snapshot
 
 Found = TypeVar("Found")
-#: Which sessions have a journal: large ones, all, or none.
-Mode = Literal["auto", "always", "never"]
 #: A session enters journal mode above the first size, and leaves it at a fold below the second.
 ENTER_BYTES, LEAVE_BYTES = 64 * 1024, 32 * 1024
 #: A journal is folded when it is larger than its document, but not before this.
@@ -59,206 +56,10 @@ READ_ATTEMPTS = 3
 READ_ATTEMPTS_IN_A_LOCK, READ_PAUSE_S = 20, 0.001
 
 
-class SessionFiles:
-    """The sessions of one directory, as files."""
-
-    #: In the place of `FOLD_AT_LEAST_BYTES` and the document's size, for those who try a store out.
-    fold_bytes: float | None = None
-
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        lock_timeout_s: float,
-        journal: Mode = "auto",
-        keep_events_s: float = 300.0,
-        allow_network: bool = False,
-        create: bool = True,
-    ) -> None:
-        # The real path: two names of one directory must share their in-process locks, and a chdir must not move the store.
-        self.layout = Layout(Path(os.path.realpath(directory)))
-        self.lock_timeout_s = lock_timeout_s
-        self.mode = journal
-        self.known = KnownSessions()
-        self.events = EventFiles(self.layout, keep_events_s)
-        self.unknown: dict[str, str] = {}
-        try:
-            if create:
-                self._make_directories()
-            disk.check_file_system(self.layout.directory, allow_network=allow_network)
-            self._ignores_case = disk.ignores_case(self.layout.directory, layout.LEASES)
-        except PersistError:
-            raise
-        except OSError as error:
-            raise Unreadable.because(self.layout.directory, error) from error
-
-    def _make_directories(self) -> None:
-        disk.make_directory(self.layout.leases)
-        # Another process may have made them a moment ago: their names must not be lost under our first commit.
-        disk.sync_directory(self.layout.directory)
-        with contextlib.suppress(PermissionError):
-            disk.sync_directory(self.layout.directory.parent)
-
-    # --- without a lock ---
-
-    def exists(self, session_id: str) -> bool:
-        with self.looking_at(session_id) as path:
-            return disk.exists(path)
-
-    def read(self, session_id: str, *, decode: bool = False) -> Snapshot:
-        """Read the committed document. Takes no lock: some committed revision, never half of one."""
-        return self._not_overtaken(session_id, partial(self.read_now, decode=decode))
-
-    def read_head(self, session_id: str) -> HeadSnapshot:
-        """Read the committed header and small fields. Takes no lock."""
-        return self._not_overtaken(session_id, self.read_head_now)
-
-    def _not_overtaken(self, session_id: str, look: Callable[[str], Found]) -> Found:
-        """Start over when a fold comes between document and journal; if it is always so, keep everybody out."""
-        for _ in range(READ_ATTEMPTS):
-            with contextlib.suppress(Overtaken):
-                return look(session_id)
-        try:
-            with self.transaction(session_id) as tx:
-                return tx.alone(look)
-        except NestedLock:
-            # Within the block of another session's lock, all that can be done is to try for longer.
-            for _ in range(READ_ATTEMPTS_IN_A_LOCK):
-                time.sleep(READ_PAUSE_S)
-                with contextlib.suppress(Overtaken):
-                    return look(session_id)
-            raise
-
-    def read_now(self, session_id: str, *, decode: bool = False) -> Snapshot:
-        """As `read`, but raise `Overtaken` if the journal is not there that the document names."""
-        with self.looking_at(session_id) as path:
-            found = snapshot.read(path, session_id, decode=decode)
-            if not found.header.is_journaled:
-                return found
-            return self.journal(session_id, found.header.generation).replay(found)
-
-    def read_head_now(self, session_id: str) -> HeadSnapshot:
-        """As `read_head`, but raise `Overtaken` if the journal is not there that the document names."""
-        with self.looking_at(session_id) as path:
-            found = snapshot.read_head(path, session_id)
-            if not found.header.is_journaled:
-                return found
-            return self.journal(session_id, found.header.generation).head(found)
-
-    def journal(self, session_id: str, generation: int) -> Journal:
-        return Journal(self.layout.journal(session_id, generation), session_id)
-
-    @contextmanager
-    def looking_at(self, session_id: str) -> Iterator[Path]:
-        path = self._path(session_id)
-        try:
-            yield path
-        except FileNotFoundError:
-            raise SessionNotFound(session_id=session_id, path=path) from None
-        except PersistError:
-            raise
-        except OSError as error:
-            raise Unreadable.because(path, error) from error
-
-    def session_ids(self) -> list[str]:
-        """The ids of all sessions, sorted."""
-        return sorted(filter(None, map(layout.session_of_document, self._names())))
-
-    def leases(self) -> list[tuple[str, str]]:
-        """The (session id, stream id) of all lease files, sorted; those of dead streams too."""
-        try:
-            disk.check_directory(self.layout.leases)
-            names = disk.names(self.layout.leases)
-        except PersistError:
-            raise
-        except OSError as error:
-            raise Unreadable.because(self.layout.leases, error) from error
-        return sorted(filter(None, map(layout.stream_of, names)))
-
-    def _names(self) -> list[str]:
-        try:
-            return disk.names(self.layout.directory)
-        except OSError as error:
-            raise Unreadable.because(self.layout.directory, error) from error
-
-    def ignored(self) -> list[Path]:
-        """JSON files whose names are no session ids, sorted."""
-        names = [name for name in self._names() if name.endswith(".json")]
-        return sorted(self.layout.directory / name for name in names if layout.session_of_document(name) is None)
-
-    def leftovers(self) -> list[tuple[str, Path]]:
-        """Temporary files, journals that no document names, and locks without a session: (session id, path), sorted.
-
-        A commit under way shows as one.
-        """
-        found = []
-        for name in self._names():
-            session_id = layout.session_of_leftover(name)
-            path = self.layout.directory / name
-            if session_id and (path == self.layout.session(session_id).temp or not self.exists(session_id)):
-                found.append((session_id, path))
-            of_journal = layout.journal_of(name)
-            if of_journal is not None and not self._names_journal(*of_journal):
-                found.append((of_journal[0], path))
-        return sorted(found)
-
-    def orphans(self) -> list[str]:
-        """Sessions of which there is nothing but a journal, sorted."""
-        names = self._names()
-        there = set(filter(None, map(layout.session_of_document, names)))
-        journals = (layout.journal_of(name, copies=True) for name in names)
-        return sorted({found[0] for found in journals if found is not None and found[0] not in there})
-
-    def _names_journal(self, session_id: str, generation: int) -> bool:
-        try:
-            with self.looking_at(session_id) as path:
-                header = snapshot.read_head(path, session_id).header
-        except SessionNotFound:
-            return False
-        except PersistError:
-            return True  # nobody knows: it is told for what it is
-        return header.is_journaled and header.generation == generation
-
-    def _path(self, session_id: str) -> Path:
-        path = self.layout.session(session_id).document
-        if self._ignores_case:
-            for name in disk.names(self.layout.directory):
-                if name != path.name and name.lower() == path.name.lower():
-                    reason = f"on this file system it is the same name as {name.removesuffix('.json')!r}."
-                    raise InvalidSessionId(session_id=session_id, reason=reason)
-        return path
-
-    # --- under the session's lock ---
-
-    @contextmanager
-    def transaction(
-        self, session_id: str, *, may_be_missing: bool = False, lock_timeout_s: float | None = None
-    ) -> Iterator[Transaction]:
-        """Hold the session's lock for a block.
-
-        A session that is not there raises `SessionNotFound`, and no lock file is left for it.
-
-        Raises:
-            LockTimeout, NestedLock: see `lock.hold`.
-            CommitUnknown: an earlier commit of this store ended so.
-        """
-        with self.looking_at(session_id) as path:
-            if not may_be_missing and not disk.exists(path):
-                raise SessionNotFound(session_id=session_id, path=path)
-        timeout_s = self.lock_timeout_s if lock_timeout_s is None else lock_timeout_s
-        with lock.hold(self.layout.session(session_id).lock, session_id, timeout_s) as held:
-            tx = Transaction(self, session_id, held)
-            try:
-                # Looked at again by the verb's own read: the session may have gone while we waited.
-                yield tx
-            finally:
-                tx.end()
-
-
 class Transaction:
     """What may be done while a session's lock is held. After the block, every method raises `LockNotHeld`."""
 
-    def __init__(self, files: SessionFiles, session_id: str, held: lock.HeldFile) -> None:
+    def __init__(self, files: SessionDirectory, session_id: str, held: lock.HeldFile) -> None:
         self.session_id = session_id
         self._files = files
         self._layout = files.layout
@@ -744,3 +545,57 @@ def _remove_leftover(path: Path) -> None:
 
 def _reason(error: OSError) -> str:
     return error.strerror or type(error).__name__
+
+
+class SessionFiles(SessionDirectory):
+    """The sessions of one directory, as files."""
+
+    def read(self, session_id: str, *, decode: bool = False) -> Snapshot:
+        """Read the committed document. Takes no lock: some committed revision, never half of one."""
+        return self._not_overtaken(session_id, partial(self.read_now, decode=decode))
+
+    def read_head(self, session_id: str) -> HeadSnapshot:
+        """Read the committed header and small fields. Takes no lock."""
+        return self._not_overtaken(session_id, self.read_head_now)
+
+    def _not_overtaken(self, session_id: str, look: Callable[[str], Found]) -> Found:
+        """Start over when a fold comes between document and journal; if it is always so, keep everybody out."""
+        for _ in range(READ_ATTEMPTS):
+            with contextlib.suppress(Overtaken):
+                return look(session_id)
+        try:
+            with self.transaction(session_id) as tx:
+                return tx.alone(look)
+        except NestedLock:
+            # Within the block of another session's lock, all that can be done is to try for longer.
+            for _ in range(READ_ATTEMPTS_IN_A_LOCK):
+                time.sleep(READ_PAUSE_S)
+                with contextlib.suppress(Overtaken):
+                    return look(session_id)
+            raise
+
+    # --- under the session's lock ---
+
+    @contextmanager
+    def transaction(
+        self, session_id: str, *, may_be_missing: bool = False, lock_timeout_s: float | None = None
+    ) -> Iterator[Transaction]:
+        """Hold the session's lock for a block.
+
+        A session that is not there raises `SessionNotFound`, and no lock file is left for it.
+
+        Raises:
+            LockTimeout, NestedLock: see `lock.hold`.
+            CommitUnknown: an earlier commit of this store ended so.
+        """
+        with self.looking_at(session_id) as path:
+            if not may_be_missing and not disk.exists(path):
+                raise SessionNotFound(session_id=session_id, path=path)
+        timeout_s = self.lock_timeout_s if lock_timeout_s is None else lock_timeout_s
+        with lock.hold(self.layout.session(session_id).lock, session_id, timeout_s) as held:
+            tx = Transaction(self, session_id, held)
+            try:
+                # Looked at again by the verb's own read: the session may have gone while we waited.
+                yield tx
+            finally:
+                tx.end()

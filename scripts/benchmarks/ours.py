@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import persist
 from benchmarks.peers import Peer
 from benchmarks.workload import SESSION, Message, open_store
-from persist.files.transaction import Mode
+from persist.files.directory import Mode
 
 APPEND = "persist: store.append()"
 ALWAYS = 'persist: store.append(), journal="always"'

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import persist
-from persist.files.transaction import Mode
+from persist.files.directory import Mode
 
 Message = dict[str, Any]
 

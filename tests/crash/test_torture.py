@@ -71,8 +71,8 @@ OLD_JOURNAL_GOES_FIRST = (
 )
 HEAD_IS_LEFT_OUT = (
     "files/journal.py",
-    "        is_same_head = small == self.small and ",
-    "        is_same_head = ",
+    "        is_same_head = is_same_stream and small == self.small\n",
+    "        is_same_head = is_same_stream\n",
 )
 
 

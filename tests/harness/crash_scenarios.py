@@ -18,9 +18,9 @@ from typing import Any
 import persist
 from harness.crashes import Disk, Trace, read_disk, recording, states, write_disk
 from persist.files import disk
+from persist.files.directory import Mode as Journal
 from persist.files.events import EventReader
 from persist.files.known import KnownSessions
-from persist.files.transaction import Mode as Journal
 
 PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
 ANSWER = {"id": "a1", "role": "assistant", "content": "Because."}

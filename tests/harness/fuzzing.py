@@ -29,6 +29,7 @@ import persist
 from harness.faults import quick_directory
 from harness.runs import duration, existing_directory
 from persist.files import snapshot
+from persist.files.body import BULK
 from persist.files.snapshot import Header, StreamOwner
 
 # Spelt out here, not taken from the reader: an error in its own idea of the format must show.
@@ -255,7 +256,7 @@ def _bears_header(data: dict[str, Any]) -> bool:
 
 
 def _small(data: Any) -> Any:
-    return data and {key: value for key, value in data.items() if key not in snapshot.BULK}
+    return data and {key: value for key, value in data.items() if key not in BULK}
 
 
 def _of_snapshot(found: snapshot.Snapshot, content: bytes) -> str | None:

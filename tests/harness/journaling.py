@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import persist
-from persist.files.transaction import ENTER_BYTES, Mode
+from persist.files.directory import Mode
+from persist.files.transaction import ENTER_BYTES
 
 MIXED: Final = "mixed"
 MODES: tuple[Mode, ...] = get_args(Mode)

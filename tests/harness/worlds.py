@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import persist
-from persist.files.snapshot import BULK, Body
+from persist.files.body import BULK, Body
 from persist.turn import IDLE
 
 Data = dict[str, Any]

@@ -94,6 +94,7 @@ TRUSTS_ITS_END = (("follow(self._fd, known.tail):", "follow(self._fd, known.tail
 OVERTAKEN_IS_EMPTY = (
     (
         "            return self.journal(session_id, found.header.generation).replay(found)\n",
+        "            from persist.files.journal import Overtaken\n"
         "            with contextlib.suppress(Overtaken):\n"
         "                return self.journal(session_id, found.header.generation).replay(found)\n"
         "            return found\n",
@@ -102,16 +103,24 @@ OVERTAKEN_IS_EMPTY = (
 
 
 @pytest.mark.parametrize(
-    ("swaps", "expected"),
+    ("file", "swaps", "expected"),
     [
         pytest.param(
-            TRUSTS_ITS_END, {"list: reordered appends", "list: wrong items"}, id="does-not-look-behind-the-end-it-knows"
+            "files/transaction.py",
+            TRUSTS_ITS_END,
+            {"list: reordered appends", "list: wrong items"},
+            id="does-not-look-behind-the-end-it-knows",
         ),
-        pytest.param(OVERTAKEN_IS_EMPTY, {"list: stale read", "register: not linearizable"}, id="a-load-overtaken-by-a-fold"),
+        pytest.param(
+            "files/directory.py",
+            OVERTAKEN_IS_EMPTY,
+            {"list: stale read", "register: not linearizable"},
+            id="a-load-overtaken-by-a-fold",
+        ),
     ],
 )
-def test_a_bug_planted_in_the_journal_is_caught(scratch: Path, swaps: Swaps, expected: set[str]) -> None:
+def test_a_bug_planted_in_the_journal_is_caught(scratch: Path, file: str, swaps: Swaps, expected: set[str]) -> None:
     """With every session journaled, by stores that fold at different times; as above."""
-    package = broken_package(scratch / "broken", "files/transaction.py", swaps)
+    package = broken_package(scratch / "broken", file, swaps)
     report = run_round(scratch, Plan(operations=1_800, groups=2, kills=0, reads=0.5, journal="always"), package=package)
     assert expected & report.kinds

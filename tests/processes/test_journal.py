@@ -19,10 +19,10 @@ from harness.journals import Traffic, has_journal, journal_of, parted, traffic
 
 import persist
 from persist.files import known
+from persist.files.body import Body
 from persist.files.change import inserted
 from persist.files.index import Index
 from persist.files.known import Known, KnownSessions
-from persist.files.snapshot import Body
 
 KB = 1024
 #: What a commit of a few hundred bytes may cost, at any size of the session.

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from persist import codec
 from persist.files import change
+from persist.files.body import BULK, Body
 from persist.files.change import Bulk, Change, DoesNotFit, applied, between, inserted, marked
-from persist.files.snapshot import BULK, Body
 
 Document = dict[str, Any]
 

@@ -21,9 +21,10 @@ from harness.journals import chain_is_right, has_journal, journal_of, parted, re
 
 import persist
 from persist.files import disk, journal, snapshot
+from persist.files.body import BULK
+from persist.files.directory import Mode
 from persist.files.journal import Record, Tail
 from persist.files.snapshot import HeadSnapshot
-from persist.files.transaction import Mode
 
 HELLO = {"id": "m1", "role": "user", "content": "hi"}
 
@@ -113,8 +114,8 @@ def test_any_text_is_one_line(journaled: persist.Store, text: str) -> None:
 def shown(store: persist.Store) -> tuple[object, ...]:
     """What a head shows, and what the whole session shows in its place."""
     head, session = store.head("s"), store.load("s")
-    counts = {name: len(session.data[name]) for name in snapshot.BULK if type(session.data.get(name)) is list}
-    small = {name: value for name, value in session.data.items() if name not in snapshot.BULK}
+    counts = {name: len(session.data[name]) for name in BULK if type(session.data.get(name)) is list}
+    small = {name: value for name, value in session.data.items() if name not in BULK}
     assert list(head.data) == list(small), "the order of fields, too"
     assert (head.data, head.counts) == (small, counts)
     assert (head.revision, head.created_at, head.updated_at) == (session.revision, session.created_at, session.updated_at)

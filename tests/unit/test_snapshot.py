@@ -24,6 +24,7 @@ import persist
 from persist import codec
 from persist.errors import NotJSON
 from persist.files import snapshot
+from persist.files.body import BULK, HEADER, Body
 
 M1 = {"id": "m1", "role": "user", "content": "hi\nthere"}
 M2 = {"id": "m2", "role": "assistant", "content": "héllo 😀"}
@@ -92,7 +93,7 @@ def test_every_shape_is_one_json_object_and_comes_back(data: dict[str, Any], sto
     assert next(iter(found)) == "_persist"
     del found["_persist"]
     assert found == data == store.load("s").data
-    small = {key: value for key, value in data.items() if key not in snapshot.BULK}
+    small = {key: value for key, value in data.items() if key not in BULK}
     assert store.head("s").data == small
 
 
@@ -107,9 +108,9 @@ def plainly(data: dict[str, Any]) -> tuple[bytes, bytes, dict[str, int]]:
             return line(key, value)
         return codec.encode(key) + b":[\n" + b",\n".join(codec.encode(item) for item in value) + b"\n]"
 
-    small = [line(key, value) for key, value in data.items() if key not in snapshot.BULK]
-    bulk = [lines(key, data[key]) for key in snapshot.BULK if key in data]
-    counts = {key: len(data[key]) for key in snapshot.BULK if type(data.get(key)) is list}
+    small = [line(key, value) for key, value in data.items() if key not in BULK]
+    bulk = [lines(key, data[key]) for key in BULK if key in data]
+    counts = {key: len(data[key]) for key in BULK if type(data.get(key)) is list}
     head = b",\n".join(small) + (b",\n" if bulk else b"\n") if small else b""
     return head, b",\n".join(bulk) + b"\n}\n" if bulk else b"}\n", counts
 
@@ -118,8 +119,8 @@ texts = st.text(st.characters(codec=None, exclude_categories=())).filter(lambda 
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts
 inner = st.recursive(leaves, lambda part: st.lists(part, max_size=3) | st.dictionaries(texts, part, max_size=3), max_leaves=8)
 bulk_fields = st.lists(inner, max_size=4).map(lambda items: items * codec.MANY) | st.lists(inner, max_size=3) | inner
-documents = st.dictionaries(st.sampled_from([*snapshot.BULK, *"abc"]) | texts, bulk_fields, max_size=6).filter(
-    lambda data: snapshot.HEADER not in data
+documents = st.dictionaries(st.sampled_from([*BULK, *"abc"]) | texts, bulk_fields, max_size=6).filter(
+    lambda data: HEADER not in data
 )
 LONG: list[dict[str, Any]] = [
     {"messages": [M1] * codec.MANY},
@@ -137,15 +138,15 @@ LONG: list[dict[str, Any]] = [
 @given(documents)
 def test_a_body_is_canonical_however_it_was_encoded(data: dict[str, Any]) -> None:
     """Much data is encoded in another way than little, and unusual data in another than usual: nobody sees it in the bytes."""
-    body = snapshot.Body.of(data)
+    body = Body.of(data)
     assert (body.head, body.bulk, body.counts) == plainly(data)
-    assert list(body.data()) == [*(key for key in data if key not in snapshot.BULK), *(k for k in snapshot.BULK if k in data)]
+    assert list(body.data()) == [*(key for key in data if key not in BULK), *(k for k in BULK if k in data)]
 
 
 @pytest.mark.parametrize("data", [*SHAPES, *LONG], ids=lambda data: ascii(data)[:40])
 def test_a_body_of_any_shape_is_canonical(data: dict[str, Any]) -> None:
     """The same for what hypothesis seldom meets: lone surrogates, long integers, depth, bulk that is no list."""
-    body = snapshot.Body.of(data)
+    body = Body.of(data)
     assert (body.head, body.bulk, body.counts) == plainly(data)
     assert body.data() == data
 
@@ -160,14 +161,14 @@ def test_a_body_of_many_messages_is_as_strict_as_one_of_few(wrong: Any) -> None:
         ({"messages": [M1] * codec.MANY, "meta": [wrong]}, ("meta",)),
     ):
         with pytest.raises(NotJSON) as caught:
-            snapshot.Body.of(data)
+            Body.of(data)
         assert caught.value.path[: len(path)] == path
 
 
 def test_a_body_of_many_messages_may_not_have_a_field_like_the_header() -> None:
     """It would take the header's place."""
     with pytest.raises(persist.ReservedField):
-        snapshot.Body.of({"_persist": {}, "messages": [M1] * codec.MANY})
+        Body.of({"_persist": {}, "messages": [M1] * codec.MANY})
 
 
 @contextlib.contextmanager
@@ -208,7 +209,7 @@ def test_a_body_is_one_state_across_its_messages() -> None:
                 target.append(source.pop())
 
     with beside(move):
-        bodies = [snapshot.Body.of(data) for _ in range(60)]
+        bodies = [Body.of(data) for _ in range(60)]
     seen = [[n for item in body.data()["messages"] for n in item["content"][0]["tokens"]] for body in bodies]
     assert {(len(tokens), len(set(tokens))) for tokens in seen} <= {(499, 499), (500, 500)}
 
@@ -230,7 +231,7 @@ def test_what_json_would_change_is_not_saved_however_short_it_is_there() -> None
     with beside(flip):
         for _ in range(1500):
             with contextlib.suppress(NotJSON):
-                bodies.append(snapshot.Body.of(data))
+                bodies.append(Body.of(data))
     assert {body.data()["messages"][-1]["cost"] for body in bodies} <= {1.0}
 
 
@@ -273,7 +274,7 @@ def test_unknown_keys_of_a_header_are_kept(store: persist.Store) -> None:
     """A newer version's notes survive the commits of this one, in every kind of commit."""
     now = datetime.now(UTC)
     header = snapshot.Header("i" * 32, 5, now, now, extra={"journal": None, "later": {"b": [1], "a": 2}})
-    content, _ = snapshot.to_bytes(header, snapshot.Body.of({"a": 1}))
+    content, _ = snapshot.to_bytes(header, Body.of({"a": 1}))
     put(store, content)
     session = store.load("s")
     session.data["a"] = 2

@@ -31,7 +31,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import persist
 from persist import MISSING
-from persist.files.transaction import Mode
+from persist.files.directory import Mode
 from persist.turn import IDLE
 
 Data = dict[str, Any]

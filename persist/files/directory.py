@@ -1,0 +1,165 @@
+"""What can be seen of a directory of sessions without a lock: some committed revision of each, never half of one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from persist.errors import InvalidSessionId, PersistError, SessionNotFound, Unreadable
+from persist.files import disk, layout, snapshot
+from persist.files.events import EventFiles
+from persist.files.journal import Journal
+from persist.files.known import KnownSessions
+from persist.files.layout import Layout
+from persist.files.snapshot import HeadSnapshot, Snapshot
+
+#: Which sessions have a journal: large ones, all, or none.
+Mode = Literal["auto", "always", "never"]
+
+
+class SessionDirectory:
+    """The sessions of one directory, as files, and what can be seen of them without a lock."""
+
+    #: In the place of `FOLD_AT_LEAST_BYTES` and the document's size, for those who try a store out.
+    fold_bytes: float | None = None
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        lock_timeout_s: float,
+        journal: Mode = "auto",
+        keep_events_s: float = 300.0,
+        allow_network: bool = False,
+        create: bool = True,
+    ) -> None:
+        # The real path: two names of one directory must share their in-process locks, and a chdir must not move the store.
+        self.layout = Layout(Path(os.path.realpath(directory)))
+        self.lock_timeout_s = lock_timeout_s
+        self.mode = journal
+        self.known = KnownSessions()
+        self.events = EventFiles(self.layout, keep_events_s)
+        self.unknown: dict[str, str] = {}
+        try:
+            if create:
+                self._make_directories()
+            disk.check_file_system(self.layout.directory, allow_network=allow_network)
+            self._ignores_case = disk.ignores_case(self.layout.directory, layout.LEASES)
+        except PersistError:
+            raise
+        except OSError as error:
+            raise Unreadable.because(self.layout.directory, error) from error
+
+    def _make_directories(self) -> None:
+        disk.make_directory(self.layout.leases)
+        # Another process may have made them a moment ago: their names must not be lost under our first commit.
+        disk.sync_directory(self.layout.directory)
+        with contextlib.suppress(PermissionError):
+            disk.sync_directory(self.layout.directory.parent)
+
+    def exists(self, session_id: str) -> bool:
+        with self.looking_at(session_id) as path:
+            return disk.exists(path)
+
+    def read_now(self, session_id: str, *, decode: bool = False) -> Snapshot:
+        """As `read`, but raise `Overtaken` if the journal is not there that the document names."""
+        with self.looking_at(session_id) as path:
+            found = snapshot.read(path, session_id, decode=decode)
+            if not found.header.is_journaled:
+                return found
+            return self.journal(session_id, found.header.generation).replay(found)
+
+    def read_head_now(self, session_id: str) -> HeadSnapshot:
+        """As `read_head`, but raise `Overtaken` if the journal is not there that the document names."""
+        with self.looking_at(session_id) as path:
+            found = snapshot.read_head(path, session_id)
+            if not found.header.is_journaled:
+                return found
+            return self.journal(session_id, found.header.generation).head(found)
+
+    def journal(self, session_id: str, generation: int) -> Journal:
+        return Journal(self.layout.journal(session_id, generation), session_id)
+
+    @contextmanager
+    def looking_at(self, session_id: str) -> Iterator[Path]:
+        path = self._path(session_id)
+        try:
+            yield path
+        except FileNotFoundError:
+            raise SessionNotFound(session_id=session_id, path=path) from None
+        except PersistError:
+            raise
+        except OSError as error:
+            raise Unreadable.because(path, error) from error
+
+    def session_ids(self) -> list[str]:
+        """The ids of all sessions, sorted."""
+        return sorted(filter(None, map(layout.session_of_document, self._names())))
+
+    def leases(self) -> list[tuple[str, str]]:
+        """The (session id, stream id) of all lease files, sorted; those of dead streams too."""
+        try:
+            disk.check_directory(self.layout.leases)
+            names = disk.names(self.layout.leases)
+        except PersistError:
+            raise
+        except OSError as error:
+            raise Unreadable.because(self.layout.leases, error) from error
+        return sorted(filter(None, map(layout.stream_of, names)))
+
+    def _names(self) -> list[str]:
+        try:
+            return disk.names(self.layout.directory)
+        except OSError as error:
+            raise Unreadable.because(self.layout.directory, error) from error
+
+    def ignored(self) -> list[Path]:
+        """JSON files whose names are no session ids, sorted."""
+        names = [name for name in self._names() if name.endswith(".json")]
+        return sorted(self.layout.directory / name for name in names if layout.session_of_document(name) is None)
+
+    def leftovers(self) -> list[tuple[str, Path]]:
+        """Temporary files, journals that no document names, and locks without a session: (session id, path), sorted.
+
+        A commit under way shows as one.
+        """
+        found = []
+        for name in self._names():
+            session_id = layout.session_of_leftover(name)
+            path = self.layout.directory / name
+            if session_id and (path == self.layout.session(session_id).temp or not self.exists(session_id)):
+                found.append((session_id, path))
+            of_journal = layout.journal_of(name)
+            if of_journal is not None and not self._names_journal(*of_journal):
+                found.append((of_journal[0], path))
+        return sorted(found)
+
+    def orphans(self) -> list[str]:
+        """Sessions of which there is nothing but a journal, sorted."""
+        names = self._names()
+        there = set(filter(None, map(layout.session_of_document, names)))
+        journals = (layout.journal_of(name, copies=True) for name in names)
+        return sorted({found[0] for found in journals if found is not None and found[0] not in there})
+
+    def _names_journal(self, session_id: str, generation: int) -> bool:
+        try:
+            with self.looking_at(session_id) as path:
+                header = snapshot.read_head(path, session_id).header
+        except SessionNotFound:
+            return False
+        except PersistError:
+            return True  # nobody knows: it is told for what it is
+        return header.is_journaled and header.generation == generation
+
+    def _path(self, session_id: str) -> Path:
+        path = self.layout.session(session_id).document
+        if self._ignores_case:
+            for name in disk.names(self.layout.directory):
+                if name != path.name and name.lower() == path.name.lower():
+                    reason = f"on this file system it is the same name as {name.removesuffix('.json')!r}."
+                    raise InvalidSessionId(session_id=session_id, reason=reason)
+        return path
