@@ -62,10 +62,14 @@ class Watch:
     def _rename(self, session_id: str, name: str) -> None:
         try:
             # Nobody else renames what is shared.
-            load_bytes = load_bytes_of(self.store.head(session_id).data["title"])
+            title_before = self.store.head(session_id).data.get("title")
         except persist.PersistError as error:
             self.figures.found("raised", f"head: {error}")
             return
+        if type(title_before) is not str:
+            self.figures.found("lost", f"the title of {session_id}")
+            return
+        load_bytes = load_bytes_of(title_before)
         if self._random.random() < 0.5:
             title = title_of(name, LOAD_BYTES - load_bytes)
             with self._promised(Change("rename", session_id, title=title)):
