@@ -101,9 +101,11 @@ def test_end_of_a_turn_by_others_reads_and_writes_the_change(large: persist.Stor
     session = large.load("s")
     begun()._close()
     session.refresh()
-    files, active = large._files, session.active_stream_id
-    assert active is not None
-    assert_costs_the_change(lambda: persist.streams.clear_stale(files, "s", active))
+    session.data["title"] = "unsaved"
+    assert_costs_the_change(session.clear_stale_stream)
+    assert session.data == large.load("s").data | {"title": "unsaved"}
+    session.save()
+    assert (session.data, session.revision) == (large.load("s").data, large.head("s").revision)
     begun()._close()
     assert_costs_the_change(large.clear_stale_streams)
     turns = large.load("s").data["messages"][2001:]
