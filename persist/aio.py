@@ -379,9 +379,9 @@ class Store:
         """See `persist.Store.check`."""
         return await self._threads.run(self._store.check)
 
-    async def compact(self, session_id: str) -> bool:
+    async def compact(self, session_id: str, *, alone: bool = False) -> bool:
         """See `persist.Store.compact`."""
-        return await self._threads.run(lambda: self._store.compact(session_id))
+        return await self._threads.run(lambda: self._store.compact(session_id, alone=alone))
 
     async def accept(self, session_id: str) -> Session:
         """See `persist.Store.accept`."""

@@ -47,6 +47,8 @@ class Draft(Protocol):
     def is_changed(self) -> bool:
         """Tell whether the data, as it is now, differs from the committed revision. That is what is committed, then.
 
+        Whatever was done to a list that has not been read counts as a difference.
+
         Raises: what cannot be kept.
         """
 
@@ -144,7 +146,7 @@ class _UnreadItems(Items):
         known = self._tx.index(self._field)
         if not known.may_hold(key) and not any(key in keys for _, keys in self._noted):
             return None
-        places, wanted = known.places, index.keys_of(self._owner) | {key}
+        places, wanted = known.places, known.certain(index.keys_of(self._owner) | {key})
         for noted, keys in self._noted:
             places = index.moved(places, noted, keys, wanted)
         if key not in places:

@@ -56,8 +56,7 @@ class ClearedStream:
 class Problem:
     """Something that `Store.check` has found.
 
-    `kind` is "corrupt", "unsupported", "unsafe", "unreadable", "locked", "stale", "left-over" or
-    "ignored".
+    `kind` is "corrupt", "unsupported", "unsafe", "unreadable", "locked", "stale", "left-over", "orphaned" or "ignored".
     """
 
     session_id: str
@@ -281,8 +280,8 @@ class Store:
         Args:
             function: changes the data in place; if it raises, nothing is written.
             if_revision: the revision that the edit was decided on. Name it for an edit that removes something.
-            head_only: hand out the small fields only, as `head` shows them. The messages stay, and are not read: of a large
-                session that costs a small part.
+            head_only: hand out the small fields only, as `head` shows them, without ``messages`` and ``tool_calls``. Those
+                stay, and are not read: of a large session that costs a small part.
             touch: False keeps `updated_at`.
 
         Raises:
@@ -291,6 +290,8 @@ class Store:
         """
         if not callable(function):
             raise WrongType(what="function", expected="callable", got=type(function).__name__)
+        if type(head_only) is not bool:
+            raise WrongType(what="head_only", expected="True or False", got=repr(head_only))
         if if_revision is not None and type(if_revision) is not int:
             raise WrongType(what="if_revision", expected="a revision, or None", got=type(if_revision).__name__)
 
@@ -439,8 +440,7 @@ class Store:
         """Clear every stream whose process is dead; for the start of a server, or now and then.
 
         Opens only the sessions that have a lease, however many others there are; one lock at a time. Left-over leases
-        are removed, and what a deletion that was cut off has left.
-        Events of streams that have ended go when their time is over.
+        are removed, and events of streams that have ended go away when their time is over.
 
         Args:
             every_session: look into all sessions: also finds streams that another program left without a lease.
@@ -465,11 +465,8 @@ class Store:
             except (PersistError, OSError) as error:
                 failures[session_id] = error
         try:
-            for session_id in files.orphans():
-                with files.transaction(session_id, may_be_missing=True) as tx:
-                    tx.remove_orphans()
             files.events.sweep()
-        except (PersistError, OSError) as error:
+        except PersistError as error:
             failures["*"] = error
         if failures:
             raise SweepIncomplete(cleared=cleared, failures=failures)
@@ -485,22 +482,29 @@ class Store:
         files = self._open_files()
         problems = [problem for session_id in files.session_ids() if (problem := _problem(files, session_id))]
         for session_id, path in files.leftovers():
-            remedy = f"'persist clear-stale {files.layout.directory}' or the next session of that name removes it"
+            remedy = f"the next commit to {session_id!r} removes or uses it"
             if files.exists(session_id):
                 # A commit that only adds to a journal does not.
                 remedy = f"'persist compact {files.layout.directory} {session_id}' removes it"
             what = f"{path} is left over from a crash, and harmless; {remedy}."
             problems.append(Problem(session_id, "left-over", path, what))
+        for session_id, path in files.orphans():
+            name = files.layout.session(session_id).document.name
+            what = f"{path} holds commits of another {name} than is there. Put that one back, or remove the journal with them."
+            problems.append(Problem(session_id, "orphaned", path, what))
         for path in files.ignored():
             what = f"{path} is no session, since {path.stem!r} is no session id: it is ignored. Rename it, or move it away."
             problems.append(Problem(path.stem, "ignored", path, what))
         return problems
 
-    def compact(self, session_id: str) -> bool:
-        """Fold a session's journal into its document, so that the file alone is the session; it stays at its revision.
+    def compact(self, session_id: str, *, alone: bool = False) -> bool:
+        """Fold a session's journal into its document; it stays at its revision. What crashes have left of it is removed.
 
-        It happens by itself when a journal has outgrown its document. Do it before you edit the file by hand, or copy it. What
-        crashes have left behind of the session is removed.
+        That happens by itself when a journal has outgrown its document.
+
+        Args:
+            alone: leave no journal, so that the file alone is the session, to be edited or copied. The next commit to a
+                large one makes a new journal.
 
         Returns:
             Whether there was anything to fold.
@@ -509,13 +513,14 @@ class Store:
             SessionNotFound, LockTimeout, NestedLock, CorruptSession, CommitFailed, CommitUnknown: see the errors.
         """
         with self._open_files().transaction(session_id) as tx:
-            return tx.compact()
+            return tx.compact(alone=alone)
 
     def accept(self, session_id: str) -> Session:
         """Take a document as it is after an edit by hand: it gets a new checksum and the next revision.
 
         A session that is sound is left alone. Of a journal that is damaged, what stands before the damage is taken; a copy of
-        it is kept beside it, with ".damaged" behind its name.
+        it is kept beside it, with ".damaged" behind its name. Before you edit a session that has a journal, fold it with
+        ``compact(session_id, alone=True)``.
 
         Raises:
             CorruptSession: it is not strict JSON, or what its journal says does not fit it any more; mend it first.
@@ -544,7 +549,8 @@ def _update_head(tx: Transaction, draft: Draft, function: Callable[[int, dict[st
     result = function(draft.header.revision, draft.data)
     for name in BULK:
         if name in draft.data:
-            raise ReservedField(field=name, remedy="It is no small field: leave head_only out.")
+            expected = "one that sets small fields only; leave head_only out"
+            raise WrongType(what="a function with head_only=True", expected=expected, got=f"one that sets {name!r}")
     turn.refuse_changed_stream_fields(before, draft.data)
     draft.data.update(bulk)
     _commit_draft(tx, draft, touch=touch)

@@ -190,8 +190,8 @@ def interrupt(data: Data, prompt_id: MessageId | None, answer_id: MessageId | No
 
     A turn can be ended whatever somebody has made of `messages`: what is no list has nothing to mark.
     """
-    if _is_list(data.get(MESSAGES, [])):
-        messages = messages_of(data)
+    messages = data.get(MESSAGES)
+    if messages is not None and _is_list(messages):
         for message_id in (prompt_id, answer_id):
             place = find(messages, message_id)
             if place is not None:
@@ -208,22 +208,18 @@ def _mark(messages: Messages, place: int) -> None:
 
 def interrupt_foreign(data: Data) -> None:
     """End a turn that another program started, of which only the stream fields tell."""
-    if _is_list(data.get(MESSAGES, [])):
+    if data.get("pending_user_message") and _is_list(data.get(MESSAGES, [])):
         _recover_foreign_prompt(data, messages_of(data))
     end(data)
 
 
 def _recover_foreign_prompt(data: Data, messages: Messages) -> None:
     """Keep the prompt of a turn that another program started: `pending_user_message` may be its only copy (#1471)."""
-    content = data.get("pending_user_message")
-    if not content:
-        return
+    content = data["pending_user_message"]
+    told = {"attachments": data["pending_attachments"]} if data.get("pending_attachments") else {}
     last = messages[-1] if len(messages) else None
     if type(last) is dict and last.get("role") == "user" and same(last.get("content"), content):
-        prompt = last
+        last[INTERRUPTED] = True
+        last.update({name: value for name, value in told.items() if name not in last})
     else:
-        prompt = {"id": f"{data.get(ACTIVE)}.prompt", "role": "user", "content": content}
-        messages.append(prompt)
-    prompt[INTERRUPTED] = True
-    if data.get("pending_attachments"):
-        prompt.setdefault("attachments", data["pending_attachments"])
+        messages.append({"id": f"{data.get(ACTIVE)}.prompt", "role": "user", "content": content, INTERRUPTED: True, **told})

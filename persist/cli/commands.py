@@ -299,9 +299,9 @@ def clear_stale(ctx: click.Context, store: Store, every_session: bool, as_json: 
 def compact(store: Store, session_id: str, as_json: bool) -> None:
     """Fold a session's journal into its document.
 
-    Then the file alone is the session: do it before you edit or copy it.
+    Then the file alone is the session, until its next commit: do it before you edit or copy it.
     """
-    was_folded = store.compact(session_id)
+    was_folded = store.compact(session_id, alone=True)
     if as_json:
         print_json({"id": session_id, "was_folded": was_folded})
     else:
@@ -315,16 +315,20 @@ def compact(store: Store, session_id: str, as_json: bool) -> None:
 def accept(store: Store, session_id: str, as_json: bool) -> None:
     """Take a document that was edited by hand.
 
-    It gets a new checksum. One that is sound is left alone.
+    It gets a new checksum. One that is sound is left alone. Of a journal that cannot be taken whole, a copy is kept.
     """
     was_sound = _is_sound(store, session_id)
+    kept_before = set(store.path.glob(f"{session_id}.*.damaged"))
     session = store.accept(session_id)
+    kept = sorted(set(store.path.glob(f"{session_id}.*.damaged")) - kept_before)
     if as_json:
         print_json({"id": session.id, "revision": session.revision, "was_sound": was_sound})
     elif was_sound:
         click.echo(f"{session.id} is sound, at revision {session.revision}: there was nothing to accept.")
     else:
         click.echo(f"{session.id} is accepted at revision {session.revision}.")
+        for path in kept:
+            click.echo(f"Not all of its journal could be taken; a copy is kept in {path}.")
 
 
 def _is_sound(store: Store, session_id: str) -> bool:

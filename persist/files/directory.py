@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 from persist.errors import InvalidSessionId, PersistError, SessionNotFound, Unreadable
-from persist.files import disk, layout, snapshot
+from persist.files import disk, journal, layout, snapshot
 from persist.files.events import EventFiles
 from persist.files.journal import Journal
 from persist.files.known import KnownSessions
 from persist.files.layout import Layout
-from persist.files.snapshot import HeadSnapshot, Snapshot
+from persist.files.snapshot import Header, HeadSnapshot, Snapshot
 
 #: Which sessions have a journal: large ones, all, or none.
 Mode = Literal["auto", "always", "never"]
@@ -123,9 +123,9 @@ class SessionDirectory:
         return sorted(self.layout.directory / name for name in names if layout.session_of_document(name) is None)
 
     def leftovers(self) -> list[tuple[str, Path]]:
-        """Temporary files, journals that no document names, and locks without a session: (session id, path), sorted.
+        """What crashes have left, and no longer counts: temporary files, journals that were folded, locks without a session.
 
-        A commit under way shows as one.
+        (session id, path), sorted. A commit under way shows as one.
         """
         found = []
         for name in self._names():
@@ -133,27 +133,29 @@ class SessionDirectory:
             path = self.layout.directory / name
             if session_id and (path == self.layout.session(session_id).temp or not self.exists(session_id)):
                 found.append((session_id, path))
-            of_journal = layout.journal_of(name)
-            if of_journal is not None and not self._names_journal(*of_journal):
-                found.append((of_journal[0], path))
-        return sorted(found)
+        return sorted(found + [(session_id, path) for session_id, path, is_harmless in self._unnamed() if is_harmless])
 
-    def orphans(self) -> list[str]:
-        """Sessions of which there is nothing but a journal, sorted."""
-        names = self._names()
-        there = set(filter(None, map(layout.session_of_document, names)))
-        journals = (layout.journal_of(name, copies=True) for name in names)
-        return sorted({found[0] for found in journals if found is not None and found[0] not in there})
+    def orphans(self) -> list[tuple[str, Path]]:
+        """Journals that hold commits of a document which is not there: (session id, path), sorted."""
+        return [(session_id, path) for session_id, path, is_harmless in self._unnamed() if not is_harmless]
 
-    def _names_journal(self, session_id: str, generation: int) -> bool:
+    def _unnamed(self) -> list[tuple[str, Path, bool]]:
+        """Journals that no document names, sorted, and whether they no longer count."""
+        found = []
+        for session_id, generation in filter(None, map(layout.journal_of, sorted(self._names()))):
+            path = self.layout.journal(session_id, generation)
+            with contextlib.suppress(OSError):
+                header = self._header_of(session_id)
+                if header is None or not header.is_journaled or header.generation != generation:
+                    found.append((session_id, path, is_left_over(path, generation, header)))
+        return found
+
+    def _header_of(self, session_id: str) -> Header | None:
         try:
             with self.looking_at(session_id) as path:
-                header = snapshot.read_head(path, session_id).header
-        except SessionNotFound:
-            return False
+                return snapshot.read_head(path, session_id).header
         except PersistError:
-            return True  # nobody knows: it is told for what it is
-        return header.is_journaled and header.generation == generation
+            return None
 
     def _path(self, session_id: str) -> Path:
         path = self.layout.session(session_id).document
@@ -163,3 +165,13 @@ class SessionDirectory:
                     reason = f"on this file system it is the same name as {name.removesuffix('.json')!r}."
                     raise InvalidSessionId(session_id=session_id, reason=reason)
         return path
+
+
+def is_left_over(path: Path, generation: int, header: Header | None) -> bool:
+    """Tell of a journal whether it no longer counts beside a document: it was folded into it, or never used.
+
+    One that came after the document holds commits which are nowhere else: somebody has put an older document back, say.
+    """
+    if header is None or header.generation < generation:
+        return journal.is_empty(path)
+    return generation < header.generation or not header.is_journaled

@@ -82,9 +82,14 @@ class Index:
         place = bisect_left(self._settled, number)
         return number in self._recent or (place < len(self._settled) and self._settled[place] == number)
 
+    def certain(self, keys: frozenset[bytes]) -> frozenset[bytes]:
+        """Those of which it is known where they stand, or that they do not: another one may stand somewhere of the others."""
+        return frozenset(key for key in keys if key in self.places or not self.may_hold(key))
+
     def take(self, change: Change, wanted: frozenset[bytes]) -> None:
         """Go on behind a change of the list's items."""
         keys = [_key_in(bytes(item)) for item in change.insert]
+        wanted = self.certain(wanted)
         self._recent.update(hash(key) for key in keys if key is not None)
         if len(self._recent) > _MOST_RECENT:
             self._settled = array("q", sorted({*self._settled, *self._recent}))

@@ -295,39 +295,43 @@ class Journal:
             raise self.damaged(tail.last, "it does not hold as many items as it says")
         return Snapshot(tail.header, body, found.checksum)
 
-    def salvage(self, edited: Snapshot) -> tuple[Snapshot, bool]:
-        """As `replay`, up to what is damaged; tell whether nothing is."""
+    def salvage(self, edited: Snapshot, *, is_edited: bool) -> tuple[Snapshot, int]:
+        """As `replay`, up to what is damaged; tell how many records there are, at most, from there on.
+
+        On a document that was edited by hand nothing is guessed: its journal may only have added items at the ends of lists.
+        """
         tail = Tail.of(HeadSnapshot(edited.header, edited.body.small, edited.body.counts, edited.checksum))
-        bulk = Bulk(edited.body)
+        records: list[Record] = []
+        lost = 0
         fd = self.open()
         try:
             self.check_opening(fd, tail)
-            records = self.follow(fd, tail)
-            is_whole = False
-            while not is_whole:
-                try:
-                    record = next(records, None)
-                except CorruptSession:
-                    break
-                is_whole = record is None
-                if record is not None:
-                    self._apply_to_edited(bulk, record)
+            records.extend(self.follow(fd, tail))
+        except CorruptSession:
+            lost = _read_from(fd, tail.end).count(b"\n") + 1
         finally:
             disk.close(fd)
-        return Snapshot(tail.header, bulk.body(tail.small), edited.checksum), is_whole
+        bulk = Bulk(edited.body)
+        for record in records:
+            self._apply_to_edited(bulk, record, is_edited=is_edited)
+        return Snapshot(tail.header, bulk.body(tail.small), edited.checksum), lost
 
-    def _apply_to_edited(self, bulk: Bulk, record: Record) -> None:
-        """As `_apply`; where somebody has added or removed items by hand, places are not what they were: nothing is guessed."""
+    def _apply_to_edited(self, bulk: Bulk, record: Record, *, is_edited: bool) -> None:
         try:
+            if is_edited and record.head is not None:
+                raise DoesNotFit("head")
             for each in record.changes:
+                if is_edited and not (each.is_items and not each.remove and each.at == bulk.counts.get(each.field, 0)):
+                    raise DoesNotFit(each.field)
                 bulk.apply(each)
             if record.changes and bulk.counts != record.counts:
                 raise DoesNotFit("counts")
         except NONSENSE:
             reason = f"what {self.path.name} says does not fit the document as it is."
+            store = self.path.parent
             remedy = (
-                "Undo the edit where it added or removed items of a list; "
-                "or move the journal away, and with it the commits in it, and accept the document as it is."
+                f"Undo the edit, fold the journal with 'persist compact {store} {self.session_id}', and edit again; or move "
+                f"{self.path} away, and with it the commits in it, and accept the document as it is."
             )
             document = self.path.with_name(f"{self.session_id}.json")
             raise CorruptSession(session_id=self.session_id, path=document, reason=reason, remedy=remedy) from None
@@ -394,6 +398,12 @@ class Journal:
                 raise self.damaged(start + end, "a record in it was altered")
             good = None if line is None else _before_a_lost_one(content[:end], line, start, tail)
         return line
+
+
+def is_empty(path: Path) -> bool:
+    """Whether a journal has no record: a fold that was cut off has left it."""
+    content, size = disk.read_start(path, _FIRST_READ_BYTES)
+    return size <= len(content) and b"\n" not in content[:-1]
 
 
 def _read_from(fd: int, position: int) -> bytes:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from persist.files.change import Change
 from persist.files.index import Index, keys_of
 from persist.files.journal import Journal, Tail
+from persist.files.snapshot import Snapshot
 
 MOST_SESSIONS = 256
 MOST_INDEX_BYTES = 64 * 1024 * 1024
@@ -50,9 +51,15 @@ class Known:
             else:
                 del self.indexes[change.field]
 
+    def shows(self, state: Snapshot) -> bool:
+        """Whether a state is the one that is on disk."""
+        tail, body = self.tail, state.body
+        return tail.header == state.header and tail.small == body.small and dict(tail.counts) == dict(body.counts)
+
     @property
     def index_bytes(self) -> int:
-        return sum(index.size_bytes for index in self.indexes.values())
+        # Another thread may have taken it, and be adding to it.
+        return sum(index.size_bytes for index in list(self.indexes.values()))
 
 
 class KnownSessions:

@@ -96,10 +96,13 @@ class Attempt:
         return self._layout.journal(self._session_id, generation)
 
     def _remove_old_journals(self) -> None:
-        """That of the document before, and what a crash or a run that failed has left of those before that."""
-        last = self._header.generation
-        first = max(1, self._generation_before - 3)
-        _remove(map(self._journal, range(first, last + (not self._header.is_journaled))))
+        """That of the document before, and what cut-off runs have left; nothing that may be another document's."""
+        last, before = self._header.generation, self._generation_before
+        for generation in range(max(1, before - 3), last + (not self._header.is_journaled)):
+            path = self._journal(generation)
+            with contextlib.suppress(OSError):
+                if generation <= before or journal.is_empty(path):
+                    disk.unlink(path)
 
 
 def _remove(paths: Iterable[Path]) -> None:

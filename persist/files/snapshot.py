@@ -447,14 +447,17 @@ class _Reader:
             self.strict(content)
         except CorruptSession as worse:
             return worse
-        return self._edited()
+        return self._edited(has_journal=is_journaled(content))
 
-    def _edited(self) -> CorruptSession:
+    def _edited(self, *, has_journal: bool = False) -> CorruptSession:
         directory = self.path.parent
-        return self._corrupt(
-            "its checksum does not match: it was edited by hand or damaged.",
-            remedy=f"If the edit was meant, look at it and take it with 'persist accept {directory} {self.session_id}'.",
-        )
+        remedy = f"If the edit was meant, look at it and take it with 'persist accept {directory} {self.session_id}'."
+        if has_journal:
+            remedy += (
+                f" There are later commits in its journal: to edit all there is, undo the edit, fold them with "
+                f"'persist compact {directory} {self.session_id}', and edit then."
+            )
+        return self._corrupt("its checksum does not match: it was edited by hand or damaged.", remedy=remedy)
 
     def _corrupt(self, reason: str, offset: int | None = None, remedy: str = "") -> CorruptSession:
         return CorruptSession(session_id=self.session_id, path=self.path, reason=reason, offset=offset, remedy=remedy)

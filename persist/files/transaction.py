@@ -23,8 +23,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from secrets import token_hex
 from typing import TypeVar
 
+from persist import codec
 from persist.errors import (
     CommitFailed,
     CommitUnknown,
@@ -37,10 +39,10 @@ from persist.errors import (
 from persist.files import change, disk, journal, layout, lease, lock, snapshot
 from persist.files.body import Body
 from persist.files.change import Change
-from persist.files.directory import SessionDirectory
+from persist.files.directory import SessionDirectory, is_left_over
 from persist.files.events import Ended
 from persist.files.index import Index, keys_of
-from persist.files.journal import Overtaken, Tail
+from persist.files.journal import Journal, Overtaken, Tail
 from persist.files.known import Known
 from persist.files.lease import Lease
 from persist.files.publish import Attempt, SyncFailed
@@ -108,7 +110,7 @@ class Transaction:
         """Read the committed document. If the session has a journal that ends with what is `known`, that is it."""
         self._require_lock()
         here = self.look() if known is not None and known.identity and known.header.is_journaled else None
-        if known is not None and here is not None and here.tail.header == known.header:
+        if known is not None and here is not None and here.shows(known):
             # Somebody may have folded it since: that is no commit, but another journal.
             self._found = replace(known, header=here.tail.header)
         else:
@@ -131,9 +133,14 @@ class Transaction:
             raise self._journal_missing() from None
 
     def _journal_missing(self) -> CorruptSession:
-        reason = "the journal that it names is missing, or is that of another document."
+        name = "its journal"
+        with contextlib.suppress(PersistError, OSError):
+            generation = snapshot.read_head(self._paths.document, self.session_id).header.generation
+            name = self._layout.journal(self.session_id, generation).name
+        reason = f"{name}, which it names, is missing, or is that of another document."
         remedy = (
-            f"Restore both from a backup, or take it as it is with 'persist accept {self._layout.directory} {self.session_id}'."
+            f"Restore both from a backup; or take the document without the commits that stood there, with "
+            f"'persist accept {self._layout.directory} {self.session_id}'."
         )
         return CorruptSession(session_id=self.session_id, path=self._paths.document, reason=reason, remedy=remedy)
 
@@ -192,7 +199,7 @@ class Transaction:
     def salvage(self) -> Snapshot:
         """Read a session that is damaged or was edited by hand: the document as it is, and of its journal what is good.
 
-        A journal that is damaged is kept beside it, as a copy.
+        Of each journal that is not taken whole, a copy is kept.
 
         Raises:
             CorruptSession: the document is not JSON, or what the journal says does not fit it any more.
@@ -200,16 +207,29 @@ class Transaction:
         self._require_lock()
         with self._refusals():
             edited = snapshot.read_edited(self._paths.document, self.session_id)
-            if not edited.header.is_journaled:
-                return edited
             log = self._files.journal(self.session_id, edited.header.generation)
-            try:
-                found, is_whole = log.salvage(edited)
-            except Overtaken:
-                return edited
-            if not is_whole:
-                log.keep_copy()
+            found, is_whole = self._salvaged(edited, log) if edited.header.is_journaled else (edited, False)
+            for path, generation in self._journals():
+                if not (is_whole and path == log.path) and not is_left_over(path, generation, edited.header):
+                    self._files.journal(self.session_id, generation).keep_copy()
             return found
+
+    def _salvaged(self, edited: Snapshot, log: Journal) -> tuple[Snapshot, bool]:
+        """A session whose document names a journal, and whether all of that counts."""
+        try:
+            found, lost = log.salvage(edited, is_edited=not self._is_sound())
+        except Overtaken:
+            # Nobody knows how many commits are gone: what was loaded before is of another life of the session.
+            return replace(edited, header=replace(edited.header, incarnation=token_hex(16))), False
+        # No revision is used again.
+        return replace(found, header=replace(found.header, revision=found.header.revision + lost)), not lost
+
+    def _is_sound(self) -> bool:
+        try:
+            snapshot.read(self._paths.document, self.session_id)
+        except CorruptSession:
+            return False
+        return True
 
     # --- writing ---
 
@@ -245,6 +265,9 @@ class Transaction:
             return header
         record = known.tail.record(header, small, counts, changes, known.synced)
         line = journal.encode(record, known.tail.seed)
+        if known.document_bytes + known.tail.end + len(line) > codec.MAX_BYTES:
+            # It may be too large as a whole: then it is refused, and nothing is written.
+            self._whole(header, small, changes).check_size()
         # From here to the end, nothing is known.
         self._known, self._found = None, self._found if body is not None else None
         with self._refusals():
@@ -306,35 +329,38 @@ class Transaction:
 
     def _go_on_with_indexes(self, before: Known, changes: tuple[Change, ...]) -> None:
         """After a fold, what is known of the lists is still so."""
-        if self._known is not None:
-            self._known.indexes = before.indexes
-            self._known.take(changes)
+        known, self._known = self._known, None
+        if known is not None:
+            known.indexes = before.indexes
+            known.take(changes)
+            # Last: one that was cut off in between is not kept.
+            self._known = known
 
-    def compact(self) -> bool:
+    def compact(self, *, alone: bool = False) -> bool:
         """Fold the journal into the document; durable on return. Tell whether there was anything to fold.
 
-        What crashes have left behind is removed.
+        `alone` leaves the session without a journal until its next commit. What crashes have left behind is removed.
         """
         self._require_lock()
         self.require_known()
-        is_folded = self._fold()
+        is_folded = self._fold(alone=alone)
         _remove_leftover(self._paths.temp)
-        named = None if self._known is None else self._known.log.path
-        with contextlib.suppress(OSError):
-            for path in self._journals():
-                if path != named:
+        with contextlib.suppress(PersistError, OSError):
+            header = self.read_head().header
+            for path, generation in self._journals():
+                if is_left_over(path, generation, header):
                     _remove_leftover(path)
         return is_folded
 
-    def _fold(self) -> bool:
+    def _fold(self, *, alone: bool) -> bool:
         known = self.look()
         if known is None:
             return False
         is_empty = known.tail.last == 0 and not known.tail.is_torn
         found = self.read()
-        if is_empty and self._has_journal(found.header, found.body):
+        if is_empty and not alone and self._has_journal(found.header, found.body):
             return False
-        self._write(found.header, found.body)
+        self._write(found.header, found.body, alone=alone)
         self._go_on_with_indexes(known, ())
         return True
 
@@ -343,12 +369,12 @@ class Transaction:
         limit = LEAVE_BYTES if header.is_journaled else ENTER_BYTES
         return self._files.mode == "always" or (self._files.mode == "auto" and body.size > limit)
 
-    def _write(self, header: Header, body: Body) -> Snapshot:
-        """Write the whole document."""
+    def _write(self, header: Header, body: Body, *, alone: bool = False) -> Snapshot:
+        """Write the whole document; `alone`, without a journal."""
         body.check_size()
         self._known = None
         self._close_journal()
-        header = replace(header, is_journaled=self._has_journal(header, body))
+        header = replace(header, is_journaled=not alone and self._has_journal(header, body))
         attempt = Attempt(self._layout, self.session_id, header, body)
         self._publish(attempt)
         self._is_there = True
@@ -414,7 +440,7 @@ class Transaction:
             disk.close_directory(directory)
         self._known = None
         _remove_leftover(self._paths.temp)
-        for path in journals:
+        for path, _ in journals:
             _remove_leftover(path)
         with contextlib.suppress(OSError):
             for session_id, stream_id in self._files.leases():
@@ -423,17 +449,11 @@ class Transaction:
         with contextlib.suppress(OSError):
             self._files.events.remove_session(self.session_id)
 
-    def _journals(self, *, copies: bool = False) -> list[Path]:
-        """Those that bear the session's name, whichever its document names; `copies` of damaged ones, too."""
+    def _journals(self, *, copies: bool = False) -> list[tuple[Path, int]]:
+        """Those that bear the session's name, with their generations; `copies` of damaged ones, too."""
         found = {name: layout.journal_of(name, copies=copies) for name in disk.names(self._layout.directory)}
-        return [self._layout.directory / name for name, what in found.items() if what and what[0] == self.session_id]
-
-    def remove_orphans(self) -> None:
-        """Remove the journals of a session that is no more: a crash has cut its deletion off."""
-        self._require_lock()
-        with self._refusals():
-            for path in [] if disk.exists(self._paths.document) else self._journals(copies=True):
-                disk.unlink(path)
+        mine = {name: what[1] for name, what in found.items() if what and what[0] == self.session_id}
+        return [(self._layout.directory / name, generation) for name, generation in mine.items()]
 
     def _publish(self, attempt: Attempt) -> None:
         try:
