@@ -172,6 +172,6 @@ def is_left_over(path: Path, generation: int, header: Header | None) -> bool:
 
     One that came after the document holds commits which are nowhere else: somebody has put an older document back, say.
     """
-    if header is None or header.generation < generation:
-        return journal.is_empty(path)
-    return generation < header.generation or not header.is_journaled
+    if header is not None and header.since <= generation <= header.generation:
+        return generation < header.generation or not header.is_journaled
+    return journal.is_empty(path)

@@ -308,7 +308,7 @@ class Journal:
             self.check_opening(fd, tail)
             records.extend(self.follow(fd, tail))
         except CorruptSession:
-            lost = _read_from(fd, tail.end).count(b"\n") + 1
+            lost = _read_from(fd, tail.end).rstrip(b"\n").count(b"\n") + 1
         finally:
             disk.close(fd)
         bulk = Bulk(edited.body)

@@ -40,7 +40,7 @@ class Attempt:
         self._paths = layout.session(session_id)
         self._header = header
         self._body = body
-        self._generation_before = header.generation
+        self._before = header
         self.is_visible = False
         self.size_bytes = 0
         self.opening = b""
@@ -63,7 +63,7 @@ class Attempt:
     def _publish(self, directory: int) -> None:
         """Up to the rename. Each run makes a journal of its own: readers may have that of an earlier one open."""
         if self._header.is_journaled:
-            self._header = replace(self._header, generation=self._free_generation())
+            self._header = self._with_free_generation()
         content, checksum = snapshot.to_bytes(self._header, self._body)
         self.snapshot, self.size_bytes = Snapshot(self._header, self._body, checksum), len(content)
         self.opening = content[: snapshot.OPENING_BYTES]
@@ -85,23 +85,24 @@ class Attempt:
             raise
         self.is_visible = True
 
-    def _free_generation(self) -> int:
-        """The next one whose name is free: a crash may have left one, and what may be somebody's journal is not touched."""
-        generation = self._header.generation + 1
-        while disk.exists(self._journal(generation)):
+    def _with_free_generation(self) -> Header:
+        """The next one whose name is free. What bears a name before that is left over from a crash, or another document's."""
+        generation, since = self._header.generation + 1, self._header.since
+        while disk.exists(path := self._journal(generation)):
             generation += 1
-        return generation
+            since = since if journal.is_empty(path) else generation
+        return replace(self._header, generation=generation, since=since or generation)
 
     def _journal(self, generation: int) -> Path:
         return self._layout.journal(self._session_id, generation)
 
     def _remove_old_journals(self) -> None:
         """That of the document before, and what cut-off runs have left; nothing that may be another document's."""
-        last, before = self._header.generation, self._generation_before
-        for generation in range(max(1, before - 3), last + (not self._header.is_journaled)):
+        last, before = self._header.generation, self._before
+        for generation in range(max(1, before.generation - 3), last + (not self._header.is_journaled)):
             path = self._journal(generation)
             with contextlib.suppress(OSError):
-                if generation <= before or journal.is_empty(path):
+                if before.since <= generation <= before.generation or journal.is_empty(path):
                     disk.unlink(path)
 
 

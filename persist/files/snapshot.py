@@ -89,6 +89,8 @@ class Header:
     #: The number of the last journal that the session has had; and whether it has it still. To fold it is no commit.
     generation: int = field(default=0, compare=False)
     is_journaled: bool = field(default=False, compare=False)
+    #: From this number on, the journals were this document's own; those before may be another's, which was put back, say.
+    since: int = field(default=0, compare=False)
 
     @classmethod
     def first(cls) -> Header:
@@ -189,10 +191,14 @@ def _header_rest(header: Header, body: Body) -> bytes:
         "created_at": header.created_at.isoformat(),
         "updated_at": header.updated_at.isoformat(),
         "commit": header.commit,
-        **({"generation": header.generation, "is_journaled": header.is_journaled} if header.generation else {}),
+        **(_journal_fields(header) if header.generation else {}),
         **stream_values(header),
     }
     return b"," + codec.encode(values)[1:]
+
+
+def _journal_fields(header: Header) -> dict[str, Any]:
+    return {"generation": header.generation, "since": header.since, "is_journaled": header.is_journaled}
 
 
 def stream_values(header: Header) -> dict[str, Any]:
@@ -297,7 +303,7 @@ def _header_values(content: bytes, end: int) -> dict[str, Any]:
 
 
 _KNOWN = frozenset({"format", "checksum", "head_checksum", "head_bytes", "counts", "revision", "incarnation"}) | frozenset(
-    {"created_at", "updated_at", "epoch", "owner", "commit", "generation", "is_journaled"}
+    {"created_at", "updated_at", "epoch", "owner", "commit", "generation", "since", "is_journaled"}
 )
 
 
@@ -313,6 +319,7 @@ def _header(values: Mapping[str, Any], version: int) -> Header:
         updated_at=time_of(values["updated_at"]),
         commit=_of(str, values.get("commit", "")),
         generation=_natural(values.get("generation", 0)),
+        since=_natural(values.get("since", 0)),
         is_journaled=version == JOURNALED,
     )
     return with_stream_values(header, values)

@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -485,7 +486,7 @@ def answer_or_typed_error(verb: Verb, store: persist.Store) -> object:
 
 
 def test_accept_takes_the_last_good_state_and_keeps_a_copy(damaged: History) -> None:
-    """Of a damaged journal, all before the damage is taken, at the next revision; what was damaged is kept beside it."""
+    """Of a damaged journal, all before the damage is taken, at a new revision; what was damaged is kept beside it."""
     content, path = damaged.content, damaged.path
     place = damaged.states[4][1] + 100
     spoilt = content[:place] + b"?" + content[place + 1 :]
@@ -494,7 +495,8 @@ def test_accept_takes_the_last_good_state_and_keeps_a_copy(damaged: History) -> 
     with pytest.raises(persist.CorruptSession, match="persist accept"):
         store.load("s")
     session = store.accept("s")
-    assert (session.data, session.revision) == (damaged.states[4][0], 5)
+    # No revision is used again.
+    assert (session.data, session.revision) == (damaged.states[4][0], max(damaged.states) + 1)
     copy = path.with_name(f"{path.name}.damaged")
     assert copy.read_bytes() == spoilt
     assert copy.stat().st_mode & 0o777 == 0o600
@@ -518,17 +520,42 @@ def edit_by_hand(history: History, change: Callable[[dict[str, Any]], object]) -
     return document
 
 
-def test_accept_of_an_edited_document_keeps_what_its_journal_says(damaged: History) -> None:
-    """An edit by hand of a message: the commits of the journal are made on top of it."""
-    with pytest.raises(persist.CorruptSession):
-        edit_by_hand(damaged, lambda document: document["messages"][0].update(meta="by hand"))
-        damaged.store().load("s")
-    session = damaged.store().accept("s")
-    expected = damaged.states[max(damaged.states)][0]
-    assert session.data["messages"][1:] == expected["messages"][1:]
-    assert session.data["title"] == expected["title"]
-    assert session.revision == max(damaged.states) + 1
-    assert not list(damaged.directory.glob("*.damaged"))
+def test_accept_of_an_edited_document_keeps_what_its_journal_added(tmp_path: Path) -> None:
+    """An edit by hand of a message: the messages that the journal added since come behind it."""
+    store = persist.Store(tmp_path, journal="always")
+    store.create("s", {"messages": [{"id": "a", "content": "typo"}]})
+    store.append("s", "messages", {"id": "b"})
+    document = store.path / "s.json"
+    document.write_bytes(document.read_bytes().replace(b"typo", b"word"))
+    with pytest.raises(persist.CorruptSession, match="persist compact"):
+        store.load("s")
+    assert store.accept("s").data["messages"] == [{"id": "a", "content": "word"}, {"id": "b"}]
+    assert not list(store.path.glob("*.damaged"))
+
+
+HEADERS: dict[str, tuple[bytes, bytes]] = {
+    "a checksum": (b'"checksum":"', b'"checksum":"0'),
+    "a key": (b'"epoch"', b'"apoch"'),
+    "the format": (b'"format":2', b'"format":1'),
+    "no header": (b'"_persist"', b'"_old"'),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), HEADERS.values(), ids=HEADERS)
+def test_accept_of_a_damaged_header_destroys_no_journal(tmp_path: Path, old: bytes, new: bytes) -> None:
+    """The commits in it are nowhere else: it, or a copy of it, is there after the accept and after the next commits."""
+    store = persist.Store(tmp_path, journal="always")
+    store.create("s", {"messages": []})
+    for number in range(3):
+        store.append("s", "messages", {"id": f"m{number}"})
+    written = journal_of(store).read_bytes()
+    document = store.path / "s.json"
+    document.write_bytes(document.read_bytes().replace(old, new, 1))
+    with suppress(persist.CorruptSession):
+        store.accept("s")
+    with suppress(persist.CorruptSession):
+        store.append("s", "messages", {"id": "next"})
+    assert written in [path.read_bytes() for path in store.path.glob("s.*journal*")]
 
 
 @pytest.mark.parametrize(
@@ -538,6 +565,8 @@ def test_accept_of_an_edited_document_keeps_what_its_journal_says(damaged: Histo
         pytest.param(lambda document: document["messages"].insert(0, {"id": "by hand"}), id="an item added"),
         pytest.param(lambda document: document.update(messages="none"), id="no list"),
         pytest.param(lambda document: document.pop("messages"), id="the field removed"),
+        pytest.param(lambda document: document.update(title="by hand"), id="a field that the journal sets"),
+        pytest.param(lambda document: document["messages"][0].update(meta="by hand"), id="a list that the journal changes"),
     ],
 )
 def test_accept_of_an_edited_document_that_its_journal_does_not_fit_is_refused(
@@ -616,21 +645,38 @@ def test_journal_that_could_not_be_synced_is_appended_to_by_nobody(tmp_path: Pat
     assert [message["id"] for message in other.load("s").data["messages"]] == ["a", "b", "c", "d"]
 
 
-@pytest.mark.parametrize("is_made_anew", [False, True])
-def test_deletion_that_was_cut_off_is_ended_by_a_sweep(tmp_path: Path, is_made_anew: bool) -> None:
-    """A journal holds what was said: it does not outlive its session, and that of a session made anew is left alone."""
+def test_journal_whose_document_is_away_is_left_alone(tmp_path: Path) -> None:
+    """An editor, or a backup that is being restored, may put it back in the next instant: `check` tells, nobody removes it."""
     store = persist.Store(tmp_path, journal="always")
     store.create("s", {"messages": []})
-    store.append("s", "messages", {"content": "secret"})
-    store.path.joinpath("s.json").unlink()
-    copy = store.path / "s.1.journal.damaged"
-    copy.write_bytes(b"secret")
-    if is_made_anew:
-        store.create("s", {"messages": []})
-        store.append("s", "messages", {"content": "new"})
-    store.clear_stale_streams()
-    assert copy.exists() is is_made_anew
-    if is_made_anew:
-        assert store.load("s").data == {"messages": [{"content": "new"}]}
-        store.delete("s")
+    store.append("s", "messages", {"content": "kept"})
+    document, away = store.path / "s.json", tmp_path / "away"
+    document.rename(away)
+    store.clear_stale_streams(every_session=True)
+    assert [problem.kind for problem in store.check()] == ["left-over", "orphaned"]
+    away.rename(document)
+    assert store.load("s").data == {"messages": [{"content": "kept"}]}
+    assert store.check() == []
+
+
+def test_older_document_that_was_put_back_harms_no_newer_journal(tmp_path: Path) -> None:
+    """The journal of the newer one is told of, and stays, whatever is committed to the older one; a delete removes all."""
+    store = persist.Store(tmp_path, journal="always")
+    store.create("s", {"messages": []})
+    old = {path: path.read_bytes() for path in store.path.glob("s.*") if path.suffix in (".json", ".journal")}
+    store.append("s", "messages", {"id": "a"})
+    store.compact("s")
+    store.append("s", "messages", {"id": "late"})
+    newer = journal_of(store)
+    for path, content in old.items():
+        path.write_bytes(content)
+    again = persist.Store(tmp_path, journal="always")
+    again.append("s", "messages", {"id": "b"})
+    again._files.fold_bytes = 1
+    again.append("s", "messages", {"id": "c"})
+    again.compact("s")
+    assert b"late" in newer.read_bytes()
+    assert "orphaned" in [problem.kind for problem in again.check()]
+    (store.path / f"{newer.name}.damaged").write_bytes(b"late")
+    again.delete("s")
     assert [path.name for path in store.path.iterdir() if path.is_file()] == []

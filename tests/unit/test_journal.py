@@ -24,6 +24,7 @@ from persist.files import disk, journal, snapshot
 from persist.files.body import BULK
 from persist.files.directory import Mode
 from persist.files.journal import Record, Tail
+from persist.files.known import Known
 from persist.files.snapshot import HeadSnapshot
 
 HELLO = {"id": "m1", "role": "user", "content": "hi"}
@@ -232,7 +233,7 @@ def test_journal_that_is_named_but_missing_is_told(journaled: persist.Store) -> 
     """A document whose journal is gone is `CorruptSession`, which names the remedy; that takes the document as it is."""
     append(journaled, 1)
     journal_of(journaled).unlink()
-    assert_every_verb_raises(journaled, persist.CorruptSession, "the journal that it names is missing.*persist accept")
+    assert_every_verb_raises(journaled, persist.CorruptSession, "s.1.journal, which it names, is missing.*persist accept")
     assert [problem.kind for problem in journaled.check()] == ["corrupt"]
     assert journaled.accept("s").data["messages"] == [HELLO]
     append(journaled, 2)
@@ -531,3 +532,111 @@ def test_end_of_a_new_journal_is_known_without_reading_it(journaled: persist.Sto
         assert (tail.end, tail.is_torn) == (disk.size_of(fd), False)
     finally:
         disk.close(fd)
+
+
+# --- what is not read must come to the same -------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=get_args(Mode))
+def any_store(request: pytest.FixtureRequest, directory: Path) -> persist.Store:
+    """A store that keeps journals, or keeps none."""
+    return persist.Store(directory, journal=request.param)
+
+
+def test_prompt_of_another_program_is_kept_whole(any_store: persist.Store) -> None:
+    """Its mark and its attachments, too, which stand nowhere else; also where no message has been read."""
+    turn = {"active_stream_id": "old", "pending_user_message": "Why?", "pending_attachments": [{"name": "a.png"}]}
+    (any_store.path / "s.json").write_text(json.dumps({"messages": []} | turn))
+    any_store.update("s", setting("title", "y"))
+    any_store.clear_stale_streams(every_session=True)
+    prompt = {"id": "old.prompt", "role": "user", "content": "Why?", "interrupted": True}
+    assert any_store.load("s").data["messages"] == [prompt | {"attachments": [{"name": "a.png"}]}]
+
+
+def test_turn_without_messages_ends_without_them(any_store: persist.Store) -> None:
+    """An object that cleared the stream shows what is on disk, and what it saves can be loaded."""
+    any_store.create("s", {"title": "t"})
+    stream = any_store.start_stream("s")
+    any_store.update("s", lambda data: data.pop("messages"))
+    session = any_store.load("s")
+    stream._close()
+    assert session.clear_stale_stream()
+    assert session.data == any_store.load("s").data
+    session.data["title"] = "new"
+    session.save()
+    assert any_store.load("s").data == session.data
+    assert "messages" not in session.data
+    assert any_store.head("s").counts == {}
+
+
+def test_of_two_messages_with_one_id_the_last_is_meant(any_store: persist.Store) -> None:
+    """Also where the first one was written to since the stream began; it is not known then which one is the last."""
+    twin = {"id": "p", "role": "user", "content": "q"}
+    any_store.create("s", {"messages": [{"id": "m0"}, twin, {"id": "m1"}, twin, {"id": "m2"}]})
+    any_store.append("s", "messages", {"id": "m3"})
+    stream = any_store.start_stream("s", twin)
+    any_store.update("s", lambda data: data["messages"][1].update(note=1))
+    stream.fail()
+    marks = [message.get("interrupted") for message in any_store.load("s").data["messages"]]
+    assert marks == [None, None, None, True, None, None]
+
+
+def test_append_that_was_cut_off_after_a_fold_is_idempotent(journaled: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C when the document is written and what is known is not up to date: that is not kept.
+
+    Fails if it is: the store would take the id for new.
+    """
+    append(journaled, 1)
+    journaled._files.fold_bytes = 1
+    with monkeypatch.context() as patch:
+        patch.setattr(Known, "take", lambda _known, _changes: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            append(journaled, 2)
+    append(journaled, 2)
+    assert [message["id"] for message in journaled.load("s").data["messages"]] == ["m1", "a1", "a2"]
+
+
+def test_session_that_would_be_too_large_is_refused_before_its_fold(
+    journaled: persist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commit that crosses the limit is the one that is refused; the session goes on below it."""
+    monkeypatch.setattr("persist.codec.MAX_BYTES", 3_000)
+    for number in range(6):
+        append(journaled, number)
+    with pytest.raises(persist.NotJSON, match="more than 3,000 bytes"):
+        for number in range(6, 20):
+            append(journaled, number)
+    journaled.update("s", setting("title", "small"), head_only=True)
+    assert journaled.compact("s")
+    assert journaled.load("s").data["title"] == "small"
+
+
+# --- one file -------------------------------------------------------------------------------------------------------------
+
+
+def test_session_that_was_compacted_alone_is_one_file(journaled: persist.Store, tmp_path: Path) -> None:
+    """It can be copied, by whatever name; the next commit makes a journal again."""
+    append(journaled, 1)
+    assert journaled.compact("s", alone=True)
+    assert not has_journal(journaled)
+    assert journaled.compact("s", alone=True) is False
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "t.json").write_bytes((journaled.path / "s.json").read_bytes())
+    copy = persist.Store(tmp_path / "copy").load("t")
+    assert (copy.data, copy.revision) == (journaled.load("s").data, 2)
+    append(journaled, 2)
+    assert has_journal(journaled)
+
+
+@pytest.mark.parametrize("head_only", ["yes", 1, None])
+def test_head_only_is_true_or_false(journaled: persist.Store, head_only: Any) -> None:
+    """Nothing else is taken for one of them."""
+    with pytest.raises(persist.WrongType, match="head_only"):
+        journaled.update("s", setting("title", "x"), head_only=head_only)
+
+
+def test_update_of_the_head_refuses_messages(journaled: persist.Store) -> None:
+    """They are not handed out, and what a function puts in their place is not written."""
+    with pytest.raises(persist.WrongType, match="leave head_only out"):
+        journaled.update("s", setting("messages", []), head_only=True)
+    assert journaled.load("s").data["messages"] == [HELLO]
