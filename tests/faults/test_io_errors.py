@@ -192,6 +192,7 @@ def duplicate(scene: Scene) -> Run:
 
 @operation()
 def accept(scene: Scene) -> Run:
+    scene.store.compact("s")
     path = scene.store.path / "s.json"
     path.write_bytes(path.read_bytes().replace(b"New chat", b"Old chat"))
     return lambda: scene.store.accept("s").data
@@ -546,7 +547,9 @@ class Trial:
             for session_id in store.ids():
                 store.start_stream(session_id).finish()
                 store.compact(session_id)
-            self._expect(store.check() == [], f"left over at the end: {store.check()}")
+            # A deletion that was cut off leaves its journal: it is told of, since nobody knows that it was one.
+            left = [each for each in store.check() if each.kind != "orphaned" or not self._operation.name.startswith("delete")]
+            self._expect(left == [], f"left over at the end: {left}")
         except (persist.PersistError, OSError) as error:
             self._expect(False, f"stuck: {error!r}")
 

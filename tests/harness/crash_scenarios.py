@@ -357,7 +357,7 @@ def _faults_of(case: Case, root: Path, returned: bool, *, deep: bool) -> Iterato
         if found == case.new and not case.kept.items() <= read_disk(store.path).items():
             yield "no copy was kept of what was damaged"
         yield from _recovery_faults(case, store, found, deep=deep)
-        yield from _next_write_faults(store)
+        yield from _next_write_faults(store, was_deleted="s-1" not in found)
     except persist.PersistError as error:
         yield f"recovery failed: {error}"
 
@@ -407,8 +407,14 @@ def _plain(data: Any) -> list[Any]:
     return [{key: value for key, value in message.items() if key != "interrupted"} for message in data.get("messages", [])]
 
 
-def _next_write_faults(store: persist.Store) -> Iterator[str]:
-    """Whatever was left, the next writes work and leave nothing over."""
+def _next_write_faults(store: persist.Store, *, was_deleted: bool) -> Iterator[str]:
+    """Whatever was left, the next writes work and leave nothing over.
+
+    But for the journal of a session whose deletion was cut off: it is told of, since nobody knows that it was one.
+    """
+    if was_deleted:
+        for path in [each.path for each in store.check() if each.kind == "orphaned" and each.session_id == "s-1"]:
+            path.unlink()
     for session_id in ("s-1", "s-2"):
         if not store.exists(session_id):
             store.create(session_id)

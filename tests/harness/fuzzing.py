@@ -413,8 +413,8 @@ class JournalOracle(Oracle):
         return None if self._is_committed(revision - 1, data | {"messages": data["messages"][:-1]}) else "a state made up"
 
     def _of_accepted(self, session: persist.Session) -> str | None:
-        # A sound session is left alone; else it is the next revision of one that was committed.
-        is_right = any(self._is_committed(session.revision - step, session.data) for step in (0, 1))
+        # A sound session is left alone; else it is one that was committed, at a revision that nobody has had.
+        is_right = any(self._is_committed(revision, session.data) for revision in range(session.revision + 1))
         return None if is_right else "a state that was never committed"
 
 
