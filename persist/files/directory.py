@@ -86,6 +86,7 @@ class SessionDirectory:
 
     @contextmanager
     def looking_at(self, session_id: str) -> Iterator[Path]:
+        """Give the document's path to a block, and turn the disk's own errors in it into typed ones."""
         path = self._path(session_id)
         try:
             yield path

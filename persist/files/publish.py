@@ -86,7 +86,7 @@ class Attempt:
         self.is_visible = True
 
     def _with_free_generation(self) -> Header:
-        """The next one whose name is free. What bears a name before that is left over from a crash, or another document's."""
+        """With the next generation whose name is free. What bears one before that is a crash's, or another document's."""
         generation, since = self._header.generation + 1, self._header.since
         while disk.exists(path := self._journal(generation)):
             generation += 1

@@ -13,8 +13,7 @@ The whole file is one JSON object. `checksum` covers every byte after its own cl
 after its own up to the end of the head (`head_bytes` counts the bytes of the head, line 1 left out), so that a head can be
 trusted without reading the bulk. Both are the first 128 bits of SHA-256, in hex; they stand at fixed places.
 
-The *body* is everything below line 1. It is canonical: the same data always has the same body, byte for byte, which makes
-"was anything changed" a comparison of bytes.
+The *body* is everything below line 1; see `body`.
 """
 
 from __future__ import annotations

@@ -285,6 +285,7 @@ class Transaction:
         return header
 
     def _must_fold(self, known: Known) -> bool:
+        """Whether the next commit writes the whole document: a torn tail is never appended to."""
         limit = self._files.fold_bytes
         if limit is None:
             limit = max(FOLD_AT_LEAST_BYTES, known.document_bytes)
@@ -568,7 +569,7 @@ def _reason(error: OSError) -> str:
 
 
 class SessionFiles(SessionDirectory):
-    """The sessions of one directory, as files."""
+    """The sessions of one directory, as files, and the way to change them: a transaction."""
 
     def read(self, session_id: str, *, decode: bool = False) -> Snapshot:
         """Read the committed document. Takes no lock: some committed revision, never half of one."""
