@@ -258,7 +258,8 @@ class Transaction:
         self, header: Header, small: bytes, counts: Mapping[str, int], changes: tuple[Change, ...], body: Body | None
     ) -> Header:
         known = self.look()
-        assert known is not None, "only a session with a journal takes records"
+        if known is None or known.tail.header.revision + 1 != header.revision:
+            raise self._failure(CommitFailed, "it was replaced, while its lock was held, by somebody who did not hold that", None)
         if self._must_fold(known) or not self._is_settled(known):
             header = self._write(header, body or self._whole(header, small, changes)).header
             self._go_on_with_indexes(known, changes)

@@ -640,3 +640,29 @@ def test_update_of_the_head_refuses_messages(journaled: persist.Store) -> None:
     with pytest.raises(persist.WrongType, match="leave head_only out"):
         journaled.update("s", setting("messages", []), head_only=True)
     assert journaled.load("s").data["messages"] == [HELLO]
+
+
+@pytest.mark.parametrize("has_journal_before", [True, False])
+def test_file_that_is_replaced_under_its_lock_is_an_error(journaled: persist.Store, *, has_journal_before: bool) -> None:
+    """Somebody who heeds no lock puts a backup back while a verb is at work: it says so, and writes nothing.
+
+    With a journal, the backup lacks a commit. Fails without the look at the revision in `Transaction._record`.
+    """
+    document, log = journaled.path / "s.json", journal_of(journaled)
+    if has_journal_before:
+        backup = {path: path.read_bytes() for path in (document, log)}
+        append(journaled, 1)
+    else:
+        persist.Store(journaled.path, journal="never").compact("s", alone=True)
+        backup = {document: document.read_bytes()}
+        append(journaled, 1)
+
+    def put_back(data: dict[str, Any]) -> None:
+        for path, content in backup.items():
+            path.write_bytes(content)
+        data["title"] = "Locks"
+
+    with pytest.raises(persist.CommitFailed, match="replaced, while its lock was held"):
+        journaled.update("s", put_back)
+    assert {path: path.read_bytes() for path in backup} == backup
+    assert journaled.load("s").data["messages"] == [HELLO]
