@@ -33,8 +33,8 @@ from persist import codec
 from persist.errors import EmitFailed, NestedLock, PersistError, Unreadable
 from persist.files import disk, layout
 from persist.files.expiry import Expiry
+from persist.files.held import HeldFile, try_hold
 from persist.files.layout import Layout
-from persist.files.lock import HeldFile, try_hold
 from persist.files.waiting import wake
 
 #: How a stream has ended. "died": its process was gone; "deleted": its session was removed; "unknown": the line that says it

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from persist.files import disk
-from persist.files.lock import HeldFile, try_hold
+from persist.files.held import HeldFile, try_hold
 
 
 class Lease:

@@ -1,118 +1,36 @@
-"""Locks: the one place that knows filelock, and the only order in which anything is locked.
+"""Locks: how a thread comes to hold a session, and the only order in which anything is locked.
 
 Order: the session's in-process mutex -> its file lock -> (its lease, only ever *tried*; see `lease`). A thread holds the
 lock of one session at a time; asking for a second one raises `NestedLock` instead of risking a deadlock.
 
-Why not a `filelock.FileLock` object: threads that poll one file starve each other (p99 82 ms against 5 ms behind a
-first-in-first-out mutex), and a cycle costs 270 µs against 12 µs for `lock_descriptor` on a fresh descriptor. Both take
-the same kernel lock, so each excludes the other.
-
-Fork: a child closes the descriptors it inherited and never unlocks them, because unlocking in the child would release
-the parent's lock. Opening and closing happen under `_table`, which a fork waits for, so that no descriptor is missed. The
-parent unlocks before it closes, so that a copy which leaked into a child all the same holds nothing.
+Threads that poll one file starve each other (p99 82 ms against 5 ms behind a first-in-first-out mutex), and so do processes:
+these queue up in the kernel (see `turnstile`). No system call waits there with a time limit, so a thread does it for the one
+that has asked. Where that cannot be, processes poll.
 """
 
 from __future__ import annotations
 
+import _thread
 import os
 import random
 import threading
 import time
+import types
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakValueDictionary, ref
 
-from filelock import lock_descriptor, unlock_descriptor
-
 from persist.errors import CommitFailed, LockTimeout, NestedLock, PersistError
-from persist.files import disk
+from persist.files import turnstile
+from persist.files.held import HeldFile, table, try_hold
 
 # Growing only to 1 ms: backing off to 5 ms starves the longest waiter (860 ms, measured).
 _POLL_FIRST_S = 0.0002
 _POLL_LAST_S = 0.001
-
-_table = threading.RLock()
-_descriptors: set[int] = set()
-
-
-class HeldFile:
-    """A file that this process has open and locked. `close` gives it up; so does the end of the process.
-
-    Dropped without `close` (a signal's exception may come between any two steps), it is closed by its finaliser.
-    """
-
-    __slots__ = ("_fd", "_is_locked", "_pid")
-
-    def __init__(self) -> None:
-        self._fd = -1
-        self._is_locked = False
-        self._pid = os.getpid()
-
-    @property
-    def is_held(self) -> bool:
-        """Whether it is still open, in the process that opened it."""
-        return self._fd >= 0 and self._pid == os.getpid()
-
-    @property
-    def fd(self) -> int:
-        return self._fd
-
-    def open(self, path: Path, flags: int) -> bool:
-        """Open and try to lock; tell whether it is locked, and still bears its name."""
-        with _table:
-            self._fd = disk.open_plain(path, flags)
-            _descriptors.add(self._fd)
-            self._is_locked = lock_descriptor(self._fd, blocking=False)
-            # A waiter may lock a file that its holder has just unlinked. Its number of links would not tell: a backup may
-            # hold a hard link.
-            return self._is_locked and disk.bears_name(self._fd, path)
-
-    def close(self) -> None:
-        """Unlock and close, once. In a forked child nothing is left to close."""
-        with _table:
-            fd = self._fd
-            if fd < 0 or self._pid != os.getpid():
-                return
-            _descriptors.discard(fd)
-            try:
-                if self._is_locked:
-                    unlock_descriptor(fd)
-            except OSError:
-                pass  # what was done under the lock is done, and closing unlocks, too
-            self._fd = -1
-            try:
-                os.close(fd)
-            except OSError:
-                pass  # the kernel gives the descriptor up even where it complains
-
-    def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
-            self.close()
-
-
-def try_hold(path: Path, *, create: bool, exclusive: bool = False, append: bool = False) -> HeldFile | None:
-    """Open and lock a file, without waiting.
-
-    Args:
-        create: make the file if it is missing; else a missing file raises `FileNotFoundError`.
-        exclusive: with `create`, a file that exists raises `FileExistsError`.
-        append: what is written goes to the end of the file, wherever that is by then.
-
-    Returns:
-        The held file, or None if somebody else holds it, or if its holder removed it in the meantime.
-    """
-    held = HeldFile()
-    flags = os.O_RDWR | (os.O_CREAT if create else 0) | (os.O_EXCL if exclusive else 0) | (os.O_APPEND if append else 0)
-    try:
-        if held.open(path, flags):
-            return held
-    except BaseException:
-        held.close()
-        raise
-    held.close()
-    return None
+#: For so long a queue that does not move is waited in: the process at its head may be stopped (SIGSTOP, a paused container).
+PATIENCE_S = 0.05
 
 
 class Turn:
@@ -183,7 +101,7 @@ _kept: deque[FifoMutex] = deque(maxlen=256)
 
 
 def _mutex(path: Path) -> FifoMutex:
-    with _table:
+    with table:
         mutex = _mutexes.get(path)
         if mutex is None:
             mutex = _mutexes[path] = FifoMutex()
@@ -224,7 +142,7 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
         if not mutex.acquire(turn, timeout_s):
             remedy = "leave that thread's edit() or update() sooner: it must not wait for others who write this session"
             raise timed_out(f"this process (pid {pid}), thread {mutex.holder!r}", remedy=remedy)
-        held = _poll(path, session_id, start + timeout_s)
+        held = _wait(path, session_id, start + timeout_s)
         if held is None:
             raise timed_out(_holder_of(path))
         yield held
@@ -247,26 +165,113 @@ def _refuse_nesting(thread: int, session_id: str) -> None:
     outer = _turn_of[thread]() if thread in _turn_of else None
     if outer is not None:
         raise NestedLock(session_id=session_id, held=outer.session_id)
-    if _table._is_owned():  # type: ignore[attr-defined]
+    if table._is_owned():  # type: ignore[attr-defined]
         # A signal handler (or a finaliser) in the middle of opening or closing a lock: to wait here would stop everybody.
         raise NestedLock(session_id=session_id, held="unknown")
 
 
-def _poll(path: Path, session_id: str, deadline: float) -> HeldFile | None:
-    pause_s = _POLL_FIRST_S
+def _wait(path: Path, session_id: str, deadline: float) -> HeldFile | None:
+    """Hold the file, when it is this process's turn; None if it is not until the deadline (`time.monotonic`)."""
     try:
-        while (held := try_hold(path, create=True)) is None:
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                return None
-            time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
-            pause_s = min(pause_s * 2, _POLL_LAST_S)
+        return _in_turn(path, deadline) or _poll(path, deadline)
     except OSError as error:
         if isinstance(error, PersistError):
             raise
         reason = error.strerror or type(error).__name__
         raise CommitFailed(session_id=session_id, path=path, reason=reason, errno=error.errno) from error
-    return held
+
+
+def _in_turn(path: Path, deadline: float) -> HeldFile | None:
+    """Hold the file, behind those who wait for it already.
+
+    None at the deadline, if the queue does not move, if the file was removed meanwhile, or if there is no queue.
+    """
+    held = HeldFile()
+    try:
+        if held.open(path, os.O_RDWR | os.O_CREAT, in_turn=True):
+            return held
+        if not held.is_locked and time.monotonic() < deadline and _has_queued(path, held, deadline) and held.take(path):
+            return held
+    except BaseException:
+        held.close()
+        raise
+    held.close()
+    return None
+
+
+def _poll(path: Path, deadline: float) -> HeldFile | None:
+    """Hold the file as soon as a look finds it free; None at the deadline."""
+    pause_s = _POLL_FIRST_S
+    while (left_s := deadline - time.monotonic()) > 0:
+        if (held := try_hold(path, create=True)) is not None:
+            return held
+        time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
+        pause_s = min(pause_s * 2, _POLL_LAST_S)
+    return None
+
+
+# --- the queue of processes ------------------------------------------------------------------------------------------------
+
+#: Files that a thread of this process waits for in the kernel, where nothing can call it back. There is one for each at most:
+#: who finds that of a caller who has given up polls.
+_queued: set[Path] = set()
+
+
+def _has_queued(path: Path, held: HeldFile, deadline: float) -> bool:
+    """Wait in the queue until the file is locked; False if that cannot be, or takes too long."""
+    # gevent and eventlet put something of theirs there, which would let nobody else run.
+    is_possible = turnstile.IS_THERE and isinstance(_thread.start_new_thread, types.BuiltinFunctionType)
+    if not is_possible or path in _queued:
+        return False
+    place = _Place(path, held.copy())
+    return place.take() and place.wait(deadline)
+
+
+class _Place:
+    """A place in the queue: a thread that sleeps in the kernel. If nobody waits for it any more, it gives up what it gets."""
+
+    def __init__(self, path: Path, copy: HeldFile) -> None:
+        self._path = path
+        self._copy = copy
+        self._is_next = self._is_locked = False
+        self._end = threading.Lock()
+        self._end.acquire()
+
+    def take(self) -> bool:
+        """Start the thread, if that is possible."""
+        _queued.add(self._path)
+        try:
+            # Costs half of what a `threading.Thread` does, which is made to be waited for.
+            _thread.start_new_thread(self._run, ())
+        except BaseException as error:
+            _queued.discard(self._path)
+            if isinstance(error, RuntimeError):  # too many threads, or the interpreter ends
+                return False
+            raise
+        return True
+
+    def wait(self, deadline: float) -> bool:
+        """Wait until the file is locked; False at the deadline, or if the queue does not move."""
+        has_ended = self._wait_until(min(deadline, time.monotonic() + PATIENCE_S))
+        if not has_ended and self._is_next:
+            has_ended = self._wait_until(deadline)
+        return has_ended and self._is_locked
+
+    def _wait_until(self, deadline: float) -> bool:
+        return self._end.acquire(timeout=max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX)))
+
+    def _run(self) -> None:
+        try:
+            turnstile.enter(self._copy.fd)
+            self._is_next = True
+            turnstile.lock(self._copy.fd)
+            self._is_locked = True
+        except OSError:
+            pass  # the one who waits for it polls, and says what is wrong
+        finally:
+            _queued.discard(self._path)
+            self._end.release()
+            self._copy.close()
 
 
 def _holder_of(path: Path) -> str:
@@ -296,16 +301,11 @@ def describe_process(pid: int) -> str:
 
 
 def _forget_in_child() -> None:
-    for fd in _descriptors:
-        # Somebody else's mistake may have closed it.
-        with suppress(OSError):
-            os.close(fd)
-    _descriptors.clear()
     _mutexes.clear()
     _kept.clear()
     _turn_of.clear()
-    _table.release()
+    _queued.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_table.acquire, after_in_parent=_table.release, after_in_child=_forget_in_child)
+    os.register_at_fork(after_in_child=_forget_in_child)

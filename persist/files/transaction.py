@@ -41,6 +41,7 @@ from persist.files.body import Body
 from persist.files.change import Change
 from persist.files.directory import SessionDirectory, is_left_over
 from persist.files.events import Ended
+from persist.files.held import HeldFile
 from persist.files.index import Index, keys_of
 from persist.files.journal import Journal, Overtaken, Tail
 from persist.files.known import Known
@@ -61,12 +62,12 @@ READ_ATTEMPTS_IN_A_LOCK, READ_PAUSE_S = 20, 0.001
 class Transaction:
     """What may be done while a session's lock is held. After the block, every method raises `LockNotHeld`."""
 
-    def __init__(self, files: SessionDirectory, session_id: str, held: lock.HeldFile) -> None:
+    def __init__(self, files: SessionDirectory, session_id: str, held: HeldFile) -> None:
         self.session_id = session_id
         self._files = files
         self._layout = files.layout
         self._paths = files.layout.session(session_id)
-        self._held: lock.HeldFile | None = held
+        self._held: HeldFile | None = held
         self._is_there = False
         #: What the document is, if it was read.
         self._found: Snapshot | None = None
@@ -259,7 +260,8 @@ class Transaction:
     ) -> Header:
         known = self.look()
         if known is None or known.tail.header.revision + 1 != header.revision:
-            raise self._failure(CommitFailed, "it was replaced, while its lock was held, by somebody who did not hold that", None)
+            reason = "it was replaced, while its lock was held, by somebody who did not hold that"
+            raise self._failure(CommitFailed, reason, None)
         if self._must_fold(known) or not self._is_settled(known):
             header = self._write(header, body or self._whole(header, small, changes)).header
             self._go_on_with_indexes(known, changes)

@@ -24,7 +24,7 @@ from harness.runs import INTERRUPTED
 DEADLINE_S = 120
 
 NO_LOCK = (
-    "files/lock.py",
+    "files/held.py",
     "import lock_descriptor, unlock_descriptor\n",
     "import unlock_descriptor\n\ndef lock_descriptor(fd, *, blocking):\n    return True\n",
 )

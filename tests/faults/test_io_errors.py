@@ -23,7 +23,7 @@ from harness.faults import ERRORS, SHORT, SYNCS, TORN, Fault, descriptors, fault
 from harness.journal_scenarios import ALWAYS, AUTO, FOLDING, LEAVING, NEVER
 
 import persist
-from persist.files import disk, lock
+from persist.files import disk, held
 from persist.files.known import KnownSessions
 
 M1 = {"id": "m1", "role": "user", "content": "Why?"}
@@ -566,7 +566,7 @@ class Trial:
     def _reclaim(self, leaked: set[int]) -> None:
         self._expect(not leaked, f"{len(leaked)} descriptors leaked")
         for fd in leaked:
-            lock._descriptors.discard(fd)
+            held._descriptors.discard(fd)
             os.close(fd)
 
 

@@ -10,12 +10,12 @@ import threading
 from pathlib import Path
 
 import pytest
-from actors import DEADLINE_S, eventually
+from actors import DEADLINE_S, Actor, eventually
 from conftest import ActorFactory
 from filelock import FileLock, Timeout
 
 import persist
-from persist.files import lock
+from persist.files import held, lock, turnstile
 
 
 @pytest.fixture
@@ -211,8 +211,8 @@ def test_descriptor_number_may_be_another_files_in_the_child(actor: ActorFactory
     """Fork: what the child has opened since under the same number is neither unlocked nor closed."""
     other = actor()
     code = """
-from persist.files import lock
-held = lock.try_hold(store.path / 'any', create=True)
+from persist.files.held import try_hold
+held = try_hold(store.path / 'any', create=True)
 child = os.fork()
 if child == 0:
     try:
@@ -397,7 +397,7 @@ def test_hard_link_to_the_lock_file_admits_nobody_else(
 
 def test_signal_handler_inside_the_table_gets_an_error(store: persist.Store, session: persist.Session) -> None:
     """A handler that comes while its thread opens or closes a lock may not wait: every other thread would wait for it."""
-    with lock._table, pytest.raises(persist.NestedLock):
+    with held.table, pytest.raises(persist.NestedLock):
         store.append("s-1", "messages", {"id": "m2"})
     store.append("s-1", "messages", {"id": "m2"})
 
@@ -406,7 +406,7 @@ def test_fork_goes_on_after_a_descriptor_that_somebody_closed(store: persist.Sto
     """The child can lock, whatever state it found the inherited descriptors in."""
     closed = os.dup(0)
     os.close(closed)
-    lock._descriptors.add(closed)
+    held._descriptors.add(closed)
     try:
         child = os.fork()
         if child == 0:
@@ -417,4 +417,134 @@ def test_fork_goes_on_after_a_descriptor_that_somebody_closed(store: persist.Sto
             os._exit(thread.is_alive())
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
-        lock._descriptors.discard(closed)
+        held._descriptors.discard(closed)
+
+
+# --- the queue of processes ------------------------------------------------------------------------------------------------
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the turnstile")
+
+def waits_in_turnstile(path: Path) -> bool:
+    """Whether somebody waits for a lock file, in its turnstile."""
+    fd = os.open(path, os.O_RDWR)
+    try:
+        return turnstile.is_taken(fd)
+    finally:
+        os.close(fd)
+
+
+@pytest.fixture
+def locked(directory: Path, session: persist.Session, actor: ActorFactory) -> Actor:
+    """Another process that holds the lock of the session until it is told to go."""
+    holder = actor()
+    holder.start_and_pause("store.append('s-1', 'log', 'holder')", "create")
+    return holder
+
+
+def in_queue(waiter: Actor, path: Path) -> None:
+    """Have a process wait for the session; return when it is at the head of the queue."""
+    waiter.start("store.append('s-1', 'log', 'waiter')")
+    eventually(lambda: waits_in_turnstile(path))
+
+
+@linux_only
+def test_lock_is_left_to_who_waits_for_it(store: persist.Store, session: persist.Session, directory: Path) -> None:
+    """Who has just freed the lock does not take it again while somebody else is in the turnstile: so no one is starved.
+
+    Fails without `in_turn`. Who stays in the turnstile with the lock free is stuck, and is overtaken after a moment.
+    """
+    fd = os.open(directory / "s-1.json.lock", os.O_RDWR)
+    try:
+        turnstile.enter(fd)
+        with pytest.raises(persist.LockTimeout):
+            persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1)
+        assert store.append("s-1", "log", 1) == 2
+    finally:
+        os.close(fd)
+    assert persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1) == 3
+
+
+@linux_only
+def test_waiter_that_is_stopped_stops_nobody(locked: Actor, directory: Path, actor: ActorFactory) -> None:
+    """A paused container or a debugger: who stands behind it overtakes it after a moment. Fails without `PATIENCE_S`."""
+    stopped = actor()
+    in_queue(stopped, directory / "s-1.json.lock")
+    stopped.process.send_signal(signal.SIGSTOP)
+    locked.go()
+    locked.result()
+    assert persist.Store(directory, lock_timeout_s=5.0).append("s-1", "log", "behind") == 3
+    stopped.process.send_signal(signal.SIGCONT)
+    assert stopped.result() == 4
+
+
+@linux_only
+def test_waiter_that_is_killed_leaves_the_queue(locked: Actor, directory: Path, actor: ActorFactory) -> None:
+    """The kernel frees the turnstile, too."""
+    killed = actor()
+    in_queue(killed, directory / "s-1.json.lock")
+    killed.kill()
+    assert not waits_in_turnstile(directory / "s-1.json.lock")
+    locked.go()
+    locked.result()
+    assert persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1) == 3
+
+
+@linux_only
+def test_waiter_that_gave_up_keeps_nothing_that_it_gets_later(locked: Actor, directory: Path, actor: ActorFactory) -> None:
+    """Its thread cannot be called back from the kernel: it gets the lock when that is free, and lets go of it.
+
+    A child that was forked meanwhile has no part in it. Fails if the copy of the descriptor is not closed in the child.
+    """
+    waiter = actor(lock_timeout_s=0.1)
+    code = """
+import warnings
+from persist.files import lock
+# Python 3.12 says at a fork that there is a thread: here, it is the one that is meant.
+warnings.simplefilter('ignore', DeprecationWarning)
+descriptors = len(os.listdir('/proc/self/fd'))
+for n in range(3):
+    try:
+        store.append('s-1', 'log', 1)
+    except persist.LockTimeout:
+        pass
+child = os.fork()
+if child == 0:
+    import time
+    time.sleep(60)
+    os._exit(0)
+child, len(lock._queued), len(os.listdir('/proc/self/fd')) - descriptors
+"""
+    child, queued, more_descriptors = waiter.do(code)
+    try:
+        # One thread, however often it was tried.
+        assert (queued, more_descriptors) == (1, 1)
+        locked.go()
+        locked.result()
+        assert persist.Store(directory, lock_timeout_s=5.0).append("s-1", "log", 1) == 3
+        eventually(lambda: waiter.do("len(lock._queued), len(os.listdir('/proc/self/fd')) - descriptors") == (0, 0))
+        assert waiter.do("store.append('s-1', 'log', 2)") == 4
+        persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 3)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+@linux_only
+@pytest.mark.parametrize(
+    "hindrance",
+    [
+        pytest.param("threading.stack_size(1 << 46)", id="no-thread-can-start"),
+        # What gevent and eventlet do: there, a wait in the kernel would keep everybody waiting.
+        pytest.param("_thread.start_new_thread = lambda *_: 1 / 0", id="threads-are-none"),
+    ],
+)
+def test_who_cannot_queue_polls(locked: Actor, directory: Path, actor: ActorFactory, hindrance: str) -> None:
+    """Where no thread can wait in the kernel, the lock is looked at again and again, until it is free or time is over."""
+    poller = actor(lock_timeout_s=20.0)
+    poller.do(f"import _thread, threading; {hindrance}")
+    poller.do("impatient = persist.Store(store.path, lock_timeout_s=0.05)")
+    with pytest.raises(persist.LockTimeout):
+        poller.do("impatient.append('s-1', 'log', 1)")
+    poller.start("store.append('s-1', 'log', 1)")
+    assert not poller._connection.poll(0.1)
+    locked.go()
+    assert poller.result() == 3

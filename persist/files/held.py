@@ -1,0 +1,135 @@
+"""Files that this process has open and locked; the one place that knows filelock.
+
+Why not a `filelock.FileLock` object: a cycle costs 270 µs against 12 µs for `lock_descriptor` on a fresh descriptor. Both take
+the same kernel lock, so each excludes the other.
+
+Fork: a child closes the descriptors it inherited and never unlocks them, because unlocking in the child would release
+the parent's lock. Opening and closing happen under `table`, which a fork waits for, so that no descriptor is missed. The
+parent unlocks before it closes, so that a copy which leaked into a child all the same holds nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import lock_descriptor, unlock_descriptor
+
+from persist.files import disk, turnstile
+
+table = threading.RLock()
+_descriptors: set[int] = set()
+
+
+class HeldFile:
+    """A file that this process has open and locked. `close` gives it up; so does the end of the process.
+
+    Dropped without `close` (a signal's exception may come between any two steps), it is closed by its finaliser.
+    """
+
+    __slots__ = ("_fd", "_is_locked", "_pid")
+
+    def __init__(self) -> None:
+        self._fd = -1
+        self._is_locked = False
+        self._pid = os.getpid()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is still open, in the process that opened it."""
+        return self._fd >= 0 and self._pid == os.getpid()
+
+    @property
+    def is_locked(self) -> bool:
+        return self._is_locked
+
+    @property
+    def fd(self) -> int:
+        return self._fd
+
+    def open(self, path: Path, flags: int, *, in_turn: bool = False) -> bool:
+        """Open and try to lock, `in_turn` only if nobody waits for it; tell whether it is locked, and still bears its name."""
+        with table:
+            self._fd = disk.open_plain(path, flags)
+            _descriptors.add(self._fd)
+            is_our_turn = not (in_turn and turnstile.is_taken(self._fd))
+            self._is_locked = is_our_turn and lock_descriptor(self._fd, blocking=False)
+            # A waiter may lock a file that its holder has just unlinked. Its number of links would not tell: a backup may
+            # hold a hard link.
+            return self._is_locked and disk.bears_name(self._fd, path)
+
+    def copy(self) -> HeldFile:
+        """Another descriptor of the same open file: a lock that is taken by one of them is held until both are closed."""
+        copy = HeldFile()
+        with table:
+            copy._fd = os.dup(self._fd)
+            _descriptors.add(copy._fd)
+        return copy
+
+    def take(self, path: Path) -> bool:
+        """Take for locked what was locked by a copy; tell whether it still bears its name."""
+        self._is_locked = True
+        return disk.bears_name(self._fd, path)
+
+    def close(self) -> None:
+        """Unlock and close, once. In a forked child nothing is left to close."""
+        with table:
+            fd = self._fd
+            if fd < 0 or self._pid != os.getpid():
+                return
+            _descriptors.discard(fd)
+            try:
+                if self._is_locked:
+                    unlock_descriptor(fd)
+            except OSError:
+                pass  # what was done under the lock is done, and closing unlocks, too
+            self._fd = -1
+            try:
+                os.close(fd)
+            except OSError:
+                pass  # the kernel gives the descriptor up even where it complains
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+
+def try_hold(
+    path: Path, *, create: bool, exclusive: bool = False, append: bool = False, in_turn: bool = False
+) -> HeldFile | None:
+    """Open and lock a file, without waiting.
+
+    Args:
+        create: make the file if it is missing; else a missing file raises `FileNotFoundError`.
+        exclusive: with `create`, a file that exists raises `FileExistsError`.
+        append: what is written goes to the end of the file, wherever that is by then.
+        in_turn: leave it to those who wait for it in its turnstile, if there are any.
+
+    Returns:
+        The held file, or None if somebody else holds it, or if its holder removed it in the meantime.
+    """
+    held = HeldFile()
+    flags = os.O_RDWR | (os.O_CREAT if create else 0) | (os.O_EXCL if exclusive else 0) | (os.O_APPEND if append else 0)
+    try:
+        if held.open(path, flags, in_turn=in_turn):
+            return held
+    except BaseException:
+        held.close()
+        raise
+    held.close()
+    return None
+
+
+def _forget_in_child() -> None:
+    for fd in _descriptors:
+        # Somebody else's mistake may have closed it.
+        with suppress(OSError):
+            os.close(fd)
+    _descriptors.clear()
+    table.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=table.acquire, after_in_parent=table.release, after_in_child=_forget_in_child)
