@@ -12,7 +12,7 @@ from typing import Literal
 from persist.errors import InvalidSessionId, PersistError, SessionNotFound, Unreadable
 from persist.files import disk, journal, layout, snapshot
 from persist.files.events import EventFiles
-from persist.files.journal import Journal
+from persist.files.journal import ROOM_BYTES, Journal
 from persist.files.known import KnownSessions
 from persist.files.layout import Layout
 from persist.files.snapshot import Header, HeadSnapshot, Snapshot
@@ -26,6 +26,8 @@ class SessionDirectory:
 
     #: In the place of `FOLD_AT_LEAST_BYTES` and the document's size, for those who try a store out.
     fold_bytes: float | None = None
+    #: A journal of so many bytes gets room for as many more at a time.
+    room_bytes: int = ROOM_BYTES
 
     def __init__(
         self,

@@ -203,6 +203,21 @@ def write(fd: int, content: bytes) -> None:
         rest = rest[os.write(fd, rest[:_WRITE_CHUNK]) :]
 
 
+def write_at(fd: int, content: bytes, position: int) -> None:
+    """As `write`, from a position on, whatever stands there."""
+    rest = memoryview(content)
+    while rest:
+        done = _write_once_at(fd, rest[:_WRITE_CHUNK], position)
+        rest, position = rest[done:], position + done
+
+
+def _write_once_at(fd: int, content: memoryview, position: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(fd, content, position)
+    os.lseek(fd, position, os.SEEK_SET)
+    return os.write(fd, content)
+
+
 class SyncFailed(OSError):
     """An fsync failed: the kernel may have dropped what it should have written, and another fsync may say OK."""
 

@@ -30,6 +30,7 @@ class Known:
         tail: the end of its journal, with the head that is valid there.
         document_bytes: the size of its document.
         synced: up to which byte this process knows the journal to be durable; 0 if not even the files' names.
+        room_end: up to which byte it has been given room.
         indexes: by field, what is known of the lists.
     """
 
@@ -38,6 +39,7 @@ class Known:
     tail: Tail
     document_bytes: int
     synced: int = 0
+    room_end: int = 0
     indexes: dict[str, Index] = field(default_factory=dict)
 
     def take(self, changes: Iterable[Change]) -> None:

@@ -40,7 +40,9 @@ def torn_states(store: persist.Store, item: dict[str, str]) -> tuple[list[Disk],
     before, after = trace.before, read_disk(store.path)
     assert after[JOURNAL] == (before[JOURNAL] or b"") + write.content
     left = [state for state, _ in states(Trace(before, (write,)))]
-    return [state for state in left if state[JOURNAL] not in (before[JOURNAL], after[JOURNAL])], before, after
+    whole = before[JOURNAL], after[JOURNAL]
+    # Zeros at the end are room for more.
+    return [state for state in left if (state[JOURNAL] or b"").rstrip(b"\0") not in whole], before, after
 
 
 # Where the record ends: anywhere; with its newline alone in a sector; with a sector.

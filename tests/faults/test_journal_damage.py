@@ -34,11 +34,13 @@ class History:
 
     Attributes:
         states: by revision, the data, and the end of the journal.
+        room: so many zeros stand behind what `put` writes.
     """
 
     directory: Path
     content: bytes = b""
     states: dict[int, tuple[dict[str, Any], int]] = field(default_factory=dict)
+    room: int = 0
 
     def store(self, mode: str = "always") -> persist.Store:
         """One that knows nothing yet, as another process has it."""
@@ -59,8 +61,8 @@ class History:
         assert session.data == self.states[session.revision][0]
         return session.revision
 
-    def put(self, content: bytes) -> None:
-        self.path.write_bytes(content)
+    def put(self, content: bytes, path: Path | None = None) -> None:
+        (path or self.path).write_bytes(content + bytes(self.room))
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +90,12 @@ def history() -> Iterator[History]:
         yield found
 
 
-@pytest.fixture
-def damaged(history: History) -> Iterator[History]:
+@pytest.fixture(params=[0, 3 * SECTOR], ids=["dense", "with room"])
+def damaged(history: History, request: pytest.FixtureRequest) -> Iterator[History]:
     """The same, to be damaged; whole again for the next test."""
     files = {path: path.read_bytes() for path in history.directory.glob("s.*") if path.is_file()}
+    history.room = request.param
+    history.put(history.content)
     yield history
     for path in history.directory.glob("s.*"):
         path.unlink()
@@ -169,7 +173,7 @@ def test_every_truncation_shows_a_committed_revision(damaged: History) -> None:
     first_end = damaged.states[1][1]
     path = damaged.path
     for length in range(len(content) + 1):
-        path.write_bytes(content[:length])
+        damaged.put(content[:length], path)
         loaded = outcome(lambda: store.load("s"))
         if length < first_end:
             # The opening is durable before the document names it: no crash takes it away.
@@ -190,7 +194,7 @@ def test_next_writer_folds_a_torn_tail_away(damaged: History) -> None:
         for write in (append_new, rename, fold):
             for leftover in damaged.directory.glob("s.*.journal"):
                 leftover.unlink()
-            path.write_bytes(content[:end])
+            damaged.put(content[:end], path)
             document.write_bytes(before)
             store = damaged.store()
             expected = store.load("s")
@@ -207,8 +211,7 @@ def test_writer_that_knows_the_session_folds_a_torn_tail_too(damaged: History) -
     """Another process dies in the middle of its record: the one that goes on sees it at its next commit."""
     store = damaged.store()
     store.append("s", "messages", {"id": "warm"})
-    with damaged.path.open("ab") as file:
-        file.write(b'{"crc":"0000')
+    damaged.put(damaged.path.read_bytes().rstrip(b"\0") + b'{"crc":"0000')
     store.append("s", "messages", {"id": "new"})
     assert [each["id"] for each in damaged.store().load("s").data["messages"][-2:]] == ["warm", "new"]
     assert parted(damaged.path.read_bytes())[1] == []
@@ -235,7 +238,7 @@ def test_no_flipped_bit_of_a_whole_journal_goes_unnoticed(damaged: History) -> N
     content, store, path = damaged.content, damaged.store(), damaged.path
     shown = set()
     for place, flipped in flips(content):
-        path.write_bytes(flipped)
+        damaged.put(flipped, path)
         found = outcome(lambda: store.load("s"))
         if isinstance(found, persist.Session):
             shown.add(place)
@@ -249,11 +252,11 @@ def test_flipped_bit_keeps_writers_out(damaged: History) -> None:
     content, path = damaged.content, damaged.path
     files = sorted(each.name for each in damaged.directory.iterdir())
     for place, flipped in list(flips(content))[::13]:
-        path.write_bytes(flipped)
+        damaged.put(flipped, path)
         store = damaged.store()
         for verb in (append_again, append_new, rename, fold, start_stream, delete):
             assert outcome(functools.partial(verb, store)) in (persist.CorruptSession, persist.UnsupportedFormat), place
-        assert path.read_bytes() == flipped
+        assert path.read_bytes() == flipped + bytes(damaged.room)
         assert sorted(each.name for each in damaged.directory.iterdir()) == files
 
 
@@ -263,7 +266,7 @@ def test_head_of_a_journal_whose_last_record_was_altered_is_told(damaged: Histor
     last = damaged.states[max(damaged.states) - 1][1]
     # From the record before the last one on; what stands before that is not read.
     for place, flipped in flips(content, damaged.states[max(damaged.states) - 2][1]):
-        path.write_bytes(flipped)
+        damaged.put(flipped, path)
         found = outcome(lambda: store.head("s"))
         if isinstance(found, persist.Head):
             assert place < last
@@ -277,7 +280,7 @@ def test_flipped_bit_of_a_torn_journal_shows_no_other_state(damaged: History) ->
     store, path = damaged.store(), damaged.path
     shown = set()
     for place, flipped in flips(content[: whole + 120]):
-        path.write_bytes(flipped)
+        damaged.put(flipped, path)
         found = outcome(lambda: store.load("s"))
         if isinstance(found, persist.Session):
             assert damaged.assert_committed(found) == 5
@@ -373,7 +376,7 @@ def test_lost_record_before_one_that_knew_it_durable_is_damage(damaged: History)
         for verb in (lambda: damaged.store().load("s"), lambda: damaged.store().append("s", "messages", 1)):
             with pytest.raises(persist.CorruptSession, match="persist accept"):
                 verb()
-        assert damaged.path.read_bytes() == spoilt
+        assert damaged.path.read_bytes() == spoilt + bytes(damaged.room)
 
 
 def test_two_records_that_nobody_acknowledged_are_a_torn_tail(damaged: History) -> None:
@@ -498,7 +501,7 @@ def test_accept_takes_the_last_good_state_and_keeps_a_copy(damaged: History) -> 
     # No revision is used again.
     assert (session.data, session.revision) == (damaged.states[4][0], max(damaged.states) + 1)
     copy = path.with_name(f"{path.name}.damaged")
-    assert copy.read_bytes() == spoilt
+    assert copy.read_bytes() == spoilt + bytes(damaged.room)
     assert copy.stat().st_mode & 0o777 == 0o600
     assert not path.exists()
     assert damaged.store().load("s").data == damaged.states[4][0]
@@ -596,7 +599,7 @@ def test_copy_of_a_damaged_journal_is_always_whole(damaged: History, monkeypatch
         damaged.store().accept("s")
     monkeypatch.undo()
     damaged.store().accept("s")
-    assert path.with_name(f"{path.name}.damaged").read_bytes() == spoilt
+    assert path.with_name(f"{path.name}.damaged").read_bytes() == spoilt + bytes(damaged.room)
 
 
 # --- two writers that were cut off ----------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from harness.crashes import Disk, Trace, read_disk, recording, states, write_dis
 from persist.files import disk
 from persist.files.directory import Mode as Journal
 from persist.files.events import EventReader
+from persist.files.journal import ROOM_BYTES
 from persist.files.known import KnownSessions
 
 PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
@@ -34,10 +35,11 @@ Verb = Callable[[persist.Store, Any], Any]
 
 @dataclass(frozen=True)
 class Mode:
-    """How a store writes: which sessions have a journal, and how large one may grow."""
+    """How a store writes: which sessions have a journal, how large one may grow, and from when on it gets room for more."""
 
     journal: Journal = "auto"
     fold_bytes: float | None = None
+    room_bytes: int = ROOM_BYTES
 
     def open(self, path: Path) -> persist.Store:
         store = persist.Store(path)
@@ -45,7 +47,8 @@ class Mode:
         return store
 
     def set(self, store: persist.Store) -> None:
-        store._files.mode, store._files.fold_bytes = self.journal, self.fold_bytes
+        files = store._files
+        files.mode, files.fold_bytes, files.room_bytes = self.journal, self.fold_bytes, self.room_bytes
 
 
 AUTO = Mode()

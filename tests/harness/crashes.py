@@ -48,13 +48,17 @@ Disk = dict[str, Content]
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a protocol. `file` tells files apart that bear one name after another."""
+    """One step of a protocol. `file` tells files apart that bear one name after another.
+
+    What is written goes to `position`, or to the end.
+    """
 
     kind: str
     path: str
     file: int = -1
     target: str = ""
     content: bytes = field(default=b"", repr=False)
+    position: int | None = None
 
     @property
     def directory(self) -> str:
@@ -110,7 +114,9 @@ class Recorder:
     def _is_visible(self, step: Step) -> bool:
         """Whether a commit shows from this step on: a document is renamed, or a journal that was there gets a record."""
         made = {each.file for each in self.steps if each.kind == "create"}
-        return step.kind == "rename" or (step.kind == "write" and step.path.endswith(".journal") and step.file not in made)
+        is_record = step.kind == "write" and step.path.endswith(".journal") and step.file not in made
+        # Room for more is nothing to see.
+        return step.kind == "rename" or (is_record and step.content.strip(b"\0") != b"")
 
     def _note(self, step: Step) -> None:
         self.steps.append(step)
@@ -118,7 +124,7 @@ class Recorder:
             raise Killed
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        for name in ("open_plain", "write", "sync", "close", "mkdir", "sync_directory", "replace", "unlink"):
+        for name in ("open_plain", "write", "write_at", "sync", "close", "mkdir", "sync_directory", "replace", "unlink"):
             patch.setattr(disk, name, getattr(self, name)(getattr(disk, name)))
         # Of a file that is only appended to, it makes as much durable.
         patch.setattr(disk, "sync_data", self.sync(disk.sync_data))
@@ -151,6 +157,13 @@ class Recorder:
             self._note(Step("write", *self._file(fd), content=bytes(content)))
 
         return write
+
+    def write_at(self, real: Callable[..., None]) -> Callable[..., None]:
+        def write_at(fd: int, content: bytes, position: int) -> None:
+            real(fd, content, position)
+            self._note(Step("write", *self._file(fd), content=bytes(content), position=position))
+
+        return write_at
 
     def sync(self, real: Callable[..., None]) -> Callable[..., None]:
         def sync(fd: int) -> None:
@@ -276,10 +289,16 @@ def _files_after(before: Disk, steps: Iterable[Step]) -> tuple[dict[int, Content
         if step.kind in ("create", "mkdir"):
             durable[step.file] = written[step.file] = b"" if step.kind == "create" else None
         elif step.kind == "write":
-            written[step.file] = (written[step.file] or b"") + step.content
+            written[step.file] = _with(written[step.file] or b"", step)
         elif step.kind == "sync":
             durable[step.file] = written[step.file]
     return durable, written
+
+
+def _with(content: bytes, step: Step) -> bytes:
+    """What a file holds after a write."""
+    position = len(content) if step.position is None else step.position
+    return content[:position].ljust(position, b"\0") + step.content + content[position + len(step.content) :]
 
 
 def _names_after(before: Disk, steps: Iterable[Step]) -> Iterator[dict[str, int]]:
@@ -316,17 +335,19 @@ def _apply(step: Step, entries: dict[str, int]) -> None:
 
 
 def _contents(durable: Content, written: Content) -> list[Content]:
-    """What a file may hold that was appended to and not synced: what was durable stays, also in a sector that is lost."""
+    """What a file may hold that was written to and not synced: what was durable stays, also in a sector that is lost."""
     if durable == written or written is None or durable is None:
         return [written]
-    start = len(durable) // SECTOR_BYTES * SECTOR_BYTES
-    sectors = [(written[at : at + SECTOR_BYTES], durable[at:]) for at in range(start, len(written), SECTOR_BYTES)]
-    torn = [
-        b"".join(new if kept else old.ljust(len(new), b"\0") for (new, old), kept in zip(sectors, pattern, strict=True))
-        for pattern in _patterns(len(sectors))
-    ]
-    shorter = [written[start:at] for at in range(start, len(written), SECTOR_BYTES) if at >= len(durable)]
-    return [written[:start] + rest for rest in dict.fromkeys([durable[start:], *torn, *shorter])]
+    places = range(0, len(written), SECTOR_BYTES)
+    new = [written[at : at + SECTOR_BYTES] for at in places]
+    old = [durable[at : at + SECTOR_BYTES].ljust(len(sector), b"\0") for at, sector in zip(places, new, strict=True)]
+    changed = [number for number, sector in enumerate(new) if sector != old[number]]
+    torn = []
+    for pattern in _patterns(len(changed)):
+        lost = set(itertools.compress(changed, (not kept for kept in pattern)))
+        torn.append(b"".join(old[number] if number in lost else sector for number, sector in enumerate(new)))
+    shorter = [written[:at] for at in places if at >= len(durable)]
+    return list(dict.fromkeys([durable, *torn, *shorter]))
 
 
 #: For each sector of a file, whether it was kept.

@@ -30,6 +30,7 @@ _REFUSED = (errno.EROFS, errno.EACCES)
 ERRORS: dict[str, tuple[int, ...]] = {
     "open": (*_EVERYWHERE, *_FULL, *_REFUSED, errno.EMFILE),
     "write": (*_EVERYWHERE, *_FULL, errno.EROFS, SHORT, TORN),
+    "pwrite": (*_EVERYWHERE, *_FULL, errno.EROFS, SHORT, TORN),
     "read": (*_EVERYWHERE, SHORT),
     "fsync": (*_EVERYWHERE, *_FULL, errno.EROFS),
     "fdatasync": (*_EVERYWHERE, *_FULL, errno.EROFS),
@@ -118,8 +119,8 @@ class Injection:
         if fault.errno == TORN and self.hits > 1:
             raise OSError(errno.ENOSPC, f"injected: {os.strerror(errno.ENOSPC)}")
         if fault.errno in (SHORT, TORN):
-            fd, what = arguments
-            return real(fd, max(1, what // 2) if fault.call == "read" else what[: max(1, len(what) // 2)])
+            fd, what, *position = arguments
+            return real(fd, max(1, what // 2) if fault.call == "read" else what[: max(1, len(what) // 2)], *position)
         if fault.call == "close":
             real(*arguments)
         raise OSError(fault.errno, f"injected: {os.strerror(fault.errno)}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import persist
@@ -23,6 +25,8 @@ from harness.crash_scenarios import (
 ANOTHER = {"id": "m4", "role": "user", "content": "another"}
 __all__ = ["ALWAYS", "ANOTHER", "AUTO", "ENDLESS", "FOLDING", "JOURNALED", "LEAVING", "NEVER"]
 ALWAYS, ENDLESS, NEVER = Mode("always"), Mode("always", math.inf), Mode("never")
+#: A journal gets room for more almost at once.
+ROOMY = Mode("always", room_bytes=640)
 #: A fold at every commit; and one that finds a document which is too small for a journal.
 FOLDING, LEAVING = Mode("always", 1), Mode("auto", 1)
 
@@ -142,4 +146,25 @@ KILLED = [
     journaled("append after a killed writer has entered", append_another, interrupted=append, prepared=NEVER),
     journaled("fold after a killed fold", append, recorded, compact, mode=FOLDING, prepared=ENDLESS),
 ]
-JOURNALED = [*RECORDS, *FOLDS, *KILLED]
+
+
+def after_more(prepare: Callable[[persist.Store], Any]) -> Callable[[persist.Store], Any]:
+    """So that the journal is long enough to get room. The record of a killed writer lies in two sectors, then."""
+
+    def prepared(store: persist.Store) -> Any:
+        for number in range(3):
+            store.append("s-1", "messages", {"id": f"r{number}", "content": "m" * 100})
+        return prepare(store)
+
+    return prepared
+
+
+def with_room(scenario: Scenario) -> Scenario:
+    """The same, into the room that a journal has, or beyond it."""
+    name = scenario.name.replace("journal:", "room:")
+    content = {"title": "t", "messages": [{"id": "m1", "content": "hi"}]}
+    return replace(scenario, name=name, content=content, prepare=after_more(scenario.prepare), mode=ROOMY)
+
+
+ROOM = [with_room(each) for each in (*RECORDS, *FOLDS, *KILLED) if each.mode == ALWAYS and each.prepared is None]
+JOURNALED = [*RECORDS, *FOLDS, *KILLED, *ROOM]

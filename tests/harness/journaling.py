@@ -14,12 +14,16 @@ from typing import Any, Final, Literal, get_args
 
 import persist
 from persist.files.directory import Mode
+from persist.files.journal import ROOM_BYTES
 from persist.files.transaction import ENTER_BYTES
 
 MIXED: Final = "mixed"
 MODES: tuple[Mode, ...] = get_args(Mode)
 FOLDS: dict[str, float | None] = {"normal": None, "1": 1, "never": math.inf}
 """When a journal is folded: at its normal size, at every commit, or never."""
+
+ROOM_BYTES_OF = {"normal": 1024, "1": ROOM_BYTES, "never": ROOM_BYTES}
+"""When it gets room for more: soon, or at its normal size, which a journal comes to that is never folded."""
 
 LOAD_BYTES = ENTER_BYTES + 4096
 """With so much a session is a large one, whatever else it holds; without, a small one."""
@@ -44,6 +48,8 @@ class Journaling:
             raise ValueError("draw first")
         store = persist.Store(directory, journal=self.mode, **options)
         store._files.fold_bytes = FOLDS[self.fold]
+        # Journals are short here. Else none would ever get room.
+        store._files.room_bytes = ROOM_BYTES_OF[self.fold]
         return store
 
     def all(self) -> list[Journaling]:

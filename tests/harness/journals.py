@@ -35,8 +35,8 @@ def has_journal(store: persist.Store, session_id: str = "s") -> bool:
 
 
 def parted(content: bytes) -> tuple[bytes, list[bytes]]:
-    """The opening and the records of a whole journal, each with its newline."""
-    first, *lines = content.splitlines(keepends=True)
+    """The opening and the records of a whole journal, each with its newline; without the room for more behind them."""
+    first, *lines = content.rstrip(b"\0").splitlines(keepends=True)
     assert _OPENING.fullmatch(first)
     return first, lines
 
@@ -97,7 +97,7 @@ class Traffic:
 def traffic() -> Iterator[Traffic]:
     """Count the bytes that go through the seam, for a block."""
     counted = Traffic()
-    names = ("read", "read_start", "read_at", "write")
+    names = ("read", "read_start", "read_at", "write", "write_at")
     real: dict[str, Callable[..., Any]] = {name: getattr(disk, name) for name in names}
 
     def reading(name: str) -> Callable[..., Any]:
@@ -108,12 +108,15 @@ def traffic() -> Iterator[Traffic]:
 
         return read
 
-    def write(fd: int, content: bytes) -> None:
-        counted.written += len(content)
-        real["write"](fd, content)
+    def writing(name: str) -> Callable[..., None]:
+        def write(fd: int, content: bytes, *position: int) -> None:
+            counted.written += len(content)
+            real[name](fd, content, *position)
+
+        return write
 
     for name in names:
-        setattr(disk, name, write if name == "write" else reading(name))
+        setattr(disk, name, (writing if name.startswith("write") else reading)(name))
     try:
         yield counted
     finally:

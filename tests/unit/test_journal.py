@@ -6,8 +6,10 @@ record; `head_at`; the start from anew of a reader that was overtaken, and the l
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import random
 import zlib
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from typing import Any, get_args
 import pytest
 from actors import Actor
 from conftest import ActorFactory
+from harness.faults import SHORT, TORN, Fault, injecting
 from harness.journals import chain_is_right, has_journal, journal_of, parted, record_of, sealed, traffic
 
 import persist
@@ -161,7 +164,10 @@ def test_head_shows_what_the_whole_session_shows(journaled: persist.Store, seed:
 
 @pytest.mark.parametrize("records", [0, 1, 500])
 def test_head_reads_no_more_of_a_long_journal(journaled: persist.Store, records: int) -> None:
-    """A head costs some reads of 4 KB, whatever the journal holds, also where the last change of the head is far back."""
+    """A head costs some reads of 4 KB, whatever the journal holds, also where the last change of the head is far back.
+
+    One of them takes in the room for more.
+    """
     journaled._files.fold_bytes = math.inf
     journaled.update("s", lambda data: data.update(title="Locks"), head_only=True)
     for number in range(records):
@@ -170,7 +176,7 @@ def test_head_reads_no_more_of_a_long_journal(journaled: persist.Store, records:
         head = journaled.head("s")
     assert head.data == {"title": "Locks"}
     assert head.counts == {"messages": 1 + records}
-    assert counted.read <= 3 * 4096 + 100
+    assert counted.read <= 3 * 4096 + 100 + journal.ROOM_BYTES
 
 
 # --- which journal ----------------------------------------------------------------------------------------------------
@@ -414,6 +420,104 @@ def test_writer_that_waits_is_not_misled_by_a_fold(journaled: persist.Store, act
     assert [each["id"] for each in journaled.load("s").data["messages"]] == ["m1", "o1", "a1", "a2", "o2", "o3"]
 
 
+# --- room for more -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def roomy(journaled: persist.Store) -> persist.Store:
+    """The same, with a journal that has room for another 2 KB."""
+    journaled._files.room_bytes = 2048
+    for number in range(6):
+        append(journaled, number)
+    content = journal_of(journaled).read_bytes()
+    assert content.endswith(b"\0" * 600)
+    return journaled
+
+
+def test_records_are_written_into_the_room_that_a_journal_has(roomy: persist.Store) -> None:
+    """The file grows by room, not by records; behind them are zeros and nothing else; whoever writes uses it.
+
+    Fails if a writer adds to the end of the file, or makes room at each commit.
+    """
+    path, sizes = journal_of(roomy), set()
+    stores = [roomy, persist.Store(roomy.path, journal="always"), persist.Store(roomy.path, journal="always")]
+    for store in stores:
+        store._files.room_bytes = 2048
+    for number in range(6, 40):
+        append(stores[number % 3], number)
+        content = path.read_bytes()
+        sizes.add(len(content))
+        assert len(content) - len(content.rstrip(b"\0")) <= 2048
+        assert chain_is_right(content.rstrip(b"\0"))
+        for store in stores:
+            assert store.head("s").counts == {"messages": number + 2}
+    assert 2 < len(sizes) < 34 / 2
+    assert [each["id"] for each in roomy.load("s").data["messages"]] == ["m1", *(f"a{number}" for number in range(40))]
+    assert roomy.compact("s") is True
+    assert [each["id"] for each in roomy.load("s").data["messages"]] == ["m1", *(f"a{number}" for number in range(40))]
+
+
+def test_short_journal_and_long_record_get_no_room(journaled: persist.Store) -> None:
+    """Room is made where it pays: it is never more than a journal holds, or less than the record."""
+    append(journaled, 1)
+    assert not journal_of(journaled).read_bytes().endswith(b"\0")
+    journaled._files.room_bytes = 600
+    journaled.append("s", "messages", {"id": "long", "content": "x" * 1000})
+    assert not journal_of(journaled).read_bytes().endswith(b"\0")
+    append(journaled, 2)
+    assert journal_of(journaled).read_bytes().endswith(b"\0")
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, SHORT, TORN])
+def test_record_is_written_where_the_disk_has_no_room_for_more(roomy: persist.Store, error: int) -> None:
+    """On a full disk the last blocks are for records. Fails if an error in making room is one of the commit."""
+    path, number = journal_of(roomy), 6
+    while path.read_bytes().endswith(b"\0" * 500):
+        append(roomy, number)
+        number += 1
+    with injecting(Fault("pwrite", 1, error, is_persistent=False)) as injection:
+        append(roomy, number)
+    assert injection.hits
+    assert [each["id"] for each in persist.Store(roomy.path).load("s").data["messages"]][-1] == f"a{number}"
+    append(roomy, number + 1)
+    assert persist.Store(roomy.path).load("s").data == roomy.load("s").data
+    assert chain_is_right(path.read_bytes().rstrip(b"\0"))
+
+
+@pytest.mark.parametrize(
+    "look", [lambda store: store.load("s").revision, lambda store: store.head("s").revision], ids=["load", "head"]
+)
+def test_reader_that_sees_a_record_being_written_looks_again(
+    roomy: persist.Store, monkeypatch: pytest.MonkeyPatch, look: Callable[[persist.Store], int]
+) -> None:
+    """The writer copies while the reader does: it may have the end of a record, and zeros before that. It is no damage.
+
+    Fails without the second look. What stays like that is damage.
+    """
+    path = journal_of(roomy)
+    start = len(path.read_bytes().rstrip(b"\0"))
+    append(roomy, 7)
+    content = path.read_bytes()
+    assert look(roomy) == 8
+    torn = content[: start + 100] + bytes(50) + content[start + 150 :]
+    real, path_of = disk.read_at, "/proc/self/fd/{}"
+
+    def reading(fd: int, limit: int, position: int) -> bytes:
+        found = real(fd, limit, position)
+        if os.readlink(path_of.format(fd)) == str(path) and position <= start + 100 < start + 150 <= position + limit:
+            path.write_bytes(content)
+        return found
+
+    path.write_bytes(torn)
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "read_at", reading)
+        assert look(persist.Store(roomy.path)) == 8
+    assert path.read_bytes() == content
+    path.write_bytes(torn)
+    with pytest.raises(persist.CorruptSession):
+        look(persist.Store(roomy.path))
+
+
 # --- which sessions have one ------------------------------------------------------------------------------------------
 
 KB = 1024
@@ -453,7 +557,7 @@ def test_auto_folds_when_the_journal_outgrows_its_document(store: persist.Store)
         store.append("s", "messages", {"id": number, "content": "y" * 5000})
         path = journal_of(store)
         generations.add(path.name)
-        assert path.stat().st_size <= (store.path / "s.json").stat().st_size + 6000
+        assert len(path.read_bytes().rstrip(b"\0")) <= (store.path / "s.json").stat().st_size + 6000
     assert 2 <= len(generations) <= 4
     assert len(store.load("s").data["messages"]) == 61
 
@@ -527,7 +631,7 @@ def test_end_of_a_new_journal_is_known_without_reading_it(journaled: persist.Sto
     fd = log.open()
     try:
         log.check_opening(fd, tail)
-        assert log.ends_so(fd, tail)
+        assert log.first_behind(fd, tail) == b""
         assert list(log.follow(fd, tail)) == []
         assert (tail.end, tail.is_torn) == (disk.size_of(fd), False)
     finally:
