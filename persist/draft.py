@@ -14,6 +14,7 @@ document. So it must touch nothing but the draft before its commit.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 from persist import codec
@@ -24,7 +25,7 @@ from persist.files.change import Change
 from persist.files.known import Known
 from persist.files.snapshot import Header
 from persist.files.transaction import Transaction
-from persist.turn import ACTIVE, Data, Items, MessageId, Unread
+from persist.turn import ACTIVE, Data, Items, MessageId, Messages, Unread, messages_of
 
 Result = TypeVar("Result")
 
@@ -43,6 +44,9 @@ class Draft(Protocol):
     @property
     def data(self) -> Data:
         """The document, to be changed in place."""
+
+    def items(self, field: str) -> Messages:
+        """A list of the document, to be changed in place; made if it is missing."""
 
     def is_changed(self) -> bool:
         """Tell whether the data, as it is now, differs from the committed revision. That is what is committed, then.
@@ -78,6 +82,9 @@ class _Whole:
         self.active_stream_id = self._found.active_stream_id
         self.data: Data = self._found.body.data()
 
+    def items(self, field: str) -> Messages:
+        return messages_of(self.data, field)
+
     def is_changed(self) -> bool:
         self._body = Body.of(self.data)
         return self._body != self._found.body
@@ -87,26 +94,43 @@ class _Whole:
 
 
 class _Sparse:
-    """The small fields, and lists that have not been read."""
+    """The small fields, decoded when they are asked for, and lists that have not been read."""
 
     def __init__(self, tx: Transaction, known: Known) -> None:
         self._tx = tx
         self._known = known
         self.header = known.tail.header
-        self.data: Data = Body.assembled(known.tail.small, {}, {}).fields()
-        self.active_stream_id = self.data.get(ACTIVE) or None
         self._lists = {name: _UnreadItems(tx, known, name) for name in BULK}
-        self.data.update(self._lists)
         self._taken: tuple[bytes, tuple[Change, ...]] | None = None
+
+    @cached_property
+    def _fields(self) -> Data:
+        """The small fields of the committed revision."""
+        return Body.assembled(self._known.tail.small, {}, {}).fields()
+
+    @cached_property
+    def active_stream_id(self) -> Any:
+        return self._fields.get(ACTIVE) or None
+
+    @cached_property
+    def data(self) -> Data:
+        return self._fields | self._lists
+
+    def items(self, field: str) -> Messages:
+        # Whoever adds to a list need not have the small fields decoded.
+        return self._lists[field] if field in self._lists and "data" not in self.__dict__ else messages_of(self.data, field)
 
     def _take(self) -> tuple[bytes, tuple[Change, ...]]:
         """The small fields and the changes of the lists, as they are now."""
+        small = self._small() if "data" in self.__dict__ else self._known.tail.small
+        return small, tuple(each for items in self._lists.values() for each in items.changes)
+
+    def _small(self) -> bytes:
         if HEADER in self.data:
             raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
         if any(self.data.get(name) is not items for name, items in self._lists.items()):
             raise Unread
-        small = small_of(codec.captured({key: value for key, value in self.data.items() if key not in BULK}))
-        return small, tuple(each for items in self._lists.values() for each in items.changes)
+        return small_of(codec.captured({key: value for key, value in self.data.items() if key not in BULK}))
 
     def is_changed(self) -> bool:
         self._taken = small, changes = self._take()
@@ -171,8 +195,9 @@ class _UnreadItems(Items):
     def _note(self, place: int, remove: int, *items: Any) -> None:
         if not 0 <= place <= place + remove <= len(self):
             raise Unread
+        # The verbs have captured it.
         path = (self._field, place)
-        encoded = [codec.encode(codec.captured(item, path), path) for item in items]
+        encoded = [codec.encode(item, path) for item in items]
         keys = [index.key_of(item.get("id")) if type(item) is dict else None for item in items]
         self._noted.append((change.inserted(self._field, place, *encoded, remove=remove), keys))
         self.count = len(self) + len(items) - remove

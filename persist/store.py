@@ -337,10 +337,10 @@ class Store:
             raise WrongType(what="field", expected="a string", got=type(field).__name__)
         if field in turn.IDLE:
             raise ReservedField(field=field, remedy="Use store.start_stream().")
-        codec.check(item, (field,))
+        own = codec.captured(item, (field,))
 
         def add(draft: Draft) -> int:
-            turn.append_once(turn.messages_of(draft.data, field), item, field=field)
+            turn.append_once(draft.items(field), own, field=field)
             return _commit_draft(tx, draft, touch=touch)
 
         with conflicts_in(session_id), self._open_files().transaction(session_id) as tx:

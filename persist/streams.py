@@ -238,12 +238,13 @@ def owner_of(header: Header, stream_id: object) -> StreamOwner | None:
 
 
 def _checked(message: Any) -> Message:
+    """A copy of it, that nobody else can change."""
     if type(message) is not dict:
         raise WrongType(what="a message", expected="a plain dict", got=type(message).__name__)
-    codec.check(message)
-    if type(message.get("id", "")) not in (str, int, type(None)):
-        raise WrongType(what="a message's id", expected="a string or an integer", got=type(message["id"]).__name__)
-    return message
+    own: Message = codec.captured(message)
+    if type(own.get("id", "")) not in (str, int, type(None)):
+        raise WrongType(what="a message's id", expected="a string or an integer", got=type(own["id"]).__name__)
+    return own
 
 
 def _this_process() -> Owner:

@@ -36,8 +36,9 @@ def key_of(message_id: object) -> bytes | None:
 
 def keys_of(owner: StreamOwner | None) -> frozenset[bytes]:
     """The ids that a stream works on: those of its prompt and of its answer."""
-    found = () if owner is None else (owner.prompt_id, owner.answer_id)
-    return frozenset(key for key in map(key_of, found) if key is not None)
+    if owner is None:
+        return frozenset()
+    return frozenset(key for key in map(key_of, (owner.prompt_id, owner.answer_id)) if key is not None)
 
 
 def _key_in(item: bytes) -> bytes | None:
@@ -89,12 +90,12 @@ class Index:
     def take(self, change: Change, wanted: frozenset[bytes]) -> None:
         """Go on behind a change of the list's items."""
         keys = [_key_in(bytes(item)) for item in change.insert]
-        wanted = self.certain(wanted)
+        wanted = wanted and self.certain(wanted)
         self._recent.update(hash(key) for key in keys if key is not None)
         if len(self._recent) > _MOST_RECENT:
             self._settled = array("q", sorted({*self._settled, *self._recent}))
             self._recent = set()
-        self.places = moved(self.places, change, keys, wanted)
+        self.places = moved(self.places, change, keys, wanted) if wanted else {}
 
 
 def moved(places: dict[bytes, int], change: Change, keys: list[bytes | None], wanted: frozenset[bytes]) -> dict[bytes, int]:

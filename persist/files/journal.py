@@ -205,7 +205,7 @@ def _image(header: Header, small: bytes) -> Image:
 
 
 def _head_after(header: Header, small: bytes, record: Record) -> tuple[Header, bytes]:
-    header = replace(header, revision=record.revision, updated_at=snapshot.time_of(record.updated_at), commit=record.commit)
+    header = header.but(revision=record.revision, updated_at=snapshot.time_of(record.updated_at), commit=record.commit)
     if record.head is None:
         return header, small
     stream, fields = (codec.decode(bytes(raw)) for raw in (record.head.stream, record.head.fields))
@@ -441,10 +441,11 @@ def _without_room(content: bytes) -> bytes:
 
 
 def _read_from(fd: int, position: int) -> bytes:
-    pieces = []
-    while piece := disk.read_at(fd, 1024 * 1024, position):
-        pieces.append(piece)
-        position += len(piece)
+    # Nearly always it is some records: a large buffer, which the system has to find first, would cost more than they do.
+    pieces = [disk.read_at(fd, 4 * ROOM_BYTES, position)]
+    while pieces[-1]:
+        position += len(pieces[-1])
+        pieces.append(disk.read_at(fd, 1024 * 1024, position) if len(pieces[-1]) >= 4 * ROOM_BYTES else b"")
     return b"".join(pieces)
 
 

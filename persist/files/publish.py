@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from persist.files import disk, journal, snapshot
@@ -91,7 +90,7 @@ class Attempt:
         while disk.exists(path := self._journal(generation)):
             generation += 1
             since = since if journal.is_empty(path) else generation
-        return replace(self._header, generation=generation, since=since or generation)
+        return self._header.but(generation=generation, since=since or generation)
 
     def _journal(self, generation: int) -> Path:
         return self._layout.journal(self._session_id, generation)

@@ -22,12 +22,14 @@ import hashlib
 import re
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, TypeVar
+
+import msgspec
 
 from persist import codec
 from persist.errors import CorruptSession, NotJSON, Owner, UnsupportedFormat
@@ -68,8 +70,7 @@ class StreamOwner:
     is_cancelled: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(msgspec.Struct, frozen=True, eq=False):
     """What `persist` knows of a committed document beside its data.
 
     `incarnation` tells a session from an earlier one of the same id. `epoch` is the fencing token: it grows with every
@@ -84,12 +85,30 @@ class Header:
     owner: StreamOwner | None = None
     #: Tells this commit from any other of the same content.
     commit: str = ""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    #: The number of the last journal that the session has had; and whether it has it still. To fold it is no commit.
-    generation: int = field(default=0, compare=False)
-    is_journaled: bool = field(default=False, compare=False)
+    extra: Mapping[str, Any] = msgspec.field(default_factory=dict)
+    #: The number of the last journal that the session has had; and whether it has it still.
+    generation: int = 0
+    is_journaled: bool = False
     #: From this number on, the journals were this document's own; those before may be another's, which was put back, say.
-    since: int = field(default=0, compare=False)
+    since: int = 0
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both are of the same commit: to fold a journal is none."""
+        return isinstance(other, Header) and self._of_commit() == other._of_commit()
+
+    def __ne__(self, other: object) -> bool:
+        # That of msgspec tells objects apart.
+        return not self == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _of_commit(self) -> tuple[Any, ...]:
+        stream = self.epoch, self.owner, self.extra
+        return self.incarnation, self.revision, self.created_at, self.updated_at, self.commit, stream
+
+    def but(self, **changes: Any) -> Header:
+        """The same with some attributes changed."""
+        return msgspec.structs.replace(self, **changes)
 
     @classmethod
     def first(cls) -> Header:
@@ -100,7 +119,7 @@ class Header:
     def next(self, *, touch: bool = True, **changes: Any) -> Header:
         """The header of the next commit; `touch=False` keeps `updated_at`."""
         updated_at = datetime.now(UTC) if touch else self.updated_at
-        return replace(self, revision=self.revision + 1, updated_at=updated_at, commit=token_hex(8), **changes)
+        return self.but(revision=self.revision + 1, updated_at=updated_at, commit=token_hex(8), **changes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +228,7 @@ def with_stream_values(header: Header, values: Mapping[str, Any]) -> Header:
     """The header with what `stream_values` has given; raises one of `NONSENSE` for anything else."""
     owner = None if values["owner"] is None else _owner(_of(dict, values["owner"]))
     extra = {key: value for key, value in values.items() if key not in _KNOWN}
-    return replace(header, epoch=_natural(values["epoch"]), owner=owner, extra=extra)
+    return header.but(epoch=_natural(values["epoch"]), owner=owner, extra=extra)
 
 
 def _owner_fields(owner: StreamOwner) -> dict[str, Any]:

@@ -225,9 +225,9 @@ class Transaction:
             found, lost = log.salvage(edited, is_edited=not self._is_sound())
         except Overtaken:
             # Nobody knows how many commits are gone: what was loaded before is of another life of the session.
-            return replace(edited, header=replace(edited.header, incarnation=token_hex(16))), False
+            return replace(edited, header=edited.header.but(incarnation=token_hex(16))), False
         # No revision is used again.
-        return replace(found, header=replace(found.header, revision=found.header.revision + lost)), not lost
+        return replace(found, header=found.header.but(revision=found.header.revision + lost)), not lost
 
     def _is_sound(self) -> bool:
         try:
@@ -398,7 +398,7 @@ class Transaction:
         body.check_size()
         self._known = None
         self._close_journal()
-        header = replace(header, is_journaled=not alone and self._has_journal(header, body))
+        header = header.but(is_journaled=not alone and self._has_journal(header, body))
         attempt = Attempt(self._layout, self.session_id, header, body)
         self._publish(attempt)
         self._is_there = True

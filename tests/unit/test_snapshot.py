@@ -495,7 +495,7 @@ def test_a_small_field_among_the_bulk_of_a_large_document_is_refused(extra: byte
     """Somebody who can compute a checksum cannot have `load` and `head` show two values of one field."""
     path = document(store)
     found = snapshot.read(path, "s")
-    header = replace(found.header, is_journaled=False)
+    header = found.header.but(is_journaled=False)
     forged = replace(found.body, start=0, text=found.body.bulk.removesuffix(b"\n}\n") + b",\n" + extra + b"\n}\n")
     path.write_bytes(snapshot.to_bytes(header, forged)[0])
     with pytest.raises(persist.CorruptSession, match="not parted"):
@@ -771,3 +771,14 @@ def test_files_are_private_whatever_the_umask(umask_of_nothing: None, directory:
         expected = {Path(".leases"): 0o700, Path(f".leases/s.{stream.id}"): 0o600}
         assert modes == expected | {Path("s.json"): 0o600, Path("s.json.lock"): 0o600}
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+
+
+def test_header_of_a_folded_session_is_the_same() -> None:
+    """To fold a journal is no commit: `==` and `!=` heed only what a commit changes."""
+    header = snapshot.Header.first()
+    folded = header.but(generation=4, since=2, is_journaled=True)
+    assert header == folded
+    assert not header != folded  # noqa: SIM202 - the operator is what is tested
+    for change in ({"revision": 2}, {"epoch": 1}, {"extra": {"later": 1}}, {"commit": "other"}, {"incarnation": "other"}):
+        assert header != header.but(**change)
+        assert not header == header.but(**change)  # noqa: SIM201
