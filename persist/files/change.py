@@ -47,6 +47,13 @@ class Change(msgspec.Struct, frozen=True, omit_defaults=True):
         return not self.is_dropped and isinstance(self.value, msgspec.UnsetType)
 
 
+    def count_after(self, count: int) -> int:
+        """How many items a list has after a change of its items; raises `DoesNotFit` if that cannot be."""
+        if not 0 <= self.at <= self.at + self.remove <= count:
+            raise DoesNotFit(self.field)
+        return count + len(self.insert) - self.remove
+
+
 def from_plain(values: dict[str, Any]) -> Change:
     """The change of its decoded JSON; raises `ValueError` or `TypeError` if it is none."""
     kept = {key: values[key] for key in ("in", "at", "remove", "drop") if key in values}
@@ -143,8 +150,7 @@ class _Lines:
         return self._count + len(self._back)
 
     def apply(self, change: Change) -> None:
-        if not 0 <= change.at <= change.at + change.remove <= len(self):
-            raise DoesNotFit(change.field)
+        change.count_after(len(self))
         if change.at < self._count:
             self._back[:0] = bytes(self._front).split(_SEPARATOR)
             self._count = 0

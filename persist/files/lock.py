@@ -29,7 +29,7 @@ from persist.files.held import HeldFile, table, try_hold
 # Growing only to 1 ms: backing off to 5 ms starves the longest waiter (860 ms, measured).
 _POLL_FIRST_S = 0.0002
 _POLL_LAST_S = 0.001
-#: For so long a queue that does not move is waited in: the process at its head may be stopped (SIGSTOP, a paused container).
+#: For so long a place in the queue is all that is waited for: the process at its head may be stopped (a paused container).
 PATIENCE_S = 0.05
 
 
@@ -172,40 +172,33 @@ def _refuse_nesting(thread: int, session_id: str) -> None:
 
 def _wait(path: Path, session_id: str, deadline: float) -> HeldFile | None:
     """Hold the file, when it is this process's turn; None if it is not until the deadline (`time.monotonic`)."""
-    try:
-        return _in_turn(path, deadline) or _poll(path, deadline)
-    except OSError as error:
-        if isinstance(error, PersistError):
-            raise
-        reason = error.strerror or type(error).__name__
-        raise CommitFailed(session_id=session_id, path=path, reason=reason, errno=error.errno) from error
-
-
-def _in_turn(path: Path, deadline: float) -> HeldFile | None:
-    """Hold the file, behind those who wait for it already.
-
-    None at the deadline, if the queue does not move, if the file was removed meanwhile, or if there is no queue.
-    """
     held = HeldFile()
     try:
-        if held.open(path, os.O_RDWR | os.O_CREAT, in_turn=True):
+        if held.open(path, os.O_RDWR | os.O_CREAT, in_turn=True) or (other := _wait_for(held, path, deadline)) is held:
             return held
-        if not held.is_locked and time.monotonic() < deadline and _has_queued(path, held, deadline) and held.take(path):
-            return held
-    except BaseException:
         held.close()
+        return other
+    except BaseException as error:
+        held.close()
+        if isinstance(error, OSError) and not isinstance(error, PersistError):
+            reason = error.strerror or type(error).__name__
+            raise CommitFailed(session_id=session_id, path=path, reason=reason, errno=error.errno) from error
         raise
-    held.close()
-    return None
 
 
-def _poll(path: Path, deadline: float) -> HeldFile | None:
-    """Hold the file as soon as a look finds it free; None at the deadline."""
-    pause_s = _POLL_FIRST_S
+def _wait_for(held: HeldFile, path: Path, deadline: float) -> HeldFile | None:
+    """Wait in the queue of processes; where there is none, or while it does not move, poll. Return what holds the file."""
+    place = _place(path, held) if time.monotonic() < deadline and not held.is_locked else None
+    pause_s = _POLL_FIRST_S if place is None else PATIENCE_S
     while (left_s := deadline - time.monotonic()) > 0:
-        if (held := try_hold(path, create=True)) is not None:
-            return held
-        time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
+        if place is None:
+            time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
+        elif place.has_ended(left_s if place.is_next else min(left_s, pause_s)):
+            if place.is_locked and held.take(path):
+                return held
+            place = None
+        if (other := try_hold(path, create=True)) is not None:
+            return other
         pause_s = min(pause_s * 2, _POLL_LAST_S)
     return None
 
@@ -217,28 +210,23 @@ def _poll(path: Path, deadline: float) -> HeldFile | None:
 _queued: set[Path] = set()
 
 
-def _has_queued(path: Path, held: HeldFile, deadline: float) -> bool:
-    """Wait in the queue until the file is locked; False if that cannot be, or takes too long."""
-    # gevent and eventlet put something of theirs there, which would let nobody else run.
-    is_possible = turnstile.IS_THERE and isinstance(_thread.start_new_thread, types.BuiltinFunctionType)
-    if not is_possible or path in _queued:
-        return False
-    place = _Place(path, held.copy())
-    return place.take() and place.wait(deadline)
-
-
 class _Place:
-    """A place in the queue: a thread that sleeps in the kernel. If nobody waits for it any more, it gives up what it gets."""
+    """A place in the queue: a thread that sleeps in the kernel. If nobody waits for it any more, it gives up what it gets.
+
+    Attributes:
+        is_next: it is at the head of the queue.
+        is_locked: the file is locked.
+    """
 
     def __init__(self, path: Path, copy: HeldFile) -> None:
+        self.is_next = self.is_locked = False
         self._path = path
         self._copy = copy
-        self._is_next = self._is_locked = False
         self._end = threading.Lock()
-        self._end.acquire()
 
     def take(self) -> bool:
         """Start the thread, if that is possible."""
+        self._end.acquire()
         _queued.add(self._path)
         try:
             # Costs half of what a `threading.Thread` does, which is made to be waited for.
@@ -250,28 +238,32 @@ class _Place:
             raise
         return True
 
-    def wait(self, deadline: float) -> bool:
-        """Wait until the file is locked; False at the deadline, or if the queue does not move."""
-        has_ended = self._wait_until(min(deadline, time.monotonic() + PATIENCE_S))
-        if not has_ended and self._is_next:
-            has_ended = self._wait_until(deadline)
-        return has_ended and self._is_locked
-
-    def _wait_until(self, deadline: float) -> bool:
-        return self._end.acquire(timeout=max(0.0, min(deadline - time.monotonic(), threading.TIMEOUT_MAX)))
+    def has_ended(self, timeout_s: float) -> bool:
+        """Wait at most so long until the file is locked, or that has failed."""
+        return self._end.acquire(timeout=min(timeout_s, threading.TIMEOUT_MAX))
 
     def _run(self) -> None:
         try:
             turnstile.enter(self._copy.fd)
-            self._is_next = True
+            self.is_next = True
             turnstile.lock(self._copy.fd)
-            self._is_locked = True
+            self.is_locked = True
         except OSError:
             pass  # the one who waits for it polls, and says what is wrong
         finally:
             _queued.discard(self._path)
             self._end.release()
             self._copy.close()
+
+
+def _place(path: Path, held: HeldFile) -> _Place | None:
+    """A place in the queue for a file that is open; None if there is none."""
+    # gevent and eventlet put something of theirs there, which would let nobody else run.
+    is_possible = turnstile.IS_THERE and isinstance(_thread.start_new_thread, types.BuiltinFunctionType)
+    if not is_possible or path in _queued:
+        return None
+    place = _Place(path, held.copy())
+    return place if place.take() else None
 
 
 def _holder_of(path: Path) -> str:

@@ -74,6 +74,8 @@ class Transaction:
         #: The journal, if the session has one, and what is known of it; while a write is under way nothing is.
         self._fd = -1
         self._known: Known | None = None
+        #: The changes of all its records, if it was read from the beginning.
+        self._changes: list[Change] | None = None
         #: Whether the last commit became visible, also if an exception came after that.
         self.is_published = False
 
@@ -173,14 +175,18 @@ class Transaction:
         if behind is None:
             known = self._first_look(start, size)
             known.log.check_opening(self._fd, known.tail)
-        elif behind in journal.NOTHING:
+        elif behind in journal.NOTHING and known.tail.last:
             # Who has seen it once has seen all that is behind it: only a power cut leaves zeros before something.
             return known
+        is_first = not known.tail.last
+        changes: list[Change] = []
         for record in known.log.follow(self._fd, known.tail):
             try:
                 known.take(record.changes)
             except snapshot.NONSENSE:
                 raise known.log.damaged(known.tail.last, "a record in it makes no sense") from None
+            changes += record.changes
+        self._changes = changes if is_first else None
         return known
 
     def _first_look(self, start: bytes, size: int) -> Known:
@@ -192,14 +198,29 @@ class Transaction:
         known = self.look()
         assert known is not None, "only a session with a journal has an index"
         if field not in known.indexes:
-            found = self._found or self.read()
-            try:
-                known.indexes[field] = Index(found.body, field, keys_of(known.tail.header.owner))
-            except snapshot.NONSENSE:
-                found.body.data()  # raises, and tells which file it is
-                raise
+            wanted = keys_of(known.tail.header.owner)
+            index = self._index_by_changes(known, field, wanted)
+            known.indexes[field] = index or _index_of(self._found or self.read(), field, wanted)
             self._files.known.make_room_for(known)
         return known.indexes[field]
+
+    def _index_by_changes(self, known: Known, field: str, wanted: frozenset[bytes]) -> Index | None:
+        """That of the document, moved on by all changes since: so they need not be applied to it. None where that cannot be."""
+        changes = [change for change in self._changes or () if change.field == field]
+        if self._changes is None or self._found is not None or not all(change.is_items for change in changes):
+            return None
+        with self._files.looking_at(self.session_id) as path:
+            document = snapshot.read(path, self.session_id)
+        if document.checksum != known.tail.checksum:
+            return None
+        index, count = _index_of(document, field, wanted), document.body.counts.get(field, 0)
+        # What makes no sense cannot be applied either; that tells what is wrong.
+        with contextlib.suppress(*snapshot.NONSENSE):
+            for change in changes:
+                count = change.count_after(count)
+                index.take(change, wanted)
+            return index if count == known.tail.counts.get(field) else None
+        return None
 
     def salvage(self) -> Snapshot:
         """Read a session that is damaged or was edited by hand: the document as it is, and of its journal what is good.
@@ -276,7 +297,7 @@ class Transaction:
             # It may be too large as a whole: then it is refused, and nothing is written.
             self._whole(header, small, changes).check_size()
         # From here to the end, nothing is known.
-        self._known, self._found = None, self._found if body is not None else None
+        self._known, self._changes, self._found = None, None, self._found if body is not None else None
         end = known.tail.end
         with self._refusals():
             self._make_room(known, len(line))
@@ -396,7 +417,7 @@ class Transaction:
     def _write(self, header: Header, body: Body, *, alone: bool = False) -> Snapshot:
         """Write the whole document; `alone`, without a journal."""
         body.check_size()
-        self._known = None
+        self._known = self._changes = None
         self._close_journal()
         header = header.but(is_journaled=not alone and self._has_journal(header, body))
         attempt = Attempt(self._layout, self.session_id, header, body)
@@ -579,6 +600,14 @@ class Transaction:
         self._require_lock()
         if layout.is_stream_id(stream_id):
             _remove_leftover(self._layout.lease(self.session_id, str(stream_id)))
+
+
+def _index_of(found: Snapshot, field: str, wanted: frozenset[bytes]) -> Index:
+    try:
+        return Index(found.body, field, wanted)
+    except snapshot.NONSENSE:
+        found.body.data()  # raises, and tells which file it is
+        raise
 
 
 def _remove_leftover(path: Path) -> None:

@@ -114,17 +114,23 @@ def prepare(directory: Path, most: int) -> None:
 
 
 def append_for(connection: Connection, directory: Path, name: str, number: int, seconds: float) -> None:
-    """In a child: append for so long, beginning when told, and send how long each call took."""
+    """In a child: append once, and then for so long, beginning when told; send how long each call took."""
     commit = CROWDS[name](directory, number)
     # Ids are counted in each process: here no two may be the same.
     prefix = f"{os.getpid()}-{time.monotonic_ns()}"
+
+    def commit_one() -> None:
+        message = new_message()
+        commit(message | {"id": f"{prefix}-{message['id']}"})
+
+    # What the first one costs, another table says.
+    commit_one()
     connection.send(True)
     connection.recv()
     taken, before = [], time.monotonic()
     end = before + seconds
     while before < end:
-        message = new_message()
-        commit(message | {"id": f"{prefix}-{message['id']}"})
+        commit_one()
         after = time.monotonic()
         taken.append(after - before)
         before = after
