@@ -29,7 +29,8 @@ class HeldFile:
     Dropped without `close` (a signal's exception may come between any two steps), it is closed by its finaliser.
     """
 
-    __slots__ = ("_fd", "_is_locked", "_pid")
+    __slots__ = ("_fd", "_file", "_is_locked", "_pid")
+    _file: os.stat_result
 
     def __init__(self) -> None:
         self._fd = -1
@@ -52,13 +53,13 @@ class HeldFile:
     def open(self, path: Path, flags: int, *, in_turn: bool = False) -> bool:
         """Open and try to lock, `in_turn` only if nobody waits for it; tell whether it is locked, and still bears its name."""
         with table:
-            self._fd = disk.open_plain(path, flags)
+            self._fd, self._file = disk.open_known(path, flags)
             _descriptors.add(self._fd)
             is_our_turn = not (in_turn and turnstile.is_taken(self._fd))
             self._is_locked = is_our_turn and lock_descriptor(self._fd, blocking=False)
             # A waiter may lock a file that its holder has just unlinked. Its number of links would not tell: a backup may
             # hold a hard link.
-            return self._is_locked and disk.bears_name(self._fd, path)
+            return self._is_locked and disk.bears_name(self._file, path)
 
     def copy(self) -> HeldFile:
         """Another descriptor of the same open file: a lock that is taken by one of them is held until both are closed."""
@@ -71,7 +72,7 @@ class HeldFile:
     def take(self, path: Path) -> bool:
         """Take for locked what was locked by a copy; tell whether it still bears its name."""
         self._is_locked = True
-        return disk.bears_name(self._fd, path)
+        return disk.bears_name(self._file, path)
 
     def close(self) -> None:
         """Unlock and close, once. In a forked child nothing is left to close."""

@@ -222,16 +222,21 @@ class Journal:
     def open(self, flags: int = os.O_RDONLY) -> int:
         """Open it; raise `Overtaken` if it is not there."""
         try:
-            return disk.open_plain(self.path, flags)
+            return disk.open_unseen(self.path, flags)
         except FileNotFoundError:
             raise Overtaken from None
 
     def check_opening(self, fd: int, tail: Tail) -> None:
         """Raise `Overtaken` if this is the journal of another snapshot, and `UnsupportedFormat` if it is a newer one."""
         expected = opening(tail.header.generation, tail.checksum)
-        found = disk.read_at(fd, len(expected), 0)
+        try:
+            found = disk.read_at(fd, len(expected), 0)
+        except OSError:
+            disk.require_plain(fd, self.path)
+            raise
         if found == expected:
             return
+        disk.require_plain(fd, self.path)
         version = _VERSION.match(found)
         if version is not None and int(version[1]) != VERSION:
             raise UnsupportedFormat(session_id=self.session_id, path=self.path, found=int(version[1]), known=VERSION)

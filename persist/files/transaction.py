@@ -166,17 +166,18 @@ class Transaction:
         return self._known
 
     def _look(self, start: bytes, size: int) -> Known:
-        known = self._files.known.take(self.session_id)
-        if known is None or known.opening != start:
-            known = self._first_look(start, size)
+        known, behind = self._files.known.take(self.session_id), None
         self._close_journal()
-        self._fd = known.log.open(os.O_RDWR)
-        behind = known.log.first_behind(self._fd, known.tail)
-        if behind is None:
+        if known is not None and known.opening == start:
+            self._fd = known.log.open(os.O_RDWR)
+            behind = known.log.first_behind(self._fd, known.tail)
+        if known is None or behind is None:
             known = self._first_look(start, size)
+            self._close_journal()
+            self._fd = known.log.open(os.O_RDWR)
             known.log.check_opening(self._fd, known.tail)
-        elif behind in journal.NOTHING and known.tail.last:
-            # Who has seen it once has seen all that is behind it: only a power cut leaves zeros before something.
+        elif behind in journal.NOTHING:
+            # Who knows it has seen all that is behind it: only a power cut leaves zeros before something.
             return known
         is_first = not known.tail.last
         changes: list[Change] = []

@@ -61,8 +61,8 @@ TRUSTS_ITS_END = (
 )
 TRUSTS_ITS_SNAPSHOT = (
     "files/transaction.py",
-    "        if known is None or known.opening != start:\n",
-    "        if known is None:\n",
+    "        if known is not None and known.opening == start:\n",
+    "        if known is not None:\n",
 )
 OLD_JOURNAL_GOES_FIRST = (
     "files/publish.py",

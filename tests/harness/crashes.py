@@ -124,7 +124,8 @@ class Recorder:
             raise Killed
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        for name in ("open_plain", "write", "write_at", "sync", "close", "mkdir", "sync_directory", "replace", "unlink"):
+        files = ("open_known", "open_unseen", "write", "write_at", "sync", "close")
+        for name in (*files, "mkdir", "sync_directory", "replace", "unlink"):
             patch.setattr(disk, name, getattr(self, name)(getattr(disk, name)))
         # Of a file that is only appended to, it makes as much durable.
         patch.setattr(disk, "sync_data", self.sync(disk.sync_data))
@@ -132,17 +133,19 @@ class Recorder:
     def _name(self, path: Path) -> str:
         return os.path.relpath(path, self.root)
 
-    def open_plain(self, real: Callable[..., int]) -> Callable[..., int]:
-        def open_plain(path: Path, flags: int) -> int:
+    def open_known(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def open_known(path: Path, flags: int) -> Any:
             name, is_new = self._name(path), not os.path.lexists(path)
-            fd = real(path, flags)
+            answer = real(path, flags)
             if is_new:
                 self._file_of[name] = next(self._next)
                 self.steps.append(Step("create", name, self._file_of[name]))
-            self._open[fd] = (name, self._file_of[name])
-            return fd
+            self._open[answer if type(answer) is int else answer[0]] = (name, self._file_of[name])
+            return answer
 
-        return open_plain
+        return open_known
+
+    open_unseen = open_known
 
     def _file(self, fd: int) -> tuple[str, int]:
         """The name and the number of an open file; one that was opened before has the name that the system knows."""
