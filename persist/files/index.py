@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import msgspec
 
@@ -60,17 +60,17 @@ class Index:
     def __init__(self, body: Body, field: str, wanted: frozenset[bytes]) -> None:
         self.places: dict[bytes, int] = {}
         self._recent: set[int] = set()
-        self._settled = array("q", sorted(map(hash, self._scan(body, field, wanted))))
+        self._settled = array("q", sorted(self._scan(body, field, wanted)))
 
-    def _scan(self, body: Body, field: str, wanted: frozenset[bytes]) -> Iterator[bytes]:
-        place, (start, end) = 0, body.ranges().get(field, (0, 0))
+    def _scan(self, body: Body, field: str, wanted: frozenset[bytes]) -> list[int]:
+        hashes: list[int] = []
+        count, (start, end) = 0, body.ranges().get(field, (0, 0))
         for keys in _keys_in(body.text, start + 2, end - 2):
-            for key in keys:
-                if key is not None:
-                    yield key
-                    if key in wanted:
-                        self.places[key] = place
-                place += 1
+            hashes += map(hash, filter(None, keys))
+            if wanted:
+                self.places |= {key: place for place, key in enumerate(keys, count) if key is not None and key in wanted}
+            count += len(keys)
+        return hashes
 
     @property
     def size_bytes(self) -> int:
@@ -129,6 +129,6 @@ def _keys_in_chunk(chunk: bytes) -> list[bytes | None]:
         raws = [bytes(item.id) for item in _ids_of(b"[" + chunk + b"]")]
     except msgspec.DecodeError:
         return [_key_in(line) for line in chunk.split(b",\n")]
-    if all(raw[:1] == b'"' and b"\\" not in raw for raw in raws):
+    if {raw[:1] for raw in raws} == {b'"'} and b"\\" not in b"".join(raws):
         return list(raws)
     return [_key_in(line) for line in chunk.split(b",\n")]
