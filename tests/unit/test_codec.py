@@ -10,6 +10,7 @@ import enum
 import gc
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -363,7 +364,8 @@ UNREADABLE = [
     ("cut off behind letters of three bytes", '["日本"'.encode(), NOT_JSON, 9),
     ("something after the value", b'{"a":1} x', NOT_JSON, 8),
     ("two values", b"{}{}", NOT_JSON, 2),
-    ("a comma too many", b"[1,]", NOT_JSON, 3),
+    # Python 3.13 takes the comma for what is wrong, and not what should have followed it.
+    ("a comma too many", b"[1,]", NOT_JSON, 2 if sys.version_info >= (3, 13) else 3),
     ("a key without quotes", b"{a:1}", NOT_JSON, 1),
     ("single quotes", b"['a']", NOT_JSON, 1),
     ("a raw control character", b'["a\nb"]', NOT_JSON, 3),
