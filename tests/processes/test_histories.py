@@ -94,6 +94,8 @@ TRUSTS_ITS_END = (("follow(self._fd, known.tail):", "follow(self._fd, known.tail
 OVERTAKEN_IS_EMPTY = (
     (
         "            return self.journal(session_id, found.header.generation).replay(found)\n",
+        # Held open for a moment: else few folds come between.
+        "            __import__('time').sleep(0.001)\n"
         "            from persist.files.journal import Overtaken\n"
         "            with contextlib.suppress(Overtaken):\n"
         "                return self.journal(session_id, found.header.generation).replay(found)\n"

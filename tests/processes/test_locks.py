@@ -472,7 +472,10 @@ def test_waiter_that_is_stopped_stops_nobody(locked: Actor, directory: Path, act
     stopped.process.send_signal(signal.SIGSTOP)
     locked.go()
     locked.result()
-    assert persist.Store(directory, lock_timeout_s=5.0).append("s-1", "log", "behind") == 3
+    behind = actor(lock_timeout_s=DEADLINE_S)
+    behind.start("store.append('s-1', 'log', 'behind')")
+    assert behind._connection.poll(DEADLINE_S / 2), "it waits until its time is over"
+    assert behind.result() == 3
     stopped.process.send_signal(signal.SIGCONT)
     assert stopped.result() == 4
 
