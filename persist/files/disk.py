@@ -143,13 +143,21 @@ def _read_all(fd: int, size: int) -> bytes:
     return content
 
 
-def read_start(path: Path, limit: int) -> tuple[bytes, int]:
-    """Return at most `limit` bytes from the start of a plain file, and its size."""
+Version = tuple[int, int, int]
+"""What changes when a file is written to, or another one takes its name: inode, size, and when it was written."""
+
+
+def read_start(path: Path, limit: int) -> tuple[bytes, Version]:
+    """Return at most `limit` bytes from the start of a plain file, and its version."""
     fd, status = _open(path, os.O_RDONLY)
     try:
-        return _read_all(fd, limit), status.st_size
+        return _read_all(fd, limit), _version(status)
     finally:
         os.close(fd)
+
+
+def _version(status: os.stat_result) -> Version:
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def size_of(fd: int) -> int:
@@ -197,13 +205,9 @@ def bears_name(file: os.stat_result, path: Path) -> bool:
         return False
 
 
-Version = tuple[int, int, int]
-
-
-def version_of(path: Path) -> Version:
-    """What changes when a file is written to, or another one takes its name: inode, size, and when it was written."""
-    status = os.lstat(path)
-    return status.st_ino, status.st_size, status.st_mtime_ns
+def version_of(file: Path | int) -> Version:
+    """The version of a file, by its name or its descriptor."""
+    return _version(os.fstat(file) if isinstance(file, int) else os.lstat(file))
 
 
 def exists(path: Path) -> bool:
@@ -240,6 +244,11 @@ def _write_once_at(fd: int, content: memoryview, position: int) -> int:
         return os.pwrite(fd, content, position)
     os.lseek(fd, position, os.SEEK_SET)
     return os.write(fd, content)
+
+
+def truncate(fd: int, size: int) -> None:
+    """Cut an open file off."""
+    os.ftruncate(fd, size)
 
 
 class SyncFailed(OSError):

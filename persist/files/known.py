@@ -1,7 +1,8 @@
 """What a process remembers of large sessions from one operation to the next, within bounds.
 
 It is validated under the lock, by what is read: the checksums at the beginning of the document, and the last record known of
-the journal. Inode, size and time prove nothing. An operation takes what is known, and gives it back when all has gone well.
+the journal. That inode, size and time of the document are as they were proves nothing; where they are not, it is read whole. An
+operation takes what is known, and gives it back when all has gone well.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from persist.files import disk
 from persist.files.change import Change
 from persist.files.index import Index, keys_of
 from persist.files.journal import Journal, Tail
@@ -28,7 +30,7 @@ class Known:
         opening: the first bytes of its document, which hold the checksums.
         log: its journal.
         tail: the end of its journal, with the head that is valid there.
-        document_bytes: the size of its document.
+        version: that of its document. Where it is another one, somebody has written to it by hand.
         synced: up to which byte this process knows the journal to be durable; 0 if not even the files' names.
         room_end: up to which byte it has been given room.
         indexes: by field, what is known of the lists.
@@ -37,10 +39,14 @@ class Known:
     opening: bytes
     log: Journal
     tail: Tail
-    document_bytes: int
+    version: disk.Version
     synced: int = 0
     room_end: int = 0
     indexes: dict[str, Index] = field(default_factory=dict)
+
+    @property
+    def document_bytes(self) -> int:
+        return self.version[1]
 
     def take(self, changes: Iterable[Change]) -> None:
         """Go on behind changes; the tail has done so before."""

@@ -30,7 +30,7 @@ class Attempt:
 
     Attributes:
         is_visible: whether a rename was done, in this run or an earlier one.
-        snapshot, size_bytes, opening: what was written, its size, and its first bytes.
+        snapshot, version, opening: what was written, the file's version, and its first bytes.
     """
 
     def __init__(self, layout: Layout, session_id: str, header: Header, body: Body) -> None:
@@ -41,7 +41,7 @@ class Attempt:
         self._body = body
         self._before = header
         self.is_visible = False
-        self.size_bytes = 0
+        self.version: disk.Version = (0, 0, 0)
         self.opening = b""
         self.snapshot = Snapshot(header, body, "")
 
@@ -64,7 +64,7 @@ class Attempt:
         if self._header.is_journaled:
             self._header = self._with_free_generation()
         content, checksum = snapshot.to_bytes(self._header, self._body)
-        self.snapshot, self.size_bytes = Snapshot(self._header, self._body, checksum), len(content)
+        self.snapshot = Snapshot(self._header, self._body, checksum)
         self.opening = content[: snapshot.OPENING_BYTES]
         made = [self._paths.temp]
         try:
@@ -72,7 +72,7 @@ class Attempt:
                 made.append(self._journal(self._header.generation))
                 _write_new(made[-1], journal.opening(self._header.generation, checksum))
                 _sync_directory(self._layout.directory, directory)
-            _write_new(self._paths.temp, content)
+            self.version = _write_new(self._paths.temp, content)
         except BaseException:
             _remove(made)
             raise
@@ -118,7 +118,7 @@ def _sync_directory(path: Path, opened: int) -> None:
         raise SyncFailed(error) from error
 
 
-def _write_new(path: Path, content: bytes) -> None:
+def _write_new(path: Path, content: bytes) -> disk.Version:
     fd = _create(path)
     try:
         disk.write(fd, content)
@@ -126,6 +126,7 @@ def _write_new(path: Path, content: bytes) -> None:
             disk.sync(fd)
         except OSError as error:
             raise SyncFailed(error) from error
+        return disk.version_of(fd)
     finally:
         disk.close(fd)
 

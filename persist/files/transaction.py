@@ -16,6 +16,7 @@ commit had become visible, nobody knows what a power cut would leave: `CommitUnk
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -159,20 +160,23 @@ class Transaction:
             self._known = None
         if self._known is None:
             with self._files.looking_at(self.session_id) as path:
-                start, size = disk.read_start(path, snapshot.OPENING_BYTES)
+                start, version = disk.read_start(path, snapshot.OPENING_BYTES)
                 self._is_there = True
                 if snapshot.is_journaled(start):
-                    self._known = self.alone(lambda _: self._look(start, size))
+                    self._known = self.alone(lambda _: self._look(start, version))
         return self._known
 
-    def _look(self, start: bytes, size: int) -> Known:
+    def _look(self, start: bytes, version: disk.Version) -> Known:
         known, behind = self._files.known.take(self.session_id), None
         self._close_journal()
         if known is not None and known.opening == start:
+            if known.version != version:
+                snapshot.read(self._paths.document, self.session_id)  # raises if it was edited
+                known.version = version
             self._fd = known.log.open(os.O_RDWR)
             behind = known.log.first_behind(self._fd, known.tail)
         if known is None or behind is None:
-            known = self._first_look(start, size)
+            known = self._first_look(start, version)
             self._close_journal()
             self._fd = known.log.open(os.O_RDWR)
             known.log.check_opening(self._fd, known.tail)
@@ -190,9 +194,9 @@ class Transaction:
         self._changes = changes if is_first else None
         return known
 
-    def _first_look(self, start: bytes, size: int) -> Known:
+    def _first_look(self, start: bytes, version: disk.Version) -> Known:
         head = snapshot.read_head(self._paths.document, self.session_id)
-        return Known(start, self._files.journal(self.session_id, head.header.generation), Tail.of(head), size)
+        return Known(start, self._files.journal(self.session_id, head.header.generation), Tail.of(head), version)
 
     def index(self, field: str) -> Index:
         """What is known of a list's items. The first time, the session is read for it."""
@@ -284,14 +288,15 @@ class Transaction:
     def _record(
         self, header: Header, small: bytes, counts: Mapping[str, int], changes: tuple[Change, ...], body: Body | None
     ) -> Header:
-        known = self.look()
-        if known is None or known.tail.header.revision + 1 != header.revision:
-            reason = "it was replaced, while its lock was held, by somebody who did not hold that"
-            raise self._failure(CommitFailed, reason, None)
+        known = self._known_before(header)
         if self._must_fold(known) or not self._is_settled(known):
-            header = self._write(header, body or self._whole(header, small, changes)).header
-            self._go_on_with_indexes(known, changes)
-            return header
+            try:
+                header = self._write(header, body or self._whole(header, small, changes)).header
+            except CommitFailed as error:
+                known = self._known_where_it_is_full(known, header, error)
+            else:
+                self._go_on_with_indexes(known, changes)
+                return header
         record = known.tail.record(header, small, counts, changes, known.synced)
         line = journal.encode(record, known.tail.seed)
         if known.document_bytes + known.tail.end + len(line) > codec.MAX_BYTES:
@@ -302,7 +307,7 @@ class Transaction:
         end = known.tail.end
         with self._refusals():
             self._make_room(known, len(line))
-            disk.write_at(self._fd, line, end)
+            self._write_line(line, end)
         self.is_published = True
         try:
             disk.sync_data(self._fd)
@@ -315,6 +320,34 @@ class Transaction:
         known.synced = known.tail.end
         self._known = known
         return header
+
+    def _known_before(self, header: Header) -> Known:
+        """What is known of the session; an error if it is not what that header follows."""
+        known = self.look()
+        if known is None or known.tail.header.revision + 1 != header.revision:
+            reason = "it was replaced, while its lock was held, by somebody who did not hold that"
+            raise self._failure(CommitFailed, reason, None)
+        return known
+
+    def _known_where_it_is_full(self, known: Known, header: Header, error: CommitFailed) -> Known:
+        """Where the disk has no room for a fold, it may have some for a record; else the error."""
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT) and not isinstance(error.__cause__, disk.SyncFailed)
+        if not is_full or self._files.mode == "never" or not known.synced:
+            raise error
+        self._files.known.keep(self.session_id, known)
+        known = self._known_before(header)
+        if known.tail.is_torn:
+            raise error
+        return known
+
+    def _write_line(self, line: bytes, end: int) -> None:
+        try:
+            disk.write_at(self._fd, line, end)
+        except OSError:
+            # So that the next commit need not fold a torn tail away, for which a full disk has no room.
+            with contextlib.suppress(OSError):
+                disk.truncate(self._fd, end)
+            raise
 
     def _make_room(self, known: Known, size_bytes: int) -> None:
         """See to it that a record does not make the journal longer: to write over zeros takes the disk half the time."""
@@ -428,7 +461,7 @@ class Transaction:
         if written.header.is_journaled:
             tail = Tail.of(HeadSnapshot(written.header, body.small, body.counts, written.checksum))
             log = self._files.journal(self.session_id, written.header.generation)
-            self._known = Known(attempt.opening, log, tail, attempt.size_bytes, tail.end)
+            self._known = Known(attempt.opening, log, tail, attempt.version, tail.end)
         return written
 
     def confirm(self) -> None:

@@ -10,6 +10,7 @@ import errno
 import functools
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.faults import Fault, injecting, quick_directory
-from harness.journals import journal_of, line_of, parted, record_of, sealed
+from harness.faults import TORN, Fault, injecting, quick_directory
+from harness.journals import journal_of, line_of, parted, record_of, sealed, traffic
 from harness.verbs import within_deadline
 
 import persist
@@ -343,6 +344,26 @@ def test_newline_in_a_lost_sector_of_its_own_is_a_torn_tail(damaged: History) ->
     assert parted(damaged.path.read_bytes())[1] == []
 
 
+def test_newline_in_a_sector_that_is_lost_with_the_beginning_of_another_record_is_a_torn_tail(damaged: History) -> None:
+    """Two writers died before their syncs, and of the first one's record only the newline stood in the sector that was lost.
+
+    Fails if a whole record is taken for altered where zeros stand in the place of its newline.
+    """
+    content, _ = long_record(damaged, 2 * SECTOR + -len(damaged.content) % SECTOR + 1)
+    opening, lines = parted(content)
+    records = list(map(record_of, lines))
+    last = records[-1]
+    counts = {"messages": last["counts"]["messages"] + 1}
+    behind = last | {"revision": last["revision"] + 1, "synced": 0, "commit": "y" * 900, "counts": counts}
+    both, lost = sealed(opening, [*records, behind]), len(content) - 1
+    assert lost % SECTOR == 0
+    damaged.put(both)
+    assert damaged.store().load("s").revision == max(damaged.states) + 2
+    damaged.put(both[:lost] + bytes(SECTOR) + both[lost + SECTOR :])
+    assert damaged.assert_committed(damaged.store().load("s")) == max(damaged.states)
+    assert damaged.store().head("s").revision == max(damaged.states)
+
+
 def test_zeros_in_a_part_of_a_sector_are_damage(damaged: History) -> None:
     """Less than a sector is not lost by a power cut."""
     content, start = long_record(damaged, 4 * SECTOR)
@@ -536,6 +557,17 @@ def test_accept_of_an_edited_document_keeps_what_its_journal_added(tmp_path: Pat
     assert not list(store.path.glob("*.damaged"))
 
 
+def test_accept_of_a_document_in_which_the_places_are_others_is_refused(tmp_path: Path) -> None:
+    """A message that was added by hand: where the journal's own belongs is not guessed."""
+    store = persist.Store(tmp_path, journal="always")
+    store.create("s", {"messages": [{"id": "a"}]})
+    store.append("s", "messages", {"id": "b"})
+    document = store.path / "s.json"
+    document.write_bytes(document.read_bytes().replace(b'{"id":"a"}', b'{"id":"by hand"},\n{"id":"a"}'))
+    with pytest.raises(persist.CorruptSession, match="does not fit the document as it is"):
+        store.accept("s")
+
+
 HEADERS: dict[str, tuple[bytes, bytes]] = {
     "a checksum": (b'"checksum":"', b'"checksum":"0'),
     "a key": (b'"epoch"', b'"apoch"'),
@@ -600,6 +632,101 @@ def test_copy_of_a_damaged_journal_is_always_whole(damaged: History, monkeypatch
     monkeypatch.undo()
     damaged.store().accept("s")
     assert path.with_name(f"{path.name}.damaged").read_bytes() == spoilt + bytes(damaged.room)
+
+
+# --- edits under a process that knows the session --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", [append_new, append_again, rename, start_stream, fold], ids=lambda verb: verb.__name__)
+def test_process_that_knows_a_session_sees_that_its_document_was_edited(damaged: History, verb: Verb) -> None:
+    """It need not read the document for a commit: but once somebody has written to it, what is there is looked at first.
+
+    Else commits would be acknowledged which nobody could load. Fails without the look at `known.version`.
+    """
+    store = damaged.store()
+    store.append("s", "messages", {"id": "warm"})
+    document, before = damaged.directory / "s.json", damaged.path.read_bytes()
+    edited = document.read_bytes().replace(b"J* hi", b"J* ho")
+    document.write_bytes(edited)
+    with pytest.raises(persist.CorruptSession):
+        verb(store)
+    assert (document.read_bytes(), damaged.path.read_bytes()) == (edited, before)
+
+
+def test_document_that_was_only_touched_is_read_once(damaged: History) -> None:
+    """A backup tool, or `touch`: the document is found to be sound, and is not read again."""
+    store = damaged.store()
+    store.append("s", "messages", {"id": "warm"})
+    os.utime(damaged.directory / "s.json", ns=(1, 1))
+    size = (damaged.directory / "s.json").stat().st_size
+    for number, reads_all in enumerate((True, False)):
+        with traffic() as counted:
+            store.append("s", "messages", {"id": f"after {number}"})
+        assert (counted.read >= size) is reads_all
+
+
+# --- a full disk ----------------------------------------------------------------------------------------------------------
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@pytest.mark.parametrize("error", FULL, ids=errno.errorcode.get)
+def test_fold_that_does_not_fit_on_the_disk_waits(tmp_path: Path, error: int) -> None:
+    """A session can still be written to, and its stream be ended, while there is room for a record: it is folded later.
+
+    Fails if a fold that is refused is the end of its commit.
+    """
+    store = persist.Store(tmp_path, journal="always")
+    store.create("s", {"messages": [{"id": "m1"}]})
+    stream = store.start_stream("s", {"id": "p", "content": "Why?"})
+    store._files.fold_bytes = 1
+    path = journal_of(store)
+    # Documents are written, records go to a place in a file.
+    with injecting(Fault("write", 1, error, is_persistent=True)) as injection:
+        store.append("s", "messages", {"id": "a"})
+        stream.finish({"id": "b", "content": "Because."})
+        assert store.append("s", "messages", {"id": "a"}) == 4
+        with pytest.raises(persist.CommitFailed):
+            store.compact("s")
+    assert injection.hits
+    assert journal_of(store) == path
+    found = persist.Store(tmp_path).load("s")
+    assert [message["id"] for message in found.data["messages"]] == ["m1", "p", "a", "b"]
+    assert found.active_stream_id is None
+    store.append("s", "messages", {"id": "c"})
+    assert journal_of(store) != path
+    assert len(persist.Store(tmp_path).load("s").data["messages"]) == 5
+    assert store.check() == []
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.EROFS], ids=errno.errorcode.get)
+def test_fold_that_fails_otherwise_fails_its_commit(tmp_path: Path, error: int) -> None:
+    """A disk that is broken is not written to in another way."""
+    store = persist.Store(tmp_path, journal="always")
+    store.create("s", {"messages": [{"id": "m1"}]})
+    store.append("s", "messages", {"id": "a"})
+    store._files.fold_bytes = 1
+    with injecting(Fault("write", 1, error, is_persistent=True)), pytest.raises(persist.CommitFailed):
+        store.append("s", "messages", {"id": "b"})
+    assert [message["id"] for message in persist.Store(tmp_path).load("s").data["messages"]] == ["m1", "a"]
+
+
+def test_record_that_did_not_fit_leaves_no_torn_tail(tmp_path: Path) -> None:
+    """A full disk cuts a record off: the next one needs no fold, for which there may be no room either.
+
+    Fails if what was written of the record stays.
+    """
+    store = persist.Store(tmp_path, journal="always")
+    store.create("s", {"messages": [{"id": "m1"}]})
+    store.append("s", "messages", {"id": "a"})
+    path = journal_of(store)
+    before = path.read_bytes()
+    with injecting(Fault("pwrite", 1, TORN, is_persistent=False)), pytest.raises(persist.CommitFailed):
+        store.append("s", "messages", {"id": "b" * 100})
+    assert path.read_bytes() == before
+    with injecting(Fault("write", 1, errno.ENOSPC, is_persistent=True)):
+        persist.Store(tmp_path, journal="always").append("s", "messages", {"id": "c"})
+    assert [message["id"] for message in store.load("s").data["messages"]] == ["m1", "a", "c"]
 
 
 # --- two writers that were cut off ----------------------------------------------------------------------------------------
