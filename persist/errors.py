@@ -147,6 +147,13 @@ class WrongType(PersistError, TypeError):
     got: str
 
 
+def require_flags(**flags: object) -> None:
+    """Raise `WrongType` for an option that is neither True nor False: "false" from a query string, say, is true."""
+    for name, value in flags.items():
+        if type(value) is not bool:
+            raise WrongType(what=name, expected="True or False", got=repr(value))
+
+
 class ReservedField(PersistError, ValueError):
     """A field that belongs to the stream verbs, or to `persist` itself, was changed by hand."""
 

@@ -20,6 +20,7 @@ from persist.errors import (
     Unreadable,
     WrongType,
     conflicts_in,
+    require_flags,
 )
 from persist.files.body import Body
 from persist.files.change import between
@@ -165,6 +166,7 @@ class Session:
         """
         if on_conflict not in get_args(Preference):
             raise WrongType(what="on_conflict", expected=" | ".join(get_args(Preference)), got=repr(on_conflict))
+        require_flags(touch=touch)
         try:
             with conflicts_in(self.id), self._files.transaction(self.id) as tx, self._alone():
                 self._save(tx, touch, on_conflict)

@@ -29,6 +29,7 @@ from persist.errors import (
     UnsupportedFormat,
     WrongType,
     conflicts_in,
+    require_flags,
 )
 from persist.files.body import BULK, HEADER, Body
 from persist.files.directory import Mode
@@ -242,6 +243,7 @@ class Store:
             SessionBusy: a live stream owns it; wait, cancel it, or force.
             LockTimeout, NestedLock, CorruptSession: see the errors.
         """
+        require_flags(force=force)
         streams.delete(self._open_files(), session_id, force=force)
 
     @contextmanager
@@ -260,6 +262,7 @@ class Store:
             SessionNotFound, LockTimeout, NestedLock, CorruptSession: before the block.
             NotJSON, ReservedField, CommitFailed, CommitUnknown: after it; nothing was written, unless it says "unknown".
         """
+        require_flags(touch=touch)
         with self._open_files().transaction(session_id) as tx:
             found = tx.read()
             data = found.body.data()
@@ -290,8 +293,7 @@ class Store:
         """
         if not callable(function):
             raise WrongType(what="function", expected="callable", got=type(function).__name__)
-        if type(head_only) is not bool:
-            raise WrongType(what="head_only", expected="True or False", got=repr(head_only))
+        require_flags(head_only=head_only, touch=touch)
         if if_revision is not None and type(if_revision) is not int:
             raise WrongType(what="if_revision", expected="a revision, or None", got=type(if_revision).__name__)
 
@@ -337,6 +339,7 @@ class Store:
             raise WrongType(what="field", expected="a string", got=type(field).__name__)
         if field in turn.IDLE:
             raise ReservedField(field=field, remedy="Use store.start_stream().")
+        require_flags(touch=touch)
         own = codec.captured(item, (field,))
 
         def add(draft: Draft) -> int:
@@ -382,6 +385,7 @@ class Store:
         Raises:
             SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
+        require_flags(force=force)
         return streams.cancel(self._open_files(), session_id, stream_id, force=force)
 
     def follow(self, session_id: str, stream_id: str, *, after: int = 0) -> Following:
@@ -448,6 +452,7 @@ class Store:
         Raises:
             SweepIncomplete: some sessions could not be looked at; what was cleared is in it.
         """
+        require_flags(every_session=every_session)
         files = self._open_files()
         cleared: list[ClearedStream] = []
         failures: dict[str, Exception] = {}
@@ -512,6 +517,7 @@ class Store:
         Raises:
             SessionNotFound, LockTimeout, NestedLock, CorruptSession, CommitFailed, CommitUnknown: see the errors.
         """
+        require_flags(alone=alone)
         with self._open_files().transaction(session_id) as tx:
             return tx.compact(alone=alone)
 

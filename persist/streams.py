@@ -33,6 +33,7 @@ from persist.errors import (
     StreamLost,
     WrongType,
     conflicts_in,
+    require_flags,
 )
 from persist.files import layout
 from persist.files.events import Ended, Fenced
@@ -354,6 +355,7 @@ class Stream:
         """
         if not events:
             raise WrongType(what="emit()", expected="called with one event or more", got="called with none")
+        require_flags(durable=durable)
         encoded = [codec.encode(codec.captured(event)) for event in events]
         if not self._lease.is_held:
             raise self._lost("it has ended, or this is a forked child")

@@ -583,3 +583,33 @@ def test_an_unknown_commit_stops_all_further_writes_of_its_session(scene: Scene)
         scene.store.append("s", "messages", 1)
     scene.store.create("other")
     persist.Store(scene.store.path).append("s", "messages", 1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store: store.delete("s", force="false"),
+        lambda store: store.cancel("s", "x", force=0),
+        lambda store: store.compact("s", alone="yes"),
+        lambda store: store.append("s", "log", 1, touch=None),
+        lambda store: store.update("s", dict.clear, touch=1),
+        lambda store: store.update("s", dict.clear, head_only="no"),
+        lambda store: store.edit("s", touch="no").__enter__(),
+        lambda store: store.clear_stale_streams(every_session=1),
+        lambda store: store.load("s").save(touch="no"),
+        lambda store: emit(store, durable="no"),
+    ],
+)
+def test_option_that_is_neither_true_nor_false_is_refused(tmp_path: Path, call: Callable[[persist.Store], object]) -> None:
+    """A "false" that came with a query string is true: it must not delete a session."""
+    store = persist.Store(tmp_path)
+    store.create("s", {"messages": [], "log": []})
+    with pytest.raises(persist.WrongType, match="must be True or False"):
+        call(store)
+    found = store.load("s").data
+    assert (found["messages"], found["log"]) == ([], [])
+
+
+def emit(store: persist.Store, **options: Any) -> None:
+    with store.start_stream("s") as stream:
+        stream.emit("x", **options)
