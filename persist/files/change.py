@@ -46,7 +46,6 @@ class Change(msgspec.Struct, frozen=True, omit_defaults=True):
         """Whether it changes items of a list, and not the field as a whole."""
         return not self.is_dropped and isinstance(self.value, msgspec.UnsetType)
 
-
     def count_after(self, count: int) -> int:
         """How many items a list has after a change of its items; raises `DoesNotFit` if that cannot be."""
         if not 0 <= self.at <= self.at + self.remove <= count:

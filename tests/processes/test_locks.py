@@ -424,6 +424,7 @@ def test_fork_goes_on_after_a_descriptor_that_somebody_closed(store: persist.Sto
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the turnstile")
 
+
 def waits_in_turnstile(path: Path) -> bool:
     """Whether somebody waits for a lock file, in its turnstile."""
     fd = os.open(path, os.O_RDWR)
