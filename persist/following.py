@@ -28,8 +28,9 @@ from persist.files.waiting import waking
 
 #: After how much silence it asks whether the owner lives, and how often then.
 LOOK_S = 0.4
-#: How long that question may wait for the session's lock: events that come meanwhile wait with it.
-LOOK_TIMEOUT_S = 0.02
+#: How long that question may wait for the session's lock: events that come meanwhile wait with it. Twice as long each time that
+#: it was too short: who waits for less than the others take before it never comes to its turn.
+LOOK_TIMEOUT_S, LAST_LOOK_TIMEOUT_S = 0.02, 0.64
 
 
 class Cursor:
@@ -44,6 +45,7 @@ class Cursor:
         self.after = after
         self.ended: Ended | None = None
         self._files = files
+        self._look_timeout_s = LOOK_TIMEOUT_S
         self._reader = self._open(after)
         self._first = self._reader.read(until=self._reader.size())
         if self._reader.count < after:
@@ -136,9 +138,11 @@ class Cursor:
     def _ended_unsaid(self) -> Ended | None:
         """How a stream has ended whose end line is not there."""
         try:
-            info = streams.look_at(self._files, self.session_id, lock_timeout_s=LOOK_TIMEOUT_S)
+            info = streams.look_at(self._files, self.session_id, lock_timeout_s=self._look_timeout_s)
+            self._look_timeout_s = LOOK_TIMEOUT_S
         except (LockTimeout, CommitFailed, Unreadable):
             # Somebody works on the session, or there is no descriptor left just now: ask again soon.
+            self._look_timeout_s = min(self._look_timeout_s * 2, LAST_LOOK_TIMEOUT_S)
             self._hush(0.5)
             return None
         except SessionNotFound:

@@ -74,6 +74,10 @@ class HeldFile:
         self._is_locked = True
         return disk.bears_name(self._file, path)
 
+    def unlock_on_close(self) -> None:
+        """It may have been locked by a copy. To close both would do, but for copies that leaked into a child."""
+        self._is_locked = True
+
     def close(self) -> None:
         """Unlock and close, once. In a forked child nothing is left to close."""
         with table:

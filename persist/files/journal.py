@@ -229,11 +229,7 @@ class Journal:
     def check_opening(self, fd: int, tail: Tail) -> None:
         """Raise `Overtaken` if this is the journal of another snapshot, and `UnsupportedFormat` if it is a newer one."""
         expected = opening(tail.header.generation, tail.checksum)
-        try:
-            found = disk.read_at(fd, len(expected), 0)
-        except OSError:
-            disk.require_plain(fd, self.path)
-            raise
+        found = self._read_at(fd, len(expected), 0)
         if found == expected:
             return
         disk.require_plain(fd, self.path)
@@ -242,10 +238,17 @@ class Journal:
             raise UnsupportedFormat(session_id=self.session_id, path=self.path, found=int(version[1]), known=VERSION)
         raise Overtaken
 
+    def _read_at(self, fd: int, limit: int, position: int) -> bytes:
+        try:
+            return disk.read_at(fd, limit, position)
+        except OSError:
+            disk.require_plain(fd, self.path)
+            raise
+
     def first_behind(self, fd: int, tail: Tail) -> bytes | None:
         """The first byte behind a tail; None if the last line of the tail does not stand where it says, and whole."""
         line = b'{"crc":"%b",' % tail.after.encode() if tail.last else opening(tail.header.generation, tail.checksum)
-        if disk.read_at(fd, len(line), tail.last) != line:
+        if self._read_at(fd, len(line), tail.last) != line:
             return None
         around = disk.read_at(fd, 2, tail.end - 1)
         return around[1:] if around[:1] == b"\n" else None

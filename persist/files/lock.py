@@ -172,35 +172,54 @@ def _refuse_nesting(thread: int, session_id: str) -> None:
 
 def _wait(path: Path, session_id: str, deadline: float) -> HeldFile | None:
     """Hold the file, when it is this process's turn; None if it is not until the deadline (`time.monotonic`)."""
+    try:
+        held, is_late = None, time.monotonic() >= deadline
+        while held is None and not is_late:
+            held = _in_turn(path, deadline)
+            is_late = time.monotonic() >= deadline
+        # Once more: it may be free by now, or the queue be stuck.
+        return held or try_hold(path, create=True)
+    except OSError as error:
+        if isinstance(error, PersistError):
+            raise
+        reason = error.strerror or type(error).__name__
+        raise CommitFailed(session_id=session_id, path=path, reason=reason, errno=error.errno) from error
+
+
+def _in_turn(path: Path, deadline: float) -> HeldFile | None:
+    """Hold the file, behind those who wait for it already. None at the deadline, or if the file was removed meanwhile."""
     held = HeldFile()
     try:
-        if held.open(path, os.O_RDWR | os.O_CREAT, in_turn=True) or (other := _wait_for(held, path, deadline)) is held:
+        if held.open(path, os.O_RDWR | os.O_CREAT, in_turn=True):
             return held
+        # One that is locked was removed: who holds it holds up its queue.
+        other = None if held.is_locked else _wait_for(held, path, deadline)
+    except BaseException:
         held.close()
-        return other
-    except BaseException as error:
-        held.close()
-        if isinstance(error, OSError) and not isinstance(error, PersistError):
-            reason = error.strerror or type(error).__name__
-            raise CommitFailed(session_id=session_id, path=path, reason=reason, errno=error.errno) from error
         raise
+    if other is not held:
+        held.close()
+    return other
 
 
 def _wait_for(held: HeldFile, path: Path, deadline: float) -> HeldFile | None:
     """Wait in the queue of processes; where there is none, or while it does not move, poll. Return what holds the file."""
-    place = _place(path, held) if time.monotonic() < deadline and not held.is_locked else None
+    place, is_taken = _place(path, held), False
     pause_s = _POLL_FIRST_S if place is None else PATIENCE_S
-    while (left_s := deadline - time.monotonic()) > 0:
-        if place is None:
-            time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
-        elif place.has_ended(left_s if place.is_next else min(left_s, pause_s)):
-            if place.is_locked and held.take(path):
-                return held
-            place = None
-        if (other := try_hold(path, create=True)) is not None:
-            return other
-        pause_s = min(pause_s * 2, _POLL_LAST_S)
-    return None
+    try:
+        while (left_s := deadline - time.monotonic()) > 0:
+            if place is None:
+                time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
+                pause_s = min(pause_s * 2, _POLL_LAST_S)
+            elif place.has_ended(left_s if place.is_next else min(left_s, pause_s)):
+                is_taken = place.is_locked and held.take(path)
+                return held if is_taken else None
+            if (other := try_hold(path, create=True)) is not None:
+                return other
+        return None
+    finally:
+        if place is not None and not is_taken:
+            place.leave(held)
 
 
 # --- the queue of processes ------------------------------------------------------------------------------------------------
@@ -220,6 +239,7 @@ class _Place:
 
     def __init__(self, path: Path, copy: HeldFile) -> None:
         self.is_next = self.is_locked = False
+        self._is_left = False
         self._path = path
         self._copy = copy
         self._end = threading.Lock()
@@ -242,6 +262,11 @@ class _Place:
         """Wait at most so long until the file is locked, or that has failed."""
         return self._end.acquire(timeout=min(timeout_s, threading.TIMEOUT_MAX))
 
+    def leave(self, held: HeldFile) -> None:
+        """Give up what the thread gets, or has got: of the two, whoever comes to it last unlocks it."""
+        self._is_left = True
+        held.unlock_on_close()
+
     def _run(self) -> None:
         try:
             turnstile.enter(self._copy.fd)
@@ -253,6 +278,8 @@ class _Place:
         finally:
             _queued.discard(self._path)
             self._end.release()
+            if self._is_left:
+                self._copy.unlock_on_close()
             self._copy.close()
 
 
@@ -262,7 +289,10 @@ def _place(path: Path, held: HeldFile) -> _Place | None:
     is_possible = turnstile.IS_THERE and isinstance(_thread.start_new_thread, types.BuiltinFunctionType)
     if not is_possible or path in _queued:
         return None
-    place = _Place(path, held.copy())
+    try:
+        place = _Place(path, held.copy())
+    except OSError:  # too many files are open
+        return None
     return place if place.take() else None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from actors import DEADLINE_S, Actor, eventually
 from conftest import ActorFactory
-from filelock import FileLock, Timeout
+from filelock import FileLock, Timeout, lock_descriptor
 
 import persist
 from persist.files import held, lock, turnstile
@@ -449,20 +449,56 @@ def in_queue(waiter: Actor, path: Path) -> None:
 
 
 @linux_only
-def test_lock_is_left_to_who_waits_for_it(store: persist.Store, session: persist.Session, directory: Path) -> None:
+def test_lock_is_left_to_who_waits_for_it(
+    store: persist.Store, session: persist.Session, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Who has just freed the lock does not take it again while somebody else is in the turnstile: so no one is starved.
 
-    Fails without `in_turn`. Who stays in the turnstile with the lock free is stuck, and is overtaken after a moment.
+    Fails without `in_turn`. Who stays in the turnstile with the lock free is stuck, and is overtaken after a moment; who does
+    not wait at all asks for no turn.
     """
+    queued: list[Path] = []
+    place = lock._place
+
+    def queue(path: Path, file: held.HeldFile) -> object:
+        queued.append(path)
+        return place(path, file)
+
+    monkeypatch.setattr(lock, "_place", queue)
     fd = os.open(directory / "s-1.json.lock", os.O_RDWR)
     try:
         turnstile.enter(fd)
-        with pytest.raises(persist.LockTimeout):
-            persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1)
-        assert store.append("s-1", "log", 1) == 2
+        persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1)
+        assert queued == []
+        store.append("s-1", "log", 1)
+        assert queued == [directory / "s-1.json.lock"]
     finally:
         os.close(fd)
-    assert persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1) == 3
+
+
+@linux_only
+def test_waiter_lets_go_of_a_lock_file_that_was_removed(locked: Actor, directory: Path, actor: ActorFactory) -> None:
+    """It waits for the new file of that name, then; others who wait for the old one must find out, too.
+
+    Fails if what it holds of the old file is kept while it waits for the new one.
+    """
+    path = directory / "s-1.json.lock"
+    old = os.open(path, os.O_RDWR)
+    try:
+        waiter = actor()
+        in_queue(waiter, path)
+        path.unlink()
+        new = held.try_hold(path, create=True)
+        assert new is not None
+        locked.go()
+        locked.result()
+        eventually(lambda: waits_in_turnstile(path))
+        eventually(lambda: lock_descriptor(old, blocking=False))
+        assert not waiter._connection.poll()
+        new.close()
+        assert waiter.result() == 3
+    finally:
+        os.close(old)
 
 
 @linux_only
@@ -494,14 +530,18 @@ def test_waiter_that_is_killed_leaves_the_queue(locked: Actor, directory: Path, 
 
 
 @linux_only
-def test_waiter_that_gave_up_keeps_nothing_that_it_gets_later(locked: Actor, directory: Path, actor: ActorFactory) -> None:
+@pytest.mark.parametrize("fork", ["os.fork", "ctypes.PyDLL(None).fork"], ids=["fork", "fork that Python does not see"])
+def test_waiter_that_gave_up_keeps_nothing_that_it_gets_later(
+    locked: Actor, directory: Path, actor: ActorFactory, fork: str
+) -> None:
     """Its thread cannot be called back from the kernel: it gets the lock when that is free, and lets go of it.
 
-    A child that was forked meanwhile has no part in it. Fails if the copy of the descriptor is not closed in the child.
+    A child that was forked meanwhile has no part in it, whether or not it has closed its copy of the descriptor. Fails if that is
+    closed here, and not unlocked.
     """
     waiter = actor(lock_timeout_s=0.1)
     code = """
-import warnings
+import ctypes, warnings
 from persist.files import lock
 # Python 3.12 says at a fork that there is a thread: here, it is the one that is meant.
 warnings.simplefilter('ignore', DeprecationWarning)
@@ -511,14 +551,14 @@ for n in range(3):
         store.append('s-1', 'log', 1)
     except persist.LockTimeout:
         pass
-child = os.fork()
+child = FORK()
 if child == 0:
     import time
     time.sleep(60)
     os._exit(0)
 child, len(lock._queued), len(os.listdir('/proc/self/fd')) - descriptors
 """
-    child, queued, more_descriptors = waiter.do(code)
+    child, queued, more_descriptors = waiter.do(code.replace("FORK", fork))
     try:
         # One thread, however often it was tried.
         assert (queued, more_descriptors) == (1, 1)
