@@ -61,21 +61,13 @@ class HeldFile:
             # hold a hard link.
             return self._is_locked and disk.bears_name(self._file, path)
 
-    def copy(self) -> HeldFile:
-        """Another descriptor of the same open file: a lock that is taken by one of them is held until both are closed."""
-        copy = HeldFile()
-        with table:
-            copy._fd = os.dup(self._fd)
-            _descriptors.add(copy._fd)
-        return copy
-
     def take(self, path: Path) -> bool:
-        """Take for locked what was locked by a copy; tell whether it still bears its name."""
+        """Take for locked what another thread has locked; tell whether it still bears its name."""
         self._is_locked = True
         return disk.bears_name(self._file, path)
 
     def unlock_on_close(self) -> None:
-        """It may have been locked by a copy. To close both would do, but for copies that leaked into a child."""
+        """Another thread may have locked it."""
         self._is_locked = True
 
     def close(self) -> None:

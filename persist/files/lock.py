@@ -188,111 +188,123 @@ def _wait(path: Path, session_id: str, deadline: float) -> HeldFile | None:
 
 def _in_turn(path: Path, deadline: float) -> HeldFile | None:
     """Hold the file, behind those who wait for it already. None at the deadline, or if the file was removed meanwhile."""
-    held = HeldFile()
+    held, place, found = HeldFile(), None, None
     try:
         if held.open(path, os.O_RDWR | os.O_CREAT, in_turn=True):
-            return held
+            found = held
         # One that is locked was removed: who holds it holds up its queue.
-        other = None if held.is_locked else _wait_for(held, path, deadline)
-    except BaseException:
-        held.close()
-        raise
-    if other is not held:
-        held.close()
-    return other
-
-
-def _wait_for(held: HeldFile, path: Path, deadline: float) -> HeldFile | None:
-    """Wait in the queue of processes; where there is none, or while it does not move, poll. Return what holds the file."""
-    place, is_taken = _place(path, held), False
-    pause_s = _POLL_FIRST_S if place is None else PATIENCE_S
-    try:
-        while (left_s := deadline - time.monotonic()) > 0:
-            if place is None:
-                time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
-                pause_s = min(pause_s * 2, _POLL_LAST_S)
-            elif place.has_ended(left_s if place.is_next else min(left_s, pause_s)):
-                is_taken = place.is_locked and held.take(path)
-                return held if is_taken else None
-            if (other := try_hold(path, create=True)) is not None:
-                return other
-        return None
+        elif not held.is_locked:
+            place = _place(path, held)
+            found = _poll(path, deadline) if place is None else place.wait(deadline)
+        return found
     finally:
-        if place is not None and not is_taken:
-            place.leave(held)
+        if place is not None and found is not place.file:
+            place.leave()
+        if found is not held and (place is None or place.file is not held):
+            held.close()
+
+
+def _poll(path: Path, deadline: float) -> HeldFile | None:
+    """Hold the file as soon as a look finds it free; None at the deadline."""
+    pause_s = _POLL_FIRST_S
+    while (left_s := deadline - time.monotonic()) > 0:
+        time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
+        if (held := try_hold(path, create=True)) is not None:
+            return held
+        pause_s = min(pause_s * 2, _POLL_LAST_S)
+    return None
 
 
 # --- the queue of processes ------------------------------------------------------------------------------------------------
 
-#: Files that a thread of this process waits for in the kernel, where nothing can call it back. There is one for each at most:
-#: who finds that of a caller who has given up polls.
-_queued: set[Path] = set()
-
 
 class _Place:
-    """A place in the queue: a thread that sleeps in the kernel. If nobody waits for it any more, it gives up what it gets.
+    """A place in the queue: a thread that sleeps in the kernel, where nothing can call it back.
+
+    Who gives up leaves it to the next caller of this process who waits for that file; what it gets before, it gives up.
 
     Attributes:
-        is_next: it is at the head of the queue.
-        is_locked: the file is locked.
+        file: the file, open; whoever waits takes it when it is locked.
     """
 
-    def __init__(self, path: Path, copy: HeldFile) -> None:
-        self.is_next = self.is_locked = False
-        self._is_left = False
+    def __init__(self, path: Path, file: HeldFile) -> None:
+        self.file = file
         self._path = path
-        self._copy = copy
+        self._is_next = self._is_locked = self._has_ended = self._is_left = False
         self._end = threading.Lock()
+        self._end.acquire()
 
     def take(self) -> bool:
         """Start the thread, if that is possible."""
-        self._end.acquire()
-        _queued.add(self._path)
+        _places[self._path] = self
         try:
             # Costs half of what a `threading.Thread` does, which is made to be waited for.
             _thread.start_new_thread(self._run, ())
         except BaseException as error:
-            _queued.discard(self._path)
+            _places.pop(self._path, None)
             if isinstance(error, RuntimeError):  # too many threads, or the interpreter ends
                 return False
             raise
         return True
 
-    def has_ended(self, timeout_s: float) -> bool:
-        """Wait at most so long until the file is locked, or that has failed."""
-        return self._end.acquire(timeout=min(timeout_s, threading.TIMEOUT_MAX))
+    def take_over(self) -> None:
+        """Wait where somebody has given up."""
+        self._is_left = False
 
-    def leave(self, held: HeldFile) -> None:
-        """Give up what the thread gets, or has got: of the two, whoever comes to it last unlocks it."""
-        self._is_left = True
-        held.unlock_on_close()
+    def wait(self, deadline: float) -> HeldFile | None:
+        """Wait until the file is locked; while the queue does not move, look now and then whether it is free all the same."""
+        while (left_s := deadline - time.monotonic()) > 0:
+            timeout_s = min(left_s, threading.TIMEOUT_MAX if self._is_next else PATIENCE_S)
+            if self._end.acquire(timeout=timeout_s):
+                return self.file if self._is_locked and self.file.take(self._path) else None
+            if not self._is_next and (other := try_hold(self._path, create=True)) is not None:
+                return other
+        return None
+
+    def leave(self) -> None:
+        """Give up; the thread goes on to wait."""
+        with table:
+            self._is_left = True
+            if self._has_ended:
+                self._give_back()
 
     def _run(self) -> None:
+        is_locked = False
         try:
-            turnstile.enter(self._copy.fd)
-            self.is_next = True
-            turnstile.lock(self._copy.fd)
-            self.is_locked = True
+            turnstile.enter(self.file.fd)
+            self._is_next = True
+            turnstile.lock(self.file.fd)
+            is_locked = True
         except OSError:
             pass  # the one who waits for it polls, and says what is wrong
         finally:
-            _queued.discard(self._path)
+            with table:
+                _places.pop(self._path, None)
+                self._is_locked, self._has_ended = is_locked, True
+                if self._is_left:
+                    self._give_back()
             self._end.release()
-            if self._is_left:
-                self._copy.unlock_on_close()
-            self._copy.close()
+
+    def _give_back(self) -> None:
+        # To close it would do, but for copies that leaked into a child.
+        self.file.unlock_on_close()
+        self.file.close()
+
+
+#: The places that this process has in queues.
+_places: dict[Path, _Place] = {}
 
 
 def _place(path: Path, held: HeldFile) -> _Place | None:
-    """A place in the queue for a file that is open; None if there is none."""
+    """A place in the queue for a file that is open: that of a caller who gave up, or a new one; None if there can be none."""
+    with table:
+        if (left := _places.get(path)) is not None:
+            left.take_over()
+            return left
     # gevent and eventlet put something of theirs there, which would let nobody else run.
-    is_possible = turnstile.IS_THERE and isinstance(_thread.start_new_thread, types.BuiltinFunctionType)
-    if not is_possible or path in _queued:
+    if not turnstile.IS_THERE or not isinstance(_thread.start_new_thread, types.BuiltinFunctionType):
         return None
-    try:
-        place = _Place(path, held.copy())
-    except OSError:  # too many files are open
-        return None
+    place = _Place(path, held)
     return place if place.take() else None
 
 
@@ -326,7 +338,7 @@ def _forget_in_child() -> None:
     _mutexes.clear()
     _kept.clear()
     _turn_of.clear()
-    _queued.clear()
+    _places.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -556,7 +556,7 @@ if child == 0:
     import time
     time.sleep(60)
     os._exit(0)
-child, len(lock._queued), len(os.listdir('/proc/self/fd')) - descriptors
+child, len(lock._places), len(os.listdir('/proc/self/fd')) - descriptors
 """
     child, queued, more_descriptors = waiter.do(code.replace("FORK", fork))
     try:
@@ -565,7 +565,7 @@ child, len(lock._queued), len(os.listdir('/proc/self/fd')) - descriptors
         locked.go()
         locked.result()
         assert persist.Store(directory, lock_timeout_s=5.0).append("s-1", "log", 1) == 3
-        eventually(lambda: waiter.do("len(lock._queued), len(os.listdir('/proc/self/fd')) - descriptors") == (0, 0))
+        eventually(lambda: waiter.do("len(lock._places), len(os.listdir('/proc/self/fd')) - descriptors") == (0, 0))
         assert waiter.do("store.append('s-1', 'log', 2)") == 4
         persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 3)
     finally:
