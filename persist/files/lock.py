@@ -31,6 +31,8 @@ _POLL_FIRST_S = 0.0002
 _POLL_LAST_S = 0.001
 #: For so long a place in the queue is all that is waited for: the process at its head may be stopped (a paused container).
 PATIENCE_S = 0.05
+#: As long as the kernel takes to wake those who sleep before the turnstile: who has just left it must not be there before them.
+MODESTY_S = 0.0002
 
 
 class Turn:
@@ -271,6 +273,7 @@ class _Place:
     def _run(self) -> None:
         is_locked = False
         try:
+            time.sleep(MODESTY_S)
             turnstile.enter(self.file.fd)
             self._is_next = True
             turnstile.lock(self.file.fd)

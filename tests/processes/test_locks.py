@@ -536,8 +536,8 @@ def test_waiter_that_gave_up_keeps_nothing_that_it_gets_later(
 ) -> None:
     """Its thread cannot be called back from the kernel: it gets the lock when that is free, and lets go of it.
 
-    A child that was forked meanwhile has no part in it, whether or not it has closed its copy of the descriptor. Fails if that is
-    closed here, and not unlocked.
+    A child that was forked meanwhile has no part in it, whether or not it has closed its copy of the descriptor. Fails if that
+    is closed here, and not unlocked.
     """
     waiter = actor(lock_timeout_s=0.1)
     code = """
