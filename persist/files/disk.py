@@ -62,7 +62,7 @@ def open_unseen(path: Path, flags: int) -> int:
     """Open a file that is there, without looking whether it is a plain one: its content says so, or `require_plain`.
 
     Who looks at a file's times makes the next write to it set new ones that differ (Linux 6.13, multigrain timestamps): for
-    ext4 one more write, which took an fdatasync from 95 to 140 µs. So between two records nobody looks.
+    ext4 one more write at its fdatasync. So between two records nobody looks.
     """
     return _descriptor(path, flags)
 

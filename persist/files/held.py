@@ -93,16 +93,13 @@ class HeldFile:
             self.close()
 
 
-def try_hold(
-    path: Path, *, create: bool, exclusive: bool = False, append: bool = False, in_turn: bool = False
-) -> HeldFile | None:
+def try_hold(path: Path, *, create: bool, exclusive: bool = False, append: bool = False) -> HeldFile | None:
     """Open and lock a file, without waiting.
 
     Args:
         create: make the file if it is missing; else a missing file raises `FileNotFoundError`.
         exclusive: with `create`, a file that exists raises `FileExistsError`.
         append: what is written goes to the end of the file, wherever that is by then.
-        in_turn: leave it to those who wait for it in its turnstile, if there are any.
 
     Returns:
         The held file, or None if somebody else holds it, or if its holder removed it in the meantime.
@@ -110,7 +107,7 @@ def try_hold(
     held = HeldFile()
     flags = os.O_RDWR | (os.O_CREAT if create else 0) | (os.O_EXCL if exclusive else 0) | (os.O_APPEND if append else 0)
     try:
-        if held.open(path, flags, in_turn=in_turn):
+        if held.open(path, flags):
             return held
     except BaseException:
         held.close()

@@ -258,7 +258,9 @@ class _Place:
         while (left_s := deadline - time.monotonic()) > 0:
             timeout_s = min(left_s, threading.TIMEOUT_MAX if self._is_next else PATIENCE_S)
             if self._end.acquire(timeout=timeout_s):
-                return self.file if self._is_locked and self.file.take(self._path) else None
+                if not self._is_locked:
+                    return _poll(self._path, deadline)
+                return self.file if self.file.take(self._path) else None
             if not self._is_next and (other := try_hold(self._path, create=True)) is not None:
                 return other
         return None

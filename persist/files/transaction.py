@@ -350,7 +350,7 @@ class Transaction:
             raise
 
     def _make_room(self, known: Known, size_bytes: int) -> None:
-        """See to it that a record does not make the journal longer: to write over zeros takes the disk half the time."""
+        """See to it that a record does not make the journal longer: to write over zeros costs the disk less."""
         room = self._files.room_bytes
         end = known.tail.end + size_bytes
         if end <= known.room_end or not size_bytes <= room <= known.tail.end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -592,3 +593,21 @@ def test_who_cannot_queue_polls(locked: Actor, directory: Path, actor: ActorFact
     assert not poller._connection.poll(0.1)
     locked.go()
     assert poller.result() == 3
+
+
+@linux_only
+def test_who_polls_where_the_kernel_refuses_a_place(
+    store: persist.Store, session: persist.Session, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system without such locks: it is asked for a place once, and not again and again."""
+    asked = []
+
+    def refuse(_fd: int) -> None:
+        asked.append(True)
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr(turnstile, "enter", refuse)
+    with FileLock(directory / "s-1.json.lock", fallback_to_soft=False), pytest.raises(persist.LockTimeout):
+        persist.Store(directory, lock_timeout_s=0.1).append("s-1", "log", 1)
+    assert len(asked) == 1
+    assert store.append("s-1", "log", 1) == 2
