@@ -17,7 +17,7 @@ import marshal
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from itertools import chain, compress, islice, repeat
@@ -40,6 +40,8 @@ _SAFE_BITS = 14_000
 MANY = 64
 
 _encode = msgspec.json.Encoder().encode
+_encode_lines = msgspec.json.Encoder().encode_lines
+_encode_lines = msgspec.json.Encoder().encode_lines
 _decode = msgspec.json.Decoder().decode
 
 
@@ -89,24 +91,63 @@ def captured(value: Any, path: ValuePath = ()) -> Any:
     return copy
 
 
-def encode_at_once(data: dict[str, Any], known: Mapping[str, Any], parts: Sequence[Iterable[Any]]) -> list[list[bytes]] | None:
-    """Encode each value of each part, checked, all as they are at one instant.
+def encode_at_once(
+    data: dict[str, Any],
+    known: Mapping[str, Any],
+    values: Iterable[Any],
+    lists: Collection[list[Any]],
+    likes: Iterable[Sequence[bytes]],
+) -> tuple[list[bytes], list[tuple[int, list[bytes]]]] | None:
+    """Encode values one by one, and lists as one item a line, checked, all as they are at one instant.
 
     Args:
         data: what other threads may change meanwhile.
-        known: a copy of it, which the parts were taken from.
-        parts: together all the values of `known`; in place of a list also its items.
+        known: a copy of it, which `values` and `lists` were taken from; together they are all that it holds.
+        likes: of each list, the lines of an earlier state, from here. What is still the same is the same object then: new
+            memory for megabytes costs as much as to encode them.
 
     Returns:
-        The encoded values, part by part. None if `data` is no longer like `known`, or holds something unusual: `captured`
-        can do that, or says what is wrong.
+        The encoded values; and of each list its length and its lines, each with its newline, `MANY` a piece. None if `data` is
+        no longer like `known`, or holds something unusual: `captured` can do that, or says what is wrong.
     """
     look, keys = _Look(data), list[str]()
-    encoded: list[list[bytes]] = []
-    if not look.take(partial(keys.extend, data), partial(encoded.extend, map(list, map(map, repeat(_encode), parts)))):
+    encoded, counts, pieces = list[bytes](), list[int](), list[list[bytes]]()
+    pairs = list(zip(lists, likes, strict=True))
+    steps = (
+        partial(keys.extend, data),
+        partial(encoded.extend, map(_encode, values)),
+        partial(counts.extend, map(len, lists)),
+        partial(pieces.extend, map(list, [_new_lines(items, like) for items, like in pairs])),
+    )
+    if not look.take(*steps):
         return None
     is_known = keys == list(known) and all(map(operator.is_, look.values[0], known.values()))
-    return encoded if is_known and look.has_exact_numbers() else None
+    if not is_known or not look.has_exact_numbers():
+        return None
+    found = zip(counts, pieces, pairs, strict=True)
+    return encoded, [(count, _whole_pieces(count, each, like)) for count, each, (_, like) in found]
+
+
+def _new_lines(items: list[Any], like: Sequence[bytes]) -> Iterator[bytes]:
+    """The lines of a list as it is when it is asked for, `MANY` a piece: of each, what follows the piece in `like`, if that
+    is its beginning. Runs no bytecode then.
+    """
+    starts = range(0, max(len(items), 1), MANY)
+    # The last one is open, for what is added until then.
+    slices: Iterator[slice] = map(slice, starts, chain(starts[1:], (None,)))
+    return map(bytes.removeprefix, map(_encode_lines, map(items.__getitem__, slices)), chain(like, repeat(b"")))
+
+
+def _whole_pieces(count: int, pieces: list[bytes], like: Sequence[bytes]) -> list[bytes]:
+    """The pieces of so many lines, of those that `_new_lines` has given."""
+    whole = []
+    for number, (piece, before) in enumerate(zip(pieces, chain(like, repeat(b"")), strict=False)):
+        rest = max(count - number * MANY, 0)
+        lines = rest if number == len(pieces) - 1 else min(rest, MANY)
+        if lines:
+            # Where it is not what follows, it has all of the lines.
+            whole.append(piece if piece.count(b"\n") == lines else before + piece if piece else before)
+    return whole
 
 
 def _count_exact(container: Any) -> int:

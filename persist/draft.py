@@ -106,7 +106,7 @@ class _Sparse:
     @cached_property
     def _fields(self) -> Data:
         """The small fields of the committed revision."""
-        return Body.assembled(self._known.tail.small, {}, {}).fields()
+        return Body(self._known.tail.small, {}).fields()
 
     @cached_property
     def active_stream_id(self) -> Any:

@@ -176,7 +176,7 @@ class Session:
     def _save(self, tx: Transaction, touch: bool, prefer: Preference) -> None:
         there = self._same_incarnation(tx.read(self._base if self._known.attempt is None else None))
         self._recognise(there)
-        mine = Body.of(self.data)
+        mine = Body.of(self.data, self._base.body)
         turn.refuse_changed_stream_fields(self._base.body.fields(), mine.fields())
         merged = self._merged(mine, there, prefer)
         self._refuse_removal(there, merged)
@@ -361,7 +361,7 @@ def _has_marks(data: dict[str, Any], owner: StreamOwner) -> bool:
 
 def _is_unchanged(base: Body, mine: Body) -> bool:
     # What others committed is patched into `data` in place: the same keys may then stand there in another order.
-    return base == mine or (base.size == mine.size and same(base.data(), mine.data()))
+    return base == mine or (base.size_bytes == mine.size_bytes and same(base.data(), mine.data()))
 
 
 def _merge_data(

@@ -6,16 +6,16 @@ items, and are those of the moment when the change is applied, after the changes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
 
 from persist import codec
-from persist.files.body import BULK, PIECE_BYTES, Body
+from persist.files.body import BULK, Body
+from persist.files.lines import Lines, differing
 from persist.merge import align
 
-_SEPARATOR = b",\n"
 #: Where more than this differs between the first change and the last one, the lines between them are compared, too.
 _ONE_SPLICE_BYTES = 16 * 1024
 
@@ -82,12 +82,7 @@ class Bulk:
     """The bulk of a body, to be changed."""
 
     def __init__(self, body: Body) -> None:
-        bulk = memoryview(body.text)
-        self._fields: dict[str, _Lines | bytes] = {}
-        for name, (start, end) in body.ranges().items():
-            count = body.counts.get(name)
-            # Between the brackets, each with its end of a line.
-            self._fields[name] = bytes(bulk[start:end]) if count is None else _Lines(bulk[start + 2 : end - 2], count)
+        self._fields = {name: _Items(value) if isinstance(value, Lines) else value for name, value in body.bulk.items()}
 
     def apply(self, change: Change) -> None:
         """Make a change; raise `DoesNotFit` if that cannot be."""
@@ -97,24 +92,22 @@ class Bulk:
             self._fields.pop(change.field, None)
         elif not isinstance(change.value, msgspec.UnsetType):
             value = bytes(change.value)
-            self._fields[change.field] = _Lines.of(value) if value.startswith(b"[") else value
+            self._fields[change.field] = _Items.of(value) if value.startswith(b"[") else value
         else:
-            lines = self._fields.setdefault(change.field, _Lines(memoryview(b""), 0))
-            if isinstance(lines, bytes):
+            items = self._fields.setdefault(change.field, _Items(Lines(0)))
+            if isinstance(items, bytes):
                 raise DoesNotFit(change.field)
-            lines.apply(change)
+            items.apply(change)
 
     @property
     def counts(self) -> dict[str, int]:
         """How many items each list has."""
-        return {name: len(lines) for name, lines in self._fields.items() if isinstance(lines, _Lines)}
+        return {name: len(items) for name, items in self._fields.items() if isinstance(items, _Items)}
 
     def body(self, small: bytes) -> Body:
         """The whole, with these small fields."""
-        pieces: dict[str, list[bytes | memoryview]] = {
-            name: [lines] if isinstance(lines, bytes) else lines.pieces() for name, lines in self._fields.items()
-        }
-        return Body.assembled(small, pieces, self.counts)
+        found = {name: value.lines() if isinstance(value, _Items) else value for name, value in self._fields.items()}
+        return Body(small, {name: found[name] for name in BULK if name in found})
 
 
 def apply_to_data(data: dict[str, Any], change: Change) -> None:
@@ -130,43 +123,36 @@ def apply_to_data(data: dict[str, Any], change: Change) -> None:
         items[change.at : change.at + change.remove] = [codec.decode(bytes(item)) for item in change.insert]
 
 
-class _Lines:
-    """The items of a list. Nearly all changes are made at its end: what stands before that is left in one piece."""
+class _Items:
+    """The items of a list. Nearly all changes are made at its end: what stands before that is left as it is."""
 
-    def __init__(self, front: memoryview, count: int) -> None:
+    def __init__(self, front: Lines) -> None:
         self._front = front
-        self._count = count
         self._back: list[bytes] = []
 
     @classmethod
-    def of(cls, value: bytes) -> _Lines:
+    def of(cls, value: bytes) -> _Items:
         """A list whose JSON need not have one item a line."""
-        lines = cls(memoryview(b""), 0)
-        lines._back = [codec.encode(item) for item in codec.decode(value)]
-        return lines
+        items = cls(Lines(0))
+        items._back = [codec.encode(item) for item in codec.decode(value)]
+        return items
 
     def __len__(self) -> int:
-        return self._count + len(self._back)
+        return self._front.count + len(self._back)
 
     def apply(self, change: Change) -> None:
         change.count_after(len(self))
-        if change.at < self._count:
-            self._back[:0] = bytes(self._front).split(_SEPARATOR)
-            self._count = 0
-        place = change.at - self._count
+        if change.at < self._front.count:
+            self._back[:0] = self._front.items()
+            self._front = Lines(0)
+        place = change.at - self._front.count
         if isinstance(change.mark, msgspec.UnsetType):
             self._back[place : place + change.remove] = map(bytes, change.insert)
         else:
             self._back[place : place + 1] = [_with_mark(self._back[place : place + 1], change.mark)]
 
-    def pieces(self) -> list[bytes | memoryview]:
-        """What its JSON consists of."""
-        if not len(self):
-            return [b"[]"]
-        back = _SEPARATOR.join(self._back)
-        if not self._count:
-            return [b"[\n", back, b"\n]"]
-        return [b"[\n", self._front, _SEPARATOR if back else b"", back, b"\n]"]
+    def lines(self) -> Lines:
+        return self._front.with_more(self._back)
 
 
 def _with_mark(found: list[bytes], mark: msgspec.Raw) -> bytes:
@@ -188,69 +174,27 @@ def applied(body: Body, small: bytes, changes: Iterable[Change]) -> Body:
 
 
 def between(before: Body, after: Body) -> tuple[Change, ...]:
-    """The changes that make one body's bulk the other's. Costs two passes of memcmp, and then what the change weighs."""
-    if before.has_bulk_of(after):
-        return ()
-    old, new = before.ranges(), after.ranges()
+    """The changes that make one body's bulk the other's. Costs about a pass of memcmp, and then what the change weighs."""
     changes: list[Change] = []
     for name in BULK:
-        if name in new and name in old and name in before.counts and name in after.counts:
-            changes += _splices(name, _Items(before, name, *old[name]), _Items(after, name, *new[name]))
-        elif name not in new:
-            changes += [Change(name, is_dropped=True)] if name in old else []
-        elif name not in old or before.text[slice(*old[name])] != after.text[slice(*new[name])]:
-            value = after.text[slice(*new[name])]
-            changes.append(Change(name, value=msgspec.Raw(value.replace(b"\n", b"") if name in after.counts else value)))
+        old, new = before.bulk.get(name), after.bulk.get(name)
+        if isinstance(old, Lines) and isinstance(new, Lines):
+            changes += _splices(name, old, new)
+        elif new is None:
+            changes += [Change(name, is_dropped=True)] if old is not None else []
+        elif old != new:
+            value = b"".join(new.in_document()).replace(b"\n", b"") if isinstance(new, Lines) else new
+            changes.append(Change(name, value=msgspec.Raw(value)))
     return tuple(changes)
 
 
-class _Items:
-    """The items of a list, where they stand in a text. Positions count from the first one's beginning; nothing is copied."""
-
-    def __init__(self, body: Body, name: str, start: int, end: int) -> None:
-        self.count = body.counts[name]
-        self._text = body.text
-        self._start = start + 2 if self.count else start
-        self.size = end - 2 - self._start if self.count else 0
-
-    def text(self, start: int, end: int) -> bytes:
-        return self._text[self._start + start : self._start + end]
-
-    def has(self, text: bytes, at: int) -> bool:
-        return at + len(text) <= self.size and self._text.startswith(text, self._start + at)
-
-    def line_at(self, position: int) -> int:
-        """Where the line begins that a position is in."""
-        return max(self._text.rfind(b"\n", self._start, self._start + position) + 1 - self._start, 0)
-
-    def line_from(self, position: int) -> int:
-        """Where the first line begins at or behind a position."""
-        if position == 0 or self._text.startswith(b"\n", self._start + position - 1):
-            return position
-        found = self._text.find(b"\n", self._start + position, self._start + self.size)
-        return self.size if found < 0 else found + 1 - self._start
-
-    def place(self, position: int) -> int:
-        """How many items stand before a line."""
-        if position >= self.size:
-            return self.count
-        if position < self.size // 2:
-            return self._text.count(b"\n", self._start, self._start + position)
-        return self.count - 1 - self._text.count(b"\n", self._start + position, self._start + self.size)
-
-    def lines(self, start: int, end: int) -> list[bytes]:
-        text = self.text(start, end).removesuffix(_SEPARATOR)
-        return text.split(_SEPARATOR) if text else []
-
-
-def _splices(field: str, old: _Items, new: _Items) -> Iterator[Change]:
+def _splices(field: str, old: Lines, new: Lines) -> Iterator[Change]:
     """From the last one to the first, so that the positions of those to come stay as they are."""
-    start = _first_difference(old, new)
-    end = _common_end(old, new, start)
-    removed, added = old.lines(start, old.size - end), new.lines(start, new.size - end)
-    first = old.place(start)
+    before, after = old.rests(new)
+    lead, removed, added = differing(before, after)
     if not removed and not added:
         return
+    first = old.count - before.count(b"\n") + lead
     if sum(map(len, removed)) <= _ONE_SPLICE_BYTES or not added:
         yield inserted(field, first, *added, remove=len(removed))
         return
@@ -259,38 +203,3 @@ def _splices(field: str, old: _Items, new: _Items) -> Iterator[Change]:
         if i - p > 1 or j - q > 1:
             yield inserted(field, first + p + 1, *added[q + 1 : j], remove=i - p - 1)
         i, j = p, q
-
-
-def _first_difference(old: _Items, new: _Items) -> int:
-    """Where the first line begins that is not the same; behind the separator, if one list is the beginning of the other."""
-    same = _same_bytes(min(old.size, new.size), lambda at, size: new.has(old.text(at, at + size), at))
-    for one, other in ((old, new), (new, old)):
-        if same == one.size and (other.has(_SEPARATOR, same) or same == other.size or not same):
-            return same + len(_SEPARATOR) if 0 < same < other.size else same
-    return old.line_at(same)
-
-
-def _common_end(old: _Items, new: _Items, start: int) -> int:
-    """How many bytes behind `start` are the same at the end, in whole lines of both."""
-    rest = min(old.size, new.size) - start
-    if rest <= 0:
-        return 0
-
-    def has(at: int, size: int) -> bool:
-        return new.has(old.text(old.size - at - size, old.size - at), new.size - at - size)
-
-    same = _same_bytes(rest, has)
-    return max(min(items.size - items.line_from(items.size - same) for items in (old, new)), 0)
-
-
-def _same_bytes(limit: int, has: Callable[[int, int], bool]) -> int:
-    """How many bytes are the same: looked for piece by piece, and in the first piece that is not, by halves."""
-    at = 0
-    while at < limit and has(at, min(PIECE_BYTES, limit - at)):
-        at += min(PIECE_BYTES, limit - at)
-    size = min(PIECE_BYTES, limit - at)
-    while size:
-        size //= 2
-        while size and at + size <= limit and has(at, size):
-            at += size
-    return at

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable
 
 import msgspec
 
 from persist import codec
 from persist.files.body import Body
 from persist.files.change import Change
+from persist.files.lines import SEPARATOR, Lines
 from persist.files.snapshot import StreamOwner
 
 _CHUNK_BYTES = 1024 * 1024
@@ -64,8 +64,8 @@ class Index:
 
     def _scan(self, body: Body, field: str, wanted: frozenset[bytes]) -> list[int]:
         hashes: list[int] = []
-        count, (start, end) = 0, body.ranges().get(field, (0, 0))
-        for keys in _keys_in(body.text, start + 2, end - 2):
+        count, lines = 0, body.bulk.get(field)
+        for keys in map(_keys_in, lines.pieces(_CHUNK_BYTES) if isinstance(lines, Lines) else ()):
             hashes += map(hash, filter(None, keys))
             if wanted:
                 self.places |= {key: place for place, key in enumerate(keys, count) if key is not None and key in wanted}
@@ -115,20 +115,13 @@ def moved(places: dict[bytes, int], change: Change, keys: list[bytes | None], wa
     return after
 
 
-def _keys_in(text: bytes, start: int, end: int) -> Iterable[list[bytes | None]]:
-    """The ids of the items of a list, some thousands at a time."""
-    while start < end:
-        stop = text.find(b",\n", min(start + _CHUNK_BYTES, end), end)
-        stop = end if stop < 0 else stop
-        yield _keys_in_chunk(text[start:stop])
-        start = stop + 2
-
-
-def _keys_in_chunk(chunk: bytes) -> list[bytes | None]:
+def _keys_in(lines: bytes) -> list[bytes | None]:
+    """The ids of items."""
+    items = lines.removesuffix(SEPARATOR)
     try:
-        raws = [bytes(item.id) for item in _ids_of(b"[" + chunk + b"]")]
+        raws = [bytes(item.id) for item in _ids_of(b"[" + items + b"]")]
     except msgspec.DecodeError:
-        return [_key_in(line) for line in chunk.split(b",\n")]
+        return [_key_in(line) for line in items.split(SEPARATOR)]
     if {raw[:1] for raw in raws} == {b'"'} and b"\\" not in b"".join(raws):
         return list(raws)
-    return [_key_in(line) for line in chunk.split(b",\n")]
+    return [_key_in(line) for line in items.split(SEPARATOR)]

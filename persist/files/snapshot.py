@@ -51,7 +51,6 @@ _SHAPE = re.compile(rb'\{"_persist":\{"format":([12]),"checksum":"([0-9a-f]{32})
 #: So many bytes of a document hold its checksums: they tell it from any other.
 OPENING_BYTES = _HEAD_CHECKED_FROM
 _FORMAT = re.compile(rb'\{"_persist":\{"format":(\d{1,9})[,}]')
-_BULK_STARTS = (*(b'"%s":' % name.encode() for name in BULK), b"}\n")
 _FIRST_READ_BYTES = 4096
 # From here on, a thread costs less than it saves.
 _LARGE_BYTES = 256 * 1024
@@ -154,7 +153,7 @@ class HeadSnapshot:
     @property
     def fields(self) -> dict[str, Any]:
         """A fresh copy of the small fields."""
-        return Body.assembled(self.small, {}, {}).fields()
+        return Body(self.small, {}).fields()
 
     @property
     def active_stream_id(self) -> Any:
@@ -170,10 +169,10 @@ def to_bytes(header: Header, body: Body) -> tuple[bytes, str]:
     line = b'"' + _header_rest(header, body) + (b"\n" if body.is_empty else b",\n")
     head_checksum = _digest(line[1:], body.head)
     checked = _MIDDLE + head_checksum + line + body.head
-    bulk = memoryview(body.text)[body.start :]
-    checksum = _digest(checked, bulk)
+    bulk = body.bulk_in_document()
+    checksum = _digest(checked, *bulk)
     opening = _OPENING % (JOURNALED if header.is_journaled else WHOLE)
-    return b"".join([opening, checksum, b'"', checked, bulk]), checksum.decode()
+    return b"".join([opening, checksum, b'"', checked, *bulk]), checksum.decode()
 
 
 def _digest(*pieces: bytes | memoryview) -> bytes:
@@ -304,9 +303,9 @@ def _checked_head(content: bytes, end: int, values: dict[str, Any], shape: re.Ma
     if _digest(memoryview(content)[_HEAD_CHECKED_FROM:]) != shape[3]:
         return None
     try:
-        body = Body(content[end + 1 :], b"", _counts(values))
-        body.fields()
-        return HeadSnapshot(_header(values, int(shape[1])), body.small, body.counts, shape[2].decode())
+        small = content[end + 1 :].removesuffix(b"\n").removesuffix(b",")
+        Body(small, {}).fields()
+        return HeadSnapshot(_header(values, int(shape[1])), small, _counts(values), shape[2].decode())
     except (*NONSENSE, CorruptSession):
         return None
 
@@ -399,13 +398,6 @@ def _decoded_bulk(content: bytes) -> list[dict[str, Any]]:
         return []
 
 
-def _is_parted(body: Body) -> bool:
-    if not body.text.startswith(_BULK_STARTS, body.start):
-        return False
-    # A comma stands between the head and the bulk, if there are both.
-    return not body.head or (body.head.endswith(b"\n") and body.head.endswith(b",\n") is not body.has_no_bulk)
-
-
 @dataclass(frozen=True, slots=True)
 class _Reader:
     """Reads one file's content; carries what its errors name."""
@@ -432,9 +424,12 @@ class _Reader:
             bulk = end + 1 + _natural(values["head_bytes"])
         except NONSENSE:
             raise self._corrupt("its header makes no sense, although its checksum matches.") from None
-        body = Body(content[end + 1 : bulk], content, counts, (self.session_id, self.path), decoded, bulk)
-        if not _is_parted(body) or content[end - 1 : end] != (b"}" if body.is_empty else b","):
-            raise self._corrupt("its header does not say where its bulk begins.")
+        try:
+            body = Body.in_document(content, end + 1, bulk, counts, (self.session_id, self.path), decoded)
+            if content[end - 1 : end] != (b"}" if body.is_empty else b","):
+                raise ValueError("comma")
+        except ValueError:
+            raise self._corrupt("its header does not say where its bulk begins.") from None
         return Snapshot(header, body, checksum.decode())
 
     def _foreign(self, content: bytes) -> Snapshot:

@@ -446,7 +446,7 @@ class Transaction:
     def _has_journal(self, header: Header, body: Body) -> bool:
         """Whether the session is to have a journal from its next document on."""
         limit = LEAVE_BYTES if header.is_journaled else ENTER_BYTES
-        return self._files.mode == "always" or (self._files.mode == "auto" and body.size > limit)
+        return self._files.mode == "always" or (self._files.mode == "auto" and body.size_bytes > limit)
 
     def _write(self, header: Header, body: Body, *, alone: bool = False) -> Snapshot:
         """Write the whole document; `alone`, without a journal."""

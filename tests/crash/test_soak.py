@@ -22,7 +22,7 @@ NOT_WRITTEN = (
 )
 NOT_COUNTED = (
     "session.py",
-    "        mine = Body.of(self.data)\n",
+    "        mine = Body.of(self.data, self._base.body)\n",
     "        mine = Body.of(self.data | {'n': min(self.data['n'], 3)})\n",
 )
 UNMARKED = ("turn.py", "messages[place][INTERRUPTED] = True", "pass")

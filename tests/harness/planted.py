@@ -24,7 +24,7 @@ Mutation = tuple[str, str, str]
 # What both the torture and the power cuts must notice.
 FIELDS_THROWN_AWAY = (
     "session.py",
-    "        mine = Body.of(self.data)\n",
+    "        mine = Body.of(self.data, self._base.body)\n",
     "        mine = Body.of({key: value for key, value in self.data.items() if key not in ('title', 'visits')})\n",
 )
 # In its children only: what the harness does itself goes well.

@@ -7,6 +7,7 @@ first, the alignment of distant edits, and each refusal of `Bulk.apply`.
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from persist import codec
-from persist.files import change
+from persist.files import change, lines
 from persist.files.body import BULK, Body
 from persist.files.change import Bulk, Change, DoesNotFit, applied, between, inserted, marked
 
@@ -68,19 +69,37 @@ def weight(changes: tuple[Change, ...]) -> int:
     return len(msgspec.json.encode(changes))
 
 
+def forms(data: Document) -> list[Body]:
+    """A body as it is encoded, as it is read from a document, and as that is with items added by a journal."""
+    encoded = Body.of(data)
+    content = b'{"_persist":{},\n' + encoded.head + b"".join(encoded.bulk_in_document())
+    start = len(b'{"_persist":{},\n')
+    read = Body.in_document(content, start, start + len(encoded.head), encoded.counts, ("s", Path()), [])
+    shorter = {name: value[:-1] if type(value) is list else value for name, value in data.items()}
+    added = [inserted(name, len(data[name]) - 1, codec.encode(data[name][-1])) for name in read.counts if data[name]]
+    return [encoded, read, applied(Body.of(shorter), encoded.small, added), applied(read, encoded.small, [])]
+
+
 def assert_inverse(before: Document, after: Document) -> None:
-    old, new = Body.of(before), Body.of(after)
-    changes = written(between(old, new))
-    found = applied(old, new.small, changes)
-    assert found == new
-    assert found.counts == new.counts
-    assert found.data() == after
-    assert bool(changes) == (old.bulk != new.bulk)
+    changes = written(between(Body.of(before), Body.of(after)))
+    for old in forms(before):
+        for new in forms(after):
+            assert written(between(old, new)) == changes, "whatever form the bodies have"
+            found = applied(old, new.small, changes)
+            assert found == new
+            assert found.counts == new.counts
+            assert found.data() == after
+            assert found.size_bytes == new.size_bytes == len(new.head + b"".join(new.bulk_in_document()))
+            assert bool(changes) == (joined(old) != joined(new)) == (old.bulk != new.bulk)
     data = copy.deepcopy(before)
     for each in changes:
         change.apply_to_data(data, each)
     expected = {name: value for name, value in after.items() if name in BULK}
     assert {name: value for name, value in data.items() if name in BULK} == expected, "as decoded data, too"
+
+
+def joined(body: Body) -> bytes:
+    return b"".join(body.bulk_in_document())
 
 
 @given(edits())
@@ -102,15 +121,54 @@ def test_what_is_between_two_documents_makes_one_the_other(pair: tuple[Document,
     assert_inverse(after, before)
 
 
-@given(edits(), st.sampled_from([1, 2, 7, 64]), st.sampled_from([0, 40]))
+@given(edits(), st.sampled_from([1, 2, 7, 64]), st.sampled_from([0, 40]), st.sampled_from([1, 2, 3]))
 def test_what_is_compared_in_pieces_is_what_is_compared_at_once(
-    pair: tuple[Document, Document], piece_bytes: int, one_splice_bytes: int
+    pair: tuple[Document, Document], piece_bytes: int, one_splice_bytes: int, many: int
 ) -> None:
     """Also where pieces end in mid-line, and where distant edits are told apart however small they are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(change, "PIECE_BYTES", piece_bytes)
+        patch.setattr(codec, "MANY", many)
+        patch.setattr(lines, "PIECE_BYTES", piece_bytes)
         patch.setattr(change, "_ONE_SPLICE_BYTES", one_splice_bytes)
         assert_inverse(*pair)
+
+
+@given(edits(), st.sampled_from([1, 2, 3]))
+def test_a_body_like_another_is_the_same_as_one_of_its_own(pair: tuple[Document, Document], many: int) -> None:
+    """Whatever lines it takes over from an earlier state, it is the body of the later one."""
+    before, after = pair
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codec, "MANY", many)
+        for like in forms(before):
+            found = Body.of(after, like)
+            assert found == Body.of(after)
+            assert joined(found) == joined(Body.of(after))
+
+
+@given(lists, lists, lists, st.sampled_from([1, 2, 3]))
+def test_a_list_that_changes_length_is_encoded_as_it_is_in_the_end(
+    like: list[Any], early: list[Any], late: list[Any], many: int
+) -> None:
+    """Another thread may add to a list, or take from it, until the instant in which it is encoded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codec, "MANY", many)
+        plain = [[codec.encode(item).replace(b"\\ud800", b"?") + b"\n" for item in items] for items in (like, late)]
+        pieces = [b"".join(plain[0][at : at + many]) for at in range(0, len(plain[0]), many)]
+        items, wanted = [codec.decode(item) for item in [*map(codec.encode, early)]], b"".join(plain[1])
+        found = codec._new_lines(items, pieces)
+        items[:] = [codec.decode(line) for line in plain[1]]
+        assert b"".join(codec._whole_pieces(len(items), list(found), pieces)) == wanted
+
+
+def test_a_body_shares_what_is_the_same(large: list[Document]) -> None:
+    """Of an earlier state, all pieces but the last are the same objects: new memory for them would cost as much as encoding."""
+    before = Body.of({"messages": large})
+    after = Body.of({"messages": [*large, message(2000)]}, before)
+    old, new = before.bulk["messages"], after.bulk["messages"]
+    assert isinstance(old, lines.Lines)
+    assert isinstance(new, lines.Lines)
+    assert len(old.encoded) > 10
+    assert all(mine is its for mine, its in zip(old.encoded[:-1], new.encoded, strict=False))
 
 
 def message(number: int) -> Document:

@@ -325,8 +325,9 @@ def no_collection() -> Iterator[None]:
 def test_what_is_encoded_at_once_is_what_the_caller_knew(data: dict[str, Any]) -> None:
     """A field that another thread sets, removes or moves after the caller has looked makes the answer void."""
     known = {"a": ["x"], "b": ["y"]}
-    assert codec.encode_at_once(known, known.copy(), list(known.values())) == [[b'"x"'], [b'"y"']]
-    assert codec.encode_at_once(data, known, list(known.values())) is None
+    encoded = codec.encode_at_once(known, known.copy(), [], known.values(), [[], []])
+    assert encoded == ([], [(1, [b'"x"\n']), (1, [b'"y"\n'])])
+    assert codec.encode_at_once(data, known, [], known.values(), [[], []]) is None
 
 
 # --- files that no checksum vouches for ---------------------------------------------------------------------------------

@@ -560,7 +560,7 @@ def test_auto_enters_above_64_kb_and_leaves_below_32_kb_at_a_fold(store: persist
     """A session of 64 KiB is whole, one byte more has a journal; it is left only by a fold that finds 32 KiB or less."""
     store.create("s", {"messages": ["x"]})
     resize(store, 64 * KB)
-    assert store._files.read("s").body.size == 64 * KB
+    assert store._files.read("s").body.size_bytes == 64 * KB
     assert not has_journal(store)
     resize(store, 64 * KB + 1)
     assert has_journal(store)

@@ -25,6 +25,7 @@ from persist import codec
 from persist.errors import NotJSON
 from persist.files import snapshot
 from persist.files.body import BULK, HEADER, Body
+from persist.files.lines import Lines
 
 M1 = {"id": "m1", "role": "user", "content": "hi\nthere"}
 M2 = {"id": "m2", "role": "assistant", "content": "héllo 😀"}
@@ -139,7 +140,8 @@ LONG: list[dict[str, Any]] = [
 def test_a_body_is_canonical_however_it_was_encoded(data: dict[str, Any]) -> None:
     """Much data is encoded in another way than little, and unusual data in another than usual: nobody sees it in the bytes."""
     body = Body.of(data)
-    assert (body.head, body.bulk, body.counts) == plainly(data)
+    assert (body.head, b"".join(body.bulk_in_document()), body.counts) == plainly(data)
+    assert body.size_bytes == sum(map(len, plainly(data)[:2]))
     assert list(body.data()) == [*(key for key in data if key not in BULK), *(k for k in BULK if k in data)]
 
 
@@ -147,7 +149,7 @@ def test_a_body_is_canonical_however_it_was_encoded(data: dict[str, Any]) -> Non
 def test_a_body_of_any_shape_is_canonical(data: dict[str, Any]) -> None:
     """The same for what hypothesis seldom meets: lone surrogates, long integers, depth, bulk that is no list."""
     body = Body.of(data)
-    assert (body.head, body.bulk, body.counts) == plainly(data)
+    assert (body.head, b"".join(body.bulk_in_document()), body.counts) == plainly(data)
     assert body.data() == data
 
 
@@ -496,9 +498,33 @@ def test_a_small_field_among_the_bulk_of_a_large_document_is_refused(extra: byte
     path = document(store)
     found = snapshot.read(path, "s")
     header = found.header.but(is_journaled=False)
-    forged = replace(found.body, start=0, text=found.body.bulk.removesuffix(b"\n}\n") + b",\n" + extra + b"\n}\n")
+    lines = found.body.bulk["messages"]
+    assert isinstance(lines, Lines)
+    items = b",\n".join(lines.items()) + b"\n],\n" + extra + b',\n"more":[\n1'
+    bulk = {"messages": Lines.in_text(items, 0, len(items), lines.count)}
+    forged = replace(found.body, bulk=bulk)
     path.write_bytes(snapshot.to_bytes(header, forged)[0])
     with pytest.raises(persist.CorruptSession, match="not parted"):
+        store.load("s")
+
+
+@pytest.mark.parametrize(
+    "bulk",
+    [
+        pytest.param({"messages": b"[1]"}, id="a list without a count"),
+        pytest.param({"messages": Lines.in_text(b"1]x[", 0, 4, 1)}, id="more than a list"),
+        pytest.param({"messages": Lines.in_text(b'1\n],\n"x":[\n2', 0, 13, 2)}, id="a small field"),
+        pytest.param({"tool_calls": b"1", "messages": b"2"}, id="in another order"),
+        pytest.param({"title": b"1"}, id="no bulk field"),
+        pytest.param({"messages": b'1,\n"messages":2'}, id="a field twice"),
+    ],
+)
+def test_bulk_that_is_not_as_its_header_says_is_refused(bulk: dict[str, Lines | bytes], store: persist.Store) -> None:
+    """Somebody who can compute a checksum cannot have us take the lines of a document for what they are not."""
+    store.create("s", {"title": "x"})
+    header = snapshot.read(document(store), "s").header
+    document(store).write_bytes(snapshot.to_bytes(header, Body(b'"title":"x"', bulk))[0])
+    with pytest.raises(persist.CorruptSession):
         store.load("s")
 
 
