@@ -18,12 +18,12 @@ parent. Its message never holds the content of a document; ids, field names, pat
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 #: Where a value stands in a document: keys and list positions from the top, for example ``("messages", 3, "content")``.
@@ -199,13 +199,20 @@ class MergeConflict(PersistError):
         return type(self)(**{**self._facts, "session_id": session_id})
 
 
-@contextmanager
-def conflicts_in(session_id: str) -> Iterator[None]:
+class conflicts_in:  # noqa: N801 - reads as a function, like `contextlib.suppress`
     """Name the session in a `MergeConflict` of the block: the pure functions below do not know it."""
-    try:
-        yield
-    except MergeConflict as conflict:
-        raise conflict.in_session(session_id) from None
+
+    __slots__ = ("_session_id",)
+
+    def __init__(self, session_id: str) -> None:
+        self._session_id = session_id
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, MergeConflict):
+            raise error.in_session(self._session_id) from None
 
 
 class IdTaken(MergeConflict):

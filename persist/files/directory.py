@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Literal
 
 from persist.errors import InvalidSessionId, PersistError, SessionNotFound, Unreadable
@@ -19,6 +18,25 @@ from persist.files.snapshot import Header, HeadSnapshot, Snapshot
 
 #: Which sessions have a journal: large ones, all, or none.
 Mode = Literal["auto", "always", "never"]
+
+
+class Looking:
+    """A look at a session's document. A generator's block (contextlib) would cost as much as the look itself."""
+
+    __slots__ = ("_path", "_session_id")
+
+    def __init__(self, session_id: str, path: Path) -> None:
+        self._session_id = session_id
+        self._path = path
+
+    def __enter__(self) -> Path:
+        return self._path
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, FileNotFoundError):
+            raise SessionNotFound(session_id=self._session_id, path=self._path) from None
+        if isinstance(error, OSError) and not isinstance(error, PersistError):
+            raise Unreadable.because(self._path, error) from error
 
 
 class SessionDirectory:
@@ -86,18 +104,9 @@ class SessionDirectory:
     def journal(self, session_id: str, generation: int) -> Journal:
         return Journal(self.layout.journal(session_id, generation), session_id)
 
-    @contextmanager
-    def looking_at(self, session_id: str) -> Iterator[Path]:
+    def looking_at(self, session_id: str) -> Looking:
         """Give the document's path to a block, and turn the disk's own errors in it into typed ones."""
-        path = self._path(session_id)
-        try:
-            yield path
-        except FileNotFoundError:
-            raise SessionNotFound(session_id=session_id, path=path) from None
-        except PersistError:
-            raise
-        except OSError as error:
-            raise Unreadable.because(path, error) from error
+        return Looking(session_id, self._path(session_id))
 
     def session_ids(self) -> list[str]:
         """The ids of all sessions, sorted."""

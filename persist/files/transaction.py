@@ -25,6 +25,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
+from types import TracebackType
 from typing import TypeVar
 
 from persist import codec
@@ -326,7 +327,7 @@ class Transaction:
         known = self.look()
         if known is None or known.tail.header.revision + 1 != header.revision:
             reason = "it was replaced, while its lock was held, by somebody who did not hold that"
-            raise self._failure(CommitFailed, reason, None)
+            raise self.failure(CommitFailed, reason, None)
         return known
 
     def _known_where_it_is_full(self, known: Known, header: Header, error: CommitFailed) -> Known:
@@ -398,7 +399,7 @@ class Transaction:
         try:
             self._write(header, body or self._whole(header, small, changes))
         except PersistError as failed:
-            raise self._failure(CommitUnknown, _reason(error), error.errno) from failed
+            raise self.failure(CommitUnknown, _reason(error), error.errno) from failed
         self._files.unknown.pop(self.session_id, None)
 
     def _spoil_journal(self, end: int) -> None:
@@ -490,7 +491,7 @@ class Transaction:
             self._write(found.header, found.body)
         except CommitFailed as failed:
             if is_failed_sync:
-                raise self._failure(CommitUnknown, failed.reason, failed.errno) from failed
+                raise self.failure(CommitUnknown, failed.reason, failed.errno) from failed
             raise
         self._files.unknown.pop(self.session_id, None)
 
@@ -514,7 +515,7 @@ class Transaction:
             raise
         except OSError as error:
             self._files.unknown[self.session_id] = _reason(error)
-            raise self._failure(CommitUnknown, _reason(error), error.errno) from error
+            raise self.failure(CommitUnknown, _reason(error), error.errno) from error
         finally:
             disk.close_directory(directory)
         self._known = None
@@ -554,26 +555,20 @@ class Transaction:
             if attempt.is_visible:
                 self._files.unknown[self.session_id] = _reason(cause)
             kind = CommitUnknown if attempt.is_visible else CommitFailed
-            raise self._failure(kind, _reason(cause), cause.errno) from cause
+            raise self.failure(kind, _reason(cause), cause.errno) from cause
         self._files.unknown.pop(self.session_id, None)
 
     def require_known(self) -> None:
         """After a `CommitUnknown` nothing more is written, and nothing acknowledged."""
         reason = self._files.unknown.get(self.session_id)
         if reason is not None:
-            raise self._failure(CommitUnknown, reason, None)
+            raise self.failure(CommitUnknown, reason, None)
 
-    @contextmanager
-    def _refusals(self) -> Iterator[None]:
+    def _refusals(self) -> _Refusals:
         """The disk's own errors, before anything has changed, as `CommitFailed`."""
-        try:
-            yield
-        except PersistError:
-            raise
-        except OSError as error:
-            raise self._failure(CommitFailed, _reason(error), error.errno) from error
+        return _Refusals(self)
 
-    def _failure(self, kind: type[PersistError], reason: str, errno: int | None) -> PersistError:
+    def failure(self, kind: type[PersistError], reason: str, errno: int | None) -> PersistError:
         return kind(session_id=self.session_id, path=self._paths.document, reason=reason, errno=errno)
 
     # --- leases of this session's streams ---
@@ -636,6 +631,20 @@ class Transaction:
             _remove_leftover(self._layout.lease(self.session_id, str(stream_id)))
 
 
+class _Refusals:
+    __slots__ = ("_tx",)
+
+    def __init__(self, tx: Transaction) -> None:
+        self._tx = tx
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, OSError) and not isinstance(error, PersistError):
+            raise self._tx.failure(CommitFailed, _reason(error), error.errno) from error
+
+
 def _index_of(found: Snapshot, field: str, wanted: frozenset[bytes]) -> Index:
     try:
         return Index(found.body, field, wanted)
@@ -695,11 +704,14 @@ class SessionFiles(SessionDirectory):
             LockTimeout, NestedLock: see `lock.hold`.
             CommitUnknown: an earlier commit of this store ended so.
         """
-        with self.looking_at(session_id) as path:
-            if not may_be_missing and not disk.exists(path):
-                raise SessionNotFound(session_id=session_id, path=path)
+        path = self.layout.session(session_id).lock
+        # One that is known has been there a moment ago. If it is gone, its lock file goes with the transaction.
+        if not may_be_missing and session_id not in self.known:
+            with self.looking_at(session_id) as document:
+                if not disk.exists(document):
+                    raise SessionNotFound(session_id=session_id, path=document)
         timeout_s = self.lock_timeout_s if lock_timeout_s is None else lock_timeout_s
-        with lock.hold(self.layout.session(session_id).lock, session_id, timeout_s) as held:
+        with lock.hold(path, session_id, timeout_s) as held:
             tx = Transaction(self, session_id, held)
             try:
                 # Looked at again by the verb's own read: the session may have gone while we waited.
