@@ -11,37 +11,28 @@ also ends the check of a list that contains itself many times over.
 
 from __future__ import annotations
 
-import gc
 import json
 import marshal
 import math
-import operator
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from enum import Enum
-from functools import partial
-from itertools import chain, compress, islice, repeat
 from typing import Any
 
 import msgspec
 
+from persist import instant
 from persist.errors import NotJSON, ValuePath
 
 MAX_DEPTH = 200
 MAX_DIGITS = 4300
 MAX_BYTES = 512 * 1024 * 1024
-MAX_VALUES = 10_000_000
 
 _MAX_INT = 10**MAX_DIGITS
 # An integer of fewer bits surely has few enough digits; the exact comparison is for the others.
 _SAFE_BITS = 14_000
 
-#: A list of so many items is looked at as a whole, not one by one.
-MANY = 64
-
 _encode = msgspec.json.Encoder().encode
-_encode_lines = msgspec.json.Encoder().encode_lines
-_encode_lines = msgspec.json.Encoder().encode_lines
 _decode = msgspec.json.Decoder().decode
 
 
@@ -52,10 +43,11 @@ def check(value: Any, path: ValuePath = ()) -> None:
     nesting of the value can exhaust Python's stack.
     """
     pending = [(value, path)] if _is_container(value, path) else []
-    budget = MAX_VALUES
+    budget = instant.MAX_VALUES
     while pending:
         container, here = pending.pop()
-        if len(container) >= MANY and len(here) + _Look.LEVELS <= MAX_DEPTH and (count := _count_exact(container)):
+        is_large = len(container) >= instant.MANY and len(here) + instant.LEVELS <= MAX_DEPTH
+        if is_large and (count := instant.count_exact(container)):
             budget -= count
             if budget >= 0:
                 continue
@@ -91,154 +83,8 @@ def captured(value: Any, path: ValuePath = ()) -> Any:
     return copy
 
 
-def encode_at_once(
-    data: dict[str, Any],
-    known: Mapping[str, Any],
-    values: Iterable[Any],
-    lists: Collection[list[Any]],
-    likes: Iterable[Sequence[bytes]],
-) -> tuple[list[bytes], list[tuple[int, list[bytes]]]] | None:
-    """Encode values one by one, and lists as one item a line, checked, all as they are at one instant.
-
-    Args:
-        data: what other threads may change meanwhile.
-        known: a copy of it, which `values` and `lists` were taken from; together they are all that it holds.
-        likes: of each list, the lines of an earlier state, from here. What is still the same is the same object then: new
-            memory for megabytes costs as much as to encode them.
-
-    Returns:
-        The encoded values; and of each list its length and its lines, each with its newline, `MANY` a piece. None if `data` is
-        no longer like `known`, or holds something unusual: `captured` can do that, or says what is wrong.
-    """
-    look, keys = _Look(data), list[str]()
-    encoded, counts, pieces = list[bytes](), list[int](), list[list[bytes]]()
-    pairs = list(zip(lists, likes, strict=True))
-    steps = (
-        partial(keys.extend, data),
-        partial(encoded.extend, map(_encode, values)),
-        partial(counts.extend, map(len, lists)),
-        partial(pieces.extend, map(list, [_new_lines(items, like) for items, like in pairs])),
-    )
-    if not look.take(*steps):
-        return None
-    is_known = keys == list(known) and all(map(operator.is_, look.values[0], known.values()))
-    if not is_known or not look.has_exact_numbers():
-        return None
-    found = zip(counts, pieces, pairs, strict=True)
-    return encoded, [(count, _whole_pieces(count, each, like)) for count, each, (_, like) in found]
-
-
-def _new_lines(items: list[Any], like: Sequence[bytes]) -> Iterator[bytes]:
-    """The lines of a list as it is when it is asked for, `MANY` a piece: of each, what follows the piece in `like`, if that
-    is its beginning. Runs no bytecode then.
-    """
-    starts = range(0, max(len(items), 1), MANY)
-    # The last one is open, for what is added until then.
-    slices: Iterator[slice] = map(slice, starts, chain(starts[1:], (None,)))
-    return map(bytes.removeprefix, map(_encode_lines, map(items.__getitem__, slices)), chain(like, repeat(b"")))
-
-
-def _whole_pieces(count: int, pieces: list[bytes], like: Sequence[bytes]) -> list[bytes]:
-    """The pieces of so many lines, of those that `_new_lines` has given."""
-    whole = []
-    for number, (piece, before) in enumerate(zip(pieces, chain(like, repeat(b"")), strict=False)):
-        rest = max(count - number * MANY, 0)
-        lines = rest if number == len(pieces) - 1 else min(rest, MANY)
-        if lines:
-            # Where it is not what follows, it has all of the lines.
-            whole.append(piece if piece.count(b"\n") == lines else before + piece if piece else before)
-    return whole
-
-
-def _count_exact(container: Any) -> int:
-    """How many values there are in a container, on all levels, if a look shows that each is JSON's own; else 0."""
-    look = _Look(container)
-    return look.count if look.take() and look.has_exact_numbers() else 0
-
-
-_KEYS = frozenset({str})
 _PLAIN = frozenset({str, bool, type(None)})
-_CONTAINERS = frozenset({dict, list})
-_KINDS = _PLAIN | _CONTAINERS | {int, float}
-
-
-class _Look:
-    """What a container holds, level by level, at one instant.
-
-    Each step is a call of C on what the steps before it have found, and all of them run in one call of C: as there is no
-    bytecode in between, no other thread runs. A look before the encoding, or one before and one after it, would cost less
-    thought and prove less: another thread may put a value there and take it away again. Values that never change (strings,
-    numbers) are found by the steps, and judged later.
-    """
-
-    #: What lies deeper is walked. Of a chat: field, message, content, part, call, arguments, and two for them.
-    LEVELS = 8
-
-    def __init__(self, container: Any) -> None:
-        self.values: list[list[Any]] = [[] for _ in range(self.LEVELS)]
-        self._kinds: list[set[type]] = [set() for _ in range(self.LEVELS)]
-        self._steps = list(self._planned(container))
-
-    def _planned(self, container: Any) -> Iterator[Callable[[], object]]:
-        """The steps. The first that returns something true has found a reason to go no further."""
-        dicts: list[dict[Any, Any]] = [container] if type(container) is dict else []
-        lists: list[list[Any]] = [container] if type(container) is list else []
-        kinds_of_keys: set[type] = set()
-        for values, kinds in zip(self.values, self._kinds, strict=True):
-            in_dicts: Iterator[Any] = chain.from_iterable(map(dict.values, dicts))
-            inside = chain(in_dicts, chain.from_iterable(lists))
-            # One too many says it all: a list that contains itself ten times over has 10**8 values on the eighth level.
-            yield partial(values.extend, islice(inside, MAX_VALUES + 1))
-            yield partial(operator.getitem, values, slice(MAX_VALUES, None))
-            yield partial(kinds.update, map(type, values))
-            yield partial(kinds.difference, _KINDS)
-            yield partial(kinds_of_keys.update, map(type, chain.from_iterable(dicts)))
-            yield partial(kinds_of_keys.difference, _KEYS)
-            dicts, lists = [], []
-            yield partial(dicts.extend, _of_kind(dict, values, kinds))
-            yield partial(lists.extend, _of_kind(list, values, kinds))
-        yield partial(_CONTAINERS.intersection, kinds)
-
-    def take(self, *further: Callable[[], object]) -> bool:
-        """Look, and then take `further` steps in the same instant. False if that found something else than JSON's own types."""
-        run = filter(None, map(operator.call, [*self._steps, *further]))
-        collections = _garbage_collections()
-        try:
-            is_refused = bool(next(run, None))
-        except (
-            ValueError,
-            RuntimeError,
-        ):  # a lone surrogate, an integer too long to write out; a dict that a finalizer changed
-            return False
-        # Before Python 3.12, one may begin in the middle, and a finalizer let other threads run.
-        return not is_refused and _garbage_collections() == collections
-
-    @property
-    def count(self) -> int:
-        """How many values there are, on all levels."""
-        return sum(map(len, self.values))
-
-    def has_exact_numbers(self) -> bool:
-        """Tell whether no float is NaN or infinite, no integer longer than 64 bits, and their number within the limit.
-
-        Longer integers may be fine, but to write one out asks for pending signals, and so may let other threads run.
-        """
-        integers = [0, *self._found(int)]
-        are_short = min(integers) >= -(2**63) and max(integers) < 2**64
-        return are_short and all(map(math.isfinite, self._found(float))) and self.count <= MAX_VALUES
-
-    def _found(self, kind: type) -> Iterable[Any]:
-        return chain.from_iterable(map(_of_kind, repeat(kind), self.values, self._kinds))
-
-
-def _of_kind(kind: type, values: Iterable[Any], kinds: set[type]) -> Iterator[Any]:
-    """Those of `values` that are of a kind, once somebody asks. If `kinds` is without it by then, none is looked at."""
-    found = compress(values, map(operator.is_, map(type, values), repeat(kind)))
-    return chain.from_iterable(compress((found,), map(kinds.__contains__, (kind,))))
-
-
-def _garbage_collections() -> int:
-    return sum(generation["collections"] for generation in gc.get_stats())
+_KEYS = frozenset({str})
 
 
 def _is_container(value: Any, *path: Any) -> bool:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from persist import codec
+from persist import codec, instant
 from persist.errors import CorruptSession, NotJSON, ReservedField, WrongType
-from persist.files.lines import Lines
+from persist.files.lines import Lines, Settled
+from persist.instant import EncodedList
 
 #: The first key of a document, which is no data.
 HEADER = "_persist"
@@ -41,7 +42,7 @@ class Body:
 
     @classmethod
     def of(cls, data: Any, like: Body | None = None) -> Body:
-        """Encode a session's data; what it has in common with an earlier body is shared with that.
+        """Encode a session's data; `like` is an earlier body of the same objects, which need not be encoded again.
 
         Raises:
             NotJSON: a value has no exact JSON form; its path is named.
@@ -64,16 +65,32 @@ class Body:
         """Encode much data without copying it first; None for little of it, and for what is unusual."""
         known = data.copy()
         lists = {key: known[key] for key in BULK if type(known.get(key)) is list}
-        if HEADER in known or max(map(len, lists.values()), default=0) < codec.MANY:
+        if HEADER in known or max(map(len, lists.values()), default=0) < instant.MANY:
             return None
+        before = {key: like.bulk.get(key) if like else None for key in lists}
+        settled = {key: each.settled if isinstance(each, Lines) else Settled() for key, each in before.items()}
+        is_kept = like is not None
+        found = cls._encoded(data, known, lists, settled, is_kept=is_kept)
+        if found is None and any(each.lines for each in settled.values()):
+            found = cls._encoded(data, known, lists, dict.fromkeys(lists, Settled()), is_kept=is_kept)
+        return found
+
+    @classmethod
+    def _encoded(
+        cls,
+        data: dict[str, Any],
+        known: dict[str, Any],
+        lists: Mapping[str, list[Any]],
+        settled: Mapping[str, Settled],
+        *,
+        is_kept: bool,
+    ) -> Body | None:
+        encoded = {key: EncodedList(items, settled[key].seen) for key, items in lists.items()}
         single = {key: value for key, value in known.items() if key not in lists}
-        before = [like.bulk.get(key) if like else None for key in lists]
-        likes = [each.encoded if isinstance(each, Lines) else () for each in before]
-        encoded = codec.encode_at_once(data, known, single.values(), lists.values(), likes)
-        if encoded is None:
+        values = instant.encode(data, known, list(single.values()), list(encoded.values()))
+        if values is None:
             return None
-        values, pieces = encoded
-        lines = {key: Lines(*each) for key, each in zip(lists, pieces, strict=True)}
+        lines = {key: Lines.encoded(each, settled[key], is_kept=is_kept) for key, each in encoded.items()}
         return cls._of_parts(known, dict(zip(single, values, strict=True)), lines)
 
     @classmethod

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import lock_descriptor, unlock_descriptor
 
-from persist.files import disk, turnstile
+from persist.files import disk, turns
 
 table = threading.RLock()
 _descriptors: set[int] = set()
@@ -55,7 +55,7 @@ class HeldFile:
         with table:
             self._fd, self._file = disk.open_known(path, flags)
             _descriptors.add(self._fd)
-            is_our_turn = not (in_turn and turnstile.is_taken(self._fd))
+            is_our_turn = not (in_turn and turns.has_waiters(self._fd))
             self._is_locked = is_our_turn and lock_descriptor(self._fd, blocking=False)
             # A waiter may lock a file that its holder has just unlinked. Its number of links would not tell: a backup may
             # hold a hard link.

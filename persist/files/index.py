@@ -17,7 +17,6 @@ from persist.files.change import Change
 from persist.files.lines import SEPARATOR, Lines
 from persist.files.snapshot import StreamOwner
 
-_CHUNK_BYTES = 1024 * 1024
 _MOST_RECENT = 4096
 
 
@@ -65,7 +64,7 @@ class Index:
     def _scan(self, body: Body, field: str, wanted: frozenset[bytes]) -> list[int]:
         hashes: list[int] = []
         count, lines = 0, body.bulk.get(field)
-        for keys in map(_keys_in, lines.pieces(_CHUNK_BYTES) if isinstance(lines, Lines) else ()):
+        for keys in map(_keys_in, lines.pieces() if isinstance(lines, Lines) else ()):
             hashes += map(hash, filter(None, keys))
             if wanted:
                 self.places |= {key: place for place, key in enumerate(keys, count) if key is not None and key in wanted}

@@ -7,11 +7,22 @@ from the encoder, and joined only where a text is needed: fresh memory for megab
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from persist.instant import EncodedList, Seen
 
 #: What ends a line of a document; of a text that is compared, the last one, too.
 SEPARATOR = b",\n"
 #: About so much of a document is copied or compared at a time.
 PIECE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """All but the last of a list's items, as objects, and their lines: those need not be encoded again."""
+
+    seen: Seen = field(default_factory=Seen)
+    lines: Sequence[bytes] = ()
 
 
 class Lines:
@@ -20,12 +31,21 @@ class Lines:
     The pieces of `more` are whole lines as the encoder gives them: without commas, each with a newline.
     """
 
-    __slots__ = ("_end", "_front", "_more", "_start", "_text", "count")
+    __slots__ = ("_end", "_front", "_more", "_start", "_text", "count", "settled")
 
     def __init__(
-        self, count: int, more: Sequence[bytes] = (), *, text: bytes = b"", start: int = 0, end: int = 0, front: int = 0
+        self,
+        count: int,
+        more: Sequence[bytes] = (),
+        *,
+        text: bytes = b"",
+        start: int = 0,
+        end: int = 0,
+        front: int = 0,
+        settled: Settled | None = None,
     ) -> None:
         self.count = count
+        self.settled = settled or Settled()
         self._text = text
         self._start = start
         self._end = end
@@ -43,10 +63,15 @@ class Lines:
         """Those that stand in a document, from the first one's beginning to the last one's end."""
         return cls(count, text=text, start=start, end=end, front=count)
 
-    @property
-    def encoded(self) -> Sequence[bytes]:
-        """All of them as the encoder has given them, if it was that; else nothing."""
-        return () if self._front else self._more
+    @classmethod
+    def encoded(cls, items: EncodedList, before: Settled, *, is_kept: bool) -> Lines:
+        """Those of a list that begins with what was settled before. `is_kept`: the objects are kept, for the next time."""
+        lines, new = [*before.lines], b"".join(items.pieces[:1])
+        if lines and new and len(lines[-1]) + len(new) < PIECE_BYTES:
+            lines[-1] += new
+            new = b""
+        more = [*lines, *filter(None, [new]), *items.pieces[1:]]
+        return cls(items.count, [*more, *items.last], settled=Settled(items.seen, more) if is_kept else None)
 
     def with_more(self, items: list[bytes]) -> Lines:
         """These, and behind them some more items."""
@@ -78,11 +103,11 @@ class Lines:
         more = sum(map(len, self._more)) + self.count - self._front
         return len(b"[\n]") + front + more - len(b",")
 
-    def pieces(self, size_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
-        """Whole lines, as a document has them, and at least so many bytes of one at a time."""
+    def pieces(self) -> Iterator[bytes]:
+        """Whole lines, as a document has them, some at a time."""
         at = self._start
         while at < self._end:
-            stop = self._text.find(b"\n", min(at + size_bytes, self._end), self._end) + 1
+            stop = self._text.find(b"\n", min(at + PIECE_BYTES, self._end), self._end) + 1
             yield self._text[at:stop] if stop else self._text[at : self._end] + SEPARATOR
             at = stop or self._end
         yield from map(_with_commas, self._more)

@@ -4,7 +4,7 @@ Order: the session's in-process mutex -> its file lock -> (its lease, only ever 
 lock of one session at a time; asking for a second one raises `NestedLock` instead of risking a deadlock.
 
 Threads that poll one file starve each other (p99 82 ms against 5 ms behind a first-in-first-out mutex), and so do processes:
-these queue up in the kernel (see `turnstile`). No system call waits there with a time limit, so a thread does it for the one
+these queue up in the kernel (see `turns`). No system call waits there with a time limit, so a thread does it for the one
 that has asked. Where that cannot be, processes poll.
 """
 
@@ -23,7 +23,7 @@ from pathlib import Path
 from weakref import WeakValueDictionary, ref
 
 from persist.errors import CommitFailed, LockTimeout, NestedLock, PersistError
-from persist.files import turnstile
+from persist.files import turns
 from persist.files.held import HeldFile, table, try_hold
 
 # Growing only to 1 ms: backing off to 5 ms starves the longest waiter (860 ms, measured).
@@ -31,8 +31,6 @@ _POLL_FIRST_S = 0.0002
 _POLL_LAST_S = 0.001
 #: For so long a place in the queue is all that is waited for: the process at its head may be stopped (a paused container).
 PATIENCE_S = 0.05
-#: As long as the kernel takes to wake those who sleep before the turnstile: who has just left it must not be there before them.
-MODESTY_S = 0.0002
 
 
 class Turn:
@@ -275,10 +273,9 @@ class _Place:
     def _run(self) -> None:
         is_locked = False
         try:
-            time.sleep(MODESTY_S)
-            turnstile.enter(self.file.fd)
+            place = turns.queue_up(self.file.fd)
             self._is_next = True
-            turnstile.lock(self.file.fd)
+            turns.lock(self.file.fd, place)
             is_locked = True
         except OSError:
             pass  # the one who waits for it polls, and says what is wrong
@@ -307,7 +304,7 @@ def _place(path: Path, held: HeldFile) -> _Place | None:
             left.take_over()
             return left
     # gevent and eventlet put something of theirs there, which would let nobody else run.
-    if not turnstile.IS_THERE or not isinstance(_thread.start_new_thread, types.BuiltinFunctionType):
+    if not turns.ARE_THERE or not isinstance(_thread.start_new_thread, types.BuiltinFunctionType):
         return None
     place = _Place(path, held)
     return place if place.take() else None

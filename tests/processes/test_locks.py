@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from conftest import ActorFactory
 from filelock import FileLock, Timeout, lock_descriptor
 
 import persist
-from persist.files import held, lock, turnstile
+from persist.files import held, lock, turns
 
 
 @pytest.fixture
@@ -423,14 +424,14 @@ def test_fork_goes_on_after_a_descriptor_that_somebody_closed(store: persist.Sto
 
 # --- the queue of processes ------------------------------------------------------------------------------------------------
 
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the turnstile")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such a queue")
 
 
-def waits_in_turnstile(path: Path) -> bool:
-    """Whether somebody waits for a lock file, in its turnstile."""
+def has_waiters(path: Path) -> bool:
+    """Whether somebody waits for a lock file, in its queue."""
     fd = os.open(path, os.O_RDWR)
     try:
-        return turnstile.is_taken(fd)
+        return turns.has_waiters(fd)
     finally:
         os.close(fd)
 
@@ -446,16 +447,16 @@ def locked(directory: Path, session: persist.Session, actor: ActorFactory) -> Ac
 def in_queue(waiter: Actor, path: Path) -> None:
     """Have a process wait for the session; return when it is at the head of the queue."""
     waiter.start("store.append('s-1', 'log', 'waiter')")
-    eventually(lambda: waits_in_turnstile(path))
+    eventually(lambda: has_waiters(path))
 
 
 @linux_only
 def test_lock_is_left_to_who_waits_for_it(
     store: persist.Store, session: persist.Session, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who has just freed the lock does not take it again while somebody else is in the turnstile: so no one is starved.
+    """Who has just freed the lock does not take it again while somebody else waits in the queue: so no one is starved.
 
-    Fails without `in_turn`. Who stays in the turnstile with the lock free is stuck, and is overtaken after a moment; who does
+    Fails without `in_turn`. Who stays in the queue with the lock free is stuck, and is overtaken after a moment; who does
     not wait at all asks for no turn.
     """
     queued: list[Path] = []
@@ -468,13 +469,82 @@ def test_lock_is_left_to_who_waits_for_it(
     monkeypatch.setattr(lock, "_place", queue)
     fd = os.open(directory / "s-1.json.lock", os.O_RDWR)
     try:
-        turnstile.enter(fd)
+        turns.queue_up(fd)
         persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1)
         assert queued == []
         store.append("s-1", "log", 1)
         assert queued == [directory / "s-1.json.lock"]
     finally:
         os.close(fd)
+
+
+@linux_only
+def test_lock_goes_to_those_who_wait_in_the_order_in_which_they_came(
+    locked: Actor, store: persist.Store, directory: Path, actor: ActorFactory
+) -> None:
+    """Nobody is overtaken, by whomever. Fails if a waiter does not wait for the one before it, but for the lock."""
+    waiters = [actor() for _ in range(5)]
+    for number, waiter in enumerate(waiters):
+        waiter.start(f"store.append('s-1', 'log', {number})")
+        eventually(partial(is_so_long, directory / "s-1.json.lock", number + 1))
+    locked.go()
+    assert [waiter.result() for waiter in (locked, *waiters)] == [2, 3, 4, 5, 6, 7]
+    assert store.load("s-1").data["log"] == ["holder", 0, 1, 2, 3, 4]
+
+
+def is_so_long(path: Path, count: int) -> bool:
+    """Whether so many wait for a lock file."""
+    return count_of_waiters(path) == count
+
+
+def count_of_waiters(path: Path) -> int:
+    """How many locks the kernel's table has on the bytes of a queue."""
+    inode = str(path.stat().st_ino)
+    table = [line.replace(" -> ", " ").split() for line in Path("/proc/locks").read_text().splitlines() if " -> " not in line]
+    return sum(1 for fields in table if fields[1] == "OFDLCK" and fields[3] == "WRITE" and fields[5].endswith(f":{inode}"))
+
+
+@linux_only
+def test_who_gives_up_in_the_middle_of_the_queue_lets_nobody_overtake(tmp_path: Path) -> None:
+    """Who stood behind it waits for those before it, then. Fails if it takes its being gone for its own turn."""
+    path = tmp_path / "x.lock"
+    first, second, third = (os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(3))
+    try:
+        turns.queue_up(first)
+        turns._take_last(second)
+        waiting = threading.Thread(target=lambda: turns.queue_up(third))
+        waiting.start()
+        eventually(lambda: count_of_waiters(path) == 3)
+        os.close(second)
+        eventually(lambda: count_of_waiters(path) == 2)
+        waiting.join(0.1)
+        assert waiting.is_alive()
+    finally:
+        os.close(first)
+        waiting.join(DEADLINE_S)
+        assert not waiting.is_alive()
+        os.close(third)
+
+
+@linux_only
+def test_two_who_come_at_once_get_two_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the look for the last place and taking the one behind it, somebody else may take that."""
+    path = tmp_path / "x.lock"
+    one, other = (os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(2))
+    taken, rivals, found = turns._taken, [other], list[int]()
+
+    def late(fd: int, start: int, length: int = 0) -> int | None:
+        answer = taken(fd, start, length)
+        if answer is None and rivals:
+            found.append(turns.queue_up(rivals.pop()))
+        return answer
+
+    try:
+        monkeypatch.setattr(turns, "_taken", late)
+        assert turns._take_last(one) == found[0] + 1
+    finally:
+        os.close(one)
+        os.close(other)
 
 
 @linux_only
@@ -493,7 +563,7 @@ def test_waiter_lets_go_of_a_lock_file_that_was_removed(locked: Actor, directory
         assert new is not None
         locked.go()
         locked.result()
-        eventually(lambda: waits_in_turnstile(path))
+        eventually(lambda: has_waiters(path))
         eventually(lambda: lock_descriptor(old, blocking=False))
         assert not waiter._connection.poll()
         new.close()
@@ -520,11 +590,11 @@ def test_waiter_that_is_stopped_stops_nobody(locked: Actor, directory: Path, act
 
 @linux_only
 def test_waiter_that_is_killed_leaves_the_queue(locked: Actor, directory: Path, actor: ActorFactory) -> None:
-    """The kernel frees the turnstile, too."""
+    """The kernel frees its place, too."""
     killed = actor()
     in_queue(killed, directory / "s-1.json.lock")
     killed.kill()
-    assert not waits_in_turnstile(directory / "s-1.json.lock")
+    assert not has_waiters(directory / "s-1.json.lock")
     locked.go()
     locked.result()
     assert persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1) == 3
@@ -606,7 +676,7 @@ def test_who_polls_where_the_kernel_refuses_a_place(
         asked.append(True)
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(turnstile, "enter", refuse)
+    monkeypatch.setattr(turns, "queue_up", refuse)
     with FileLock(directory / "s-1.json.lock", fallback_to_soft=False), pytest.raises(persist.LockTimeout):
         persist.Store(directory, lock_timeout_s=0.1).append("s-1", "log", 1)
     assert len(asked) == 1

@@ -7,18 +7,17 @@ import contextlib
 import datetime
 import decimal
 import enum
-import gc
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from persist import codec
+from persist import codec, instant
 from persist.errors import NotJSON, ValuePath
 
 GREATEST = 10**codec.MAX_DIGITS - 1
@@ -160,26 +159,26 @@ def test_two_hundred_levels_come_back_and_one_more_is_refused(kind: str) -> None
 def test_the_limit_of_nesting_is_the_same_in_a_long_list(above: int) -> None:
     """Where many values are looked at as a whole, the levels above them and inside them still count together."""
     for inside, is_accepted in ((codec.MAX_DEPTH - above - 1, True), (codec.MAX_DEPTH - above, False)):
-        value = deep([*range(codec.MANY), *([nested(inside)] if inside else [])], above)
+        value = deep([*range(instant.MANY), *([nested(inside)] if inside else [])], above)
         with contextlib.nullcontext() if is_accepted else pytest.raises(NotJSON, match="deeper than 200 levels"):
             codec.check(value)
 
 
 def test_the_limit_of_values_counts_those_of_a_long_list(monkeypatch: pytest.MonkeyPatch) -> None:
     """A document may have so many values and no more, however they are spread."""
-    value = [[0] * codec.MANY, {str(n): 1 for n in range(codec.MANY)}, 5]
-    monkeypatch.setattr(codec, "MAX_VALUES", 2 * codec.MANY + 3)
+    value = [[0] * instant.MANY, {str(n): 1 for n in range(instant.MANY)}, 5]
+    monkeypatch.setattr(instant, "MAX_VALUES", 2 * instant.MANY + 3)
     codec.check(value)
-    monkeypatch.setattr(codec, "MAX_VALUES", 2 * codec.MANY + 2)
+    monkeypatch.setattr(instant, "MAX_VALUES", 2 * instant.MANY + 2)
     with pytest.raises(NotJSON, match="too large"):
         codec.check(value)
 
 
 def test_a_long_list_that_contains_itself_many_times_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking at it as a whole ends at the limit of values, level by level, and not at that of the memory."""
-    monkeypatch.setattr(codec, "MAX_VALUES", 100_000)
+    monkeypatch.setattr(instant, "MAX_VALUES", 100_000)
     endless: list[Any] = []
-    endless += [endless] * codec.MANY
+    endless += [endless] * instant.MANY
     with pytest.raises(NotJSON, match="containing itself"):
         codec.check({"messages": endless})
 
@@ -245,7 +244,7 @@ REFUSED = [
         (lambda value: value, ()),
         (lambda value: {"meta": value}, ("meta",)),
         (lambda value: {"messages": [{}, {"role": "user", "content": [0, value]}]}, ("messages", 1, "content", 1)),
-        (lambda value: {"messages": [{}] * codec.MANY + [{"at": value}]}, ("messages", codec.MANY, "at")),
+        (lambda value: {"messages": [{}] * instant.MANY + [{"at": value}]}, ("messages", instant.MANY, "at")),
     ],
     ids=["alone", "in a field", "in a message", "behind many messages"],
 )
@@ -264,8 +263,8 @@ def test_what_lies_deep_behind_many_values_is_refused_by_its_path(value: Any) ->
     """At any level, also below those that are looked at as a whole."""
     for depth in range(12):
         with pytest.raises(NotJSON) as caught:
-            codec.check([*range(codec.MANY), deep(value, depth)])
-        assert caught.value.path == (codec.MANY, *["k"] * depth)
+            codec.check([*range(instant.MANY), deep(value, depth)])
+        assert caught.value.path == (instant.MANY, *["k"] * depth)
 
 
 def test_the_path_begins_where_the_caller_says() -> None:
@@ -309,14 +308,6 @@ def test_text_comes_back_or_is_refused(text: str) -> None:
         assert codec.decode(encoded) == text
 
 
-@pytest.fixture
-def no_collection() -> Iterator[None]:
-    """A garbage collection in the middle voids the answer, too, and may come at any allocation."""
-    gc.disable()
-    yield
-    gc.enable()
-
-
 @pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize(
     "data",
@@ -325,9 +316,8 @@ def no_collection() -> Iterator[None]:
 def test_what_is_encoded_at_once_is_what_the_caller_knew(data: dict[str, Any]) -> None:
     """A field that another thread sets, removes or moves after the caller has looked makes the answer void."""
     known = {"a": ["x"], "b": ["y"]}
-    encoded = codec.encode_at_once(known, known.copy(), [], known.values(), [[], []])
-    assert encoded == ([], [(1, [b'"x"\n']), (1, [b'"y"\n'])])
-    assert codec.encode_at_once(data, known, [], known.values(), [[], []]) is None
+    assert instant.encode(known, known.copy(), list(known.values()), []) == [b'["x"]', b'["y"]']
+    assert instant.encode(data, known, list(known.values()), []) is None
 
 
 # --- files that no checksum vouches for ---------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import persist
-from persist import codec
+from persist import codec, instant
 from persist.errors import NotJSON
 from persist.files import snapshot
 from persist.files.body import BULK, HEADER, Body
@@ -119,20 +119,20 @@ def plainly(data: dict[str, Any]) -> tuple[bytes, bytes, dict[str, int]]:
 texts = st.text(st.characters(codec=None, exclude_categories=())).filter(lambda text: json.loads(json.dumps(text)) == text)
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts
 inner = st.recursive(leaves, lambda part: st.lists(part, max_size=3) | st.dictionaries(texts, part, max_size=3), max_leaves=8)
-bulk_fields = st.lists(inner, max_size=4).map(lambda items: items * codec.MANY) | st.lists(inner, max_size=3) | inner
+bulk_fields = st.lists(inner, max_size=4).map(lambda items: items * instant.MANY) | st.lists(inner, max_size=3) | inner
 documents = st.dictionaries(st.sampled_from([*BULK, *"abc"]) | texts, bulk_fields, max_size=6).filter(
     lambda data: HEADER not in data
 )
 LONG: list[dict[str, Any]] = [
-    {"messages": [M1] * codec.MANY},
-    {"tool_calls": [1] * codec.MANY, "title": "x", "messages": [M1, M2]},
-    {"messages": [None] * codec.MANY, "tool_calls": []},
-    {"messages": "no list", "tool_calls": [{}] * codec.MANY, "a": {"b": []}},
-    {"messages": [*["x"] * codec.MANY, "\ud800"], "\ud800": 1},
-    {"messages": [*[0.0] * codec.MANY, -0.0, True, 1, 1.0, 2**64 - 1, -(2**63)], "": None},
-    {"messages": [2**64] * codec.MANY, "tool_calls": [-(2**63) - 1, 10**4299]},
-    {"messages": [[[[[[[[[[1]]]]]]]]]] * codec.MANY},
-    {"\n": "},\n", "messages": ["]\n}\n"] * codec.MANY, "tool_calls": None},
+    {"messages": [M1] * instant.MANY},
+    {"tool_calls": [1] * instant.MANY, "title": "x", "messages": [M1, M2]},
+    {"messages": [None] * instant.MANY, "tool_calls": []},
+    {"messages": "no list", "tool_calls": [{}] * instant.MANY, "a": {"b": []}},
+    {"messages": [*["x"] * instant.MANY, "\ud800"], "\ud800": 1},
+    {"messages": [*[0.0] * instant.MANY, -0.0, True, 1, 1.0, 2**64 - 1, -(2**63)], "": None},
+    {"messages": [2**64] * instant.MANY, "tool_calls": [-(2**63) - 1, 10**4299]},
+    {"messages": [[[[[[[[[[1]]]]]]]]]] * instant.MANY},
+    {"\n": "},\n", "messages": ["]\n}\n"] * instant.MANY, "tool_calls": None},
 ]
 
 
@@ -159,8 +159,8 @@ def test_a_body_of_any_shape_is_canonical(data: dict[str, Any]) -> None:
 def test_a_body_of_many_messages_is_as_strict_as_one_of_few(wrong: Any) -> None:
     """What JSON would change is named by its path behind any number of good messages, and in a small field beside them."""
     for data, path in (
-        ({"messages": [M1] * codec.MANY + [{"content": wrong}]}, ("messages", codec.MANY)),
-        ({"messages": [M1] * codec.MANY, "meta": [wrong]}, ("meta",)),
+        ({"messages": [M1] * instant.MANY + [{"content": wrong}]}, ("messages", instant.MANY)),
+        ({"messages": [M1] * instant.MANY, "meta": [wrong]}, ("meta",)),
     ):
         with pytest.raises(NotJSON) as caught:
             Body.of(data)
@@ -170,7 +170,7 @@ def test_a_body_of_many_messages_is_as_strict_as_one_of_few(wrong: Any) -> None:
 def test_a_body_of_many_messages_may_not_have_a_field_like_the_header() -> None:
     """It would take the header's place."""
     with pytest.raises(persist.ReservedField):
-        Body.of({"_persist": {}, "messages": [M1] * codec.MANY})
+        Body.of({"_persist": {}, "messages": [M1] * instant.MANY})
 
 
 @contextlib.contextmanager
@@ -222,7 +222,7 @@ def test_what_json_would_change_is_not_saved_however_short_it_is_there() -> None
     Fails if the values are checked at one instant and encoded at another.
     """
     message: dict[str, Any] = {"cost": 1.0}
-    data = {"messages": [*[M1] * codec.MANY, message]}
+    data = {"messages": [*[M1] * instant.MANY, message]}
 
     def flip() -> None:
         # A loop: the interpreter switches threads where it jumps back, with either value in place.

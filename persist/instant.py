@@ -1,0 +1,251 @@
+"""Much data as it is at one instant, while other threads may change it: looked at, compared and encoded in one call of C.
+
+Each step is a call of C on what the steps before it have found, and all of them run in one call of C: as there is no bytecode
+in between, no other thread runs. A look before the encoding, or one before and one after it, would cost less thought and prove
+less: another thread may put a value there and take it away again. Values that never change (strings, numbers) are found by the
+steps, and judged later.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain, compress, repeat
+from typing import Any
+
+import msgspec
+
+MAX_VALUES = 10_000_000
+#: A list of so many items is looked at as a whole, not one by one.
+MANY = 64
+#: So many levels below the values that a look begins with. Of a message: field, part, call, arguments, and four for them.
+LEVELS = 8
+
+_encode = msgspec.json.Encoder().encode
+_encode_lines = msgspec.json.Encoder().encode_lines
+
+_KEYS = frozenset({str})
+_CONTAINERS = frozenset({dict, list})
+_KINDS = _CONTAINERS | {str, bool, type(None), int, float}
+
+Step = Callable[[], object]
+"""Of several, the first that returns something true has found a reason to go no further."""
+
+
+class _Level:
+    """What stands on one level of some data: containers, and all that they hold."""
+
+    __slots__ = ("dicts", "keys", "kinds", "lists", "sizes", "values")
+
+    def __init__(self) -> None:
+        self.dicts: list[dict[Any, Any]] = []
+        self.lists: list[list[Any]] = []
+        self.sizes: list[int] = []
+        self.keys: list[Any] = []
+        self.values: list[Any] = []
+        self.kinds: set[type] = set()
+
+    # What these give is as it is when it is asked for.
+
+    def sizes_now(self) -> Iterator[int]:
+        return chain(map(len, self.dicts), map(len, self.lists))
+
+    def keys_now(self) -> Iterator[Any]:
+        return chain.from_iterable(self.dicts)
+
+    def values_now(self) -> Iterator[Any]:
+        return chain(chain.from_iterable(map(dict.values, self.dicts)), chain.from_iterable(self.lists))
+
+    def of_kind(self, kind: type) -> Iterator[Any]:
+        """Those values that are of a kind. If `kinds` is without it by then, none is looked at."""
+        found = compress(self.values, map(operator.is_, map(type, self.values), repeat(kind)))
+        return chain.from_iterable(compress((found,), map(self.kinds.__contains__, (kind,))))
+
+    def and_those_of(self, other: _Level) -> _Level:
+        both = _Level()
+        both.dicts, both.lists, both.sizes = self.dicts + other.dicts, self.lists + other.lists, self.sizes + other.sizes
+        both.keys, both.values = self.keys + other.keys, self.values + other.values
+        return both
+
+
+class Look:
+    """What some values hold, level by level."""
+
+    def __init__(self, values: Iterable[Any]) -> None:
+        self.levels = [_Level() for _ in range(1 + LEVELS)]
+        self.steps = list(self._planned(values))
+
+    def _planned(self, values: Iterable[Any]) -> Iterator[Step]:
+        kinds_of_keys: set[type] = set()
+        above = None
+        for level in self.levels:
+            if above is not None:
+                yield partial(level.dicts.extend, above.of_kind(dict))
+                yield partial(level.lists.extend, above.of_kind(list))
+                yield partial(level.sizes.extend, level.sizes_now())
+                # A list that contains itself ten times over has 10**8 values on the eighth level.
+                yield partial(any, map(MAX_VALUES.__lt__, map(sum, (level.sizes,))))
+                yield partial(level.keys.extend, level.keys_now())
+                yield partial(kinds_of_keys.update, map(type, level.keys))
+                yield partial(kinds_of_keys.difference, _KEYS)
+            yield partial(level.values.extend, values if above is None else level.values_now())
+            yield partial(level.kinds.update, map(type, level.values))
+            yield partial(level.kinds.difference, _KINDS)
+            above = level
+        yield partial(_CONTAINERS.intersection, self.levels[-1].kinds)
+
+    @property
+    def count(self) -> int:
+        """How many values there are, on all levels."""
+        return sum(len(level.values) for level in self.levels)
+
+    def has_exact_numbers(self) -> bool:
+        """Tell whether no float is NaN or infinite, and no integer longer than 64 bits.
+
+        Longer integers may be fine, but to write one out asks for pending signals, and so may let other threads run.
+        """
+        integers = [0, *chain.from_iterable(level.of_kind(int) for level in self.levels)]
+        floats = chain.from_iterable(level.of_kind(float) for level in self.levels)
+        are_short = min(integers) >= -(2**63) and max(integers) < 2**64
+        return are_short and all(map(math.isfinite, floats))
+
+
+def count_exact(container: Any) -> int:
+    """How many values there are in a container, on all levels, if a look shows that each is JSON's own; else 0."""
+    look = Look([container])
+    is_exact = _run(look.steps) and look.has_exact_numbers()
+    return look.count - 1 if is_exact and look.count <= MAX_VALUES else 0
+
+
+def _run(steps: Iterable[Step]) -> bool:
+    """Run steps in one instant. False if one of them has found a reason to go no further."""
+    run = filter(None, map(operator.call, steps))
+    collections = _garbage_collections()
+    try:
+        is_refused = bool(next(run, None))
+    except (ValueError, RuntimeError):
+        # A lone surrogate, an integer too long to write out; a dict that a finalizer changed.
+        return False
+    # Before Python 3.12, one may begin in the middle, and a finalizer let other threads run.
+    return not is_refused and _garbage_collections() == collections
+
+
+def _garbage_collections() -> int:
+    return sum(generation["collections"] for generation in gc.get_stats())
+
+
+class Seen:
+    """What items of a list held when they were encoded, as objects.
+
+    While all of these still stand where they stood, the items still have the lines that they had. To see that costs half of
+    what it takes to encode them.
+    """
+
+    def __init__(self, levels: Sequence[_Level] = ()) -> None:
+        self._levels = levels
+
+    @property
+    def count(self) -> int:
+        """How many items they are."""
+        return len(self._levels[0].values) if self._levels else 0
+
+    @property
+    def count_of_values(self) -> int:
+        """How many values there are, on all levels."""
+        return sum(len(level.values) for level in self._levels)
+
+    def unlike(self, items: list[Any]) -> Iterator[Step]:
+        """Steps that find whether a list no longer begins with these items, or one of these is not as it was."""
+        for level in self._levels[:1]:
+            yield partial(any, map(operator.is_not, level.values, chain(items, repeat(self))))
+        for level in self._levels[1:]:
+            if not level.sizes:
+                return
+            yield partial(any, map(operator.ne, (level.sizes,), map(list, (level.sizes_now(),))))
+            yield partial(any, map(operator.is_not, level.keys, level.keys_now()))
+            yield partial(any, map(operator.is_not, level.values, level.values_now()))
+
+    def and_then(self, look: Look) -> Seen:
+        """These items, and behind them those of a look."""
+        if not self._levels:
+            return Seen(look.levels)
+        pairs = zip(self._levels, look.levels, strict=True)
+        return Seen([before.and_those_of(behind) for before, behind in pairs])
+
+
+class EncodedList:
+    """A list, encoded one item a line: those that have been seen before, those behind them, and the last one.
+
+    The last one stands alone, since it is the one that grows, token by token.
+    """
+
+    def __init__(self, items: list[Any], seen: Seen) -> None:
+        self._before = seen
+        self._rest: list[Any] = []
+        self._middle = Look(_slices(self._rest, slice(None, -1)))
+        self._last = Look(_slices(self._rest, slice(-1, None)))
+        #: The lines of those in the middle, `MANY` a piece: one that is no longer than the others takes no fresh memory.
+        self.pieces: list[bytes] = []
+        #: The line of the last one, if there is one.
+        self.last: list[bytes] = []
+        middle = self._middle.levels[0].values
+        starts = range(0, max(len(items) - seen.count, 1), MANY)
+        # The last piece is open, for what is added until then.
+        cuts: Iterator[slice] = map(slice, starts, chain(starts[1:], (None,)))
+        self.steps: list[Step] = [
+            *seen.unlike(items),
+            partial(self._rest.extend, _slices(items, slice(seen.count, None))),
+            *self._middle.steps,
+            *self._last.steps,
+            partial(self.pieces.extend, filter(None, map(_encode_lines, map(middle.__getitem__, cuts)))),
+            partial(self.last.extend, filter(None, map(_encode_lines, (self._last.levels[0].values,)))),
+        ]
+
+    @property
+    def count(self) -> int:
+        return self._before.count + len(self._rest)
+
+    @property
+    def seen(self) -> Seen:
+        """All items but the last."""
+        return self._before.and_then(self._middle) if self.pieces else self._before
+
+    @property
+    def count_of_values(self) -> int:
+        """How many values there are, on all levels."""
+        return self._before.count_of_values + self._middle.count + self._last.count
+
+    def has_exact_numbers(self) -> bool:
+        return self._middle.has_exact_numbers() and self._last.has_exact_numbers()
+
+
+def _slices(items: list[Any], part: slice) -> Iterator[Any]:
+    """A part of a list, as it is when it is asked for."""
+    return chain.from_iterable(map(items.__getitem__, (part,)))
+
+
+def encode(
+    data: dict[str, Any], known: Mapping[str, Any], values: Sequence[Any], lists: Sequence[EncodedList]
+) -> list[bytes] | None:
+    """Encode values one by one, and lists, checked, all as they are at one instant.
+
+    Args:
+        data: what other threads may change meanwhile.
+        known: a copy of it, which `values` and the lists were taken from; together they are all that it holds.
+
+    Returns:
+        The encoded values. None if `data` is no longer like `known`, holds something unusual (`codec.captured` can do that, or
+        says what is wrong), or no longer what was seen of a list: then nothing has become of the lists.
+    """
+    look, keys, there = Look(values), list[str](), list[Any]()
+    encoded = list[bytes]()
+    steps: list[Step] = [partial(keys.extend, data), partial(there.extend, data.values()), *look.steps]
+    steps += [partial(encoded.extend, map(_encode, values)), *chain.from_iterable(each.steps for each in lists)]
+    if not _run(steps) or keys != list(known) or not all(map(operator.is_, there, known.values())):
+        return None
+    if look.count + len(lists) + sum(each.count_of_values for each in lists) > MAX_VALUES:
+        return None
+    return encoded if look.has_exact_numbers() and all(each.has_exact_numbers() for each in lists) else None
