@@ -13,7 +13,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain, compress, repeat
+from itertools import chain, compress, filterfalse, repeat
 from typing import Any
 
 import msgspec
@@ -21,6 +21,8 @@ import msgspec
 MAX_VALUES = 10_000_000
 #: A list of so many items is looked at as a whole, not one by one.
 MANY = 64
+#: From so many items on, to look whether a list is as it was costs less than to encode it.
+KEEP_FROM = 256
 #: So many levels below the values that a look begins with. Of a message: field, part, call, arguments, and four for them.
 LEVELS = 8
 
@@ -90,11 +92,12 @@ class Look:
                 yield partial(any, map(MAX_VALUES.__lt__, map(sum, (level.sizes,))))
                 yield partial(level.keys.extend, level.keys_now())
                 yield partial(kinds_of_keys.update, map(type, level.keys))
-                yield partial(kinds_of_keys.difference, _KEYS)
             yield partial(level.values.extend, values if above is None else level.values_now())
             yield partial(level.kinds.update, map(type, level.values))
-            yield partial(level.kinds.difference, _KINDS)
             above = level
+        kinds = chain.from_iterable([level.kinds for level in self.levels])
+        yield partial(any, filterfalse(_KINDS.__contains__, kinds))
+        yield partial(kinds_of_keys.difference, _KEYS)
         yield partial(_CONTAINERS.intersection, self.levels[-1].kinds)
 
     @property
@@ -177,54 +180,61 @@ class Seen:
 
 
 class EncodedList:
-    """A list, encoded one item a line: those that have been seen before, those behind them, and the last one.
+    """A list, encoded one item a line: those that were seen before, those that are new, and the rest.
 
-    The last one stands alone, since it is the one that grows, token by token.
+    The rest are those that will not be seen the next time: the last item, since it is the one that grows, token by token; or
+    all, if nothing is kept for a next time.
     """
 
-    def __init__(self, items: list[Any], seen: Seen) -> None:
-        self._before = seen
-        self._rest: list[Any] = []
-        self._middle = Look(_slices(self._rest, slice(None, -1)))
-        self._last = Look(_slices(self._rest, slice(-1, None)))
-        #: The lines of those in the middle, `MANY` a piece: one that is no longer than the others takes no fresh memory.
+    def __init__(self, items: list[Any], before: Seen, *, is_kept: bool) -> None:
+        self._before = before
+        self._behind: list[Any] = []
+        self._new = Look(_slices(self._behind, slice(None, -1))) if is_kept else None
+        self.rest: list[Any] = []
+        #: The lines of the new ones, and those of the rest; in short pieces, as one long one would take fresh memory.
         self.pieces: list[bytes] = []
-        #: The line of the last one, if there is one.
-        self.last: list[bytes] = []
-        middle = self._middle.levels[0].values
-        starts = range(0, max(len(items) - seen.count, 1), MANY)
-        # The last piece is open, for what is added until then.
-        cuts: Iterator[slice] = map(slice, starts, chain(starts[1:], (None,)))
-        self.steps: list[Step] = [
-            *seen.unlike(items),
-            partial(self._rest.extend, _slices(items, slice(seen.count, None))),
-            *self._middle.steps,
-            *self._last.steps,
-            partial(self.pieces.extend, filter(None, map(_encode_lines, map(middle.__getitem__, cuts)))),
-            partial(self.last.extend, filter(None, map(_encode_lines, (self._last.levels[0].values,)))),
+        self.rest_pieces: list[bytes] = []
+        self.looked: list[Step] = [
+            *before.unlike(items),
+            partial(self._behind.extend, _slices(items, slice(before.count, None))),
+            partial(self.rest.extend, _slices(self._behind, slice(-1 if is_kept else 0, None))),
         ]
+        size = max(len(items) - before.count, 1)
+        if self._new is None:
+            self.encoded = [_encoding(self.rest_pieces, self.rest, size)]
+        else:
+            self.looked += self._new.steps
+            new = self._new.levels[0].values
+            self.encoded = [_encoding(self.pieces, new, size), _encoding(self.rest_pieces, self.rest, 1)]
 
     @property
     def count(self) -> int:
-        return self._before.count + len(self._rest)
+        return self._before.count + len(self._behind)
 
     @property
     def seen(self) -> Seen:
-        """All items but the last."""
-        return self._before.and_then(self._middle) if self.pieces else self._before
+        """What is to be seen the next time."""
+        return self._before.and_then(self._new) if self._new is not None and self.pieces else self._before
 
     @property
     def count_of_values(self) -> int:
-        """How many values there are, on all levels."""
-        return self._before.count_of_values + self._middle.count + self._last.count
+        """How many values there are, on all levels, but for those of the rest."""
+        return self._before.count_of_values + (self._new.count if self._new is not None else 0)
 
     def has_exact_numbers(self) -> bool:
-        return self._middle.has_exact_numbers() and self._last.has_exact_numbers()
+        return self._new is None or self._new.has_exact_numbers()
 
 
 def _slices(items: list[Any], part: slice) -> Iterator[Any]:
     """A part of a list, as it is when it is asked for."""
     return chain.from_iterable(map(items.__getitem__, (part,)))
+
+
+def _encoding(pieces: list[bytes], items: list[Any], size: int) -> Step:
+    """The step that encodes items, `MANY` a piece; about so many are expected, and the last piece is open for more."""
+    starts = range(0, size, MANY)
+    cuts: Iterator[slice] = map(slice, starts, chain(starts[1:], (None,)))
+    return partial(pieces.extend, filter(None, map(_encode_lines, map(items.__getitem__, cuts))))
 
 
 def encode(
@@ -240,10 +250,11 @@ def encode(
         The encoded values. None if `data` is no longer like `known`, holds something unusual (`codec.captured` can do that, or
         says what is wrong), or no longer what was seen of a list: then nothing has become of the lists.
     """
-    look, keys, there = Look(values), list[str](), list[Any]()
+    look, keys, there = Look(chain(values, *[each.rest for each in lists])), list[str](), list[Any]()
     encoded = list[bytes]()
-    steps: list[Step] = [partial(keys.extend, data), partial(there.extend, data.values()), *look.steps]
-    steps += [partial(encoded.extend, map(_encode, values)), *chain.from_iterable(each.steps for each in lists)]
+    steps: list[Step] = [partial(keys.extend, data), partial(there.extend, data.values())]
+    steps += [*chain.from_iterable(each.looked for each in lists), *look.steps]
+    steps += [partial(encoded.extend, map(_encode, values)), *chain.from_iterable(each.encoded for each in lists)]
     if not _run(steps) or keys != list(known) or not all(map(operator.is_, there, known.values())):
         return None
     if look.count + len(lists) + sum(each.count_of_values for each in lists) > MAX_VALUES:

@@ -65,11 +65,12 @@ class Body:
         """Encode much data without copying it first; None for little of it, and for what is unusual."""
         known = data.copy()
         lists = {key: known[key] for key in BULK if type(known.get(key)) is list}
-        if HEADER in known or max(map(len, lists.values()), default=0) < instant.MANY:
+        longest = max(map(len, lists.values()), default=0)
+        if HEADER in known or longest < instant.MANY:
             return None
         before = {key: like.bulk.get(key) if like else None for key in lists}
         settled = {key: each.settled if isinstance(each, Lines) else Settled() for key, each in before.items()}
-        is_kept = like is not None
+        is_kept = like is not None and longest >= instant.KEEP_FROM
         found = cls._encoded(data, known, lists, settled, is_kept=is_kept)
         if found is None and any(each.lines for each in settled.values()):
             found = cls._encoded(data, known, lists, dict.fromkeys(lists, Settled()), is_kept=is_kept)
@@ -85,7 +86,7 @@ class Body:
         *,
         is_kept: bool,
     ) -> Body | None:
-        encoded = {key: EncodedList(items, settled[key].seen) for key, items in lists.items()}
+        encoded = {key: EncodedList(items, settled[key].seen, is_kept=is_kept) for key, items in lists.items()}
         single = {key: value for key, value in known.items() if key not in lists}
         values = instant.encode(data, known, list(single.values()), list(encoded.values()))
         if values is None:

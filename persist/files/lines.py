@@ -70,8 +70,8 @@ class Lines:
         if lines and new and len(lines[-1]) + len(new) < PIECE_BYTES:
             lines[-1] += new
             new = b""
-        more = [*lines, *filter(None, [new]), *items.pieces[1:]]
-        return cls(items.count, [*more, *items.last], settled=Settled(items.seen, more) if is_kept else None)
+        settled = [*lines, *filter(None, [new]), *items.pieces[1:]]
+        return cls(items.count, [*settled, *items.rest_pieces], settled=Settled(items.seen, settled) if is_kept else None)
 
     def with_more(self, items: list[bytes]) -> Lines:
         """These, and behind them some more items."""

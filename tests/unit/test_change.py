@@ -149,6 +149,7 @@ def test_a_body_like_another_is_the_same_as_one_of_its_own(
     like = Body.of(data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(instant, "MANY", many)
+        patch.setattr(instant, "KEEP_FROM", many)
         for state in itertools.chain.from_iterable(pairs):
             become(data, copy.deepcopy(state), random)
             like = Body.of(data, like)
@@ -210,6 +211,7 @@ def test_whatever_changes_in_a_list_is_seen(
 ) -> None:
     """Items, keys, their order, values and their types, on every level, in items that were encoded before."""
     monkeypatch.setattr(instant, "MANY", 2)
+    monkeypatch.setattr(instant, "KEEP_FROM", 2)
     items: list[Any] = [
         {"id": "a", "content": "x"},
         {"id": "b", "n": 1},
@@ -227,13 +229,13 @@ def test_whatever_changes_in_a_list_is_seen(
 
 
 @pytest.mark.parametrize("wrong", [(1,), {1}, float("nan"), {1: 2}, "\ud83d\ude00"], ids=lambda value: type(value).__name__)
-@pytest.mark.parametrize("place", [0, 99, 100])
+@pytest.mark.parametrize("place", [0, 299, 300])
 def test_what_json_would_change_is_refused_wherever_it_comes(wrong: Any, place: int) -> None:
     """Also in a list of which the most has been encoded before: in what was seen, in its last item, and behind that."""
-    items: list[Any] = [{"content": [None]} for _ in range(100)]
+    items: list[Any] = [{"content": [None]} for _ in range(300)]
     data = {"messages": items}
     like = Body.of(data, Body.of({}))
-    items[place:] = [*items[place:], {"content": [wrong]}] if place == 100 else items[place:]
+    items[place:] = [*items[place:], {"content": [wrong]}] if place == 300 else items[place:]
     items[place]["content"] = [wrong]
     with pytest.raises(NotJSON):
         Body.of(data, like)
@@ -258,15 +260,16 @@ def test_what_is_seen_is_encoded_once(large: list[Document]) -> None:
 
 
 @pytest.mark.usefixtures("no_collection")
-def test_a_list_that_changes_length_is_encoded_as_it_is_in_the_end(large: list[Document]) -> None:
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_a_list_that_changes_length_is_encoded_as_it_is_in_the_end(large: list[Document], is_kept: bool) -> None:
     """Another thread may add to a list, or take from it, until the instant in which it is encoded."""
     for size in (0, 1, 63, 64, 65, 128, 500, 1000):
         items = large[:300]
-        encoded = instant.EncodedList(items, instant.Seen())
+        encoded = instant.EncodedList(items, instant.Seen(), is_kept=is_kept)
         items[:] = large[:size]
         data: Document = {}
         assert instant.encode(data, data, [], [encoded]) == []
-        found = lines.Lines.encoded(encoded, lines.Settled(), is_kept=False)
+        found = lines.Lines.encoded(encoded, lines.Settled(), is_kept=is_kept)
         assert found == Body.of({"messages": items}).bulk["messages"]
 
 
