@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from harness.faults import quick_directory
 import persist
 
 ActorFactory = Callable[..., Actor]
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start: for that, too, is inherited.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
