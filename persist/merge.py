@@ -57,6 +57,8 @@ def check_policies(policies: object) -> None:
 
 def same(one: Any, other: Any) -> bool:
     """Tell whether two JSON values have the same types and values all through; the order of keys is no part of it."""
+    if one is other:
+        return True
     kind = type(one)
     if kind is not type(other):
         return False
@@ -176,26 +178,38 @@ class _Merger:
     def array(self, path: ValuePath, b: list[Any] | _Missing, m: list[Any], t: list[Any]) -> Any:
         """Item by item; a contradiction is a conflict about the array as a whole."""
         base = [] if isinstance(b, _Missing) else b
-        mine, theirs = _Edits(base, m), _Edits(base, t)
+        lead = _same_objects(base, m, t)
+        mine, theirs = _Edits(base[lead:], m[lead:]), _Edits(base[lead:], t[lead:])
         try:
-            merged = self.items(path, base, mine, theirs)
+            merged = base[:lead] + self.items(path, lead, base[lead:], mine, theirs)
             _refuse_miscounted(merged, base, m, t, mine.all_new() + theirs.all_new())
         except _Clash as clash:
             return self.conflict(path, clash.reason, b, m, t)
         return merged
 
-    def items(self, path: ValuePath, base: list[Any], mine: _Edits, theirs: _Edits) -> list[Any]:
-        """Walk along the base: what was added before each item, theirs first, then the item as both sides left it."""
+    def items(self, path: ValuePath, lead: int, base: list[Any], mine: _Edits, theirs: _Edits) -> list[Any]:
+        """Walk along the base: what was added before each item, theirs first, then the item as both sides left it.
+
+        So many items as `lead` says come before the base, on both sides.
+        """
         twins: dict[Any, Any] = {identity: item for item in theirs.all_added() if (identity := _identity(item))}
         merged: list[Any] = []
         for gap in range(len(base) + 1):
             merged += theirs.added[gap]
             merged += _new_in(_added_beside(mine, theirs, gap), twins)
             if gap < len(base):
-                item = self.value((*path, gap), base[gap], mine.kept[gap], theirs.kept[gap])
+                item = self.value((*path, lead + gap), base[gap], mine.kept[gap], theirs.kept[gap])
                 if item is not MISSING:
                     merged.append(item)
         return merged
+
+
+def _same_objects(first: list[Any], *others: list[Any]) -> int:
+    """How many objects stand at the beginning of all lists: they need not be compared."""
+    differing = (
+        place for place, items in enumerate(zip(first, *others, strict=False)) if any(x is not items[0] for x in items)
+    )
+    return next(differing, min(map(len, (first, *others))))
 
 
 class _Clash(Exception):
@@ -270,6 +284,8 @@ def _identity(item: Any) -> tuple[str, type, Any] | None:
 
 def _refuse_miscounted(merged: list[Any], b: list[Any], m: list[Any], t: list[Any], added: list[Any]) -> None:
     """A moved item reads as removed here and added there: moved twice it would double, moved and removed it would return."""
+    if not added:
+        return
     before = Counter(map(_key, b))
     moved = {key for key in map(_key, added) if key in before}
     if not moved:
@@ -300,6 +316,8 @@ def align(base: list[Any], side: list[Any]) -> list[tuple[int, int]]:
 
 
 def _matches(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
     identity = _identity(one)
     return identity == _identity(other) if identity else same(one, other)
 
@@ -421,8 +439,11 @@ class _Patch:
         # From the end to the front: positions before the one being changed stay valid. What stands after the known end was
         # appended meanwhile.
         i, j = len(known), len(wanted)
+        lead = _same_objects(known, wanted)
         for p, q in reversed(align(known, wanted)):
             target[p + 1 : i] = wanted[q + 1 : j]
+            if p < lead:
+                return
             target[p] = self.value(target[p], known[p], wanted[q])
             i, j = p, q
         target[:i] = wanted[:j]

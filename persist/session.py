@@ -23,10 +23,10 @@ from persist.errors import (
     require_flags,
 )
 from persist.files.body import Body
-from persist.files.change import between
+from persist.files.change import between, data_of, have_same_data
 from persist.files.snapshot import Header, Snapshot, StreamOwner
 from persist.files.transaction import SessionFiles, Transaction
-from persist.merge import Policy, Preference, count_removed, merge, patch, same
+from persist.merge import Policy, Preference, count_removed, merge, patch
 from persist.turn import ACTIVE
 
 # No document on disk has it: a base that carries it is always merged, never taken for the state of the disk.
@@ -211,11 +211,13 @@ class Session:
             self._known = _Known(self._base, is_durable=False)
 
     def _merged(self, mine: Body, there: Snapshot, prefer: Preference) -> Body:
-        if _is_unchanged(self._base.body, mine):
+        if have_same_data(self._base.body, mine):
+            # What others committed is patched into `data` in place: the same keys may then stand there in another order.
             return there.body
         if there.identity == self._base.identity:
             return mine
-        return Body.of(_merge_data(self._base.body.data(), mine.data(), there.body.data(), self._policies, prefer))
+        base, ours, theirs = data_of(self._base.body, mine, there.body)
+        return Body.of(_merge_data(base, ours, theirs, self._policies, prefer))
 
     def _refuse_removal(self, there: Snapshot, merged: Body) -> None:
         """In the middle of a turn, messages that vanish are an accident (hermes-webui #4205)."""
@@ -233,9 +235,9 @@ class Session:
         if committed.body == saved:
             self._known = _Known(committed, is_durable)
             return
-        now = codec.captured(self.data)
+        base, now, theirs = data_of(saved, Body.of(self.data, saved), committed.body)
         try:
-            wanted = _merge_data(saved.data(), now, committed.body.data())
+            wanted = _merge_data(base, now, theirs)
         except MergeConflict:
             # An edit made meanwhile contradicts theirs: it stays, and the next save reports it.
             self._known = _Known(replace(committed, body=saved, checksum=_NO_CHECKSUM), is_durable)
@@ -268,8 +270,10 @@ class Session:
             except SessionNotFound:
                 raise self._deleted() from None
             self._recognise(there)
-            now = codec.captured(self.data)
-            wanted = _merge_data(self._base.body.data(), now, there.body.data(), self._policies)
+            if there.identity and there.identity == self._base.identity:
+                return
+            base, now, theirs = data_of(self._base.body, Body.of(self.data, self._base.body), there.body)
+            wanted = _merge_data(base, now, theirs, self._policies)
             self._show(now, wanted, _Known(there, is_durable=False))
 
     def clear_stale_stream(self) -> bool:
@@ -326,7 +330,7 @@ class Session:
         self._recognise(committed)
         if committed.header.revision <= self._base.header.revision:
             return  # another thread has saved this object since, and taken it
-        base, now, theirs = self._base.body.data(), codec.captured(self.data), committed.body.data()
+        base, now, theirs = data_of(self._base.body, Body.of(self.data, self._base.body), committed.body)
         try:
             wanted, known = _merge_data(base, now, theirs), _Known(committed, is_durable=False)
         except MergeConflict:
@@ -357,11 +361,6 @@ def _has_marks(data: dict[str, Any], owner: StreamOwner) -> bool:
         return False
     places = (turn.find(messages, message_id) for message_id in (owner.prompt_id, owner.answer_id))
     return any(place is not None and turn.INTERRUPTED in messages[place] for place in places)
-
-
-def _is_unchanged(base: Body, mine: Body) -> bool:
-    # What others committed is patched into `data` in place: the same keys may then stand there in another order.
-    return base == mine or (base.size_bytes == mine.size_bytes and same(base.data(), mine.data()))
 
 
 def _merge_data(

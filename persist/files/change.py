@@ -14,7 +14,7 @@ import msgspec
 from persist import codec
 from persist.files.body import BULK, Body
 from persist.files.lines import Lines, differing
-from persist.merge import align
+from persist.merge import align, same
 
 #: Where more than this differs between the first change and the last one, the lines between them are compared, too.
 _ONE_SPLICE_BYTES = 16 * 1024
@@ -203,3 +203,33 @@ def _splices(field: str, old: Lines, new: Lines) -> Iterator[Change]:
         if i - p > 1 or j - q > 1:
             yield inserted(field, first + p + 1, *added[q + 1 : j], remove=i - p - 1)
         i, j = p, q
+
+
+def data_of(body: Body, *others: Body) -> list[dict[str, Any]]:
+    """The data of several bodies, for those who compare and do not change it: what is the same in them are the same objects."""
+    data = body.data()
+    return [data, *(_data_like(body, data, other) for other in others)]
+
+
+def _data_like(body: Body, data: dict[str, Any], other: Body) -> dict[str, Any]:
+    bulk = {name: [*value] if type(value) is list else value for name, value in data.items() if name in BULK}
+    for each in between(body, other):
+        apply_to_data(bulk, each)
+    fields = other.fields() if other.small != body.small else {name: value for name, value in data.items() if name not in BULK}
+    return fields | {name: bulk[name] for name in BULK if name in bulk}
+
+
+def have_same_data(one: Body, other: Body) -> bool:
+    """Whether two bodies have the same data: the keys of its objects may stand in another order."""
+    if one == other:
+        return True
+    if one.size_bytes != other.size_bytes or one.bulk.keys() != other.bulk.keys() or not same(one.fields(), other.fields()):
+        return False
+    return all(_have_same_items(value, other.bulk[name]) for name, value in one.bulk.items())
+
+
+def _have_same_items(one: Lines | bytes, other: Lines | bytes) -> bool:
+    if isinstance(one, bytes) or isinstance(other, bytes):
+        return isinstance(one, bytes) and isinstance(other, bytes) and same(codec.decode(one), codec.decode(other))
+    _, removed, added = differing(*one.rests(other))
+    return len(removed) == len(added) and all(map(same, map(codec.decode, removed), map(codec.decode, added)))

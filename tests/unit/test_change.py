@@ -22,7 +22,8 @@ from persist import codec, instant
 from persist.errors import NotJSON
 from persist.files import change, lines
 from persist.files.body import BULK, Body
-from persist.files.change import Bulk, Change, DoesNotFit, applied, between, inserted, marked
+from persist.files.change import Bulk, Change, DoesNotFit, applied, between, data_of, have_same_data, inserted, marked
+from persist.merge import same
 
 Document = dict[str, Any]
 
@@ -135,6 +136,42 @@ def test_what_is_compared_in_pieces_is_what_is_compared_at_once(
         patch.setattr(lines, "PIECE_BYTES", piece_bytes)
         patch.setattr(change, "_ONE_SPLICE_BYTES", one_splice_bytes)
         assert_inverse(*pair)
+
+
+@given(edits())
+def test_data_of_several_bodies_shares_what_is_the_same(pair: tuple[Document, Document]) -> None:
+    """Each is the data of its body, whatever their forms; and an item that is the same at the beginning is one object."""
+    before, after = pair
+    for old in forms(before):
+        for new in forms(after):
+            first, second, third = data_of(old, new, old)
+            assert (first, second, third) == (before, after, before)
+            assert list(second) == list(Body.of(after).data())
+            for name in old.counts:
+                assert all(
+                    one is other for one, other in zip(first[name], third[name], strict=True) if type(one) in (dict, list)
+                )
+
+
+def reordered(value: Any) -> Any:
+    """The same data with the keys of its objects in another order."""
+    if type(value) is dict:
+        return {key: reordered(value[key]) for key in reversed(value)}
+    return [*map(reordered, value)] if type(value) is list else value
+
+
+@given(edits())
+@example(({"messages": [{"a": 1, "b": 2}]}, {"messages": [{"a": 1, "b": 3}]}))
+@example(({"messages": [1, 2]}, {"messages": [True, 2]}))
+@example(({"messages": "ab"}, {"messages": "ba"}))
+@example(({"a": 1, "b": 2}, {"a": 2, "b": 1}))
+def test_bodies_have_the_same_data_whatever_the_order_of_keys(pair: tuple[Document, Document]) -> None:
+    """That is all in which bodies of the same data may differ."""
+    before, after = pair
+    for old in forms(before):
+        assert have_same_data(old, Body.of(reordered(before)))
+        for new in forms(reordered(after)):
+            assert have_same_data(old, new) == same(before, after)
 
 
 # --- what need not be encoded again ------------------------------------------------------------------------------------------

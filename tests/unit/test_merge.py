@@ -110,6 +110,14 @@ def without_order(data: Document) -> Document:
     return {key: sorted(value, key=repr) if type(value) is list else value for key, value in data.items()}
 
 
+def sharing(base: list[Any], side: list[Any]) -> list[Any]:
+    """The side with the base's own objects where both begin alike, as two bodies of the same lines have them."""
+    lead = next(
+        (i for i, (one, other) in enumerate(zip(base, side, strict=False)) if not same(one, other)), min(len(base), len(side))
+    )
+    return base[:lead] + side[lead:]
+
+
 # --- the laws ---------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +210,20 @@ def test_every_version_in_the_result_is_somebodys(sides: tuple[Document, Documen
         own = item["id"]
         untouched = same(was.get(own, MISSING), m.get(own, MISSING))
         assert same(item, t[own] if untouched else m[own])
+
+
+@given(two_sides())
+def test_objects_that_the_sides_share_change_nothing(sides: tuple[Document, Document, Document]) -> None:
+    """What is the same object on all sides is not compared; the outcome is that of comparing it."""
+    base, mine, theirs = sides
+    expected = outcome(*copy.deepcopy(sides))
+    for field in ("messages", "words"):
+        mine[field], theirs[field] = (sharing(base[field], side[field]) for side in (mine, theirs))
+    assert outcome(base, mine, theirs) == expected
+    if expected is not CONFLICT:
+        target = copy.deepcopy(mine)
+        patch(target, mine, merge(base, mine, theirs))
+        assert same(target, expected)
 
 
 @given(two_sides(), st.sampled_from(["error", "mine", "theirs"]))
