@@ -45,8 +45,8 @@ TEMPS_OF_THEIR_OWN = ("files/layout.py", 'f"{name}{_TEMP}")', "f\"{name}.{__impo
 NO_LEASE = ("streams.py", "            if not is_dead:\n                return False\n", "")
 OLD_TITLE = (
     "session.py",
-    "        return Body.of(_merge_data(self._base.body.data(), mine.data(), there.body.data(), self._policies, prefer))\n",
-    "        merged = _merge_data(self._base.body.data(), mine.data(), there.body.data(), self._policies, prefer)\n"
+    "        return Body.of(_merge_data(base, ours, theirs, self._policies, prefer))\n",
+    "        merged = _merge_data(base, ours, theirs, self._policies, prefer)\n"
     "        return Body.of(merged | {'title': self.data['title']})\n",
 )
 UNCOUNTED = ("merge.py", "total = _sum(t, m, b or 0)", "total = max(t, m)")
