@@ -255,7 +255,9 @@ def encode(
     steps: list[Step] = [partial(keys.extend, data), partial(there.extend, data.values())]
     steps += [*chain.from_iterable(each.looked for each in lists), *look.steps]
     steps += [partial(encoded.extend, map(_encode, values)), *chain.from_iterable(each.encoded for each in lists)]
-    if not _run(steps) or keys != list(known) or not all(map(operator.is_, there, known.values())):
+    if not _run(steps) or len(keys) != len(known) or not _KEYS.issuperset(map(type, keys)):
+        return None
+    if not all(map(operator.is_, chain(keys, there), chain(known, known.values()))):
         return None
     if look.count + len(lists) + sum(each.count_of_values for each in lists) > MAX_VALUES:
         return None

@@ -163,7 +163,14 @@ class Body:
             bulk = self.decoded.pop()
         except IndexError:
             bulk = {name: self._decode(self._json(value)) for name, value in self.bulk.items()}
+        if any(type(bulk[name]) is not list or len(bulk[name]) != count for name, count in self.counts.items()):
+            raise self._mislabelled()
         return self.fields() | bulk
+
+    def check_lines(self) -> None:
+        """Raise `CorruptSession` unless its lists have one item a line: it may be that somebody sealed something else."""
+        if not all(value.is_counted for value in self.bulk.values() if isinstance(value, Lines)):
+            raise self._mislabelled()
 
     @staticmethod
     def _json(value: Lines | bytes) -> bytes:
@@ -203,6 +210,10 @@ def _bulk_in(content: bytes, start: int, counts: Mapping[str, int]) -> dict[str,
         if place and content.startswith(mark, place, max(end, place)):
             found[name] = _value_in(content, place + len(mark), end, counts.get(name))
             end = place - len(b",\n")
+            if not content.startswith(b",\n", end):
+                raise ValueError("comma")
+    if counts.keys() != {name for name, value in found.items() if isinstance(value, Lines)}:
+        raise ValueError("counts")
     if end != (start - len(b",\n") if found else start - 1) or not content.endswith(b"\n}\n"):
         raise ValueError("bulk")
     return {name: found[name] for name in BULK if name in found}

@@ -175,6 +175,8 @@ def applied(body: Body, small: bytes, changes: Iterable[Change]) -> Body:
 
 def between(before: Body, after: Body) -> tuple[Change, ...]:
     """The changes that make one body's bulk the other's. Costs about a pass of memcmp, and then what the change weighs."""
+    before.check_lines()
+    after.check_lines()
     changes: list[Change] = []
     for name in BULK:
         old, new = before.bulk.get(name), after.bulk.get(name)

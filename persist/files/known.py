@@ -76,9 +76,6 @@ class KnownSessions:
     def __init__(self) -> None:
         self._known: OrderedDict[str, Known] = OrderedDict()
 
-    def __contains__(self, session_id: str) -> bool:
-        return session_id in self._known
-
     def take(self, session_id: str) -> Known | None:
         """Hand out what is known; it is no longer here then."""
         return self._known.pop(session_id, None)

@@ -95,6 +95,11 @@ class Lines:
         return [*found, b"]"]
 
     @property
+    def is_counted(self) -> bool:
+        """Whether so many of them stand in the document as it says."""
+        return self._front == 0 or self._text.count(b"\n", self._start, self._end) == self._front - 1
+
+    @property
     def size_bytes(self) -> int:
         """How many bytes its JSON takes in a document."""
         if not self.count:

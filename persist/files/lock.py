@@ -198,6 +198,9 @@ def _in_turn(path: Path, deadline: float) -> HeldFile | None:
             found = _poll(path, deadline) if place is None else place.wait(deadline)
         return found
     finally:
+        if place is None and (queued := _places.get(path)) is not None and queued.file is held:
+            # A signal's exception came when its thread had been started.
+            place = queued
         if place is not None and found is not place.file:
             place.leave()
         if found is not held and (place is None or place.file is not held):
@@ -240,11 +243,9 @@ class _Place:
         try:
             # Costs half of what a `threading.Thread` does, which is made to be waited for.
             _thread.start_new_thread(self._run, ())
-        except BaseException as error:
+        except RuntimeError:  # too many threads, or the interpreter ends
             _places.pop(self._path, None)
-            if isinstance(error, RuntimeError):  # too many threads, or the interpreter ends
-                return False
-            raise
+            return False
         return True
 
     def take_over(self) -> None:
@@ -253,13 +254,15 @@ class _Place:
 
     def wait(self, deadline: float) -> HeldFile | None:
         """Wait until the file is locked; while the queue does not move, look now and then whether it is free all the same."""
+        head = turns.head(self.file.fd)
         while (left_s := deadline - time.monotonic()) > 0:
             timeout_s = min(left_s, threading.TIMEOUT_MAX if self._is_next else PATIENCE_S)
             if self._end.acquire(timeout=timeout_s):
                 if not self._is_locked:
                     return _poll(self._path, deadline)
                 return self.file if self.file.take(self._path) else None
-            if not self._is_next and (other := try_hold(self._path, create=True)) is not None:
+            before, head = head, turns.head(self.file.fd)
+            if not self._is_next and head == before and (other := try_hold(self._path, create=True)) is not None:
                 return other
         return None
 

@@ -704,14 +704,11 @@ class SessionFiles(SessionDirectory):
             LockTimeout, NestedLock: see `lock.hold`.
             CommitUnknown: an earlier commit of this store ended so.
         """
-        path = self.layout.session(session_id).lock
-        # One that is known has been there a moment ago. If it is gone, its lock file goes with the transaction.
-        if not may_be_missing and session_id not in self.known:
-            with self.looking_at(session_id) as document:
-                if not disk.exists(document):
-                    raise SessionNotFound(session_id=session_id, path=document)
+        with self.looking_at(session_id) as path:
+            if not may_be_missing and not disk.exists(path):
+                raise SessionNotFound(session_id=session_id, path=path)
         timeout_s = self.lock_timeout_s if lock_timeout_s is None else lock_timeout_s
-        with lock.hold(path, session_id, timeout_s) as held:
+        with lock.hold(self.layout.session(session_id).lock, session_id, timeout_s) as held:
             tx = Transaction(self, session_id, held)
             try:
                 # Looked at again by the verb's own read: the session may have gone while we waited.

@@ -35,6 +35,16 @@ if sys.platform == "linux":
         except OSError:
             return False
 
+    def head(fd: int) -> int | None:
+        """The byte of who waits first, but for ourselves; None if nobody does, or if that cannot be known."""
+        try:
+            first = _taken(fd, _FIRST)
+            while first is not None and first > _FIRST and (before := _taken(fd, _FIRST, first - _FIRST)) is not None:
+                first = before
+        except OSError:
+            return None
+        return first
+
     def queue_up(fd: int) -> int:
         """Wait until all who came before have had the lock of a file, or have given up; return the byte that stands for it."""
         place = _take_last(fd)
@@ -79,6 +89,10 @@ else:
     def has_waiters(fd: int) -> bool:
         """Nobody waits like that here."""
         return False
+
+    def head(fd: int) -> int | None:
+        """Not called."""
+        raise NotImplementedError
 
     def queue_up(fd: int) -> int:
         """Not called."""

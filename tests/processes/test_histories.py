@@ -47,7 +47,7 @@ def test_every_history_is_linearizable(scratch: Path, journal: Any, fold: str) -
 # Every transaction locks a file of its own: neither threads nor processes exclude each other any more.
 LOCK_OUT = (
     (
-        "lock.hold(path,",
+        "lock.hold(self.layout.session(session_id).lock,",
         "lock.hold(self.layout.session(f'{session_id}-{os.urandom(8).hex()}').lock,",
     ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import signal
 import subprocess
@@ -586,6 +587,51 @@ def test_waiter_that_is_stopped_stops_nobody(locked: Actor, directory: Path, act
     assert behind.result() == 3
     stopped.process.send_signal(signal.SIGCONT)
     assert stopped.result() == 4
+
+
+@linux_only
+def test_queue_that_moves_is_not_overtaken(locked: Actor, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where nobody has come to a turn for a while, who waits looks whether the lock is free all the same."""
+    looks: list[Path] = []
+    try_hold, heads = held.try_hold, itertools.count()
+
+    def look(path: Path, *, create: bool) -> held.HeldFile | None:
+        looks.append(path)
+        return try_hold(path, create=create)
+
+    monkeypatch.setattr(lock, "try_hold", look)
+    fd = os.open(directory / "s-1.json.lock", os.O_RDWR)
+    turns.queue_up(fd)
+    impatient = persist.Store(directory, lock_timeout_s=6 * lock.PATIENCE_S)
+    monkeypatch.setattr(turns, "head", lambda _fd: next(heads))
+    with pytest.raises(persist.LockTimeout):
+        impatient.append("s-1", "log", 1)
+    # At the end of its time.
+    assert len(looks) == 1
+    monkeypatch.undo()
+    os.close(fd)
+
+
+@linux_only
+def test_place_outlives_an_exception_behind_its_start(
+    locked: Actor, store: persist.Store, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal's exception that comes when the thread has been started: that keeps its file, and gives back what it gets."""
+    take = lock._Place.take
+
+    def interrupted(place: lock._Place) -> bool:
+        take(place)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lock._Place, "take", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.append("s-1", "log", 1)
+    assert [place.file.is_held for place in lock._places.values()] == [True]
+    locked.go()
+    locked.result()
+    eventually(lambda: not lock._places)
+    assert persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1) == 3
 
 
 @linux_only

@@ -7,6 +7,7 @@ first, the alignment of distant edits, and each refusal of `Bulk.apply`.
 from __future__ import annotations
 
 import copy
+import enum
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from persist import codec, instant
-from persist.errors import NotJSON
+from persist.errors import CorruptSession, NotJSON
 from persist.files import change, lines
 from persist.files.body import BULK, Body
 from persist.files.change import Bulk, Change, DoesNotFit, applied, between, data_of, have_same_data, inserted, marked
@@ -276,6 +277,37 @@ def test_what_json_would_change_is_refused_wherever_it_comes(wrong: Any, place: 
     items[place]["content"] = [wrong]
     with pytest.raises(NotJSON):
         Body.of(data, like)
+
+
+@pytest.mark.parametrize("forged", [lines.Lines.in_text(b"1,2,\n3", 0, 6, 3), lines.Lines.in_text(b"1,\n[\n2]", 0, 7, 2)])
+def test_a_list_that_has_not_one_item_a_line_is_not_compared(forged: lines.Lines) -> None:
+    """Somebody who can compute a checksum cannot have a change land on another item than was meant."""
+    body, other = Body(b"", {"messages": forged}), Body.of({"messages": [5]})
+    for pair in ((body, other), (other, body)):
+        with pytest.raises(CorruptSession):
+            between(*pair)
+
+
+class Name(enum.StrEnum):
+    """Keys that are equal to strings, and are none."""
+
+    TITLE = "title"
+    MESSAGES = "messages"
+    HEADER = "_persist"
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("count", [3, 64, 300])
+@pytest.mark.parametrize("key", [1, True, None, 1.5, ("a",), b"x", *Name], ids=repr)
+def test_no_key_is_taken_for_a_string(key: Any, count: int) -> None:
+    """The keys of the data itself are looked at as those in it are, however much of it is encoded at once."""
+    items = [{"id": str(n)} for n in range(count)]
+    like = Body.of({"messages": items}, Body.of({}))
+    for before in (None, like):
+        for data in ({key: 1, "messages": items}, {"title": "x", "messages": items, key: 1}, {key: items}):
+            if not all(type(each) is str for each in data):
+                with pytest.raises(NotJSON, match="only string keys"):
+                    Body.of(data, before)
 
 
 @pytest.mark.usefixtures("no_collection")

@@ -517,6 +517,9 @@ def test_a_small_field_among_the_bulk_of_a_large_document_is_refused(extra: byte
         pytest.param({"tool_calls": b"1", "messages": b"2"}, id="in another order"),
         pytest.param({"title": b"1"}, id="no bulk field"),
         pytest.param({"messages": b'1,\n"messages":2'}, id="a field twice"),
+        pytest.param({"messages": b'1X\n"tool_calls":2'}, id="no comma"),
+        pytest.param({"messages": Lines.in_text(b"1,\n2", 0, 4, 3)}, id="too few items"),
+        pytest.param({"messages": Lines.in_text(b"1,\n2", 0, 4, 1)}, id="too many items"),
     ],
 )
 def test_bulk_that_is_not_as_its_header_says_is_refused(bulk: dict[str, Lines | bytes], store: persist.Store) -> None:
