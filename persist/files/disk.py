@@ -54,7 +54,8 @@ def _open_or_create(path: Path, flags: int) -> tuple[int, os.stat_result]:
         try:
             return _open(path, flags | os.O_CREAT | os.O_EXCL)
         except FileExistsError:
-            if not path.exists():
+            # Somebody else was quicker, and may have removed it since; a link that leads nowhere stays (Windows).
+            if path.is_symlink():
                 raise
 
 

@@ -31,6 +31,8 @@ _POLL_FIRST_S = 0.0002
 _POLL_LAST_S = 0.001
 #: For so long a place in the queue is all that is waited for: the process at its head may be stopped (a paused container).
 PATIENCE_S = 0.05
+#: So long it is given then to take what is free: it may just be about to.
+GRACE_S = 0.005
 
 
 class Turn:
@@ -262,7 +264,7 @@ class _Place:
                     return _poll(self._path, deadline)
                 return self.file if self.file.take(self._path) else None
             before, head = head, turns.head(self.file.fd)
-            if not self._is_next and head == before and (other := try_hold(self._path, create=True)) is not None:
+            if not self._is_next and head == before and (other := _overtake(self._path)) is not None:
                 return other
         return None
 
@@ -294,6 +296,16 @@ class _Place:
         # To close it would do, but for copies that leaked into a child.
         self.file.unlock_on_close()
         self.file.close()
+
+
+def _overtake(path: Path) -> HeldFile | None:
+    """Hold the file if it is free, and who stands first does not take it."""
+    free = try_hold(path, create=True)
+    if free is None:
+        return None
+    free.close()
+    time.sleep(GRACE_S)
+    return try_hold(path, create=True)
 
 
 #: The places that this process has in queues.

@@ -486,6 +486,8 @@ def test_lock_goes_to_those_who_wait_in_the_order_in_which_they_came(
     """Nobody is overtaken, by whomever. Fails if a waiter does not wait for the one before it, but for the lock."""
     waiters = [actor() for _ in range(5)]
     for number, waiter in enumerate(waiters):
+        # The holder holds it for long: nobody is to take that for a queue that does not move.
+        waiter.do("from persist.files import lock; lock.PATIENCE_S = 1000.0")
         waiter.start(f"store.append('s-1', 'log', {number})")
         eventually(partial(is_so_long, directory / "s-1.json.lock", number + 1))
     locked.go()
@@ -573,12 +575,19 @@ def test_waiter_lets_go_of_a_lock_file_that_was_removed(locked: Actor, directory
         os.close(old)
 
 
+def state_of(task: Path) -> str:
+    """The state of a thread, by the kernel's table."""
+    return task.joinpath("stat").read_text().rpartition(") ")[2][0]
+
+
 @linux_only
 def test_waiter_that_is_stopped_stops_nobody(locked: Actor, directory: Path, actor: ActorFactory) -> None:
     """A paused container or a debugger: who stands behind it overtakes it after a moment. Fails without `PATIENCE_S`."""
     stopped = actor()
     in_queue(stopped, directory / "s-1.json.lock")
     stopped.process.send_signal(signal.SIGSTOP)
+    # All its threads: one that still runs might take the lock, and be stopped with it.
+    eventually(lambda: all(state_of(task) == "T" for task in Path(f"/proc/{stopped.process.pid}/task").iterdir()))
     locked.go()
     locked.result()
     behind = actor(lock_timeout_s=DEADLINE_S)

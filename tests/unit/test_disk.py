@@ -186,6 +186,20 @@ def test_a_file_is_never_created_over_anything(kind: str, odd: dict[str, Path]) 
     assert not (odd[kind].parent / "nowhere").exists()
 
 
+def test_a_file_that_others_make_and_remove_is_made_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not there, then it is, then it is gone: that is no error, but a reason to try again."""
+    path, opened, answers = tmp_path / "x", disk._open, iter([FileNotFoundError(), FileExistsError()])
+
+    def race(path: Path, flags: int) -> tuple[int, os.stat_result]:
+        if (answer := next(answers, None)) is not None:
+            raise answer
+        return opened(path, flags)
+
+    monkeypatch.setattr(disk, "_open", race)
+    os.close(disk.open_plain(path, os.O_RDWR | os.O_CREAT))
+    assert path.exists()
+
+
 def test_a_directory_is_not_unlinked(tmp_path: Path) -> None:
     """Where a document should be there stands a directory: it is named, and stays."""
     (tmp_path / "s.json").mkdir()
