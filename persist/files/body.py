@@ -162,7 +162,9 @@ class Body:
         try:
             bulk = self.decoded.pop()
         except IndexError:
-            bulk = {name: self._decode(self._json(value)) for name, value in self.bulk.items()}
+            bulk = {
+                name: self._decode(value.json() if isinstance(value, Lines) else value) for name, value in self.bulk.items()
+            }
         if any(type(bulk[name]) is not list or len(bulk[name]) != count for name, count in self.counts.items()):
             raise self._mislabelled()
         return self.fields() | bulk
@@ -171,10 +173,6 @@ class Body:
         """Raise `CorruptSession` unless its lists have one item a line: it may be that somebody sealed something else."""
         if not all(value.is_counted for value in self.bulk.values() if isinstance(value, Lines)):
             raise self._mislabelled()
-
-    @staticmethod
-    def _json(value: Lines | bytes) -> bytes:
-        return b"".join(value.in_document()) if isinstance(value, Lines) else value
 
     def fields(self) -> dict[str, Any]:
         """A fresh copy of the small fields."""

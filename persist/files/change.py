@@ -141,6 +141,7 @@ class _Items:
         return self._front.count + len(self._back)
 
     def apply(self, change: Change) -> None:
+        """Make a change of items; raise `DoesNotFit` if that cannot be."""
         change.count_after(len(self))
         if change.at < self._front.count:
             self._back[:0] = self._front.items()
@@ -185,7 +186,7 @@ def between(before: Body, after: Body) -> tuple[Change, ...]:
         elif new is None:
             changes += [Change(name, is_dropped=True)] if old is not None else []
         elif old != new:
-            value = b"".join(new.in_document()).replace(b"\n", b"") if isinstance(new, Lines) else new
+            value = new.json().replace(b"\n", b"") if isinstance(new, Lines) else new
             changes.append(Change(name, value=msgspec.Raw(value)))
     return tuple(changes)
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 
-from persist.errors import InvalidSessionId, PersistError, SessionNotFound, Unreadable
+from persist.errors import InvalidSessionId, PersistError, SessionNotFound, Translating, Unreadable
 from persist.files import disk, journal, layout, snapshot
 from persist.files.events import EventFiles
 from persist.files.journal import ROOM_BYTES, Journal
@@ -18,25 +17,6 @@ from persist.files.snapshot import Header, HeadSnapshot, Snapshot
 
 #: Which sessions have a journal: large ones, all, or none.
 Mode = Literal["auto", "always", "never"]
-
-
-class Looking:
-    """A look at a session's document. A generator's block (contextlib) would cost as much as the look itself."""
-
-    __slots__ = ("_path", "_session_id")
-
-    def __init__(self, session_id: str, path: Path) -> None:
-        self._session_id = session_id
-        self._path = path
-
-    def __enter__(self) -> Path:
-        return self._path
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, FileNotFoundError):
-            raise SessionNotFound(session_id=self._session_id, path=self._path) from None
-        if isinstance(error, OSError) and not isinstance(error, PersistError):
-            raise Unreadable.because(self._path, error) from error
 
 
 class SessionDirectory:
@@ -104,9 +84,17 @@ class SessionDirectory:
     def journal(self, session_id: str, generation: int) -> Journal:
         return Journal(self.layout.journal(session_id, generation), session_id)
 
-    def looking_at(self, session_id: str) -> Looking:
+    def looking_at(self, session_id: str) -> Translating[Path]:
         """Give the document's path to a block, and turn the disk's own errors in it into typed ones."""
-        return Looking(session_id, self._path(session_id))
+        path = self._path(session_id)
+
+        def type_error(error: BaseException) -> None:
+            if isinstance(error, FileNotFoundError):
+                raise SessionNotFound(session_id=session_id, path=path) from None
+            if isinstance(error, OSError) and not isinstance(error, PersistError):
+                raise Unreadable.because(path, error) from error
+
+        return Translating(type_error, path)
 
     def session_ids(self) -> list[str]:
         """The ids of all sessions, sorted."""

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from persist import codec
-from persist.errors import EmitFailed, NestedLock, PersistError, Unreadable
+from persist.errors import EmitFailed, NestedLock, PersistError, Translating, Unreadable
 from persist.files import disk, layout
 from persist.files.expiry import Expiry
 from persist.files.held import HeldFile, try_hold
@@ -185,13 +185,12 @@ class EventWriter:
             self._sync_error = error
             raise
 
-    @contextmanager
-    def _refusals(self) -> Iterator[None]:
-        try:
-            yield
-        except PersistError:
-            raise
-        except OSError as error:
+    def _refusals(self) -> Translating[None]:
+        """The disk's own errors, as `EmitFailed`."""
+        return Translating(self._refuse, None)
+
+    def _refuse(self, error: BaseException) -> None:
+        if isinstance(error, OSError) and not isinstance(error, PersistError):
             reason = error.strerror or type(error).__name__
             raise EmitFailed(stream_id=self._stream_id, path=self._path, reason=reason, errno=error.errno) from error
 
@@ -278,13 +277,12 @@ class EventReader:
         self._torn = [rest]
         return [event for line in lines if (event := self._take(line)) is not None]
 
-    @contextmanager
-    def _refusals(self) -> Iterator[None]:
-        try:
-            yield
-        except (PersistError, FileNotFoundError):
-            raise
-        except OSError as error:
+    def _refusals(self) -> Translating[None]:
+        """The disk's own errors, as `Unreadable`, but for a file that is not there."""
+        return Translating(self._refuse, None)
+
+    def _refuse(self, error: BaseException) -> None:
+        if isinstance(error, OSError) and not isinstance(error, (PersistError, FileNotFoundError)):
             raise Unreadable.because(self._path, error) from error
 
     def _take(self, line: bytes) -> Event | None:

@@ -94,6 +94,10 @@ class Lines:
             found.append(self._more[-1][:-1].replace(b"\n", SEPARATOR) + b"\n")
         return [*found, b"]"]
 
+    def json(self) -> bytes:
+        """The JSON of the list, as it stands in a document."""
+        return b"".join(self.in_document())
+
     @property
     def is_counted(self) -> bool:
         """Whether so many of them stand in the document as it says."""

@@ -25,7 +25,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
-from types import TracebackType
 from typing import TypeVar
 
 from persist import codec
@@ -37,6 +36,7 @@ from persist.errors import (
     NestedLock,
     PersistError,
     SessionNotFound,
+    Translating,
 )
 from persist.files import change, disk, journal, layout, lease, lock, snapshot
 from persist.files.body import Body
@@ -327,7 +327,7 @@ class Transaction:
         known = self.look()
         if known is None or known.tail.header.revision + 1 != header.revision:
             reason = "it was replaced, while its lock was held, by somebody who did not hold that"
-            raise self.failure(CommitFailed, reason, None)
+            raise self._failure(CommitFailed, reason, None)
         return known
 
     def _known_where_it_is_full(self, known: Known, header: Header, error: CommitFailed) -> Known:
@@ -399,7 +399,7 @@ class Transaction:
         try:
             self._write(header, body or self._whole(header, small, changes))
         except PersistError as failed:
-            raise self.failure(CommitUnknown, _reason(error), error.errno) from failed
+            raise self._failure(CommitUnknown, _reason(error), error.errno) from failed
         self._files.unknown.pop(self.session_id, None)
 
     def _spoil_journal(self, end: int) -> None:
@@ -491,7 +491,7 @@ class Transaction:
             self._write(found.header, found.body)
         except CommitFailed as failed:
             if is_failed_sync:
-                raise self.failure(CommitUnknown, failed.reason, failed.errno) from failed
+                raise self._failure(CommitUnknown, failed.reason, failed.errno) from failed
             raise
         self._files.unknown.pop(self.session_id, None)
 
@@ -515,7 +515,7 @@ class Transaction:
             raise
         except OSError as error:
             self._files.unknown[self.session_id] = _reason(error)
-            raise self.failure(CommitUnknown, _reason(error), error.errno) from error
+            raise self._failure(CommitUnknown, _reason(error), error.errno) from error
         finally:
             disk.close_directory(directory)
         self._known = None
@@ -555,20 +555,24 @@ class Transaction:
             if attempt.is_visible:
                 self._files.unknown[self.session_id] = _reason(cause)
             kind = CommitUnknown if attempt.is_visible else CommitFailed
-            raise self.failure(kind, _reason(cause), cause.errno) from cause
+            raise self._failure(kind, _reason(cause), cause.errno) from cause
         self._files.unknown.pop(self.session_id, None)
 
     def require_known(self) -> None:
         """After a `CommitUnknown` nothing more is written, and nothing acknowledged."""
         reason = self._files.unknown.get(self.session_id)
         if reason is not None:
-            raise self.failure(CommitUnknown, reason, None)
+            raise self._failure(CommitUnknown, reason, None)
 
-    def _refusals(self) -> _Refusals:
+    def _refusals(self) -> Translating[None]:
         """The disk's own errors, before anything has changed, as `CommitFailed`."""
-        return _Refusals(self)
+        return Translating(self._refuse, None)
 
-    def failure(self, kind: type[PersistError], reason: str, errno: int | None) -> PersistError:
+    def _refuse(self, error: BaseException) -> None:
+        if isinstance(error, OSError) and not isinstance(error, PersistError):
+            raise self._failure(CommitFailed, _reason(error), error.errno) from error
+
+    def _failure(self, kind: type[PersistError], reason: str, errno: int | None) -> PersistError:
         return kind(session_id=self.session_id, path=self._paths.document, reason=reason, errno=errno)
 
     # --- leases of this session's streams ---
@@ -629,20 +633,6 @@ class Transaction:
         self._require_lock()
         if layout.is_stream_id(stream_id):
             _remove_leftover(self._layout.lease(self.session_id, str(stream_id)))
-
-
-class _Refusals:
-    __slots__ = ("_tx",)
-
-    def __init__(self, tx: Transaction) -> None:
-        self._tx = tx
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if isinstance(error, OSError) and not isinstance(error, PersistError):
-            raise self._tx.failure(CommitFailed, _reason(error), error.errno) from error
 
 
 def _index_of(found: Snapshot, field: str, wanted: frozenset[bytes]) -> Index:
