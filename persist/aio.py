@@ -336,11 +336,10 @@ class Store:
         function: Callable[[dict[str, Any]], Result],
         *,
         if_revision: int | None = None,
-        head_only: bool = False,
         touch: bool = True,
     ) -> Result:
         """See `persist.Store.update`."""
-        options: dict[str, Any] = {"if_revision": if_revision, "head_only": head_only, "touch": touch}
+        options: dict[str, Any] = {"if_revision": if_revision, "touch": touch}
         return await self._threads.run(lambda: self._store.update(session_id, function, **options))
 
     async def append(self, session_id: str, field: str, item: Any, *, touch: bool = True) -> int:

@@ -9,6 +9,8 @@
 A draft's `data` is the document. Of a session with a journal, its lists stand there unread (`turn.Items`): how many items
 there are is known, and which ids they have. A change that needs more than that raises `Unread`, and is made again on the whole
 document. So it must touch nothing but the draft before its commit.
+
+What a caller of `edit` or `update` does is done once: it gets a draft whose lists are read as soon as they are looked at.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from persist.files import change, index
 from persist.files.body import BULK, HEADER, Body, small_of
 from persist.files.change import Change
 from persist.files.known import Known
-from persist.files.snapshot import Header
+from persist.files.snapshot import Header, Snapshot
 from persist.files.transaction import Transaction
+from persist.lazy import LazyData
 from persist.turn import ACTIVE, Data, Items, MessageId, Messages, Unread, messages_of
 
 Result = TypeVar("Result")
@@ -71,6 +74,12 @@ def revise(tx: Transaction, change: Callable[[Draft], Result]) -> Result:
     return change(_Whole(tx))
 
 
+def exact(tx: Transaction) -> Draft:
+    """A draft for whoever may look at all of the document, and often looks at little of it."""
+    known = tx.look()
+    return _Whole(tx) if known is None else _Late(tx, known)
+
+
 class _Whole:
     """The document, read whole."""
 
@@ -91,6 +100,46 @@ class _Whole:
 
     def commit(self, header: Header) -> Header:
         return self._tx.commit(header, self._body or Body.of(self.data)).header
+
+
+class _Late:
+    """The small fields, and lists that are read when they are looked at."""
+
+    def __init__(self, tx: Transaction, known: Known) -> None:
+        self._tx = tx
+        self._known = known
+        self._found: Snapshot | None = None
+        self._taken: Body | bytes = b""
+        fields = Body(known.tail.small, {}).fields()
+        self.header = known.tail.header
+        self.active_stream_id = fields.get(ACTIVE) or None
+        self.data = LazyData(fields, BULK, self._read)
+
+    def items(self, field: str) -> Messages:
+        return messages_of(self.data, field)
+
+    def _read(self) -> Data:
+        # Who has kept the data may do so after the block: then it is the revision that the block has left, or nothing.
+        self._found = found = self._tx.read_again(self.header)
+        return {name: value for name, value in found.body.data().items() if name in BULK}
+
+    def _take(self) -> Body | bytes:
+        """The data as it is now; of lists that nobody has looked at, the small fields alone."""
+        return _small_of(self.data.known) if self._found is None else Body.of(self.data.known)
+
+    def is_changed(self) -> bool:
+        before = self._known.tail.small if self._found is None else self._found.body
+        self._taken = self._take()
+        return self._taken != before
+
+    def commit(self, header: Header) -> Header:
+        taken = self._taken or self._take()
+        self._tx.look_again()
+        if isinstance(taken, Body):
+            self.header = self._tx.commit(header, taken).header
+        else:
+            self.header = self._tx.record(header, taken, self._known.tail.counts, ())
+        return self.header
 
 
 class _Sparse:
@@ -126,11 +175,9 @@ class _Sparse:
         return small, tuple(each for items in self._lists.values() for each in items.changes)
 
     def _small(self) -> bytes:
-        if HEADER in self.data:
-            raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
         if any(self.data.get(name) is not items for name, items in self._lists.items()):
             raise Unread
-        return small_of(codec.captured({key: value for key, value in self.data.items() if key not in BULK}))
+        return _small_of(self.data)
 
     def is_changed(self) -> bool:
         self._taken = small, changes = self._take()
@@ -140,6 +187,13 @@ class _Sparse:
         small, changes = self._taken or self._take()
         counts = {name: items.count for name, items in self._lists.items() if items.count is not None}
         return self._tx.record(header, small, counts, changes)
+
+
+def _small_of(data: Data) -> bytes:
+    """The small fields of data that a caller has changed."""
+    if HEADER in data:
+        raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
+    return small_of(codec.captured({key: value for key, value in data.items() if key not in BULK}))
 
 
 class _UnreadItems(Items):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import os
@@ -14,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar, get_args
 
 from persist import codec, streams, turn
-from persist.draft import Draft, revise
+from persist.draft import Draft, exact, revise
 from persist.errors import (
     CorruptSession,
     LockTimeout,
@@ -31,7 +30,7 @@ from persist.errors import (
     conflicts_in,
     require_flags,
 )
-from persist.files.body import BULK, HEADER, Body
+from persist.files.body import HEADER, Body
 from persist.files.directory import Mode
 from persist.files.events import Event
 from persist.files.snapshot import Header, Snapshot
@@ -255,19 +254,29 @@ class Store:
         place: another one that is bound to the same name is not seen. Messages that the block removes are removed, also in
         the middle of a turn.
 
+        Of a large session, the lists (``messages``, ``tool_calls``) are read when the block first looks at them: to change a
+        title costs no more than that. Such data is a dict of a class of its own; for C code that goes past the methods of a
+        dict (orjson, msgspec), give ``dict(data)``. After the block they are read only while no other commit has come.
+
         Args:
             touch: False keeps `updated_at`.
 
         Raises:
-            SessionNotFound, LockTimeout, NestedLock, CorruptSession: before the block.
+            SessionNotFound, LockTimeout, NestedLock, CorruptSession: before the block; damage among the messages, in it.
             NotJSON, ReservedField, CommitFailed, CommitUnknown: after it; nothing was written, unless it says "unknown".
+            LockNotHeld: unread lists were looked at after the block, and the session has moved on.
         """
         require_flags(touch=touch)
+        with self._edited(session_id, touch=touch) as draft:
+            yield draft.data
+
+    @contextmanager
+    def _edited(self, session_id: str, *, touch: bool) -> Iterator[Draft]:
         with self._open_files().transaction(session_id) as tx:
-            found = tx.read()
-            data = found.body.data()
-            yield data
-            _commit_edit(tx, found, data, touch=touch)
+            draft = exact(tx)
+            stream_fields = turn.stream_fields(draft.data)
+            yield draft
+            _commit_draft(tx, draft, touch=touch, stream_fields=stream_fields)
 
     def update(
         self,
@@ -275,7 +284,6 @@ class Store:
         function: Callable[[dict[str, Any]], Result],
         *,
         if_revision: int | None = None,
-        head_only: bool = False,
         touch: bool = True,
     ) -> Result:
         """Call `function` on the committed data under the lock, commit what it left there, and return its result.
@@ -283,8 +291,6 @@ class Store:
         Args:
             function: changes the data in place; if it raises, nothing is written.
             if_revision: the revision that the edit was decided on. Name it for an edit that removes something.
-            head_only: hand out the small fields only, as `head` shows them, without ``messages`` and ``tool_calls``. Those
-                stay, and are not read: of a large session that costs a small part.
             touch: False keeps `updated_at`.
 
         Raises:
@@ -293,30 +299,18 @@ class Store:
         """
         if not callable(function):
             raise WrongType(what="function", expected="callable", got=type(function).__name__)
-        require_flags(head_only=head_only, touch=touch)
+        require_flags(touch=touch)
         if if_revision is not None and type(if_revision) is not int:
             raise WrongType(what="if_revision", expected="a revision, or None", got=type(if_revision).__name__)
 
-        def call(revision: int, data: dict[str, Any]) -> Result:
-            if if_revision is not None and revision != if_revision:
-                path, reason = (HEADER, "revision"), "the session has moved on"
-                raise RevisionMismatch(
-                    session_id=session_id, path=path, reason=reason, base=if_revision, mine=if_revision, theirs=revision
-                )
-            result = function(data)
+        with self._edited(session_id, touch=touch) as draft:
+            if if_revision is not None and draft.header.revision != if_revision:
+                raise _moved_on(session_id, if_revision, draft.header.revision)
+            result = function(draft.data)
             if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
                 # Its body has not run, or not to the end.
                 raise WrongType(what="function", expected="a plain function", got="an async one or a generator")
-            return result
-
-        with self._open_files().transaction(session_id) as tx:
-            if head_only:
-                return revise(tx, lambda draft: _update_head(tx, draft, call, touch=touch))
-            found = tx.read()
-            data = found.body.data()
-            result = call(found.header.revision, data)
-            _commit_edit(tx, found, data, touch=touch)
-            return result
+        return result
 
     def append(self, session_id: str, field: str, item: Any, *, touch: bool = True) -> int:
         """Add an item to a list of the document; durable and visible on return. Idempotent by the item's ``id``.
@@ -542,34 +536,19 @@ class Store:
         return self._session(session_id, committed, is_durable=True)
 
 
-def _commit_draft(tx: Transaction, draft: Draft, *, touch: bool) -> int:
-    if draft.is_changed():
-        return draft.commit(draft.header.next(touch=touch)).revision
-    tx.confirm()
-    return draft.header.revision
-
-
-def _update_head(tx: Transaction, draft: Draft, function: Callable[[int, dict[str, Any]], Result], *, touch: bool) -> Result:
-    bulk = {name: draft.data.pop(name) for name in BULK if name in draft.data}
-    before = copy.deepcopy({name: value for name, value in draft.data.items() if name in turn.IDLE})
-    result = function(draft.header.revision, draft.data)
-    for name in BULK:
-        if name in draft.data:
-            expected = "one that sets small fields only; leave head_only out"
-            raise WrongType(what="a function with head_only=True", expected=expected, got=f"one that sets {name!r}")
-    turn.refuse_changed_stream_fields(before, draft.data)
-    draft.data.update(bulk)
-    _commit_draft(tx, draft, touch=touch)
-    return result
-
-
-def _commit_edit(tx: Transaction, found: Snapshot, data: dict[str, Any], *, touch: bool) -> int:
-    body = Body.of(data)
-    if body == found.body:
+def _commit_draft(tx: Transaction, draft: Draft, *, touch: bool, stream_fields: dict[str, Any] | None = None) -> int:
+    """Commit what was changed; or make durable what is there. `stream_fields` are those before a caller came."""
+    if not draft.is_changed():
         tx.confirm()
-        return found.header.revision
-    turn.refuse_changed_stream_fields(found.body.fields(), body.fields())
-    return tx.commit(found.header.next(touch=touch), body).header.revision
+        return draft.header.revision
+    if stream_fields is not None:
+        turn.refuse_changed_stream_fields(stream_fields, draft.data)
+    return draft.commit(draft.header.next(touch=touch)).revision
+
+
+def _moved_on(session_id: str, expected: int, found: int) -> RevisionMismatch:
+    path, reason = (HEADER, "revision"), "the session has moved on"
+    return RevisionMismatch(session_id=session_id, path=path, reason=reason, base=expected, mine=expected, theirs=found)
 
 
 def _problem(files: SessionFiles, session_id: str) -> Problem | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from copy import deepcopy
 from typing import Any
 
 from persist.errors import IdTaken, ReservedField, WrongType
@@ -66,6 +67,11 @@ class Items(ABC):
 
 
 Messages = list[Any] | Items
+
+
+def stream_fields(data: Data) -> Data:
+    """A copy of what belongs to the stream verbs."""
+    return deepcopy({field: data[field] for field in IDLE if field in data})
 
 
 def refuse_changed_stream_fields(before: Data, after: Data) -> None:

@@ -64,7 +64,7 @@ READ_ATTEMPTS_IN_A_LOCK, READ_PAUSE_S = 20, 0.001
 class Transaction:
     """What may be done while a session's lock is held. After the block, every method raises `LockNotHeld`."""
 
-    def __init__(self, files: SessionDirectory, session_id: str, held: HeldFile) -> None:
+    def __init__(self, files: SessionFiles, session_id: str, held: HeldFile) -> None:
         self.session_id = session_id
         self._files = files
         self._layout = files.layout
@@ -123,6 +123,19 @@ class Transaction:
         self._is_there = True
         return self._found
 
+    def read_again(self, header: Header) -> Snapshot:
+        """Read the rest of the revision of that header, in the transaction or after it.
+
+        Raises:
+            CommitFailed: it was replaced, in the transaction.
+            LockNotHeld: the transaction has ended, and the session has moved on.
+        """
+        is_held = self._held is not None and self._held.is_held
+        found = self.read() if is_held else self._files.read(self.session_id)
+        if found.header != header:
+            raise self._replaced() if is_held else LockNotHeld(session_id=self.session_id)
+        return found
+
     def read_head(self) -> HeadSnapshot:
         """Read the committed header and small fields."""
         self._require_lock()
@@ -157,8 +170,7 @@ class Transaction:
         self._require_lock()
         if self._known is not None and self._fd < 0:
             # Written a moment ago, in this transaction; its journal is not open yet.
-            self._files.known.keep(self.session_id, self._known)
-            self._known = None
+            self._forget()
         if self._known is None:
             with self._files.looking_at(self.session_id) as path:
                 start, version = disk.read_start(path, snapshot.OPENING_BYTES)
@@ -166,6 +178,18 @@ class Transaction:
                 if snapshot.is_journaled(start):
                     self._known = self.alone(lambda _: self._look(start, version))
         return self._known
+
+    def look_again(self) -> None:
+        """Take nothing for known, before a commit: the caller's own code has run since, for a while perhaps."""
+        self._require_lock()
+        self._close_journal()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Give back what is known, to be looked at again."""
+        if self._known is not None:
+            self._files.known.keep(self.session_id, self._known)
+            self._known = None
 
     def _look(self, start: bytes, version: disk.Version) -> Known:
         known, behind = self._files.known.take(self.session_id), None
@@ -326,9 +350,12 @@ class Transaction:
         """What is known of the session; an error if it is not what that header follows."""
         known = self.look()
         if known is None or known.tail.header.revision + 1 != header.revision:
-            reason = "it was replaced, while its lock was held, by somebody who did not hold that"
-            raise self._failure(CommitFailed, reason, None)
+            raise self._replaced()
         return known
+
+    def _replaced(self) -> PersistError:
+        reason = "it was replaced, while its lock was held, by somebody who did not hold that"
+        return self._failure(CommitFailed, reason, None)
 
     def _known_where_it_is_full(self, known: Known, header: Header, error: CommitFailed) -> Known:
         """Where the disk has no room for a fold, it may have some for a record; else the error."""

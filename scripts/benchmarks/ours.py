@@ -14,7 +14,6 @@ APPEND = "persist: store.append()"
 ALWAYS = 'persist: store.append(), journal="always"'
 SAVE = "persist: session.save() after one appended message"
 UPDATE = "persist: store.update() of one small field"
-UPDATE_HEAD = "persist: store.update(head_only=True)"
 CLEAR = "persist: session.clear_stale_stream()"
 
 PROMPT = {"role": "user", "content": "Why?"}
@@ -105,16 +104,8 @@ class Update(Verb):
     name = UPDATE
     way = "a function that sets one field of the data"
 
-    options: ClassVar[dict[str, Any]] = {}
-
     def append(self, message: Message) -> None:
-        self._store.update(SESSION, lambda data: data.update(draft=message["id"]), **self.options)
-
-
-class UpdateHead(Update):
-    name = UPDATE_HEAD
-    way = "a function that sets one field of the small fields"
-    options: ClassVar[dict[str, Any]] = {"head_only": True}
+        self._store.update(SESSION, lambda data: data.update(draft=message["id"]))
 
 
 class ClearStale(Verb):
@@ -141,6 +132,5 @@ VERBS: tuple[type[Peer], ...] = (
     StreamFinish,
     Save,
     Update,
-    UpdateHead,
     ClearStale,
 )

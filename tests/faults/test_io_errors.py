@@ -155,7 +155,7 @@ def update(scene: Scene) -> Run:
 
 @operation()
 def update_of_a_small_field(scene: Scene) -> Run:
-    return lambda: scene.store.update("s", lambda data: data.update(title="File locks"), head_only=True)
+    return lambda: scene.store.update("s", lambda data: data.update(title="File locks"))
 
 
 @operation()
@@ -426,7 +426,7 @@ def staged(operation: Operation, directory: Path) -> tuple[Scene, Run]:
     scene.store.create("s", DATA)
     if made.journal == "always":
         # A journal that is not empty.
-        scene.store.update("s", lambda data: data.update(n=1), head_only=True)
+        scene.store.update("s", lambda data: data.update(n=1))
     run = operation.stage(scene)
     operation.mode.set(scene.store)
     if operation.is_cold:

@@ -137,7 +137,7 @@ def _mark(author: Author, session_id: str) -> None:
     """A change of the head only."""
     mark = author.new_id()
     with author.reporting(Change("mark", session_id, title=mark)):
-        author.store.update(session_id, lambda data: data.setdefault("marks", {}).update({author.name: mark}), head_only=True)
+        author.store.update(session_id, lambda data: data.setdefault("marks", {}).update({author.name: mark}))
 
 
 def _compact(author: Author, session_id: str) -> None:

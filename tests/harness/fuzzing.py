@@ -356,7 +356,7 @@ class JournalOracle(Oracle):
         self._note(store)
         for verb in (
             lambda: store.append("s", "messages", {"id": 2, "crc": "00000000", "content": "x" * 700}),
-            lambda: store.update("s", lambda data: data.update(title="Täßchen", big="y" * 600), head_only=True),
+            lambda: store.update("s", lambda data: data.update(title="Täßchen", big="y" * 600)),
             lambda: store.append("s", "tool_calls", {"id": "c1"}),
             lambda: store.update("s", lambda data: data["messages"].insert(0, [])),
             lambda: store.append("s", "messages", "\ud800"),

@@ -253,7 +253,7 @@ class Client:
         value = self._new()
 
         def update() -> None:
-            self._store.update(session_id, lambda data: data.update(value=value), head_only=True)
+            self._store.update(session_id, lambda data: data.update(value=value))
 
         self._record(session_id, "write", value, update)
 
@@ -262,7 +262,6 @@ class Client:
 
     def swap_by_update(self, session_id: str) -> None:
         expected, value = self.load_register(session_id).data["value"], self._new()
-        head_only = self._random.random() < 0.5
 
         def swap(data: dict[str, Any]) -> bool:
             if data["value"] != expected:
@@ -270,7 +269,7 @@ class Client:
             data["value"] = value
             return True
 
-        self._record(session_id, "swap", (expected, value), lambda: self._store.update(session_id, swap, head_only=head_only))
+        self._record(session_id, "swap", (expected, value), lambda: self._store.update(session_id, swap))
 
     def swap_by_save(self, session_id: str) -> None:
         session, value = self.load_register(session_id), self._new()
@@ -287,14 +286,13 @@ class Client:
 
     def put(self, session_id: str) -> None:
         revision, value = self.head_register(session_id).revision, self._new()
-        head_only = self._random.random() < 0.5
 
         def put(data: dict[str, Any]) -> None:
             data["value"] = value
 
         def update() -> int:
             try:
-                self._store.update(session_id, put, if_revision=revision, head_only=head_only)
+                self._store.update(session_id, put, if_revision=revision)
             except persist.RevisionMismatch as mismatch:
                 return int(mismatch.theirs)
             return revision

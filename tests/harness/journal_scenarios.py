@@ -73,7 +73,7 @@ def recorded_and_damaged(store: persist.Store) -> None:
 
 
 def change_a_small_field(store: persist.Store, _subject: object = None) -> None:
-    store.update("s-1", lambda data: data.update(title="t" * 400), head_only=True)
+    store.update("s-1", lambda data: data.update(title="t" * 400))
 
 
 def cancel(store: persist.Store, stream: persist.Stream) -> None:

@@ -122,7 +122,7 @@ def _one_round(store: persist.Store, session_id: str, name: str, expected: dict[
     store.append(session_id, "messages", message)
     session.data["n"] += 1
     session.save()
-    store.update(session_id, _count, head_only=True)
+    store.update(session_id, _count)
     there.n += 2
     there.messages = [*there.messages, message, *_turn(store, session_id, name, is_finished=there.n % 6 != 0)][-KEPT_MESSAGES:]
     with store.edit(session_id) as data:

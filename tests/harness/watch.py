@@ -77,7 +77,7 @@ class Watch:
         else:
             title = title_of(name, load_bytes)
             with self._promised(Change("rename", session_id, title=title)):
-                self.store.update(session_id, lambda data: data.update(title=title), head_only=True)
+                self.store.update(session_id, lambda data: data.update(title=title))
         with self._promised(Change("keep", session_id)):
             self.store.compact(session_id)
 

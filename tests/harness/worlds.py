@@ -33,7 +33,7 @@ class World:
         self._verbs: tuple[Callable[[], Any], ...] = (
             *(self._append, self._append, self._append, self._start, self._start, self._checkpoint, self._checkpoint),
             *(self._append_to_turn, self._end, self._drop, self._cancel, self._clear_stale, self._sweep),
-            *(self._update, self._update_head, self._update_head, self._load, self._change_and_save, self._change_and_save),
+            *(self._update, self._update_fields, self._update_fields, self._load, self._change_and_save, self._change_and_save),
             *(self._compact, self._make_anew),
         )
         self._store.create("s", self._new_data())
@@ -140,17 +140,17 @@ class World:
 
         return self._store.update("s", change, touch=self._dice.random() < 0.7)
 
-    def _update_head(self) -> Any:
+    def _update_fields(self) -> Any:
         def change(data: Data) -> Any:
             field = self._dice.choice(["title", "é\ud800", "n", "n", "messages", "active_stream_id", "pending_user_message"])
             value = self._dice.choice(["x", None, 5, [1, {"a": "\ud800"}], "long" * 1000])
             if self._dice.random() < 0.2:
                 return data.pop(field, None) is None
             data[field] = value
-            return sorted(map(ascii, data))
+            return self._dice.choice([None, "messages" in data, sorted(map(ascii, data)), {**data, "pending_started_at": 0}])
 
         if_revision = self._store.head("s").revision - (self._dice.random() < 0.2)
-        return self._store.update("s", change, head_only=True, if_revision=self._dice.choice([None, if_revision]))
+        return self._store.update("s", change, if_revision=self._dice.choice([None, if_revision]))
 
     def _load(self) -> Any:
         del self._objects[:-3]

@@ -593,7 +593,6 @@ def test_an_unknown_commit_stops_all_further_writes_of_its_session(scene: Scene)
         lambda store: store.compact("s", alone="yes"),
         lambda store: store.append("s", "log", 1, touch=None),
         lambda store: store.update("s", dict.clear, touch=1),
-        lambda store: store.update("s", dict.clear, head_only="no"),
         lambda store: store.edit("s", touch="no").__enter__(),
         lambda store: store.clear_stale_streams(every_session=1),
         lambda store: store.load("s").save(touch="no"),

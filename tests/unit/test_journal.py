@@ -14,6 +14,7 @@ import random
 import sys
 import zlib
 from collections.abc import Callable
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, get_args
 
@@ -57,7 +58,7 @@ def setting(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
 def test_journal_is_written_as_its_grammar_says(journaled: persist.Store) -> None:
     """The opening names format, generation and snapshot; a record is one line, with the keys in the order of the grammar."""
     append(journaled, 1)
-    journaled.update("s", lambda data: data.update(title="Locks"), head_only=True)
+    journaled.update("s", lambda data: data.update(title="Locks"))
     append(journaled, 2)
     content = journal_of(journaled).read_bytes()
     opening, lines = parted(content)
@@ -105,7 +106,7 @@ def test_records_of_the_example_are_read(journaled: persist.Store) -> None:
 def test_any_text_is_one_line(journaled: persist.Store, text: str) -> None:
     """Whatever a message or a field holds, a record is one line, without a zero byte, and comes back."""
     journaled.append("s", "messages", {"id": text or 0, "content": text})
-    journaled.update("s", lambda data: data.update(title=text), head_only=True)
+    journaled.update("s", lambda data: data.update(title=text))
     content = journal_of(journaled).read_bytes()
     assert content.count(b"\n") == 3
     assert b"\0" not in content
@@ -142,11 +143,11 @@ def test_head_shows_what_the_whole_session_shows(journaled: persist.Store, seed:
         if what == "append":
             append(journaled, number)
         elif what == "rename":
-            journaled.update("s", setting(f"t{number % 3}", number), head_only=True)
+            journaled.update("s", setting(f"t{number % 3}", number))
         elif what == "long":
-            journaled.update("s", setting("long", "é" * dice.choice([1, 5000])), head_only=True)
+            journaled.update("s", setting("long", "é" * dice.choice([1, 5000])))
         elif what == "drop":
-            journaled.update("s", lambda data: data.pop("long", None), head_only=True)
+            journaled.update("s", lambda data: data.pop("long", None))
         elif what == "save":
             session = journaled.load("s")
             session.data["messages"].insert(0, number)
@@ -170,7 +171,7 @@ def test_head_reads_no_more_of_a_long_journal(journaled: persist.Store, records:
     One of them takes in the room for more.
     """
     journaled._files.fold_bytes = math.inf
-    journaled.update("s", lambda data: data.update(title="Locks"), head_only=True)
+    journaled.update("s", lambda data: data.update(title="Locks"))
     for number in range(records):
         append(journaled, number)
     with traffic() as counted:
@@ -189,7 +190,7 @@ def verbs(store: persist.Store) -> list[Callable[[], object]]:
         lambda: store.load("s"),
         lambda: store.head("s"),
         lambda: store.append("s", "messages", 1),
-        lambda: store.update("s", lambda data: data.update(title="y"), head_only=True),
+        lambda: store.update("s", lambda data: data.update(title="y")),
         lambda: store.start_stream("s"),
         lambda: store.compact("s"),
     ]
@@ -738,7 +739,7 @@ def test_session_that_would_be_too_large_is_refused_before_its_fold(
     with pytest.raises(persist.NotJSON, match="more than 3,000 bytes"):
         for number in range(6, 20):
             append(journaled, number)
-    journaled.update("s", setting("title", "small"), head_only=True)
+    journaled.update("s", setting("title", "small"))
     assert journaled.compact("s")
     assert journaled.load("s").data["title"] == "small"
 
@@ -760,18 +761,81 @@ def test_session_that_was_compacted_alone_is_one_file(journaled: persist.Store, 
     assert has_journal(journaled)
 
 
-@pytest.mark.parametrize("head_only", ["yes", 1, None])
-def test_head_only_is_true_or_false(journaled: persist.Store, head_only: Any) -> None:
-    """Nothing else is taken for one of them."""
-    with pytest.raises(persist.WrongType, match="head_only"):
-        journaled.update("s", setting("title", "x"), head_only=head_only)
+# --- edits --------------------------------------------------------------------------------------------------------------
 
 
-def test_update_of_the_head_refuses_messages(journaled: persist.Store) -> None:
-    """They are not handed out, and what a function puts in their place is not written."""
-    with pytest.raises(persist.WrongType, match="leave head_only out"):
-        journaled.update("s", setting("messages", []), head_only=True)
-    assert journaled.load("s").data["messages"] == [HELLO]
+def test_edit_of_small_fields_does_not_read_the_messages(journaled: persist.Store) -> None:
+    """By `edit` and by `update`: damage among them would show. Whoever looks at them is told, and nothing is written."""
+    document = journaled.path / "s.json"
+    document.write_bytes(document.read_bytes().replace(b'"hi"', b'"ho"'))
+    cold = persist.Store(journaled.path, journal="always")
+    cold.update("s", setting("n", 1))
+    with cold.edit("s") as data:
+        data["title"] = "Locks"
+    assert cold.head("s").data == {"title": "Locks", "n": 1}
+    before = journal_of(journaled).read_bytes()
+    with pytest.raises(persist.CorruptSession):
+        cold.update("s", lambda data: data.update(n=2, messages=[]))
+    with pytest.raises(persist.CorruptSession), cold.edit("s") as data:
+        data["title"] = "never"
+        data["messages"].clear()
+    assert journal_of(journaled).read_bytes() == before
+
+
+def test_edit_that_looks_at_the_messages_may_change_all(journaled: persist.Store) -> None:
+    """Small fields that were set before, and lists that are set, changed, made and dropped, are one commit."""
+    with journaled.edit("s") as data:
+        data["title"] = "Locks"
+        data["messages"].append({"id": "m2"})
+        data["tool_calls"] = [1]
+        del data["messages"][0]
+    found = journaled.load("s")
+    assert (found.data, found.revision) == ({"title": "Locks", "messages": [{"id": "m2"}], "tool_calls": [1]}, 2)
+    journaled.update("s", lambda data: [data.pop("messages"), data.pop("title")])
+    assert journaled.load("s").data == {"tool_calls": [1]}
+
+
+def test_edit_that_only_looks_is_no_commit(journaled: persist.Store) -> None:
+    """Nor is one that puts back what was there."""
+    with journaled.edit("s") as data:
+        assert data["messages"] == [HELLO]
+    journaled.update("s", lambda data: data["messages"].append(data["messages"].pop()))
+    journaled.update("s", lambda data: data.update(title="New chat"))
+    assert journaled.head("s").revision == 1
+
+
+def test_data_that_is_kept_after_the_block_is_that_of_the_block(journaled: persist.Store) -> None:
+    """Its messages can still be looked at; not when another commit has come, which may have changed them."""
+    with journaled.edit("s") as data:
+        data["title"] = "Locks"
+    returned = journaled.update("s", lambda data: data)
+    assert data == {"title": "Locks", "messages": [HELLO]} == returned
+    with journaled.edit("s") as kept:
+        kept["title"] = "File locks"
+    append(journaled, 1)
+    with pytest.raises(persist.LockNotHeld):
+        len(kept)
+    assert kept["title"] == "File locks"
+
+
+def test_refused_edit_of_small_fields_writes_nothing(journaled: persist.Store) -> None:
+    """What cannot be kept, what belongs to others, and an edit that was decided on another revision."""
+    before = {path.name: path.read_bytes() for path in journaled.path.glob("s*")}
+    refused: list[tuple[type[persist.PersistError], dict[str, Any]]] = [
+        (persist.NotJSON, {"title": object()}),
+        (persist.NotJSON, {"messages": [{"n": math.nan}]}),
+        (persist.ReservedField, {"_persist": {}}),
+        (persist.ReservedField, {"active_stream_id": "x"}),
+        (persist.ReservedField, {"messages": [], "pending_user_message": "x"}),
+    ]
+    for kind, values in refused:
+        with pytest.raises(kind):
+            journaled.update("s", methodcaller("update", values))
+    with pytest.raises(persist.RevisionMismatch):
+        journaled.update("s", setting("title", "x"), if_revision=2)
+    with pytest.raises(persist.WrongType, match="a plain function"):
+        journaled.update("s", lambda data: (data[key] for key in data))
+    assert {path.name: path.read_bytes() for path in journaled.path.glob("s*")} == before
 
 
 @pytest.mark.parametrize("has_journal_before", [True, False])
