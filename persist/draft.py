@@ -124,13 +124,16 @@ class _Late:
         return {name: value for name, value in found.body.data().items() if name in BULK}
 
     def _take(self) -> Body | bytes:
-        """The data as it is now; of lists that nobody has looked at, the small fields alone."""
-        return _small_of(self.data.known) if self._found is None else Body.of(self.data.known)
+        """The data as it is now; if nobody has looked at its lists, the small fields alone."""
+        # One look for both: another thread may be about to read the lists.
+        known, is_all = self.data.known()
+        return Body.of(known) if is_all else _small_of(known)
 
     def is_changed(self) -> bool:
-        before = self._known.tail.small if self._found is None else self._found.body
         self._taken = self._take()
-        return self._taken != before
+        if isinstance(self._taken, bytes) or self._found is None:
+            return self._taken != self._known.tail.small
+        return self._taken != self._found.body
 
     def commit(self, header: Header) -> Header:
         taken = self._taken or self._take()

@@ -56,10 +56,10 @@ class LazyData(Data):
                     dict.pop(self, key, None)
                 self._late, self._read = frozenset(), dict
 
-    @property
-    def known(self) -> Data:
-        """What is there without reading, in a dict of its own."""
-        return {key: value for key, value in dict.items(self) if key not in self._late}
+    def known(self) -> tuple[Data, bool]:
+        """What is there without reading, in a dict of its own; and whether that is all."""
+        with self._lock:
+            return {key: value for key, value in list(dict.items(self)) if key not in self._late}, not self._late
 
     def update(self, *others: Any, **values: Any) -> None:
         """As that of a dict."""
