@@ -21,23 +21,24 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self, TypedDict, TypeVar, Unpack
 
 import anyio
 import anyio.lowlevel
 
 import persist
 from persist.errors import WrongType
+from persist.files.directory import Mode
 from persist.files.events import Ended, Event
 from persist.files.waiting import waking
 from persist.following import Cursor
 from persist.hops import News, Threads
-from persist.merge import Preference
+from persist.merge import Policy, Preference
 from persist.session import Head
 from persist.store import ClearedStream, Problem
 from persist.streams import StreamInfo
@@ -271,13 +272,24 @@ class Following:
         self.close()
 
 
+class _Options(TypedDict, total=False):
+    """Those of `persist.Store`."""
+
+    lock_timeout_s: float
+    journal: Mode
+    merge: Mapping[str, Policy] | None
+    keep_events_s: float
+    allow_network: bool
+    create: bool
+
+
 class Store:
     """A directory of sessions; takes what `persist.Store` takes, or such a store.
 
     Opening it touches the disk for some milliseconds: do it before the loop serves.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | persist.Store, **options: Any) -> None:
+    def __init__(self, path: str | os.PathLike[str] | persist.Store, **options: Unpack[_Options]) -> None:
         if isinstance(path, persist.Store) and options:
             raise WrongType(what="options", expected="given to the persist.Store itself", got="given beside it")
         self._store = path if isinstance(path, persist.Store) else persist.Store(path, **options)

@@ -3,7 +3,8 @@
 - Objects merge key by key, recursively; a deletion is a change like any other.
 - Arrays merge item by item. Items are the same when they carry the same ``id``; without one, when they have the same
   value, and what is left over between two matches is paired by position if both sides have equally many.
-  Two appends are both kept, theirs first. Adding next to items that the other side removed is a conflict.
+  Two appends are both kept, theirs first. Adding next to items that the other side removed is a conflict; with a
+  preference, both the removal and what was added stand: to settle one place drops nothing elsewhere.
 - Anything else: changed on one side wins; changed on both to different values is a conflict.
 
 Equality is of JSON type and value: ``True``, ``1`` and ``1.0`` differ, and so do ``0.0`` and ``-0.0``.
@@ -20,7 +21,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Final, Literal, get_args
 
@@ -51,6 +52,8 @@ def check_policies(policies: object) -> None:
     if not isinstance(policies, Mapping):
         raise WrongType(what="merge", expected="a mapping of fields to policies", got=type(policies).__name__)
     for field, policy in policies.items():
+        if type(field) is not str:
+            raise WrongType(what="a field of merge", expected="a string", got=repr(field))
         if policy not in get_args(Policy):
             raise WrongType(what=f"the merge policy of {field!r}", expected=" | ".join(get_args(Policy)), got=repr(policy))
 
@@ -88,7 +91,8 @@ def merge(
         prefer: whose value stands at a conflict; ``"error"`` raises.
 
     Raises:
-        MergeConflict: both sides changed one place in different ways, and `prefer` is ``"error"``.
+        MergeConflict: both sides changed one place in different ways, and `prefer` is ``"error"``; or, whatever it is, one side
+            moved items of an array that the other moved or removed.
     """
     merger = _Merger(prefer, policies or {})
     return merger.document(base, mine, theirs)
@@ -176,32 +180,55 @@ class _Merger:
         return merged
 
     def array(self, path: ValuePath, b: list[Any] | _Missing, m: list[Any], t: list[Any]) -> Any:
-        """Item by item; a contradiction is a conflict about the array as a whole."""
+        """Item by item; a contradiction that no preference settles is a conflict about the array as a whole."""
         base = [] if isinstance(b, _Missing) else b
         lead = _same_objects(base, m, t)
         mine, theirs = _Edits(base[lead:], m[lead:]), _Edits(base[lead:], t[lead:])
         try:
+            self.settle_twins(mine, theirs)
             merged = base[:lead] + self.items(path, lead, base[lead:], mine, theirs)
             _refuse_miscounted(merged, base, m, t, mine.all_new() + theirs.all_new())
         except _Clash as clash:
-            return self.conflict(path, clash.reason, b, m, t)
+            # Never one side's whole array, whatever is preferred: it lacks what the other has added.
+            raise MergeConflict(path=path, reason=clash.reason, base=b, mine=m, theirs=t) from None
         return merged
+
+    def settle_twins(self, mine: _Edits, theirs: _Edits) -> None:
+        """Where both added an item under one id: its content, in their place."""
+        own = {identity: item for item in mine.all_added() if (identity := _identity(item))}
+        for items in theirs.added if own else []:
+            for place, item in enumerate(items):
+                twin = own.get(identity, item) if (identity := _identity(item)) else item
+                if self.prefer == "error" and not same(item, twin):
+                    raise _Clash("one id, two contents")
+                items[place] = twin if self.prefer == "mine" else item
 
     def items(self, path: ValuePath, lead: int, base: list[Any], mine: _Edits, theirs: _Edits) -> list[Any]:
         """Walk along the base: what was added before each item, theirs first, then the item as both sides left it.
 
         So many items as `lead` says come before the base, on both sides.
         """
-        twins: dict[Any, Any] = {identity: item for item in theirs.all_added() if (identity := _identity(item))}
+        twins = {identity for item in theirs.all_added() if (identity := _identity(item))}
         merged: list[Any] = []
         for gap in range(len(base) + 1):
             merged += theirs.added[gap]
-            merged += _new_in(_added_beside(mine, theirs, gap), twins)
+            merged += [item for item in self.added_beside(mine, theirs, gap) if _identity(item) not in twins]
             if gap < len(base):
                 item = self.value((*path, lead + gap), base[gap], mine.kept[gap], theirs.kept[gap])
                 if item is not MISSING:
                     merged.append(item)
         return merged
+
+    def added_beside(self, mine: _Edits, theirs: _Edits, gap: int) -> list[Any]:
+        """What mine adds at a gap; nothing if both sides put the same in the place of what both removed."""
+        ours, others = mine.added[gap], theirs.added[gap]
+        if not ((ours and theirs.removed_beside(gap)) or (others and mine.removed_beside(gap))):
+            return ours
+        if same(ours, others) and mine.removed_beside(gap) and theirs.removed_beside(gap):
+            return []
+        if self.prefer == "error":
+            raise _Clash("one side added where the other removed")
+        return ours
 
 
 def _same_objects(first: list[Any], *others: list[Any]) -> int:
@@ -251,26 +278,6 @@ class _Edits:
 
     def removed_beside(self, gap: int) -> bool:
         return any(kept is MISSING for kept in self.kept[max(gap - 1, 0) : gap + 1])
-
-
-def _added_beside(mine: _Edits, theirs: _Edits, gap: int) -> list[Any]:
-    """What mine adds at a gap; nothing if both sides put the same in the place of what both removed."""
-    ours, others = mine.added[gap], theirs.added[gap]
-    if not ((ours and theirs.removed_beside(gap)) or (others and mine.removed_beside(gap))):
-        return ours
-    if same(ours, others) and mine.removed_beside(gap) and theirs.removed_beside(gap):
-        return []
-    raise _Clash("one side added where the other removed")
-
-
-def _new_in(added: list[Any], twins: Mapping[Any, Any]) -> Iterator[Any]:
-    """The items that the other side has not added too, under the same id."""
-    for item in added:
-        twin = twins.get(_identity(item) or MISSING, MISSING)
-        if twin is MISSING:
-            yield item
-        elif not same(item, twin):
-            raise _Clash("one id, two contents")
 
 
 def _identity(item: Any) -> tuple[str, type, Any] | None:
@@ -385,20 +392,30 @@ def patch(target: dict[str, Any], known: dict[str, Any], wanted: dict[str, Any])
     _Patch(target).object(target, known, wanted)
 
 
+def _shared_in(document: Any) -> set[int]:
+    """The ids of the objects and arrays that stand at more than one place of a document."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    level = [document]
+    while level:
+        found = dict(zip(map(id, level), level, strict=True))
+        if len(found) < len(level):
+            shared |= {identity for identity, count in Counter(map(id, level)).items() if count > 1}
+        shared |= seen & found.keys()
+        new = [item for identity, item in found.items() if identity not in seen]
+        seen |= found.keys()
+        # Another thread may add to one meanwhile: list() copies it in one call of C.
+        level = [
+            each for item in new for each in list(item.values() if type(item) is dict else item) if type(each) in (dict, list)
+        ]
+    return shared
+
+
 class _Patch:
     """One patch. An object that stands at two places of the target is not changed in place: the other place is not meant."""
 
     def __init__(self, target: dict[str, Any]) -> None:
-        seen: Counter[int] = Counter()
-        pending: list[Any] = [target]
-        while pending:
-            item = pending.pop()
-            seen[id(item)] += 1
-            if seen[id(item)] == 1:
-                # Another thread may add to it meanwhile: list() copies it in one call of C.
-                children = list(item.values() if type(item) is dict else item)
-                pending += [child for child in children if type(child) in (dict, list)]
-        self._shared = {identity for identity, count in seen.items() if count > 1}
+        self._shared = _shared_in(target)
 
     def value(self, target: Any, known: Any, wanted: Any) -> Any:
         """What shall stand where `target` stands: `target` itself, changed in place, if that can be."""

@@ -15,6 +15,7 @@ from persist.errors import (
     LockNotHeld,
     MergeConflict,
     MessagesRemoved,
+    PersistError,
     SessionDeleted,
     SessionNotFound,
     Unreadable,
@@ -37,13 +38,21 @@ _NO_CHECKSUM = ""
 class Attempt:
     """A commit that was begun: what it would have made of the document, and the state of `data` that it saved.
 
-    `is_published` tells that it is known to have become visible.
+    `is_published` tells whether it became visible; None while that is not known.
     """
 
     header: Header
     merged: Body
     mine: Body
-    is_published: bool = False
+    is_published: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """The data that was saved, and what the commit made of it; they share objects."""
+
+    saved: dict[str, Any]
+    committed: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +161,12 @@ class Session:
 
         Args:
             touch: False keeps `updated_at`.
-            on_conflict: whose value stands where both sides changed one place: ``"mine"``, ``"theirs"``, or ``"error"``.
+            on_conflict: whose value stands where both sides changed one place: ``"mine"``, ``"theirs"``, or ``"error"``. Where
+                one side removed an item beside which the other added one, both stand then.
 
         Raises:
-            MergeConflict: both sides changed one place; `refresh` after setting your edit aside, or name a side.
+            MergeConflict: both sides changed one place; `refresh` after setting your edit aside, or name a side. Both moved the
+                same items of a list: name a side or not.
             SessionDeleted: the session was deleted or replaced since it was loaded; load or create it again.
             NotJSON, WrongType: a value has no exact JSON form; it is named.
             ReservedField: a stream field was changed by hand; use the stream verbs.
@@ -178,23 +189,25 @@ class Session:
         self._recognise(there)
         mine = Body.of(self.data, self._base.body)
         turn.refuse_changed_stream_fields(self._base.body.fields(), mine.fields())
-        merged = self._merged(mine, there, prefer)
+        merged, decoded = self._merged(mine, there, prefer)
         self._refuse_removal(there, merged)
         if merged != there.body:
             header = there.header.next(touch=touch)
             attempt = Attempt(header, merged, mine)
-            self._known = _Known(self._base, is_durable=False, attempt=attempt)
             try:
+                self._known = _Known(self._base, is_durable=False, attempt=attempt)
                 committed = tx.commit(header, merged)
-            finally:
-                attempt.is_published = tx.is_published
+            except BaseException as error:
+                # Cut off by a signal, it may have become visible without a word. The lock is held still: what is there is ours.
+                attempt.is_published = tx.is_published or (not isinstance(error, PersistError) and tx.shows(header))
+                raise
         else:
             committed = there
             if self._known.is_durable and there.identity == self._base.identity:
                 tx.require_known()
             else:
                 tx.confirm()
-        self._take(committed, mine, is_durable=True)
+        self._take(committed, mine, decoded, is_durable=True)
 
     def _recognise(self, there: Snapshot) -> None:
         """Take an earlier commit of this object for its own, though an exception (Ctrl-C, say) cut its save off.
@@ -207,17 +220,23 @@ class Session:
         if attempt.is_published or (there.header, there.body) == (attempt.header, attempt.merged):
             # Others may have committed on top of it: what it wrote is the base, and the disk is merged with that.
             self._take(Snapshot(attempt.header, attempt.merged, _NO_CHECKSUM), attempt.mine, is_durable=False)
+        elif attempt.is_published is None and there.identity != self._base.identity:
+            # The look after it was cut off, too. To merge what may be there already would add it once more.
+            reason = "a save was cut off, and nobody can tell whether it was committed: load the session anew"
+            raise MergeConflict(path=(), reason=reason, base=None, mine=None, theirs=None)
         else:
             self._known = _Known(self._base, is_durable=False)
 
-    def _merged(self, mine: Body, there: Snapshot, prefer: Preference) -> Body:
+    def _merged(self, mine: Body, there: Snapshot, prefer: Preference) -> tuple[Body, _Decoded | None]:
+        """What the document becomes; with what was decoded for that, if anything was."""
         if have_same_data(self._base.body, mine):
             # What others committed is patched into `data` in place: the same keys may then stand there in another order.
-            return there.body
+            return there.body, None
         if there.identity == self._base.identity:
-            return mine
+            return mine, None
         base, ours, theirs = data_of(self._base.body, mine, there.body)
-        return Body.of(_merge_data(base, ours, theirs, self._policies, prefer))
+        merged = _merge_data(base, ours, theirs, self._policies, prefer)
+        return Body.of(merged), _Decoded(ours, merged)
 
     def _refuse_removal(self, there: Snapshot, merged: Body) -> None:
         """In the middle of a turn, messages that vanish are an accident (hermes-webui #4205)."""
@@ -230,12 +249,19 @@ class Session:
         if type(before) is list and (count := count_removed(before, after)):
             raise MessagesRemoved(session_id=self.id, stream_id=stream_id, count=count, revision=there.header.revision)
 
-    def _take(self, committed: Snapshot, saved: Body, *, is_durable: bool) -> None:
-        """Bring what others committed into `data`, in place. Edits made since `saved` was captured stay."""
+    def _take(self, committed: Snapshot, saved: Body, decoded: _Decoded | None = None, *, is_durable: bool) -> None:
+        """Bring what others committed into `data`, in place. Edits made since `saved` was captured stay.
+
+        `decoded`: what these two hold, if that is at hand.
+        """
         if committed.body == saved:
             self._known = _Known(committed, is_durable)
             return
-        base, now, theirs = data_of(saved, Body.of(self.data, saved), committed.body)
+        current = Body.of(self.data, saved)
+        if decoded is not None and current == saved:
+            self._show(decoded.saved, decoded.committed, _Known(committed, is_durable))
+            return
+        base, now, theirs = data_of(saved, current, committed.body)
         try:
             wanted = _merge_data(base, now, theirs)
         except MergeConflict:
@@ -263,18 +289,28 @@ class Session:
             SessionDeleted: the session was deleted or replaced; load or create it again.
             CorruptSession: the file is damaged.
         """
-        # Read inside: a save of another thread must not put a newer base under an older state.
+        while not self._refreshed():
+            # Another thread has saved meanwhile: its newer base must not come under an older state.
+            pass
+
+    def _refreshed(self) -> bool:
+        """Take the committed state; False if another thread that shares this object has been quicker."""
+        known = self._known
+        try:
+            # Outside the guard: where folds follow one another, it takes the lock.
+            there = self._files.read(self.id)
+        except SessionNotFound:
+            raise self._deleted() from None
         with self._alone(), conflicts_in(self.id):
-            try:
-                there = self._same_incarnation(self._files.read(self.id))
-            except SessionNotFound:
-                raise self._deleted() from None
-            self._recognise(there)
+            if self._known is not known:
+                return False
+            self._recognise(self._same_incarnation(there))
             if there.identity and there.identity == self._base.identity:
-                return
+                return True
             base, now, theirs = data_of(self._base.body, Body.of(self.data, self._base.body), there.body)
             wanted = _merge_data(base, now, theirs, self._policies)
             self._show(now, wanted, _Known(there, is_durable=False))
+            return True
 
     def clear_stale_stream(self) -> bool:
         """Clear this session's stream if it is dead: the compare-and-clear of hermes-webui #1533, across processes.
@@ -300,10 +336,13 @@ class Session:
         if cleared is None:
             return False
         with self._alone():
-            if not self._show_cleared(cleared):
-                # Deleted since: nothing to show. Unreadable: it is cleared all the same, and the next save shows it.
-                with suppress(SessionNotFound, Unreadable):
-                    self._adopt(self._files.read(self.id))
+            is_shown = self._show_cleared(cleared)
+        if not is_shown:
+            # Deleted since: nothing to show. Unreadable: it is cleared all the same, and the next save shows it.
+            with suppress(SessionNotFound, Unreadable):
+                there = self._files.read(self.id)
+                with self._alone():
+                    self._adopt(there)
         return True
 
     def _show_cleared(self, cleared: streams.Cleared) -> bool:

@@ -24,13 +24,14 @@ from persist.errors import (
     SessionNotFound,
     StoreClosed,
     SweepIncomplete,
+    Unreadable,
     UnsafeFile,
     UnsupportedFormat,
     WrongType,
     conflicts_in,
     require_flags,
 )
-from persist.files.body import HEADER, Body
+from persist.files.body import BULK, HEADER, Body
 from persist.files.directory import Mode
 from persist.files.events import Event
 from persist.files.snapshot import Header, Snapshot
@@ -74,13 +75,14 @@ class Store:
         journal: which sessions have a journal beside their document, so that a commit costs what it changes: ``"auto"``, those
             above 64 KiB; ``"always"``, all; ``"never"``, none. It is for what this store writes: every store reads all.
         merge: top-level field -> "sum" | "max" | "mine" | "theirs": how `Session.save` settles a field that both sides
-            changed, instead of raising `MergeConflict`.
+            changed, instead of raising `MergeConflict`. Not for ``messages`` and ``tool_calls``, nor for the stream fields.
         keep_events_s: seconds that a stream's events stay after its end, for those who come back late.
         allow_network: True accepts a network file system, where no guarantee holds.
         create: False opens a directory that must be there, and makes nothing in it until something is written.
 
     Raises:
-        WrongType: an argument is not what it must be.
+        WrongType, ReservedField: an argument is not what it must be.
+        Unreadable: the disk, or its permissions, refused.
         UnsupportedFileSystem: the directory is on nfs, cifs, 9p or ceph.
 
     Example:
@@ -106,13 +108,17 @@ class Store:
         allow_network: bool = False,
         create: bool = True,
     ) -> None:
+        require_flags(allow_network=allow_network, create=create)
         directory = _directory(path, create=create)
         if journal not in get_args(Mode):
             raise WrongType(what="journal", expected=" | ".join(get_args(Mode)), got=repr(journal))
         policies = {} if merge is None else merge
         check_policies(policies)
-        for field in turn.IDLE.keys() & policies.keys():
+        for field in policies.keys() & {HEADER, *turn.IDLE}:
             raise ReservedField(field=field, remedy="It always comes from the disk: leave it out of merge.")
+        for field in policies.keys() & {*BULK}:
+            # To take one side would drop what the other has appended.
+            raise ReservedField(field=field, remedy="It is always merged item by item: leave it out of merge.")
         self._policies = dict(policies)
         self._files = SessionFiles(
             directory,
@@ -150,7 +156,7 @@ class Store:
         return self._files.layout.directory
 
     def close(self) -> None:
-        """Refuse further verbs with `StoreClosed`. Streams that run go on until they end; nothing waits to be written."""
+        """Refuse further verbs with `StoreClosed`. Streams that run go on, and sessions that are loaded can still be saved."""
         self._is_closed = True
 
     def _open_files(self) -> SessionFiles:
@@ -359,6 +365,7 @@ class Store:
             SessionBusy: a live stream owns the session; it names the owner.
             InvalidStreamId, NotJSON, WrongType: an argument cannot be used.
             IdTaken: a message of that ``id`` is there, with other content.
+            PromptAnswered: it is there, and has its answer: a request that was sent once more, say.
             SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
         return streams.start(self._open_files(), session_id, message, stream_id)
@@ -586,9 +593,13 @@ def _directory(path: object, *, create: bool) -> Path:
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in str(path):
         raise WrongType(what="a store's path", expected="a directory's name", got=repr(path))
     directory = Path(path)
-    if directory.exists() and not directory.is_dir():
+    try:
+        is_there, is_directory = directory.exists(), directory.is_dir()
+    except OSError as error:
+        raise Unreadable.because(directory, error) from error
+    if is_there and not is_directory:
         raise WrongType(what=f"the store {directory}", expected="a directory", got="a file")
-    if not create and not directory.is_dir():
+    if not create and not is_directory:
         raise WrongType(what=f"the store {directory}", expected="a directory that is there", got="missing")
     return directory
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -118,11 +117,10 @@ class Entry:
 def ls(ctx: click.Context, store: Store, as_json: bool) -> None:
     """List the sessions.
 
-    Each with its stream: none, live, or stale (its process is dead). A session that cannot be read is shown with its error,
-    and the exit status is 1. Damage among the messages is found by `check`.
+    Each with its stream: none, live, stale (its process is dead), or unknown (its lock was not to be had). A session that
+    cannot be read is shown with its error, and the exit status is 1. Damage among the messages is found by `check`.
     """
-    streams = _streams_by_session(store)
-    entries = [entry for session_id in store.ids() if (entry := _entry(store, session_id, streams)) is not None]
+    entries = [entry for session_id in store.ids() if (entry := _entry(store, session_id)) is not None]
     if as_json:
         print_json([asdict(entry) for entry in entries])
     else:
@@ -135,15 +133,7 @@ def _clipped(title: str) -> str:
     return title if len(title) <= _TITLE_SHOWN else f"{title[: _TITLE_SHOWN - 1]}…"
 
 
-def _streams_by_session(store: Store) -> Mapping[str, StreamInfo] | None:
-    try:
-        return {info.session_id: info for info in store.streams()}
-    except PersistError:
-        # A damaged or locked session must not hide the others: the list goes on without knowing who lives.
-        return None
-
-
-def _entry(store: Store, session_id: str, streams: Mapping[str, StreamInfo] | None) -> Entry | None:
+def _entry(store: Store, session_id: str) -> Entry | None:
     try:
         head = store.head(session_id)
     except SessionNotFound:
@@ -157,17 +147,20 @@ def _entry(store: Store, session_id: str, streams: Mapping[str, StreamInfo] | No
         head.revision,
         head.counts.get("messages", 0),
         _time(head.updated_at),
-        _state(session_id, head.active_stream_id, streams),
+        "none" if head.active_stream_id is None else _state(store, session_id),
     )
 
 
-def _state(session_id: str, active_stream_id: str | None, streams: Mapping[str, StreamInfo] | None) -> str:
-    if active_stream_id is None:
-        return "none"
-    if streams is None:
+def _state(store: Store, session_id: str) -> str:
+    """How it stands with a session's stream now; it may have ended since."""
+    try:
+        info = store.stream(session_id)
+    except (PersistError, OSError):
+        # A locked session must not hide the others, and what is not known is not guessed.
         return "unknown"
-    info = streams.get(session_id)
-    return "live" if info is not None and info.is_live else "stale"
+    if info is None:
+        return "none"
+    return "live" if info.is_live else "stale"
 
 
 @persist.command(epilog="Example: persist show var/sessions s-42 --json | jq .data.messages[-1]")

@@ -136,6 +136,12 @@ class Transaction:
             raise self._replaced() if is_held else LockNotHeld(session_id=self.session_id)
         return found
 
+    def shows(self, header: Header) -> bool:
+        """Tell whether a commit that was cut off is the one that is there, whether or not it would survive a power cut."""
+        with contextlib.suppress(PersistError, OSError):
+            return self.read_head().header == header
+        return False
+
     def read_head(self) -> HeadSnapshot:
         """Read the committed header and small fields."""
         self._require_lock()

@@ -132,6 +132,17 @@ def test_ls_shows_a_damaged_session_and_goes_on(run: Run, store: persist.Store) 
     assert "UNREADABLE: Session 'b' is damaged" in lines[2]
 
 
+def test_ls_guesses_nothing_of_a_session_that_is_locked(run: Run, store: persist.Store) -> None:
+    """Its stream may live: it is unknown, and not stale."""
+    store.create("s-42", {"messages": []})
+    with store.start_stream("s-42") as stream:
+        with store.edit("s-42"):
+            locked = json_of(run("ls", store.path, "--json"))
+        free = json_of(run("ls", store.path, "--json"))
+        stream.finish()
+    assert [entry["stream"] for entry in (*locked, *free)] == ["unknown", "live"]
+
+
 def test_ls_goes_on_when_a_damaged_session_has_a_stream(run: Run, store: persist.Store) -> None:
     """A damaged session whose stream cannot be asked leaves the list readable; what is not known is not guessed."""
     for session_id in ("a", "b"):

@@ -81,10 +81,9 @@ def test_save_that_prefers_mine_keeps_the_running_turn(store: persist.Store, ses
     session.data["messages"].append({"id": "note", "content": "note"})
     store.update("s-1", lambda data: data["messages"].clear(), if_revision=1)
     with store.start_stream("s-1", {"role": "user", "content": "Why?"}) as stream:
-        with pytest.raises(persist.MessagesRemoved):
-            session.save(on_conflict="mine")
+        session.save(on_conflict="mine")
         stream.finish({"role": "assistant", "content": "Because."})
-    assert contents(store) == ["Why?", "Because."]
+    assert contents(store) == ["Why?", "note", "Because."]
 
 
 def test_messages_cannot_be_made_something_else_in_a_turn(store: persist.Store) -> None:
@@ -218,6 +217,94 @@ def test_save_that_was_cut_off_is_recognised_under_later_commits(
     session.save()
     assert contents(store) == ["hi", "no id"]
     assert session.data["title"] == store.load("s-1").data["title"] == "on top"
+
+
+def interrupt_behind(patched: pytest.MonkeyPatch, step: str, *more: str) -> None:
+    """Ctrl-C comes while a step is with the disk, and what was asked of it is done; then while the next one is, and so on."""
+    real = getattr(disk, step)
+
+    def cut(*arguments: Any, **named: Any) -> None:
+        real(*arguments, **named)
+        if more:
+            interrupt_behind(patched, *more)
+        raise KeyboardInterrupt
+
+    patched.setattr(disk, step, cut)
+
+
+@pytest.mark.parametrize(
+    ("journal", "step"),
+    [("never", "replace"), ("never", "sync_directory"), ("always", "write_at"), ("always", "sync_data")],
+)
+def test_save_that_was_cut_off_behind_a_step_is_recognised(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, journal: Any, step: str
+) -> None:
+    """Ctrl-C, a commit of somebody else, and the same save again: it counts once. Fails without the look at what is there."""
+    store = persist.Store(directory, journal=journal, merge={"n": "sum"})
+    session = store.create("s-1", {"n": 5, "messages": []})
+    session.data["n"] += 1
+    session.data["messages"].append({"content": "no id"})
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        interrupt_behind(patched, step)
+        session.save()
+    other = store.load("s-1")
+    other.data["messages"].append({"content": "theirs"})
+    other.save()
+    session.save()
+    assert store.load("s-1").data == session.data == {"n": 6, "messages": [{"content": "no id"}, {"content": "theirs"}]}
+
+
+@pytest.mark.parametrize(("journal", "step"), [("never", "replace"), ("always", "write_at")])
+def test_save_of_which_nobody_can_tell_is_refused(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, journal: Any, step: str
+) -> None:
+    """A second Ctrl-C, in the look at what is there: the object is not saved over the commits of others; alone, it is."""
+    store = persist.Store(directory, journal=journal)
+    sessions = [store.create(f"s-{number}", {"messages": []}) for number in (1, 2)]
+    for session in sessions:
+        session.data["messages"].append({"content": "no id"})
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            interrupt_behind(patched, step, "read")
+            session.save()
+    store.append("s-2", "messages", {"content": "theirs"})
+    with pytest.raises(persist.MergeConflict, match="nobody can tell"):
+        sessions[1].save()
+    sessions[0].save()
+    assert contents(store) == ["no id"]
+    assert [each["content"] for each in store.load("s-2").data["messages"]] == ["no id", "theirs"]
+
+
+def test_refresh_keeps_nobody_from_the_lock(
+    store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that reads for `refresh`, for however long, does not hold up another's save of the same object.
+
+    Fails when the file is read inside the object's guard: where folds follow one another it waits for the lock there, which
+    the saver holds, while that waits for the guard.
+    """
+    is_reading, go_on = threading.Event(), threading.Event()
+    real = disk.read
+
+    def slow(*arguments: Any) -> bytes:
+        if threading.current_thread().name == "refresher" and not is_reading.is_set():
+            is_reading.set()
+            assert go_on.wait(20)
+        return real(*arguments)
+
+    monkeypatch.setattr(disk, "read", slow)
+    refresher = threading.Thread(target=session.refresh, name="refresher")
+    refresher.start()
+    assert is_reading.wait(20)
+    session.data["title"] = "mine"
+    saver = threading.Thread(target=session.save)
+    saver.start()
+    saver.join(10)
+    has_saved = not saver.is_alive()
+    go_on.set()
+    for thread in (refresher, saver):
+        thread.join(20)
+    assert has_saved
+    assert (session.revision, session.data["title"]) == (2, "mine")
 
 
 def test_save_that_was_cut_off_is_made_durable_before_it_is_acknowledged(

@@ -94,9 +94,9 @@ def two_sides(draw: st.DrawFn) -> tuple[Document, Document, Document]:
     return base, draw(edited(base, "mine")), draw(edited(base, "theirs"))
 
 
-def outcome(base: Document, mine: Document, theirs: Document) -> Any:
+def outcome(base: Document, mine: Document, theirs: Document, prefer: Any = "error") -> Any:
     try:
-        return merge(base, mine, theirs)
+        return merge(base, mine, theirs, prefer=prefer)
     except MergeConflict:
         return CONFLICT
 
@@ -185,6 +185,17 @@ def test_no_message_is_lost_doubled_or_revived(sides: tuple[Document, Document, 
     assert sorted(ids(merged)) == sorted(({*ids(mine)} | {*ids(theirs)}) - removed)
 
 
+@given(two_sides(), st.sampled_from(["mine", "theirs"]))
+def test_no_message_is_lost_or_doubled_by_a_preference(sides: tuple[Document, Document, Document], prefer: Any) -> None:
+    """Whoever is preferred: what either side added is there, and what both kept, each once; and what both removed is not."""
+    base, mine, theirs = sides
+    merged = outcome(base, mine, theirs, prefer)
+    assume(merged != CONFLICT)
+    b, m, t, found = ({*ids(data)} for data in (base, mine, theirs, merged))
+    assert len(ids(merged)) == len(found)
+    assert ((m | t) - b) | (m & t) <= found <= m | t
+
+
 @given(two_sides())
 def test_no_word_is_lost_or_revived(sides: tuple[Document, Document, Document]) -> None:
     """Also items without ids: what is new on a side is there as often, and what a side has removed altogether is gone."""
@@ -230,10 +241,7 @@ def test_objects_that_the_sides_share_change_nothing(sides: tuple[Document, Docu
 def test_the_arguments_of_a_merge_are_never_changed(sides: tuple[Document, Document, Document], prefer: Any) -> None:
     """Base, mine and theirs are as before, whatever comes out."""
     before = copy.deepcopy(sides)
-    try:
-        merge(*sides, prefer=prefer)
-    except MergeConflict:
-        assert prefer == "error"
+    outcome(*sides, prefer)
     assert same(list(sides), list(before))
 
 
@@ -385,12 +393,41 @@ def test_a_contradiction_is_a_conflict_that_carries_its_facts(
     assert same([conflict.base, conflict.mine, conflict.theirs], list(three))
 
 
-@pytest.mark.parametrize(("base", "mine", "theirs"), [case[1:4] for case in CONFLICTS], ids=[case[0] for case in CONFLICTS])
+OF_ONE_PLACE = [case for case in CONFLICTS if case[4] not in (BESIDE, MOVED)]
+
+
+@pytest.mark.parametrize(
+    ("base", "mine", "theirs"), [case[1:4] for case in OF_ONE_PLACE], ids=[case[0] for case in OF_ONE_PLACE]
+)
 def test_a_preference_settles_a_conflict_and_nothing_else(base: Document, mine: Document, theirs: Document) -> None:
     """With ``prefer`` that side stands at the place of the conflict; the rest is merged as ever."""
     mine, theirs = {**mine, "m": 1}, {**theirs, "t": 1}
     assert same(merge(base, mine, theirs, prefer="mine"), {**mine, "t": 1})
     assert same(merge(base, mine, theirs, prefer="theirs"), {**theirs, "m": 1})
+
+
+@pytest.mark.parametrize("prefer", ["mine", "theirs"])
+@pytest.mark.parametrize(
+    ("base", "mine", "theirs", "expected"),
+    [
+        ([A, B], [A, B, X], [A], [A, X]),
+        ([A, B], [], [A, B, X], [X]),
+        ([A], [X], [Y], [Y, X]),
+        ([A, B, C], [A, B, C, X], [A, Y], [A, Y, X]),
+        ([A, B], [A2, B, X], [A, Y], [A2, Y, X]),
+    ],
+)
+def test_a_preference_drops_nothing_that_was_added(base: Any, mine: Any, theirs: Any, expected: Any, prefer: Any) -> None:
+    """What one side added beside what the other removed: both stand. Never one side's whole list, which lacks the other's."""
+    assert merge({"l": base}, {"l": mine}, {"l": theirs}, prefer=prefer) == {"l": expected}
+
+
+@pytest.mark.parametrize("prefer", ["mine", "theirs"])
+@pytest.mark.parametrize("case", [case for case in CONFLICTS if case[4] == MOVED], ids=lambda case: case[0])
+def test_no_preference_settles_a_move_against_a_move(case: tuple[Any, ...], prefer: Any) -> None:
+    """To take one side would drop what the other has added; so it is a conflict all the same."""
+    with pytest.raises(MergeConflict, match="moved"):
+        merge(*case[1:4], prefer=prefer)
 
 
 def test_a_preference_keeps_what_does_not_conflict_in_one_message() -> None:

@@ -805,6 +805,11 @@ BAD_ARGUMENTS: dict[str, tuple[Verb, type[Exception]]] = {
     "store: timeout NaN": (lambda store: persist.Store(store.path, lock_timeout_s=math.nan), persist.WrongType),
     "store: timeout text": (lambda store: persist.Store(store.path, lock_timeout_s="5"), persist.WrongType),  # type: ignore[arg-type]
     "store: timeout bool": (lambda store: persist.Store(store.path, lock_timeout_s=True), persist.WrongType),
+    "store: create": (lambda store: persist.Store(store.path / "new", create="false"), persist.WrongType),  # type: ignore[arg-type]
+    "store: network": (lambda store: persist.Store(store.path, allow_network=1), persist.WrongType),  # type: ignore[arg-type]
+    "store: policy of 1": (lambda store: persist.Store(store.path, merge={1: "sum"}), persist.WrongType),  # type: ignore[dict-item]
+    "store: policy of messages": (lambda store: persist.Store(store.path, merge={"messages": "mine"}), persist.ReservedField),
+    "store: policy of _persist": (lambda store: persist.Store(store.path, merge={"_persist": "mine"}), persist.ReservedField),
     "store: policy": (lambda store: persist.Store(store.path, merge={"n": "add"}), persist.WrongType),  # type: ignore[dict-item]
     "store: policies": (lambda store: persist.Store(store.path, merge=["n"]), persist.WrongType),  # type: ignore[arg-type]
 }
