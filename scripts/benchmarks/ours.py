@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import persist
 from benchmarks.peers import Peer
-from benchmarks.workload import SESSION, Message, open_store
+from benchmarks.workload import SESSION, Message, new_message, open_store
 from persist.files.directory import Mode
 
 APPEND = "persist: store.append()"
@@ -100,6 +100,14 @@ class Save(Verb):
         self._session.save()
 
 
+class SaveMeetingAnother(Save):
+    name = "persist: session.save() that meets a commit"
+    way = "as that, after somebody else has appended; both are kept"
+
+    def before(self) -> None:
+        self._store.append(SESSION, "messages", new_message())
+
+
 class Update(Verb):
     name = UPDATE
     way = "a function that sets one field of the data"
@@ -131,6 +139,7 @@ VERBS: tuple[type[Peer], ...] = (
     StreamCheckpoint,
     StreamFinish,
     Save,
+    SaveMeetingAnother,
     Update,
     ClearStale,
 )
