@@ -8,18 +8,13 @@ from pathlib import Path
 
 import pytest
 from harness.journaling import Journaling
-from harness.planted import Mutation, run_harness, write_mutated_package
+from harness.planted import NOT_WRITTEN, Mutation, run_harness, write_mutated_package
 from harness.soak import Soaked, soak
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts in /proc")
 
 DEADLINE_S = 120
 
-NOT_WRITTEN = (
-    "store.py",
-    "    return tx.commit(found.header.next(touch=touch), body).header.revision\n",
-    "    return tx.commit(found.header.next(), body).header.revision if found.header.revision % 5 else 1\n",
-)
 NOT_COUNTED = (
     "session.py",
     "        mine = Body.of(self.data, self._base.body)\n",

@@ -11,6 +11,7 @@ import pytest
 from harness.planted import (
     FIELDS_THROWN_AWAY,
     HANGS,
+    NOT_WRITTEN,
     PACKAGE_PARENT,
     PYTHON,
     STREAMS_HANG,
@@ -28,11 +29,6 @@ NO_LOCK = (
     "import lock_descriptor, unlock_descriptor\n",
     "import unlock_descriptor\n\ndef lock_descriptor(fd, *, blocking):\n    return True\n",
 )
-NOT_WRITTEN = (
-    "store.py",
-    "    return tx.commit(found.header.next(touch=touch), body).header.revision\n",
-    "    return tx.commit(found.header.next(), body).header.revision if found.header.revision % 5 else 1\n",
-)
 NOT_IDEMPOTENT = ("turn.py", "    if place is None:\n        messages.insert", "    if True:\n        messages.insert")
 IN_PLACE = (
     "files/publish.py",
@@ -45,9 +41,8 @@ TEMPS_OF_THEIR_OWN = ("files/layout.py", 'f"{name}{_TEMP}")', "f\"{name}.{__impo
 NO_LEASE = ("streams.py", "            if not is_dead:\n                return False\n", "")
 OLD_TITLE = (
     "session.py",
-    "        return Body.of(_merge_data(base, ours, theirs, self._policies, prefer))\n",
-    "        merged = _merge_data(base, ours, theirs, self._policies, prefer)\n"
-    "        return Body.of(merged | {'title': self.data['title']})\n",
+    "        merged = _merge_data(base, ours, theirs, self._policies, prefer)\n",
+    "        merged = _merge_data(base, ours, theirs, self._policies, prefer) | {'title': self.data['title']}\n",
 )
 UNCOUNTED = ("merge.py", "total = _sum(t, m, b or 0)", "total = max(t, m)")
 UNMARKED = ("turn.py", "messages[place][INTERRUPTED] = True", "pass")

@@ -68,7 +68,7 @@ EARLY_ANSWER = (
         "    def _append(self,",
     ),
 )
-NO_REVISION = (("if if_revision is not None and revision != if_revision:", "if False:"),)
+NO_REVISION = (("if if_revision is not None and draft.header.revision != if_revision:", "if False:"),)
 NO_LIVENESS = (("            yield probe.is_dead\n", "            yield True\n"),)
 
 

@@ -274,6 +274,27 @@ def test_save_of_which_nobody_can_tell_is_refused(
     assert [each["content"] for each in store.load("s-2").data["messages"]] == ["no id", "theirs"]
 
 
+def test_edit_made_while_a_save_merges_contradicts_what_it_brings(
+    store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else's title comes with a save, and another thread sets one meanwhile: the next save says so, and takes neither."""
+    store.update("s-1", lambda data: data.update(title="theirs"))
+    session.data["messages"].append({"id": "mine", "content": "mine"})
+    real = disk.replace
+
+    def set_meanwhile(*arguments: Any) -> None:
+        real(*arguments)
+        session.data["title"] = "meanwhile"
+
+    with monkeypatch.context() as patched:
+        patched.setattr(disk, "replace", set_meanwhile)
+        session.save()
+    with pytest.raises(persist.MergeConflict):
+        session.save()
+    assert (session.data["title"], store.load("s-1").data["title"]) == ("meanwhile", "theirs")
+    assert contents(store) == ["hi", "mine"]
+
+
 def test_refresh_keeps_nobody_from_the_lock(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
