@@ -277,7 +277,7 @@ def test_save_of_which_nobody_can_tell_is_refused(
 def test_edit_made_while_a_save_merges_contradicts_what_it_brings(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody else's title comes with a save, and another thread sets one meanwhile: the next save says so, and takes neither."""
+    """Somebody else's title comes with a save, and another thread sets one meanwhile: the next save says so."""
     store.update("s-1", lambda data: data.update(title="theirs"))
     session.data["messages"].append({"id": "mine", "content": "mine"})
     real = disk.replace
