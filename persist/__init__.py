@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from persist.errors import NotJSON as NotJSON
     from persist.errors import Owner as Owner
     from persist.errors import PersistError as PersistError
-    from persist.errors import PromptAnswered as PromptAnswered
     from persist.errors import ReservedField as ReservedField
     from persist.errors import RevisionMismatch as RevisionMismatch
     from persist.errors import SessionBusy as SessionBusy
@@ -69,7 +68,7 @@ _HOMES = {
     "errors": (
         "CommitFailed CommitUnknown CorruptSession CursorAhead EmitFailed EventsNotFound IdTaken InvalidSessionId "
         "InvalidStreamId LockNotHeld LockTimeout MergeConflict MessagesRemoved NestedLock NotJSON Owner PersistError "
-        "PromptAnswered ReservedField RevisionMismatch SessionBusy SessionDeleted SessionExists SessionNotFound StoreClosed "
+        "ReservedField RevisionMismatch SessionBusy SessionDeleted SessionExists SessionNotFound StoreClosed "
         "StreamLost SweepIncomplete Unreadable UnsafeFile UnsupportedFileSystem UnsupportedFormat WrongType"
     ),
     "files.events": "Event",

@@ -107,11 +107,12 @@ class _Late:
 
     def __init__(self, tx: Transaction, known: Known) -> None:
         self._tx = tx
-        self._known = known
+        self._small, self._counts = known.tail.small, dict(known.tail.counts)
         self._found: Snapshot | None = None
         self._taken: Body | bytes = b""
-        fields = Body(known.tail.small, {}).fields()
+        fields = Body(self._small, {}).fields()
         self.header = known.tail.header
+        self._headers = [self.header]
         self.active_stream_id = fields.get(ACTIVE) or None
         self.data = LazyData(fields, BULK, self._read)
 
@@ -119,30 +120,28 @@ class _Late:
         return messages_of(self.data, field)
 
     def _read(self) -> Data:
-        # Who has kept the data may do so after the block: then it is the revision that the block has left, or nothing.
-        self._found = found = self._tx.read_again(self.header)
+        # Also while the block's small fields are being committed, or after the block: the lists are the same then.
+        self._found = found = self._tx.read_again(self._headers)
         return {name: value for name, value in found.body.data().items() if name in BULK}
 
     def _take(self) -> Body | bytes:
         """The data as it is now; if nobody has looked at its lists, the small fields alone."""
-        # One look for both: another thread may be about to read the lists.
         known, is_all = self.data.known()
         return Body.of(known) if is_all else _small_of(known)
 
     def is_changed(self) -> bool:
         self._taken = self._take()
         if isinstance(self._taken, bytes) or self._found is None:
-            return self._taken != self._known.tail.small
+            return self._taken != self._small
         return self._taken != self._found.body
 
     def commit(self, header: Header) -> Header:
         taken = self._taken or self._take()
         self._tx.look_again()
+        self._headers.append(header)
         if isinstance(taken, Body):
-            self.header = self._tx.commit(header, taken).header
-        else:
-            self.header = self._tx.record(header, taken, self._known.tail.counts, ())
-        return self.header
+            return self._tx.commit(header, taken).header
+        return self._tx.record(self.header, header, taken, self._counts, ())
 
 
 class _Sparse:
@@ -189,7 +188,7 @@ class _Sparse:
     def commit(self, header: Header) -> Header:
         small, changes = self._taken or self._take()
         counts = {name: items.count for name, items in self._lists.items() if items.count is not None}
-        return self._tx.record(header, small, counts, changes)
+        return self._tx.record(self.header, header, small, counts, changes)
 
 
 def _small_of(data: Data) -> bytes:

@@ -8,7 +8,6 @@ parent. Its message never holds the content of a document; ids, field names, pat
     ├── InvalidSessionId (ValueError)   InvalidStreamId (ValueError)
     ├── NotJSON (ValueError)            WrongType (TypeError)
     ├── ReservedField (ValueError)      MergeConflict        RevisionMismatch, IdTaken (MergeConflicts)    MessagesRemoved
-    ├── PromptAnswered (IdTaken)
     ├── SessionBusy                     StreamLost           SweepIncomplete
     ├── LockTimeout (TimeoutError)      NestedLock (RuntimeError)       LockNotHeld (RuntimeError)
     ├── CorruptSession                  UnsupportedFormat    UnsafeFile (OSError)   Unreadable (OSError)
@@ -240,15 +239,6 @@ class IdTaken(MergeConflict):
     template = (
         "Session {session_id!r}: {where} has the same id, and other content; nothing was written. "
         "Give the new one an id of its own, or send the same content again."
-    )
-
-
-class PromptAnswered(IdTaken):
-    """A turn was to be started with a prompt that has its answer; the request was sent twice, say. Nothing was written."""
-
-    template = (
-        "Session {session_id!r}: {where} is that prompt, and was answered; nothing was written. "
-        "Load the session to see the answer; for another one, give the prompt an id of its own, or remove the answer first."
     )
 
 

@@ -6,9 +6,10 @@ From then on it is a dict like any other, and the lists are its own. So a change
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection
-from functools import wraps
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial, wraps
+from itertools import compress, repeat
 from typing import Any
 
 Data = dict[str, Any]
@@ -33,38 +34,45 @@ class LazyData(Data):
         known: the other keys.
         late: those.
         read: returns those of them that are there, with their values. What it raises goes to whoever has asked, and all is as
-            before.
+            before. Where several come at once, it may be called for each; they all get what the first one is given.
     """
 
-    __slots__ = ("_late", "_lock", "_read")
+    __slots__ = ("_late", "_read")
 
-    def __init__(self, known: Data, late: Collection[str], read: Callable[[], Data]) -> None:
-        super().__init__(known | dict.fromkeys(late, _UNREAD))
-        self._late = frozenset(late)
+    # All may be left out, as code that makes a dict of the same kind does.
+    def __init__(self, known: Any = (), late: Collection[str] = (), read: Callable[[], Data] = dict) -> None:
+        super().__init__(known)
+        self._late = late
         self._read = read
-        # Another thread's lists must not take the place of those that the first one has changed.
-        self._lock = threading.RLock()
+        dict.update(self, dict.fromkeys(late, _UNREAD))
+
+    # A thread may come at any time, and so may a signal handler of this one. So what is late is marked in the dict itself, and
+    # every step is one call of C.
 
     def fill(self) -> None:
         """Read what is late, unless that was done."""
-        with self._lock:
-            found = self._read()
-            # While that was done, a signal handler may have come here.
-            if self._late:
-                dict.update(self, found)
-                for key in self._late - found.keys():
-                    dict.pop(self, key, None)
-                self._late, self._read = frozenset(), dict
+        if not any(self._unread(self._late)):
+            return
+        found = self._read()
+        missing = [key for key in self._late if key not in found]
+        list(map(partial(dict.pop, self), compress(missing, self._unread(missing))))
+        dict.update(self, compress(found.items(), self._unread(found)))
+        self._late, self._read = (), dict
+
+    def _unread(self, keys: Iterable[str]) -> Iterator[bool]:
+        """Of each key whether it is late, as it is when it is asked for."""
+        return map(operator.is_, map(partial(dict.get, self), keys), repeat(_UNREAD))
 
     def known(self) -> tuple[Data, bool]:
         """What is there without reading, in a dict of its own; and whether that is all."""
-        with self._lock:
-            return {key: value for key, value in list(dict.items(self)) if key not in self._late}, not self._late
+        items = list(dict.items(self))
+        known = {key: value for key, value in items if value is not _UNREAD}
+        return known, len(known) == len(items)
 
     def update(self, *others: Any, **values: Any) -> None:
         """As that of a dict."""
         new = dict(*others, **values)
-        if not self._late.isdisjoint(new):
+        if any(self._unread(new)):
             self.fill()
         dict.update(self, new)
 
@@ -82,7 +90,8 @@ def _filled_for_its_key(name: str) -> Callable[..., Any]:
 
     @wraps(method)
     def filled(self: LazyData, key: Any, *more: Any) -> Any:
-        if type(key) is not str or key in self._late:
+        # One that cannot be a key is refused by the method.
+        if type(key) is not str or dict.get(self, key) is _UNREAD:
             self.fill()
         return method(self, key, *more)
 

@@ -195,13 +195,17 @@ class _Merger:
 
     def settle_twins(self, mine: _Edits, theirs: _Edits) -> None:
         """Where both added an item under one id: its content, in their place."""
-        own = {identity: item for item in mine.all_added() if (identity := _identity(item))}
-        for items in theirs.added if own else []:
-            for place, item in enumerate(items):
-                twin = own.get(identity, item) if (identity := _identity(item)) else item
-                if self.prefer == "error" and not same(item, twin):
-                    raise _Clash("one id, two contents")
-                items[place] = twin if self.prefer == "mine" else item
+        twins = {identity: item for item in theirs.all_added() if (identity := _identity(item))}
+        times = Counter(map(_identity, mine.all_added() + theirs.all_added()))
+        for item in mine.all_added():
+            identity = _identity(item)
+            twin = twins.get(identity, item) if identity else item
+            if same(item, twin):
+                continue
+            if self.prefer == "error" or times[identity] > 2:
+                raise _Clash("one id, two contents")
+            if self.prefer == "mine":
+                theirs.added = [[item if each is twin else each for each in items] for items in theirs.added]
 
     def items(self, path: ValuePath, lead: int, base: list[Any], mine: _Edits, theirs: _Edits) -> list[Any]:
         """Walk along the base: what was added before each item, theirs first, then the item as both sides left it.

@@ -34,7 +34,7 @@ from persist.turn import ACTIVE
 _NO_CHECKSUM = ""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Attempt:
     """A commit that was begun: what it would have made of the document, and the state of `data` that it saved.
 
@@ -193,13 +193,16 @@ class Session:
         self._refuse_removal(there, merged)
         if merged != there.body:
             header = there.header.next(touch=touch)
-            attempt = Attempt(header, merged, mine)
             try:
-                self._known = _Known(self._base, is_durable=False, attempt=attempt)
+                self._known = _Known(self._base, is_durable=False, attempt=Attempt(header, merged, mine))
                 committed = tx.commit(header, merged)
-            except BaseException as error:
+                self._settle(is_published=True)
+            except PersistError:
+                self._settle(is_published=tx.is_published)
+                raise
+            except BaseException:
                 # Cut off by a signal, it may have become visible without a word. The lock is held still: what is there is ours.
-                attempt.is_published = tx.is_published or (not isinstance(error, PersistError) and tx.shows(header))
+                self._settle(is_published=tx.is_published or tx.shows(header))
                 raise
         else:
             committed = there
@@ -208,6 +211,12 @@ class Session:
             else:
                 tx.confirm()
         self._take(committed, mine, decoded, is_durable=True)
+
+    def _settle(self, *, is_published: bool | None) -> None:
+        """Note what became of an attempt; in a new value, so that a refresh under way sees that something has happened."""
+        attempt = self._known.attempt
+        if attempt is not None:
+            self._known = replace(self._known, attempt=replace(attempt, is_published=is_published))
 
     def _recognise(self, there: Snapshot) -> None:
         """Take an earlier commit of this object for its own, though an exception (Ctrl-C, say) cut its save off.

@@ -358,14 +358,14 @@ class Store:
 
         Args:
             message: the prompt; without an ``id`` it gets ``<stream id>.prompt``. One whose ``id`` is in ``messages``
-                already (a turn that was interrupted) is taken up again. None starts a turn without a prompt.
+                already is taken up again: that of a turn that was interrupted, say. One that has its answer, too: where a
+                request may be sent twice, look before. None starts a turn without a prompt.
             stream_id: an id of your own, never used before in this session; by default a random one.
 
         Raises:
             SessionBusy: a live stream owns the session; it names the owner.
             InvalidStreamId, NotJSON, WrongType: an argument cannot be used.
             IdTaken: a message of that ``id`` is there, with other content.
-            PromptAnswered: it is there, and has its answer: a request that was sent once more, say.
             SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
         return streams.start(self._open_files(), session_id, message, stream_id)

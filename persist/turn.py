@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from copy import deepcopy
 from typing import Any
 
-from persist.errors import IdTaken, PromptAnswered, ReservedField, WrongType
+from persist.errors import IdTaken, ReservedField, WrongType
 from persist.merge import same
 
 Data = dict[str, Any]
@@ -152,21 +152,7 @@ def put_prompt(messages: Messages, prompt: Message) -> None:
     there = messages[place]
     ignored = {INTERRUPTED: prompt.get(INTERRUPTED, False)}
     _require_same({**there, **ignored}, {**prompt, **ignored}, (MESSAGES, place))
-    if not there.get(INTERRUPTED) and _is_answered(messages, place):
-        raise PromptAnswered(path=(MESSAGES, place), reason="it was answered", base=None, mine=prompt, theirs=there)
     there.pop(INTERRUPTED, None)
-
-
-def _is_answered(messages: Messages, place: int) -> bool:
-    """Whether the model has said anything between a prompt and the next one; a partial that was broken off is no answer."""
-    for index in range(place + 1, len(messages)):
-        message = messages[index]
-        role = message.get("role") if type(message) is dict else None
-        if role == "user":
-            return False
-        if role == "assistant" and not message.get(INTERRUPTED):
-            return True
-    return False
 
 
 def put_answer(messages: Messages, answer: Message, current_id: MessageId | None) -> None:

@@ -93,7 +93,7 @@ class Header(msgspec.Struct, frozen=True, eq=False):
 
     def __eq__(self, other: object) -> bool:
         """Whether both are of the same commit: to fold a journal is none."""
-        return isinstance(other, Header) and self._of_commit() == other._of_commit()
+        return self is other or (isinstance(other, Header) and self._of_commit() == other._of_commit())
 
     def __ne__(self, other: object) -> bool:
         # That of msgspec tells objects apart.

@@ -19,7 +19,7 @@ import contextlib
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -123,8 +123,8 @@ class Transaction:
         self._is_there = True
         return self._found
 
-    def read_again(self, header: Header) -> Snapshot:
-        """Read the rest of the revision of that header, in the transaction or after it.
+    def read_again(self, headers: Collection[Header]) -> Snapshot:
+        """Read a revision that has one of these headers, in the transaction or after it.
 
         Raises:
             CommitFailed: it was replaced, in the transaction.
@@ -132,15 +132,15 @@ class Transaction:
         """
         is_held = self._held is not None and self._held.is_held
         found = self.read() if is_held else self._files.read(self.session_id)
-        if found.header != header:
+        if found.header not in headers:
             raise self._replaced() if is_held else LockNotHeld(session_id=self.session_id)
         return found
 
-    def shows(self, header: Header) -> bool:
-        """Tell whether a commit that was cut off is the one that is there, whether or not it would survive a power cut."""
+    def shows(self, header: Header) -> bool | None:
+        """Tell whether a commit that was cut off is there, durable or not; None if there is no looking."""
         with contextlib.suppress(PersistError, OSError):
             return self.read_head().header == header
-        return False
+        return None
 
     def read_head(self) -> HeadSnapshot:
         """Read the committed header and small fields."""
@@ -308,23 +308,31 @@ class Transaction:
         if found is None or not found.header.is_journaled:
             return self._write(header, body)
         changes = change.between(found.body, body)
-        return replace(found, header=self._record(header, body.small, body.counts, changes, body), body=body)
+        return replace(found, header=self._record(found.header, header, body.small, body.counts, changes, body), body=body)
 
-    def record(self, header: Header, small: bytes, counts: Mapping[str, int], changes: tuple[Change, ...]) -> Header:
-        """Commit changes of a session that `look` knows; as `commit`. `small` and `counts` are those after them."""
+    def record(
+        self, before: Header, header: Header, small: bytes, counts: Mapping[str, int], changes: tuple[Change, ...]
+    ) -> Header:
+        """Commit changes on top of the revision of a header; as `commit`. `small` and `counts` are those after them."""
         self._require_lock()
         self.require_known()
-        return self._record(header, small, counts, changes, None)
+        return self._record(before, header, small, counts, changes, None)
 
     def _record(
-        self, header: Header, small: bytes, counts: Mapping[str, int], changes: tuple[Change, ...], body: Body | None
+        self,
+        before: Header,
+        header: Header,
+        small: bytes,
+        counts: Mapping[str, int],
+        changes: tuple[Change, ...],
+        body: Body | None,
     ) -> Header:
-        known = self._known_before(header)
+        known = self._known_before(before)
         if self._must_fold(known) or not self._is_settled(known):
             try:
                 header = self._write(header, body or self._whole(header, small, changes)).header
             except CommitFailed as error:
-                known = self._known_where_it_is_full(known, header, error)
+                known = self._known_where_it_is_full(known, before, error)
             else:
                 self._go_on_with_indexes(known, changes)
                 return header
@@ -352,10 +360,10 @@ class Transaction:
         self._known = known
         return header
 
-    def _known_before(self, header: Header) -> Known:
-        """What is known of the session; an error if it is not what that header follows."""
+    def _known_before(self, before: Header) -> Known:
+        """What is known of the session; an error if it is not at the commit of that header any more."""
         known = self.look()
-        if known is None or known.tail.header.revision + 1 != header.revision:
+        if known is None or known.tail.header != before:
             raise self._replaced()
         return known
 
@@ -363,13 +371,13 @@ class Transaction:
         reason = "it was replaced, while its lock was held, by somebody who did not hold that"
         return self._failure(CommitFailed, reason, None)
 
-    def _known_where_it_is_full(self, known: Known, header: Header, error: CommitFailed) -> Known:
+    def _known_where_it_is_full(self, known: Known, before: Header, error: CommitFailed) -> Known:
         """Where the disk has no room for a fold, it may have some for a record; else the error."""
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT) and not isinstance(error.__cause__, disk.SyncFailed)
         if not is_full or self._files.mode == "never" or not known.synced:
             raise error
         self._files.known.keep(self.session_id, known)
-        known = self._known_before(header)
+        known = self._known_before(before)
         if known.tail.is_torn:
             raise error
         return known

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from persist import codec
-from persist.errors import MergeConflict, PromptAnswered, SessionBusy, SessionExists
+from persist.errors import MergeConflict, SessionBusy, SessionExists
 from persist.replay.conversations import TITLES, Conversation, Turn
 from persist.replay.reports import Report
 from persist.session import Session
@@ -55,8 +55,7 @@ def play(store: Store, conversations: list[Conversation], rng: random.Random) ->
             continue
         try:
             Play(store, session, conversation, turn).run()
-        except (SessionBusy, PromptAnswered):
-            # Another worker plays it, or has played it since this one looked.
+        except SessionBusy:
             Report("busy", session.id).send()
             time.sleep(rng.uniform(0, _LONGEST_BACKOFF_S))
 

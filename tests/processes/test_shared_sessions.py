@@ -390,9 +390,12 @@ class Interrupting:
         return self
 
 
+# One that comes while a generator is closed goes to nobody.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("verb", ["save", "refresh", "clear"])
 def test_interrupt_at_any_line_doubles_nothing(verb: str, scratch: Path) -> None:
-    """Ctrl-C wherever it hits: when the verb is called again, what others appended without an id stands there once."""
+    """Ctrl-C wherever it hits, then a commit of somebody else: when the verb is called again, what was appended without an id,
+    here or there, stands there once."""
     place = 0
     while True:
         place += 1
@@ -403,6 +406,7 @@ def test_interrupt_at_any_line_doubles_nothing(verb: str, scratch: Path) -> None
         session = store.load("s-1")
         store.append("s-1", "messages", {"content": "theirs"})
         session.data["title"] = "mine"
+        session.data["messages"].append({"content": "mine"})
         call = {"save": session.save, "refresh": session.refresh, "clear": session.clear_stale_stream}[verb]
         interrupting = Interrupting(place)
         before = sys.gettrace()
@@ -413,10 +417,11 @@ def test_interrupt_at_any_line_doubles_nothing(verb: str, scratch: Path) -> None
             pass
         finally:
             sys.settrace(before)
+        store.append("s-1", "messages", {"content": "later"})
         call()
         session.refresh()
         session.save()
-        assert contents(store) == ["hi", "theirs"], f"after line {place}"
+        assert sorted(contents(store)) == ["hi", "later", "mine", "theirs"], f"after line {place}"
         assert session.data == store.load("s-1").data
         assert session.data["title"] == "mine"
         shutil.rmtree(store.path)

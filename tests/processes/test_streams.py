@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 from actors import Actor
@@ -204,32 +203,6 @@ def test_interrupted_prompt_is_taken_up_again(store: persist.Store, session: per
         stream.finish({"role": "assistant", "content": "Because."})
     with pytest.raises(persist.MergeConflict):
         store.start_stream("s-1", {"id": "m1", "role": "user", "content": "Something else?"})
-
-
-@pytest.mark.parametrize("journal", ["never", "always"])
-def test_prompt_that_was_answered_is_not_taken_up_again(directory: Path, journal: Any) -> None:
-    """A request that comes twice (its response was lost, say) gets no second answer, also when others have asked since."""
-    store = persist.Store(directory, journal=journal)
-    store.create("s-1", {"messages": []})
-    prompts = [{"id": f"m{number}", "role": "user", "content": "Why?"} for number in range(3)]
-    with store.start_stream("s-1", prompts[0]) as stream:
-        stream.checkpoint({"role": "assistant", "content": "Be"})
-    for prompt in prompts[:2]:
-        with store.start_stream("s-1", prompt) as stream:
-            stream.append({"role": "tool", "content": "looked"})
-            stream.finish({"role": "assistant", "content": "Because."})
-    before = store.load("s-1").data
-    for prompt in prompts[:2]:
-        with pytest.raises(persist.PromptAnswered, match="was answered"):
-            store.start_stream("s-1", prompt)
-    assert store.load("s-1").data == before
-    # What nobody has answered may be asked: sent without a turn, or with its answer removed.
-    store.append("s-1", "messages", prompts[2])
-    store.update("s-1", lambda data: [data["messages"].pop(-2), data["messages"].pop(-2)])
-    with store.start_stream("s-1", prompts[1]) as stream:
-        stream.finish()
-    with store.start_stream("s-1", prompts[2]) as stream:
-        stream.finish()
 
 
 def test_exception_in_the_turn_marks_it_interrupted_and_travels_on(

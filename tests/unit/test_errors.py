@@ -92,13 +92,6 @@ def merge_conflict(scene: Scene) -> None:
     two.save()
 
 
-def prompt_answered(scene: Scene) -> None:
-    prompt = {"id": "asked", "role": "user", "content": CANARY}
-    with scene.store.start_stream("s", prompt) as stream:
-        stream.finish({"role": "assistant", "content": CANARY})
-    scene.store.start_stream("s", prompt)
-
-
 def session_busy(scene: Scene) -> None:
     with scene.store.start_stream("s", {"content": CANARY}, stream_id="t1"):
         scene.store.start_stream("s", {"content": CANARY})
@@ -283,12 +276,6 @@ CASES: dict[type[persist.PersistError], Case] = {
         ("Session 's'", "data['messages'][0]", "same id", "nothing was written"),
         {"session_id": "s", "path": ("messages", 0)},
         errors.MergeConflict,
-    ),
-    errors.PromptAnswered: Case(
-        prompt_answered,
-        ("Session 's'", "data['messages'][1]", "was answered", "nothing was written", "an id of its own"),
-        {"session_id": "s", "path": ("messages", 1)},
-        errors.IdTaken,
     ),
     errors.EventsNotFound: Case(
         lambda scene: scene.store.follow("s", "t9"),

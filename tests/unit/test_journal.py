@@ -818,6 +818,45 @@ def test_data_that_is_kept_after_the_block_is_that_of_the_block(journaled: persi
     assert kept["title"] == "File locks"
 
 
+def test_edit_on_another_history_of_the_same_revision_is_refused(journaled: persist.Store) -> None:
+    """Somebody puts a backup back while an edit is at work, and it is at the revision that was read. Nothing is written."""
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in journaled.path.glob("s.*") if path.suffix != ".lock"}
+
+    start = files()
+    journaled.update("s", setting("title", "one"))
+    one = files()
+    for path, content in start.items():
+        path.write_bytes(content)
+    persist.Store(journaled.path, journal="always").update("s", setting("title", "another"))
+    with pytest.raises(persist.CommitFailed, match="replaced"), persist.Store(journaled.path).edit("s") as data:
+        for path, content in one.items():
+            path.write_bytes(content)
+        data["n"] = 1
+    assert files() == one
+
+
+@pytest.mark.parametrize("step", ["write_at", "sync_data"])
+def test_look_at_the_messages_in_the_middle_of_a_commit(
+    journaled: persist.Store, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A signal handler that looks at them while the small fields are written finds them, before and after that is visible."""
+    real = getattr(disk, step)
+    seen: list[object] = []
+
+    def looking(*arguments: Any) -> None:
+        seen.append(persist.Store(journaled.path).load("s").revision)
+        real(*arguments)
+        seen.append(list(data["messages"]))
+
+    with monkeypatch.context() as patched, journaled.edit("s") as data:
+        data["title"] = "Locks"
+        patched.setattr(disk, step, looking)
+    assert seen[1:2] == [[HELLO]]
+    assert journaled.load("s").data == {"title": "Locks", "messages": [HELLO]}
+
+
 def test_refused_edit_of_small_fields_writes_nothing(journaled: persist.Store) -> None:
     """What cannot be kept, what belongs to others, and an edit that was decided on another revision."""
     before = {path.name: path.read_bytes() for path in journaled.path.glob("s*")}
@@ -842,7 +881,7 @@ def test_refused_edit_of_small_fields_writes_nothing(journaled: persist.Store) -
 def test_file_that_is_replaced_under_its_lock_is_an_error(journaled: persist.Store, *, has_journal_before: bool) -> None:
     """Somebody who heeds no lock puts a backup back while a verb is at work: it says so, and writes nothing.
 
-    With a journal, the backup lacks a commit. Fails without the look at the revision in `Transaction._record`.
+    With a journal, the backup lacks a commit. Fails without the look at the header in `Transaction._record`.
     """
     document, log = journaled.path / "s.json", journal_of(journaled)
     if has_journal_before:
