@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from persist import errors as errors
     from persist.errors import CommitFailed as CommitFailed
     from persist.errors import CommitUnknown as CommitUnknown
     from persist.errors import CorruptSession as CorruptSession
@@ -88,6 +89,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module("persist.errors")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'persist' has no attribute {name!r}")
     value = getattr(import_module(f"persist.{_HOME_OF[name]}"), name)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -153,24 +153,27 @@ class Stream:
         await self._threads.run(lambda: self._stream.__exit__(kind, error, trace))
 
 
-class _Starting:
-    """A stream that is about to be started: await it, or enter it."""
+class _Starting(Coroutine[Any, Any, Stream]):
+    """A stream that is about to be started: a coroutine that can also be entered."""
 
-    def __init__(self, threads: Threads, start: Callable[[], persist.Stream]) -> None:
-        self._threads = threads
+    def __init__(self, start: Coroutine[Any, Any, Stream]) -> None:
         self._start = start
         self._stream: Stream | None = None
 
     def __await__(self) -> Generator[Any, Any, Stream]:
-        return self._started().__await__()
+        return self._start.__await__()
 
-    async def _started(self) -> Stream:
-        return Stream(
-            self._threads, await self._threads.run(self._start, undo=lambda stream: stream.__exit__(None, None, None))
-        )
+    def send(self, value: Any) -> Any:
+        return self._start.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._start.throw(*error)
+
+    def close(self) -> None:
+        self._start.close()
 
     async def __aenter__(self) -> Stream:
-        self._stream = await self._started()
+        self._stream = await self._start
         return self._stream
 
     async def __aexit__(
@@ -360,7 +363,10 @@ class Store:
 
     def start_stream(self, session_id: str, message: Message | None = None, *, stream_id: str | None = None) -> _Starting:
         """See `persist.Store.start_stream`. Use it as ``async with store.start_stream(…) as stream``, or await it."""
-        return _Starting(self._threads, lambda: self._store.start_stream(session_id, message, stream_id=stream_id))
+        return _Starting(self._started(lambda: self._store.start_stream(session_id, message, stream_id=stream_id)))
+
+    async def _started(self, start: Callable[[], persist.Stream]) -> Stream:
+        return Stream(self._threads, await self._threads.run(start, undo=lambda stream: stream.__exit__(None, None, None)))
 
     def follow(self, session_id: str, stream_id: str, *, after: int = 0) -> Following:
         """See `persist.Store.follow`. Use it as ``async for event in store.follow(…)``; await it to open it at once."""

@@ -337,7 +337,7 @@ class MessagesRemoved(PersistError):
     """A `save` would remove committed messages while a stream is running. Nothing was written."""
 
     template = (
-        "save() would remove {count} committed messages of session {session_id!r} while stream {stream_id} is active; "
+        "save() would remove {count} of the committed messages of session {session_id!r} while stream {stream_id} is active; "
         "nothing was written. If it is meant, use store.update(id, function, if_revision={revision})."
     )
     session_id: str

@@ -526,7 +526,8 @@ class Store:
         """Take a document as it is after an edit by hand: it gets a new checksum and the next revision.
 
         A session that is sound is left alone. Of a journal that is damaged, what stands before the damage is taken; a copy of
-        it is kept beside it, with ".damaged" behind its name. Before you edit a session that has a journal, fold it with
+        it is kept beside it, with ".damaged" behind its name. Where the journal is gone, nobody knows how many revisions were
+        in it: the next one is far above them all. Before you edit a session that has a journal, fold it with
         ``compact(session_id, alone=True)``.
 
         Raises:

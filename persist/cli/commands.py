@@ -310,23 +310,23 @@ def accept(store: Store, session_id: str, as_json: bool) -> None:
 
     It gets a new checksum. One that is sound is left alone. Of a journal that cannot be taken whole, a copy is kept.
     """
-    was_sound = _is_sound(store, session_id)
+    trouble = _trouble(store, session_id)
     kept_before = set(store.path.glob(f"{session_id}.*.damaged"))
     session = store.accept(session_id)
     kept = sorted(set(store.path.glob(f"{session_id}.*.damaged")) - kept_before)
     if as_json:
-        print_json({"id": session.id, "revision": session.revision, "was_sound": was_sound})
-    elif was_sound:
+        print_json({"id": session.id, "revision": session.revision, "was_sound": trouble is None})
+    elif trouble is None:
         click.echo(f"{session.id} is sound, at revision {session.revision}: there was nothing to accept.")
     else:
-        click.echo(f"{session.id} is accepted at revision {session.revision}.")
+        click.echo(f"{session.id} is accepted at revision {session.revision}. What was wrong: {trouble.reason}")
         for path in kept:
             click.echo(f"Not all of its journal could be taken; a copy is kept in {path}.")
 
 
-def _is_sound(store: Store, session_id: str) -> bool:
+def _trouble(store: Store, session_id: str) -> CorruptSession | None:
     try:
         store.load(session_id)
-    except CorruptSession:
-        return False
-    return True
+    except CorruptSession as error:
+        return error
+    return None

@@ -56,6 +56,8 @@ Found = TypeVar("Found")
 ENTER_BYTES, LEAVE_BYTES = 64 * 1024, 32 * 1024
 #: A journal is folded when it is larger than its document, but not before this.
 FOLD_AT_LEAST_BYTES = 64 * 1024
+#: No journal holds as many: a record has a hundred bytes at least.
+MOST_RECORDS = codec.MAX_BYTES // 100
 #: How often a reader whose journal has vanished starts over before it takes the lock.
 READ_ATTEMPTS = 3
 READ_ATTEMPTS_IN_A_LOCK, READ_PAUSE_S = 20, 0.001
@@ -282,7 +284,8 @@ class Transaction:
             found, lost = log.salvage(edited, is_edited=not self._is_sound())
         except Overtaken:
             # Nobody knows how many commits are gone: what was loaded before is of another life of the session.
-            return replace(edited, header=edited.header.but(incarnation=token_hex(16))), False
+            header = edited.header.but(incarnation=token_hex(16), revision=edited.header.revision + MOST_RECORDS)
+            return replace(edited, header=header), False
         # No revision is used again.
         return replace(found, header=found.header.but(revision=found.header.revision + lost)), not lost
 

@@ -367,6 +367,8 @@ def test_accept_of_a_damaged_journal_keeps_a_copy(run: Run, store: persist.Store
     spoilt = path.read_bytes().replace(b'"evil"', b'"live"')
     path.write_bytes(spoilt)
     assert run("show", store.path, "s-42").exit_code == 3
-    assert run("accept", store.path, "s-42").exit_code == 0
+    result = run("accept", store.path, "s-42")
+    assert result.exit_code == 0
+    assert "a record in it was altered" in result.stdout
     assert store.load("s-42").data["messages"] == [USER, "good"]
     assert (store.path / f"{path.name}.damaged").read_bytes() == spoilt

@@ -140,6 +140,18 @@ async def test_turn_from_prompt_to_answer(aio: persist.aio.Store, store: persist
     assert await aio.streams() == []
 
 
+async def test_start_is_a_coroutine(aio: persist.aio.Store, store: persist.Store, anyio_backend: str) -> None:
+    """What wants a coroutine takes it (`asyncio.create_task`, say), and it starts one stream."""
+    starting = aio.start_stream("s-1", PROMPT)
+    assert isinstance(starting, Coroutine)
+    starting.close()
+    assert store.head("s-1").active_stream_id is None
+    if anyio_backend == "asyncio":
+        stream = await asyncio.create_task(aio.start_stream("s-1", PROMPT))
+        assert store.head("s-1").active_stream_id == stream.id
+        await stream.finish(ANSWER)
+
+
 async def test_turn_that_raises_is_marked(aio: persist.aio.Store, store: persist.Store) -> None:
     """B3: leaving the block without `finish` is `fail`: the prompt stays, marked, and the session is free."""
     with pytest.raises(ZeroDivisionError):

@@ -43,8 +43,8 @@ def journaled(directory: Path) -> persist.Store:
     return store
 
 
-def append(store: persist.Store, number: int) -> None:
-    store.append("s", "messages", {"id": f"a{number}", "content": "x" * 300})
+def append(store: persist.Store, number: int) -> int:
+    return store.append("s", "messages", {"id": f"a{number}", "content": "x" * 300})
 
 
 def setting(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -246,6 +246,17 @@ def test_journal_that_is_named_but_missing_is_told(journaled: persist.Store) -> 
     assert journaled.accept("s").data["messages"] == [HELLO]
     append(journaled, 2)
     assert len(persist.Store(journaled.path).load("s").data["messages"]) == 2
+
+
+def test_revision_that_was_lost_with_its_journal_is_not_used_again(journaled: persist.Store) -> None:
+    """What somebody has decided on one state must not be done to another, which came to the same number."""
+    revisions = [append(journaled, number) for number in range(1, 5)]
+    journal_of(journaled).unlink()
+    revision = journaled.accept("s").revision
+    while revision < revisions[-1]:
+        revision = append(journaled, revision + 100)
+    with pytest.raises(persist.RevisionMismatch):
+        journaled.update("s", lambda data: data["messages"].pop(), if_revision=revisions[-1])
 
 
 def test_missing_journal_of_a_session_with_a_stream_is_told_by_every_look(journaled: persist.Store) -> None:

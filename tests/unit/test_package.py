@@ -45,6 +45,11 @@ def test_every_public_name_resolves() -> None:
         assert name in dir(persist)
 
 
+def test_the_module_of_the_errors_is_there_from_the_start() -> None:
+    """``help(persist.errors)`` needs no import of its own."""
+    assert "persist.errors" in modules_after("import persist\npersist.errors")
+
+
 def test_every_error_is_public() -> None:
     """Whoever must catch an error can import it from the top."""
     errors = {persist.PersistError}
