@@ -17,11 +17,11 @@ Data = dict[str, Any]
 
 class _Unread:
     """In the place of a value that has not been read. Only C code that goes past the methods of a dict can come upon it (orjson
-    and msgspec do); it can make nothing of it, and says so: give it ``dict(data)``.
+    and msgspec do); it can make nothing of it, and says so, also if it is told to make a string of what it does not know.
     """
 
     def __repr__(self) -> str:
-        return "<not read>"
+        raise TypeError("A value that has not been read: to code that goes past the methods of a dict, give dict(data).")
 
 
 _UNREAD = _Unread()
@@ -69,7 +69,7 @@ class LazyData(Data):
         known = {key: value for key, value in items if value is not _UNREAD}
         return known, len(known) == len(items)
 
-    def update(self, *others: Any, **values: Any) -> None:
+    def update(self, /, *others: Any, **values: Any) -> None:
         """As that of a dict."""
         new = dict(*others, **values)
         if any(self._unread(new)):
@@ -89,7 +89,7 @@ def _filled_for_its_key(name: str) -> Callable[..., Any]:
     method = getattr(dict, name)
 
     @wraps(method)
-    def filled(self: LazyData, key: Any, *more: Any) -> Any:
+    def filled(self: LazyData, key: Any, /, *more: Any) -> Any:
         # One that cannot be a key is refused by the method.
         if type(key) is not str or dict.get(self, key) is _UNREAD:
             self.fill()

@@ -9,12 +9,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, NoReturn, get_args
+from weakref import ref
 
 from persist import codec, streams, turn
 from persist.errors import (
     LockNotHeld,
     MergeConflict,
     MessagesRemoved,
+    NestedLock,
     PersistError,
     SessionDeleted,
     SessionNotFound,
@@ -23,11 +25,11 @@ from persist.errors import (
     conflicts_in,
     require_flags,
 )
-from persist.files.body import Body
+from persist.files.body import BULK, Body
 from persist.files.change import between, data_of, have_same_data
 from persist.files.snapshot import Header, Snapshot, StreamOwner
 from persist.files.transaction import SessionFiles, Transaction
-from persist.merge import Policy, Preference, count_removed, merge, patch
+from persist.merge import MISSING, Policy, Preference, count_removed, merge, patch, same
 from persist.turn import ACTIVE
 
 # No document on disk has it: a base that carries it is always merged, never taken for the state of the disk.
@@ -73,6 +75,12 @@ class _Known:
         return self.cleared or self.base.header
 
 
+class _Visit:
+    """A verb at work on an object. One that is gone has ended, even if an exception of a signal kept it from saying so."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Session:
     """One conversation, loaded. Change `data` in place, then `save`.
 
@@ -85,7 +93,7 @@ class Session:
     the next save. To move or remove items of a list meanwhile, take a lock of your own.
     """
 
-    __slots__ = ("__weakref__", "_files", "_guard", "_known", "_pid", "_policies", "data", "id")
+    __slots__ = ("__weakref__", "_files", "_guard", "_known", "_pid", "_policies", "_visit", "data", "id")
 
     def __init__(
         self, files: SessionFiles, policies: Mapping[str, Policy], session_id: str, snapshot: Snapshot, *, is_durable: bool
@@ -98,6 +106,7 @@ class Session:
         # Guards what is known, and data, between threads that share this object. Taken inside the session's lock, never
         # around it.
         self._guard = threading.RLock()
+        self._visit: ref[_Visit] | None = None
         self._pid = os.getpid()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -121,14 +130,22 @@ class Session:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep the other threads that share this object out."""
+        """Keep the other threads that share this object out, and this one, if it is inside: a signal handler, a finaliser."""
         if self._pid != os.getpid():
             # A forked child. A thread that it did not inherit may have been in here, and have left things half done.
             if not self._guard.acquire(blocking=False):
                 raise LockNotHeld(session_id=self.id)
             self._guard, self._pid = threading.RLock(), os.getpid()
         with self._guard:
-            yield
+            if self._visit is not None and self._visit() is not None:
+                # What is under way goes on with what it has read, and would know nothing of what comes between.
+                raise NestedLock(session_id=self.id, held=self.id)
+            visit = _Visit()
+            self._visit = ref(visit)
+            try:
+                yield
+            finally:
+                self._visit = None
 
     @property
     def revision(self) -> int:
@@ -166,7 +183,7 @@ class Session:
 
         Raises:
             MergeConflict: both sides changed one place; `refresh` after setting your edit aside, or name a side. Both moved the
-                same items of a list: name a side or not.
+                same items of a list, or one put something else in the place of a list: name a side or not.
             SessionDeleted: the session was deleted or replaced since it was loaded; load or create it again.
             NotJSON, WrongType: a value has no exact JSON form; it is named.
             ReservedField: a stream field was changed by hand; use the stream verbs.
@@ -296,6 +313,7 @@ class Session:
         Raises:
             MergeConflict: an unsaved edit contradicts the committed state; nothing was changed. Set it aside first.
             SessionDeleted: the session was deleted or replaced; load or create it again.
+            NestedLock: a signal handler asks for it, or a finaliser, in the middle of a save or refresh of this object.
             CorruptSession: the file is damaged.
         """
         while not self._refreshed():
@@ -420,7 +438,23 @@ def _merge_data(
 ) -> dict[str, Any]:
     """Merge, with the stream fields from the disk whatever the caller prefers: None over a live stream is #1533 itself."""
     base, mine = (turn.with_stream_fields_of(theirs, side) for side in (base, mine))
-    return merge(base, mine, theirs, policies, prefer=prefer)
+    merged = merge(base, mine, theirs, policies, prefer=prefer)
+    if prefer != "error":
+        _refuse_lost_list(base, mine, theirs, merged, prefer)
+    return merged
+
+
+def _refuse_lost_list(
+    base: dict[str, Any], mine: dict[str, Any], theirs: dict[str, Any], merged: dict[str, Any], prefer: Preference
+) -> None:
+    """To prefer what is no list would drop what the other side has added to it."""
+    dropped = theirs if prefer == "mine" else mine
+    for name in BULK:
+        three = [side.get(name, MISSING) for side in (base, mine, theirs)]
+        lost = dropped.get(name)
+        if type(lost) is list and type(merged.get(name)) is not list and not same(lost, three[0]):
+            reason = "one side has changed this list, and the other put something else in its place"
+            raise MergeConflict(path=(name,), reason=reason, base=three[0], mine=three[1], theirs=three[2])
 
 
 @dataclass(frozen=True, slots=True)

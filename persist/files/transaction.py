@@ -83,8 +83,13 @@ class Transaction:
         #: Whether the last commit became visible, also if an exception came after that.
         self.is_published = False
 
+    @property
+    def _has_lock(self) -> bool:
+        held = self._held
+        return held is not None and held.is_held
+
     def _require_lock(self) -> None:
-        if self._held is None or not self._held.is_held:
+        if not self._has_lock:
             raise LockNotHeld(session_id=self.session_id)
 
     def end(self) -> None:
@@ -132,11 +137,19 @@ class Transaction:
             CommitFailed: it was replaced, in the transaction.
             LockNotHeld: the transaction has ended, and the session has moved on.
         """
-        is_held = self._held is not None and self._held.is_held
-        found = self.read() if is_held else self._files.read(self.session_id)
+        found = self._read_beside_its_commit()
         if found.header not in headers:
-            raise self._replaced() if is_held else LockNotHeld(session_id=self.session_id)
+            raise self._replaced() if self._has_lock else LockNotHeld(session_id=self.session_id)
+        if self._has_lock:
+            self._found = found
         return found
+
+    def _read_beside_its_commit(self) -> Snapshot:
+        """Read, while another thread may be at the commit, which may be a fold, and the end of the transaction."""
+        for _ in range(READ_ATTEMPTS):
+            with contextlib.suppress(Overtaken):
+                return self._files.read_now(self.session_id)
+        return self.alone(self._files.read_now) if self._has_lock else self._files.read(self.session_id)
 
     def shows(self, header: Header) -> bool | None:
         """Tell whether a commit that was cut off is there, durable or not; None if there is no looking."""

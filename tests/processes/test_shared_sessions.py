@@ -674,6 +674,34 @@ def test_refresh_beside_save_doubles_nothing(store: persist.Store, session: pers
     assert contents(store) == ["hi", *map(str, range(150))]
 
 
+@pytest.mark.parametrize("verb", ["save", "refresh"])
+@pytest.mark.parametrize("inner", ["save", "refresh"])
+def test_verb_in_the_middle_of_one_is_refused(
+    verb: str, inner: str, store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a signal handler does it, or a finaliser: the outer one would go on with a base that is no longer that of `data`.
+
+    Fails (messages are doubled) if the thread that is inside comes in once more.
+    """
+    store.append("s-1", "messages", {"content": "other"})
+    session.data["messages"].append({"content": "mine"})
+    real, tried = session_module._merge_data, list[bool]()
+
+    def merge_data(*args: Any) -> dict[str, Any]:
+        merged = real(*args)
+        if not tried:
+            tried.append(True)
+            with pytest.raises(persist.NestedLock):
+                getattr(session, inner)()
+        return merged
+
+    monkeypatch.setattr(session_module, "_merge_data", merge_data)
+    getattr(session, verb)()
+    session.save()
+    assert tried
+    assert contents(store) == ["hi", "other", "mine"]
+
+
 # --- threads and forks ----------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ import math
 import os
 import random
 import sys
+import threading
 import zlib
 from collections.abc import Callable
 from operator import methodcaller
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from actors import Actor
+from actors import DEADLINE_S, Actor
 from conftest import ActorFactory
 from harness.faults import SHORT, TORN, Fault, injecting
 from harness.journals import chain_is_right, has_journal, journal_of, parted, record_of, sealed, traffic
@@ -30,7 +31,8 @@ from persist.files.body import BULK
 from persist.files.directory import Mode
 from persist.files.journal import Record, Tail
 from persist.files.known import Known
-from persist.files.snapshot import HeadSnapshot
+from persist.files.snapshot import HeadSnapshot, Snapshot
+from persist.files.transaction import Transaction
 
 HELLO = {"id": "m1", "role": "user", "content": "hi"}
 
@@ -827,6 +829,50 @@ def test_data_that_is_kept_after_the_block_is_that_of_the_block(journaled: persi
     with pytest.raises(persist.LockNotHeld):
         len(kept)
     assert kept["title"] == "File locks"
+
+
+@pytest.mark.parametrize("is_over", [False, True])
+def test_lists_that_another_thread_looks_at_while_the_block_is_committed(
+    is_over: bool, journaled: persist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commit folds the journal that is being read, and the block ends: they are those of the block all the same.
+
+    Fails if a journal that is gone is damage, since the lock is held; or if who began under the lock is refused after it.
+    """
+    journaled._files.fold_bytes = 0
+    reading, folded, has_read = threading.Event(), threading.Event(), threading.Event()
+    replay, end = journal.Journal.replay, Transaction.end
+    found: list[object] = []
+
+    def overtaken(log: journal.Journal, snapshot: Snapshot) -> Snapshot:
+        if threading.current_thread() is reader and not reading.is_set():
+            reading.set()
+            assert folded.wait(DEADLINE_S)
+        return replay(log, snapshot)
+
+    def ending(tx: Transaction) -> None:
+        if is_over:
+            end(tx)
+        folded.set()
+        assert has_read.wait(DEADLINE_S)
+        end(tx)
+
+    def read() -> None:
+        try:
+            found.append(list(data["messages"]))
+        except Exception as error:
+            found.append(error)
+        has_read.set()
+
+    reader = threading.Thread(target=read)
+    monkeypatch.setattr(journal.Journal, "replay", overtaken)
+    monkeypatch.setattr(Transaction, "end", ending)
+    with journaled.edit("s") as data:
+        data["title"] = "Locks"
+        reader.start()
+        assert reading.wait(DEADLINE_S)
+    reader.join(DEADLINE_S)
+    assert found == [[HELLO]]
 
 
 def test_edit_on_another_history_of_the_same_revision_is_refused(journaled: persist.Store) -> None:

@@ -260,8 +260,19 @@ def test_it_can_be_made_like_any_dict() -> None:
     assert type(lazy())(lazy()) == ALL
 
 
+def test_names_of_its_parameters_are_no_keys_of_its_own() -> None:
+    """Any field can be set by its name."""
+    data = lazy()
+    data.update(self=1, key=2, others=3)
+    assert data == ALL | {"self": 1, "key": 2, "others": 3}
+    with pytest.raises(TypeError, match="keyword"):
+        data.get(key="title")  # type: ignore[call-overload]
+
+
 def test_c_code_that_goes_past_the_methods_is_refused() -> None:
     """It finds something that it can make nothing of, not a document without messages."""
     with pytest.raises(TypeError, match="_Unread"):
         msgspec.json.encode(lazy())
+    with pytest.raises(TypeError, match=r"dict\(data\)"):
+        msgspec.json.encode(lazy(), enc_hook=str)
     assert msgspec.json.decode(msgspec.json.encode(dict(lazy()))) == ALL

@@ -192,6 +192,40 @@ def test_on_conflict_takes_one_side_at_the_contradiction_only(
     assert on_disk(store) == {"title": side, "n": 0, "messages": [HI, HELLO], "theirs": 1, "mine": 1} == contested.data
 
 
+@pytest.mark.parametrize("instead", [None, "none", "gone"])
+@pytest.mark.parametrize("side", ["mine", "theirs"])
+def test_on_conflict_never_drops_what_was_appended(
+    side: Any, instead: Any, session: persist.Session, store: persist.Store
+) -> None:
+    """Where one side put something else in the place of the messages, or nothing: neither is written over what came meanwhile.
+
+    Fails (the message is gone) if the preference is asked.
+    """
+
+    def empty(data: dict[str, Any]) -> None:
+        data.pop("messages") if instead == "gone" else data.update(messages=instead)
+
+    added = {"id": "new", "role": "user", "content": "acknowledged"}
+    if side == "mine":
+        empty(session.data)
+        store.append("s", "messages", added)
+    else:
+        session.data["messages"].append(added)
+        store.update("s", empty)
+    before = everything(store.path)
+    with pytest.raises(persist.MergeConflict, match="messages"):
+        session.save(on_conflict=side)
+    assert everything(store.path) == before
+
+
+def test_on_conflict_leaves_what_only_one_side_removed(session: persist.Session, store: persist.Store) -> None:
+    """That is no conflict."""
+    del session.data["messages"]
+    store.update("s", lambda data: data.update(title="theirs"))
+    session.save(on_conflict="mine")
+    assert on_disk(store) == {"title": "theirs", "n": 0}
+
+
 def test_setting_the_edit_aside_is_the_way_out(contested: persist.Session, store: persist.Store) -> None:
     """What the error says to do does work."""
     contested.data["title"] = "t"
