@@ -336,7 +336,7 @@ CASES: dict[type[persist.PersistError], Case] = {
     ),
     errors.MessagesRemoved: Case(
         messages_removed,
-        ("remove 1 committed messages of session 's'", "stream t1", "nothing was written", "if_revision=2"),
+        ("remove 1 of the committed messages of session 's'", "stream t1", "nothing was written", "if_revision=2"),
         {"session_id": "s", "stream_id": "t1", "count": 1, "revision": 2},
     ),
     errors.CorruptSession: Case(
