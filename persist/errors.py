@@ -316,11 +316,14 @@ class LockTimeout(PersistError, TimeoutError):
 
 
 class NestedLock(PersistError, RuntimeError):
-    """A thread that holds a session's lock asked for a second one: that could deadlock, so it is refused."""
+    """A thread that holds a session's lock asked for a second one: that could deadlock, so it is refused.
+
+    So is a verb of an object in the middle of a `save` or `refresh` of the same one: in a signal handler, or a finaliser.
+    """
 
     template = (
         "This thread holds the lock of session {held!r} and asked for that of {session_id!r}. "
-        "Leave the edit() or update() first."
+        "Leave the edit() or update() first; in a signal handler or a finaliser, try again later."
     )
     session_id: str
     held: str

@@ -353,7 +353,9 @@ class Session:
         Raises:
             LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
-        stream_id = self.active_stream_id
+        with self._alone():
+            # Refused in the middle of another verb, before anything is cleared.
+            stream_id = self.active_stream_id
         if stream_id is None:
             return False
         try:

@@ -97,7 +97,7 @@ class Transaction:
         self._close_journal()
         if self._known is not None:
             self._files.known.keep(self.session_id, self._known)
-        if self._held is not None and self._held.is_held and not self._is_there:
+        if self._has_lock and not self._is_there:
             # Nothing that goes wrong here may hide what the verb has to say.
             with contextlib.suppress(OSError):
                 if not disk.exists(self._paths.document):

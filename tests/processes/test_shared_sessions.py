@@ -675,7 +675,7 @@ def test_refresh_beside_save_doubles_nothing(store: persist.Store, session: pers
 
 
 @pytest.mark.parametrize("verb", ["save", "refresh"])
-@pytest.mark.parametrize("inner", ["save", "refresh"])
+@pytest.mark.parametrize("inner", ["save", "refresh", "clear_stale_stream"])
 def test_verb_in_the_middle_of_one_is_refused(
     verb: str, inner: str, store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:

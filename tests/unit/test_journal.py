@@ -837,7 +837,7 @@ def test_lists_that_another_thread_looks_at_while_the_block_is_committed(
 ) -> None:
     """The commit folds the journal that is being read, and the block ends: they are those of the block all the same.
 
-    Fails if a journal that is gone is damage, since the lock is held; or if who began under the lock is refused after it.
+    Fails if a journal that is gone counts as damage because the lock was held when the look began.
     """
     journaled._files.fold_bytes = 0
     reading, folded, has_read = threading.Event(), threading.Event(), threading.Event()
