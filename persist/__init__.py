@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from persist.errors import UnsupportedFileSystem as UnsupportedFileSystem
     from persist.errors import UnsupportedFormat as UnsupportedFormat
     from persist.errors import WrongType as WrongType
-    from persist.files.events import Event as Event
+    from persist.storage.events import Event as Event
     from persist.following import Following as Following
     from persist.merge import MISSING as MISSING
     from persist.session import Head as Head
@@ -72,7 +72,7 @@ _HOMES = {
         "ReservedField RevisionMismatch SessionBusy SessionDeleted SessionExists SessionNotFound StoreClosed "
         "StreamLost SweepIncomplete Unreadable UnsafeFile UnsupportedFileSystem UnsupportedFormat WrongType"
     ),
-    "files.events": "Event",
+    "storage.events": "Event",
     "following": "Following",
     "merge": "MISSING",
     "session": "Head Session",

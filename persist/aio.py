@@ -33,9 +33,9 @@ import anyio.lowlevel
 
 import persist
 from persist.errors import WrongType
-from persist.files.directory import Mode
-from persist.files.events import Ended, Event
-from persist.files.waiting import waking
+from persist.storage.directory import Mode
+from persist.storage.events import Ended, Event
+from persist.storage.waiting import waking
 from persist.following import Cursor
 from persist.hops import News, Threads
 from persist.merge import Policy, Preference
@@ -190,7 +190,9 @@ class Following:
     first step does that. A step that is cancelled (by a time-out, say) loses nothing: the next one goes on from there.
     """
 
-    def __init__(self, threads: Threads, opened: Callable[[], Cursor], session_id: str, stream_id: str, after: int) -> None:
+    def __init__(
+        self, threads: Threads, opened: Callable[[], Cursor], session_id: str, stream_id: str, after: int
+    ) -> None:
         self.session_id = session_id
         self.stream_id = stream_id
         self.offset = after
@@ -361,16 +363,22 @@ class Store:
         """See `persist.Store.append`."""
         return await self._threads.run(lambda: self._store.append(session_id, field, item, touch=touch))
 
-    def start_stream(self, session_id: str, message: Message | None = None, *, stream_id: str | None = None) -> _Starting:
+    def start_stream(
+        self, session_id: str, message: Message | None = None, *, stream_id: str | None = None
+    ) -> _Starting:
         """See `persist.Store.start_stream`. Use it as ``async with store.start_stream(…) as stream``, or await it."""
         return _Starting(self._started(lambda: self._store.start_stream(session_id, message, stream_id=stream_id)))
 
     async def _started(self, start: Callable[[], persist.Stream]) -> Stream:
-        return Stream(self._threads, await self._threads.run(start, undo=lambda stream: stream.__exit__(None, None, None)))
+        return Stream(
+            self._threads, await self._threads.run(start, undo=lambda stream: stream.__exit__(None, None, None))
+        )
 
     def follow(self, session_id: str, stream_id: str, *, after: int = 0) -> Following:
         """See `persist.Store.follow`. Use it as ``async for event in store.follow(…)``; await it to open it at once."""
-        return Following(self._threads, lambda: self._store._cursor(session_id, stream_id, after), session_id, stream_id, after)
+        return Following(
+            self._threads, lambda: self._store._cursor(session_id, stream_id, after), session_id, stream_id, after
+        )
 
     async def events(self, session_id: str, stream_id: str, *, after: int = 0) -> list[Event]:
         """See `persist.Store.events`."""

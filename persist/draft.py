@@ -21,12 +21,12 @@ from typing import Any, Protocol, TypeVar
 
 from persist import codec
 from persist.errors import ReservedField
-from persist.files import change, index
-from persist.files.body import BULK, HEADER, Body, small_of
-from persist.files.change import Change
-from persist.files.known import Known
-from persist.files.snapshot import Header, Snapshot
-from persist.files.transaction import Transaction
+from persist.storage import change, index
+from persist.storage.body import BULK, HEADER, Body, small_of
+from persist.storage.change import Change
+from persist.storage.known import Known
+from persist.storage.snapshot import Header, Snapshot
+from persist.storage.transaction import Transaction
 from persist.lazy import LazyData
 from persist.turn import ACTIVE, Data, Items, MessageId, Messages, Unread, messages_of
 
@@ -169,7 +169,11 @@ class _Sparse:
 
     def items(self, field: str) -> Messages:
         # Whoever adds to a list need not have the small fields decoded.
-        return self._lists[field] if field in self._lists and "data" not in self.__dict__ else messages_of(self.data, field)
+        return (
+            self._lists[field]
+            if field in self._lists and "data" not in self.__dict__
+            else messages_of(self.data, field)
+        )
 
     def _take(self) -> tuple[bytes, tuple[Change, ...]]:
         """The small fields and the changes of the lists, as they are now."""

@@ -55,7 +55,9 @@ class Translating(Generic[Value]):
     def __enter__(self) -> Value:
         return self._value
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is not None:
             self._translate(error)
 
@@ -103,7 +105,9 @@ def _rebuild(kind: type[PersistError], facts: dict[str, Any]) -> PersistError:
 class SessionNotFound(PersistError, KeyError):
     """There is no such session. Create it with `Store.create`."""
 
-    template = "No session {session_id!r}: {path} does not exist. store.ids() lists the sessions; store.create() makes one."
+    template = (
+        "No session {session_id!r}: {path} does not exist. store.ids() lists the sessions; store.create() makes one."
+    )
     session_id: str
     path: Path
 
@@ -312,7 +316,9 @@ class LockTimeout(PersistError, TimeoutError):
         waited_s: float,
         remedy: str = "end that process",
     ) -> None:
-        super().__init__(session_id=session_id, path=path, holder=holder, timeout_s=timeout_s, waited_s=waited_s, remedy=remedy)
+        super().__init__(
+            session_id=session_id, path=path, holder=holder, timeout_s=timeout_s, waited_s=waited_s, remedy=remedy
+        )
 
 
 class NestedLock(PersistError, RuntimeError):

@@ -20,11 +20,19 @@ from types import TracebackType
 from typing import Self
 
 from persist import streams
-from persist.errors import CommitFailed, CursorAhead, EventsNotFound, LockTimeout, SessionNotFound, Unreadable, WrongType
-from persist.files import layout
-from persist.files.events import Ended, Event, EventReader
-from persist.files.transaction import SessionFiles
-from persist.files.waiting import waking
+from persist.errors import (
+    CommitFailed,
+    CursorAhead,
+    EventsNotFound,
+    LockTimeout,
+    SessionNotFound,
+    Unreadable,
+    WrongType,
+)
+from persist.storage import layout
+from persist.storage.events import Ended, Event, EventReader
+from persist.storage.transaction import SessionFiles
+from persist.storage.waiting import waking
 
 #: After how much silence it asks whether the owner lives, and how often then.
 LOOK_S = 0.4
@@ -213,5 +221,7 @@ class Following:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

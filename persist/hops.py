@@ -64,7 +64,9 @@ class Threads:
             # Whoever cancelled waits for the cancellation, and for nothing else.
             error.add_note(f"What was obtained could not be given back: {failure}")
 
-    async def _finish(self, function: Callable[[], Result], *, is_quick: bool = False) -> tuple[Result, BaseException | None]:
+    async def _finish(
+        self, function: Callable[[], Result], *, is_quick: bool = False
+    ) -> tuple[Result, BaseException | None]:
         """Its result, and what cancelled the caller in the meantime."""
         if self._pid != os.getpid():
             # A forked child has none of the threads.

@@ -69,7 +69,11 @@ class _Level:
     def and_those_of(self, other: _Level) -> _Level:
         """What stands on both; `kinds` is only for a look that is under way."""
         both = _Level()
-        both.dicts, both.lists, both.sizes = self.dicts + other.dicts, self.lists + other.lists, self.sizes + other.sizes
+        both.dicts, both.lists, both.sizes = (
+            self.dicts + other.dicts,
+            self.lists + other.lists,
+            self.sizes + other.sizes,
+        )
         both.keys, both.values = self.keys + other.keys, self.values + other.values
         return both
 

@@ -21,7 +21,9 @@ class _Unread:
     """
 
     def __repr__(self) -> str:
-        raise TypeError("A value that has not been read: to code that goes past the methods of a dict, give dict(data).")
+        raise TypeError(
+            "A value that has not been read: to code that goes past the methods of a dict, give dict(data)."
+        )
 
 
 _UNREAD = _Unread()

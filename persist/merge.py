@@ -55,7 +55,9 @@ def check_policies(policies: object) -> None:
         if type(field) is not str:
             raise WrongType(what="a field of merge", expected="a string", got=repr(field))
         if policy not in get_args(Policy):
-            raise WrongType(what=f"the merge policy of {field!r}", expected=" | ".join(get_args(Policy)), got=repr(policy))
+            raise WrongType(
+                what=f"the merge policy of {field!r}", expected=" | ".join(get_args(Policy)), got=repr(policy)
+            )
 
 
 def same(one: Any, other: Any) -> bool:
@@ -169,7 +171,9 @@ class _Merger:
             return t
         return self.conflict(path, "two different values", b, m, t)
 
-    def object(self, path: ValuePath, b: dict[str, Any] | _Missing, m: dict[str, Any], t: dict[str, Any]) -> dict[str, Any]:
+    def object(
+        self, path: ValuePath, b: dict[str, Any] | _Missing, m: dict[str, Any], t: dict[str, Any]
+    ) -> dict[str, Any]:
         """Key by key."""
         base = {} if isinstance(b, _Missing) else b
         merged = {}
@@ -410,7 +414,10 @@ def _shared_in(document: Any) -> set[int]:
         seen |= found.keys()
         # Another thread may add to one meanwhile: list() copies it in one call of C.
         level = [
-            each for item in new for each in list(item.values() if type(item) is dict else item) if type(each) in (dict, list)
+            each
+            for item in new
+            for each in list(item.values() if type(item) is dict else item)
+            if type(each) in (dict, list)
         ]
     return shared
 

@@ -293,7 +293,11 @@ def persist_once(request: pytest.FixtureRequest) -> PersistOnce:
     participant = _participant(request)
 
     def once(
-        key: str, factory: Callable[[], Any], *, teardown: Callable[[Any], object] | None = None, timeout_s: float = 300.0
+        key: str,
+        factory: Callable[[], Any],
+        *,
+        teardown: Callable[[Any], object] | None = None,
+        timeout_s: float = 300.0,
     ) -> Any:
         __tracebackhide__ = True
         from persist.errors import WrongType
@@ -403,21 +407,27 @@ def shared_fixture(
         Besides, in the tests: as `persist_once`.
     """
     if options.pop("scope", "session") != "session":
-        raise TypeError("A shared fixture lasts for the whole run: leave scope= out, or keep pytest.fixture for a shorter one.")
+        raise TypeError(
+            "A shared fixture lasts for the whole run: leave scope= out, or keep pytest.fixture for a shorter one."
+        )
     if unknown := sorted(options.keys() - {"params", "autouse", "ids", "name"}):
         raise TypeError(f"shared_fixture() has no option {unknown[0]!r}.")
     if function is None:
         own = {"teardown": teardown, "timeout_s": timeout_s, "end_timeout_s": end_timeout_s}
         return lambda function: shared_fixture(function, **own, **options)
     if not inspect.isfunction(function):
-        raise TypeError(f"{function!r} is not a plain function, as a shared fixture must be. Leave out @pytest.fixture.")
+        raise TypeError(
+            f"{function!r} is not a plain function, as a shared fixture must be. Leave out @pytest.fixture."
+        )
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         raise TypeError(
             f"{function.__qualname__} is asynchronous: a shared fixture is a plain function. Call asyncio.run() in it."
         )
     if inspect.isgeneratorfunction(function):
         if teardown is not None:
-            raise TypeError(f"{function.__qualname__} has a yield: finish it there, or return the value and keep teardown=.")
+            raise TypeError(
+                f"{function.__qualname__} has a yield: finish it there, or return the value and keep teardown=."
+            )
         shared = _yield_style(function, timeout_s, end_timeout_s)
     else:
         shared = _return_style(function, teardown, timeout_s)
@@ -453,7 +463,9 @@ def _yield_style(function: Function, timeout_s: float, end_timeout_s: float) -> 
     return shared
 
 
-def _call(function: Function, args: tuple[Any, ...], fixtures: dict[str, Any], request: pytest.FixtureRequest) -> Function:
+def _call(
+    function: Function, args: tuple[Any, ...], fixtures: dict[str, Any], request: pytest.FixtureRequest
+) -> Function:
     own = {"request": request} if "request" in inspect.signature(function).parameters else {}
     return functools.partial(function, *args, **fixtures, **own)
 

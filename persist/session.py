@@ -25,10 +25,10 @@ from persist.errors import (
     conflicts_in,
     require_flags,
 )
-from persist.files.body import BULK, Body
-from persist.files.change import between, data_of, have_same_data
-from persist.files.snapshot import Header, Snapshot, StreamOwner
-from persist.files.transaction import SessionFiles, Transaction
+from persist.storage.body import BULK, Body
+from persist.storage.change import between, data_of, have_same_data
+from persist.storage.snapshot import Header, Snapshot, StreamOwner
+from persist.storage.transaction import SessionFiles, Transaction
 from persist.merge import MISSING, Policy, Preference, count_removed, merge, patch, same
 from persist.turn import ACTIVE
 
@@ -96,7 +96,13 @@ class Session:
     __slots__ = ("__weakref__", "_files", "_guard", "_known", "_pid", "_policies", "_visit", "data", "id")
 
     def __init__(
-        self, files: SessionFiles, policies: Mapping[str, Policy], session_id: str, snapshot: Snapshot, *, is_durable: bool
+        self,
+        files: SessionFiles,
+        policies: Mapping[str, Policy],
+        session_id: str,
+        snapshot: Snapshot,
+        *,
+        is_durable: bool,
     ) -> None:
         self.id = session_id
         self.data: dict[str, Any] = snapshot.body.data()
@@ -112,7 +118,9 @@ class Session:
     def __setattr__(self, name: str, value: Any) -> None:
         # `session.title = …` on an object that takes any attribute would be lost at the next save, without a word.
         if name not in self.__slots__:
-            raise AttributeError(f"A Session has no attribute {name!r} to set; the fields of its document are session.data[…].")
+            raise AttributeError(
+                f"A Session has no attribute {name!r} to set; the fields of its document are session.data[…]."
+            )
         super().__setattr__(name, value)
 
     def __repr__(self) -> str:
@@ -125,7 +133,9 @@ class Session:
         if known.cleared is not None:
             data = known.base.body.data()
             _interrupt(data, known.base.header.owner)
-            self._known = known = _Known(replace(known.base, header=known.cleared, body=Body.of(data)), known.is_durable)
+            self._known = known = _Known(
+                replace(known.base, header=known.cleared, body=Body.of(data)), known.is_durable
+            )
         return known.base
 
     @contextmanager
@@ -379,7 +389,11 @@ class Session:
         known, before = self._known, cleared.before
         if known.attempt or known.cleared or not known.base.identity or known.base.header != before:
             return False
-        if before.owner is None or before.owner.stream_id != self.active_stream_id or _has_marks(self.data, before.owner):
+        if (
+            before.owner is None
+            or before.owner.stream_id != self.active_stream_id
+            or _has_marks(self.data, before.owner)
+        ):
             return False
         after = replace(known, is_durable=True, cleared=cleared.after)
         try:

@@ -31,11 +31,11 @@ from persist.errors import (
     conflicts_in,
     require_flags,
 )
-from persist.files.body import BULK, HEADER, Body
-from persist.files.directory import Mode
-from persist.files.events import Event
-from persist.files.snapshot import Header, Snapshot
-from persist.files.transaction import SessionFiles, Transaction
+from persist.storage.body import BULK, HEADER, Body
+from persist.storage.directory import Mode
+from persist.storage.events import Event
+from persist.storage.snapshot import Header, Snapshot
+from persist.storage.transaction import SessionFiles, Transaction
 from persist.following import Cursor, Following
 from persist.merge import Policy, check_policies
 from persist.session import Head, Session
@@ -147,7 +147,9 @@ class Store:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     @property
@@ -570,7 +572,9 @@ def _problem(files: SessionFiles, session_id: str) -> Problem | None:
         # A sweep goes by the leases; another program's streams have none.
         option = "" if (session_id, info.stream_id) in files.leases() else " --every-session"
         remedy = f"Clear it with 'persist clear-stale {path.parent}{option}'."
-        return Problem(session_id, "stale", path, f"Stream {info.stream_id} of session {session_id!r} is dead. {remedy}")
+        return Problem(
+            session_id, "stale", path, f"Stream {info.stream_id} of session {session_id!r} is dead. {remedy}"
+        )
     except CorruptSession as error:
         kind, message = "corrupt", str(error)
     except UnsupportedFormat as error:

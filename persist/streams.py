@@ -35,11 +35,11 @@ from persist.errors import (
     conflicts_in,
     require_flags,
 )
-from persist.files import layout
-from persist.files.events import Ended, Fenced
-from persist.files.lease import Lease
-from persist.files.snapshot import Header, Snapshot, StreamOwner
-from persist.files.transaction import SessionFiles, Transaction
+from persist.storage import layout
+from persist.storage.events import Ended, Fenced
+from persist.storage.lease import Lease
+from persist.storage.snapshot import Header, Snapshot, StreamOwner
+from persist.storage.transaction import SessionFiles, Transaction
 from persist.merge import same
 from persist.turn import ACTIVE, Data, Message
 
@@ -99,7 +99,9 @@ class Cleared:
     after: Header
 
 
-def clear_stale(files: SessionFiles, session_id: str, stream_id: object, incarnation: str | None = None) -> Cleared | None:
+def clear_stale(
+    files: SessionFiles, session_id: str, stream_id: object, incarnation: str | None = None
+) -> Cleared | None:
     """Clear `stream_id` from its session if it is still the active stream and is dead; `updated_at` is kept.
 
     Args:
@@ -230,7 +232,9 @@ def _busy(files: SessionFiles, session_id: str, found: Draft | Snapshot) -> Sess
     stream_id = found.active_stream_id
     owner = owner_of(found.header, stream_id)
     path = files.layout.lease(session_id, stream_id)
-    return SessionBusy(session_id=session_id, stream_id=stream_id, owner=None if owner is None else owner.process, path=path)
+    return SessionBusy(
+        session_id=session_id, stream_id=stream_id, owner=None if owner is None else owner.process, path=path
+    )
 
 
 def owner_of(header: Header, stream_id: object) -> StreamOwner | None:
@@ -447,7 +451,9 @@ class Stream:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self._lease.is_held:
             return
         try:

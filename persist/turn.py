@@ -84,7 +84,11 @@ def refuse_changed_stream_fields(before: Data, after: Data) -> None:
 
 def with_stream_fields_of(theirs: Data, data: Data) -> Data:
     """The same data, but with the stream fields as they are, or are missing, in `theirs`."""
-    kept = {key: theirs.get(key) if key in IDLE else value for key, value in data.items() if key not in IDLE or key in theirs}
+    kept = {
+        key: theirs.get(key) if key in IDLE else value
+        for key, value in data.items()
+        if key not in IDLE or key in theirs
+    }
     return kept | {key: theirs[key] for key in IDLE if key in theirs}
 
 
@@ -228,4 +232,6 @@ def _recover_foreign_prompt(data: Data, messages: Messages) -> None:
         last[INTERRUPTED] = True
         last.update({name: value for name, value in told.items() if name not in last})
     else:
-        messages.append({"id": f"{data.get(ACTIVE)}.prompt", "role": "user", "content": content, INTERRUPTED: True, **told})
+        messages.append(
+            {"id": f"{data.get(ACTIVE)}.prompt", "role": "user", "content": content, INTERRUPTED: True, **told}
+        )

@@ -45,7 +45,12 @@ from starlette.routing import Route
 import persist.aio
 
 STATUSES: dict[Any, int] = {persist.SessionNotFound: 404, persist.EventsNotFound: 410, persist.SessionBusy: 409}
-STATUSES |= {persist.CursorAhead: 416, persist.InvalidSessionId: 400, persist.InvalidStreamId: 400, persist.LockTimeout: 503}
+STATUSES |= {
+    persist.CursorAhead: 416,
+    persist.InvalidSessionId: 400,
+    persist.InvalidStreamId: 400,
+    persist.LockTimeout: 503,
+}
 
 
 class Chat:
@@ -127,7 +132,9 @@ async def refuse(_request: Request, error: Exception) -> JSONResponse:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A small asynchronous chat server on persist.", allow_abbrev=False)
-    parser.add_argument("--directory", type=Path, required=True, help="directory of the sessions; made if it is missing")
+    parser.add_argument(
+        "--directory", type=Path, required=True, help="directory of the sessions; made if it is missing"
+    )
     parser.add_argument("--port", type=int, default=0, help="0, the default, takes any free port")
     parser.add_argument("--delay-s", type=float, default=0.05, help="seconds that the model takes for a word")
     options = parser.parse_args()

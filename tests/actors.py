@@ -36,7 +36,16 @@ class Actor:
         """Start it; `prefix` is a command that starts commands, such as ``unshare``."""
         here, there = Pipe()
         self._connection = here
-        command = [*prefix, sys.executable, "-W", "error", __file__, str(there.fileno()), str(directory), repr(store_options)]
+        command = [
+            *prefix,
+            sys.executable,
+            "-W",
+            "error",
+            __file__,
+            str(there.fileno()),
+            str(directory),
+            repr(store_options),
+        ]
         self.process = subprocess.Popen(command, pass_fds=[there.fileno()])
         there.close()
 
@@ -61,7 +70,7 @@ class Actor:
         return self.result()
 
     def start_and_pause(self, code: str, step: str) -> None:
-        """Send code, and return when it is about to do `step` (a function of `persist.files.disk`); `go` lets it."""
+        """Send code, and return when it is about to do `step` (a function of `persist.storage.disk`); `go` lets it."""
         self.do(f"pause_at({step!r})")
         self.start(code)
         assert self._receive() == ("paused", step)
@@ -96,7 +105,7 @@ def _run(code: str, names: dict[str, Any]) -> Any:
 
 
 def _pausing(connection: Connection[Any, Any]) -> Callable[[str], None]:
-    from persist.files import disk
+    from persist.storage import disk
 
     def pause_at(step: str) -> None:
         real = getattr(disk, step)

@@ -17,7 +17,7 @@ from persist import __version__
 from persist.cli.output import console, print_json, print_table, printable, tolerate_any_terminal
 from persist.cli.replay import replay
 from persist.errors import CorruptSession, PersistError, SessionNotFound, SweepIncomplete
-from persist.files.layout import LEASES
+from persist.storage.layout import LEASES
 from persist.store import Store
 from persist.streams import StreamInfo
 
@@ -71,7 +71,9 @@ def _open_store(_ctx: click.Context, _argument: click.Parameter, path: Path) -> 
     if not path.is_dir():
         raise click.BadParameter(f"{printable(str(path))} is not a directory.")
     if not (path / LEASES).is_dir() and not any(path.glob("*.json")):
-        raise click.BadParameter(f"{printable(str(path))} is not a store: it has neither sessions (*.json) nor {LEASES}.")
+        raise click.BadParameter(
+            f"{printable(str(path))} is not a store: it has neither sessions (*.json) nor {LEASES}."
+        )
     return Store(path, create=False)
 
 
@@ -217,7 +219,8 @@ def streams(store: Store, as_json: bool) -> None:
         print_json([asdict(info) | {"last_commit_at": info.last_commit_at.isoformat()} for info in found])
         return
     rows = [
-        (info.session_id, info.stream_id, _life(info), info.owner or "unknown", _time(info.last_commit_at)) for info in found
+        (info.session_id, info.stream_id, _life(info), info.owner or "unknown", _time(info.last_commit_at))
+        for info in found
     ]
     print_table(("session", "stream", "state", "owner", "last commit"), rows)
 
@@ -257,7 +260,9 @@ def check(ctx: click.Context, store: Store, as_json: bool) -> None:
 
 @persist.command("clear-stale", epilog="Example: persist clear-stale var/sessions --every-session")
 @store_argument
-@click.option("--every-session", is_flag=True, help="Look into all sessions, also for streams that another program has left.")
+@click.option(
+    "--every-session", is_flag=True, help="Look into all sessions, also for streams that another program has left."
+)
 @json_option
 @click.pass_context
 def clear_stale(ctx: click.Context, store: Store, every_session: bool, as_json: bool) -> None:
@@ -278,7 +283,9 @@ def clear_stale(ctx: click.Context, store: Store, every_session: bool, as_json: 
         if cleared:
             print_table(("session", "cleared stream"), [(each.session_id, each.stream_id) for each in cleared])
         else:
-            click.echo("No dead stream found." + ("" if every_session else " Those of other programs: --every-session."))
+            click.echo(
+                "No dead stream found." + ("" if every_session else " Those of other programs: --every-session.")
+            )
         for error in failures.values():
             click.echo(f"Error: {printable(str(error))}", err=True)
     if failures:

@@ -16,6 +16,9 @@ def main() -> None:
         package = (missing.name or "").partition(".")[0]
         if package not in _NEEDED:
             raise
-        print(f"persist: the command line needs {package}: pip install '.[cli]', in a checkout of persist", file=sys.stderr)
+        print(
+            f"persist: the command line needs {package}: pip install '.[cli]', in a checkout of persist",
+            file=sys.stderr,
+        )
         raise SystemExit(USAGE_ERROR) from None
     persist()

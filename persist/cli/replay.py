@@ -29,7 +29,9 @@ _FINDINGS_SHOWN = 50
 @click.command()
 @click.argument("transcripts", required=False, type=click.Path(exists=True, path_type=Path))
 @click.option("--workers", type=click.IntRange(1, 256), default=4, show_default=True, help="Server processes.")
-@click.option("--kills", type=click.IntRange(0), default=0, show_default=True, help="Workers to kill in mid-turn (SIGKILL).")
+@click.option(
+    "--kills", type=click.IntRange(0), default=0, show_default=True, help="Workers to kill in mid-turn (SIGKILL)."
+)
 @click.option("--store", type=click.Path(path_type=Path), help="A new or empty directory; by default a temporary one.")
 @click.option("--seed", type=int, help="Repeat the random choices of another run (not its timing).")
 @click.option(
@@ -70,7 +72,9 @@ def replay(
     """
     played = _conversations(transcripts)
     if kills and not any(conversation.turns for conversation in played):
-        raise click.UsageError("--kills needs a conversation with a user message: workers are killed in the middle of a turn.")
+        raise click.UsageError(
+            "--kills needs a conversation with a user message: workers are killed in the middle of a turn."
+        )
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     directory = _empty_directory(store)
     try:
@@ -120,7 +124,13 @@ def _empty_directory(store: Path | None) -> Path:
 @contextmanager
 def _progress_bar() -> Iterator[Callable[[Progress], None]]:
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("turns"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("turns"),
+        TimeElapsedColumn(),
+    )
     with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from persist.errors import PersistError
-from persist.files import layout
+from persist.storage import layout
 from persist.merge import same
 from persist.replay.conversations import TITLES, Conversation, Turn
 from persist.replay.ledger import Ledger
@@ -107,7 +107,9 @@ def _possible_titles(conversation: Conversation, ledger: Ledger) -> set[str]:
     """The title that was acknowledged last, or one that a worker may have saved just before it was killed."""
     acknowledged = [turn for turn in conversation.turns if _place(conversation, turn) in ledger.titles]
     last = max(acknowledged, key=lambda turn: ledger.titles[_place(conversation, turn)], default=None)
-    unsure = {conversation.title_after(turn) for turn in conversation.turns if _place(conversation, turn) in ledger.unsure}
+    unsure = {
+        conversation.title_after(turn) for turn in conversation.turns if _place(conversation, turn) in ledger.unsure
+    }
     return unsure | {conversation.title if last is None else conversation.title_after(last)}
 
 

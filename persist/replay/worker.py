@@ -82,7 +82,12 @@ def _clear_as_a_server_does(session: Session) -> None:
 
 
 def _timed(
-    store: Store, verb: str, session_id: str, item: str | None, commit: Callable[[], Result], stream_id: str | None = None
+    store: Store,
+    verb: str,
+    session_id: str,
+    item: str | None,
+    commit: Callable[[], Result],
+    stream_id: str | None = None,
 ) -> Result:
     started = time.perf_counter()
     result = commit()
@@ -177,7 +182,9 @@ class TitleThread(threading.Thread):
             # The object had this title already, so it was no edit, and a later turn's title stands: now it is one.
             return False
         has_merged = session.revision > seen + 1
-        Report("title", session.id, self._turn.prompt["id"], None, took_s, session.revision, has_merged=has_merged).send()
+        Report(
+            "title", session.id, self._turn.prompt["id"], None, took_s, session.revision, has_merged=has_merged
+        ).send()
         return True
 
     def join_or_raise(self) -> None:

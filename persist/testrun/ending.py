@@ -36,7 +36,9 @@ def end(run: Run) -> list[str]:
         if not records or records[-1]["kind"] != VALUE:
             continue
         if data["style"] == "yield":
-            what = f"{records[-1]['worker']}, which produced it, died before the end: what follows its yield did not run."
+            what = (
+                f"{records[-1]['worker']}, which produced it, died before the end: what follows its yield did not run."
+            )
             problems.append(f"{data['name']}: {what}")
         elif data["teardown"] is not None:
             mark_ended(run, session_id)

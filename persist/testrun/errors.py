@@ -21,7 +21,9 @@ class FactoryFailed(PersistError):
 class KeyTaken(PersistError, ValueError):
     """One key is used for two things. Each thing that is shared needs a key of its own."""
 
-    template = "{key!r} stands for {first} in this test run, and is asked for as {second}. Choose another key for one of them."
+    template = (
+        "{key!r} stands for {first} in this test run, and is asked for as {second}. Choose another key for one of them."
+    )
     key: str
     first: str
     second: str
@@ -30,7 +32,9 @@ class KeyTaken(PersistError, ValueError):
 class KeyCycle(PersistError, RuntimeError):
     """A factory asks, directly or through others, for the value that it is to produce."""
 
-    template = "Each of these waits for the next, so that none would ever be produced: {chain}. Let one do without the other."
+    template = (
+        "Each of these waits for the next, so that none would ever be produced: {chain}. Let one do without the other."
+    )
     chain: str
 
 

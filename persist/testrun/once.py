@@ -69,7 +69,9 @@ class Once:
         style: "value", or "yield" if the producer has something to finish at the end.
     """
 
-    def __init__(self, run: Run, key: str, origin: str, *, teardown: Function | None = None, style: str = "value") -> None:
+    def __init__(
+        self, run: Run, key: str, origin: str, *, teardown: Function | None = None, style: str = "value"
+    ) -> None:
         self.run = run
         self.key = key
         facts = {"factory": origin, "teardown": address_of(teardown), "style": style}

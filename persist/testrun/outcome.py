@@ -40,7 +40,11 @@ def of_error(error: BaseException, worker: str) -> Record:
 def text_of(error: BaseException) -> str:
     """The traceback of an error as Python prints it, without the frames of this package that called the function."""
     trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None and trace.tb_frame.f_globals.get("__name__", "").startswith(_OURS):
+    while (
+        trace is not None
+        and trace.tb_next is not None
+        and trace.tb_frame.f_globals.get("__name__", "").startswith(_OURS)
+    ):
         trace = trace.tb_next
     return "".join(traceback.format_exception(type(error), error, trace))
 

@@ -19,7 +19,7 @@ from benchmarks.measure import Action, Effort, interleaved
 from benchmarks.peers import Peer
 from benchmarks.tables import Findings, Table, Target, at_least, at_most, compared, ratio, shown
 from benchmarks.workload import SESSION, new_message, open_store
-from persist.files import disk
+from persist.storage import disk
 
 ALL = (*peers.OTHERS, *ours.APPENDS, *ours.VERBS)
 DECODE = "limit: msgspec.json.decode of the same bytes"

@@ -16,7 +16,7 @@ from benchmarks import bare
 from benchmarks.measure import Action, Effort, interleaved
 from benchmarks.tables import Findings, Table, at_most, compared, ratio, shown
 from benchmarks.workload import SESSION, conversation, new_message, open_store
-from persist.files.lock import hold
+from persist.storage.lock import hold
 
 #: Messages of a session of about 4 KB.
 MESSAGES = 9
@@ -47,7 +47,7 @@ def lock_cycles(directory: Path, effort: Effort) -> Findings:
     """An uncontended lock and unlock."""
     ours, raw, fresh = (directory / f"{name}.lock" for name in ("ours", "raw", "fresh"))
     kept = filelock.FileLock(directory / "kept.lock")
-    base, mine = "open + flock + close", "persist.files.lock.hold"
+    base, mine = "open + flock + close", "persist.storage.lock.hold"
     actions = {
         mine: Action(lambda: _enter(hold(ours, SESSION, 5.0))),
         base: Action(lambda: _raw_lock(raw)),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import persist
-from persist.files.directory import Mode
+from persist.storage.directory import Mode
 
 Message = dict[str, Any]
 

@@ -24,7 +24,9 @@ def run() -> Run:
     """Run `persist` with these arguments, its output not being a terminal."""
 
     def run_command(*arguments: object, **environment: str) -> Result:
-        return CliRunner(env={"FORCE_COLOR": None, **environment}).invoke(command, [str(argument) for argument in arguments])
+        return CliRunner(env={"FORCE_COLOR": None, **environment}).invoke(
+            command, [str(argument) for argument in arguments]
+        )
 
     return run_command
 

@@ -31,11 +31,21 @@ def leave_a_dead_stream(actor: Actor, session_id: str) -> str:
 # --- usage ---
 
 
-COMMANDS = (("ls",), ("streams",), ("clear-stale",), ("check",), ("show", "s-42"), ("accept", "s-42"), ("compact", "s-42"))
+COMMANDS = (
+    ("ls",),
+    ("streams",),
+    ("clear-stale",),
+    ("check",),
+    ("show", "s-42"),
+    ("accept", "s-42"),
+    ("compact", "s-42"),
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[0])
-def test_missing_directory_is_a_usage_error_and_is_not_made(run: Run, directory: Path, command: tuple[str, ...]) -> None:
+def test_missing_directory_is_a_usage_error_and_is_not_made(
+    run: Run, directory: Path, command: tuple[str, ...]
+) -> None:
     """Looking at a store that does not exist exits with 2 and creates nothing."""
     result = run(command[0], directory, *command[1:])
     assert result.exit_code == 2
@@ -84,7 +94,9 @@ def test_missing_extra_is_named_with_its_remedy(missing: str) -> None:
     script = f"import sys; sys.modules[{missing!r}] = None; from persist.cli import main; main()"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
     assert result.returncode == 2
-    assert result.stderr == f"persist: the command line needs {missing}: pip install '.[cli]', in a checkout of persist\n"
+    assert (
+        result.stderr == f"persist: the command line needs {missing}: pip install '.[cli]', in a checkout of persist\n"
+    )
 
 
 def test_help_shows_examples_and_exit_status(run: Run) -> None:
@@ -100,7 +112,9 @@ def test_help_shows_examples_and_exit_status(run: Run) -> None:
 def test_ls_shows_each_session_and_who_runs_on_it(run: Run, store: persist.Store, actor: ActorFactory) -> None:
     """`ls` gives title, revision and number of messages, and tells an idle session, a live stream and a dead one apart."""
     for session_id in ("idle", "live", "stale"):
-        store.create(session_id, {"title": session_id.upper(), "messages": [{"id": "m0", "role": "system", "content": ""}]})
+        store.create(
+            session_id, {"title": session_id.upper(), "messages": [{"id": "m0", "role": "system", "content": ""}]}
+        )
     leave_a_dead_stream(actor(), "stale")
     with store.start_stream("live", USER) as stream:
         entries = json_of(result := run("ls", store.path, "--json"))
@@ -202,7 +216,15 @@ def test_show_prints_messages_in_order_with_their_lines(run: Run, store: persist
     ]
     store.create("s-42", {"title": "Hello", "messages": messages})
     text = run("show", store.path, "s-42").stdout
-    wanted = ["Hello", "revision: 1", "user  m1", "two\nlines", 'tool_calls: [{"name": "look"}]', '"text": "done"', "not even"]
+    wanted = [
+        "Hello",
+        "revision: 1",
+        "user  m1",
+        "two\nlines",
+        'tool_calls: [{"name": "look"}]',
+        '"text": "done"',
+        "not even",
+    ]
     places = [text.find(part) for part in wanted]
     assert -1 not in places
     assert places == sorted(places)
@@ -234,7 +256,11 @@ def test_streams_tells_live_asked_to_end_and_stale(run: Run, store: persist.Stor
         plain = [line.split("\t") for line in run("streams", store.path).stdout.splitlines()]
         shown = json_of(run("streams", store.path, "--json"))
         live.finish()
-    assert [cells[:3:2] for cells in plain[1:]] == [["asked", "live, asked to end"], ["live", "live"], ["stale", "stale"]]
+    assert [cells[:3:2] for cells in plain[1:]] == [
+        ["asked", "live, asked to end"],
+        ["live", "live"],
+        ["stale", "stale"],
+    ]
     assert [(info["session_id"], info["is_live"], info["is_cancelled"]) for info in shown] == [
         ("asked", True, True),
         ("live", True, False),

@@ -19,7 +19,11 @@ def conversation() -> Conversation:
 
 
 def document(conversation: Conversation, count: int, **fields: Any) -> dict[str, Any]:
-    return {"messages": [dict(message) for message in conversation.messages[:count]], "active_stream_id": None, **fields}
+    return {
+        "messages": [dict(message) for message in conversation.messages[:count]],
+        "active_stream_id": None,
+        **fields,
+    }
 
 
 def test_turns_cover_the_transcript(conversation: Conversation) -> None:
@@ -37,7 +41,9 @@ def test_only_an_assistant_message_at_the_end_is_streamed(conversation: Conversa
 
 
 @pytest.mark.parametrize(("count", "number"), [(1, 1), (2, 1), (4, 1), (5, 2), (7, 2), (8, 3), (9, 4), (11, None)])
-def test_open_turn_is_the_first_that_lacks_a_message(conversation: Conversation, count: int, number: int | None) -> None:
+def test_open_turn_is_the_first_that_lacks_a_message(
+    conversation: Conversation, count: int, number: int | None
+) -> None:
     """What comes next is decided from the document alone."""
     turn = conversation.open_turn(document(conversation, count))
     assert (turn.number if turn else None) == number

@@ -17,7 +17,8 @@ from persist.replay.supervise import Plan
 from persist.replay.worker import TitleThread
 
 TALK = Conversation.of(
-    "talk", {"title": "Talk", "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+    "talk",
+    {"title": "Talk", "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
 )
 
 
@@ -64,7 +65,9 @@ def test_directory_of_transcripts_is_read_and_other_files_are_skipped(run: Run, 
     transcripts = tmp_path / "transcripts"
     transcripts.mkdir()
     (transcripts / "SOURCES.md").write_text("not JSON")
-    (transcripts / "über uns.json").write_text(json.dumps({"title": "Us", "messages": [{"role": "user", "content": "?"}]}))
+    (transcripts / "über uns.json").write_text(
+        json.dumps({"title": "Us", "messages": [{"role": "user", "content": "?"}]})
+    )
     assert run("replay", transcripts, "--workers", 1, "--store", tmp_path / "store").exit_code == 0
     assert persist.Store(tmp_path / "store").ids() == ["s1--ber-uns"]
 

@@ -73,7 +73,12 @@ def test_what_is_found_is_made_durable_before_it_is_acknowledged(scratch: Path, 
 
 def test_what_was_made_in_a_lost_directory_is_lost() -> None:
     """Syncing a file and its directory is not enough, as long as the directory's own name is not durable."""
-    made = (Step("mkdir", "d", 0), Step("create", "d/f", 1), Step("write", "d/f", 1, content=b"x"), Step("sync", "d/f", 1))
+    made = (
+        Step("mkdir", "d", 0),
+        Step("create", "d/f", 1),
+        Step("write", "d/f", 1, content=b"x"),
+        Step("sync", "d/f", 1),
+    )
     trace = Trace({}, (*made, Step("sync directory", "d/*")))
     assert [state for state, returned in states(trace) if returned] == [{}, {"d": None, "d/f": b"x"}]
     trace = Trace({}, (*trace.steps, Step("sync directory", "*")))
@@ -149,7 +154,9 @@ def is_harmless(one: Step, two: Step) -> bool:
         return True  # nothing can be written to a file before it is made
     if any(step.kind == "create" and step.path.endswith((".tmp", ".journal")) for step in (one, two)):
         return True  # a temporary file is nobody's document yet, and no document names a new journal
-    if {one.kind, two.kind} <= {"sync", "sync directory"} and (one.kind == two.kind or _is_journal(one) or _is_journal(two)):
+    if {one.kind, two.kind} <= {"sync", "sync directory"} and (
+        one.kind == two.kind or _is_journal(one) or _is_journal(two)
+    ):
         return True  # both are done before anything depends on either
     if kinds == {"write", "sync directory"} and (_is_journal(one) or _is_journal(two)):
         return True  # a record is acknowledged after a sync of its own, which comes later

@@ -99,7 +99,9 @@ def test_two_records_of_which_neither_was_acknowledged_may_be_torn(scratch: Path
 
 @pytest.mark.parametrize("is_idempotent", [True, False], ids=["found", "appended to"])
 @pytest.mark.parametrize(("kind", "path"), [("sync", JOURNAL), ("sync", "s-1.json"), ("sync directory", "*")])
-def test_what_another_program_has_copied_is_made_durable(scratch: Path, kind: str, path: str, is_idempotent: bool) -> None:
+def test_what_another_program_has_copied_is_made_durable(
+    scratch: Path, kind: str, path: str, is_idempotent: bool
+) -> None:
     """A session that was restored from a backup, and never synced: each of the first commit's syncs is needed.
 
     Fails without `Transaction._sync_known`, which syncs the document and the directory, and without either of these two syncs.

@@ -91,7 +91,9 @@ def test_nothing_acknowledged_is_lost_torn_or_doubled_by_kills(
     """After each kill every acknowledged item is there once, in its writer's order; at the end no file is stray."""
     done = torture(30, PACKAGE_PARENT, tmp_path, f"--journal={journal}", f"--fold={fold}")
     assert done.returncode == 0, done.stdout + done.stderr
-    figures = {name: int(count) for count, name in re.findall(r"(\d+) (\w+)", done.stdout.splitlines()[-1].replace(",", ""))}
+    figures = {
+        name: int(count) for count, name in re.findall(r"(\d+) (\w+)", done.stdout.splitlines()[-1].replace(",", ""))
+    }
     assert figures["kills"] == 30
     assert {name for name in ("entered", "left") if figures[name]} == passed
 

@@ -13,19 +13,31 @@ from pathlib import Path
 
 import pytest
 from harness.faults import quick_directory
-from harness.fuzzing import NOT_VOUCHED_FOR, JournalOracle, Oracle, journals, mutant, originals, seal, seal_journal, trusted
+from harness.fuzzing import (
+    NOT_VOUCHED_FOR,
+    JournalOracle,
+    Oracle,
+    journals,
+    mutant,
+    originals,
+    seal,
+    seal_journal,
+    trusted,
+)
 from harness.planted import Mutation, run_harness, write_mutated_package
 from harness.verbs import within_deadline
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import persist
-from persist.files import snapshot
+from persist.storage import snapshot
 
 DEADLINE_S = 60
 
 # Derandomised, as in tests/unit: a build must not fail by luck. scripts/fuzz looks further.
-SETTINGS = settings(deadline=None, derandomize=True, database=None, max_examples=400, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(
+    deadline=None, derandomize=True, database=None, max_examples=400, suppress_health_check=list(HealthCheck)
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,11 @@ def test_a_document_of_another_program_needs_no_checksum(bench: Bench) -> None:
 
 NO_CHECKSUM = ("files/snapshot.py", "        if checksum != shape[2]:\n            raise self._mismatch(content)\n", "")
 # A damaged document that is strict JSON still.
-HALF_A_CHECKSUM = ("files/snapshot.py", "            raise self._mismatch(content)\n", "            self.strict(content)\n")
+HALF_A_CHECKSUM = (
+    "files/snapshot.py",
+    "            raise self._mismatch(content)\n",
+    "            self.strict(content)\n",
+)
 NO_HEAD_CHECKSUM = (
     "files/snapshot.py",
     "    if _digest(memoryview(content)[_HEAD_CHECKED_FROM:]) != shape[3]:\n        return None\n",
@@ -221,7 +237,9 @@ def sector_damage(older: bytes, newer: bytes) -> Iterator[bytes]:
                 yield b"".join([*own[:first], own[last], *own[first + 1 : last], own[first], *own[last + 1 :]])
 
 
-def test_lost_swapped_and_outdated_sectors_are_refused(store: persist.Store, older_and_newer: tuple[bytes, bytes]) -> None:
+def test_lost_swapped_and_outdated_sectors_are_refused(
+    store: persist.Store, older_and_newer: tuple[bytes, bytes]
+) -> None:
     """Any run of sectors zeroed or from the revision before, any two exchanged: no document comes of it but a real one."""
     older, newer = older_and_newer
     tried = 0

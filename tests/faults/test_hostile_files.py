@@ -223,7 +223,13 @@ FOREIGN = {
     ),
     ".leases/s.t1": ("store.start_stream('s')", "session.clear_stale_stream()", "store.clear_stale_streams()"),
     ".leases": ("store.start_stream('s')", "session.clear_stale_stream()", "store.clear_stale_streams()"),
-    ".": ("store.load('s')", "store.create('new')", "store.append('s', 'm', 1)", "store.ids()", "persist.Store(store.path)"),
+    ".": (
+        "store.load('s')",
+        "store.create('new')",
+        "store.append('s', 'm', 1)",
+        "store.ids()",
+        "persist.Store(store.path)",
+    ),
 }
 
 

@@ -18,7 +18,7 @@ from harness.fuzzing import seal
 from harness.verbs import VERBS, within_deadline
 
 import persist
-from persist.files import snapshot
+from persist.storage import snapshot
 
 M1 = {"id": "m1", "role": "user", "content": "Why?"}
 ABSENT = object()
@@ -69,7 +69,11 @@ def untyped(store: persist.Store, good: bytes, hostile: bytes) -> list[str]:
             try:
                 within_deadline(step)
             except persist.SweepIncomplete as error:
-                found += [f"{name}: {bare!r}" for bare in error.failures.values() if not isinstance(bare, persist.PersistError)]
+                found += [
+                    f"{name}: {bare!r}"
+                    for bare in error.failures.values()
+                    if not isinstance(bare, persist.PersistError)
+                ]
             except persist.PersistError:
                 pass
             except Exception as error:
@@ -82,15 +86,27 @@ def untyped(store: persist.Store, good: bytes, hostile: bytes) -> list[str]:
 # --- headers that lie ------------------------------------------------------------------------------------------------------
 
 ODD: tuple[Any, ...] = (None, True, "x", "", 1.5, -1, 10**100, [], {}, ["x"], {"x": "y"}, ABSENT)
-OWNER = {"stream_id": "t1", "pid": 1, "host": "h", "command": "c", "started_at": "x", "prompt_id": None, "answer_id": None}
+OWNER = {
+    "stream_id": "t1",
+    "pid": 1,
+    "host": "h",
+    "command": "c",
+    "started_at": "x",
+    "prompt_id": None,
+    "answer_id": None,
+}
 OWNER |= {"cancelled": False}
 OWNER_LIES: tuple[Any, ...] = (None, 5, [], {"a": 1}, "../../etc")
 LIES: dict[str, list[dict[str, Any]]] = {
     "head_bytes": [{"head_bytes": value} for value in (*ODD, 0, 1, 2, 50, 10_000, 2**63, "7")],
-    "counts": [{"counts": value} for value in (*ODD, {"messages": None}, {"messages": -1}, {"messages": "many"}, {"title": 1})],
+    "counts": [
+        {"counts": value} for value in (*ODD, {"messages": None}, {"messages": -1}, {"messages": "many"}, {"title": 1})
+    ],
     "revision": [{"revision": value} for value in (*ODD, "7", 2**63, 2**64)],
     "incarnation": [{"incarnation": value} for value in (*ODD, 5)],
-    "created_at": [{"created_at": value} for value in (*ODD, 5, "9999-99-99", "2026-01-01", "0001-01-01T00:00:00+23:59")],
+    "created_at": [
+        {"created_at": value} for value in (*ODD, 5, "9999-99-99", "2026-01-01", "0001-01-01T00:00:00+23:59")
+    ],
     "updated_at": [{"updated_at": value} for value in (*ODD, 5, "9999-12-31T23:59:59-23:59", "2026-01-01T00:00:00")],
     "epoch": [{"epoch": value} for value in (*ODD, 0, 2**64)],
     "owner": [{"owner": value} for value in (*ODD, 5, {**OWNER, "stream_id": "other"})],
@@ -136,7 +152,21 @@ BODIES: dict[str, bytes] = {
     "UTF-16": '{"a":1}'.encode("utf-16"),
     "not even bytes of text": bytes(range(256)),
 }
-STREAM_FIELDS: tuple[Any, ...] = (5, True, 1.5, [], {}, "", "../x", "a.b", "x" * 300, "\ud800", ["t1"], {"id": "t1"}, "t1\n")
+STREAM_FIELDS: tuple[Any, ...] = (
+    5,
+    True,
+    1.5,
+    [],
+    {},
+    "",
+    "../x",
+    "a.b",
+    "x" * 300,
+    "\ud800",
+    ["t1"],
+    {"id": "t1"},
+    "t1\n",
+)
 for _value in STREAM_FIELDS:
     BODIES[f"active stream {ascii(_value)[:12]}"] = b'"active_stream_id":' + json.dumps(_value).encode() + b"\n}\n"
     BODIES[f"pending {ascii(_value)[:12]}"] = (
@@ -146,13 +176,17 @@ for _value in STREAM_FIELDS:
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_a_sealed_body_of_hostile_json_is_answered_with_a_typed_error(body: bytes, store: persist.Store, good: bytes) -> None:
+def test_a_sealed_body_of_hostile_json_is_answered_with_a_typed_error(
+    body: bytes, store: persist.Store, good: bytes
+) -> None:
     """Depth, repeated keys, numbers out of range, bytes that are no text, stream fields of any type."""
     report([("", wrong)] if (wrong := untyped(store, good, with_body(good, body))) else [])
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
-def test_hostile_json_of_another_program_is_answered_with_a_typed_error(body: bytes, store: persist.Store, good: bytes) -> None:
+def test_hostile_json_of_another_program_is_answered_with_a_typed_error(
+    body: bytes, store: persist.Store, good: bytes
+) -> None:
     """The same without a header: as another program would leave it."""
     report([("", wrong)] if (wrong := untyped(store, good, b"{" + body)) else [])
 
@@ -194,7 +228,9 @@ def test_a_sealed_document_over_the_limit_is_refused(
         store.load("s")
 
 
-def test_a_file_without_end_is_read_up_to_the_limit(store: persist.Store, good: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_without_end_is_read_up_to_the_limit(
+    store: persist.Store, good: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A sparse file of a terabyte costs its owner nothing, and its reader no more than the limit.
 
     A head whose own bytes are whole may still be shown: it does not read what follows.

@@ -23,8 +23,8 @@ from harness.faults import ERRORS, SHORT, SYNCS, TORN, Fault, descriptors, fault
 from harness.journal_scenarios import ALWAYS, AUTO, FOLDING, LEAVING, NEVER
 
 import persist
-from persist.files import disk, held
-from persist.files.known import KnownSessions
+from persist.storage import disk, held
+from persist.storage.known import KnownSessions
 
 M1 = {"id": "m1", "role": "user", "content": "Why?"}
 M2 = {"id": "m2", "role": "assistant", "content": "So."}
@@ -483,9 +483,13 @@ class Trial:
     def _judge(self, result: object) -> None:
         """The rule."""
         ends, raised = self._ends, self._raised
-        changed = {session_id for session_id in ends.old | ends.new if self._now.get(session_id) != ends.old.get(session_id)}
+        changed = {
+            session_id for session_id in ends.old | ends.new if self._now.get(session_id) != ends.old.get(session_id)
+        }
         right = all(self._now.get(session_id) == ends.new.get(session_id) for session_id in changed)
-        self._expect(right and self._now.keys() <= ends.old.keys() | ends.new.keys(), "neither the old revision nor the new")
+        self._expect(
+            right and self._now.keys() <= ends.old.keys() | ends.new.keys(), "neither the old revision nor the new"
+        )
         if raised is None:
             self._expect(self._now == ends.new, "returned, and its effect is not on disk")
             # What could not be synced is in doubt for good; only a new file, synced and entered in its directory, is not.
@@ -523,7 +527,9 @@ class Trial:
             refusal = self._write(self._scene.store, self._raised.session_id)
             self._expect(isinstance(refusal, persist.CommitUnknown), f"takes writes after CommitUnknown: {refusal!r}")
         if self._raised is None or self._operation.is_final:
-            self._expect(not self._operation.is_final or not self._scene.held[0]._lease.is_held, "the lease is still held")
+            self._expect(
+                not self._operation.is_final or not self._scene.held[0]._lease.is_held, "the lease is still held"
+            )
             return
         try:
             result = self._run()
@@ -548,7 +554,11 @@ class Trial:
                 store.start_stream(session_id).finish()
                 store.compact(session_id)
             # A deletion that was cut off leaves its journal: it is told of, since nobody knows that it was one.
-            left = [each for each in store.check() if each.kind != "orphaned" or not self._operation.name.startswith("delete")]
+            left = [
+                each
+                for each in store.check()
+                if each.kind != "orphaned" or not self._operation.name.startswith("delete")
+            ]
             self._expect(left == [], f"left over at the end: {left}")
         except (persist.PersistError, OSError) as error:
             self._expect(False, f"stuck: {error!r}")

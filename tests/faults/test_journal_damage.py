@@ -23,8 +23,8 @@ from harness.journals import journal_of, line_of, parted, record_of, sealed, tra
 from harness.verbs import within_deadline
 
 import persist
-from persist.files import disk
-from persist.files.transaction import Transaction
+from persist.storage import disk
+from persist.storage.transaction import Transaction
 
 SECTOR = 512
 
@@ -446,7 +446,10 @@ NONSENSE: dict[str, bytes] = {
     "head with a number of no end": b'"head":{"stream":{"epoch":1,"owner":null},"fields":{"a":1e400}}',
     "head with a lone surrogate": b'"head":{"stream":{"epoch":1,"owner":null},"fields":{"a":"\\ud800"}}',
     "head with NaN": b'"head":{"stream":{"epoch":1,"owner":null},"fields":{"a":NaN,"b":"\\ud800"}}',
-    "head nested deeply": b'"head":{"stream":{"epoch":1,"owner":null},"fields":{"a":' + b"[" * 9000 + b"]" * 9000 + b"}}",
+    "head nested deeply": b'"head":{"stream":{"epoch":1,"owner":null},"fields":{"a":'
+    + b"[" * 9000
+    + b"]" * 9000
+    + b"}}",
     "stream without epoch": b'"head":{"stream":{"owner":null},"fields":{}}',
     "stream with an epoch below zero": b'"head":{"stream":{"epoch":-1,"owner":null},"fields":{}}',
     "stream whose owner is a list": b'"head":{"stream":{"epoch":1,"owner":[1]},"fields":{}}',
@@ -601,7 +604,9 @@ def test_accept_of_a_damaged_header_destroys_no_journal(tmp_path: Path, old: byt
         pytest.param(lambda document: document.update(messages="none"), id="no list"),
         pytest.param(lambda document: document.pop("messages"), id="the field removed"),
         pytest.param(lambda document: document.update(title="by hand"), id="a field that the journal sets"),
-        pytest.param(lambda document: document["messages"][0].update(meta="by hand"), id="a list that the journal changes"),
+        pytest.param(
+            lambda document: document["messages"][0].update(meta="by hand"), id="a list that the journal changes"
+        ),
     ],
 )
 def test_accept_of_an_edited_document_that_its_journal_does_not_fit_is_refused(

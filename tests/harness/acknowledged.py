@@ -172,7 +172,9 @@ class Figures:
         """One line; `crashes` is what this harness calls them."""
         names = ("begun", "acknowledged", "events", "looks", "entered", "left")
         faults = ("lost", "torn", "doubled", "stuck", "stray", "raised", "idle")
-        return ", ".join([f"{self.crashes:,} {crashes}", *(f"{getattr(self, name):,} {name}" for name in names + faults)])
+        return ", ".join(
+            [f"{self.crashes:,} {crashes}", *(f"{getattr(self, name):,} {name}" for name in names + faults)]
+        )
 
 
 @dataclass
@@ -288,7 +290,9 @@ class Ledger:
         missing = sum(each.endswith(VISIT) for each in ids) - document.get("visits", 0)
         if missing != self._visits_missing[session_id]:
             self._visits_missing[session_id] = missing
-            figures.found("lost" if missing > 0 else "torn", f"{session_id}: {missing} visits are missing", abs(missing) or 1)
+            figures.found(
+                "lost" if missing > 0 else "torn", f"{session_id}: {missing} visits are missing", abs(missing) or 1
+            )
         if (title := document.get("title")) and document.get("tool_calls", []) != load_of(load_bytes_of(title)):
             figures.found("torn", f"{session_id}: it does not carry what its title {title} says")
         remains = {key for key, idle in _PENDING.items() if document.get(key, idle) != idle}
@@ -334,7 +338,11 @@ def shown_by_author(document: Document) -> dict[str, Shown]:
 def _name_fault(figures: Figures, where: str, allowed: list[State], found: State) -> None:
     promised = allowed[0]
     missing = set(promised.messages if promised else ()) - set(found.messages if found else ())
-    older = [] if found is None else [f"{name} is {now}" for name, now in _fields(found) if now not in _values(allowed, name)]
+    older = (
+        []
+        if found is None
+        else [f"{name} is {now}" for name, now in _fields(found) if now not in _values(allowed, name)]
+    )
     if promised is not None and (missing or older or found is None):
         what = f"{where}: acknowledged, and not there: {sorted(missing)[:5]} {', '.join(older)}"
         figures.found("lost", what, max(1, len(missing) + len(older)))

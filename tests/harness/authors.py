@@ -245,7 +245,9 @@ def _look_at(store: persist.Store, session_id: str, seen: int) -> int:
     assert revisions == sorted(revisions), f"revisions of {session_id} went back: {revisions}"
     for session in (before, after):
         is_same = session.revision == head.revision
-        assert not is_same or _head_of(session) == (head.data, head.counts), f"{session_id} has another head than it shows"
+        assert not is_same or _head_of(session) == (head.data, head.counts), (
+            f"{session_id} has another head than it shows"
+        )
     return revisions[-1]
 
 

@@ -17,11 +17,11 @@ from typing import Any
 
 import persist
 from harness.crashes import Disk, Trace, read_disk, recording, states, write_disk
-from persist.files import disk
-from persist.files.directory import Mode as Journal
-from persist.files.events import EventReader
-from persist.files.journal import ROOM_BYTES
-from persist.files.known import KnownSessions
+from persist.storage import disk
+from persist.storage.directory import Mode as Journal
+from persist.storage.events import EventReader
+from persist.storage.journal import ROOM_BYTES
+from persist.storage.known import KnownSessions
 
 PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
 ANSWER = {"id": "a1", "role": "assistant", "content": "Because."}
@@ -68,7 +68,9 @@ class Scenario:
     verb: Verb
     prepare: Prepare = lambda store: None
     interrupted: Callable[[persist.Store], Any] = lambda store: None
-    content: dict[str, Any] = field(default_factory=lambda: {"title": "t" * 600, "messages": [{"id": "m1", "content": "hi"}]})
+    content: dict[str, Any] = field(
+        default_factory=lambda: {"title": "t" * 600, "messages": [{"id": "m1", "content": "hi"}]}
+    )
     is_cold: bool = False
     mode: Mode = AUTO
     prepared: Mode | None = None
@@ -262,7 +264,9 @@ SCENARIOS: list[Scenario | Opening] = [
     Opening("create, directory above not yet synced", create_where_another_process_makes_the_directory_above, nothing),
     Opening("create, directory not yet synced", create_where_another_process_makes_the_directory, directory_above),
     Opening("first start", first_start, documents_of_another_program),
-    Opening("start, .leases not yet synced", start_where_another_process_makes_the_leases, documents_of_another_program),
+    Opening(
+        "start, .leases not yet synced", start_where_another_process_makes_the_leases, documents_of_another_program
+    ),
 ]
 
 
@@ -407,7 +411,9 @@ def _sweep_faults(case: Case, scratch: Path) -> Iterator[str]:
 
 
 def _plain(data: Any) -> list[Any]:
-    return [{key: value for key, value in message.items() if key != "interrupted"} for message in data.get("messages", [])]
+    return [
+        {key: value for key, value in message.items() if key != "interrupted"} for message in data.get("messages", [])
+    ]
 
 
 def _next_write_faults(store: persist.Store, *, was_deleted: bool) -> Iterator[str]:

@@ -32,7 +32,7 @@ from typing import Any
 
 import pytest
 
-from persist.files import disk
+from persist.storage import disk
 
 SECTOR_BYTES = 512
 #: A file of more unsynced sectors than this is sampled: 64 ways are quickly opened, 2**20 are not.
@@ -91,7 +91,7 @@ class Killed(BaseException):
 
 
 class Recorder:
-    """Writes down what the functions of `persist.files.disk` do below a directory, while they do it."""
+    """Writes down what the functions of `persist.storage.disk` do below a directory, while they do it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -238,7 +238,9 @@ def record(root: Path, verb: Callable[[], Any]) -> Trace:
 
 
 def read_disk(root: Path) -> Disk:
-    return {os.path.relpath(path, root): None if path.is_dir() else path.read_bytes() for path in sorted(root.rglob("*"))}
+    return {
+        os.path.relpath(path, root): None if path.is_dir() else path.read_bytes() for path in sorted(root.rglob("*"))
+    }
 
 
 def write_disk(root: Path, state: Disk) -> None:
@@ -324,7 +326,9 @@ def _names_after(before: Disk, steps: Iterable[Step]) -> Iterator[dict[str, int]
 
 def _reachable(names: dict[str, int]) -> dict[str, int]:
     """Without what stands in a directory whose own name is lost."""
-    return {name: file for name, file in names.items() if all(str(above) in names for above in PurePath(name).parents[:-1])}
+    return {
+        name: file for name, file in names.items() if all(str(above) in names for above in PurePath(name).parents[:-1])
+    }
 
 
 def _apply(step: Step, entries: dict[str, int]) -> None:

@@ -28,9 +28,9 @@ from typing import Any
 import persist
 from harness.faults import quick_directory
 from harness.runs import duration, existing_directory
-from persist.files import snapshot
-from persist.files.body import BULK
-from persist.files.snapshot import Header, StreamOwner
+from persist.storage import snapshot
+from persist.storage.body import BULK
+from persist.storage.snapshot import Header, StreamOwner
 
 # Spelt out here, not taken from the reader: an error in its own idea of the format must show.
 _OPENING = rb'\{"_persist":\{"format":1,"checksum":"(.{32})","head_checksum":"(.{32})"'
@@ -42,8 +42,37 @@ _CRC_BYTES = len(b'{"crc":"00000000",')
 
 #: What a mutation likes to put somewhere.
 TOKENS = (
-    *(b"{", b"}", b"[", b"]", b",", b":", b'"', b"\n", b"\\", b"\x00", b"\xff", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"[" * 2_000),
-    *(b"null", b"true", b"-1", b"0", b"1e400", b"-0.0", b"NaN", b"Infinity", b"9" * 30, b"9" * 5_000, b'""', b"{}", b"[]"),
+    *(
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+        b":",
+        b'"',
+        b"\n",
+        b"\\",
+        b"\x00",
+        b"\xff",
+        b"\xed\xa0\x80",
+        b"\xef\xbb\xbf",
+        b"[" * 2_000,
+    ),
+    *(
+        b"null",
+        b"true",
+        b"-1",
+        b"0",
+        b"1e400",
+        b"-0.0",
+        b"NaN",
+        b"Infinity",
+        b"9" * 30,
+        b"9" * 5_000,
+        b'""',
+        b"{}",
+        b"[]",
+    ),
     *(
         b'"_persist":{},',
         b'"head_bytes":0',
@@ -62,7 +91,9 @@ def originals(directory: Path) -> list[bytes]:
     message = {"id": "m1", "role": "user", "content": "hi\nthere 😀", "meta": {"n": [1, -1.5e-7, None, True]}}
     store.create("empty")
     store.create("small", {"title": "Ein Täßchen", "\ud800": ["\ud800", {"a": {}}]})
-    store.create("whole", {"title": "t", "messages": [message, 5, []], "tool_calls": [{"id": 1}, "x"], "big": "x" * 5_000})
+    store.create(
+        "whole", {"title": "t", "messages": [message, 5, []], "tool_calls": [{"id": 1}, "x"], "big": "x" * 5_000}
+    )
     store.create("active", {"messages": [message]})
     stream = store.start_stream("active", {"role": "user", "content": "Why?"})
     stream.checkpoint({"role": "assistant", "content": "Be"})
@@ -410,7 +441,9 @@ class JournalOracle(Oracle):
     def _of_append(self, store: persist.Store) -> str | None:
         revision = store.append("s", "messages", {"id": "new"})
         data = store.load("s").data
-        return None if self._is_committed(revision - 1, data | {"messages": data["messages"][:-1]}) else "a state made up"
+        return (
+            None if self._is_committed(revision - 1, data | {"messages": data["messages"][:-1]}) else "a state made up"
+        )
 
     def _of_accepted(self, session: persist.Session) -> str | None:
         # A sound session is left alone; else it is one that was committed, at a revision that nobody has had.
@@ -455,7 +488,9 @@ class Tally:
 
     def report(self, seconds: float) -> int:
         """Print the figures; return the exit status."""
-        print(f"{self.tried:,} documents in {seconds:.0f} s, {self.found.total():,} wrong answers of {len(self.found)} kinds")
+        print(
+            f"{self.tried:,} documents in {seconds:.0f} s, {self.found.total():,} wrong answers of {len(self.found)} kinds"
+        )
         for kind, count in self.found.most_common():
             print(f"  {count:>8,}  {', '.join(kind)}")
         return 1 if self.found else 0

@@ -36,7 +36,7 @@ from harness.linearizability import (
     ownership,
     register,
 )
-from persist.files.directory import Mode
+from persist.storage.directory import Mode
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 120.0

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import persist
-from persist.files.directory import Mode
-from persist.files.journal import ROOM_BYTES
-from persist.files.transaction import ENTER_BYTES
+from persist.storage.directory import Mode
+from persist.storage.journal import ROOM_BYTES
+from persist.storage.transaction import ENTER_BYTES
 
 MIXED: Final = "mixed"
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -62,8 +62,12 @@ class Journaling:
 def add_journaling(parser: argparse.ArgumentParser) -> None:
     """Add the options --journal and --fold."""
     each = "'mixed' lets each store draw its own; default mixed"
-    parser.add_argument("--journal", choices=[*MODES, MIXED], default=MIXED, help=f"which sessions get a journal; {each}")
-    parser.add_argument("--fold", choices=[*FOLDS, MIXED], default=MIXED, help=f"when it is folded; 1 is always; {each}")
+    parser.add_argument(
+        "--journal", choices=[*MODES, MIXED], default=MIXED, help=f"which sessions get a journal; {each}"
+    )
+    parser.add_argument(
+        "--fold", choices=[*FOLDS, MIXED], default=MIXED, help=f"when it is folded; 1 is always; {each}"
+    )
 
 
 def journaling_of(options: argparse.Namespace) -> Journaling:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import persist
-from persist.files import disk
+from persist.storage import disk
 
-# Not taken from `persist.files.journal`: an error in its own idea of the grammar must show.
+# Not taken from `persist.storage.journal`: an error in its own idea of the grammar must show.
 _OPENING = re.compile(rb'\{"persist_journal":1,"generation":(\d+),"snapshot":"([0-9a-f]{32})"\}\n')
 _CRC = re.compile(rb'\{"crc":"([0-9a-f]{8})",')
 
@@ -76,7 +76,11 @@ def chain_is_right(content: bytes) -> bool:
     after = f"{seed:08x}"
     for line in lines:
         crc = _CRC.match(line)
-        if crc is None or int(crc[1], 16) != zlib.crc32(line[crc.end() : -1], seed) or json.loads(line)["after"] != after:
+        if (
+            crc is None
+            or int(crc[1], 16) != zlib.crc32(line[crc.end() : -1], seed)
+            or json.loads(line)["after"] != after
+        ):
             return False
         after = crc[1].decode()
     return True
@@ -87,7 +91,7 @@ def chain_is_right(content: bytes) -> bool:
 
 @dataclass(slots=True)
 class Traffic:
-    """What was read and written through `persist.files.disk`, in bytes."""
+    """What was read and written through `persist.storage.disk`, in bytes."""
 
     read: int = 0
     written: int = 0

@@ -181,7 +181,9 @@ def check_object(history: Iterable[Operation], initial: State, specification: Sp
                 if configuration not in met:
                     met.add(configuration)
                     to_visit.append(configuration)
-    return [Anomaly("not linearizable", f"no order of the first {furthest + 1} operations explains {operations[furthest]}")]
+    return [
+        Anomaly("not linearizable", f"no order of the first {furthest + 1} operations explains {operations[furthest]}")
+    ]
 
 
 def _next(operations: Sequence[Operation], low: int, ordered: int) -> Iterator[int]:

@@ -62,7 +62,9 @@ def environment(package_parent: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{package_parent}{os.pathsep}{TESTS}", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def run_harness(name: str, options: Iterable[str], package_parent: Path, timeout_s: float) -> subprocess.CompletedProcess[str]:
+def run_harness(
+    name: str, options: Iterable[str], package_parent: Path, timeout_s: float
+) -> subprocess.CompletedProcess[str]:
     """Run ``harness.<name>`` on the package under `package_parent`: it forks, which a process with threads must not."""
     command = [*PYTHON, "-m", f"harness.{name}", *options]
     return subprocess.run(

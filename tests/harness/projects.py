@@ -73,7 +73,9 @@ class Project:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(dedent(text))
 
-    def start(self, *arguments: str, autoload: bool = False, plugin: str = PLUGIN, **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, *arguments: str, autoload: bool = False, plugin: str = PLUGIN, **environment: str
+    ) -> subprocess.Popen[str]:
         """Start pytest on it, with this plugin, with xdist if it is asked for, and without what else is installed.
 
         Args:
@@ -82,7 +84,18 @@ class Project:
         self._journal.unlink(missing_ok=True)
         xdist = ["-p", "xdist.plugin"] if any(argument.startswith("-n") for argument in arguments) else []
         plugins = [] if autoload else ["-p", plugin, *xdist]
-        command = [sys.executable, "-m", "pytest", "-W", "error", "-p", "no:cacheprovider", "--rootdir=.", *plugins, *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-W",
+            "error",
+            "-p",
+            "no:cacheprovider",
+            "--rootdir=.",
+            *plugins,
+            *arguments,
+        ]
         here = Path(__file__).parents[2]
         paths = [str(self.directory), *filter(None, [os.environ.get("PYTHONPATH")]), str(here)]
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "COV"))}

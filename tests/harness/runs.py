@@ -121,7 +121,9 @@ class Run:
         return INTERRUPTED if is_interrupted else 0
 
 
-def arguments_of(parser: argparse.ArgumentParser, given: list[str] | None, crashes: str) -> tuple[argparse.Namespace, Plan]:
+def arguments_of(
+    parser: argparse.ArgumentParser, given: list[str] | None, crashes: str
+) -> tuple[argparse.Namespace, Plan]:
     """Parse a command line, to which the options of every run are added; prints the seed. Ctrl-C ends the run from here on."""
     parser.add_argument(f"--{crashes}", type=positive, default=Plan().crashes, help="how many; default %(default)s")
     parser.add_argument("--seed", type=int, default=None, help="by default another one each time; it is printed")
@@ -139,7 +141,9 @@ def arguments_of(parser: argparse.ArgumentParser, given: list[str] | None, crash
     seed = random.randrange(1 << 32) if options.seed is None else options.seed
     print(f"seed {seed}, persist from {Path(persist.__file__).parent}", flush=True)
     journaling = journaling_of(options)
-    return options, Plan(getattr(options, crashes), seed, options.keep_going, options.patience, journaling, is_interrupted)
+    return options, Plan(
+        getattr(options, crashes), seed, options.keep_going, options.patience, journaling, is_interrupted
+    )
 
 
 def ask_on_interrupt() -> Callable[[], bool]:

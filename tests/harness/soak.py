@@ -124,7 +124,9 @@ def _one_round(store: persist.Store, session_id: str, name: str, expected: dict[
     session.save()
     store.update(session_id, _count)
     there.n += 2
-    there.messages = [*there.messages, message, *_turn(store, session_id, name, is_finished=there.n % 6 != 0)][-KEPT_MESSAGES:]
+    there.messages = [*there.messages, message, *_turn(store, session_id, name, is_finished=there.n % 6 != 0)][
+        -KEPT_MESSAGES:
+    ]
     with store.edit(session_id) as data:
         del data["messages"][:-KEPT_MESSAGES]
         if there.n % 14 == 0:
@@ -168,7 +170,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/soak", description=__doc__, allow_abbrev=False)
     parser.add_argument("--commits", type=positive, default=100_000, help="at least so many; default 100,000")
     parser.add_argument(
-        "--directory", type=existing_directory, help="where to make the scratch store; by default the temporary directory"
+        "--directory",
+        type=existing_directory,
+        help="where to make the scratch store; by default the temporary directory",
     )
     add_journaling(parser)
     options = parser.parse_args(arguments)

@@ -71,7 +71,9 @@ class Torture(Run):
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/torture", description=__doc__, allow_abbrev=False)
     parser.add_argument("--workers", type=positive, default=len(ROLES), help="processes at a time; default %(default)s")
-    parser.add_argument("--directory", type=existing_directory, help="where to make the store; it is removed if all is well")
+    parser.add_argument(
+        "--directory", type=existing_directory, help="where to make the store; it is removed if all is well"
+    )
     options, plan = arguments_of(parser, arguments, Torture.crashes)
     parent = tempfile.mkdtemp(prefix="persist-torture-", dir=options.directory)
     print(f"{options.workers} processes, {parent}", flush=True)

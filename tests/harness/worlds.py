@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import persist
-from persist.files.body import BULK, Body
+from persist.storage.body import BULK, Body
 from persist.turn import IDLE
 
 Data = dict[str, Any]
@@ -33,7 +33,14 @@ class World:
         self._verbs: tuple[Callable[[], Any], ...] = (
             *(self._append, self._append, self._append, self._start, self._start, self._checkpoint, self._checkpoint),
             *(self._append_to_turn, self._end, self._drop, self._cancel, self._clear_stale, self._sweep),
-            *(self._update, self._update_fields, self._update_fields, self._load, self._change_and_save, self._change_and_save),
+            *(
+                self._update,
+                self._update_fields,
+                self._update_fields,
+                self._load,
+                self._change_and_save,
+                self._change_and_save,
+            ),
             *(self._compact, self._make_anew),
         )
         self._store.create("s", self._new_data())
@@ -142,12 +149,16 @@ class World:
 
     def _update_fields(self) -> Any:
         def change(data: Data) -> Any:
-            field = self._dice.choice(["title", "é\ud800", "n", "n", "messages", "active_stream_id", "pending_user_message"])
+            field = self._dice.choice(
+                ["title", "é\ud800", "n", "n", "messages", "active_stream_id", "pending_user_message"]
+            )
             value = self._dice.choice(["x", None, 5, [1, {"a": "\ud800"}], "long" * 1000])
             if self._dice.random() < 0.2:
                 return data.pop(field, None) is None
             data[field] = value
-            return self._dice.choice([None, "messages" in data, sorted(map(ascii, data)), {**data, "pending_started_at": 0}])
+            return self._dice.choice(
+                [None, "messages" in data, sorted(map(ascii, data)), {**data, "pending_started_at": 0}]
+            )
 
         if_revision = self._store.head("s").revision - (self._dice.random() < 0.2)
         return self._store.update("s", change, if_revision=self._dice.choice([None, if_revision]))
@@ -201,7 +212,9 @@ class World:
             header.owner.is_cancelled,
         )
         streams = [(info.stream_id, info.is_live, info.is_cancelled) for info in store.streams()]
-        fields = [(name, value if name != "pending_started_at" else value is None) for name, value in session.data.items()]
+        fields = [
+            (name, value if name != "pending_started_at" else value is None) for name, value in session.data.items()
+        ]
         # The order in which the stream fields came is nobody's concern.
         stream_fields = sorted(pair for pair in fields if pair[0] in IDLE and pair[0] != "pending_attachments")
         plain = [pair for pair in fields if pair[0] not in IDLE]

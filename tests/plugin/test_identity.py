@@ -81,7 +81,10 @@ def test_plugin_that_is_not_loaded_is_named(project: Projects, option: list[str]
 def test_options_of_a_shared_fixture_are_checked() -> None:
     """What `pytest.fixture` takes and a shared fixture cannot is refused in its own words; its scope may be said."""
     assert shared_fixture(scope="session")(lambda: 1) is not None
-    for options, words in (({"scope": "module"}, "lasts for the whole run"), ({"tear_down": print}, "no option 'tear_down'")):
+    for options, words in (
+        ({"scope": "module"}, "lasts for the whole run"),
+        ({"tear_down": print}, "no option 'tear_down'"),
+    ):
         with pytest.raises(TypeError, match=words):
             shared_fixture(**options)
     with pytest.raises(TypeError, match=r"Leave out @pytest\.fixture"):

@@ -34,7 +34,9 @@ def test_unused_it_imports_nothing_and_makes_nothing(project: Projects) -> None:
     made = project(conftest=conftest, test_a=test)
     done = made.run("-n2", "-v")
     assert done.counts(passed=2), done.printed
-    assert sorted(done.journal) == [f"modules of {each} persist persist.pytest_plugin" for each in ("gw0", "gw1", "main")]
+    assert sorted(done.journal) == [
+        f"modules of {each} persist persist.pytest_plugin" for each in ("gw0", "gw1", "main")
+    ]
     assert done.kept == []
     assert f"persist: what this run shares: {made.temporary.resolve()}/persist-run-" in done.printed
     assert "persist:" not in made.run().printed
@@ -48,7 +50,9 @@ before = set(sys.modules)
 import persist.pytest_plugin
 print(*sorted(set(sys.modules) - before))
 """
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60).stdout
+    found = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
     assert found.split() == ["persist", "persist.pytest_plugin"]
 
 

@@ -96,7 +96,9 @@ def test_mistakes_are_told(project: Projects) -> None:
 def test_controller_without_the_plugin_is_told(project: Projects) -> None:
     """A worker whose controller does not know the plugin says so, instead of sharing with nobody."""
     made = project(test_a="def test(persist_store): pass")
-    made.write("late", "import os\nif 'PYTEST_XDIST_WORKER' in os.environ:\n    pytest_plugins = ['persist.pytest_plugin']\n")
+    made.write(
+        "late", "import os\nif 'PYTEST_XDIST_WORKER' in os.environ:\n    pytest_plugins = ['persist.pytest_plugin']\n"
+    )
     done = made.run("-n1", plugin="late")
     assert done.counts(errors=1), done.printed
     assert "NotShared: This worker shares no directory" in done.printed

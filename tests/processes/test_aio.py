@@ -23,7 +23,7 @@ from conftest import ActorFactory
 
 import persist
 import persist.aio
-from persist.files import disk
+from persist.storage import disk
 from persist.hops import QUICK_THREADS
 
 pytestmark = pytest.mark.anyio
@@ -284,7 +284,9 @@ async def test_native_cancellation_of_asyncio_waits_for_the_write(
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_failure_of_a_cancelled_write_is_not_lost(aio: persist.aio.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_failure_of_a_cancelled_write_is_not_lost(
+    aio: persist.aio.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Who is cancelled gets the cancellation, with the error of the verb as its cause."""
     gate = Gate(monkeypatch, "exists")
     task = asyncio.create_task(aio.append("missing", "messages", {"content": "kept"}))
@@ -373,7 +375,9 @@ async def test_cancellation_at_every_await_loses_nothing_and_leaks_no_lease(scra
 # --- following -----------------------------------------------------------------------------------------------------------
 
 
-async def test_follower_in_the_loop_sees_every_event_of_another_process(aio: persist.aio.Store, actor: ActorFactory) -> None:
+async def test_follower_in_the_loop_sees_every_event_of_another_process(
+    aio: persist.aio.Store, actor: ActorFactory
+) -> None:
     """In order, once, without gaps, to the end of the stream."""
     owner = actor()
     stream_id = owner.do("stream = store.start_stream('s-1'); stream.id")

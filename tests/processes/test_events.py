@@ -20,8 +20,8 @@ from harness.faults import Fault, descriptors, injecting
 
 import persist
 from persist import following, streams
-from persist.files import disk, waiting
-from persist.files.transaction import SessionFiles
+from persist.storage import disk, waiting
+from persist.storage.transaction import SessionFiles
 
 START = "stream = store.start_stream('s-1', {'role': 'user', 'content': 'Why?'}); stream.id"
 #: Follows to the end, and answers what was seen and how it ended.
@@ -195,13 +195,15 @@ def test_one_look_after_a_silence_is_enough() -> None:
     assert following.LOOK_S + waiting.POLL_S < 0.5
 
 
-def test_killed_in_the_middle_of_an_emission(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+def test_killed_in_the_middle_of_an_emission(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
     """Killed with half of a line written: the followers see what was whole, and its end."""
     owner = actor()
     stream_id = owner.do(START)
     owner.do("stream.emit('whole')")
     owner.do("""
-from persist.files import disk
+from persist.storage import disk
 real = disk.write
 def half(fd, content):
     real(fd, content[:len(content) // 2])
@@ -243,7 +245,9 @@ def test_silent_owner_is_not_declared_dead(
     assert follower.do("seen") == [1, 2]
 
 
-def test_looking_at_a_live_stream_disturbs_nobody(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+def test_looking_at_a_live_stream_disturbs_nobody(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
     """While 4 processes ask after it, nobody can start a stream beside a live one, and its owner is always its owner."""
     owner, followers = actor(), [actor() for _ in range(4)]
     stream_id = owner.do(START)
@@ -259,7 +263,9 @@ def test_looking_at_a_live_stream_disturbs_nobody(store: persist.Store, session:
     owner.do("stream.finish()")
 
 
-def test_looking_at_a_dead_stream_disturbs_nobody(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+def test_looking_at_a_dead_stream_disturbs_nobody(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
     """While 4 processes ask after a dead stream, its successor starts at the first try; 40 times.
 
     Fails if they ask without the session's lock: each holds the dead lease for a moment, and looks like its owner.
@@ -309,7 +315,9 @@ new.emit('new')
 
 
 @pytest.mark.parametrize("how", TAKE_AWAY)
-def test_late_emission_lands_nowhere(store: persist.Store, session: persist.Session, actor: ActorFactory, how: str) -> None:
+def test_late_emission_lands_nowhere(
+    store: persist.Store, session: persist.Session, actor: ActorFactory, how: str
+) -> None:
     """The session is taken away when the owner is about to write an event: that event, and each later one, lands nowhere.
 
     Fails without the end line, and without the look at where the write ended.
@@ -373,7 +381,9 @@ def test_emission_before_the_fence_counts(store: persist.Store, session: persist
     assert written(store, stream_id) == [1, 2]
 
 
-def test_fence_stands_before_the_session_is_free(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+def test_fence_stands_before_the_session_is_free(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
     """A forced cancel ends the events before it publishes its commit. Fails if it does so after."""
     owner, other = actor(), actor()
     stream_id = owner.do(START)
@@ -419,7 +429,9 @@ def test_emission_beside_finish(store: persist.Store, session: persist.Session) 
         acknowledged: list[int] = []
         stream = store.start_stream("s-1")
 
-        def emit(stream: persist.Stream = stream, barrier: threading.Barrier = barrier, to: list[int] = acknowledged) -> None:
+        def emit(
+            stream: persist.Stream = stream, barrier: threading.Barrier = barrier, to: list[int] = acknowledged
+        ) -> None:
             barrier.wait(DEADLINE_S)
             while True:
                 try:
@@ -557,7 +569,9 @@ def test_follower_may_come_and_go(store: persist.Store, session: persist.Session
     """A client that loses its connection after each event, and comes back with its cursor to any process, misses nothing."""
     owner, workers = actor(), [actor(), actor()]
     stream_id = owner.do(START)
-    owner.do("import threading; thread = threading.Thread(target=lambda: [stream.emit(n) for n in range(40)]); thread.start()")
+    owner.do(
+        "import threading; thread = threading.Thread(target=lambda: [stream.emit(n) for n in range(40)]); thread.start()"
+    )
     seen: list[Any] = []
     while len(seen) < 40:
         code = f"with store.follow('s-1', {stream_id!r}, after={len(seen)}) as f: event = next(f)\n(event.offset, event.data)"
@@ -688,7 +702,9 @@ def test_event_that_is_no_json_is_refused_with_all_beside_it(store: persist.Stor
 # --- expiry --------------------------------------------------------------------------------------------------------------
 
 
-def test_events_go_away_some_time_after_the_end(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+def test_events_go_away_some_time_after_the_end(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
     """The process that ends a stream removes its events when their time is over; who reads just then gets all, and the end."""
     owner = actor(keep_events_s=0)
     stream_id = owner.do(START)
@@ -808,11 +824,15 @@ def test_symbolic_link_is_not_followed(
             with pytest.raises(persist.UnsafeFile):
                 verb()
         stream.finish()
-    with pytest.raises(persist.SweepIncomplete, match=r"\.events is a symbolic link") if is_directory else nullcontext():
+    with (
+        pytest.raises(persist.SweepIncomplete, match=r"\.events is a symbolic link") if is_directory else nullcontext()
+    ):
         store.clear_stale_streams()
     with pytest.raises(persist.UnsafeFile) if is_directory else nullcontext():
         store.start_stream("s-1", stream_id="turn-1").finish()
-    assert {path.name: path.read_bytes() for path in elsewhere.iterdir()} == {target.name: b'{"offset":1,"event":"theirs"}\n'}
+    assert {path.name: path.read_bytes() for path in elsewhere.iterdir()} == {
+        target.name: b'{"offset":1,"event":"theirs"}\n'
+    }
 
 
 CANARY = "canary-7f3a"
@@ -896,7 +916,9 @@ def test_child_reads_with_a_cursor_of_its_own(store: persist.Store, session: per
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_child_of_a_fork_in_the_middle_of_a_registration_can_follow(store: persist.Store, session: persist.Session) -> None:
+def test_child_of_a_fork_in_the_middle_of_a_registration_can_follow(
+    store: persist.Store, session: persist.Session
+) -> None:
     """Another thread is inside the guard of those who wait: the child has a guard of its own. Fails (by its alarm) if not."""
     with store.start_stream("s-1") as stream:
         stream.emit(1)

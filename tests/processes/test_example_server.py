@@ -133,7 +133,11 @@ def test_a_finished_answer_is_whole_and_leaves_the_session_idle(serve: Callable[
         {"id": f"{stream_id}.prompt", "role": "user", "content": "hello there"},
         {"id": f"{stream_id}.answer", "role": "assistant", "content": "You said: hello there"},
     ]
-    assert (session["active_stream_id"], session["pending_user_message"], session["pending_started_at"]) == (None, None, None)
+    assert (session["active_stream_id"], session["pending_user_message"], session["pending_started_at"]) == (
+        None,
+        None,
+        None,
+    )
 
 
 def test_a_stream_of_one_server_is_running_for_the_other(serve: Callable[[], Server]) -> None:
@@ -178,7 +182,9 @@ def test_a_cancel_through_the_other_server_ends_the_turn(serve: Callable[[], Ser
     assert a.start(session_id, "again") != stream_id
 
 
-def test_a_load_through_the_other_server_clears_what_a_killed_one_left(serve: Callable[[], Server], store: Store) -> None:
+def test_a_load_through_the_other_server_clears_what_a_killed_one_left(
+    serve: Callable[[], Server], store: Store
+) -> None:
     """#1533, B3, B7: after kill -9 a load clears the stream, loses no text, keeps `updated_at`, and lets a new turn start."""
     a, b = serve(), serve()
     session_id, stream_id = a.begin_long_turn()
@@ -252,7 +258,9 @@ def test_a_server_that_is_told_to_stop_ends_its_turns(
         ("POST", "/api/chat/start", "[]", 400),
     ],
 )
-def test_a_refused_request_says_why(serve: Callable[[], Server], method: str, path: str, body: str | None, status: int) -> None:
+def test_a_refused_request_says_why(
+    serve: Callable[[], Server], method: str, path: str, body: str | None, status: int
+) -> None:
     """An error is JSON with a reason, under the status that fits it."""
     code, reply = serve().request(method, path, body)
     assert code == status

@@ -16,7 +16,7 @@ from actors import DEADLINE_S
 from conftest import ActorFactory
 
 import persist
-from persist.files import disk
+from persist.storage import disk
 
 PROMPT = {"role": "user", "content": "Why?"}
 START = f"stream = store.start_stream('s-1', {PROMPT!r}); stream.id"
@@ -83,14 +83,18 @@ def test_a3_save_of_an_old_object_writes_only_its_own_change(
     assert store.load("s-1").data["title"] == "Reasons"
 
 
-def test_a4_claim_and_liveness_appear_together(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+def test_a4_claim_and_liveness_appear_together(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
     """A4 (#5053): a stream that stands in the middle of its start is never seen as dead, at any step of its commit."""
     sweeper = actor(lock_timeout_s=0.2)
     for step in ("create", "replace", "close"):
         starter = actor()
         starter.start_and_pause(START, step)
         with pytest.raises((persist.LockTimeout, persist.SweepIncomplete)):
-            sweeper.do("store.clear_stale_streams(); store.load('s-1').clear_stale_stream(); store.append('s-1', 'log', 1)")
+            sweeper.do(
+                "store.clear_stale_streams(); store.load('s-1').clear_stale_stream(); store.append('s-1', 'log', 1)"
+            )
         starter.go()
         stream_id = starter.result()
         assert sweeper.do("store.clear_stale_streams()") == []
@@ -173,7 +177,9 @@ def test_a8_failed_body_rolls_the_turn_back_to_a_free_session(
     other.do(START)
 
 
-def test_a9_destructive_edit_names_what_it_saw(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+def test_a9_destructive_edit_names_what_it_saw(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
     """A9 (#6611): a regenerate that was decided before a concurrent send is refused, and nothing is written."""
     regenerate, send = actor(), actor()
     seen = regenerate.do("seen = store.load('s-1').revision; seen")
@@ -195,7 +201,9 @@ def test_a10_loads_are_never_answered_from_an_older_cache(
         assert store.load("s-1").data["n"] == store.head("s-1").data["n"] == n * 10 + 9
 
 
-def test_a11_two_processes_cannot_both_run_a_turn(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+def test_a11_two_processes_cannot_both_run_a_turn(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
     """A11 (#7201): at most one live stream across processes; see also test_streams and test_lost_updates."""
     one, two = actor(), actor()
     one.do(START)
@@ -205,7 +213,9 @@ def test_a11_two_processes_cannot_both_run_a_turn(store: persist.Store, session:
     assert caught.value.owner.pid == one.pid
 
 
-def test_a12_lock_spans_read_change_and_write(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+def test_a12_lock_spans_read_change_and_write(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
     """A12 (QwenPaw #4232): a second read-modify-write waits until the first, held before its write, has committed.
 
     Fails with the lock taken out, and with the lock only around the write.
@@ -236,7 +246,9 @@ def test_b1_head_has_no_save(store: persist.Store, session: persist.Session) -> 
     assert not any(hasattr(head, verb) for verb in ("save", "append", "edit", "refresh", "clear_stale_stream"))
 
 
-def test_b2_empty_messages_in_mid_turn_are_refused(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+def test_b2_empty_messages_in_mid_turn_are_refused(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
     """B2 (#4205): a save that would remove committed messages while a stream runs is an error; nothing is written."""
     owner = actor()
     owner.do(START)
@@ -410,7 +422,9 @@ def test_d2_append_is_idempotent_by_id(store: persist.Store, session: persist.Se
         store.append("s-1", "messages", {"id": "r1", "role": "user", "content": "y"})
 
 
-def test_d3_live_worker_is_not_declared_crashed(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+def test_d3_live_worker_is_not_declared_crashed(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
     """D3 (#1624): a turn that has just started, and one that has just ended, are not marked by a sweeper that never rests."""
     owner, sweeper = actor(), actor()
     sweeper.do("import threading\ndone = threading.Event()\ncleared = []")
@@ -475,7 +489,9 @@ def test_e2_no_wait_is_without_end_and_none_is_nameless(
     stuck.result()
 
 
-def test_e5_save_never_pays_for_its_neighbours(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+def test_e5_save_never_pays_for_its_neighbours(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
     """E5 (measured): with 300 neighbours a save opens and lists exactly what it does alone (times are in scripts/bench)."""
     watched = actor()
     watched.do(

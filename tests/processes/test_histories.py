@@ -75,11 +75,15 @@ NO_LIVENESS = (("            yield probe.is_dead\n", "            yield True\n")
 @pytest.mark.parametrize(
     ("file", "swaps", "expected"),
     [
-        pytest.param("files/transaction.py", LOCK_OUT, {"list: lost append", "register: not linearizable"}, id="lock-out"),
+        pytest.param(
+            "files/transaction.py", LOCK_OUT, {"list: lost append", "register: not linearizable"}, id="lock-out"
+        ),
         pytest.param("store.py", OLD_CACHE, {"list: stale read"}, id="load-from-an-old-cache"),
         pytest.param("store.py", EARLY_ANSWER, {"list: stale read"}, id="append-answered-before-it-is-written"),
         pytest.param("store.py", NO_REVISION, {"register: not linearizable"}, id="if-revision-ignored"),
-        pytest.param("files/transaction.py", NO_LIVENESS, {"owner: not linearizable"}, id="live-streams-taken-for-dead"),
+        pytest.param(
+            "files/transaction.py", NO_LIVENESS, {"owner: not linearizable"}, id="live-streams-taken-for-dead"
+        ),
     ],
 )
 def test_a_planted_bug_is_caught(scratch: Path, file: str, swaps: Swaps, expected: set[str]) -> None:
@@ -96,7 +100,7 @@ OVERTAKEN_IS_EMPTY = (
         "            return self.journal(session_id, found.header.generation).replay(found)\n",
         # Held open for a moment: else few folds come between.
         "            __import__('time').sleep(0.001)\n"
-        "            from persist.files.journal import Overtaken\n"
+        "            from persist.storage.journal import Overtaken\n"
         "            with contextlib.suppress(Overtaken):\n"
         "                return self.journal(session_id, found.header.generation).replay(found)\n"
         "            return found\n",

@@ -18,11 +18,11 @@ from conftest import ActorFactory
 from harness.journals import Traffic, has_journal, journal_of, parted, traffic
 
 import persist
-from persist.files import known
-from persist.files.body import Body
-from persist.files.change import inserted
-from persist.files.index import Index
-from persist.files.known import Known, KnownSessions
+from persist.storage import known
+from persist.storage.body import Body
+from persist.storage.change import inserted
+from persist.storage.index import Index
+from persist.storage.known import Known, KnownSessions
 
 KB = 1024
 #: What a commit of a few hundred bytes may cost, at any size of the session.
@@ -173,7 +173,9 @@ def test_asking_whether_a_stream_was_cancelled_reads_a_head(large: persist.Store
 # --- what is known -----------------------------------------------------------------------------------------------------
 
 
-def test_session_made_anew_by_another_process_is_not_taken_for_the_known_one(large: persist.Store, actor: ActorFactory) -> None:
+def test_session_made_anew_by_another_process_is_not_taken_for_the_known_one(
+    large: persist.Store, actor: ActorFactory
+) -> None:
     """Same id, same journal's name, as many records: what was known of the session before is not believed of this one."""
     large.append("s", "messages", small(0))
     name = journal_of(large).name
@@ -290,7 +292,9 @@ def test_what_is_known_keeps_within_its_bounds(large: persist.Store, monkeypatch
 
     def another() -> Known:
         each = Known(one.opening, one.log, one.tail, one.version)
-        each.indexes["messages"] = Index(Body.of({"messages": [{"id": n} for n in range(1000)]}), "messages", frozenset())
+        each.indexes["messages"] = Index(
+            Body.of({"messages": [{"id": n} for n in range(1000)]}), "messages", frozenset()
+        )
         assert each.index_bytes == 8000
         return each
 

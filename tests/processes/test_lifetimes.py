@@ -33,7 +33,9 @@ STEPS_OF_FINISH = ["create", "write", "sync", "close", "replace", "sync_director
 
 
 @pytest.mark.parametrize("step", STEPS_OF_FINISH)
-def test_killed_in_the_middle_of_finish(store: persist.Store, session: persist.Session, actor: ActorFactory, step: str) -> None:
+def test_killed_in_the_middle_of_finish(
+    store: persist.Store, session: persist.Session, actor: ActorFactory, step: str
+) -> None:
     """Killed at any step of its finish, a turn is whole: finished, or interrupted with its partial; and the session is free."""
     owner = actor()
     owner.do(START)
@@ -42,7 +44,9 @@ def test_killed_in_the_middle_of_finish(store: persist.Store, session: persist.S
     owner.kill()
     is_committed = STEPS_OF_FINISH.index(step) > STEPS_OF_FINISH.index("replace")
     assert [c.session_id for c in store.clear_stale_streams()] == ([] if is_committed else ["s-1"])
-    assert contents(store) == ([("Why?", False), ("Because.", False)] if is_committed else [("Why?", True), ("Be", True)])
+    assert contents(store) == (
+        [("Why?", False), ("Because.", False)] if is_committed else [("Why?", True), ("Be", True)]
+    )
     assert store.load("s-1").active_stream_id is None
     store.append("s-1", "messages", {"content": "next"})
     assert store.check() == []
@@ -55,7 +59,7 @@ def test_interrupt_in_the_middle_of_finish_frees_the_session(
     """Ctrl-C inside finish: it travels on, and the turn is ended on the way out."""
     owner = actor()
     code = """
-from persist.files import disk
+from persist.storage import disk
 real = disk.replace
 def interrupted(source, target):
     disk.replace = real
@@ -84,7 +88,9 @@ def test_exec_gives_the_lease_up(store: persist.Store, session: persist.Session,
     assert owner.process.poll() is None
 
 
-def test_daemon_thread_at_exit_leaves_a_stale_stream_and_no_noise(store: persist.Store, session: persist.Session) -> None:
+def test_daemon_thread_at_exit_leaves_a_stale_stream_and_no_noise(
+    store: persist.Store, session: persist.Session
+) -> None:
     """A daemon thread in mid-turn when the interpreter ends: no hang, no traceback, and the next process takes over."""
     code = f"""
 import persist, threading
@@ -145,7 +151,9 @@ for name in range(4):
     assert store.check() == []
 
 
-def test_fork_while_another_thread_holds_the_lock(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+def test_fork_while_another_thread_holds_the_lock(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
     """Fork: a child that comes to be while a thread of its parent is inside an edit can lock as soon as that one is done."""
     other = actor(lock_timeout_s=20.0)
     code = """
@@ -220,7 +228,7 @@ def test_wrong_clock_changes_nothing_that_matters(
         f"""
 import datetime as real, time
 from persist import streams, store as store_module, turn
-from persist.files import snapshot
+from persist.storage import snapshot
 class Shifted(real.datetime):
     @classmethod
     def now(cls, tz=None):

@@ -18,7 +18,7 @@ from conftest import ActorFactory
 from filelock import FileLock, Timeout, lock_descriptor
 
 import persist
-from persist.files import held, lock, turns
+from persist.storage import held, lock, turns
 
 
 @pytest.fixture
@@ -26,7 +26,9 @@ def session(store: persist.Store) -> persist.Session:
     return store.create("s-1", {"messages": []})
 
 
-def test_timeout_names_the_process_that_holds_the_lock(directory: Path, session: persist.Session, actor: ActorFactory) -> None:
+def test_timeout_names_the_process_that_holds_the_lock(
+    directory: Path, session: persist.Session, actor: ActorFactory
+) -> None:
     """E2: the error says who, where, and for how long; nothing was written."""
     holder = actor()
     holder.start_and_pause("store.append('s-1', 'log', 1)", "create")
@@ -149,7 +151,9 @@ def test_lock_excludes_users_of_filelock(store: persist.Store, session: persist.
         persist.Store(directory, lock_timeout_s=0.05).append("s-1", "log", 1)
 
 
-def test_child_forked_inside_an_edit_holds_nothing(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+def test_child_forked_inside_an_edit_holds_nothing(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
     """Fork: the child neither has its parent's lock nor releases it; it waits like any other process."""
     other = actor(lock_timeout_s=0.05)
     code = """
@@ -190,7 +194,9 @@ os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert store.load("s-1").data["by"] == "parent"
 
 
-def test_lock_of_a_forked_parent_is_free_when_it_leaves(directory: Path, session: persist.Session, actor: ActorFactory) -> None:
+def test_lock_of_a_forked_parent_is_free_when_it_leaves(
+    directory: Path, session: persist.Session, actor: ActorFactory
+) -> None:
     """Fork: a child that lives on does not keep the lock that its parent held at the fork."""
     other = actor()
     code = """
@@ -214,7 +220,7 @@ def test_descriptor_number_may_be_another_files_in_the_child(actor: ActorFactory
     """Fork: what the child has opened since under the same number is neither unlocked nor closed."""
     other = actor()
     code = """
-from persist.files.held import try_hold
+from persist.storage.held import try_hold
 held = try_hold(store.path / 'any', create=True)
 child = os.fork()
 if child == 0:
@@ -235,7 +241,15 @@ def test_methods_of_a_finished_transaction_are_refused(store: persist.Store, ses
     """The transaction is the lock: outside its block nothing of it works."""
     with store._files.transaction("s-1") as tx:
         found = tx.read()
-    for use in (tx.read, tx.exists, tx.delete, tx.confirm, tx.look, tx.compact, lambda: tx.commit(found.header, found.body)):
+    for use in (
+        tx.read,
+        tx.exists,
+        tx.delete,
+        tx.confirm,
+        tx.look,
+        tx.compact,
+        lambda: tx.commit(found.header, found.body),
+    ):
         with pytest.raises(persist.LockNotHeld):
             use()
 
@@ -288,7 +302,9 @@ counts
     assert [path.name for path in directory.iterdir()] == [".leases"]
 
 
-def test_lock_is_free_after_kill(store: persist.Store, session: persist.Session, actor: ActorFactory, directory: Path) -> None:
+def test_lock_is_free_after_kill(
+    store: persist.Store, session: persist.Session, actor: ActorFactory, directory: Path
+) -> None:
     """A writer that is killed in mid-commit holds nothing, and its temporary file is removed by the next commit."""
     victim = actor()
     victim.start_and_pause("store.append('s-1', 'log', 1)", "replace")
@@ -487,7 +503,7 @@ def test_lock_goes_to_those_who_wait_in_the_order_in_which_they_came(
     waiters = [actor() for _ in range(5)]
     for number, waiter in enumerate(waiters):
         # The holder holds it for long: nobody is to take that for a queue that does not move.
-        waiter.do("from persist.files import lock; lock.PATIENCE_S = 1000.0")
+        waiter.do("from persist.storage import lock; lock.PATIENCE_S = 1000.0")
         waiter.start(f"store.append('s-1', 'log', {number})")
         eventually(partial(is_so_long, directory / "s-1.json.lock", number + 1))
     locked.go()
@@ -503,8 +519,12 @@ def is_so_long(path: Path, count: int) -> bool:
 def count_of_waiters(path: Path) -> int:
     """How many locks the kernel's table has on the bytes of a queue."""
     inode = str(path.stat().st_ino)
-    table = [line.replace(" -> ", " ").split() for line in Path("/proc/locks").read_text().splitlines() if " -> " not in line]
-    return sum(1 for fields in table if fields[1] == "OFDLCK" and fields[3] == "WRITE" and fields[5].endswith(f":{inode}"))
+    table = [
+        line.replace(" -> ", " ").split() for line in Path("/proc/locks").read_text().splitlines() if " -> " not in line
+    ]
+    return sum(
+        1 for fields in table if fields[1] == "OFDLCK" and fields[3] == "WRITE" and fields[5].endswith(f":{inode}")
+    )
 
 
 @linux_only
@@ -668,7 +688,7 @@ def test_waiter_that_gave_up_keeps_nothing_that_it_gets_later(
     waiter = actor(lock_timeout_s=0.1)
     code = """
 import ctypes, warnings
-from persist.files import lock
+from persist.storage import lock
 # Python 3.12 says at a fork that there is a thread: here, it is the one that is meant.
 warnings.simplefilter('ignore', DeprecationWarning)
 descriptors = len(os.listdir('/proc/self/fd'))

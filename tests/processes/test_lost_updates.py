@@ -68,7 +68,9 @@ def assert_each_once(store: persist.Store, expected: int) -> None:
 
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("work", [BY_SAVE, BY_EDIT, BY_APPEND], ids=["save", "edit", "append"])
-def test_every_append_of_four_processes_is_kept(store: persist.Store, actor: ActorFactory, work: str, threads: int) -> None:
+def test_every_append_of_four_processes_is_kept(
+    store: persist.Store, actor: ActorFactory, work: str, threads: int
+) -> None:
     """A11, A12: 4 processes x 200 appends to one session, by one and by four threads each: 800 of 800, in order.
 
     Fails with the lock taken out, and with the lock only around the write.

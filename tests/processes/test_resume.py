@@ -32,7 +32,9 @@ LONG_PROMPT = " ".join(f"word{i}" for i in range(100_000))
 
 def app_of_the_readme() -> str:
     """The code blocks of its section, which are one file."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Resumable streams", 1)[1].split("\n## ", 1)[0]
+    section = (
+        (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Resumable streams", 1)[1].split("\n## ", 1)[0]
+    )
     return "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
 
 
@@ -195,7 +197,9 @@ def serve_example(store: persist.Store, start_up: Callable[[list[str], int], lis
 # --- the README's server -------------------------------------------------------------------------------------------------
 
 
-def test_client_that_loses_its_connection_again_and_again_sees_every_event_once(serve: Serve, store: persist.Store) -> None:
+def test_client_that_loses_its_connection_again_and_again_sees_every_event_once(
+    serve: Serve, store: persist.Store
+) -> None:
     """A turn in worker A, followed through B over 20 connections: each event once and in order, then the end.
 
     Fails if a worker knows its own streams only, or does not go on from `Last-Event-ID`. What a dropped connection had open
@@ -222,7 +226,9 @@ def test_client_that_loses_its_connection_again_and_again_sees_every_event_once(
 
 
 @pytest.mark.parametrize("is_started_at_once", [False, True], ids=["then started again", "started again at once"])
-def test_follower_is_told_that_the_worker_was_killed(serve: Serve, store: persist.Store, is_started_at_once: bool) -> None:
+def test_follower_is_told_that_the_worker_was_killed(
+    serve: Serve, store: persist.Store, is_started_at_once: bool
+) -> None:
     """`kill -9` of A in mid-stream: B's follower gets all that was emitted, and "died"; B starts a turn; the prompt is kept.
 
     Fails (at the deadline) if nobody asks whether the owner lives, and, started at once, if the take-over does not end the
@@ -240,7 +246,9 @@ def test_follower_is_told_that_the_worker_was_killed(serve: Serve, store: persis
     followed.close()
     if not is_started_at_once:
         b.start("again")
-    assert tokens(seen) == [event.data for event in store.events("s-1", stream_id)] == LONG_PROMPT.split()[: len(seen) - 1]
+    assert (
+        tokens(seen) == [event.data for event in store.events("s-1", stream_id)] == LONG_PROMPT.split()[: len(seen) - 1]
+    )
     assert seen[-1] == Sent("", "died", str(len(seen) - 1))
     prompt = store.load("s-1").data["messages"][0]
     assert (prompt["content"], prompt["interrupted"]) == (LONG_PROMPT, True)
@@ -256,7 +264,14 @@ def test_cursor_that_cannot_be_right_is_refused(serve: Serve, store: persist.Sto
     assert len(first_of(server.follow(stream_id), 4)) == 4
     refusals = {cursor: answer(server.follow(stream_id, cursor)) for cursor in ("4", "x", "-1", "1.5", "other:1", "")}
     ahead, malformed, negative = (416, "CursorAhead"), (400, "ValueError"), (400, "WrongType")
-    assert refusals == {"4": ahead, "x": malformed, "-1": negative, "1.5": malformed, "other:1": malformed, "": malformed}
+    assert refusals == {
+        "4": ahead,
+        "x": malformed,
+        "-1": negative,
+        "1.5": malformed,
+        "other:1": malformed,
+        "": malformed,
+    }
     assert answer(server.follow("0" * 32)) == (410, "EventsNotFound")
     assert answer(server.follow(stream_id, session_id="s-2")) == (404, "SessionNotFound")
     assert answer(server.follow(".x")) == (400, "InvalidStreamId")

@@ -16,7 +16,7 @@ from actors import DEADLINE_S, Actor
 from conftest import ActorFactory
 
 import persist
-from persist.files import disk
+from persist.storage import disk
 
 SHORT = {"lock_timeout_s": 0.3}
 PROMPT = {"role": "user", "content": "Why?"}
@@ -144,7 +144,9 @@ class TestTwoProcesses:
         assert store.load("s-1").active_stream_id == stream_id
         writer.do("stream.finish({'role': 'assistant', 'content': 'Because.'})")
 
-    def test_stream_that_lives_in_another_process_is_left_alone(self, store: persist.Store, actor: ActorFactory) -> None:
+    def test_stream_that_lives_in_another_process_is_left_alone(
+        self, store: persist.Store, actor: ActorFactory
+    ) -> None:
         """A1, A11: a process that knows nothing of a stream but the file still sees that it lives.
 
         Fails with liveness known only in the process that asks.
@@ -196,7 +198,10 @@ class TestSeedBehaviour:
         with store.start_stream("s-1", PROMPT) as stream:
             data = store.load("s-1").data
             assert data["active_stream_id"] == stream.id != dead_stream
-            assert [(m["content"], m.get("interrupted")) for m in data["messages"]] == [("First?", True), ("Why?", None)]
+            assert [(m["content"], m.get("interrupted")) for m in data["messages"]] == [
+                ("First?", True),
+                ("Why?", None),
+            ]
             stream.finish({"role": "assistant", "content": "Because."})
 
     def test_live_stream_is_left_alone(self, store: persist.Store) -> None:

@@ -20,7 +20,7 @@ from conftest import ActorFactory
 import persist
 from persist import merge
 from persist import session as session_module
-from persist.files import disk
+from persist.storage import disk
 
 
 @pytest.fixture
@@ -159,7 +159,9 @@ def test_clear_keeps_unsaved_edits(store: persist.Store, session: persist.Sessio
     assert other.clear_stale_stream() is False
 
 
-def test_clear_shows_the_stream_gone_even_beside_a_contradiction(store: persist.Store, session: persist.Session) -> None:
+def test_clear_shows_the_stream_gone_even_beside_a_contradiction(
+    store: persist.Store, session: persist.Session
+) -> None:
     """The stream fields are from the disk; the edit that contradicts the clear is reported by the next save."""
     stream = store.start_stream("s-1", {"id": "p", "content": "Why?"})
     session.refresh()
@@ -461,7 +463,7 @@ def test_lack_of_descriptors_is_no_unknown_commit(session: persist.Session, acto
     other.do(
         """
 import resource
-from persist.files import disk
+from persist.storage import disk
 real, eaten = disk.replace, []
 def replace(source, target):
     real(source, target)

@@ -25,7 +25,9 @@ def contents(store: persist.Store) -> list[tuple[str, bool]]:
     return [(m["content"], m.get("interrupted", False)) for m in store.load("s-1").data["messages"]]
 
 
-def test_one_of_two_processes_wins_forty_times(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+def test_one_of_two_processes_wins_forty_times(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
     """A11: two processes start a stream at a barrier, 40 rounds: one winner each; the loser is told who won.
 
     Fails with the lock taken out, and with liveness known only in the process that asks.
@@ -62,7 +64,9 @@ def test_another_process_clears_after_kill(store: persist.Store, session: persis
     assert contents(store) == [("Why?", True), ("Be", True)]
 
 
-def test_another_process_takes_over_after_kill(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+def test_another_process_takes_over_after_kill(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
     """A7: a start after a kill needs no sweep before it."""
     owner, other = actor(), actor()
     first = owner.do(START)
@@ -118,7 +122,9 @@ def test_cancel_reaches_the_owner_in_another_process(
     assert other.do(f"store.cancel('s-1', {stream_id!r})") is False
 
 
-def test_forced_cancel_fences_the_owner_off(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+def test_forced_cancel_fences_the_owner_off(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
     """A5, A6: after a forced cancel every write of the old owner is refused, also once a new stream runs.
 
     Fails with the fence taken out.
@@ -290,7 +296,9 @@ pid
         os.kill(child, signal.SIGKILL)
 
 
-def test_sweep_removes_leases_that_lead_nowhere(store: persist.Store, session: persist.Session, directory: Path) -> None:
+def test_sweep_removes_leases_that_lead_nowhere(
+    store: persist.Store, session: persist.Session, directory: Path
+) -> None:
     """A lease of a deleted session, or of a stream that has ended, is removed by the sweep and reported as nothing."""
     for name in ("gone.abc", "s-1.abc", "not a lease"):
         (directory / ".leases" / name).write_bytes(b"{}")
@@ -315,7 +323,9 @@ def test_sweep_goes_on_past_a_damaged_session(
     assert list(caught.value.failures) == ["s-0"]
 
 
-def test_damaged_session_hides_no_other_streams(store: persist.Store, session: persist.Session, directory: Path) -> None:
+def test_damaged_session_hides_no_other_streams(
+    store: persist.Store, session: persist.Session, directory: Path
+) -> None:
     """`streams` lists the rest, and `check` names the damage."""
     store.create("s-0", {"messages": []})
     with store.start_stream("s-0") as other, store.start_stream("s-1") as stream:

@@ -21,15 +21,17 @@ from hypothesis import strategies as st
 
 from persist import codec, instant
 from persist.errors import CorruptSession, NotJSON
-from persist.files import change, lines
-from persist.files.body import BULK, Body
-from persist.files.change import Bulk, Change, DoesNotFit, applied, between, data_of, have_same_data, inserted, marked
+from persist.storage import change, lines
+from persist.storage.body import BULK, Body
+from persist.storage.change import Bulk, Change, DoesNotFit, applied, between, data_of, have_same_data, inserted, marked
 from persist.merge import same
 
 Document = dict[str, Any]
 
 # Strings that stand for something in a document, that msgspec does not read, or that begin or end alike.
-words = st.sampled_from(["", "x", "y", "é", "\ud800", "tool_calls", '"tool_calls":', "a\nb", "],\n", "\\", "x" * 40, "\u2028"])
+words = st.sampled_from(
+    ["", "x", "y", "é", "\ud800", "tool_calls", '"tool_calls":', "a\nb", "],\n", "\\", "x" * 40, "\u2028"]
+)
 items: st.SearchStrategy[Any] = st.one_of(
     words,
     st.sampled_from([None, 0, 1.5, True, [], {}, [1, 2], {"tool_calls": [1]}, {"a": {}}]),
@@ -150,7 +152,9 @@ def test_data_of_several_bodies_shares_what_is_the_same(pair: tuple[Document, Do
             assert list(second) == list(Body.of(after).data())
             for name in old.counts:
                 assert all(
-                    one is other for one, other in zip(first[name], third[name], strict=True) if type(one) in (dict, list)
+                    one is other
+                    for one, other in zip(first[name], third[name], strict=True)
+                    if type(one) in (dict, list)
                 )
 
 
@@ -229,7 +233,9 @@ CHANGES: list[Callable[[list[Any]], object]] = [
     lambda items: items[0].update(content="other"),
     lambda items: items[0].update(new=1),
     lambda items: items[0].pop("content"),
-    lambda items: items[0].__setitem__("content", items[0].pop("content")) or items[0].__setitem__("id", items[0].pop("id")),
+    lambda items: (
+        items[0].__setitem__("content", items[0].pop("content")) or items[0].__setitem__("id", items[0].pop("id"))
+    ),
     lambda items: items[1].update(n=True),
     lambda items: items[1].update(n=1.0),
     lambda items: items[2]["parts"].append("new"),
@@ -266,7 +272,9 @@ def test_whatever_changes_in_a_list_is_seen(
     assert joined(found) == joined(alone) != joined(like)
 
 
-@pytest.mark.parametrize("wrong", [(1,), {1}, float("nan"), {1: 2}, "\ud83d\ude00"], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "wrong", [(1,), {1}, float("nan"), {1: 2}, "\ud83d\ude00"], ids=lambda value: type(value).__name__
+)
 @pytest.mark.parametrize("place", [0, 299, 300])
 def test_what_json_would_change_is_refused_wherever_it_comes(wrong: Any, place: int) -> None:
     """Also in a list of which the most has been encoded before: in what was seen, in its last item, and behind that."""
@@ -279,7 +287,9 @@ def test_what_json_would_change_is_refused_wherever_it_comes(wrong: Any, place: 
         Body.of(data, like)
 
 
-@pytest.mark.parametrize("forged", [lines.Lines.in_text(b"1,2,\n3", 0, 6, 3), lines.Lines.in_text(b"1,\n[\n2]", 0, 7, 2)])
+@pytest.mark.parametrize(
+    "forged", [lines.Lines.in_text(b"1,2,\n3", 0, 6, 3), lines.Lines.in_text(b"1,\n[\n2]", 0, 7, 2)]
+)
 def test_a_list_that_has_not_one_item_a_line_is_not_compared(forged: lines.Lines) -> None:
     """Somebody who can compute a checksum cannot have a change land on another item than was meant."""
     body, other = Body(b"", {"messages": forged}), Body.of({"messages": [5]})

@@ -61,7 +61,9 @@ long_integers = st.builds(
 )
 finite = st.floats(allow_nan=False, allow_infinity=False)
 leaves = st.none() | st.booleans() | st.integers() | finite | paired_text
-values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(paired_text, inner, max_size=4))
+values = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(paired_text, inner, max_size=4)
+)
 
 
 # --- what goes in comes out ------------------------------------------------------------------------------------------------
@@ -237,7 +239,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("value", "reason"), REFUSED, ids=lambda part: part if isinstance(part, str) else type(part).__name__)
+@pytest.mark.parametrize(
+    ("value", "reason"), REFUSED, ids=lambda part: part if isinstance(part, str) else type(part).__name__
+)
 @pytest.mark.parametrize(
     ("place", "path"),
     [
@@ -311,7 +315,13 @@ def test_text_comes_back_or_is_refused(text: str) -> None:
 @pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize(
     "data",
-    [{"a": "x", "b": ["y"]}, {"b": ["y"], "a": ["x"]}, {"a": ["x"]}, {"a": ["x"], "b": ["y"], "c": 1}, {"a": [], "b": []}],
+    [
+        {"a": "x", "b": ["y"]},
+        {"b": ["y"], "a": ["x"]},
+        {"a": ["x"]},
+        {"a": ["x"], "b": ["y"], "c": 1},
+        {"a": [], "b": []},
+    ],
 )
 def test_what_is_encoded_at_once_is_what_the_caller_knew(data: dict[str, Any]) -> None:
     """A field that another thread sets, removes or moves after the caller has looked makes the answer void."""
@@ -371,7 +381,9 @@ UNREADABLE = [
 @pytest.mark.parametrize(
     ("encoded", "reason", "offset"), [case[1:] for case in UNREADABLE], ids=[case[0] for case in UNREADABLE]
 )
-def test_what_two_readers_would_take_differently_is_refused_at_its_byte(encoded: bytes, reason: str, offset: int) -> None:
+def test_what_two_readers_would_take_differently_is_refused_at_its_byte(
+    encoded: bytes, reason: str, offset: int
+) -> None:
     """Damage and ambiguity in a foreign file are named with the offset, in bytes, of the first bad one."""
     with pytest.raises(codec.StrictError, match=reason) as caught:
         codec.decode_strict(encoded)

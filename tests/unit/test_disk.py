@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import persist
-from persist.files import disk
+from persist.storage import disk
 
 # --- the mount table -----------------------------------------------------------------------------------------------------
 
@@ -101,7 +101,9 @@ def test_a_network_file_system_is_refused_unless_asked_for(kind: str, mounts: Mo
 
 
 @pytest.mark.parametrize("kind", ["fuse", "fuse.sshfs", "fuseblk"])
-def test_a_fuse_file_system_is_warned_about_where_the_store_is_opened(kind: str, mounts: Mounts, directory: Path) -> None:
+def test_a_fuse_file_system_is_warned_about_where_the_store_is_opened(
+    kind: str, mounts: Mounts, directory: Path
+) -> None:
     """Nobody can know; the warning points at the caller's line."""
     mounts(mount("/", kind))
     with pytest.warns(RuntimeWarning, match=f"is on {kind}") as caught:

@@ -20,7 +20,7 @@ import pytest
 
 import persist
 from persist import errors
-from persist.files import disk
+from persist.storage import disk
 
 CANARY = "c" + "anary" * 3  # Put together, so that no line of this file shows it in a traceback.
 
@@ -369,7 +369,13 @@ CASES: dict[type[persist.PersistError], Case] = {
     ),
     errors.CommitUnknown: Case(
         commit_unknown,
-        ("'s'", "unknown whether the last commit is durable", os.strerror(errno.EIO), DOCUMENT, "open a new persist.Store"),
+        (
+            "'s'",
+            "unknown whether the last commit is durable",
+            os.strerror(errno.EIO),
+            DOCUMENT,
+            "open a new persist.Store",
+        ),
         {"session_id": "s", "path": DOCUMENT, "reason": os.strerror(errno.EIO), "errno": errno.EIO},
         OSError,
     ),
@@ -465,7 +471,9 @@ def assert_silent(error: BaseException) -> None:
 # --- more places where content could slip out ------------------------------------------------------------------------------
 
 
-def two_edits(first: Callable[[dict[str, Any]], Any], second: Callable[[dict[str, Any]], Any]) -> Callable[[Scene], object]:
+def two_edits(
+    first: Callable[[dict[str, Any]], Any], second: Callable[[dict[str, Any]], Any]
+) -> Callable[[Scene], object]:
     def provoke(scene: Scene) -> None:
         session = scene.load()
         scene.store.update("s", first)
@@ -499,7 +507,9 @@ LEAKS: dict[str, Callable[[Scene], object]] = {
     "an answer's twin": turn,
     "a prompt's twin": lambda scene: scene.store.start_stream("s", {"id": "m1", "content": CANARY + "x"}),
     "two titles": two_edits(lambda data: data.update(title=CANARY + "1"), lambda data: data.update(title=CANARY + "2")),
-    "append against truncation": two_edits(lambda data: data["messages"].clear(), lambda data: data["messages"].append(CANARY)),
+    "append against truncation": two_edits(
+        lambda data: data["messages"].clear(), lambda data: data["messages"].append(CANARY)
+    ),
     "a list against a text": two_edits(lambda data: data.update(n=CANARY), lambda data: data.update(n=[CANARY])),
     "bytes": of_value(CANARY.encode()),
     "a tuple": of_value((CANARY,)),
@@ -599,7 +609,9 @@ def test_an_unknown_commit_stops_all_further_writes_of_its_session(scene: Scene)
         lambda store: emit(store, durable="no"),
     ],
 )
-def test_option_that_is_neither_true_nor_false_is_refused(tmp_path: Path, call: Callable[[persist.Store], object]) -> None:
+def test_option_that_is_neither_true_nor_false_is_refused(
+    tmp_path: Path, call: Callable[[persist.Store], object]
+) -> None:
     """A "false" that came with a query string is true: it must not delete a session."""
     store = persist.Store(tmp_path)
     store.create("s", {"messages": [], "log": []})

@@ -19,14 +19,18 @@ from hypothesis import strategies as st
 
 import persist
 from persist import codec
-from persist.files import events, waiting
-from persist.files.events import Ended, Event, EventFiles, EventReader, EventWriter, Fenced
-from persist.files.layout import Layout
+from persist.storage import events, waiting
+from persist.storage.events import Ended, Event, EventFiles, EventReader, EventWriter, Fenced
+from persist.storage.layout import Layout
 
 END = b'{"end":"finished"}\n'
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
@@ -91,7 +95,9 @@ def broken_off(after_bytes: int) -> Iterator[None]:
 
 
 @given(st.lists(json_values, max_size=5), st.integers(1, 90))
-def test_events_come_back_as_they_went_in(tmp_path_factory: pytest.TempPathFactory, data: list[Any], chunk_bytes: int) -> None:
+def test_events_come_back_as_they_went_in(
+    tmp_path_factory: pytest.TempPathFactory, data: list[Any], chunk_bytes: int
+) -> None:
     """Any JSON, read in chunks of any size: fails if a piece of a line that a chunk ends in is not kept for the next."""
     directory = tmp_path_factory.mktemp("events")
     writer = EventWriter(directory / "s-1.t-1", "s-1", "t-1")
@@ -109,7 +115,9 @@ WHOLE = b"".join(line(offset, data) for offset, data in enumerate(SAYINGS, 1)) +
 
 
 @pytest.mark.parametrize("chunk_bytes", [7, 4096])
-def test_truncated_file_has_a_prefix_of_the_events(path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int) -> None:
+def test_truncated_file_has_a_prefix_of_the_events(
+    path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
     """Cut at every byte: the events whose lines are whole, and never a wrong one; the end only if its line is whole."""
     monkeypatch.setattr(events, "_CHUNK_BYTES", chunk_bytes)
     for size in range(len(WHOLE) + 1):
@@ -483,7 +491,9 @@ def test_durable_emission_syncs_the_file_and_once_its_name(
 # --- waking --------------------------------------------------------------------------------------------------------------
 
 
-def test_those_who_wait_are_woken_by_every_append_and_the_end(path: Path, files: EventFiles, writer: EventWriter) -> None:
+def test_those_who_wait_are_woken_by_every_append_and_the_end(
+    path: Path, files: EventFiles, writer: EventWriter
+) -> None:
     """In the same process nobody waits for the next look at the file, and nobody is woken for another file's events."""
     calls: list[str] = []
     me = threading.get_ident()

@@ -26,13 +26,13 @@ from harness.faults import SHORT, TORN, Fault, injecting
 from harness.journals import chain_is_right, has_journal, journal_of, parted, record_of, sealed, traffic
 
 import persist
-from persist.files import disk, journal, snapshot
-from persist.files.body import BULK
-from persist.files.directory import Mode
-from persist.files.journal import Record, Tail
-from persist.files.known import Known
-from persist.files.snapshot import HeadSnapshot, Snapshot
-from persist.files.transaction import Transaction
+from persist.storage import disk, journal, snapshot
+from persist.storage.body import BULK
+from persist.storage.directory import Mode
+from persist.storage.journal import Record, Tail
+from persist.storage.known import Known
+from persist.storage.snapshot import HeadSnapshot, Snapshot
+from persist.storage.transaction import Transaction
 
 HELLO = {"id": "m1", "role": "user", "content": "hi"}
 
@@ -76,7 +76,11 @@ def test_journal_is_written_as_its_grammar_says(journaled: persist.Store) -> Non
     assert added["changes"] == [{"in": "messages", "at": 1, "insert": [{"id": "a1", "content": "x" * 300}]}]
     assert renamed["head"] == {"stream": {"epoch": 0, "owner": None}, "fields": {"title": "Locks"}}
     assert [each["revision"] for each in (added, renamed, added_again)] == [2, 3, 4]
-    assert [each["counts"] for each in (added, renamed, added_again)] == [{"messages": 2}, {"messages": 2}, {"messages": 3}]
+    assert [each["counts"] for each in (added, renamed, added_again)] == [
+        {"messages": 2},
+        {"messages": 2},
+        {"messages": 3},
+    ]
     assert added_again["head_at"] == len(opening) + len(lines[0])
     # Each commit knew that the one before was durable.
     assert [each["synced"] for each in (added, renamed)] == [len(opening), len(opening) + len(lines[0])]
@@ -126,7 +130,11 @@ def shown(store: persist.Store) -> tuple[object, ...]:
     small = {name: value for name, value in session.data.items() if name not in BULK}
     assert list(head.data) == list(small), "the order of fields, too"
     assert (head.data, head.counts) == (small, counts)
-    assert (head.revision, head.created_at, head.updated_at) == (session.revision, session.created_at, session.updated_at)
+    assert (head.revision, head.created_at, head.updated_at) == (
+        session.revision,
+        session.created_at,
+        session.updated_at,
+    )
     assert head.active_stream_id == session.active_stream_id
     found = store._files.read("s")
     assert store._files.read_head("s") == HeadSnapshot(found.header, found.body.small, found.body.counts, "")
@@ -243,7 +251,9 @@ def test_journal_that_is_named_but_missing_is_told(journaled: persist.Store) -> 
     """A document whose journal is gone is `CorruptSession`, which names the remedy; that takes the document as it is."""
     append(journaled, 1)
     journal_of(journaled).unlink()
-    assert_every_verb_raises(journaled, persist.CorruptSession, "s.1.journal, which it names, is missing.*persist accept")
+    assert_every_verb_raises(
+        journaled, persist.CorruptSession, "s.1.journal, which it names, is missing.*persist accept"
+    )
     assert [problem.kind for problem in journaled.check()] == ["corrupt"]
     assert journaled.accept("s").data["messages"] == [HELLO]
     append(journaled, 2)
@@ -727,7 +737,9 @@ def test_of_two_messages_with_one_id_the_last_is_meant(any_store: persist.Store)
     assert marks == [None, None, None, True, None, None]
 
 
-def test_append_that_was_cut_off_after_a_fold_is_idempotent(journaled: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_append_that_was_cut_off_after_a_fold_is_idempotent(
+    journaled: persist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C when the document is written and what is known is not up to date: that is not kept.
 
     Fails if it is: the store would take the id for new.
@@ -935,7 +947,9 @@ def test_refused_edit_of_small_fields_writes_nothing(journaled: persist.Store) -
 
 
 @pytest.mark.parametrize("has_journal_before", [True, False])
-def test_file_that_is_replaced_under_its_lock_is_an_error(journaled: persist.Store, *, has_journal_before: bool) -> None:
+def test_file_that_is_replaced_under_its_lock_is_an_error(
+    journaled: persist.Store, *, has_journal_before: bool
+) -> None:
     """Somebody who heeds no lock puts a backup back while a verb is at work: it says so, and writes nothing.
 
     With a journal, the backup lacks a commit. Fails without the look at the header in `Transaction._record`.

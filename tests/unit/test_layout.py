@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persist.errors import InvalidSessionId, InvalidStreamId
-from persist.files import layout
-from persist.files.layout import Layout, check_session_id, check_stream_id
+from persist.storage import layout
+from persist.storage.layout import Layout, check_session_id, check_stream_id
 
 GOOD = ["a", "Z", "0", "s-42", "S_42", "a" * 128, "0-_", "con1", "xcon", "com", "com10", "lpt", "nul-1"]
 BAD = [
@@ -95,7 +95,18 @@ def test_names_are_as_documented() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["s-42.json.lock", "s-42.json.tmp", "s-42", ".json", "-a.json", "a.b.json", "a.json\n", "a.JSON", ".leases", "a.json~"],
+    [
+        "s-42.json.lock",
+        "s-42.json.tmp",
+        "s-42",
+        ".json",
+        "-a.json",
+        "a.b.json",
+        "a.json\n",
+        "a.JSON",
+        ".leases",
+        "a.json~",
+    ],
 )
 def test_other_files_in_the_directory_are_no_sessions(name: str) -> None:
     """Locks, temporary files, backups of editors and strange names do not turn up as sessions."""

@@ -220,7 +220,9 @@ class AtLine:
         return self
 
 
-def interfered(use: Callable[[LazyData], Any], interfere: Callable[[LazyData], object]) -> Iterator[tuple[LazyData, Any]]:
+def interfered(
+    use: Callable[[LazyData], Any], interfere: Callable[[LazyData], object]
+) -> Iterator[tuple[LazyData, Any]]:
     """Use new data again and again, with an interference at the first line, at the second one, and so on."""
     for place in itertools.count(1):
         data = lazy()

@@ -53,7 +53,9 @@ class TestLists:
             pytest.param(
                 [append("a", 0, 9), append("b", 1, 2), read("b", 3, 4)], "ba", id="concurrent-appends-in-either-order"
             ),
-            pytest.param([append("a", 0, 9), read("", 1, 2), read("a", 3, 4)], "a", id="a-read-during-an-append-sees-either"),
+            pytest.param(
+                [append("a", 0, 9), read("", 1, 2), read("a", 3, 4)], "a", id="a-read-during-an-append-sees-either"
+            ),
             pytest.param([append("a", 0, 2), read("", 2, 3)], "a", id="touching-intervals-are-concurrent"),
             pytest.param([append("a", 0, 1), count(0, 0, 1), count(1, 2, 3)], "a", id="counts"),
             pytest.param(
@@ -78,7 +80,9 @@ class TestLists:
             pytest.param([append("a", 0, 1), read("", 2, 3)], "a", "stale read", id="stale"),
             pytest.param([append("a", 0, 1), count(0, 2, 3)], "a", "stale read", id="stale-count"),
             pytest.param([append("a", 0, 9), read("a", 1, 2), read("", 3, 4)], "a", "stale read", id="reads-go-back"),
-            pytest.param([append("a", 0, 2, answered=False), read("", 3, 4)], "a", "stale read", id="died-before-the-read"),
+            pytest.param(
+                [append("a", 0, 2, answered=False), read("", 3, 4)], "a", "stale read", id="died-before-the-read"
+            ),
             pytest.param([read("a", 0, 1), append("a", 2, 3)], "a", "read from the future", id="future"),
             pytest.param([count(1, 0, 1), append("a", 2, 3)], "a", "read from the future", id="future-count"),
             pytest.param([append("a", 0, 5), append("b", 0, 5), read("b", 1, 2)], "ab", "wrong items", id="no-prefix"),
@@ -105,7 +109,9 @@ class TestRegisters:
                 [op("write", "a", 0, 4, None), op("write", "b", 1, 3, None), op("read", None, 5, 6, (2, "a"))],
                 id="overlapping-writes-in-either-order",
             ),
-            pytest.param([op("write", "a", 0, 9, None), op("read", None, 1, 2, (0, "x"))], id="read-before-a-concurrent-write"),
+            pytest.param(
+                [op("write", "a", 0, 9, None), op("read", None, 1, 2, (0, "x"))], id="read-before-a-concurrent-write"
+            ),
             pytest.param([op("swap", ("x", "a"), 0, 9, True), op("swap", ("x", "b"), 0, 9, False)], id="one-winner"),
             pytest.param([op("put", (0, "a"), 0, 9, 0), op("put", (0, "b"), 0, 9, 1)], id="one-winner-by-revision"),
             pytest.param([op("write", "a", 0), op("read", None, 5, 6, (1, "a"))], id="pending-write-took-effect"),
@@ -144,14 +150,16 @@ class TestRegisters:
                 id="readers-disagree",
             ),
             pytest.param(
-                [op("write", "a", 0, 1, None), op("write", "b", 2, 3, None), op("read", None, 4, 5, (2, "a"))], id="lost-write"
+                [op("write", "a", 0, 1, None), op("write", "b", 2, 3, None), op("read", None, 4, 5, (2, "a"))],
+                id="lost-write",
             ),
             pytest.param(
                 [op("write", "a", 0), op("read", None, 1, 2, (1, "a")), op("read", None, 3, 4, (0, "x"))],
                 id="pending-write-is-undone",
             ),
             pytest.param(
-                [op("write", "a", 0, 2), op("read", None, 3, 4, (0, "x")), op("read", None, 5, 6, (1, "a"))], id="dead-writes"
+                [op("write", "a", 0, 2), op("read", None, 3, 4, (0, "x")), op("read", None, 5, 6, (1, "a"))],
+                id="dead-writes",
             ),
         ],
     )
@@ -186,7 +194,9 @@ def histories(draw: st.DrawFn) -> list[Operation]:
         before, after = draw(st.integers(0, 30)), draw(st.integers(0, 30))
         operation = op(kind, argument, instant * 10 - before, instant * 10 + after, process=instant)
         state, result = register(state, operation)
-        history.append(op(kind, argument, operation.called, operation.returned, UNKNOWN if draw(st.booleans()) else result))
+        history.append(
+            op(kind, argument, operation.called, operation.returned, UNKNOWN if draw(st.booleans()) else result)
+        )
     return draw(st.permutations(history))
 
 
@@ -208,7 +218,9 @@ class TestOwners:
     @pytest.mark.parametrize(
         "history",
         [
-            pytest.param([op("start", "s", 0, 1, None), op("read", None, 2, 3, "s"), op("end", "s", 4, 5, True)], id="a-turn"),
+            pytest.param(
+                [op("start", "s", 0, 1, None), op("read", None, 2, 3, "s"), op("end", "s", 4, 5, True)], id="a-turn"
+            ),
             pytest.param([op("start", "s", 0, 9, None), op("start", "t", 0, 9, "s")], id="one-winner"),
             pytest.param(
                 [op("start", "s", 0, 1, None, 7), dies(7, 2, 3), op("clear", "s", 4, 5, True)], id="dead-then-cleared"
@@ -236,23 +248,27 @@ class TestOwners:
         "history",
         [
             pytest.param(
-                [op("start", "s", 0, 9, None), op("start", "t", 0, 9, None), op("end", "s", 10, 11, True)], id="two-owners"
+                [op("start", "s", 0, 9, None), op("start", "t", 0, 9, None), op("end", "s", 10, 11, True)],
+                id="two-owners",
             ),
             pytest.param([op("start", "s", 0, 1, None), op("clear", "s", 2, 3, True)], id="live-stream-cleared"),
             pytest.param(
                 [op("start", "s", 0, 1, None, 7), dies(7, 2, 3), op("clear", "s", 4, 5, False)], id="dead-stream-spared"
             ),
             pytest.param(
-                [op("start", "s", 0, 1, None, 7), dies(7, 2, 3), op("start", "t", 4, 5, "s")], id="stuck-behind-a-dead-stream"
+                [op("start", "s", 0, 1, None, 7), dies(7, 2, 3), op("start", "t", 4, 5, "s")],
+                id="stuck-behind-a-dead-stream",
             ),
             pytest.param(
-                [op("start", "s", 0, 1, None), op("force", "s", 2, 3, True), op("end", "s", 4, 5, True)], id="not-fenced"
+                [op("start", "s", 0, 1, None), op("force", "s", 2, 3, True), op("end", "s", 4, 5, True)],
+                id="not-fenced",
             ),
             pytest.param(
                 [op("start", "s", 0, 1, None), op("cancel", "s", 2, 3, True), op("asked", "s", 4, 5, False)], id="deaf"
             ),
             pytest.param(
-                [op("start", "s", 0, 1, None), op("end", "s", 2, 3, True), op("read", None, 4, 5, "s")], id="ended-yet-shown"
+                [op("start", "s", 0, 1, None), op("end", "s", 2, 3, True), op("read", None, 4, 5, "s")],
+                id="ended-yet-shown",
             ),
         ],
     )

@@ -113,7 +113,8 @@ def without_order(data: Document) -> Document:
 def sharing(base: list[Any], side: list[Any]) -> list[Any]:
     """The side with the base's own objects where both begin alike, as two bodies of the same lines have them."""
     lead = next(
-        (i for i, (one, other) in enumerate(zip(base, side, strict=False)) if not same(one, other)), min(len(base), len(side))
+        (i for i, (one, other) in enumerate(zip(base, side, strict=False)) if not same(one, other)),
+        min(len(base), len(side)),
     )
     return base[:lead] + side[lead:]
 
@@ -139,7 +140,9 @@ def test_a_side_is_kept_whole_beside_a_change_of_something_else(data: st.DataObj
 
 
 @given(two_sides())
-def test_what_both_sides_did_alike_is_no_conflict_where_items_have_ids(sides: tuple[Document, Document, Document]) -> None:
+def test_what_both_sides_did_alike_is_no_conflict_where_items_have_ids(
+    sides: tuple[Document, Document, Document],
+) -> None:
     """merge(b, x, x) == x: two writers who made the same change have nothing to settle."""
     base, mine, _ = ({**data, "words": []} for data in sides)
     assert same(merge(base, mine, copy.deepcopy(mine)), mine)
@@ -341,7 +344,9 @@ MERGED: list[tuple[Any, ...]] = [
 @pytest.mark.parametrize(
     ("base", "mine", "theirs", "expected"), [case[1:] for case in MERGED], ids=[case[0] for case in MERGED]
 )
-def test_changes_that_do_not_contradict_are_both_kept(base: Document, mine: Document, theirs: Document, expected: Any) -> None:
+def test_changes_that_do_not_contradict_are_both_kept(
+    base: Document, mine: Document, theirs: Document, expected: Any
+) -> None:
     """Objects merge by key, lists by item; theirs stand before mine where both added."""
     assert outcome(base, mine, theirs) == expected
 
@@ -364,15 +369,47 @@ CONFLICTS: list[tuple[Any, ...]] = [
     ("two types", {"a": 0}, {"a": []}, {"a": {}}, TWO_VALUES, ("a",), (0, [], {})),
     ("zeros of two signs", {"a": 1.0}, {"a": 0.0}, {"a": -0.0}, TWO_VALUES, ("a",), (1.0, 0.0, -0.0)),
     ("deep in an object", *IN_O, TWO_VALUES, ("o", "p", "a"), (0, 1, 2)),
-    ("one message edited twice", {"l": [A]}, {"l": [A2]}, {"l": [A3]}, TWO_VALUES, ("l", 0, "content"), ("A", "A2", "A3")),
-    ("one word edited twice", {"l": ["a", "b"]}, {"l": ["a", "c"]}, {"l": ["a", "d"]}, TWO_VALUES, ("l", 1), ("b", "c", "d")),
+    (
+        "one message edited twice",
+        {"l": [A]},
+        {"l": [A2]},
+        {"l": [A3]},
+        TWO_VALUES,
+        ("l", 0, "content"),
+        ("A", "A2", "A3"),
+    ),
+    (
+        "one word edited twice",
+        {"l": ["a", "b"]},
+        {"l": ["a", "c"]},
+        {"l": ["a", "d"]},
+        TWO_VALUES,
+        ("l", 1),
+        ("b", "c", "d"),
+    ),
     ("a message edited and removed", {"l": [A, B]}, {"l": [A2, B]}, {"l": [B]}, TWO_VALUES, ("l", 0), (A, A2, MISSING)),
     ("a message removed and edited", {"l": [A, B]}, {"l": [A]}, {"l": [A, B2]}, TWO_VALUES, ("l", 1), (B, MISSING, B2)),
-    ("append against truncation", {"l": [A, B]}, {"l": [A, B, X]}, {"l": [A]}, BESIDE, ("l",), ([A, B], [A, B, X], [A])),
+    (
+        "append against truncation",
+        {"l": [A, B]},
+        {"l": [A, B, X]},
+        {"l": [A]},
+        BESIDE,
+        ("l",),
+        ([A, B], [A, B, X], [A]),
+    ),
     ("truncation against append", {"l": [A, B]}, {"l": []}, {"l": [A, B, X]}, BESIDE, ("l",), ([A, B], [], [A, B, X])),
     ("two replacements", {"l": [A]}, {"l": [X]}, {"l": [Y]}, BESIDE, ("l",), ([A], [X], [Y])),
     ("one id, two contents", {"l": [A]}, {"l": [A, X]}, {"l": [A, X_TOOL]}, ONE_ID, ("l",), ([A], [A, X], [A, X_TOOL])),
-    ("one id twice on one side", {"l": []}, {"l": [X, X_TOOL]}, {"l": [X_TOOL]}, ONE_ID, ("l",), ([], [X, X_TOOL], [X_TOOL])),
+    (
+        "one id twice on one side",
+        {"l": []},
+        {"l": [X, X_TOOL]},
+        {"l": [X_TOOL]},
+        ONE_ID,
+        ("l",),
+        ([], [X, X_TOOL], [X_TOOL]),
+    ),
     ("one id twice on the other", {"l": []}, {"l": [X]}, {"l": [X, X_TOOL]}, ONE_ID, ("l",), ([], [X], [X, X_TOOL])),
     ("one id, two contents, in a new list", {}, {"l": [X]}, {"l": [X_TOOL]}, ONE_ID, ("l",), (MISSING, [X], [X_TOOL])),
     ("moved and removed", {"l": FOUR}, {"l": BEHIND_C}, {"l": GONE}, MOVED, ("l",), (FOUR, BEHIND_C, GONE)),
@@ -382,10 +419,17 @@ CONFLICTS: list[tuple[Any, ...]] = [
 
 
 @pytest.mark.parametrize(
-    ("base", "mine", "theirs", "reason", "path", "three"), [case[1:] for case in CONFLICTS], ids=[case[0] for case in CONFLICTS]
+    ("base", "mine", "theirs", "reason", "path", "three"),
+    [case[1:] for case in CONFLICTS],
+    ids=[case[0] for case in CONFLICTS],
 )
 def test_a_contradiction_is_a_conflict_that_carries_its_facts(
-    base: Document, mine: Document, theirs: Document, reason: str, path: tuple[str | int, ...], three: tuple[Any, Any, Any]
+    base: Document,
+    mine: Document,
+    theirs: Document,
+    reason: str,
+    path: tuple[str | int, ...],
+    three: tuple[Any, Any, Any],
 ) -> None:
     """`MergeConflict` names the place and the kind, and holds the three values as attributes."""
     with pytest.raises(MergeConflict) as caught:
@@ -420,7 +464,9 @@ def test_a_preference_settles_a_conflict_and_nothing_else(base: Document, mine: 
         ([A, B], [A2, B, X], [A, Y], [A2, Y, X]),
     ],
 )
-def test_a_preference_drops_nothing_that_was_added(base: Any, mine: Any, theirs: Any, expected: Any, prefer: Any) -> None:
+def test_a_preference_drops_nothing_that_was_added(
+    base: Any, mine: Any, theirs: Any, expected: Any, prefer: Any
+) -> None:
     """What one side added beside what the other removed: both stand. Never one side's whole list, which lacks the other's."""
     assert merge({"l": base}, {"l": mine}, {"l": theirs}, prefer=prefer) == {"l": expected}
 
@@ -645,7 +691,10 @@ SHAPES: dict[str, Callable[[int], tuple[list[Any], list[Any]]]] = {
     "equal items between other ends": lambda n: (["x"] + ["a"] * n + ["x"], ["y"] + ["a"] * (n // 2) + ["y"]),
     "two items in turn, shifted": lambda n: (["a", "b"] * (n // 2), ["b", "a"] * (n // 2)),
     "messages, reversed": lambda n: (ordered := [message(str(i), "") for i in range(n)], ordered[::-1]),
-    "messages, all others": lambda n: ([message(str(i), "") for i in range(n)], [message(f"n{i}", "") for i in range(n)]),
+    "messages, all others": lambda n: (
+        [message(str(i), "") for i in range(n)],
+        [message(f"n{i}", "") for i in range(n)],
+    ),
 }
 
 
@@ -667,7 +716,9 @@ def calls_of(function: Callable[[], Any]) -> int:
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_the_work_of_an_alignment_grows_with_the_list_not_with_its_square(shape: Callable[[int], tuple[Any, Any]]) -> None:
+def test_the_work_of_an_alignment_grows_with_the_list_not_with_its_square(
+    shape: Callable[[int], tuple[Any, Any]],
+) -> None:
     """Twice the items take at most 2.5 times the calls, also where all items are alike."""
     small, large = (calls_of(partial(align, *shape(n))) for n in (500, 1000))
     assert large <= 2.5 * small

@@ -19,18 +19,28 @@ PROJECT = Path(persist.__file__).parents[1] / "pyproject.toml"
 def modules_after(code: str) -> set[str]:
     """The names of all modules that a fresh interpreter has loaded after some code."""
     program = f"{code}\nimport sys\nprint(*sys.modules)"
-    return set(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    )
 
 
 def test_an_import_loads_nothing_that_it_does_not_need() -> None:
     """``import persist`` costs next to nothing: no dependency, no room of the house."""
-    heavy = {"filelock", "msgspec", "persist.store", "persist.session", "persist.streams", "persist.errors", "persist.files"}
+    heavy = {
+        "filelock",
+        "msgspec",
+        "persist.store",
+        "persist.session",
+        "persist.streams",
+        "persist.errors",
+        "persist.storage",
+    }
     assert not heavy & modules_after("import persist")
 
 
 def test_the_pure_ground_floor_loads_no_filelock() -> None:
     """Codec, merge and errors are of use without a lock, and touch no disk."""
-    assert not {"filelock", "persist.files"} & modules_after("import persist.codec, persist.merge, persist.errors")
+    assert not {"filelock", "persist.storage"} & modules_after("import persist.codec, persist.merge, persist.errors")
 
 
 def test_a_name_is_loaded_at_its_first_use() -> None:

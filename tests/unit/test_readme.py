@@ -19,7 +19,12 @@ def test_examples_print_what_the_readme_says(tmp_path: Path) -> None:
     assert len(runnable) >= 2
     for code, shown in runnable:
         done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-W", "error", "-c", code],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
         assert (done.returncode, done.stderr, done.stdout) == (0, "", shown)
 

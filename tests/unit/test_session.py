@@ -108,7 +108,9 @@ def test_a_save_that_changes_nothing_writes_nothing(session: persist.Session, st
     assert session.revision == 1
 
 
-def test_a_save_after_a_merge_that_changes_nothing_writes_nothing(session: persist.Session, store: persist.Store) -> None:
+def test_a_save_after_a_merge_that_changes_nothing_writes_nothing(
+    session: persist.Session, store: persist.Store
+) -> None:
     """HAZARDS E3: what a merge brought in, new keys and their order included, is no edit of this object."""
     other = store.load("s")
     session.data["mine"] = 1
@@ -123,9 +125,13 @@ def test_a_save_after_a_merge_that_changes_nothing_writes_nothing(session: persi
     assert session.revision == 3
 
 
-def test_a_save_after_a_refresh_that_changes_nothing_writes_nothing(session: persist.Session, store: persist.Store) -> None:
+def test_a_save_after_a_refresh_that_changes_nothing_writes_nothing(
+    session: persist.Session, store: persist.Store
+) -> None:
     """HAZARDS E3: taking the committed state is no edit either, wherever its new keys stand."""
-    store.update("s", lambda data: data.update({"messages": data.pop("messages"), "title": data.pop("title"), "new": 1}))
+    store.update(
+        "s", lambda data: data.update({"messages": data.pop("messages"), "title": data.pop("title"), "new": 1})
+    )
     before = everything(store.path)
     session.refresh()
     session.save()
@@ -266,7 +272,9 @@ def test_a_policy_counts_every_save_once(directory: Path) -> None:
 # --- refresh ----------------------------------------------------------------------------------------------------------
 
 
-def test_refresh_takes_the_committed_state_and_keeps_unsaved_edits(session: persist.Session, store: persist.Store) -> None:
+def test_refresh_takes_the_committed_state_and_keeps_unsaved_edits(
+    session: persist.Session, store: persist.Store
+) -> None:
     """Edits stay unsaved, in the caller's own objects, and the next save writes them."""
     messages = session.data["messages"]
     store.append("s", "messages", {"id": "m3"})
@@ -334,7 +342,9 @@ STREAM_FIELDS = ["active_stream_id", "pending_user_message", "pending_attachment
 
 
 @pytest.mark.parametrize("field", STREAM_FIELDS)
-def test_stream_fields_are_changed_by_the_stream_verbs_only(field: str, session: persist.Session, store: persist.Store) -> None:
+def test_stream_fields_are_changed_by_the_stream_verbs_only(
+    field: str, session: persist.Session, store: persist.Store
+) -> None:
     """`ReservedField` names the field and the verb to use, whichever way it is tried."""
     before = everything(store.path)
     session.data[field] = "x"
@@ -520,7 +530,9 @@ def test_an_item_without_an_id_is_appended_each_time(item: Any, session: persist
 
 
 @pytest.mark.parametrize(("one", "two"), [(1, "1"), (1, True), (0, False)])
-def test_ids_of_different_types_are_different(one: Any, two: Any, session: persist.Session, store: persist.Store) -> None:
+def test_ids_of_different_types_are_different(
+    one: Any, two: Any, session: persist.Session, store: persist.Store
+) -> None:
     """``1``, ``"1"`` and ``True`` are three ids."""
     store.append("s", "messages", {"id": one, "a": 1})
     store.append("s", "messages", {"id": two, "a": 2})
@@ -842,8 +854,14 @@ BAD_ARGUMENTS: dict[str, tuple[Verb, type[Exception]]] = {
     "store: create": (lambda store: persist.Store(store.path / "new", create="false"), persist.WrongType),  # type: ignore[arg-type]
     "store: network": (lambda store: persist.Store(store.path, allow_network=1), persist.WrongType),  # type: ignore[arg-type]
     "store: policy of 1": (lambda store: persist.Store(store.path, merge={1: "sum"}), persist.WrongType),  # type: ignore[dict-item]
-    "store: policy of messages": (lambda store: persist.Store(store.path, merge={"messages": "mine"}), persist.ReservedField),
-    "store: policy of _persist": (lambda store: persist.Store(store.path, merge={"_persist": "mine"}), persist.ReservedField),
+    "store: policy of messages": (
+        lambda store: persist.Store(store.path, merge={"messages": "mine"}),
+        persist.ReservedField,
+    ),
+    "store: policy of _persist": (
+        lambda store: persist.Store(store.path, merge={"_persist": "mine"}),
+        persist.ReservedField,
+    ),
     "store: policy": (lambda store: persist.Store(store.path, merge={"n": "add"}), persist.WrongType),  # type: ignore[dict-item]
     "store: policies": (lambda store: persist.Store(store.path, merge=["n"]), persist.WrongType),  # type: ignore[arg-type]
 }
@@ -862,7 +880,9 @@ def test_a_bad_argument_is_a_typed_error_and_changes_nothing(
 
 
 @pytest.mark.parametrize("stream_id", ["../t", "", None, 5, ["t"]])
-def test_cancelling_what_no_stream_is_called_is_a_no_op(stream_id: Any, session: persist.Session, store: persist.Store) -> None:
+def test_cancelling_what_no_stream_is_called_is_a_no_op(
+    stream_id: Any, session: persist.Session, store: persist.Store
+) -> None:
     """Another stream than the current one, or none: False, nothing written."""
     before = everything(store.path)
     assert store.cancel("s", stream_id) is False

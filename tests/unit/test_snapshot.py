@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 import persist
 from persist import codec, instant
 from persist.errors import NotJSON
-from persist.files import snapshot
-from persist.files.body import BULK, HEADER, Body
-from persist.files.lines import Lines
+from persist.storage import snapshot
+from persist.storage.body import BULK, HEADER, Body
+from persist.storage.lines import Lines
 
 M1 = {"id": "m1", "role": "user", "content": "hi\nthere"}
 M2 = {"id": "m2", "role": "assistant", "content": "héllo 😀"}
@@ -116,9 +116,13 @@ def plainly(data: dict[str, Any]) -> tuple[bytes, bytes, dict[str, int]]:
     return head, b",\n".join(bulk) + b"\n}\n" if bulk else b"}\n", counts
 
 
-texts = st.text(st.characters(codec=None, exclude_categories=())).filter(lambda text: json.loads(json.dumps(text)) == text)
+texts = st.text(st.characters(codec=None, exclude_categories=())).filter(
+    lambda text: json.loads(json.dumps(text)) == text
+)
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts
-inner = st.recursive(leaves, lambda part: st.lists(part, max_size=3) | st.dictionaries(texts, part, max_size=3), max_leaves=8)
+inner = st.recursive(
+    leaves, lambda part: st.lists(part, max_size=3) | st.dictionaries(texts, part, max_size=3), max_leaves=8
+)
 bulk_fields = st.lists(inner, max_size=4).map(lambda items: items * instant.MANY) | st.lists(inner, max_size=3) | inner
 documents = st.dictionaries(st.sampled_from([*BULK, *"abc"]) | texts, bulk_fields, max_size=6).filter(
     lambda data: HEADER not in data
@@ -154,7 +158,9 @@ def test_a_body_of_any_shape_is_canonical(data: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [(1,), {1}, b"x", float("nan"), {1: 2}, Path("x"), 10**4300, "\ud83d\ude00"], ids=lambda v: type(v).__name__
+    "wrong",
+    [(1,), {1}, b"x", float("nan"), {1: 2}, Path("x"), 10**4300, "\ud83d\ude00"],
+    ids=lambda v: type(v).__name__,
 )
 def test_a_body_of_many_messages_is_as_strict_as_one_of_few(wrong: Any) -> None:
     """What JSON would change is named by its path behind any number of good messages, and in a small field beside them."""
@@ -493,7 +499,9 @@ def test_damage_to_a_large_document_is_refused(store: persist.Store, large: byte
 
 
 @pytest.mark.parametrize("extra", [b'"title":"other"', b'"_persist":{}', b'"new":1', b'"meta":{"a":[true]}'])
-def test_a_small_field_among_the_bulk_of_a_large_document_is_refused(extra: bytes, store: persist.Store, large: bytes) -> None:
+def test_a_small_field_among_the_bulk_of_a_large_document_is_refused(
+    extra: bytes, store: persist.Store, large: bytes
+) -> None:
     """Somebody who can compute a checksum cannot have `load` and `head` show two values of one field."""
     path = document(store)
     found = snapshot.read(path, "s")
@@ -625,7 +633,9 @@ def test_a_foreign_document_that_is_not_strict_json_is_refused(
     assert path.read_bytes() == content
 
 
-def test_a_document_that_is_too_large_is_refused_by_its_size(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_document_that_is_too_large_is_refused_by_its_size(
+    store: persist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Oversize is damage with an offset, not an exhausted memory."""
     put(store, {"a": "x" * 200})
     monkeypatch.setattr("persist.codec.MAX_BYTES", 100)
@@ -808,6 +818,12 @@ def test_header_of_a_folded_session_is_the_same() -> None:
     folded = header.but(generation=4, since=2, is_journaled=True)
     assert header == folded
     assert not header != folded  # noqa: SIM202 - the operator is what is tested
-    for change in ({"revision": 2}, {"epoch": 1}, {"extra": {"later": 1}}, {"commit": "other"}, {"incarnation": "other"}):
+    for change in (
+        {"revision": 2},
+        {"epoch": 1},
+        {"extra": {"later": 1}},
+        {"commit": "other"},
+        {"incarnation": "other"},
+    ):
         assert header != header.but(**change)
         assert not header == header.but(**change)  # noqa: SIM201

@@ -27,11 +27,18 @@ from typing import Any, ClassVar, Literal
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 import persist
 from persist import MISSING
-from persist.files.directory import Mode
+from persist.storage.directory import Mode
 from persist.turn import IDLE
 
 Data = dict[str, Any]
@@ -289,7 +296,13 @@ class SessionMachine(RuleBasedStateMachine):
         if anew or not self.sessions:
             self.create(session_id, "y")
 
-    @rule(pick=picks, change=edits, visits=visits, touch=st.booleans(), how=st.sampled_from(["leave", "raise", "stream field"]))
+    @rule(
+        pick=picks,
+        change=edits,
+        visits=visits,
+        touch=st.booleans(),
+        how=st.sampled_from(["leave", "raise", "stream field"]),
+    )
     def edit(self, pick: int, change: tuple[str, Any], visits: int, touch: bool, how: str) -> None:
         session_id, session = self.pick_session(pick)
         expected = copy.deepcopy(session.data)
@@ -619,7 +632,9 @@ class SessionMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(session.stream for session in self.sessions.values()))
     @rule(pick=picks, how=st.sampled_from(["ask", "ask twice", "force", "another"]))
     def cancel(self, pick: int, how: str) -> None:
-        active = [(session_id, session.stream) for session_id, session in sorted(self.sessions.items()) if session.stream]
+        active = [
+            (session_id, session.stream) for session_id, session in sorted(self.sessions.items()) if session.stream
+        ]
         session_id, stream = active[pick % len(active)]
         if how == "another":
             others = [known.id for known in self.streams if known is not stream] or ["nobody"]
@@ -684,9 +699,13 @@ class SessionMachine(RuleBasedStateMachine):
             if stream.real is not None:
                 assert stream.real.cancelled == stream.is_cancelled
         stale = sorted(
-            session_id for session_id, session in self.sessions.items() if session.stream and not session.has_live_stream
+            session_id
+            for session_id, session in self.sessions.items()
+            if session.stream and not session.has_live_stream
         )
-        assert [(problem.session_id, problem.kind) for problem in self.store.check()] == [(each, "stale") for each in stale]
+        assert [(problem.session_id, problem.kind) for problem in self.store.check()] == [
+            (each, "stale") for each in stale
+        ]
 
 
 @pytest.mark.parametrize("mode", ["auto", "always"])

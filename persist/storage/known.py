@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from persist.files import disk
-from persist.files.change import Change
-from persist.files.index import Index, keys_of
-from persist.files.journal import Journal, Tail
-from persist.files.snapshot import Snapshot
+from persist.storage import disk
+from persist.storage.change import Change
+from persist.storage.index import Index, keys_of
+from persist.storage.journal import Journal, Tail
+from persist.storage.snapshot import Snapshot
 
 MOST_SESSIONS = 256
 MOST_INDEX_BYTES = 64 * 1024 * 1024
@@ -88,7 +88,8 @@ class KnownSessions:
     def make_room_for(self, known: Known) -> None:
         """Drop the oldest while the indexes of all would be too large together with those of one that is in use."""
         while (
-            self._known and sum(each.index_bytes for each in list(self._known.values())) + known.index_bytes > MOST_INDEX_BYTES
+            self._known
+            and sum(each.index_bytes for each in list(self._known.values())) + known.index_bytes > MOST_INDEX_BYTES
         ):
             self._drop_oldest()
 

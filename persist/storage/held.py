@@ -17,7 +17,7 @@ from pathlib import Path
 
 from filelock import lock_descriptor, unlock_descriptor
 
-from persist.files import disk, turns
+from persist.storage import disk, turns
 
 table = threading.RLock()
 _descriptors: set[int] = set()

@@ -11,10 +11,10 @@ import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from persist.files import disk, journal, snapshot
-from persist.files.body import Body
-from persist.files.layout import Layout
-from persist.files.snapshot import Header, Snapshot
+from persist.storage import disk, journal, snapshot
+from persist.storage.body import Body
+from persist.storage.layout import Layout
+from persist.storage.snapshot import Header, Snapshot
 
 
 class SyncFailed(Exception):

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from persist import codec
-from persist.files.body import BULK, Body
-from persist.files.lines import Lines, differing
+from persist.storage.body import BULK, Body
+from persist.storage.lines import Lines, differing
 from persist.merge import align, same
 
 #: Where more than this differs between the first change and the last one, the lines between them are compared, too.
@@ -218,7 +218,11 @@ def _data_like(body: Body, data: dict[str, Any], other: Body) -> dict[str, Any]:
     bulk = {name: [*value] if type(value) is list else value for name, value in data.items() if name in BULK}
     for each in between(body, other):
         apply_to_data(bulk, each)
-    fields = other.fields() if other.small != body.small else {name: value for name, value in data.items() if name not in BULK}
+    fields = (
+        other.fields()
+        if other.small != body.small
+        else {name: value for name, value in data.items() if name not in BULK}
+    )
     return fields | {name: bulk[name] for name in BULK if name in bulk}
 
 
@@ -226,7 +230,11 @@ def have_same_data(one: Body, other: Body) -> bool:
     """Whether two bodies have the same data: the keys of its objects may stand in another order."""
     if one == other:
         return True
-    if one.size_bytes != other.size_bytes or one.bulk.keys() != other.bulk.keys() or not same(one.fields(), other.fields()):
+    if (
+        one.size_bytes != other.size_bytes
+        or one.bulk.keys() != other.bulk.keys()
+        or not same(one.fields(), other.fields())
+    ):
         return False
     return all(_have_same_items(value, other.bulk[name]) for name, value in one.bulk.items())
 

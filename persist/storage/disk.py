@@ -402,7 +402,9 @@ def check_file_system(directory: Path, *, allow_network: bool) -> None:
         raise UnsupportedFileSystem(path=directory, file_system=kind)
     if kind.startswith("fuse"):
         warnings.warn(
-            f"{directory} is on {kind}: persist cannot know whether its locks and fsync hold.", RuntimeWarning, stacklevel=4
+            f"{directory} is on {kind}: persist cannot know whether its locks and fsync hold.",
+            RuntimeWarning,
+            stacklevel=4,
         )
 
 

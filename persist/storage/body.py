@@ -12,7 +12,7 @@ from typing import Any
 
 from persist import codec, instant
 from persist.errors import CorruptSession, NotJSON, ReservedField, WrongType
-from persist.files.lines import Lines, Settled
+from persist.storage.lines import Lines, Settled
 from persist.instant import EncodedList
 
 #: The first key of a document, which is no data.
@@ -106,7 +106,9 @@ class Body:
     @classmethod
     def _of_parts(cls, keys: Iterable[str], values: Mapping[str, bytes], lists: Mapping[str, Lines]) -> Body:
         small = b",\n".join([_line(key, values[key]) for key in keys if key not in BULK])
-        return cls(small, {key: lists[key] if key in lists else values[key] for key in BULK if key in lists or key in values})
+        return cls(
+            small, {key: lists[key] if key in lists else values[key] for key in BULK if key in lists or key in values}
+        )
 
     @classmethod
     def in_document(
@@ -163,7 +165,8 @@ class Body:
             bulk = self.decoded.pop()
         except IndexError:
             bulk = {
-                name: self._decode(value.json() if isinstance(value, Lines) else value) for name, value in self.bulk.items()
+                name: self._decode(value.json() if isinstance(value, Lines) else value)
+                for name, value in self.bulk.items()
             }
         if any(type(bulk[name]) is not list or len(bulk[name]) != count for name, count in self.counts.items()):
             raise self._mislabelled()

@@ -71,12 +71,16 @@ class Lines:
             lines[-1] += new
             new = b""
         settled = [*lines, *filter(None, [new]), *items.pieces[1:]]
-        return cls(items.count, [*settled, *items.rest_pieces], settled=Settled(items.seen, settled) if is_kept else None)
+        return cls(
+            items.count, [*settled, *items.rest_pieces], settled=Settled(items.seen, settled) if is_kept else None
+        )
 
     def with_more(self, items: list[bytes]) -> Lines:
         """These, and behind them some more items."""
         more = [*self._more, *Lines.of(items)._more]
-        return Lines(self.count + len(items), more, text=self._text, start=self._start, end=self._end, front=self._front)
+        return Lines(
+            self.count + len(items), more, text=self._text, start=self._start, end=self._end, front=self._front
+        )
 
     def items(self) -> list[bytes]:
         """The JSON of each item."""

@@ -23,8 +23,8 @@ from pathlib import Path
 from weakref import WeakValueDictionary, ref
 
 from persist.errors import CommitFailed, LockTimeout, NestedLock, PersistError
-from persist.files import turns
-from persist.files.held import HeldFile, table, try_hold
+from persist.storage import turns
+from persist.storage.held import HeldFile, table, try_hold
 
 # Growing only to 1 ms: backing off to 5 ms starves the longest waiter (860 ms, measured).
 _POLL_FIRST_S = 0.0002
@@ -136,7 +136,9 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
 
     def timed_out(holder: str, **remedy: str) -> LockTimeout:
         waited_s = time.monotonic() - start
-        return LockTimeout(session_id=session_id, path=path, holder=holder, timeout_s=timeout_s, waited_s=waited_s, **remedy)
+        return LockTimeout(
+            session_id=session_id, path=path, holder=holder, timeout_s=timeout_s, waited_s=waited_s, **remedy
+        )
 
     try:
         _turn_of[thread] = ref(turn)

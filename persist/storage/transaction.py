@@ -38,18 +38,18 @@ from persist.errors import (
     SessionNotFound,
     Translating,
 )
-from persist.files import change, disk, journal, layout, lease, lock, snapshot
-from persist.files.body import Body
-from persist.files.change import Change
-from persist.files.directory import SessionDirectory, is_left_over
-from persist.files.events import Ended
-from persist.files.held import HeldFile
-from persist.files.index import Index, keys_of
-from persist.files.journal import Journal, Overtaken, Tail
-from persist.files.known import Known
-from persist.files.lease import Lease
-from persist.files.publish import Attempt, SyncFailed
-from persist.files.snapshot import Header, HeadSnapshot, Snapshot
+from persist.storage import change, disk, journal, layout, lease, lock, snapshot
+from persist.storage.body import Body
+from persist.storage.change import Change
+from persist.storage.directory import SessionDirectory, is_left_over
+from persist.storage.events import Ended
+from persist.storage.held import HeldFile
+from persist.storage.index import Index, keys_of
+from persist.storage.journal import Journal, Overtaken, Tail
+from persist.storage.known import Known
+from persist.storage.lease import Lease
+from persist.storage.publish import Attempt, SyncFailed
+from persist.storage.snapshot import Header, HeadSnapshot, Snapshot
 
 Found = TypeVar("Found")
 #: A session enters journal mode above the first size, and leaves it at a fold below the second.
@@ -324,7 +324,9 @@ class Transaction:
         if found is None or not found.header.is_journaled:
             return self._write(header, body)
         changes = change.between(found.body, body)
-        return replace(found, header=self._record(found.header, header, body.small, body.counts, changes, body), body=body)
+        return replace(
+            found, header=self._record(found.header, header, body.small, body.counts, changes, body), body=body
+        )
 
     def record(
         self, before: Header, header: Header, small: bytes, counts: Mapping[str, int], changes: tuple[Change, ...]
@@ -450,7 +452,9 @@ class Transaction:
         found = self._found or self.read()
         return found.body if found.header == header else change.applied(found.body, small, changes)
 
-    def _write_anew(self, header: Header, small: bytes, changes: tuple[Change, ...], body: Body | None, error: OSError) -> None:
+    def _write_anew(
+        self, header: Header, small: bytes, changes: tuple[Change, ...], body: Body | None, error: OSError
+    ) -> None:
         """After a failed fsync of a record: the whole document, to a new inode."""
         self._files.unknown[self.session_id] = _reason(error)
         try:

@@ -9,7 +9,7 @@ import threading
 import time
 from pathlib import Path
 
-from persist.files import disk
+from persist.storage import disk
 
 # No timer can wait for centuries.
 _LONGEST_WAIT_S = 3600.0

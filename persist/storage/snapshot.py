@@ -33,8 +33,8 @@ import msgspec
 
 from persist import codec
 from persist.errors import CorruptSession, NotJSON, Owner, UnsupportedFormat
-from persist.files import disk
-from persist.files.body import BULK, HEADER, Body
+from persist.storage import disk
+from persist.storage.body import BULK, HEADER, Body
 from persist.turn import ACTIVE
 
 Kind = TypeVar("Kind")
@@ -47,7 +47,9 @@ _MIDDLE = b',"head_checksum":"'
 _DIGITS = 32
 _CHECKED_FROM = len(_OPENING % WHOLE) + _DIGITS + 1
 _HEAD_CHECKED_FROM = _CHECKED_FROM + len(_MIDDLE) + _DIGITS + 1
-_SHAPE = re.compile(rb'\{"_persist":\{"format":([12]),"checksum":"([0-9a-f]{32})"' + re.escape(_MIDDLE) + b'([0-9a-f]{32})"')
+_SHAPE = re.compile(
+    rb'\{"_persist":\{"format":([12]),"checksum":"([0-9a-f]{32})"' + re.escape(_MIDDLE) + b'([0-9a-f]{32})"'
+)
 #: So many bytes of a document hold its checksums: they tell it from any other.
 OPENING_BYTES = _HEAD_CHECKED_FROM
 _FORMAT = re.compile(rb'\{"_persist":\{"format":(\d{1,9})[,}]')
@@ -319,9 +321,9 @@ def _header_values(content: bytes, end: int) -> dict[str, Any]:
     return values
 
 
-_KNOWN = frozenset({"format", "checksum", "head_checksum", "head_bytes", "counts", "revision", "incarnation"}) | frozenset(
-    {"created_at", "updated_at", "epoch", "owner", "commit", "generation", "since", "is_journaled"}
-)
+_KNOWN = frozenset(
+    {"format", "checksum", "head_checksum", "head_bytes", "counts", "revision", "incarnation"}
+) | frozenset({"created_at", "updated_at", "epoch", "owner", "commit", "generation", "since", "is_journaled"})
 
 
 def _header(values: Mapping[str, Any], version: int) -> Header:

@@ -14,8 +14,8 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from persist.files import disk
-from persist.files.held import HeldFile, try_hold
+from persist.storage import disk
+from persist.storage.held import HeldFile, try_hold
 
 
 class Lease:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from persist.errors import InvalidSessionId, PersistError, SessionNotFound, Translating, Unreadable
-from persist.files import disk, journal, layout, snapshot
-from persist.files.events import EventFiles
-from persist.files.journal import ROOM_BYTES, Journal
-from persist.files.known import KnownSessions
-from persist.files.layout import Layout
-from persist.files.snapshot import Header, HeadSnapshot, Snapshot
+from persist.storage import disk, journal, layout, snapshot
+from persist.storage.events import EventFiles
+from persist.storage.journal import ROOM_BYTES, Journal
+from persist.storage.known import KnownSessions
+from persist.storage.layout import Layout
+from persist.storage.snapshot import Header, HeadSnapshot, Snapshot
 
 #: Which sessions have a journal: large ones, all, or none.
 Mode = Literal["auto", "always", "never"]

@@ -39,10 +39,10 @@ import msgspec
 
 from persist import codec
 from persist.errors import CorruptSession, UnsupportedFormat
-from persist.files import change, disk, layout, snapshot
-from persist.files.body import small_of
-from persist.files.change import Bulk, Change, DoesNotFit, apply_to_data
-from persist.files.snapshot import Header, HeadSnapshot, Snapshot
+from persist.storage import change, disk, layout, snapshot
+from persist.storage.body import small_of
+from persist.storage.change import Bulk, Change, DoesNotFit, apply_to_data
+from persist.storage.snapshot import Header, HeadSnapshot, Snapshot
 
 VERSION = 1
 _OPENING = b'{"persist_journal":%d,"generation":%d,"snapshot":"%b"}\n'
@@ -288,8 +288,12 @@ class Journal:
 
     def damaged(self, offset: int, reason: str) -> CorruptSession:
         """The error of a journal that no crash can have left like that."""
-        remedy = f"Take the last good state with 'persist accept {self.path.parent} {self.session_id}', or restore a backup."
-        return CorruptSession(session_id=self.session_id, path=self.path, reason=f"{reason}.", offset=offset, remedy=remedy)
+        remedy = (
+            f"Take the last good state with 'persist accept {self.path.parent} {self.session_id}', or restore a backup."
+        )
+        return CorruptSession(
+            session_id=self.session_id, path=self.path, reason=f"{reason}.", offset=offset, remedy=remedy
+        )
 
     def replay(self, found: Snapshot) -> Snapshot:
         """The session as it is after all that the journal holds. Takes no lock.

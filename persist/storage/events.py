@@ -31,11 +31,11 @@ from typing import Any, Literal
 
 from persist import codec
 from persist.errors import EmitFailed, NestedLock, PersistError, Translating, Unreadable
-from persist.files import disk, layout
-from persist.files.expiry import Expiry
-from persist.files.held import HeldFile, try_hold
-from persist.files.layout import Layout
-from persist.files.waiting import wake
+from persist.storage import disk, layout
+from persist.storage.expiry import Expiry
+from persist.storage.held import HeldFile, try_hold
+from persist.storage.layout import Layout
+from persist.storage.waiting import wake
 
 #: How a stream has ended. "died": its process was gone; "deleted": its session was removed; "unknown": the line that says it
 #: was not written, since the disk was full or the process was killed in that instant.

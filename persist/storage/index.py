@@ -12,10 +12,10 @@ from bisect import bisect_left
 import msgspec
 
 from persist import codec
-from persist.files.body import Body
-from persist.files.change import Change
-from persist.files.lines import SEPARATOR, Lines
-from persist.files.snapshot import StreamOwner
+from persist.storage.body import Body
+from persist.storage.change import Change
+from persist.storage.lines import SEPARATOR, Lines
+from persist.storage.snapshot import StreamOwner
 
 _MOST_RECENT = 4096
 
@@ -67,7 +67,9 @@ class Index:
         for keys in map(_keys_in, lines.pieces() if isinstance(lines, Lines) else ()):
             hashes += map(hash, filter(None, keys))
             if wanted:
-                self.places |= {key: place for place, key in enumerate(keys, count) if key is not None and key in wanted}
+                self.places |= {
+                    key: place for place, key in enumerate(keys, count) if key is not None and key in wanted
+                }
             count += len(keys)
         return hashes
 
@@ -97,7 +99,9 @@ class Index:
         self.places = moved(self.places, change, keys, wanted) if wanted else {}
 
 
-def moved(places: dict[bytes, int], change: Change, keys: list[bytes | None], wanted: frozenset[bytes]) -> dict[bytes, int]:
+def moved(
+    places: dict[bytes, int], change: Change, keys: list[bytes | None], wanted: frozenset[bytes]
+) -> dict[bytes, int]:
     """Where the items stand after a change that has inserted items of these ids; of others than the wanted ones, nothing."""
     behind, grown = change.at + change.remove, len(change.insert) - change.remove
     if not isinstance(change.mark, msgspec.UnsetType):
