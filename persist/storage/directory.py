@@ -4,45 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
-from persist.errors import InvalidSessionId, PersistError, SessionNotFound, Translating, Unreadable
-from persist.storage import disk, journal, layout, snapshot
-from persist.storage.events import EventFiles
-from persist.storage.journal import ROOM_BYTES, Journal
-from persist.storage.known import KnownSessions
+from persist.errors import (
+    CorruptSession,
+    InvalidSessionId,
+    PersistError,
+    SessionNotFound,
+    Translating,
+    Unreadable,
+)
+from persist.storage import disk, document, journal, layout
+from persist.storage.cache import Cache, Replica
+from persist.storage.commit import Options
+from persist.storage.document import Head, Header
+from persist.storage.journal import Journal
 from persist.storage.layout import Layout
-from persist.storage.snapshot import Header, HeadSnapshot, Snapshot
-
-#: Which sessions have a journal: large ones, all, or none.
-Mode = Literal["auto", "always", "never"]
 
 
 class SessionDirectory:
     """The sessions of one directory, as files, and what can be seen of them without a lock."""
 
-    #: In the place of `FOLD_AT_LEAST_BYTES` and the document's size, for those who try a store out.
-    fold_bytes: float | None = None
-    #: A journal of so many bytes gets room for as many more at a time.
-    room_bytes: int = ROOM_BYTES
-
     def __init__(
-        self,
-        directory: Path,
-        *,
-        lock_timeout_s: float,
-        journal: Mode = "auto",
-        keep_events_s: float = 300.0,
-        allow_network: bool = False,
-        create: bool = True,
+        self, directory: Path, options: Options, *, timeout_s: float, cache_bytes: int, allow_network: bool, create: bool
     ) -> None:
         # The real path: two names of one directory must share their in-process locks, and a chdir must not move the store.
         self.layout = Layout(Path(os.path.realpath(directory)))
-        self.lock_timeout_s = lock_timeout_s
-        self.mode = journal
-        self.known = KnownSessions()
-        self.events = EventFiles(self.layout, keep_events_s)
+        self.options = options
+        self.timeout_s = timeout_s
+        self.cache = Cache(cache_bytes)
+        #: By session, why nobody knows whether its last commit is durable.
         self.unknown: dict[str, str] = {}
         try:
             if create:
@@ -61,32 +53,47 @@ class SessionDirectory:
         with contextlib.suppress(PermissionError):
             disk.sync_directory(self.layout.directory.parent)
 
+    # --- one session ---
+
     def exists(self, session_id: str) -> bool:
+        """Tell whether there is a document of that session, readable or not."""
         with self.looking_at(session_id) as path:
             return disk.exists(path)
 
-    def read_now(self, session_id: str, *, decode: bool = False) -> Snapshot:
-        """As `read`, but raise `Overtaken` if the journal is not there that the document names."""
+    def read_now(self, session_id: str) -> Replica:
+        """Read the committed session. Raise `Overtaken` if the journal is not there that the document names."""
         with self.looking_at(session_id) as path:
-            found = snapshot.read(path, session_id, decode=decode)
-            if not found.header.is_journaled:
-                return found
-            return self.journal(session_id, found.header.generation).replay(found)
+            paths = self.layout.session(session_id)
+            found = document.read(path, session_id, paths.file_id)
+            name = found.header.journal
+            if name is None:
+                return Replica(found.header, found.content, found.version)
+            log = Journal(paths.journal(name), session_id, name)
+            fd = log.open()
+            try:
+                header, content, tail = log.replay(fd, found.header, found.content)
+                return Replica(header, content, found.version, tail)
+            finally:
+                disk.close(fd)
 
-    def read_head_now(self, session_id: str) -> HeadSnapshot:
-        """As `read_head`, but raise `Overtaken` if the journal is not there that the document names."""
+    def read_head_now(self, session_id: str) -> Head:
+        """Read the committed header and fields. Raise `Overtaken` as `read_now`."""
         with self.looking_at(session_id) as path:
-            found = snapshot.read_head(path, session_id)
-            if not found.header.is_journaled:
+            paths = self.layout.session(session_id)
+            found = document.read_head(path, session_id, paths.file_id)
+            name = found.header.journal
+            if name is None:
                 return found
-            return self.journal(session_id, found.header.generation).head(found)
-
-    def journal(self, session_id: str, generation: int) -> Journal:
-        return Journal(self.layout.journal(session_id, generation), session_id)
+            log = Journal(paths.journal(name), session_id, name)
+            fd = log.open()
+            try:
+                return log.read_head(fd, found)
+            finally:
+                disk.close(fd)
 
     def looking_at(self, session_id: str) -> Translating[Path]:
         """Give the document's path to a block, and turn the disk's own errors in it into typed ones."""
-        path = self._path(session_id)
+        path = self._document(session_id)
 
         def type_error(error: BaseException) -> None:
             if isinstance(error, FileNotFoundError):
@@ -96,68 +103,7 @@ class SessionDirectory:
 
         return Translating(type_error, path)
 
-    def session_ids(self) -> list[str]:
-        """The ids of all sessions, sorted."""
-        return sorted(filter(None, map(layout.session_of_document, self._names())))
-
-    def leases(self) -> list[tuple[str, str]]:
-        """The (session id, stream id) of all lease files, sorted; those of dead streams too."""
-        try:
-            disk.check_directory(self.layout.leases)
-            names = disk.names(self.layout.leases)
-        except PersistError:
-            raise
-        except OSError as error:
-            raise Unreadable.because(self.layout.leases, error) from error
-        return sorted(filter(None, map(layout.stream_of, names)))
-
-    def _names(self) -> list[str]:
-        try:
-            return disk.names(self.layout.directory)
-        except OSError as error:
-            raise Unreadable.because(self.layout.directory, error) from error
-
-    def ignored(self) -> list[Path]:
-        """JSON files whose names are no session ids, sorted."""
-        names = [name for name in self._names() if name.endswith(".json")]
-        return sorted(self.layout.directory / name for name in names if layout.session_of_document(name) is None)
-
-    def leftovers(self) -> list[tuple[str, Path]]:
-        """What crashes have left, and no longer counts: temporary files, journals that were folded, locks without a session.
-
-        (session id, path), sorted. A commit under way shows as one.
-        """
-        found = []
-        for name in self._names():
-            session_id = layout.session_of_leftover(name)
-            path = self.layout.directory / name
-            if session_id and (path == self.layout.session(session_id).temp or not self.exists(session_id)):
-                found.append((session_id, path))
-        return sorted(found + [(session_id, path) for session_id, path, is_harmless in self._unnamed() if is_harmless])
-
-    def orphans(self) -> list[tuple[str, Path]]:
-        """Journals that hold commits of a document which is not there: (session id, path), sorted."""
-        return [(session_id, path) for session_id, path, is_harmless in self._unnamed() if not is_harmless]
-
-    def _unnamed(self) -> list[tuple[str, Path, bool]]:
-        """Journals that no document names, sorted, and whether they no longer count."""
-        found = []
-        for session_id, generation in filter(None, map(layout.journal_of, sorted(self._names()))):
-            path = self.layout.journal(session_id, generation)
-            with contextlib.suppress(OSError):
-                header = self._header_of(session_id)
-                if header is None or not header.is_journaled or header.generation != generation:
-                    found.append((session_id, path, is_left_over(path, generation, header)))
-        return found
-
-    def _header_of(self, session_id: str) -> Header | None:
-        try:
-            with self.looking_at(session_id) as path:
-                return snapshot.read_head(path, session_id).header
-        except PersistError:
-            return None
-
-    def _path(self, session_id: str) -> Path:
+    def _document(self, session_id: str) -> Path:
         path = self.layout.session(session_id).document
         if self._ignores_case:
             for name in disk.names(self.layout.directory):
@@ -166,12 +112,66 @@ class SessionDirectory:
                     raise InvalidSessionId(session_id=session_id, reason=reason)
         return path
 
+    # --- all sessions ---
 
-def is_left_over(path: Path, generation: int, header: Header | None) -> bool:
+    def session_ids(self) -> list[str]:
+        """Return the ids of all sessions, sorted."""
+        found = (self.id_of(name) for name in map(layout.name_of_document, self.names()) if name)
+        return sorted(session_id for session_id in found if session_id is not None)
+
+    def id_of(self, name: str) -> str | None:
+        """Return the session id of a name. That of a hashed one stands in the document, or in a lease."""
+        session_id = layout.id_of(name)
+        if session_id is None and layout.is_hashed(name):
+            with contextlib.suppress(PersistError, OSError):
+                path = self.layout.directory / f"{name}.json"
+                found = document.read_head(path, name).header.session_id
+                session_id = found if found and layout.name_of(found) == name else None
+        return session_id
+
+    def leases(self) -> list[tuple[str, str]]:
+        """Return the (session id, stream id) of all lease files, sorted, also of dead streams."""
+        try:
+            disk.check_directory(self.layout.leases)
+            names = disk.names(self.layout.leases)
+        except PersistError:
+            raise
+        except OSError as error:
+            raise Unreadable.because(self.layout.leases, error) from error
+        found = filter(None, map(layout.stream_of, names))
+        ids = ((self.id_of(name), stream_id) for name, stream_id in found)
+        return sorted((session_id, stream_id) for session_id, stream_id in ids if session_id is not None)
+
+    def names(self) -> list[str]:
+        """Return the names of all files, unsorted."""
+        try:
+            return disk.names(self.layout.directory)
+        except OSError as error:
+            raise Unreadable.because(self.layout.directory, error) from error
+
+    def journals(self, session_id: str, *, copies: bool = False) -> Iterator[tuple[Path, str]]:
+        """Yield the files that bear the name of a journal of a session, with their hex. `copies` of damaged ones, too."""
+        mine = self.layout.session(session_id).name
+        for file_name in disk.names(self.layout.directory):
+            found = layout.journal_of(file_name, copies=copies)
+            if found is not None and found[0] == mine:
+                yield self.layout.directory / file_name, found[1]
+
+
+def is_left_over(path: Path, name: str, header: Header | None) -> bool:
     """Tell of a journal whether it no longer counts beside a document: it was folded into it, or never used.
 
-    One that came after the document holds commits which are nowhere else: somebody has put an older document back, say.
+    Any other one holds commits that are nowhere else: somebody put an older document back, say.
     """
-    if header is not None and header.since <= generation <= header.generation:
-        return generation < header.generation or not header.is_journaled
-    return journal.is_empty(path)
+    return (header is not None and header.folded == name) or journal.is_empty(path)
+
+
+def missing_journal(document_path: Path, session_id: str, journal_path: Path) -> CorruptSession:
+    """Return the error of a document whose journal is not there."""
+    store = document_path.parent
+    reason = f"{journal_path.name}, which it names, is missing."
+    remedy = (
+        f"Restore both from a backup; or take the document without the commits that stood there, with "
+        f"'persist accept {store} {session_id}'."
+    )
+    return CorruptSession(session_id=session_id, path=document_path, reason=reason, remedy=remedy)

@@ -144,21 +144,21 @@ def _read_all(fd: int, size: int) -> bytes:
     return content
 
 
-Version = tuple[int, int, int]
-"""What changes when a file is written to, or another one takes its name: inode, size, and when it was written."""
+Version = tuple[int, int, int, int]
+"""What changes when a file is written to, or another one takes its name: inode, size, mtime and ctime in nanoseconds."""
 
 
-def read_start(path: Path, limit: int) -> tuple[bytes, Version]:
+def read_version(path: Path, limit: int) -> tuple[bytes, Version]:
     """Return at most `limit` bytes from the start of a plain file, and its version."""
     fd, status = _open(path, os.O_RDONLY)
     try:
-        return _read_all(fd, limit), _version(status)
+        return _read_all(fd, min(status.st_size, limit)), _version(status)
     finally:
         os.close(fd)
 
 
 def _version(status: os.stat_result) -> Version:
-    return status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def size_of(fd: int) -> int:

@@ -1,22 +1,28 @@
 """Every file name of a store, and the two kinds of id that names are made of. A directory holds:
 
     var/sessions/
-      s-42.json                    the document (snapshot)
-      s-42.json.lock               the session's lock; a sidecar, since os.replace() of a locked file lets a second holder in
-      s-42.json.tmp                only inside a commit; found later under the lock it is a left-over
-      s-42.<generation>.journal    the commits since the snapshot, if the session is large; ".damaged" behind it: a copy, kept
+      s-42.json                    the document
+      s-42.json.lock               the session's lock, a file of its own: os.replace() of a locked file lets a second holder in
+      s-42.json.tmp                only inside a commit. Found later under the lock it is a left-over
+      s-42.<16 hex>.journal        the commits since the document was written, if the session is large
+      s-42.<16 hex>.journal.damaged  a journal that `persist accept` could not take whole
       .leases/s-42.<stream id>     locked by the process that runs the stream
       .events/s-42.<stream id>     the stream's events, one a line
+
+A session id is any text. Its file name percent-encodes what is no letter, digit, `_` or `-`, so that a name holds no dot.
+A file belongs to `persist` only if its name is what the encoding of its decoded name gives.
 
 Nothing else in the project spells a file name out.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 from persist.errors import InvalidSessionId, InvalidStreamId
 
@@ -26,50 +32,98 @@ _DOCUMENT = ".json"
 _LOCK = ".lock"
 _TEMP = ".tmp"
 _DAMAGED = ".damaged"
-_JOURNAL = re.compile(r"(?P<session>[^.]+)\.(?P<generation>[1-9][0-9]{0,17})\.journal")
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
+_JOURNAL = re.compile(r"(?P<name>[^.]+)\.(?P<journal>[0-9a-f]{16})\.journal")
+MAX_ID = 512
+# File names end at 255 bytes, and a lease's name holds a stream id, too.
+_MAX_NAME = 180
+_HASHED = re.compile(r"[A-Za-z0-9_%-]{100}~[0-9a-f]{32}")
+_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_ENCODED = re.compile(r"(?:[A-Za-z0-9_-]|%[0-9A-F]{2})+")
 # Windows opens a device under these names, whatever the extension.
 _DEVICES = re.compile(r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])")
-# A lease's name holds both ids, and file names end at 255 bytes.
-_MAX_STREAM_ID = 64
+_STREAM_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _STREAM_RULE = "a stream id is 1 to 64 of A-Z a-z 0-9 _ -, and begins with a letter or digit."
-_RULE = "an id is 1 to 128 of A-Z a-z 0-9 _ -, begins with a letter or digit, and is no Windows device name."
+_RULE = f"an id is a string of 1 to {MAX_ID} characters, without half of a surrogate pair."
 
 
 def check_session_id(session_id: object) -> str:
     """Return `session_id` if it can name a session, else raise `InvalidSessionId`."""
-    if isinstance(session_id, str) and _is_session_id(session_id):
+    if type(session_id) is not str:
+        raise InvalidSessionId(session_id=session_id, reason=f"it is no string, but {type(session_id).__name__}; {_RULE}")
+    if not 0 < len(session_id) <= MAX_ID or any("\ud800" <= character <= "\udfff" for character in session_id):
+        raise InvalidSessionId(session_id=session_id, reason=_RULE)
+    return session_id
+
+
+def name_of(session_id: str) -> str:
+    """Return the name that a session's files begin with."""
+    if _PLAIN.fullmatch(session_id) and len(session_id) <= _MAX_NAME and not _DEVICES.fullmatch(session_id):
         return session_id
-    raise InvalidSessionId(session_id=session_id, reason=_type_hint(session_id) + _RULE)
+    name = "".join(chr(byte) if _is_plain(byte) else f"%{byte:02X}" for byte in session_id.encode())
+    if name[0] in "_-" or _DEVICES.fullmatch(session_id):
+        name = f"%{ord(name[0]):02X}{name[1:]}"
+    if len(name) <= _MAX_NAME:
+        return name
+    return f"{name[:100]}~{hashlib.blake2b(session_id.encode(), digest_size=16).hexdigest()}"
 
 
-def _type_hint(name: object) -> str:
-    return "" if isinstance(name, str) else f"it is no string, but {type(name).__name__}; "
+def _is_plain(byte: int) -> bool:
+    return byte in b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-"
 
 
-def _is_session_id(name: str) -> bool:
-    return _ID.fullmatch(name) is not None and _DEVICES.fullmatch(name) is None
+def is_hashed(name: str) -> bool:
+    """Tell whether a name holds a hash of the session's id. The document's header then holds the id."""
+    return _HASHED.fullmatch(name) is not None
+
+
+def id_of(name: str) -> str | None:
+    """Return the session id of a file's name, None for a hashed one or for none of ours."""
+    if _ENCODED.fullmatch(name) is None:
+        return None
+    try:
+        session_id = unquote_to_bytes(name).decode()
+        return session_id if name_of(check_session_id(session_id)) == name else None
+    except (UnicodeDecodeError, InvalidSessionId):
+        return None
+
+
+def is_ours(name: str) -> bool:
+    """Tell whether a session's files can begin with this name."""
+    return is_hashed(name) or id_of(name) is not None
 
 
 def check_stream_id(stream_id: object) -> str:
     """Return `stream_id` if it can name a stream, else raise `InvalidStreamId`."""
     if is_stream_id(stream_id):
         return str(stream_id)
-    raise InvalidStreamId(stream_id=stream_id, reason=_type_hint(stream_id) + _STREAM_RULE)
+    hint = "" if isinstance(stream_id, str) else f"it is no string, but {type(stream_id).__name__}; "
+    raise InvalidStreamId(stream_id=stream_id, reason=hint + _STREAM_RULE)
 
 
 def is_stream_id(stream_id: object) -> bool:
     """Tell whether it can name a stream. Other programs may have written anything into `active_stream_id`."""
-    return isinstance(stream_id, str) and _ID.fullmatch(stream_id) is not None and len(stream_id) <= _MAX_STREAM_ID
+    return isinstance(stream_id, str) and _STREAM_ID.fullmatch(stream_id) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class SessionPaths:
-    """The files of one session."""
+    """The files of one session. `file_id` is its id, if the files' name holds a hash of it, else None."""
 
+    directory: Path
+    name: str
     document: Path
     lock: Path
     temp: Path
+    file_id: str | None
+
+    def journal(self, journal: str) -> Path:
+        return self.directory / f"{self.name}.{journal}.journal"
+
+    def lease(self, stream_id: str) -> Path:
+        return self.directory / LEASES / f"{self.name}.{stream_id}"
+
+    def events(self, stream_id: str) -> Path:
+        return self.directory / EVENTS / f"{self.name}.{stream_id}"
 
 
 class Layout:
@@ -79,53 +133,48 @@ class Layout:
         self.directory = directory
         self.leases = directory / LEASES
         self.events = directory / EVENTS
-        # Three Path objects cost more than taking the lock does (20 µs); servers come back to the same sessions.
+        # Three Path objects cost more than taking the lock does (20 µs). Servers come back to the same sessions.
         self._session = lru_cache(maxsize=1024)(self._paths)
 
     def session(self, session_id: str) -> SessionPaths:
+        """Return the paths of a session."""
         # What is no string may have no hash.
         return self._session(session_id if type(session_id) is str else check_session_id(session_id))
 
     def _paths(self, session_id: str) -> SessionPaths:
-        name = f"{check_session_id(session_id)}{_DOCUMENT}"
-        return SessionPaths(self.directory / name, self.directory / f"{name}{_LOCK}", self.directory / f"{name}{_TEMP}")
-
-    def journal(self, session_id: str, generation: int) -> Path:
-        return self.directory / f"{check_session_id(session_id)}.{generation}.journal"
-
-    def lease(self, session_id: str, stream_id: str) -> Path:
-        return self.leases / f"{session_id}.{stream_id}"
-
-    def events_of(self, session_id: str, stream_id: str) -> Path:
-        return self.events / f"{check_session_id(session_id)}.{check_stream_id(stream_id)}"
+        name = name_of(check_session_id(session_id))
+        document = self.directory / f"{name}{_DOCUMENT}"
+        lock, temp = self.directory / f"{name}{_DOCUMENT}{_LOCK}", self.directory / f"{name}{_DOCUMENT}{_TEMP}"
+        return SessionPaths(self.directory, name, document, lock, temp, session_id if is_hashed(name) else None)
 
 
 def copy_of(journal: Path) -> Path:
-    """Where a damaged journal is kept, when it is replaced."""
+    """Return where a damaged journal is kept, when it is replaced."""
     return journal.with_name(f"{journal.name}{_DAMAGED}")
 
 
-def session_of_document(name: str) -> str | None:
-    """The session whose document has this file name, or None."""
-    stem = name.removesuffix(_DOCUMENT)
-    return stem if stem != name and _is_session_id(stem) else None
+def name_of_document(file_name: str) -> str | None:
+    """Return the name of the session whose document has this file name, or None."""
+    name = file_name.removesuffix(_DOCUMENT)
+    return name if name != file_name and is_ours(name) else None
 
 
-def session_of_leftover(name: str) -> str | None:
-    """The session whose lock or temporary file has this name, or None."""
+def name_of_leftover(file_name: str) -> tuple[str, bool] | None:
+    """Return the name of the session whose lock or temporary file this is, and whether it is the temporary one; or None."""
     for suffix in (f"{_DOCUMENT}{_LOCK}", f"{_DOCUMENT}{_TEMP}"):
-        if name.endswith(suffix) and _is_session_id(name.removesuffix(suffix)):
-            return name.removesuffix(suffix)
+        name = file_name.removesuffix(suffix)
+        if name != file_name and is_ours(name):
+            return name, suffix.endswith(_TEMP)
     return None
 
 
-def journal_of(name: str, *, copies: bool = False) -> tuple[str, int] | None:
-    """The session and the generation of the journal that has this file name, or None. `copies` of damaged ones count, too."""
-    shape = _JOURNAL.fullmatch(name.removesuffix(_DAMAGED) if copies else name)
-    return (shape["session"], int(shape["generation"])) if shape and _is_session_id(shape["session"]) else None
+def journal_of(file_name: str, *, copies: bool = False) -> tuple[str, str] | None:
+    """Return the session's name and the journal's hex of a file name, or None. `copies` of damaged ones count, too."""
+    shape = _JOURNAL.fullmatch(file_name.removesuffix(_DAMAGED) if copies else file_name)
+    return (shape["name"], shape["journal"]) if shape and is_ours(shape["name"]) else None
 
 
-def stream_of(name: str) -> tuple[str, str] | None:
-    """The (session id, stream id) of a lease's or an events file's name, or None. Ids hold no dot: the first one parts them."""
-    session_id, _, stream_id = name.partition(".")
-    return (session_id, stream_id) if _is_session_id(session_id) and is_stream_id(stream_id) else None
+def stream_of(file_name: str) -> tuple[str, str] | None:
+    """Return the (session's name, stream id) of a lease's or an events file's name, or None. The first dot parts them."""
+    name, _, stream_id = file_name.partition(".")
+    return (name, stream_id) if is_ours(name) and is_stream_id(stream_id) else None

@@ -12,7 +12,6 @@ also ends the check of a list that contains itself many times over.
 from __future__ import annotations
 
 import json
-import marshal
 import math
 import re
 from collections.abc import Iterable
@@ -21,11 +20,11 @@ from typing import Any
 
 import msgspec
 
-from persist import instant
 from persist.errors import NotJSON, ValuePath
 
 MAX_DEPTH = 200
 MAX_DIGITS = 4300
+MAX_VALUES = 10_000_000
 MAX_BYTES = 512 * 1024 * 1024
 
 _MAX_INT = 10**MAX_DIGITS
@@ -36,6 +35,22 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
 
 
+def same(one: Any, other: Any) -> bool:
+    """Tell whether two JSON values have the same types and values all through. The order of keys does not count."""
+    if one is other:
+        return True
+    kind = type(one)
+    if kind is not type(other):
+        return False
+    if kind is dict:
+        return len(one) == len(other) and all(key in other and same(one[key], other[key]) for key in one)
+    if kind is list:
+        return len(one) == len(other) and all(map(same, one, other))
+    if kind is float:
+        return bool(one == other) and math.copysign(1, one) == math.copysign(1, other)
+    return bool(one == other)
+
+
 def check(value: Any, path: ValuePath = ()) -> None:
     """Raise `NotJSON`, naming the place, unless `value` would come back from JSON exactly as it is.
 
@@ -43,14 +58,9 @@ def check(value: Any, path: ValuePath = ()) -> None:
     nesting of the value can exhaust Python's stack.
     """
     pending = [(value, path)] if _is_container(value, path) else []
-    budget = instant.MAX_VALUES
+    budget = MAX_VALUES
     while pending:
         container, here = pending.pop()
-        is_large = len(container) >= instant.MANY and len(here) + instant.LEVELS <= MAX_DEPTH
-        if is_large and (count := instant.count_exact(container)):
-            budget -= count
-            if budget >= 0:
-                continue
         budget -= len(container)
         if len(here) >= MAX_DEPTH or budget < 0:
             raise NotJSON(path=here, reason=f"nested deeper than {MAX_DEPTH} levels, too large, or containing itself")
@@ -58,29 +68,13 @@ def check(value: Any, path: ValuePath = ()) -> None:
             if not _KEYS.issuperset(map(type, container)):
                 other = next(type(key) for key in container if type(key) is not str)
                 raise NotJSON(path=here, reason=f"a key is {_name(other)}, and JSON has only string keys")
-            # Most messages hold nothing but strings: seen at the speed of C.
+            # Most messages hold nothing but strings: one call tells.
             if _PLAIN.issuperset(map(type, container.values())):
                 continue
             children: Iterable[tuple[str | int, Any]] = list(container.items())
         else:
             children = enumerate(container)
         pending += [(child, (*here, key)) for key, child in children if _is_container(child, here, key)]
-
-
-def captured(value: Any, path: ValuePath = ()) -> Any:
-    """Return a copy of `value` as it is at one instant, checked.
-
-    Other threads may change `value` meanwhile. What is encoded, compared and taken for saved must be one state of it, so it is
-    copied in a single call of C, which lets no other thread run. marshal keeps every built-in type apart, as `check` needs it,
-    and refuses all others; `check` then says which it was.
-    """
-    try:
-        copy = marshal.loads(marshal.dumps(value))  # noqa: S302 - its own bytes, a line ago
-    except ValueError:
-        check(value, path)
-        raise NotJSON(path=path, reason="it cannot be copied") from None
-    check(copy, path)
-    return copy
 
 
 _PLAIN = frozenset({str, bool, type(None)})
@@ -121,6 +115,28 @@ def _hint(kind: type) -> str:
     return hints.get(kind.__name__, "convert it, with str() or .isoformat() say, or to a dict of its fields")
 
 
+def encode_exact(value: Any, path: ValuePath = ()) -> bytes:
+    """Check and encode a value."""
+    check(value, path)
+    return encode(value, path)
+
+
+def encode_unchecked(value: Any) -> bytes | None:
+    """Encode a value that may have no exact JSON form: None if it has none at all."""
+    try:
+        return _encode(value)
+    except (TypeError, ValueError, RecursionError, OverflowError, msgspec.MsgspecError):
+        return None
+
+
+def encode_all_unchecked(items: list[Any]) -> list[bytes] | None:
+    """Encode each item as `encode_unchecked` does, all of them or none."""
+    try:
+        return list(map(_encode, items))
+    except (TypeError, ValueError, RecursionError, OverflowError, msgspec.MsgspecError):
+        return None
+
+
 def encode(value: Any, path: ValuePath = ()) -> bytes:
     """Encode a value that `check` has accepted, without spaces; `path` is where it stands, for the error.
 
@@ -140,13 +156,13 @@ def _encode_surrogates(value: Any, path: ValuePath) -> bytes:
     return encoded
 
 
-def decode(encoded: bytes) -> Any:
+def decode(encoded: bytes | memoryview) -> Any:
     """Decode JSON that `encode` has written; raises `ValueError` or `RecursionError` for anything else."""
     try:
         return _decode(encoded)
     except (msgspec.DecodeError, UnicodeDecodeError):
         # A lone surrogate, which msgspec does not read. If it is real damage, this raises in its turn.
-        return json.loads(encoded.decode(), parse_constant=_no_constant)
+        return json.loads(bytes(encoded).decode(), parse_constant=_no_constant)
 
 
 def _no_constant(literal: str) -> None:

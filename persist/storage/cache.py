@@ -1,0 +1,80 @@
+"""What a process keeps of sessions with a journal from one verb to the next, within bounds.
+
+A replica is validated under the session's lock, each time, by the document's version and by the bytes at its journal's
+end. A verb takes the replica out, and puts it back as its last step. So an exception on the way drops it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from persist.storage import disk
+from persist.storage.content import Content
+from persist.storage.document import Header
+from persist.storage.journal import Tail
+
+#: About what an item costs beside its bytes.
+_BYTES_AN_ITEM = 64
+
+
+@dataclass(slots=True)
+class Replica:
+    """A session as one commit left it.
+
+    Attributes:
+        header, content: of that commit.
+        version: that of the document.
+        tail: the end of its journal, or None if it has none.
+        is_synced: whether this process has made the names and the document durable. The writer may have died before.
+    """
+
+    header: Header
+    content: Content
+    version: disk.Version
+    tail: Tail | None = None
+    is_synced: bool = False
+
+    @property
+    def document_bytes(self) -> int:
+        return self.version[1]
+
+    @property
+    def cost_bytes(self) -> int:
+        """About what it takes in memory."""
+        return self.content.size_bytes + _BYTES_AN_ITEM * sum(self.content.counts.values()) + 1024
+
+
+class Cache:
+    """The replicas of a store's sessions that were used last."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._guard = threading.Lock()
+        self._replicas: OrderedDict[str, tuple[Replica, int]] = OrderedDict()
+        self._total_bytes = 0
+
+    def take(self, session_id: str) -> Replica | None:
+        """Hand out a replica, which leaves the cache."""
+        with self._guard:
+            found = self._replicas.pop(session_id, None)
+            if found is None:
+                return None
+            self._total_bytes -= found[1]
+            return found[0]
+
+    def has(self, session_id: str) -> bool:
+        """Tell whether there is a replica, valid or not."""
+        return session_id in self._replicas
+
+    def put(self, session_id: str, replica: Replica) -> None:
+        """Keep a replica, and drop those that were used longest ago."""
+        cost = replica.cost_bytes
+        with self._guard:
+            before = self._replicas.pop(session_id, None)
+            self._replicas[session_id] = replica, cost
+            self._total_bytes += cost - (before[1] if before else 0)
+            while self._total_bytes > self._limit_bytes:
+                _, (_, freed) = self._replicas.popitem(last=False)
+                self._total_bytes -= freed

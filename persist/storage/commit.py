@@ -1,0 +1,444 @@
+"""The commit: how a change of a session becomes durable and visible.
+
+A commit to a session with a journal appends one record and syncs it (`append_record`). Any other commit writes the whole
+document (`write_document`): so does the fold of a journal that has outgrown its document.
+
+After a failed fsync the kernel may have dropped the data and still show it. A second fsync then answers OK (measured). So
+that file is never synced or trusted again: the document is written once more, to another inode. If that fails too, while
+the commit was visible, nobody knows what a power cut would leave: `CommitUnknown`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import token_hex
+from typing import Literal
+
+from persist.errors import CommitFailed, CommitUnknown, PersistError
+from persist.storage import disk, document, journal
+from persist.storage.cache import Replica
+from persist.storage.content import Content
+from persist.storage.diff import Change
+from persist.storage.document import Header
+from persist.storage.journal import Journal, Record, Tail
+from persist.storage.layout import SessionPaths
+
+#: Which sessions have a journal: large ones, all, or none.
+Mode = Literal["auto", "always", "never"]
+#: A session gets a journal above the first size, and loses it at a fold below the second.
+ENTER_BYTES, LEAVE_BYTES = 64 * 1024, 32 * 1024
+#: A journal is folded when it is larger than its document, but not before this.
+FOLD_AT_LEAST_BYTES = 64 * 1024
+#: More than this is not written again with a record: a fold costs less.
+MOST_UNSYNCED_BYTES = 64 * 1024
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(slots=True)
+class Options:
+    """How a store writes.
+
+    Attributes:
+        mode: which sessions have a journal.
+        fold_bytes: in the place of the rule above, for tests.
+        room_bytes: a journal of so many bytes gets room for as many more at a time.
+        verifies_folds: whether each fold compares the replica with a replay from disk, for tests.
+    """
+
+    mode: Mode = "auto"
+    fold_bytes: float | None = None
+    room_bytes: int = journal.ROOM_BYTES
+    verifies_folds: bool = False
+
+
+@dataclass(slots=True)
+class Place:
+    """The files of one session whose lock is held, and what is noted about them.
+
+    Attributes:
+        unknown: the reason of the last `CommitUnknown`, by session, shared by all verbs of a store.
+        is_visible: whether the last commit became visible, also if an exception came after that.
+        is_marked: whether the last commit has spoilt the journal.
+    """
+
+    session_id: str
+    paths: SessionPaths
+    options: Options
+    unknown: dict[str, str]
+    is_visible: bool = False
+    is_marked: bool = False
+
+    def journal(self, name: str) -> Journal:
+        """Return the session's journal of that name."""
+        return Journal(self.paths.journal(name), self.session_id, name)
+
+    def wants_journal(self, header: Header, content: Content) -> bool:
+        """Tell whether the session is to have a journal from its next document on."""
+        limit = LEAVE_BYTES if header.journal else ENTER_BYTES
+        return self.options.mode == "always" or (self.options.mode == "auto" and content.size_bytes > limit)
+
+    @contextmanager
+    def refusals(self) -> Iterator[None]:
+        """Turn the disk's own errors in the block into `CommitFailed`: nothing of the commit is visible yet."""
+        try:
+            yield
+        except PersistError:
+            raise
+        except OSError as error:
+            raise self.failure(CommitFailed, error) from error
+
+    def failure(self, kind: type[PersistError], error: OSError) -> PersistError:
+        """Return a typed error that says what the disk said."""
+        reason = error.strerror or type(error).__name__
+        return kind(session_id=self.session_id, path=self.paths.document, reason=reason, errno=error.errno)
+
+    def doubt(self, error: OSError) -> None:
+        """Note that nobody knows whether the last commit is durable. Until that is mended, no verb writes."""
+        self.unknown[self.session_id] = error.strerror or type(error).__name__
+
+    def require_known(self) -> None:
+        """Raise `CommitUnknown` after a commit of unknown outcome: nothing more is written or acknowledged."""
+        reason = self.unknown.get(self.session_id)
+        if reason is not None:
+            raise CommitUnknown(session_id=self.session_id, path=self.paths.document, reason=reason, errno=None)
+
+
+def commit(
+    place: Place, before: Replica | None, header: Header, content: Content, changes: tuple[Change, ...], fd: int
+) -> Replica:
+    """Make a commit on top of what is there. Durable and visible on return.
+
+    Args:
+        before: what is there, None for a new session.
+        changes: what turns the values that stand apart in `before` into those of `content`.
+        fd: the journal, open for reading and writing, or -1 if there is none.
+
+    Raises:
+        NotJSON: the session would be too large to be read back.
+        CommitFailed: the disk refused. The old revision stands.
+        CommitUnknown: the commit is visible, but may not survive a power cut.
+    """
+    place.require_known()
+    place.is_visible = place.is_marked = False
+    if before is None or before.tail is None:
+        return write_document(place, before, header, content)
+    tail = before.tail
+    if _must_fold(place.options, before) or not _is_settled(place, before):
+        try:
+            return write_document(place, before, header, content)
+        except CommitFailed as error:
+            # A full disk may have room for a record where it has none for a document.
+            is_full = error.errno in _FULL and not isinstance(error.__cause__, disk.SyncFailed)
+            if not is_full or place.is_marked or tail.is_torn or not before.is_synced or place.options.mode == "never":
+                raise
+    return append_record(place, before, header, content, changes, fd)
+
+
+def _must_fold(options: Options, before: Replica) -> bool:
+    """Tell whether the next commit writes the whole document. A record is never appended behind a torn tail."""
+    tail = before.tail
+    assert tail is not None
+    limit = options.fold_bytes
+    if limit is None:
+        limit = max(FOLD_AT_LEAST_BYTES, before.document_bytes)
+    return options.mode == "never" or tail.is_torn or tail.end > limit or len(tail.unsynced) > MOST_UNSYNCED_BYTES
+
+
+def _is_settled(place: Place, before: Replica) -> bool:
+    """Make the document and its name durable, once a replica: their writer may have died before it did. Tell whether they are."""
+    if not before.is_synced:
+        try:
+            disk.sync_file(place.paths.document)
+            disk.sync_directory(place.paths.directory)
+        except OSError:
+            return False
+        before.is_synced = True
+    return True
+
+
+def append_record(
+    place: Place, before: Replica, header: Header, content: Content, changes: tuple[Change, ...], fd: int
+) -> Replica:
+    """Append one record to the journal, and sync it."""
+    tail = before.tail
+    assert tail is not None
+    # 1. The line. It holds the whole head if that changed.
+    old = before.header
+    is_same_head = header.epoch == old.epoch and header.owner == old.owner and content.fields == before.content.fields
+    record = Record(
+        crc="00000000",
+        after=tail.after,
+        revision=header.revision,
+        updated_at=header.updated_at.isoformat(),
+        synced=tail.synced,
+        counts=content.counts,
+        head_at=tail.head_at if is_same_head else 0,
+        head=None if is_same_head else journal.image_of(header, content),
+        changes=changes,
+        commit=header.commit,
+    )
+    line = journal.encode(record, tail.seed)
+    # 2. Room, so that the write does not make the file longer.
+    with place.refusals():
+        _make_room(place.options, tail, len(line), fd)
+        # 3. What nobody is known to have synced is written again: its writer may have seen its fdatasync fail, and have died.
+        try:
+            disk.write_at(fd, tail.unsynced + line, tail.synced if tail.unsynced else tail.end)
+        except OSError:
+            # So that the next commit need not fold a torn tail away, for which a full disk has no room.
+            with contextlib.suppress(OSError):
+                disk.truncate(fd, tail.end)
+            raise
+    # 4. From here on readers see the commit.
+    place.is_visible = True
+    try:
+        disk.sync_data(fd)
+    except OSError as error:
+        # Another process must not append to what may be lost below. Whoever finds the mark folds.
+        with contextlib.suppress(OSError):
+            disk.write_at(fd, journal.MARK, tail.end + len(line))
+        place.doubt(error)
+        after = _write_anew(place, before, header, content, error)
+        place.unknown.pop(place.session_id, None)
+        return after
+    # 5. Only now the replica moves on.
+    tail.advance(line, record)
+    tail.synced, tail.unsynced = tail.end, b""
+    return Replica(header, content, before.version, tail, is_synced=True)
+
+
+def _make_room(options: Options, tail: Tail, size_bytes: int, fd: int) -> None:
+    room, end = options.room_bytes, tail.end + size_bytes
+    if end <= tail.room_end or not size_bytes <= room <= tail.end:
+        return
+    # Another process may have made some.
+    tail.room_end = disk.size_of(fd)
+    if end > tail.room_end:
+        # On a full disk there may still be room for the record itself.
+        with contextlib.suppress(OSError):
+            disk.write_at(fd, bytes(room), tail.end)
+            tail.room_end = tail.end + room
+
+
+def _write_anew(place: Place, before: Replica, header: Header, content: Content, error: OSError) -> Replica:
+    """Write the whole document after a failed fsync, to another inode."""
+    try:
+        return write_document(place, before, header, content, is_marked=True)
+    except PersistError as failed:
+        raise place.failure(CommitUnknown, error) from failed
+
+
+def confirm(place: Place, found: Replica, fd: int) -> Replica:
+    """Make durable what was read, so that a verb may acknowledge it without a commit.
+
+    The writer may have died between its write and its sync, or its fdatasync may have failed.
+    """
+    place.require_known()
+    tail = found.tail
+    try:
+        if tail is None or not found.is_synced:
+            disk.sync_file(place.paths.document)
+            disk.sync_directory(place.paths.directory)
+            found.is_synced = True
+        if tail is not None and tail.unsynced:
+            disk.write_at(fd, tail.unsynced, tail.synced)
+            disk.sync_data(fd)
+            tail.synced, tail.unsynced = tail.end, b""
+        return found
+    except OSError as error:
+        # What the kernel still shows of that file proves nothing. What was checked before is written again.
+        is_failed_sync = isinstance(error, disk.SyncFailed)
+        if is_failed_sync:
+            place.doubt(error)
+        try:
+            after = write_document(place, found, found.header, found.content)
+        except CommitFailed as failed:
+            if is_failed_sync:
+                raise place.failure(CommitUnknown, error) from failed
+            raise
+        place.unknown.pop(place.session_id, None)
+        return after
+
+
+# --- the whole document ----------------------------------------------------------------------------------------------
+
+
+def write_document(
+    place: Place,
+    before: Replica | None,
+    header: Header,
+    content: Content,
+    *,
+    alone: bool = False,
+    is_marked: bool = False,
+) -> Replica:
+    """Write the whole document. In every instant the old one or the new one stands there, durably.
+
+    Args:
+        before: what is there. Its journal is taken out of use.
+        alone: without a journal.
+        is_marked: that journal bears its mark already.
+    """
+    mark = None if before is None or is_marked else before.tail
+    if mark is not None and place.options.verifies_folds:
+        assert before is not None
+        _verify(place, before)
+    is_journaled = not alone and place.wants_journal(header, content)
+    journals = [name for name in (before.header.folded, before.header.journal) if name] if before else []
+    try:
+        with place.refusals():
+            return _publish(place, header, content, journals, mark, is_journaled=is_journaled)
+    except CommitFailed as failed:
+        if not isinstance(failed.__cause__, disk.SyncFailed):
+            raise
+        if place.is_visible:
+            place.doubt(failed.__cause__)
+    # After a failed fsync once more, to other inodes.
+    try:
+        after = _publish(place, header, content, journals, mark, is_journaled=is_journaled)
+    except OSError as error:
+        if place.is_visible:
+            place.doubt(error)
+        raise place.failure(CommitUnknown if place.is_visible else CommitFailed, error) from error
+    place.unknown.pop(place.session_id, None)
+    return after
+
+
+def _publish(
+    place: Place, header: Header, content: Content, journals: list[str], mark: Tail | None, *, is_journaled: bool
+) -> Replica:
+    """Write the document once. `journals` names the journals that no longer count after that, the current one last."""
+    name = token_hex(8) if is_journaled else None
+    header = header.but(journal=name, folded=journals[-1] if journals else None)
+    paths, made = place.paths, [place.paths.temp]
+    # 1. While nothing is visible: without a free descriptor after the rename, nobody would know its outcome.
+    directory = disk.open_directory(paths.directory)
+    try:
+        try:
+            # 2. The new journal, and its name. Else a power cut could leave a document whose journal is missing.
+            if name is not None:
+                made.append(paths.journal(name))
+                _write_new(made[-1], journal.opening(name))
+                disk.sync_directory(paths.directory, directory)
+            # 3. The new document, under another name.
+            _write_new(paths.temp, document.to_bytes(header, content))
+            # 4. The mark, for the living: a process with an old replica meets a tear, whatever becomes of the rest.
+            if mark is not None:
+                put_mark(paths.journal(mark.name), mark.end)
+                place.is_marked = True
+        except BaseException:
+            _remove(made)
+            raise
+        # 5. Readers see the new document.
+        try:
+            disk.replace(paths.temp, paths.document)
+        except OSError:
+            # Only an `OSError` proves that the rename did not happen. After anything else the document may need the journal.
+            _remove(made)
+            raise
+        place.is_visible = True
+        # 6. Durable.
+        try:
+            disk.sync_directory(paths.directory, directory)
+        except OSError as error:
+            if name is not None:
+                journals.append(name)
+            raise disk.SyncFailed(error.errno, error.strerror or type(error).__name__) from error
+    finally:
+        disk.close_directory(directory)
+    # 7. What no longer counts goes last, as far as the disk lets it go.
+    _remove(map(paths.journal, journals))
+    return Replica(header, content, _version_of(paths.document), Tail.of(name) if name else None, is_synced=True)
+
+
+def _version_of(path: Path) -> disk.Version:
+    # After the rename, which sets the ctime.
+    try:
+        return disk.version_of(path)
+    except OSError:
+        return (0, 0, 0, 0)
+
+
+def _write_new(path: Path, text: bytes) -> None:
+    try:
+        fd = disk.create(path)
+    except FileExistsError:
+        # The lock is held, so its writer is dead.
+        disk.unlink(path)
+        fd = disk.create(path)
+    try:
+        disk.write(fd, text)
+        disk.sync(fd)
+    finally:
+        disk.close(fd)
+
+
+def put_mark(path: Path, end: int) -> None:
+    """Spoil a journal behind its end, for the processes that hold a replica of it."""
+    fd = disk.open_unseen(path, os.O_RDWR)
+    try:
+        disk.write_at(fd, journal.MARK, end)
+    finally:
+        disk.close(fd)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with contextlib.suppress(OSError):
+            disk.unlink(path)
+
+
+def _verify(place: Place, before: Replica) -> None:
+    """Compare a replica with a replay from disk. Only tests ask for it."""
+    found = document.read(place.paths.document, place.session_id, place.paths.file_id)
+    assert found.header.journal is not None
+    log = place.journal(found.header.journal)
+    fd = log.open()
+    try:
+        header, content, _ = log.replay(fd, found.header, found.content)
+    finally:
+        disk.close(fd)
+    if header.commit != before.header.commit or content != before.content or header.owner != before.header.owner:
+        raise AssertionError(f"The replica of session {place.session_id!r} differs from its files.")
+
+
+# --- the end of a session --------------------------------------------------------------------------------------------
+
+
+def delete(place: Place, before: Replica | None, journals: Sequence[Path]) -> None:
+    """Remove a session. Durable on return.
+
+    The document goes first: what a crash leaves after that is no session.
+
+    Args:
+        before: what is there, None for a document that cannot be read.
+        journals: all files that bear the name of a journal of the session.
+    """
+    place.require_known()
+    paths = place.paths
+    with place.refusals():
+        directory = disk.open_directory(paths.directory)
+    try:
+        with place.refusals():
+            if before is not None and before.tail is not None:
+                put_mark(paths.journal(before.tail.name), before.tail.end)
+            if before is None:
+                # A damaged session must not stay because its journal is damaged, too.
+                for path in journals:
+                    with contextlib.suppress(OSError):
+                        put_mark(path, journal.end_of(path))
+            disk.unlink(paths.document)
+        try:
+            disk.sync_directory(paths.directory, directory)
+        except OSError as error:
+            place.doubt(error)
+            raise place.failure(CommitUnknown, error) from error
+    finally:
+        disk.close_directory(directory)
+    _remove([paths.temp, *journals])

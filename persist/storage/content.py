@@ -1,0 +1,379 @@
+"""What a session holds: its top-level values, each as encoded JSON.
+
+Small values are the *fields*. They stand together at the start of a document, so that a reader of a head needs nothing
+else. The other values stand *apart*: a list that stands apart is kept as `Items`, one encoded item each.
+
+Where a value stands follows from the values alone, so that a process that applied a record and a process that replays it
+agree. The same data has the same content, up to the order of its keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from persist import json_codec
+from persist.errors import NotJSON, ReservedField, ValuePath, WrongType
+
+#: The first key of a document. It is no data.
+HEADER = "_persist"
+#: The lists that always stand apart, however small they are.
+ALWAYS_APART = ("messages", "tool_calls")
+#: A larger value stands apart.
+APART_BYTES = 4 * 1024
+#: The fields are not larger together: the largest one leaves until that is so.
+FIELDS_BYTES = 32 * 1024
+SEPARATOR = b",\n"
+#: A change this close to the end of a list keeps the list's ids up to date. Any other change makes them anew.
+_NEAR_END = 64
+
+
+class _WithId(msgspec.Struct):
+    id: msgspec.Raw = msgspec.Raw()
+
+
+_ids_of = msgspec.json.Decoder(list[_WithId]).decode
+_id_of = msgspec.json.Decoder(_WithId).decode
+
+
+def id_key(message_id: object) -> bytes | None:
+    """Return the JSON of an id, by which `Items` finds it, or None for what is no id. So `1` and `"1"` differ."""
+    return json_codec.encode(message_id) if type(message_id) in (str, int) else None
+
+
+def _id_in(item: bytes) -> bytes | None:
+    try:
+        raw = bytes(_id_of(item).id)
+    except msgspec.DecodeError:
+        # The item is no object, or it holds a lone surrogate, which msgspec does not read.
+        raw = b"\\"
+    if b"\\" not in raw and (raw[:1] == b'"' or not raw):
+        return raw or None
+    decoded = json_codec.decode(item)
+    return id_key(decoded.get("id")) if type(decoded) is dict else None
+
+
+class Items:
+    """The encoded items of a list, as a value: a change makes other `Items`, and this one stays as it is.
+
+    The items that were read from a document stay one text, until somebody needs them one by one. Behind the text stands
+    a list, of which the first `length` entries belong to this value. An append extends that list in place, because no
+    older value looks behind its own length. So a replica and a merge base share what they have in common.
+
+    Change a value only under its session's lock, because an append looks at the list before it extends it.
+    """
+
+    __slots__ = ("_ids", "_parts", "_repeated", "size_bytes")
+
+    def __init__(self, items: list[bytes], *, text: memoryview = memoryview(b""), text_count: int = 0) -> None:
+        #: One attribute, so that a thread that splits the text replaces all of them in one step.
+        self._parts = (text, text_count, items, len(items))
+        self._ids: dict[bytes, int] | None = None
+        self._repeated: set[bytes] = set()
+        #: The length of its JSON in a document.
+        self.size_bytes = _size_bytes(len(text), text_count, sum(map(len, items)), len(items))
+
+    @classmethod
+    def _of(cls, parts: tuple[memoryview, int, list[bytes], int], size_bytes: int) -> Items:
+        found = cls.__new__(cls)
+        found._parts, found.size_bytes, found._ids, found._repeated = parts, size_bytes, None, set()
+        return found
+
+    @classmethod
+    def in_document(cls, text: memoryview, count: int) -> Items:
+        """Return the items of a list as it stands in a document, brackets included. The text is not copied."""
+        return cls([], text=text, text_count=count) if count else cls([])
+
+    def __len__(self) -> int:
+        _, text_count, _, length = self._parts
+        return text_count + length
+
+    def __getitem__(self, place: int) -> bytes:
+        _, text_count, items, length = self._parts
+        if not 0 <= place < text_count + length:
+            raise IndexError(place)
+        return items[place - text_count] if place >= text_count else self.split()[place]
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Items) or len(self) != len(other) or self.size_bytes != other.size_bytes:
+            return False
+        return self.split() == other.split()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def split(self) -> list[bytes]:
+        """Return all items, one by one. The caller must not change the list."""
+        text, text_count, items, length = self._parts
+        if text_count:
+            items = [*bytes(text[2:-2]).split(SEPARATOR), *items[:length]]
+            length = len(items)
+            self._parts = (memoryview(b""), 0, items, length)
+        return items if len(items) == length else items[:length]
+
+    def last(self, count: int) -> list[bytes]:
+        """Return the last items, without splitting the text if they all stand behind it."""
+        _, _, items, length = self._parts
+        return items[length - count : length] if count <= length else self.split()[len(self) - count :]
+
+    def in_text(self) -> tuple[memoryview, list[bytes]]:
+        """Return the text that was not split, brackets included, and the items behind it."""
+        text, _, items, length = self._parts
+        return text, items[:length]
+
+    def spliced(self, at: int, remove: int, insert: list[bytes]) -> Items:
+        """Return these items with some replaced: `remove` from the place `at` on go, and `insert` comes there.
+
+        Raises:
+            ValueError: there are no such items.
+        """
+        count = len(self)
+        if not 0 <= at <= at + remove <= count:
+            raise ValueError(at)
+        text, text_count, items, length = self._parts
+        if at < text_count:
+            items = self.split()
+            text, text_count, items, length = self._parts
+        removed = items[at - text_count : at - text_count + remove]
+        if at == count and len(items) == length:
+            items += insert
+        else:
+            start = at - text_count
+            items = items[:start] + insert + items[start + remove : length]
+        parts = (text, text_count, items, length + len(insert) - remove)
+        size = _size_bytes(len(text), text_count, self._list_bytes + sum(map(len, insert)) - sum(map(len, removed)), parts[3])
+        after = Items._of(parts, size)
+        self._hand_over_ids(after, at, remove, insert)
+        return after
+
+    @property
+    def _list_bytes(self) -> int:
+        """The bytes of the items behind the text, without their separators."""
+        text, text_count, _, length = self._parts
+        return self.size_bytes - _size_bytes(len(text), text_count, 0, length)
+
+    # --- ids ---
+
+    def find(self, key: bytes) -> int | None:
+        """Return the place of the last item with this id (see `id_key`), or None."""
+        if self._ids is None:
+            self._read_ids()
+            assert self._ids is not None
+        return self._ids.get(key)
+
+    def _read_ids(self) -> None:
+        text, _, items, length = self._parts
+        keys: list[bytes | None] = []
+        if text:
+            try:
+                keys = [bytes(item.id) for item in _ids_of(text)]
+            except msgspec.DecodeError:
+                keys = [_id_in(item) for item in bytes(text[2:-2]).split(SEPARATOR)]
+            else:
+                if b"\\" in b"".join(filter(None, keys)) or not all(key and key[:1] == b'"' for key in keys):
+                    keys = [_id_in(item) for item in bytes(text[2:-2]).split(SEPARATOR)]
+        keys += map(_id_in, items[:length])
+        ids: dict[bytes, int] = {}
+        for place, key in enumerate(keys):
+            if key is not None:
+                if key in ids:
+                    self._repeated.add(key)
+                ids[key] = place
+        self._ids = ids
+
+    def _hand_over_ids(self, after: Items, at: int, remove: int, insert: list[bytes]) -> None:
+        """Give the ids to the changed value, as far as that costs what the change costs. This value reads them anew."""
+        ids, repeated = self._ids, self._repeated
+        self._ids, self._repeated = None, set()
+        if ids is None or len(self) - at > _NEAR_END:
+            return
+        for item in self.last(len(self) - at):
+            key = _id_in(item)
+            if key in repeated:
+                # Another item has this id, and nobody knows its place.
+                return
+            if key is not None:
+                ids.pop(key, None)
+        for place, item in enumerate(after.last(len(after) - at), at):
+            key = _id_in(item)
+            if key is not None:
+                if key in ids:
+                    repeated.add(key)
+                ids[key] = place
+        after._ids, after._repeated = ids, repeated
+
+    # --- data ---
+
+    def decode(self) -> list[Any]:
+        """Return the items as a fresh list of Python values."""
+        text, text_count, items, length = self._parts
+        found: list[Any] = json_codec.decode(text) if text_count else []
+        found += list(map(json_codec.decode, items[:length]))
+        return found
+
+
+def _size_bytes(text_bytes: int, text_count: int, list_bytes: int, list_count: int) -> int:
+    """Return the length of a list's JSON in a document."""
+    if not text_count and not list_count:
+        return 2
+    return (text_bytes if text_count else 2) + list_bytes + 2 * list_count
+
+
+#: A top-level value: its JSON, or the items of a list that stands apart.
+Value = bytes | Items
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Content:
+    """A session's top-level values: the fields, and what stands apart. See `placed`."""
+
+    fields: Mapping[str, bytes]
+    apart: Mapping[str, Value]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Content) and self.fields == other.fields and self.apart == other.apart
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The number of items of each list that stands apart."""
+        return {name: len(value) for name, value in self.apart.items() if isinstance(value, Items)}
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the values, and about the size of a document that holds them."""
+        return sum(len(name) + size_of(value) + 5 for name, value in self)
+
+    def __iter__(self) -> Iterator[tuple[str, Value]]:
+        yield from self.fields.items()
+        yield from self.apart.items()
+
+    def get(self, name: str) -> Value | None:
+        """Return a top-level value, wherever it stands."""
+        return self.fields.get(name) or self.apart.get(name)
+
+    def decode(self) -> dict[str, Any]:
+        """Return the session's data as a fresh dict."""
+        return {name: decode(value) for name, value in self}
+
+    def decode_fields(self) -> dict[str, Any]:
+        """Return the fields alone, decoded."""
+        return {name: json_codec.decode(value) for name, value in self.fields.items()}
+
+
+def size_of(value: Value) -> int:
+    """Return the length of a value's JSON in a document."""
+    return value.size_bytes if isinstance(value, Items) else len(value)
+
+
+def decode(value: Value) -> Any:
+    """Return a top-level value as a fresh Python value."""
+    return value.decode() if isinstance(value, Items) else json_codec.decode(value)
+
+
+def as_json(value: Value) -> bytes:
+    """Return a top-level value as one piece of JSON without newlines."""
+    return b"[" + b",".join(value.split()) + b"]" if isinstance(value, Items) else value
+
+
+def empty() -> Content:
+    """Return the content of a session without a value."""
+    return Content({}, {})
+
+
+def placed(values: Iterable[tuple[str, Value]]) -> Content:
+    """Return the content that these values make: decide of each where it stands.
+
+    Raises:
+        NotJSON: they would make a document that is too large to be read back.
+    """
+    fields: dict[str, bytes] = {}
+    apart: dict[str, Value] = {}
+    for name, value in values:
+        if name in ALWAYS_APART or size_of(value) > APART_BYTES:
+            apart[name] = _items_of(value) if isinstance(value, bytes) else value
+        else:
+            fields[name] = as_json(value)
+    total = sum(map(len, fields.values()))
+    while total > FIELDS_BYTES:
+        largest = max(fields, key=lambda name: (len(fields[name]), name))
+        total -= len(fields[largest])
+        apart[largest] = _items_of(fields.pop(largest))
+    content = Content(fields, apart)
+    if content.size_bytes > json_codec.MAX_BYTES:
+        raise NotJSON(path=(), reason=f"it would take more than {json_codec.MAX_BYTES:,} bytes")
+    return content
+
+
+def _items_of(value: bytes) -> Value:
+    """Return a value that stands apart: a list as items."""
+    return Items([json_codec.encode(item) for item in json_codec.decode(value)]) if value[:1] == b"[" else value
+
+
+def encoded(data: Any, like: Content | None = None) -> Content:
+    """Encode a session's data.
+
+    A value whose JSON is the same as in `like` was checked when that was made. So only the others are checked here, and
+    the others that hold the same data as before, in another order of keys, keep their JSON.
+
+    Raises:
+        NotJSON: a value has no exact JSON form. The error names its path.
+        WrongType: `data` is no dict.
+        ReservedField: `data` has a field that is called like the header.
+    """
+    if type(data) is not dict:
+        raise WrongType(what="a session's data", expected="a plain dict", got=type(data).__name__)
+    if HEADER in data:
+        raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
+    known = like or empty()
+    values: list[tuple[str, Value]] = []
+    for name, value in data.items():
+        if type(name) is not str:
+            raise NotJSON(path=(), reason=f"a key is {type(name).__name__}, and JSON has only string keys")
+        before = known.get(name)
+        if type(value) is list and (name in ALWAYS_APART or isinstance(before, Items) or len(value) > _FEW):
+            values.append((name, _encoded_items(name, value, before)))
+        else:
+            values.append((name, _encoded_value(value, before if isinstance(before, bytes) else None, (name,))))
+    return placed(values)
+
+
+#: A list with more items is encoded item by item, because it may stand apart.
+_FEW = 16
+
+
+def _encoded_value(value: Any, before: bytes | None, path: ValuePath) -> bytes:
+    found = json_codec.encode_unchecked(value)
+    if found is not None and found == before:
+        return found
+    found = json_codec.encode_exact(value, path)
+    if before is not None and len(found) == len(before) and json_codec.same(json_codec.decode(before), value):
+        return before
+    return found
+
+
+def _encoded_items(name: str, items: list[Any], before: Value | None) -> Items:
+    known = before.split() if isinstance(before, Items) else []
+    found = json_codec.encode_all_unchecked(items)
+    if found is not None and found == known:
+        assert isinstance(before, Items)
+        return before
+    count = min(len(items), len(known))
+    if found is None or found[:count] != known[:count]:
+        # Some item differs: what stands at another place than before is compared there, too.
+        there = set(known)
+        checked = [
+            _encoded_value(item, known[place] if place < count else None, (name, place))
+            if found is None or found[place] not in there
+            else found[place]
+            for place, item in enumerate(items)
+        ]
+        return Items(checked)
+    checked = found[:count]
+    checked += [_encoded_value(item, None, (name, place)) for place, item in enumerate(items[count:], count)]
+    return Items(checked)

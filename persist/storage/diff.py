@@ -1,0 +1,122 @@
+"""Changes: what a commit does to the values that stand apart, and how two contents are compared without decoding them.
+
+Positions count items. They are those of the moment when the change is applied, after the changes before it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from itertools import compress, count
+
+import msgspec
+
+from persist import json_codec
+from persist.merge import align
+from persist.storage.content import APART_BYTES, Content, Items, Value, as_json
+
+#: Where more than this was removed, the items between the first difference and the last one are compared, too.
+_ONE_SPLICE_BYTES = 16 * 1024
+
+
+class Change(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
+    """One change of one value that stands apart. Exactly one of three: items replaced, the value set, the value gone.
+
+    Attributes:
+        name: the value's name.
+        at: the place of the first item that is changed.
+        remove: how many items go from there.
+        insert: the items that come in their place, each as its JSON.
+        value: what the value is from now on, as its JSON.
+        is_gone: the value no longer stands apart.
+    """
+
+    name: str = msgspec.field(name="in")
+    at: int = 0
+    remove: int = 0
+    insert: tuple[msgspec.Raw, ...] = ()
+    value: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    is_gone: bool = msgspec.field(default=False, name="gone")
+
+    @property
+    def is_splice(self) -> bool:
+        """Whether it replaces items of a list, and not the value as a whole."""
+        return not self.is_gone and isinstance(self.value, msgspec.UnsetType)
+
+
+class DoesNotFit(ValueError):
+    """A change names what is not there."""
+
+
+def splice(name: str, at: int, remove: int, insert: Iterable[bytes]) -> Change:
+    """Return the change that replaces items of a list."""
+    return Change(name, at, remove, tuple(map(msgspec.Raw, insert)))
+
+
+def apply(apart: dict[str, Value], change: Change) -> None:
+    """Make a change. Raise `DoesNotFit` if that cannot be."""
+    if change.is_gone:
+        apart.pop(change.name, None)
+    elif not isinstance(change.value, msgspec.UnsetType):
+        value = bytes(change.value)
+        is_list = value[:1] == b"["
+        apart[change.name] = Items([json_codec.encode(item) for item in json_codec.decode(value)]) if is_list else value
+    else:
+        items = apart.get(change.name)
+        if not isinstance(items, Items):
+            raise DoesNotFit(change.name)
+        try:
+            apart[change.name] = items.spliced(change.at, change.remove, list(map(bytes, change.insert)))
+        except ValueError:
+            raise DoesNotFit(change.name) from None
+
+
+def between(before: Content, after: Content) -> tuple[Change, ...]:
+    """Return the changes that turn what stands apart in one content into what stands apart in the other."""
+    changes: list[Change] = [Change(name, is_gone=True) for name in before.apart if name not in after.apart]
+    for name, new in after.apart.items():
+        old = before.apart.get(name)
+        if old is new:
+            continue
+        if isinstance(old, Items) and isinstance(new, Items):
+            changes += splices(name, old.split(), new.split())
+        elif old != new:
+            changes.append(whole(name, new))
+    return tuple(changes)
+
+
+def splices(name: str, before: list[bytes], after: list[bytes], offset: int = 0) -> Iterator[Change]:
+    """Return the splices that turn one list into the other, the last one first, so that no place moves.
+
+    Args:
+        offset: the place of the first item of both in their list.
+    """
+    first, removed, added = window(before, after)
+    first += offset
+    if not removed and not added:
+        return
+    if sum(map(len, removed)) <= _ONE_SPLICE_BYTES or not added:
+        yield splice(name, first, len(removed), added)
+        return
+    i, j = len(removed), len(added)
+    for p, q in [*reversed(align(removed, added)), (-1, -1)]:
+        if i - p > 1 or j - q > 1:
+            yield splice(name, first + p + 1, i - p - 1, added[q + 1 : j])
+        i, j = p, q
+
+
+def window(before: list[bytes], after: list[bytes]) -> tuple[int, list[bytes], list[bytes]]:
+    """Return how many items are equal at the beginning, and both lists' items between that and their equal end."""
+    shorter = min(len(before), len(after))
+    if before[:shorter] == after[:shorter]:
+        return shorter, before[shorter:], after[shorter:]
+    first = next(compress(count(), map(operator.ne, before, after)), shorter)
+    rest = shorter - first
+    tail = next(compress(count(), map(operator.ne, reversed(before), reversed(after))), rest)
+    tail = min(tail, rest)
+    return first, before[first : len(before) - tail], after[first : len(after) - tail]
+
+
+def whole(name: str, value: Value) -> Change:
+    """Return the change that sets a value."""
+    return Change(name, value=msgspec.Raw(as_json(value)))

@@ -1,0 +1,287 @@
+"""The working copy: a document while a verb changes it, under the session's lock.
+
+    with files.transaction("s-42") as tx:
+        copy = WorkingCopy(tx)
+        copy.list("messages").append(message)
+        copy.commit(copy.header.next())
+
+It decodes what it is asked for, and it records what was changed. So a verb costs what it touches. What it handed out is
+what it commits: a dict or list that a caller got from it is encoded again at the commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping, MutableSequence
+from typing import Any, overload
+
+from persist import json_codec
+from persist.errors import ReservedField, WrongType
+from persist.storage import diff
+from persist.storage.cache import Replica
+from persist.storage.content import ALWAYS_APART, HEADER, Content, Items, Value, decode, encoded, id_key, placed
+from persist.storage.diff import Change
+from persist.storage.document import Header
+from persist.storage.transaction import Transaction
+
+
+class WorkingCopy:
+    """A session under its lock, to be changed and committed.
+
+    Attributes:
+        header: that of the committed revision.
+        fields: the top-level values but ``messages`` and ``tool_calls``, as a mapping to be changed.
+    """
+
+    def __init__(self, tx: Transaction) -> None:
+        found = tx.read()
+        self.header = found.header
+        self.fields = Fields(found.content)
+        self._tx = tx
+        self._content = found.content
+        self._lists: dict[str, WorkingList] = {}
+        self._data: dict[str, Any] | None = None
+
+    def list(self, name: str) -> WorkingList:
+        """Return a top-level list, to be changed in place. A missing one is made by the first item.
+
+        Raises:
+            WrongType: the value is no list.
+        """
+        found = self._lists.get(name)
+        if found is None:
+            if name == HEADER:
+                raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
+            value = self._content.get(name)
+            if value is not None and not isinstance(value, Items):
+                whole = json_codec.decode(value)
+                if type(whole) is not list:
+                    raise _no_list(name, whole)
+                value = Items(list(map(json_codec.encode, whole)))
+            found = self._lists[name] = WorkingList(name, value or Items([]))
+        return found
+
+    def has_list(self, name: str) -> bool:
+        """Tell whether a top-level value is a list, or missing."""
+        value = self._content.get(name)
+        return value is None or isinstance(value, Items) or value[:1] == b"["
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The whole document as a plain dict. Once asked for, it is what is committed."""
+        if self._data is None:
+            self._data = self._content.decode()
+        return self._data
+
+    def changed(self) -> tuple[Content, tuple[Change, ...] | None] | None:
+        """Return the content as it is now, and what was changed in the values that stand apart. None if nothing was changed.
+
+        Raises: what `encoded` raises for what cannot be kept.
+        """
+        before = self._content
+        if self._data is not None:
+            after = encoded(self._data, before)
+            return None if after == before else (after, None)
+        values: dict[str, Value] = dict(before)
+        self.fields.write_to(values)
+        splices: dict[str, list[Change]] = {}
+        for name, items in self._lists.items():
+            if changes := items.changes():
+                splices[name] = changes
+                values[name] = items.after(changes)
+        if not splices and not self.fields.is_touched:
+            return None
+        after = placed(values.items())
+        changes = tuple(_changes(before, after, splices))
+        return None if not changes and after.fields == before.fields else (after, changes)
+
+    def commit(self, header: Header) -> Replica:
+        """Commit the content as it is now, also if nothing was changed in it."""
+        content, changes = self.changed() or (self._content, ())
+        return self._tx.commit(header, content, changes)
+
+    def commit_changes(self, *, touch: bool = True) -> Replica:
+        """Commit the content if it was changed. Else make durable what was read."""
+        changed = self.changed()
+        if changed is None:
+            self._tx.confirm()
+            return self._tx.read()
+        return self._tx.commit(self.header.next(touch=touch), *changed)
+
+
+def _changes(before: Content, after: Content, splices: dict[str, list[Change]]) -> Iterator[Change]:
+    """Yield what a commit changes in the values that stand apart, in the words of the verbs that changed them."""
+    for name in before.apart:
+        if name not in after.apart:
+            yield Change(name, is_gone=True)
+    for name, new in after.apart.items():
+        old = before.apart.get(name)
+        if old is new:
+            continue
+        if name in splices and isinstance(old, Items):
+            yield from splices[name]
+        elif old != new:
+            yield diff.whole(name, new)
+
+
+def _no_list(name: str, value: Any) -> WrongType:
+    return WrongType(what=f"field {name!r} of the document", expected="a list", got=type(value).__name__)
+
+
+class Fields(MutableMapping[str, Any]):
+    """The top-level values of a working copy but ``messages`` and ``tool_calls``, each decoded when it is asked for."""
+
+    def __init__(self, content: Content) -> None:
+        self._content = content
+        #: What was handed out or set. A value may have been changed in place since.
+        self._known: dict[str, Any] = {}
+        self._gone: set[str] = set()
+
+    @property
+    def is_touched(self) -> bool:
+        """Whether anything was handed out, set or deleted."""
+        return bool(self._known or self._gone)
+
+    def _value(self, name: str) -> Value | None:
+        return None if name in ALWAYS_APART else self._content.get(name)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._known:
+            value = None if name in self._gone else self._value(name)
+            if value is None:
+                raise KeyError(name)
+            self._known[name] = decode(value)
+        return self._known[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name == HEADER:
+            raise ReservedField(field=name, remedy="Choose another name for the field.")
+        if name in ALWAYS_APART:
+            raise ReservedField(field=name, remedy=f"Use list({name!r}).")
+        self._gone.discard(name)
+        self._known[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        if name not in self:
+            raise KeyError(name)
+        self._known.pop(name, None)
+        self._gone.add(name)
+
+    def __contains__(self, name: object) -> bool:
+        is_there = type(name) is str and self._value(name) is not None and name not in self._gone
+        return is_there or name in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        there = [name for name, _ in self._content if name not in ALWAYS_APART and name not in self._gone]
+        yield from there
+        yield from [name for name in self._known if name not in there]
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def write_to(self, values: dict[str, Value]) -> None:
+        """Bring top-level values to the state of this mapping."""
+        for name in self._gone:
+            values.pop(name, None)
+        if self._known:
+            before = Content({}, {name: values[name] for name in self._known if name in values})
+            after = encoded(self._known, before)
+            for name, value in after:
+                old = values.get(name)
+                values[name] = old if old is not None and old == value else value
+
+
+class WorkingList(MutableSequence[Any]):
+    """A list of a working copy: the items that it keeps of the committed list, and behind them a tail of its own.
+
+    An entry of the tail is an item's JSON as long as nobody asked for it, else a Python value.
+    """
+
+    def __init__(self, name: str, base: Items) -> None:
+        self._name = name
+        self._base = base
+        self._kept = len(base)
+        self._tail: list[Any] = []
+
+    def __len__(self) -> int:
+        return self._kept + len(self._tail)
+
+    def _in_tail(self, place: int) -> int:
+        """Return the place of an item in the tail, which grows to the front for that."""
+        if place < self._kept:
+            self._tail[:0] = self._base.last(len(self._base) - place)[: self._kept - place]
+            self._kept = place
+        return place - self._kept
+
+    def _place(self, place: int) -> int:
+        count = len(self)
+        place = place + count if place < 0 else place
+        if not 0 <= place < count:
+            raise IndexError(place)
+        return place
+
+    @overload
+    def __getitem__(self, place: int) -> Any: ...
+    @overload
+    def __getitem__(self, place: slice) -> MutableSequence[Any]: ...
+    def __getitem__(self, place: int | slice) -> Any:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        at = self._in_tail(self._place(place))
+        if type(self._tail[at]) is bytes:
+            self._tail[at] = json_codec.decode(self._tail[at])
+        return self._tail[at]
+
+    def __setitem__(self, place: Any, item: Any) -> None:
+        if isinstance(place, slice):
+            raise TypeError("Replace items one by one.")
+        self._tail[self._in_tail(self._place(place))] = item
+
+    def __delitem__(self, place: Any) -> None:
+        if isinstance(place, slice):
+            for each in sorted(range(*place.indices(len(self))), reverse=True):
+                del self[each]
+            return
+        del self._tail[self._in_tail(self._place(place))]
+
+    def insert(self, place: int, item: Any) -> None:
+        """Put an item before the one at a place."""
+        count = len(self)
+        place = max(0, place + count) if place < 0 else min(place, count)
+        self._tail.insert(self._in_tail(place), item)
+
+    def find(self, message_id: object) -> int | None:
+        """Return the place of the last item with this id, or None. `1` and `"1"` are two ids."""
+        key = id_key(message_id)
+        if key is None:
+            return None
+        for place in range(len(self._tail) - 1, -1, -1):
+            if id_key(_id_of(self._tail[place])) == key:
+                return self._kept + place
+        place_there = self._base.find(key)
+        if place_there is None or place_there < self._kept:
+            return place_there
+        # It stood in what is the tail by now. An earlier item may have the same id.
+        return next((at for at in range(self._kept - 1, -1, -1) if id_key(_id_of(self._base[at])) == key), None)
+
+    def changes(self) -> list[Change]:
+        """Return what turns the committed list into this one."""
+        if not self._tail and self._kept == len(self._base):
+            return []
+        before = self._base.last(len(self._base) - self._kept)
+        after = [
+            item if type(item) is bytes else json_codec.encode_exact(item, (self._name, place))
+            for place, item in enumerate(self._tail, self._kept)
+        ]
+        return list(diff.splices(self._name, before, after, self._kept))
+
+    def after(self, changes: list[Change]) -> Items:
+        """Return the committed list after some changes."""
+        items = self._base
+        for change in changes:
+            items = items.spliced(change.at, change.remove, list(map(bytes, change.insert)))
+        return items
+
+
+def _id_of(item: Any) -> Any:
+    item = json_codec.decode(item) if type(item) is bytes else item
+    return item.get("id") if type(item) is dict else None
