@@ -69,20 +69,3 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     for row in cells:
         table.add_row(*map(Text, row))
     Console().print(table)
-
-
-def print_figures(title: str, figures: Sequence[tuple[str, str]]) -> None:
-    """Print named figures below each other."""
-    out = console()
-    if not out.is_terminal:
-        width = max(len(name) for name, _ in figures)
-        click.echo(title)
-        for name, value in figures:
-            click.echo(f"  {name:<{width}}  {value:>12}")
-        return
-    table = Table(title=title, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for name, value in figures:
-        table.add_row(name, value)
-    Console().print(table)

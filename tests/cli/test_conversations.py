@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from persist.replay.conversations import Conversation, read, samples
+from replaying.conversations import Conversation, read, samples
 
 ROLES = ("system", "user", "assistant", "tool", "assistant", "user", "assistant", "tool", "user", "user", "assistant")
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from cli.conftest import Played
+from replaying.conversations import TITLES
+from replaying.ledger import Ledger
+from replaying.verdict import compare
 
 import persist
-from persist.replay.conversations import TITLES
-from persist.replay.ledger import Ledger
-from persist.replay.verdict import compare
 
 Judge = Callable[..., list[tuple[str, str, str]]]
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from persist.errors import SweepIncomplete
-from persist.replay.supervise import Plan, Progress, Supervisor
-from persist.replay.verdict import Finding, compare
 from persist.store import Store
+from replaying.supervise import Plan, Progress, Supervisor
+from replaying.verdict import Finding, compare
 
 
 @dataclass(frozen=True, slots=True)

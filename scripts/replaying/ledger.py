@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from persist.replay.reports import COMMITS, Report
+from replaying.reports import COMMITS, Report
 
 
 @dataclass(slots=True)

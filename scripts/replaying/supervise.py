@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from persist import codec
-from persist.replay.child import Child
-from persist.replay.conversations import Conversation
-from persist.replay.ledger import Ledger
-from persist.replay.reports import COMMITS, Report
+from replaying.child import Child
+from replaying.conversations import Conversation
+from replaying.ledger import Ledger
+from replaying.reports import COMMITS, Report
 
 # A turn is killed with this chance at most: conversations must also come to their end.
 _MOST_KILLED = 0.5
