@@ -14,11 +14,10 @@ from harness.projects import Project
 
 import persist
 from persist.errors import SessionBusy
-from persist.pytest_plugin import shared_fixture
+from persist.pytest_plugin import ending, locks, shared_fixture
+from persist.pytest_plugin.once import Once
+from persist.pytest_plugin.run import Run
 from persist.streams import Stream
-from persist.testrun import ending, locks
-from persist.testrun.once import Once
-from persist.testrun.run import Run
 
 Projects = Callable[..., Project]
 

@@ -16,11 +16,11 @@ from typing import Any
 
 from persist import codec
 from persist.errors import SessionBusy, WrongType
+from persist.pytest_plugin import outcome
+from persist.pytest_plugin.errors import KeyCycle, ProducerTimeout
+from persist.pytest_plugin.outcome import ENDED, VALUE, Record
+from persist.pytest_plugin.run import Run, Wait, describe
 from persist.streams import Stream
-from persist.testrun import outcome
-from persist.testrun.errors import KeyCycle, ProducerTimeout
-from persist.testrun.outcome import ENDED, VALUE, Record
-from persist.testrun.run import Run, Wait, describe
 
 Function = Callable[..., Any]
 KIND = "once"

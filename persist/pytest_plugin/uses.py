@@ -18,9 +18,9 @@ from contextlib import suppress
 from typing import Any
 
 from persist import codec
-from persist.testrun.errors import OthersRunning
-from persist.testrun.once import Once
-from persist.testrun.run import Run, Wait
+from persist.pytest_plugin.errors import OthersRunning
+from persist.pytest_plugin.once import Once
+from persist.pytest_plugin.run import Run, Wait
 
 #: After an interrupt xdist gives a worker some ten seconds, and half of them are gone when it hears of it.
 HURRY_S = 2.0

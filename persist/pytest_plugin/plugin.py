@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from typing import Protocol
 
+    from persist.pytest_plugin.run import Run
+    from persist.pytest_plugin.uses import Uses
     from persist.store import Store
-    from persist.testrun.run import Run
-    from persist.testrun.uses import Uses
 
     class PersistOnce(Protocol):
         """The type of the fixture `persist_once`."""
@@ -84,7 +84,7 @@ class Participant:
     def directory(self) -> Path:
         """The run's directory. It may not be there yet."""
         if self._directory is None:
-            from persist.testrun.errors import NotShared
+            from persist.pytest_plugin.errors import NotShared
 
             raise NotShared
         return self._directory
@@ -92,14 +92,14 @@ class Participant:
     @functools.cached_property
     def run(self) -> Run:
         """The run, opened at the first use."""
-        from persist.testrun.run import Run
+        from persist.pytest_plugin.run import Run
 
         return Run(self.directory, self._worker or "main")
 
     @functools.cached_property
     def uses(self) -> Uses:
         """The yield-style fixtures in use here."""
-        from persist.testrun.uses import Uses
+        from persist.pytest_plugin.uses import Uses
 
         return Uses(self.run, is_alone=self._worker is None)
 
@@ -156,7 +156,7 @@ class Controller:
 
     @functools.cached_property
     def _run(self) -> Run:
-        from persist.testrun.run import Run
+        from persist.pytest_plugin.run import Run
 
         return Run(self.directory, "controller")
 
@@ -187,7 +187,7 @@ class Controller:
 
     def _publish(self) -> None:
         if self._live != self._published and self._live and self._is_used:
-            from persist.testrun.uses import publish_live
+            from persist.pytest_plugin.uses import publish_live
 
             publish_live(self._run, sorted(self._live))
             self._published = set(self._live)
@@ -213,7 +213,7 @@ class Controller:
 
     def _end(self) -> None:
         if self._is_used and not self._has_ended:
-            from persist.testrun.ending import end, outlive
+            from persist.pytest_plugin.ending import end, outlive
 
             # xdist's own end is cut short by a second interrupt: then workers may still be in their tests.
             self._problems += outlive(self._gateways) or end(self._run)
@@ -301,7 +301,7 @@ def persist_once(request: pytest.FixtureRequest) -> PersistOnce:
     ) -> Any:
         __tracebackhide__ = True
         from persist.errors import WrongType
-        from persist.testrun.once import Once, origin_of
+        from persist.pytest_plugin.once import Once, origin_of
 
         if type(key) is not str:
             raise WrongType(what="the key of persist_once", expected="a string", got=type(key).__name__)
@@ -339,7 +339,7 @@ def persist_lock(request: pytest.FixtureRequest) -> PersistLock:
     participant = _participant(request)
 
     def lock(name: str, *, timeout_s: float = 60.0) -> AbstractContextManager[None]:
-        from persist.testrun.locks import hold
+        from persist.pytest_plugin.locks import hold
 
         return hold(participant.run, name, timeout_s)
 
@@ -438,7 +438,7 @@ def _return_style(function: Function, teardown: Callable[[Any], object] | None, 
     @functools.wraps(function)
     def shared(*args: Any, request: pytest.FixtureRequest, **fixtures: Any) -> Any:
         __tracebackhide__ = True
-        from persist.testrun.once import Once, origin_of
+        from persist.pytest_plugin.once import Once, origin_of
 
         key = _fixture_key(function, request)
         once = Once(_participant(request).run, key, origin_of(function), teardown=teardown)
@@ -451,8 +451,8 @@ def _yield_style(function: Function, timeout_s: float, end_timeout_s: float) -> 
     @functools.wraps(function)
     def shared(*args: Any, request: pytest.FixtureRequest, **fixtures: Any) -> Generator[Any, None, None]:
         __tracebackhide__ = True
-        from persist.testrun.once import Once, origin_of
-        from persist.testrun.uses import Use
+        from persist.pytest_plugin.once import Once, origin_of
+        from persist.pytest_plugin.uses import Use
 
         participant = _participant(request)
         once = Once(participant.run, _fixture_key(function, request), origin_of(function), style="yield")
