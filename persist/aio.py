@@ -33,13 +33,13 @@ import anyio.lowlevel
 
 import persist
 from persist.errors import WrongType
-from persist.storage.directory import Mode
-from persist.storage.events import Ended, Event
-from persist.storage.waiting import waking
 from persist.following import Cursor
 from persist.hops import News, Threads
 from persist.merge import Policy, Preference
 from persist.session import Head
+from persist.storage.directory import Mode
+from persist.storage.events import Ended, Event
+from persist.storage.waiting import waking
 from persist.store import ClearedStream, Problem
 from persist.streams import StreamInfo
 from persist.turn import Message

@@ -23,8 +23,8 @@ from conftest import ActorFactory
 
 import persist
 import persist.aio
-from persist.storage import disk
 from persist.hops import QUICK_THREADS
+from persist.storage import disk
 
 pytestmark = pytest.mark.anyio
 PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
