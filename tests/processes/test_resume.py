@@ -1,4 +1,4 @@
-"""Streams that any worker can resume: the README's own server and the example, as real uvicorn processes over one directory.
+"""Streams that any worker can resume: the server of docs/streams.md and the example, as uvicorn processes over one directory.
 
 A client that loses its connection again and again, a worker that is killed, cursors that cannot be right. Waiting is asking
 the servers, with a deadline; what is asserted is what they sent, never that time has passed.
@@ -30,12 +30,10 @@ EXAMPLE = ROOT / "scripts" / "example_async_server.py"
 LONG_PROMPT = " ".join(f"word{i}" for i in range(100_000))
 
 
-def app_of_the_readme() -> str:
-    """The code blocks of its section, which are one file."""
-    section = (
-        (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Resumable streams", 1)[1].split("\n## ", 1)[0]
-    )
-    return "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
+def app_of_the_page() -> str:
+    """The code blocks of docs/streams.md, which are one file."""
+    page = (ROOT / "docs" / "streams.md").read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
 
 
 # --- a client ------------------------------------------------------------------------------------------------------------
@@ -180,9 +178,9 @@ def store(tmp_path: Path) -> persist.Store:
 
 @pytest.fixture
 def serve(tmp_path: Path, store: persist.Store, start_up: Callable[[list[str], int], list[Server]]) -> Serve:
-    """Start workers of the README's `app.py`, on a store with the session "s-1"."""
+    """Start workers of the page's `app.py`, on a store with the session "s-1"."""
     store.create("s-1", {"messages": []})
-    (tmp_path / "app.py").write_text(app_of_the_readme(), encoding="utf-8")
+    (tmp_path / "app.py").write_text(app_of_the_page(), encoding="utf-8")
     command = [sys.executable, "-W", "error", "-m", "uvicorn", "app:app", "--port", "0", "--no-access-log"]
     return lambda count: start_up(command, count)
 
@@ -194,7 +192,7 @@ def serve_example(store: persist.Store, start_up: Callable[[list[str], int], lis
     return lambda count: start_up(command, count)
 
 
-# --- the README's server -------------------------------------------------------------------------------------------------
+# --- the page's server ---------------------------------------------------------------------------------------------------
 
 
 def test_client_that_loses_its_connection_again_and_again_sees_every_event_once(
