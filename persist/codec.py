@@ -70,9 +70,9 @@ def check(value: Any, path: ValuePath = ()) -> None:
 def captured(value: Any, path: ValuePath = ()) -> Any:
     """Return a copy of `value` as it is at one instant, checked.
 
-    Other threads may change `value` meanwhile. What is encoded, compared and taken for saved must be one state of it, so it is
-    copied in a single call of C, which lets no other thread run. marshal keeps every built-in type apart, as `check` needs it,
-    and refuses all others; `check` then says which it was.
+    Other threads may change `value` meanwhile. What is encoded, compared and taken for saved must be one state of it,
+    so it is copied in a single call of C, which lets no other thread run. marshal keeps every built-in type apart, as
+    `check` needs it, and refuses all others; `check` then says which it was.
     """
     try:
         copy = marshal.loads(marshal.dumps(value))  # noqa: S302 - its own bytes, a line ago

@@ -123,8 +123,9 @@ class Entry:
 def ls(ctx: click.Context, store: Store, as_json: bool) -> None:
     """List the sessions.
 
-    Each with its stream: none, live, stale (its process is dead), or unknown (its lock was not to be had). A session that
-    cannot be read is shown with its error, and the exit status is 1. Damage among the messages is found by `check`.
+    Each with its stream: none, live, stale (its process is dead), or unknown (its lock was not to be had). A session
+    that cannot be read is shown with its error, and the exit status is 1. Damage among the messages is found by
+    `check`.
     """
     entries = [entry for session_id in store.ids() if (entry := _entry(store, session_id)) is not None]
     if as_json:
@@ -215,8 +216,8 @@ def _plain(value: Any, *, keep: str = "") -> str:
 def streams(store: Store, as_json: bool) -> None:
     """List the active streams.
 
-    Each with its owner, and whether it lives. A live stream without a recent commit may hang: `persist` cannot tell, and
-    leaves it alone.
+    Each with its owner, and whether it lives. A live stream without a recent commit may hang: `persist` cannot tell,
+    and leaves it alone.
     """
     found = store.streams()
     if as_json:
@@ -272,8 +273,8 @@ def check(ctx: click.Context, store: Store, as_json: bool) -> None:
 def clear_stale(ctx: click.Context, store: Store, every_session: bool, as_json: bool) -> None:
     """Clear the streams whose process is dead.
 
-    Prompt and partial answer are kept; live streams are left alone. Sessions that cannot be looked at are named, and the
-    exit status is 1.
+    Prompt and partial answer are kept; live streams are left alone. Sessions that cannot be looked at are named, and
+    the exit status is 1.
     """
     failures: dict[str, Exception] = {}
     try:

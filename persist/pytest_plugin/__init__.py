@@ -2,9 +2,9 @@
 
     from persist.pytest_plugin import shared_fixture
 
-The hooks and fixtures are in `persist.pytest_plugin.plugin`, which needs pytest. This module does not import pytest, because
-``import persist`` finds the plugin's errors below it. PYTEST_DONT_REWRITE: a conftest.py may import it before pytest
-registers it.
+The hooks and fixtures are in `persist.pytest_plugin.plugin`, which needs pytest. This module does not import pytest,
+because ``import persist`` finds the plugin's errors below it. PYTEST_DONT_REWRITE: a conftest.py may import it before
+pytest registers it.
 """
 
 from __future__ import annotations

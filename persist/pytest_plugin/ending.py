@@ -79,7 +79,8 @@ def _torn_down(data: Data, value: Any) -> Iterator[str]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        yield f"{data['name']}: its teardown {address['module']}:{address['qualname']} failed.\n{outcome.text_of(error)}"
+        teardown = f"{address['module']}:{address['qualname']}"
+        yield f"{data['name']}: its teardown {teardown} failed.\n{outcome.text_of(error)}"
 
 
 def function_at(address: Record) -> Callable[..., Any]:

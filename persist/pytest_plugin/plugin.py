@@ -8,10 +8,11 @@
         yield {"url": url}                 # every worker gets this JSON value;
         stop_database(url)                 # goes on when all the others are done with it
 
-Works the same without pytest-xdist. Nothing of `persist` is imported, and nothing made on disk, before a fixture is used.
+Works the same without pytest-xdist. Nothing of `persist` is imported, and nothing made on disk, before a fixture is
+used.
 
-The run's directory has a name of its own, drawn by the controller and handed to the workers. xdist's ``testrun_uid`` would
-not do: ``--testrunuid`` may name the same one again. It is removed when the run has passed, and kept otherwise.
+The run's directory has a name of its own, drawn by the controller and handed to the workers. xdist's ``testrun_uid``
+would not do: ``--testrunuid`` may name the same one again. It is removed when the run has passed, and kept otherwise.
 
 PYTEST_DONT_REWRITE: there is no test in here, and a conftest.py may import it before it registers it.
 """
@@ -262,8 +263,8 @@ class _Alone(Participant):
 def _participant(request: pytest.FixtureRequest) -> Participant:
     if _PARTICIPANT not in request.config.stash:
         raise pytest.UsageError(
-            "The pytest plugin of persist is not loaded. Load it with '-p persist.pytest_plugin', in addopts say; where "
-            "plugins are loaded by themselves, leave out '-p no:persist.pytest_plugin'."
+            "The pytest plugin of persist is not loaded. Load it with '-p persist.pytest_plugin', in addopts say; "
+            "where plugins are loaded by themselves, leave out '-p no:persist.pytest_plugin'."
         )
     return request.config.stash[_PARTICIPANT]
 
@@ -275,13 +276,14 @@ def _participant(request: pytest.FixtureRequest) -> Participant:
 def persist_once(request: pytest.FixtureRequest) -> PersistOnce:
     """Produce a JSON value once per test run: ``persist_once(key, factory, teardown=None, timeout_s=300.0)``.
 
-    Whichever process comes first runs the factory; all others wait for its value, and each call gets a copy of its own. If
-    that process dies meanwhile, the next one takes over. What the factory raises (also `pytest.skip` and `pytest.fail`)
-    is raised everywhere, after that one run.
+    Whichever process comes first runs the factory; all others wait for its value, and each call gets a copy of its own.
+    If that process dies meanwhile, the next one takes over. What the factory raises (also `pytest.skip` and
+    `pytest.fail`) is raised everywhere, after that one run.
 
     Args:
-        teardown: a function of the value, at the top of a module: it runs once, at the end of the run, in the process that
-            started pytest, when all workers are gone; also after a crash of a worker, after ``-x`` and after an interrupt.
+        teardown: a function of the value, at the top of a module: it runs once, at the end of the run, in the process
+            that started pytest, when all workers are gone; also after a crash of a worker, after ``-x`` and after an
+            interrupt.
         timeout_s: seconds to wait for another process that is producing the value.
 
     Raises:
@@ -391,9 +393,9 @@ def shared_fixture(
 ) -> Any:
     """Make a session fixture whose function runs once per test run, in place of ``@pytest.fixture(scope="session")``.
 
-    Its value is JSON, and each worker has a copy of its own. A function with a ``yield`` goes on where it ran, as its worker
-    ends, when the other workers have ended or are done with the fixture. If its worker dies, what follows the ``yield``
-    cannot run; the summary says so. A `teardown` runs in the controller, and survives that.
+    Its value is JSON, and each worker has a copy of its own. A function with a ``yield`` goes on where it ran, as its
+    worker ends, when the other workers have ended or are done with the fixture. If its worker dies, what follows the
+    ``yield`` cannot run; the summary says so. A `teardown` runs in the controller, and survives that.
 
     Args:
         scope: "session", which it is anyway.
@@ -480,7 +482,9 @@ def _needing_request(shared: Function, function: Function) -> Function:
 
 
 def _place(function: Function, request: pytest.FixtureRequest) -> str:
-    """What tells apart the fixtures that pytest makes of one function: by other names, in other modules, in derived classes."""
+    """What tells apart the fixtures that pytest makes of one function: by other names, in other modules, in derived
+    classes.
+    """
     definition = request._fixturedef  # type: ignore[attr-defined]
     name, base = definition.argname, definition.baseid
     file, _, classes = base.partition("::")

@@ -2,9 +2,10 @@
 
     python -m replaying.worker STORE CONVERSATIONS SEED
 
-It is killed at any instant and keeps nothing in memory that matters: what comes next is decided from the documents alone.
-Several workers meet on a session: one gets the stream, the others `SessionBusy`. While a turn runs, a thread of the same worker
-sets the title through a `Session` that was loaded before the turn, as chat servers do in the background (hermes-webui #3987).
+It is killed at any instant and keeps nothing in memory that matters: what comes next is decided from the documents
+alone. Several workers meet on a session: one gets the stream, the others `SessionBusy`. While a turn runs, a thread of
+the same worker sets the title through a `Session` that was loaded before the turn, as chat servers do in the background
+(hermes-webui #3987).
 
 Imports stay light: a replacement must be there in an instant.
 """

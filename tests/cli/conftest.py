@@ -59,7 +59,10 @@ class Played:
 
 @pytest.fixture(scope="session")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
-    """A replay of the sample conversations. Without kills, so that every commit was acknowledged; tests damage copies of it."""
+    """A replay of the sample conversations.
+
+    Without kills, so that every commit was acknowledged; tests damage copies of it.
+    """
     directory = tmp_path_factory.mktemp("replay") / "store"
     directory.mkdir()
     plan = Plan(samples(), directory, workers=2, seed=1)

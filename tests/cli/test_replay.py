@@ -48,7 +48,10 @@ def test_more_kills_than_turns_are_spread_over_rounds(tmp_path: Path) -> None:
 
 
 def test_plain_output_names_every_figure(replay: Run, tmp_path: Path) -> None:
-    """Without a terminal the figures are plain lines; the temporary store of a clean run is gone, and no bar is drawn."""
+    """Without a terminal the figures are plain lines.
+
+    The temporary store of a clean run is gone, and no bar is drawn.
+    """
     path = tmp_path / "talk.json"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
     result = replay(path, "--workers", 1)
@@ -108,7 +111,10 @@ def test_kills_without_a_turn_are_a_usage_error(replay: Run, tmp_path: Path) -> 
 
 
 def test_title_is_saved_after_a_conflict(store: persist.Store, capfd: pytest.CaptureFixture[str]) -> None:
-    """A title that somebody else has changed meanwhile is a conflict; the thread loads the session again, and reports both."""
+    """A title that somebody else has changed meanwhile is a conflict.
+
+    The thread loads the session again, and reports both.
+    """
     loaded = store.create("talk", {"title": "Talk", TITLES: {}, "messages": []})
     with store.edit("talk") as data:
         data["title"] = "Another"
@@ -121,7 +127,9 @@ def test_title_is_saved_after_a_conflict(store: persist.Store, capfd: pytest.Cap
 
 
 def test_title_is_merged_with_what_was_committed_since(store: persist.Store, capfd: pytest.CaptureFixture[str]) -> None:
-    """A save through an object loaded before other commits keeps them, and is counted as merged (hermes-webui #3987)."""
+    """A save through an object loaded before other commits keeps them,
+    and is counted as merged (hermes-webui #3987).
+    """
     loaded = store.create("talk", {"title": "Talk", TITLES: {}, "messages": []})
     store.append("talk", "messages", TALK.messages[0])
     thread = TitleThread(store, loaded, TALK.turns[0], "Talk (1 of 1)")
@@ -134,7 +142,10 @@ def test_title_is_merged_with_what_was_committed_since(store: persist.Store, cap
 
 
 def test_title_that_was_no_edit_is_saved_again(store: persist.Store, capfd: pytest.CaptureFixture[str]) -> None:
-    """An object that had the title already does not edit it; what is reported as saved must stand there all the same."""
+    """An object that had the title already does not edit it.
+
+    What is reported as saved must stand there all the same.
+    """
     loaded = store.create("talk", {"title": "Talk (1 of 1)", TITLES: {"turn-1": "Talk (1 of 1)"}, "messages": []})
     with store.edit("talk") as data:
         data["title"] = "A later one"
@@ -147,7 +158,9 @@ def test_title_that_was_no_edit_is_saved_again(store: persist.Store, capfd: pyte
 
 
 def test_worker_that_ends_by_itself_is_a_failure_with_its_reason(store: persist.Store) -> None:
-    """A worker that dies of an error is named with what it wrote to its standard error, and the outcome is not clean."""
+    """A worker that dies of an error is named with what it wrote to its standard error,
+    and the outcome is not clean.
+    """
     store.create("talk", {"messages": []})
     (store.path / "talk.json").write_text("{")
     result = outcome.replay(Plan([TALK], store.path, workers=1))

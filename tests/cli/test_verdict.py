@@ -50,7 +50,9 @@ def test_dropped_message_is_lost(judge: Judge, store: persist.Store) -> None:
 
 
 def test_message_that_was_missing_once_is_lost(judge: Judge, played: Played) -> None:
-    """An acknowledged message that a worker did not find is lost, even if it was sent again and stands there at the end."""
+    """An acknowledged message that a worker did not find is lost, even if it was sent again and stands there at the
+    end.
+    """
     ledger = replace(
         played.ledger, messages={(SESSION, "m9"): 20, (SESSION, "m10"): 21}, seen={SESSION: [(20, 10), (23, 10)]}
     )

@@ -13,7 +13,10 @@ Projects = Callable[..., Project]
 
 
 def test_unused_it_imports_nothing_and_makes_nothing(project: Projects) -> None:
-    """A run that uses no fixture of it imports no store, no filelock, no msgspec, and leaves the disk alone; workers, too."""
+    """A run that uses no fixture of it imports no store, no filelock, no msgspec, and leaves the disk alone.
+
+    Workers, too.
+    """
     conftest = """
         import sys
         from journal_of import note, worker
@@ -58,7 +61,9 @@ print(*sorted(set(sys.modules) - before))
 
 
 def test_state_belongs_to_one_run(project: Projects) -> None:
-    """Two runs with the same ``--testrunuid`` and base directory share nothing: each makes its own value. Kept on failure.
+    """Two runs with the same ``--testrunuid`` and base directory share nothing: each makes its own value.
+
+    Kept on failure.
 
     Fails if the run's directory is named by the uid.
     """

@@ -1,7 +1,8 @@
-"""Streams that any worker can resume: the server of docs/streams.md and the example, as uvicorn processes over one directory.
+"""Streams that any worker can resume: the server of docs/streams.md and the example, as uvicorn processes over one
+directory.
 
-A client that loses its connection again and again, a worker that is killed, cursors that cannot be right. Waiting is asking
-the servers, with a deadline; what is asserted is what they sent, never that time has passed.
+A client that loses its connection again and again, a worker that is killed, cursors that cannot be right. Waiting is
+asking the servers, with a deadline; what is asserted is what they sent, never that time has passed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def app_of_the_page() -> str:
     return "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
 
 
-# --- a client ------------------------------------------------------------------------------------------------------------
+# --- a client ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def first_of(followed: Followed, count: int) -> list[Sent]:
     return found
 
 
-# --- servers -------------------------------------------------------------------------------------------------------------
+# --- servers ----------------------------------------------------------------------------------------------------------
 
 Serve = Callable[..., list[Server]]
 
@@ -192,7 +193,7 @@ def serve_example(store: persist.Store, start_up: Callable[[list[str], int], lis
     return lambda count: start_up(command, count)
 
 
-# --- the page's server ---------------------------------------------------------------------------------------------------
+# --- the page's server ------------------------------------------------------------------------------------------------
 
 
 def test_client_that_loses_its_connection_again_and_again_sees_every_event_once(
@@ -200,8 +201,8 @@ def test_client_that_loses_its_connection_again_and_again_sees_every_event_once(
 ) -> None:
     """A turn in worker A, followed through B over 20 connections: each event once and in order, then the end.
 
-    Fails if a worker knows its own streams only, or does not go on from `Last-Event-ID`. What a dropped connection had open
-    is closed: fails if a follower that is cut off is kept (left to the garbage collector, as a rule).
+    Fails if a worker knows its own streams only, or does not go on from `Last-Event-ID`. What a dropped connection had
+    open is closed: fails if a follower that is cut off is kept (left to the garbage collector, as a rule).
     """
     a, b = serve(2)
     words = [f"word{i}" for i in range(40)]
@@ -227,10 +228,11 @@ def test_client_that_loses_its_connection_again_and_again_sees_every_event_once(
 def test_follower_is_told_that_the_worker_was_killed(
     serve: Serve, store: persist.Store, is_started_at_once: bool
 ) -> None:
-    """`kill -9` of A in mid-stream: B's follower gets all that was emitted, and "died"; B starts a turn; the prompt is kept.
+    """`kill -9` of A in mid-stream: B's follower gets all that was emitted, and "died"; B starts a turn; the prompt is
+    kept.
 
-    Fails (at the deadline) if nobody asks whether the owner lives, and, started at once, if the take-over does not end the
-    events of the dead.
+    Fails (at the deadline) if nobody asks whether the owner lives, and, started at once, if the take-over does not end
+    the events of the dead.
     """
     a, b = serve(2)
     stream_id = a.start(LONG_PROMPT)
@@ -294,7 +296,10 @@ def test_second_turn_is_refused_by_every_worker(serve: Serve, store: persist.Sto
 
 
 def test_worker_that_is_told_to_stop_finishes_its_turn(serve: Serve, store: persist.Store) -> None:
-    """SIGTERM: the turn goes on to its end, without a client, too. Fails if it is a task that the server does not know."""
+    """SIGTERM: the turn goes on to its end, without a client, too.
+
+    Fails if it is a task that the server does not know.
+    """
     (server,) = serve(1)
     stream_id = server.start("one two three four five")
     first_of(server.follow(stream_id), 1)
@@ -305,7 +310,7 @@ def test_worker_that_is_told_to_stop_finishes_its_turn(serve: Serve, store: pers
     assert store.load("s-1").data["messages"][-1]["content"] == "one two three four five"
 
 
-# --- the example ---------------------------------------------------------------------------------------------------------
+# --- the example ------------------------------------------------------------------------------------------------------
 
 
 def test_cancel_through_the_other_worker_ends_the_stream(serve_example: Serve) -> None:
@@ -334,7 +339,10 @@ def test_cancel_through_the_other_worker_ends_the_stream(serve_example: Serve) -
 
 
 def test_cursor_of_the_example_names_its_stream(serve_example: Serve) -> None:
-    """D5: "<stream id>:<offset>", or the offset alone, also as `?after=`; that of another stream is refused, not guessed at."""
+    """D5: "<stream id>:<offset>", or the offset alone, also as `?after=`.
+
+    That of another stream is refused, not guessed at.
+    """
     (server,) = serve_example(1)
     stream_id = server.start("one two")
     sent = list(server.follow(stream_id))

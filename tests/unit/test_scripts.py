@@ -1,4 +1,7 @@
-"""The arguments of the scripts: one rule for all. What is misspelt, missing or leaves nothing to do is refused at once."""
+"""The arguments of the scripts: one rule for all.
+
+What is misspelt, missing or leaves nothing to do is refused at once.
+"""
 
 from __future__ import annotations
 
