@@ -18,7 +18,7 @@ from harness.planted import PYTHON, environment
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
 TIMEOUT_S = 30
-ALL = sorted(path for path in SCRIPTS.iterdir() if path.is_file())
+ALL = sorted(path for path in SCRIPTS.iterdir() if path.is_file() and path.suffix != ".md")
 IN_PYTHON = [path.name for path in ALL if path.read_text().startswith("#!/usr/bin/env python3\n")]
 
 # Any other Python hands over to the project's own environment, and would make it if it is missing.
