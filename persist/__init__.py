@@ -46,24 +46,24 @@ if TYPE_CHECKING:
     from persist.errors import UnsupportedFileSystem as UnsupportedFileSystem
     from persist.errors import UnsupportedFormat as UnsupportedFormat
     from persist.errors import WrongType as WrongType
-    from persist.storage.events import Event as Event
     from persist.following import Following as Following
     from persist.merge import MISSING as MISSING
+    from persist.pytest_plugin.errors import FactoryFailed as FactoryFailed
+    from persist.pytest_plugin.errors import KeyCycle as KeyCycle
+    from persist.pytest_plugin.errors import KeyTaken as KeyTaken
+    from persist.pytest_plugin.errors import NamedLockNested as NamedLockNested
+    from persist.pytest_plugin.errors import NamedLockTimeout as NamedLockTimeout
+    from persist.pytest_plugin.errors import NotShared as NotShared
+    from persist.pytest_plugin.errors import OthersRunning as OthersRunning
+    from persist.pytest_plugin.errors import ProducerTimeout as ProducerTimeout
     from persist.session import Head as Head
     from persist.session import Session as Session
+    from persist.storage.events import Event as Event
     from persist.store import ClearedStream as ClearedStream
     from persist.store import Problem as Problem
     from persist.store import Store as Store
     from persist.streams import Stream as Stream
     from persist.streams import StreamInfo as StreamInfo
-    from persist.testrun.errors import FactoryFailed as FactoryFailed
-    from persist.testrun.errors import KeyCycle as KeyCycle
-    from persist.testrun.errors import KeyTaken as KeyTaken
-    from persist.testrun.errors import NamedLockNested as NamedLockNested
-    from persist.testrun.errors import NamedLockTimeout as NamedLockTimeout
-    from persist.testrun.errors import NotShared as NotShared
-    from persist.testrun.errors import OthersRunning as OthersRunning
-    from persist.testrun.errors import ProducerTimeout as ProducerTimeout
 
 _HOMES = {
     "errors": (
@@ -78,7 +78,7 @@ _HOMES = {
     "session": "Head Session",
     "store": "ClearedStream Problem Store",
     "streams": "Stream StreamInfo",
-    "testrun.errors": (
+    "pytest_plugin.errors": (
         "FactoryFailed KeyCycle KeyTaken NamedLockNested NamedLockTimeout NotShared OthersRunning ProducerTimeout"
     ),
 }

@@ -10,9 +10,9 @@
     async for event in store.follow("s-42", stream_id, after=17):
         ...
 
-Each verb is one hop to a thread, so that the loop never waits for a disk or a lock. A verb that has begun is carried to its
-end, also if the task that awaits it is cancelled: the cancellation comes through after that, so nothing is written behind the
-back of a task that believes it has stopped. What a cancelled `start_stream` obtained is failed before.
+Each verb is one hop to a thread, so that the loop never waits for a disk or a lock. A verb that has begun is carried to
+its end, also if the task that awaits it is cancelled: the cancellation comes through after that, so nothing is written
+behind the back of a task that believes it has stopped. What a cancelled `start_stream` obtained is failed before.
 
 There is no `edit`, since nothing may be awaited while a lock is held: `update(id, function)` takes its place.
 """
@@ -33,13 +33,13 @@ import anyio.lowlevel
 
 import persist
 from persist.errors import WrongType
-from persist.storage.directory import Mode
-from persist.storage.events import Ended, Event
-from persist.storage.waiting import waking
 from persist.following import Cursor
 from persist.hops import News, Threads
 from persist.merge import Policy, Preference
 from persist.session import Head
+from persist.storage.directory import Mode
+from persist.storage.events import Ended, Event
+from persist.storage.waiting import waking
 from persist.store import ClearedStream, Problem
 from persist.streams import StreamInfo
 from persist.turn import Message
@@ -95,7 +95,10 @@ class Session:
 
 
 class Stream:
-    """A running turn that owns its session; leaving its ``async with`` without `finish` is `fail`. See `persist.Stream`."""
+    """A running turn that owns its session; leaving its ``async with`` without `finish` is `fail`.
+
+    See `persist.Stream`.
+    """
 
     def __init__(self, threads: Threads, stream: persist.Stream) -> None:
         self._threads = threads
@@ -186,8 +189,9 @@ class _Starting(Coroutine[Any, Any, Stream]):
 class Following:
     """The events of a stream as they come: ``async for event in store.follow(…)``. See `persist.Following`.
 
-    Await it, or enter it, to open it, and to hear what is wrong with a cursor (what `persist.Store.follow` raises); else its
-    first step does that. A step that is cancelled (by a time-out, say) loses nothing: the next one goes on from there.
+    Await it, or enter it, to open it, and to hear what is wrong with a cursor (what `persist.Store.follow` raises);
+    else its first step does that. A step that is cancelled (by a time-out, say) loses nothing: the next one goes on
+    from there.
     """
 
     def __init__(
@@ -249,7 +253,8 @@ class Following:
                 await self._take(cursor)
 
     async def _take(self, cursor: Cursor) -> None:
-        # In the thread to the end, so that nothing is lost if the task that asked is gone; closed by another, only after that.
+        # In the thread to the end, so that nothing is lost if the task that asked is gone; closed by another, only
+        # after that.
         self._is_taking = True
         try:
             await self._threads.run(lambda: self._pending.extend(cursor.take()), is_quick=not cursor.is_quiet)

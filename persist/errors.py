@@ -7,7 +7,8 @@ parent. Its message never holds the content of a document; ids, field names, pat
     ├── SessionNotFound (KeyError)      SessionExists        SessionDeleted      StoreClosed
     ├── InvalidSessionId (ValueError)   InvalidStreamId (ValueError)
     ├── NotJSON (ValueError)            WrongType (TypeError)
-    ├── ReservedField (ValueError)      MergeConflict        RevisionMismatch, IdTaken (MergeConflicts)    MessagesRemoved
+    ├── ReservedField (ValueError)      MessagesRemoved
+    ├── MergeConflict                   RevisionMismatch, IdTaken (MergeConflicts)
     ├── SessionBusy                     StreamLost           SweepIncomplete
     ├── LockTimeout (TimeoutError)      NestedLock (RuntimeError)       LockNotHeld (RuntimeError)
     ├── CorruptSession                  UnsupportedFormat    UnsafeFile (OSError)   Unreadable (OSError)
@@ -280,7 +281,8 @@ class StreamLost(PersistError):
 class SweepIncomplete(PersistError):
     """A sweep cleared what it could; some sessions could not be looked at.
 
-    `cleared` lists what was cleared; `failures` maps a session id to its error, and ``"*"`` to that of the events' directory.
+    `cleared` lists what was cleared; `failures` maps a session id to its error, and ``"*"`` to that of the events'
+    directory.
     """
 
     template = "Cleared {count} stale streams, but could not look at {names}. Mend those sessions and sweep again."
@@ -324,7 +326,8 @@ class LockTimeout(PersistError, TimeoutError):
 class NestedLock(PersistError, RuntimeError):
     """A thread that holds a session's lock asked for a second one: that could deadlock, so it is refused.
 
-    So is a verb of an object in the middle of a `save` or `refresh` of the same one: in a signal handler, or a finaliser.
+    So is a verb of an object in the middle of a `save` or `refresh` of the same one: in a signal handler, or a
+    finaliser.
     """
 
     template = (
@@ -346,8 +349,8 @@ class MessagesRemoved(PersistError):
     """A `save` would remove committed messages while a stream is running. Nothing was written."""
 
     template = (
-        "save() would remove {count} of the committed messages of session {session_id!r} while stream {stream_id} is active; "
-        "nothing was written. If it is meant, use store.update(id, function, if_revision={revision})."
+        "save() would remove {count} of the committed messages of session {session_id!r} while stream {stream_id} is "
+        "active; nothing was written. If it is meant, use store.update(id, function, if_revision={revision})."
     )
     session_id: str
     stream_id: str
@@ -450,8 +453,8 @@ class EventsNotFound(PersistError, KeyError):
     """There are no events of that stream: it never ran, it ended without an event, or its events have expired."""
 
     template = (
-        "No events of stream {stream_id!r} of session {session_id!r}: {path} does not exist. It never ran here, ended without "
-        "an event, or its events have expired (Store(keep_events_s=…)). Load the session instead."
+        "No events of stream {stream_id!r} of session {session_id!r}: {path} does not exist. It never ran here, ended "
+        "without an event, or its events have expired (Store(keep_events_s=…)). Load the session instead."
     )
     session_id: str
     stream_id: str

@@ -1,10 +1,11 @@
 """Following a stream: its events as they come, in any process, until it ends, however it ends.
 
-A cursor is a stream's id and the offset of the last event that was seen. Whoever lost its connection comes back with it, to
-any worker, and misses nothing and sees nothing twice. One that cannot be right is answered with an error at once.
+A cursor is a stream's id and the offset of the last event that was seen. Whoever lost its connection comes back with
+it, to any worker, and misses nothing and sees nothing twice. One that cannot be right is answered with an error at
+once.
 
-Whoever waits is woken when the file grows (see `files.waiting`). Whether the owner lives is asked only after a silence: under
-the session's lock, where the question disturbs nobody.
+Whoever waits is woken when the file grows (see `files.waiting`). Whether the owner lives is asked only after a silence:
+under the session's lock, where the question disturbs nobody.
 """
 
 from __future__ import annotations
@@ -36,13 +37,16 @@ from persist.storage.waiting import waking
 
 #: After how much silence it asks whether the owner lives, and how often then.
 LOOK_S = 0.4
-#: How long that question may wait for the session's lock: events that come meanwhile wait with it. Twice as long each time that
-#: it was too short: who waits for less than the others take before it never comes to its turn.
+#: How long that question may wait for the session's lock: events that come meanwhile wait with it. Twice as long each
+#: time that it was too short: who waits for less than the others take before it never comes to its turn.
 LOOK_TIMEOUT_S, LAST_LOOK_TIMEOUT_S = 0.02, 0.64
 
 
 class Cursor:
-    """A place in the events of one stream. `take` is what is new; `ended` how the stream has ended, once all was taken."""
+    """A place in the events of one stream.
+
+    `take` is what is new; `ended` how the stream has ended, once all was taken.
+    """
 
     def __init__(self, files: SessionFiles, session_id: str, stream_id: str, after: int) -> None:
         if type(after) is not int or after < 0:
@@ -168,9 +172,9 @@ def _unlock(lock: threading.Lock) -> None:
 class Following:
     """The events of a stream as they come; made by `Store.follow`. Iterate it; the loop ends with the stream.
 
-    After the loop, `ended` tells how: ``"finished"``, ``"failed"``, ``"cancelled"``, ``"died"`` (its process is gone, noticed
-    within a second), ``"deleted"``, or ``"unknown"`` (the line that says how was lost, with a full disk say). `offset` is that
-    of the last event that was handed out: with it, and the stream's id, anybody can go on from here.
+    After the loop, `ended` tells how: ``"finished"``, ``"failed"``, ``"cancelled"``, ``"died"`` (its process is gone,
+    noticed within a second), ``"deleted"``, or ``"unknown"`` (the line that says how was lost, with a full disk say).
+    `offset` is that of the last event that was handed out: with it, and the stream's id, anybody can go on from here.
 
     Not for several threads at once. Leave a loop early with `close`, or use it in a ``with``.
     """
@@ -181,7 +185,8 @@ class Following:
         self.offset = cursor.after
         self._cursor = cursor
         self._pending: deque[Event] = deque()
-        # Locked while there is no news. No threading.Event: a signal handler that emits could meet its own thread inside.
+        # Locked while there is no news. No threading.Event: a signal handler that emits could meet its own thread
+        # inside.
         self._no_news = threading.Lock()
         self._no_news.acquire()
         self._is_closed = False
@@ -190,7 +195,8 @@ class Following:
         self._open.enter_context(waking(cursor.path, partial(_unlock, self._no_news)))
 
     def __repr__(self) -> str:
-        return f"<persist.Following {self.stream_id} of {self.session_id!r} at {self.offset}{self.ended and ', ' + self.ended}>"
+        ended = self.ended and f", {self.ended}"
+        return f"<persist.Following {self.stream_id} of {self.session_id!r} at {self.offset}{ended}>"
 
     @property
     def ended(self) -> Ended | None:

@@ -24,7 +24,8 @@ PATIENT_THREADS = 128
 class Threads:
     """Runs verbs in threads of their own, away from those that the application hops to.
 
-    What may wait for a session's lock has threads apart, so that a session that somebody keeps locked holds up nobody's events.
+    What may wait for a session's lock has threads apart, so that a session that somebody keeps locked holds up nobody's
+    events.
     """
 
     def __init__(self) -> None:

@@ -12,8 +12,8 @@ Equality is of JSON type and value: ``True``, ``1`` and ``1.0`` differ, and so d
 A conflict raises `MergeConflict`, unless `prefer` says whose value to take. A policy settles one top-level field in its
 own way: ``sum`` adds both changes, ``max`` keeps the greater, ``mine`` and ``theirs`` take that side.
 
-The laws (tested as properties): ``merge(b, m, b) == m``; ``merge(b, b, t) == t``; edits that do not overlap commute, but
-for the order of two appended blocks; nothing that a side added is lost; nothing that a side removed comes back.
+The laws (tested as properties): ``merge(b, m, b) == m``; ``merge(b, b, t) == t``; edits that do not overlap commute,
+but for the order of two appended blocks; nothing that a side added is lost; nothing that a side removed comes back.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def merge(
         prefer: whose value stands at a conflict; ``"error"`` raises.
 
     Raises:
-        MergeConflict: both sides changed one place in different ways, and `prefer` is ``"error"``; or, whatever it is, one side
-            moved items of an array that the other moved or removed.
+        MergeConflict: both sides changed one place in different ways, and `prefer` is ``"error"``; or, whatever it is,
+            one side moved items of an array that the other moved or removed.
     """
     merger = _Merger(prefer, policies or {})
     return merger.document(base, mine, theirs)
@@ -256,7 +256,9 @@ class _Clash(Exception):
 
 
 class _Edits:
-    """What one side did to an array: `kept[i]` is its version of base item i (or MISSING), `added[i]` what it put before i."""
+    """What one side did to an array: `kept[i]` is its version of base item i (or MISSING), `added[i]` what it put
+    before i.
+    """
 
     def __init__(self, base: list[Any], side: list[Any]) -> None:
         self.kept: list[Any] = [MISSING] * len(base)
@@ -298,7 +300,9 @@ def _identity(item: Any) -> tuple[str, type, Any] | None:
 
 
 def _refuse_miscounted(merged: list[Any], b: list[Any], m: list[Any], t: list[Any], added: list[Any]) -> None:
-    """A moved item reads as removed here and added there: moved twice it would double, moved and removed it would return."""
+    """A moved item reads as removed here and added there: moved twice it would double, moved and removed it would
+    return.
+    """
     if not added:
         return
     before = Counter(map(_key, b))
@@ -393,8 +397,8 @@ def patch(target: dict[str, Any], known: dict[str, Any], wanted: dict[str, Any])
     the document's own objects.
 
     Args:
-        target: the document, of which `known` is a copy. Fields that another thread has set since, and items that it has
-            appended, stay.
+        target: the document, of which `known` is a copy. Fields that another thread has set since, and items that it
+            has appended, stay.
         wanted: what it shall be; parts of it become parts of `target`.
     """
     _Patch(target).object(target, known, wanted)
@@ -423,7 +427,10 @@ def _shared_in(document: Any) -> set[int]:
 
 
 class _Patch:
-    """One patch. An object that stands at two places of the target is not changed in place: the other place is not meant."""
+    """One patch.
+
+    An object that stands at two places of the target is not changed in place: the other place is not meant.
+    """
 
     def __init__(self, target: dict[str, Any]) -> None:
         self._shared = _shared_in(target)
@@ -464,8 +471,8 @@ class _Patch:
 
     def array(self, target: list[Any], known: list[Any], wanted: list[Any]) -> None:
         """Slice by slice, between the items that stay."""
-        # From the end to the front: positions before the one being changed stay valid. What stands after the known end was
-        # appended meanwhile.
+        # From the end to the front: positions before the one being changed stay valid. What stands after the known end
+        # was appended meanwhile.
         i, j = len(known), len(wanted)
         lead = _same_objects(known, wanted)
         for p, q in reversed(align(known, wanted)):

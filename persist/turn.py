@@ -1,7 +1,9 @@
-"""What a turn of the model does to a session's data. Pure functions: they change the data that they are given, in place.
+"""What a turn of the model does to a session's data.
 
-A turn in `messages`: the prompt, then what the stream appends, then its one partial answer, which each checkpoint replaces
-and the finish completes. Nothing here removes a prompt.
+Pure functions: they change the data that they are given, in place.
+
+A turn in `messages`: the prompt, then what the stream appends, then its one partial answer, which each checkpoint
+replaces and the finish completes. Nothing here removes a prompt.
 """
 
 from __future__ import annotations

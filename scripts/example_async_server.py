@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""A small asynchronous chat server on `persist.aio` and Starlette, to copy from. Any number of it may run on one directory.
+"""A small asynchronous chat server on `persist.aio` and Starlette, to copy from.
+
+Any number of it may run on one directory.
 
     scripts/example_async_server.py --directory var/chats --port 8080
 
-    POST /chat/{session_id}   (the prompt)    -> 202 {"stream_id"}, or 409 with that of the turn that runs; makes the session
+    POST /chat/{session_id}   (the prompt)    -> 202 {"stream_id"}, or 409 with that of the turn that runs;
+                                                 makes the session
     GET  /events/{session_id}/{stream_id}     -> Server-Sent Events, those behind `Last-Event-ID` or `?after=`
     POST /cancel/{session_id}/{stream_id}     -> {"cancelled"}
     GET  /session/{session_id}                -> the session; clears a stale stream first
@@ -20,7 +23,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__" and importlib.util.find_spec("persist") is None:
-    # In a checkout any Python will do to start it: it goes on in the project's own environment. Leave this out of a copy.
+    # In a checkout any Python will do to start it: it goes on in the project's own environment. Leave this out of a
+    # copy.
     root = Path(__file__).resolve().parent.parent
     subprocess.run([root / "scripts" / "setup-venv"], check=True)
     os.execl(root / ".venv/bin/python", root / ".venv/bin/python", __file__, *sys.argv[1:])
@@ -54,7 +58,10 @@ STATUSES |= {
 
 
 class Chat:
-    """The routes, and the turns of this process. Which stream lives is asked of the store, where it holds for all processes."""
+    """The routes, and the turns of this process.
+
+    Which stream lives is asked of the store, where it holds for all processes.
+    """
 
     def __init__(self, store: persist.aio.Store, delay_s: float) -> None:
         self._store, self._delay_s = store, delay_s
@@ -62,7 +69,9 @@ class Chat:
 
     @asynccontextmanager
     async def lifespan(self, _app: Starlette) -> AsyncIterator[None]:
-        """Clear what dead servers left, and end with the turns: prompt and partial answer are kept, marked as interrupted."""
+        """Clear what dead servers left, and end with the turns: prompt and partial answer are kept, marked as
+        interrupted.
+        """
         with suppress(persist.SweepIncomplete):  # a damaged session must not keep the server from starting
             await self._store.clear_stale_streams()
         yield

@@ -22,7 +22,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__" and importlib.util.find_spec("persist") is None:
-    # In a checkout any Python will do to start it: it goes on in the project's own environment. Leave this out of a copy.
+    # In a checkout any Python will do to start it: it goes on in the project's own environment. Leave this out of a
+    # copy.
     root = Path(__file__).resolve().parent.parent
     subprocess.run([root / "scripts" / "setup-venv"], check=True)
     os.execl(root / ".venv/bin/python", root / ".venv/bin/python", __file__, *sys.argv[1:])
@@ -56,8 +57,8 @@ def answer_to(prompt: str) -> Iterator[str]:
 class Chat:
     """What the server does, without HTTP: each method answers one route.
 
-    There is no registry of streams and no lock here. Which stream runs, and whether its process lives, is asked of the store,
-    where the answer holds for every server on the directory.
+    There is no registry of streams and no lock here. Which stream runs, and whether its process lives, is asked of the
+    store, where the answer holds for every server on the directory.
     """
 
     def __init__(self, store: persist.Store, *, delay_s: float) -> None:
@@ -109,7 +110,8 @@ class Chat:
             stream = failing.enter_context(self._store.start_stream(session_id, {"role": "user", "content": message}))
             # A request's thread is a daemon and would pass that on; for a turn the interpreter shall wait at its exit.
             threading.Thread(target=self._run_turn, args=(stream, message), daemon=False).start()
-            # From here on the thread ends the turn. Had it not started, leaving this block would have failed the stream.
+            # From here on the thread ends the turn. Had it not started, leaving this block would have failed the
+            # stream.
             failing.pop_all()
         return {"stream_id": stream.id}
 

@@ -1,8 +1,8 @@
 """Actors: real server processes that a test leads step by step.
 
-An actor runs the code that it is sent, in a process of its own with a `Store` of its own, and sends back the value of the last
-expression or the exception. It can be made to pause where it is about to do one thing to the disk, so that a race has one
-known order instead of a lucky one; it is never mocked.
+An actor runs the code that it is sent, in a process of its own with a `Store` of its own, and sends back the value of
+the last expression or the exception. It can be made to pause where it is about to do one thing to the disk, so that a
+race has one known order instead of a lucky one; it is never mocked.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ import persist
 
 ActorFactory = Callable[..., Actor]
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start: for that, too, is inherited.
+# A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start: for that, too, is
+# inherited.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

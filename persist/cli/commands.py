@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -15,7 +17,6 @@ from rich.text import Text
 
 from persist import __version__
 from persist.cli.output import console, print_json, print_table, printable, tolerate_any_terminal
-from persist.cli.replay import replay
 from persist.errors import CorruptSession, PersistError, SessionNotFound, SweepIncomplete
 from persist.storage.layout import LEASES
 from persist.store import Store
@@ -30,7 +31,7 @@ _TITLE_SHOWN = 60
 _EPILOG = """\b
 Exit status:
   0  all is well
-  1  problems were found: damaged sessions, left-overs, losses in a replay
+  1  problems were found: damaged sessions, left-overs
   2  the command line is wrong
   3  the store refused; its reason is on the standard error
 
@@ -40,7 +41,6 @@ Examples:
   persist show var/sessions s-42
   persist clear-stale var/sessions
   persist check var/sessions --json | jq '.problems[].path'
-  persist replay --workers 4 --kills 20
 """
 
 
@@ -50,20 +50,27 @@ class StoreFailure(click.ClickException):
     exit_code = STORE_ERROR
 
 
+@contextmanager
+def errors_as_messages() -> Iterator[None]:
+    """Turn a `PersistError` or `OSError` into a `StoreFailure`, and a closed pipe into the exit status of SIGPIPE."""
+    tolerate_any_terminal()
+    try:
+        yield
+    except BrokenPipeError:
+        # The reader has seen enough (`persist ls … | head`). Else Python would complain when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(ENDED_BY_SIGPIPE) from None
+    except (PersistError, OSError) as error:
+        raise StoreFailure(printable(str(error), keep="\n")) from error
+
+
 class StoreGroup(click.Group):
     """Commands whose `PersistError` or `OSError` becomes a message."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
-        tolerate_any_terminal()
-        try:
+        with errors_as_messages():
             return super().invoke(ctx)
-        except BrokenPipeError:
-            # Who reads has seen enough (`persist ls … | head`). Else Python would complain when it flushes at the end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(ENDED_BY_SIGPIPE) from None
-        except (PersistError, OSError) as error:
-            raise StoreFailure(printable(str(error), keep="\n")) from error
 
 
 def _open_store(_ctx: click.Context, _argument: click.Parameter, path: Path) -> Store:
@@ -85,10 +92,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 @click.group(cls=StoreGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="persist")
 def persist() -> None:
-    """Look at a store of chat sessions, mend it, and put it to the test."""
-
-
-persist.add_command(replay)
+    """Look at a store of chat sessions, and mend it."""
 
 
 # --- looking ---
@@ -119,8 +123,9 @@ class Entry:
 def ls(ctx: click.Context, store: Store, as_json: bool) -> None:
     """List the sessions.
 
-    Each with its stream: none, live, stale (its process is dead), or unknown (its lock was not to be had). A session that
-    cannot be read is shown with its error, and the exit status is 1. Damage among the messages is found by `check`.
+    Each with its stream: none, live, stale (its process is dead), or unknown (its lock was not to be had). A session
+    that cannot be read is shown with its error, and the exit status is 1. Damage among the messages is found by
+    `check`.
     """
     entries = [entry for session_id in store.ids() if (entry := _entry(store, session_id)) is not None]
     if as_json:
@@ -211,8 +216,8 @@ def _plain(value: Any, *, keep: str = "") -> str:
 def streams(store: Store, as_json: bool) -> None:
     """List the active streams.
 
-    Each with its owner, and whether it lives. A live stream without a recent commit may hang: `persist` cannot tell, and
-    leaves it alone.
+    Each with its owner, and whether it lives. A live stream without a recent commit may hang: `persist` cannot tell,
+    and leaves it alone.
     """
     found = store.streams()
     if as_json:
@@ -268,8 +273,8 @@ def check(ctx: click.Context, store: Store, as_json: bool) -> None:
 def clear_stale(ctx: click.Context, store: Store, every_session: bool, as_json: bool) -> None:
     """Clear the streams whose process is dead.
 
-    Prompt and partial answer are kept; live streams are left alone. Sessions that cannot be looked at are named, and the
-    exit status is 1.
+    Prompt and partial answer are kept; live streams are left alone. Sessions that cannot be looked at are named, and
+    the exit status is 1.
     """
     failures: dict[str, Exception] = {}
     try:

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# Marks that reorder the text around them: a title could pass for another one. Joiners (Cf, too) are kept: emoji need them.
+# Marks that reorder the text around them: a title could pass for another one. Joiners (Cf, too) are kept: emoji need
+# them.
 _REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _UNPRINTABLE = frozenset({"Cc", "Cs", "Zl", "Zp"})
 
@@ -39,7 +40,9 @@ def _escaped(character: str) -> str:
 
 
 def console() -> Console:
-    """A console on the standard output that prints text as it is: no markup, no highlighting, no wrapping of its own."""
+    """A console on the standard output that prints text as it is: no markup, no highlighting,
+    no wrapping of its own.
+    """
     return Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
@@ -68,21 +71,4 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         table.add_column(column, overflow="fold")
     for row in cells:
         table.add_row(*map(Text, row))
-    Console().print(table)
-
-
-def print_figures(title: str, figures: Sequence[tuple[str, str]]) -> None:
-    """Print named figures below each other."""
-    out = console()
-    if not out.is_terminal:
-        width = max(len(name) for name, _ in figures)
-        click.echo(title)
-        for name, value in figures:
-            click.echo(f"  {name:<{width}}  {value:>12}")
-        return
-    table = Table(title=title, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for name, value in figures:
-        table.add_row(name, value)
     Console().print(table)

@@ -59,7 +59,10 @@ class Turns:
 
 @contextmanager
 def prepared(directory: Path, messages: int, kinds: list[type[Peer]]) -> Iterator[dict[str, list[Peer]]]:
-    """Every peer with its conversation, closed and removed at the end; without those that fail, for which a line is printed."""
+    """Every peer with its conversation, closed and removed at the end.
+
+    Without those that fail, for which a line is printed.
+    """
     with ExitStack() as stack:
         found: dict[str, list[Peer]] = {}
         for number, kind in enumerate(kinds):

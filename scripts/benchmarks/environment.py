@@ -1,4 +1,7 @@
-"""The benchmark's own virtual environment: persist, the peers and matplotlib. The standard library is all this needs."""
+"""The benchmark's own virtual environment: persist, the peers and matplotlib.
+
+The standard library is all this needs.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,9 @@ def nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What is timed, and what is not: `before` comes before each run, and what a run leaves to the disk is settled after it."""
+    """What is timed, and what is not: `before` comes before each run, and what a run leaves to the disk is settled
+    after it.
+    """
 
     run: Callable[[], object]
     before: Callable[[], object] = nothing
@@ -95,7 +97,8 @@ def _timed(action: Action) -> float:
 def _stride(action: Action, effort: Effort) -> int:
     """Every how many rounds an action runs; tried once, which warms it up.
 
-    A power of two: so the slow ones run in the same rounds, and spoil the processor's caches for quick ones in these only.
+    A power of two: so the slow ones run in the same rounds, and spoil the processor's caches for quick ones in these
+    only.
     """
     started = time.perf_counter()
     _timed(action)

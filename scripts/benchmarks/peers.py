@@ -1,7 +1,7 @@
 """The peers: for each, what an application does to append one message so that it is there for the next reader.
 
-Stores of whole values read the value, append to it and write it back. Libraries that know messages are asked in their own
-way. What a peer needs is imported when it is prepared, so that one that is missing keeps no other from running.
+Stores of whole values read the value, append to it and write it back. Libraries that know messages are asked in their
+own way. What a peer needs is imported when it is prepared, so that one that is missing keeps no other from running.
 """
 
 from __future__ import annotations

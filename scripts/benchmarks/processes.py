@@ -205,7 +205,10 @@ def findings(crowds: list[Crowd]) -> Findings:
     at = {(crowd.name, crowd.processes): crowd for crowd in crowds}
     rows = [(name, *(_shown(at[name, count]) for count in counts)) for name in CROWDS]
     columns = tuple(f"{count} process{'es' if count > 1 else ''}" for count in counts)
-    note = "Durable commits a second in all; the slowest process's share of the fastest's; the worst process's p99; the longest."
+    note = (
+        "Durable commits a second in all; the slowest process's share of the fastest's; the worst process's p99; "
+        "the longest."
+    )
     most = {name: at[name, counts[-1]] for name in CROWDS}
     one, own = most[ONE_PERSIST], most[OWN_PERSIST]
     who = f"{counts[-1]} processes"

@@ -85,7 +85,9 @@ def sweep(directory: Path, neighbours: int, count: int) -> Findings:
 
 
 def _take_over_s(store: persist.Store, *, after_wait: bool) -> float:
-    """Seconds from kill -9 of an owner, or from the return of the wait for its end, until its stream is cleared here."""
+    """Seconds from kill -9 of an owner, or from the return of the wait for its end,
+    until its stream is cleared here.
+    """
     with _owner_of(store, [SESSION]) as process:
         session = store.load(SESSION)
         started = time.perf_counter()

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click import Command
 from click.testing import CliRunner, Result
+from replaying.command import replay as replay_command
+from replaying.conversations import Conversation, samples
+from replaying.ledger import Ledger
+from replaying.supervise import Plan, Supervisor
 
-from persist.cli.commands import persist as command
-from persist.replay.conversations import Conversation, samples
-from persist.replay.ledger import Ledger
-from persist.replay.supervise import Plan, Supervisor
+from persist.cli.commands import persist
 
 Run = Callable[..., Result]
 
 
-@pytest.fixture
-def run() -> Run:
-    """Run `persist` with these arguments, its output not being a terminal."""
+def runner_of(command: Command) -> Run:
+    """Run a command with these arguments, its output not being a terminal."""
 
     def run_command(*arguments: object, **environment: str) -> Result:
         return CliRunner(env={"FORCE_COLOR": None, **environment}).invoke(
@@ -29,6 +30,18 @@ def run() -> Run:
         )
 
     return run_command
+
+
+@pytest.fixture
+def run() -> Run:
+    """Run `persist`."""
+    return runner_of(persist)
+
+
+@pytest.fixture
+def replay() -> Run:
+    """Run `scripts/replay`."""
+    return runner_of(replay_command)
 
 
 def json_of(result: Result) -> Any:
@@ -46,7 +59,10 @@ class Played:
 
 @pytest.fixture(scope="session")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
-    """A replay of the sample conversations. Without kills, so that every commit was acknowledged; tests damage copies of it."""
+    """A replay of the sample conversations.
+
+    Without kills, so that every commit was acknowledged; tests damage copies of it.
+    """
     directory = tmp_path_factory.mktemp("replay") / "store"
     directory.mkdir()
     plan = Plan(samples(), directory, workers=2, seed=1)

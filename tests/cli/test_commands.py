@@ -110,7 +110,9 @@ def test_help_shows_examples_and_exit_status(run: Run) -> None:
 
 
 def test_ls_shows_each_session_and_who_runs_on_it(run: Run, store: persist.Store, actor: ActorFactory) -> None:
-    """`ls` gives title, revision and number of messages, and tells an idle session, a live stream and a dead one apart."""
+    """`ls` gives title, revision and number of messages, and tells an idle session,
+    a live stream and a dead one apart.
+    """
     for session_id in ("idle", "live", "stale"):
         store.create(
             session_id, {"title": session_id.upper(), "messages": [{"id": "m0", "role": "system", "content": ""}]}

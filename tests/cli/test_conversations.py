@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from persist.replay.conversations import Conversation, read, samples
+from replaying.conversations import Conversation, read, samples
 
 ROLES = ("system", "user", "assistant", "tool", "assistant", "user", "assistant", "tool", "user", "user", "assistant")
 
@@ -74,7 +73,9 @@ def test_rounds_never_share_a_session(tmp_path: Path) -> None:
 
 
 def test_samples_have_what_real_conversations_have() -> None:
-    """The samples hold tool calls, a turn that ends with a tool, several scripts, emoji, control characters, long text."""
+    """The samples hold tool calls, a turn that ends with a tool, several scripts, emoji, control characters,
+    long text.
+    """
     messages = [message for conversation in samples() for message in conversation.messages]
     text = "".join(str(message["content"]) for message in messages)
     assert any(message.get("tool_calls") for message in messages)

@@ -1,4 +1,4 @@
-"""`persist replay`: the main job end to end, and its own failures."""
+"""`scripts/replay`: the main job end to end, and its own failures."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 from cli.conftest import Run, json_of
+from replaying import outcome
+from replaying.conversations import TITLES, Conversation, samples
+from replaying.reports import parse
+from replaying.supervise import Plan
+from replaying.worker import TitleThread
 
 import persist
-from persist.replay import outcome
-from persist.replay.conversations import TITLES, Conversation, samples
-from persist.replay.reports import parse
-from persist.replay.supervise import Plan
-from persist.replay.worker import TitleThread
 
 TALK = Conversation.of(
     "talk",
@@ -22,9 +22,9 @@ TALK = Conversation.of(
 )
 
 
-def test_replay_survives_kills_without_a_loss(run: Run, directory: Path) -> None:
+def test_replay_survives_kills_without_a_loss(replay: Run, directory: Path) -> None:
     """The samples, two workers, three kills: nothing lost, doubled or stuck, and the documents are the transcripts."""
-    result = run("replay", "--workers", 2, "--kills", 3, "--store", directory, "--seed", 7, "--json")
+    result = replay("--workers", 2, "--kills", 3, "--store", directory, "--seed", 7, "--json")
     found = json_of(result)
     assert (result.exit_code, found["findings"], found["failures"]) == (0, [], [])
     assert found["kills"] == 3
@@ -47,11 +47,14 @@ def test_more_kills_than_turns_are_spread_over_rounds(tmp_path: Path) -> None:
     assert persist.Store(tmp_path).exists("talk-r2")
 
 
-def test_plain_output_names_every_figure(run: Run, tmp_path: Path) -> None:
-    """Without a terminal the figures are plain lines; the temporary store of a clean run is gone, and no bar is drawn."""
+def test_plain_output_names_every_figure(replay: Run, tmp_path: Path) -> None:
+    """Without a terminal the figures are plain lines.
+
+    The temporary store of a clean run is gone, and no bar is drawn.
+    """
     path = tmp_path / "talk.json"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
-    result = run("replay", path, "--workers", 1)
+    result = replay(path, "--workers", 1)
     assert (result.exit_code, result.stderr) == (0, "")
     figures = dict(line.strip().rsplit(maxsplit=1) for line in result.stdout.splitlines()[1:])
     assert {"turns", "commits/s", "kills survived", "stale streams cleared", "conflicts merged", "lost", "doubled"} <= {
@@ -60,7 +63,7 @@ def test_plain_output_names_every_figure(run: Run, tmp_path: Path) -> None:
     assert (figures["turns"], figures["lost"], figures["doubled"]) == ("1", "0", "0")
 
 
-def test_directory_of_transcripts_is_read_and_other_files_are_skipped(run: Run, tmp_path: Path) -> None:
+def test_directory_of_transcripts_is_read_and_other_files_are_skipped(replay: Run, tmp_path: Path) -> None:
     """Of a directory only ``*.json`` is played; a file's name becomes a session id."""
     transcripts = tmp_path / "transcripts"
     transcripts.mkdir()
@@ -68,7 +71,7 @@ def test_directory_of_transcripts_is_read_and_other_files_are_skipped(run: Run, 
     (transcripts / "über uns.json").write_text(
         json.dumps({"title": "Us", "messages": [{"role": "user", "content": "?"}]})
     )
-    assert run("replay", transcripts, "--workers", 1, "--store", tmp_path / "store").exit_code == 0
+    assert replay(transcripts, "--workers", 1, "--store", tmp_path / "store").exit_code == 0
     assert persist.Store(tmp_path / "store").ids() == ["s1--ber-uns"]
 
 
@@ -82,33 +85,36 @@ def test_directory_of_transcripts_is_read_and_other_files_are_skipped(run: Run, 
         (b'{"messages": [{"role": "user", "n": NaN}]}', "is not JSON"),
     ],
 )
-def test_bad_transcript_is_a_usage_error(run: Run, tmp_path: Path, content: bytes, reason: str) -> None:
+def test_bad_transcript_is_a_usage_error(replay: Run, tmp_path: Path, content: bytes, reason: str) -> None:
     """A *.json file that is no transcript exits with 2 and names the file and what is wrong; nothing is played."""
     (tmp_path / "bad.json").write_bytes(content)
-    result = run("replay", tmp_path, "--store", tmp_path / "store")
+    result = replay(tmp_path, "--store", tmp_path / "store")
     assert result.exit_code == 2
     assert str(tmp_path / "bad.json") in result.stderr
     assert reason in result.stderr
     assert not (tmp_path / "store").exists()
 
 
-def test_replay_takes_no_store_that_is_in_use(run: Run, store: persist.Store) -> None:
+def test_replay_takes_no_store_that_is_in_use(replay: Run, store: persist.Store) -> None:
     """A replay plays only into a new or empty directory: it must not mix with real sessions."""
     store.create("s-42")
-    result = run("replay", "--store", store.path)
+    result = replay("--store", store.path)
     assert result.exit_code == 2
     assert "must be new, or an empty directory" in result.stderr
 
 
-def test_kills_without_a_turn_are_a_usage_error(run: Run, tmp_path: Path) -> None:
+def test_kills_without_a_turn_are_a_usage_error(replay: Run, tmp_path: Path) -> None:
     """Without a user message there is no turn to kill in: the replay says so instead of going on for ever."""
     path = tmp_path / "only-system.json"
     path.write_text('{"messages": [{"role": "system", "content": "Be kind."}]}')
-    assert run("replay", path, "--kills", 1).exit_code == 2
+    assert replay(path, "--kills", 1).exit_code == 2
 
 
 def test_title_is_saved_after_a_conflict(store: persist.Store, capfd: pytest.CaptureFixture[str]) -> None:
-    """A title that somebody else has changed meanwhile is a conflict; the thread loads the session again, and reports both."""
+    """A title that somebody else has changed meanwhile is a conflict.
+
+    The thread loads the session again, and reports both.
+    """
     loaded = store.create("talk", {"title": "Talk", TITLES: {}, "messages": []})
     with store.edit("talk") as data:
         data["title"] = "Another"
@@ -121,7 +127,9 @@ def test_title_is_saved_after_a_conflict(store: persist.Store, capfd: pytest.Cap
 
 
 def test_title_is_merged_with_what_was_committed_since(store: persist.Store, capfd: pytest.CaptureFixture[str]) -> None:
-    """A save through an object loaded before other commits keeps them, and is counted as merged (hermes-webui #3987)."""
+    """A save through an object loaded before other commits keeps them,
+    and is counted as merged (hermes-webui #3987).
+    """
     loaded = store.create("talk", {"title": "Talk", TITLES: {}, "messages": []})
     store.append("talk", "messages", TALK.messages[0])
     thread = TitleThread(store, loaded, TALK.turns[0], "Talk (1 of 1)")
@@ -134,7 +142,10 @@ def test_title_is_merged_with_what_was_committed_since(store: persist.Store, cap
 
 
 def test_title_that_was_no_edit_is_saved_again(store: persist.Store, capfd: pytest.CaptureFixture[str]) -> None:
-    """An object that had the title already does not edit it; what is reported as saved must stand there all the same."""
+    """An object that had the title already does not edit it.
+
+    What is reported as saved must stand there all the same.
+    """
     loaded = store.create("talk", {"title": "Talk (1 of 1)", TITLES: {"turn-1": "Talk (1 of 1)"}, "messages": []})
     with store.edit("talk") as data:
         data["title"] = "A later one"
@@ -147,7 +158,9 @@ def test_title_that_was_no_edit_is_saved_again(store: persist.Store, capfd: pyte
 
 
 def test_worker_that_ends_by_itself_is_a_failure_with_its_reason(store: persist.Store) -> None:
-    """A worker that dies of an error is named with what it wrote to its standard error, and the outcome is not clean."""
+    """A worker that dies of an error is named with what it wrote to its standard error,
+    and the outcome is not clean.
+    """
     store.create("talk", {"messages": []})
     (store.path / "talk.json").write_text("{")
     result = outcome.replay(Plan([TALK], store.path, workers=1))

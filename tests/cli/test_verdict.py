@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from cli.conftest import Played
+from replaying.conversations import TITLES
+from replaying.ledger import Ledger
+from replaying.verdict import compare
 
 import persist
-from persist.replay.conversations import TITLES
-from persist.replay.ledger import Ledger
-from persist.replay.verdict import compare
 
 Judge = Callable[..., list[tuple[str, str, str]]]
 
@@ -50,7 +50,9 @@ def test_dropped_message_is_lost(judge: Judge, store: persist.Store) -> None:
 
 
 def test_message_that_was_missing_once_is_lost(judge: Judge, played: Played) -> None:
-    """An acknowledged message that a worker did not find is lost, even if it was sent again and stands there at the end."""
+    """An acknowledged message that a worker did not find is lost, even if it was sent again and stands there at the
+    end.
+    """
     ledger = replace(
         played.ledger, messages={(SESSION, "m9"): 20, (SESSION, "m10"): 21}, seen={SESSION: [(20, 10), (23, 10)]}
     )

@@ -1,7 +1,8 @@
-"""Every disk that a power cut may leave of every verb: old or new revision, and nothing else; what was acknowledged, new.
+"""Every disk that a power cut may leave of every verb: old or new revision, and nothing else; what was acknowledged,
+new.
 
-That the suite would notice: each single sync of each trace is left out, and each two neighbouring steps are swapped, and the
-suite must find fault with the result; `is_spare` and `is_harmless` say where it need not, and why.
+That the suite would notice: each single sync of each trace is left out, and each two neighbouring steps are swapped,
+and the suite must find fault with the result; `is_spare` and `is_harmless` say where it need not, and why.
 `scripts/crash-states` prints how many states there are.
 """
 
@@ -33,7 +34,9 @@ def test_every_crash_state_is_old_or_new(scenario: Play, scratch: Path) -> None:
 
 @by_name
 def test_every_sync_is_needed(scenario: Play, scratch: Path) -> None:
-    """Leave out any single sync of the trace, and a state shows an acknowledged commit lost, a torn one or a stuck session."""
+    """Leave out any single sync of the trace, and a state shows an acknowledged commit lost, a torn one or a stuck
+    session.
+    """
     case = scenario.play(scratch)
     syncs = [i for i, step in enumerate(case.trace.steps) if step.kind.startswith("sync")]
     needed = [i for i in syncs if not is_spare(case.trace.steps, i)]
@@ -118,8 +121,8 @@ def is_spare(steps: Sequence[Step], index: int) -> bool:
 def _has_news(steps: Sequence[Step], file: int) -> bool:
     """Whether a file was written to since it was synced.
 
-    `confirm` and the first record of a process sync also what its writer has synced, maybe under another name: they cannot
-    know. Their need shows with the files of another program, above.
+    `confirm` and the first record of a process sync also what its writer has synced, maybe under another name: they
+    cannot know. Their need shows with the files of another program, above.
     """
     kinds = [step.kind for step in steps if step.file == file and step.kind in ("write", "sync")]
     return kinds[-1:] == ["write"]
@@ -128,8 +131,8 @@ def _has_news(steps: Sequence[Step], file: int) -> bool:
 def _is_spare_sync_of_directory(steps: Sequence[Step], index: int) -> bool:
     """Nothing was made in it, or it is synced twice before any rename.
 
-    `Store` syncs what another process may just have made, also where it has made and synced it itself. Each of the two syncs
-    is needed where it is alone: in "first start", and in the scenarios "not yet synced".
+    `Store` syncs what another process may just have made, also where it has made and synced it itself. Each of the two
+    syncs is needed where it is alone: in "first start", and in the scenarios "not yet synced".
     """
     step = steps[index]
     changes = [each for each in steps[:index] if each.kind in ("mkdir", "create", "rename", "unlink")]

@@ -1,4 +1,7 @@
-"""What a power cut leaves of a journal: of a record that was never acknowledged, any part; of all others, everything."""
+"""What a power cut leaves of a journal: of a record that was never acknowledged, any part.
+
+Of all others, everything.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ def padding(scratch: Path, item: dict[str, str], *, end: int) -> str:
 
 
 def torn_states(store: persist.Store, item: dict[str, str]) -> tuple[list[Disk], Disk, Disk]:
-    """Every way in which the record of an item may be left, if its writer was killed; and the disk before it and after it."""
+    """Every way in which the record of an item may be left, if its writer was killed.
+
+    And the disk before it and after it.
+    """
     trace = record(store.path, lambda: store.append("s-1", "messages", item))
     [write] = [step for step in trace.steps if step.kind == "write"]
     before, after = trace.before, read_disk(store.path)
@@ -48,7 +54,8 @@ def torn_states(store: persist.Store, item: dict[str, str]) -> tuple[list[Disk],
 # Where the record ends: anywhere; with its newline alone in a sector; with a sector.
 @pytest.mark.parametrize("end", [300, 1, 0], ids=lambda end: f"ends at {end}")
 def test_a_torn_tail_is_no_record_and_the_next_writer_folds_it_away(scratch: Path, end: int) -> None:
-    """Nothing torn, nothing lost: whatever is left of a record, the session is as before it, and what is appended next stays.
+    """Nothing torn, nothing lost: whatever is left of a record, the session is as before it, and what is appended next
+    stays.
 
     Fails if a torn tail is not folded away (`known.tail.is_torn` taken out of `_must_fold`).
     """
@@ -104,7 +111,8 @@ def test_what_another_program_has_copied_is_made_durable(
 ) -> None:
     """A session that was restored from a backup, and never synced: each of the first commit's syncs is needed.
 
-    Fails without `Transaction._sync_known`, which syncs the document and the directory, and without either of these two syncs.
+    Fails without `Transaction._sync_known`, which syncs the document and the directory, and without either of these two
+    syncs.
     """
     store = journaled_store(scratch / "sessions")
     append(store)
@@ -163,7 +171,8 @@ def test_without_its_first_sync_of_the_directory_a_fold_loses_the_session(scratc
 
 
 def test_an_acknowledged_record_stands_in_a_journal_that_bears_its_name_durably(scratch: Path) -> None:
-    """A fold was killed between its rename and its last sync; who appends to the new journal makes its name durable first.
+    """A fold was killed between its rename and its last sync; who appends to the new journal makes its name durable
+    first.
 
     Fails without `Transaction._is_settled`: after the cut the old document is there, with the old journal.
     """

@@ -1,4 +1,5 @@
-"""Power cuts on real file systems lose nothing that was acknowledged; and the harness sees what is lost with a step left out.
+"""Power cuts on real file systems lose nothing that was acknowledged; and the harness sees what is lost with a step
+left out.
 
 Skipped, with the reason, where this machine does not let a file system be made, mounted and shut down.
 """

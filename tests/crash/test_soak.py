@@ -35,7 +35,9 @@ NOT_CLOSED = ("files/transaction.py", "                disk.close(fd)\n", "     
     ],
 )
 def test_thousands_of_commits_leave_nothing_behind(scratch: Path, journaling: Journaling) -> None:
-    """1,500 commits of every kind: the same descriptors, flat memory, no stray file, and each session holds what it must."""
+    """1,500 commits of every kind: the same descriptors, flat memory, no stray file, and each session holds what it
+    must.
+    """
     soaked = soak(scratch / "sessions", 1_500, journaling)
     assert soaked.commits >= 1_500
     assert soaked.faults == []

@@ -159,7 +159,9 @@ def test_the_torture_sees_a_bug_planted_in_the_journal(
 def test_a_run_in_which_too_little_is_done_does_not_pass(
     tmp_path: Path, mutation: Mutation, patience_s: int, verdict: str
 ) -> None:
-    """What was never acknowledged cannot be lost: each kill follows a commit, and each kind of process gets something done."""
+    """What was never acknowledged cannot be lost: each kill follows a commit, and each kind of process gets something
+    done.
+    """
     write_mutated_package(mutation, tmp_path)
     done = torture(20, tmp_path, tmp_path, f"--patience={patience_s}")
     assert done.returncode == 1, done.stdout + done.stderr

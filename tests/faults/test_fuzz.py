@@ -54,14 +54,18 @@ def bench() -> Iterator[Bench]:
 
 
 def test_the_oracle_accepts_what_was_not_spoilt(bench: Bench) -> None:
-    """Real documents pass, and sealing one that is right changes nothing: else every verdict below would be worthless."""
+    """Real documents pass, and sealing one that is right changes nothing:
+    else every verdict below would be worthless.
+    """
     for content in bench.documents:
         assert seal(content) == content
         assert bench.oracle.complaint(content) is None
 
 
 def test_the_oracle_notices_a_wrong_document(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that answers something else than a document says is caught, and one that answers where it must refuse."""
+    """A reader that answers something else than a document says is caught,
+    and one that answers where it must refuse.
+    """
     content = bench.documents[-2]
     spoilt = content.replace(b'"title":"t"', b'"title":"u"')
     assert spoilt != content
@@ -75,7 +79,10 @@ def test_the_oracle_notices_a_wrong_document(bench: Bench, monkeypatch: pytest.M
 
 
 def test_a_document_of_another_program_needs_no_checksum(bench: Bench) -> None:
-    """What has no header is judged by what it says; with a header's name, or with its parts under another name, it is not."""
+    """What has no header is judged by what it says.
+
+    With a header's name, or with its parts under another name, it is not.
+    """
     foreign = b'{"title":"t","messages":[]}'
     header = b'{"checksum":"","head_checksum":"","incarnation":""}'
     assert trusted(foreign) == {"title": "t", "messages": []}
@@ -108,7 +115,9 @@ NO_HEAD_CHECKSUM = (
     ],
 )
 def test_the_fuzzing_sees_a_missing_check(tmp_path: Path, mutation: Mutation, reader: str) -> None:
-    """With one check taken out of a copy of the package, a second of mutants shows a document that was to be refused."""
+    """With one check taken out of a copy of the package, a second of mutants shows a document that was to be
+    refused.
+    """
     write_mutated_package(mutation, tmp_path)
     done = run_harness("fuzzing", ["--minutes=0.015", f"--directory={tmp_path}"], tmp_path, DEADLINE_S)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -147,7 +156,10 @@ FOUND = {
 def test_a_sealed_document_that_is_parted_otherwise_than_it_says_is_refused(
     bench: Bench, spoil: Callable[[bytes], bytes]
 ) -> None:
-    """Its checksums are right; its header lies of where the small fields end, or its lines do not stand as they must."""
+    """Its checksums are right.
+
+    Its header lies of where the small fields end, or its lines do not stand as they must.
+    """
     [whole] = [content for content in bench.documents if b'"tool_calls":[' in content]
     hostile = seal(spoil(whole))
     assert hostile != whole
@@ -173,7 +185,9 @@ def test_the_oracle_of_journals_accepts_what_was_not_spoilt(journaled: JournalOr
 
 
 def test_the_oracle_of_journals_notices_another_state(journaled: JournalOracle) -> None:
-    """A record that says something else, sealed, is shown for what it says: judged as if it were damaged, that is caught."""
+    """A record that says something else, sealed, is shown for what it says: judged as if it were damaged, that is
+    caught.
+    """
     spoilt = seal_journal(journaled.content.replace("Täßchen".encode(), b"Tasse"))
     found = journaled.complaint(spoilt)
     assert found is not None
@@ -189,7 +203,9 @@ NO_CRC = (
 
 
 def test_the_fuzzing_of_journals_sees_a_missing_check(tmp_path: Path) -> None:
-    """With the CRC taken out of a copy of the package, some seconds of mutants show a state that was never committed."""
+    """With the CRC taken out of a copy of the package, some seconds of mutants show a state that was never
+    committed.
+    """
     write_mutated_package(NO_CRC, tmp_path)
     options = ["--journals", "--minutes=0.06", f"--directory={tmp_path}"]
     done = run_harness("fuzzing", options, tmp_path, DEADLINE_S)
@@ -240,7 +256,9 @@ def sector_damage(older: bytes, newer: bytes) -> Iterator[bytes]:
 def test_lost_swapped_and_outdated_sectors_are_refused(
     store: persist.Store, older_and_newer: tuple[bytes, bytes]
 ) -> None:
-    """Any run of sectors zeroed or from the revision before, any two exchanged: no document comes of it but a real one."""
+    """Any run of sectors zeroed or from the revision before, any two exchanged:
+    no document comes of it but a real one.
+    """
     older, newer = older_and_newer
     tried = 0
     for damaged in sector_damage(older, newer):

@@ -136,7 +136,7 @@ def test_what_is_planted_under_a_name_is_refused_or_replaced_and_never_reached_t
         pytest.fail("\n".join(wrong), pytrace=False)
 
 
-# --- the store's directory itself -----------------------------------------------------------------------------------------
+# --- the store's directory itself -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "hard link", "link to a file", "link to itself"])
@@ -183,7 +183,7 @@ def test_a_store_in_a_world_writable_directory_is_private_itself(mode: int, base
     assert persist.Store(parent / "moved").load("s").data == {"a": 1}
 
 
-# --- foreign owners ---------------------------------------------------------------------------------------------------------
+# --- foreign owners ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Hostile JSON under a session's name: each verb answers with a typed error, or works.
 
-Many of these files are *sealed*: their checksums are right, as whoever can write the file can make them. A checksum guards
-against accidents; what stands behind it must still not bring a server down.
+Many of these files are *sealed*: their checksums are right, as whoever can write the file can make them. A checksum
+guards against accidents; what stands behind it must still not bring a server down.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def untyped(store: persist.Store, good: bytes, hostile: bytes) -> list[str]:
     return found
 
 
-# --- headers that lie ------------------------------------------------------------------------------------------------------
+# --- headers that lie -------------------------------------------------------------------------------------------------
 
 ODD: tuple[Any, ...] = (None, True, "x", "", 1.5, -1, 10**100, [], {}, ["x"], {"x": "y"}, ABSENT)
 OWNER = {
@@ -193,7 +193,10 @@ def test_hostile_json_of_another_program_is_answered_with_a_typed_error(
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-8-sig"])
 def test_another_encoding_is_not_guessed_at(encoding: str, store: persist.Store, good: bytes) -> None:
-    """JSON is UTF-8 without a mark (RFC 8259, 8.1); whatever is right under another reading is refused, not translated."""
+    """JSON is UTF-8 without a mark (RFC 8259, 8.1).
+
+    Whatever is right under another reading is refused, not translated.
+    """
     content = json.dumps({"title": "Täßchen", "messages": []}, ensure_ascii=False).encode(encoding)
     document(store).write_bytes(content)
     with pytest.raises(persist.CorruptSession):

@@ -1,8 +1,8 @@
 """Every I/O error at every place: each verb, with each of its kernel calls failing, once and for good.
 
-One rule judges them all: **an error means that nothing was written, unless it is `CommitUnknown`; no error means that it is
-on disk.** Beside it: memory stays as it was, lock and lease are free, no descriptor and no file is left over, and what failed
-works as soon as the disk does.
+One rule judges them all: **an error means that nothing was written, unless it is `CommitUnknown`; no error means that
+it is on disk.** Beside it: memory stays as it was, lock and lease are free, no descriptor and no file is left over, and
+what failed works as soon as the disk does.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def operation(**options: bool) -> Callable[[Callable[[Scene], Run]], None]:
     return enter
 
 
-# --- the verbs that write ------------------------------------------------------------------------------------------------
+# --- the verbs that write ---------------------------------------------------------------------------------------------
 
 
 @operation()
@@ -285,7 +285,7 @@ def clear_stale_streams(scene: Scene) -> Run:
     return scene.store.clear_stale_streams
 
 
-# --- the verbs that look -------------------------------------------------------------------------------------------------
+# --- the verbs that look ----------------------------------------------------------------------------------------------
 
 
 @operation(is_look=True)
@@ -354,7 +354,7 @@ def check(scene: Scene) -> Run:
     return lambda: [(problem.session_id, problem.kind) for problem in scene.store.check()]
 
 
-# --- the same, of sessions with a journal ------------------------------------------------------------------------------------
+# --- the same, of sessions with a journal -----------------------------------------------------------------------------
 
 
 def in_other_ways() -> Iterator[Operation]:
@@ -381,7 +381,7 @@ def shown(info: persist.StreamInfo | None) -> object:
     return info and (info.session_id, info.stream_id, info.is_live, info.is_cancelled)
 
 
-# --- the trial --------------------------------------------------------------------------------------------------------------
+# --- the trial --------------------------------------------------------------------------------------------------------
 
 
 def view(store: persist.Store) -> View:
@@ -441,7 +441,10 @@ def opened(mode: Mode, path: Path) -> persist.Store:
 
 
 class Trial:
-    """One operation with one fault. `complaints` says what it did wrong; none are made where the fault was not reached."""
+    """One operation with one fault.
+
+    `complaints` says what it did wrong; none are made where the fault was not reached.
+    """
 
     def __init__(self, operation: Operation, fault: Fault, directory: Path) -> None:
         self.complaints: list[str] = []
@@ -492,7 +495,8 @@ class Trial:
         )
         if raised is None:
             self._expect(self._now == ends.new, "returned, and its effect is not on disk")
-            # What could not be synced is in doubt for good; only a new file, synced and entered in its directory, is not.
+            # What could not be synced is in doubt for good; only a new file, synced and entered in its directory, is
+            # not.
             is_durable = self._fault.call not in SYNCS or self._passed_since >= 2 or self._operation.is_look
             self._expect(is_durable, "returned, and it is not durable")
             is_short = self._operation.is_partial and self._fault.errno != SHORT

@@ -1,7 +1,8 @@
-"""A damaged journal: what a crash can have left is folded away by the next writer; anything else is told, nothing written.
+"""A damaged journal: what a crash can have left is folded away by the next writer; anything else is told, nothing
+written.
 
-Each test damages the files of a session whose every committed state is known. They fail without their mechanisms: the CRC of a
-record, the rule of the altered newline, that of whole sectors, and `synced`.
+Each test damages the files of a session whose every committed state is known. They fail without their mechanisms: the
+CRC of a record, the rule of the altered newline, that of whole sectors, and `synced`.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def delete(store: persist.Store) -> object:
     return None
 
 
-# --- truncation --------------------------------------------------------------------------------------------------------
+# --- truncation -------------------------------------------------------------------------------------------------------
 
 
 def test_every_truncation_shows_a_committed_revision(damaged: History) -> None:
@@ -186,7 +187,10 @@ def test_every_truncation_shows_a_committed_revision(damaged: History) -> None:
 
 
 def test_next_writer_folds_a_torn_tail_away(damaged: History) -> None:
-    """After a cut in mid-record the next commit, of whichever verb, makes a new document; nothing is cut off in place."""
+    """After a cut in mid-record the next commit, of whichever verb, makes a new document.
+
+    Nothing is cut off in place.
+    """
     content, path = damaged.content, damaged.path
     document = damaged.directory / "s.json"
     before = document.read_bytes()
@@ -218,7 +222,7 @@ def test_writer_that_knows_the_session_folds_a_torn_tail_too(damaged: History) -
     assert parted(damaged.path.read_bytes())[1] == []
 
 
-# --- flipped bits ------------------------------------------------------------------------------------------------------
+# --- flipped bits -----------------------------------------------------------------------------------------------------
 
 
 def flips(content: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
@@ -299,7 +303,7 @@ def test_head_that_is_not_where_a_record_says_is_told(damaged: History) -> None:
         damaged.store().head("s")
 
 
-# --- sectors -----------------------------------------------------------------------------------------------------------
+# --- sectors ----------------------------------------------------------------------------------------------------------
 
 
 def long_record(history: History, size: int) -> tuple[bytes, int]:
@@ -320,7 +324,9 @@ def long_record(history: History, size: int) -> tuple[bytes, int]:
 
 
 def test_lost_sectors_of_the_last_record_are_a_torn_tail(damaged: History) -> None:
-    """A power cut leaves zeros in any of the sectors that were appended, all of one or nothing of it: the state before."""
+    """A power cut leaves zeros in any of the sectors that were appended, all of one or nothing of it:
+    the state before.
+    """
     content, start = long_record(damaged, 4 * SECTOR)
     edges = [start, *range(start + -start % SECTOR, len(content), SECTOR), len(content)]
     for lost in range(1, 2 ** (len(edges) - 1)):
@@ -345,7 +351,8 @@ def test_newline_in_a_lost_sector_of_its_own_is_a_torn_tail(damaged: History) ->
 
 
 def test_newline_in_a_sector_that_is_lost_with_the_beginning_of_another_record_is_a_torn_tail(damaged: History) -> None:
-    """Two writers died before their syncs, and of the first one's record only the newline stood in the sector that was lost.
+    """Two writers died before their syncs, and of the first one's record only the newline stood in the sector that was
+    lost.
 
     Fails if a whole record is taken for altered where zeros stand in the place of its newline.
     """
@@ -385,7 +392,9 @@ def two_records(history: History, synced: int) -> tuple[bytes, int, int]:
 
 
 def test_lost_record_before_one_that_knew_it_durable_is_damage(damaged: History) -> None:
-    """A record that was acknowledged, as a later one says, is never folded away: the damage is told, and nothing written."""
+    """A record that was acknowledged, as a later one says, is never folded away: the damage is told, and nothing
+    written.
+    """
     _, start, end = two_records(damaged, 0)
     first = start + -start % SECTOR
     for synced in (start + 1, end):
@@ -401,7 +410,9 @@ def test_lost_record_before_one_that_knew_it_durable_is_damage(damaged: History)
 
 
 def test_two_records_that_nobody_acknowledged_are_a_torn_tail(damaged: History) -> None:
-    """Two writers died before their syncs: the first one's lost sectors do not make the second one's record proof of it."""
+    """Two writers died before their syncs: the first one's lost sectors do not make the second one's record proof of
+    it.
+    """
     for synced in (0, max(end for _, end in damaged.states.values())):
         content, start, _ = two_records(damaged, synced)
         first = start + -start % SECTOR
@@ -413,7 +424,7 @@ def test_two_records_that_nobody_acknowledged_are_a_torn_tail(damaged: History) 
     assert parted(damaged.path.read_bytes())[1] == []
 
 
-# --- nonsense, sealed ---------------------------------------------------------------------------------------------------
+# --- nonsense, sealed -------------------------------------------------------------------------------------------------
 
 HUGE = "9" * 30
 NONSENSE: dict[str, bytes] = {
@@ -486,7 +497,10 @@ NONSENSE: dict[str, bytes] = {
 @pytest.mark.parametrize("is_last", [True, False], ids=["last", "not last"])
 @pytest.mark.parametrize("nonsense", NONSENSE.values(), ids=NONSENSE)
 def test_sealed_nonsense_gives_typed_errors_only(damaged: History, nonsense: bytes, is_last: bool) -> None:
-    """A record that somebody made up, with the right CRC: each verb answers as ever, or with a typed error; none hangs."""
+    """A record that somebody made up, with the right CRC: each verb answers as ever, or with a typed error.
+
+    None hangs.
+    """
     opening, lines = parted(damaged.path.read_bytes())
     *before, last = lines
     key = nonsense.partition(b":")[0]
@@ -509,7 +523,7 @@ def answer_or_typed_error(verb: Verb, store: persist.Store) -> object:
         return error
 
 
-# --- accept ------------------------------------------------------------------------------------------------------------
+# --- accept -----------------------------------------------------------------------------------------------------------
 
 
 def test_accept_takes_the_last_good_state_and_keeps_a_copy(damaged: History) -> None:
@@ -612,7 +626,9 @@ def test_accept_of_a_damaged_header_destroys_no_journal(tmp_path: Path, old: byt
 def test_accept_of_an_edited_document_that_its_journal_does_not_fit_is_refused(
     damaged: History, change: Callable[[dict[str, Any]], object]
 ) -> None:
-    """Where the journal's places are not those of the document any more, nothing is guessed: the error, and no byte changed."""
+    """Where the journal's places are not those of the document any more, nothing is guessed: the error, and no byte
+    changed.
+    """
     edit_by_hand(damaged, change)
     before = {path: path.read_bytes() for path in damaged.directory.glob("s.*") if path.is_file()}
     with pytest.raises(persist.CorruptSession):
@@ -639,12 +655,13 @@ def test_copy_of_a_damaged_journal_is_always_whole(damaged: History, monkeypatch
     assert path.with_name(f"{path.name}.damaged").read_bytes() == spoilt + bytes(damaged.room)
 
 
-# --- edits under a process that knows the session --------------------------------------------------------------------------
+# --- edits under a process that knows the session ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("verb", [append_new, append_again, rename, start_stream, fold], ids=lambda verb: verb.__name__)
 def test_process_that_knows_a_session_sees_that_its_document_was_edited(damaged: History, verb: Verb) -> None:
-    """It need not read the document for a commit: but once somebody has written to it, what is there is looked at first.
+    """It need not read the document for a commit: but once somebody has written to it, what is there is looked at
+    first.
 
     Else commits would be acknowledged which nobody could load. Fails without the look at `known.version`.
     """
@@ -670,7 +687,7 @@ def test_document_that_was_only_touched_is_read_once(damaged: History) -> None:
         assert (counted.read >= size) is reads_all
 
 
-# --- a full disk ----------------------------------------------------------------------------------------------------------
+# --- a full disk ------------------------------------------------------------------------------------------------------
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -734,11 +751,12 @@ def test_record_that_did_not_fit_leaves_no_torn_tail(tmp_path: Path) -> None:
     assert [message["id"] for message in store.load("s").data["messages"]] == ["m1", "a", "c"]
 
 
-# --- two writers that were cut off ----------------------------------------------------------------------------------------
+# --- two writers that were cut off ------------------------------------------------------------------------------------
 
 
 def test_head_shows_no_record_behind_one_that_was_lost(tmp_path: Path) -> None:
-    """Two records that nobody acknowledged, of which a power cut kept the second: head and load show what was before both.
+    """Two records that nobody acknowledged, of which a power cut kept the second: head and load show what was before
+    both.
 
     Fails if a head takes the last whole record without going back to what a writer knew to be durable.
     """
@@ -781,7 +799,9 @@ def test_journal_that_could_not_be_synced_is_appended_to_by_nobody(tmp_path: Pat
 
 
 def test_journal_whose_document_is_away_is_left_alone(tmp_path: Path) -> None:
-    """An editor, or a backup that is being restored, may put it back in the next instant: `check` tells, nobody removes it."""
+    """An editor, or a backup that is being restored, may put it back in the next instant: `check` tells, nobody removes
+    it.
+    """
     store = persist.Store(tmp_path, journal="always")
     store.create("s", {"messages": []})
     store.append("s", "messages", {"content": "kept"})
@@ -795,7 +815,10 @@ def test_journal_whose_document_is_away_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_older_document_that_was_put_back_harms_no_newer_journal(tmp_path: Path) -> None:
-    """The journal of the newer one is told of, and stays, whatever is committed to the older one; a delete removes all."""
+    """The journal of the newer one is told of, and stays, whatever is committed to the older one.
+
+    A delete removes all.
+    """
     store = persist.Store(tmp_path, journal="always")
     store.create("s", {"messages": []})
     old = {path: path.read_bytes() for path in store.path.glob("s.*") if path.suffix in (".json", ".journal")}

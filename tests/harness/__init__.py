@@ -1,1 +1,3 @@
-"""What the proofs are made of: each module serves a short form in the tests and, most of them, a long form in scripts/."""
+"""What the proofs are made of: each module serves a short form in the tests and, most of them,
+a long form in scripts/.
+"""

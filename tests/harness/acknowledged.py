@@ -1,10 +1,10 @@
 """What writers were promised, and whether the documents show it.
 
-An author is one process that writes; every message has its author's name in its id, and so have a session's title and its
-stream. What an author has in a session is a `State`, and each of its verbs is a `Change` that leads from one state to the next.
-An author reports a change before it calls the verb, and reports the acknowledgement after the verb has returned. So at any time
-a document must show, for each author, the state that was acknowledged last, or a later one that was begun: nothing else. The
-stream of an author that is dead may have been ended for it.
+An author is one process that writes; every message has its author's name in its id, and so have a session's title and
+its stream. What an author has in a session is a `State`, and each of its verbs is a `Change` that leads from one state
+to the next. An author reports a change before it calls the verb, and reports the acknowledgement after the verb has
+returned. So at any time a document must show, for each author, the state that was acknowledged last, or a later one
+that was begun: nothing else. The stream of an author that is dead may have been ended for it.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Kept(NamedTuple):
 class Shown(NamedTuple):
     """What a session has of one author.
 
-    `messages` are in the session's order, `title` is the one that this author has given it, `stream` is what runs there (its
-    id and its prompt), and `mark` is what this author has set in the head.
+    `messages` are in the session's order, `title` is the one that this author has given it, `stream` is what runs there
+    (its id and its prompt), and `mark` is what this author has set in the head.
     """
 
     messages: tuple[Kept, ...] = ()
@@ -57,10 +57,11 @@ State = Shown | None
 class Change(NamedTuple):
     """What a verb does to its author's state.
 
-    `kind` is "create" (a session with these messages and this title), "append" (may be tried again), "add", "insert" (ahead of
-    the message with the id `ahead_of`, if it is there), "put" (in the place of the message with this id, or at the end),
-    "start" (a stream, with this prompt), "finish" (the stream, with this answer), "fail" (the stream), "rename" (the session,
-    to this title), "mark" (the session's head, with this title), "keep" (nothing changes) or "delete".
+    `kind` is "create" (a session with these messages and this title), "append" (may be tried again), "add", "insert"
+    (ahead of the message with the id `ahead_of`, if it is there), "put" (in the place of the message with this id, or
+    at the end), "start" (a stream, with this prompt), "finish" (the stream, with this answer), "fail" (the stream),
+    "rename" (the session, to this title), "mark" (the session's head, with this title), "keep" (nothing changes) or
+    "delete".
     """
 
     kind: str
@@ -138,8 +139,8 @@ def titled(data: Document, title: str) -> Document:
 class Figures:
     """What a run has counted. Everything from `lost` on is a broken promise, or, if `idle`, a run that shows nothing.
 
-    `entered` and `left` say how often a session was seen to have a journal that had none before, and the other way round.
-    `worked` names the roles that have brought something to its end.
+    `entered` and `left` say how often a session was seen to have a journal that had none before, and the other way
+    round. `worked` names the roles that have brought something to its end.
     """
 
     crashes: int = 0
@@ -252,7 +253,9 @@ class Ledger:
         del self._visits_missing[session_id]
 
     def compare_events(self, store: persist.Store, emitted: dict[tuple[str, str], int], figures: Figures) -> None:
-        """Every event that was emitted by then must be there, once, in order, for as long as its stream has not ended."""
+        """Every event that was emitted by then must be there, once, in order,
+        for as long as its stream has not ended.
+        """
         for (session_id, stream_id), offset in emitted.items():
             try:
                 found = _events_of(store, session_id, stream_id)
@@ -359,7 +362,10 @@ def _values(states: list[State], name: str) -> list[object]:
 
 
 def read_all(store: persist.Store, session_ids: Iterable[str], figures: Figures) -> dict[str, Document | None]:
-    """The documents of sessions, each read whole and by its head; None for one that is not there. Damage is a finding."""
+    """The documents of sessions, each read whole and by its head; None for one that is not there.
+
+    Damage is a finding.
+    """
     found: dict[str, Document | None] = {}
     for session_id in session_ids:
         try:

@@ -27,8 +27,8 @@ from harness.acknowledged import ANSWER, PROMPT, VISIT, Change, Document, Figure
 from harness.journaling import LOAD_BYTES, Journaling
 
 LOCK_TIMEOUT_S = 30.0
-# A few dozen reports: then an author waits for the parent to listen. Else the more there is to look at, the more is written
-# meanwhile, and so the more there is to look at the next time.
+# A few dozen reports: then an author waits for the parent to listen. Else the more there is to look at, the more is
+# written meanwhile, and so the more there is to look at the next time.
 PIPE_BYTES = 4096
 # Those that only look leave the processor to those that write.
 PAUSE_S = 0.001

@@ -1,8 +1,8 @@
 """What is played and checked for each crash state: the verbs, and what must hold after a reboot.
 
 Each state is opened by a fresh store: no process is left, so every stream is dead. It must show the old or the new
-document; a sweep must free the session; the next writes must work and clean up. The sweep's own crash states are checked
-in their turn.
+document; a sweep must free the session; the next writes must work and clean up. The sweep's own crash states are
+checked in their turn.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ Verb = Callable[[persist.Store, Any], Any]
 
 @dataclass(frozen=True)
 class Mode:
-    """How a store writes: which sessions have a journal, how large one may grow, and from when on it gets room for more."""
+    """How a store writes: which sessions have a journal, how large one may grow, and from when on it gets room for
+    more.
+    """
 
     journal: Journal = "auto"
     fold_bytes: float | None = None
@@ -270,7 +272,7 @@ SCENARIOS: list[Scenario | Opening] = [
 ]
 
 
-# --- from a scenario to its trace ----------------------------------------------------------------------------------------
+# --- from a scenario to its trace -------------------------------------------------------------------------------------
 
 
 #: What each session shows: its data and whether its stream was asked to end, or the bytes of a file that is damaged.
@@ -281,8 +283,8 @@ Documents = dict[str, Any]
 class Case:
     """What a scenario did to the disk, with the documents before and after it. The store is at `place` on that disk.
 
-    `between` is what a killed writer has left visible, and nobody acknowledged. `kept` are copies of damaged files: they must
-    be there before what they were made of is replaced.
+    `between` is what a killed writer has left visible, and nobody acknowledged. `kept` are copies of damaged files:
+    they must be there before what they were made of is replaced.
     """
 
     trace: Trace
@@ -330,7 +332,7 @@ def events_of(store: persist.Store, session_id: str) -> list[Any]:
     return found
 
 
-# --- the check of one state ----------------------------------------------------------------------------------------------
+# --- the check of one state -------------------------------------------------------------------------------------------
 
 
 def faults(case: Case, trace: Trace, scratch: Path, *, deep: bool = True) -> Iterator[str]:
@@ -400,7 +402,10 @@ def _recovery_faults(case: Case, store: persist.Store, found: Documents, *, deep
 
 
 def _sweep_faults(case: Case, scratch: Path) -> Iterator[str]:
-    """What a cut in the middle of the sweep leaves. How one writes on from there is looked at where the sweep is the verb."""
+    """What a cut in the middle of the sweep leaves.
+
+    How one writes on from there is looked at where the sweep is the verb.
+    """
     for state, returned in states(case.trace):
         with disk_of(state, scratch) as root:
             store = case.mode.open(root)

@@ -1,8 +1,8 @@
 """Crash states: what a power cut may leave of a verb's disk operations, enumerated (in the manner of ALICE, OSDI 2014).
 
-`record` runs a verb for real and writes down its steps: files and directories made, bytes written, files and directories
-synced, names moved and removed. `states` gives every disk that a cut after any of the steps may leave, under what POSIX
-promises and no more:
+`record` runs a verb for real and writes down its steps: files and directories made, bytes written, files and
+directories synced, names moved and removed. `states` gives every disk that a cut after any of the steps may leave,
+under what POSIX promises and no more:
 
 - a name that was made, moved or removed survives for certain only after its directory was synced; until then each
   such step survives or not, whatever became of the others (a rename survives as a whole);
@@ -11,8 +11,8 @@ promises and no more:
   content, or zeros, or the file is shorter;
 - what was synced stays.
 
-A file of n unsynced sectors may be left in 2**n ways. Up to `MOST_SECTORS` they are all enumerated; above that, the extreme
-ways and a sample stand for them, the same ones each time, and `is_sampled` says so.
+A file of n unsynced sectors may be left in 2**n ways. Up to `MOST_SECTORS` they are all enumerated; above that, the
+extreme ways and a sample stand for them, the same ones each time, and `is_sampled` says so.
 
 A real file system reorders less. What holds here holds there.
 """
@@ -42,7 +42,8 @@ SAMPLE_SEED = 1
 
 #: What a file holds; None for a directory.
 Content = bytes | None
-#: A disk: what stands under each name, by its path below the recorded directory. A directory comes before what is in it.
+#: A disk: what stands under each name, by its path below the recorded directory. A directory comes before what is in
+#: it.
 Disk = dict[str, Content]
 
 
@@ -83,7 +84,7 @@ class Trace:
         return Trace(self.before, (*self.steps[:index], two, one, *self.steps[index + 2 :]))
 
 
-# --- recording -----------------------------------------------------------------------------------------------------------
+# --- recording --------------------------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -112,7 +113,9 @@ class Recorder:
         del self.steps[visible[0] + 1 if visible else 0 :]
 
     def _is_visible(self, step: Step) -> bool:
-        """Whether a commit shows from this step on: a document is renamed, or a journal that was there gets a record."""
+        """Whether a commit shows from this step on: a document is renamed,
+        or a journal that was there gets a record.
+        """
         made = {each.file for each in self.steps if each.kind == "create"}
         is_record = step.kind == "write" and step.path.endswith(".journal") and step.file not in made
         # Room for more is nothing to see.
@@ -252,7 +255,7 @@ def write_disk(root: Path, state: Disk) -> None:
             (root / name).write_bytes(content)
 
 
-# --- enumerating ---------------------------------------------------------------------------------------------------------
+# --- enumerating ------------------------------------------------------------------------------------------------------
 
 
 def states(trace: Trace) -> Iterator[tuple[Disk, bool]]:
@@ -307,7 +310,9 @@ def _with(content: bytes, step: Step) -> bytes:
 
 
 def _names_after(before: Disk, steps: Iterable[Step]) -> Iterator[dict[str, int]]:
-    """The names that may be left, and the file that each stands for: one dictionary for each choice of what survives."""
+    """The names that may be left, and the file that each stands for:
+    one dictionary for each choice of what survives.
+    """
     certain = {name: number for number, name in enumerate(before)}
     pending: list[Step] = []
     for step in steps:
@@ -342,7 +347,9 @@ def _apply(step: Step, entries: dict[str, int]) -> None:
 
 
 def _contents(durable: Content, written: Content) -> list[Content]:
-    """What a file may hold that was written to and not synced: what was durable stays, also in a sector that is lost."""
+    """What a file may hold that was written to and not synced: what was durable stays,
+    also in a sector that is lost.
+    """
     if durable == written or written is None or durable is None:
         return [written]
     places = range(0, len(written), SECTOR_BYTES)

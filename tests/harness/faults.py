@@ -1,7 +1,8 @@
 """Faults: one kernel call of a verb fails, at one place or from there on, and everything around it is real.
 
-What is replaced are the functions of `os` (and `fcntl.flock`) themselves, for the calling thread only: so no call is missed,
-whoever makes it. A failing `close` really closes first, as Linux does: the number is free afterwards, whatever is answered.
+What is replaced are the functions of `os` (and `fcntl.flock`) themselves, for the calling thread only: so no call is
+missed, whoever makes it. A failing `close` really closes first, as Linux does: the number is free afterwards, whatever
+is answered.
 """
 
 from __future__ import annotations
@@ -82,7 +83,10 @@ def faults(call: str, place: int) -> list[Fault]:
 
 
 class Injection:
-    """A fault at work. `hits` counts the calls that it made fail, `passed_since` those that passed after the last of them."""
+    """A fault at work.
+
+    `hits` counts the calls that it made fail, `passed_since` those that passed after the last of them.
+    """
 
     def __init__(self, fault: Fault) -> None:
         self.hits = 0

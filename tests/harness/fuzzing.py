@@ -1,10 +1,11 @@
 """Fuzzing of the readers: real documents and journals, spoilt at random, and what a reader may make of each.
 
-The oracle: a typed error, or exactly what an independent parse of the bytes gives; and an error wherever there is a header
-whose checksum, computed here once more, is wrong. A document may be *sealed*: its checksums made right again, as an attacker
-would, or a program that only copies the format. Then its checksum vouches for whatever its content is.
+The oracle: a typed error, or exactly what an independent parse of the bytes gives; and an error wherever there is a
+header whose checksum, computed here once more, is wrong. A document may be *sealed*: its checksums made right again, as
+an attacker would, or a program that only copies the format. Then its checksum vouches for whatever its content is.
 
-Of a journal that is not sealed, a reader shows a state that was committed, or a typed error; of one that is, no untyped error.
+Of a journal that is not sealed, a reader shows a state that was committed, or a typed error; of one that is, no untyped
+error.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ TOKENS = (
 
 
 def originals(directory: Path) -> list[bytes]:
-    """Real documents: empty, small, with messages of all kinds, with a live stream, and one that another program wrote."""
+    """Real documents: empty, small, with messages of all kinds, with a live stream,
+    and one that another program wrote.
+    """
     store = persist.Store(directory / "originals")
     message = {"id": "m1", "role": "user", "content": "hi\nthere 😀", "meta": {"n": [1, -1.5e-7, None, True]}}
     store.create("empty")
@@ -134,7 +137,7 @@ def _digest(checked: bytes) -> bytes:
     return hashlib.sha256(checked).hexdigest()[:_DIGITS].encode()
 
 
-# --- mutations -------------------------------------------------------------------------------------------------------------
+# --- mutations --------------------------------------------------------------------------------------------------------
 
 Dice = random.Random
 Mutation = Callable[[bytes, Dice, list[bytes]], bytes]
@@ -202,7 +205,7 @@ def mutant(dice: Dice, documents: list[bytes], seal: Callable[[bytes], bytes] = 
     return (seal(content), True) if is_sealed else (content, False)
 
 
-# --- the oracle --------------------------------------------------------------------------------------------------------------
+# --- the oracle -------------------------------------------------------------------------------------------------------
 
 TYPED = (persist.CorruptSession, persist.UnsupportedFormat)
 # `persist accept` may meet a field of the header's name, or a value that is too large.
@@ -253,7 +256,8 @@ NOT_VOUCHED_FOR = "a document that its checksum does not vouch for"
 def trusted(content: bytes) -> Any:
     """The data that a reader may make of it, with the header left out; None if it must refuse.
 
-    That is what the checksum of a header vouches for; or, with no trace of a header, the strict JSON of another program.
+    That is what the checksum of a header vouches for; or, with no trace of a header, the strict JSON of another
+    program.
     """
     shape = _SHAPE.match(content)
     if shape is not None:
@@ -263,7 +267,10 @@ def trusted(content: bytes) -> Any:
 
 
 def trusted_head(content: bytes) -> Any:
-    """The small fields that a checksum vouches for, that of the head or of all, whatever stands behind them; or None."""
+    """The small fields that a checksum vouches for, that of the head or of all, whatever stands behind them.
+
+    Or None.
+    """
     shape, line = _SHAPE.match(content), content.find(b"\n") + 1
     header = _object(content[:line].removesuffix(b"\n").removesuffix(b",") + b"}", is_strict=False)
     if shape is None or header is None:
@@ -369,7 +376,7 @@ def _same(one: Any, other: Any) -> bool:
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
-# --- journals ---------------------------------------------------------------------------------------------------------------
+# --- journals ---------------------------------------------------------------------------------------------------------
 
 
 class JournalOracle(Oracle):
@@ -406,7 +413,10 @@ class JournalOracle(Oracle):
         self._states[session.revision] = session.data
 
     def complaint(self, content: bytes, *, is_sealed: bool = False) -> Complaint | None:
-        """Put the journal beside its document, and do each verb to the session; say what was answered wrong, or None."""
+        """Put the journal beside its document, and do each verb to the session.
+
+        Say what was answered wrong, or None.
+        """
         verbs: dict[str, Callable[[persist.Store], Any]] = {
             "head": lambda store: self._of_head(store.head("s")),
             "load": lambda store: self._of_session(store.load("s")),
@@ -457,7 +467,7 @@ def journals(oracle: JournalOracle) -> list[bytes]:
     return [oracle.content, b"".join([opening, *lines[:2]]), opening]
 
 
-# --- runs ------------------------------------------------------------------------------------------------------------------
+# --- runs -------------------------------------------------------------------------------------------------------------
 
 Kind = tuple[str, str, str]
 
@@ -488,9 +498,8 @@ class Tally:
 
     def report(self, seconds: float) -> int:
         """Print the figures; return the exit status."""
-        print(
-            f"{self.tried:,} documents in {seconds:.0f} s, {self.found.total():,} wrong answers of {len(self.found)} kinds"
-        )
+        wrong = f"{self.found.total():,} wrong answers of {len(self.found)} kinds"
+        print(f"{self.tried:,} documents in {seconds:.0f} s, {wrong}")
         for kind, count in self.found.most_common():
             print(f"  {count:>8,}  {', '.join(kind)}")
         return 1 if self.found else 0

@@ -1,8 +1,9 @@
-"""Concurrency histories: threads of several processes work on a few sessions, some are killed, and each operation is recorded.
+"""Concurrency histories: threads of several processes work on a few sessions, some are killed, and each operation is
+recorded.
 
-Run as a program, this module is one of these processes. What a process called, and what it was told, goes line by line into a
-file for each thread, so that it outlives the process: an operation without an answer is one whose outcome is unknown. The
-instants are of CLOCK_MONOTONIC, which the processes of a machine share.
+Run as a program, this module is one of these processes. What a process called, and what it was told, goes line by line
+into a file for each thread, so that it outlives the process: an operation without an answer is one whose outcome is
+unknown. The instants are of CLOCK_MONOTONIC, which the processes of a machine share.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ KINDS = ("list", "register", "owner")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is done in one round. All threads walk through the groups (a session of each kind) at about the same time."""
+    """How much is done in one round.
+
+    All threads walk through the groups (a session of each kind) at about the same time.
+    """
 
     operations: int = 20_000
     processes: int = 3
@@ -94,7 +98,7 @@ class Report:
         return {f"{session_id.partition('-')[0]}: {anomaly.kind}" for session_id, anomaly in self.anomalies}
 
 
-# --- in a worker process -----------------------------------------------------------------------------------------------
+# --- in a worker process ----------------------------------------------------------------------------------------------
 
 
 class Record:
@@ -421,7 +425,7 @@ def _record_path(directory: Path, number: int, index: int) -> Path:
     return directory / "records" / f"{number}-{index}"
 
 
-# --- in the process that leads -----------------------------------------------------------------------------------------
+# --- in the process that leads ----------------------------------------------------------------------------------------
 
 
 class _Worker:
@@ -461,7 +465,9 @@ class _Worker:
         return sum(record.stat().st_size for record in self.records if record.exists())
 
     def kill(self) -> None:
-        """SIGKILL. It died between the two instants noted: what it had begun has taken effect by the second one, or never."""
+        """SIGKILL. It died between the two instants noted: what it had begun has taken effect by the second one, or
+        never.
+        """
         called = time.monotonic_ns()
         self.process.kill()
         self.process.wait()
@@ -487,7 +493,10 @@ class _Worker:
 
 
 def _calls(path: Path) -> Iterator[tuple[int, str, str, Any, Any]]:
-    """The calls of a record, each with its answer or None. A kill may have torn the last line: it counts as not written."""
+    """The calls of a record, each with its answer or None.
+
+    A kill may have torn the last line: it counts as not written.
+    """
     lines = [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     is_answer = [line[1] in ("told", "raised") for line in lines] + [False]
     for index, line in enumerate(lines):

@@ -1,13 +1,15 @@
 """Checkers of concurrency histories. Pure functions: a history of operations goes in, anomalies come out.
 
-A history is linearizable if every operation can be given one instant between its call and its return, so that the operations,
-one after another at these instants, answer just what they answered. Two checkers, because one is fast and one is general:
+A history is linearizable if every operation can be given one instant between its call and its return, so that the
+operations, one after another at these instants, answer just what they answered. Two checkers, because one is fast and
+one is general:
 
-- `check_list`: a list that is only appended to. The final list itself tells the order of the appends, and a read's length tells
-  where it stands among them (the idea of Elle, Kingsbury and Alvaro, VLDB 2020), so one sweep over the history is enough.
-- `check_object`: any object with a sequential specification. It searches for an order, as Wing and Gong do (JPDC 1993), and
-  remembers the configurations it has met, as Lowe does ("Testing for linearizability", 2017); `register` and `ownership` are
-  such specifications.
+- `check_list`: a list that is only appended to. The final list itself tells the order of the appends, and a read's
+  length tells where it stands among them (the idea of Elle, Kingsbury and Alvaro, VLDB 2020), so one sweep over the
+  history is enough.
+- `check_object`: any object with a sequential specification. It searches for an order, as Wing and Gong do (JPDC 1993),
+  and remembers the configurations it has met, as Lowe does ("Testing for linearizability", 2017); `register` and
+  `ownership` are such specifications.
 
 The outcome of an operation whose process was killed is `UNKNOWN`: it took effect before the process was gone, or never.
 """
@@ -42,7 +44,8 @@ class Operation:
     result: Any = UNKNOWN
 
     def __str__(self) -> str:
-        return f"{self.kind}({self.argument!r}) -> {self.result!r} by process {self.process}, {self.called}..{self.returned}"
+        call = f"{self.kind}({self.argument!r}) -> {self.result!r}"
+        return f"{call} by process {self.process}, {self.called}..{self.returned}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ class Anomaly:
         return f"{self.kind}: {self.detail}"
 
 
-# --- a list that is only appended to -----------------------------------------------------------------------------------
+# --- a list that is only appended to ----------------------------------------------------------------------------------
 
 
 class Prefix(NamedTuple):
@@ -81,8 +84,8 @@ def check_list(history: Sequence[Operation], final: Sequence[str]) -> list[Anoma
         final: the items of the list after the last operation.
 
     Returns:
-        What is wrong: "lost append", "doubled append", "invented item", "wrong items", "reordered appends", "stale read",
-        "read from the future"; nothing if the history is linearizable.
+        What is wrong: "lost append", "doubled append", "invented item", "wrong items", "reordered appends",
+        "stale read", "read from the future"; nothing if the history is linearizable.
     """
     anomalies = [*_miscounted(history, final), *_wrong_items(history, final)]
     return anomalies + list(_against_time(_placed(history, final)))
@@ -116,7 +119,9 @@ def _length_seen(operation: Operation) -> int:
 
 
 def _placed(history: Sequence[Operation], final: Sequence[str]) -> list[tuple[int, Operation]]:
-    """Each operation with its place in the one order that the final list allows: reads between the appends, which are odd."""
+    """Each operation with its place in the one order that the final list allows: reads between the appends, which are
+    odd.
+    """
     places: dict[str, int] = {}
     for index, item in enumerate(final):
         places.setdefault(item, 2 * index + 1)
@@ -154,7 +159,7 @@ def _name_of_inversion(earlier: Operation, later: Operation) -> str:
     return "reordered appends" if later.kind == "append" else "read from the future"
 
 
-# --- any object with a sequential specification ------------------------------------------------------------------------
+# --- any object with a sequential specification -----------------------------------------------------------------------
 
 State = TypeVar("State", bound=Hashable)
 #: From a state and an operation to the state after it and the answer it must give.
@@ -164,8 +169,9 @@ Specification = Callable[[State, Operation], tuple[State, Any]]
 def check_object(history: Iterable[Operation], initial: State, specification: Specification[State]) -> list[Anomaly]:
     """Search for an order of the operations that explains every answer; "not linearizable" if there is none.
 
-    A configuration is what was put in order already (all operations before `low`, and those whose bits are set after it) and
-    the state that they leave. The same configuration reached twice has the same future, so it is looked at once.
+    A configuration is what was put in order already (all operations before `low`, and those whose bits are set after
+    it) and the state that they leave. The same configuration reached twice has the same future, so it is looked at
+    once.
     """
     operations = sorted(history, key=lambda operation: operation.called)
     start = (0, 0, initial)
@@ -221,8 +227,9 @@ class Versioned(NamedTuple):
 def register(state: Versioned, operation: Operation) -> tuple[Versioned, Any]:
     """The specification of a register.
 
-    `read()` tells revision and value; `write(value)`; `swap((expected, value))` writes if the value is the expected one, and
-    tells whether; `put((revision, value))` writes if the revision is that one, and tells the revision it found.
+    `read()` tells revision and value; `write(value)`; `swap((expected, value))` writes if the value is the expected
+    one, and tells whether; `put((revision, value))` writes if the revision is that one, and tells the revision it
+    found.
     """
     match operation.kind, operation.argument:
         case "read", _:
@@ -257,9 +264,9 @@ class Owned(NamedTuple):
 def ownership(state: Owned, operation: Operation) -> tuple[Owned, Any]:
     """The specification of a session's stream; the argument is a stream id.
 
-    `read()` tells the active stream; `start` tells None, or the stream that is in the way; `end` (finish or fail), `cancel`
-    and `force` tell whether that stream owned the session; `asked` tells whether it was cancelled or has lost the session;
-    `clear` tells whether it was the owner, and dead. `die`: all at once, what this process owns is stale.
+    `read()` tells the active stream; `start` tells None, or the stream that is in the way; `end` (finish or fail),
+    `cancel` and `force` tell whether that stream owned the session; `asked` tells whether it was cancelled or has lost
+    the session; `clear` tells whether it was the owner, and dead. `die`: all at once, what this process owns is stale.
     """
     stream_id = operation.argument
     is_owner = stream_id is not None and state.stream_id == stream_id

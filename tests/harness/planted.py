@@ -37,8 +37,8 @@ NOT_WRITTEN = (
 HANGS = (
     "files/transaction.py",
     "\nclass SessionFiles(SessionDirectory):\n",
-    "\nos.register_at_fork(after_in_child=lambda: setattr(lock, 'hold', lambda *_: __import__('time').sleep(3600)))\n\n\n"
-    "class SessionFiles(SessionDirectory):\n",
+    "\nos.register_at_fork(after_in_child=lambda: setattr(lock, 'hold', lambda *_: __import__('time').sleep(3600)))\n"
+    "\n\nclass SessionFiles(SessionDirectory):\n",
 )
 STREAMS_HANG = (
     "streams.py",

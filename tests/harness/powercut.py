@@ -1,8 +1,10 @@
-"""Power cuts: writers on a real file system of their own, whose power is cut in mid-commit by the kernel's own shutdown call.
+"""Power cuts: writers on a real file system of their own, whose power is cut in mid-commit by the kernel's own shutdown
+call.
 
-A sparse image behind a loop device is mounted in a private mount namespace. `FS_IOC_SHUTDOWN` without a flush of the log stops
-the file system at once: what had not reached the image by then is gone, as after a power cut, and mounting it again recovers
-by the journal. Then every session is held against what was acknowledged over a pipe *after* the verb had returned.
+A sparse image behind a loop device is mounted in a private mount namespace. `FS_IOC_SHUTDOWN` without a flush of the
+log stops the file system at once: what had not reached the image by then is gone, as after a power cut, and mounting it
+again recovers by the journal. Then every session is held against what was acknowledged over a pipe *after* the verb had
+returned.
 
 What it does not show: a device that loses or reorders what it has acknowledged itself.
 """
@@ -78,7 +80,9 @@ class Disk:
         self._is_mounted = False
 
     def mount(self) -> None:
-        """Mount the image by a new device: what a device has in its cache must not outlive a power cut, nor hide its damage."""
+        """Mount the image by a new device: what a device has in its cache must not outlive a power cut, nor hide its
+        damage.
+        """
         kind, options = self._file_system.kind.encode(), self._file_system.options.encode()
         with _loop_device(self._image) as device:
             _call("mount", device.encode(), bytes(self.mount_point), kind, 0, options)
@@ -101,7 +105,10 @@ class Disk:
             raise NotRecovered(f"could not be mounted again after a cut: {error}") from None
 
     def close(self) -> None:
-        """Unmount it if it is mounted: after a failed `recover` it may be either. What still uses it keeps it until it ends."""
+        """Unmount it if it is mounted: after a failed `recover` it may be either.
+
+        What still uses it keeps it until it ends.
+        """
         if self._is_mounted:
             self._unmount(_MNT_DETACH)
 
@@ -222,8 +229,8 @@ class PowerCuts(Run):
         watch.crew.listen(self._random.uniform(0, LONGEST_WORK_S))
         cut_at_s = time.monotonic()
         self._disk.cut()
-        # A real power cut stops the processes, too. Here they live on for a moment, as after an I/O error that shuts the
-        # file system down: every verb may raise then, and what one acknowledges counts all the same.
+        # A real power cut stops the processes, too. Here they live on for a moment, as after an I/O error that shuts
+        # the file system down: every verb may raise then, and what one acknowledges counts all the same.
         watch.crew.kill_all()
         self.figures.crashes += 1
         watch.blame(until_s=cut_at_s)

@@ -16,7 +16,8 @@ from typing import Any
 PLUGIN = "persist.pytest_plugin"
 TIMEOUT_S = 60.0
 
-#: Every project can note what happens, in whatever process: one line, one write. `when` waits for what others have noted.
+#: Every project can note what happens, in whatever process: one line, one write. `when` waits for what others have
+#: noted.
 JOURNAL = """
     import os, time
     def note(*words):
@@ -52,7 +53,10 @@ class Outcome:
         return sum(word in line for line in self.journal)
 
     def counts(self, **expected: int) -> bool:
-        """Whether the last line tells so many ``passed``, ``failed``, ``errors``, ``skipped``; of what is not named, none."""
+        """Whether the last line tells so many ``passed``, ``failed``, ``errors``, ``skipped``.
+
+        Of what is not named, none.
+        """
         last = [line for line in self.printed.splitlines() if re.search(r" in [\d.:]+s", line)][-1]
         found = {word.rstrip("s"): int(number) for number, word in re.findall(r"(\d+) ([a-z]+)", last)}
         return found == {word.rstrip("s"): number for word, number in expected.items()}
@@ -116,8 +120,12 @@ class Project:
         )
 
     def run(self, *arguments: str, interrupt_at: str = "", **options: Any) -> Outcome:
-        """Run pytest on it to the end; interrupt the process that was started when somebody has noted `interrupt_at`."""
-        # An interrupt in the middle of an import leaves the module's file for the garbage collector: that is Python's own.
+        """Run pytest on it to the end.
+
+        Interrupt the process that was started when somebody has noted `interrupt_at`.
+        """
+        # An interrupt in the middle of an import leaves the module's file for the garbage collector: that is Python's
+        # own.
         tolerated = ("-W", "ignore::pytest.PytestUnraisableExceptionWarning") if interrupt_at else ()
         with self.start(*arguments, *tolerated, **options) as process:
             if interrupt_at:

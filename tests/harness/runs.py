@@ -21,7 +21,7 @@ MOST_FINDINGS_SHOWN = 20
 INTERRUPTED = 130
 
 
-# --- arguments -------------------------------------------------------------------------------------------------------------
+# --- arguments --------------------------------------------------------------------------------------------------------
 
 # With none of what it counts a run would pass without having looked: that is a mistake in its arguments, not a result.
 
@@ -66,7 +66,7 @@ def existing_directory(text: str) -> Path:
     return directory
 
 
-# --- runs ------------------------------------------------------------------------------------------------------------------
+# --- runs -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,10 @@ class Run:
 def arguments_of(
     parser: argparse.ArgumentParser, given: list[str] | None, crashes: str
 ) -> tuple[argparse.Namespace, Plan]:
-    """Parse a command line, to which the options of every run are added; prints the seed. Ctrl-C ends the run from here on."""
+    """Parse a command line, to which the options of every run are added; prints the seed.
+
+    Ctrl-C ends the run from here on.
+    """
     parser.add_argument(f"--{crashes}", type=positive, default=Plan().crashes, help="how many; default %(default)s")
     parser.add_argument("--seed", type=int, default=None, help="by default another one each time; it is printed")
     parser.add_argument("--keep-going", action="store_true", help="count all faults instead of ending at the first")
@@ -147,7 +150,9 @@ def arguments_of(
 
 
 def ask_on_interrupt() -> Callable[[], bool]:
-    """From here on Ctrl-C only makes the result say True, so that a run ends after the crash at hand, with its figures."""
+    """From here on Ctrl-C only makes the result say True, so that a run ends after the crash at hand,
+    with its figures.
+    """
     asked = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: asked.set())
     return asked.is_set

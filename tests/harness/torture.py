@@ -1,7 +1,8 @@
-"""kill -9 at random instants: writers, stream owners, gardeners, sweepers and readers on one store, killed and replaced.
+"""kill -9 at random instants: writers, stream owners, gardeners, sweepers and readers on one store, killed and
+replaced.
 
-After each kill every session is read and held against what was acknowledged over a pipe *after* the verb had returned; an
-append that was cut off is tried again. At the end nothing may be left but documents and their locks.
+After each kill every session is read and held against what was acknowledged over a pipe *after* the verb had returned;
+an append that was cut off is tried again. At the end nothing may be left but documents and their locks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Watching a store on which authors work and die: read it after each crash, retire what has grown, judge it at the end."""
+"""Watching a store on which authors work and die: read it after each crash, retire what has grown,
+judge it at the end.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ MADE_HERE = "shared"
 class Watch:
     """A store directory, the crew that works on it, and the ledger of what it was promised.
 
-    Sessions stay small, so that reading all of them after each crash is cheap: one that has grown is replaced for the authors
-    that start from then on, and deleted when the last author that knows it is dead.
+    Sessions stay small, so that reading all of them after each crash is cheap: one that has grown is replaced for the
+    authors that start from then on, and deleted when the last author that knows it is dead.
     """
 
     def __init__(self, directory: Path, figures: Figures, plan: Plan) -> None:
@@ -48,7 +50,10 @@ class Watch:
         return self.crew.start(role, self._directory, self.shared)
 
     def share(self) -> None:
-        """See to it that there are enough sessions to share, and rename one; that may make it a large one, or small again."""
+        """See to it that there are enough sessions to share, and rename one.
+
+        That may make it a large one, or small again.
+        """
         for number in range(len(self.shared), SHARED):
             session_id = f"{MADE_HERE}-{self.figures.crashes}-{number}"
             title = title_of(session_id, self._random.choice((0, LOAD_BYTES)))
@@ -91,14 +96,19 @@ class Watch:
             self.figures.found("raised", f"{change.kind}: {error}")
 
     def await_commit(self) -> bool:
-        """Wait until something was acknowledged since the last look: what nobody was promised cannot be lost by a crash."""
+        """Wait until something was acknowledged since the last look: what nobody was promised cannot be lost by a
+        crash.
+        """
         has_come = self._await(lambda: self.figures.acknowledged > self._acknowledged_before)
         if not has_come:
             self.figures.found("idle", f"no commit for {self._plan.patience_s:g} s")
         return has_come
 
     def require_work_of(self, roles: Iterable[Role]) -> None:
-        """Each role must have done something in this run. One that was always killed too early has the time for it now."""
+        """Each role must have done something in this run.
+
+        One that was always killed too early has the time for it now.
+        """
         missing = {role.__name__: role for role in roles if role.__name__ not in self.figures.worked}
         for role in set(missing.values()) - {hand.role for hand in self.crew.hands}:
             self.start(role)

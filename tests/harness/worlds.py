@@ -1,7 +1,7 @@
 """Worlds: the same random verbs done to stores of different kinds, which must answer alike and hold alike.
 
-All that is drawn comes from a world's own dice. Two worlds with the same seed do the same steps as long as they are in the same
-state; once they are not, they are compared, and differ.
+All that is drawn comes from a world's own dice. Two worlds with the same seed do the same steps as long as they are in
+the same state; once they are not, they are compared, and differ.
 """
 
 from __future__ import annotations

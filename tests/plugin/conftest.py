@@ -11,7 +11,10 @@ from harness.projects import Project
 
 @pytest.fixture
 def project() -> Iterator[Callable[..., Project]]:
-    """Write a project: file name without ``.py`` -> text. In memory where that is possible: no promise here is of a disk."""
+    """Write a project: file name without ``.py`` -> text.
+
+    In memory where that is possible: no promise here is of a disk.
+    """
     with quick_directory() as directory:
 
         def make(**files: str) -> Project:

@@ -86,7 +86,8 @@ def test_failing_factory_runs_once_and_is_told_everywhere(project: Projects) -> 
 
 
 def test_crash_in_the_factory_is_taken_over(project: Projects) -> None:
-    """A worker that dies in mid-factory is noticed by the kernel: the next one makes the value; the teardown still runs once.
+    """A worker that dies in mid-factory is noticed by the kernel: the next one makes the value; the teardown still runs
+    once.
 
     Fails without the claim's lease (the next one would wait until its time is over), and without the run's end in the
     controller.
@@ -127,7 +128,8 @@ def test_crash_in_the_factory_is_taken_over(project: Projects) -> None:
 
 
 def test_producer_that_died_is_reported_and_teardowns_run(project: Projects) -> None:
-    """A worker that dies with a yield-style fixture cannot finish it: the summary says so; teardowns run, the last made first.
+    """A worker that dies with a yield-style fixture cannot finish it: the summary says so; teardowns run, the last made
+    first.
 
     Fails without `ending.end` in the controller.
     """
@@ -267,8 +269,8 @@ def test_ends_come_once_after_an_interrupt_without_xdist(project: Projects) -> N
 def test_failing_ends_are_reported_and_the_others_run(project: Projects) -> None:
     """An error in a teardown makes the run fail and stands in the summary; the teardowns of the others run.
 
-    They are found in a test module and in two conftest files of one name, which the controller has not all imported. Fails
-    without the file in `ending.function_at`.
+    They are found in a test module and in two conftest files of one name, which the controller has not all imported.
+    Fails without the file in `ending.function_at`.
     """
     conftest = """
         from journal_of import note

@@ -13,7 +13,10 @@ Projects = Callable[..., Project]
 
 
 def test_unused_it_imports_nothing_and_makes_nothing(project: Projects) -> None:
-    """A run that uses no fixture of it imports no store, no filelock, no msgspec, and leaves the disk alone; workers, too."""
+    """A run that uses no fixture of it imports no store, no filelock, no msgspec, and leaves the disk alone.
+
+    Workers, too.
+    """
     conftest = """
         import sys
         from journal_of import note, worker
@@ -35,7 +38,8 @@ def test_unused_it_imports_nothing_and_makes_nothing(project: Projects) -> None:
     done = made.run("-n2", "-v")
     assert done.counts(passed=2), done.printed
     assert sorted(done.journal) == [
-        f"modules of {each} persist persist.pytest_plugin" for each in ("gw0", "gw1", "main")
+        f"modules of {each} persist persist.pytest_plugin persist.pytest_plugin.plugin"
+        for each in ("gw0", "gw1", "main")
     ]
     assert done.kept == []
     assert f"persist: what this run shares: {made.temporary.resolve()}/persist-run-" in done.printed
@@ -43,21 +47,23 @@ def test_unused_it_imports_nothing_and_makes_nothing(project: Projects) -> None:
 
 
 def test_import_costs_nothing_beside_pytest() -> None:
-    """Loading the plugin loads two modules, its own and the package's: nothing that pytest has not loaded."""
+    """Loading the plugin loads its own two modules and the package's: nothing that pytest has not loaded."""
     program = """
 import sys, pytest
 before = set(sys.modules)
-import persist.pytest_plugin
+from persist.pytest_plugin import shared_fixture
 print(*sorted(set(sys.modules) - before))
 """
     found = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
     ).stdout
-    assert found.split() == ["persist", "persist.pytest_plugin"]
+    assert found.split() == ["persist", "persist.pytest_plugin", "persist.pytest_plugin.plugin"]
 
 
 def test_state_belongs_to_one_run(project: Projects) -> None:
-    """Two runs with the same ``--testrunuid`` and base directory share nothing: each makes its own value. Kept on failure.
+    """Two runs with the same ``--testrunuid`` and base directory share nothing: each makes its own value.
+
+    Kept on failure.
 
     Fails if the run's directory is named by the uid.
     """
@@ -98,6 +104,6 @@ def test_installed_plugin_registers_itself(project: Projects) -> None:
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stand-in\nVersion: 1\n")
         (info / "entry_points.txt").write_text(f"[pytest11]\npersist = {PLUGIN}\n")
-        (info / "RECORD").write_text("persist/__init__.py,,\npersist/pytest_plugin.py,,\n")
+        (info / "RECORD").write_text("persist/__init__.py,,\npersist/pytest_plugin/__init__.py,,\n")
     done = made.run("-n1", autoload=True)
     assert done.counts(passed=1), done.printed

@@ -14,11 +14,10 @@ from harness.projects import Project
 
 import persist
 from persist.errors import SessionBusy
-from persist.pytest_plugin import shared_fixture
+from persist.pytest_plugin import ending, locks, shared_fixture
+from persist.pytest_plugin.once import Once
+from persist.pytest_plugin.run import Run
 from persist.streams import Stream
-from persist.testrun import ending, locks
-from persist.testrun.once import Once
-from persist.testrun.run import Run
 
 Projects = Callable[..., Project]
 
@@ -38,7 +37,7 @@ def test_mistakes_are_told(project: Projects) -> None:
 
         def test_one_key_two_factories(persist_once):
             assert persist_once("key", one, teardown=drop) == 1
-            with pytest.raises(persist.KeyTaken, match=r"'key' stands for factory one \\(.*:\\d+\\).*asked for as factory"):
+            with pytest.raises(persist.KeyTaken, match=r"'key' stands for factory one \\(.*:\\d+\\).*for as factory"):
                 persist_once("key", lambda: 1, teardown=drop)
             with pytest.raises(persist.KeyTaken, match="stands for teardown .*test_a:drop in .* as teardown None"):
                 persist_once("key", one)
@@ -190,7 +189,10 @@ def test_whoever_asks_meanwhile_waits(scratch: Path) -> None:
 
 
 def test_named_lock_keeps_others_out(scratch: Path) -> None:
-    """While one holds a named lock, another that asks stays outside. Fails if `Run.try_stream` takes it from its holder."""
+    """While one holds a named lock, another that asks stays outside.
+
+    Fails if `Run.try_stream` takes it from its holder.
+    """
     first, second = Run(scratch, "gw0"), WatchedRun(scratch, "gw1")
     entered: list[str] = []
 
@@ -235,7 +237,10 @@ def tear_down(value: str) -> None:
 
 
 def test_interrupted_end_goes_on_and_repeats_nothing(scratch: Path) -> None:
-    """A second Ctrl-C, in a teardown: the next call, at the end of the process, does the rest. Fails without `mark_ended`."""
+    """A second Ctrl-C, in a teardown: the next call, at the end of the process, does the rest.
+
+    Fails without `mark_ended`.
+    """
     _torn_down.clear()
     run = Run(scratch, "main")
     for value in ("first", "second"):

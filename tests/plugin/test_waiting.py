@@ -78,8 +78,8 @@ def test_keys_that_wait_for_each_other_are_refused(project: Projects) -> None:
 def test_finish_waits_for_a_worker_that_has_not_used_it_yet(project: Projects) -> None:
     """What follows a ``yield`` waits for workers that come to the fixture later, and for those that never do.
 
-    The late one comes when its producer is tearing down already; its pause only gives a finish that does not wait the time to
-    be wrong. Fails without the wait in `Uses._end`.
+    The late one comes when its producer is tearing down already; its pause only gives a finish that does not wait the
+    time to be wrong. Fails without the wait in `Uses._end`.
     """
     conftest = """
         import pytest

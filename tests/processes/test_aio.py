@@ -1,4 +1,6 @@
-"""`persist.aio` on asyncio and on trio: the same verbs, a loop that is never held up, and cancellation that loses nothing."""
+"""`persist.aio` on asyncio and on trio: the same verbs, a loop that is never held up, and cancellation that loses
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ from conftest import ActorFactory
 
 import persist
 import persist.aio
-from persist.storage import disk
 from persist.hops import QUICK_THREADS
+from persist.storage import disk
 
 pytestmark = pytest.mark.anyio
 PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
@@ -65,7 +67,7 @@ def contents(store: persist.Store) -> list[str]:
     return [message["content"] for message in store.load("s-1").data["messages"]]
 
 
-# --- the verbs -----------------------------------------------------------------------------------------------------------
+# --- the verbs --------------------------------------------------------------------------------------------------------
 
 
 def parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
@@ -173,7 +175,7 @@ async def test_stale_stream_is_cleared(aio: persist.aio.Store, actor: ActorFacto
     assert await session.clear_stale_stream()
 
 
-# --- the loop ------------------------------------------------------------------------------------------------------------
+# --- the loop ---------------------------------------------------------------------------------------------------------
 
 
 async def test_loop_runs_on_while_a_verb_waits(aio: persist.aio.Store, actor: ActorFactory) -> None:
@@ -208,7 +210,7 @@ async def test_many_tasks_on_one_session_lose_nothing(aio: persist.aio.Store, st
     assert store.load("s-1").data["visits"] == 100
 
 
-# --- cancellation --------------------------------------------------------------------------------------------------------
+# --- cancellation -----------------------------------------------------------------------------------------------------
 
 
 async def test_write_survives_the_cancellation_of_its_task(
@@ -372,7 +374,7 @@ async def test_cancellation_at_every_await_loses_nothing_and_leaks_no_lease(scra
     assert step > 7
 
 
-# --- following -----------------------------------------------------------------------------------------------------------
+# --- following --------------------------------------------------------------------------------------------------------
 
 
 async def test_follower_in_the_loop_sees_every_event_of_another_process(
@@ -463,11 +465,14 @@ def test_follower_of_a_loop_that_has_ended_disturbs_no_emitter(store: persist.St
         stream.finish()
 
 
-# --- threads, forks and loops ----------------------------------------------------------------------------------------------
+# --- threads, forks and loops -----------------------------------------------------------------------------------------
 
 
 async def test_streams_end_after_the_store_is_closed(aio: persist.aio.Store, store: persist.Store) -> None:
-    """A server that stops closes its store, and the turns that still run go on until they end; new verbs are refused."""
+    """A server that stops closes its store, and the turns that still run go on until they end.
+
+    New verbs are refused.
+    """
     stream = await aio.start_stream("s-1", PROMPT)
     aio.close()
     with pytest.raises(persist.StoreClosed):
@@ -578,7 +583,10 @@ def test_loops_in_two_threads_share_a_store(store: persist.Store, anyio_backend:
 
 
 def test_forked_worker_has_threads_of_its_own(store: persist.Store) -> None:
-    """Pre-fork servers: the parent has used the store, and its threads are not in the child. Fails (by its alarm) if shared."""
+    """Pre-fork servers: the parent has used the store, and its threads are not in the child.
+
+    Fails (by its alarm) if shared.
+    """
     store.create("s-1", {"messages": []})
     aio = persist.aio.Store(store)
 

@@ -1,4 +1,6 @@
-"""Events across processes: followed while they are written, ended whatever becomes of the owner, and fenced off behind it."""
+"""Events across processes: followed while they are written, ended whatever becomes of the owner, and fenced off behind
+it.
+"""
 
 from __future__ import annotations
 
@@ -57,13 +59,14 @@ def numbered(data: list[Any]) -> list[tuple[int, Any]]:
     return list(enumerate(data, 1))
 
 
-# --- followed to the end -------------------------------------------------------------------------------------------------
+# --- followed to the end ----------------------------------------------------------------------------------------------
 
 
 def test_followers_see_every_event_of_many_threads_once(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """4 threads emit 200 times each, also several at once, and 2 processes follow: every event once, at the offset it was told.
+    """4 threads emit 200 times each, also several at once, and 2 processes follow: every event once, at the offset it
+    was told.
 
     Fails without the writer's guard, and if a reader keeps no torn line.
     """
@@ -109,8 +112,8 @@ def test_follower_is_told_how_the_stream_ended(
 ) -> None:
     """Every end of a stream ends its followers, who came before the first event, and tells how; also without any event.
 
-    Without the end line they would ask the document, which cannot tell: "unknown". Fails, too, if only the stream makes the
-    file: the follower finds none.
+    Without the end line they would ask the document, which cannot tell: "unknown". Fails, too, if only the stream makes
+    the file: the follower finds none.
     """
     owner = actor()
     code, ended = ENDS[end]
@@ -126,7 +129,10 @@ def test_follower_is_told_how_the_stream_ended(
 
 
 def test_full_disk_does_not_keep_a_session_from_being_deleted(store: persist.Store, session: persist.Session) -> None:
-    """To delete is how one makes room: the end line of its events is wanted, not needed. Fails if that must be written."""
+    """To delete is how one makes room: the end line of its events is wanted, not needed.
+
+    Fails if that must be written.
+    """
     with store.start_stream("s-1") as stream:
         stream.emit("Be")
         with injecting(Fault("write", 1, errno.ENOSPC, is_persistent=True)):
@@ -156,7 +162,8 @@ def test_cleared_stream_has_died(store: persist.Store, session: persist.Session,
 
 
 def test_killed_owner_is_noticed(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """kill -9, without a word: each follower is told "died", all that was emitted is there, and the session can start again.
+    """kill -9, without a word: each follower is told "died", all that was emitted is there, and the session can start
+    again.
 
     Fails without the look at the lease; the same if what was emitted were kept in memory for a while.
     """
@@ -220,7 +227,7 @@ disk.write = half
         assert ([event.data for event in followed], followed.ended) == (["whole"], "died")
 
 
-# --- asking disturbs nobody ----------------------------------------------------------------------------------------------
+# --- asking disturbs nobody -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_stopped", [True, False], ids=["stopped", "silent"])
@@ -248,7 +255,9 @@ def test_silent_owner_is_not_declared_dead(
 def test_looking_at_a_live_stream_disturbs_nobody(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """While 4 processes ask after it, nobody can start a stream beside a live one, and its owner is always its owner."""
+    """While 4 processes ask after it, nobody can start a stream beside a live one,
+    and its owner is always its owner.
+    """
     owner, followers = actor(), [actor() for _ in range(4)]
     stream_id = owner.do(START)
     for each in followers:
@@ -296,7 +305,7 @@ threading.Thread(target=ask, daemon=True).start()
         eventually(partial(followers[0].do, f"asked > {asked + 1}"))
 
 
-# --- the fence -----------------------------------------------------------------------------------------------------------
+# --- the fence --------------------------------------------------------------------------------------------------------
 
 #: An operator removes the lease file, say, so that the stream looks dead while its owner lives.
 LOOKS_DEAD = "[path.unlink() for path in (store.path / '.leases').iterdir()]"
@@ -318,7 +327,8 @@ new.emit('new')
 def test_late_emission_lands_nowhere(
     store: persist.Store, session: persist.Session, actor: ActorFactory, how: str
 ) -> None:
-    """The session is taken away when the owner is about to write an event: that event, and each later one, lands nowhere.
+    """The session is taken away when the owner is about to write an event: that event, and each later one, lands
+    nowhere.
 
     Fails without the end line, and without the look at where the write ended.
     """
@@ -401,8 +411,8 @@ def test_first_emission_under_way_when_the_session_is_taken_away(
 ) -> None:
     """The owner makes its file under the session's lock, so that a forced cancel cannot miss it.
 
-    Whichever comes first then, an emission that is acknowledged is there, and one that is refused is not. Fails if the file
-    is made without the lock.
+    Whichever comes first then, an emission that is acknowledged is there, and one that is refused is not. Fails if the
+    file is made without the lock.
     """
     owner, hasty, other = actor(), actor(lock_timeout_s=0.0), actor()
     stream_id = owner.do(START)
@@ -423,7 +433,9 @@ def test_first_emission_under_way_when_the_session_is_taken_away(
 
 
 def test_emission_beside_finish(store: persist.Store, session: persist.Session) -> None:
-    """A thread emits while another one finishes, 20 times: what was acknowledged is there, and what was refused is not."""
+    """A thread emits while another one finishes, 20 times: what was acknowledged is there,
+    and what was refused is not.
+    """
     for _ in range(20):
         barrier = threading.Barrier(2)
         acknowledged: list[int] = []
@@ -478,7 +490,8 @@ child_said
 
 
 def test_id_that_is_used_again_begins_anew(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """The events of an earlier stream of that id are not the new one's, also if its session's delete could not remove them.
+    """The events of an earlier stream of that id are not the new one's, also if its session's delete could not remove
+    them.
 
     Fails if the file is not removed at the start of a stream.
     """
@@ -499,13 +512,15 @@ def test_id_that_is_used_again_begins_anew(store: persist.Store, session: persis
         store.create("s-1", {"messages": []})
 
 
-# --- cursors -------------------------------------------------------------------------------------------------------------
+# --- cursors ----------------------------------------------------------------------------------------------------------
 
 
 def test_cursor_that_cannot_be_right_is_refused_at_once(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """Ahead, of a wrong type, malformed, of another session or stream: an error that names it, from `follow` and `events`."""
+    """Ahead, of a wrong type, malformed, of another session or stream: an error that names it, from `follow` and
+    `events`.
+    """
     store.create("s-2", {"messages": []})
     owner = actor()
     stream_id = owner.do(START)
@@ -566,15 +581,22 @@ def test_stream_that_ended_without_an_event_has_none(store: persist.Store, sessi
 
 
 def test_follower_may_come_and_go(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """A client that loses its connection after each event, and comes back with its cursor to any process, misses nothing."""
+    """A client that loses its connection after each event, and comes back with its cursor to any process, misses
+    nothing.
+    """
     owner, workers = actor(), [actor(), actor()]
     stream_id = owner.do(START)
     owner.do(
-        "import threading; thread = threading.Thread(target=lambda: [stream.emit(n) for n in range(40)]); thread.start()"
+        "import threading\n"
+        "thread = threading.Thread(target=lambda: [stream.emit(n) for n in range(40)])\n"
+        "thread.start()"
     )
     seen: list[Any] = []
     while len(seen) < 40:
-        code = f"with store.follow('s-1', {stream_id!r}, after={len(seen)}) as f: event = next(f)\n(event.offset, event.data)"
+        code = (
+            f"with store.follow('s-1', {stream_id!r}, after={len(seen)}) as f: event = next(f)\n"
+            "(event.offset, event.data)"
+        )
         seen.append(workers[len(seen) % 2].do(code))
     assert seen == numbered(list(range(40)))
     owner.kill()
@@ -603,7 +625,9 @@ def test_loop_that_was_left_goes_on_where_it_was(store: persist.Store, session: 
 
 
 def test_dropped_follower_leaves_nothing_open(store: persist.Store, session: persist.Session) -> None:
-    """Closed early, dropped in the middle, refused, or read to the end: no descriptor is left, and nobody to be woken."""
+    """Closed early, dropped in the middle, refused, or read to the end: no descriptor is left,
+    and nobody to be woken.
+    """
     with store.start_stream("s-1") as stream:
         stream.emit(*range(3))
         before = descriptors()
@@ -623,7 +647,7 @@ def test_dropped_follower_leaves_nothing_open(store: persist.Store, session: per
     assert not any(path.is_relative_to(store.path) for path in waiting._waiting)
 
 
-# --- one process ---------------------------------------------------------------------------------------------------------
+# --- one process ------------------------------------------------------------------------------------------------------
 
 
 def _is_as_long_as(seen: list[Any], count: int) -> bool:
@@ -633,7 +657,9 @@ def _is_as_long_as(seen: list[Any], count: int) -> bool:
 def test_follower_in_the_same_process_is_woken(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Events and the end come at once, and not with the next look at the file: nobody looks, and a silence has no end."""
+    """Events and the end come at once, and not with the next look at the file: nobody looks,
+    and a silence has no end.
+    """
     eventually(lambda: waiting._looking is None)
     monkeypatch.setattr(waiting, "_look_from_now_on", lambda: None)
     monkeypatch.setattr(following, "LOOK_S", 10 * DEADLINE_S)
@@ -653,7 +679,10 @@ def test_follower_in_the_same_process_is_woken(
 def test_lock_that_is_held_for_long_ends_no_follower(
     store: persist.Store, session: persist.Session, actor: ActorFactory, directory: Path
 ) -> None:
-    """A follower that cannot ask whether the owner lives, since the session is locked, asks again. Fails if it concludes."""
+    """A follower that cannot ask whether the owner lives, since the session is locked, asks again.
+
+    Fails if it concludes.
+    """
     owner, holder = actor(), actor()
     stream_id = owner.do(START)
     follower = persist.Store(directory, lock_timeout_s=0.0)
@@ -683,7 +712,10 @@ def test_lock_that_is_held_for_long_ends_no_follower(
 
 
 def test_event_that_is_no_json_is_refused_with_all_beside_it(store: persist.Store, session: persist.Session) -> None:
-    """NotJSON: nothing of that call is emitted; the stream goes on at the next offset. Fails if each is written by itself."""
+    """NotJSON: nothing of that call is emitted; the stream goes on at the next offset.
+
+    Fails if each is written by itself.
+    """
     with store.start_stream("s-1") as stream:
         for wrong in ({1, 2}, {1: 2}, float("nan"), (1,), b"x", {"a": [object()]}, "\ud83d\ude00"):
             with pytest.raises(persist.NotJSON):
@@ -699,13 +731,16 @@ def test_event_that_is_no_json_is_refused_with_all_beside_it(store: persist.Stor
     assert written(store, stream.id) == ["fine", "too", "three"]
 
 
-# --- expiry --------------------------------------------------------------------------------------------------------------
+# --- expiry -----------------------------------------------------------------------------------------------------------
 
 
 def test_events_go_away_some_time_after_the_end(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """The process that ends a stream removes its events when their time is over; who reads just then gets all, and the end."""
+    """The process that ends a stream removes its events when their time is over.
+
+    Who reads just then gets all, and the end.
+    """
     owner = actor(keep_events_s=0)
     stream_id = owner.do(START)
     owner.do("stream.emit(1, 2)")
@@ -718,7 +753,10 @@ def test_events_go_away_some_time_after_the_end(
 
 
 def test_events_are_kept_as_long_as_was_said(store: persist.Store, session: persist.Session, directory: Path) -> None:
-    """Before their time nothing goes, neither by the end of a later stream nor by a sweep; after it a sweep removes them."""
+    """Before their time nothing goes, neither by the end of a later stream nor by a sweep.
+
+    After it a sweep removes them.
+    """
     for _ in range(2):
         with store.start_stream("s-1") as stream:
             stream.emit(1)
@@ -733,7 +771,9 @@ def test_events_are_kept_as_long_as_was_said(store: persist.Store, session: pers
 def test_sweep_after_a_crash_removes_what_nobody_else_will(
     store: persist.Store, session: persist.Session, actor: ActorFactory, directory: Path
 ) -> None:
-    """All processes are gone: the next sweep ends the dead stream's events, and sees to it that all of them go away in time."""
+    """All processes are gone: the next sweep ends the dead stream's events, and sees to it that all of them go away in
+    time.
+    """
     owner = actor()
     ended = owner.do("stream = store.start_stream('s-1'); stream.emit(1); stream.finish(); stream.id")
     dead = owner.do("stream = store.start_stream('s-1'); stream.emit(1); stream.id")
@@ -748,7 +788,10 @@ def test_sweep_after_a_crash_removes_what_nobody_else_will(
 def test_events_of_a_live_stream_stay_however_old(
     store: persist.Store, session: persist.Session, actor: ActorFactory, directory: Path
 ) -> None:
-    """A stream that said its last word a year ago, and runs: a sweep leaves its events. Fails if it goes by age only."""
+    """A stream that said its last word a year ago, and runs: a sweep leaves its events.
+
+    Fails if it goes by age only.
+    """
     owner = actor()
     stream_id = owner.do(START)
     owner.do("stream.emit(1)")
@@ -781,7 +824,7 @@ def test_time_of_an_earlier_stream_takes_no_events_of_a_live_one(directory: Path
     eventually(lambda: not (directory / ".events" / "s-1.turn-1").exists())
 
 
-# --- whose files ---------------------------------------------------------------------------------------------------------
+# --- whose files ------------------------------------------------------------------------------------------------------
 
 
 def test_only_the_owner_can_read_events(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
@@ -799,7 +842,8 @@ def test_only_the_owner_can_read_events(store: persist.Store, session: persist.S
 def test_symbolic_link_is_not_followed(
     store: persist.Store, session: persist.Session, tmp_path: Path, is_directory: bool
 ) -> None:
-    """A link at `.events`, or at a stream's file: UnsafeFile for who emits, follows or cancels, and its target is as it was.
+    """A link at `.events`, or at a stream's file: UnsafeFile for who emits, follows or cancels, and its target is as it
+    was.
 
     Fails if a reader, a writer or a remover does not check the directory.
     """
@@ -864,11 +908,13 @@ def test_no_event_appears_in_an_error(store: persist.Store, session: persist.Ses
         assert CANARY not in told
 
 
-# --- signals, forks, and what a fast writer does ----------------------------------------------------------------------------
+# --- signals, forks, and what a fast writer does ----------------------------------------------------------------------
 
 
 def test_signal_handler_may_emit_while_others_follow(actor: ActorFactory, session: persist.Session) -> None:
-    """A handler that emits, over and over, in a process whose threads follow: it may be refused, and nobody waits for ever."""
+    """A handler that emits, over and over, in a process whose threads follow: it may be refused, and nobody waits for
+    ever.
+    """
     owner = actor()
     seen = owner.do(
         """
@@ -903,7 +949,10 @@ len(store.events("s-1", stream.id)), counts
 
 
 def test_child_reads_with_a_cursor_of_its_own(store: persist.Store, session: persist.Session) -> None:
-    """A follower that is open when the process forks: parent and child each see every event. Fails if they share a position."""
+    """A follower that is open when the process forks: parent and child each see every event.
+
+    Fails if they share a position.
+    """
     with store.start_stream("s-1") as stream:
         for n in range(300):
             stream.emit(*[f"{n} {m} {'x' * 1000}" for m in range(10)])
@@ -919,7 +968,10 @@ def test_child_reads_with_a_cursor_of_its_own(store: persist.Store, session: per
 def test_child_of_a_fork_in_the_middle_of_a_registration_can_follow(
     store: persist.Store, session: persist.Session
 ) -> None:
-    """Another thread is inside the guard of those who wait: the child has a guard of its own. Fails (by its alarm) if not."""
+    """Another thread is inside the guard of those who wait: the child has a guard of its own.
+
+    Fails (by its alarm) if not.
+    """
     with store.start_stream("s-1") as stream:
         stream.emit(1)
         with waiting._guard:
@@ -947,7 +999,10 @@ def _forked_in_a_thread(claim: Callable[[], bool]) -> Callable[[], int]:
 def test_events_up_to_now_are_not_those_of_the_future(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`events` ends where the file ended when it was asked, however fast the stream goes on. Fails if it chases the end."""
+    """`events` ends where the file ended when it was asked, however fast the stream goes on.
+
+    Fails if it chases the end.
+    """
     with store.start_stream("s-1") as stream:
         stream.emit("first")
         real = disk.read_at
@@ -967,7 +1022,9 @@ def test_events_up_to_now_are_not_those_of_the_future(
 def test_deletion_ends_the_events_before_the_session_is_gone(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """What the owner emits while its session is being deleted is refused, so no follower misses an acknowledged event."""
+    """What the owner emits while its session is being deleted is refused,
+    so no follower misses an acknowledged event.
+    """
     owner, deleter = actor(), actor()
     stream_id = owner.do("stream = store.start_stream('s-1'); stream.emit(1); stream.id")
     deleter.start_and_pause("store.delete('s-1', force=True)", "unlink")

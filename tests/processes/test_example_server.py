@@ -185,7 +185,9 @@ def test_a_cancel_through_the_other_server_ends_the_turn(serve: Callable[[], Ser
 def test_a_load_through_the_other_server_clears_what_a_killed_one_left(
     serve: Callable[[], Server], store: Store
 ) -> None:
-    """#1533, B3, B7: after kill -9 a load clears the stream, loses no text, keeps `updated_at`, and lets a new turn start."""
+    """#1533, B3, B7: after kill -9 a load clears the stream, loses no text, keeps `updated_at`, and lets a new turn
+    start.
+    """
     a, b = serve(), serve()
     session_id, stream_id = a.begin_long_turn()
     a.end(signal.SIGKILL)

@@ -1,7 +1,8 @@
 """HAZARDS: what went wrong in real chat servers, row by row, and the rule that makes it impossible here.
 
-Numbers after a row are issues and pull requests of nesquena/hermes-webui unless another project is named. Rows on rotating ids
-(C4), event cursors (D5), indexes (E1), journals (E3) and heads (E4) belong to parts with tests of their own or not yet built.
+Numbers after a row are issues and pull requests of nesquena/hermes-webui unless another project is named. Rows on
+rotating ids (C4), event cursors (D5), indexes (E1), journals (E3) and heads (E4) belong to parts with tests of their
+own or not yet built.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ def messages(store: persist.Store) -> list[dict[str, object]]:
     return found
 
 
-# --- A. Ownership and lost updates ---------------------------------------------------------------------------------------
+# --- A. Ownership and lost updates ------------------------------------------------------------------------------------
 
 
 def test_a1_clear_compares_with_the_disk(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """A1 (#1533): a clear is compare-and-clear on the stream id read from disk under the lock. See also test_seed_race."""
+    """A1 (#1533): a clear is compare-and-clear on the stream id read from disk under the lock.
+
+    See also test_seed_race.
+    """
     victim, writer, reader = actor(), actor(), actor()
     victim.do(START)
     reader.do("session = store.load('s-1')")
@@ -73,7 +77,10 @@ def test_a2_nothing_of_a_turn_is_written_after_its_finish(store: persist.Store, 
 def test_a3_save_of_an_old_object_writes_only_its_own_change(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """A3 (#3987): a title writer that loaded before the turn leaves the turn's messages alone. Fails with the merge out."""
+    """A3 (#3987): a title writer that loaded before the turn leaves the turn's messages alone.
+
+    Fails with the merge out.
+    """
     writer = actor()
     writer.do("old = store.load('s-1')")
     with store.start_stream("s-1", PROMPT) as stream:
@@ -235,7 +242,7 @@ def test_a12_lock_spans_read_change_and_write(
     assert store.load("s-1").data["n"] == 2
 
 
-# --- B. Destructive and partial writes -----------------------------------------------------------------------------------
+# --- B. Destructive and partial writes --------------------------------------------------------------------------------
 
 
 def test_b1_head_has_no_save(store: persist.Store, session: persist.Session) -> None:
@@ -265,7 +272,10 @@ def test_b2_empty_messages_in_mid_turn_are_refused(
 def test_b3_prompt_partial_and_tool_results_survive_every_end(
     store: persist.Store, session: persist.Session, actor: ActorFactory, end: str | None
 ) -> None:
-    """B3 (#765, #1471, #893): fail, cancel and a kill keep what the turn has said so far; the last is cleared by another."""
+    """B3 (#765, #1471, #893): fail, cancel and a kill keep what the turn has said so far.
+
+    The last is cleared by another.
+    """
     owner = actor()
     owner.do(START)
     assert [m["content"] for m in messages(store)] == ["hi", "Why?"]
@@ -305,7 +315,10 @@ def test_b4_replace_is_tried_again_while_a_reader_has_the_file_open(
 def test_b5_writers_never_publish_each_others_temporary_file(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """B5 (webzfs #177, php-sdk #498): a temp file is made exclusively under the lock; a left-over is never written to."""
+    """B5 (webzfs #177, php-sdk #498): a temp file is made exclusively under the lock.
+
+    A left-over is never written to.
+    """
     leftover = store.path / "s-1.json.tmp"
     leftover.write_bytes(b'{"half": ')
     inode = leftover.stat().st_ino
@@ -354,7 +367,7 @@ def test_b7_repairs_keep_recency_and_lists_tell_live_from_stale(
     assert [info.session_id for info in store.streams()] == ["s-2"]
 
 
-# --- C. Shrink, delete, rotate -------------------------------------------------------------------------------------------
+# --- C. Shrink, delete, rotate ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recreate", [False, True])
@@ -397,7 +410,7 @@ def test_c3_order_comes_from_revisions(store: persist.Store, session: persist.Se
     assert [m["id"] for m in messages(store)] == ["m1", "m2"]
 
 
-# --- D. Duplicates and false repair --------------------------------------------------------------------------------------
+# --- D. Duplicates and false repair -----------------------------------------------------------------------------------
 
 
 def test_d1_checkpoint_replaces_the_one_partial(store: persist.Store, session: persist.Session) -> None:
@@ -425,7 +438,9 @@ def test_d2_append_is_idempotent_by_id(store: persist.Store, session: persist.Se
 def test_d3_live_worker_is_not_declared_crashed(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """D3 (#1624): a turn that has just started, and one that has just ended, are not marked by a sweeper that never rests."""
+    """D3 (#1624): a turn that has just started, and one that has just ended, are not marked by a sweeper that never
+    rests.
+    """
     owner, sweeper = actor(), actor()
     sweeper.do("import threading\ndone = threading.Event()\ncleared = []")
     sweeper.do(
@@ -458,7 +473,7 @@ def test_d4_recovery_is_done_once(store: persist.Store, session: persist.Session
     assert store.load("s-1").revision == revision
 
 
-# --- E. Index, locks, speed ----------------------------------------------------------------------------------------------
+# --- E. Index, locks, speed -------------------------------------------------------------------------------------------
 
 
 def test_e2_no_wait_is_without_end_and_none_is_nameless(
@@ -492,7 +507,9 @@ def test_e2_no_wait_is_without_end_and_none_is_nameless(
 def test_e5_save_never_pays_for_its_neighbours(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """E5 (measured): with 300 neighbours a save opens and lists exactly what it does alone (times are in scripts/bench)."""
+    """E5 (measured): with 300 neighbours a save opens and lists exactly what it does alone (times are in
+    scripts/bench).
+    """
     watched = actor()
     watched.do(
         "import sys\nseen = None\n"

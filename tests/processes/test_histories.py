@@ -37,7 +37,9 @@ def broken_package(parent: Path, file: str, swaps: Swaps) -> Path:
     ],
 )
 def test_every_history_is_linearizable(scratch: Path, journal: Any, fold: str) -> None:
-    """Lists, registers and owners: 2,000 operations of 3 processes with 2 threads each, 6 kills, and an order for all of it."""
+    """Lists, registers and owners: 2,000 operations of 3 processes with 2 threads each, 6 kills, and an order for all
+    of it.
+    """
     report = run_round(scratch, Plan(operations=2_000, groups=4, kills=6, journal=journal, fold=fold))
     assert report.anomalies == []
     assert report.operations >= 2_000

@@ -1,7 +1,7 @@
 """What a commit to a large session costs in bytes, and what a process may believe of what it knows.
 
-They fail without their mechanisms: the draft that does not read, the looks at `known.opening` and `ends_so`, the index that is
-moved on, the bounds of `KnownSessions`.
+They fail without their mechanisms: the draft that does not read, the looks at `known.opening` and `ends_so`, the index
+that is moved on, the bounds of `KnownSessions`.
 """
 
 from __future__ import annotations
@@ -66,11 +66,13 @@ def titled(title: str) -> Callable[[dict[str, Any]], None]:
     return lambda data: data.update(title=title)
 
 
-# --- bytes -------------------------------------------------------------------------------------------------------------
+# --- bytes ------------------------------------------------------------------------------------------------------------
 
 
 def test_commit_to_a_large_session_reads_and_writes_the_change(large: persist.Store) -> None:
-    """Once warm, none of these reads the document or writes it: a change of a megabyte's session costs some KB at most."""
+    """Once warm, none of these reads the document or writes it:
+    a change of a megabyte's session costs some KB at most.
+    """
     large.append("s", "messages", small(0))  # reads the ids
     assert_costs_the_change(lambda: large.append("s", "messages", small(1)))
     assert_costs_the_change(lambda: large.append("s", "messages", {"content": "without an id"}))
@@ -131,7 +133,9 @@ def test_commits_of_others_are_followed_by_reading_them_only(large: persist.Stor
 
 
 def test_save_writes_the_change(large: persist.Store) -> None:
-    """A save of an edited message, an appended one and a field writes these, and reads no more of a session that it knows."""
+    """A save of an edited message, an appended one and a field writes these, and reads no more of a session that it
+    knows.
+    """
     session = large.load("s")
     session.data["messages"].append(small(0))
     session.save()
@@ -170,13 +174,15 @@ def test_asking_whether_a_stream_was_cancelled_reads_a_head(large: persist.Store
         stream.finish()
 
 
-# --- what is known -----------------------------------------------------------------------------------------------------
+# --- what is known ----------------------------------------------------------------------------------------------------
 
 
 def test_session_made_anew_by_another_process_is_not_taken_for_the_known_one(
     large: persist.Store, actor: ActorFactory
 ) -> None:
-    """Same id, same journal's name, as many records: what was known of the session before is not believed of this one."""
+    """Same id, same journal's name, as many records: what was known of the session before is not believed of
+    this one.
+    """
     large.append("s", "messages", small(0))
     name = journal_of(large).name
     other = actor()
@@ -191,7 +197,9 @@ def test_session_made_anew_by_another_process_is_not_taken_for_the_known_one(
 
 
 def test_journal_that_was_restored_from_a_backup_is_looked_at_anew(large: persist.Store) -> None:
-    """An administrator puts back the files of an hour ago: the next commit goes on from these, not from what was known."""
+    """An administrator puts back the files of an hour ago: the next commit goes on from these,
+    not from what was known.
+    """
     large.append("s", "messages", small(0))
     backup = {path: path.read_bytes() for path in large.path.glob("s.*") if path.is_file()}
     large.append("s", "messages", small(1))
@@ -204,7 +212,8 @@ def test_journal_that_was_restored_from_a_backup_is_looked_at_anew(large: persis
 
 
 def test_edit_by_hand_is_told_by_whoever_reads_the_document(large: persist.Store) -> None:
-    """A document that was edited by hand is refused by what reads it whole, and by a first look if a small field was edited.
+    """A document that was edited by hand is refused by what reads it whole, and by a first look if a small field was
+    edited.
 
     A process that knows the session reads it whole when it has been written to.
     """

@@ -27,7 +27,7 @@ def contents(store: persist.Store) -> list[tuple[str, bool]]:
     return [(m["content"], m.get("interrupted", False)) for m in store.load("s-1").data["messages"]]
 
 
-# --- ends ----------------------------------------------------------------------------------------------------------------
+# --- ends -------------------------------------------------------------------------------------------------------------
 
 STEPS_OF_FINISH = ["create", "write", "sync", "close", "replace", "sync_directory", "unlink"]
 
@@ -36,7 +36,10 @@ STEPS_OF_FINISH = ["create", "write", "sync", "close", "replace", "sync_director
 def test_killed_in_the_middle_of_finish(
     store: persist.Store, session: persist.Session, actor: ActorFactory, step: str
 ) -> None:
-    """Killed at any step of its finish, a turn is whole: finished, or interrupted with its partial; and the session is free."""
+    """Killed at any step of its finish, a turn is whole: finished, or interrupted with its partial.
+
+    And the session is free.
+    """
     owner = actor()
     owner.do(START)
     owner.do("stream.checkpoint({'role': 'assistant', 'content': 'Be'})")
@@ -110,11 +113,13 @@ ready.wait()
     assert contents(store) == [("Why?", True), ("Be", True), ("Again?", False)]
 
 
-# --- forks ---------------------------------------------------------------------------------------------------------------
+# --- forks ------------------------------------------------------------------------------------------------------------
 
 
 def test_preforked_workers_share_a_store(store: persist.Store, actor: ActorFactory) -> None:
-    """Gunicorn with preload: a store that is opened and used in the master serves four forked workers: nothing is lost."""
+    """Gunicorn with preload: a store that is opened and used in the master serves four forked workers:
+    nothing is lost.
+    """
     store.create("s-1", {"messages": [], "n": 0})
     master = actor(lock_timeout_s=60.0)
     code = """
@@ -154,7 +159,9 @@ for name in range(4):
 def test_fork_while_another_thread_holds_the_lock(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """Fork: a child that comes to be while a thread of its parent is inside an edit can lock as soon as that one is done."""
+    """Fork: a child that comes to be while a thread of its parent is inside an edit can lock as soon as that one is
+    done.
+    """
     other = actor(lock_timeout_s=20.0)
     code = """
 import threading, warnings
@@ -188,7 +195,9 @@ os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 def test_multiprocessing_children_use_stores_of_their_own(
     store: persist.Store, session: persist.Session, tmp_path: Path, method: str
 ) -> None:
-    """multiprocessing, by every start method, while the parent runs a stream: children append, and do not take the stream."""
+    """multiprocessing, by every start method, while the parent runs a stream: children append, and do not take the
+    stream.
+    """
     script = tmp_path / "script.py"
     script.write_text(
         f"""
@@ -215,7 +224,7 @@ if __name__ == '__main__':
     assert sorted(m["content"] for m in store.load("s-1").data["messages"]) == ["Why?", "child", "child", "child"]
 
 
-# --- clocks and containers -----------------------------------------------------------------------------------------------
+# --- clocks and containers --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("days", [-10, 10])
@@ -297,11 +306,13 @@ def test_stopped_waiter_blocks_nobody(store: persist.Store, session: persist.Ses
     assert sorted(store.load("s-1").data["log"]) == [1, 2, 3]
 
 
-# --- modes ---------------------------------------------------------------------------------------------------------------
+# --- modes ------------------------------------------------------------------------------------------------------------
 
 
 def test_files_are_private_from_their_first_instant(store: persist.Store, actor: ActorFactory) -> None:
-    """Security: under umask 0 directory and leases are 0700, and every file 0600, the temporary one as soon as it exists."""
+    """Security: under umask 0 directory and leases are 0700, and every file 0600, the temporary one as soon as it
+    exists.
+    """
     writer = actor()
     directory = store.path.parent / "private" / "sessions"
     writer.do(f"os.umask(0)\nstore = persist.Store({str(directory)!r})\nstore.create('s-1', {{'messages': []}})\n0")

@@ -175,7 +175,10 @@ with store.edit('s-1') as data:
 def test_block_left_in_a_forked_child_writes_nothing(
     actor: ActorFactory, store: persist.Store, session: persist.Session
 ) -> None:
-    """Fork: the child runs out of the very block that it was forked in, and is refused; the parent's edit is committed."""
+    """Fork: the child runs out of the very block that it was forked in, and is refused.
+
+    The parent's edit is committed.
+    """
     other = actor()
     code = """
 status = None
@@ -393,7 +396,8 @@ interrupted
 def test_hard_link_to_the_lock_file_admits_nobody_else(
     store: persist.Store, session: persist.Session, directory: Path, actor: ActorFactory
 ) -> None:
-    """A backup made of hard links (`cp -al`) keeps the inode of a removed lock alive: whoever holds that one holds nothing.
+    """A backup made of hard links (`cp -al`) keeps the inode of a removed lock alive: whoever holds that one holds
+    nothing.
 
     Fails if a lock is believed that has any link left.
     """
@@ -415,7 +419,9 @@ def test_hard_link_to_the_lock_file_admits_nobody_else(
 
 
 def test_signal_handler_inside_the_table_gets_an_error(store: persist.Store, session: persist.Session) -> None:
-    """A handler that comes while its thread opens or closes a lock may not wait: every other thread would wait for it."""
+    """A handler that comes while its thread opens or closes a lock may not wait:
+    every other thread would wait for it.
+    """
     with held.table, pytest.raises(persist.NestedLock):
         store.append("s-1", "messages", {"id": "m2"})
     store.append("s-1", "messages", {"id": "m2"})
@@ -439,7 +445,7 @@ def test_fork_goes_on_after_a_descriptor_that_somebody_closed(store: persist.Sto
         held._descriptors.discard(closed)
 
 
-# --- the queue of processes ------------------------------------------------------------------------------------------------
+# --- the queue of processes -------------------------------------------------------------------------------------------
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such a queue")
 
@@ -473,8 +479,8 @@ def test_lock_is_left_to_who_waits_for_it(
 ) -> None:
     """Who has just freed the lock does not take it again while somebody else waits in the queue: so no one is starved.
 
-    Fails without `in_turn`. Who stays in the queue with the lock free is stuck, and is overtaken after a moment; who does
-    not wait at all asks for no turn.
+    Fails without `in_turn`. Who stays in the queue with the lock free is stuck, and is overtaken after a moment; who
+    does not wait at all asks for no turn.
     """
     queued: list[Path] = []
     place = lock._place
@@ -602,7 +608,10 @@ def state_of(task: Path) -> str:
 
 @linux_only
 def test_waiter_that_is_stopped_stops_nobody(locked: Actor, directory: Path, actor: ActorFactory) -> None:
-    """A paused container or a debugger: who stands behind it overtakes it after a moment. Fails without `PATIENCE_S`."""
+    """A paused container or a debugger: who stands behind it overtakes it after a moment.
+
+    Fails without `PATIENCE_S`.
+    """
     stopped = actor()
     in_queue(stopped, directory / "s-1.json.lock")
     stopped.process.send_signal(signal.SIGSTOP)
@@ -645,7 +654,9 @@ def test_queue_that_moves_is_not_overtaken(locked: Actor, directory: Path, monke
 def test_place_outlives_an_exception_behind_its_start(
     locked: Actor, store: persist.Store, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A signal's exception that comes when the thread has been started: that keeps its file, and gives back what it gets."""
+    """A signal's exception that comes when the thread has been started: that keeps its file, and gives back what it
+    gets.
+    """
     take = lock._Place.take
 
     def interrupted(place: lock._Place) -> bool:
@@ -682,8 +693,8 @@ def test_waiter_that_gave_up_keeps_nothing_that_it_gets_later(
 ) -> None:
     """Its thread cannot be called back from the kernel: it gets the lock when that is free, and lets go of it.
 
-    A child that was forked meanwhile has no part in it, whether or not it has closed its copy of the descriptor. Fails if that
-    is closed here, and not unlocked.
+    A child that was forked meanwhile has no part in it, whether or not it has closed its copy of the descriptor. Fails
+    if that is closed here, and not unlocked.
     """
     waiter = actor(lock_timeout_s=0.1)
     code = """
@@ -728,7 +739,9 @@ child, len(lock._places), len(os.listdir('/proc/self/fd')) - descriptors
     ],
 )
 def test_who_cannot_queue_polls(locked: Actor, directory: Path, actor: ActorFactory, hindrance: str) -> None:
-    """Where no thread can wait in the kernel, the lock is looked at again and again, until it is free or time is over."""
+    """Where no thread can wait in the kernel, the lock is looked at again and again,
+    until it is free or time is over.
+    """
     poller = actor(lock_timeout_s=20.0)
     poller.do(f"import _thread, threading; {hindrance}")
     poller.do("impatient = persist.Store(store.path, lock_timeout_s=0.05)")

@@ -1,7 +1,8 @@
-"""Streams that any worker can resume: the README's own server and the example, as real uvicorn processes over one directory.
+"""Streams that any worker can resume: the server of docs/streams.md and the example, as uvicorn processes over one
+directory.
 
-A client that loses its connection again and again, a worker that is killed, cursors that cannot be right. Waiting is asking
-the servers, with a deadline; what is asserted is what they sent, never that time has passed.
+A client that loses its connection again and again, a worker that is killed, cursors that cannot be right. Waiting is
+asking the servers, with a deadline; what is asserted is what they sent, never that time has passed.
 """
 
 from __future__ import annotations
@@ -30,15 +31,13 @@ EXAMPLE = ROOT / "scripts" / "example_async_server.py"
 LONG_PROMPT = " ".join(f"word{i}" for i in range(100_000))
 
 
-def app_of_the_readme() -> str:
-    """The code blocks of its section, which are one file."""
-    section = (
-        (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Resumable streams", 1)[1].split("\n## ", 1)[0]
-    )
-    return "\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL))
+def app_of_the_page() -> str:
+    """The code blocks of docs/streams.md, which are one file."""
+    page = (ROOT / "docs" / "streams.md").read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
 
 
-# --- a client ------------------------------------------------------------------------------------------------------------
+# --- a client ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ def first_of(followed: Followed, count: int) -> list[Sent]:
     return found
 
 
-# --- servers -------------------------------------------------------------------------------------------------------------
+# --- servers ----------------------------------------------------------------------------------------------------------
 
 Serve = Callable[..., list[Server]]
 
@@ -180,9 +179,9 @@ def store(tmp_path: Path) -> persist.Store:
 
 @pytest.fixture
 def serve(tmp_path: Path, store: persist.Store, start_up: Callable[[list[str], int], list[Server]]) -> Serve:
-    """Start workers of the README's `app.py`, on a store with the session "s-1"."""
+    """Start workers of the page's `app.py`, on a store with the session "s-1"."""
     store.create("s-1", {"messages": []})
-    (tmp_path / "app.py").write_text(app_of_the_readme(), encoding="utf-8")
+    (tmp_path / "app.py").write_text(app_of_the_page(), encoding="utf-8")
     command = [sys.executable, "-W", "error", "-m", "uvicorn", "app:app", "--port", "0", "--no-access-log"]
     return lambda count: start_up(command, count)
 
@@ -194,7 +193,7 @@ def serve_example(store: persist.Store, start_up: Callable[[list[str], int], lis
     return lambda count: start_up(command, count)
 
 
-# --- the README's server -------------------------------------------------------------------------------------------------
+# --- the page's server ------------------------------------------------------------------------------------------------
 
 
 def test_client_that_loses_its_connection_again_and_again_sees_every_event_once(
@@ -202,8 +201,8 @@ def test_client_that_loses_its_connection_again_and_again_sees_every_event_once(
 ) -> None:
     """A turn in worker A, followed through B over 20 connections: each event once and in order, then the end.
 
-    Fails if a worker knows its own streams only, or does not go on from `Last-Event-ID`. What a dropped connection had open
-    is closed: fails if a follower that is cut off is kept (left to the garbage collector, as a rule).
+    Fails if a worker knows its own streams only, or does not go on from `Last-Event-ID`. What a dropped connection had
+    open is closed: fails if a follower that is cut off is kept (left to the garbage collector, as a rule).
     """
     a, b = serve(2)
     words = [f"word{i}" for i in range(40)]
@@ -229,10 +228,11 @@ def test_client_that_loses_its_connection_again_and_again_sees_every_event_once(
 def test_follower_is_told_that_the_worker_was_killed(
     serve: Serve, store: persist.Store, is_started_at_once: bool
 ) -> None:
-    """`kill -9` of A in mid-stream: B's follower gets all that was emitted, and "died"; B starts a turn; the prompt is kept.
+    """`kill -9` of A in mid-stream: B's follower gets all that was emitted, and "died"; B starts a turn; the prompt is
+    kept.
 
-    Fails (at the deadline) if nobody asks whether the owner lives, and, started at once, if the take-over does not end the
-    events of the dead.
+    Fails (at the deadline) if nobody asks whether the owner lives, and, started at once, if the take-over does not end
+    the events of the dead.
     """
     a, b = serve(2)
     stream_id = a.start(LONG_PROMPT)
@@ -296,7 +296,10 @@ def test_second_turn_is_refused_by_every_worker(serve: Serve, store: persist.Sto
 
 
 def test_worker_that_is_told_to_stop_finishes_its_turn(serve: Serve, store: persist.Store) -> None:
-    """SIGTERM: the turn goes on to its end, without a client, too. Fails if it is a task that the server does not know."""
+    """SIGTERM: the turn goes on to its end, without a client, too.
+
+    Fails if it is a task that the server does not know.
+    """
     (server,) = serve(1)
     stream_id = server.start("one two three four five")
     first_of(server.follow(stream_id), 1)
@@ -307,7 +310,7 @@ def test_worker_that_is_told_to_stop_finishes_its_turn(serve: Serve, store: pers
     assert store.load("s-1").data["messages"][-1]["content"] == "one two three four five"
 
 
-# --- the example ---------------------------------------------------------------------------------------------------------
+# --- the example ------------------------------------------------------------------------------------------------------
 
 
 def test_cancel_through_the_other_worker_ends_the_stream(serve_example: Serve) -> None:
@@ -336,7 +339,10 @@ def test_cancel_through_the_other_worker_ends_the_stream(serve_example: Serve) -
 
 
 def test_cursor_of_the_example_names_its_stream(serve_example: Serve) -> None:
-    """D5: "<stream id>:<offset>", or the offset alone, also as `?after=`; that of another stream is refused, not guessed at."""
+    """D5: "<stream id>:<offset>", or the offset alone, also as `?after=`.
+
+    That of another stream is refused, not guessed at.
+    """
     (server,) = serve_example(1)
     stream_id = server.start("one two")
     sent = list(server.follow(stream_id))

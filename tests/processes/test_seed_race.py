@@ -1,8 +1,9 @@
-"""The starting case, hermes-webui #1533: a clear that was decided for a dead stream must not hit the stream that came after.
+"""The starting case, hermes-webui #1533: a clear that was decided for a dead stream must not hit the stream that came
+after.
 
 The three steps of the issue: the reader finds stream X dead and decides to clear it; the writer starts stream Y; the
-reader writes ``active_stream_id = None``. Each order is forced by a barrier, never by sleeping. `scripts/mutants` takes out the
-lock, the re-read and the cross-process liveness, one at a time, and sees these tests fail.
+reader writes ``active_stream_id = None``. Each order is forced by a barrier, never by sleeping. `scripts/mutants` takes
+out the lock, the re-read and the cross-process liveness, one at a time, and sees these tests fail.
 """
 
 from __future__ import annotations

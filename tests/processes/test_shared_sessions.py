@@ -1,4 +1,6 @@
-"""One Session object in several hands: threads that share it, exceptions that cut its verbs off, and what others commit."""
+"""One Session object in several hands: threads that share it, exceptions that cut its verbs off, and what others
+commit.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ def in_threads(*works: Callable[[], None]) -> None:
         raise errors[0]
 
 
-# --- stream fields -------------------------------------------------------------------------------------------------------
+# --- stream fields ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefer", ["error", "mine"])
@@ -125,7 +127,7 @@ def test_owner_of_an_older_epoch_is_fenced_off_though_its_id_is_used_again(
     assert contents(store) == ["hi", "1", "2", "answer"]
 
 
-# --- aliases and merging -------------------------------------------------------------------------------------------------
+# --- aliases and merging ----------------------------------------------------------------------------------------------
 
 
 def test_object_that_stands_at_two_places_reverts_nobody(store: persist.Store, session: persist.Session) -> None:
@@ -174,7 +176,7 @@ def test_clear_shows_the_stream_gone_even_beside_a_contradiction(
         session.save()
 
 
-# --- exceptions ----------------------------------------------------------------------------------------------------------
+# --- exceptions -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", ["create", "write", "sync", "replace", "sync_directory"])
@@ -222,7 +224,10 @@ def test_save_that_was_cut_off_is_recognised_under_later_commits(
 
 
 def interrupt_behind(patched: pytest.MonkeyPatch, step: str, *more: str) -> None:
-    """Ctrl-C comes while a step is with the disk, and what was asked of it is done; then while the next one is, and so on."""
+    """Ctrl-C comes while a step is with the disk, and what was asked of it is done.
+
+    Then while the next one is, and so on.
+    """
     real = getattr(disk, step)
 
     def cut(*arguments: Any, **named: Any) -> None:
@@ -241,7 +246,10 @@ def interrupt_behind(patched: pytest.MonkeyPatch, step: str, *more: str) -> None
 def test_save_that_was_cut_off_behind_a_step_is_recognised(
     directory: Path, monkeypatch: pytest.MonkeyPatch, journal: Any, step: str
 ) -> None:
-    """Ctrl-C, a commit of somebody else, and the same save again: it counts once. Fails without the look at what is there."""
+    """Ctrl-C, a commit of somebody else, and the same save again: it counts once.
+
+    Fails without the look at what is there.
+    """
     store = persist.Store(directory, journal=journal, merge={"n": "sum"})
     session = store.create("s-1", {"n": 5, "messages": []})
     session.data["n"] += 1
@@ -260,7 +268,10 @@ def test_save_that_was_cut_off_behind_a_step_is_recognised(
 def test_save_of_which_nobody_can_tell_is_refused(
     directory: Path, monkeypatch: pytest.MonkeyPatch, journal: Any, step: str
 ) -> None:
-    """A second Ctrl-C, in the look at what is there: the object is not saved over the commits of others; alone, it is."""
+    """A second Ctrl-C, in the look at what is there: the object is not saved over the commits of others.
+
+    Alone, it is.
+    """
     store = persist.Store(directory, journal=journal)
     sessions = [store.create(f"s-{number}", {"messages": []}) for number in (1, 2)]
     for session in sessions:
@@ -302,8 +313,8 @@ def test_refresh_keeps_nobody_from_the_lock(
 ) -> None:
     """A thread that reads for `refresh`, for however long, does not hold up another's save of the same object.
 
-    Fails when the file is read inside the object's guard: where folds follow one another it waits for the lock there, which
-    the saver holds, while that waits for the guard.
+    Fails when the file is read inside the object's guard: where folds follow one another it waits for the lock there,
+    which the saver holds, while that waits for the guard.
     """
     is_reading, go_on = threading.Event(), threading.Event()
     real = disk.read
@@ -396,8 +407,8 @@ class Interrupting:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("verb", ["save", "refresh", "clear"])
 def test_interrupt_at_any_line_doubles_nothing(verb: str, scratch: Path) -> None:
-    """Ctrl-C wherever it hits, then a commit of somebody else: when the verb is called again, what was appended without an id,
-    here or there, stands there once."""
+    """Ctrl-C wherever it hits, then a commit of somebody else: when the verb is called again, what was appended without
+    an id, here or there, stands there once."""
     place = 0
     while True:
         place += 1
@@ -458,7 +469,9 @@ def test_saved_state_is_absorbed_once(store: persist.Store, session: persist.Ses
 
 
 def test_lack_of_descriptors_is_no_unknown_commit(session: persist.Session, actor: ActorFactory) -> None:
-    """A burst of connections between the rename and the sync: the commit ends well, or is refused before it is visible."""
+    """A burst of connections between the rename and the sync: the commit ends well,
+    or is refused before it is visible.
+    """
     other = actor()
     other.do(
         """
@@ -508,7 +521,9 @@ def test_nothing_is_acknowledged_after_an_unknown_commit(
 def test_failed_sync_of_what_was_found_is_not_tried_again(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second fsync may say OK with the data gone: what cannot be written anew is of unknown durability from then on."""
+    """A second fsync may say OK with the data gone: what cannot be written anew is of unknown durability from
+    then on.
+    """
     item = {"id": "m2", "content": "visible"}
     store.append("s-1", "messages", item)
 
@@ -572,7 +587,7 @@ def test_failed_removal_of_a_stale_lease_does_not_lock_the_session(
     assert list((store.path / ".leases").iterdir()) == []
 
 
-# --- threads -------------------------------------------------------------------------------------------------------------
+# --- threads ----------------------------------------------------------------------------------------------------------
 
 
 def test_items_appended_while_a_save_runs_are_saved_by_the_next(store: persist.Store, session: persist.Session) -> None:
@@ -626,7 +641,9 @@ def test_fields_set_while_a_save_merges_do_not_disturb_it(store: persist.Store, 
 
 
 def test_what_is_saved_is_one_state_of_the_data(store: persist.Store, session: persist.Session) -> None:
-    """A list that another thread turns round and round is committed as it was at one instant: no item twice, none missing."""
+    """A list that another thread turns round and round is committed as it was at one instant: no item twice, none
+    missing.
+    """
     ring, done = session.data["messages"], threading.Event()
     ring[:] = [{"id": n} for n in range(1000)]
     session.save()
@@ -681,7 +698,8 @@ def test_refresh_beside_save_doubles_nothing(store: persist.Store, session: pers
 def test_verb_in_the_middle_of_one_is_refused(
     verb: str, inner: str, store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a signal handler does it, or a finaliser: the outer one would go on with a base that is no longer that of `data`.
+    """As a signal handler does it, or a finaliser: the outer one would go on with a base that is no longer that of
+    `data`.
 
     Fails (messages are doubled) if the thread that is inside comes in once more.
     """
@@ -704,7 +722,7 @@ def test_verb_in_the_middle_of_one_is_refused(
     assert contents(store) == ["hi", "other", "mine"]
 
 
-# --- threads and forks ----------------------------------------------------------------------------------------------------
+# --- threads and forks ------------------------------------------------------------------------------------------------
 
 
 def test_field_set_while_a_save_merges_stays(

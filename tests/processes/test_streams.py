@@ -225,7 +225,10 @@ def test_exception_in_the_turn_marks_it_interrupted_and_travels_on(
 def test_lease_is_given_up_even_if_the_last_commit_fails(
     store: persist.Store, session: persist.Session, directory: Path
 ) -> None:
-    """With the file made unreadable the turn cannot be marked, and the exit says so; the stream is dead all the same."""
+    """With the file made unreadable the turn cannot be marked, and the exit says so.
+
+    The stream is dead all the same.
+    """
     with pytest.raises(persist.CorruptSession), store.start_stream("s-1") as stream:
         whole = (directory / "s-1.json").read_bytes()
         (directory / "s-1.json").write_bytes(whole[:-5])
@@ -247,7 +250,9 @@ def test_dropped_stream_is_stale_and_warns(store: persist.Store, session: persis
 def test_forked_child_neither_owns_nor_ends_the_stream(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """Fork: in the child every verb raises StreamLost, leaving the block does nothing, and the parent's lease holds on."""
+    """Fork: in the child every verb raises StreamLost, leaving the block does nothing,
+    and the parent's lease holds on.
+    """
     owner = actor()
     code = """
 with store.start_stream('s-1', {'role': 'user', 'content': 'Why?'}) as stream:

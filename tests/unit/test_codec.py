@@ -66,7 +66,7 @@ values = st.recursive(
 )
 
 
-# --- what goes in comes out ------------------------------------------------------------------------------------------------
+# --- what goes in comes out -------------------------------------------------------------------------------------------
 
 
 @given(values)
@@ -191,7 +191,7 @@ def test_a_list_that_is_used_twice_is_no_cycle() -> None:
     assert round_trip({"a": shared, "b": [shared, shared]}) == {"a": [1], "b": [[1], [1]]}
 
 
-# --- what does not go in -----------------------------------------------------------------------------------------------
+# --- what does not go in ----------------------------------------------------------------------------------------------
 
 
 class Colour(enum.StrEnum):
@@ -330,7 +330,7 @@ def test_what_is_encoded_at_once_is_what_the_caller_knew(data: dict[str, Any]) -
     assert instant.encode(data, known, list(known.values()), []) is None
 
 
-# --- files that no checksum vouches for ---------------------------------------------------------------------------------
+# --- files that no checksum vouches for -------------------------------------------------------------------------------
 
 TWICE = "a key stands twice"
 NOT_JSON = "not JSON, or it was cut off"

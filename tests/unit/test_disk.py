@@ -14,7 +14,7 @@ import pytest
 import persist
 from persist.storage import disk
 
-# --- the mount table -----------------------------------------------------------------------------------------------------
+# --- the mount table --------------------------------------------------------------------------------------------------
 
 
 def mount(point: str, kind: str, options: str = "shared:1") -> str:
@@ -111,7 +111,7 @@ def test_a_fuse_file_system_is_warned_about_where_the_store_is_opened(
     assert caught[0].filename == __file__
 
 
-# --- names that are not plain files -----------------------------------------------------------------------------------------
+# --- names that are not plain files -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_a_directory_is_not_unlinked(tmp_path: Path) -> None:
     assert (tmp_path / "s.json").is_dir()
 
 
-# --- whole reads and whole writes ---------------------------------------------------------------------------------------------
+# --- whole reads and whole writes -------------------------------------------------------------------------------------
 
 
 def test_a_short_write_is_completed(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +230,7 @@ def test_a_short_read_is_completed(store: persist.Store, monkeypatch: pytest.Mon
     assert len(disk.read(store.path / "s.json", 100)) == 100
 
 
-# --- replace ------------------------------------------------------------------------------------------------------------------
+# --- replace ----------------------------------------------------------------------------------------------------------
 
 
 class Busy:

@@ -58,7 +58,7 @@ def scene(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> Scene:
     return Scene(store, monkeypatch, store.path / "s.json", store.path / "s.json.lock")
 
 
-# --- one way to each error --------------------------------------------------------------------------------------------------
+# --- one way to each error --------------------------------------------------------------------------------------------
 
 
 def session_deleted(scene: Scene) -> None:
@@ -468,7 +468,7 @@ def assert_silent(error: BaseException) -> None:
     assert not [text for text in shown if CANARY.lower() in text.lower()]
 
 
-# --- more places where content could slip out ------------------------------------------------------------------------------
+# --- more places where content could slip out -------------------------------------------------------------------------
 
 
 def two_edits(
@@ -553,7 +553,7 @@ def test_the_canary_would_be_seen(scene: Scene) -> None:
         assert_silent(quiet)
 
 
-# --- what the errors share ---------------------------------------------------------------------------------------------------
+# --- what the errors share --------------------------------------------------------------------------------------------
 
 
 def test_a_path_is_shown_as_python_would_write_it() -> None:

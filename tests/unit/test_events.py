@@ -91,14 +91,16 @@ def broken_off(after_bytes: int) -> Iterator[None]:
         yield
 
 
-# --- what a reader takes for an event ------------------------------------------------------------------------------------
+# --- what a reader takes for an event ---------------------------------------------------------------------------------
 
 
 @given(st.lists(json_values, max_size=5), st.integers(1, 90))
 def test_events_come_back_as_they_went_in(
     tmp_path_factory: pytest.TempPathFactory, data: list[Any], chunk_bytes: int
 ) -> None:
-    """Any JSON, read in chunks of any size: fails if a piece of a line that a chunk ends in is not kept for the next."""
+    """Any JSON, read in chunks of any size: fails if a piece of a line that a chunk ends in is not kept for
+    the next.
+    """
     directory = tmp_path_factory.mktemp("events")
     writer = EventWriter(directory / "s-1.t-1", "s-1", "t-1")
     writer.open()
@@ -174,7 +176,8 @@ GARBAGE = [
 @pytest.mark.parametrize("garbage", GARBAGE, ids=range(len(GARBAGE)))
 @pytest.mark.parametrize("after", [0, 2])
 def test_garbage_is_passed_over(path: Path, garbage: bytes, after: int) -> None:
-    """A line that is no event, or not the next one, counts for nothing, also before the cursor, where nothing is asked for.
+    """A line that is no event, or not the next one, counts for nothing, also before the cursor, where nothing is asked
+    for.
 
     Fails if a line is taken by its shape alone.
     """
@@ -233,15 +236,16 @@ def test_huge_event_passes(path: Path, writer: EventWriter) -> None:
     assert read(path) == (["a", huge, "b"], None)
 
 
-# --- a writer whose write breaks off -------------------------------------------------------------------------------------
+# --- a writer whose write breaks off ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("refused", [["refused"], [{"a": {"b": 1}}, [2], "3}"]], ids=["one", "several"])
 def test_write_that_broke_off_costs_no_later_event(path: Path, files: EventFiles, refused: list[Any]) -> None:
-    """The disk is full at any byte of an emission: it is refused, and the next one is kept, with the offset it was told.
+    """The disk is full at any byte of an emission: it is refused, and the next one is kept, with the offset it was
+    told.
 
-    Of the refused one a part may stand there, if its lines are whole. Fails without the stock-taking; and, for a line that
-    lacks nothing but its newline, if the newline that follows makes it an event, in the place of the next one.
+    Of the refused one a part may stand there, if its lines are whole. Fails without the stock-taking; and, for a line
+    that lacks nothing but its newline, if the newline that follows makes it an event, in the place of the next one.
     """
     whole = b"".join(line(offset, data) for offset, data in enumerate(refused, 2))
     for written in range(len(whole)):
@@ -273,7 +277,10 @@ def test_write_that_breaks_off_again_and_again(path: Path, files: EventFiles) ->
 
 
 def test_interrupt_behind_the_write_keeps_what_was_written(path: Path, writer: EventWriter) -> None:
-    """Ctrl-C when the bytes are down already: the event is there, and the next follows. Fails without the stock-taking."""
+    """Ctrl-C when the bytes are down already: the event is there, and the next follows.
+
+    Fails without the stock-taking.
+    """
     with pytest.MonkeyPatch.context() as patch:
         real = os.write
 
@@ -288,7 +295,7 @@ def test_interrupt_behind_the_write_keeps_what_was_written(path: Path, writer: E
     assert read(path) == (["a", "b"], None)
 
 
-# --- the fence -----------------------------------------------------------------------------------------------------------
+# --- the fence --------------------------------------------------------------------------------------------------------
 
 
 def test_fenced_writer_stays_fenced(path: Path, files: EventFiles, writer: EventWriter) -> None:
@@ -338,7 +345,9 @@ def test_fence_that_came_into_the_middle_of_a_write_is_one(path: Path, writer: E
 
 
 def test_successor_of_the_same_id_is_not_written_to(path: Path, files: EventFiles, writer: EventWriter) -> None:
-    """A failed emission, the session made anew, a stream of the same id: the old writer takes no stock of the new file."""
+    """A failed emission, the session made anew, a stream of the same id:
+    the old writer takes no stock of the new file.
+    """
     emit(writer, "a")
     with broken_off(9), pytest.raises(persist.EmitFailed):
         emit(writer, "b")
@@ -360,7 +369,10 @@ def test_successor_of_the_same_id_is_not_written_to(path: Path, files: EventFile
 def test_end_line_that_the_stock_taking_misses_is_a_fence(
     path: Path, files: EventFiles, writer: EventWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ended after stock was taken and before the write: the write is late. Fails if the size is asked for after the events."""
+    """Ended after stock was taken and before the write: the write is late.
+
+    Fails if the size is asked for after the events.
+    """
     emit(writer, "a")
     with broken_off(9), pytest.raises(persist.EmitFailed):
         emit(writer, "b")
@@ -379,7 +391,7 @@ def test_end_line_that_the_stock_taking_misses_is_a_fence(
     assert read(path) == (["a"], "cancelled")
 
 
-# --- what the disk refuses -----------------------------------------------------------------------------------------------
+# --- what the disk refuses --------------------------------------------------------------------------------------------
 
 CALLS = ["open", "write", "read", "fsync", "close", "mkdir", "fstat", "lstat", "stat", "flock", "any"]
 MOST_PLACES = 100
@@ -389,7 +401,8 @@ MOST_PLACES = 100
 @pytest.mark.parametrize("is_first", [True, False], ids=["first", "later"])
 @pytest.mark.parametrize("call", CALLS)
 def test_refused_emission_costs_nothing_else(scratch: Path, call: str, is_first: bool, durable: bool) -> None:
-    """Every error of every kernel call of `emit`: an error of persist or an acknowledgement that holds; the next one works.
+    """Every error of every kernel call of `emit`: an error of persist or an acknowledgement that holds; the next one
+    works.
 
     No offset is left out, no event stands there twice, and no descriptor is left open.
     """
@@ -459,13 +472,14 @@ def test_short_writes_are_completed(path: Path, writer: EventWriter) -> None:
     assert read(path) == (["a", {"b": "c"}], None)
 
 
-# --- durability ----------------------------------------------------------------------------------------------------------
+# --- durability -------------------------------------------------------------------------------------------------------
 
 
 def test_durable_emission_syncs_the_file_and_once_its_name(
     path: Path, writer: EventWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A durable emission returns when the file is synced, the first one also the directories above; others sync nothing.
+    """A durable emission returns when the file is synced, the first one also the directories above; others sync
+    nothing.
 
     Fails with either sync taken out.
     """
@@ -488,7 +502,7 @@ def test_durable_emission_syncs_the_file_and_once_its_name(
     assert len(synced) == 4
 
 
-# --- waking --------------------------------------------------------------------------------------------------------------
+# --- waking -----------------------------------------------------------------------------------------------------------
 
 
 def test_those_who_wait_are_woken_by_every_append_and_the_end(
@@ -538,11 +552,14 @@ def test_garbage_collector_may_come_at_any_moment(path: Path) -> None:
     assert done.wait(20.0)
 
 
-# --- expiry --------------------------------------------------------------------------------------------------------------
+# --- expiry -----------------------------------------------------------------------------------------------------------
 
 
 def test_sweep_removes_at_once_what_has_expired(scratch: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that sweeps, and ends, leaves no work to a thread that ends with it. Fails if it is left to the thread."""
+    """A command that sweeps, and ends, leaves no work to a thread that ends with it.
+
+    Fails if it is left to the thread.
+    """
     removed: list[tuple[str, threading.Thread]] = []
     real = os.unlink
 
@@ -559,7 +576,10 @@ def test_sweep_removes_at_once_what_has_expired(scratch: Path, path: Path, monke
 
 
 def test_clock_that_was_set_back_keeps_nothing_for_ever(scratch: Path, path: Path) -> None:
-    """A file from the future goes away as long after the sweep as it is kept at all. Fails if its age may be negative."""
+    """A file from the future goes away as long after the sweep as it is kept at all.
+
+    Fails if its age may be negative.
+    """
     path.write_bytes(WHOLE)
     os.utime(path, (2**32, 2**32))
     EventFiles(Layout(scratch), keep_s=0.05).sweep()

@@ -176,7 +176,9 @@ class TestRegisters:
         assert str(stale) in anomaly.detail
 
     def test_many_concurrent_operations_are_searched_in_bounded_time(self) -> None:
-        """Without a memory for configurations, a dozen writes that cannot explain a read would be put into 12! orders."""
+        """Without a memory for configurations, a dozen writes that cannot explain a read would be put into 12!
+        orders.
+        """
         writes = [op("write", "a", 0, 9, None) for _ in range(12)]
         assert register_anomalies(*writes, op("read", None, 10, 11, (12, "y"))) == ["not linearizable"]
 
@@ -202,7 +204,9 @@ def histories(draw: st.DrawFn) -> list[Operation]:
 
 @given(histories())
 def test_whatever_took_effect_one_after_another_is_linearizable(history: list[Operation]) -> None:
-    """No false alarm: a history made from a sequence is accepted, whatever the overlap and whichever answers were lost."""
+    """No false alarm: a history made from a sequence is accepted,
+    whatever the overlap and whichever answers were lost.
+    """
     assert register_anomalies(*history) == []
 
 

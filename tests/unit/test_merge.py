@@ -150,7 +150,9 @@ def test_what_both_sides_did_alike_is_no_conflict_where_items_have_ids(
 
 @given(st.data())
 def test_edits_in_different_parts_of_a_list_are_both_kept_in_place(data: st.DataObject) -> None:
-    """One edits before an item that nobody touches, the other behind it: the result is exactly both, whoever comes first."""
+    """One edits before an item that nobody touches, the other behind it: the result is exactly both, whoever comes
+    first.
+    """
 
     def new(side: str) -> Callable[[st.DrawFn, int], Any]:
         return lambda draw, step: draw(words) if draw(st.booleans()) else message(f"{side}{step}", draw(words))
@@ -190,7 +192,10 @@ def test_no_message_is_lost_doubled_or_revived(sides: tuple[Document, Document, 
 
 @given(two_sides(), st.sampled_from(["mine", "theirs"]))
 def test_no_message_is_lost_or_doubled_by_a_preference(sides: tuple[Document, Document, Document], prefer: Any) -> None:
-    """Whoever is preferred: what either side added is there, and what both kept, each once; and what both removed is not."""
+    """Whoever is preferred: what either side added is there, and what both kept, each once.
+
+    And what both removed is not.
+    """
     base, mine, theirs = sides
     merged = outcome(base, mine, theirs, prefer)
     assume(merged != CONFLICT)
@@ -201,7 +206,9 @@ def test_no_message_is_lost_or_doubled_by_a_preference(sides: tuple[Document, Do
 
 @given(two_sides())
 def test_no_word_is_lost_or_revived(sides: tuple[Document, Document, Document]) -> None:
-    """Also items without ids: what is new on a side is there as often, and what a side has removed altogether is gone."""
+    """Also items without ids: what is new on a side is there as often,
+    and what a side has removed altogether is gone.
+    """
     base, mine, theirs = sides
     merged = outcome(base, mine, theirs)
     assume(merged != CONFLICT)
@@ -467,7 +474,10 @@ def test_a_preference_settles_a_conflict_and_nothing_else(base: Document, mine: 
 def test_a_preference_drops_nothing_that_was_added(
     base: Any, mine: Any, theirs: Any, expected: Any, prefer: Any
 ) -> None:
-    """What one side added beside what the other removed: both stand. Never one side's whole list, which lacks the other's."""
+    """What one side added beside what the other removed: both stand.
+
+    Never one side's whole list, which lacks the other's.
+    """
     assert merge({"l": base}, {"l": mine}, {"l": theirs}, prefer=prefer) == {"l": expected}
 
 
@@ -726,7 +736,9 @@ def test_the_work_of_an_alignment_grows_with_the_list_not_with_its_square(
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_twenty_thousand_items_are_merged_and_patched(shape: Callable[[int], tuple[Any, Any]]) -> None:
-    """A long conversation of like items is one merge and one patch, not a minute (hermes-webui #2592: 2,048 equal rows)."""
+    """A long conversation of like items is one merge and one patch, not a minute (hermes-webui #2592: 2,048 equal
+    rows).
+    """
     base, side = shape(20_000)
     merged = merge({"l": base, "a": 0}, {"l": side, "a": 0}, {"l": base, "a": 1})
     target = {"l": list(base), "a": 0}

@@ -48,6 +48,13 @@ def test_a_name_is_loaded_at_its_first_use() -> None:
     assert {"filelock", "msgspec", "persist.store"} <= modules_after("import persist\npersist.Store")
 
 
+def test_an_error_of_the_plugin_needs_no_pytest() -> None:
+    """A program without pytest can name the plugin's errors."""
+    found = modules_after("import persist\npersist.KeyTaken")
+    assert "persist.pytest_plugin.errors" in found
+    assert not {"pytest", "persist.pytest_plugin.plugin"} & found
+
+
 def test_every_public_name_resolves() -> None:
     """Each of ``persist.__all__`` is there, is listed by ``dir``, and stays the same object."""
     for name in persist.__all__:

@@ -203,7 +203,8 @@ def test_on_conflict_takes_one_side_at_the_contradiction_only(
 def test_on_conflict_never_drops_what_was_appended(
     side: Any, instead: Any, session: persist.Session, store: persist.Store
 ) -> None:
-    """Where one side put something else in the place of the messages, or nothing: neither is written over what came meanwhile.
+    """Where one side put something else in the place of the messages, or nothing: neither is written over what came
+    meanwhile.
 
     Fails (the message is gone) if the preference is asked.
     """

@@ -1,15 +1,16 @@
 """The whole API against a model: a plain dict for each session, and a few lines that say what each verb does to it.
 
-Hypothesis draws the steps. Each is done to the store and to the model, whose answers and errors must agree; after each, every
-session must read as the model says. Several `Session` objects of different ages, with unsaved edits, stay in play, and
-so do streams that are live, cancelled, fenced off or dropped.
+Hypothesis draws the steps. Each is done to the store and to the model, whose answers and errors must agree; after each,
+every session must read as the model says. Several `Session` objects of different ages, with unsaved edits, stay in
+play, and so do streams that are live, cancelled, fenced off or dropped.
 
-The model knows how edits of different fields merge, whose value a preference or a policy takes, and that messages appended on
-both sides are both kept, theirs first. How other arrays merge is for `test_merge`: only `update` changes ``tags``.
+The model knows how edits of different fields merge, whose value a preference or a policy takes, and that messages
+appended on both sides are both kept, theirs first. How other arrays merge is for `test_merge`: only `update` changes
+``tags``.
 
-It can fail, and does with any of these in the package: `edit` ignores ``touch=False``; an interrupted partial is not marked; a
-save does not move the merge base; `duplicate` keeps the partial; `cancel` ends whatever stream is active; ``sum`` adds the base
-twice.
+It can fail, and does with any of these in the package: `edit` ignores ``touch=False``; an interrupted partial is not
+marked; a save does not move the merge base; `duplicate` keeps the partial; `cancel` ends whatever stream is active;
+``sum`` adds the base twice.
 """
 
 from __future__ import annotations
@@ -710,7 +711,9 @@ class SessionMachine(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("mode", ["auto", "always"])
 def test_every_verb_does_what_the_model_says(scratch: Path, mode: Mode) -> None:
-    """Whatever the order of the verbs, without a journal and with one: the answers, errors and documents are the model's."""
+    """Whatever the order of the verbs, without a journal and with one: the answers, errors and documents are the
+    model's.
+    """
 
     class Machine(SessionMachine):
         parent = scratch

@@ -1,10 +1,11 @@
 """Worker: a server process that plays turns into the store until no conversation has an open one.
 
-    python -m persist.replay.worker STORE CONVERSATIONS SEED
+    python -m replaying.worker STORE CONVERSATIONS SEED
 
-It is killed at any instant and keeps nothing in memory that matters: what comes next is decided from the documents alone.
-Several workers meet on a session: one gets the stream, the others `SessionBusy`. While a turn runs, a thread of the same worker
-sets the title through a `Session` that was loaded before the turn, as chat servers do in the background (hermes-webui #3987).
+It is killed at any instant and keeps nothing in memory that matters: what comes next is decided from the documents
+alone. Several workers meet on a session: one gets the stream, the others `SessionBusy`. While a turn runs, a thread of
+the same worker sets the title through a `Session` that was loaded before the turn, as chat servers do in the background
+(hermes-webui #3987).
 
 Imports stay light: a replacement must be there in an instant.
 """
@@ -24,12 +25,12 @@ from typing import TypeVar
 
 from persist import codec
 from persist.errors import MergeConflict, SessionBusy, SessionExists
-from persist.replay.conversations import TITLES, Conversation, Turn
-from persist.replay.reports import Report
 from persist.session import Session
 from persist.store import Store
 from persist.streams import Stream
 from persist.turn import Message
+from replaying.conversations import TITLES, Conversation, Turn
+from replaying.reports import Report
 
 Result = TypeVar("Result")
 

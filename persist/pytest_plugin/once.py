@@ -2,9 +2,9 @@
 
     persist_once("database", make_database, teardown=drop_database)
 
-Whoever comes first claims the key's session and runs the factory; the others poll until its record is there, or until the
-claim is free because its process died: then the next one takes over. A look at the record before the claim saves the claim;
-the look after it decides, since another process may have finished in between.
+Whoever comes first claims the key's session and runs the factory; the others poll until its record is there, or until
+the claim is free because its process died: then the next one takes over. A look at the record before the claim saves
+the claim; the look after it decides, since another process may have finished in between.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 from persist import codec
 from persist.errors import SessionBusy, WrongType
+from persist.pytest_plugin import outcome
+from persist.pytest_plugin.errors import KeyCycle, ProducerTimeout
+from persist.pytest_plugin.outcome import ENDED, VALUE, Record
+from persist.pytest_plugin.run import Run, Wait, describe
 from persist.streams import Stream
-from persist.testrun import outcome
-from persist.testrun.errors import KeyCycle, ProducerTimeout
-from persist.testrun.outcome import ENDED, VALUE, Record
-from persist.testrun.run import Run, Wait, describe
 
 Function = Callable[..., Any]
 KIND = "once"
@@ -109,7 +109,8 @@ class Once:
             return error
         finally:
             del producing[self.session_id]
-        # The number tells in which order things were made. It is drawn late: what this factory asked for comes before it.
+        # The number tells in which order things were made. It is drawn late: what this factory asked for comes before
+        # it.
         number = self.run.count("made")
         stream.finish({"kind": VALUE, "worker": self.run.worker, "number": number, "value": value})
         return None
@@ -124,7 +125,8 @@ class Once:
         __tracebackhide__ = True
         producing = self.run.held.streams
         if producing:
-            # Seen by whoever waits for that one: written before the look, so that of two that wait for each other one sees it.
+            # Seen by whoever waits for that one: written before the look, so that of two that wait for each other one
+            # sees it.
             mine, stream_id = next(reversed(producing.items()))
             edge = f"{stream_id} {self.session_id}"
             self.run.store.update(mine, lambda data: data.update({_WAITS_FOR: edge}))

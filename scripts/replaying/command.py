@@ -1,4 +1,4 @@
-"""The command `persist replay`: the main job on real conversations, with its progress bar and its table."""
+"""The command `scripts/replay`: the main job on real conversations, with its progress bar and its table."""
 
 from __future__ import annotations
 
@@ -6,27 +6,39 @@ import random
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
 
-from persist.cli.output import print_figures, print_json, printable
-from persist.replay import conversations, outcome
-from persist.replay.conversations import BadTranscript, Conversation
-from persist.replay.outcome import Outcome
-from persist.replay.supervise import Plan, Progress
+from persist.cli.commands import errors_as_messages
+from persist.cli.output import console, print_json, printable
+from replaying import conversations, outcome
+from replaying.conversations import BadTranscript, Conversation
+from replaying.outcome import Outcome
+from replaying.supervise import Plan, Progress
 
 LOSS = 1
 _FINDINGS_SHOWN = 50
 
 
-@click.command()
+class StoreCommand(click.Command):
+    """A command whose `PersistError` or `OSError` becomes a message."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        with errors_as_messages():
+            return super().invoke(ctx)
+
+
+@click.command(cls=StoreCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("transcripts", required=False, type=click.Path(exists=True, path_type=Path))
 @click.option("--workers", type=click.IntRange(1, 256), default=4, show_default=True, help="Server processes.")
 @click.option(
@@ -55,20 +67,20 @@ def replay(
 ) -> None:
     """Play conversations, kill servers, compare.
 
-    The conversations are played as live turns, through several server processes, into one store; some of these are killed
-    in mid-turn and replaced. At the end every session is compared with its transcript.
+    The conversations are played as live turns, through several server processes, into one store; some of these are
+    killed in mid-turn and replaced. At the end every session is compared with its transcript.
 
-    TRANSCRIPTS is a file, or a directory of *.json files: {"title": ..., "messages": [{"role": ..., "content": ...}, ...]}.
-    Without it the sample conversations of the package are played. With more kills than they allow, they are played again,
-    in rounds.
+    TRANSCRIPTS is a file, or a directory of *.json files, each with
+    {"title": ..., "messages": [{"role": ..., "content": ...}, ...]}. Without it the sample conversations are played.
+    With more kills than they allow, they are played again, in rounds.
 
     The exit status is 1 if anything is lost, doubled, changed or stuck, or if a process failed.
 
     \b
     Examples:
-      persist replay
-      persist replay --workers 4 --kills 20
-      persist replay my/transcripts --kills 500 --store /var/tmp/replay
+      scripts/replay
+      scripts/replay --workers 4 --kills 20
+      scripts/replay my/transcripts --kills 500 --store /var/tmp/replay
     """
     played = _conversations(transcripts)
     if kills and not any(conversation.turns for conversation in played):
@@ -123,7 +135,7 @@ def _empty_directory(store: Path | None) -> Path:
 
 @contextmanager
 def _progress_bar() -> Iterator[Callable[[Progress], None]]:
-    console = Console(stderr=True)
+    terminal = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -131,7 +143,7 @@ def _progress_bar() -> Iterator[Callable[[Progress], None]]:
         TextColumn("turns"),
         TimeElapsedColumn(),
     )
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Bar(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
 
         def show(progress: Progress) -> None:
@@ -146,7 +158,7 @@ def _print(result: Outcome, directory: Path | None, seed: int, as_json: bool) ->
         verdict = {"is_clean": result.is_clean, "lost": result.lost, "doubled": result.doubled}
         print_json({**verdict, **asdict(result), "seed": seed, "store": None if directory is None else str(directory)})
         return
-    print_figures(f"persist replay, seed {seed}", _figures(result))
+    _print_figures(f"replay, seed {seed}", _figures(result))
     for finding in result.findings[:_FINDINGS_SHOWN]:
         click.echo(f"{finding.kind}: session {finding.session_id}: {printable(finding.what)}")
     if len(result.findings) > _FINDINGS_SHOWN:
@@ -183,3 +195,20 @@ def _figures(result: Outcome) -> list[tuple[str, str]]:
     }
     figures = [(name, f"{count:,}") for name, count in counted.items()]
     return [*figures, *measured.items(), *((name, f"{count:,}") for name, count in survived.items())]
+
+
+def _print_figures(title: str, figures: Sequence[tuple[str, str]]) -> None:
+    """Print named figures below each other."""
+    out = console()
+    if not out.is_terminal:
+        width = max(len(name) for name, _ in figures)
+        click.echo(title)
+        for name, value in figures:
+            click.echo(f"  {name:<{width}}  {value:>12}")
+        return
+    table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in figures:
+        table.add_row(name, value)
+    Console().print(table)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from persist.errors import SessionBusy
+from persist.pytest_plugin.errors import NamedLockNested, NamedLockTimeout
+from persist.pytest_plugin.run import Run, Wait, describe
 from persist.streams import Stream
-from persist.testrun.errors import NamedLockNested, NamedLockTimeout
-from persist.testrun.run import Run, Wait, describe
 
 _TEST = "test"
 

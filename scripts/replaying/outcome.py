@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from persist.errors import SweepIncomplete
-from persist.replay.supervise import Plan, Progress, Supervisor
-from persist.replay.verdict import Finding, compare
 from persist.store import Store
+from replaying.supervise import Plan, Progress, Supervisor
+from replaying.verdict import Finding, compare
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,10 @@ class Outcome:
 
 
 def replay(plan: Plan, on_progress: Callable[[Progress], None] = lambda _: None) -> Outcome:
-    """Play the plan to its end and compare the store with what was played. The store's directory must be empty or new."""
+    """Play the plan to its end and compare the store with what was played.
+
+    The store's directory must be empty or new.
+    """
     store = Store(plan.directory, lock_timeout_s=plan.timeout_s)
     with tempfile.TemporaryDirectory(prefix="persist-replay-") as scratch:
         supervisor = Supervisor(plan, Path(scratch), on_progress)
@@ -86,7 +89,9 @@ def _judge(store: Store, supervisor: Supervisor, playing_s: float) -> Outcome:
 
 
 def _commit_over_left_overs(store: Store) -> None:
-    """A kill inside a session's last commit leaves a temporary file, which the next commit removes: make that commit."""
+    """A kill inside a session's last commit leaves a temporary file, which the next commit removes:
+    make that commit.
+    """
     for problem in store.check():
         if problem.kind == "left-over" and store.exists(problem.session_id):
             store.update(problem.session_id, lambda data: data.update(has_left_over=True))

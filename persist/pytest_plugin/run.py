@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from persist.errors import SessionBusy, SessionExists, SessionNotFound
+from persist.pytest_plugin.errors import KeyTaken
 from persist.store import Store
 from persist.streams import Stream
-from persist.testrun.errors import KeyTaken
 
 #: Many workers on few cores may queue for one session; whoever waits here has a time-out of its own above.
 _LOCK_TIMEOUT_S = 60.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from persist.replay.reports import COMMITS, Report
+from replaying.reports import COMMITS, Report
 
 
 @dataclass(slots=True)
@@ -13,8 +13,9 @@ class Ledger:
 
     Attributes:
         messages: (session id, message id) of every message whose verb has returned -> a revision that holds it.
-        seen: session id -> (revision, number of messages) of every look at it, in the course of the replay. A message that is
-            lost is missing at the end, or it was missing once: the next worker would send it again and hide the loss.
+        seen: session id -> (revision, number of messages) of every look at it, in the course of the replay. A message
+            that is lost is missing at the end, or it was missing once: the next worker would send it again and hide the
+            loss.
         titles: (session id, prompt id) of the turn -> the revision at which its title was seen to be durable.
         unsure: (session id, prompt id) of turns whose worker was killed: it may have saved a title and not told us.
         commits_s: seconds that each commit took.

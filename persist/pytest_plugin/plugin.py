@@ -8,10 +8,11 @@
         yield {"url": url}                 # every worker gets this JSON value;
         stop_database(url)                 # goes on when all the others are done with it
 
-Works the same without pytest-xdist. Nothing of `persist` is imported, and nothing made on disk, before a fixture is used.
+Works the same without pytest-xdist. Nothing of `persist` is imported, and nothing made on disk, before a fixture is
+used.
 
-The run's directory has a name of its own, drawn by the controller and handed to the workers. xdist's ``testrun_uid`` would
-not do: ``--testrunuid`` may name the same one again. It is removed when the run has passed, and kept otherwise.
+The run's directory has a name of its own, drawn by the controller and handed to the workers. xdist's ``testrun_uid``
+would not do: ``--testrunuid`` may name the same one again. It is removed when the run has passed, and kept otherwise.
 
 PYTEST_DONT_REWRITE: there is no test in here, and a conftest.py may import it before it registers it.
 """
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from typing import Protocol
 
+    from persist.pytest_plugin.run import Run
+    from persist.pytest_plugin.uses import Uses
     from persist.store import Store
-    from persist.testrun.run import Run
-    from persist.testrun.uses import Uses
 
     class PersistOnce(Protocol):
         """The type of the fixture `persist_once`."""
@@ -84,7 +85,7 @@ class Participant:
     def directory(self) -> Path:
         """The run's directory. It may not be there yet."""
         if self._directory is None:
-            from persist.testrun.errors import NotShared
+            from persist.pytest_plugin.errors import NotShared
 
             raise NotShared
         return self._directory
@@ -92,14 +93,14 @@ class Participant:
     @functools.cached_property
     def run(self) -> Run:
         """The run, opened at the first use."""
-        from persist.testrun.run import Run
+        from persist.pytest_plugin.run import Run
 
         return Run(self.directory, self._worker or "main")
 
     @functools.cached_property
     def uses(self) -> Uses:
         """The yield-style fixtures in use here."""
-        from persist.testrun.uses import Uses
+        from persist.pytest_plugin.uses import Uses
 
         return Uses(self.run, is_alone=self._worker is None)
 
@@ -156,7 +157,7 @@ class Controller:
 
     @functools.cached_property
     def _run(self) -> Run:
-        from persist.testrun.run import Run
+        from persist.pytest_plugin.run import Run
 
         return Run(self.directory, "controller")
 
@@ -187,7 +188,7 @@ class Controller:
 
     def _publish(self) -> None:
         if self._live != self._published and self._live and self._is_used:
-            from persist.testrun.uses import publish_live
+            from persist.pytest_plugin.uses import publish_live
 
             publish_live(self._run, sorted(self._live))
             self._published = set(self._live)
@@ -213,7 +214,7 @@ class Controller:
 
     def _end(self) -> None:
         if self._is_used and not self._has_ended:
-            from persist.testrun.ending import end, outlive
+            from persist.pytest_plugin.ending import end, outlive
 
             # xdist's own end is cut short by a second interrupt: then workers may still be in their tests.
             self._problems += outlive(self._gateways) or end(self._run)
@@ -262,8 +263,8 @@ class _Alone(Participant):
 def _participant(request: pytest.FixtureRequest) -> Participant:
     if _PARTICIPANT not in request.config.stash:
         raise pytest.UsageError(
-            "The pytest plugin of persist is not loaded. Load it with '-p persist.pytest_plugin', in addopts say; where "
-            "plugins are loaded by themselves, leave out '-p no:persist.pytest_plugin'."
+            "The pytest plugin of persist is not loaded. Load it with '-p persist.pytest_plugin', in addopts say; "
+            "where plugins are loaded by themselves, leave out '-p no:persist.pytest_plugin'."
         )
     return request.config.stash[_PARTICIPANT]
 
@@ -275,13 +276,14 @@ def _participant(request: pytest.FixtureRequest) -> Participant:
 def persist_once(request: pytest.FixtureRequest) -> PersistOnce:
     """Produce a JSON value once per test run: ``persist_once(key, factory, teardown=None, timeout_s=300.0)``.
 
-    Whichever process comes first runs the factory; all others wait for its value, and each call gets a copy of its own. If
-    that process dies meanwhile, the next one takes over. What the factory raises (also `pytest.skip` and `pytest.fail`)
-    is raised everywhere, after that one run.
+    Whichever process comes first runs the factory; all others wait for its value, and each call gets a copy of its own.
+    If that process dies meanwhile, the next one takes over. What the factory raises (also `pytest.skip` and
+    `pytest.fail`) is raised everywhere, after that one run.
 
     Args:
-        teardown: a function of the value, at the top of a module: it runs once, at the end of the run, in the process that
-            started pytest, when all workers are gone; also after a crash of a worker, after ``-x`` and after an interrupt.
+        teardown: a function of the value, at the top of a module: it runs once, at the end of the run, in the process
+            that started pytest, when all workers are gone; also after a crash of a worker, after ``-x`` and after an
+            interrupt.
         timeout_s: seconds to wait for another process that is producing the value.
 
     Raises:
@@ -301,7 +303,7 @@ def persist_once(request: pytest.FixtureRequest) -> PersistOnce:
     ) -> Any:
         __tracebackhide__ = True
         from persist.errors import WrongType
-        from persist.testrun.once import Once, origin_of
+        from persist.pytest_plugin.once import Once, origin_of
 
         if type(key) is not str:
             raise WrongType(what="the key of persist_once", expected="a string", got=type(key).__name__)
@@ -339,7 +341,7 @@ def persist_lock(request: pytest.FixtureRequest) -> PersistLock:
     participant = _participant(request)
 
     def lock(name: str, *, timeout_s: float = 60.0) -> AbstractContextManager[None]:
-        from persist.testrun.locks import hold
+        from persist.pytest_plugin.locks import hold
 
         return hold(participant.run, name, timeout_s)
 
@@ -391,9 +393,9 @@ def shared_fixture(
 ) -> Any:
     """Make a session fixture whose function runs once per test run, in place of ``@pytest.fixture(scope="session")``.
 
-    Its value is JSON, and each worker has a copy of its own. A function with a ``yield`` goes on where it ran, as its worker
-    ends, when the other workers have ended or are done with the fixture. If its worker dies, what follows the ``yield``
-    cannot run; the summary says so. A `teardown` runs in the controller, and survives that.
+    Its value is JSON, and each worker has a copy of its own. A function with a ``yield`` goes on where it ran, as its
+    worker ends, when the other workers have ended or are done with the fixture. If its worker dies, what follows the
+    ``yield`` cannot run; the summary says so. A `teardown` runs in the controller, and survives that.
 
     Args:
         scope: "session", which it is anyway.
@@ -438,7 +440,7 @@ def _return_style(function: Function, teardown: Callable[[Any], object] | None, 
     @functools.wraps(function)
     def shared(*args: Any, request: pytest.FixtureRequest, **fixtures: Any) -> Any:
         __tracebackhide__ = True
-        from persist.testrun.once import Once, origin_of
+        from persist.pytest_plugin.once import Once, origin_of
 
         key = _fixture_key(function, request)
         once = Once(_participant(request).run, key, origin_of(function), teardown=teardown)
@@ -451,8 +453,8 @@ def _yield_style(function: Function, timeout_s: float, end_timeout_s: float) -> 
     @functools.wraps(function)
     def shared(*args: Any, request: pytest.FixtureRequest, **fixtures: Any) -> Generator[Any, None, None]:
         __tracebackhide__ = True
-        from persist.testrun.once import Once, origin_of
-        from persist.testrun.uses import Use
+        from persist.pytest_plugin.once import Once, origin_of
+        from persist.pytest_plugin.uses import Use
 
         participant = _participant(request)
         once = Once(participant.run, _fixture_key(function, request), origin_of(function), style="yield")
@@ -480,7 +482,9 @@ def _needing_request(shared: Function, function: Function) -> Function:
 
 
 def _place(function: Function, request: pytest.FixtureRequest) -> str:
-    """What tells apart the fixtures that pytest makes of one function: by other names, in other modules, in derived classes."""
+    """What tells apart the fixtures that pytest makes of one function: by other names, in other modules, in derived
+    classes.
+    """
     definition = request._fixturedef  # type: ignore[attr-defined]
     name, base = definition.argname, definition.baseid
     file, _, classes = base.partition("::")

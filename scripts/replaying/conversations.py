@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -112,8 +111,7 @@ def _with_id(i: int, message: Message) -> Message:
 
 def samples() -> list[Conversation]:
     """The conversations that come with the package."""
-    with resources.as_file(resources.files("persist") / "samples") as directory:
-        return read(directory)
+    return read(Path(__file__).parent / "samples")
 
 
 def read(path: Path) -> list[Conversation]:

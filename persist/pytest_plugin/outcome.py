@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from persist.testrun.errors import FactoryFailed
+from persist.pytest_plugin.errors import FactoryFailed
 
 Record = dict[str, Any]
 
@@ -23,7 +23,7 @@ _VERDICTS: dict[str, tuple[type[BaseException], Callable[..., Any]]] = {
     "xfail": (pytest.xfail.Exception, pytest.xfail),
     "fail": (pytest.fail.Exception, pytest.fail),
 }
-_OURS = ("persist.testrun.", "persist.pytest_plugin")
+_OURS = "persist.pytest_plugin."
 #: These end the process, or the run, and say nothing about the value: the next process may try.
 NO_OUTCOME = (KeyboardInterrupt, GeneratorExit, pytest.exit.Exception)
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from persist.errors import PersistError
-from persist.storage import layout
 from persist.merge import same
-from persist.replay.conversations import TITLES, Conversation, Turn
-from persist.replay.ledger import Ledger
+from persist.storage import layout
 from persist.store import Store
 from persist.turn import IDLE, INTERRUPTED, Message
+from replaying.conversations import TITLES, Conversation, Turn
+from replaying.ledger import Ledger
 
 Kind = Literal["lost", "doubled", "changed", "disordered", "stray", "stuck", "damaged"]
 

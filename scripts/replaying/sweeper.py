@@ -1,6 +1,6 @@
 """Sweeper: a server process that clears stale streams all the time, until its standard input ends.
 
-python -m persist.replay.sweeper STORE
+python -m replaying.sweeper STORE
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import select
 import sys
 
-from persist.replay.reports import Report
-from persist.replay.worker import LOCK_TIMEOUT_S
 from persist.store import Store
+from replaying.reports import Report
+from replaying.worker import LOCK_TIMEOUT_S
 
 INTERVAL_S = 0.02
 

@@ -1,6 +1,7 @@
 """Reports: what a played server tells its supervisor, one line each, after the verb has returned.
 
-A report is an acknowledgement: what it says was durable when it was sent, so it must be found at the end, whatever is killed.
+A report is an acknowledgement: what it says was durable when it was sent, so it must be found at the end, whatever is
+killed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ class Report:
         verb: a commit ("create", "append", "start", "checkpoint", "finish", "title"), a look ("seen"), or something to
             count ("busy", "conflict", "cleared", "taken-over").
         session_id: the session it happened to.
-        item: the message's id; of a title, that of its turn's prompt; of a stream that was cleared or taken over, its id.
+        item: the message's id; of a title, that of its turn's prompt; of a stream that was cleared or taken over, its
+            id.
         stream_id: the stream that did it, if one did.
         took_s: seconds that the commit took, seen by its caller.
         revision: one that holds what was committed; of a look, the one that was seen.

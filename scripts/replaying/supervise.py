@@ -1,7 +1,7 @@
 """Supervise: start the server processes of a replay, kill some of them in the middle of a turn, and replace them.
 
-Rounds: in each, every conversation is played into a session of its own. One round is enough for a few kills; the next one
-begins, with the same conversations under new session ids, while kills are left.
+Rounds: in each, every conversation is played into a session of its own. One round is enough for a few kills; the next
+one begins, with the same conversations under new session ids, while kills are left.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from persist import codec
-from persist.replay.child import Child
-from persist.replay.conversations import Conversation
-from persist.replay.ledger import Ledger
-from persist.replay.reports import COMMITS, Report
+from replaying.child import Child
+from replaying.conversations import Conversation
+from replaying.ledger import Ledger
+from replaying.reports import COMMITS, Report
 
 # A turn is killed with this chance at most: conversations must also come to their end.
 _MOST_KILLED = 0.5
@@ -29,7 +29,10 @@ _TICK_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to play into which directory. `timeout_s` is how long a worker may be silent, and the store without a commit."""
+    """What to play into which directory.
+
+    `timeout_s` is how long a worker may be silent, and the store without a commit.
+    """
 
     conversations: list[Conversation]
     directory: Path
@@ -175,7 +178,10 @@ class Supervisor:
     # --- kills ---
 
     def _plan_kill(self, worker: Child, start: Report) -> None:
-        """Kill the turn that has begun, at a random instant of it; kills are spread evenly over the turns that are left."""
+        """Kill the turn that has begun, at a random instant of it.
+
+        Kills are spread evenly over the turns that are left.
+        """
         turns_left = max(self._turns - len(self._turns_done), 1)
         chance = min(self._kills_left / turns_left, _MOST_KILLED)
         if self._planned is None and self._rng.random() < chance:

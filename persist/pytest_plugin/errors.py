@@ -88,6 +88,7 @@ class NotShared(PersistError, RuntimeError):
     """This worker cannot reach what the others share."""
 
     template = (
-        "This worker shares no directory with the others: it runs on another machine, or its controller has not loaded the "
-        "plugin. Load it with '-p persist.pytest_plugin', in addopts say, and not in a conftest.py of a subdirectory."
+        "This worker shares no directory with the others: it runs on another machine, or its controller has not loaded "
+        "the plugin. Load it with '-p persist.pytest_plugin', in addopts say, and not in a conftest.py of a "
+        "subdirectory."
     )

@@ -1,13 +1,13 @@
 """Uses: the yield-style fixtures that one process uses, and how each is finished when nobody needs it any more.
 
 The producer keeps the generator, and goes on with it when every other worker is done with the fixture: has ended, or is
-ending and has torn down what it built on it. Who the workers are is told by the controller, to which the kernel reports a
-death (the end of a pipe); what an ending worker still uses it tells itself. Both stand in one session:
+ending and has torn down what it built on it. Who the workers are is told by the controller, to which the kernel reports
+a death (the end of a pipe); what an ending worker still uses it tells itself. Both stand in one session:
 
     {"live": ["gw0", "gw1"], "ending": {"gw1": ["once-…"]}}
 
-Nobody waits for ever: pytest tears down in the reverse order of setting up, and a use comes after its production, so each wait
-is for something produced later. A process that is ending says so before it waits.
+Nobody waits for ever: pytest tears down in the reverse order of setting up, and a use comes after its production, so
+each wait is for something produced later. A process that is ending says so before it waits.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from contextlib import suppress
 from typing import Any
 
 from persist import codec
-from persist.testrun.errors import OthersRunning
-from persist.testrun.once import Once
-from persist.testrun.run import Run, Wait
+from persist.pytest_plugin.errors import OthersRunning
+from persist.pytest_plugin.once import Once
+from persist.pytest_plugin.run import Run, Wait
 
 #: After an interrupt xdist gives a worker some ten seconds, and half of them are gone when it hears of it.
 HURRY_S = 2.0

@@ -12,10 +12,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from persist.testrun import outcome
-from persist.testrun.once import KIND, mark_ended
-from persist.testrun.outcome import ENDED, VALUE, Record
-from persist.testrun.run import Data, Run
+from persist.pytest_plugin import outcome
+from persist.pytest_plugin.once import KIND, mark_ended
+from persist.pytest_plugin.outcome import ENDED, VALUE, Record
+from persist.pytest_plugin.run import Data, Run
 
 _WORKER_END_S = 3.0
 
@@ -79,7 +79,8 @@ def _torn_down(data: Data, value: Any) -> Iterator[str]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        yield f"{data['name']}: its teardown {address['module']}:{address['qualname']} failed.\n{outcome.text_of(error)}"
+        teardown = f"{address['module']}:{address['qualname']}"
+        yield f"{data['name']}: its teardown {teardown} failed.\n{outcome.text_of(error)}"
 
 
 def function_at(address: Record) -> Callable[..., Any]:

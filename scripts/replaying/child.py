@@ -10,10 +10,11 @@ import time
 from pathlib import Path
 from typing import IO
 
-from persist.replay.reports import Report, parse
+from replaying.reports import Report, parse
 
 _STDERR_SHOWN_CHARS = 4000
 _READ_BYTES = 65536
+_SCRIPTS = Path(__file__).resolve().parent.parent
 
 
 class Child:
@@ -28,7 +29,8 @@ class Child:
         self.name = name
         self._errors: IO[str] = (scratch / f"{name}.stderr").open("w+", encoding="utf-8", errors="replace")
         self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", f"persist.replay.{module}", *arguments],
+            [sys.executable, "-P", "-m", f"replaying.{module}", *arguments],
+            env=os.environ | {"PYTHONPATH": _python_path()},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -82,3 +84,9 @@ class Child:
         with self._errors:
             self._errors.seek(0)
             return status, self._errors.read()[-_STDERR_SHOWN_CHARS:].strip()
+
+
+def _python_path() -> str:
+    """Where the child finds this package: it is not installed."""
+    inherited = os.environ.get("PYTHONPATH")
+    return str(_SCRIPTS) if not inherited else f"{inherited}{os.pathsep}{_SCRIPTS}"
