@@ -46,7 +46,9 @@ if TYPE_CHECKING:
     from persist.errors import UnsupportedFileSystem as UnsupportedFileSystem
     from persist.errors import UnsupportedFormat as UnsupportedFormat
     from persist.errors import WrongType as WrongType
-    from persist.following import Following as Following
+    from persist.event_log import Event as Event
+    from persist.follow import Following as Following
+    from persist.maintenance import Problem as Problem
     from persist.merge import MISSING as MISSING
     from persist.pytest_plugin.errors import FactoryFailed as FactoryFailed
     from persist.pytest_plugin.errors import KeyCycle as KeyCycle
@@ -58,9 +60,7 @@ if TYPE_CHECKING:
     from persist.pytest_plugin.errors import ProducerTimeout as ProducerTimeout
     from persist.session import Head as Head
     from persist.session import Session as Session
-    from persist.storage.events import Event as Event
     from persist.store import ClearedStream as ClearedStream
-    from persist.store import Problem as Problem
     from persist.store import Store as Store
     from persist.streams import Stream as Stream
     from persist.streams import StreamInfo as StreamInfo
@@ -72,11 +72,12 @@ _HOMES = {
         "ReservedField RevisionMismatch SessionBusy SessionDeleted SessionExists SessionNotFound StoreClosed "
         "StreamLost SweepIncomplete Unreadable UnsafeFile UnsupportedFileSystem UnsupportedFormat WrongType"
     ),
-    "storage.events": "Event",
-    "following": "Following",
+    "event_log": "Event",
+    "follow": "Following",
     "merge": "MISSING",
     "session": "Head Session",
-    "store": "ClearedStream Problem Store",
+    "maintenance": "Problem",
+    "store": "ClearedStream Store",
     "streams": "Stream StreamInfo",
     "pytest_plugin.errors": (
         "FactoryFailed KeyCycle KeyTaken NamedLockNested NamedLockTimeout NotShared OthersRunning ProducerTimeout"

@@ -33,16 +33,17 @@ import anyio.lowlevel
 
 import persist
 from persist.errors import WrongType
-from persist.following import Cursor
+from persist.event_log import Ended, Event
+from persist.follow import Cursor
 from persist.hops import News, Threads
+from persist.maintenance import Problem
 from persist.merge import Policy, Preference
 from persist.session import Head
-from persist.storage.directory import Mode
-from persist.storage.events import Ended, Event
-from persist.storage.waiting import waking
-from persist.store import ClearedStream, Problem
+from persist.storage.commit import Mode
+from persist.store import ClearedStream
 from persist.streams import StreamInfo
 from persist.turn import Message
+from persist.watch import waking
 
 Result = TypeVar("Result")
 
@@ -289,6 +290,7 @@ class _Options(TypedDict, total=False):
     journal: Mode
     merge: Mapping[str, Policy] | None
     keep_events_s: float
+    cache_bytes: int
     allow_network: bool
     create: bool
 
@@ -413,6 +415,7 @@ class Store:
         """See `persist.Store.compact`."""
         return await self._threads.run(lambda: self._store.compact(session_id, alone=alone))
 
-    async def accept(self, session_id: str) -> Session:
+    async def accept(self, session_id: str, *, drop_journal: bool = False) -> Session:
         """See `persist.Store.accept`."""
-        return Session(self._threads, await self._threads.run(lambda: self._store.accept(session_id)))
+        accepted = await self._threads.run(lambda: self._store.accept(session_id, drop_journal=drop_journal))
+        return Session(self._threads, accepted)

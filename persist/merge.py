@@ -22,10 +22,10 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any, Final, Literal, get_args
 
 from persist.errors import MergeConflict, ValuePath, WrongType
+from persist.json_codec import same
 
 Policy = Literal["sum", "max", "mine", "theirs"]
 Preference = Literal["error", "mine", "theirs"]
@@ -58,22 +58,6 @@ def check_policies(policies: object) -> None:
             raise WrongType(
                 what=f"the merge policy of {field!r}", expected=" | ".join(get_args(Policy)), got=repr(policy)
             )
-
-
-def same(one: Any, other: Any) -> bool:
-    """Tell whether two JSON values have the same types and values all through; the order of keys is no part of it."""
-    if one is other:
-        return True
-    kind = type(one)
-    if kind is not type(other):
-        return False
-    if kind is dict:
-        return len(one) == len(other) and all(key in other and same(one[key], other[key]) for key in one)
-    if kind is list:
-        return len(one) == len(other) and all(map(same, one, other))
-    if kind is float:
-        return bool(one == other) and math.copysign(1, one) == math.copysign(1, other)
-    return bool(one == other)
 
 
 def merge(
@@ -186,7 +170,7 @@ class _Merger:
     def array(self, path: ValuePath, b: list[Any] | _Missing, m: list[Any], t: list[Any]) -> Any:
         """Item by item; a contradiction that no preference settles is a conflict about the array as a whole."""
         base = [] if isinstance(b, _Missing) else b
-        lead = _same_objects(base, m, t)
+        lead = same_objects(base, m, t)
         mine, theirs = _Edits(base[lead:], m[lead:]), _Edits(base[lead:], t[lead:])
         try:
             self.settle_twins(mine, theirs)
@@ -239,7 +223,7 @@ class _Merger:
         return ours
 
 
-def _same_objects(first: list[Any], *others: list[Any]) -> int:
+def same_objects(first: list[Any], *others: list[Any]) -> int:
     """How many objects stand at the beginning of all lists: they need not be compared."""
     differing = (
         place for place, items in enumerate(zip(first, *others, strict=False)) if any(x is not items[0] for x in items)
@@ -388,97 +372,3 @@ def _longest_rising(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
 def count_removed(base: list[Any], side: Any) -> int:
     """How many items of an array `side` no longer has; an edited item is not a removed one."""
     return _Edits(base, side).kept.count(MISSING) if type(side) is list else len(base)
-
-
-def patch(target: dict[str, Any], known: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Make `target` equal to `wanted` in place, keeping every object whose counterpart is still there.
-
-    Callers hold references into a document (``messages = session.data["messages"]``); after this they still hold
-    the document's own objects.
-
-    Args:
-        target: the document, of which `known` is a copy. Fields that another thread has set since, and items that it
-            has appended, stay.
-        wanted: what it shall be; parts of it become parts of `target`.
-    """
-    _Patch(target).object(target, known, wanted)
-
-
-def _shared_in(document: Any) -> set[int]:
-    """The ids of the objects and arrays that stand at more than one place of a document."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    level = [document]
-    while level:
-        found = dict(zip(map(id, level), level, strict=True))
-        if len(found) < len(level):
-            shared |= {identity for identity, count in Counter(map(id, level)).items() if count > 1}
-        shared |= seen & found.keys()
-        new = [item for identity, item in found.items() if identity not in seen]
-        seen |= found.keys()
-        # Another thread may add to one meanwhile: list() copies it in one call of C.
-        level = [
-            each
-            for item in new
-            for each in list(item.values() if type(item) is dict else item)
-            if type(each) in (dict, list)
-        ]
-    return shared
-
-
-class _Patch:
-    """One patch.
-
-    An object that stands at two places of the target is not changed in place: the other place is not meant.
-    """
-
-    def __init__(self, target: dict[str, Any]) -> None:
-        self._shared = _shared_in(target)
-
-    def value(self, target: Any, known: Any, wanted: Any) -> Any:
-        """What shall stand where `target` stands: `target` itself, changed in place, if that can be."""
-        if same(known, wanted):
-            return target
-        if id(target) not in self._shared:
-            if type(target) is type(known) is type(wanted) is dict:
-                self.object(target, known, wanted)
-                return target
-            if type(target) is type(known) is type(wanted) is list:
-                self.array(target, known, wanted)
-                return target
-        # Set since by another thread: its edit stays, and is merged by the next save.
-        return wanted if same(known, target) else target
-
-    def object(self, target: dict[str, Any], known: dict[str, Any], wanted: dict[str, Any]) -> None:
-        """Key by key; keys that are not known have been set meanwhile, and stay."""
-        for key, value in known.items():
-            if key not in wanted and same(value, target.get(key, MISSING)):
-                target.pop(key, None)
-        for key, value in wanted.items():
-            if key not in known:
-                target.setdefault(key, value)
-            elif key in target:
-                self.swap(target, key, known[key], value)
-
-    def swap(self, target: dict[str, Any], key: str, known: Any, wanted: Any) -> None:
-        """Put what is wanted under a key, unless another thread has set it since."""
-        old = target.get(key, MISSING)
-        new = self.value(old, known, wanted)
-        with suppress(KeyError):
-            # No call stands between looking and setting: no other thread comes between.
-            if target[key] is old:
-                target[key] = new
-
-    def array(self, target: list[Any], known: list[Any], wanted: list[Any]) -> None:
-        """Slice by slice, between the items that stay."""
-        # From the end to the front: positions before the one being changed stay valid. What stands after the known end
-        # was appended meanwhile.
-        i, j = len(known), len(wanted)
-        lead = _same_objects(known, wanted)
-        for p, q in reversed(align(known, wanted)):
-            target[p + 1 : i] = wanted[q + 1 : j]
-            if p < lead:
-                return
-            target[p] = self.value(target[p], known[p], wanted[q])
-            i, j = p, q
-        target[:i] = wanted[:j]

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, NoReturn, get_args
-from weakref import ref
 
-from persist import codec, streams, turn
+from persist import streams, turn
 from persist.errors import (
-    LockNotHeld,
+    CommitFailed,
     MergeConflict,
     MessagesRemoved,
     NestedLock,
-    PersistError,
     SessionDeleted,
     SessionNotFound,
     Unreadable,
@@ -25,60 +22,32 @@ from persist.errors import (
     conflicts_in,
     require_flags,
 )
-from persist.storage.body import BULK, Body
-from persist.storage.change import between, data_of, have_same_data
-from persist.storage.snapshot import Header, Snapshot, StreamOwner
-from persist.storage.transaction import SessionFiles, Transaction
-from persist.merge import MISSING, Policy, Preference, count_removed, merge, patch, same
-from persist.turn import ACTIVE
-
-# No document on disk has it: a base that carries it is always merged, never taken for the state of the disk.
-_NO_CHECKSUM = ""
+from persist.merge import MISSING, Policy, Preference, count_removed, merge
+from persist.patch import patch
+from persist.storage import diff
+from persist.storage.cache import Replica
+from persist.storage.content import ALWAYS_APART, Content, Items, Value, decode, encoded, placed
+from persist.storage.directory import mislabelled
+from persist.storage.document import Header
+from persist.storage.transaction import Transaction
+from persist.streams import Backend
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
-    """A commit that was begun: what it would have made of the document, and the state of `data` that it saved.
+class _Base:
+    """What an object knows of the disk. One value, so that an exception finds all of it old, or all of it new.
 
-    `is_published` tells whether it became visible; None while that is not known.
+    Attributes:
+        header: that of the commit that `data` is based on.
+        content: the merge base.
+        is_durable: whether this object has made that commit durable.
+        tried: the id of a commit that was begun and not seen to end, with the content that was to be saved.
     """
 
     header: Header
-    merged: Body
-    mine: Body
-    is_published: bool | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Decoded:
-    """The data that was saved, and what the commit made of it; they share objects."""
-
-    saved: dict[str, Any]
-    committed: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """What an object knows of the disk. One value: an exception that comes at any step finds all of it old, or all of it new.
-
-    `base` is the merge base, kept as bytes: nested edits through an alias could not change it.
-    """
-
-    base: Snapshot
+    content: Content
     is_durable: bool
-    attempt: Attempt | None = None
-    #: The header after this object's stream was cleared on disk. Its body is made of the base, once somebody needs it.
-    cleared: Header | None = None
-
-    @property
-    def header(self) -> Header:
-        return self.cleared or self.base.header
-
-
-class _Visit:
-    """A verb at work on an object. One that is gone has ended, even if an exception of a signal kept it from saying so."""
-
-    __slots__ = ("__weakref__",)
+    tried: tuple[str, Content] | None = None
 
 
 class Session:
@@ -88,32 +57,28 @@ class Session:
         id: the session's id.
         data: the document, a plain dict: ``json.dumps`` works on it, and nested edits count.
 
-    Concurrency: any number of objects, threads and processes may have one session loaded. Threads may share one `Session`:
-    what is saved is one state of `data`, and fields set and items appended while a save or refresh runs stay, and are saved by
-    the next save. To move or remove items of a list meanwhile, take a lock of your own.
+    Concurrency: any number of objects, threads and processes may have one session loaded. One object is for one thread
+    at a time, like a database session. `save` and `refresh` of one object exclude each other. A save writes the
+    state of `data` that it has encoded, and a later edit is saved by the next one.
     """
 
-    __slots__ = ("__weakref__", "_files", "_guard", "_known", "_pid", "_policies", "_visit", "data", "id")
+    __slots__ = ("__weakref__", "_backend", "_base", "_guard", "_is_busy", "_policies", "data", "id")
 
     def __init__(
-        self,
-        files: SessionFiles,
-        policies: Mapping[str, Policy],
-        session_id: str,
-        snapshot: Snapshot,
-        *,
-        is_durable: bool,
+        self, backend: Backend, policies: Mapping[str, Policy], session_id: str, found: Replica, *, is_durable: bool
     ) -> None:
         self.id = session_id
-        self.data: dict[str, Any] = snapshot.body.data()
-        self._files = files
+        try:
+            self.data: dict[str, Any] = found.content.decode()
+        except ValueError:
+            raise mislabelled(backend.files.layout.session(session_id).document, session_id) from None
+        self._backend = backend
         self._policies = policies
-        self._known = _Known(snapshot, is_durable)
-        # Guards what is known, and data, between threads that share this object. Taken inside the session's lock, never
-        # around it.
+        self._base = _Base(found.header, found.content, is_durable)
+        # Taken inside the session's lock, never around it. Re-entrant, so that a signal handler gets an error instead
+        # of waiting for the thread that it interrupted.
         self._guard = threading.RLock()
-        self._visit: ref[_Visit] | None = None
-        self._pid = os.getpid()
+        self._is_busy = False
 
     def __setattr__(self, name: str, value: Any) -> None:
         # `session.title = …` on an object that takes any attribute would be lost at the next save, without a word.
@@ -126,59 +91,41 @@ class Session:
     def __repr__(self) -> str:
         return f"<persist.Session {self.id!r} at revision {self.revision}>"
 
-    @property
-    def _base(self) -> Snapshot:
-        """The merge base; asked for by one thread at a time."""
-        known = self._known
-        if known.cleared is not None:
-            data = known.base.body.data()
-            _interrupt(data, known.base.header.owner)
-            self._known = known = _Known(
-                replace(known.base, header=known.cleared, body=Body.of(data)), known.is_durable
-            )
-        return known.base
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("A Session stays in its process: hand its id over, and load it there.")
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep the other threads that share this object out, and this one, if it is inside: a signal handler, a finaliser."""
-        if self._pid != os.getpid():
-            # A forked child. A thread that it did not inherit may have been in here, and have left things half done.
-            if not self._guard.acquire(blocking=False):
-                raise LockNotHeld(session_id=self.id)
-            self._guard, self._pid = threading.RLock(), os.getpid()
         with self._guard:
-            if self._visit is not None and self._visit() is not None:
-                # What is under way goes on with what it has read, and would know nothing of what comes between.
+            if self._is_busy:
                 raise NestedLock(session_id=self.id, held=self.id)
-            visit = _Visit()
-            self._visit = ref(visit)
+            self._is_busy = True
             try:
                 yield
             finally:
-                self._visit = None
+                self._is_busy = False
 
     @property
     def revision(self) -> int:
         """The revision that `data` is based on; 0 for a file that `persist` has not written yet."""
-        return self._known.header.revision
+        return self._base.header.revision
 
     @property
     def created_at(self) -> datetime:
         """When the session was created (aware, UTC)."""
-        return self._known.header.created_at
+        return self._base.header.created_at
 
     @property
     def updated_at(self) -> datetime:
         """When it was last changed (aware, UTC); repairs and ``touch=False`` do not count."""
-        return self._known.header.updated_at
+        return self._base.header.updated_at
 
     @property
     def active_stream_id(self) -> str | None:
         """The stream that owned the session when it was loaded. It may be dead: ask `clear_stale_stream`."""
-        return self.data.get(ACTIVE) or None
+        return self.data.get(turn.ACTIVE) or None
 
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("A Session stays in its process: hand its id over, and load it there.")
+    # --- saving ---
 
     def save(self, *, touch: bool = True, on_conflict: Preference = "error") -> None:
         """Write what this object changed; what others committed meanwhile is kept, and stands in `data` afterwards.
@@ -188,12 +135,12 @@ class Session:
 
         Args:
             touch: False keeps `updated_at`.
-            on_conflict: whose value stands where both sides changed one place: ``"mine"``, ``"theirs"``, or ``"error"``. Where
-                one side removed an item beside which the other added one, both stand then.
+            on_conflict: whose value stands where both sides changed one place: ``"mine"``, ``"theirs"``, or
+                ``"error"``. Where one side removed an item beside which the other added one, both stand then.
 
         Raises:
-            MergeConflict: both sides changed one place; `refresh` after setting your edit aside, or name a side. Both moved the
-                same items of a list, or one put something else in the place of a list: name a side or not.
+            MergeConflict: both sides changed one place; `refresh` after setting your edit aside, or name a side. Both
+                moved the same items of a list, or one put something else in the place of a list: name a side or not.
             SessionDeleted: the session was deleted or replaced since it was loaded; load or create it again.
             NotJSON, WrongType: a value has no exact JSON form; it is named.
             ReservedField: a stream field was changed by hand; use the stream verbs.
@@ -206,116 +153,109 @@ class Session:
             raise WrongType(what="on_conflict", expected=" | ".join(get_args(Preference)), got=repr(on_conflict))
         require_flags(touch=touch)
         try:
-            with conflicts_in(self.id), self._files.transaction(self.id) as tx, self._alone():
+            with conflicts_in(self.id), self._backend.files.transaction(self.id) as tx, self._alone():
                 self._save(tx, touch, on_conflict)
         except SessionNotFound:
             raise self._deleted() from None
 
     def _save(self, tx: Transaction, touch: bool, prefer: Preference) -> None:
-        there = self._same_incarnation(tx.read(self._base if self._known.attempt is None else None))
+        there = self._same_incarnation(tx.read())
         self._recognise(there)
-        mine = Body.of(self.data, self._base.body)
-        turn.refuse_changed_stream_fields(self._base.body.fields(), mine.fields())
-        merged, decoded = self._merged(mine, there, prefer)
-        self._refuse_removal(there, merged)
-        if merged != there.body:
+        base = self._base
+        mine = encoded(self.data, base.content)
+        refuse_changed_stream_fields(base.content, mine)
+        if mine == base.content:
+            merged = there.content
+        elif there.header.commit == base.header.commit:
+            merged = mine
+        else:
+            merged = merge_contents(base.content, mine, there.content, self._policies, prefer)
+        if merged != there.content:
+            changes = diff.between(there.content, merged)
+            self._refuse_removal(there, merged, changes)
             header = there.header.next(touch=touch)
+            self._base = replace(base, is_durable=False, tried=(header.commit, mine))
             try:
-                self._known = _Known(self._base, is_durable=False, attempt=Attempt(header, merged, mine))
-                committed = tx.commit(header, merged)
-                self._settle(is_published=True)
-            except PersistError:
-                self._settle(is_published=tx.is_published)
-                raise
-            except BaseException:
-                # Cut off by a signal, it may have become visible without a word. The lock is held still: what is there is ours.
-                self._settle(is_published=tx.is_published or tx.shows(header))
+                committed = tx.commit(header, merged, changes)
+            except CommitFailed:
+                self._base = replace(base, is_durable=False)
                 raise
         else:
             committed = there
-            if self._known.is_durable and there.identity == self._base.identity:
+            if base.is_durable and there.header.commit == base.header.commit:
                 tx.require_known()
             else:
                 tx.confirm()
-        self._take(committed, mine, decoded, is_durable=True)
+        self._take(committed, mine, is_durable=True)
 
-    def _settle(self, *, is_published: bool | None) -> None:
-        """Note what became of an attempt; in a new value, so that a refresh under way sees that something has happened."""
-        attempt = self._known.attempt
-        if attempt is not None:
-            self._known = replace(self._known, attempt=replace(attempt, is_published=is_published))
+    def _recognise(self, there: Replica) -> None:
+        """Find out what became of a save that was cut off.
 
-    def _recognise(self, there: Snapshot) -> None:
-        """Take an earlier commit of this object for its own, though an exception (Ctrl-C, say) cut its save off.
-
-        Taken for somebody else's, what it appended without an id would be appended again.
+        What it appended without an id must not be appended again.
         """
-        attempt = self._known.attempt
-        if attempt is None:
+        base = self._base
+        if base.tried is None:
             return
-        if attempt.is_published or (there.header, there.body) == (attempt.header, attempt.merged):
-            # Others may have committed on top of it: what it wrote is the base, and the disk is merged with that.
-            self._take(Snapshot(attempt.header, attempt.merged, _NO_CHECKSUM), attempt.mine, is_durable=False)
-        elif attempt.is_published is None and there.identity != self._base.identity:
-            # The look after it was cut off, too. To merge what may be there already would add it once more.
+        commit_id, mine = base.tried
+        if there.header.commit == commit_id:
+            self._take(there, mine, is_durable=False)
+        elif there.header.commit == base.header.commit:
+            self._base = replace(base, tried=None)
+        else:
             reason = "a save was cut off, and nobody can tell whether it was committed: load the session anew"
             raise MergeConflict(path=(), reason=reason, base=None, mine=None, theirs=None)
-        else:
-            self._known = _Known(self._base, is_durable=False)
 
-    def _merged(self, mine: Body, there: Snapshot, prefer: Preference) -> tuple[Body, _Decoded | None]:
-        """What the document becomes; with what was decoded for that, if anything was."""
-        if have_same_data(self._base.body, mine):
-            # What others committed is patched into `data` in place: the same keys may then stand there in another order.
-            return there.body, None
-        if there.identity == self._base.identity:
-            return mine, None
-        base, ours, theirs = data_of(self._base.body, mine, there.body)
-        merged = _merge_data(base, ours, theirs, self._policies, prefer)
-        return Body.of(merged), _Decoded(ours, merged)
-
-    def _refuse_removal(self, there: Snapshot, merged: Body) -> None:
-        """In the middle of a turn, messages that vanish are an accident (hermes-webui #4205)."""
-        stream_id = there.active_stream_id
-        if stream_id is None or all(each.is_items and not each.remove for each in between(there.body, merged)):
+    def _refuse_removal(self, there: Replica, merged: Content, changes: tuple[diff.Change, ...]) -> None:
+        """Refuse to remove messages in the middle of a turn: there it is an accident (hermes-webui #4205)."""
+        active = there.content.fields.get(turn.ACTIVE)
+        stream_id = None if active is None else decode(active) or None
+        if stream_id is None or all(each.is_splice and not each.remove for each in changes):
             return
-        before, after = (body.data().get(turn.MESSAGES) for body in (there.body, merged))
+        before, after = (
+            decode(value) if (value := body.get(turn.MESSAGES)) else None for body in (there.content, merged)
+        )
         if type(before) is list and type(after) is not list:
             raise WrongType(what=f"field {turn.MESSAGES!r}", expected="a list, in a turn", got=type(after).__name__)
         if type(before) is list and (count := count_removed(before, after)):
-            raise MessagesRemoved(session_id=self.id, stream_id=stream_id, count=count, revision=there.header.revision)
+            revision = there.header.revision
+            raise MessagesRemoved(session_id=self.id, stream_id=stream_id, count=count, revision=revision)
 
-    def _take(self, committed: Snapshot, saved: Body, decoded: _Decoded | None = None, *, is_durable: bool) -> None:
-        """Bring what others committed into `data`, in place. Edits made since `saved` was captured stay.
+    # --- taking what others committed ---
 
-        `decoded`: what these two hold, if that is at hand.
+    def _take(self, committed: Replica, mine: Content, *, is_durable: bool) -> None:
+        """Bring what others committed into `data`, in place.
+
+        `mine` is the state of `data` that was compared with it.
         """
-        if committed.body == saved:
-            self._known = _Known(committed, is_durable)
-            return
-        current = Body.of(self.data, saved)
-        if decoded is not None and current == saved:
-            self._show(decoded.saved, decoded.committed, _Known(committed, is_durable))
-            return
-        base, now, theirs = data_of(saved, current, committed.body)
-        try:
-            wanted = _merge_data(base, now, theirs)
-        except MergeConflict:
-            # An edit made meanwhile contradicts theirs: it stays, and the next save reports it.
-            self._known = _Known(replace(committed, body=saved, checksum=_NO_CHECKSUM), is_durable)
-        else:
-            self._show(now, wanted, _Known(committed, is_durable))
+        known = _Base(committed.header, committed.content, is_durable)
+        if committed.content != mine:
+            current = encoded(self.data, mine)
+            wanted = committed.content
+            if current != mine:
+                # Edited since, by another task of an event loop.
+                try:
+                    wanted = merge_contents(mine, current, committed.content, {}, "error")
+                except MergeConflict:
+                    # The edit contradicts theirs. It stays, and the next save reports it.
+                    self._base = replace(self._base, content=mine, tried=None)
+                    return
+            self._show(current, wanted)
+        self._base = known
 
-    def _show(self, now: dict[str, Any], wanted: dict[str, Any], known: _Known) -> None:
-        """Bring `data` from `now` to `wanted`, in place, and take `known` for what the disk holds: both or neither."""
-        try:
-            patch(self.data, now, wanted)
-            self._known = known
-        except BaseException:
-            # Cut off half-way (Ctrl-C, say): what stands in `data` already would pass for an edit, and be added once more.
-            patch(self.data, codec.captured(self.data), wanted)
-            self._known = known
-            raise
+    def _show(self, current: Content, wanted: Content) -> None:
+        """Change `data` from what it holds now to what is wanted, in place."""
+        now: dict[str, Any] = {}
+        then: dict[str, Any] = {}
+        for name in {name: None for name, _ in (*current, *wanted)}:
+            one, other = current.get(name), wanted.get(name)
+            if one == other and one is not None:
+                continue
+            if one is not None:
+                now[name] = decode(one)
+            if other is not None:
+                then[name] = decode_like(one, now.get(name), other)
+        stay = {name: value for name, value in self.data.items() if name not in now}
+        patch(self.data, stay | now, stay | then)
 
     def refresh(self) -> None:
         """Take the committed state into `data`; unsaved edits are merged in and stay unsaved. Takes no lock.
@@ -326,35 +266,35 @@ class Session:
             NestedLock: a signal handler asks for it, or a finaliser, in the middle of a save or refresh of this object.
             CorruptSession: the file is damaged.
         """
-        while not self._refreshed():
-            # Another thread has saved meanwhile: its newer base must not come under an older state.
-            pass
+        before = None
+        while before is not self._base:
+            before = self._base
+            try:
+                # Outside the guard: where folds follow one another, it takes the lock.
+                there = self._backend.files.read(self.id)
+            except SessionNotFound:
+                raise self._deleted() from None
+            with self._alone(), conflicts_in(self.id):
+                if self._base is before:
+                    before = self._base = self._refreshed(self._same_incarnation(there))
 
-    def _refreshed(self) -> bool:
-        """Take the committed state; False if another thread that shares this object has been quicker."""
-        known = self._known
-        try:
-            # Outside the guard: where folds follow one another, it takes the lock.
-            there = self._files.read(self.id)
-        except SessionNotFound:
-            raise self._deleted() from None
-        with self._alone(), conflicts_in(self.id):
-            if self._known is not known:
-                return False
-            self._recognise(self._same_incarnation(there))
-            if there.identity and there.identity == self._base.identity:
-                return True
-            base, now, theirs = data_of(self._base.body, Body.of(self.data, self._base.body), there.body)
-            wanted = _merge_data(base, now, theirs, self._policies)
-            self._show(now, wanted, _Known(there, is_durable=False))
-            return True
+    def _refreshed(self, there: Replica) -> _Base:
+        self._recognise(there)
+        base = self._base
+        if there.header.commit != base.header.commit:
+            current = encoded(self.data, base.content)
+            self._show(current, merge_contents(base.content, current, there.content, self._policies, "error"))
+            base = _Base(there.header, there.content, is_durable=False)
+        return base
+
+    # --- the stale stream ---
 
     def clear_stale_stream(self) -> bool:
         """Clear this session's stream if it is dead: the compare-and-clear of hermes-webui #1533, across processes.
 
-        The stream that this object shows is compared with the one **on disk, under the session's lock**, and its lease is
-        asked in the same hold. Prompt and partial answer stay in ``messages``, marked ``interrupted``; the stream fields
-        are reset; `updated_at` is kept.
+        The stream that this object shows is compared with the one **on disk, under the session's lock**, and its lease
+        is asked in the same hold. Prompt and partial answer stay in ``messages``, marked ``interrupted``; the stream
+        fields are reset; `updated_at` is kept.
 
         Returns:
             True if it was cleared (durably; `data` shows it). False if there is no stream, if it is alive, or if the
@@ -369,108 +309,120 @@ class Session:
         if stream_id is None:
             return False
         try:
-            cleared = streams.clear_stale(self._files, self.id, stream_id, self._known.header.incarnation)
+            cleared = streams.clear_stale(self._backend, self.id, stream_id, self._base.header.incarnation)
         except SessionNotFound:
             return False
         if cleared is None:
             return False
-        with self._alone():
-            is_shown = self._show_cleared(cleared)
-        if not is_shown:
-            # Deleted since: nothing to show. Unreadable: it is cleared all the same, and the next save shows it.
-            with suppress(SessionNotFound, Unreadable):
-                there = self._files.read(self.id)
-                with self._alone():
-                    self._adopt(there)
+        with self._alone(), suppress(Unreadable):
+            self._show_cleared(cleared)
         return True
 
-    def _show_cleared(self, cleared: streams.Cleared) -> bool:
-        """Do in memory what was done on disk, without reading it; False if this object is based on another state."""
-        known, before = self._known, cleared.before
-        if known.attempt or known.cleared or not known.base.identity or known.base.header != before:
-            return False
-        if (
-            before.owner is None
-            or before.owner.stream_id != self.active_stream_id
-            or _has_marks(self.data, before.owner)
-        ):
-            return False
-        after = replace(known, is_durable=True, cleared=cleared.after)
+    def _show_cleared(self, there: Replica) -> None:
+        """Show what the clear has committed. An unsaved edit that contradicts it stays, but for the stream fields."""
+        self._recognise(there)
+        base = self._base
+        current = encoded(self.data, base.content)
         try:
-            _interrupt(self.data, before.owner)
-            self._known = after
-        except BaseException:
-            # Cut off half-way (Ctrl-C, say): once more, it is done only once.
-            _interrupt(self.data, before.owner)
-            self._known = after
-            raise
-        return True
-
-    def _adopt(self, committed: Snapshot) -> None:
-        if committed.header.incarnation != self._base.header.incarnation:
-            return
-        self._recognise(committed)
-        if committed.header.revision <= self._base.header.revision:
-            return  # another thread has saved this object since, and taken it
-        base, now, theirs = data_of(self._base.body, Body.of(self.data, self._base.body), committed.body)
-        try:
-            wanted, known = _merge_data(base, now, theirs), _Known(committed, is_durable=False)
+            wanted = merge_contents(base.content, current, there.content, self._policies, "error")
+            known = _Base(there.header, there.content, is_durable=True)
         except MergeConflict:
-            # An unsaved edit contradicts the committed state: show that the stream is gone, leave the rest to the next save.
-            wanted = turn.with_stream_fields_of(theirs, now)
-            body = Body.of(turn.with_stream_fields_of(theirs, base))
-            known = replace(self._known, base=replace(self._base, body=body, checksum=_NO_CHECKSUM))
-        self._show(now, wanted, known)
+            wanted = _with_stream_fields_of(there.content, current)
+            known = replace(base, content=_with_stream_fields_of(there.content, base.content))
+        self._show(current, wanted)
+        self._base = known
 
-    def _same_incarnation(self, there: Snapshot) -> Snapshot:
+    def _same_incarnation(self, there: Replica) -> Replica:
         if there.header.incarnation != self._base.header.incarnation:
             raise self._deleted()
         return there
 
     def _deleted(self) -> SessionDeleted:
-        return SessionDeleted(session_id=self.id, path=self._files.layout.session(self.id).document)
+        return SessionDeleted(session_id=self.id, path=self._backend.files.layout.session(self.id).document)
 
 
-def _interrupt(data: dict[str, Any], owner: StreamOwner | None) -> None:
-    if owner is not None:
-        turn.interrupt(data, owner.prompt_id, owner.answer_id)
+def refuse_changed_stream_fields(before: Content, after: Content) -> None:
+    """Raise `ReservedField` if an edit touched what belongs to the stream verbs."""
+    changed = [name for name in turn.IDLE if before.get(name) != after.get(name)]
+    if changed:
+        turn.refuse_changed_stream_fields(*(_decoded_fields(content, changed) for content in (before, after)))
 
 
-def _has_marks(data: dict[str, Any], owner: StreamOwner) -> bool:
-    """Whether somebody has said of the turn's messages that they are interrupted, or that they are not."""
-    messages = data.get(turn.MESSAGES)
-    if type(messages) is not list:
-        return False
-    places = (turn.find(messages, message_id) for message_id in (owner.prompt_id, owner.answer_id))
-    return any(place is not None and turn.INTERRUPTED in messages[place] for place in places)
+def _decoded_fields(content: Content, names: list[str]) -> dict[str, Any]:
+    return {name: decode(value) for name in names if (value := content.get(name)) is not None}
 
 
-def _merge_data(
-    base: dict[str, Any],
-    mine: dict[str, Any],
-    theirs: dict[str, Any],
-    policies: Mapping[str, Policy] | None = None,
-    prefer: Preference = "error",
-) -> dict[str, Any]:
-    """Merge, with the stream fields from the disk whatever the caller prefers: None over a live stream is #1533 itself."""
-    base, mine = (turn.with_stream_fields_of(theirs, side) for side in (base, mine))
-    merged = merge(base, mine, theirs, policies, prefer=prefer)
-    if prefer != "error":
-        _refuse_lost_list(base, mine, theirs, merged, prefer)
-    return merged
+def _with_stream_fields_of(theirs: Content, content: Content) -> Content:
+    """Return the same content, but with the stream fields as they are, or are missing, in `theirs`."""
+    kept = [(name, value) for name, value in content if name not in turn.IDLE]
+    return placed([*kept, *((name, value) for name, value in theirs if name in turn.IDLE)])
+
+
+def merge_contents(
+    base: Content, mine: Content, theirs: Content, policies: Mapping[str, Policy], prefer: Preference
+) -> Content:
+    """Merge three contents. Only values that both sides changed are decoded.
+
+    The stream fields are those of the disk, whatever the caller prefers: None over a live stream is #1533 itself.
+    """
+    base, mine = (_with_stream_fields_of(theirs, side) for side in (base, mine))
+    merged: dict[str, Value] = {}
+    disputed: list[str] = []
+    for name in {name: None for name, _ in (*mine, *theirs)}:
+        b, m, t = (side.get(name) for side in (base, mine, theirs))
+        if b not in (m, t):
+            disputed.append(name)
+        elif (kept := t if m == b else m) is not None:
+            merged[name] = kept
+    if disputed:
+        three = _decoded_alike(base, mine, theirs, disputed)
+        found = merge(*three, policies, prefer=prefer)
+        if prefer != "error":
+            _refuse_lost_list(*three, found, prefer)
+        known = Content({}, {name: value for name in disputed if (value := theirs.get(name)) is not None})
+        merged |= dict(encoded(found, known))
+    return placed(merged.items())
+
+
+def _decoded_alike(
+    base: Content, mine: Content, theirs: Content, names: list[str]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return the values of three contents, for a caller who compares and does not change them: equal items are one
+    object.
+    """
+    three: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = ({}, {}, {})
+    for name in names:
+        first = base.get(name)
+        if first is not None:
+            three[0][name] = decode(first)
+        for side, found in zip((mine, theirs), three[1:], strict=True):
+            value = side.get(name)
+            if value is not None:
+                found[name] = decode_like(first, three[0].get(name), value)
+    return three
+
+
+def decode_like(first: Value | None, decoded: Any, value: Value) -> Any:
+    """Decode a value.
+
+    Of a list, the items that `first` has at its beginning and end become the objects of `decoded`.
+    """
+    if not isinstance(first, Items) or not isinstance(value, Items):
+        return decode(value)
+    at, removed, added = diff.window(first.split(), value.split())
+    return [*decoded[:at], *Items(added).decode(), *decoded[at + len(removed) :]]
 
 
 def _refuse_lost_list(
     base: dict[str, Any], mine: dict[str, Any], theirs: dict[str, Any], merged: dict[str, Any], prefer: Preference
 ) -> None:
-    """To prefer what is no list would drop what the other side has added to it."""
+    """Raise `MergeConflict` where to prefer what is no list would drop what the other side has added to it."""
     dropped = theirs if prefer == "mine" else mine
-    for name in BULK:
-        three = [side.get(name, MISSING) for side in (base, mine, theirs)]
-        lost = dropped.get(name)
-        if type(lost) is list and type(merged.get(name)) is not list and not same(lost, three[0]):
+    for name in ALWAYS_APART:
+        if type(dropped.get(name)) is list and type(merged.get(name)) is not list:
             reason = "one side has changed this list, and the other put something else in its place"
-            raise MergeConflict(path=(name,), reason=reason, base=three[0], mine=three[1], theirs=three[2])
+            b, m, t = (side.get(name, MISSING) for side in (base, mine, theirs))
+            raise MergeConflict(path=(name,), reason=reason, base=b, mine=m, theirs=t)
 
 
 @dataclass(frozen=True, slots=True)
@@ -478,8 +430,8 @@ class Head:
     """The small fields of a session, as committed. It has no `save`: a part must never be written as the whole.
 
     Attributes:
-        data: the small fields; ``messages`` and ``tool_calls`` are left out.
-        counts: the number of items of each field that was left out.
+        data: the small fields. What stands apart is left out: ``messages``, ``tool_calls``, and what is large.
+        counts: the number of items of each list that was left out.
     """
 
     id: str

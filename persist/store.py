@@ -12,8 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, get_args
 
-from persist import codec, streams, turn
-from persist.draft import Draft, exact, revise
+from persist import json_codec, maintenance, streams, turn
 from persist.errors import (
     CorruptSession,
     LockTimeout,
@@ -25,22 +24,24 @@ from persist.errors import (
     StoreClosed,
     SweepIncomplete,
     Unreadable,
-    UnsafeFile,
     UnsupportedFormat,
     WrongType,
     conflicts_in,
     require_flags,
 )
-from persist.storage.body import BULK, HEADER, Body
-from persist.storage.directory import Mode
-from persist.storage.events import Event
-from persist.storage.snapshot import Header, Snapshot
-from persist.storage.transaction import SessionFiles, Transaction
-from persist.following import Cursor, Following
+from persist.event_log import Event, EventFiles
+from persist.follow import Cursor, Following
+from persist.maintenance import Problem
 from persist.merge import Policy, check_policies
-from persist.session import Head, Session
-from persist.streams import Stream, StreamInfo
+from persist.session import Head, Session, refuse_changed_stream_fields
+from persist.storage.cache import Replica
+from persist.storage.commit import Mode, Options
+from persist.storage.content import ALWAYS_APART, HEADER, Content, encoded
+from persist.storage.document import first_header
+from persist.storage.transaction import SessionFiles
+from persist.streams import Backend, Stream, StreamInfo
 from persist.turn import Message
+from persist.working_copy import WorkingCopy
 
 Result = TypeVar("Result")
 
@@ -53,30 +54,20 @@ class ClearedStream:
     stream_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something that `Store.check` has found.
-
-    `kind` is "corrupt", "unsupported", "unsafe", "unreadable", "locked", "stale", "left-over", "orphaned" or "ignored".
-    """
-
-    session_id: str
-    kind: str
-    path: Path
-    message: str
-
-
 class Store:
     """A directory of sessions, shared by any number of threads and processes of one machine.
 
     Args:
         path: the directory; made (mode 0700) if it is missing.
         lock_timeout_s: seconds that a verb waits for a session's lock before it raises `LockTimeout`.
-        journal: which sessions have a journal beside their document, so that a commit costs what it changes: ``"auto"``, those
-            above 64 KiB; ``"always"``, all; ``"never"``, none. It is for what this store writes: every store reads all.
+        journal: which sessions have a journal beside their document, so that a commit costs what it changes:
+            ``"auto"``, those above 64 KiB; ``"always"``, all; ``"never"``, none. It is for what this store writes:
+            every store reads all.
         merge: top-level field -> "sum" | "max" | "mine" | "theirs": how `Session.save` settles a field that both sides
-            changed, instead of raising `MergeConflict`. Not for ``messages`` and ``tool_calls``, nor for the stream fields.
+            changed, instead of raising `MergeConflict`. Not for ``messages`` and ``tool_calls``, nor for the stream
+            fields.
         keep_events_s: seconds that a stream's events stay after its end, for those who come back late.
+        cache_bytes: how much memory the store may use for what it knows of large sessions.
         allow_network: True accepts a network file system, where no guarantee holds.
         create: False opens a directory that must be there, and makes nothing in it until something is written.
 
@@ -105,6 +96,7 @@ class Store:
         journal: Mode = "auto",
         merge: Mapping[str, Policy] | None = None,
         keep_events_s: float = 300.0,
+        cache_bytes: int = 64 * 1024 * 1024,
         allow_network: bool = False,
         create: bool = True,
     ) -> None:
@@ -116,23 +108,27 @@ class Store:
         check_policies(policies)
         for field in policies.keys() & {HEADER, *turn.IDLE}:
             raise ReservedField(field=field, remedy="It always comes from the disk: leave it out of merge.")
-        for field in policies.keys() & {*BULK}:
+        for field in policies.keys() & {*ALWAYS_APART}:
             # To take one side would drop what the other has appended.
             raise ReservedField(field=field, remedy="It is always merged item by item: leave it out of merge.")
         self._policies = dict(policies)
-        self._files = SessionFiles(
+        if type(cache_bytes) is not int or cache_bytes < 0:
+            raise WrongType(what="cache_bytes", expected="a number of bytes from 0 up", got=repr(cache_bytes))
+        files = SessionFiles(
             directory,
-            lock_timeout_s=_seconds("lock_timeout_s", lock_timeout_s),
-            journal=journal,
-            keep_events_s=_seconds("keep_events_s", keep_events_s),
+            Options(journal),
+            timeout_s=_seconds("lock_timeout_s", lock_timeout_s),
+            cache_bytes=cache_bytes,
             allow_network=allow_network,
             create=create,
         )
+        self._backend = Backend(files, EventFiles(files, _seconds("keep_events_s", keep_events_s)))
         self._options = {
             "lock_timeout_s": lock_timeout_s,
             "journal": journal,
             "merge": self._policies,
             "keep_events_s": keep_events_s,
+            "cache_bytes": cache_bytes,
             "allow_network": allow_network,
         }
         self._is_closed = False
@@ -155,19 +151,24 @@ class Store:
     @property
     def path(self) -> Path:
         """The store's directory, absolute."""
-        return self._files.layout.directory
+        return self._backend.files.layout.directory
 
     def close(self) -> None:
-        """Refuse further verbs with `StoreClosed`. Streams that run go on, and sessions that are loaded can still be saved."""
-        self._is_closed = True
+        """Refuse further verbs with `StoreClosed`. Streams that run go on, and sessions that are loaded can still be
+        saved.
 
-    def _open_files(self) -> SessionFiles:
+        Events that have expired are removed.
+        """
+        self._is_closed = True
+        self._backend.events.close()
+
+    def _open(self) -> Backend:
         if self._is_closed:
             raise StoreClosed(path=self.path)
-        return self._files
+        return self._backend
 
-    def _session(self, session_id: str, snapshot: Snapshot, *, is_durable: bool) -> Session:
-        return Session(self._files, self._policies, session_id, snapshot, is_durable=is_durable)
+    def _session(self, session_id: str, found: Replica, *, is_durable: bool) -> Session:
+        return Session(self._backend, self._policies, session_id, found, is_durable=is_durable)
 
     # --- looking ---
 
@@ -180,25 +181,28 @@ class Store:
             InvalidSessionId: an id is 1 to 128 of ``A-Z a-z 0-9 _ -``, and begins with a letter or digit.
             Unreadable: the disk, or its permissions, refused.
         """
-        return self._session(session_id, self._open_files().read(session_id, decode=True), is_durable=False)
+        return self._session(session_id, self._open().files.read(session_id), is_durable=False)
 
     def head(self, session_id: str) -> Head:
         """Return the small fields of a session, without reading its messages. Takes no lock and never writes.
 
         Raises: as `load`, but damage among the messages goes unnoticed.
         """
-        found = self._open_files().read_head(session_id)
-        header = found.header
+        found = self._open().files.read_head(session_id)
+        header, data = found.header, found.decode_fields()
         times = header.created_at, header.updated_at
-        return Head(session_id, header.revision, *times, found.active_stream_id, found.fields, found.counts)
+        return Head(session_id, header.revision, *times, turn.active_stream(data), data, found.counts)
 
     def exists(self, session_id: str) -> bool:
         """Tell whether there is such a session. Takes no lock."""
-        return self._open_files().exists(session_id)
+        return self._open().files.exists(session_id)
 
     def ids(self, *, after: str | None = None, limit: int | None = None) -> list[str]:
-        """Return session ids, sorted; a page of them with `after` (the last id of the page before) and `limit`. No lock."""
-        found = self._open_files().session_ids()
+        """Return session ids, sorted; a page of them with `after` (the last id of the page before) and `limit`.
+
+        No lock.
+        """
+        found = self._open().files.session_ids()
         if limit is not None and (type(limit) is not int or limit < 0):
             raise WrongType(what="limit", expected="a whole number from 0 up, or None", got=repr(limit))
         if after is not None:
@@ -217,14 +221,17 @@ class Store:
             InvalidSessionId, NotJSON, WrongType, ReservedField: an argument cannot be kept; nothing was written.
             LockTimeout, NestedLock, CommitFailed, CommitUnknown: see the errors.
         """
-        files = self._open_files()
+        files = self._open().files
         data = {} if data is None else data
-        body = Body.of(data)
+        content = encoded(data)
         turn.refuse_changed_stream_fields({}, data)
+        return self._created(files, session_id, content)
+
+    def _created(self, files: SessionFiles, session_id: str, content: Content) -> Session:
         with files.transaction(session_id, may_be_missing=True) as tx:
             if tx.exists():
-                raise SessionExists(session_id=session_id, path=files.layout.session(session_id).document)
-            committed = tx.commit(Header.first(), body)
+                raise SessionExists(session_id=session_id, path=tx.paths.document)
+            committed = tx.commit(first_header(session_id if tx.paths.file_id else None), content)
         return self._session(session_id, committed, is_durable=True)
 
     def duplicate(self, session_id: str, new_id: str) -> Session:
@@ -232,12 +239,16 @@ class Store:
 
         Raises: as `load` for the first, as `create` for the second.
         """
-        found = self._open_files().read(session_id)
-        data, owner = found.body.data(), streams.owner_of(found.header, found.active_stream_id)
-        if owner is None and found.active_stream_id is not None:
+        files = self._open().files
+        found = files.read(session_id)
+        copy = WorkingCopy(found)
+        stream_id = turn.active_stream(copy.fields)
+        owner = streams.owner_of(found.header, stream_id)
+        if owner is None and stream_id is not None:
             # Another program's turn: its prompt may stand in the stream fields only.
-            turn.interrupt_foreign(data)
-        return self.create(new_id, turn.without_turn(data, owner.answer_id if owner else None))
+            turn.interrupt_foreign(copy)
+        turn.leave_out(copy, owner.answer_id if owner else None)
+        return self._created(files, new_id, copy.content)
 
     def delete(self, session_id: str, *, force: bool = False) -> None:
         """Remove a session; durable on return. A later `save` of an object that was loaded before is refused.
@@ -251,40 +262,57 @@ class Store:
             LockTimeout, NestedLock, CorruptSession: see the errors.
         """
         require_flags(force=force)
-        streams.delete(self._open_files(), session_id, force=force)
+        streams.delete(self._open(), session_id, force=force)
 
     @contextmanager
     def edit(self, session_id: str, *, touch: bool = True) -> Iterator[dict[str, Any]]:
         """Change a session exactly: the lock is held from the read to the write, for the whole block.
 
         Yields the committed data; what the block leaves in it is committed, durably, when the block ends. A block that
-        raises writes nothing, and one that changes nothing writes nothing. Keep it short: others wait. Change the dict in
-        place: another one that is bound to the same name is not seen. Messages that the block removes are removed, also in
-        the middle of a turn.
+        raises writes nothing, and one that changes nothing writes nothing. Keep it short: others wait. Change the dict
+        in
+        place: another one that is bound to the same name is not seen. Messages that the block removes are removed, also
+        in the middle of a turn.
 
-        Of a large session, the lists (``messages``, ``tool_calls``) are read when the block first looks at them: to change a
-        title costs no more than that. Such data is a dict of a class of its own; for C code that goes past the methods of a
-        dict (orjson, msgspec), give ``dict(data)``. After the block they are read only while no other commit has come.
+        It costs the whole session: all of it is decoded, and encoded again. `append` and `transaction` cost what they
+        touch.
 
         Args:
             touch: False keeps `updated_at`.
 
         Raises:
-            SessionNotFound, LockTimeout, NestedLock, CorruptSession: before the block; damage among the messages, in it.
-            NotJSON, ReservedField, CommitFailed, CommitUnknown: after it; nothing was written, unless it says "unknown".
-            LockNotHeld: unread lists were looked at after the block, and the session has moved on.
+            SessionNotFound, LockTimeout, NestedLock, CorruptSession: before the block.
+            NotJSON, ReservedField, CommitFailed, CommitUnknown: after it; nothing was written, unless it says
+                "unknown".
         """
         require_flags(touch=touch)
-        with self._edited(session_id, touch=touch) as draft:
-            yield draft.data
+        with self._edited(session_id, touch=touch) as copy:
+            yield copy.data
 
     @contextmanager
-    def _edited(self, session_id: str, *, touch: bool) -> Iterator[Draft]:
-        with self._open_files().transaction(session_id) as tx:
-            draft = exact(tx)
-            stream_fields = turn.stream_fields(draft.data)
-            yield draft
-            _commit_draft(tx, draft, touch=touch, stream_fields=stream_fields)
+    def transaction(self, session_id: str, *, touch: bool = True) -> Iterator[WorkingCopy]:
+        """As `edit`, but the block gets a working copy, which reads what it is asked for: the commit costs what it
+        changes.
+
+        ``tx.fields`` is a mapping of the top-level values but ``messages`` and ``tool_calls``. ``tx.list(name)`` is a
+        list.
+
+        Args, Raises: as `edit`.
+        """
+        require_flags(touch=touch)
+        with self._edited(session_id, touch=touch) as copy:
+            yield copy
+
+    @contextmanager
+    def _edited(self, session_id: str, *, touch: bool) -> Iterator[WorkingCopy]:
+        with self._open().files.transaction(session_id) as tx:
+            found = tx.read()
+            copy = WorkingCopy(found, tx)
+            yield copy
+            changed = copy.changed()
+            if changed is not None:
+                refuse_changed_stream_fields(found.content, changed[0])
+            copy.commit_changes(touch=touch)
 
     def update(
         self,
@@ -311,10 +339,10 @@ class Store:
         if if_revision is not None and type(if_revision) is not int:
             raise WrongType(what="if_revision", expected="a revision, or None", got=type(if_revision).__name__)
 
-        with self._edited(session_id, touch=touch) as draft:
-            if if_revision is not None and draft.header.revision != if_revision:
-                raise _moved_on(session_id, if_revision, draft.header.revision)
-            result = function(draft.data)
+        with self._edited(session_id, touch=touch) as copy:
+            if if_revision is not None and copy.header.revision != if_revision:
+                raise _moved_on(session_id, if_revision, copy.header.revision)
+            result = function(copy.data)
             if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
                 # Its body has not run, or not to the end.
                 raise WrongType(what="function", expected="a plain function", got="an async one or a generator")
@@ -342,26 +370,24 @@ class Store:
         if field in turn.IDLE:
             raise ReservedField(field=field, remedy="Use store.start_stream().")
         require_flags(touch=touch)
-        own = codec.captured(item, (field,))
-
-        def add(draft: Draft) -> int:
-            turn.append_once(draft.items(field), own, field=field)
-            return _commit_draft(tx, draft, touch=touch)
-
-        with conflicts_in(session_id), self._open_files().transaction(session_id) as tx:
-            return revise(tx, add)
+        json_codec.check(item, (field,))
+        with conflicts_in(session_id), self._open().files.transaction(session_id) as tx:
+            copy = WorkingCopy(tx.read(), tx)
+            turn.append_once(copy.list(field), item, field=field)
+            return copy.commit_changes(touch=touch).header.revision
 
     # --- streams ---
 
     def start_stream(self, session_id: str, message: Message | None = None, *, stream_id: str | None = None) -> Stream:
-        """Claim a session for a turn of the model. On return the claim, its liveness and the prompt are durable and visible.
+        """Claim a session for a turn of the model. On return the claim, its liveness and the prompt are durable and
+        visible.
 
         A stale stream is cleared on the way. Use the result in a ``with``: leaving it without `finish` is `fail`.
 
         Args:
             message: the prompt; without an ``id`` it gets ``<stream id>.prompt``. One whose ``id`` is in ``messages``
-                already is taken up again: that of a turn that was interrupted, say. One that has its answer, too: where a
-                request may be sent twice, look before. None starts a turn without a prompt.
+                already is taken up again: that of a turn that was interrupted, say. One that has its answer, too: where
+                a request may be sent twice, look before. None starts a turn without a prompt.
             stream_id: an id of your own, never used before in this session; by default a random one.
 
         Raises:
@@ -370,7 +396,7 @@ class Store:
             IdTaken: a message of that ``id`` is there, with other content.
             SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
-        return streams.start(self._open_files(), session_id, message, stream_id)
+        return streams.start(self._open(), session_id, message, stream_id)
 
     def cancel(self, session_id: str, stream_id: str, *, force: bool = False) -> bool:
         """Ask a stream, of whatever process, to end. The request is durable; the owner sees `Stream.cancelled`.
@@ -379,7 +405,8 @@ class Store:
 
         Args:
             stream_id: the stream that is meant; if it is not the session's active one, nothing happens.
-            force: take the session away now: prompt and partial stay, marked ``interrupted``; the owner gets `StreamLost`.
+            force: take the session away now: prompt and partial stay, marked ``interrupted``; the owner gets
+                `StreamLost`.
                 If the disk refuses then, the stream goes on, but its events have ended: repeat it.
 
         Returns:
@@ -389,20 +416,21 @@ class Store:
             SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
         require_flags(force=force)
-        return streams.cancel(self._open_files(), session_id, stream_id, force=force)
+        return streams.cancel(self._open(), session_id, stream_id, force=force)
 
     def follow(self, session_id: str, stream_id: str, *, after: int = 0) -> Following:
         """Follow a stream's events as they come, from any process, until it ends.
 
-        Iterate the result; its `ended` then tells how the stream has ended. Events of this process come at once, those of
-        others within some 10 ms. The death of the process that runs the stream is noticed within a second.
+        Iterate the result; its `ended` then tells how the stream has ended. Events of this process come at once, those
+        of others within some 10 ms. The death of the process that runs the stream is noticed within a second.
 
         Args:
             stream_id: a session's `active_stream_id`, say.
             after: the offset of the last event that was seen; 0 begins with the first.
 
         Raises:
-            EventsNotFound: it never ran, it ended without an event, or its events have expired; load the session instead.
+            EventsNotFound: it never ran, it ended without an event, or its events have expired; load the session
+                instead.
             CursorAhead: the stream has fewer events than `after`: the cursor is another stream's. Begin at 0.
             InvalidStreamId, WrongType: a malformed cursor.
             SessionNotFound, LockTimeout, CorruptSession: see the errors.
@@ -411,7 +439,7 @@ class Store:
 
     def _cursor(self, session_id: str, stream_id: str, after: int = 0) -> Cursor:
         """What `follow` and its asynchronous twin are made of."""
-        return Cursor(self._open_files(), session_id, stream_id, after)
+        return Cursor(self._open(), session_id, stream_id, after)
 
     def events(self, session_id: str, stream_id: str, *, after: int = 0) -> list[Event]:
         """Return the events that a stream has emitted until now, beginning behind `after`.
@@ -427,20 +455,20 @@ class Store:
 
         Raises: as `load`; LockTimeout, NestedLock.
         """
-        return streams.look_at(self._open_files(), session_id)
+        return streams.look_at(self._open(), session_id)
 
     def streams(self) -> list[StreamInfo]:
         """List the active streams, and for each whether it lives. Takes the lock of one session at a time.
 
-        Only streams that were started through `persist` are listed; see `clear_stale_streams` for others. The streams of a
-        session that cannot be read, or is locked for too long, are left out: `check` names it.
+        Only streams that were started through `persist` are listed; see `clear_stale_streams` for others. The streams
+        of a session that cannot be read, or is locked for too long, are left out: `check` names it.
         """
-        files = self._open_files()
+        backend = self._open()
         found = []
-        for session_id in dict.fromkeys(session_id for session_id, _ in files.leases()):
+        for session_id in dict.fromkeys(session_id for session_id, _ in backend.files.leases()):
             # One damaged session must not hide the streams of the others; `check` names it.
             with suppress(SessionNotFound, CorruptSession, UnsupportedFormat, LockTimeout, OSError):
-                found.append(streams.look_at(files, session_id))
+                found.append(streams.look_at(backend, session_id))
         return [info for info in found if info is not None]
 
     def clear_stale_streams(self, *, every_session: bool = False) -> list[ClearedStream]:
@@ -456,24 +484,25 @@ class Store:
             SweepIncomplete: some sessions could not be looked at; what was cleared is in it.
         """
         require_flags(every_session=every_session)
-        files = self._open_files()
+        backend = self._open()
+        files = backend.files
         cleared: list[ClearedStream] = []
         failures: dict[str, Exception] = {}
         for session_id, stream_id in files.leases():
             try:
-                if streams.sweep_lease(files, session_id, stream_id):
+                if streams.sweep_lease(backend, session_id, stream_id):
                     cleared.append(ClearedStream(session_id, stream_id))
             except (PersistError, OSError) as error:
                 failures[session_id] = error
         for session_id in files.session_ids() if every_session else []:
             try:
-                active = files.read_head(session_id).active_stream_id
-                if active is not None and streams.clear_stale(files, session_id, active) is not None:
+                active = streams.active_in(files.read_head(session_id))
+                if active is not None and streams.clear_stale(backend, session_id, active) is not None:
                     cleared.append(ClearedStream(session_id, str(active)))
             except (PersistError, OSError) as error:
                 failures[session_id] = error
         try:
-            files.events.sweep()
+            backend.events.sweep()
         except PersistError as error:
             failures["*"] = error
         if failures:
@@ -485,28 +514,14 @@ class Store:
     def check(self) -> list[Problem]:
         """Read every session whole, and name what is damaged, stale, left over or no session. Changes nothing.
 
-        Takes the lock only of sessions that name a stream. While others write, a commit under way may show as a left-over.
+        Takes the lock only of sessions that name a stream. While others write, a commit under way may show as a
+        left-over.
         """
-        files = self._open_files()
-        problems = [problem for session_id in files.session_ids() if (problem := _problem(files, session_id))]
-        for session_id, path in files.leftovers():
-            remedy = f"the next commit to {session_id!r} removes or uses it"
-            if files.exists(session_id):
-                # A commit that only adds to a journal does not.
-                remedy = f"'persist compact {files.layout.directory} {session_id}' removes it"
-            what = f"{path} is left over from a crash, and harmless; {remedy}."
-            problems.append(Problem(session_id, "left-over", path, what))
-        for session_id, path in files.orphans():
-            name = files.layout.session(session_id).document.name
-            what = f"{path} holds commits of another {name} than is there. Put that one back, or remove the journal with them."
-            problems.append(Problem(session_id, "orphaned", path, what))
-        for path in files.ignored():
-            what = f"{path} is no session, since {path.stem!r} is no session id: it is ignored. Rename it, or move it away."
-            problems.append(Problem(path.stem, "ignored", path, what))
-        return problems
+        return maintenance.check(self._open())
 
     def compact(self, session_id: str, *, alone: bool = False) -> bool:
-        """Fold a session's journal into its document; it stays at its revision. What crashes have left of it is removed.
+        """Fold a session's journal into its document; it stays at its revision. What crashes have left of it is
+        removed.
 
         That happens by itself when a journal has outgrown its document.
 
@@ -521,73 +536,33 @@ class Store:
             SessionNotFound, LockTimeout, NestedLock, CorruptSession, CommitFailed, CommitUnknown: see the errors.
         """
         require_flags(alone=alone)
-        with self._open_files().transaction(session_id) as tx:
+        with self._open().files.transaction(session_id) as tx:
             return tx.compact(alone=alone)
 
-    def accept(self, session_id: str) -> Session:
-        """Take a document as it is after an edit by hand: it gets a new checksum and the next revision.
+    def accept(self, session_id: str, *, drop_journal: bool = False) -> Session:
+        """Take a document as it is after an edit by hand: it gets new checksums and the next revision.
 
-        A session that is sound is left alone. Of a journal that is damaged, what stands before the damage is taken; a copy of
-        it is kept beside it, with ".damaged" behind its name. Where the journal is gone, nobody knows how many revisions were
-        in it: the next one is far above them all. Before you edit a session that has a journal, fold it with
-        ``compact(session_id, alone=True)``.
+        A session that is sound is left alone. Of a journal that is damaged, what stands before the damage is taken; a
+        copy of it is kept beside it, with ".damaged" behind its name. Where the journal is gone, nobody knows how many
+        revisions were in it: the next one is far above them all. Before you edit a session that has a journal, fold it
+        with ``compact(session_id, alone=True)``.
+
+        Args:
+            drop_journal: give the commits in the journal up. It is kept, with ".damaged" behind its name.
 
         Raises:
             CorruptSession: it is not strict JSON, or what its journal says does not fit it any more; mend it first.
             Otherwise as `edit`.
         """
-        with self._open_files().transaction(session_id) as tx:
-            try:
-                committed = tx.read()
-                tx.confirm()
-            except CorruptSession:
-                found = tx.salvage()
-                committed = tx.commit(found.header.next(), found.body)
+        require_flags(drop_journal=drop_journal)
+        with self._open().files.transaction(session_id) as tx:
+            committed = tx.accept(drop_journal=drop_journal)
         return self._session(session_id, committed, is_durable=True)
-
-
-def _commit_draft(tx: Transaction, draft: Draft, *, touch: bool, stream_fields: dict[str, Any] | None = None) -> int:
-    """Commit what was changed; or make durable what is there. `stream_fields` are those before a caller came."""
-    if not draft.is_changed():
-        tx.confirm()
-        return draft.header.revision
-    if stream_fields is not None:
-        turn.refuse_changed_stream_fields(stream_fields, draft.data)
-    return draft.commit(draft.header.next(touch=touch)).revision
 
 
 def _moved_on(session_id: str, expected: int, found: int) -> RevisionMismatch:
     path, reason = (HEADER, "revision"), "the session has moved on"
     return RevisionMismatch(session_id=session_id, path=path, reason=reason, base=expected, mine=expected, theirs=found)
-
-
-def _problem(files: SessionFiles, session_id: str) -> Problem | None:
-    path = files.layout.session(session_id).document
-    try:
-        if files.read(session_id).active_stream_id is None:
-            return None
-        info = streams.look_at(files, session_id)
-        if info is None or info.is_live:
-            return None
-        # A sweep goes by the leases; another program's streams have none.
-        option = "" if (session_id, info.stream_id) in files.leases() else " --every-session"
-        remedy = f"Clear it with 'persist clear-stale {path.parent}{option}'."
-        return Problem(
-            session_id, "stale", path, f"Stream {info.stream_id} of session {session_id!r} is dead. {remedy}"
-        )
-    except CorruptSession as error:
-        kind, message = "corrupt", str(error)
-    except UnsupportedFormat as error:
-        kind, message = "unsupported", str(error)
-    except UnsafeFile as error:
-        kind, message = "unsafe", str(error)
-    except LockTimeout as error:
-        kind, message = "locked", str(error)
-    except OSError as error:
-        kind, message = "unreadable", str(error)
-    except SessionNotFound:
-        return None
-    return Problem(session_id, kind, path, message)
 
 
 def _reopened(path: Path, options: dict[str, Any]) -> Store:

@@ -1,10 +1,11 @@
 """Streams: who runs a turn of the model on a session, and what becomes of the turn when it ends.
 
 A stream owns its session from `start` to `finish`, `fail` or the death of its process. Its claim (owner, prompt and
-`active_stream_id` in the document) and the proof that it lives (its lease) become visible in one hold of the session's lock,
-and every later write of the stream compares incarnation, stream id and epoch in the same hold as it writes. So there is no
-instant at which a stream that is starting looks dead (hermes-webui #5053), at which a clear can hit a successor (#1533), or at
-which a stream that lost its session can still write to it (#2154). What a turn does to the data is in `turn`.
+`active_stream_id` in the document) and the proof that it lives (its lease) become visible in one hold of the session's
+lock, and every later write of the stream compares incarnation, stream id and epoch in the same hold as it writes. So
+there is no instant at which a stream that is starting looks dead (hermes-webui #5053), at which a clear can hit a
+successor (#1533), or at which a stream that lost its session can still write to it (#2154). What a turn does to the
+data is in `turn`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import socket
 import sys
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-from persist import codec, turn
-from persist.draft import Draft, revise
+from persist import json_codec, turn
 from persist.errors import (
     InvalidStreamId,
     Owner,
@@ -35,166 +36,260 @@ from persist.errors import (
     conflicts_in,
     require_flags,
 )
-from persist.storage import layout
-from persist.storage.events import Ended, Fenced
+from persist.event_log import Ended, EventFiles, Fenced
+from persist.json_codec import same
+from persist.storage import disk, layout, lease
+from persist.storage.cache import Replica
+from persist.storage.document import NONSENSE, Head, Header
 from persist.storage.lease import Lease
-from persist.storage.snapshot import Header, Snapshot, StreamOwner
 from persist.storage.transaction import SessionFiles, Transaction
-from persist.merge import same
-from persist.turn import ACTIVE, Data, Message
+from persist.turn import Message
+from persist.working_copy import WorkingCopy
 
 
-def start(files: SessionFiles, session_id: str, message: Message | None, stream_id: str | None = None) -> Stream:
-    """Claim a session for a new stream; see `Store.start_stream`."""
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What a store's verbs work on: its sessions, and the events of its streams."""
+
+    files: SessionFiles
+    events: EventFiles
+
+
+# --- the owner in the header -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOwner:
+    """Who runs the session's current stream, and which two messages are that stream's own."""
+
+    stream_id: str
+    process: Owner
+    prompt_id: str | int | None = None
+    answer_id: str | int | None = None
+    is_cancelled: bool = False
+
+    def to_header(self) -> dict[str, Any]:
+        """Return the owner as JSON values."""
+        process = self.process
+        return {
+            "stream_id": self.stream_id,
+            "pid": process.pid,
+            "host": process.host,
+            "command": process.command,
+            "started_at": process.started_at,
+            "prompt_id": self.prompt_id,
+            "answer_id": self.answer_id,
+            "cancelled": self.is_cancelled,
+        }
+
+
+def owner_of(header: Header, stream_id: object) -> StreamOwner | None:
+    """Return the header's owner, if it is the owner of that stream.
+
+    Another program may have put its own id into the document.
+    """
+    values = header.owner
+    if values is None or values.get("stream_id") != stream_id:
+        return None
+    try:
+        process = Owner(values["pid"], values["host"], values["command"], values["started_at"])
+        ids = values["prompt_id"], values["answer_id"]
+        return StreamOwner(str(stream_id), process, *ids, is_cancelled=values["cancelled"] is True)
+    except NONSENSE:
+        return None
+
+
+@contextmanager
+def _trying_lease(tx: Transaction, stream_id: object) -> Iterator[bool]:
+    """Try a stream's lease for a block. Yield True if the stream is dead. An impossible id was never alive."""
+    tx.require_lock()
+    if not layout.is_stream_id(stream_id):
+        yield True
+        return
+    path = tx.paths.lease(str(stream_id))
+    with tx.refusals():
+        disk.check_directory(path.parent)
+        probe = lease.probe(path)
+    try:
+        yield probe.is_dead
+    finally:
+        probe.close()
+
+
+def _remove_lease(tx: Transaction, stream_id: object) -> None:
+    """Remove a stream's lease file, whoever holds it. If the disk refuses, a sweep finds it."""
+    tx.require_lock()
+    if layout.is_stream_id(stream_id):
+        disk.remove_quietly(tx.paths.lease(str(stream_id)))
+
+
+# --- starting --------------------------------------------------------------------------------------------------------
+
+
+def start(backend: Backend, session_id: str, message: Message | None, stream_id: str | None = None) -> Stream:
+    """Claim a session for a new stream. See `Store.start_stream`."""
     stream_id = uuid.uuid4().hex if stream_id is None else layout.check_stream_id(stream_id)
     prompt = None if message is None else turn.with_id(_checked(message), f"{stream_id}.prompt")
-
-    def claim(draft: Draft) -> Stream:
-        with tx.holding_lease_if_dead(draft.active_stream_id) as is_dead:
+    with conflicts_in(session_id), backend.files.transaction(session_id) as tx:
+        copy = WorkingCopy(tx.read(), tx)
+        stale_id = turn.active_stream(copy.fields)
+        with _trying_lease(tx, stale_id) as is_dead:
             if not is_dead:
-                raise _busy(files, session_id, draft)
-            return _claim(files, tx, draft, stream_id, prompt)
-
-    with conflicts_in(session_id), files.transaction(session_id) as tx:
-        return revise(tx, claim)
+                raise _busy(tx, copy.header, stale_id)
+            return _claim(backend, tx, copy, stream_id, prompt)
 
 
-def _claim(files: SessionFiles, tx: Transaction, draft: Draft, stream_id: str, prompt: Message | None) -> Stream:
-    data, header, stale_id = draft.data, draft.header, draft.active_stream_id
-    messages = turn.messages_of(data)
-    if any(turn.find(messages, f"{stream_id}.{part}") is not None for part in ("prompt", "answer")):
+def _claim(backend: Backend, tx: Transaction, copy: WorkingCopy, stream_id: str, prompt: Message | None) -> Stream:
+    header, stale_id = copy.header, turn.active_stream(copy.fields)
+    messages = copy.list(turn.MESSAGES)
+    if any(messages.find(f"{stream_id}.{part}") is not None for part in ("prompt", "answer")):
         raise InvalidStreamId(stream_id=stream_id, reason="a stream of this session had it before. Choose a new one.")
     if stream_id == stale_id:
         raise InvalidStreamId(stream_id=stream_id, reason="it is the id of the stream that died. Choose a new one.")
     if stale_id is not None:
-        _interrupt(data, header)
+        _interrupt(copy)
     owner = StreamOwner(stream_id, _this_process(), None if prompt is None else prompt["id"])
-    turn.begin(data, stream_id, prompt)
-    draft.is_changed()  # raises what it has to, before anything is done
-    tx.forget_events(stream_id)
-    lease = tx.take_lease(stream_id, codec.encode({"pid": owner.process.pid, "started_at": owner.process.started_at}))
-    if lease is None:
-        raise InvalidStreamId(stream_id=stream_id, reason="a stream of that id is alive. Choose a new one.")
+    turn.begin(copy, stream_id, prompt)
+    changed = copy.changed()  # raises what it has to, before anything is done
+    with tx.refusals():
+        backend.events.forget(tx.session_id, stream_id)
+    taken = _take_lease(tx, stream_id, owner.process)
     try:
-        committed = draft.commit(header.next(epoch=header.epoch + 1, owner=owner))
-        stream = Stream(files, tx.session_id, committed, stream_id, lease)
+        committed = copy.commit(header.next(epoch=header.epoch + 1, owner=owner.to_header()), changed)
+        stream = Stream(backend, tx.session_id, committed.header, stream_id, taken)
     except BaseException as error:
         # A failed launch must not keep its claim (hermes-webui #6869). Where the claim may be visible all the same, the
         # lease file stays behind, unlocked: by it a sweep finds the session.
-        if isinstance(error, PersistError) and not tx.is_published:
-            tx.remove_lease(stream_id)
-        lease.close()
+        if isinstance(error, PersistError) and not tx.is_visible:
+            _remove_lease(tx, stream_id)
+        taken.close()
         raise
     if stale_id is not None:
-        tx.end_events(stale_id, "died")
-        tx.remove_lease(stale_id)
+        backend.events.end(tx.session_id, stale_id, "died")
+        _remove_lease(tx, stale_id)
     return stream
 
 
-@dataclass(frozen=True, slots=True)
-class Cleared:
-    """A stale stream that was cleared: the session's header before and after that."""
+def _take_lease(tx: Transaction, stream_id: str, process: Owner) -> Lease:
+    """Create and lock the lease of a new stream."""
+    path = tx.paths.lease(stream_id)
+    description = {"pid": process.pid, "started_at": process.started_at, "session_id": tx.session_id}
+    with tx.refusals():
+        disk.make_directory(path.parent)
+        disk.check_directory(path.parent)
+        taken = lease.take(path, json_codec.encode(description))
+    if taken is None:
+        raise InvalidStreamId(stream_id=stream_id, reason="a stream of that id is alive. Choose a new one.")
+    return taken
 
-    before: Header
-    after: Header
+
+# --- ending a stream without its owner -------------------------------------------------------------------------------
 
 
-def clear_stale(
-    files: SessionFiles, session_id: str, stream_id: object, incarnation: str | None = None
-) -> Cleared | None:
-    """Clear `stream_id` from its session if it is still the active stream and is dead; `updated_at` is kept.
+def clear_stale(backend: Backend, session_id: str, stream_id: object, incarnation: str | None = None) -> Replica | None:
+    """Clear `stream_id` from its session if it is still the active stream and is dead. `updated_at` is kept.
 
     Args:
-        incarnation: that of the object which asks; a session made anew under the same id is another one.
+        incarnation: that of the object which asks. A session made anew under the same id is another one.
 
     Returns:
-        What was committed; None if another stream or none is active, or if this one is alive.
+        What was committed. None if another stream or none is active, or if this one is alive.
     """
-
-    def clear(draft: Draft) -> Cleared | None:
-        if draft.active_stream_id is None or not same(draft.active_stream_id, stream_id):
+    with backend.files.transaction(session_id) as tx:
+        copy = WorkingCopy(tx.read(), tx)
+        if not _is_active(copy, stream_id) or incarnation not in (None, copy.header.incarnation):
             return None
-        if incarnation not in (None, draft.header.incarnation):
-            return None
-        with tx.holding_lease_if_dead(stream_id) as is_dead:
-            return Cleared(draft.header, _take_away(tx, draft, "died")) if is_dead else None
-
-    with files.transaction(session_id) as tx:
-        return revise(tx, clear)
+        with _trying_lease(tx, stream_id) as is_dead:
+            return _take_away(backend, tx, copy, "died") if is_dead else None
 
 
-def _take_away(tx: Transaction, draft: Draft, ended: Ended) -> Header:
+def _is_active(copy: WorkingCopy, stream_id: object) -> bool:
+    active = turn.active_stream(copy.fields)
+    return active is not None and same(active, stream_id)
+
+
+def _take_away(backend: Backend, tx: Transaction, copy: WorkingCopy, ended: Ended) -> Replica:
     """End the active stream without its owner: dead, or overruled by a forced cancel. The epoch fences an owner off."""
-    header, stream_id = draft.header, draft.active_stream_id
-    _interrupt(draft.data, header)
+    header, stream_id = copy.header, turn.active_stream(copy.fields)
+    _interrupt(copy)
     if ended != "died":
         # Before: an owner that lives may emit at any moment, and asks for no lock.
-        tx.fence_events(stream_id, ended)
-    committed = draft.commit(header.next(touch=False, epoch=header.epoch + 1, owner=None))
-    tx.end_events(stream_id, ended)
-    tx.remove_lease(stream_id)
+        with tx.refusals():
+            backend.events.fence(tx.session_id, stream_id, ended)
+    committed = copy.commit(header.next(touch=False, epoch=header.epoch + 1, owner=None))
+    backend.events.end(tx.session_id, stream_id, ended)
+    _remove_lease(tx, stream_id)
     return committed
 
 
-def _interrupt(data: Data, header: Header) -> None:
-    owner = owner_of(header, data[ACTIVE])
+def _interrupt(copy: WorkingCopy) -> None:
+    owner = owner_of(copy.header, turn.active_stream(copy.fields))
     if owner is None:
-        turn.interrupt_foreign(data)
+        turn.interrupt_foreign(copy)
     else:
-        turn.interrupt(data, owner.prompt_id, owner.answer_id)
+        turn.interrupt(copy, owner.prompt_id, owner.answer_id)
 
 
-def sweep_lease(files: SessionFiles, session_id: str, stream_id: str) -> bool:
-    """Clear the stream that a lease file names, or remove a left-over lease; tell whether a stream was cleared."""
-
-    def sweep(draft: Draft | None) -> bool:
-        with tx.holding_lease_if_dead(stream_id) as is_dead:
+def sweep_lease(backend: Backend, session_id: str, stream_id: str) -> bool:
+    """Clear the stream that a lease file names, or remove a left-over lease. Tell whether a stream was cleared."""
+    with backend.files.transaction(session_id, may_be_missing=True) as tx:
+        copy = WorkingCopy(tx.read(), tx) if tx.exists() else None
+        with _trying_lease(tx, stream_id) as is_dead:
             if not is_dead:
                 return False
-            if draft is not None and draft.active_stream_id == stream_id:
-                _take_away(tx, draft, "died")
+            if copy is not None and turn.active_stream(copy.fields) == stream_id:
+                _take_away(backend, tx, copy, "died")
                 return True
-            tx.remove_lease(stream_id)
+            _remove_lease(tx, stream_id)
             return False
 
-    with files.transaction(session_id, may_be_missing=True) as tx:
-        return revise(tx, sweep) if tx.exists() else sweep(None)
 
-
-def cancel(files: SessionFiles, session_id: str, stream_id: str, *, force: bool) -> bool:
-    """Ask a stream to end, or end it; see `Store.cancel`."""
-
-    def cancel(draft: Draft) -> bool:
-        if draft.active_stream_id is None or not same(draft.active_stream_id, stream_id):
+def cancel(backend: Backend, session_id: str, stream_id: str, *, force: bool) -> bool:
+    """Ask a stream to end, or end it. See `Store.cancel`."""
+    with backend.files.transaction(session_id) as tx:
+        copy = WorkingCopy(tx.read(), tx)
+        if not _is_active(copy, stream_id):
             return False
-        with tx.holding_lease_if_dead(stream_id) as is_dead:
-            owner = owner_of(draft.header, stream_id)
+        with _trying_lease(tx, stream_id) as is_dead:
+            owner = owner_of(copy.header, stream_id)
             if is_dead or force or owner is None:
-                _take_away(tx, draft, "died" if is_dead else "cancelled")
+                _take_away(backend, tx, copy, "died" if is_dead else "cancelled")
             elif owner.is_cancelled:
                 tx.confirm()
             else:
-                draft.commit(draft.header.next(touch=False, owner=replace(owner, is_cancelled=True)))
+                cancelled = replace(owner, is_cancelled=True).to_header()
+                copy.commit(copy.header.next(touch=False, owner=cancelled))
         return True
 
-    with files.transaction(session_id) as tx:
-        return revise(tx, cancel)
 
-
-def delete(files: SessionFiles, session_id: str, *, force: bool) -> None:
-    """Delete a session unless a live stream owns it; see `Store.delete`."""
-    with files.transaction(session_id) as tx:
+def delete(backend: Backend, session_id: str, *, force: bool) -> None:
+    """Delete a session unless a live stream owns it. See `Store.delete`."""
+    with backend.files.transaction(session_id) as tx:
         if force:
             # Also a document that cannot be read.
             if not tx.exists():
-                raise SessionNotFound(session_id=session_id, path=files.layout.session(session_id).document)
-            tx.delete()
+                raise SessionNotFound(session_id=session_id, path=tx.paths.document)
+            _delete(backend, tx)
             return
-        found = tx.read()
-        with tx.holding_lease_if_dead(found.active_stream_id) as is_dead:
+        header, active = tx.read().header, turn.active_stream(WorkingCopy(tx.read()).fields)
+        with _trying_lease(tx, active) as is_dead:
             if not is_dead:
-                raise _busy(files, session_id, found)
-            tx.delete()
+                raise _busy(tx, header, active)
+            _delete(backend, tx)
+
+
+def _delete(backend: Backend, tx: Transaction) -> None:
+    tx.require_known()
+    with tx.refusals():
+        # First, so that nothing is emitted behind what a follower takes for the end.
+        backend.events.fence_session(tx.session_id)
+    tx.delete()
+    for stream_id in backend.files.stream_ids(tx.session_id):
+        _remove_lease(tx, stream_id)
+    backend.events.remove_session(tx.session_id)
+
+
+# --- looking ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,14 +304,14 @@ class StreamInfo:
     last_commit_at: datetime
 
 
-def look_at(files: SessionFiles, session_id: str, *, lock_timeout_s: float | None = None) -> StreamInfo | None:
-    """Tell whether a session's active stream is alive, under the session's lock; None if it has none."""
-    with files.transaction(session_id, lock_timeout_s=lock_timeout_s) as tx:
-        head = tx.read_head()
-        stream_id = head.active_stream_id
+def look_at(backend: Backend, session_id: str, *, timeout_s: float | None = None) -> StreamInfo | None:
+    """Tell whether a session's active stream is alive, under the session's lock. None if it has none."""
+    with backend.files.transaction(session_id, timeout_s=timeout_s) as tx:
+        head = tx.head()
+        stream_id = active_in(head)
         if stream_id is None:
             return None
-        with tx.holding_lease_if_dead(stream_id) as is_dead:
+        with _trying_lease(tx, stream_id) as is_dead:
             owner = owner_of(head.header, stream_id)
             return StreamInfo(
                 session_id,
@@ -228,25 +323,25 @@ def look_at(files: SessionFiles, session_id: str, *, lock_timeout_s: float | Non
             )
 
 
-def _busy(files: SessionFiles, session_id: str, found: Draft | Snapshot) -> SessionBusy:
-    stream_id = found.active_stream_id
-    owner = owner_of(found.header, stream_id)
-    path = files.layout.lease(session_id, stream_id)
+def active_in(head: Head) -> Any:
+    """Return the stream that a head names, or None."""
+    value = head.fields.get(turn.ACTIVE)
+    return None if value is None else json_codec.decode(value) or None
+
+
+def _busy(tx: Transaction, header: Header, stream_id: Any) -> SessionBusy:
+    owner = owner_of(header, stream_id)
+    path = tx.paths.lease(stream_id)
     return SessionBusy(
-        session_id=session_id, stream_id=stream_id, owner=None if owner is None else owner.process, path=path
+        session_id=tx.session_id, stream_id=stream_id, owner=None if owner is None else owner.process, path=path
     )
 
 
-def owner_of(header: Header, stream_id: object) -> StreamOwner | None:
-    """The header's owner, if it is the owner of that stream: another program may have put its own id into the document."""
-    return header.owner if header.owner is not None and header.owner.stream_id == stream_id else None
-
-
 def _checked(message: Any) -> Message:
-    """A copy of it, that nobody else can change."""
+    """Return a copy that nobody else can change."""
     if type(message) is not dict:
         raise WrongType(what="a message", expected="a plain dict", got=type(message).__name__)
-    own: Message = codec.captured(message)
+    own: Message = json_codec.decode(json_codec.encode_exact(message))
     if type(own.get("id", "")) not in (str, int, type(None)):
         raise WrongType(what="a message's id", expected="a string or an integer", got=type(own["id"]).__name__)
     return own
@@ -264,9 +359,9 @@ def _command() -> str:
 class Stream:
     """A running turn that owns its session; made by `Store.start_stream`, best used as a context manager.
 
-    Leaving the block without `finish` is `fail`. Leaving it always gives the lease up, so that the session is never stuck.
-    Every verb raises `StreamLost` once the session belongs to somebody else (a forced cancel, a delete), or the stream has
-    ended.
+    Leaving the block without `finish` is `fail`. Leaving it always gives the lease up, so that the session is never
+    stuck. Every verb raises `StreamLost` once the session belongs to somebody else (a forced cancel, a delete), or the
+    stream has ended.
 
     Attributes:
         id: the stream's id.
@@ -277,14 +372,14 @@ class Stream:
     stream. In a forked child every verb raises `StreamLost`, and leaving the block does nothing.
     """
 
-    def __init__(self, files: SessionFiles, session_id: str, claim: Header, stream_id: str, lease: Lease) -> None:
+    def __init__(self, backend: Backend, session_id: str, claim: Header, stream_id: str, lease: Lease) -> None:
         self.id = stream_id
         self.session_id = session_id
         self.epoch = claim.epoch
-        self._files = files
+        self._backend = backend
         self._incarnation = claim.incarnation
         self._lease = lease
-        self._events = files.events.writer(session_id, stream_id)
+        self._events = backend.events.writer(session_id, stream_id)
 
     def __repr__(self) -> str:
         return f"<persist.Stream {self.id} of {self.session_id!r}{'' if self._lease.is_held else ', ended'}>"
@@ -299,11 +394,10 @@ class Stream:
         Reads the head of the document: tens of microseconds, no lock.
         """
         try:
-            head = self._files.read_head(self.session_id)
-            self._require_ownership(head.header, head.active_stream_id)
+            head = self._backend.files.read_head(self.session_id)
+            return self._require_ownership(head.header, active_in(head)).is_cancelled
         except (StreamLost, SessionNotFound):
             return True
-        return head.header.owner is not None and head.header.owner.is_cancelled
 
     @property
     def _has_emitted(self) -> bool:
@@ -323,7 +417,8 @@ class Stream:
             CommitFailed, CommitUnknown, LockTimeout: see the errors; the turn may go on.
         """
         answer = turn.with_id(_checked(message), f"{self.id}.answer")
-        self._commit(lambda data, owner: self._answer(data, owner, answer))
+        with self._owned() as (copy, owner):
+            self._commit(copy, owner, self._answer(copy, owner, answer))
 
     def append(self, message: Message) -> None:
         """Add a message to the turn, before its partial answer (a tool's result, say). Idempotent by its ``id``.
@@ -331,16 +426,14 @@ class Stream:
         Raises: as `checkpoint`.
         """
         item = _checked(message)
-
-        def change(data: Data, owner: StreamOwner) -> StreamOwner:
-            messages = turn.messages_of(data)
-            turn.append_once(messages, item, before=turn.find(messages, owner.answer_id))
-            return owner
-
-        self._commit(change)
+        with self._owned() as (copy, owner):
+            messages = copy.list(turn.MESSAGES)
+            turn.append_once(messages, item, before=messages.find(owner.answer_id))
+            self._commit(copy, owner, owner)
 
     def emit(self, *events: Any, durable: bool = False) -> int:
-        """Add events for those who follow the stream (`Store.follow`), in this process and in others; they see them at once.
+        """Add events for those who follow the stream (`Store.follow`), in this process and in others; they see them at
+        once.
 
         Costs a few microseconds and takes no lock, but for the first time. What was emitted outlives this process.
 
@@ -355,12 +448,13 @@ class Stream:
             StreamLost: the session is no longer this stream's; the events were emitted nowhere. End the turn.
             NotJSON: an event cannot be kept; none was emitted.
             EmitFailed: the disk refused.
-            LockTimeout, NestedLock, CommitFailed, Unreadable, CorruptSession: at the first event, which looks at the session.
+            LockTimeout, NestedLock, CommitFailed, Unreadable, CorruptSession: at the first event, which looks at the
+                session.
         """
         if not events:
             raise WrongType(what="emit()", expected="called with one event or more", got="called with none")
         require_flags(durable=durable)
-        encoded = [codec.encode(codec.captured(event)) for event in events]
+        encoded = list(map(json_codec.encode_exact, events))
         if not self._lease.is_held:
             raise self._lost("it has ended, or this is a forked child")
         if not self._events.is_open:
@@ -372,9 +466,9 @@ class Stream:
 
     def _open_events(self) -> None:
         try:
-            with self._files.transaction(self.session_id) as tx:
-                head = tx.read_head()
-                self._require_ownership(head.header, head.active_stream_id)
+            with self._backend.files.transaction(self.session_id) as tx:
+                head = tx.head()
+                self._require_ownership(head.header, active_in(head))
                 self._events.open()
         except SessionNotFound:
             raise self._lost("the session was deleted") from None
@@ -388,47 +482,51 @@ class Stream:
         Raises: as `checkpoint`.
         """
         answer = None if message is None else turn.with_id(_checked(message), f"{self.id}.answer")
-
-        def change(data: Data, owner: StreamOwner) -> None:
+        with self._owned() as (copy, owner):
             if answer is not None:
-                self._answer(data, owner, answer)
-            turn.end(data)
-
-        self._commit(change, "finished")
+                self._answer(copy, owner, answer)
+            turn.end(copy)
+            self._end(copy, "finished")
 
     def fail(self) -> None:
         """End the turn without an answer: prompt and partial stay in `messages`, marked ``interrupted``.
 
         Raises: as `checkpoint`.
         """
-        self._commit(lambda data, owner: turn.interrupt(data, owner.prompt_id, owner.answer_id), "failed")
+        with self._owned() as (copy, owner):
+            turn.interrupt(copy, owner.prompt_id, owner.answer_id)
+            self._end(copy, "cancelled" if owner.is_cancelled else "failed")
 
-    def _answer(self, data: Data, owner: StreamOwner, answer: Message) -> StreamOwner:
-        turn.put_answer(turn.messages_of(data), answer, owner.answer_id)
+    def _answer(self, copy: WorkingCopy, owner: StreamOwner, answer: Message) -> StreamOwner:
+        turn.put_answer(copy.list(turn.MESSAGES), answer, owner.answer_id)
         return replace(owner, answer_id=answer["id"])
 
-    def _commit(self, change: Callable[[Data, StreamOwner], StreamOwner | None], ended: Ended = "failed") -> None:
-        """Apply a change, fenced. A change that returns no owner ends the turn, and its lease in the same lock hold."""
+    @contextmanager
+    def _owned(self) -> Iterator[tuple[WorkingCopy, StreamOwner]]:
+        """Hold the session's lock for a block, and give it a working copy, if the session is still this stream's."""
         if not self._lease.is_held:
             raise self._lost("it has ended, or this is a forked child")
-
-        def commit(draft: Draft) -> None:
-            owner = self._require_ownership(draft.header, draft.active_stream_id)
-            owner_after = change(draft.data, owner)
-            if owner_after != owner or draft.is_changed():
-                draft.commit(draft.header.next(owner=owner_after))
-            else:
-                tx.confirm()
-            if owner_after is None:
-                tx.end_events(self.id, "cancelled" if owner.is_cancelled and ended == "failed" else ended)
-                tx.remove_lease(self.id)
-                self._close()
-
         try:
-            with conflicts_in(self.session_id), self._files.transaction(self.session_id) as tx:
-                revise(tx, commit)
+            with conflicts_in(self.session_id), self._backend.files.transaction(self.session_id) as tx:
+                copy = WorkingCopy(tx.read(), tx)
+                yield copy, self._require_ownership(copy.header, turn.active_stream(copy.fields))
         except SessionNotFound:
             raise self._lost("the session was deleted") from None
+
+    def _commit(self, copy: WorkingCopy, owner: StreamOwner, owner_after: StreamOwner) -> None:
+        """Commit what was changed, or make durable what is there."""
+        changed = copy.changed()
+        if owner_after != owner or changed is not None:
+            copy.commit(copy.header.next(owner=owner_after.to_header()), changed)
+        else:
+            copy.commit_changes()
+
+    def _end(self, copy: WorkingCopy, ended: Ended) -> None:
+        """Commit the end of the turn, and give the lease up in the same hold of the lock."""
+        copy.commit(copy.header.next(owner=None))
+        self._backend.events.end(self.session_id, self.id, ended)
+        disk.remove_quietly(self._lease.path)
+        self._close()
 
     def _close(self) -> None:
         self._lease.close()
@@ -436,10 +534,10 @@ class Stream:
 
     def _require_ownership(self, header: Header, active_stream_id: object) -> StreamOwner:
         """The fence: compared in the same lock hold as the write that follows."""
-        owner = header.owner
         if header.incarnation != self._incarnation:
             raise self._lost("the session was deleted and made anew")
-        if owner is None or owner.stream_id != self.id or active_stream_id != self.id or header.epoch != self.epoch:
+        owner = owner_of(header, self.id)
+        if owner is None or active_stream_id != self.id or header.epoch != self.epoch:
             raise self._lost("it has ended, was cancelled by force, or was cleared as stale")
         if not self._lease.is_held:
             raise self._lost("it has ended, or this is a forked child")

@@ -1,6 +1,4 @@
-"""What a turn of the model does to a session's data.
-
-Pure functions: they change the data that they are given, in place.
+"""What a turn of the model does to a session's data. Pure functions: they change the document they are given, in place.
 
 A turn in `messages`: the prompt, then what the stream appends, then its one partial answer, which each checkpoint
 replaces and the finish completes. Nothing here removes a prompt.
@@ -9,20 +7,18 @@ replaces and the finish completes. Nothing here removes a prompt.
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
-from copy import deepcopy
-from typing import Any
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Protocol
 
-from persist.errors import IdTaken, ReservedField, WrongType
-from persist.merge import same
+from persist.errors import IdTaken, ReservedField
+from persist.json_codec import same
 
-Data = dict[str, Any]
 Message = dict[str, Any]
 MessageId = str | int
 
 ACTIVE = "active_stream_id"
 #: The fields of a document that belong to the stream verbs, with their values while no stream is active.
-IDLE: Data = {
+IDLE: dict[str, Any] = {
     ACTIVE: None,
     "pending_user_message": None,
     "pending_attachments": [],
@@ -32,51 +28,49 @@ MESSAGES = "messages"
 INTERRUPTED = "interrupted"
 
 
-class Unread(Exception):
-    """What is asked of a list that has not been read takes reading it."""
+class Messages(Protocol):
+    """A list of a document, to be changed in place."""
 
+    def find(self, message_id: object) -> int | None:
+        """Return the place of the last item with this id, or None."""
 
-class Items(ABC):
-    """A list of the document that has not been read, in the place of the list. What it cannot tell raises `Unread`."""
-
-    @abstractmethod
-    def find(self, message_id: MessageId) -> int | None:
-        """The place of the last item of this id; None if there is none."""
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
     def insert(self, place: int, item: Any) -> None:
         """As that of a list."""
 
-    @abstractmethod
-    def mark(self, place: int, field: str, value: Any) -> None:
-        """Set a field of the item at a place."""
-
-    @abstractmethod
-    def __setitem__(self, place: int, item: Any) -> None: ...
-
-    @abstractmethod
-    def __getitem__(self, place: int) -> Any: ...
-
-    @abstractmethod
-    def __delitem__(self, place: int) -> None: ...
-
     def append(self, item: Any) -> None:
         """As that of a list."""
-        self.insert(len(self), item)
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, place: int) -> Any: ...
+    def __setitem__(self, place: int, item: Any) -> None: ...
+    def __delitem__(self, place: int) -> None: ...
 
 
-Messages = list[Any] | Items
+class Document(Protocol):
+    """A document, to be changed in place. A `WorkingCopy` is one."""
+
+    @property
+    def fields(self) -> MutableMapping[str, Any]:
+        """Its top-level values but the lists."""
+
+    def list(self, name: str) -> Messages:
+        """Return a list."""
+
+    def has_list(self, name: str) -> bool:
+        """Tell whether a value is a list, or missing."""
 
 
-def stream_fields(data: Data) -> Data:
-    """A copy of what belongs to the stream verbs."""
-    return deepcopy({field: data[field] for field in IDLE if field in data})
+def active_stream(fields: Mapping[str, Any]) -> Any:
+    """Return the stream that a document names, or None. Another program may have written anything there."""
+    return fields.get(ACTIVE) or None
 
 
-def refuse_changed_stream_fields(before: Data, after: Data) -> None:
+def stream_fields(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what belongs to the stream verbs. A field that is missing is idle."""
+    return {field: data.get(field, idle) for field, idle in IDLE.items()}
+
+
+def refuse_changed_stream_fields(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     """Raise `ReservedField` if an edit touched what belongs to the stream verbs."""
     for field, idle in IDLE.items():
         if not same(before.get(field, idle), after.get(field, idle)):
@@ -84,39 +78,19 @@ def refuse_changed_stream_fields(before: Data, after: Data) -> None:
             raise ReservedField(field=field, remedy=verb)
 
 
-def with_stream_fields_of(theirs: Data, data: Data) -> Data:
-    """The same data, but with the stream fields as they are, or are missing, in `theirs`."""
-    kept = {
-        key: theirs.get(key) if key in IDLE else value
-        for key, value in data.items()
-        if key not in IDLE or key in theirs
-    }
-    return kept | {key: theirs[key] for key in IDLE if key in theirs}
-
-
-def without_turn(data: Data, answer_id: MessageId | None) -> Data:
-    """The data of a copy: no stream fields, and no partial answer of a stream that runs on the original."""
-    kept = {key: value for key, value in data.items() if key not in IDLE}
-    if answer_id is not None:
-        kept[MESSAGES] = [message for message in kept.get(MESSAGES, []) if not has_id(message, answer_id)]
-    return kept
-
-
-def messages_of(data: Data, field: str = MESSAGES) -> Messages:
-    """The list under `field`, made if it is missing."""
-    messages = data.setdefault(field, [])
-    if not _is_list(messages):
-        raise WrongType(what=f"field {field!r} of the document", expected="a list", got=type(messages).__name__)
-    return messages  # type: ignore[no-any-return]
-
-
-def _is_list(value: Any) -> bool:
-    return type(value) is list or isinstance(value, Items)
+def leave_out(document: Document, answer_id: MessageId | None) -> None:
+    """Take a running turn out of a copy: the stream fields, and the partial answer of the original's stream."""
+    for field in IDLE:
+        document.fields.pop(field, None)
+    if answer_id is not None and document.has_list(MESSAGES):
+        messages = document.list(MESSAGES)
+        while (place := messages.find(answer_id)) is not None:
+            del messages[place]
 
 
 def append_once(messages: Messages, item: Any, *, before: int | None = None, field: str = MESSAGES) -> None:
-    """Add an item unless one of its id is there; the same id with other content is `IdTaken`."""
-    place = find(messages, item.get("id")) if type(item) is dict else None
+    """Add an item unless one of its id is there. The same id with other content is `IdTaken`."""
+    place = messages.find(item.get("id")) if type(item) is dict else None
     if place is None:
         messages.insert(len(messages) if before is None else before, item)
     else:
@@ -128,22 +102,8 @@ def _require_same(there: Message, item: Message, path: tuple[str | int, ...]) ->
         raise IdTaken(path=path, reason="its id is taken by other content", base=None, mine=item, theirs=there)
 
 
-def has_id(message: Any, message_id: object) -> bool:
-    """Tell whether a message has this id; `1` and `"1"` are two ids."""
-    return type(message) is dict and "id" in message and same(message["id"], message_id)
-
-
-def find(messages: Messages, message_id: MessageId | None) -> int | None:
-    """The place of the message with this id, looked for from the end."""
-    if message_id is None:
-        return None
-    if isinstance(messages, Items):
-        return messages.find(message_id)
-    return next((i for i in range(len(messages) - 1, -1, -1) if has_id(messages[i], message_id)), None)
-
-
 def with_id(message: Message, default: str) -> Message:
-    """The message, with `default` as its id, in first place, if it has none."""
+    """Return the message, with `default` as its id, in first place, if it has none."""
     if message.get("id") is not None:
         return message
     return {"id": default} | {key: value for key, value in message.items() if key != "id"}
@@ -151,7 +111,7 @@ def with_id(message: Message, default: str) -> Message:
 
 def put_prompt(messages: Messages, prompt: Message) -> None:
     """Add the prompt of a turn, or take up again the one that an interrupted turn has left."""
-    place = find(messages, prompt["id"])
+    place = messages.find(prompt["id"])
     if place is None:
         messages.append(prompt)
         return
@@ -162,16 +122,17 @@ def put_prompt(messages: Messages, prompt: Message) -> None:
 
 
 def put_answer(messages: Messages, answer: Message, current_id: MessageId | None) -> None:
-    """Put the answer where the turn's partial stands, or at the end; there is never a second one.
+    """Put the answer where the turn's partial stands, or at the end. There is never a second one.
 
     An answer whose id an interrupted turn has left takes that one's place, as a prompt does.
     """
-    place = find(messages, current_id)
-    twin = find(messages, answer["id"])
+    place = messages.find(current_id)
+    twin = messages.find(answer["id"])
     if twin is not None and twin != place:
-        if not messages[twin].get(INTERRUPTED) or messages[twin].get("role") != answer.get("role"):
-            # An interrupted answer may be given anew; a prompt is never written over.
-            _require_same(messages[twin], answer, (MESSAGES, twin))
+        there = messages[twin]
+        if not there.get(INTERRUPTED) or there.get("role") != answer.get("role"):
+            # An interrupted answer may be given anew. A prompt is never written over.
+            _require_same(there, answer, (MESSAGES, twin))
         messages[twin] = answer
         if place is not None:
             del messages[place]
@@ -181,59 +142,53 @@ def put_answer(messages: Messages, answer: Message, current_id: MessageId | None
         messages[place] = answer
 
 
-def begin(data: Data, stream_id: str, prompt: Message | None) -> None:
+def begin(document: Document, stream_id: str, prompt: Message | None) -> None:
     """Put the prompt into `messages`, and mirror it in the stream fields."""
-    end(data)
-    data[ACTIVE] = stream_id
-    data["pending_started_at"] = time.time()
+    end(document)
+    document.fields[ACTIVE] = stream_id
+    document.fields["pending_started_at"] = time.time()
     if prompt is not None:
-        put_prompt(messages_of(data), prompt)
-        data["pending_user_message"] = prompt.get("content")
-        data["pending_attachments"] = prompt.get("attachments", [])
+        put_prompt(document.list(MESSAGES), prompt)
+        document.fields["pending_user_message"] = prompt.get("content")
+        document.fields["pending_attachments"] = prompt.get("attachments", [])
 
 
-def end(data: Data) -> None:
+def end(document: Document) -> None:
     """Reset the stream fields."""
-    data.update({field: list(idle) if type(idle) is list else idle for field, idle in IDLE.items()})
+    for field, idle in IDLE.items():
+        document.fields[field] = list(idle) if type(idle) is list else idle
 
 
-def interrupt(data: Data, prompt_id: MessageId | None, answer_id: MessageId | None) -> None:
+def interrupt(document: Document, prompt_id: MessageId | None, answer_id: MessageId | None) -> None:
     """End a turn that has no answer: prompt and partial stay, marked once.
 
     A turn can be ended whatever somebody has made of `messages`: what is no list has nothing to mark.
     """
-    messages = data.get(MESSAGES)
-    if messages is not None and _is_list(messages):
+    if document.has_list(MESSAGES):
+        messages = document.list(MESSAGES)
         for message_id in (prompt_id, answer_id):
-            place = find(messages, message_id)
+            place = messages.find(message_id)
             if place is not None:
-                _mark(messages, place)
-    end(data)
+                messages[place][INTERRUPTED] = True
+    end(document)
 
 
-def _mark(messages: Messages, place: int) -> None:
-    if isinstance(messages, Items):
-        messages.mark(place, INTERRUPTED, True)
-    else:
-        messages[place][INTERRUPTED] = True
-
-
-def interrupt_foreign(data: Data) -> None:
+def interrupt_foreign(document: Document) -> None:
     """End a turn that another program started, of which only the stream fields tell."""
-    if data.get("pending_user_message") and _is_list(data.get(MESSAGES, [])):
-        _recover_foreign_prompt(data, messages_of(data))
-    end(data)
+    if document.fields.get("pending_user_message") and document.has_list(MESSAGES):
+        _recover_foreign_prompt(document, document.list(MESSAGES))
+    end(document)
 
 
-def _recover_foreign_prompt(data: Data, messages: Messages) -> None:
+def _recover_foreign_prompt(document: Document, messages: Messages) -> None:
     """Keep the prompt of a turn that another program started: `pending_user_message` may be its only copy (#1471)."""
-    content = data["pending_user_message"]
-    told = {"attachments": data["pending_attachments"]} if data.get("pending_attachments") else {}
-    last = messages[-1] if len(messages) else None
+    fields = document.fields
+    content = fields["pending_user_message"]
+    told = {"attachments": fields["pending_attachments"]} if fields.get("pending_attachments") else {}
+    last = messages[len(messages) - 1] if len(messages) else None
     if type(last) is dict and last.get("role") == "user" and same(last.get("content"), content):
         last[INTERRUPTED] = True
         last.update({name: value for name, value in told.items() if name not in last})
     else:
-        messages.append(
-            {"id": f"{data.get(ACTIVE)}.prompt", "role": "user", "content": content, INTERRUPTED: True, **told}
-        )
+        stream_id = fields.get(ACTIVE)
+        messages.append({"id": f"{stream_id}.prompt", "role": "user", "content": content, INTERRUPTED: True, **told})

@@ -1,7 +1,7 @@
 """The working copy: a document while a verb changes it, under the session's lock.
 
     with files.transaction("s-42") as tx:
-        copy = WorkingCopy(tx)
+        copy = WorkingCopy(tx.read(), tx)
         copy.list("messages").append(message)
         copy.commit(copy.header.next())
 
@@ -23,17 +23,23 @@ from persist.storage.diff import Change
 from persist.storage.document import Header
 from persist.storage.transaction import Transaction
 
+#: A content, and what turns the values that stand apart in the committed one into its own. None: that takes comparing.
+Changed = tuple[Content, tuple[Change, ...] | None]
+
 
 class WorkingCopy:
     """A session under its lock, to be changed and committed.
+
+    Args:
+        found: what is committed.
+        tx: the transaction that found it, None for a copy that is not committed.
 
     Attributes:
         header: that of the committed revision.
         fields: the top-level values but ``messages`` and ``tool_calls``, as a mapping to be changed.
     """
 
-    def __init__(self, tx: Transaction) -> None:
-        found = tx.read()
+    def __init__(self, found: Replica, tx: Transaction | None = None) -> None:
         self.header = found.header
         self.fields = Fields(found.content)
         self._tx = tx
@@ -72,8 +78,9 @@ class WorkingCopy:
             self._data = self._content.decode()
         return self._data
 
-    def changed(self) -> tuple[Content, tuple[Change, ...] | None] | None:
-        """Return the content as it is now, and what was changed in the values that stand apart. None if nothing was changed.
+    def changed(self) -> Changed | None:
+        """Return the content as it is now, and what was changed in the values that stand apart. None if nothing was
+        changed.
 
         Raises: what `encoded` raises for what cannot be kept.
         """
@@ -85,22 +92,33 @@ class WorkingCopy:
         self.fields.write_to(values)
         splices: dict[str, list[Change]] = {}
         for name, items in self._lists.items():
-            if changes := items.changes():
-                splices[name] = changes
-                values[name] = items.after(changes)
+            if made := items.changes():
+                splices[name] = made
+                values[name] = items.after(made)
         if not splices and not self.fields.is_touched:
             return None
         after = placed(values.items())
         changes = tuple(_changes(before, after, splices))
         return None if not changes and after.fields == before.fields else (after, changes)
 
-    def commit(self, header: Header) -> Replica:
-        """Commit the content as it is now, also if nothing was changed in it."""
-        content, changes = self.changed() or (self._content, ())
+    @property
+    def content(self) -> Content:
+        """The content as it is now."""
+        changed = self.changed()
+        return self._content if changed is None else changed[0]
+
+    def commit(self, header: Header, changed: Changed | None = None) -> Replica:
+        """Commit the content as it is now, also if nothing was changed in it.
+
+        `changed` is that, if the caller knows it.
+        """
+        assert self._tx is not None
+        content, changes = changed or self.changed() or (self._content, ())
         return self._tx.commit(header, content, changes)
 
     def commit_changes(self, *, touch: bool = True) -> Replica:
         """Commit the content if it was changed. Else make durable what was read."""
+        assert self._tx is not None
         changed = self.changed()
         if changed is None:
             self._tx.confirm()

@@ -18,7 +18,7 @@ from rich.text import Text
 from persist import __version__
 from persist.cli.output import console, print_json, print_table, printable, tolerate_any_terminal
 from persist.errors import CorruptSession, PersistError, SessionNotFound, SweepIncomplete
-from persist.storage.layout import LEASES
+from persist.storage.layout import LEASES, journal_of, name_of
 from persist.store import Store
 from persist.streams import StreamInfo
 
@@ -316,16 +316,17 @@ def compact(store: Store, session_id: str, as_json: bool) -> None:
 @persist.command(epilog="Example: persist accept var/sessions s-42")
 @store_argument
 @session_argument
+@click.option("--drop-journal", is_flag=True, help="Give the commits in the journal up; it is kept as *.damaged.")
 @json_option
-def accept(store: Store, session_id: str, as_json: bool) -> None:
+def accept(store: Store, session_id: str, drop_journal: bool, as_json: bool) -> None:
     """Take a document that was edited by hand.
 
-    It gets a new checksum. One that is sound is left alone. Of a journal that cannot be taken whole, a copy is kept.
+    It gets new checksums. One that is sound is left alone. Of a journal that cannot be taken whole, a copy is kept.
     """
     trouble = _trouble(store, session_id)
-    kept_before = set(store.path.glob(f"{session_id}.*.damaged"))
-    session = store.accept(session_id)
-    kept = sorted(set(store.path.glob(f"{session_id}.*.damaged")) - kept_before)
+    kept_before = _damaged_journals(store, session_id)
+    session = store.accept(session_id, drop_journal=drop_journal)
+    kept = sorted(_damaged_journals(store, session_id) - kept_before)
     if as_json:
         print_json({"id": session.id, "revision": session.revision, "was_sound": trouble is None})
     elif trouble is None:
@@ -334,6 +335,12 @@ def accept(store: Store, session_id: str, as_json: bool) -> None:
         click.echo(f"{session.id} is accepted at revision {session.revision}. What was wrong: {trouble.reason}")
         for path in kept:
             click.echo(f"Not all of its journal could be taken; a copy is kept in {path}.")
+
+
+def _damaged_journals(store: Store, session_id: str) -> set[Path]:
+    names = (path.name for path in store.path.iterdir())
+    mine = {name for name in names if (found := journal_of(name, copies=True)) and found[0] == name_of(session_id)}
+    return {store.path / name for name in mine if journal_of(name) is None}
 
 
 def _trouble(store: Store, session_id: str) -> CorruptSession | None:

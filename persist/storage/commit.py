@@ -1,11 +1,11 @@
 """The commit: how a change of a session becomes durable and visible.
 
-A commit to a session with a journal appends one record and syncs it (`append_record`). Any other commit writes the whole
-document (`write_document`): so does the fold of a journal that has outgrown its document.
+A commit to a session with a journal appends one record and syncs it (`append_record`). Any other commit writes the
+whole document (`write_document`): so does the fold of a journal that has outgrown its document.
 
-After a failed fsync the kernel may have dropped the data and still show it. A second fsync then answers OK (measured). So
-that file is never synced or trusted again: the document is written once more, to another inode. If that fails too, while
-the commit was visible, nobody knows what a power cut would leave: `CommitUnknown`.
+After a failed fsync the kernel may have dropped the data and still show it. A second fsync then answers OK (measured).
+So that file is never synced or trusted again: the document is written once more, to another inode. If that fails too,
+while the commit was visible, nobody knows what a power cut would leave: `CommitUnknown`.
 """
 
 from __future__ import annotations
@@ -151,7 +151,10 @@ def _must_fold(options: Options, before: Replica) -> bool:
 
 
 def _is_settled(place: Place, before: Replica) -> bool:
-    """Make the document and its name durable, once a replica: their writer may have died before it did. Tell whether they are."""
+    """Make the document and its name durable, once a replica: their writer may have died before it did.
+
+    Tell whether they are.
+    """
     if not before.is_synced:
         try:
             disk.sync_file(place.paths.document)
@@ -187,7 +190,8 @@ def append_record(
     # 2. Room, so that the write does not make the file longer.
     with place.refusals():
         _make_room(place.options, tail, len(line), fd)
-        # 3. What nobody is known to have synced is written again: its writer may have seen its fdatasync fail, and have died.
+        # 3. What nobody is known to have synced is written again: its writer may have seen its fdatasync fail, and have
+        # died.
         try:
             disk.write_at(fd, tail.unsynced + line, tail.synced if tail.unsynced else tail.end)
         except OSError:
@@ -339,7 +343,8 @@ def _publish(
         try:
             disk.replace(paths.temp, paths.document)
         except OSError:
-            # Only an `OSError` proves that the rename did not happen. After anything else the document may need the journal.
+            # Only an `OSError` proves that the rename did not happen. After anything else the document may need the
+            # journal.
             _remove(made)
             raise
         place.is_visible = True

@@ -3,8 +3,8 @@
 Small values are the *fields*. They stand together at the start of a document, so that a reader of a head needs nothing
 else. The other values stand *apart*: a list that stands apart is kept as `Items`, one encoded item each.
 
-Where a value stands follows from the values alone, so that a process that applied a record and a process that replays it
-agree. The same data has the same content, up to the order of its keys.
+Where a value stands follows from the values alone, so that a process that applied a record and a process that replays
+it agree. The same data has the same content, up to the order of its keys.
 """
 
 from __future__ import annotations
@@ -56,6 +56,9 @@ def _id_in(item: bytes) -> bytes | None:
     return id_key(decoded.get("id")) if type(decoded) is dict else None
 
 
+_NO_TEXT = memoryview(b"")
+
+
 class Items:
     """The encoded items of a list, as a value: a change makes other `Items`, and this one stays as it is.
 
@@ -68,7 +71,7 @@ class Items:
 
     __slots__ = ("_ids", "_parts", "_repeated", "size_bytes")
 
-    def __init__(self, items: list[bytes], *, text: memoryview = memoryview(b""), text_count: int = 0) -> None:
+    def __init__(self, items: list[bytes], *, text: memoryview = _NO_TEXT, text_count: int = 0) -> None:
         #: One attribute, so that a thread that splits the text replaces all of them in one step.
         self._parts = (text, text_count, items, len(items))
         self._ids: dict[bytes, int] | None = None
@@ -110,10 +113,19 @@ class Items:
         """Return all items, one by one. The caller must not change the list."""
         text, text_count, items, length = self._parts
         if text_count:
-            items = [*bytes(text[2:-2]).split(SEPARATOR), *items[:length]]
+            split = bytes(text[2:-2]).split(SEPARATOR)
+            if len(split) != text_count:
+                raise ValueError("a list has not as many items as its header says")
+            items = [*split, *items[:length]]
             length = len(items)
-            self._parts = (memoryview(b""), 0, items, length)
+            self._parts = (_NO_TEXT, 0, items, length)
         return items if len(items) == length else items[:length]
+
+    def check(self) -> None:
+        """Raise `ValueError` unless the text has one item a line, as many as its header says."""
+        text, text_count, _, _ = self._parts
+        if text_count and bytes(text).count(b"\n") != text_count + 1:
+            raise ValueError("a list has not as many items as its header says")
 
     def last(self, count: int) -> list[bytes]:
         """Return the last items, without splitting the text if they all stand behind it."""
@@ -145,7 +157,9 @@ class Items:
             start = at - text_count
             items = items[:start] + insert + items[start + remove : length]
         parts = (text, text_count, items, length + len(insert) - remove)
-        size = _size_bytes(len(text), text_count, self._list_bytes + sum(map(len, insert)) - sum(map(len, removed)), parts[3])
+        size = _size_bytes(
+            len(text), text_count, self._list_bytes + sum(map(len, insert)) - sum(map(len, removed)), parts[3]
+        )
         after = Items._of(parts, size)
         self._hand_over_ids(after, at, remove, insert)
         return after
@@ -212,6 +226,8 @@ class Items:
         """Return the items as a fresh list of Python values."""
         text, text_count, items, length = self._parts
         found: list[Any] = json_codec.decode(text) if text_count else []
+        if len(found) != text_count:
+            raise ValueError("a list has not as many items as its header says")
         found += list(map(json_codec.decode, items[:length]))
         return found
 
@@ -360,8 +376,7 @@ def _encoded_value(value: Any, before: bytes | None, path: ValuePath) -> bytes:
 def _encoded_items(name: str, items: list[Any], before: Value | None) -> Items:
     known = before.split() if isinstance(before, Items) else []
     found = json_codec.encode_all_unchecked(items)
-    if found is not None and found == known:
-        assert isinstance(before, Items)
+    if isinstance(before, Items) and found == known:
         return before
     count = min(len(items), len(known))
     if found is None or found[:count] != known[:count]:
@@ -374,6 +389,7 @@ def _encoded_items(name: str, items: list[Any], before: Value | None) -> Items:
             for place, item in enumerate(items)
         ]
         return Items(checked)
-    checked = found[:count]
+    # The known objects, which a later comparison finds equal at a glance.
+    checked = known[:count]
     checked += [_encoded_value(item, None, (name, place)) for place, item in enumerate(items[count:], count)]
     return Items(checked)

@@ -13,7 +13,7 @@ import msgspec
 
 from persist import json_codec
 from persist.merge import align
-from persist.storage.content import APART_BYTES, Content, Items, Value, as_json
+from persist.storage.content import Content, Items, Value, as_json
 
 #: Where more than this was removed, the items between the first difference and the last one are compared, too.
 _ONE_SPLICE_BYTES = 16 * 1024

@@ -7,14 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from persist.errors import (
-    CorruptSession,
-    InvalidSessionId,
-    PersistError,
-    SessionNotFound,
-    Translating,
-    Unreadable,
-)
+from persist.errors import CorruptSession, InvalidSessionId, PersistError, SessionNotFound, Translating, Unreadable
 from persist.storage import disk, document, journal, layout
 from persist.storage.cache import Cache, Replica
 from persist.storage.commit import Options
@@ -27,9 +20,17 @@ class SessionDirectory:
     """The sessions of one directory, as files, and what can be seen of them without a lock."""
 
     def __init__(
-        self, directory: Path, options: Options, *, timeout_s: float, cache_bytes: int, allow_network: bool, create: bool
+        self,
+        directory: Path,
+        options: Options,
+        *,
+        timeout_s: float,
+        cache_bytes: int,
+        allow_network: bool,
+        create: bool,
     ) -> None:
-        # The real path: two names of one directory must share their in-process locks, and a chdir must not move the store.
+        # The real path: two names of one directory must share their in-process locks, and a chdir must not move the
+        # store.
         self.layout = Layout(Path(os.path.realpath(directory)))
         self.options = options
         self.timeout_s = timeout_s
@@ -142,6 +143,14 @@ class SessionDirectory:
         ids = ((self.id_of(name), stream_id) for name, stream_id in found)
         return sorted((session_id, stream_id) for session_id, stream_id in ids if session_id is not None)
 
+    def stream_ids(self, session_id: str) -> list[str]:
+        """Return the ids of the streams whose leases bear a session's name, as far as the disk tells."""
+        mine = self.layout.session(session_id).name
+        with contextlib.suppress(OSError):
+            found = filter(None, map(layout.stream_of, disk.names(self.layout.leases)))
+            return [stream_id for name, stream_id in found if name == mine]
+        return []
+
     def names(self) -> list[str]:
         """Return the names of all files, unsorted."""
         try:
@@ -150,7 +159,10 @@ class SessionDirectory:
             raise Unreadable.because(self.layout.directory, error) from error
 
     def journals(self, session_id: str, *, copies: bool = False) -> Iterator[tuple[Path, str]]:
-        """Yield the files that bear the name of a journal of a session, with their hex. `copies` of damaged ones, too."""
+        """Yield the files that bear the name of a journal of a session, with their hex.
+
+        `copies` of damaged ones, too.
+        """
         mine = self.layout.session(session_id).name
         for file_name in disk.names(self.layout.directory):
             found = layout.journal_of(file_name, copies=copies)
@@ -164,6 +176,12 @@ def is_left_over(path: Path, name: str, header: Header | None) -> bool:
     Any other one holds commits that are nowhere else: somebody put an older document back, say.
     """
     return (header is not None and header.folded == name) or journal.is_empty(path)
+
+
+def mislabelled(document_path: Path, session_id: str) -> CorruptSession:
+    """Return the error of a document that somebody has sealed, although its parts are not as its header says."""
+    reason = "its checksums match, but its lists are not as its header says."
+    return CorruptSession(session_id=session_id, path=document_path, reason=reason)
 
 
 def missing_journal(document_path: Path, session_id: str, journal_path: Path) -> CorruptSession:

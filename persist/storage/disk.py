@@ -62,8 +62,8 @@ def _open_or_create(path: Path, flags: int) -> tuple[int, os.stat_result]:
 def open_unseen(path: Path, flags: int) -> int:
     """Open a file that is there, without looking whether it is a plain one: its content says so, or `require_plain`.
 
-    Who looks at a file's times makes the next write to it set new ones that differ (Linux 6.13, multigrain timestamps): for
-    ext4 one more write at its fdatasync. So between two records nobody looks.
+    Who looks at a file's times makes the next write to it set new ones that differ (Linux 6.13, multigrain timestamps):
+    for ext4 one more write at its fdatasync. So between two records nobody looks.
     """
     return _descriptor(path, flags)
 
@@ -99,7 +99,9 @@ def _open(path: Path, flags: int) -> tuple[int, os.stat_result]:
 
 
 def _give_to_owner_of_directory(path: Path, fd: int | None = None) -> None:
-    """What root makes belongs to whom the directory belongs: one `sudo persist clear-stale` must not lock the server out."""
+    """What root makes belongs to whom the directory belongs: one `sudo persist clear-stale` must not lock the server
+    out.
+    """
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return
     owner, own = os.stat(path.parent), os.lstat(path) if fd is None else os.fstat(fd)
@@ -145,7 +147,8 @@ def _read_all(fd: int, size: int) -> bytes:
 
 
 Version = tuple[int, int, int, int]
-"""What changes when a file is written to, or another one takes its name: inode, size, mtime and ctime in nanoseconds."""
+"""What changes when a file is written to, or another one takes its name: inode, size, mtime and ctime in nanoseconds.
+"""
 
 
 def read_version(path: Path, limit: int) -> tuple[bytes, Version]:
@@ -274,7 +277,8 @@ def sync_data(fd: int) -> None:
         return
     try:
         os.fdatasync(fd)
-        # ext4 and XFS that are shut down in this very instant may answer OK and lose it (measured), but then they read nothing.
+        # ext4 and XFS that are shut down in this very instant may answer OK and lose it (measured), but then they read
+        # nothing.
         os.pread(fd, 1, 0)
     except OSError as error:
         raise SyncFailed(error.errno, error.strerror or type(error).__name__) from error
@@ -308,7 +312,9 @@ def close_directory(fd: int) -> None:
 
 
 def sync_directory(path: Path, opened: int | None = None) -> None:
-    """Return when the names in a directory would survive a power cut; `opened` is its descriptor, if there is one already."""
+    """Return when the names in a directory would survive a power cut; `opened` is its descriptor, if there is one
+    already.
+    """
     fd = open_directory(path) if opened is None else opened
     try:
         if fd >= 0:
@@ -344,6 +350,12 @@ def unlink(path: Path) -> bool:
             raise UnsafeFile(path=path, found="a directory") from None
         raise
     return True
+
+
+def remove_quietly(path: Path) -> None:
+    """Remove what no longer counts. If the disk refuses, it stays as a left-over, which a sweep or `check` finds."""
+    with contextlib.suppress(OSError):
+        unlink(path)
 
 
 def check_directory(path: Path) -> None:

@@ -10,9 +10,10 @@
     "notes":"…"
     }
 
-The whole file is one JSON object. The header's `checksum` covers the rest of line 1. The header holds a checksum for the
-fields and for each part that stands apart, with its length. Every other byte is known. So a head can be trusted without
-the parts behind it. All checksums are xxh3_128 in hex. They find damage and edits by hand. They do not stop a forger.
+The whole file is one JSON object. The header's `checksum` covers the rest of line 1. The header holds a checksum for
+the fields and for each part that stands apart, with its length. Every other byte is known. So a head can be trusted
+without the parts behind it. All checksums are xxh3_128 in hex. They find damage and edits by hand. They do not stop a
+forger.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import xxhash
 from persist import json_codec
 from persist.errors import CorruptSession, UnsupportedFormat
 from persist.storage import disk
-from persist.storage.content import HEADER, Content, Items, Value, encoded, size_of
+from persist.storage.content import HEADER, Content, Items, Value, encoded
 
 Kind = TypeVar("Kind")
 
@@ -81,10 +82,10 @@ class Header(msgspec.Struct, frozen=True):
         return self.but(revision=self.revision + 1, updated_at=updated_at, commit=token_hex(8), **changes)
 
 
-def first_header() -> Header:
-    """Return the header of a session's first commit."""
+def first_header(session_id: str | None = None) -> Header:
+    """Return the header of a session's first commit. Its id is named if the file's name holds a hash of it."""
     now = datetime.now(UTC)
-    return Header(token_hex(16), 1, now, now, token_hex(8))
+    return Header(token_hex(16), 1, now, now, token_hex(8), session_id=session_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,9 @@ def to_bytes(header: Header, content: Content) -> bytes:
     opening = _OPENING % (FORMAT, _checksum(rest))
     segments = [fields] if fields else []
     segments += [_key(name) + text for name, text in parts.items()]
-    return b"".join([opening, rest, b",\n" if segments else b"\n", b",\n".join(segments), b"\n}\n" if segments else b"}\n"])
+    return b"".join(
+        [opening, rest, b",\n" if segments else b"\n", b",\n".join(segments), b"\n}\n" if segments else b"}\n"]
+    )
 
 
 def _fields_text(fields: Mapping[str, bytes]) -> bytes:
@@ -318,7 +321,10 @@ class _Reader:
         return Document(header, found, version)
 
     def _content(self, content: bytes, place: int, values: Mapping[str, Any]) -> Content:
-        """Return what stands behind the header, checked byte by byte. Raise one of `NONSENSE` if it is not as the header says."""
+        """Return what stands behind the header, checked byte by byte.
+
+        Raise one of `NONSENSE` if it is not as the header says.
+        """
         text = memoryview(content)
         parts = _of(dict, values["parts"])
         segments: dict[str | None, tuple[bytes, Mapping[str, Any]]] = {None: (b"", values["fields"])}
@@ -338,7 +344,7 @@ class _Reader:
             if name is None:
                 fields = fields_of(b"".join([b"{", piece, b"}"]))
             else:
-                apart[name] = _part(piece, part, content.count(b"\n", start, place))
+                apart[name] = _part(piece, part)
         if bytes(text[place : place + 4]) != b"\n}\n" or not fields.keys().isdisjoint(apart):
             raise ValueError("end")
         return Content(fields, apart)
@@ -393,18 +399,16 @@ class _Reader:
         return self._corrupt("its checksum does not match: it was edited by hand or damaged.", remedy=remedy)
 
     def _corrupt(self, reason: str, offset: int | None = None, remedy: str = "") -> CorruptSession:
-        return CorruptSession(
-            session_id=self.session_id, path=self.path, reason=reason, offset=offset, remedy=remedy
-        )
+        return CorruptSession(session_id=self.session_id, path=self.path, reason=reason, offset=offset, remedy=remedy)
 
 
-def _part(text: memoryview, part: Mapping[str, Any], newlines: int) -> Value:
+def _part(text: memoryview, part: Mapping[str, Any]) -> Value:
     if "count" not in part:
         return bytes(text)
     count = natural(part["count"])
     brackets = bytes(text[:2]), bytes(text[-2:])
     is_list = brackets == ((b"[\n", b"\n]") if count else (b"[]", b"[]"))
-    if not is_list or newlines != (count + 1 if count else 0):
+    if not is_list:
         raise ValueError("count")
     return Items.in_document(text, count)
 

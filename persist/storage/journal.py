@@ -1,14 +1,14 @@
-"""The journal of a session: the commits since its document was written, one a line, so that a commit costs what it changes.
+"""The journal of a session: the commits since its document was written, one a line. So a commit costs what it changes.
 
     {"persist_journal":3,"name":"0f0e…"}                                                    <- the opening
     {"crc":"5d9b7e01","after":"c1f3a2b4","revision":8,"updated_at":"…","synced":40,         <- a record (one line)
      "counts":{"messages":3},"changes":[{"in":"messages","at":2,"insert":[{"id":"m3",…}]}],"commit":"…"}
-    {"crc":"77aa0123","after":"5d9b7e01","revision":9,"updated_at":"…","synced":310,        <- a record that changes fields
+    {"crc":"77aa0123","after":"5d9b7e01","revision":9,"updated_at":"…","synced":310,        <- one that changes fields
      "counts":{"messages":3},"head":{"epoch":1,"owner":null,"fields":{"title":"Locks"}},"commit":"…"}
 
-The file `s-42.<name>.journal` belongs to the one document whose header holds that name, which is random hex. Records are
-only ever added, under the session's lock: one a commit. Behind the last one there may be room for more. That is zeros,
-which no record holds, and which cost the disk less to write over than to add to.
+The file `s-42.<name>.journal` belongs to the one document whose header holds that name, which is random hex. Records
+are only ever added, under the session's lock: one a commit. Behind the last one there may be room for more. That is
+zeros, which no record holds, and which cost the disk less to write over than to add to.
 
     crc       CRC-32 of the line behind it (without the newline), seeded with that of the opening
     after     the crc of the record before, or of the opening: none can be missing
@@ -17,15 +17,15 @@ which no record holds, and which cost the disk less to write over than to add to
     head_at   where the last record with a head begins, 0 for the document. So a head takes two reads
     head      the fields and the stream's part of the header, whole
     changes   see `diff.Change`
-    commit    the commit's id. It is the last key, so that the bytes before a known end tell whether that record stands there
+    commit    the commit's id. It is the last key, so the bytes before a known end tell whether that record stands there
 
-What does not check out at the end of the file is a torn tail if a crash can have left it: a line without its newline, or
-one with whole sectors of zeros, while no good record behind it says that this place was durable. It was never
-acknowledged, so the next writer folds it away. Anything else is damage. Damage is told, and nothing is written. A line
-with a good crc that this version does not know is of a newer version: `UnsupportedFormat`.
+What does not check out at the end of the file is a torn tail if a crash can have left it: a line without its newline,
+or one with whole sectors of zeros, while no good record behind it says that this place was durable. It was never
+acknowledged, so the next writer folds it away. Anything else is damage. Damage is told, and nothing is written. A
+line with a good crc that this version does not know is of a newer version: `UnsupportedFormat`.
 
-A single `?` behind the last record is a torn tail, too. A writer puts it there before it takes the journal out of use, and
-after an fdatasync that failed, so that a process with an old replica never appends to it.
+A single `?` behind the last record is a torn tail, too. A writer puts it there before it takes the journal out of use,
+and after an fdatasync that failed, so that a process with an old replica never appends to it.
 
 A reader takes no lock, so it may see a record while it is written. It looks again before it tells of damage.
 """
@@ -76,7 +76,10 @@ class Overtaken(Exception):
 
 
 class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole head: the fields, and the stream's part of the header. As JSON, because only `json_codec` reads all of it."""
+    """A whole head: the fields, and the stream's part of the header.
+
+    As JSON, because only `json_codec` reads all of it.
+    """
 
     epoch: int
     owner: msgspec.Raw
@@ -118,7 +121,10 @@ def _is_whole(line: bytes | memoryview, seed: int) -> bool:
 
 
 def _decoded(line: bytes) -> Record:
-    """Return the record of a line whose crc is right. Raise one of `NONSENSE` for one that this version does not know."""
+    """Return the record of a line whose crc is right.
+
+    Raise one of `NONSENSE` for one that this version does not know.
+    """
     try:
         return _decode_record(line)
     except msgspec.DecodeError:
@@ -189,7 +195,7 @@ def _append(apart: dict[str, Value], grown: dict[str, list[bytes]], name: str) -
         apart[name] = items.spliced(len(items), 0, more)
 
 
-# --- the end of a journal ----------------------------------------------------------------------------------------------
+# --- the end of a journal --------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -301,8 +307,10 @@ class Journal:
             for line in _lines(content, tail.seed):
                 record = self._decoded(line, tail.end)
                 revision += 1
-                if record.after != tail.after or record.revision != revision or (
-                    record.head is None and record.head_at != tail.head_at
+                if (
+                    record.after != tail.after
+                    or record.revision != revision
+                    or (record.head is None and record.head_at != tail.head_at)
                 ):
                     raise self.damaged(tail.end, "a record in it does not follow the one before")
                 tail.synced = max(tail.synced, record.synced)

@@ -2,15 +2,14 @@
 
     var/sessions/
       s-42.json                    the document
-      s-42.json.lock               the session's lock, a file of its own: os.replace() of a locked file lets a second holder in
-      s-42.json.tmp                only inside a commit. Found later under the lock it is a left-over
-      s-42.<16 hex>.journal        the commits since the document was written, if the session is large
-      s-42.<16 hex>.journal.damaged  a journal that `persist accept` could not take whole
-      .leases/s-42.<stream id>     locked by the process that runs the stream
-      .events/s-42.<stream id>     the stream's events, one a line
+      s-42.json.lock               the session's lock, a file of its own: os.replace() of a locked file lets a second
+      holder in s-42.json.tmp                only inside a commit. Found later under the lock it is a left-over s-42.<16
+      hex>.journal        the commits since the document was written, if the session is large s-42.<16
+      hex>.journal.damaged  a journal that `persist accept` could not take whole .leases/s-42.<stream id>     locked by
+      the process that runs the stream .events/s-42.<stream id>     the stream's events, one a line
 
-A session id is any text. Its file name percent-encodes what is no letter, digit, `_` or `-`, so that a name holds no dot.
-A file belongs to `persist` only if its name is what the encoding of its decoded name gives.
+A session id is any text. Its file name percent-encodes what is no letter, digit, `_` or `-`, so that a name holds no
+dot. A file belongs to `persist` only if its name is what the encoding of its decoded name gives.
 
 Nothing else in the project spells a file name out.
 """
@@ -49,7 +48,9 @@ _RULE = f"an id is a string of 1 to {MAX_ID} characters, without half of a surro
 def check_session_id(session_id: object) -> str:
     """Return `session_id` if it can name a session, else raise `InvalidSessionId`."""
     if type(session_id) is not str:
-        raise InvalidSessionId(session_id=session_id, reason=f"it is no string, but {type(session_id).__name__}; {_RULE}")
+        raise InvalidSessionId(
+            session_id=session_id, reason=f"it is no string, but {type(session_id).__name__}; {_RULE}"
+        )
     if not 0 < len(session_id) <= MAX_ID or any("\ud800" <= character <= "\udfff" for character in session_id):
         raise InvalidSessionId(session_id=session_id, reason=_RULE)
     return session_id
@@ -160,7 +161,9 @@ def name_of_document(file_name: str) -> str | None:
 
 
 def name_of_leftover(file_name: str) -> tuple[str, bool] | None:
-    """Return the name of the session whose lock or temporary file this is, and whether it is the temporary one; or None."""
+    """Return the name of the session whose lock or temporary file this is, and whether it is the temporary one; or
+    None.
+    """
     for suffix in (f"{_DOCUMENT}{_LOCK}", f"{_DOCUMENT}{_TEMP}"):
         name = file_name.removesuffix(suffix)
         if name != file_name and is_ours(name):
@@ -175,6 +178,9 @@ def journal_of(file_name: str, *, copies: bool = False) -> tuple[str, str] | Non
 
 
 def stream_of(file_name: str) -> tuple[str, str] | None:
-    """Return the (session's name, stream id) of a lease's or an events file's name, or None. The first dot parts them."""
+    """Return the (session's name, stream id) of a lease's or an events file's name, or None.
+
+    The first dot parts them.
+    """
     name, _, stream_id = file_name.partition(".")
     return (name, stream_id) if is_ours(name) and is_stream_id(stream_id) else None

@@ -1,8 +1,8 @@
 """Leases: how a stream shows, for as long as it runs, that its process lives.
 
-A lease is a small file under `.leases/`, locked by the process that runs the stream. The kernel frees the lock when that
-process ends, however it ends; so a lease that can be locked belongs to a dead stream, and one that cannot belongs to a
-live one. Nothing here is guessed from age, pid or time stamps (hermes-webui #653, #3808, #4492).
+A lease is a small file under `.leases/`, locked by the process that runs the stream. The kernel frees the lock when
+that process ends, however it ends; so a lease that can be locked belongs to a dead stream, and one that cannot belongs
+to a live one. Nothing here is guessed from age, pid or time stamps (hermes-webui #653, #3808, #4492).
 
 Leases are created, tried and removed only under their session's lock: two lock-free probes of a dead lease would meet,
 and each would take the other for the owner (measured: 3-42 % of the time).
@@ -77,8 +77,8 @@ class Probe:
 def probe(path: Path) -> Probe:
     """Try a lease.
 
-    A lease that was won stays locked until the probe is closed, so that what is concluded from its death stays true while
-    it is acted on. A missing lease counts as dead, and none is created.
+    A lease that was won stays locked until the probe is closed, so that what is concluded from its death stays true
+    while it is acted on. A missing lease counts as dead, and none is created.
     """
     try:
         held = try_hold(path, create=False)

@@ -1,11 +1,11 @@
 """Locks: how a thread comes to hold a session, and the only order in which anything is locked.
 
-Order: the session's in-process mutex -> its file lock -> (its lease, only ever *tried*; see `lease`). A thread holds the
-lock of one session at a time; asking for a second one raises `NestedLock` instead of risking a deadlock.
+Order: the session's in-process mutex -> its file lock -> (its lease, only ever *tried*; see `lease`). A thread holds
+the lock of one session at a time; asking for a second one raises `NestedLock` instead of risking a deadlock.
 
-Threads that poll one file starve each other (p99 82 ms against 5 ms behind a first-in-first-out mutex), and so do processes:
-these queue up in the kernel (see `turns`). No system call waits there with a time limit, so a thread does it for the one
-that has asked. Where that cannot be, processes poll.
+Threads that poll one file starve each other (p99 82 ms against 5 ms behind a first-in-first-out mutex), and so do
+processes: these queue up in the kernel (see `turns`). No system call waits there with a time limit, so a thread does it
+for the one that has asked. Where that cannot be, processes poll.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from persist.storage.held import HeldFile, table, try_hold
 # Growing only to 1 ms: backing off to 5 ms starves the longest waiter (860 ms, measured).
 _POLL_FIRST_S = 0.0002
 _POLL_LAST_S = 0.001
-#: For so long a place in the queue is all that is waited for: the process at its head may be stopped (a paused container).
+#: For so long a place in the queue is all that is waited for: the process at its head may be stopped (a paused
+#: container).
 PATIENCE_S = 0.05
 #: So long it is given then to take what is free: it may just be about to.
 GRACE_S = 0.005
@@ -38,8 +39,8 @@ GRACE_S = 0.005
 class Turn:
     """One thread's place in the queue of a mutex.
 
-    Only the block that asked for it keeps it: a turn that is gone has given up whatever it had, even if an exception of a
-    signal kept its `release` from running.
+    Only the block that asked for it keeps it: a turn that is gone has given up whatever it had, even if an exception of
+    a signal kept its `release` from running.
     """
 
     __slots__ = ("__weakref__", "given", "session_id", "thread")
@@ -111,8 +112,9 @@ def _mutex(path: Path) -> FifoMutex:
         return mutex
 
 
-#: Thread -> its turn, while it holds a lock or waits for one. By thread and not thread-local: a block that is entered in one
-#: thread and left in another (a synchronous dependency of a web framework, say) must free the one that entered it.
+#: Thread -> its turn, while it holds a lock or waits for one. By thread and not thread-local: a block that is entered
+#: in one thread and left in another (a synchronous dependency of a web framework, say) must free the one that entered
+#: it.
 _turn_of: dict[int, ref[Turn]] = {}
 
 
@@ -151,8 +153,8 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
             raise timed_out(_holder_of(path))
         yield held
     finally:
-        # One after the other, whatever exception a signal raises among them. A child that was forked inside the block has
-        # neither the lock nor the mutex.
+        # One after the other, whatever exception a signal raises among them. A child that was forked inside the block
+        # has neither the lock nor the mutex.
         try:
             if held is not None:
                 held.close()
@@ -170,7 +172,8 @@ def _refuse_nesting(thread: int, session_id: str) -> None:
     if outer is not None:
         raise NestedLock(session_id=session_id, held=outer.session_id)
     if table._is_owned():  # type: ignore[attr-defined]
-        # A signal handler (or a finaliser) in the middle of opening or closing a lock: to wait here would stop everybody.
+        # A signal handler (or a finaliser) in the middle of opening or closing a lock: to wait here would stop
+        # everybody.
         raise NestedLock(session_id=session_id, held="unknown")
 
 
@@ -191,7 +194,10 @@ def _wait(path: Path, session_id: str, deadline: float) -> HeldFile | None:
 
 
 def _in_turn(path: Path, deadline: float) -> HeldFile | None:
-    """Hold the file, behind those who wait for it already. None at the deadline, or if the file was removed meanwhile."""
+    """Hold the file, behind those who wait for it already.
+
+    None at the deadline, or if the file was removed meanwhile.
+    """
     held, place, found = HeldFile(), None, None
     try:
         if held.open(path, os.O_RDWR | os.O_CREAT, in_turn=True):
@@ -222,7 +228,7 @@ def _poll(path: Path, deadline: float) -> HeldFile | None:
     return None
 
 
-# --- the queue of processes ------------------------------------------------------------------------------------------------
+# --- the queue of processes ------------------------------------------------------------------------------------------
 
 
 class _Place:
@@ -257,7 +263,9 @@ class _Place:
         self._is_left = False
 
     def wait(self, deadline: float) -> HeldFile | None:
-        """Wait until the file is locked; while the queue does not move, look now and then whether it is free all the same."""
+        """Wait until the file is locked; while the queue does not move, look now and then whether it is free all the
+        same.
+        """
         head = turns.head(self.file.fd)
         while (left_s := deadline - time.monotonic()) > 0:
             timeout_s = min(left_s, threading.TIMEOUT_MAX if self._is_next else PATIENCE_S)
@@ -315,7 +323,9 @@ _places: dict[Path, _Place] = {}
 
 
 def _place(path: Path, held: HeldFile) -> _Place | None:
-    """A place in the queue for a file that is open: that of a caller who gave up, or a new one; None if there can be none."""
+    """A place in the queue for a file that is open: that of a caller who gave up, or a new one; None if there can be
+    none.
+    """
     with table:
         if (left := _places.get(path)) is not None:
             left.take_over()

@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from persist.errors import CorruptSession, LockNotHeld, NestedLock, PersistError, SessionNotFound
-from persist.storage import commit, diff, disk, journal, lock
+from persist.storage import commit, diff, disk, lock
 from persist.storage.cache import Replica
 from persist.storage.commit import Place
-from persist.storage.content import Content
+from persist.storage.content import Content, Items
 from persist.storage.diff import Change
-from persist.storage.directory import SessionDirectory, is_left_over, missing_journal
+from persist.storage.directory import SessionDirectory, is_left_over, mislabelled, missing_journal
 from persist.storage.document import Head, Header
 from persist.storage.held import HeldFile
 from persist.storage.journal import Overtaken
@@ -44,7 +44,8 @@ class Transaction:
         self._place = Place(session_id, self.paths, files.options, files.unknown)
         self._held: HeldFile | None = held
         self._is_there = False
-        #: What is there, if that was read. While a write is under way it is None, so that an exception drops the replica.
+        #: What is there, if that was read. While a write is under way it is None, so that an exception drops the
+        #: replica.
         self._replica: Replica | None = None
         #: The journal of `_replica`, if it is open.
         self._fd = -1
@@ -123,6 +124,12 @@ class Transaction:
         except Overtaken as error:
             # Nobody can fold while the lock is held.
             raise missing_journal(self.paths.document, self.session_id, error.path) from None
+        try:
+            for value in found.content.apart.values():
+                if isinstance(value, Items):
+                    value.check()
+        except ValueError:
+            raise mislabelled(self.paths.document, self.session_id) from None
         if found.tail is not None:
             self._fd = self._place.journal(found.tail.name).open(os.O_RDWR)
         return found
@@ -226,7 +233,7 @@ class Transaction:
         """
         self.require_lock()
         try:
-            found = self.read()
+            self.read()
             if not drop_journal:
                 self.confirm()
                 return self.read()

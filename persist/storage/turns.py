@@ -1,13 +1,14 @@
 """Turns: the processes that wait for a lock get it in the order in which they came.
 
-Whoever frees a lock and takes it again at once is always there before those whom the kernel has to wake, or who poll. So who
-has to wait locks a byte of the lock file, the one behind the last that somebody else has locked, and waits until no byte before
-it is locked. Then it waits for the lock itself, and frees its byte with that. Nobody takes the lock while somebody waits for it
-like that. And who leaves wakes one only, the next.
+Whoever frees a lock and takes it again at once is always there before those whom the kernel has to wake, or who poll.
+So who has to wait locks a byte of the lock file, the one behind the last that somebody else has locked, and waits until
+no byte before it is locked. Then it waits for the lock itself, and frees its byte with that. Nobody takes the lock
+while somebody waits for it like that. And who leaves wakes one only, the next.
 
-The bytes stand far behind all content. Their locks are OFD locks (man 2 fcntl): the kernel keeps them apart from the flock of
-the same file, and frees them with the descriptor. They only ever say who comes first; what excludes is the lock. So where there
-are none (Linux alone has them), or where somebody does not heed them, nothing is lost but the order.
+The bytes stand far behind all content. Their locks are OFD locks (man 2 fcntl): the kernel keeps them apart from the
+flock of the same file, and frees them with the descriptor. They only ever say who comes first; what excludes is the
+lock. So where there are none (Linux alone has them), or where somebody does not heed them, nothing is lost but the
+order.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ ARE_THERE = sys.platform == "linux"
 if sys.platform == "linux":
     import fcntl
 
-    # A file system that takes both kinds of lock for one (NFS) must not take freeing a byte for giving up the lock: of that,
-    # these bytes are a part that nobody asks for.
+    # A file system that takes both kinds of lock for one (NFS) must not take freeing a byte for giving up the lock: of
+    # that, these bytes are a part that nobody asks for.
     _FIRST = 1 << 62
     # struct flock: type, whence, start, length (0: without end), pid
     _FLOCK = struct.Struct("hhqqi4x")
@@ -46,7 +47,9 @@ if sys.platform == "linux":
         return first
 
     def queue_up(fd: int) -> int:
-        """Wait until all who came before have had the lock of a file, or have given up; return the byte that stands for it."""
+        """Wait until all who came before have had the lock of a file, or have given up; return the byte that stands for
+        it.
+        """
         place = _take_last(fd)
         before = place - 1 if place > _FIRST else None
         while before is not None:

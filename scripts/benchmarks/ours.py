@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import persist
 from benchmarks.peers import Peer
 from benchmarks.workload import SESSION, Message, new_message, open_store
-from persist.storage.directory import Mode
+from persist.storage.commit import Mode
 
 APPEND = "persist: store.append()"
 ALWAYS = 'persist: store.append(), journal="always"'

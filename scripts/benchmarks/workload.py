@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import persist
-from persist.storage.directory import Mode
+from persist.storage.commit import Mode
 
 Message = dict[str, Any]
 

@@ -30,21 +30,21 @@ from harness.watch import Watch
 
 DEADLINE_S = 120
 
-NO_FILE_SYNC = ("files/publish.py", "            disk.sync(fd)\n", "            pass\n")
+NO_FILE_SYNC = ("storage/publish.py", "            disk.sync(fd)\n", "            pass\n")
 NO_DIRECTORY_SYNC = (
-    "files/publish.py",
+    "storage/publish.py",
     "                disk.sync_directory(self._layout.directory, directory)\n",
     "                pass\n",
 )
 NO_SYNC_OF_A_DELETE = (
-    "files/transaction.py",
+    "storage/transaction.py",
     "            disk.sync_directory(self._layout.directory, directory)\n",
     "            pass\n",
 )
-NO_SECOND_LOOK = ("files/disk.py", "            os.fstat(fd)\n", "")
+NO_SECOND_LOOK = ("storage/disk.py", "            os.fstat(fd)\n", "")
 # Of journals.
-NO_SYNC_OF_A_RECORD = ("files/disk.py", "        os.fdatasync(fd)\n", "")
-NO_SECOND_LOOK_AT_A_RECORD = ("files/disk.py", "        os.pread(fd, 1, 0)\n", "")
+NO_SYNC_OF_A_RECORD = ("storage/disk.py", "        os.fdatasync(fd)\n", "")
+NO_SECOND_LOOK_AT_A_RECORD = ("storage/disk.py", "        os.pread(fd, 1, 0)\n", "")
 RAISES = (
     "streams.py",
     "    stream_id = uuid.uuid4().hex if",

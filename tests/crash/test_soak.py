@@ -21,8 +21,8 @@ NOT_COUNTED = (
     "        mine = Body.of(self.data | {'n': min(self.data['n'], 3)})\n",
 )
 UNMARKED = ("turn.py", "messages[place][INTERRUPTED] = True", "pass")
-JOURNALS_THAT_STAY = ("files/publish.py", "        self._remove_old_journals()\n", "        pass\n")
-NOT_CLOSED = ("files/transaction.py", "                disk.close(fd)\n", "                pass\n")
+JOURNALS_THAT_STAY = ("storage/publish.py", "        self._remove_old_journals()\n", "        pass\n")
+NOT_CLOSED = ("storage/transaction.py", "                disk.close(fd)\n", "                pass\n")
 
 
 @pytest.mark.parametrize(

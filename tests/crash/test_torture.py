@@ -25,19 +25,19 @@ from harness.runs import INTERRUPTED
 DEADLINE_S = 120
 
 NO_LOCK = (
-    "files/held.py",
+    "storage/held.py",
     "import lock_descriptor, unlock_descriptor\n",
     "import unlock_descriptor\n\ndef lock_descriptor(fd, *, blocking):\n    return True\n",
 )
 NOT_IDEMPOTENT = ("turn.py", "    if place is None:\n        messages.insert", "    if True:\n        messages.insert")
 IN_PLACE = (
-    "files/publish.py",
+    "storage/publish.py",
     "            disk.replace(self._paths.temp, self._paths.document)\n",
     "            self._paths.document.write_bytes(b'')\n"
     "            self._paths.document.write_bytes(self._paths.temp.read_bytes())\n"
     "            disk.unlink(self._paths.temp)\n",
 )
-TEMPS_OF_THEIR_OWN = ("files/layout.py", 'f"{name}{_TEMP}")', "f\"{name}.{__import__('os').getpid()}{_TEMP}\")")
+TEMPS_OF_THEIR_OWN = ("storage/layout.py", 'f"{name}{_TEMP}")', "f\"{name}.{__import__('os').getpid()}{_TEMP}\")")
 NO_LEASE = ("streams.py", "            if not is_dead:\n                return False\n", "")
 OLD_TITLE = (
     "session.py",
@@ -50,22 +50,22 @@ NOT_MIRRORED = ("turn.py", 'data["pending_user_message"] = prompt.get("content")
 
 # Of journals.
 TRUSTS_ITS_END = (
-    "files/transaction.py",
+    "storage/transaction.py",
     "        for record in known.log.follow(self._fd, known.tail):\n",
     "        for record in known.log.follow(self._fd, known.tail) if not known.synced else ():\n",
 )
 TRUSTS_ITS_SNAPSHOT = (
-    "files/transaction.py",
+    "storage/transaction.py",
     "        if known is not None and known.opening == start:\n",
     "        if known is not None:\n",
 )
 OLD_JOURNAL_GOES_FIRST = (
-    "files/publish.py",
+    "storage/publish.py",
     "            self.version = _write_new(self._paths.temp, content)\n",
     "            self._remove_old_journals()\n            self.version = _write_new(self._paths.temp, content)\n",
 )
 HEAD_IS_LEFT_OUT = (
-    "files/journal.py",
+    "storage/journal.py",
     "        is_same_head = is_same_stream and small == self.small\n",
     "        is_same_head = is_same_stream\n",
 )

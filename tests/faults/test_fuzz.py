@@ -92,15 +92,19 @@ def test_a_document_of_another_program_needs_no_checksum(bench: Bench) -> None:
     assert all(trusted(content) is not None for content in bench.documents)
 
 
-NO_CHECKSUM = ("files/snapshot.py", "        if checksum != shape[2]:\n            raise self._mismatch(content)\n", "")
+NO_CHECKSUM = (
+    "storage/snapshot.py",
+    "        if checksum != shape[2]:\n            raise self._mismatch(content)\n",
+    "",
+)
 # A damaged document that is strict JSON still.
 HALF_A_CHECKSUM = (
-    "files/snapshot.py",
+    "storage/snapshot.py",
     "            raise self._mismatch(content)\n",
     "            self.strict(content)\n",
 )
 NO_HEAD_CHECKSUM = (
-    "files/snapshot.py",
+    "storage/snapshot.py",
     "    if _digest(memoryview(content)[_HEAD_CHECKED_FROM:]) != shape[3]:\n        return None\n",
     "",
 )
@@ -196,7 +200,7 @@ def test_the_oracle_of_journals_notices_another_state(journaled: JournalOracle) 
 
 
 NO_CRC = (
-    "files/journal.py",
+    "storage/journal.py",
     "shape is not None and zlib.crc32(memoryview(line)[_CHECKED_FROM:], seed) == int(shape[1], 16)",
     "shape is not None",
 )

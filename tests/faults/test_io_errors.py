@@ -21,10 +21,10 @@ import pytest
 from harness.crash_scenarios import Mode
 from harness.faults import ERRORS, SHORT, SYNCS, TORN, Fault, descriptors, faults, injecting, quick_directory
 from harness.journal_scenarios import ALWAYS, AUTO, FOLDING, LEAVING, NEVER
+from persist.storage.known import KnownSessions
 
 import persist
 from persist.storage import disk, held
-from persist.storage.known import KnownSessions
 
 M1 = {"id": "m1", "role": "user", "content": "Why?"}
 M2 = {"id": "m2", "role": "assistant", "content": "So."}

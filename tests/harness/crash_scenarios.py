@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from persist.storage.events import EventReader
+from persist.storage.known import KnownSessions
+
 import persist
 from harness.crashes import Disk, Trace, read_disk, recording, states, write_disk
 from persist.storage import disk
-from persist.storage.directory import Mode as Journal
-from persist.storage.events import EventReader
+from persist.storage.commit import Mode as Journal
 from persist.storage.journal import ROOM_BYTES
-from persist.storage.known import KnownSessions
 
 PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
 ANSWER = {"id": "a1", "role": "assistant", "content": "Because."}

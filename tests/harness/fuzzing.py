@@ -26,12 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from persist.storage.body import BULK
+from persist.storage.snapshot import Header, StreamOwner
+
 import persist
 from harness.faults import quick_directory
 from harness.runs import duration, existing_directory
 from persist.storage import snapshot
-from persist.storage.body import BULK
-from persist.storage.snapshot import Header, StreamOwner
 
 # Spelt out here, not taken from the reader: an error in its own idea of the format must show.
 _OPENING = rb'\{"_persist":\{"format":1,"checksum":"(.{32})","head_checksum":"(.{32})"'

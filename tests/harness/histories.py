@@ -37,7 +37,7 @@ from harness.linearizability import (
     ownership,
     register,
 )
-from persist.storage.directory import Mode
+from persist.storage.commit import Mode
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 120.0

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import persist
-from persist.storage.directory import Mode
+from persist.storage.commit import Mode
 from persist.storage.journal import ROOM_BYTES
 from persist.storage.transaction import ENTER_BYTES
 

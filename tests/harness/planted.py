@@ -35,7 +35,7 @@ NOT_WRITTEN = (
 )
 # In its children only: what the harness does itself goes well.
 HANGS = (
-    "files/transaction.py",
+    "storage/transaction.py",
     "\nclass SessionFiles(SessionDirectory):\n",
     "\nos.register_at_fork(after_in_child=lambda: setattr(lock, 'hold', lambda *_: __import__('time').sleep(3600)))\n"
     "\n\nclass SessionFiles(SessionDirectory):\n",

@@ -10,8 +10,9 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import persist
 from persist.storage.body import BULK, Body
+
+import persist
 from persist.turn import IDLE
 
 Data = dict[str, Any]

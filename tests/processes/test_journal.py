@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 from conftest import ActorFactory
 from harness.journals import Traffic, has_journal, journal_of, parted, traffic
-
-import persist
-from persist.storage import known
 from persist.storage.body import Body
 from persist.storage.change import inserted
 from persist.storage.index import Index
 from persist.storage.known import Known, KnownSessions
+
+import persist
+from persist.storage import known
 
 KB = 1024
 #: What a commit of a few hundred bytes may cost, at any size of the session.

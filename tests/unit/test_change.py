@@ -18,13 +18,13 @@ import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from persist.storage.body import BULK, Body
+from persist.storage.change import Bulk, Change, DoesNotFit, applied, between, data_of, have_same_data, inserted, marked
 
 from persist import codec, instant
 from persist.errors import CorruptSession, NotJSON
-from persist.storage import change, lines
-from persist.storage.body import BULK, Body
-from persist.storage.change import Bulk, Change, DoesNotFit, applied, between, data_of, have_same_data, inserted, marked
 from persist.merge import same
+from persist.storage import change, lines
 
 Document = dict[str, Any]
 

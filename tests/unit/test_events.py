@@ -16,11 +16,11 @@ from actors import eventually
 from harness.faults import SHORT, Fault, descriptors, faults, injecting
 from hypothesis import given
 from hypothesis import strategies as st
+from persist.storage.events import Ended, Event, EventFiles, EventReader, EventWriter, Fenced
 
 import persist
 from persist import codec
 from persist.storage import events, waiting
-from persist.storage.events import Ended, Event, EventFiles, EventReader, EventWriter, Fenced
 from persist.storage.layout import Layout
 
 END = b'{"end":"finished"}\n'

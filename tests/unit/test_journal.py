@@ -24,14 +24,14 @@ from actors import DEADLINE_S, Actor
 from conftest import ActorFactory
 from harness.faults import SHORT, TORN, Fault, injecting
 from harness.journals import chain_is_right, has_journal, journal_of, parted, record_of, sealed, traffic
+from persist.storage.body import BULK
+from persist.storage.known import Known
+from persist.storage.snapshot import HeadSnapshot, Snapshot
 
 import persist
 from persist.storage import disk, journal, snapshot
-from persist.storage.body import BULK
-from persist.storage.directory import Mode
+from persist.storage.commit import Mode
 from persist.storage.journal import Record, Tail
-from persist.storage.known import Known
-from persist.storage.snapshot import HeadSnapshot, Snapshot
 from persist.storage.transaction import Transaction
 
 HELLO = {"id": "m1", "role": "user", "content": "hi"}

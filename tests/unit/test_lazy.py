@@ -17,7 +17,6 @@ from typing import Any
 
 import msgspec
 import pytest
-
 from persist.lazy import BY_KEY, OF_ALL, Data, LazyData
 
 LATE = ("messages", "tool_calls")

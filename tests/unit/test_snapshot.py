@@ -19,13 +19,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from persist.storage.body import BULK, HEADER, Body
+from persist.storage.lines import Lines
 
 import persist
 from persist import codec, instant
 from persist.errors import NotJSON
 from persist.storage import snapshot
-from persist.storage.body import BULK, HEADER, Body
-from persist.storage.lines import Lines
 
 M1 = {"id": "m1", "role": "user", "content": "hi\nthere"}
 M2 = {"id": "m2", "role": "assistant", "content": "héllo 😀"}

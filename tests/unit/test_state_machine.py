@@ -39,7 +39,7 @@ from hypothesis.stateful import (
 
 import persist
 from persist import MISSING
-from persist.storage.directory import Mode
+from persist.storage.commit import Mode
 from persist.turn import IDLE
 
 Data = dict[str, Any]

@@ -4,7 +4,7 @@ A cursor is a stream's id and the offset of the last event that was seen. Whoeve
 it, to any worker, and misses nothing and sees nothing twice. One that cannot be right is answered with an error at
 once.
 
-Whoever waits is woken when the file grows (see `files.waiting`). Whether the owner lives is asked only after a silence:
+Whoever waits is woken when the file grows (see `watch`). Whether the owner lives is asked only after a silence:
 under the session's lock, where the question disturbs nobody.
 """
 
@@ -30,10 +30,10 @@ from persist.errors import (
     Unreadable,
     WrongType,
 )
+from persist.event_log import Ended, Event, EventReader
 from persist.storage import layout
-from persist.storage.events import Ended, Event, EventReader
-from persist.storage.transaction import SessionFiles
-from persist.storage.waiting import waking
+from persist.streams import Backend
+from persist.watch import waking
 
 #: After how much silence it asks whether the owner lives, and how often then.
 LOOK_S = 0.4
@@ -48,15 +48,15 @@ class Cursor:
     `take` is what is new; `ended` how the stream has ended, once all was taken.
     """
 
-    def __init__(self, files: SessionFiles, session_id: str, stream_id: str, after: int) -> None:
+    def __init__(self, backend: Backend, session_id: str, stream_id: str, after: int) -> None:
         if type(after) is not int or after < 0:
             raise WrongType(what="after", expected="the offset of an event, from 0 up", got=repr(after))
         self.session_id = layout.check_session_id(session_id)
         self.stream_id = layout.check_stream_id(stream_id)
-        self.path = files.events.path(session_id, stream_id)
+        self.path = backend.events.path(session_id, stream_id)
         self.after = after
         self.ended: Ended | None = None
-        self._files = files
+        self._backend = backend
         self._look_timeout_s = LOOK_TIMEOUT_S
         self._reader = self._open(after)
         self._first = self._reader.read(until=self._reader.size())
@@ -77,9 +77,10 @@ class Cursor:
 
     def _make_if_active(self) -> None:
         """The stream may be about to say its first word: then whoever ends it must find where to say that."""
-        with self._files.transaction(self.session_id) as tx:
-            if tx.read_head().active_stream_id == self.stream_id:
-                tx.make_events(self.stream_id)
+        with self._backend.files.transaction(self.session_id) as tx:
+            if streams.active_in(tx.head()) == self.stream_id:
+                with tx.refusals():
+                    self._backend.events.make(self.session_id, self.stream_id)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -150,7 +151,7 @@ class Cursor:
     def _ended_unsaid(self) -> Ended | None:
         """How a stream has ended whose end line is not there."""
         try:
-            info = streams.look_at(self._files, self.session_id, lock_timeout_s=self._look_timeout_s)
+            info = streams.look_at(self._backend, self.session_id, timeout_s=self._look_timeout_s)
             self._look_timeout_s = LOOK_TIMEOUT_S
         except (LockTimeout, CommitFailed, Unreadable):
             # Somebody works on the session, or there is no descriptor left just now: ask again soon.

@@ -1,11 +1,11 @@
 """Waiting for files to grow: who waits, and the one thread of this process that looks.
 
-What this process writes itself wakes those who wait at once. For what others write, one thread looks at the size of each file
-that somebody waits for, every 10 ms; it ends when nobody does. So a hundred who wait for one file cost one look at a time, and
-a server that nobody listens to costs nothing.
+What this process writes itself wakes those who wait at once. For what others write, one thread looks at the size of
+each file that somebody waits for, every 10 ms; it ends when nobody does. So a hundred who wait for one file cost one
+look at a time, and a server that nobody listens to costs nothing.
 
-The functions that wake are called from any thread, also from a signal handler in the middle of another such call: they must
-neither wait nor take a lock that is not re-entrant.
+The functions that wake are called from any thread, also from a signal handler in the middle of another such call: they
+must neither wait nor take a lock that is not re-entrant.
 """
 
 from __future__ import annotations

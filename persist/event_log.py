@@ -4,16 +4,18 @@
     {"offset":2,"event":{"type":"token","text":"cause."}}
     {"end":"finished"}
 
-One file a stream, `.events/<session id>.<stream id>`, which is only ever appended to. Whoever needs it first makes it: the
-stream with its first event, or a reader who waits for that. What a reader takes for an event is a whole line with the next
-offset; all else (a line that was torn by a crash, what a power cut left behind a hole) is passed over, so offsets have no gaps.
+One file a stream, `.events/<session id>.<stream id>`, which is only ever appended to. Whoever needs it first makes it:
+the stream with its first event, or a reader who waits for that. What a reader takes for an event is a whole line with
+the next offset; all else (a line that was torn by a crash, what a power cut left behind a hole) is passed over, so
+offsets have no gaps.
 
-The end line is the fence. Whoever ends the stream appends it, under the session's lock; nothing behind it counts. Appends do
-not mix (O_APPEND), and after each the writer looks where it ended: further on than its own bytes reach, somebody else has
-ended the stream. So, but for the first one, a write needs no lock and no look at the document.
+The end line is the fence. Whoever ends the stream appends it, under the session's lock; nothing behind it counts.
+Appends do not mix (O_APPEND), and after each the writer looks where it ended: further on than its own bytes reach,
+somebody else has ended the stream. So, but for the first one, a write needs no lock and no look at the document.
 
-Each emission is one write to the kernel and not batched in memory: it takes some microseconds, and what was emitted is seen at
-once, also after `kill -9`. It is not synced, so a power cut may take the last events, but for `durable=True`.
+Each emission is one write to the kernel and not batched in memory: it takes some microseconds, and what was emitted is
+seen at once, also after `kill -9`. It is not synced, so a power cut may take the last events, but for
+`durable=True`.
 """
 
 from __future__ import annotations
@@ -23,22 +25,22 @@ import os
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from persist import codec
+from persist import json_codec
 from persist.errors import EmitFailed, NestedLock, PersistError, Translating, Unreadable
 from persist.storage import disk, layout
-from persist.storage.expiry import Expiry
+from persist.storage.directory import SessionDirectory
 from persist.storage.held import HeldFile, try_hold
-from persist.storage.layout import Layout
-from persist.storage.waiting import wake
+from persist.watch import wake
 
-#: How a stream has ended. "died": its process was gone; "deleted": its session was removed; "unknown": the line that says it
-#: was not written, since the disk was full or the process was killed in that instant.
+#: How a stream has ended. "died": its process was gone; "deleted": its session was removed; "unknown": the line that
+#: says it was not written, since the disk was full or the process was killed in that instant.
 Ended = Literal["finished", "failed", "cancelled", "died", "deleted", "unknown"]
 
 _LINE = re.compile(rb'\{"offset":(\d{1,18}),"event":(.+)\}', re.DOTALL)
@@ -58,7 +60,7 @@ class Event:
     data: Any
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------------
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 class Fenced(Exception):
@@ -68,8 +70,8 @@ class Fenced(Exception):
 class EventWriter:
     """Appends the events of a stream that this process runs; safe for its threads.
 
-    The file is open and locked from `open` on. Nobody asks for that lock: it comes with what `HeldFile` does for a descriptor
-    in forks and at the end.
+    The file is open and locked from `open` on. Nobody asks for that lock: it comes with what `HeldFile` does for a
+    descriptor in forks and at the end.
     """
 
     def __init__(self, path: Path, session_id: str, stream_id: str) -> None:
@@ -93,7 +95,9 @@ class EventWriter:
         return self._held is not None
 
     def open(self) -> None:
-        """Make the file or open it, under the session's lock: who takes the session away must find it, to put the end there."""
+        """Make the file or open it, under the session's lock: who takes the session away must find it, to put the end
+        there.
+        """
         with self._alone(), self._refusals():
             if self._held is None:
                 disk.make_directory(self._path.parent)
@@ -140,7 +144,8 @@ class EventWriter:
     def _write(self, fd: int, events: Sequence[bytes]) -> None:
         lines = b"".join([b'{"offset":%d,"event":%b}\n' % line for line in enumerate(events, self._count + 1)])
         if self._is_torn:
-            # Not only a newline: a line that lacks nothing but that would become an event, in the place of the next one.
+            # Not only a newline: a line that lacks nothing but that would become an event, in the place of the next
+            # one.
             lines = b"?\n" + lines
         self._is_torn = True
         disk.write(fd, lines)
@@ -177,7 +182,8 @@ class EventWriter:
                 # Another process may have made that directory an instant ago, and not have synced its name.
                 disk.sync_directory(self._path.parent.parent)
                 self._is_name_durable = True
-            # A file system that is shut down in this very instant may have answered OK (ext4, measured); it opens nothing.
+            # A file system that is shut down in this very instant may have answered OK (ext4, measured); it opens
+            # nothing.
             disk.close(disk.open_plain(self._path, os.O_RDONLY))
         except FileNotFoundError:
             raise Fenced from None
@@ -195,13 +201,14 @@ class EventWriter:
             raise EmitFailed(stream_id=self._stream_id, path=self._path, reason=reason, errno=error.errno) from error
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------------
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 class EventReader:
     """Reads the events of one stream from an offset on, again and again while they are written.
 
-    `count` is the offset of the last event that was passed; `ended` how the stream has ended, once its end line was read.
+    `count` is the offset of the last event that was passed; `ended` how the stream has ended, once its end line was
+    read.
     """
 
     def __init__(self, path: Path, after: int = 0) -> None:
@@ -297,7 +304,7 @@ class EventReader:
             return None
         try:
             # Also where it is not asked for: a torn line may have the shape of a whole one.
-            event = Event(self.count + 1, codec.decode(shape[2]))
+            event = Event(self.count + 1, json_codec.decode(shape[2]))
         except (ValueError, RecursionError):
             return None
         self.count += 1
@@ -309,36 +316,53 @@ class EventReader:
             self.ended = end[1].decode()  # type: ignore[assignment]
 
 
-# --- all streams of a store --------------------------------------------------------------------------------------------------
+# --- all streams of a store ------------------------------------------------------------------------------------------
+
+
+#: So many ended streams are remembered, to be removed by a later finish. A sweep finds all others.
+_MOST_REMEMBERED = 1024
+#: So many expired files are removed by one finish.
+_MOST_REMOVED = 2
 
 
 class EventFiles:
-    """The events of all streams of one store: makes, ends and removes their files."""
+    """The events of all streams of one store: makes, ends and removes their files.
 
-    def __init__(self, files: Layout, keep_s: float) -> None:
-        self._layout = files
+    No thread waits for their expiry. A start removes the expired files of its session, a finish removes up to two in
+    the store, and a sweep and `close` remove all.
+    """
+
+    def __init__(self, files: SessionDirectory, keep_s: float) -> None:
+        self._files = files
         self._keep_s = keep_s
-        self._expiry = Expiry()
+        #: The files of streams that ended here, in that order.
+        self._ended: deque[Path] = deque(maxlen=_MOST_REMEMBERED)
 
     def path(self, session_id: str, stream_id: str) -> Path:
-        """Where the events of a stream stand, if it has any."""
-        return self._layout.events_of(session_id, stream_id)
+        """Return where the events of a stream stand, if it has any."""
+        return self._files.layout.session(session_id).events(layout.check_stream_id(stream_id))
 
     def writer(self, session_id: str, stream_id: str) -> EventWriter:
-        """For the process that runs the stream; makes nothing before the first event."""
+        """Return a writer for the process that runs the stream. It makes nothing before the first event."""
         return EventWriter(self.path(session_id, stream_id), session_id, stream_id)
 
     # What follows is called under the session's lock.
 
-    def make(self, path: Path) -> None:
+    def make(self, session_id: str, stream_id: str) -> None:
         """Make an empty file, for a reader who comes before the first event."""
+        path = self.path(session_id, stream_id)
         disk.make_directory(path.parent)
         disk.check_directory(path.parent)
         disk.close(disk.open_plain(path, os.O_RDWR | os.O_CREAT))
 
-    def fence(self, session_id: str, stream_id: str, ended: Ended) -> bool:
-        """Append the end line, if the stream has events and none yet; tell whether it has any."""
-        path = self.path(session_id, stream_id)
+    def fence(self, session_id: str, stream_id: object, ended: Ended) -> bool:
+        """Append the end line, if the stream has events and none yet. Tell whether it has any.
+
+        On return, what the stream still emits lands nowhere.
+        """
+        if not layout.is_stream_id(stream_id):
+            return False
+        path = self.path(session_id, str(stream_id))
         if not disk.exists(path):
             return False
         disk.check_directory(path.parent)
@@ -346,56 +370,82 @@ class EventFiles:
         wake(path)
         return True
 
-    def end(self, session_id: str, stream_id: str, ended: Ended) -> None:
-        """As `fence`; and the file goes away some time after that."""
-        if self.fence(session_id, stream_id, ended):
-            self._keep(self.path(session_id, stream_id), self._keep_s)
+    def end(self, session_id: str, stream_id: object, ended: Ended) -> None:
+        """End the events of a stream that has ended. If the disk refuses, a follower finds out by the document."""
+        with contextlib.suppress(OSError):
+            if self.fence(session_id, stream_id, ended):
+                self._ended.append(self.path(session_id, str(stream_id)))
+            for _ in range(_MOST_REMOVED):
+                if not (self._ended and self._remove_expired(self._ended[0])):
+                    break
+                self._ended.popleft()
 
-    def remove(self, session_id: str, stream_id: str) -> None:
-        """Remove the events of an earlier stream of that id."""
-        disk.check_directory(self._layout.events)
+    def forget(self, session_id: str, stream_id: str) -> None:
+        """Remove the events of an earlier stream of that id, and what has expired in that session."""
+        disk.check_directory(self._files.layout.events)
         disk.unlink(self.path(session_id, stream_id))
+        for path in self._paths(session_id):
+            with contextlib.suppress(OSError):
+                self._remove_expired(path)
+
+    def fence_session(self, session_id: str) -> None:
+        """End the events of all streams of a session that is about to be deleted.
+
+        A full disk must not keep it from that.
+        """
+        for path in self._paths(session_id):
+            with contextlib.suppress(OSError):
+                disk.check_directory(path.parent)
+                _append_end(path, "deleted")
+                wake(path)
 
     def remove_session(self, session_id: str) -> None:
         """Remove the events of all streams of a session."""
-        for found in self._streams_of(session_id):
+        for path in self._paths(session_id):
             with contextlib.suppress(OSError):
-                self.remove(*found)
-
-    def fence_session(self, session_id: str) -> None:
-        """End the events of all streams of a session that is about to be deleted. A full disk must not keep it from that."""
-        for found in self._streams_of(session_id):
-            with contextlib.suppress(OSError):
-                self.fence(*found, "deleted")
+                disk.check_directory(path.parent)
+                disk.unlink(path)
 
     def sweep(self) -> None:
-        """Remove what has expired, and see to it that the rest will be: after a crash nobody else does."""
-        now = time.time()
-        for found in self._streams():
-            path = self.path(*found)
+        """Remove all that has expired."""
+        for path in self._paths():
             with contextlib.suppress(OSError):
-                if not disk.exists(self._layout.lease(*found)):
-                    # A clock that was set back must not keep them for ever.
-                    self._keep(path, self._keep_s - max(0.0, now - disk.modified_at(path)))
+                self._remove_expired(path)
 
-    def _keep(self, path: Path, left_s: float) -> None:
-        if left_s > 0:
-            self._expiry.add(path, left_s)
-        else:
-            # Not in a thread: a command that sweeps may end before that has begun.
-            disk.unlink(path)
+    def close(self) -> None:
+        """Remove what has expired of the streams that ended here."""
+        while self._ended:
+            with contextlib.suppress(OSError):
+                if not self._remove_expired(self._ended[0]):
+                    return
+            self._ended.popleft()
 
-    def _streams_of(self, session_id: str) -> list[tuple[str, str]]:
-        return [found for found in self._streams() if found[0] == session_id]
-
-    def _streams(self) -> list[tuple[str, str]]:
+    def _remove_expired(self, path: Path) -> bool:
+        """Remove a stream's events if they have expired. Tell whether they are gone."""
+        if disk.exists(self._files.layout.leases / path.name):
+            return False
         try:
-            disk.check_directory(self._layout.events)
-            return list(filter(None, map(layout.stream_of, disk.names(self._layout.events))))
+            age_s = time.time() - disk.modified_at(path)
+        except FileNotFoundError:
+            return True
+        if age_s < self._keep_s:
+            return False
+        disk.unlink(path)
+        return True
+
+    def _paths(self, session_id: str | None = None) -> list[Path]:
+        """Return the events files of a session, or of all."""
+        wanted = None if session_id is None else self._files.layout.session(session_id).name
+        directory = self._files.layout.events
+        try:
+            disk.check_directory(directory)
+            names = disk.names(directory)
         except PersistError:
             raise
         except OSError as error:
-            raise Unreadable.because(self._layout.events, error) from error
+            raise Unreadable.because(directory, error) from error
+        found = ((name, layout.stream_of(name)) for name in names)
+        return [directory / name for name, stream in found if stream and wanted in (None, stream[0])]
 
 
 def _append_end(path: Path, ended: Ended) -> None:
