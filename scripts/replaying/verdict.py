@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from persist.errors import PersistError
-from persist.merge import same
+from persist.json_codec import same
 from persist.storage import layout
 from persist.store import Store
 from persist.turn import IDLE, INTERRUPTED, Message

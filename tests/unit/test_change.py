@@ -23,7 +23,7 @@ from persist.storage.change import Bulk, Change, DoesNotFit, applied, between, d
 
 from persist import codec, instant
 from persist.errors import CorruptSession, NotJSON
-from persist.merge import same
+from persist.json_codec import same
 from persist.storage import change, lines
 
 Document = dict[str, Any]
