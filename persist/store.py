@@ -312,7 +312,7 @@ class Store:
             changed = copy.changed()
             if changed is not None:
                 refuse_changed_stream_fields(found.content, changed[0])
-            copy.commit_changes(touch=touch)
+            copy.commit_changes(changed, touch=touch)
 
     def update(
         self,
@@ -374,7 +374,7 @@ class Store:
         with conflicts_in(session_id), self._open().files.transaction(session_id) as tx:
             copy = WorkingCopy(tx.read(), tx)
             turn.append_once(copy.list(field), item, field=field)
-            return copy.commit_changes(touch=touch).header.revision
+            return copy.commit_changes(copy.changed(), touch=touch).header.revision
 
     # --- streams ---
 

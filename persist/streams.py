@@ -519,7 +519,7 @@ class Stream:
         if owner_after != owner or changed is not None:
             copy.commit(copy.header.next(owner=owner_after.to_header()), changed)
         else:
-            copy.commit_changes()
+            copy.commit_changes(None)
 
     def _end(self, copy: WorkingCopy, ended: Ended) -> None:
         """Commit the end of the turn, and give the lease up in the same hold of the lock."""
