@@ -99,37 +99,45 @@ class PersistError(Exception):
         return _rebuild, (type(self), dict(self._facts))
 
 
+class _OfSession(PersistError):
+    """An error about one session, with its id and its file."""
+
+    session_id: str
+    path: Path
+
+
+class _Refused(_OfSession, OSError):
+    """What the disk refused, with its reason and the system's error number."""
+
+    reason: str
+    errno: int | None
+
+
 def _rebuild(kind: type[PersistError], facts: dict[str, Any]) -> PersistError:
     return kind(**facts)
 
 
-class SessionNotFound(PersistError, KeyError):
+class SessionNotFound(_OfSession, KeyError):
     """There is no such session. Create it with `Store.create`."""
 
     template = (
         "No session {session_id!r}: {path} does not exist. store.ids() lists the sessions; store.create() makes one."
     )
-    session_id: str
-    path: Path
 
 
-class SessionExists(PersistError):
+class SessionExists(_OfSession):
     """`create` or `duplicate` met a session of that id. Load it, or choose another id."""
 
     template = "Session {session_id!r} exists already: {path}. Load it with store.load(), or choose another id."
-    session_id: str
-    path: Path
 
 
-class SessionDeleted(PersistError):
+class SessionDeleted(_OfSession):
     """The object's session was deleted, re-created or replaced since it was loaded: its save would revive a ghost."""
 
     template = (
         "Session {session_id!r} was deleted or replaced since it was loaded ({path}); nothing was saved. "
         "Load it again, or make a new one with store.create()."
     )
-    session_id: str
-    path: Path
 
 
 class StoreClosed(PersistError, RuntimeError):
@@ -256,17 +264,15 @@ class RevisionMismatch(MergeConflict):
     )
 
 
-class SessionBusy(PersistError):
+class SessionBusy(_OfSession):
     """A live stream owns the session. Wait for it, `cancel` it, or take the session with `cancel(force=True)`."""
 
     template = (
         "Session {session_id!r} is busy: stream {stream_id} is run by {owner} and still alive ({path} is locked). "
         "Wait for it, or end it with store.cancel()."
     )
-    session_id: str
     stream_id: str
     owner: Owner | None
-    path: Path
 
 
 class StreamLost(PersistError):
@@ -294,15 +300,13 @@ class SweepIncomplete(PersistError):
         super().__init__(cleared=cleared, failures=failures, count=len(cleared), names=reasons)
 
 
-class LockTimeout(PersistError, TimeoutError):
+class LockTimeout(_OfSession, TimeoutError):
     """The session's lock was not free in time. Nothing was written."""
 
     template = (
         "Could not lock session {session_id!r} within {timeout_s:g} s: {path} is held by {holder}. "
         "Raise lock_timeout_s, or {remedy}."
     )
-    session_id: str
-    path: Path
     holder: str
     timeout_s: float
     waited_s: float
@@ -358,15 +362,13 @@ class MessagesRemoved(PersistError):
     revision: int
 
 
-class CorruptSession(PersistError):
+class CorruptSession(_OfSession):
     """The file is not a document that can be trusted. It was not changed.
 
     `offset` is the position of the first bad byte, where one is known.
     """
 
     template = "Session {session_id!r} is damaged: {path}{at} {reason} {remedy}"
-    session_id: str
-    path: Path
     offset: int | None
     reason: str
     remedy: str
@@ -384,12 +386,10 @@ class CorruptSession(PersistError):
         )
 
 
-class UnsupportedFormat(PersistError):
+class UnsupportedFormat(_OfSession):
     """The file was written by a newer `persist`. It was not changed."""
 
     template = "Session {session_id!r}: {path} has format {found}, and this version knows {known}. Upgrade persist."
-    session_id: str
-    path: Path
     found: object
     known: int
 
@@ -423,17 +423,13 @@ class Unreadable(PersistError, OSError):
         return cls(path=path, reason=error.strerror or type(error).__name__, errno=error.errno)
 
 
-class CommitFailed(PersistError, OSError):
+class CommitFailed(_Refused):
     """The disk refused the commit before anything became visible: the old revision stands."""
 
     template = "Session {session_id!r} was not saved: {reason} at {path}. The old revision stands; mend that and retry."
-    session_id: str
-    path: Path
-    reason: str
-    errno: int | None
 
 
-class CommitUnknown(PersistError, OSError):
+class CommitUnknown(_Refused):
     """The disk failed while a commit was being made durable: it may or may not survive a power cut.
 
     The store takes no further write to this session; open a new one after looking at the disk.
@@ -443,22 +439,16 @@ class CommitUnknown(PersistError, OSError):
         "Session {session_id!r}: it is unknown whether the last commit is durable ({reason} at {path}). "
         "This store refuses further writes to it: look at the disk, then open a new persist.Store."
     )
-    session_id: str
-    path: Path
-    reason: str
-    errno: int | None
 
 
-class EventsNotFound(PersistError, KeyError):
+class EventsNotFound(_OfSession, KeyError):
     """There are no events of that stream: it never ran, it ended without an event, or its events have expired."""
 
     template = (
         "No events of stream {stream_id!r} of session {session_id!r}: {path} does not exist. It never ran here, ended "
         "without an event, or its events have expired (Store(keep_events_s=…)). Load the session instead."
     )
-    session_id: str
     stream_id: str
-    path: Path
 
 
 class CursorAhead(PersistError, ValueError):
