@@ -147,6 +147,8 @@ class SessionDirectory:
         """Return the ids of the streams whose leases bear a session's name, as far as the disk tells."""
         mine = self.layout.session(session_id).name
         with contextlib.suppress(OSError):
+            # Behind a symbolic link stand the files of somebody else, and a delete removes what this names.
+            disk.check_directory(self.layout.leases)
             found = filter(None, map(layout.stream_of, disk.names(self.layout.leases)))
             return [stream_id for name, stream_id in found if name == mine]
         return []

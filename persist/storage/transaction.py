@@ -237,7 +237,8 @@ class Transaction:
         self._close_journal()
         with self._place.refusals():
             taken = salvage(self._place, drop_journal=drop_journal)
-        return self._written(None, commit.write_document(self._place, taken.before, taken.header.next(), taken.content))
+        after = commit.write_document(self._place, taken.before, taken.header.next(), taken.content, is_replica=False)
+        return self._written(None, after)
 
     def delete(self) -> None:
         """Remove the session, also one that cannot be read. Durable on return."""
