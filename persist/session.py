@@ -200,7 +200,8 @@ class Session:
         if stream_id is None or all(each.is_splice and not each.remove for each in changes):
             return
         before, after = (
-            decode(value) if (value := body.get(turn.MESSAGES)) else None for body in (there.content, merged)
+            None if (value := content.get(turn.MESSAGES)) is None else decode(value)
+            for content in (there.content, merged)
         )
         if type(before) is list and type(after) is not list:
             raise errors.WrongType(
