@@ -356,7 +356,7 @@ class Store:
             raise errors.ReservedField(field=field, remedy="Use store.start_stream().")
         errors.require_flags(touch=touch)
         json_codec.check(item, (field,))
-        with errors.conflicts_in(session_id), self._open().files.transaction(session_id) as tx:
+        with self._open().files.transaction(session_id) as tx:
             copy = WorkingCopy(tx.read(), tx)
             turn.append_once(copy.list(field), item, field=field)
             return copy.commit_changes(copy.changed(), touch=touch).header.revision

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from persist.errors import CorruptSession, LockNotHeld, NestedLock, PersistError, SessionNotFound
+from persist.errors import CorruptSession, LockNotHeld, MergeConflict, NestedLock, PersistError, SessionNotFound
 from persist.storage import commit, diff, disk, lock
 from persist.storage.cache import Replica
 from persist.storage.commit import Place
@@ -303,5 +303,8 @@ class SessionFiles(SessionDirectory):
             try:
                 # Looked at again by the verb's own read: the session may have gone while this caller waited.
                 yield tx
+            except MergeConflict as error:
+                # The pure functions that found it do not know the session.
+                raise error.in_session(session_id) from None
             finally:
                 tx.end()
