@@ -2,7 +2,7 @@
 
     var/sessions/
       s-42.json                      the document
-      s-42.json.lock                 the session's lock, apart, because a locked file that is replaced lets a second holder in
+      s-42.json.lock                 the session's lock. A locked file that is replaced would let a second holder in
       s-42.json.tmp                  only inside a commit. Found later under the lock it is a left-over
       s-42.<16 hex>.journal          the commits since the document was written, if the session is large
       s-42.<16 hex>.journal.damaged  a journal that `persist accept` could not take whole

@@ -96,7 +96,8 @@ def _does_not_fit(place: Place, log: Journal) -> CorruptSession:
     store, session_id = place.paths.directory, place.session_id
     reason = f"what {log.path.name} says does not fit the document as it is."
     remedy = (
-        f"Undo the edit. Or undo it, fold the journal with {layout.command('compact', store, session_id)}, and edit again. "
+        f"Undo the edit. Or undo it, fold the journal with {layout.command('compact', store, session_id)}, and edit "
+        "again. "
         f"Or give the commits in the journal up with {layout.command('accept --drop-journal', store, session_id)}."
     )
     return CorruptSession(session_id=session_id, path=place.paths.document, reason=reason, remedy=remedy)
