@@ -375,10 +375,7 @@ class EventFiles:
         with contextlib.suppress(OSError):
             if self.fence(session_id, stream_id, ended):
                 self._ended.append(self.path(session_id, str(stream_id)))
-            for _ in range(_MOST_REMOVED):
-                if not (self._ended and self._remove_expired(self._ended[0])):
-                    break
-                self._ended.popleft()
+            self._remove_ended(_MOST_REMOVED)
 
     def forget(self, session_id: str, stream_id: str) -> None:
         """Remove the events of an earlier stream of that id, and what has expired in that session."""
@@ -414,11 +411,19 @@ class EventFiles:
 
     def close(self) -> None:
         """Remove what has expired of the streams that ended here."""
-        while self._ended:
-            with contextlib.suppress(OSError):
-                if not self._remove_expired(self._ended[0]):
-                    return
-            self._ended.popleft()
+        with contextlib.suppress(OSError):
+            self._remove_ended(_MOST_REMEMBERED)
+
+    def _remove_ended(self, most: int) -> None:
+        """Remove the events of streams that ended first, as far as they have expired."""
+        for _ in range(most):
+            try:
+                path = self._ended.popleft()
+            except IndexError:
+                return
+            if not self._remove_expired(path):
+                self._ended.appendleft(path)
+                return
 
     def _remove_expired(self, path: Path) -> bool:
         """Remove a stream's events if they have expired. Tell whether they are gone."""

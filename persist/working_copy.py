@@ -116,10 +116,9 @@ class WorkingCopy:
         content, changes = changed or self.changed() or (self._content, ())
         return self._tx.commit(header, content, changes)
 
-    def commit_changes(self, *, touch: bool = True) -> Replica:
-        """Commit the content if it was changed. Else make durable what was read."""
+    def commit_changes(self, changed: Changed | None, *, touch: bool = True) -> Replica:
+        """Commit what `changed` returned. If that is None, make durable what was read."""
         assert self._tx is not None
-        changed = self.changed()
         if changed is None:
             self._tx.confirm()
             return self._tx.read()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
-from persist import codec
+from persist import json_codec
 from persist.errors import SessionBusy, WrongType
 from persist.pytest_plugin import outcome
 from persist.pytest_plugin.errors import KeyCycle, ProducerTimeout
@@ -101,7 +101,7 @@ class Once:
         producing[self.session_id] = stream.id
         try:
             value = factory()
-            codec.check(value)
+            json_codec.check(value)
         except outcome.NO_OUTCOME:
             raise
         except BaseException as error:

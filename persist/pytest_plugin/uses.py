@@ -17,7 +17,7 @@ from collections.abc import Callable, Generator
 from contextlib import suppress
 from typing import Any
 
-from persist import codec
+from persist import json_codec
 from persist.pytest_plugin.errors import OthersRunning
 from persist.pytest_plugin.once import Once
 from persist.pytest_plugin.run import Run, Wait
@@ -43,7 +43,7 @@ class Use:
         except StopIteration:
             raise ValueError("The fixture did not yield a value.") from None
         try:
-            codec.check(value)
+            json_codec.check(value)
         except BaseException:
             generator.close()
             raise

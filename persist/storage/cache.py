@@ -6,13 +6,13 @@ end. A verb takes the replica out, and puts it back as its last step. So an exce
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from dataclasses import dataclass
 
 from persist.storage import disk
 from persist.storage.content import Content
 from persist.storage.document import Header
+from persist.storage.held import table
 from persist.storage.journal import Tail
 
 #: About what an item costs beside its bytes.
@@ -47,17 +47,19 @@ class Replica:
 
 
 class Cache:
-    """The replicas of a store's sessions that were used last."""
+    """The replicas of a store's sessions that were used last.
+
+    Its steps happen under `table`, which a fork waits for.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
-        self._guard = threading.Lock()
         self._replicas: OrderedDict[str, tuple[Replica, int]] = OrderedDict()
         self._total_bytes = 0
 
     def take(self, session_id: str) -> Replica | None:
         """Hand out a replica, which leaves the cache."""
-        with self._guard:
+        with table:
             found = self._replicas.pop(session_id, None)
             if found is None:
                 return None
@@ -71,7 +73,7 @@ class Cache:
     def put(self, session_id: str, replica: Replica) -> None:
         """Keep a replica, and drop those that were used longest ago."""
         cost = replica.cost_bytes
-        with self._guard:
+        with table:
             before = self._replicas.pop(session_id, None)
             self._replicas[session_id] = replica, cost
             self._total_bytes += cost - (before[1] if before else 0)

@@ -333,7 +333,7 @@ def _publish(
                 _write_new(made[-1], journal.opening(name))
                 disk.sync_directory(paths.directory, directory)
             # 3. The new document, under another name.
-            _write_new(paths.temp, document.to_bytes(header, content))
+            written = _write_new(paths.temp, document.to_bytes(header, content))
             # 4. The mark, for the living: a process with an old replica meets a tear, whatever becomes of the rest.
             if mark is not None:
                 put_mark(paths.journal(mark.name), mark.end)
@@ -361,18 +361,23 @@ def _publish(
         disk.close_directory(directory)
     # 7. What no longer counts goes last, as far as the disk lets it go.
     _remove(map(paths.journal, journals))
-    return Replica(header, content, _version_of(paths.document), Tail.of(name) if name else None, is_synced=True)
+    version = _version_of(paths.document, written)
+    return Replica(header, content, version, Tail.of(name) if name else None, is_synced=True)
 
 
-def _version_of(path: Path) -> disk.Version:
-    # After the rename, which sets the ctime.
-    try:
-        return disk.version_of(path)
-    except OSError:
-        return (0, 0, 0, 0)
+def _version_of(path: Path, written: disk.Version) -> disk.Version:
+    """Return the version of a document that was renamed, which sets its ctime.
+
+    One that fits no file if it is not there.
+    """
+    with contextlib.suppress(OSError):
+        version = disk.version_of(path)
+        if version[:2] == written[:2]:
+            return version
+    return (0, 0, 0, 0)
 
 
-def _write_new(path: Path, text: bytes) -> None:
+def _write_new(path: Path, text: bytes) -> disk.Version:
     try:
         fd = disk.create(path)
     except FileExistsError:
@@ -382,6 +387,7 @@ def _write_new(path: Path, text: bytes) -> None:
     try:
         disk.write(fd, text)
         disk.sync(fd)
+        return disk.version_of(fd)
     finally:
         disk.close(fd)
 

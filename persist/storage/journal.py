@@ -111,8 +111,22 @@ def opening(name: str) -> bytes:
 
 def encode(record: Record, seed: int) -> bytes:
     """Return the line of a record, whose crc is computed here."""
-    rest = msgspec.json.encode(record)[_CHECKED_FROM:]
+    try:
+        rest = msgspec.json.encode(record)[_CHECKED_FROM:]
+    except UnicodeEncodeError:
+        # The name of a value that stands apart holds a lone surrogate, which msgspec does not write.
+        rest = json_codec.encode(_plain(record))[_CHECKED_FROM:]
     return _PREFIX % zlib.crc32(rest, seed) + rest + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """Return a part of a record as JSON values, without what has its default. The inverse of `_decoded`."""
+    if isinstance(value, msgspec.Struct):
+        fields = [field for field in msgspec.structs.fields(value) if getattr(value, field.name) != field.default]
+        return {field.encode_name: _plain(getattr(value, field.name)) for field in fields}
+    if isinstance(value, tuple):
+        return list(map(_plain, value))
+    return json_codec.decode(bytes(value)) if isinstance(value, msgspec.Raw) else value
 
 
 def _is_whole(line: bytes | memoryview, seed: int) -> bool:

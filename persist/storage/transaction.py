@@ -147,12 +147,6 @@ class Transaction:
         replica = self.read()
         return Head(replica.header, replica.content.fields, replica.content.counts)
 
-    def has_committed(self, commit_id: str) -> bool | None:
-        """Tell whether a commit that was cut off is there, durable or not. None if there is no looking."""
-        with contextlib.suppress(PersistError, OSError):
-            return self._files.read_head_now(self.session_id).header.commit == commit_id
-        return None
-
     # --- writing ---
 
     @property
