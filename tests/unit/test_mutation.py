@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
+from mutation import run
+from mutation.catalogue import MUTANTS
 from mutation.edits import (
     DoesNotApply,
     Edit,
@@ -159,3 +162,21 @@ def test_every_change_of_a_mutant_is_made(tmp_path: Path) -> None:
     assert (text.count("return 3"), text.count("return 4")) == (1, 1)
     with pytest.raises(DoesNotApply, match=r"there is no module other\.py"):
         mutated_modules(tmp_path, mutant("other.py"))
+
+
+@pytest.mark.parametrize("options", [["--check"], []])
+def test_a_mutant_that_does_not_apply_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    """The exit status is 1, and no test is run."""
+    monkeypatch.setattr(run, "PACKAGE", tmp_path)
+    monkeypatch.setattr(run, "run_tests", lambda *_: pytest.fail("a test was run"))
+    monkeypatch.setattr("sys.argv", ["mutants", *options, MUTANTS[0].name])
+    assert run.main() == 1
+    told = f"DOES NOT APPLY: without {MUTANTS[0].name}: there is no module {MUTANTS[0].module}"
+    assert capsys.readouterr().out.splitlines()[0] == told
+
+
+def test_names_of_mutants_are_unique() -> None:
+    """A name on the command line means one mutant."""
+    assert [name for name, count in Counter(mutant.name for mutant in MUTANTS).items() if count > 1] == []
