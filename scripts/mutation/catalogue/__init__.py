@@ -8,7 +8,7 @@ whether the test notices.
 
 from __future__ import annotations
 
-from mutation.catalogue import aio, events, locks, merge, storage, streams
+from mutation.catalogue import aio, events, locks, merge, plugin, storage, streams
 
 MUTANTS = (
     *locks.MUTANTS,
@@ -17,4 +17,5 @@ MUTANTS = (
     *merge.MUTANTS,
     *events.MUTANTS,
     *aio.MUTANTS,
+    *plugin.MUTANTS,
 )
