@@ -367,14 +367,26 @@ def _encoded_value(value: Any, before: bytes | None, path: ValuePath) -> bytes:
     found = json_codec.encode_unchecked(value)
     if found is not None and found == before:
         return found
-    found = json_codec.encode_exact(value, path)
-    if before is not None and len(found) == len(before) and json_codec.same(json_codec.decode(before), value):
-        return before
-    return found
+    return _kept(json_codec.encode_exact(value, path), value, before)
+
+
+def _kept(found: bytes, value: Any, before: bytes | None) -> bytes:
+    """Return the JSON from before, if it differs from a value's JSON in the order of keys only. Else return that."""
+    if before is None or len(found) != len(before) or found == before:
+        return found
+    return before if json_codec.same(json_codec.decode(before), value) else found
+
+
+def _items_among_fields(value: bytes) -> list[bytes]:
+    """Return the items of a list that is too small to stand apart, no items of any other value."""
+    return list(map(json_codec.encode, json_codec.decode(value))) if value[:1] == b"[" else []
 
 
 def _encoded_items(name: str, items: list[Any], before: Value | None) -> Items:
-    known = before.split() if isinstance(before, Items) else []
+    if before is None or isinstance(before, Items):
+        known = before.split() if before is not None else []
+    else:
+        known = _items_among_fields(before)
     found = json_codec.encode_all_unchecked(items)
     if isinstance(before, Items) and found == known:
         return before
@@ -385,7 +397,7 @@ def _encoded_items(name: str, items: list[Any], before: Value | None) -> Items:
         checked = [
             _encoded_value(item, known[place] if place < count else None, (name, place))
             if found is None or found[place] not in there
-            else found[place]
+            else _kept(found[place], item, known[place] if place < count else None)
             for place, item in enumerate(items)
         ]
         return Items(checked)
