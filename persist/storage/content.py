@@ -124,7 +124,8 @@ class Items:
     def check(self) -> None:
         """Raise `ValueError` unless the text has one item a line, as many as its header says."""
         text, text_count, _, _ = self._parts
-        if text_count and bytes(text).count(b"\n") != text_count + 1:
+        whole = bytes(text)
+        if text_count and (whole.count(b"\n"), whole.count(SEPARATOR)) != (text_count + 1, text_count - 1):
             raise ValueError("a list has not as many items as its header says")
 
     def last(self, count: int) -> list[bytes]:
