@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -79,12 +79,15 @@ class Owner:
 class PersistError(Exception):
     """The base of every error that `persist` raises on purpose.
 
-    A subclass takes its facts as keywords; each becomes an attribute and fills its place in `template`.
+    A subclass takes its facts as keywords. Each becomes an attribute and fills its place in `template`. Facts that may
+    be left out stand in `defaults`.
     """
 
     template = "{reason}"
+    defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, **facts: Any) -> None:
+        facts = {**self.defaults, **facts}
         super().__init__(self.template.format(**facts))
         self._facts: Mapping[str, Any] = facts
         # After the base's own __init__: OSError's would set errno back to None.
@@ -99,37 +102,45 @@ class PersistError(Exception):
         return _rebuild, (type(self), dict(self._facts))
 
 
+class _OfSession(PersistError):
+    """An error about one session, with its id and its file."""
+
+    session_id: str
+    path: Path
+
+
+class _Refused(_OfSession, OSError):
+    """What the disk refused, with its reason and the system's error number."""
+
+    reason: str
+    errno: int | None
+
+
 def _rebuild(kind: type[PersistError], facts: dict[str, Any]) -> PersistError:
     return kind(**facts)
 
 
-class SessionNotFound(PersistError, KeyError):
+class SessionNotFound(_OfSession, KeyError):
     """There is no such session. Create it with `Store.create`."""
 
     template = (
         "No session {session_id!r}: {path} does not exist. store.ids() lists the sessions; store.create() makes one."
     )
-    session_id: str
-    path: Path
 
 
-class SessionExists(PersistError):
+class SessionExists(_OfSession):
     """`create` or `duplicate` met a session of that id. Load it, or choose another id."""
 
     template = "Session {session_id!r} exists already: {path}. Load it with store.load(), or choose another id."
-    session_id: str
-    path: Path
 
 
-class SessionDeleted(PersistError):
+class SessionDeleted(_OfSession):
     """The object's session was deleted, re-created or replaced since it was loaded: its save would revive a ghost."""
 
     template = (
         "Session {session_id!r} was deleted or replaced since it was loaded ({path}); nothing was saved. "
         "Load it again, or make a new one with store.create()."
     )
-    session_id: str
-    path: Path
 
 
 class StoreClosed(PersistError, RuntimeError):
@@ -163,8 +174,8 @@ class NotJSON(PersistError, ValueError):
     where: str
     reason: str
 
-    def __init__(self, *, path: ValuePath, reason: str, where: str = "") -> None:
-        super().__init__(path=path, reason=reason, where=where or show_path(path))
+    def __init__(self, **facts: Any) -> None:
+        super().__init__(**{"where": show_path(facts["path"]), **facts})
 
 
 class WrongType(PersistError, TypeError):
@@ -210,18 +221,8 @@ class MergeConflict(PersistError):
     mine: Any
     theirs: Any
 
-    def __init__(
-        self, *, path: ValuePath, reason: str, base: Any, mine: Any, theirs: Any, session_id: str = "", where: str = ""
-    ) -> None:
-        super().__init__(
-            path=path,
-            reason=reason,
-            base=base,
-            mine=mine,
-            theirs=theirs,
-            session_id=session_id,
-            where=where or show_path(path),
-        )
+    def __init__(self, **facts: Any) -> None:
+        super().__init__(**{"where": show_path(facts["path"]), "session_id": "", **facts})
 
     def in_session(self, session_id: str) -> MergeConflict:
         """Return the same conflict with the session named."""
@@ -256,17 +257,15 @@ class RevisionMismatch(MergeConflict):
     )
 
 
-class SessionBusy(PersistError):
+class SessionBusy(_OfSession):
     """A live stream owns the session. Wait for it, `cancel` it, or take the session with `cancel(force=True)`."""
 
     template = (
         "Session {session_id!r} is busy: stream {stream_id} is run by {owner} and still alive ({path} is locked). "
         "Wait for it, or end it with store.cancel()."
     )
-    session_id: str
     stream_id: str
     owner: Owner | None
-    path: Path
 
 
 class StreamLost(PersistError):
@@ -289,38 +288,24 @@ class SweepIncomplete(PersistError):
     cleared: list[Any]
     failures: dict[str, Exception]
 
-    def __init__(self, *, cleared: list[Any], failures: dict[str, Exception], count: int = 0, names: str = "") -> None:
-        reasons = "; ".join(f"{session_id!r} ({str(error).rstrip('.')})" for session_id, error in failures.items())
-        super().__init__(cleared=cleared, failures=failures, count=len(cleared), names=reasons)
+    def __init__(self, **facts: Any) -> None:
+        reasons = (f"{name!r} ({str(error).rstrip('.')})" for name, error in facts["failures"].items())
+        super().__init__(**{**facts, "count": len(facts["cleared"]), "names": "; ".join(reasons)})
 
 
-class LockTimeout(PersistError, TimeoutError):
+class LockTimeout(_OfSession, TimeoutError):
     """The session's lock was not free in time. Nothing was written."""
 
     template = (
         "Could not lock session {session_id!r} within {timeout_s:g} s: {path} is held by {holder}. "
         "Raise lock_timeout_s, or {remedy}."
     )
-    session_id: str
-    path: Path
     holder: str
     timeout_s: float
     waited_s: float
     remedy: str
 
-    def __init__(
-        self,
-        *,
-        session_id: str,
-        path: Path,
-        holder: str,
-        timeout_s: float,
-        waited_s: float,
-        remedy: str = "end that process",
-    ) -> None:
-        super().__init__(
-            session_id=session_id, path=path, holder=holder, timeout_s=timeout_s, waited_s=waited_s, remedy=remedy
-        )
+    defaults: ClassVar = {"remedy": "end that process"}
 
 
 class NestedLock(PersistError, RuntimeError):
@@ -358,38 +343,27 @@ class MessagesRemoved(PersistError):
     revision: int
 
 
-class CorruptSession(PersistError):
+class CorruptSession(_OfSession):
     """The file is not a document that can be trusted. It was not changed.
 
     `offset` is the position of the first bad byte, where one is known.
     """
 
     template = "Session {session_id!r} is damaged: {path}{at} {reason} {remedy}"
-    session_id: str
-    path: Path
     offset: int | None
     reason: str
     remedy: str
 
-    def __init__(
-        self, *, session_id: str, path: Path, reason: str, offset: int | None = None, remedy: str = "", at: str = ""
-    ) -> None:
-        super().__init__(
-            session_id=session_id,
-            path=path,
-            reason=reason,
-            offset=offset,
-            at=f", byte {offset}:" if offset is not None else ":",
-            remedy=remedy or "Mend the file by hand or restore it from a backup.",
-        )
+    def __init__(self, **facts: Any) -> None:
+        offset = facts.setdefault("offset", None)
+        facts["remedy"] = facts.get("remedy") or "Mend the file by hand or restore it from a backup."
+        super().__init__(**{**facts, "at": f", byte {offset}:" if offset is not None else ":"})
 
 
-class UnsupportedFormat(PersistError):
+class UnsupportedFormat(_OfSession):
     """The file was written by a newer `persist`. It was not changed."""
 
     template = "Session {session_id!r}: {path} has format {found}, and this version knows {known}. Upgrade persist."
-    session_id: str
-    path: Path
     found: object
     known: int
 
@@ -402,8 +376,7 @@ class UnsafeFile(PersistError, OSError):
     found: str
     wanted: str
 
-    def __init__(self, *, path: Path, found: str, wanted: str = "a plain file") -> None:
-        super().__init__(path=path, found=found, wanted=wanted)
+    defaults: ClassVar = {"wanted": "a plain file"}
 
 
 class Unreadable(PersistError, OSError):
@@ -414,8 +387,7 @@ class Unreadable(PersistError, OSError):
     reason: str
     errno: int | None
 
-    def __init__(self, *, path: Path, reason: str, errno: int | None = None) -> None:
-        super().__init__(path=path, reason=reason, errno=errno)
+    defaults: ClassVar = {"errno": None}
 
     @classmethod
     def because(cls, path: Path, error: OSError) -> Unreadable:
@@ -423,17 +395,13 @@ class Unreadable(PersistError, OSError):
         return cls(path=path, reason=error.strerror or type(error).__name__, errno=error.errno)
 
 
-class CommitFailed(PersistError, OSError):
+class CommitFailed(_Refused):
     """The disk refused the commit before anything became visible: the old revision stands."""
 
     template = "Session {session_id!r} was not saved: {reason} at {path}. The old revision stands; mend that and retry."
-    session_id: str
-    path: Path
-    reason: str
-    errno: int | None
 
 
-class CommitUnknown(PersistError, OSError):
+class CommitUnknown(_Refused):
     """The disk failed while a commit was being made durable: it may or may not survive a power cut.
 
     The store takes no further write to this session; open a new one after looking at the disk.
@@ -443,22 +411,16 @@ class CommitUnknown(PersistError, OSError):
         "Session {session_id!r}: it is unknown whether the last commit is durable ({reason} at {path}). "
         "This store refuses further writes to it: look at the disk, then open a new persist.Store."
     )
-    session_id: str
-    path: Path
-    reason: str
-    errno: int | None
 
 
-class EventsNotFound(PersistError, KeyError):
+class EventsNotFound(_OfSession, KeyError):
     """There are no events of that stream: it never ran, it ended without an event, or its events have expired."""
 
     template = (
         "No events of stream {stream_id!r} of session {session_id!r}: {path} does not exist. It never ran here, ended "
         "without an event, or its events have expired (Store(keep_events_s=…)). Load the session instead."
     )
-    session_id: str
     stream_id: str
-    path: Path
 
 
 class CursorAhead(PersistError, ValueError):

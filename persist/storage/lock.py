@@ -4,18 +4,15 @@ Order: the session's in-process mutex -> its file lock -> (its lease, only ever 
 the lock of one session at a time; asking for a second one raises `NestedLock` instead of risking a deadlock.
 
 Threads that poll one file starve each other (p99 82 ms against 5 ms behind a first-in-first-out mutex), and so do
-processes: these queue up in the kernel (see `turns`). No system call waits there with a time limit, so a thread does it
-for the one that has asked. Where that cannot be, processes poll.
+processes: the process that waits next stands in the turnstile, and the others let it go first.
 """
 
 from __future__ import annotations
 
-import _thread
 import os
 import random
 import threading
 import time
-import types
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,17 +20,14 @@ from pathlib import Path
 from weakref import WeakValueDictionary, ref
 
 from persist.errors import CommitFailed, LockTimeout, NestedLock, PersistError
-from persist.storage import turns
-from persist.storage.held import HeldFile, table, try_hold
+from persist.storage import turnstile
+from persist.storage.held import HeldFile, table
 
 # Growing only to 1 ms: backing off to 5 ms starves the longest waiter (860 ms, measured).
 _POLL_FIRST_S = 0.0002
 _POLL_LAST_S = 0.001
-#: For so long a place in the queue is all that is waited for: the process at its head may be stopped (a paused
-#: container).
+#: For so long the process in the turnstile is waited for: it may be stopped (a paused container).
 PATIENCE_S = 0.05
-#: So long it is given then to take what is free: it may just be about to.
-GRACE_S = 0.005
 
 
 class Turn:
@@ -178,163 +172,46 @@ def _refuse_nesting(thread: int, session_id: str) -> None:
 
 
 def _wait(path: Path, session_id: str, deadline: float) -> HeldFile | None:
-    """Hold the file, when it is this process's turn; None if it is not until the deadline (`time.monotonic`)."""
+    """Hold the file, when it is this process's turn. None if it is not until the deadline (`time.monotonic`)."""
+    held = HeldFile(path)
     try:
-        held, is_late = None, time.monotonic() >= deadline
-        while held is None and not is_late:
-            held = _in_turn(path, deadline)
-            is_late = time.monotonic() >= deadline
-        # Once more: it may be free by now, or the queue be stuck.
-        return held or try_hold(path, create=True)
+        if _in_turn(held, deadline):
+            return held
     except OSError as error:
+        held.close()
         if isinstance(error, PersistError):
             raise
         reason = error.strerror or type(error).__name__
         raise CommitFailed(session_id=session_id, path=path, reason=reason, errno=error.errno) from error
-
-
-def _in_turn(path: Path, deadline: float) -> HeldFile | None:
-    """Hold the file, behind those who wait for it already.
-
-    None at the deadline, or if the file was removed meanwhile.
-    """
-    held, place, found = HeldFile(), None, None
-    try:
-        if held.open(path, os.O_RDWR | os.O_CREAT, in_turn=True):
-            found = held
-        # One that is locked was removed: who holds it holds up its queue.
-        elif not held.is_locked:
-            place = _place(path, held)
-            found = _poll(path, deadline) if place is None else place.wait(deadline)
-        return found
-    finally:
-        if place is None and (queued := _places.get(path)) is not None and queued.file is held:
-            # A signal's exception came when its thread had been started.
-            place = queued
-        if place is not None and found is not place.file:
-            place.leave()
-        if found is not held and (place is None or place.file is not held):
-            held.close()
-
-
-def _poll(path: Path, deadline: float) -> HeldFile | None:
-    """Hold the file as soon as a look finds it free; None at the deadline."""
-    pause_s = _POLL_FIRST_S
-    while (left_s := deadline - time.monotonic()) > 0:
-        time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
-        if (held := try_hold(path, create=True)) is not None:
-            return held
-        pause_s = min(pause_s * 2, _POLL_LAST_S)
+    except BaseException:
+        held.close()
+        raise
+    held.close()
     return None
 
 
-# --- the queue of processes ------------------------------------------------------------------------------------------
-
-
-class _Place:
-    """A place in the queue: a thread that sleeps in the kernel, where nothing can call it back.
-
-    Who gives up leaves it to the next caller of this process who waits for that file; what it gets before, it gives up.
-
-    Attributes:
-        file: the file, open; whoever waits takes it when it is locked.
-    """
-
-    def __init__(self, path: Path, file: HeldFile) -> None:
-        self.file = file
-        self._path = path
-        self._is_next = self._is_locked = self._has_ended = self._is_left = False
-        self._end = threading.Lock()
-        self._end.acquire()
-
-    def take(self) -> bool:
-        """Start the thread, if that is possible."""
-        _places[self._path] = self
-        try:
-            # Costs half of what a `threading.Thread` does, which is made to be waited for.
-            _thread.start_new_thread(self._run, ())
-        except RuntimeError:  # too many threads, or the interpreter ends
-            _places.pop(self._path, None)
-            return False
+def _in_turn(held: HeldFile, deadline: float) -> bool:
+    """Open and lock a file, behind the process that is next. Tell whether that was done until the deadline."""
+    held.open()
+    if not turnstile.is_taken(held.fd) and held.try_lock():
         return True
-
-    def take_over(self) -> None:
-        """Wait where somebody has given up."""
-        self._is_left = False
-
-    def wait(self, deadline: float) -> HeldFile | None:
-        """Wait until the file is locked; while the queue does not move, look now and then whether it is free all the
-        same.
-        """
-        head = turns.head(self.file.fd)
-        while (left_s := deadline - time.monotonic()) > 0:
-            timeout_s = min(left_s, threading.TIMEOUT_MAX if self._is_next else PATIENCE_S)
-            if self._end.acquire(timeout=timeout_s):
-                if not self._is_locked:
-                    return _poll(self._path, deadline)
-                return self.file if self.file.take(self._path) else None
-            before, head = head, turns.head(self.file.fd)
-            if not self._is_next and head == before and (other := _overtake(self._path)) is not None:
-                return other
-        return None
-
-    def leave(self) -> None:
-        """Give up; the thread goes on to wait."""
-        with table:
-            self._is_left = True
-            if self._has_ended:
-                self._give_back()
-
-    def _run(self) -> None:
-        is_locked = False
-        try:
-            place = turns.queue_up(self.file.fd)
-            self._is_next = True
-            turns.lock(self.file.fd, place)
-            is_locked = True
-        except OSError:
-            pass  # the one who waits for it polls, and says what is wrong
-        finally:
-            with table:
-                _places.pop(self._path, None)
-                self._is_locked, self._has_ended = is_locked, True
-                if self._is_left:
-                    self._give_back()
-            self._end.release()
-
-    def _give_back(self) -> None:
-        # To close it would do, but for copies that leaked into a child.
-        self.file.unlock_on_close()
-        self.file.close()
-
-
-def _overtake(path: Path) -> HeldFile | None:
-    """Hold the file if it is free, and who stands first does not take it."""
-    free = try_hold(path, create=True)
-    if free is None:
-        return None
-    free.close()
-    time.sleep(GRACE_S)
-    return try_hold(path, create=True)
-
-
-#: The places that this process has in queues.
-_places: dict[Path, _Place] = {}
-
-
-def _place(path: Path, held: HeldFile) -> _Place | None:
-    """A place in the queue for a file that is open: that of a caller who gave up, or a new one; None if there can be
-    none.
-    """
-    with table:
-        if (left := _places.get(path)) is not None:
-            left.take_over()
-            return left
-    # gevent and eventlet put something of theirs there, which would let nobody else run.
-    if not turns.ARE_THERE or not isinstance(_thread.start_new_thread, types.BuiltinFunctionType):
-        return None
-    place = _Place(path, held)
-    return place if place.take() else None
+    has_turn, pause_s = False, _POLL_FIRST_S
+    # The process that is next may be stopped (a paused container). For so long it is waited for.
+    patient_until = time.monotonic() + PATIENCE_S
+    while (left_s := deadline - time.monotonic()) > 0:
+        time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
+        pause_s = min(pause_s * 2, _POLL_LAST_S)
+        if not held.bears_name():
+            # Its holder removed it, together with its turnstile.
+            held.open()
+            has_turn = False
+        if not has_turn:
+            has_turn, pause_s = turnstile.take(held.fd), _POLL_FIRST_S
+        if (has_turn or time.monotonic() > patient_until) and held.try_lock():
+            turnstile.leave(held.fd)
+            return True
+    # Once more: it may be free by now, or the process that is next may be stopped.
+    return held.try_lock()
 
 
 def _holder_of(path: Path) -> str:
@@ -367,7 +244,6 @@ def _forget_in_child() -> None:
     _mutexes.clear()
     _kept.clear()
     _turn_of.clear()
-    _places.clear()
 
 
 if hasattr(os, "register_at_fork"):
