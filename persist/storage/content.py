@@ -288,6 +288,11 @@ def size_of(value: Value) -> int:
     return value.size_bytes if isinstance(value, Items) else len(value)
 
 
+def _json_bytes(value: Value) -> int:
+    """Return the length of `as_json`. So a list has one size, whichever form it has."""
+    return len(value) if isinstance(value, bytes) else max(2, value.size_bytes - len(value) - 1)
+
+
 def decode(value: Value) -> Any:
     """Return a top-level value as a fresh Python value."""
     return value.decode() if isinstance(value, Items) else json_codec.decode(value)
@@ -312,7 +317,7 @@ def placed(values: Iterable[tuple[str, Value]]) -> Content:
     fields: dict[str, bytes] = {}
     apart: dict[str, Value] = {}
     for name, value in values:
-        if name in ALWAYS_APART or size_of(value) > APART_BYTES:
+        if name in ALWAYS_APART or _json_bytes(value) > APART_BYTES:
             apart[name] = _items_of(value) if isinstance(value, bytes) else value
         else:
             fields[name] = as_json(value)

@@ -310,6 +310,19 @@ def test_value_stands_apart_above_4_kib() -> None:
     assert found.counts == {"d": 1, "messages": 0}
 
 
+@pytest.mark.parametrize("count", [2, 16, 17, 400])
+@pytest.mark.parametrize("above", [-2, -1, 0, 1, 2, 20, 500])
+def test_list_has_one_size_whichever_form_it_has(count: int, above: int) -> None:
+    """A list counts by its JSON without newlines: as items, as one text, and as a value among the fields."""
+    data = {"notes": ["x"] * (count - 1) + [text_of(APART_BYTES - 2 - 4 * (count - 1) + above)]}
+    assert len(json_codec.encode(data["notes"])) == APART_BYTES + above
+    anew = encoded(data)
+    assert ("notes" in anew.apart) is (above > 0)
+    for form in (of(data["notes"]), in_document(data["notes"]), json_codec.encode(data["notes"])):
+        assert placed([("notes", form)]) == anew
+    assert encoded(data, encoded({"notes": ["x"] * 2000})) == anew
+
+
 def test_largest_fields_leave_while_they_are_above_32_kib() -> None:
     """The fields are 32 KiB at most. The largest leaves first, and of two equal ones that with the greater name."""
     exact = {f"f{number}": text_of(APART_BYTES) for number in range(FIELDS_BYTES // APART_BYTES)}
@@ -323,7 +336,7 @@ def test_largest_fields_leave_while_they_are_above_32_kib() -> None:
     assert isinstance(encoded(lists | {"n": 1}).apart["f7"], Items)
 
 
-values_of_all_sizes = st.one_of(
+values_of_all_sizes: st.SearchStrategy[Any] = st.one_of(
     st.sampled_from([None, 1, "x", [], {}, [1, {"id": "a"}]]),
     st.sampled_from([APART_BYTES - 1, APART_BYTES, APART_BYTES + 1, 3000, 4000]).map(text_of),
     st.sampled_from([1, 17, 300, 1500]).map(lambda count: list(range(count))),
