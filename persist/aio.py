@@ -19,6 +19,7 @@ There is no `edit`, since nothing may be awaited while a lock is held: `update(i
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
@@ -26,7 +27,7 @@ from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Concatenate, NoReturn, ParamSpec, Self, TypedDict, TypeVar, Unpack
 
 import anyio
 import anyio.lowlevel
@@ -36,16 +37,39 @@ from persist.errors import WrongType
 from persist.event_log import Ended, Event
 from persist.follow import Cursor
 from persist.hops import News, Threads
-from persist.maintenance import Problem
-from persist.merge import Policy, Preference
-from persist.session import Head
+from persist.merge import Policy
 from persist.storage.commit import Mode
-from persist.store import ClearedStream
-from persist.streams import StreamInfo
 from persist.turn import Message
 from persist.watch import waking
 
 Result = TypeVar("Result")
+P = ParamSpec("P")
+
+
+def _hop(
+    verb: Callable[Concatenate[Any, P], Result], *, is_quick: bool = False
+) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, Result]]:
+    """Return a verb that is awaited: one hop to a thread. `is_quick`: it waits for no session's lock."""
+
+    @functools.wraps(verb)
+    async def hop(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        result: Result = await self._threads.run(lambda: verb(self._sync, *args, **kwargs), is_quick=is_quick)
+        return result
+
+    return hop
+
+
+def _loading(
+    verb: Callable[Concatenate[Any, P], persist.Session], *, is_quick: bool = False
+) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, Session]]:
+    """Return a verb that is awaited, and gives a session."""
+
+    @functools.wraps(verb)
+    async def hop(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> Session:
+        found = await self._threads.run(lambda: verb(self._sync, *args, **kwargs), is_quick=is_quick)
+        return Session(self._threads, found)
+
+    return hop
 
 
 class Session:
@@ -53,46 +77,38 @@ class Session:
 
     def __init__(self, threads: Threads, session: persist.Session) -> None:
         self._threads = threads
-        self._session = session
+        self._sync = session
 
     def __repr__(self) -> str:
-        return repr(self._session).replace("persist.", "persist.aio.", 1)
+        return repr(self._sync).replace("persist.", "persist.aio.", 1)
 
     @property
     def id(self) -> str:
-        return self._session.id
+        return self._sync.id
 
     @property
     def data(self) -> dict[str, Any]:
-        return self._session.data
+        return self._sync.data
 
     @property
     def revision(self) -> int:
-        return self._session.revision
+        return self._sync.revision
 
     @property
     def created_at(self) -> datetime:
-        return self._session.created_at
+        return self._sync.created_at
 
     @property
     def updated_at(self) -> datetime:
-        return self._session.updated_at
+        return self._sync.updated_at
 
     @property
     def active_stream_id(self) -> str | None:
-        return self._session.active_stream_id
+        return self._sync.active_stream_id
 
-    async def save(self, *, touch: bool = True, on_conflict: Preference = "error") -> None:
-        """See `persist.Session.save`."""
-        await self._threads.run(lambda: self._session.save(touch=touch, on_conflict=on_conflict))
-
-    async def refresh(self) -> None:
-        """See `persist.Session.refresh`."""
-        await self._threads.run(self._session.refresh)
-
-    async def clear_stale_stream(self) -> bool:
-        """See `persist.Session.clear_stale_stream`."""
-        return await self._threads.run(self._session.clear_stale_stream)
+    save = _hop(persist.Session.save)
+    refresh = _hop(persist.Session.refresh)
+    clear_stale_stream = _hop(persist.Session.clear_stale_stream)
 
 
 class Stream:
@@ -103,50 +119,39 @@ class Stream:
 
     def __init__(self, threads: Threads, stream: persist.Stream) -> None:
         self._threads = threads
-        self._stream = stream
+        self._sync = stream
 
     def __repr__(self) -> str:
-        return repr(self._stream).replace("persist.", "persist.aio.", 1)
+        return repr(self._sync).replace("persist.", "persist.aio.", 1)
 
     def __reduce__(self) -> NoReturn:
-        self._stream.__reduce__()
+        self._sync.__reduce__()
 
     @property
     def id(self) -> str:
-        return self._stream.id
+        return self._sync.id
 
     @property
     def session_id(self) -> str:
-        return self._stream.session_id
+        return self._sync.session_id
 
     @property
     def epoch(self) -> int:
-        return self._stream.epoch
+        return self._sync.epoch
 
     async def is_cancelled(self) -> bool:
         """See `persist.Stream.cancelled`, which cannot be awaited under that name."""
-        return await self._threads.run(lambda: self._stream.cancelled, is_quick=True)
+        return await self._threads.run(lambda: self._sync.cancelled, is_quick=True)
 
     async def emit(self, *events: Any, durable: bool = False) -> int:
         """See `persist.Stream.emit`."""
-        is_quick = self._stream._has_emitted
-        return await self._threads.run(lambda: self._stream.emit(*events, durable=durable), is_quick=is_quick)
+        is_quick = self._sync._has_emitted
+        return await self._threads.run(lambda: self._sync.emit(*events, durable=durable), is_quick=is_quick)
 
-    async def checkpoint(self, message: Message) -> None:
-        """See `persist.Stream.checkpoint`."""
-        await self._threads.run(lambda: self._stream.checkpoint(message))
-
-    async def append(self, message: Message) -> None:
-        """See `persist.Stream.append`."""
-        await self._threads.run(lambda: self._stream.append(message))
-
-    async def finish(self, message: Message | None = None) -> None:
-        """See `persist.Stream.finish`."""
-        await self._threads.run(lambda: self._stream.finish(message))
-
-    async def fail(self) -> None:
-        """See `persist.Stream.fail`."""
-        await self._threads.run(self._stream.fail)
+    checkpoint = _hop(persist.Stream.checkpoint)
+    append = _hop(persist.Stream.append)
+    finish = _hop(persist.Stream.finish)
+    fail = _hop(persist.Stream.fail)
 
     async def __aenter__(self) -> Self:
         return self
@@ -154,7 +159,7 @@ class Stream:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._threads.run(lambda: self._stream.__exit__(kind, error, trace))
+        await self._threads.run(lambda: self._sync.__exit__(kind, error, trace))
 
 
 class _Starting(Coroutine[Any, Any, Stream]):
@@ -304,19 +309,19 @@ class Store:
     def __init__(self, path: str | os.PathLike[str] | persist.Store, **options: Unpack[_Options]) -> None:
         if isinstance(path, persist.Store) and options:
             raise WrongType(what="options", expected="given to the persist.Store itself", got="given beside it")
-        self._store = path if isinstance(path, persist.Store) else persist.Store(path, **options)
+        self._sync = path if isinstance(path, persist.Store) else persist.Store(path, **options)
         self._threads = Threads()
 
     def __repr__(self) -> str:
-        return repr(self._store).replace("persist.", "persist.aio.", 1)
+        return repr(self._sync).replace("persist.", "persist.aio.", 1)
 
     @property
     def path(self) -> Path:
-        return self._store.path
+        return self._sync.path
 
     def close(self) -> None:
         """Refuse further verbs with `StoreClosed`; streams that run go on until they end."""
-        self._store.close()
+        self._sync.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -326,55 +331,21 @@ class Store:
     ) -> None:
         self.close()
 
-    async def load(self, session_id: str) -> Session:
-        """See `persist.Store.load`."""
-        return Session(self._threads, await self._threads.run(lambda: self._store.load(session_id), is_quick=True))
-
-    async def head(self, session_id: str) -> Head:
-        """See `persist.Store.head`."""
-        return await self._threads.run(lambda: self._store.head(session_id), is_quick=True)
-
-    async def exists(self, session_id: str) -> bool:
-        """See `persist.Store.exists`."""
-        return await self._threads.run(lambda: self._store.exists(session_id), is_quick=True)
-
-    async def ids(self, *, after: str | None = None, limit: int | None = None) -> list[str]:
-        """See `persist.Store.ids`."""
-        return await self._threads.run(lambda: self._store.ids(after=after, limit=limit), is_quick=True)
-
-    async def create(self, session_id: str, data: dict[str, Any] | None = None) -> Session:
-        """See `persist.Store.create`."""
-        return Session(self._threads, await self._threads.run(lambda: self._store.create(session_id, data)))
-
-    async def duplicate(self, session_id: str, new_id: str) -> Session:
-        """See `persist.Store.duplicate`."""
-        return Session(self._threads, await self._threads.run(lambda: self._store.duplicate(session_id, new_id)))
-
-    async def delete(self, session_id: str, *, force: bool = False) -> None:
-        """See `persist.Store.delete`."""
-        await self._threads.run(lambda: self._store.delete(session_id, force=force))
-
-    async def update(
-        self,
-        session_id: str,
-        function: Callable[[dict[str, Any]], Result],
-        *,
-        if_revision: int | None = None,
-        touch: bool = True,
-    ) -> Result:
-        """See `persist.Store.update`."""
-        options: dict[str, Any] = {"if_revision": if_revision, "touch": touch}
-        return await self._threads.run(lambda: self._store.update(session_id, function, **options))
-
-    async def append(self, session_id: str, field: str, item: Any, *, touch: bool = True) -> int:
-        """See `persist.Store.append`."""
-        return await self._threads.run(lambda: self._store.append(session_id, field, item, touch=touch))
+    load = _loading(persist.Store.load, is_quick=True)
+    head = _hop(persist.Store.head, is_quick=True)
+    exists = _hop(persist.Store.exists, is_quick=True)
+    ids = _hop(persist.Store.ids, is_quick=True)
+    create = _loading(persist.Store.create)
+    duplicate = _loading(persist.Store.duplicate)
+    delete = _hop(persist.Store.delete)
+    update = _hop(persist.Store.update)
+    append = _hop(persist.Store.append)
 
     def start_stream(
         self, session_id: str, message: Message | None = None, *, stream_id: str | None = None
     ) -> _Starting:
         """See `persist.Store.start_stream`. Use it as ``async with store.start_stream(…) as stream``, or await it."""
-        return _Starting(self._started(lambda: self._store.start_stream(session_id, message, stream_id=stream_id)))
+        return _Starting(self._started(lambda: self._sync.start_stream(session_id, message, stream_id=stream_id)))
 
     async def _started(self, start: Callable[[], persist.Stream]) -> Stream:
         return Stream(
@@ -384,38 +355,14 @@ class Store:
     def follow(self, session_id: str, stream_id: str, *, after: int = 0) -> Following:
         """See `persist.Store.follow`. Use it as ``async for event in store.follow(…)``; await it to open it at once."""
         return Following(
-            self._threads, lambda: self._store._cursor(session_id, stream_id, after), session_id, stream_id, after
+            self._threads, lambda: self._sync._cursor(session_id, stream_id, after), session_id, stream_id, after
         )
 
-    async def events(self, session_id: str, stream_id: str, *, after: int = 0) -> list[Event]:
-        """See `persist.Store.events`."""
-        return await self._threads.run(lambda: self._store.events(session_id, stream_id, after=after), is_quick=True)
-
-    async def cancel(self, session_id: str, stream_id: str, *, force: bool = False) -> bool:
-        """See `persist.Store.cancel`."""
-        return await self._threads.run(lambda: self._store.cancel(session_id, stream_id, force=force))
-
-    async def stream(self, session_id: str) -> StreamInfo | None:
-        """See `persist.Store.stream`."""
-        return await self._threads.run(lambda: self._store.stream(session_id))
-
-    async def streams(self) -> list[StreamInfo]:
-        """See `persist.Store.streams`."""
-        return await self._threads.run(self._store.streams)
-
-    async def clear_stale_streams(self, *, every_session: bool = False) -> list[ClearedStream]:
-        """See `persist.Store.clear_stale_streams`."""
-        return await self._threads.run(lambda: self._store.clear_stale_streams(every_session=every_session))
-
-    async def check(self) -> list[Problem]:
-        """See `persist.Store.check`."""
-        return await self._threads.run(self._store.check)
-
-    async def compact(self, session_id: str, *, alone: bool = False) -> bool:
-        """See `persist.Store.compact`."""
-        return await self._threads.run(lambda: self._store.compact(session_id, alone=alone))
-
-    async def accept(self, session_id: str, *, drop_journal: bool = False) -> Session:
-        """See `persist.Store.accept`."""
-        accepted = await self._threads.run(lambda: self._store.accept(session_id, drop_journal=drop_journal))
-        return Session(self._threads, accepted)
+    events = _hop(persist.Store.events, is_quick=True)
+    cancel = _hop(persist.Store.cancel)
+    stream = _hop(persist.Store.stream)
+    streams = _hop(persist.Store.streams)
+    clear_stale_streams = _hop(persist.Store.clear_stale_streams)
+    check = _hop(persist.Store.check)
+    compact = _hop(persist.Store.compact)
+    accept = _loading(persist.Store.accept)

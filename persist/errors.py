@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -79,12 +79,15 @@ class Owner:
 class PersistError(Exception):
     """The base of every error that `persist` raises on purpose.
 
-    A subclass takes its facts as keywords; each becomes an attribute and fills its place in `template`.
+    A subclass takes its facts as keywords. Each becomes an attribute and fills its place in `template`. Facts that may
+    be left out stand in `defaults`.
     """
 
     template = "{reason}"
+    defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, **facts: Any) -> None:
+        facts = {**self.defaults, **facts}
         super().__init__(self.template.format(**facts))
         self._facts: Mapping[str, Any] = facts
         # After the base's own __init__: OSError's would set errno back to None.
@@ -171,8 +174,8 @@ class NotJSON(PersistError, ValueError):
     where: str
     reason: str
 
-    def __init__(self, *, path: ValuePath, reason: str, where: str = "") -> None:
-        super().__init__(path=path, reason=reason, where=where or show_path(path))
+    def __init__(self, **facts: Any) -> None:
+        super().__init__(**{"where": show_path(facts["path"]), **facts})
 
 
 class WrongType(PersistError, TypeError):
@@ -218,18 +221,8 @@ class MergeConflict(PersistError):
     mine: Any
     theirs: Any
 
-    def __init__(
-        self, *, path: ValuePath, reason: str, base: Any, mine: Any, theirs: Any, session_id: str = "", where: str = ""
-    ) -> None:
-        super().__init__(
-            path=path,
-            reason=reason,
-            base=base,
-            mine=mine,
-            theirs=theirs,
-            session_id=session_id,
-            where=where or show_path(path),
-        )
+    def __init__(self, **facts: Any) -> None:
+        super().__init__(**{"where": show_path(facts["path"]), "session_id": "", **facts})
 
     def in_session(self, session_id: str) -> MergeConflict:
         """Return the same conflict with the session named."""
@@ -295,9 +288,9 @@ class SweepIncomplete(PersistError):
     cleared: list[Any]
     failures: dict[str, Exception]
 
-    def __init__(self, *, cleared: list[Any], failures: dict[str, Exception], count: int = 0, names: str = "") -> None:
-        reasons = "; ".join(f"{session_id!r} ({str(error).rstrip('.')})" for session_id, error in failures.items())
-        super().__init__(cleared=cleared, failures=failures, count=len(cleared), names=reasons)
+    def __init__(self, **facts: Any) -> None:
+        reasons = (f"{name!r} ({str(error).rstrip('.')})" for name, error in facts["failures"].items())
+        super().__init__(**{**facts, "count": len(facts["cleared"]), "names": "; ".join(reasons)})
 
 
 class LockTimeout(_OfSession, TimeoutError):
@@ -312,19 +305,7 @@ class LockTimeout(_OfSession, TimeoutError):
     waited_s: float
     remedy: str
 
-    def __init__(
-        self,
-        *,
-        session_id: str,
-        path: Path,
-        holder: str,
-        timeout_s: float,
-        waited_s: float,
-        remedy: str = "end that process",
-    ) -> None:
-        super().__init__(
-            session_id=session_id, path=path, holder=holder, timeout_s=timeout_s, waited_s=waited_s, remedy=remedy
-        )
+    defaults: ClassVar = {"remedy": "end that process"}
 
 
 class NestedLock(PersistError, RuntimeError):
@@ -373,17 +354,10 @@ class CorruptSession(_OfSession):
     reason: str
     remedy: str
 
-    def __init__(
-        self, *, session_id: str, path: Path, reason: str, offset: int | None = None, remedy: str = "", at: str = ""
-    ) -> None:
-        super().__init__(
-            session_id=session_id,
-            path=path,
-            reason=reason,
-            offset=offset,
-            at=f", byte {offset}:" if offset is not None else ":",
-            remedy=remedy or "Mend the file by hand or restore it from a backup.",
-        )
+    def __init__(self, **facts: Any) -> None:
+        offset = facts.setdefault("offset", None)
+        facts["remedy"] = facts.get("remedy") or "Mend the file by hand or restore it from a backup."
+        super().__init__(**{**facts, "at": f", byte {offset}:" if offset is not None else ":"})
 
 
 class UnsupportedFormat(_OfSession):
@@ -402,8 +376,7 @@ class UnsafeFile(PersistError, OSError):
     found: str
     wanted: str
 
-    def __init__(self, *, path: Path, found: str, wanted: str = "a plain file") -> None:
-        super().__init__(path=path, found=found, wanted=wanted)
+    defaults: ClassVar = {"wanted": "a plain file"}
 
 
 class Unreadable(PersistError, OSError):
@@ -414,8 +387,7 @@ class Unreadable(PersistError, OSError):
     reason: str
     errno: int | None
 
-    def __init__(self, *, path: Path, reason: str, errno: int | None = None) -> None:
-        super().__init__(path=path, reason=reason, errno=errno)
+    defaults: ClassVar = {"errno": None}
 
     @classmethod
     def because(cls, path: Path, error: OSError) -> Unreadable:

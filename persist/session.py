@@ -9,19 +9,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, NoReturn, get_args
 
-from persist import streams, turn
-from persist.errors import (
-    CommitFailed,
-    MergeConflict,
-    MessagesRemoved,
-    NestedLock,
-    SessionDeleted,
-    SessionNotFound,
-    Unreadable,
-    WrongType,
-    conflicts_in,
-    require_flags,
-)
+from persist import errors, streams, turn
 from persist.merge import MISSING, Policy, Preference, count_removed, merge
 from persist.patch import patch
 from persist.storage import diff
@@ -98,7 +86,7 @@ class Session:
     def _alone(self) -> Iterator[None]:
         with self._guard:
             if self._is_busy:
-                raise NestedLock(session_id=self.id, held=self.id)
+                raise errors.NestedLock(session_id=self.id, held=self.id)
             self._is_busy = True
             try:
                 yield
@@ -150,12 +138,12 @@ class Session:
         Concurrency: holds the session's lock for read, merge and write, across threads and processes.
         """
         if on_conflict not in get_args(Preference):
-            raise WrongType(what="on_conflict", expected=" | ".join(get_args(Preference)), got=repr(on_conflict))
-        require_flags(touch=touch)
+            raise errors.WrongType(what="on_conflict", expected=" | ".join(get_args(Preference)), got=repr(on_conflict))
+        errors.require_flags(touch=touch)
         try:
-            with conflicts_in(self.id), self._backend.files.transaction(self.id) as tx, self._alone():
+            with self._backend.files.transaction(self.id) as tx, self._alone():
                 self._save(tx, touch, on_conflict)
-        except SessionNotFound:
+        except errors.SessionNotFound:
             raise self._deleted() from None
 
     def _save(self, tx: Transaction, touch: bool, prefer: Preference) -> None:
@@ -177,7 +165,7 @@ class Session:
             self._base = replace(base, is_durable=False, tried=(header.commit, mine))
             try:
                 committed = tx.commit(header, merged, changes)
-            except CommitFailed:
+            except errors.CommitFailed:
                 self._base = replace(base, is_durable=False)
                 raise
         else:
@@ -203,7 +191,7 @@ class Session:
             self._base = replace(base, tried=None)
         else:
             reason = "a save was cut off, and nobody can tell whether it was committed: load the session anew"
-            raise MergeConflict(path=(), reason=reason, base=None, mine=None, theirs=None)
+            raise errors.MergeConflict(path=(), reason=reason, base=None, mine=None, theirs=None)
 
     def _refuse_removal(self, there: Replica, merged: Content, changes: tuple[diff.Change, ...]) -> None:
         """Refuse to remove messages in the middle of a turn: there it is an accident (hermes-webui #4205)."""
@@ -216,10 +204,12 @@ class Session:
             for content in (there.content, merged)
         )
         if type(before) is list and type(after) is not list:
-            raise WrongType(what=f"field {turn.MESSAGES!r}", expected="a list, in a turn", got=type(after).__name__)
+            raise errors.WrongType(
+                what=f"field {turn.MESSAGES!r}", expected="a list, in a turn", got=type(after).__name__
+            )
         if type(before) is list and (count := count_removed(before, after)):
             revision = there.header.revision
-            raise MessagesRemoved(session_id=self.id, stream_id=stream_id, count=count, revision=revision)
+            raise errors.MessagesRemoved(session_id=self.id, stream_id=stream_id, count=count, revision=revision)
 
     # --- taking what others committed ---
 
@@ -236,7 +226,7 @@ class Session:
                 # Edited since, by another task of an event loop.
                 try:
                     wanted = merge_contents(mine, current, committed.content, {}, "error")
-                except MergeConflict:
+                except errors.MergeConflict:
                     # The edit contradicts theirs. It stays, and the next save reports it.
                     self._base = replace(self._base, content=mine, tried=None)
                     return
@@ -273,9 +263,9 @@ class Session:
             try:
                 # Outside the guard: where folds follow one another, it takes the lock.
                 there = self._backend.files.read(self.id)
-            except SessionNotFound:
+            except errors.SessionNotFound:
                 raise self._deleted() from None
-            with self._alone(), conflicts_in(self.id):
+            with self._alone(), errors.conflicts_in(self.id):
                 if self._base is before:
                     before = self._base = self._refreshed(self._same_incarnation(there))
 
@@ -311,11 +301,11 @@ class Session:
             return False
         try:
             cleared = streams.clear_stale(self._backend, self.id, stream_id, self._base.header.incarnation)
-        except SessionNotFound:
+        except errors.SessionNotFound:
             return False
         if cleared is None:
             return False
-        with self._alone(), suppress(Unreadable):
+        with self._alone(), suppress(errors.Unreadable):
             self._show_cleared(cleared)
         return True
 
@@ -327,7 +317,7 @@ class Session:
         try:
             wanted = merge_contents(base.content, current, there.content, self._policies, "error")
             known = _Base(there.header, there.content, is_durable=True)
-        except MergeConflict:
+        except errors.MergeConflict:
             wanted = _with_stream_fields_of(there.content, current)
             known = replace(base, content=_with_stream_fields_of(there.content, base.content))
         self._show(current, wanted)
@@ -338,8 +328,8 @@ class Session:
             raise self._deleted()
         return there
 
-    def _deleted(self) -> SessionDeleted:
-        return SessionDeleted(session_id=self.id, path=self._backend.files.layout.session(self.id).document)
+    def _deleted(self) -> errors.SessionDeleted:
+        return errors.SessionDeleted(session_id=self.id, path=self._backend.files.layout.session(self.id).document)
 
 
 def refuse_changed_stream_fields(before: Content, after: Content) -> None:
@@ -423,7 +413,7 @@ def _refuse_lost_list(
         if type(dropped.get(name)) is list and type(merged.get(name)) is not list:
             reason = "one side has changed this list, and the other put something else in its place"
             b, m, t = (side.get(name, MISSING) for side in (base, mine, theirs))
-            raise MergeConflict(path=(name,), reason=reason, base=b, mine=m, theirs=t)
+            raise errors.MergeConflict(path=(name,), reason=reason, base=b, mine=m, theirs=t)
 
 
 @dataclass(frozen=True, slots=True)

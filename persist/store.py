@@ -12,23 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, get_args
 
-from persist import json_codec, maintenance, streams, turn
-from persist.errors import (
-    CorruptSession,
-    LockTimeout,
-    PersistError,
-    ReservedField,
-    RevisionMismatch,
-    SessionExists,
-    SessionNotFound,
-    StoreClosed,
-    SweepIncomplete,
-    Unreadable,
-    UnsupportedFormat,
-    WrongType,
-    conflicts_in,
-    require_flags,
-)
+from persist import errors, json_codec, maintenance, streams, turn
 from persist.event_log import Event, EventFiles
 from persist.follow import Cursor, Following
 from persist.maintenance import Problem
@@ -44,6 +28,7 @@ from persist.turn import Message
 from persist.working_copy import WorkingCopy
 
 Result = TypeVar("Result")
+_UNREADABLE = (errors.SessionNotFound, errors.CorruptSession, errors.UnsupportedFormat, errors.LockTimeout, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,20 +85,20 @@ class Store:
         allow_network: bool = False,
         create: bool = True,
     ) -> None:
-        require_flags(allow_network=allow_network, create=create)
+        errors.require_flags(allow_network=allow_network, create=create)
         directory = _directory(path, create=create)
         if journal not in get_args(Mode):
-            raise WrongType(what="journal", expected=" | ".join(get_args(Mode)), got=repr(journal))
+            raise errors.WrongType(what="journal", expected=" | ".join(get_args(Mode)), got=repr(journal))
         policies = {} if merge is None else merge
         check_policies(policies)
         for field in policies.keys() & {HEADER, *turn.IDLE}:
-            raise ReservedField(field=field, remedy="It always comes from the disk: leave it out of merge.")
+            raise errors.ReservedField(field=field, remedy="It always comes from the disk: leave it out of merge.")
         for field in policies.keys() & {*ALWAYS_APART}:
             # To take one side would drop what the other has appended.
-            raise ReservedField(field=field, remedy="It is always merged item by item: leave it out of merge.")
+            raise errors.ReservedField(field=field, remedy="It is always merged item by item: leave it out of merge.")
         self._policies = dict(policies)
         if type(cache_bytes) is not int or cache_bytes < 0:
-            raise WrongType(what="cache_bytes", expected="a number of bytes from 0 up", got=repr(cache_bytes))
+            raise errors.WrongType(what="cache_bytes", expected="a number of bytes from 0 up", got=repr(cache_bytes))
         files = SessionFiles(
             directory,
             Options(journal),
@@ -164,7 +149,7 @@ class Store:
 
     def _open(self) -> Backend:
         if self._is_closed:
-            raise StoreClosed(path=self.path)
+            raise errors.StoreClosed(path=self.path)
         return self._backend
 
     def _session(self, session_id: str, found: Replica, *, is_durable: bool) -> Session:
@@ -204,10 +189,10 @@ class Store:
         """
         found = self._open().files.session_ids()
         if limit is not None and (type(limit) is not int or limit < 0):
-            raise WrongType(what="limit", expected="a whole number from 0 up, or None", got=repr(limit))
+            raise errors.WrongType(what="limit", expected="a whole number from 0 up, or None", got=repr(limit))
         if after is not None:
             if type(after) is not str:
-                raise WrongType(what="after", expected="a session id, or None", got=repr(after))
+                raise errors.WrongType(what="after", expected="a session id, or None", got=repr(after))
             found = [session_id for session_id in found if session_id > after]
         return found[:limit]
 
@@ -230,7 +215,7 @@ class Store:
     def _created(self, files: SessionFiles, session_id: str, content: Content) -> Session:
         with files.transaction(session_id, may_be_missing=True) as tx:
             if tx.exists():
-                raise SessionExists(session_id=session_id, path=tx.paths.document)
+                raise errors.SessionExists(session_id=session_id, path=tx.paths.document)
             committed = tx.commit(first_header(session_id if tx.paths.file_id else None), content)
         return self._session(session_id, committed, is_durable=True)
 
@@ -261,7 +246,7 @@ class Store:
             SessionBusy: a live stream owns it; wait, cancel it, or force.
             LockTimeout, NestedLock, CorruptSession: see the errors.
         """
-        require_flags(force=force)
+        errors.require_flags(force=force)
         streams.delete(self._open(), session_id, force=force)
 
     @contextmanager
@@ -285,7 +270,7 @@ class Store:
             NotJSON, ReservedField, CommitFailed, CommitUnknown: after it; nothing was written, unless it says
                 "unknown".
         """
-        require_flags(touch=touch)
+        errors.require_flags(touch=touch)
         with self._edited(session_id, touch=touch) as copy:
             yield copy.data
 
@@ -299,7 +284,7 @@ class Store:
 
         Args, Raises: as `edit`.
         """
-        require_flags(touch=touch)
+        errors.require_flags(touch=touch)
         with self._edited(session_id, touch=touch) as copy:
             yield copy
 
@@ -334,10 +319,10 @@ class Store:
             Otherwise as `edit`.
         """
         if not callable(function):
-            raise WrongType(what="function", expected="callable", got=type(function).__name__)
-        require_flags(touch=touch)
+            raise errors.WrongType(what="function", expected="callable", got=type(function).__name__)
+        errors.require_flags(touch=touch)
         if if_revision is not None and type(if_revision) is not int:
-            raise WrongType(what="if_revision", expected="a revision, or None", got=type(if_revision).__name__)
+            raise errors.WrongType(what="if_revision", expected="a revision, or None", got=type(if_revision).__name__)
 
         with self._edited(session_id, touch=touch) as copy:
             if if_revision is not None and copy.header.revision != if_revision:
@@ -345,7 +330,7 @@ class Store:
             result = function(copy.data)
             if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
                 # Its body has not run, or not to the end.
-                raise WrongType(what="function", expected="a plain function", got="an async one or a generator")
+                raise errors.WrongType(what="function", expected="a plain function", got="an async one or a generator")
         return result
 
     def append(self, session_id: str, field: str, item: Any, *, touch: bool = True) -> int:
@@ -366,12 +351,12 @@ class Store:
             SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
         if type(field) is not str:
-            raise WrongType(what="field", expected="a string", got=type(field).__name__)
+            raise errors.WrongType(what="field", expected="a string", got=type(field).__name__)
         if field in turn.IDLE:
-            raise ReservedField(field=field, remedy="Use store.start_stream().")
-        require_flags(touch=touch)
+            raise errors.ReservedField(field=field, remedy="Use store.start_stream().")
+        errors.require_flags(touch=touch)
         json_codec.check(item, (field,))
-        with conflicts_in(session_id), self._open().files.transaction(session_id) as tx:
+        with self._open().files.transaction(session_id) as tx:
             copy = WorkingCopy(tx.read(), tx)
             turn.append_once(copy.list(field), item, field=field)
             return copy.commit_changes(copy.changed(), touch=touch).header.revision
@@ -415,7 +400,7 @@ class Store:
         Raises:
             SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
-        require_flags(force=force)
+        errors.require_flags(force=force)
         return streams.cancel(self._open(), session_id, stream_id, force=force)
 
     def follow(self, session_id: str, stream_id: str, *, after: int = 0) -> Following:
@@ -467,7 +452,7 @@ class Store:
         found = []
         for session_id in dict.fromkeys(session_id for session_id, _ in backend.files.leases()):
             # One damaged session must not hide the streams of the others; `check` names it.
-            with suppress(SessionNotFound, CorruptSession, UnsupportedFormat, LockTimeout, OSError):
+            with suppress(*_UNREADABLE):
                 found.append(streams.look_at(backend, session_id))
         return [info for info in found if info is not None]
 
@@ -483,7 +468,7 @@ class Store:
         Raises:
             SweepIncomplete: some sessions could not be looked at; what was cleared is in it.
         """
-        require_flags(every_session=every_session)
+        errors.require_flags(every_session=every_session)
         backend = self._open()
         files = backend.files
         cleared: list[ClearedStream] = []
@@ -492,21 +477,21 @@ class Store:
             try:
                 if streams.sweep_lease(backend, session_id, stream_id):
                     cleared.append(ClearedStream(session_id, stream_id))
-            except (PersistError, OSError) as error:
+            except (errors.PersistError, OSError) as error:
                 failures[session_id] = error
         for session_id in files.session_ids() if every_session else []:
             try:
                 active = streams.active_in(files.read_head(session_id))
                 if active is not None and streams.clear_stale(backend, session_id, active) is not None:
                     cleared.append(ClearedStream(session_id, str(active)))
-            except (PersistError, OSError) as error:
+            except (errors.PersistError, OSError) as error:
                 failures[session_id] = error
         try:
             backend.events.sweep()
-        except PersistError as error:
+        except errors.PersistError as error:
             failures["*"] = error
         if failures:
-            raise SweepIncomplete(cleared=cleared, failures=failures)
+            raise errors.SweepIncomplete(cleared=cleared, failures=failures)
         return cleared
 
     # --- care ---
@@ -535,7 +520,7 @@ class Store:
         Raises:
             SessionNotFound, LockTimeout, NestedLock, CorruptSession, CommitFailed, CommitUnknown: see the errors.
         """
-        require_flags(alone=alone)
+        errors.require_flags(alone=alone)
         with self._open().files.transaction(session_id) as tx:
             return tx.compact(alone=alone)
 
@@ -554,15 +539,17 @@ class Store:
             CorruptSession: it is not strict JSON, or what its journal says does not fit it any more; mend it first.
             Otherwise as `edit`.
         """
-        require_flags(drop_journal=drop_journal)
+        errors.require_flags(drop_journal=drop_journal)
         with self._open().files.transaction(session_id) as tx:
             committed = tx.accept(drop_journal=drop_journal)
         return self._session(session_id, committed, is_durable=True)
 
 
-def _moved_on(session_id: str, expected: int, found: int) -> RevisionMismatch:
+def _moved_on(session_id: str, expected: int, found: int) -> errors.RevisionMismatch:
     path, reason = (HEADER, "revision"), "the session has moved on"
-    return RevisionMismatch(session_id=session_id, path=path, reason=reason, base=expected, mine=expected, theirs=found)
+    return errors.RevisionMismatch(
+        session_id=session_id, path=path, reason=reason, base=expected, mine=expected, theirs=found
+    )
 
 
 def _reopened(path: Path, options: dict[str, Any]) -> Store:
@@ -571,20 +558,20 @@ def _reopened(path: Path, options: dict[str, Any]) -> Store:
 
 def _directory(path: object, *, create: bool) -> Path:
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in str(path):
-        raise WrongType(what="a store's path", expected="a directory's name", got=repr(path))
+        raise errors.WrongType(what="a store's path", expected="a directory's name", got=repr(path))
     directory = Path(path)
     try:
         is_there, is_directory = directory.exists(), directory.is_dir()
     except OSError as error:
-        raise Unreadable.because(directory, error) from error
+        raise errors.Unreadable.because(directory, error) from error
     if is_there and not is_directory:
-        raise WrongType(what=f"the store {directory}", expected="a directory", got="a file")
+        raise errors.WrongType(what=f"the store {directory}", expected="a directory", got="a file")
     if not create and not is_directory:
-        raise WrongType(what=f"the store {directory}", expected="a directory that is there", got="missing")
+        raise errors.WrongType(what=f"the store {directory}", expected="a directory that is there", got="missing")
     return directory
 
 
 def _seconds(what: str, value: object) -> float:
     if type(value) in (int, float) and math.isfinite(value) and value >= 0:  # type: ignore[arg-type,operator]
         return float(value)  # type: ignore[arg-type]
-    raise WrongType(what=what, expected="a number of seconds from 0 up", got=repr(value))
+    raise errors.WrongType(what=what, expected="a number of seconds from 0 up", got=repr(value))

@@ -18,29 +18,20 @@ import uuid
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
-from persist import json_codec, turn
-from persist.errors import (
-    InvalidStreamId,
-    Owner,
-    PersistError,
-    SessionBusy,
-    SessionNotFound,
-    StreamLost,
-    WrongType,
-    conflicts_in,
-    require_flags,
-)
+import msgspec
+
+from persist import errors, json_codec, turn
 from persist.event_log import Ended, EventFiles, Fenced
 from persist.json_codec import same
 from persist.storage import disk, layout, lease
 from persist.storage.cache import Replica
-from persist.storage.document import NONSENSE, Head, Header
+from persist.storage.document import Head, Header
 from persist.storage.lease import Lease
 from persist.storage.transaction import SessionFiles, Transaction
 from persist.turn import Message
@@ -58,45 +49,34 @@ class Backend:
 # --- the owner in the header -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class StreamOwner:
-    """Who runs the session's current stream, and which two messages are that stream's own."""
+class StreamOwner(msgspec.Struct, frozen=True):
+    """Who runs the session's current stream, and which two messages are its own. The header holds it as JSON."""
 
     stream_id: str
-    process: Owner
+    pid: int
+    host: str
+    command: str
+    started_at: str
     prompt_id: str | int | None = None
     answer_id: str | int | None = None
-    is_cancelled: bool = False
+    cancelled: bool = False
 
-    def to_header(self) -> dict[str, Any]:
-        """Return the owner as JSON values."""
-        process = self.process
-        return {
-            "stream_id": self.stream_id,
-            "pid": process.pid,
-            "host": process.host,
-            "command": process.command,
-            "started_at": process.started_at,
-            "prompt_id": self.prompt_id,
-            "answer_id": self.answer_id,
-            "cancelled": self.is_cancelled,
-        }
+    @property
+    def process(self) -> errors.Owner:
+        return errors.Owner(self.pid, self.host, self.command, self.started_at)
+
+    def to_header(self, **changes: Any) -> dict[str, Any]:
+        """Return the owner as JSON values, with some attributes changed."""
+        return msgspec.to_builtins(msgspec.structs.replace(self, **changes))  # type: ignore[no-any-return]
 
 
 def owner_of(header: Header, stream_id: object) -> StreamOwner | None:
-    """Return the header's owner, if it is the owner of that stream.
-
-    Another program may have put its own id into the document.
-    """
-    values = header.owner
-    if values is None or values.get("stream_id") != stream_id:
-        return None
+    """Return the header's owner, if it owns that stream. Another program may have put its own id into the document."""
     try:
-        process = Owner(values["pid"], values["host"], values["command"], values["started_at"])
-        ids = values["prompt_id"], values["answer_id"]
-        return StreamOwner(str(stream_id), process, *ids, is_cancelled=values["cancelled"] is True)
-    except NONSENSE:
+        owner = msgspec.convert(header.owner, StreamOwner)
+    except msgspec.ValidationError:
         return None
+    return owner if owner.stream_id == stream_id else None
 
 
 @contextmanager
@@ -130,7 +110,7 @@ def start(backend: Backend, session_id: str, message: Message | None, stream_id:
     """Claim a session for a new stream. See `Store.start_stream`."""
     stream_id = uuid.uuid4().hex if stream_id is None else layout.check_stream_id(stream_id)
     prompt = None if message is None else turn.with_id(_checked(message), f"{stream_id}.prompt")
-    with conflicts_in(session_id), backend.files.transaction(session_id) as tx:
+    with backend.files.transaction(session_id) as tx:
         copy = WorkingCopy(tx.read(), tx)
         stale_id = turn.active_stream(copy.fields)
         with _trying_lease(tx, stale_id) as is_dead:
@@ -143,24 +123,24 @@ def _claim(backend: Backend, tx: Transaction, copy: WorkingCopy, stream_id: str,
     header, stale_id = copy.header, turn.active_stream(copy.fields)
     messages = copy.list(turn.MESSAGES)
     if any(messages.find(f"{stream_id}.{part}") is not None for part in ("prompt", "answer")):
-        raise InvalidStreamId(stream_id=stream_id, reason="a stream of this session had it before. Choose a new one.")
+        raise _unusable(stream_id, "a stream of this session had it before")
     if stream_id == stale_id:
-        raise InvalidStreamId(stream_id=stream_id, reason="it is the id of the stream that died. Choose a new one.")
+        raise _unusable(stream_id, "it is the id of the stream that died")
     if stale_id is not None:
         _interrupt(copy)
-    owner = StreamOwner(stream_id, _this_process(), None if prompt is None else prompt["id"])
+    owner = StreamOwner(stream_id, *_this_process(), None if prompt is None else prompt["id"])
     turn.begin(copy, stream_id, prompt)
     changed = copy.changed()  # raises what it has to, before anything is done
     with tx.refusals():
         backend.events.forget(tx.session_id, stream_id)
-    taken = _take_lease(tx, stream_id, owner.process)
+    taken = _take_lease(tx, owner)
     try:
         committed = copy.commit(header.next(epoch=header.epoch + 1, owner=owner.to_header()), changed)
         stream = Stream(backend, tx.session_id, committed.header, stream_id, taken)
     except BaseException as error:
         # A failed launch must not keep its claim (hermes-webui #6869). Where the claim may be visible all the same, the
         # lease file stays behind, unlocked: by it a sweep finds the session.
-        if isinstance(error, PersistError) and not tx.is_visible:
+        if isinstance(error, errors.PersistError) and not tx.is_visible:
             _remove_lease(tx, stream_id)
         taken.close()
         raise
@@ -170,16 +150,20 @@ def _claim(backend: Backend, tx: Transaction, copy: WorkingCopy, stream_id: str,
     return stream
 
 
-def _take_lease(tx: Transaction, stream_id: str, process: Owner) -> Lease:
+def _unusable(stream_id: str, reason: str) -> errors.InvalidStreamId:
+    return errors.InvalidStreamId(stream_id=stream_id, reason=f"{reason}. Choose a new one.")
+
+
+def _take_lease(tx: Transaction, owner: StreamOwner) -> Lease:
     """Create and lock the lease of a new stream."""
-    path = tx.paths.lease(stream_id)
-    description = {"pid": process.pid, "started_at": process.started_at, "session_id": tx.session_id}
+    path = tx.paths.lease(owner.stream_id)
+    description = {"pid": owner.pid, "started_at": owner.started_at, "session_id": tx.session_id}
     with tx.refusals():
         disk.make_directory(path.parent)
         disk.check_directory(path.parent)
         taken = lease.take(path, json_codec.encode(description))
     if taken is None:
-        raise InvalidStreamId(stream_id=stream_id, reason="a stream of that id is alive. Choose a new one.")
+        raise _unusable(owner.stream_id, "a stream of that id is alive")
     return taken
 
 
@@ -254,11 +238,10 @@ def cancel(backend: Backend, session_id: str, stream_id: str, *, force: bool) ->
             owner = owner_of(copy.header, stream_id)
             if is_dead or force or owner is None:
                 _take_away(backend, tx, copy, "died" if is_dead else "cancelled")
-            elif owner.is_cancelled:
+            elif owner.cancelled:
                 tx.confirm()
             else:
-                cancelled = replace(owner, is_cancelled=True).to_header()
-                copy.commit(copy.header.next(touch=False, owner=cancelled))
+                copy.commit(copy.header.next(touch=False, owner=owner.to_header(cancelled=True)))
         return True
 
 
@@ -268,7 +251,7 @@ def delete(backend: Backend, session_id: str, *, force: bool) -> None:
         if force:
             # Also a document that cannot be read.
             if not tx.exists():
-                raise SessionNotFound(session_id=session_id, path=tx.paths.document)
+                raise errors.SessionNotFound(session_id=session_id, path=tx.paths.document)
             _delete(backend, tx)
             return
         header, active = tx.read().header, turn.active_stream(WorkingCopy(tx.read()).fields)
@@ -300,7 +283,7 @@ class StreamInfo:
     stream_id: str
     is_live: bool
     is_cancelled: bool
-    owner: Owner | None
+    owner: errors.Owner | None
     last_commit_at: datetime
 
 
@@ -317,7 +300,7 @@ def look_at(backend: Backend, session_id: str, *, timeout_s: float | None = None
                 session_id,
                 stream_id,
                 is_live=not is_dead,
-                is_cancelled=owner is not None and owner.is_cancelled,
+                is_cancelled=owner is not None and owner.cancelled,
                 owner=None if owner is None else owner.process,
                 last_commit_at=head.header.updated_at,
             )
@@ -329,10 +312,10 @@ def active_in(head: Head) -> Any:
     return None if value is None else json_codec.decode(value) or None
 
 
-def _busy(tx: Transaction, header: Header, stream_id: Any) -> SessionBusy:
+def _busy(tx: Transaction, header: Header, stream_id: Any) -> errors.SessionBusy:
     owner = owner_of(header, stream_id)
     path = tx.paths.lease(stream_id)
-    return SessionBusy(
+    return errors.SessionBusy(
         session_id=tx.session_id, stream_id=stream_id, owner=None if owner is None else owner.process, path=path
     )
 
@@ -340,15 +323,15 @@ def _busy(tx: Transaction, header: Header, stream_id: Any) -> SessionBusy:
 def _checked(message: Any) -> Message:
     """Return a copy that nobody else can change."""
     if type(message) is not dict:
-        raise WrongType(what="a message", expected="a plain dict", got=type(message).__name__)
+        raise errors.WrongType(what="a message", expected="a plain dict", got=type(message).__name__)
     own: Message = json_codec.decode(json_codec.encode_exact(message))
     if type(own.get("id", "")) not in (str, int, type(None)):
-        raise WrongType(what="a message's id", expected="a string or an integer", got=type(own["id"]).__name__)
+        raise errors.WrongType(what="a message's id", expected="a string or an integer", got=type(own["id"]).__name__)
     return own
 
 
-def _this_process() -> Owner:
-    return Owner(os.getpid(), socket.gethostname(), _command(), datetime.now(UTC).isoformat())
+def _this_process() -> tuple[int, str, str, str]:
+    return os.getpid(), socket.gethostname(), _command(), datetime.now(UTC).isoformat()
 
 
 @functools.cache
@@ -395,8 +378,8 @@ class Stream:
         """
         try:
             head = self._backend.files.read_head(self.session_id)
-            return self._require_ownership(head.header, active_in(head)).is_cancelled
-        except (StreamLost, SessionNotFound):
+            return self._require_ownership(head.header, active_in(head)).cancelled
+        except (errors.StreamLost, errors.SessionNotFound):
             return True
 
     @property
@@ -452,8 +435,8 @@ class Stream:
                 session.
         """
         if not events:
-            raise WrongType(what="emit()", expected="called with one event or more", got="called with none")
-        require_flags(durable=durable)
+            raise errors.WrongType(what="emit()", expected="called with one event or more", got="called with none")
+        errors.require_flags(durable=durable)
         encoded = list(map(json_codec.encode_exact, events))
         if not self._lease.is_held:
             raise self._lost("it has ended, or this is a forked child")
@@ -470,7 +453,7 @@ class Stream:
                 head = tx.head()
                 self._require_ownership(head.header, active_in(head))
                 self._events.open()
-        except SessionNotFound:
+        except errors.SessionNotFound:
             raise self._lost("the session was deleted") from None
 
     def finish(self, message: Message | None = None) -> None:
@@ -495,11 +478,11 @@ class Stream:
         """
         with self._owned() as (copy, owner):
             turn.interrupt(copy, owner.prompt_id, owner.answer_id)
-            self._end(copy, "cancelled" if owner.is_cancelled else "failed")
+            self._end(copy, "cancelled" if owner.cancelled else "failed")
 
     def _answer(self, copy: WorkingCopy, owner: StreamOwner, answer: Message) -> StreamOwner:
         turn.put_answer(copy.list(turn.MESSAGES), answer, owner.answer_id)
-        return replace(owner, answer_id=answer["id"])
+        return msgspec.structs.replace(owner, answer_id=answer["id"])
 
     @contextmanager
     def _owned(self) -> Iterator[tuple[WorkingCopy, StreamOwner]]:
@@ -507,10 +490,10 @@ class Stream:
         if not self._lease.is_held:
             raise self._lost("it has ended, or this is a forked child")
         try:
-            with conflicts_in(self.session_id), self._backend.files.transaction(self.session_id) as tx:
+            with self._backend.files.transaction(self.session_id) as tx:
                 copy = WorkingCopy(tx.read(), tx)
                 yield copy, self._require_ownership(copy.header, turn.active_stream(copy.fields))
-        except SessionNotFound:
+        except errors.SessionNotFound:
             raise self._lost("the session was deleted") from None
 
     def _commit(self, copy: WorkingCopy, owner: StreamOwner, owner_after: StreamOwner) -> None:
@@ -543,8 +526,8 @@ class Stream:
             raise self._lost("it has ended, or this is a forked child")
         return owner
 
-    def _lost(self, reason: str) -> StreamLost:
-        return StreamLost(session_id=self.session_id, stream_id=self.id, reason=reason)
+    def _lost(self, reason: str) -> errors.StreamLost:
+        return errors.StreamLost(session_id=self.session_id, stream_id=self.id, reason=reason)
 
     def __enter__(self) -> Self:
         return self
@@ -556,10 +539,10 @@ class Stream:
             return
         try:
             self.fail()
-        except StreamLost:
+        except errors.StreamLost:
             # Whoever took the session has marked the turn as interrupted already.
             pass
-        except (PersistError, OSError) as failure:
+        except (errors.PersistError, OSError) as failure:
             if error is None:
                 raise
             error.add_note(f"Stream {self.id} could not be marked as interrupted either: {failure}")

@@ -281,6 +281,7 @@ def write_document(
     *,
     alone: bool = False,
     is_marked: bool = False,
+    is_replica: bool = True,
 ) -> Replica:
     """Write the whole document. In every instant the old one or the new one stands there, durably.
 
@@ -288,9 +289,10 @@ def write_document(
         before: what is there. Its journal is taken out of use.
         alone: without a journal.
         is_marked: that journal bears its mark already.
+        is_replica: `before` is what the files say. What `accept` takes of a damaged session is not.
     """
     mark = None if before is None or is_marked else before.tail
-    if mark is not None and place.options.verifies_folds:
+    if mark is not None and is_replica and place.options.verifies_folds:
         assert before is not None
         _verify(place, before)
     is_journaled = not alone and place.wants_journal(header, content)

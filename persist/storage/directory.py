@@ -147,6 +147,8 @@ class SessionDirectory:
         """Return the ids of the streams whose leases bear a session's name, as far as the disk tells."""
         mine = self.layout.session(session_id).name
         with contextlib.suppress(OSError):
+            # Behind a symbolic link stand the files of somebody else, and a delete removes what this names.
+            disk.check_directory(self.layout.leases)
             found = filter(None, map(layout.stream_of, disk.names(self.layout.leases)))
             return [stream_id for name, stream_id in found if name == mine]
         return []
@@ -190,6 +192,6 @@ def missing_journal(document_path: Path, session_id: str, journal_path: Path) ->
     reason = f"{journal_path.name}, which it names, is missing."
     remedy = (
         f"Restore both from a backup; or take the document without the commits that stood there, with "
-        f"'persist accept {store} {session_id}'."
+        f"{layout.command('accept', store, session_id)}."
     )
     return CorruptSession(session_id=session_id, path=document_path, reason=reason, remedy=remedy)

@@ -44,7 +44,7 @@ import msgspec
 
 from persist import json_codec
 from persist.errors import CorruptSession, UnsupportedFormat
-from persist.storage import diff, disk, document
+from persist.storage import diff, disk, document, layout
 from persist.storage.content import Content, Items, Value
 from persist.storage.diff import Change, DoesNotFit
 from persist.storage.document import NONSENSE, Head, Header
@@ -111,8 +111,22 @@ def opening(name: str) -> bytes:
 
 def encode(record: Record, seed: int) -> bytes:
     """Return the line of a record, whose crc is computed here."""
-    rest = msgspec.json.encode(record)[_CHECKED_FROM:]
+    try:
+        rest = msgspec.json.encode(record)[_CHECKED_FROM:]
+    except UnicodeEncodeError:
+        # The name of a value that stands apart holds a lone surrogate, which msgspec does not write.
+        rest = json_codec.encode(_plain(record))[_CHECKED_FROM:]
     return _PREFIX % zlib.crc32(rest, seed) + rest + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """Return a part of a record as JSON values, without what has its default. The inverse of `_decoded`."""
+    if isinstance(value, msgspec.Struct):
+        fields = [field for field in msgspec.structs.fields(value) if getattr(value, field.name) != field.default]
+        return {field.encode_name: _plain(getattr(value, field.name)) for field in fields}
+    if isinstance(value, tuple):
+        return list(map(_plain, value))
+    return json_codec.decode(bytes(value)) if isinstance(value, msgspec.Raw) else value
 
 
 def _is_whole(line: bytes | memoryview, seed: int) -> bool:
@@ -337,8 +351,8 @@ class Journal:
 
     def damaged(self, offset: int, reason: str) -> CorruptSession:
         """Return the error of a journal that no crash can have left like that."""
-        store = self.path.parent
-        remedy = f"Take the last good state with 'persist accept {store} {self.session_id}', or restore a backup."
+        accept = layout.command("accept", self.path.parent, self.session_id)
+        remedy = f"Take the last good state with {accept}, or restore a backup."
         return CorruptSession(
             session_id=self.session_id, path=self.path, reason=f"{reason}.", offset=offset, remedy=remedy
         )

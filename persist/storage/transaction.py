@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from persist.errors import CorruptSession, LockNotHeld, NestedLock, PersistError, SessionNotFound
+from persist.errors import CorruptSession, LockNotHeld, MergeConflict, NestedLock, PersistError, SessionNotFound
 from persist.storage import commit, diff, disk, lock
 from persist.storage.cache import Replica
 from persist.storage.commit import Place
@@ -237,7 +237,8 @@ class Transaction:
         self._close_journal()
         with self._place.refusals():
             taken = salvage(self._place, drop_journal=drop_journal)
-        return self._written(None, commit.write_document(self._place, taken.before, taken.header.next(), taken.content))
+        after = commit.write_document(self._place, taken.before, taken.header.next(), taken.content, is_replica=False)
+        return self._written(None, after)
 
     def delete(self) -> None:
         """Remove the session, also one that cannot be read. Durable on return."""
@@ -302,5 +303,8 @@ class SessionFiles(SessionDirectory):
             try:
                 # Looked at again by the verb's own read: the session may have gone while this caller waited.
                 yield tx
+            except MergeConflict as error:
+                # The pure functions that found it do not know the session.
+                raise error.in_session(session_id) from None
             finally:
                 tx.end()

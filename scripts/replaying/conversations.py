@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
-from persist import codec
+from persist import json_codec
 from persist.turn import ACTIVE, INTERRUPTED, Message
 
 #: Where a document keeps the title that each turn has set, under `Turn.key`.
@@ -141,8 +141,8 @@ def _session_ids(paths: list[Path]) -> Iterator[str]:
 
 def _read_transcript(path: Path) -> dict[str, Any]:
     try:
-        transcript = codec.decode_strict(path.read_bytes())
-    except codec.StrictError as error:
+        transcript = json_codec.decode_strict(path.read_bytes())
+    except json_codec.StrictError as error:
         raise BadTranscript(f"{path} is not JSON: byte {error.offset}: {error.reason}") from None
     except OSError as error:
         raise BadTranscript(f"{path} cannot be read: {error.strerror}.") from None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import astuple, dataclass
 
-from persist import codec
+from persist import json_codec
 
 _STDOUT = 1
 
@@ -43,7 +43,7 @@ class Report:
     def send(self) -> None:
         """Write the report to the standard output, which is the supervisor's pipe."""
         # One write of less than PIPE_BUF is atomic: threads need no lock, and a kill tears no line.
-        os.write(_STDOUT, codec.encode(astuple(self)) + b"\n")
+        os.write(_STDOUT, json_codec.encode(astuple(self)) + b"\n")
 
 
 COMMITS = frozenset({"create", "append", "start", "checkpoint", "finish", "title"})
@@ -51,4 +51,4 @@ COMMITS = frozenset({"create", "append", "start", "checkpoint", "finish", "title
 
 def parse(line: bytes) -> Report:
     """Read a line that `Report.send` has written."""
-    return Report(*codec.decode(line))
+    return Report(*json_codec.decode(line))

@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from persist import codec
+from persist import json_codec
 from replaying.child import Child
 from replaying.conversations import Conversation
 from replaying.ledger import Ledger
@@ -111,7 +111,7 @@ class Supervisor:
         self.rounds += 1
         conversations = [conversation.in_round(self.rounds) for conversation in self._plan.conversations]
         self.played += conversations
-        self._score().write_bytes(codec.encode([list(astuple(conversation)) for conversation in conversations]))
+        self._score().write_bytes(json_codec.encode([list(astuple(conversation)) for conversation in conversations]))
         self._turns = sum(len(conversation.turns) for conversation in conversations)
         self._turns_done.clear()
         self._committed_at = time.monotonic()

@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from persist import codec
+from persist import json_codec
 from persist.errors import MergeConflict, SessionBusy, SessionExists
 from persist.session import Session
 from persist.store import Store
@@ -197,7 +197,7 @@ class TitleThread(threading.Thread):
 
 def main(directory: str, conversations: str, seed: str) -> None:
     """Play; the arguments are those of the command line."""
-    listed = codec.decode(Path(conversations).read_bytes())
+    listed = json_codec.decode(Path(conversations).read_bytes())
     play(
         Store(directory, lock_timeout_s=LOCK_TIMEOUT_S),
         [Conversation(session_id, title, tuple(messages)) for session_id, title, messages in listed],

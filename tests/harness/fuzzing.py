@@ -1,17 +1,13 @@
 """Fuzzing of the readers: real documents and journals, spoilt at random, and what a reader may make of each.
 
-The oracle: a typed error, or exactly what an independent parse of the bytes gives; and an error wherever there is a
-header whose checksum, computed here once more, is wrong. A document may be *sealed*: its checksums made right again, as
-an attacker would, or a program that only copies the format. Then its checksum vouches for whatever its content is.
-
-Of a journal that is not sealed, a reader shows a state that was committed, or a typed error; of one that is, no untyped
-error.
+The oracle: a typed error, or exactly what an independent parse of the bytes gives. It must be an error wherever a
+checksum, computed here once more, is wrong. A document or a journal may be *sealed*: its checksums are made right
+again, as an attacker would, or a program that only copies the format. Then the bytes count, whatever they say.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -26,21 +22,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from persist.storage.body import BULK
-from persist.storage.snapshot import Header, StreamOwner
+import xxhash
 
 import persist
 from harness.faults import quick_directory
 from harness.runs import duration, existing_directory
-from persist.storage import snapshot
+from persist.storage import document
+from persist.storage.document import Header
 
 # Spelt out here, not taken from the reader: an error in its own idea of the format must show.
-_OPENING = rb'\{"_persist":\{"format":1,"checksum":"(.{32})","head_checksum":"(.{32})"'
-_SHAPE = re.compile(_OPENING, re.DOTALL)
-_HEAD_BYTES = re.compile(rb'"head_bytes":(-?\d{1,12})\b')
-_DIGITS = 32
+_SHAPE = re.compile(rb'\{"_persist":\{"format":3,"checksum":"([0-9a-f]{32})"')
+_HEADER_FROM = len(b'{"_persist":')
+_PART = re.compile(rb'("(?:[^"\\]|\\.)*"):\{"bytes":(\d{1,12}),"checksum":"([^"]*)"(?:,"count":(\d{1,12}))?\}')
 _AFTER = re.compile(rb'"after":"[0-9a-f]{8}"')
+_CRC = re.compile(rb'\{"crc":"([0-9a-f]{8})",')
 _CRC_BYTES = len(b'{"crc":"00000000",')
+_APART = ("messages", "tool_calls")
+_APART_BYTES = 4096
 
 #: What a mutation likes to put somewhere.
 TOKENS = (
@@ -77,7 +75,12 @@ TOKENS = (
     ),
     *(
         b'"_persist":{},',
-        b'"head_bytes":0',
+        b'"bytes":0',
+        b'"count":1',
+        b'"parts":{},',
+        b'"journal":"0123456789abcdef"',
+        b'"insert":[1]',
+        b'"gone":true',
         b'"revision":7',
         b'"active_stream_id":5',
         b'"id":',
@@ -88,34 +91,70 @@ TOKENS = (
 
 
 def originals(directory: Path) -> list[bytes]:
-    """Real documents: empty, small, with messages of all kinds, with a live stream,
-    and one that another program wrote.
+    """Return real documents: empty, small, with values of all kinds that stand apart, with a live stream, with a
+    journal, and one that another program wrote.
     """
     store = persist.Store(directory / "originals")
     message = {"id": "m1", "role": "user", "content": "hi\nthere 😀", "meta": {"n": [1, -1.5e-7, None, True]}}
     store.create("empty")
     store.create("small", {"title": "Ein Täßchen", "\ud800": ["\ud800", {"a": {}}]})
+    store.create("bulk", {"messages": [message, message | {"id": "m2"}], "tool_calls": []})
     store.create(
-        "whole", {"title": "t", "messages": [message, 5, []], "tool_calls": [{"id": 1}, "x"], "big": "x" * 5_000}
+        "whole",
+        {
+            "title": "t",
+            "messages": [message, 5, []],
+            "tool_calls": [{"id": 1}, "x"],
+            "big": "x" * 5_000,
+            "notes": ["y" * 900] * 5,
+        },
     )
     store.create("active", {"messages": [message]})
     stream = store.start_stream("active", {"role": "user", "content": "Why?"})
     stream.checkpoint({"role": "assistant", "content": "Be"})
+    persist.Store(store.path, journal="always").create("journaled", {"title": "t", "messages": [message]})
     found = [(store.path / f"{session_id}.json").read_bytes() for session_id in store.ids()]
     stream.fail()
     return [*found, json.dumps({"messages": [message], "updated_at": 5}, indent=1).encode()]
 
 
-def seal(content: bytes) -> bytes:
-    """Make both checksums right, if the content has places for them; its header is believed, whatever it says."""
-    shape = _SHAPE.match(content)
-    if shape is None:
+def seal(content: bytes, *, fits: bool = False) -> bytes:
+    """Make all checksums of a document right, if it has places for them.
+
+    Args:
+        fits: make the lengths and the counts right, too. Else the header is believed, whatever it says.
+    """
+    shape, end = _SHAPE.match(content), content.find(b"\n")
+    if shape is None or end < 0:
         return content
-    line = content.find(b"\n") + 1
-    told = _HEAD_BYTES.search(content, 0, line)
-    head_end = max(0, line + (int(told[1]) if told else 0))
-    content = _put(content, shape.start(2), content[shape.end() : head_end])
-    return _put(content, shape.start(1), content[shape.end(1) + 1 :])
+    line = _with_parts_sealed(content[:end], content[end + 1 :], fits=fits)
+    return (
+        line[: shape.start(1)]
+        + _checksum(line.removesuffix(b",")[shape.end() :])
+        + line[shape.end(1) :]
+        + content[end:]
+    )
+
+
+def _with_parts_sealed(line: bytes, body: bytes, *, fits: bool) -> bytes:
+    parts = list(_PART.finditer(line))
+    keys = [b"" if number == 0 else part[1] + b":" for number, part in enumerate(parts)]
+    pieces, done, place = [], 0, 0
+    for number, part in enumerate(parts):
+        start = place + len(keys[number])
+        size = int(part[2])
+        if fits:
+            behind = [b",\n" + key for key in keys[number + 1 :]] + [b"\n}\n"]
+            stops = [stop for each in behind if (stop := body.find(each, max(0, start - 2))) >= 0]
+            size = max(0, min(stops, default=len(body)) - start)
+        text = body[start : start + size]
+        count = text.count(b"\n") - 1 if fits and text[:2] == b"[\n" else 0 if fits else int(part[4] or 0)
+        sealed = b'%b:{"bytes":%d,"checksum":"%b"' % (part[1], size, _checksum(text))
+        pieces += [line[done : part.start()], sealed, b"" if part[4] is None else b',"count":%d' % count, b"}"]
+        done = part.end()
+        # Fields of no bytes stand nowhere.
+        place = start + size + (2 if size or number else 0)
+    return b"".join([*pieces, line[done:]])
 
 
 def seal_journal(content: bytes) -> bytes:
@@ -130,12 +169,8 @@ def seal_journal(content: bytes) -> bytes:
     return b"\n".join(sealed)
 
 
-def _put(content: bytes, place: int, checked: bytes) -> bytes:
-    return content[:place] + _digest(checked) + content[place + _DIGITS :]
-
-
-def _digest(checked: bytes) -> bytes:
-    return hashlib.sha256(checked).hexdigest()[:_DIGITS].encode()
+def _checksum(text: bytes) -> bytes:
+    return xxhash.xxh3_128_hexdigest(text).encode()
 
 
 # --- mutations --------------------------------------------------------------------------------------------------------
@@ -197,13 +232,21 @@ def lines(content: bytes, dice: Dice, others: list[bytes]) -> bytes:
 MUTATIONS: tuple[Mutation, ...] = (insert, delete, overwrite, replace_value, splice, lines)
 
 
-def mutant(dice: Dice, documents: list[bytes], seal: Callable[[bytes], bytes] = seal) -> tuple[bytes, bool]:
-    """A spoilt document or journal, and whether it is sealed."""
+Seal = Callable[[bytes, Dice], bytes]
+
+
+def seal_somehow(content: bytes, dice: Dice) -> bytes:
+    """Seal a document with the lengths that it tells, or with those that it has."""
+    return seal(content, fits=dice.random() < 0.7)
+
+
+def mutant(dice: Dice, documents: list[bytes], seal: Seal = seal_somehow) -> tuple[bytes, bool]:
+    """Return a spoilt document or journal, and whether it is sealed. Most are."""
     content = dice.choice(documents)
     for _ in range(dice.choice((1, 1, 1, 2, 3, 8))):
         content = dice.choice(MUTATIONS)(content, dice, documents)
     is_sealed = dice.random() < 0.6
-    return (seal(content), True) if is_sealed else (content, False)
+    return (seal(content, dice), True) if is_sealed else (content, False)
 
 
 # --- the oracle -------------------------------------------------------------------------------------------------------
@@ -211,6 +254,10 @@ def mutant(dice: Dice, documents: list[bytes], seal: Callable[[bytes], bytes] = 
 TYPED = (persist.CorruptSession, persist.UnsupportedFormat)
 # `persist accept` may meet a field of the header's name, or a value that is too large.
 TYPED_EDITED = (*TYPED, persist.NotJSON, persist.ReservedField)
+# A writer may meet a message of the new one's id, or messages that are no list.
+TYPED_WRITING = (*TYPED_EDITED, persist.MergeConflict, persist.WrongType)
+NEW = {"id": "new", "content": "?"}
+Answer = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,143 +270,183 @@ class Complaint:
 
 
 class Oracle:
-    """Judges what the readers make of a file at `path`."""
+    """Judges what a store and its readers make of a document."""
 
-    seal = staticmethod(seal)
+    seal: Seal = staticmethod(seal_somehow)
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, directory: Path) -> None:
+        self.store = persist.Store(directory / "spoilt", lock_timeout_s=0)
+        self.path = self.store.path / "s.json"
 
     def complaint(self, content: bytes, *, is_sealed: bool = False) -> Complaint | None:
-        """Put the content there and read it in every way; say what was answered wrong, or None."""
-        path = self.path
-        path.write_bytes(content)
-        readers: dict[str, Callable[[], str | None]] = {
-            "read": lambda: _of_snapshot(snapshot.read(path, "s"), content),
-            "read_head": lambda: _of_head(snapshot.read_head(path, "s"), content),
-            "read_edited": lambda: _of_edited(snapshot.read_edited(path, "s"), content),
+        """Put the content there and read it in every way. Say what was answered wrong, or None."""
+        store, path = self.store, self.path
+        readers: dict[str, tuple[Callable[[], str | None], tuple[type[Exception], ...]]] = {
+            "read": (lambda: _of_header(document.read(path, "s").header), TYPED),
+            "load": (lambda: _of_data(store.load("s").data, content), TYPED),
+            "head": (lambda: _of_head(store.head("s"), content), TYPED),
+            "stream": (lambda: _nothing(store.stream("s")), TYPED),
+            "read_edited": (lambda: _of_edited(document.read_edited(path, "s"), content), TYPED_EDITED),
+            "append": (lambda: _of_append(store, content), TYPED_WRITING),
         }
-        for name, reader in readers.items():
+        for name, (reader, typed) in readers.items():
+            path.write_bytes(content)
             try:
                 wrong = reader()
             except Exception as error:
-                if isinstance(error, TYPED_EDITED if name == "read_edited" else TYPED):
+                if isinstance(error, typed):
                     continue
                 return Complaint(name, f"untyped {type(error).__name__}", str(error)[:200])
+            finally:
+                for left in self.store.path.glob("s.*.journal"):
+                    left.unlink()
             if wrong:
                 return Complaint(name, wrong, "")
         return None
 
 
 NOT_VOUCHED_FOR = "a document that its checksum does not vouch for"
+OTHER_DOCUMENT = "another document than the bytes say"
 
 
-def trusted(content: bytes) -> Any:
-    """The data that a reader may make of it, with the header left out; None if it must refuse.
+def trusted(content: bytes) -> Answer | None:
+    """Return the data that a reader may make of it, with the header left out. None if it must refuse.
 
-    That is what the checksum of a header vouches for; or, with no trace of a header, the strict JSON of another
-    program.
+    That is what all checksums vouch for. With no trace of a header it is the strict JSON of another program.
     """
-    shape = _SHAPE.match(content)
-    if shape is not None:
-        return _parsed(content, is_strict=False) if _is_whole(content, shape) else None
+    header = _header_of(content)
+    if header is not None:
+        return _parsed(content, is_strict=False) if _are_parts_whole(content, header) else None
     data = _object(content, is_strict=True)
-    return None if data is None or _bears_header(data) else data
+    return None if _SHAPE.match(content) or data is None or _bears_header(data) else data
 
 
-def trusted_head(content: bytes) -> Any:
-    """The small fields that a checksum vouches for, that of the head or of all, whatever stands behind them.
+def trusted_head(content: bytes) -> Answer | None:
+    """Return the fields that the checksums of header and fields vouch for, whatever stands behind them. Or None."""
+    header = _header_of(content)
+    if header is None:
+        data = trusted(content)
+        return None if data is None else _small(data)
+    text = _segment(content, content.find(b"\n") + 1, header["fields"])
+    return None if text is None else _parsed(b"{" + text + b"}", is_strict=False)
 
-    Or None.
-    """
-    shape, line = _SHAPE.match(content), content.find(b"\n") + 1
-    header = _object(content[:line].removesuffix(b"\n").removesuffix(b",") + b"}", is_strict=False)
-    if shape is None or header is None:
+
+def _header_of(content: bytes) -> Answer | None:
+    """Return the header, if its own checksum is right."""
+    shape, line = _SHAPE.match(content), content.partition(b"\n")[0].removesuffix(b",")
+    if shape is None or _checksum(line[shape.end() :]) != shape[1]:
         return None
-    told = header["_persist"].get("head_bytes") if type(header["_persist"]) is dict else None
-    if type(told) is not int or told < 0:
+    header = _object(line[_HEADER_FROM:], is_strict=False)
+    return header if header is not None and {"fields", "parts"} <= header.keys() else None
+
+
+def _are_parts_whole(content: bytes, header: Answer) -> bool:
+    place = content.find(b"\n") + 1
+    try:
+        text = _segment(content, place, header["fields"])
+        is_right = text is not None
+        place += len(text or b"") + (2 if text else 0)
+        for name, part in header["parts"].items():
+            start = place + len(_dumped(name)) + 1
+            text = _segment(content, start, part)
+            is_right = is_right and text is not None
+            place = start + len(text or b"") + 2
+        return is_right
+    except (AttributeError, TypeError, UnicodeEncodeError):
+        return False
+
+
+def _segment(content: bytes, start: int, part: Any) -> bytes | None:
+    """Return the text of a part, if it is as long as the header says, and its checksum is right."""
+    size = part.get("bytes") if type(part) is dict else None
+    if type(size) is not int or size < 0:
         return None
-    if _digest(content[shape.end() : line + told]) != shape[2] and not _is_whole(content, shape):
-        return None
-    return _object(b"{" + content[line : line + told].removesuffix(b"\n").removesuffix(b",") + b"}", is_strict=False)
+    text = content[start : start + size]
+    return text if len(text) == size and _checksum(text).decode() == part.get("checksum") else None
 
 
-def _is_whole(content: bytes, shape: re.Match[bytes]) -> bool:
-    return _digest(content[shape.end(1) + 1 :]) == shape[1]
+def _dumped(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _bears_header(data: dict[str, Any]) -> bool:
+def _bears_header(data: Answer) -> bool:
     """Also one whose name was spoilt: a document of ours must not turn into another program's by a flipped bit."""
     first = next(iter(data.values()), None)
-    return "_persist" in data or (type(first) is dict and {"checksum", "head_checksum", "incarnation"} <= first.keys())
+    return "_persist" in data or (type(first) is dict and {"checksum", "incarnation", "parts"} <= first.keys())
 
 
-def _small(data: Any) -> Any:
-    return data and {key: value for key, value in data.items() if key not in BULK}
+def _small(data: Answer) -> Answer:
+    """Return the values of another program's document that a head shows."""
+    return {
+        name: value
+        for name, value in data.items()
+        if name not in _APART and len(json.dumps(value, separators=(",", ":"))) <= _APART_BYTES
+    }
 
 
-def _of_snapshot(found: snapshot.Snapshot, content: bytes) -> str | None:
-    data, fields, expected = found.body.data(), found.body.fields(), trusted(content)
+def _of_data(data: Answer, content: bytes) -> str | None:
+    expected = trusted(content)
     if expected is None:
         return NOT_VOUCHED_FOR
-    if not _same(data, expected):
-        return "another document than the bytes say"
-    if not _same(fields, _small(data)):
-        return "small fields that are not the document's"
-    return _of_header(found.header)
+    return None if same(data, expected) else OTHER_DOCUMENT
 
 
-def _of_head(found: snapshot.HeadSnapshot, content: bytes) -> str | None:
-    # Damage among the messages goes unnoticed by a head.
-    expected = [fields for fields in (trusted_head(content), _small(trusted(content))) if fields is not None]
-    if not expected:
+def _of_head(found: persist.Head, content: bytes) -> str | None:
+    # Damage of what stands apart goes unnoticed by a head.
+    expected = trusted_head(content)
+    if expected is None:
         return NOT_VOUCHED_FOR
-    if not any(_same(found.fields, fields) for fields in expected):
-        return "other small fields than the bytes say"
-    if not all(type(count) is int and count >= 0 for count in dict(found.counts).values()):
-        return "counts that are none"
-    return _of_header(found.header)
+    if not same(dict(found.data), expected):
+        return "other fields than the bytes say"
+    is_right = all(type(count) is int and count >= 0 for count in found.counts.values())
+    return None if is_right else "counts that are none"
 
 
-def _of_edited(found: snapshot.Snapshot, content: bytes) -> str | None:
+def _of_edited(found: document.Document, content: bytes) -> str | None:
     expected = _parsed(content, is_strict=True)
-    if expected is None or not _same(found.body.data(), expected):
-        return "another document than the bytes say"
+    if expected is None or not same(found.content.decode(), expected):
+        return OTHER_DOCUMENT
     return _of_header(found.header)
+
+
+def _of_append(store: persist.Store, content: bytes) -> str | None:
+    store.append("s", "messages", NEW)
+    expected = trusted(content)
+    if expected is None:
+        return NOT_VOUCHED_FOR
+    messages = expected.get("messages", [])
+    wanted = messages if any(same(each, NEW) for each in messages) else [*messages, NEW]
+    return None if same(store.load("s").data, expected | {"messages": wanted}) else "a commit on another document"
+
+
+def _nothing(_answer: object) -> None:
+    return None
 
 
 def _of_header(header: Header) -> str | None:
     """Every verb counts on these types."""
-    owner = header.owner
-    numbers = (header.revision, header.epoch)
     is_right = (
         type(header.incarnation) is str
-        and all(type(number) is int and number >= 0 for number in numbers)
+        and type(header.commit) is str
+        and all(type(number) is int and number >= 0 for number in (header.revision, header.epoch))
         and header.updated_at.tzinfo is not None
         and header.created_at.tzinfo is not None
-        and (owner is None or _is_owner(owner))
+        and all(
+            name is None or (type(name) is str and re.fullmatch("[0-9a-f]{16}", name))
+            for name in (header.journal, header.folded)
+        )
+        and (header.owner is None or type(header.owner) is dict)
     )
     return None if is_right else "a header of wrong types"
 
 
-def _is_owner(owner: Any) -> bool:
-    ids = (owner.prompt_id, owner.answer_id)
-    return (
-        isinstance(owner, StreamOwner)
-        and type(owner.stream_id) is str
-        and type(owner.process.pid) is int
-        and type(owner.is_cancelled) is bool
-        and all(message_id is None or type(message_id) in (str, int) for message_id in ids)
-    )
-
-
-def _parsed(content: bytes, *, is_strict: bool) -> Any:
-    """What the standard library says, with the header left out; None for what is no object."""
+def _parsed(content: bytes, *, is_strict: bool) -> Answer | None:
+    """Return what the standard library says, with the header left out. None for what is no object."""
     data = _object(content, is_strict=is_strict)
-    return data and {key: value for key, value in data.items() if key != "_persist"}
+    return None if data is None else {key: value for key, value in data.items() if key != "_persist"}
 
 
-def _object(content: bytes, *, is_strict: bool) -> dict[str, Any] | None:
+def _object(content: bytes, *, is_strict: bool) -> Answer | None:
     try:
         data = json.loads(content.decode(), object_pairs_hook=_unique if is_strict else None)
     except (ValueError, RecursionError):
@@ -367,62 +454,138 @@ def _object(content: bytes, *, is_strict: bool) -> dict[str, Any] | None:
     return data if type(data) is dict else None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> Answer:
     if len({key for key, _ in pairs}) != len(pairs):
         raise ValueError("a key stands twice")
     return dict(pairs)
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 # --- journals ---------------------------------------------------------------------------------------------------------
 
+_RECORD = {"crc", "after", "revision", "updated_at", "synced", "counts", "head_at", "head", "changes", "commit"}
+_CHANGE = {"in", "at", "remove", "insert", "value", "gone"}
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A session after some records. `heads` are the fields that any record, or the document, says there are."""
+
+    revision: int
+    fields: Answer
+    apart: Answer
+    heads: tuple[Answer, ...]
+
+    @property
+    def data(self) -> Answer:
+        return self.fields | self.apart
+
+    def after(self, record: Answer) -> State:
+        """Make the changes of a record. Raise `ValueError` if that cannot be."""
+        head = record.get("head")
+        fields, apart = self.fields if head is None else head["fields"], dict(self.apart)
+        for change in record.get("changes", []):
+            if not change.keys() <= _CHANGE:
+                raise ValueError("an unknown change")
+            name, at, remove = change["in"], change.get("at", 0), change.get("remove", 0)
+            if change.get("gone", False):
+                apart.pop(name, None)
+            elif "value" in change:
+                apart[name] = change["value"]
+            else:
+                items = apart[name]
+                if not 0 <= at <= at + remove <= len(items):
+                    raise ValueError("a change of what is not there")
+                apart[name] = [*items[:at], *change.get("insert", []), *items[at + remove :]]
+        return State(record["revision"], fields, apart, (*self.heads, fields))
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What an independent reader makes of a journal: the state after the records that follow one another.
+
+    Attributes:
+        last: the last record whose CRC is right, None if there is none.
+        is_whole: whether that record was reached.
+    """
+
+    state: State
+    last: Answer | None
+    is_whole: bool
+
+
+def replay(content: bytes, state: State) -> Replay:
+    """Apply the records of a journal, one after the other, up to the first one that does not fit."""
+    opening, newline, rest = content.partition(b"\n")
+    seed = zlib.crc32(opening + newline)
+    after, is_whole, last = f"{seed:08x}", True, None
+    for line in rest.split(b"\n")[:-1]:
+        crc = _CRC.match(line)
+        if crc is None or int(crc[1], 16) != zlib.crc32(line[_CRC_BYTES:], seed):
+            break
+        record = last = _object(line, is_strict=False)
+        try:
+            is_next = record is not None and record["after"] == after and record["revision"] == state.revision + 1
+            if not is_whole or record is None or not is_next or not record.keys() <= _RECORD:
+                raise ValueError("a record that does not follow")
+            state, after = state.after(record), crc[1].decode()
+        except (AttributeError, KeyError, TypeError, ValueError):
+            is_whole = False
+    return Replay(state, last, is_whole)
+
 
 class JournalOracle(Oracle):
     """Judges what a store makes of a session whose journal is spoilt."""
 
-    seal = staticmethod(seal_journal)
+    seal: Seal = staticmethod(lambda content, _dice: seal_journal(content))
 
     def __init__(self, directory: Path) -> None:
         """Make a session with a journal of some records."""
-        self._directory = directory / "journaled"
-        self._states: dict[int, Any] = {}
+        super().__init__(directory)
+        self._directory = self.store.path
         store = self._store()
         message = {"id": "m1", "role": "user", "content": "hi\nthere 😀", "\ud800": ["\ud800", -1.5e-7, None]}
-        store.create("s", {"title": "t", "messages": [message]})
-        self._note(store)
+        created = store.create("s", {"title": "t", "messages": [message]})
+        self._created = State(1, {"title": "t"}, {"messages": [message]}, ({"title": "t"},))
+        assert same(created.data, self._created.data)
         for verb in (
             lambda: store.append("s", "messages", {"id": 2, "crc": "00000000", "content": "x" * 700}),
             lambda: store.update("s", lambda data: data.update(title="Täßchen", big="y" * 600)),
             lambda: store.append("s", "tool_calls", {"id": "c1"}),
             lambda: store.update("s", lambda data: data["messages"].insert(0, [])),
+            lambda: store.update("s", lambda data: data.update(big="y" * 6000, notes=["z" * 900] * 5)),
+            lambda: store.append("s", "notes", "last"),
+            lambda: store.update("s", lambda data: data.pop("big")),
             lambda: store.append("s", "messages", "\ud800"),
         ):
             verb()
-            self._note(store)
-        super().__init__(next(self._directory.glob("s.*.journal")))
+        self.path = next(self._directory.glob("s.*.journal"))
         self.content = self.path.read_bytes()
         self._document = (self._directory / "s.json").read_bytes()
+        assert same(self._store().load("s").data, replay(self.content, self._created).state.data)
 
     def _store(self) -> persist.Store:
-        return persist.Store(self._directory, journal="always", lock_timeout_s=0)
-
-    def _note(self, store: persist.Store) -> None:
-        session = store.load("s")
-        self._states[session.revision] = session.data
+        """Return a store that has never seen the session."""
+        store = persist.Store(self._directory, journal="always", lock_timeout_s=0)
+        store._backend.files.options.verifies_folds = True
+        return store
 
     def complaint(self, content: bytes, *, is_sealed: bool = False) -> Complaint | None:
         """Put the journal beside its document, and do each verb to the session.
 
         Say what was answered wrong, or None.
         """
-        verbs: dict[str, Callable[[persist.Store], Any]] = {
-            "head": lambda store: self._of_head(store.head("s")),
-            "load": lambda store: self._of_session(store.load("s")),
-            "append": self._of_append,
-            "accept": lambda store: self._of_accepted(store.accept("s")),
+        expected = replay(content, self._created)
+        verbs: dict[str, Callable[[persist.Store], str | None]] = {
+            "head": lambda store: self._of_head(store.head("s"), expected, is_sealed=is_sealed),
+            "load": lambda store: self._of_session(store.load("s"), expected),
+            "append": lambda store: self._of_append(store, expected),
+            "fold": lambda store: self._of_fold(store, expected),
+            "accept": lambda store: self._of_accepted(store.accept("s"), expected, is_sealed=is_sealed),
+            "drop": lambda store: self._of_dropped(store.accept("s", drop_journal=True)),
         }
         for name, verb in verbs.items():
             for path in self._directory.glob("s.*.journal*"):
@@ -432,38 +595,58 @@ class JournalOracle(Oracle):
             try:
                 wrong = verb(self._store())
             except Exception as error:
-                if isinstance(error, (*TYPED_EDITED, persist.MergeConflict, persist.WrongType, persist.Unreadable)):
+                if isinstance(error, (*TYPED_WRITING, persist.Unreadable)):
                     continue
                 return Complaint(name, f"untyped {type(error).__name__}", str(error)[:200])
-            if wrong and not is_sealed:
+            if wrong:
                 return Complaint(name, wrong, "")
         return None
 
-    def _is_committed(self, revision: int, data: Any) -> bool:
-        return revision in self._states and _same(self._states[revision], data)
+    def _of_session(self, session: persist.Session, expected: Replay) -> str | None:
+        state = expected.state
+        is_right = expected.is_whole and session.revision == state.revision and same(session.data, state.data)
+        return None if is_right else OTHER_STATE
 
-    def _of_session(self, session: persist.Session) -> str | None:
-        return None if self._is_committed(session.revision, session.data) else "a state that was never committed"
-
-    def _of_head(self, head: persist.Head) -> str | None:
-        is_right = head.revision in self._states and _same(head.data, _small(self._states[head.revision]))
-        return None if is_right else "a head that was never committed"
-
-    def _of_append(self, store: persist.Store) -> str | None:
-        revision = store.append("s", "messages", {"id": "new"})
-        data = store.load("s").data
-        return (
-            None if self._is_committed(revision - 1, data | {"messages": data["messages"][:-1]}) else "a state made up"
+    def _of_head(self, head: persist.Head, expected: Replay, *, is_sealed: bool) -> str | None:
+        """A head reads the last record, and the one that it names for the fields. Lies before them go unnoticed."""
+        state, last = expected.state, expected.last
+        if not is_sealed:
+            is_right = expected.is_whole and head.revision == state.revision and same(dict(head.data), state.fields)
+            return None if is_right else "a head that was never committed"
+        revision = last["revision"] if last is not None else self._created.revision
+        told = [*state.heads, *([last["head"]["fields"]] if last is not None and last.get("head") else [])]
+        is_right = head.revision == revision and (
+            not expected.is_whole or any(same(dict(head.data), each) for each in told)
         )
+        return None if is_right else "a head that no record says"
 
-    def _of_accepted(self, session: persist.Session) -> str | None:
-        # A sound session is left alone; else it is one that was committed, at a revision that nobody has had.
-        is_right = any(self._is_committed(revision, session.data) for revision in range(session.revision + 1))
-        return None if is_right else "a state that was never committed"
+    def _of_append(self, store: persist.Store, expected: Replay) -> str | None:
+        revision = store.append("s", "messages", NEW)
+        state = expected.state
+        wanted = state.data | {"messages": [*state.apart.get("messages", []), NEW]}
+        is_right = expected.is_whole and revision == state.revision + 1
+        return None if is_right and same(self._store().load("s").data, wanted) else "a state made up"
+
+    def _of_fold(self, store: persist.Store, expected: Replay) -> str | None:
+        store.compact("s", alone=True)
+        return self._of_session(self._store().load("s"), expected)
+
+    def _of_accepted(self, session: persist.Session, expected: Replay, *, is_sealed: bool) -> str | None:
+        # What stands before the first damage. In a sealed one that may be what no reader could take either.
+        is_right = is_sealed or same(session.data, expected.state.data)
+        is_right = is_right and same(self._store().load("s").data, session.data)
+        return None if is_right else OTHER_STATE
+
+    def _of_dropped(self, session: persist.Session) -> str | None:
+        is_right = same(session.data, self._created.data) and same(self._store().load("s").data, session.data)
+        return None if is_right else OTHER_STATE
+
+
+OTHER_STATE = "a state that was never committed"
 
 
 def journals(oracle: JournalOracle) -> list[bytes]:
-    """Its journal, whole and in parts."""
+    """Return its journal, whole and in parts."""
     opening, *lines = oracle.content.splitlines(keepends=True)
     return [oracle.content, b"".join([opening, *lines[:2]]), opening]
 
@@ -535,7 +718,7 @@ def main(arguments: list[str] | None = None, search: Search = at_random) -> int:
         if options.journals:
             of_journals = JournalOracle(directory)
             return search(Tally(of_journals, examples), journals(of_journals), options.minutes * 60, options.seed)
-        tally = Tally(Oracle(directory / "s.json"), examples)
+        tally = Tally(Oracle(directory), examples)
         return search(tally, originals(directory), options.minutes * 60, options.seed)
 
 

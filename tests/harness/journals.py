@@ -15,7 +15,8 @@ import persist
 from persist.storage import disk
 
 # Not taken from `persist.storage.journal`: an error in its own idea of the grammar must show.
-_OPENING = re.compile(rb'\{"persist_journal":1,"generation":(\d+),"snapshot":"([0-9a-f]{32})"\}\n')
+_OPENING = re.compile(rb'\{"persist_journal":3,"name":"([0-9a-f]{16})"\}\n')
+_NAME = re.compile(rb'"journal":(?:null|"([0-9a-f]{16})")')
 _CRC = re.compile(rb'\{"crc":"([0-9a-f]{8})",')
 
 Record = dict[str, Any]
@@ -28,10 +29,13 @@ def journal_of(store: persist.Store, session_id: str = "s") -> Path:
 
 
 def has_journal(store: persist.Store, session_id: str = "s") -> bool:
-    """Whether the document names a journal, and whether there is one: both, or neither."""
-    is_named = b'"is_journaled":true' in (store.path / f"{session_id}.json").read_bytes().partition(b"\n")[0]
-    assert bool(list(store.path.glob(f"{session_id}.*.journal"))) is is_named
-    return is_named
+    """Tell whether the document names a journal. Fails unless exactly that one is there."""
+    header = (store.path / f"{session_id}.json").read_bytes().partition(b"\n")[0]
+    named = _NAME.search(header)
+    assert named is not None
+    names = [] if named[1] is None else [f"{session_id}.{named[1].decode()}.journal"]
+    assert [path.name for path in store.path.glob(f"{session_id}.*.journal")] == names
+    return bool(names)
 
 
 def parted(content: bytes) -> tuple[bytes, list[bytes]]:
@@ -101,13 +105,13 @@ class Traffic:
 def traffic() -> Iterator[Traffic]:
     """Count the bytes that go through the seam, for a block."""
     counted = Traffic()
-    names = ("read", "read_start", "read_at", "write", "write_at")
+    names = ("read", "read_version", "read_at", "write", "write_at")
     real: dict[str, Callable[..., Any]] = {name: getattr(disk, name) for name in names}
 
     def reading(name: str) -> Callable[..., Any]:
         def read(*arguments: Any) -> Any:
             answer = real[name](*arguments)
-            counted.read += len(answer[0] if name == "read_start" else answer)
+            counted.read += len(answer[0] if name == "read_version" else answer)
             return answer
 
         return read

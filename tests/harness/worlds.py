@@ -10,16 +10,18 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from persist.storage.body import BULK, Body
-
 import persist
+from persist.storage.content import ALWAYS_APART, encoded
 from persist.turn import IDLE
+from persist.working_copy import WorkingCopy
 
 Data = dict[str, Any]
 #: Ids that are two and look like one, that msgspec does not read, and that are none.
 IDS = ("a", "b", "é", "\ud800", 1, "1", 1.0, True, None, "one.answer", "one.prompt", "two.answer", "long" * 30)
 CONTENTS = ("x", "y", "é\n", "\ud800", {"crc": "00000000"}, "z" * 2000)
 STREAMS = ("one", "two", "three")
+#: Values above 4 KiB, which stand apart: a text, a short list of large items, and a long one of small items.
+LARGE: tuple[Any, ...] = ("long" * 1100, ["é" * 3000, {"id": "a"}], list(range(1500)))
 
 
 class World:
@@ -36,6 +38,8 @@ class World:
             *(self._append_to_turn, self._end, self._drop, self._cancel, self._clear_stale, self._sweep),
             *(
                 self._update,
+                self._transaction,
+                self._transaction,
                 self._update_fields,
                 self._update_fields,
                 self._load,
@@ -100,8 +104,9 @@ class World:
         return self._message() | ({"id": self._dice.choice(IDS)} if self._dice.random() < 0.3 else {})
 
     def _checkpoint(self) -> Any:
-        # One that repeats the last one is no commit, or one: it may not have been read what stands there.
-        return self._stream().checkpoint(self._answer() | {"n": self._dice.random()}) if self._streams else None
+        # One that repeats the last one is no commit.
+        more = self._dice.choice([{}, {"n": self._dice.random()}])
+        return self._stream().checkpoint(self._answer() | more) if self._streams else None
 
     def _append_to_turn(self) -> Any:
         return self._stream().append(self._answer()) if self._streams else None
@@ -137,7 +142,7 @@ class World:
             if what < 0.1:
                 data["messages"] = self._dice.choice(["no list", {"a": 1}, []])
             elif what < 0.2:
-                data.pop(self._dice.choice(BULK), None)
+                data.pop(self._dice.choice(ALWAYS_APART), None)
             elif type(messages) is not list:
                 data["messages"] = [self._item()]
             elif what < 0.5 and messages:
@@ -153,7 +158,7 @@ class World:
             field = self._dice.choice(
                 ["title", "é\ud800", "n", "n", "messages", "active_stream_id", "pending_user_message"]
             )
-            value = self._dice.choice(["x", None, 5, [1, {"a": "\ud800"}], "long" * 1000])
+            value = self._dice.choice(["x", None, 5, [1, {"a": "\ud800"}], "long" * 1000, *LARGE])
             if self._dice.random() < 0.2:
                 return data.pop(field, None) is None
             data[field] = value
@@ -163,6 +168,35 @@ class World:
 
         if_revision = self._store.head("s").revision - (self._dice.random() < 0.2)
         return self._store.update("s", change, if_revision=self._dice.choice([None, if_revision]))
+
+    def _transaction(self) -> Any:
+        """Do some steps on a working copy, which reads only what it is asked for."""
+        with self._store.transaction("s", touch=self._dice.random() < 0.7) as tx:
+            answers = [self._step_of(tx) for _ in range(self._dice.randint(0, 4))]
+            if self._dice.random() < 0.1:
+                raise persist.WrongType(what="a block", expected="to end", got="one that raises")
+        return answers
+
+    def _step_of(self, tx: WorkingCopy) -> Any:
+        what = self._dice.random()
+        if what < 0.4:
+            field = self._dice.choice(["title", "tags", "n", "é\ud800", "large"])
+            if self._dice.random() < 0.3:
+                return tx.fields.pop(field, None)
+            tx.fields[field] = self._dice.choice(["x", 5, [1], *LARGE])
+            return sorted(map(ascii, tx.fields))
+        items = tx.list(self._dice.choice(["messages", "messages", "tool_calls", "large", "new"]))
+        place = self._dice.randrange(len(items)) if len(items) else None
+        if place is None or what < 0.55:
+            return items.insert(self._dice.randint(0, len(items)), self._item())
+        if what < 0.7:
+            return items.pop(place)
+        if what < 0.8:
+            items[place] = self._item()
+            return None
+        if what < 0.9 and type(items[place]) is dict:
+            items[place]["seen"] = self._dice.random()
+        return items[place], items.find(self._dice.choice(IDS))
 
     def _load(self) -> Any:
         del self._objects[:-3]
@@ -201,23 +235,21 @@ class World:
 
     def _shown(self, store: persist.Store) -> object:
         session, head = store.load("s"), store.head("s")
-        assert head.data == {name: value for name, value in session.data.items() if name not in BULK}
+        found = store._backend.files.read("s")
+        assert found.content == encoded(session.data), "the replayed content is that of the data"
+        assert head.data == {name: value for name, value in session.data.items() if name not in found.content.apart}
+        assert list(head.data) == list(found.content.fields)
+        assert head.counts == found.content.counts
         assert (head.revision, head.updated_at) == (session.revision, session.updated_at)
-        found = store._files.read("s")
-        assert found.body == Body.of(session.data), "what was decoded with the records is what stands there"
         header = found.header
-        owner = header.owner and (
-            header.owner.stream_id,
-            header.owner.prompt_id,
-            header.owner.answer_id,
-            header.owner.is_cancelled,
-        )
+        owner = header.owner and [header.owner[name] for name in ("stream_id", "prompt_id", "answer_id", "cancelled")]
         streams = [(info.stream_id, info.is_live, info.is_cancelled) for info in store.streams()]
         fields = [
             (name, value if name != "pending_started_at" else value is None) for name, value in session.data.items()
         ]
         # The order in which the stream fields came is nobody's concern.
         stream_fields = sorted(pair for pair in fields if pair[0] in IDLE and pair[0] != "pending_attachments")
-        plain = [pair for pair in fields if pair[0] not in IDLE]
+        # Top-level keys have no order: a replay finds the values that stand apart in another one than their writer.
+        plain = sorted((pair for pair in fields if pair[0] not in IDLE), key=lambda pair: pair[0])
         attachments = session.data.get("pending_attachments")
         return plain, stream_fields, attachments, session.revision, head.counts, header.epoch, owner, streams

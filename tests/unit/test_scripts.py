@@ -168,6 +168,14 @@ def test_powercut_ends_with_one_message_if_the_file_system_stays_away() -> None:
     assert figures.startswith("ext4: 1 cuts, ")
 
 
+@needs_the_environment
+def test_every_mutant_applies(tmp_path: Path) -> None:
+    """A change of the package that leaves a mutant behind is told at once, and not when the mutants are tried next."""
+    done = run(tmp_path, "mutants", "--check")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_scripts_can_be_run_as_they_are() -> None:
     """Each is executable."""
     assert len(ALL) > len(IN_PYTHON) > 0

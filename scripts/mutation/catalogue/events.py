@@ -1,0 +1,69 @@
+"""Mutants of a stream's events, and of following them."""
+
+from __future__ import annotations
+
+from mutation.catalogue.suites import CRASH_STATES, EVENTS
+from mutation.edits import condition, drop_statement, replace_call, replace_expression
+from mutation.mutant import Mutant
+
+FILES = "storage/events.py"
+FOLLOWING = "following.py"
+
+MUTANTS = (
+    Mutant(
+        "events: the fence",
+        FILES,
+        "EventWriter._write",
+        condition("os.lseek(fd, 0, os.SEEK_CUR) != self._end", "False"),
+        EVENTS,
+        "late_emission",
+    ),
+    Mutant(
+        "events: the end at the end line",
+        FILES,
+        "EventReader._take",
+        condition("self.ended is not None", "False"),
+        EVENTS,
+        "behind_the_end",
+    ),
+    Mutant(
+        "events: the refusal of a gap in the offsets",
+        FILES,
+        "EventReader._take",
+        condition("int(shape[1]) != self.count + 1", "False"),
+        EVENTS,
+        "behind_a_hole",
+    ),
+    Mutant(
+        "events: the sync of the name",
+        FILES,
+        "EventWriter._sync",
+        drop_statement("disk.sync_directory(self._path.parent.parent)"),
+        CRASH_STATES,
+        "old_or_new and events and synced",
+    ),
+    Mutant(
+        "events: the look at the lease",
+        FOLLOWING,
+        "Cursor._ended_unsaid",
+        replace_expression("None if info.is_live else 'died'", "'died'"),
+        EVENTS,
+        "silent_owner",
+    ),
+    Mutant(
+        "events: the events that were written before the look",
+        FOLLOWING,
+        "Cursor._look",
+        replace_call("self._take_written", "[]"),
+        EVENTS,
+        "before_the_look",
+    ),
+    Mutant(
+        "events: the refusal of a cursor ahead",
+        FOLLOWING,
+        "Cursor.__init__",
+        condition("self._reader.count < after", "False"),
+        EVENTS,
+        "refused_at_once",
+    ),
+)
