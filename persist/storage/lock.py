@@ -198,20 +198,24 @@ def _in_turn(held: HeldFile, deadline: float) -> bool:
     has_turn, pause_s = False, _POLL_FIRST_S
     # The process that is next may be stopped (a paused container). For so long it is waited for.
     patient_until = time.monotonic() + PATIENCE_S
-    while (left_s := deadline - time.monotonic()) > 0:
-        time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
-        pause_s = min(pause_s * 2, _POLL_LAST_S)
-        if not held.bears_name():
-            # Its holder removed it, together with its turnstile.
-            held.open()
-            has_turn = False
-        if not has_turn:
-            has_turn, pause_s = turnstile.take(held.fd), _POLL_FIRST_S
-        if (has_turn or time.monotonic() > patient_until) and held.try_lock():
+    try:
+        while (left_s := deadline - time.monotonic()) > 0:
+            time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
+            pause_s = min(pause_s * 2, _POLL_LAST_S)
+            if not held.bears_name():
+                # Its holder removed it, together with its turnstile.
+                has_turn = False
+                held.open()
+            if not has_turn:
+                has_turn, pause_s = turnstile.take(held.fd), _POLL_FIRST_S
+            if (has_turn or time.monotonic() > patient_until) and held.try_lock():
+                return True
+        # Once more: it may be free by now, or the process that is next may be stopped.
+        return held.try_lock()
+    finally:
+        if has_turn:
+            # Not only by the close: a child may have a copy of the descriptor.
             turnstile.leave(held.fd)
-            return True
-    # Once more: it may be free by now, or the process that is next may be stopped.
-    return held.try_lock()
 
 
 def _holder_of(path: Path) -> str:
