@@ -16,12 +16,10 @@ from actors import eventually
 from harness.faults import SHORT, Fault, descriptors, faults, injecting
 from hypothesis import given
 from hypothesis import strategies as st
-from persist.storage.events import Ended, Event, EventFiles, EventReader, EventWriter, Fenced
 
 import persist
-from persist import codec
-from persist.storage import events, waiting
-from persist.storage.layout import Layout
+from persist import event_log, json_codec, watch
+from persist.event_log import Ended, Event, EventFiles, EventReader, EventWriter, Fenced
 
 END = b'{"end":"finished"}\n'
 
@@ -37,7 +35,7 @@ json_values = st.recursive(
 
 
 def line(offset: int, data: Any) -> bytes:
-    return b'{"offset":%d,"event":%b}\n' % (offset, codec.encode(data))
+    return b'{"offset":%d,"event":%b}\n' % (offset, json_codec.encode(data))
 
 
 def read(path: Path, after: int = 0) -> tuple[list[Any], Ended | None]:
@@ -58,7 +56,7 @@ def path(scratch: Path) -> Path:
 
 @pytest.fixture
 def files(scratch: Path) -> EventFiles:
-    return EventFiles(Layout(scratch), keep_s=300.0)
+    return persist.Store(scratch)._backend.events
 
 
 @pytest.fixture
@@ -70,7 +68,7 @@ def writer(files: EventFiles) -> Iterator[EventWriter]:
 
 
 def emit(writer: EventWriter, *data: Any, durable: bool = False) -> int:
-    return writer.append([codec.encode(each) for each in data], durable=durable)
+    return writer.append([json_codec.encode(each) for each in data], durable=durable)
 
 
 @contextmanager
@@ -108,7 +106,7 @@ def test_events_come_back_as_they_went_in(
         emit(writer, value)
     writer.close()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(events, "_CHUNK_BYTES", chunk_bytes)
+        patch.setattr(event_log, "_CHUNK_BYTES", chunk_bytes)
         assert read(directory / "s-1.t-1") == (data, None)
 
 
@@ -121,7 +119,7 @@ def test_truncated_file_has_a_prefix_of_the_events(
     path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
     """Cut at every byte: the events whose lines are whole, and never a wrong one; the end only if its line is whole."""
-    monkeypatch.setattr(events, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(event_log, "_CHUNK_BYTES", chunk_bytes)
     for size in range(len(WHOLE) + 1):
         path.write_bytes(WHOLE[:size])
         lines = WHOLE[:size].count(b"\n")
@@ -200,7 +198,7 @@ def test_nothing_behind_the_end_line_counts(path: Path, monkeypatch: pytest.Monk
     """The end line is the fence: events and other ends behind it are not there, however the file is cut into chunks."""
     path.write_bytes(line(1, "a") + END + line(2, "late") + b'{"end":"died"}\n')
     for chunk_bytes in (*range(1, 60), 4096):
-        monkeypatch.setattr(events, "_CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(event_log, "_CHUNK_BYTES", chunk_bytes)
         assert read(path) == (["a"], "finished")
 
 
@@ -223,7 +221,7 @@ def test_cursor_begins_behind_its_event(path: Path) -> None:
     """`after` events are passed, however many chunks that takes; at the end, and beyond it, there are none."""
     path.write_bytes(b"".join(line(n, "x" * 1000) for n in range(1, 1001)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(events, "_CHUNK_BYTES", 4096)
+        patch.setattr(event_log, "_CHUNK_BYTES", 4096)
         assert len(read(path, 997)[0]) == 3
         assert read(path, 1000) == read(path, 1001) == ([], None)
 
@@ -516,8 +514,8 @@ def test_those_who_wait_are_woken_by_every_append_and_the_end(
         # The thread that looks at the files calls it, too.
         return lambda: calls.append(name) if threading.get_ident() == me else None
 
-    with waiting.waking(path, waker("a")), waiting.waking(path, waker("b")):
-        with waiting.waking(path.with_name("s-1.t-2"), waker("another")):
+    with watch.waking(path, waker("a")), watch.waking(path, waker("b")):
+        with watch.waking(path.with_name("s-1.t-2"), waker("another")):
             emit(writer, 1)
             assert calls == ["a", "b"]
             files.end("s-1", "t-1", "finished")
@@ -541,9 +539,9 @@ def test_garbage_collector_may_come_at_any_moment(path: Path) -> None:
     def wait_and_drop() -> None:
         dropped: dict[str, Any] = {"stack": ExitStack()}
         dropped["itself"] = dropped
-        dropped["stack"].enter_context(waiting.waking(path, lambda: None))
+        dropped["stack"].enter_context(watch.waking(path, lambda: None))
         del dropped
-        with waiting.waking(Collecting(path), done.set):
+        with watch.waking(Collecting(path), done.set):
             pass
         done.set()
 
