@@ -6,13 +6,13 @@ import errno
 import gc
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from actors import eventually
 from harness.faults import SHORT, Fault, descriptors, faults, injecting
 from hypothesis import given
 from hypothesis import strategies as st
@@ -306,7 +306,7 @@ def test_fenced_writer_stays_fenced(path: Path, files: EventFiles, writer: Event
     for _ in range(2):
         with pytest.raises(Fenced):
             emit(writer, "late")
-    files.remove("s-1", "t-1")
+    files.remove_session("s-1")
     with pytest.raises(Fenced):
         emit(writer, "late")
     assert not path.exists()
@@ -324,7 +324,7 @@ def test_fence_is_seen_after_a_write_that_broke_off(path: Path, files: EventFile
     with pytest.raises(Fenced):
         emit(writer, "late")
     assert read(path) == (["a"], "cancelled")
-    files.remove("s-1", "t-1")
+    files.remove_session("s-1")
     with pytest.raises(Fenced):
         emit(writer, "late")
 
@@ -553,11 +553,12 @@ def test_garbage_collector_may_come_at_any_moment(path: Path) -> None:
 # --- expiry -----------------------------------------------------------------------------------------------------------
 
 
-def test_sweep_removes_at_once_what_has_expired(scratch: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that sweeps, and ends, leaves no work to a thread that ends with it.
+def expiring(scratch: Path, keep_s: float) -> EventFiles:
+    return persist.Store(scratch, keep_events_s=keep_s)._backend.events
 
-    Fails if it is left to the thread.
-    """
+
+def test_sweep_removes_at_once_what_has_expired(scratch: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that sweeps, and ends, leaves no work to a thread that ends with it. There is no such thread."""
     removed: list[tuple[str, threading.Thread]] = []
     real = os.unlink
 
@@ -565,20 +566,66 @@ def test_sweep_removes_at_once_what_has_expired(scratch: Path, path: Path, monke
         real(name)
         removed.append((Path(name).name, threading.current_thread()))
 
+    files = expiring(scratch, 1000.0)
     path.write_bytes(WHOLE)
     path.with_name("s-2.t-1").write_bytes(WHOLE)
     os.utime(path, (1, 1))
+    threads = threading.active_count()
     monkeypatch.setattr(os, "unlink", unlink)
-    EventFiles(Layout(scratch), keep_s=1000.0).sweep()
+    files.sweep()
     assert removed == [(path.name, threading.current_thread())]
+    assert threading.active_count() == threads
+
+
+def test_events_of_a_stream_with_a_lease_do_not_expire(scratch: Path, path: Path) -> None:
+    """A stream that is silent for long may still speak: its lease keeps its events, however old they are."""
+    files = expiring(scratch, 1000.0)
+    path.write_bytes(WHOLE)
+    os.utime(path, (1, 1))
+    lease = scratch / ".leases" / path.name
+    lease.touch()
+    for clean_up in (files.sweep, lambda: files.forget("s-1", "t-2"), files.close):
+        clean_up()
+        assert path.exists()
+    lease.unlink()
+    files.sweep()
+    assert not path.exists()
+
+
+def test_start_in_the_session_removes_what_has_expired_there(scratch: Path, path: Path) -> None:
+    """A session's next stream pays for the session's own files, and for nobody else's."""
+    files = expiring(scratch, 1000.0)
+    young, other = path.with_name("s-1.t-2"), path.with_name("s-2.t-1")
+    for each in (path, young, other):
+        each.write_bytes(WHOLE)
+    for each in (path, other):
+        os.utime(each, (1, 1))
+    files.forget("s-1", "t-3")
+    assert (path.exists(), young.exists(), other.exists()) == (False, True, True)
 
 
 def test_clock_that_was_set_back_keeps_nothing_for_ever(scratch: Path, path: Path) -> None:
-    """A file from the future goes away as long after the sweep as it is kept at all.
+    """A file from the future goes away as long after the first sweep as it is kept at all.
 
     Fails if its age may be negative.
     """
     path.write_bytes(WHOLE)
     os.utime(path, (2**32, 2**32))
-    EventFiles(Layout(scratch), keep_s=0.05).sweep()
-    eventually(lambda: not path.exists())
+    files = expiring(scratch, 1000.0)
+    files.sweep()
+    assert path.exists()
+    assert abs(path.stat().st_mtime - time.time()) < 60
+    os.utime(path, (path.stat().st_mtime - 1001,) * 2)
+    files.sweep()
+    assert not path.exists()
+
+
+def test_clock_of_a_link_is_not_set(scratch: Path, path: Path) -> None:
+    """What stands behind a link is somebody else's file: its time stays as it is."""
+    target = scratch / "target"
+    target.write_bytes(b"")
+    os.utime(target, (2**32, 2**32))
+    path.symlink_to(target)
+    os.utime(path, (2**32, 2**32), follow_symlinks=False)
+    expiring(scratch, 1000.0).sweep()
+    assert target.stat().st_mtime == 2**32
