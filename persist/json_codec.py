@@ -156,13 +156,21 @@ def _encode_surrogates(value: Any, path: ValuePath) -> bytes:
     return encoded
 
 
+class Undecodable(ValueError):
+    """A text that `encode` cannot have written."""
+
+
 def decode(encoded: bytes | memoryview) -> Any:
-    """Decode JSON that `encode` has written; raises `ValueError` or `RecursionError` for anything else."""
+    """Decode JSON that `encode` has written. Raise `Undecodable` for anything else."""
     try:
         return _decode(encoded)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
         # A lone surrogate, which msgspec does not read. If it is real damage, this raises in its turn.
         return json.loads(bytes(encoded).decode(), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise Undecodable(type(error).__name__) from None
 
 
 def _no_constant(literal: str) -> None:
