@@ -334,6 +334,7 @@ class _Reader:
         segments: dict[str | None, tuple[bytes, Mapping[str, Any]]] = {None: (b"", values["fields"])}
         segments |= {name: (_key(name), part) for name, part in parts.items()}
         if not natural(values["fields"]["bytes"]):
+            _checked(text[:0], values["fields"])
             del segments[None]
         fields: dict[str, bytes] = {}
         apart: dict[str, Value] = {}
