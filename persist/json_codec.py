@@ -149,7 +149,12 @@ def encode(value: Any, path: ValuePath = ()) -> bytes:
 
 
 def _encode_surrogates(value: Any, path: ValuePath) -> bytes:
-    encoded = json.dumps(value, ensure_ascii=True, separators=(",", ":")).encode()
+    """Encode a value with a lone surrogate in it. All else in it has the bytes that it has elsewhere."""
+    if type(value) is list:
+        return b"[%b]" % b",".join([encode(item, path) for item in value])
+    if type(value) is dict:
+        return b"{%b}" % b",".join([encode(key, path) + b":" + encode(item, path) for key, item in value.items()])
+    encoded = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace")
     # "\ud83d" followed by "\ude00" would come back as one character instead of two.
     if json.loads(encoded) != value:
         raise NotJSON(path=path, reason="a string in it holds a surrogate pair, which JSON would join to one character")

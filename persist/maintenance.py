@@ -42,7 +42,7 @@ def check(backend: Backend) -> list[Problem]:
         remedy = f"the next commit to {session_id!r} removes or uses it"
         if files.exists(session_id):
             # A commit that only adds to a journal does not.
-            remedy = f"'persist compact {files.layout.directory} {session_id}' removes it"
+            remedy = f"{layout.command('compact', files.layout.directory, session_id)} removes it"
         what = f"{path} is left over from a crash, and harmless; {remedy}."
         problems.append(Problem(session_id, "left-over", path, what))
     for session_id, path in orphans:

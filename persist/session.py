@@ -141,7 +141,7 @@ class Session:
             raise errors.WrongType(what="on_conflict", expected=" | ".join(get_args(Preference)), got=repr(on_conflict))
         errors.require_flags(touch=touch)
         try:
-            with errors.conflicts_in(self.id), self._backend.files.transaction(self.id) as tx, self._alone():
+            with self._backend.files.transaction(self.id) as tx, self._alone():
                 self._save(tx, touch, on_conflict)
         except errors.SessionNotFound:
             raise self._deleted() from None

@@ -111,7 +111,7 @@ def start(backend: Backend, session_id: str, message: Message | None, stream_id:
     """Claim a session for a new stream. See `Store.start_stream`."""
     stream_id = uuid.uuid4().hex if stream_id is None else layout.check_stream_id(stream_id)
     prompt = None if message is None else turn.with_id(_checked(message), f"{stream_id}.prompt")
-    with errors.conflicts_in(session_id), backend.files.transaction(session_id) as tx:
+    with backend.files.transaction(session_id) as tx:
         copy = WorkingCopy(tx.read(), tx)
         stale_id = turn.active_stream(copy.fields)
         with _trying_lease(tx, stale_id) as is_dead:
@@ -491,7 +491,7 @@ class Stream:
         if not self._lease.is_held:
             raise self._lost("it has ended, or this is a forked child")
         try:
-            with errors.conflicts_in(self.session_id), self._backend.files.transaction(self.session_id) as tx:
+            with self._backend.files.transaction(self.session_id) as tx:
                 copy = WorkingCopy(tx.read(), tx)
                 yield copy, self._require_ownership(copy.header, turn.active_stream(copy.fields))
         except errors.SessionNotFound:

@@ -198,6 +198,6 @@ def missing_journal(document_path: Path, session_id: str, journal_path: Path) ->
     reason = f"{journal_path.name}, which it names, is missing."
     remedy = (
         f"Restore both from a backup; or take the document without the commits that stood there, with "
-        f"'persist accept {store} {session_id}'."
+        f"{layout.command('accept', store, session_id)}."
     )
     return CorruptSession(session_id=session_id, path=document_path, reason=reason, remedy=remedy)

@@ -31,7 +31,7 @@ import xxhash
 
 from persist import json_codec
 from persist.errors import CorruptSession, UnsupportedFormat
-from persist.storage import disk
+from persist.storage import disk, layout
 from persist.storage.content import HEADER, Content, Items, Value, encoded
 
 Kind = TypeVar("Kind")
@@ -394,12 +394,12 @@ class _Reader:
         return self._edited(has_journal=type(values) is dict and values.get("journal") is not None)
 
     def _edited(self, *, has_journal: bool = False) -> CorruptSession:
-        directory = self.path.parent
-        remedy = f"If the edit was meant, look at it and take it with 'persist accept {directory} {self.session_id}'."
+        accept, compact = (layout.command(verb, self.path.parent, self.session_id) for verb in ("accept", "compact"))
+        remedy = f"If the edit was meant, look at it and take it with {accept}."
         if has_journal:
             remedy += (
                 f" There are later commits in its journal: to edit all there is, undo the edit, fold them with "
-                f"'persist compact {directory} {self.session_id}', and edit then."
+                f"{compact}, and edit then."
             )
         return self._corrupt("its checksum does not match: it was edited by hand or damaged.", remedy=remedy)
 

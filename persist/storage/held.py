@@ -29,11 +29,13 @@ class HeldFile:
     Dropped without `close` (a signal's exception may come between any two steps), it is closed by its finaliser.
     """
 
-    __slots__ = ("_fd", "_file", "_is_locked", "_pid")
+    __slots__ = ("_fd", "_file", "_flags", "_is_locked", "_path", "_pid")
     _file: os.stat_result
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> None:
         self._fd = -1
+        self._path = path
+        self._flags = flags
         self._is_locked = False
         self._pid = os.getpid()
 
@@ -43,30 +45,27 @@ class HeldFile:
         return self._fd >= 0 and self._pid == os.getpid()
 
     @property
-    def is_locked(self) -> bool:
-        return self._is_locked
-
-    @property
     def fd(self) -> int:
         return self._fd
 
-    def open(self, path: Path, flags: int) -> None:
-        """Open the file."""
+    def open(self) -> None:
+        """Open the file that bears the name now."""
+        self.close()
         with table:
-            self._fd, self._file = disk.open_known(path, flags)
+            self._fd, self._file = disk.open_known(self._path, self._flags)
             _descriptors.add(self._fd)
 
-    def try_lock(self, path: Path) -> bool:
+    def try_lock(self) -> bool:
         """Lock the file if it is free. Tell whether it is locked, and still bears its name."""
         with table:
             self._is_locked = self._is_locked or lock_descriptor(self._fd, blocking=False)
         # A waiter may lock a file that its holder has just unlinked. Its number of links would not tell: a backup may
         # hold a hard link.
-        return self._is_locked and self.bears_name(path)
+        return self._is_locked and self.bears_name()
 
-    def bears_name(self, path: Path) -> bool:
+    def bears_name(self) -> bool:
         """Tell whether it is the file that bears its name."""
-        return disk.bears_name(self._file, path)
+        return disk.bears_name(self._file, self._path)
 
     def close(self) -> None:
         """Unlock and close, once. In a forked child nothing is left to close."""
@@ -102,11 +101,11 @@ def try_hold(path: Path, *, create: bool, exclusive: bool = False, append: bool 
     Returns:
         The held file, or None if somebody else holds it, or if its holder removed it in the meantime.
     """
-    held = HeldFile()
     flags = os.O_RDWR | (os.O_CREAT if create else 0) | (os.O_EXCL if exclusive else 0) | (os.O_APPEND if append else 0)
+    held = HeldFile(path, flags)
     try:
-        held.open(path, flags)
-        if held.try_lock(path):
+        held.open()
+        if held.try_lock():
             return held
     except BaseException:
         held.close()

@@ -44,7 +44,7 @@ import msgspec
 
 from persist import json_codec
 from persist.errors import CorruptSession, UnsupportedFormat
-from persist.storage import diff, disk, document
+from persist.storage import diff, disk, document, layout
 from persist.storage.content import Content, Items, Value
 from persist.storage.diff import Change, DoesNotFit
 from persist.storage.document import NONSENSE, Head, Header
@@ -352,8 +352,8 @@ class Journal:
 
     def damaged(self, offset: int, reason: str) -> CorruptSession:
         """Return the error of a journal that no crash can have left like that."""
-        store = self.path.parent
-        remedy = f"Take the last good state with 'persist accept {store} {self.session_id}', or restore a backup."
+        accept = layout.command("accept", self.path.parent, self.session_id)
+        remedy = f"Take the last good state with {accept}, or restore a backup."
         return CorruptSession(
             session_id=self.session_id, path=self.path, reason=f"{reason}.", offset=offset, remedy=remedy
         )

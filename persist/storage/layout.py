@@ -1,12 +1,13 @@
 """Every file name of a store, and the two kinds of id that names are made of. A directory holds:
 
     var/sessions/
-      s-42.json                    the document
-      s-42.json.lock               the session's lock, a file of its own: os.replace() of a locked file lets a second
-      holder in s-42.json.tmp                only inside a commit. Found later under the lock it is a left-over s-42.<16
-      hex>.journal        the commits since the document was written, if the session is large s-42.<16
-      hex>.journal.damaged  a journal that `persist accept` could not take whole .leases/s-42.<stream id>     locked by
-      the process that runs the stream .events/s-42.<stream id>     the stream's events, one a line
+      s-42.json                      the document
+      s-42.json.lock                 the session's lock. A locked file that is replaced would let a second holder in
+      s-42.json.tmp                  only inside a commit. Found later under the lock it is a left-over
+      s-42.<16 hex>.journal          the commits since the document was written, if the session is large
+      s-42.<16 hex>.journal.damaged  a journal that `persist accept` could not take whole
+      .leases/s-42.<stream id>       locked by the process that runs the stream
+      .events/s-42.<stream id>       the stream's events, one a line
 
 A session id is any text. Its file name percent-encodes what is no letter, digit, `_` or `-`, so that a name holds no
 dot. A file belongs to `persist` only if its name is what the encoding of its decoded name gives.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -54,6 +56,12 @@ def check_session_id(session_id: object) -> str:
     if not 0 < len(session_id) <= MAX_ID or any("\ud800" <= character <= "\udfff" for character in session_id):
         raise InvalidSessionId(session_id=session_id, reason=_RULE)
     return session_id
+
+
+def command(words: str, directory: Path, session_id: str) -> str:
+    """Return a command line of ours for an error's text. An id that a shell or a terminal would misread is quoted."""
+    quoted = shlex.quote(session_id if session_id.isprintable() else ascii(session_id)[1:-1])
+    return f"'persist {words} {directory} {quoted}'"
 
 
 def name_of(session_id: str) -> str:

@@ -173,9 +173,9 @@ def _refuse_nesting(thread: int, session_id: str) -> None:
 
 def _wait(path: Path, session_id: str, deadline: float) -> HeldFile | None:
     """Hold the file, when it is this process's turn. None if it is not until the deadline (`time.monotonic`)."""
-    held = HeldFile()
+    held = HeldFile(path)
     try:
-        if _in_turn(held, path, deadline):
+        if _in_turn(held, deadline):
             return held
     except OSError as error:
         held.close()
@@ -190,29 +190,32 @@ def _wait(path: Path, session_id: str, deadline: float) -> HeldFile | None:
     return None
 
 
-def _in_turn(held: HeldFile, path: Path, deadline: float) -> bool:
+def _in_turn(held: HeldFile, deadline: float) -> bool:
     """Open and lock a file, behind the process that is next. Tell whether that was done until the deadline."""
-    held.open(path, os.O_RDWR | os.O_CREAT)
-    if not turnstile.is_taken(held.fd) and held.try_lock(path):
+    held.open()
+    if not turnstile.is_taken(held.fd) and held.try_lock():
         return True
     has_turn, pause_s = False, _POLL_FIRST_S
     # The process that is next may be stopped (a paused container). For so long it is waited for.
     patient_until = time.monotonic() + PATIENCE_S
-    while (left_s := deadline - time.monotonic()) > 0:
-        time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
-        pause_s = min(pause_s * 2, _POLL_LAST_S)
-        if not held.bears_name(path):
-            # Its holder removed it, together with its turnstile.
-            held.close()
-            held.open(path, os.O_RDWR | os.O_CREAT)
-            has_turn = False
-        if not has_turn:
-            has_turn, pause_s = turnstile.take(held.fd), _POLL_FIRST_S
-        if (has_turn or time.monotonic() > patient_until) and held.try_lock(path):
+    try:
+        while (left_s := deadline - time.monotonic()) > 0:
+            time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
+            pause_s = min(pause_s * 2, _POLL_LAST_S)
+            if not held.bears_name():
+                # Its holder removed it, together with its turnstile.
+                has_turn = False
+                held.open()
+            if not has_turn:
+                has_turn, pause_s = turnstile.take(held.fd), _POLL_FIRST_S
+            if (has_turn or time.monotonic() > patient_until) and held.try_lock():
+                return True
+        # Once more: it may be free by now, or the process that is next may be stopped.
+        return held.try_lock()
+    finally:
+        if has_turn:
+            # Not only by the close: a child may have a copy of the descriptor.
             turnstile.leave(held.fd)
-            return True
-    # Once more: it may be free by now, or the process that is next may be stopped.
-    return held.try_lock(path)
 
 
 def _holder_of(path: Path) -> str:

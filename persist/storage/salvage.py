@@ -62,6 +62,9 @@ def _with_records(place: Place, log: Journal, fd: int, before: Replica, *, drop_
     except CorruptSession:
         # Not even its first line is good.
         records, tail, lost = [], Tail.of(log.name), _MOST_RECORDS
+    if lost:
+        # A process with an old replica may know good records behind the damage. So the mark stands behind everything.
+        tail.end, tail.is_torn = journal.end_of(log.path), False
     before.tail = tail
     is_edited = not _is_sound(place)
     is_fit = not is_edited or journal.only_appends(content, records)
@@ -78,8 +81,6 @@ def _with_records(place: Place, log: Journal, fd: int, before: Replica, *, drop_
         raise _does_not_fit(place, log)
     if lost:
         _keep_copy(log)
-        # A process may know an end behind the damage. It must meet the mark there.
-        tail.end = max(tail.end, journal.end_of(log.path))
     # No revision is used again.
     return Salvaged(before, header.but(revision=header.revision + lost), content)
 
@@ -96,8 +97,9 @@ def _does_not_fit(place: Place, log: Journal) -> CorruptSession:
     store, session_id = place.paths.directory, place.session_id
     reason = f"what {log.path.name} says does not fit the document as it is."
     remedy = (
-        f"Undo the edit. Or undo it, fold the journal with 'persist compact {store} {session_id}', and edit again. "
-        f"Or give the commits in the journal up with 'persist accept --drop-journal {store} {session_id}'."
+        f"Undo the edit. Or undo it, fold the journal with {layout.command('compact', store, session_id)}, and edit "
+        "again. "
+        f"Or give the commits in the journal up with {layout.command('accept --drop-journal', store, session_id)}."
     )
     return CorruptSession(session_id=session_id, path=place.paths.document, reason=reason, remedy=remedy)
 

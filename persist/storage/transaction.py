@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from persist import json_codec
-from persist.errors import CorruptSession, LockNotHeld, NestedLock, PersistError, SessionNotFound
+from persist.errors import CorruptSession, LockNotHeld, MergeConflict, NestedLock, PersistError, SessionNotFound
 from persist.storage import commit, diff, disk, lock
 from persist.storage.cache import Replica
 from persist.storage.commit import Place
@@ -227,6 +227,10 @@ class Transaction:
             CorruptSession: the document is no JSON object, or its journal does not fit the edit.
         """
         self.require_lock()
+        # By what the files say. A replica may go back to before the damage.
+        self._close_journal()
+        self._replica = None
+        self._files.cache.take(self.session_id)
         try:
             self.read()
             if not drop_journal:
@@ -307,5 +311,8 @@ class SessionFiles(SessionDirectory):
             except json_codec.Undecodable:
                 # Somebody has sealed what is no JSON, and the verb has come to it.
                 raise mislabelled(self.layout.session(session_id).document, session_id) from None
+            except MergeConflict as error:
+                # The pure functions that found it do not know the session.
+                raise error.in_session(session_id) from None
             finally:
                 tx.end()

@@ -221,6 +221,15 @@ class Client:
 
         self._record(session_id, "append", item, edit)
 
+    def append_by_transaction(self, session_id: str) -> None:
+        item = self._new()
+
+        def append() -> None:
+            with self._store.transaction(session_id) as tx:
+                tx.list("messages").append({"id": item})
+
+        self._record(session_id, "append", item, append)
+
     def append_by_save(self, session_id: str) -> None:
         session, item = self._earlier(session_id), self._new()
         session.data["messages"].append({"id": item})
@@ -274,6 +283,18 @@ class Client:
             return True
 
         self._record(session_id, "swap", (expected, value), lambda: self._store.update(session_id, swap))
+
+    def swap_by_transaction(self, session_id: str) -> None:
+        expected, value = self.head_register(session_id).value, self._new()
+
+        def swap() -> bool:
+            with self._store.transaction(session_id) as tx:
+                if tx.fields["value"] != expected:
+                    return False
+                tx.fields["value"] = value
+            return True
+
+        self._record(session_id, "swap", (expected, value), swap)
 
     def swap_by_save(self, session_id: str) -> None:
         session, value = self.load_register(session_id), self._new()
@@ -381,11 +402,18 @@ READS: dict[str, list[Action]] = {
     "owner": [Client.load_owner, Client.head_owner, Client.ask_owner],
 }
 WRITES: dict[str, list[Action]] = {
-    "list": [Client.append_by_append, Client.append_by_edit, Client.append_by_save, Client.compact_list],
+    "list": [
+        Client.append_by_append,
+        Client.append_by_edit,
+        Client.append_by_transaction,
+        Client.append_by_save,
+        Client.compact_list,
+    ],
     "register": [
         Client.write,
         Client.write_head,
         Client.swap_by_update,
+        Client.swap_by_transaction,
         Client.swap_by_save,
         Client.put,
         Client.compact_register,

@@ -46,9 +46,11 @@ class Journaling:
         if self.mode == MIXED:
             raise ValueError("draw first")
         store = persist.Store(directory, journal=self.mode, **options)
-        store._backend.files.options.fold_bytes = FOLDS[self.fold]
+        options = store._backend.files.options
+        options.fold_bytes = FOLDS[self.fold]
         # Journals are short here. Else none would ever get room.
-        store._backend.files.options.room_bytes = ROOM_BYTES_OF[self.fold]
+        options.room_bytes = ROOM_BYTES_OF[self.fold]
+        options.verifies_folds = True
         return store
 
     def all(self) -> list[Journaling]:

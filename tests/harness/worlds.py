@@ -238,6 +238,7 @@ class World:
         found = store._backend.files.read("s")
         assert found.content == encoded(session.data), "the replayed content is that of the data"
         assert head.data == {name: value for name, value in session.data.items() if name not in found.content.apart}
+        assert list(head.data) == list(found.content.fields)
         assert head.counts == found.content.counts
         assert (head.revision, head.updated_at) == (session.revision, session.updated_at)
         header = found.header
@@ -248,8 +249,7 @@ class World:
         ]
         # The order in which the stream fields came is nobody's concern.
         stream_fields = sorted(pair for pair in fields if pair[0] in IDLE and pair[0] != "pending_attachments")
-        # The values that stand apart have no order: a replay finds them in another one than their writer.
-        plain = [pair for pair in fields if pair[0] in found.content.fields and pair[0] not in IDLE]
-        plain += sorted((pair for pair in fields if pair[0] in found.content.apart), key=lambda pair: pair[0])
+        # Top-level keys have no order: a replay finds the values that stand apart in another one than their writer.
+        plain = sorted((pair for pair in fields if pair[0] not in IDLE), key=lambda pair: pair[0])
         attachments = session.data.get("pending_attachments")
         return plain, stream_fields, attachments, session.revision, head.counts, header.epoch, owner, streams

@@ -77,9 +77,10 @@ def parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
 
 @pytest.mark.parametrize("kind", ["Store", "Session", "Stream"])
 def test_every_verb_is_there_with_the_same_arguments(kind: str) -> None:
-    """The same nouns and verbs; only `edit` (nothing is awaited under a lock) and `cancelled` have other names."""
+    """The same nouns and verbs; only `edit` and `transaction` (nothing is awaited under a lock) and `cancelled`
+    have other names."""
     plain, mirror = getattr(persist, kind), getattr(persist.aio, kind)
-    left_out = {"edit", "cancelled"}
+    left_out = {"edit", "transaction", "cancelled"}
     for name, member in vars(plain).items():
         if name.startswith("_") or name in left_out:
             continue

@@ -21,9 +21,9 @@ from conftest import ActorFactory
 from harness.faults import Fault, descriptors, injecting
 
 import persist
-from persist import following, streams
-from persist.storage import disk, waiting
-from persist.storage.transaction import SessionFiles
+from persist import follow, streams, watch
+from persist.storage import disk
+from persist.streams import Backend
 
 START = "stream = store.start_stream('s-1', {'role': 'user', 'content': 'Why?'}); stream.id"
 #: Follows to the end, and answers what was seen and how it ended.
@@ -31,8 +31,8 @@ FOLLOW = "following = store.follow('s-1', {!r}); [(event.offset, event.data) for
 #: Follows in a thread, and asks after each millisecond of silence whether the owner lives; `looks` counts how often.
 LOOKING = """
 import threading
-from persist import following, streams
-following.LOOK_S = 0.001
+from persist import follow, streams
+follow.LOOK_S = 0.001
 looks, seen, real = [], [], streams.look_at
 def counted(*arguments, **options):
     looks.append(real(*arguments, **options))
@@ -188,9 +188,9 @@ def test_what_was_written_before_the_look_comes_first(
     stream_id = owner.do(START)
     real = streams.look_at
 
-    def look_at(files: SessionFiles, session_id: str, **options: Any) -> persist.StreamInfo | None:
+    def look_at(backend: Backend, session_id: str, **options: Any) -> persist.StreamInfo | None:
         owner.do("stream.emit('last'); stream.finish()")
-        return real(files, session_id, **options)
+        return real(backend, session_id, **options)
 
     monkeypatch.setattr(streams, "look_at", look_at)
     with store.follow("s-1", stream_id) as followed:
@@ -199,7 +199,7 @@ def test_what_was_written_before_the_look_comes_first(
 
 def test_one_look_after_a_silence_is_enough() -> None:
     """A death is noticed in less than a second, since that is more than two silences long."""
-    assert following.LOOK_S + waiting.POLL_S < 0.5
+    assert follow.LOOK_S + watch.POLL_S < 0.5
 
 
 def test_killed_in_the_middle_of_an_emission(
@@ -284,8 +284,8 @@ def test_looking_at_a_dead_stream_disturbs_nobody(
         each.do(
             """
 import threading
-from persist import following
-following.LOOK_S = 0
+from persist import follow
+follow.LOOK_S = 0
 asked = 0
 def ask():
     global asked
@@ -530,13 +530,13 @@ def test_cursor_that_cannot_be_right_is_refused_at_once(
         (("s-1", stream_id, 2**70), persist.CursorAhead),
         (("s-2", stream_id, 0), persist.EventsNotFound),
         (("s-1", "another", 0), persist.EventsNotFound),
-        (("s-3", stream_id, 0), persist.SessionNotFound),
+        *[((missing, stream_id, 0), persist.SessionNotFound) for missing in ("s-3", "../s", "a.b")],
         *[(("s-1", stream_id, after), persist.WrongType) for after in (-1, True, None, 1.0, "1", "")],
         *[
             (("s-1", wrong, 0), persist.InvalidStreamId)
             for wrong in ("", "../s-1", "a.b", "x" * 65, None, 7, "a\0", f"{stream_id}\n")
         ],
-        *[((wrong, stream_id, 0), persist.InvalidSessionId) for wrong in ("", "../s", "a.b", None, 7)],
+        *[((wrong, stream_id, 0), persist.InvalidSessionId) for wrong in ("", "x" * 513, "\ud800", None, 7)],
     ]
     names = sorted(os.listdir(store.path))
     open_before = descriptors()
@@ -639,12 +639,12 @@ def test_dropped_follower_leaves_nothing_open(store: persist.Store, session: per
         with pytest.raises(persist.CursorAhead):
             store.follow("s-1", stream.id, after=4)
         assert descriptors() == before
-        assert not any(path.is_relative_to(store.path) for path in waiting._waiting)
+        assert not any(path.is_relative_to(store.path) for path in watch._waiting)
         at_the_end = store.follow("s-1", stream.id)
         stream.finish()
     list(at_the_end)
     assert descriptors() < before
-    assert not any(path.is_relative_to(store.path) for path in waiting._waiting)
+    assert not any(path.is_relative_to(store.path) for path in watch._waiting)
 
 
 # --- one process ------------------------------------------------------------------------------------------------------
@@ -660,9 +660,9 @@ def test_follower_in_the_same_process_is_woken(
     """Events and the end come at once, and not with the next look at the file: nobody looks,
     and a silence has no end.
     """
-    eventually(lambda: waiting._looking is None)
-    monkeypatch.setattr(waiting, "_look_from_now_on", lambda: None)
-    monkeypatch.setattr(following, "LOOK_S", 10 * DEADLINE_S)
+    eventually(lambda: watch._looking is None)
+    monkeypatch.setattr(watch, "_look_from_now_on", lambda: None)
+    monkeypatch.setattr(follow, "LOOK_S", 10 * DEADLINE_S)
     seen: list[Any] = []
     with store.start_stream("s-1") as stream:
         followed = store.follow("s-1", stream.id)
@@ -693,12 +693,12 @@ def test_lock_that_is_held_for_long_ends_no_follower(
         looks: list[object] = []
         real = streams.look_at
 
-        def counted(files: SessionFiles, session_id: str, **options: Any) -> persist.StreamInfo | None:
+        def counted(backend: Backend, session_id: str, **options: Any) -> persist.StreamInfo | None:
             looks.append(session_id)
-            return real(files, session_id, **options)
+            return real(backend, session_id, **options)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(following, "LOOK_S", 0.001)
+            patch.setattr(follow, "LOOK_S", 0.001)
             patch.setattr(streams, "look_at", counted)
             thread = threading.Thread(target=lambda: next(followed), daemon=True)
             thread.start()
@@ -734,22 +734,57 @@ def test_event_that_is_no_json_is_refused_with_all_beside_it(store: persist.Stor
 # --- expiry -----------------------------------------------------------------------------------------------------------
 
 
-def test_events_go_away_some_time_after_the_end(
-    store: persist.Store, session: persist.Session, actor: ActorFactory
-) -> None:
-    """The process that ends a stream removes its events when their time is over.
+def end_turn(store: persist.Store, session_id: str, *events: object, stream_id: str | None = None) -> Path:
+    """Run a turn to its end, and return the file of its events."""
+    with store.start_stream(session_id, stream_id=stream_id) as stream:
+        stream.emit(*events)
+        stream.finish()
+    return store.path / ".events" / f"{session_id}.{stream.id}"
 
-    Who reads just then gets all, and the end.
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        pytest.param("store.start_stream('s-1').fail()", id="a start in the session"),
+        pytest.param("store.start_stream('s-2').finish()", id="a finish in the store"),
+        pytest.param("store.clear_stale_streams()", id="a sweep"),
+        pytest.param("store.close()", id="close"),
+    ],
+)
+def test_events_go_away_some_time_after_the_end(
+    store: persist.Store, session: persist.Session, actor: ActorFactory, verb: str
+) -> None:
+    """A start in the session, a finish in the store, a sweep and `close` remove events when their time is over.
+
+    A reader of that instant gets all of them, and the end.
     """
+    store.create("s-2", {"messages": []})
     owner = actor(keep_events_s=0)
     stream_id = owner.do(START)
     owner.do("stream.emit(1, 2)")
     with store.follow("s-1", stream_id) as followed:
         owner.do("stream.finish()")
-        eventually(lambda: not (store.path / ".events" / f"s-1.{stream_id}").exists())
+        assert (store.path / ".events" / f"s-1.{stream_id}").exists()
+        owner.do(verb)
+        assert not (store.path / ".events" / f"s-1.{stream_id}").exists()
         assert ([event.data for event in followed], followed.ended) == ([1, 2], "finished")
     with pytest.raises(persist.EventsNotFound):
         store.follow("s-1", stream_id, after=2)
+
+
+def test_finish_removes_two_expired_ones_at_most(directory: Path) -> None:
+    """A finish pays for two files of others, however many have expired. The oldest ends go first."""
+    store = persist.Store(directory, keep_events_s=300)
+    ended = []
+    for number in range(6):
+        store.create(f"s-{number}", {"messages": []})
+        ended.append(end_turn(store, f"s-{number}", number))
+    for path in ended[:5]:
+        os.utime(path, (1, 1))
+    store.create("last", {"messages": []})
+    for left in (4, 2, 1, 1):
+        store.start_stream("last").finish()
+        assert [path for path in ended if path.exists()] == ended[6 - left :]
 
 
 def test_events_are_kept_as_long_as_was_said(store: persist.Store, session: persist.Session, directory: Path) -> None:
@@ -771,18 +806,20 @@ def test_events_are_kept_as_long_as_was_said(store: persist.Store, session: pers
 def test_sweep_after_a_crash_removes_what_nobody_else_will(
     store: persist.Store, session: persist.Session, actor: ActorFactory, directory: Path
 ) -> None:
-    """All processes are gone: the next sweep ends the dead stream's events, and sees to it that all of them go away in
-    time.
-    """
+    """All processes are gone. The next sweep ends the dead stream's events, and each sweep removes what has expired."""
     owner = actor()
     ended = owner.do("stream = store.start_stream('s-1'); stream.emit(1); stream.finish(); stream.id")
     dead = owner.do("stream = store.start_stream('s-1'); stream.emit(1); stream.id")
     owner.kill()
     os.utime(directory / ".events" / f"s-1.{ended}", (1, 1))
-    sweeper = persist.Store(directory, keep_events_s=1.0)
+    sweeper = persist.Store(directory)
     sweeper.clear_stale_streams()
-    assert not (directory / ".events" / f"s-1.{ended}").exists()
-    eventually(lambda: not (directory / ".events" / f"s-1.{dead}").exists())
+    assert [path.name for path in (directory / ".events").iterdir()] == [f"s-1.{dead}"]
+    with sweeper.follow("s-1", dead) as followed:
+        assert ([event.data for event in followed], followed.ended) == ([1], "died")
+    os.utime(directory / ".events" / f"s-1.{dead}", (1, 1))
+    assert persist.Store(directory).clear_stale_streams() == []
+    assert list((directory / ".events").iterdir()) == []
 
 
 def test_events_of_a_live_stream_stay_however_old(
@@ -805,23 +842,23 @@ def test_events_of_a_live_stream_stay_however_old(
 def test_time_of_an_earlier_stream_takes_no_events_of_a_live_one(directory: Path) -> None:
     """A session made anew runs a stream of an earlier one's id when the time of that one is over: its events stay.
 
-    Fails if what bears the name by then is removed.
+    Fails if a finish, a sweep or `close` removes what bears the name by then.
     """
-    store = persist.Store(directory, keep_events_s=0.3)
+    store = persist.Store(directory, keep_events_s=0)
     for session_id in ("s-1", "s-2"):
         store.create(session_id, {"messages": []})
-        with store.start_stream(session_id, stream_id="turn-1") as stream:
-            stream.emit("old")
-            stream.finish()
+    path = end_turn(store, "s-1", "old", stream_id="turn-1")
     store.delete("s-1")
     store.create("s-1", {"messages": []})
     with store.start_stream("s-1", stream_id="turn-1") as stream:
         stream.emit("new")
-        # Their times are over one after the other.
-        eventually(lambda: not (directory / ".events" / "s-2.turn-1").exists())
-        assert written(store, "turn-1") == ["new"]
+        end_turn(store, "s-2", "other")
+        store.clear_stale_streams()
+        store.close()
+        assert written(persist.Store(directory), "turn-1") == ["new"]
         stream.finish()
-    eventually(lambda: not (directory / ".events" / "s-1.turn-1").exists())
+    persist.Store(directory, keep_events_s=0).clear_stale_streams()
+    assert not path.exists()
 
 
 # --- whose files ------------------------------------------------------------------------------------------------------
@@ -974,7 +1011,7 @@ def test_child_of_a_fork_in_the_middle_of_a_registration_can_follow(
     """
     with store.start_stream("s-1") as stream:
         stream.emit(1)
-        with waiting._guard:
+        with watch._guard:
             child = _forked_in_a_thread(lambda: next(store.follow("s-1", stream.id)).data == 1)
         assert child() == 0
 
@@ -1037,31 +1074,12 @@ def test_deletion_ends_the_events_before_the_session_is_gone(
 
 
 def test_id_that_is_used_again_is_kept_for_its_own_time(store: persist.Store, session: persist.Session) -> None:
-    """The time of an earlier stream of that id does not count for the later one; a sweep makes no second entry."""
+    """The time of an earlier stream of that id does not count for the later one."""
     keeping = persist.Store(store.path, keep_events_s=3600)
-    expiry = keeping._files.events._expiry
-    for data in ("old", "new"):
-        with keeping.start_stream("s-1", {"id": data, "content": "x"}, stream_id="again") as stream:
-            stream.emit(data)
-            stream.finish({"id": f"answer {data}", "role": "assistant", "content": "x"})
-    for _ in range(3):
-        keeping.clear_stale_streams()
-    path = keeping._files.events.path("s-1", "again")
-    [(due_s, version)] = expiry._due.values()
-    # Its time has come, and another file has taken the name since.
-    expiry._due[path] = (0.0, (version[0], version[1] - 1, version[2]))
-    expiry._remove_due()
-    assert due_s > 0
-    assert [event.data for event in keeping.events("s-1", "again")] == ["new"]
-
-
-def test_events_may_be_kept_for_centuries(store: persist.Store, session: persist.Session) -> None:
-    """A time that no timer can wait for is waited for in parts."""
-    keeping = persist.Store(store.path, keep_events_s=1e10)
-    with keeping.start_stream("s-1") as stream:
-        stream.emit(1)
-        stream.finish()
-    timer = keeping._files.events._expiry._timer
-    assert timer is not None
-    assert timer.interval < 1e5
-    timer.cancel()
+    os.utime(end_turn(keeping, "s-1", "old", stream_id="again"), (1, 1))
+    path = end_turn(keeping, "s-1", "new", stream_id="again")
+    end_turn(keeping, "s-1", "other")
+    keeping.clear_stale_streams()
+    keeping.close()
+    assert path.exists()
+    assert written(persist.Store(store.path), "again") == ["new"]

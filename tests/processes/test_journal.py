@@ -1,7 +1,7 @@
 """What a commit to a large session costs in bytes, and what a process may believe of what it knows.
 
-They fail without their mechanisms: the draft that does not read, the looks at `known.opening` and `ends_so`, the index
-that is moved on, the bounds of `KnownSessions`.
+They fail without their mechanisms: the replica, the looks at the document's version and at the journal's end
+(`Journal.ends_at`), the ids that a splice hands over, the bounds of `Cache`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,13 +17,12 @@ from typing import Any
 import pytest
 from conftest import ActorFactory
 from harness.journals import Traffic, has_journal, journal_of, parted, traffic
-from persist.storage.body import Body
-from persist.storage.change import inserted
-from persist.storage.index import Index
-from persist.storage.known import Known, KnownSessions
 
 import persist
-from persist.storage import known
+from persist.storage.cache import Cache, Replica
+from persist.storage.content import Items, encoded
+from persist.storage.document import first_header
+from persist.storage.journal import Tail
 
 KB = 1024
 #: What a commit of a few hundred bytes may cost, at any size of the session.
@@ -62,6 +62,11 @@ def rename(store: persist.Store, title: str) -> None:
         data["title"] = title
 
 
+def retitle(store: persist.Store, title: str) -> None:
+    with store.transaction("s") as tx:
+        tx.fields["title"] = title
+
+
 def titled(title: str) -> Callable[[dict[str, Any]], None]:
     return lambda data: data.update(title=title)
 
@@ -77,6 +82,7 @@ def test_commit_to_a_large_session_reads_and_writes_the_change(large: persist.St
     assert_costs_the_change(lambda: large.append("s", "messages", small(1)))
     assert_costs_the_change(lambda: large.append("s", "messages", {"content": "without an id"}))
     assert_costs_the_change(lambda: large.update("s", titled("Locks")))
+    assert_costs_the_change(lambda: retitle(large, "Leases"))
     assert_costs_the_change(lambda: rename(large, "File locks"))
     streams = []
     assert_costs_the_change(lambda: streams.append(large.start_stream("s", small(2))))
@@ -167,6 +173,26 @@ def test_many_appends_cost_little_on_average_folds_included(store: persist.Store
     assert store.head("s").counts == {"messages": 1801}
 
 
+def test_no_large_value_makes_another_one_dear(store: persist.Store) -> None:
+    """F5: beside a megabyte of `messages` stand one of other messages and one of text. Each verb costs its change."""
+    context = [message(number) for number in range(2000)]
+    store.create("s", {"title": "New chat", "messages": context, "context_messages": context, "notes": "x" * 2**20})
+    store.append("s", "messages", small(0))
+    store.append("s", "context_messages", small(0))
+    assert_costs_the_change(lambda: store.append("s", "messages", small(1)))
+    assert_costs_the_change(lambda: store.append("s", "context_messages", small(1)))
+    assert_costs_the_change(lambda: retitle(store, "Locks"))
+    streams = []
+    assert_costs_the_change(lambda: streams.append(store.start_stream("s", small(2))))
+    assert_costs_the_change(lambda: streams[0].checkpoint({"role": "assistant", "content": "so far"}))
+    assert_costs_the_change(streams[0].finish)
+    for each in (store, persist.Store(store.path)):
+        heads = []
+        assert measured(lambda each=each: heads.append(each.head("s"))).read < MOST_READ  # type: ignore[misc]
+        assert heads[0].data["title"] == "Locks"
+        assert heads[0].counts == {"messages": 2004, "context_messages": 2002}
+
+
 def test_asking_whether_a_stream_was_cancelled_reads_a_head(large: persist.Store) -> None:
     """`cancelled` is asked for every token: it reads some KB of a megabyte."""
     with large.start_stream("s") as stream:
@@ -180,9 +206,7 @@ def test_asking_whether_a_stream_was_cancelled_reads_a_head(large: persist.Store
 def test_session_made_anew_by_another_process_is_not_taken_for_the_known_one(
     large: persist.Store, actor: ActorFactory
 ) -> None:
-    """Same id, same journal's name, as many records: what was known of the session before is not believed of
-    this one.
-    """
+    """Same id, as many records: what was known of the session before is not believed of this one."""
     large.append("s", "messages", small(0))
     name = journal_of(large).name
     other = actor()
@@ -191,17 +215,18 @@ def test_session_made_anew_by_another_process_is_not_taken_for_the_known_one(
         f"store.create('s', {{'messages': [{{'id': 'other', 'content': 'y' * 70_000}}]}})\n"
         f"store.append('s', 'messages', {small(1)!r})"
     )
-    assert journal_of(large).name == name
+    assert journal_of(large).name != name
     large.append("s", "messages", small(0))
     assert [each["id"] for each in large.load("s").data["messages"]] == ["other", "new-1", "new-0"]
 
 
-def test_journal_that_was_restored_from_a_backup_is_looked_at_anew(large: persist.Store) -> None:
+@pytest.mark.parametrize("pattern", ["s.*", "s.*.journal"], ids=["both files", "the journal alone"])
+def test_journal_that_was_restored_from_a_backup_is_looked_at_anew(large: persist.Store, pattern: str) -> None:
     """An administrator puts back the files of an hour ago: the next commit goes on from these,
     not from what was known.
     """
     large.append("s", "messages", small(0))
-    backup = {path: path.read_bytes() for path in large.path.glob("s.*") if path.is_file()}
+    backup = {path: path.read_bytes() for path in large.path.glob(pattern) if path.is_file()}
     large.append("s", "messages", small(1))
     large.append("s", "messages", small(2))
     for path, content in backup.items():
@@ -272,61 +297,67 @@ def test_refused_verb_leaves_no_trace_in_what_is_known(large: persist.Store) -> 
     assert [each["id"] for each in large.load("s").data["messages"][2000:]] == ["new-0", "new-1"]
 
 
-def test_evicted_knowledge_is_slower_and_never_wrong(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for two sessions and hardly an index, random appends to five of them are all there, each once."""
-    monkeypatch.setattr(known, "MOST_SESSIONS", 2)
-    monkeypatch.setattr(known, "MOST_INDEX_BYTES", 200)
-    always = persist.Store(store.path, journal="always")
+def test_evicted_knowledge_is_slower_and_never_wrong(store: persist.Store) -> None:
+    """With room for two replicas, random appends to five sessions are all there, each once."""
+    always = persist.Store(store.path, journal="always", cache_bytes=4096)
+    always._backend.files.options.verifies_folds = True
+    cache, evicted = always._backend.files.cache, 0
     names = [f"s{number}" for number in range(5)]
     for name in names:
         always.create(name, {"messages": []})
     dice, there = random.Random(7), {name: list[int]() for name in names}
     for _ in range(150):
         name, number = dice.choice(names), dice.randrange(40)
+        evicted += not cache.has(name)
         always.append(name, "messages", {"id": number, "content": str(number)})
         if number not in there[name]:
             there[name].append(number)
-        assert len(always._files.known._known) <= 2
+        assert cache._total_bytes == sum(cost for _, cost in cache._replicas.values()) <= 4096
+    assert evicted > 50
     for name in names:
         assert [each["id"] for each in always.load(name).data["messages"]] == there[name]
 
 
-def test_what_is_known_keeps_within_its_bounds(large: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sessions used last stay, so many of them; the oldest indexes make room before a new one is kept."""
-    large.append("s", "messages", small(0))
-    one = large._files.known.take("s")
-    assert one is not None
-    assert one.index_bytes == 8 * 2000 + 128
-    sessions = KnownSessions()
-
-    def another() -> Known:
-        each = Known(one.opening, one.log, one.tail, one.version)
-        each.indexes["messages"] = Index(
-            Body.of({"messages": [{"id": n} for n in range(1000)]}), "messages", frozenset()
-        )
-        assert each.index_bytes == 8000
-        return each
-
-    monkeypatch.setattr(known, "MOST_INDEX_BYTES", 80_000)
-    for number in range(300):
-        each = another() if number % 10 == 0 else Known(one.opening, one.log, one.tail, one.version)
-        sessions.make_room_for(each)
-        sessions.keep(f"{number}", each)
-    assert len(sessions._known) <= known.MOST_SESSIONS == 256
-    assert sum(each.index_bytes for each in sessions._known.values()) <= 80_000
-    assert "299" in sessions._known
-    assert sessions.take("299") is not None
-    assert sessions.take("299") is None
+def replica(count: int) -> Replica:
+    """A session of so many small messages, as a process keeps it."""
+    content = encoded({"messages": [{"id": f"m{number}", "content": "x" * 40} for number in range(count)]})
+    return Replica(first_header(None), content, (0, 0, 0, 0), Tail.of("0" * 16))
 
 
-def test_index_of_a_large_list_takes_eight_bytes_an_item() -> None:
-    """Also after many appends: those that came last are settled now and then."""
-    index = Index(Body.of({}), "messages", frozenset())
-    for number in range(10_000):
-        index.take(inserted("messages", number, b'{"id":%d}' % number), frozenset())
-    assert index.size_bytes <= 8 * 10_000 + 128 * 4096
-    assert all(index.may_hold(b"%d" % number) for number in range(10_000))
-    assert not any(index.may_hold(b"%d" % number) for number in range(10_000, 10_500))
+def test_sessions_that_were_used_last_stay_within_the_bound() -> None:
+    """The cache drops what was used longest ago, and never keeps more than it may. What it hands out is not in it."""
+    cost = replica(100).cost_bytes
+    cache = Cache(3 * cost)
+    for number in range(5):
+        cache.put(f"{number}", replica(100))
+    assert list(cache._replicas) == ["2", "3", "4"]
+    found = cache.take("2")
+    assert found is not None
+    assert cache.take("2") is None
+    cache.put("2", found)
+    cache.put("5", replica(100))
+    assert list(cache._replicas) == ["4", "2", "5"]
+    cache.put("2", replica(200))
+    assert list(cache._replicas) == ["5", "2"]
+    cache.put("too large", replica(400))
+    assert (list(cache._replicas), cache._total_bytes) == ([], 0)
+
+
+@pytest.mark.parametrize("count", [1, 10_000])
+def test_bound_of_the_cache_is_about_that_of_the_memory(count: int) -> None:
+    """Small messages cost more memory than their JSON, and the ids cost some more. The bound counts it."""
+    tracemalloc.start()
+    try:
+        kept = [replica(count) for _ in range(10_000 // count)]
+        for each in kept:
+            items = each.content.apart["messages"]
+            assert isinstance(items, Items)
+            assert items.find(b'"m0"') == 0
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    counted = sum(each.cost_bytes for each in kept)
+    assert taken < 1.25 * counted
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -360,6 +391,8 @@ def test_processes_that_take_turns_lose_nothing_through_folds(store: persist.Sto
     store.create("s", {"messages": ["x" * 70_000]})
     modes = ("auto", "always", "never")
     servers = [actor(journal=mode) for mode in modes]
+    for server in servers:
+        server.do("store._backend.files.options.verifies_folds = True")
     dice = random.Random(11)
     for number in range(90):
         server = dice.choice(servers)

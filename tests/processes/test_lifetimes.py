@@ -236,13 +236,13 @@ def test_wrong_clock_changes_nothing_that_matters(
     wrong.do(
         f"""
 import datetime as real, time
-from persist import streams, store as store_module, turn
-from persist.storage import snapshot
+from persist import streams
+from persist.storage import document
 class Shifted(real.datetime):
     @classmethod
     def now(cls, tz=None):
         return real.datetime.now(tz) + real.timedelta(days={days})
-streams.datetime = store_module.datetime = snapshot.datetime = Shifted
+streams.datetime = document.datetime = Shifted
 """
     )
     old = store.load("s-1")

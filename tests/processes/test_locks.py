@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
-from functools import partial
 from pathlib import Path
 
 import pytest
 from actors import DEADLINE_S, Actor, eventually
 from conftest import ActorFactory
 from filelock import FileLock, Timeout, lock_descriptor
+from harness.faults import descriptors
 
 import persist
-from persist.storage import held, lock, turns
+from persist.storage import held, lock, turnstile
 
 
 @pytest.fixture
@@ -242,16 +241,17 @@ os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 def test_methods_of_a_finished_transaction_are_refused(store: persist.Store, session: persist.Session) -> None:
     """The transaction is the lock: outside its block nothing of it works."""
-    with store._files.transaction("s-1") as tx:
+    with store._backend.files.transaction("s-1") as tx:
         found = tx.read()
     for use in (
         tx.read,
         tx.exists,
         tx.delete,
         tx.confirm,
-        tx.look,
+        tx.head,
         tx.compact,
-        lambda: tx.commit(found.header, found.body),
+        tx.accept,
+        lambda: tx.commit(found.header, found.content),
     ):
         with pytest.raises(persist.LockNotHeld):
             use()
@@ -276,7 +276,7 @@ def test_waiters_of_a_deleted_session_agree_on_the_next_lock(
 ) -> None:
     """A lock file that its holder has unlinked guards no name: 3 processes create, edit and delete one id.
 
-    Fails with the look at st_nlink taken out. Each create is answered by exactly one delete, and nothing is left over.
+    Fails with the look at the name taken out. Each create is answered by exactly one delete, and nothing is left over.
     """
     actors = [actor(lock_timeout_s=60.0) for _ in range(3)]
     work = """
@@ -445,16 +445,16 @@ def test_fork_goes_on_after_a_descriptor_that_somebody_closed(store: persist.Sto
         held._descriptors.discard(closed)
 
 
-# --- the queue of processes -------------------------------------------------------------------------------------------
+# --- the turnstile ----------------------------------------------------------------------------------------------------
 
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such a queue")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such a turnstile")
 
 
-def has_waiters(path: Path) -> bool:
-    """Whether somebody waits for a lock file, in its queue."""
+def is_taken(path: Path) -> bool:
+    """Whether somebody is in the turnstile of a lock file."""
     fd = os.open(path, os.O_RDWR)
     try:
-        return turns.has_waiters(fd)
+        return turnstile.is_taken(fd)
     finally:
         os.close(fd)
 
@@ -467,113 +467,81 @@ def locked(directory: Path, session: persist.Session, actor: ActorFactory) -> Ac
     return holder
 
 
-def in_queue(waiter: Actor, path: Path) -> None:
-    """Have a process wait for the session; return when it is at the head of the queue."""
+def in_turnstile(waiter: Actor, path: Path) -> None:
+    """Have a process wait for the session. Return when it is in the turnstile."""
     waiter.start("store.append('s-1', 'log', 'waiter')")
-    eventually(lambda: has_waiters(path))
+    eventually(lambda: is_taken(path))
+
+
+@linux_only
+def test_turnstile_holds_one_and_is_free_with_its_descriptor(tmp_path: Path) -> None:
+    """Of two that come at once, one is in it. Nobody is in its own way, and a close leaves it."""
+    path = tmp_path / "x.lock"
+    one, other = (os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(2))
+    try:
+        assert not turnstile.is_taken(one)
+        assert (turnstile.take(one), turnstile.take(other)) == (True, False)
+        assert (turnstile.is_taken(one), turnstile.is_taken(other)) == (False, True)
+        # Who is in it excludes nobody from the lock.
+        assert lock_descriptor(other, blocking=False)
+        turnstile.leave(one)
+        assert turnstile.take(other)
+    finally:
+        os.close(other)
+        assert not turnstile.is_taken(one)
+        os.close(one)
 
 
 @linux_only
 def test_lock_is_left_to_who_waits_for_it(
     store: persist.Store, session: persist.Session, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who has just freed the lock does not take it again while somebody else waits in the queue: so no one is starved.
+    """A process that comes to a free lock does not take it while another one is in the turnstile: so no one is starved.
 
-    Fails without `in_turn`. Who stays in the queue with the lock free is stuck, and is overtaken after a moment; who
-    does not wait at all asks for no turn.
+    Fails without the look at the turnstile. A caller who does not wait at all takes what is free.
     """
-    queued: list[Path] = []
-    place = lock._place
+    asked: list[int] = []
+    take = turnstile.take
 
-    def queue(path: Path, file: held.HeldFile) -> object:
-        queued.append(path)
-        return place(path, file)
+    def counted(fd: int) -> bool:
+        asked.append(fd)
+        return take(fd)
 
-    monkeypatch.setattr(lock, "_place", queue)
+    monkeypatch.setattr(lock, "PATIENCE_S", 1000.0)
+    monkeypatch.setattr(turnstile, "take", counted)
     fd = os.open(directory / "s-1.json.lock", os.O_RDWR)
-    try:
-        turns.queue_up(fd)
-        persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1)
-        assert queued == []
-        store.append("s-1", "log", 1)
-        assert queued == [directory / "s-1.json.lock"]
-    finally:
-        os.close(fd)
+    assert take(fd)
+    assert persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1) == 2
+    waiting = threading.Thread(target=lambda: store.append("s-1", "log", 2))
+    waiting.start()
+    eventually(lambda: len(asked) > 20)
+    assert store.head("s-1").revision == 2
+    os.close(fd)
+    waiting.join(DEADLINE_S)
+    assert store.load("s-1").data["log"] == [1, 2]
 
 
 @linux_only
-def test_lock_goes_to_those_who_wait_in_the_order_in_which_they_came(
+def test_process_in_the_turnstile_is_next(
     locked: Actor, store: persist.Store, directory: Path, actor: ActorFactory
 ) -> None:
-    """Nobody is overtaken, by whomever. Fails if a waiter does not wait for the one before it, but for the lock."""
-    waiters = [actor() for _ in range(5)]
-    for number, waiter in enumerate(waiters):
-        # The holder holds it for long: nobody is to take that for a queue that does not move.
+    """Nobody overtakes it, however many come. Fails if all that wait poll the lock."""
+    first, *crowd = [actor() for _ in range(6)]
+    for waiter in (first, *crowd):
+        # The holder holds it for long: nobody is to take that for a turnstile that does not move.
         waiter.do("from persist.storage import lock; lock.PATIENCE_S = 1000.0")
-        waiter.start(f"store.append('s-1', 'log', {number})")
-        eventually(partial(is_so_long, directory / "s-1.json.lock", number + 1))
+    in_turnstile(first, directory / "s-1.json.lock")
+    looks = "looks = []; take = lock.turnstile.take; lock.turnstile.take = lambda fd: looks.append(1) or take(fd)"
+    for waiter in crowd:
+        waiter.do(looks)
+        waiter.start("store.append('s-1', 'log', 'crowd'), len(looks) > 1")
+    # Time to get in line. What proves the order is the document.
+    assert not first._connection.poll(0.2)
     locked.go()
-    assert [waiter.result() for waiter in (locked, *waiters)] == [2, 3, 4, 5, 6, 7]
-    assert store.load("s-1").data["log"] == ["holder", 0, 1, 2, 3, 4]
-
-
-def is_so_long(path: Path, count: int) -> bool:
-    """Whether so many wait for a lock file."""
-    return count_of_waiters(path) == count
-
-
-def count_of_waiters(path: Path) -> int:
-    """How many locks the kernel's table has on the bytes of a queue."""
-    inode = str(path.stat().st_ino)
-    table = [
-        line.replace(" -> ", " ").split() for line in Path("/proc/locks").read_text().splitlines() if " -> " not in line
-    ]
-    return sum(
-        1 for fields in table if fields[1] == "OFDLCK" and fields[3] == "WRITE" and fields[5].endswith(f":{inode}")
-    )
-
-
-@linux_only
-def test_who_gives_up_in_the_middle_of_the_queue_lets_nobody_overtake(tmp_path: Path) -> None:
-    """Who stood behind it waits for those before it, then. Fails if it takes its being gone for its own turn."""
-    path = tmp_path / "x.lock"
-    first, second, third = (os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(3))
-    try:
-        turns.queue_up(first)
-        turns._take_last(second)
-        waiting = threading.Thread(target=lambda: turns.queue_up(third))
-        waiting.start()
-        eventually(lambda: count_of_waiters(path) == 3)
-        os.close(second)
-        eventually(lambda: count_of_waiters(path) == 2)
-        waiting.join(0.1)
-        assert waiting.is_alive()
-    finally:
-        os.close(first)
-        waiting.join(DEADLINE_S)
-        assert not waiting.is_alive()
-        os.close(third)
-
-
-@linux_only
-def test_two_who_come_at_once_get_two_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the look for the last place and taking the one behind it, somebody else may take that."""
-    path = tmp_path / "x.lock"
-    one, other = (os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(2))
-    taken, rivals, found = turns._taken, [other], list[int]()
-
-    def late(fd: int, start: int, length: int = 0) -> int | None:
-        answer = taken(fd, start, length)
-        if answer is None and rivals:
-            found.append(turns.queue_up(rivals.pop()))
-        return answer
-
-    try:
-        monkeypatch.setattr(turns, "_taken", late)
-        assert turns._take_last(one) == found[0] + 1
-    finally:
-        os.close(one)
-        os.close(other)
+    assert (locked.result(), first.result()) == (2, 3)
+    answers = [waiter.result() for waiter in crowd]
+    assert sorted(revision for revision, _ in answers) == [4, 5, 6, 7, 8]
+    assert any(has_waited for _, has_waited in answers)
 
 
 @linux_only
@@ -586,14 +554,15 @@ def test_waiter_lets_go_of_a_lock_file_that_was_removed(locked: Actor, directory
     old = os.open(path, os.O_RDWR)
     try:
         waiter = actor()
-        in_queue(waiter, path)
+        in_turnstile(waiter, path)
         path.unlink()
         new = held.try_hold(path, create=True)
         assert new is not None
         locked.go()
         locked.result()
-        eventually(lambda: has_waiters(path))
+        eventually(lambda: is_taken(path))
         eventually(lambda: lock_descriptor(old, blocking=False))
+        assert not turnstile.is_taken(old)
         assert not waiter._connection.poll()
         new.close()
         assert waiter.result() == 3
@@ -608,12 +577,12 @@ def state_of(task: Path) -> str:
 
 @linux_only
 def test_waiter_that_is_stopped_stops_nobody(locked: Actor, directory: Path, actor: ActorFactory) -> None:
-    """A paused container or a debugger: who stands behind it overtakes it after a moment.
+    """A paused container or a debugger in the turnstile: who comes behind it overtakes it after a moment.
 
     Fails without `PATIENCE_S`.
     """
     stopped = actor()
-    in_queue(stopped, directory / "s-1.json.lock")
+    in_turnstile(stopped, directory / "s-1.json.lock")
     stopped.process.send_signal(signal.SIGSTOP)
     # All its threads: one that still runs might take the lock, and be stopped with it.
     eventually(lambda: all(state_of(task) == "T" for task in Path(f"/proc/{stopped.process.pid}/task").iterdir()))
@@ -628,59 +597,35 @@ def test_waiter_that_is_stopped_stops_nobody(locked: Actor, directory: Path, act
 
 
 @linux_only
-def test_queue_that_moves_is_not_overtaken(locked: Actor, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only where nobody has come to a turn for a while, who waits looks whether the lock is free all the same."""
-    looks: list[Path] = []
-    try_hold, heads = held.try_hold, itertools.count()
-
-    def look(path: Path, *, create: bool) -> held.HeldFile | None:
-        looks.append(path)
-        return try_hold(path, create=create)
-
-    monkeypatch.setattr(lock, "try_hold", look)
-    fd = os.open(directory / "s-1.json.lock", os.O_RDWR)
-    turns.queue_up(fd)
-    impatient = persist.Store(directory, lock_timeout_s=6 * lock.PATIENCE_S)
-    monkeypatch.setattr(turns, "head", lambda _fd: next(heads))
-    with pytest.raises(persist.LockTimeout):
-        impatient.append("s-1", "log", 1)
-    # At the end of its time.
-    assert len(looks) == 1
-    monkeypatch.undo()
-    os.close(fd)
-
-
-@linux_only
-def test_place_outlives_an_exception_behind_its_start(
-    locked: Actor, store: persist.Store, directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A signal's exception that comes when the thread has been started: that keeps its file, and gives back what it
-    gets.
-    """
-    take = lock._Place.take
-
-    def interrupted(place: lock._Place) -> bool:
-        take(place)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(lock._Place, "take", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            store.append("s-1", "log", 1)
-    assert [place.file.is_held for place in lock._places.values()] == [True]
+def test_waiter_that_is_killed_leaves_the_turnstile(locked: Actor, directory: Path, actor: ActorFactory) -> None:
+    """The kernel frees it."""
+    killed = actor()
+    in_turnstile(killed, directory / "s-1.json.lock")
+    killed.kill()
+    assert not is_taken(directory / "s-1.json.lock")
     locked.go()
     locked.result()
-    eventually(lambda: not lock._places)
     assert persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1) == 3
 
 
 @linux_only
-def test_waiter_that_is_killed_leaves_the_queue(locked: Actor, directory: Path, actor: ActorFactory) -> None:
-    """The kernel frees its place, too."""
-    killed = actor()
-    in_queue(killed, directory / "s-1.json.lock")
-    killed.kill()
-    assert not has_waiters(directory / "s-1.json.lock")
+def test_exception_in_the_turnstile_leaves_it(
+    locked: Actor, store: persist.Store, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C right behind the step into it: neither the turnstile nor a descriptor stays behind."""
+    take = turnstile.take
+
+    def interrupted(fd: int) -> bool:
+        assert take(fd)
+        raise KeyboardInterrupt
+
+    before = descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(turnstile, "take", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.append("s-1", "log", 1)
+    assert not is_taken(directory / "s-1.json.lock")
+    assert descriptors() == before
     locked.go()
     locked.result()
     assert persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1) == 3
@@ -688,84 +633,67 @@ def test_waiter_that_is_killed_leaves_the_queue(locked: Actor, directory: Path, 
 
 @linux_only
 @pytest.mark.parametrize("fork", ["os.fork", "ctypes.PyDLL(None).fork"], ids=["fork", "fork that Python does not see"])
-def test_waiter_that_gave_up_keeps_nothing_that_it_gets_later(
-    locked: Actor, directory: Path, actor: ActorFactory, fork: str
-) -> None:
-    """Its thread cannot be called back from the kernel: it gets the lock when that is free, and lets go of it.
+def test_waiter_that_gave_up_keeps_nothing(locked: Actor, directory: Path, actor: ActorFactory, fork: str) -> None:
+    """A child that was forked while its parent was in the turnstile has no part in it, whatever it has closed.
 
-    A child that was forked meanwhile has no part in it, whether or not it has closed its copy of the descriptor. Fails
-    if that is closed here, and not unlocked.
+    Fails if who gives up closes the descriptor, of which the child may have a copy, and does not leave first.
     """
-    waiter = actor(lock_timeout_s=0.1)
+    waiter = actor(lock_timeout_s=1.0)
     code = """
-import ctypes, warnings
-from persist.storage import lock
+import ctypes, threading, time, warnings
+from persist.storage import turnstile
 # Python 3.12 says at a fork that there is a thread: here, it is the one that is meant.
 warnings.simplefilter('ignore', DeprecationWarning)
-descriptors = len(os.listdir('/proc/self/fd'))
-for n in range(3):
+before = len(os.listdir('/proc/self/fd'))
+errors = []
+def wait():
     try:
         store.append('s-1', 'log', 1)
-    except persist.LockTimeout:
-        pass
+    except persist.LockTimeout as error:
+        errors.append(error)
+waiting = threading.Thread(target=wait)
+waiting.start()
+fd = os.open(store.path / 's-1.json.lock', os.O_RDWR)
+while not turnstile.is_taken(fd):
+    time.sleep(0.001)
 child = FORK()
 if child == 0:
-    import time
     time.sleep(60)
     os._exit(0)
-child, len(lock._places), len(os.listdir('/proc/self/fd')) - descriptors
+waiting.join()
+os.close(fd)
+child, len(errors), len(os.listdir('/proc/self/fd')) - before
 """
-    child, queued, more_descriptors = waiter.do(code.replace("FORK", fork))
+    child, timed_out, more_descriptors = waiter.do(code.replace("FORK", fork))
     try:
-        # One thread, however often it was tried.
-        assert (queued, more_descriptors) == (1, 1)
+        assert (timed_out, more_descriptors) == (1, 0)
+        assert not is_taken(directory / "s-1.json.lock")
         locked.go()
         locked.result()
-        assert persist.Store(directory, lock_timeout_s=5.0).append("s-1", "log", 1) == 3
-        eventually(lambda: waiter.do("len(lock._places), len(os.listdir('/proc/self/fd')) - descriptors") == (0, 0))
-        assert waiter.do("store.append('s-1', 'log', 2)") == 4
-        persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 3)
+        assert waiter.do("store.append('s-1', 'log', 2)") == 3
+        assert persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 3) == 4
     finally:
         os.kill(child, signal.SIGKILL)
 
 
 @linux_only
-@pytest.mark.parametrize(
-    "hindrance",
-    [
-        pytest.param("threading.stack_size(1 << 46)", id="no-thread-can-start"),
-        # What gevent and eventlet do: there, a wait in the kernel would keep everybody waiting.
-        pytest.param("_thread.start_new_thread = lambda *_: 1 / 0", id="threads-are-none"),
-    ],
-)
-def test_who_cannot_queue_polls(locked: Actor, directory: Path, actor: ActorFactory, hindrance: str) -> None:
-    """Where no thread can wait in the kernel, the lock is looked at again and again,
-    until it is free or time is over.
-    """
-    poller = actor(lock_timeout_s=20.0)
-    poller.do(f"import _thread, threading; {hindrance}")
-    poller.do("impatient = persist.Store(store.path, lock_timeout_s=0.05)")
-    with pytest.raises(persist.LockTimeout):
-        poller.do("impatient.append('s-1', 'log', 1)")
-    poller.start("store.append('s-1', 'log', 1)")
-    assert not poller._connection.poll(0.1)
-    locked.go()
-    assert poller.result() == 3
-
-
-@linux_only
-def test_who_polls_where_the_kernel_refuses_a_place(
+def test_who_waits_where_the_kernel_has_no_such_locks_polls(
     store: persist.Store, session: persist.Session, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file system without such locks: it is asked for a place once, and not again and again."""
-    asked = []
+    """A file system without such locks costs the order only: the lock is looked at until it is free or time is over."""
+    asked: list[int] = []
 
-    def refuse(_fd: int) -> None:
-        asked.append(True)
+    def refuse(fd: int, *_arguments: object) -> None:
+        asked.append(fd)
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(turns, "queue_up", refuse)
-    with FileLock(directory / "s-1.json.lock", fallback_to_soft=False), pytest.raises(persist.LockTimeout):
-        persist.Store(directory, lock_timeout_s=0.1).append("s-1", "log", 1)
-    assert len(asked) == 1
-    assert store.append("s-1", "log", 1) == 2
+    monkeypatch.setattr(turnstile.fcntl, "fcntl", refuse)
+    with FileLock(directory / "s-1.json.lock", fallback_to_soft=False):
+        with pytest.raises(persist.LockTimeout):
+            persist.Store(directory, lock_timeout_s=0.1).append("s-1", "log", 1)
+        waiting = threading.Thread(target=lambda: store.append("s-1", "log", 2))
+        waiting.start()
+        asked.clear()
+        eventually(lambda: bool(asked))
+    waiting.join(DEADLINE_S)
+    assert store.load("s-1").data["log"] == [2]

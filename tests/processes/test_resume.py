@@ -275,7 +275,8 @@ def test_cursor_that_cannot_be_right_is_refused(serve: Serve, store: persist.Sto
     assert answer(server.follow("0" * 32)) == (410, "EventsNotFound")
     assert answer(server.follow(stream_id, session_id="s-2")) == (404, "SessionNotFound")
     assert answer(server.follow(".x")) == (400, "InvalidStreamId")
-    assert answer(server.follow(stream_id, session_id=".x")) == (400, "InvalidSessionId")
+    assert answer(server.follow(stream_id, session_id=".x")) == (404, "SessionNotFound")
+    assert answer(server.follow(stream_id, session_id="x" * 513)) == (400, "InvalidSessionId")
     # That of the last event is right: there is nothing more but the end.
     assert list(server.follow(stream_id, "3")) == [Sent("", "finished", "3")]
 

@@ -17,10 +17,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from persist import codec, instant
+from persist import json_codec
 from persist.errors import NotJSON, ValuePath
 
-GREATEST = 10**codec.MAX_DIGITS - 1
+#: As many items as a long list has.
+MANY = 300
+GREATEST = 10**json_codec.MAX_DIGITS - 1
 
 
 def exactly(value: Any) -> Any:
@@ -35,8 +37,8 @@ def exactly(value: Any) -> Any:
 
 
 def round_trip(value: Any) -> Any:
-    codec.check(value)
-    return codec.decode(codec.encode(value))
+    json_codec.check(value)
+    return json_codec.decode(json_codec.encode(value))
 
 
 def nested(depth: int, kind: str = "list") -> Any:
@@ -56,7 +58,7 @@ any_text = st.text(st.characters(codec=None, exclude_categories=()))
 paired_text = any_text.filter(lambda text: json.loads(json.dumps(text)) == text)
 long_integers = st.builds(
     lambda digits, sign: sign * int(digits),
-    st.text("0123456789", min_size=1, max_size=codec.MAX_DIGITS),
+    st.text("0123456789", min_size=1, max_size=json_codec.MAX_DIGITS),
     st.sampled_from([1, -1]),
 )
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -75,16 +77,28 @@ def test_every_value_that_is_accepted_comes_back_exactly(value: Any) -> None:
     assert exactly(round_trip(value)) == exactly(value)
 
 
+@given(st.lists(values), st.dictionaries(paired_text, values))
+@example([1e22, "é", 2**64, "\ud800"], {"\ud800": "é", "é": 1e16})
+def test_a_part_has_the_same_bytes_alone_and_in_a_whole(items: list[Any], members: dict[str, Any]) -> None:
+    """Equal values have equal bytes, whatever stands beside them: also beside half a surrogate pair.
+
+    Fails if a whole is encoded in another way than its parts, because then equal data differs.
+    """
+    assert json_codec.encode(items) == b"[%b]" % b",".join(map(json_codec.encode, items))
+    parts = [json_codec.encode(key) + b":" + json_codec.encode(value) for key, value in members.items()]
+    assert json_codec.encode(members) == b"{%b}" % b",".join(parts)
+
+
 @given(values)
 def test_what_is_written_is_json_for_everybody(value: Any) -> None:
     """The standard library reads what `encode` writes, and reads the same."""
-    assert exactly(json.loads(codec.encode(value))) == exactly(value)
+    assert exactly(json.loads(json_codec.encode(value))) == exactly(value)
 
 
 @given(values)
 def test_what_encode_writes_is_taken_by_the_strict_reader(value: Any) -> None:
     """`decode_strict` refuses nothing that `encode` writes, and reads it as `decode` does."""
-    assert exactly(codec.decode_strict(codec.encode(value))) == exactly(value)
+    assert exactly(json_codec.decode_strict(json_codec.encode(value))) == exactly(value)
 
 
 @given(st.integers() | long_integers)
@@ -135,54 +149,54 @@ def test_every_text_comes_back(text: str) -> None:
 )
 def test_types_that_python_calls_equal_are_kept_apart(value: Any, encoded: bytes) -> None:
     """``True``, ``1`` and ``1.0`` have different bytes and come back as they were."""
-    assert codec.encode(value) == encoded
-    assert exactly(codec.decode(encoded)) == exactly(value)
+    assert json_codec.encode(value) == encoded
+    assert exactly(json_codec.decode(encoded)) == exactly(value)
 
 
 def test_order_inside_nested_values_is_kept() -> None:
     """Keys are never sorted, at any level."""
     value = {"z": {"b": 1, "a": [{"y": 1, "x": 2}]}, "a": 0}
     assert exactly(round_trip(value)) == exactly(value)
-    assert codec.encode(value) == b'{"z":{"b":1,"a":[{"y":1,"x":2}]},"a":0}'
+    assert json_codec.encode(value) == b'{"z":{"b":1,"a":[{"y":1,"x":2}]},"a":0}'
 
 
 @pytest.mark.parametrize("kind", ["list", "dict"])
 def test_two_hundred_levels_come_back_and_one_more_is_refused(kind: str) -> None:
     """The limit of nesting is exactly `MAX_DEPTH`, for both containers."""
-    deepest = nested(codec.MAX_DEPTH, kind)
+    deepest = nested(json_codec.MAX_DEPTH, kind)
     assert round_trip(deepest) == deepest
-    assert codec.decode_strict(codec.encode(deepest)) == deepest
+    assert json_codec.decode_strict(json_codec.encode(deepest)) == deepest
     with pytest.raises(NotJSON, match="deeper than 200 levels") as caught:
-        codec.check(nested(codec.MAX_DEPTH + 1, kind))
-    assert caught.value.path == (0 if kind == "list" else "k",) * codec.MAX_DEPTH
+        json_codec.check(nested(json_codec.MAX_DEPTH + 1, kind))
+    assert caught.value.path == (0 if kind == "list" else "k",) * json_codec.MAX_DEPTH
 
 
 @pytest.mark.parametrize("above", [0, 150, 189, 190, 191, 192, 193, 198, 199])
 def test_the_limit_of_nesting_is_the_same_in_a_long_list(above: int) -> None:
     """Where many values are looked at as a whole, the levels above them and inside them still count together."""
-    for inside, is_accepted in ((codec.MAX_DEPTH - above - 1, True), (codec.MAX_DEPTH - above, False)):
-        value = deep([*range(instant.MANY), *([nested(inside)] if inside else [])], above)
+    for inside, is_accepted in ((json_codec.MAX_DEPTH - above - 1, True), (json_codec.MAX_DEPTH - above, False)):
+        value = deep([*range(MANY), *([nested(inside)] if inside else [])], above)
         with contextlib.nullcontext() if is_accepted else pytest.raises(NotJSON, match="deeper than 200 levels"):
-            codec.check(value)
+            json_codec.check(value)
 
 
 def test_the_limit_of_values_counts_those_of_a_long_list(monkeypatch: pytest.MonkeyPatch) -> None:
     """A document may have so many values and no more, however they are spread."""
-    value = [[0] * instant.MANY, {str(n): 1 for n in range(instant.MANY)}, 5]
-    monkeypatch.setattr(instant, "MAX_VALUES", 2 * instant.MANY + 3)
-    codec.check(value)
-    monkeypatch.setattr(instant, "MAX_VALUES", 2 * instant.MANY + 2)
+    value = [[0] * MANY, {str(n): 1 for n in range(MANY)}, 5]
+    monkeypatch.setattr(json_codec, "MAX_VALUES", 2 * MANY + 3)
+    json_codec.check(value)
+    monkeypatch.setattr(json_codec, "MAX_VALUES", 2 * MANY + 2)
     with pytest.raises(NotJSON, match="too large"):
-        codec.check(value)
+        json_codec.check(value)
 
 
 def test_a_long_list_that_contains_itself_many_times_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking at it as a whole ends at the limit of values, level by level, and not at that of the memory."""
-    monkeypatch.setattr(instant, "MAX_VALUES", 100_000)
+    monkeypatch.setattr(json_codec, "MAX_VALUES", 100_000)
     endless: list[Any] = []
-    endless += [endless] * instant.MANY
+    endless += [endless] * MANY
     with pytest.raises(NotJSON, match="containing itself"):
-        codec.check({"messages": endless})
+        json_codec.check({"messages": endless})
 
 
 def test_a_list_that_is_used_twice_is_no_cycle() -> None:
@@ -248,7 +262,7 @@ REFUSED = [
         (lambda value: value, ()),
         (lambda value: {"meta": value}, ("meta",)),
         (lambda value: {"messages": [{}, {"role": "user", "content": [0, value]}]}, ("messages", 1, "content", 1)),
-        (lambda value: {"messages": [{}] * instant.MANY + [{"at": value}]}, ("messages", instant.MANY, "at")),
+        (lambda value: {"messages": [{}] * MANY + [{"at": value}]}, ("messages", MANY, "at")),
     ],
     ids=["alone", "in a field", "in a message", "behind many messages"],
 )
@@ -257,7 +271,7 @@ def test_a_value_that_json_would_change_is_refused_by_its_path(
 ) -> None:
     """`NotJSON` names the place of the value and says what to do with it."""
     with pytest.raises(NotJSON, match=reason) as caught:
-        codec.check(place(value))
+        json_codec.check(place(value))
     assert caught.value.path == path
     assert str(caught.value).startswith("data" + "".join(f"[{step!r}]" for step in path) + " cannot be kept as JSON:")
 
@@ -267,14 +281,14 @@ def test_what_lies_deep_behind_many_values_is_refused_by_its_path(value: Any) ->
     """At any level, also below those that are looked at as a whole."""
     for depth in range(12):
         with pytest.raises(NotJSON) as caught:
-            codec.check([*range(instant.MANY), deep(value, depth)])
-        assert caught.value.path == (instant.MANY, *["k"] * depth)
+            json_codec.check([*range(MANY), deep(value, depth)])
+        assert caught.value.path == (MANY, *["k"] * depth)
 
 
 def test_the_path_begins_where_the_caller_says() -> None:
     """A message that is checked alone is named by its place in the document."""
     with pytest.raises(NotJSON) as caught:
-        codec.check({"at": {1}}, ("messages", 7))
+        json_codec.check({"at": {1}}, ("messages", 7))
     assert caught.value.path == ("messages", 7, "at")
 
 
@@ -288,7 +302,7 @@ def test_a_value_that_contains_itself_is_refused(kind: str) -> None:
     else:
         inner["back"] = outer
     with pytest.raises(NotJSON, match="containing itself") as caught:
-        codec.check(outer)
+        json_codec.check(outer)
     assert caught.value.path[0] == "meta"
 
 
@@ -297,7 +311,7 @@ def test_a_value_that_contains_itself_is_refused(kind: str) -> None:
 def test_a_surrogate_pair_written_as_two_characters_is_refused(text: str, in_key: bool) -> None:
     """JSON would join the two escapes to one character; the caller's path is named."""
     with pytest.raises(NotJSON, match="surrogate pair") as caught:
-        codec.encode({text: 1} if in_key else [text], ("title",))
+        json_codec.encode({text: 1} if in_key else [text], ("title",))
     assert caught.value.path == ("title",)
 
 
@@ -305,29 +319,42 @@ def test_a_surrogate_pair_written_as_two_characters_is_refused(text: str, in_key
 def test_text_comes_back_or_is_refused(text: str) -> None:
     """Whatever the code points, there is no third outcome."""
     try:
-        encoded = codec.encode(text)
+        encoded = json_codec.encode(text)
     except NotJSON:
         assert json.loads(json.dumps(text)) != text
     else:
-        assert codec.decode(encoded) == text
+        assert json_codec.decode(encoded) == text
 
 
-@pytest.mark.usefixtures("no_collection")
-@pytest.mark.parametrize(
-    "data",
-    [
-        {"a": "x", "b": ["y"]},
-        {"b": ["y"], "a": ["x"]},
-        {"a": ["x"]},
-        {"a": ["x"], "b": ["y"], "c": 1},
-        {"a": [], "b": []},
-    ],
-)
-def test_what_is_encoded_at_once_is_what_the_caller_knew(data: dict[str, Any]) -> None:
-    """A field that another thread sets, removes or moves after the caller has looked makes the answer void."""
-    known = {"a": ["x"], "b": ["y"]}
-    assert instant.encode(known, known.copy(), list(known.values()), []) == [b'["x"]', b'["y"]']
-    assert instant.encode(data, known, list(known.values()), []) is None
+@given(values)
+def test_encode_exact_is_check_and_encode(value: Any) -> None:
+    """What is kept as it is has one encoding, whether it was checked on the way or not."""
+    encoded = json_codec.encode_exact(value)
+    assert encoded == json_codec.encode(value)
+    assert json_codec.encode_unchecked(value) in (encoded, None)
+    assert json_codec.encode_all_unchecked([value]) in ([encoded], None)
+
+
+@pytest.mark.parametrize("value", [case[0] for case in REFUSED], ids=lambda value: type(value).__name__)
+def test_encode_exact_refuses_what_check_refuses(value: Any) -> None:
+    """The error names the path that the caller gave, and nothing is encoded."""
+    with pytest.raises(NotJSON) as caught:
+        json_codec.encode_exact([value], ("messages", 7))
+    assert caught.value.path == ("messages", 7, 0)
+
+
+@given(values, values)
+def test_same_tells_values_as_their_json_does(one: Any, other: Any) -> None:
+    """Two values are the same exactly if their JSON is, the order of keys aside."""
+
+    def ordered(value: Any) -> Any:
+        if type(value) is dict:
+            return {key: ordered(value[key]) for key in sorted(value)}
+        return list(map(ordered, value)) if type(value) is list else value
+
+    alike = json_codec.encode(ordered(one)) == json_codec.encode(ordered(other))
+    assert json_codec.same(one, other) is json_codec.same(other, one) is alike
+    assert json_codec.same(one, ordered(one))
 
 
 # --- files that no checksum vouches for -------------------------------------------------------------------------------
@@ -385,15 +412,15 @@ def test_what_two_readers_would_take_differently_is_refused_at_its_byte(
     encoded: bytes, reason: str, offset: int
 ) -> None:
     """Damage and ambiguity in a foreign file are named with the offset, in bytes, of the first bad one."""
-    with pytest.raises(codec.StrictError, match=reason) as caught:
-        codec.decode_strict(encoded)
+    with pytest.raises(json_codec.StrictError, match=reason) as caught:
+        json_codec.decode_strict(encoded)
     assert caught.value.offset == offset
 
 
 @pytest.mark.parametrize("value", [None, True, 0, -1, 0.5, -0.0, "text", "", [], {}, GREATEST, "\ud800"])
 def test_a_single_value_is_a_document_for_the_strict_reader(value: Any) -> None:
     """Scalars are JSON too; whether a document may be one is not the codec's question."""
-    assert exactly(codec.decode_strict(codec.encode(value))) == exactly(value)
+    assert exactly(json_codec.decode_strict(json_codec.encode(value))) == exactly(value)
 
 
 @pytest.mark.parametrize(
@@ -408,24 +435,24 @@ def test_a_single_value_is_a_document_for_the_strict_reader(value: Any) -> None:
 )
 def test_json_as_others_write_it_is_taken(encoded: bytes, value: Any) -> None:
     """Spaces, escapes, exponents and equal names in different objects are no damage."""
-    assert exactly(codec.decode_strict(encoded)) == exactly(value)
+    assert exactly(json_codec.decode_strict(encoded)) == exactly(value)
 
 
 @given(values, st.data())
 def test_no_truncation_is_taken_for_a_whole_object(value: Any, data: st.DataObject) -> None:
     """Every proper beginning of an object is refused, at an offset inside it."""
-    encoded = codec.encode({"value": value})
+    encoded = json_codec.encode({"value": value})
     beginning = encoded[: data.draw(st.integers(0, len(encoded) - 1))]
-    with pytest.raises(codec.StrictError) as caught:
-        codec.decode_strict(beginning)
+    with pytest.raises(json_codec.StrictError) as caught:
+        json_codec.decode_strict(beginning)
     assert 0 <= caught.value.offset <= len(beginning)
 
 
 def strictly(encoded: bytes) -> Any:
     """What the strict reader makes of some bytes: the value, or its error."""
     try:
-        return codec.decode_strict(encoded)
-    except codec.StrictError as error:
+        return json_codec.decode_strict(encoded)
+    except json_codec.StrictError as error:
         return error
 
 
@@ -433,7 +460,7 @@ def strictly(encoded: bytes) -> Any:
 def test_the_strict_reader_accepts_or_says_where(encoded: bytes) -> None:
     """Any bytes whatever give a value that can be kept exactly, or a `StrictError` with an offset."""
     outcome = strictly(encoded)
-    if isinstance(outcome, codec.StrictError):
+    if isinstance(outcome, json_codec.StrictError):
         assert 0 <= outcome.offset <= len(encoded)
     else:
         assert exactly(round_trip(outcome)) == exactly(outcome)
