@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import persist
-from persist.storage.commit import Mode
+from persist.storage.commit import ENTER_BYTES, Mode
 from persist.storage.journal import ROOM_BYTES
-from persist.storage.transaction import ENTER_BYTES
 
 MIXED: Final = "mixed"
 MODES: tuple[Mode, ...] = get_args(Mode)
@@ -47,9 +46,11 @@ class Journaling:
         if self.mode == MIXED:
             raise ValueError("draw first")
         store = persist.Store(directory, journal=self.mode, **options)
-        store._files.fold_bytes = FOLDS[self.fold]
+        options = store._backend.files.options
+        options.fold_bytes = FOLDS[self.fold]
         # Journals are short here. Else none would ever get room.
-        store._files.room_bytes = ROOM_BYTES_OF[self.fold]
+        options.room_bytes = ROOM_BYTES_OF[self.fold]
+        options.verifies_folds = True
         return store
 
     def all(self) -> list[Journaling]:
