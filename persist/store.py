@@ -215,6 +215,9 @@ class Store:
     def _created(self, files: SessionFiles, session_id: str, content: Content) -> Session:
         with files.transaction(session_id, may_be_missing=True) as tx:
             if tx.exists():
+                # A caller that asks again takes this for success. The first answer may have been lost in a crash.
+                with suppress(errors.CorruptSession, errors.UnsupportedFormat, errors.UnsafeFile, errors.Unreadable):
+                    tx.confirm()
                 raise errors.SessionExists(session_id=session_id, path=tx.paths.document)
             committed = tx.commit(first_header(session_id if tx.paths.file_id else None), content)
         return self._session(session_id, committed, is_durable=True)

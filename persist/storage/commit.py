@@ -291,14 +291,15 @@ def write_document(
         is_marked: that journal bears its mark already.
         is_replica: `before` is what the files say. What `accept` takes of a damaged session is not.
     """
-    mark = None if before is None or is_marked else before.tail
-    if mark is not None and is_replica and place.options.verifies_folds:
-        assert before is not None
+    mark = None if before is None or is_marked or not _needs_mark(before.tail) else before.tail
+    if before is not None and before.tail is not None and place.options.verifies_folds and is_replica and not is_marked:
         _verify(place, before)
     is_journaled = not alone and place.wants_journal(header, content)
     journals = [name for name in (before.header.folded, before.header.journal) if name] if before else []
     try:
         with place.refusals():
+            if len(journals) > 1:
+                _remove_left_over(place, journals[0], is_journaled=is_journaled)
             return _publish(place, header, content, journals, mark, is_journaled=is_journaled)
     except CommitFailed as failed:
         if not isinstance(failed.__cause__, disk.SyncFailed):
@@ -314,6 +315,22 @@ def write_document(
         raise place.failure(CommitUnknown if place.is_visible else CommitFailed, error) from error
     place.unknown.pop(place.session_id, None)
     return after
+
+
+def _remove_left_over(place: Place, name: str, *, is_journaled: bool) -> None:
+    """Remove the journal that a fold had folded and did not remove, because it was cut off.
+
+    Before the rename: no header names that journal after it, so `check` would take it for that of another document.
+    """
+    directory, path = place.paths.directory, place.paths.journal(name)
+    if not disk.exists(path):
+        return
+    # Else a power cut could bring the document back that needs it.
+    disk.sync_directory(directory)
+    _remove([path])
+    if not is_journaled:
+        # The sync of a new journal's name does it otherwise.
+        disk.sync_directory(directory)
 
 
 def _publish(
@@ -363,6 +380,15 @@ def _publish(
     _remove(map(paths.journal, journals))
     version = _version_of(paths.document, written)
     return Replica(header, content, version, Tail.of(name) if name else None, is_synced=True)
+
+
+def _needs_mark(tail: Tail | None) -> bool:
+    """Tell whether a journal must be marked before it goes out of use.
+
+    Behind a torn tail nobody appends anyway. A mark in a sector that a power cut has left as zeros would look like
+    damage: no crash leaves a sector half.
+    """
+    return tail is not None and not tail.is_torn
 
 
 def _version_of(path: Path, written: disk.Version) -> disk.Version:
@@ -439,7 +465,7 @@ def delete(place: Place, before: Replica | None, journals: Sequence[Path]) -> No
         directory = disk.open_directory(paths.directory)
     try:
         with place.refusals():
-            if before is not None and before.tail is not None:
+            if before is not None and before.tail is not None and _needs_mark(before.tail):
                 put_mark(paths.journal(before.tail.name), before.tail.end)
             if before is None:
                 # A damaged session must not stay because its journal is damaged, too.

@@ -124,7 +124,8 @@ class Items:
     def check(self) -> None:
         """Raise `ValueError` unless the text has one item a line, as many as its header says."""
         text, text_count, _, _ = self._parts
-        if text_count and bytes(text).count(b"\n") != text_count + 1:
+        whole = bytes(text)
+        if text_count and (whole.count(b"\n"), whole.count(SEPARATOR)) != (text_count + 1, text_count - 1):
             raise ValueError("a list has not as many items as its header says")
 
     def last(self, count: int) -> list[bytes]:
@@ -287,6 +288,11 @@ def size_of(value: Value) -> int:
     return value.size_bytes if isinstance(value, Items) else len(value)
 
 
+def _json_bytes(value: Value) -> int:
+    """Return the length of `as_json`. So a list has one size, whichever form it has."""
+    return len(value) if isinstance(value, bytes) else max(2, value.size_bytes - len(value) - 1)
+
+
 def decode(value: Value) -> Any:
     """Return a top-level value as a fresh Python value."""
     return value.decode() if isinstance(value, Items) else json_codec.decode(value)
@@ -311,7 +317,7 @@ def placed(values: Iterable[tuple[str, Value]]) -> Content:
     fields: dict[str, bytes] = {}
     apart: dict[str, Value] = {}
     for name, value in values:
-        if name in ALWAYS_APART or size_of(value) > APART_BYTES:
+        if name in ALWAYS_APART or _json_bytes(value) > APART_BYTES:
             apart[name] = _items_of(value) if isinstance(value, bytes) else value
         else:
             fields[name] = as_json(value)
@@ -367,14 +373,26 @@ def _encoded_value(value: Any, before: bytes | None, path: ValuePath) -> bytes:
     found = json_codec.encode_unchecked(value)
     if found is not None and found == before:
         return found
-    found = json_codec.encode_exact(value, path)
-    if before is not None and len(found) == len(before) and json_codec.same(json_codec.decode(before), value):
-        return before
-    return found
+    return _kept(json_codec.encode_exact(value, path), value, before)
+
+
+def _kept(found: bytes, value: Any, before: bytes | None) -> bytes:
+    """Return the JSON from before, if it differs from a value's JSON in the order of keys only. Else return that."""
+    if before is None or len(found) != len(before) or found == before:
+        return found
+    return before if json_codec.same(json_codec.decode(before), value) else found
+
+
+def _items_among_fields(value: bytes) -> list[bytes]:
+    """Return the items of a list that is too small to stand apart, no items of any other value."""
+    return list(map(json_codec.encode, json_codec.decode(value))) if value[:1] == b"[" else []
 
 
 def _encoded_items(name: str, items: list[Any], before: Value | None) -> Items:
-    known = before.split() if isinstance(before, Items) else []
+    if before is None or isinstance(before, Items):
+        known = before.split() if before is not None else []
+    else:
+        known = _items_among_fields(before)
     found = json_codec.encode_all_unchecked(items)
     if isinstance(before, Items) and found == known:
         return before
@@ -385,7 +403,7 @@ def _encoded_items(name: str, items: list[Any], before: Value | None) -> Items:
         checked = [
             _encoded_value(item, known[place] if place < count else None, (name, place))
             if found is None or found[place] not in there
-            else found[place]
+            else _kept(found[place], item, known[place] if place < count else None)
             for place, item in enumerate(items)
         ]
         return Items(checked)

@@ -62,6 +62,9 @@ def _with_records(place: Place, log: Journal, fd: int, before: Replica, *, drop_
     except CorruptSession:
         # Not even its first line is good.
         records, tail, lost = [], Tail.of(log.name), _MOST_RECORDS
+    if lost:
+        # A process with an old replica may know good records behind the damage. So the mark stands behind everything.
+        tail.end, tail.is_torn = journal.end_of(log.path), False
     before.tail = tail
     is_edited = not _is_sound(place)
     is_fit = not is_edited or journal.only_appends(content, records)

@@ -226,6 +226,10 @@ class Transaction:
             CorruptSession: the document is no JSON object, or its journal does not fit the edit.
         """
         self.require_lock()
+        # By what the files say. A replica may go back to before the damage.
+        self._close_journal()
+        self._replica = None
+        self._files.cache.take(self.session_id)
         try:
             self.read()
             if not drop_journal:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 from harness.crash_scenarios import MESSAGE, SCENARIOS, Opening, Scenario, faults
-from harness.crashes import MOST_SECTORS, SECTOR_BYTES, Step, Trace, is_sampled, record, states
+from harness.crashes import MOST_SECTORS, SECTOR_BYTES, Step, Trace, is_sampled, record, states, written_to
 from harness.journal_scenarios import JOURNALED
 
 import persist
+from persist.storage.journal import MARK
 
 Play = Scenario | Opening
 by_name = pytest.mark.parametrize("scenario", [*SCENARIOS, *JOURNALED], ids=lambda scenario: scenario.name)
@@ -39,7 +40,7 @@ def test_every_sync_is_needed(scenario: Play, scratch: Path) -> None:
     """
     case = scenario.play(scratch)
     syncs = [i for i, step in enumerate(case.trace.steps) if step.kind.startswith("sync")]
-    needed = [i for i in syncs if not is_spare(case.trace.steps, i)]
+    needed = [i for i in syncs if not is_spare(case.trace, i)]
     assert needed
     for index in needed:
         assert next(faults(case, case.trace.without(index), scratch, deep=False), None), (
@@ -49,13 +50,17 @@ def test_every_sync_is_needed(scenario: Play, scratch: Path) -> None:
 
 @by_name
 def test_the_order_is_needed(scenario: Play, scratch: Path) -> None:
-    """Swap any two neighbouring steps of which one is a sync or a rename, and a state shows it; see `is_harmless`."""
+    """Swap any two neighbouring steps of which one is a sync or a rename, and a state shows it; see `is_harmless`.
+
+    Marks are left out: they speak to living processes only. That they come before the rename shows in test_abandoned.
+    """
     case = scenario.play(scratch)
-    steps = case.trace.steps
+    trace = Trace(case.trace.before, tuple(step for step in case.trace.steps if not is_mark(step)))
+    steps = trace.steps
     for index, (one, two) in enumerate(pairwise(steps)):
-        if is_harmless(one, two) or is_spare(steps, index) or is_spare(steps, index + 1):
+        if is_harmless(one, two) or is_spare(trace, index) or is_spare(trace, index + 1):
             continue
-        fault = next(faults(case, case.trace.swapped(index), scratch, deep=False), None)
+        fault = next(faults(case, trace.swapped(index), scratch, deep=False), None)
         assert fault, f"{one} and {two} could be swapped"
 
 
@@ -108,14 +113,23 @@ def kept_sectors(content: bytes) -> tuple[bool, ...]:
     return tuple(content[start] != 0 for start in range(0, len(content), SECTOR_BYTES))
 
 
-def is_spare(steps: Sequence[Step], index: int) -> bool:
+def is_spare(trace: Trace, index: int) -> bool:
     """A step that this trace could do without; each is needed in another one."""
-    step = steps[index]
+    steps, step = trace.steps, trace.steps[index]
     return (
         (step.kind == "sync" and not _has_news(steps[:index], step.file))
         or (step.kind == "sync directory" and _is_spare_sync_of_directory(steps, index))
         or (_removes_a_journal(step) and any(map(_removes_a_journal, steps[index + 1 :])))
+        or (step.kind == "write" and _is_written_again(trace, index))
     )
+
+
+def _is_written_again(trace: Trace, index: int) -> bool:
+    """What a killed writer has written is written once more: its sync may have failed. Here it was not tried."""
+    step = trace.steps[index]
+    has_failed = any(each.kind == "failed sync" and each.file == step.file for each in trace.steps[:index])
+    before, after = (written_to(step.file, Trace(trace.before, trace.steps[:end])) for end in (index, index + 1))
+    return not has_failed and before == after
 
 
 def _has_news(steps: Sequence[Step], file: int) -> bool:
@@ -144,6 +158,11 @@ def _is_spare_sync_of_directory(steps: Sequence[Step], index: int) -> bool:
 def _removes_a_journal(step: Step) -> bool:
     """Of several, the last one is that of the document which was replaced; no document names those that go before."""
     return step.kind == "unlink" and step.path.endswith(".journal")
+
+
+def is_mark(step: Step) -> bool:
+    """What takes a journal out of use."""
+    return step.kind == "write" and step.content == MARK
 
 
 def _is_journal(step: Step) -> bool:

@@ -6,6 +6,7 @@ Of all others, everything.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,14 @@ from harness.crashes import SECTOR_BYTES, Disk, Step, Trace, read_disk, record, 
 from harness.journal_scenarios import ALWAYS, ANOTHER, append, append_another, journaled, recorded
 
 import persist
+from persist.storage.journal import opening
 
-JOURNAL = "s-1.1.journal"
+
+def journal_of(state: Disk | persist.Store) -> str:
+    """The name of the one journal."""
+    names = read_disk(state.path) if isinstance(state, persist.Store) else state
+    [name] = [name for name in names if name.endswith(".journal")]
+    return name
 
 
 def journaled_store(path: Path) -> persist.Store:
@@ -26,7 +33,7 @@ def journaled_store(path: Path) -> persist.Store:
 
 
 def size_of(store: persist.Store) -> int:
-    return (store.path / JOURNAL).stat().st_size
+    return (store.path / journal_of(store)).stat().st_size
 
 
 def padding(scratch: Path, item: dict[str, str], *, end: int) -> str:
@@ -43,12 +50,12 @@ def torn_states(store: persist.Store, item: dict[str, str]) -> tuple[list[Disk],
     """
     trace = record(store.path, lambda: store.append("s-1", "messages", item))
     [write] = [step for step in trace.steps if step.kind == "write"]
-    before, after = trace.before, read_disk(store.path)
-    assert after[JOURNAL] == (before[JOURNAL] or b"") + write.content
+    before, after, journal = trace.before, read_disk(store.path), journal_of(store)
+    assert after[journal] == (before[journal] or b"") + write.content
     left = [state for state, _ in states(Trace(before, (write,)))]
-    whole = before[JOURNAL], after[JOURNAL]
+    whole = before[journal], after[journal]
     # Zeros at the end are room for more.
-    return [state for state in left if (state[JOURNAL] or b"").rstrip(b"\0") not in whole], before, after
+    return [state for state in left if (state[journal] or b"").rstrip(b"\0") not in whole], before, after
 
 
 # Where the record ends: anywhere; with its newline alone in a sector; with a sector.
@@ -57,7 +64,8 @@ def test_a_torn_tail_is_no_record_and_the_next_writer_folds_it_away(scratch: Pat
     """Nothing torn, nothing lost: whatever is left of a record, the session is as before it, and what is appended next
     stays.
 
-    Fails if a torn tail is not folded away (`known.tail.is_torn` taken out of `_must_fold`).
+    Fails if a torn tail is not folded away (`tail.is_torn` taken out of `_must_fold`), and if the fold puts its mark
+    into the torn tail (`_needs_mark`).
     """
     item = {"id": "torn", "content": "torn"}
     item["content"] += padding(scratch, item, end=end) + "x" * SECTOR_BYTES
@@ -76,15 +84,20 @@ def test_a_torn_tail_is_no_record_and_the_next_writer_folds_it_away(scratch: Pat
 
 
 def test_a_torn_tail_does_not_keep_what_stands_before_it_from_being_acknowledged(scratch: Path) -> None:
-    """An idempotent append finds its item before a torn tail, and makes it durable, writing nothing."""
+    """An idempotent append finds its item before a torn tail, and makes it durable, writing nothing else."""
     store = journaled_store(scratch / "sessions")
     append(store)
     torn, _, _ = torn_states(store, ANOTHER | {"content": "x" * SECTOR_BYTES})
     for state in torn:
         with disk_of(state, scratch / "torn"):
             store = ALWAYS.open(scratch / "torn")
+            old = documents(store)
             trace = record(store.path, lambda store=store: append(store))  # type: ignore[misc]
-            assert [step.kind for step in trace.steps] == ["sync", "sync", "sync directory"]
+            assert [step.kind for step in trace.steps] == ["sync", "sync directory", "write", "sync"]
+            assert read_disk(store.path) == state
+            case = Case(trace, old, documents(store), mode=ALWAYS)
+        assert case.old == case.new
+        assert list(faults(case, trace, scratch, deep=False)) == []
 
 
 def test_two_records_of_which_neither_was_acknowledged_may_be_torn(scratch: Path) -> None:
@@ -105,18 +118,19 @@ def test_two_records_of_which_neither_was_acknowledged_may_be_torn(scratch: Path
 
 
 @pytest.mark.parametrize("is_idempotent", [True, False], ids=["found", "appended to"])
-@pytest.mark.parametrize(("kind", "path"), [("sync", JOURNAL), ("sync", "s-1.json"), ("sync directory", "*")])
+@pytest.mark.parametrize(("kind", "suffix"), [("sync", ".journal"), ("sync", "s-1.json"), ("sync directory", "*")])
 def test_what_another_program_has_copied_is_made_durable(
-    scratch: Path, kind: str, path: str, is_idempotent: bool
+    scratch: Path, kind: str, suffix: str, is_idempotent: bool
 ) -> None:
     """A session that was restored from a backup, and never synced: each of the first commit's syncs is needed.
 
-    Fails without `Transaction._sync_known`, which syncs the document and the directory, and without either of these two
-    syncs.
+    Fails without `commit._is_settled` and its twin in `confirm`, which sync the document and the directory, and without
+    either of these two syncs.
     """
     store = journaled_store(scratch / "sessions")
     append(store)
-    backup = {name: content for name, content in read_disk(store.path).items() if name in (JOURNAL, "s-1.json")}
+    files = (journal_of(store), "s-1.json")
+    backup = {name: content for name, content in read_disk(store.path).items() if name in files}
     store = ALWAYS.open(store.path)
     verb = append if is_idempotent else append_another
     trace = record(store.path, lambda: verb(store))
@@ -128,7 +142,7 @@ def test_what_another_program_has_copied_is_made_durable(
     trace = Trace(around, tuple(renumbered(step, list(trace.before), list(around)) for step in (*copied, *trace.steps)))
     new = documents(store)
     # Of the journal, that of the new record: it makes durable what stands before it, too.
-    *_, place = (index for index, step in enumerate(trace.steps) if (step.kind, step.path) == (kind, path))
+    *_, place = (i for i, step in enumerate(trace.steps) if step.kind == kind and step.path.endswith(suffix))
     assert shown(trace, scratch) == [new]
     assert shown(trace.without(place), scratch) != [new]
 
@@ -137,7 +151,7 @@ def renumbered(step: Step, before: list[str], around: list[str]) -> Step:
     """The same, where the copied files count as made by the trace: files that were there are known by their place."""
     name = before[step.file] if 0 <= step.file < len(before) else None
     number = around.index(name) if name in around else step.file + len(before)
-    return Step(step.kind, step.path, step.file if step.file < 0 else number, step.target, step.content)
+    return replace(step, file=step.file if step.file < 0 else number)
 
 
 def shown(trace: Trace, scratch: Path) -> list[object]:
@@ -154,7 +168,7 @@ def shown(trace: Trace, scratch: Path) -> list[object]:
 def test_without_its_first_sync_of_the_directory_a_fold_loses_the_session(scratch: Path) -> None:
     """The new journal's name must be durable before the rename: else a document may be left whose journal is missing.
 
-    Fails if `Attempt._publish` does not sync the directory.
+    Fails if `commit._publish` does not sync the directory.
     """
     case = journaled("fold", lambda store, _: store.compact("s-1"), recorded).play(scratch)
     first, rename, _second = (i for i, step in enumerate(case.trace.steps) if step.kind in ("sync directory", "rename"))
@@ -166,7 +180,8 @@ def test_without_its_first_sync_of_the_directory_a_fold_loses_the_session(scratc
             try:
                 persist.Store(root).load("s-1")
             except persist.CorruptSession as error:
-                unreadable.add((error.path.name if error.path else "", "s-1.2.journal" in state))
+                is_there = any(name in str(error) for name in state if name.endswith(".journal"))
+                unreadable.add((error.path.name if error.path else "", is_there))
     assert unreadable == {("s-1.json", False)}
 
 
@@ -174,7 +189,7 @@ def test_an_acknowledged_record_stands_in_a_journal_that_bears_its_name_durably(
     """A fold was killed between its rename and its last sync; who appends to the new journal makes its name durable
     first.
 
-    Fails without `Transaction._is_settled`: after the cut the old document is there, with the old journal.
+    Fails without `commit._is_settled`: after the cut the old document is there, with the old journal.
     """
     case = journaled("append", append, recorded, lambda store: store.compact("s-1"), is_cold=True).play(scratch)
     after_rename = [step.kind for step in case.trace.steps].index("rename") + 1
@@ -190,7 +205,7 @@ def test_the_journal_of_another_document_is_not_taken_for_this_one(scratch: Path
     store = journaled_store(scratch / "sessions")
     another = ALWAYS.open(scratch / "another")
     another.create("s-1", {"messages": []})
-    (store.path / JOURNAL).write_bytes((another.path / JOURNAL).read_bytes())
+    (store.path / journal_of(store)).write_bytes((another.path / journal_of(another)).read_bytes())
     before = read_disk(store.path)
     for process in (store, ALWAYS.open(store.path)):
         with pytest.raises(persist.CorruptSession):
@@ -203,24 +218,29 @@ def test_the_journal_of_another_document_is_not_taken_for_this_one(scratch: Path
 def test_what_a_process_knows_of_a_journal_is_compared_with_it(scratch: Path) -> None:
     """A backup was restored under a running server: its next record follows what is there, not what it knew.
 
-    Fails if the record that a process knew as the last is not looked for (`ends_so`).
+    Fails if the record that a process knew as the last is not looked for (`ends_at`).
     """
     store = journaled_store(scratch / "sessions")
-    backup = (store.path / JOURNAL).read_bytes()
+    journal = store.path / journal_of(store)
+    backup = journal.read_bytes()
     append(store)
-    (store.path / JOURNAL).write_bytes(backup)
+    journal.write_bytes(backup)
     append_another(store)
     messages = persist.Store(store.path).load("s-1").data["messages"]
     assert [message["id"] for message in messages] == ["m1", "m2", "m4"]
 
 
-def test_however_many_folds_were_cut_off_the_next_one_leaves_nothing_over(scratch: Path) -> None:
+@pytest.mark.parametrize("is_cold", [False, True], ids=["warm", "cold"])
+def test_however_many_folds_were_cut_off_compact_leaves_nothing_over(scratch: Path, is_cold: bool) -> None:
     """Each of them has left a journal that no document names; all of them are gone."""
     store = journaled_store(scratch / "sessions")
-    for generation in range(2, 9):
-        (store.path / f"s-1.{generation}.journal").write_bytes(b"cut off")
+    for number in range(2, 9):
+        name = f"{number:016x}"
+        (store.path / f"s-1.{name}.journal").write_bytes(opening(name))
+    assert {problem.kind for problem in store.check()} == {"left-over"}
+    store = ALWAYS.open(store.path) if is_cold else store
     assert store.compact("s-1")
-    assert [path.name for path in store.path.glob("*.journal")] == ["s-1.9.journal"]
+    assert len(list(store.path.glob("*.journal"))) == 1
     assert store.check() == []
 
 
@@ -236,5 +256,6 @@ def test_a_record_is_one_write_and_one_fdatasync(scratch: Path, monkeypatch: pyt
 
     monkeypatch.setattr(os, "fdatasync", counted)
     trace = record(store.path, lambda: append(store))
-    assert [(step.kind, step.path) for step in trace.steps] == [("write", JOURNAL), ("sync", JOURNAL)]
+    journal = journal_of(store)
+    assert [(step.kind, step.path) for step in trace.steps] == [("write", journal), ("sync", journal)]
     assert len(calls) == 1

@@ -426,5 +426,5 @@ def _journals_named(directory: Path, documents: Iterable[str]) -> Iterator[str]:
         # Damage is a finding of its own.
         with suppress(ValueError):
             header = json.loads((directory / name).read_bytes())["_persist"]
-            if header.get("is_journaled"):
-                yield f"{name.removesuffix('.json')}.{header['generation']}.journal"
+            if header["journal"] is not None:
+                yield f"{name.removesuffix('.json')}.{header['journal']}.journal"

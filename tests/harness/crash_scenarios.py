@@ -10,23 +10,23 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from persist.storage.events import EventReader
-from persist.storage.known import KnownSessions
-
 import persist
 from harness.crashes import Disk, Trace, read_disk, recording, states, write_disk
+from persist.event_log import EventReader
 from persist.storage import disk
+from persist.storage.cache import Cache
 from persist.storage.commit import Mode as Journal
-from persist.storage.journal import ROOM_BYTES
+from persist.storage.journal import MARK, ROOM_BYTES
 
 PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
 ANSWER = {"id": "a1", "role": "assistant", "content": "Because."}
 
+CACHE_BYTES = 1024 * 1024
 #: About 20 sectors.
 LARGE = {"title": "large", "messages": [{"id": f"large {number}", "content": "x" * 470} for number in range(20)]}
 
@@ -50,8 +50,9 @@ class Mode:
         return store
 
     def set(self, store: persist.Store) -> None:
-        files = store._files
-        files.mode, files.fold_bytes, files.room_bytes = self.journal, self.fold_bytes, self.room_bytes
+        options = store._backend.files.options
+        options.mode, options.fold_bytes, options.room_bytes = self.journal, self.fold_bytes, self.room_bytes
+        options.verifies_folds = True
 
 
 AUTO = Mode()
@@ -63,6 +64,7 @@ class Scenario:
 
     Attributes:
         interrupted: the commit of another process, which was killed when it had just become visible.
+        fails_sync: that one was killed when the sync of its record had failed.
         is_cold: the verb is that of a process that has never seen the session.
         mode, prepared: how the verb's store writes, and that of those before, if that is another way.
     """
@@ -71,6 +73,7 @@ class Scenario:
     verb: Verb
     prepare: Prepare = lambda store: None
     interrupted: Callable[[persist.Store], Any] = lambda store: None
+    fails_sync: bool = False
     content: dict[str, Any] = field(
         default_factory=lambda: {"title": "t" * 600, "messages": [{"id": "m1", "content": "hi"}]}
     )
@@ -84,14 +87,14 @@ class Scenario:
         subject = self.prepare(store)
         self.mode.set(store)
         if self.is_cold:
-            store._files.known = KnownSessions()
+            store._backend.files.cache = Cache(CACHE_BYTES)
         another = self.mode.open(store.path)
         old, before = documents(store), read_disk(store.path)
         with recording(store.path) as recorder:
-            recorder.kill(lambda: self.interrupted(another))
+            recorder.kill(lambda: self.interrupted(another), fails_sync=self.fails_sync)
             between = documents(another)
             self.verb(store, subject)
-        kept = {name: content for name, content in read_disk(store.path).items() if name.endswith(".damaged")}
+        kept = _copies(store)
         trace = Trace(before, tuple(recorder.steps))
         case = Case(trace, old, documents(store), between=between, kept=kept, mode=self.mode)
         if isinstance(subject, persist.Stream):
@@ -172,6 +175,17 @@ def edited_by_hand(store: persist.Store) -> None:
 
 def foreign(store: persist.Store) -> None:
     (store.path / "s-1.json").write_bytes(b'{"title": "foreign", "messages": [{"id": "m1", "content": "hi"}]}')
+
+
+def create_again(store: persist.Store, _subject: object = None) -> None:
+    """As a client does that has not got its answer: that the session exists is success."""
+    with suppress(persist.SessionExists):
+        store.create("s-2", {"title": "new"})
+
+
+def duplicate_again(store: persist.Store, _subject: object = None) -> None:
+    with suppress(persist.SessionExists):
+        store.duplicate("s-1", "s-2")
 
 
 def left_over_temp(store: persist.Store) -> persist.Session:
@@ -262,6 +276,20 @@ SCENARIOS: list[Scenario | Opening] = [
         running,
         interrupted=lambda store: store.cancel("s-1", store.load("s-1").active_stream_id or ""),
     ),
+    Scenario(
+        "create of what a killed writer left visible", create_again, interrupted=lambda store: create_again(store)
+    ),
+    Scenario(
+        "duplicate of what a killed writer left visible",
+        duplicate_again,
+        interrupted=lambda store: duplicate_again(store),
+    ),
+    Scenario(
+        "accept of what a killed writer left accepted",
+        lambda store, _: store.accept("s-1"),
+        edited_by_hand,
+        interrupted=lambda store: store.accept("s-1"),
+    ),
     Scenario("sweep", lambda store, _: store.clear_stale_streams(), stale),
     Opening("create in a new store", create_first, nothing),
     Opening("create, directory above not yet synced", create_where_another_process_makes_the_directory_above, nothing),
@@ -307,20 +335,31 @@ def documents(store: persist.Store) -> Documents:
 
 def _document(store: persist.Store, session_id: str) -> Any:
     try:
-        found = store._files.read(session_id)
+        found = store._backend.files.read(session_id)
     except persist.CorruptSession:
         return _damaged(store, session_id)
     owner = found.header.owner
-    shown = {"cancelled": owner is not None and owner.is_cancelled, "events": events_of(store, session_id)}
-    return found.body.data() | shown
+    shown = {"cancelled": owner is not None and owner["cancelled"], "events": events_of(store, session_id)}
+    return found.content.decode() | shown
 
 
 def _damaged(store: persist.Store, session_id: str) -> bytes:
     """What the files of a session hold that cannot be read: the document, and the journal that it names."""
     content = (store.path / f"{session_id}.json").read_bytes()
-    named = re.search(rb'"generation":([1-9][0-9]*)', content.partition(b"\n")[0])
-    journal = store.path / f"{session_id}.{int(named[1])}.journal" if named else None
-    return content + (journal.read_bytes() if journal is not None and journal.exists() else b"")
+    named = re.search(rb'"journal":"([0-9a-f]{16})"', content.partition(b"\n")[0])
+    journal = store.path / f"{session_id}.{named[1].decode()}.journal" if named else None
+    return content + (_unmarked(journal.read_bytes()) if journal is not None and journal.exists() else b"")
+
+
+def _unmarked(journal: bytes) -> bytes:
+    """A journal without its room and its mark, which says nothing of what the session holds."""
+    return journal.rstrip(b"\0").removesuffix(MARK)
+
+
+def _copies(store: persist.Store) -> Disk:
+    """The copies of damaged journals. That of a second attempt may hold the mark of the first."""
+    found = {name: content for name, content in read_disk(store.path).items() if name.endswith(".damaged")}
+    return {name: _unmarked(content or b"") for name, content in found.items()}
 
 
 def events_of(store: persist.Store, session_id: str) -> list[Any]:
@@ -364,7 +403,7 @@ def _faults_of(case: Case, root: Path, returned: bool, *, deep: bool) -> Iterato
             # Edited by hand, or damaged, and as it was.
             found = _accepted(store)
             yield from _outcome_faults(case, found, returned=True)
-        if found == case.new and not case.kept.items() <= read_disk(store.path).items():
+        if found == case.new and not case.kept.items() <= _copies(store).items():
             yield "no copy was kept of what was damaged"
         yield from _recovery_faults(case, store, found, deep=deep)
         yield from _next_write_faults(store, was_deleted="s-1" not in found)
@@ -445,7 +484,7 @@ def _next_write_faults(store: persist.Store, *, was_deleted: bool) -> Iterator[s
 
 def _waits_for_fold(store: persist.Store, problem: persist.Problem) -> bool:
     """What a fold that was cut off has left is harmless. A commit that only appends a record does not look for it."""
-    is_journaled = store._files.read(problem.session_id).header.is_journaled
+    is_journaled = store._backend.files.read(problem.session_id).header.journal is not None
     return problem.kind == "left-over" and (is_journaled or problem.path.suffix == ".journal")
 
 

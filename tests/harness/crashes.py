@@ -8,7 +8,9 @@ under what POSIX promises and no more:
   such step survives or not, whatever became of the others (a rename survives as a whole);
 - where the name of a directory is lost, all that was made in it is lost, synced or not;
 - what was written survives for certain only after the file was synced; until then each sector of 512 bytes has its new
-  content, or zeros, or the file is shorter;
+  content, or zeros, or the file is shorter; a file that was cut off has its old length or the new one;
+- a sync that failed makes nothing durable, and the kernel forgets what it should have written: a later sync makes
+  durable what was written after the failed one, and nothing else;
 - what was synced stays.
 
 A file of n unsynced sectors may be left in 2**n ways. Up to `MOST_SECTORS` they are all enumerated; above that, the
@@ -19,6 +21,7 @@ A real file system reorders less. What holds here holds there.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import random
@@ -33,6 +36,7 @@ from typing import Any
 import pytest
 
 from persist.storage import disk
+from persist.storage.journal import MARK
 
 SECTOR_BYTES = 512
 #: A file of more unsynced sectors than this is sampled: 64 ways are quickly opened, 2**20 are not.
@@ -51,7 +55,7 @@ Disk = dict[str, Content]
 class Step:
     """One step of a protocol. `file` tells files apart that bear one name after another.
 
-    What is written goes to `position`, or to the end.
+    What is written goes to `position`, or to the end. A file is cut off at `position`.
     """
 
     kind: str
@@ -100,17 +104,22 @@ class Recorder:
         self._file_of: dict[str, int] = {path: number for number, path in enumerate(read_disk(root))}
         self._next = itertools.count(len(self._file_of))
         self._open: dict[int, tuple[str, int]] = {}
-        self._kills = False
+        self._kills = self._fails_sync = self._is_killed = False
 
-    def kill(self, writer: Callable[[], Any]) -> None:
-        """Run a writer that is killed when its commit has just become visible, and is not durable yet."""
-        self._kills = True
+    def kill(self, writer: Callable[[], Any], *, fails_sync: bool = False) -> None:
+        """Run a writer that is killed when its commit has just become visible, and is not durable yet.
+
+        Args:
+            fails_sync: it is killed when the sync of its record has failed.
+        """
+        count = len(self.steps)
+        self._kills, self._fails_sync = True, fails_sync
         with suppress(Killed):
             writer()
-        self._kills = False
-        # What was tidied up on the way out of here, a process that is killed leaves as it is.
-        visible = [index for index, step in enumerate(self.steps) if self._is_visible(step)]
-        del self.steps[visible[0] + 1 if visible else 0 :]
+        if not self._is_killed:
+            # It became visible at no step, or the writer has nothing to do.
+            del self.steps[count:]
+        self._kills = self._fails_sync = self._is_killed = False
 
     def _is_visible(self, step: Step) -> bool:
         """Whether a commit shows from this step on: a document is renamed,
@@ -118,20 +127,25 @@ class Recorder:
         """
         made = {each.file for each in self.steps if each.kind == "create"}
         is_record = step.kind == "write" and step.path.endswith(".journal") and step.file not in made
-        # Room for more is nothing to see.
-        return step.kind == "rename" or (is_record and step.content.strip(b"\0") != b"")
+        # Neither room for more nor a mark is a commit.
+        return step.kind == "rename" or (is_record and step.content.strip(b"\0") not in (b"", MARK))
 
     def _note(self, step: Step) -> None:
+        if self._is_killed:
+            # What is tidied up on the way out of here, a process that is killed leaves as it is.
+            return
         self.steps.append(step)
-        if self._kills and self._is_visible(step):
+        is_end = step.kind == "failed sync" if self._fails_sync else self._is_visible(step)
+        if self._kills and is_end:
+            self._is_killed = True
             raise Killed
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        files = ("open_known", "open_unseen", "write", "write_at", "sync", "close")
+        files = ("open_known", "open_unseen", "write", "write_at", "truncate", "sync", "close")
         for name in (*files, "mkdir", "sync_directory", "replace", "unlink"):
             patch.setattr(disk, name, getattr(self, name)(getattr(disk, name)))
         # Of a file that is only appended to, it makes as much durable.
-        patch.setattr(disk, "sync_data", self.sync(disk.sync_data))
+        patch.setattr(disk, "sync_data", self.sync_data(disk.sync_data))
 
     def _name(self, path: Path) -> str:
         return os.path.relpath(path, self.root)
@@ -142,7 +156,7 @@ class Recorder:
             answer = real(path, flags)
             if is_new:
                 self._file_of[name] = next(self._next)
-                self.steps.append(Step("create", name, self._file_of[name]))
+                self._note(Step("create", name, self._file_of[name]))
             self._open[answer if type(answer) is int else answer[0]] = (name, self._file_of[name])
             return answer
 
@@ -175,9 +189,27 @@ class Recorder:
         def sync(fd: int) -> None:
             real(fd)
             if stat.S_ISREG(os.fstat(fd).st_mode):
-                self.steps.append(Step("sync", *self._file(fd)))
+                self._note(Step("sync", *self._file(fd)))
 
         return sync
+
+    def sync_data(self, real: Callable[..., None]) -> Callable[..., None]:
+        sync = self.sync(real)
+
+        def sync_data(fd: int) -> None:
+            if self._fails_sync:
+                self._note(Step("failed sync", *self._file(fd)))
+                raise disk.SyncFailed(errno.EIO, "injected")
+            sync(fd)
+
+        return sync_data
+
+    def truncate(self, real: Callable[..., None]) -> Callable[..., None]:
+        def truncate(fd: int, size: int) -> None:
+            real(fd, size)
+            self._note(Step("truncate", *self._file(fd), position=size))
+
+        return truncate
 
     def close(self, real: Callable[..., None]) -> Callable[..., None]:
         def close(fd: int) -> None:
@@ -189,7 +221,7 @@ class Recorder:
     def mkdir(self, real: Callable[..., None]) -> Callable[..., None]:
         def mkdir(path: Path) -> None:
             real(path)
-            self.steps.append(Step("mkdir", self._name(path), next(self._next)))
+            self._note(Step("mkdir", self._name(path), next(self._next)))
 
         return mkdir
 
@@ -200,7 +232,7 @@ class Recorder:
             self._open.clear()
             real(path, opened)
             self._open.update(known)
-            self.steps.append(Step("sync directory", str(PurePath(self._name(path)) / "*")))
+            self._note(Step("sync directory", str(PurePath(self._name(path)) / "*")))
 
         return sync_directory
 
@@ -217,7 +249,7 @@ class Recorder:
         def unlink(path: Path) -> bool:
             was_there = real(path)
             if was_there:
-                self.steps.append(Step("unlink", self._name(path), self._file_of.pop(self._name(path))))
+                self._note(Step("unlink", self._name(path), self._file_of.pop(self._name(path))))
             return was_there
 
         return unlink
@@ -289,23 +321,61 @@ def _after(trace: Trace, cut: int) -> Iterator[Disk]:
             yield dict(zip(names, contents, strict=True))
 
 
+def written_to(file: int, trace: Trace) -> Content:
+    """What a file holds at the end of a trace, as long as the power stays on."""
+    return _files_after(trace.before, trace.steps)[1][file]
+
+
 def _files_after(before: Disk, steps: Iterable[Step]) -> tuple[dict[int, Content], dict[int, Content]]:
     """What each file holds for certain, and what was written to it."""
     durable = dict(enumerate(before.values()))
     written = dict(durable)
+    # The sectors that a failed sync has given up, until they are written again.
+    given_up: dict[int, set[int]] = {}
     for step in steps:
         if step.kind in ("create", "mkdir"):
             durable[step.file] = written[step.file] = b"" if step.kind == "create" else None
-        elif step.kind == "write":
-            written[step.file] = _with(written[step.file] or b"", step)
+        elif step.kind in ("write", "truncate"):
+            content = written[step.file] or b""
+            written[step.file] = _with(content, step)
+            start = len(content) if step.position is None else step.position
+            given_up.get(step.file, set()).difference_update(_sectors(start, start + len(step.content)))
         elif step.kind == "sync":
-            durable[step.file] = written[step.file]
+            durable[step.file] = _synced(durable[step.file], written[step.file], given_up.get(step.file, set()))
+        elif step.kind == "failed sync":
+            given_up[step.file] = _differing_sectors(durable[step.file] or b"", written[step.file] or b"")
     return durable, written
 
 
+def _sectors(start: int, stop: int) -> range:
+    return range(start // SECTOR_BYTES, -(-stop // SECTOR_BYTES))
+
+
+def _differing_sectors(one: bytes, other: bytes) -> set[int]:
+    return {
+        number
+        for number in _sectors(0, max(len(one), len(other)))
+        if one[number * SECTOR_BYTES :][:SECTOR_BYTES] != other[number * SECTOR_BYTES :][:SECTOR_BYTES]
+    }
+
+
+def _synced(durable: Content, written: Content, given_up: set[int]) -> Content:
+    """What a file holds for certain after a sync: what was written, but for what the kernel has forgotten."""
+    if durable is None or written is None or not given_up:
+        return written
+    content = bytearray(written)
+    for number in given_up:
+        at = number * SECTOR_BYTES
+        length = len(content[at : at + SECTOR_BYTES])
+        content[at : at + length] = durable[at : at + length].ljust(length, b"\0")
+    return bytes(content)
+
+
 def _with(content: bytes, step: Step) -> bytes:
-    """What a file holds after a write."""
+    """What a file holds after a write, or when it was cut off."""
     position = len(content) if step.position is None else step.position
+    if step.kind == "truncate":
+        return content[:position].ljust(position, b"\0")
     return content[:position].ljust(position, b"\0") + step.content + content[position + len(step.content) :]
 
 
@@ -320,7 +390,7 @@ def _names_after(before: Disk, steps: Iterable[Step]) -> Iterator[dict[str, int]
             for each in [each for each in pending if each.directory == step.directory]:
                 _apply(each, certain)
                 pending.remove(each)
-        elif step.kind not in ("write", "sync"):
+        elif step.kind in ("create", "mkdir", "rename", "unlink"):
             pending.append(step)
     for survives in itertools.product((False, True), repeat=len(pending)):
         names = dict(certain)
@@ -361,7 +431,9 @@ def _contents(durable: Content, written: Content) -> list[Content]:
         lost = set(itertools.compress(changed, (not kept for kept in pattern)))
         torn.append(b"".join(old[number] if number in lost else sector for number, sector in enumerate(new)))
     shorter = [written[:at] for at in places if at >= len(durable)]
-    return list(dict.fromkeys([durable, *torn, *shorter]))
+    # Cut off, and the new length is lost.
+    longer = [each + durable[len(written) :] for each in torn if len(durable) > len(written)]
+    return list(dict.fromkeys([durable, *torn, *shorter, *longer]))
 
 
 #: For each sector of a file, whether it was kept.

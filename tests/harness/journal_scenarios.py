@@ -16,6 +16,7 @@ from harness.crash_scenarios import (
     Scenario,
     changed,
     changed_on_both_sides,
+    create_again,
     edited_by_hand,
     running,
     stale,
@@ -54,7 +55,7 @@ def recorded(store: persist.Store) -> None:
 
 
 def folded(store: persist.Store) -> None:
-    """One whose generation is not the first."""
+    """One that has followed on another one."""
     recorded(store)
     store.compact("s-1")
     store.append("s-1", "messages", {"id": "m2b", "content": "recorded"})
@@ -68,12 +69,50 @@ def recorded_and_edited_by_hand(store: persist.Store) -> None:
 def recorded_and_damaged(store: persist.Store) -> None:
     recorded(store)
     append_another(store)
-    path = store.path / "s-1.1.journal"
+    [path] = store.path.glob("s-1.*.journal")
     path.write_bytes(path.read_bytes().replace(b"another", b"altered"))
 
 
 def change_a_small_field(store: persist.Store, _subject: object = None) -> None:
     store.update("s-1", lambda data: data.update(title="t" * 400))
+
+
+#: A value of this size stands among the fields, and one that is larger by `MORE` stands apart.
+NEARLY, MORE = "n" * 4000, "n" * 200
+
+
+def noted(store: persist.Store) -> None:
+    """A value among the fields that nearly stands apart, and a list."""
+    recorded(store)
+    store.update("s-1", lambda data: data.update(notes=NEARLY, log=[NEARLY]))
+
+
+def long_noted(store: persist.Store) -> None:
+    """Both stand apart."""
+    noted(store)
+    note_more(store)
+    log_more(store)
+
+
+def note_more(store: persist.Store, _subject: object = None) -> None:
+    store.update("s-1", lambda data: data.update(notes=NEARLY + MORE))
+
+
+def note_less(store: persist.Store, _subject: object = None) -> None:
+    store.update("s-1", lambda data: data.update(notes=NEARLY))
+
+
+def log_more(store: persist.Store, _subject: object = None) -> None:
+    store.append("s-1", "log", MORE)
+
+
+def log_less(store: persist.Store, _subject: object = None) -> None:
+    with store.transaction("s-1") as tx:
+        tx.list("log").pop()
+
+
+def forget_notes(store: persist.Store, _subject: object = None) -> None:
+    store.update("s-1", lambda data: [data.pop(name) for name in ("notes", "log")])
 
 
 def cancel(store: persist.Store, stream: persist.Stream) -> None:
@@ -110,6 +149,18 @@ RECORDS = [
     journaled("delete", lambda store, _: store.delete("s-1"), recorded),
     journaled("delete with a stale stream", lambda store, _: store.delete("s-1"), stale),
 ]
+#: A value comes to stand apart when it is larger than 4 KiB, and goes back among the fields.
+CROSSINGS = [
+    journaled("value that comes to stand apart", note_more, noted),
+    journaled("value that goes back", note_less, long_noted),
+    journaled("list that comes to stand apart", log_more, noted),
+    journaled("list that comes to stand apart, cold", log_more, noted, is_cold=True),
+    journaled("list that goes back", log_less, long_noted),
+    journaled("values that stood apart and go", forget_notes, long_noted),
+    journaled("value that comes to stand apart in a fold", note_more, noted, mode=FOLDING, prepared=ENDLESS),
+    journaled("value that goes back in a fold", note_less, long_noted, mode=FOLDING, prepared=ENDLESS),
+    journaled("compact of what has come and gone", compact, lambda store: [long_noted(store), note_less(store)]),
+]
 FOLDS = [
     journaled("compact", compact, recorded),
     journaled("first compact of a process", compact, folded, is_cold=True),
@@ -145,6 +196,21 @@ KILLED = [
     journaled("append after what a killed writer folded", append_another, recorded, append_and_fold),
     journaled("append after a killed writer has entered", append_another, interrupted=append, prepared=NEVER),
     journaled("fold after a killed fold", append, recorded, compact, mode=FOLDING, prepared=ENDLESS),
+    journaled("first append of a process after a killed fold", append, recorded, compact, is_cold=True),
+    journaled(
+        "first append of a process, of what a killed writer folded", append, recorded, append_and_fold, is_cold=True
+    ),
+    journaled(
+        "save of what a killed writer folded", lambda store, _: store.load("s-1").save(), recorded, append_and_fold
+    ),
+    journaled("leaving after a killed fold", append, recorded, compact, mode=NEVER, prepared=ENDLESS),
+    journaled("create of what a killed writer created", create_again, recorded, create_again),
+]
+#: Another process saw the sync of its record fail, and was killed before it could do anything about it.
+UNSYNCED = [
+    replace(each, name=f"{each.name}, its sync failed", fails_sync=True)
+    for each in KILLED
+    if "recorded" in each.name or "cancelled" in each.name
 ]
 
 
@@ -166,5 +232,6 @@ def with_room(scenario: Scenario) -> Scenario:
     return replace(scenario, name=name, content=content, prepare=after_more(scenario.prepare), mode=ROOMY)
 
 
-ROOM = [with_room(each) for each in (*RECORDS, *FOLDS, *KILLED) if each.mode == ALWAYS and each.prepared is None]
-JOURNALED = [*RECORDS, *FOLDS, *KILLED, *ROOM]
+PLAIN = [*RECORDS, *FOLDS, *KILLED, *UNSYNCED]
+ROOM = [with_room(each) for each in PLAIN if each.mode == ALWAYS and each.prepared is None]
+JOURNALED = [*PLAIN, *CROSSINGS, *ROOM]

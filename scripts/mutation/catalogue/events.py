@@ -6,8 +6,8 @@ from mutation.catalogue.suites import CRASH_STATES, EVENTS
 from mutation.edits import condition, drop_statement, replace_call, replace_expression
 from mutation.mutant import Mutant
 
-FILES = "storage/events.py"
-FOLLOWING = "following.py"
+FILES = "event_log.py"
+FOLLOWING = "follow.py"
 
 MUTANTS = (
     Mutant(

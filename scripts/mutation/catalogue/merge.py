@@ -1,22 +1,14 @@
-"""Mutants of the three-way merge and of the patch that brings its result into a document."""
+"""Mutants of the three-way merge."""
 
 from __future__ import annotations
 
-from mutation.catalogue.suites import MERGE, SHARED_SESSIONS
-from mutation.edits import condition, replace_expression, replace_statement
+from mutation.catalogue.suites import MERGE
+from mutation.edits import condition, replace_statement
 from mutation.mutant import Change, Mutant
 
 MODULE = "merge.py"
 
 MUTANTS = (
-    Mutant(
-        "the look whether another thread has set a field",
-        MODULE,
-        "_Patch.value",
-        replace_expression("wanted if same(known, target) else target", "wanted"),
-        SHARED_SESSIONS,
-        "field_set_while",
-    ),
     # A clash is settled by taking one side's whole list, which lacks what the other side has added.
     Mutant(
         "merge: both additions under a preference",

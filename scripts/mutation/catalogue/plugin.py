@@ -6,8 +6,8 @@ from mutation.edits import condition, drop_call, replace_call, replace_statement
 from mutation.mutant import Mutant
 
 # Where the plugin is. Its modules are named here only.
-HOOKS = "pytest_plugin.py"
-SHARED = "testrun"
+HOOKS = "pytest_plugin/plugin.py"
+SHARED = "pytest_plugin"
 
 FAILURES = ("tests/plugin/test_failures.py",)
 UNTOUCHED = ("tests/plugin/test_untouched.py",)

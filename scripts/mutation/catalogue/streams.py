@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mutation.catalogue.suites import HAZARDS, JOURNAL, SEED_RACE, STREAMS, UNREAD
-from mutation.edits import condition, drop_call, drop_statement, replace_call, replace_statement
+from mutation.catalogue.suites import HAZARDS, SEED_RACE, STREAMS
+from mutation.edits import condition, drop_statement, replace_call, replace_statement
 from mutation.mutant import Change, Mutant
 
 LEASE = "storage/lease.py"
@@ -39,18 +39,10 @@ MUTANTS = (
     Mutant(
         "the mark on prompt and partial",
         TURN,
-        "_mark",
+        "interrupt",
         drop_statement("messages[place][INTERRUPTED] = True"),
         HAZARDS,
         "b3 or d4",
-    ),
-    Mutant(
-        "the marks of an interrupted turn in a list that is not read",
-        TURN,
-        "_mark",
-        drop_call("messages.mark"),
-        UNREAD + JOURNAL,
-        "come_to_the_same or end_of_a_turn",
     ),
     Mutant(
         "the replacement of the partial",

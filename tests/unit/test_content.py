@@ -1,0 +1,455 @@
+"""Contents: where a value stands, what `Items` are as values, and how ids are found in them.
+
+They fail if an old value sees a later append, if ids are handed over past the place of a change, if an id that stood
+twice is forgotten with one of its items, or if the place of a value depends on its history.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+
+import persist
+from persist import json_codec
+from persist.errors import NotJSON
+from persist.storage import content
+from persist.storage.content import (
+    ALWAYS_APART,
+    APART_BYTES,
+    FIELDS_BYTES,
+    HEADER,
+    Items,
+    Value,
+    as_json,
+    decode,
+    encoded,
+    id_key,
+    placed,
+    size_of,
+)
+from persist.storage.diff import between
+from persist.storage.document import first_header, to_bytes
+
+#: Ids that look alike, that are escapes, that msgspec does not read, that are none, and that items have twice.
+IDS: Sequence[Any] = (
+    "a",
+    "b",
+    "é",
+    "\ud800",
+    'quote"',
+    "back\\slash",
+    "line\n",
+    "",
+    1,
+    "1",
+    True,
+    None,
+    1.5,
+    [],
+    2**70,
+)
+ids = st.sampled_from(IDS)
+items = st.one_of(
+    st.fixed_dictionaries({"id": ids}, optional={"content": st.sampled_from(["x", "é\ud800", "a\nb", 1e22])}),
+    st.fixed_dictionaries({"content": st.just({"id": "a"}), "id": ids}),
+    st.sampled_from([None, "a", 5, [], {}, {"Id": "a"}, [{"id": "a"}], '{"id":"a"}', "\ud800"]),
+)
+item_lists = st.lists(items, max_size=8)
+
+
+def in_document(values: Sequence[Any]) -> Items:
+    """Items as they stand in a document: one text."""
+    lines = b",\n".join(map(json_codec.encode, values))
+    return Items.in_document(memoryview(b"[\n%b\n]" % lines if values else b"[]"), len(values))
+
+
+def of(values: Sequence[Any]) -> Items:
+    return Items(list(map(json_codec.encode, values)))
+
+
+def last_place_of(values: Sequence[Any], wanted: Any) -> int | None:
+    """Return where the last item with an id stands, by the plainest way."""
+    places = [
+        place
+        for place, item in enumerate(values)
+        if type(item) is dict and "id" in item and type(item["id"]) is type(wanted) and item["id"] == wanted
+    ]
+    return places[-1] if places and type(wanted) in (str, int) else None
+
+
+def find(of_items: Items, wanted: Any) -> int | None:
+    key = id_key(wanted)
+    return None if key is None else of_items.find(key)
+
+
+def assert_holds(found: Items, values: list[Any], *, with_ids: bool = True) -> None:
+    """Check all that an `Items` says of itself against the plain list."""
+    lines = list(map(json_codec.encode, values))
+    assert len(found) == len(values)
+    assert found.size_bytes == len(b"[\n%b\n]" % b",\n".join(lines) if lines else b"[]")
+    if with_ids:
+        for wanted in IDS:
+            assert find(found, wanted) == last_place_of(values, wanted), wanted
+    for count in (0, 1, len(values)):
+        assert found.last(min(count, len(values))) == lines[len(lines) - min(count, len(values)) :]
+    text, behind = found.in_text()
+    whole = [json_codec.encode(item) for item in json_codec.decode(text)] if text else []
+    assert [*whole, *behind] == lines
+    assert json_codec.same(found.decode(), values)
+    assert found.size_bytes == size_of(found)
+
+
+# --- items as values --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Known:
+    """Items, and the plain list that they must be for ever."""
+
+    found: Items
+    values: list[Any] = field(default_factory=list)
+
+
+class ItemsMachine(RuleBasedStateMachine):
+    """Splices of any of the values that there are, in any order. Every value stays what it was."""
+
+    known = Bundle("known")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all: list[Known] = []
+
+    def keep(self, found: Items, values: list[Any]) -> Known:
+        self.all.append(Known(found, values))
+        return self.all[-1]
+
+    @initialize(target=known, values=item_lists)
+    def begin_with_a_text(self, values: list[Any]) -> Known:
+        return self.keep(in_document(values), values)
+
+    @initialize(target=known, values=item_lists)
+    def begin_with_a_list(self, values: list[Any]) -> Known:
+        return self.keep(of(values), values)
+
+    @rule(target=known, one=known, more=st.lists(items, max_size=3))
+    def append(self, one: Known, more: list[Any]) -> Known:
+        added = one.found.spliced(len(one.found), 0, list(map(json_codec.encode, more)))
+        return self.keep(added, one.values + more)
+
+    @rule(target=known, one=known, at=st.integers(0, 20), remove=st.integers(0, 3), more=st.lists(items, max_size=2))
+    def splice(self, one: Known, at: int, remove: int, more: list[Any]) -> Known:
+        at = min(at, len(one.values))
+        remove = min(remove, len(one.values) - at)
+        spliced = one.found.spliced(at, remove, list(map(json_codec.encode, more)))
+        return self.keep(spliced, one.values[:at] + more + one.values[at + remove :])
+
+    @rule(one=known, wanted=ids)
+    def find(self, one: Known, wanted: Any) -> None:
+        assert find(one.found, wanted) == last_place_of(one.values, wanted)
+
+    @rule(one=known, at=st.integers(0, 20))
+    def look_at_one(self, one: Known, at: int) -> None:
+        if at < len(one.values):
+            assert one.found[at] == json_codec.encode(one.values[at])
+        else:
+            with pytest.raises(IndexError):
+                one.found[at]
+
+    @rule(one=known, other=known)
+    def compare(self, one: Known, other: Known) -> None:
+        lines, others = (list(map(json_codec.encode, each.values)) for each in (one, other))
+        assert (one.found == other.found) is (lines == others)
+
+    @invariant()
+    def every_value_is_what_it_was(self) -> None:
+        for one in self.all[-6:]:
+            assert_holds(one.found, one.values, with_ids=False)
+
+    def teardown(self) -> None:
+        for one in self.all:
+            assert_holds(one.found, one.values)
+            assert one.found.split() == list(map(json_codec.encode, one.values))
+            assert_holds(one.found, one.values)
+
+
+TestItemsAreValues = ItemsMachine.TestCase
+
+
+@given(item_lists, item_lists, item_lists)
+def test_two_appends_to_one_value_do_not_meet(values: list[Any], one: list[Any], other: list[Any]) -> None:
+    """A replica and a merge base share a list. Neither sees what is appended to the other, or to both."""
+    base = of(values)
+    first = base.spliced(len(base), 0, list(map(json_codec.encode, one)))
+    second = base.spliced(len(base), 0, list(map(json_codec.encode, other)))
+    third = first.spliced(len(first), 0, list(map(json_codec.encode, other)))
+    assert_holds(base, values)
+    assert_holds(first, values + one)
+    assert_holds(second, values + other)
+    assert_holds(third, values + one + other)
+
+
+def test_append_shares_the_list_and_keeps_the_text() -> None:
+    """An append costs what it appends: it splits no text, and copies no list."""
+    base = in_document([{"id": f"m{number}"} for number in range(1000)])
+    text, _ = base.in_text()
+    added = base
+    for number in range(50):
+        added = added.spliced(len(added), 0, [json_codec.encode({"id": f"n{number}"})])
+        assert find(added, f"n{number}") == 1000 + number
+        assert find(added, "m500") == 500
+    found, behind = added.in_text()
+    assert found is text
+    assert len(behind) == 50
+    assert added._parts[2] is base._parts[2]
+    assert len(base) == 1000
+
+
+@pytest.mark.parametrize(("at", "remove"), [(-1, 0), (0, -1), (4, 0), (3, 1), (0, 4), (4, -1)])
+@pytest.mark.parametrize("make", [of, in_document])
+def test_splice_of_items_that_are_not_there_is_refused(make: Any, at: int, remove: int) -> None:
+    """A `ValueError`, and the value stays as it is."""
+    found = make([1, 2, 3])
+    with pytest.raises(ValueError):
+        found.spliced(at, remove, [b"5"])
+    assert_holds(found, [1, 2, 3])
+
+
+@pytest.mark.parametrize("text", [b"[\n1,\n2\n]", b"[\n1,\n2,\n3,\n4\n]", b"[\n1,2,\n3\n]", b"[\n1,\n[\n2],3\n]"])
+def test_text_that_has_not_one_item_a_line_is_refused(text: bytes) -> None:
+    """Somebody who can compute a checksum cannot have a change land on another item than was meant."""
+    forged, found = Items.in_document(memoryview(text), 3), []
+    for look in (forged.check, forged.split, lambda: forged.spliced(0, 1, []), forged.decode):
+        try:
+            look()
+        except ValueError:
+            found.append(look)
+    assert found, "either the lines or the items are not as many as the header says"
+    assert forged.check in found or forged.decode in found, "a reader looks at one of them, a writer at both"
+
+
+# --- ids --------------------------------------------------------------------------------------------------------------
+
+
+def test_ids_of_different_types_are_different() -> None:
+    """``1``, ``"1"``, ``True`` and ``1.0`` are told apart, and what is neither string nor integer is no id."""
+    found = of([{"id": 1}, {"id": "1"}, {"id": True}, {"id": 1.0}, {"id": None}])
+    assert [id_key(wanted) for wanted in (True, 1.0, None, ["a"], {"a": 1})] == [None] * 5
+    assert (find(found, 1), find(found, "1")) == (0, 1)
+
+
+@pytest.mark.parametrize("spelt", [b'{"id":"\\u0061"}', b'{"id":"a"}', b'{"\\u0069d":"a"}', b'{"x":1, "id" : "a" }'])
+def test_id_is_found_however_it_is_spelt(spelt: bytes) -> None:
+    """An id that another program wrote with escapes is the same id."""
+    assert find(Items([b'{"id":"b"}', spelt]), "a") == 1
+    assert find(Items.in_document(memoryview(b'[\n{"id":"b"},\n%b\n]' % spelt), 2), "a") == 1
+
+
+@pytest.mark.parametrize("make", [of, in_document])
+@pytest.mark.parametrize("length", [3, content._NEAR_END - 1, content._NEAR_END, content._NEAR_END + 3, 500])
+def test_ids_are_right_after_a_change_at_any_place(make: Any, length: int) -> None:
+    """Insertion, removal and replacement at every place near both ends, with an id that stands twice."""
+    values: list[Any] = [{"id": f"m{number}"} for number in range(length)]
+    values[0] = values[length // 2] = values[-1] = {"id": "twice"}
+    for at in {0, 1, 2, length // 2, length - 3, length - 2, length - 1, length} & set(range(length + 1)):
+        for remove in (0, 1):
+            for insert in ([], [{"id": "new"}], [{"id": "twice"}], [{"id": "m1"}, {"id": "new"}]):
+                if at + remove > length:
+                    continue
+                before = make(values)
+                assert find(before, "m1") == last_place_of(values, "m1"), "the ids are read before the change"
+                after = before.spliced(at, remove, list(map(json_codec.encode, insert)))
+                expected = values[:at] + insert + values[at + remove :]
+                for wanted in ("new", "twice", "m1", f"m{length - 2}", f"m{length - 3}", "none"):
+                    assert find(after, wanted) == last_place_of(expected, wanted), (at, remove, insert, wanted)
+                    assert find(before, wanted) == last_place_of(values, wanted), (at, remove, insert, wanted)
+
+
+@given(st.lists(items, max_size=6), st.lists(st.tuples(st.integers(0, 8), st.integers(0, 2), item_lists), max_size=6))
+def test_ids_are_right_after_a_row_of_changes(values: list[Any], changes: list[tuple[int, int, list[Any]]]) -> None:
+    """Each value hands its ids on to the next one, and both still find all of them."""
+    found, history = of(values), []
+    for wanted_at, wanted_remove, insert in changes:
+        find(found, "a")
+        history.append((found, values))
+        at = min(wanted_at, len(values))
+        remove = min(wanted_remove, len(values) - at)
+        found = found.spliced(at, remove, list(map(json_codec.encode, insert)))
+        values = values[:at] + insert + values[at + remove :]
+        assert_holds(found, values)
+    for old, its in history:
+        assert_holds(old, its)
+
+
+# --- where a value stands ---------------------------------------------------------------------------------------------
+
+
+def text_of(size_bytes: int) -> str:
+    """Return a text whose JSON has this size."""
+    return "x" * (size_bytes - 2)
+
+
+def test_value_stands_apart_above_4_kib() -> None:
+    """A value of 4 KiB is a field, and one byte more stands apart, whatever type it has."""
+    at, above = text_of(APART_BYTES), text_of(APART_BYTES + 1)
+    found = encoded(
+        {"a": at, "b": above, "c": [at[4:]], "d": [above], "e": {"k": above}, "messages": [], "tool_calls": {}}
+    )
+    assert found.fields.keys() == {"a", "c"}
+    assert found.apart.keys() == {"b", "d", "e", *ALWAYS_APART}
+    assert size_of(found.apart["b"]) == APART_BYTES + 1
+    assert isinstance(found.apart["d"], Items)
+    assert type(found.apart["e"]) is type(found.apart["b"]) is bytes
+    assert found.counts == {"d": 1, "messages": 0}
+
+
+@pytest.mark.parametrize("count", [2, 16, 17, 400])
+@pytest.mark.parametrize("above", [-2, -1, 0, 1, 2, 20, 500])
+def test_list_has_one_size_whichever_form_it_has(count: int, above: int) -> None:
+    """A list counts by its JSON without newlines: as items, as one text, and as a value among the fields."""
+    data = {"notes": ["x"] * (count - 1) + [text_of(APART_BYTES - 2 - 4 * (count - 1) + above)]}
+    assert len(json_codec.encode(data["notes"])) == APART_BYTES + above
+    anew = encoded(data)
+    assert ("notes" in anew.apart) is (above > 0)
+    for form in (of(data["notes"]), in_document(data["notes"]), json_codec.encode(data["notes"])):
+        assert placed([("notes", form)]) == anew
+    assert encoded(data, encoded({"notes": ["x"] * 2000})) == anew
+
+
+def test_largest_fields_leave_while_they_are_above_32_kib() -> None:
+    """The fields are 32 KiB at most. The largest leaves first, and of two equal ones that with the greater name."""
+    exact = {f"f{number}": text_of(APART_BYTES) for number in range(FIELDS_BYTES // APART_BYTES)}
+    assert encoded(exact).apart == {}
+    assert encoded(exact | {"n": 1}).apart.keys() == {"f7"}
+    assert encoded(exact | {"f9": text_of(4000), "f8": text_of(4000)}).apart.keys() == {"f6", "f7"}
+    assert encoded(exact | {"a": text_of(4000), "f3": text_of(3000)}).apart.keys() == {"f7"}
+    assert encoded(exact | {"a": 1, "f0": text_of(APART_BYTES - 1)}).apart == {}
+    lists = {name: [value[2:]] for name, value in exact.items()}
+    assert encoded(lists).apart == {}
+    assert isinstance(encoded(lists | {"n": 1}).apart["f7"], Items)
+
+
+values_of_all_sizes: st.SearchStrategy[Any] = st.one_of(
+    st.sampled_from([None, 1, "x", [], {}, [1, {"id": "a"}]]),
+    st.sampled_from([APART_BYTES - 1, APART_BYTES, APART_BYTES + 1, 3000, 4000]).map(text_of),
+    st.sampled_from([1, 17, 300, 1500]).map(lambda count: list(range(count))),
+    st.lists(st.sampled_from(["y" * 1300, {"id": "b"}, "\ud800"]), max_size=4),
+    st.sampled_from([3000, 5000]).map(lambda size: {"k": "z" * size}),
+)
+fields_of_all_sizes = st.dictionaries(
+    st.sampled_from([*(f"f{number}" for number in range(16)), *ALWAYS_APART, "\ud800"]),
+    values_of_all_sizes,
+    max_size=16,
+)
+
+
+@given(fields_of_all_sizes, fields_of_all_sizes)
+def test_where_a_value_stands_follows_from_the_content_alone(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """A process that changed a content and one that reads it anew agree: no history, and no order of keys, counts."""
+    anew = encoded(after)
+    for like in (encoded(before), encoded(after), None):
+        for data in (after, dict(reversed(after.items()))):
+            found = encoded(data, like)
+            assert found == anew
+            assert found.fields.keys() == anew.fields.keys()
+    assert placed(anew) == placed(reversed(list(anew))) == anew
+    moved: dict[str, Value] = {**dict(encoded(before)), **dict(anew)}
+    assert placed(moved.items()) == encoded(before | after)
+
+
+@given(fields_of_all_sizes)
+def test_content_is_its_data(data: dict[str, Any]) -> None:
+    """What goes in comes out, wherever it stands, and the sizes are those of the JSON in a document."""
+    found = encoded(data)
+    assert json_codec.same(found.decode(), data)
+    assert found.decode_fields() == {name: data[name] for name in found.fields}
+    assert found.counts == {name: len(data[name]) for name, value in found.apart.items() if isinstance(value, Items)}
+    for name, value in found:
+        assert decode(value) == data[name]
+        assert as_json(value) == json_codec.encode(data[name])
+        assert found.get(name) is value
+    assert sum(map(len, found.fields.values())) <= FIELDS_BYTES
+    document = json.loads(to_bytes(first_header(), found))
+    parts = document.pop(HEADER)["parts"]
+    assert document == data
+    assert {name: part["bytes"] for name, part in parts.items()} == {
+        name: size_of(value) for name, value in found.apart.items()
+    }
+
+
+def test_content_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit of a document is one of its values together, so that what is written can be read back."""
+    monkeypatch.setattr(json_codec, "MAX_BYTES", 10_000)
+    encoded({"a": text_of(3000), "b": text_of(6000)})
+    with pytest.raises(NotJSON, match="more than 10,000 bytes"):
+        encoded({"a": text_of(3000), "b": text_of(7000)})
+
+
+# --- what need not be checked again -----------------------------------------------------------------------------------
+
+
+def test_nan_in_the_place_of_null_reads_as_null() -> None:
+    """Equal JSON text means unchanged. So there, and only there, a NaN is no error."""
+    data: dict[str, Any] = {"cost": None, "messages": [{"cost": None}], "meta": {"cost": [None]}}
+    like = encoded(data)
+    data["cost"] = data["messages"][0]["cost"] = data["meta"]["cost"][0] = math.nan
+    found = encoded(data, like)
+    assert found == like
+    assert found.decode() == {"cost": None, "messages": [{"cost": None}], "meta": {"cost": [None]}}
+    for wrong in ({"new": math.nan}, {"cost": [math.nan]}, {"messages": [{"cost": None}, {"more": math.nan}]}):
+        with pytest.raises(NotJSON):
+            encoded(data | wrong, like)
+
+
+@pytest.mark.parametrize(
+    "wrong", [(1,), {1}, math.nan, {1: 2}, "\ud83d\ude00", b"x", 10**4300], ids=lambda v: type(v).__name__
+)
+@pytest.mark.parametrize("place", [0, 150, 299, 300])
+def test_what_json_would_change_is_refused_wherever_it_comes(wrong: Any, place: int) -> None:
+    """Also in a list of which the most was encoded before: among the known items, in the last one, and behind it."""
+    values: list[Any] = [{"content": [number]} for number in range(300)]
+    for name in ("messages", "notes"):
+        data = {name: values[:]}
+        for like in (encoded(data), None):
+            changed = [*values[:place], {"content": [wrong]}, *values[place + 1 :]]
+            with pytest.raises(NotJSON) as caught:
+                encoded({name: changed}, like)
+            assert caught.value.path[:2] == (name, place)
+
+
+@pytest.mark.parametrize("key", [1, True, None, 1.5, ("a",), b"x"], ids=repr)
+@pytest.mark.parametrize("count", [3, 300])
+def test_no_key_is_taken_for_a_string(key: Any, count: int) -> None:
+    """The top-level keys are looked at as those below are, however much was encoded before."""
+    values = [{"id": str(number)} for number in range(count)]
+    for like in (None, encoded({"messages": values})):
+        with pytest.raises(NotJSON, match="only string keys"):
+            encoded({"messages": values, key: 1}, like)
+
+
+@pytest.mark.parametrize("key", ["title", "messages", HEADER])
+def test_key_that_is_a_subclass_of_str_is_refused(key: str) -> None:
+    """It is equal to a string, and would come back as another type."""
+    kind = type("Name", (str,), {})
+    with pytest.raises((NotJSON, persist.ReservedField)):
+        encoded({kind(key): []}, encoded({"title": [], "messages": []}))
+
+
+def test_items_that_did_not_change_are_the_known_objects() -> None:
+    """An append to a large list keeps the encoded items of the earlier content: they are not checked or kept twice."""
+    values = [{"id": f"m{number}", "content": "x" * 50} for number in range(500)]
+    before = encoded({"messages": values})
+    after = encoded({"messages": [*values, {"id": "new"}]}, before)
+    old, new = before.apart["messages"], after.apart["messages"]
+    assert isinstance(old, Items)
+    assert isinstance(new, Items)
+    assert all(one is other for one, other in zip(old.split(), new.split(), strict=False))
+    assert encoded({"messages": values}, before).apart["messages"] is old
+    assert len(between(before, after)) == 1
