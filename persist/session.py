@@ -265,7 +265,7 @@ class Session:
                 there = self._backend.files.read(self.id)
             except errors.SessionNotFound:
                 raise self._deleted() from None
-            with self._alone(), errors.conflicts_in(self.id):
+            with self._backend.files.looking_at(self.id), self._alone(), errors.conflicts_in(self.id):
                 if self._base is before:
                     before = self._base = self._refreshed(self._same_incarnation(there))
 

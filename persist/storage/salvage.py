@@ -81,8 +81,6 @@ def _with_records(place: Place, log: Journal, fd: int, before: Replica, *, drop_
         raise _does_not_fit(place, log)
     if lost:
         _keep_copy(log)
-        # A process may know an end behind the damage. It must meet the mark there.
-        tail.end = max(tail.end, journal.end_of(log.path))
     # No revision is used again.
     return Salvaged(before, header.but(revision=header.revision + lost), content)
 
