@@ -494,7 +494,9 @@ def read_good_records(log: Journal, fd: int, header: Header) -> tuple[list[Recor
     try:
         records.extend(log.read_new_records(fd, header, tail))
     except CorruptSession:
-        return records, tail, _without_room(_read_from(fd, tail.end)).rstrip(b"\n").count(b"\n") + 1
+        # The mark of an accept that failed is no record.
+        behind = _without_room(_read_from(fd, tail.end)).removesuffix(MARK)
+        return records, tail, behind.rstrip(b"\n").count(b"\n") + 1
     return records, tail, 0
 
 
