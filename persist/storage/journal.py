@@ -466,6 +466,8 @@ def _lines(content: bytes, seed: int) -> Iterator[bytes]:
 
 def _line_at(fd: int, position: int, seed: int) -> bytes | None:
     """Return the whole record that begins at a position, or None."""
+    if not 0 < position < disk.size_of(fd):
+        return None
     limit = _FIRST_READ_BYTES
     while True:
         content = disk.read_at(fd, limit, position)
