@@ -409,6 +409,8 @@ class _Reader:
 
 def _part(text: memoryview, part: Mapping[str, Any]) -> Value:
     if "count" not in part:
+        if text[:1] == b"[":
+            raise ValueError("a list without a count")
         return bytes(text)
     count = natural(part["count"])
     is_list = bytes(text[:2]) == b"[\n" and bytes(text[-2:]) == b"\n]" if count else bytes(text) == b"[]"
