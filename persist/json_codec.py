@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Iterable
 from enum import Enum
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 
@@ -161,16 +161,29 @@ def _encode_surrogates(value: Any, path: ValuePath) -> bytes:
     return encoded
 
 
+class Undecodable(ValueError):
+    """A text that `encode` cannot have written."""
+
+
 def decode(encoded: bytes | memoryview) -> Any:
-    """Decode JSON that `encode` has written; raises `ValueError` or `RecursionError` for anything else."""
+    """Decode JSON that `encode` has written. Raise `Undecodable` for anything else."""
     try:
         return _decode(encoded)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
         # A lone surrogate, which msgspec does not read. If it is real damage, this raises in its turn.
-        return json.loads(bytes(encoded).decode(), parse_constant=_no_constant)
+        return json.loads(bytes(encoded).decode(), parse_constant=_no_constant, parse_float=_no_infinity)
+    except (ValueError, RecursionError) as error:
+        raise Undecodable(type(error).__name__) from None
 
 
-def _no_constant(literal: str) -> None:
+def _no_infinity(literal: str) -> float:
+    number = float(literal)
+    return number if math.isfinite(number) else _no_constant(literal)
+
+
+def _no_constant(literal: str) -> NoReturn:
     raise ValueError(f"{literal} is not JSON")
 
 

@@ -229,14 +229,16 @@ class Store:
         """
         files = self._open().files
         found = files.read(session_id)
-        copy = WorkingCopy(found)
-        stream_id = turn.active_stream(copy.fields)
-        owner = streams.owner_of(found.header, stream_id)
-        if owner is None and stream_id is not None:
-            # Another program's turn: its prompt may stand in the stream fields only.
-            turn.interrupt_foreign(copy)
-        turn.leave_out(copy, owner.answer_id if owner else None)
-        return self._created(files, new_id, copy.content)
+        with files.looking_at(session_id):
+            copy = WorkingCopy(found)
+            stream_id = turn.active_stream(copy.fields)
+            owner = streams.owner_of(found.header, stream_id)
+            if owner is None and stream_id is not None:
+                # Another program's turn: its prompt may stand in the stream fields only.
+                turn.interrupt_foreign(copy)
+            turn.leave_out(copy, owner.answer_id if owner else None)
+            content = copy.content
+        return self._created(files, new_id, content)
 
     def delete(self, session_id: str, *, force: bool = False) -> None:
         """Remove a session; durable on return. A later `save` of an object that was loaded before is refused.

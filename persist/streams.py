@@ -74,7 +74,8 @@ def owner_of(header: Header, stream_id: object) -> StreamOwner | None:
     """Return the header's owner, if it owns that stream. Another program may have put its own id into the document."""
     try:
         owner = msgspec.convert(header.owner, StreamOwner)
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, UnicodeEncodeError):
+        # msgspec cannot name a key that holds a lone surrogate.
         return None
     return owner if owner.stream_id == stream_id else None
 

@@ -47,7 +47,7 @@ def id_key(message_id: object) -> bytes | None:
 def _id_in(item: bytes) -> bytes | None:
     try:
         raw = bytes(_id_of(item).id)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         # The item is no object, or it holds a lone surrogate, which msgspec does not read.
         raw = b"\\"
     if b"\\" not in raw and (raw[:1] == b'"' or not raw):
@@ -115,18 +115,18 @@ class Items:
         if text_count:
             split = bytes(text[2:-2]).split(SEPARATOR)
             if len(split) != text_count:
-                raise ValueError("a list has not as many items as its header says")
+                raise json_codec.Undecodable("a list has not as many items as its header says")
             items = [*split, *items[:length]]
             length = len(items)
             self._parts = (_NO_TEXT, 0, items, length)
         return items if len(items) == length else items[:length]
 
     def check(self) -> None:
-        """Raise `ValueError` unless the text has one item a line, as many as its header says."""
+        """Raise `Undecodable` unless the text has one item a line, as many as its header says."""
         text, text_count, _, _ = self._parts
         whole = bytes(text)
         if text_count and (whole.count(b"\n"), whole.count(SEPARATOR)) != (text_count + 1, text_count - 1):
-            raise ValueError("a list has not as many items as its header says")
+            raise json_codec.Undecodable("a list has not as many items as its header says")
 
     def last(self, count: int) -> list[bytes]:
         """Return the last items, without splitting the text if they all stand behind it."""
@@ -186,7 +186,7 @@ class Items:
         if text:
             try:
                 keys = [bytes(item.id) for item in _ids_of(text)]
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, RecursionError):
                 keys = [_id_in(item) for item in bytes(text[2:-2]).split(SEPARATOR)]
             else:
                 if b"\\" in b"".join(filter(None, keys)) or not all(key and key[:1] == b'"' for key in keys):
@@ -228,7 +228,7 @@ class Items:
         text, text_count, items, length = self._parts
         found: list[Any] = json_codec.decode(text) if text_count else []
         if len(found) != text_count:
-            raise ValueError("a list has not as many items as its header says")
+            raise json_codec.Undecodable("a list has not as many items as its header says")
         found += list(map(json_codec.decode, items[:length]))
         return found
 
@@ -373,10 +373,10 @@ def _encoded_value(value: Any, before: bytes | None, path: ValuePath) -> bytes:
     found = json_codec.encode_unchecked(value)
     if found is not None and found == before:
         return found
-    return _kept(json_codec.encode_exact(value, path), value, before)
+    return as_before(json_codec.encode_exact(value, path), value, before)
 
 
-def _kept(found: bytes, value: Any, before: bytes | None) -> bytes:
+def as_before(found: bytes, value: Any, before: bytes | None) -> bytes:
     """Return the JSON from before, if it differs from a value's JSON in the order of keys only. Else return that."""
     if before is None or len(found) != len(before) or found == before:
         return found
@@ -403,7 +403,7 @@ def _encoded_items(name: str, items: list[Any], before: Value | None) -> Items:
         checked = [
             _encoded_value(item, known[place] if place < count else None, (name, place))
             if found is None or found[place] not in there
-            else _kept(found[place], item, known[place] if place < count else None)
+            else as_before(found[place], item, known[place] if place < count else None)
             for place, item in enumerate(items)
         ]
         return Items(checked)

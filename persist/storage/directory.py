@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from persist import json_codec
 from persist.errors import CorruptSession, InvalidSessionId, PersistError, SessionNotFound, Translating, Unreadable
 from persist.storage import disk, document, journal, layout
 from persist.storage.cache import Cache, Replica
@@ -93,12 +94,17 @@ class SessionDirectory:
                 disk.close(fd)
 
     def looking_at(self, session_id: str) -> Translating[Path]:
-        """Give the document's path to a block, and turn the disk's own errors in it into typed ones."""
+        """Give the document's path to a block, and turn the disk's own errors in it into typed ones.
+
+        So is what cannot be decoded, although its checksum is right: somebody has sealed it.
+        """
         path = self._document(session_id)
 
         def type_error(error: BaseException) -> None:
             if isinstance(error, FileNotFoundError):
                 raise SessionNotFound(session_id=session_id, path=path) from None
+            if isinstance(error, json_codec.Undecodable):
+                raise mislabelled(path, session_id) from None
             if isinstance(error, OSError) and not isinstance(error, PersistError):
                 raise Unreadable.because(path, error) from error
 

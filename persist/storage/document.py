@@ -239,11 +239,15 @@ def _checked(text: memoryview, part: Mapping[str, Any]) -> memoryview:
 
 def fields_of(text: bytes) -> dict[str, bytes]:
     """Return the members of a JSON object, each as its JSON. Raise one of `NONSENSE` if it is none."""
+    # Decoded at once, so that nobody who asks for a field later meets what cannot be decoded.
+    values = _of(dict, json_codec.decode(text))
+    if HEADER in values:
+        raise ValueError(HEADER)
     try:
         return {name: bytes(raw) for name, raw in _raw_members(text).items()}
     except msgspec.DecodeError:
         # A lone surrogate, which msgspec does not read.
-        return {name: json_codec.encode(value) for name, value in _of(dict, json_codec.decode(text)).items()}
+        return {name: json_codec.encode(value) for name, value in values.items()}
 
 
 _raw_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
@@ -329,7 +333,8 @@ class _Reader:
         parts = _of(dict, values["parts"])
         segments: dict[str | None, tuple[bytes, Mapping[str, Any]]] = {None: (b"", values["fields"])}
         segments |= {name: (_key(name), part) for name, part in parts.items()}
-        if not values["fields"]["bytes"]:
+        if not natural(values["fields"]["bytes"]):
+            _checked(text[:0], values["fields"])
             del segments[None]
         fields: dict[str, bytes] = {}
         apart: dict[str, Value] = {}
@@ -345,7 +350,7 @@ class _Reader:
                 fields = fields_of(b"".join([b"{", piece, b"}"]))
             else:
                 apart[name] = _part(piece, part)
-        if bytes(text[place : place + 4]) != b"\n}\n" or not fields.keys().isdisjoint(apart):
+        if bytes(text[place : place + 4]) != b"\n}\n" or HEADER in apart or not fields.keys().isdisjoint(apart):
             raise ValueError("end")
         return Content(fields, apart)
 
@@ -404,10 +409,11 @@ class _Reader:
 
 def _part(text: memoryview, part: Mapping[str, Any]) -> Value:
     if "count" not in part:
+        if bytes(text[:1]) == b"[":
+            raise ValueError("a list without a count")
         return bytes(text)
     count = natural(part["count"])
-    brackets = bytes(text[:2]), bytes(text[-2:])
-    is_list = brackets == ((b"[\n", b"\n]") if count else (b"[]", b"[]"))
+    is_list = bytes(text[:2]) == b"[\n" and bytes(text[-2:]) == b"\n]" if count else bytes(text) == b"[]"
     if not is_list:
         raise ValueError("count")
     return Items.in_document(text, count)

@@ -324,6 +324,7 @@ class Journal:
                 if (
                     record.after != tail.after
                     or record.revision != revision
+                    or record.synced > tail.end
                     or (record.head is None and record.head_at != tail.head_at)
                 ):
                     raise self.damaged(tail.end, "a record in it does not follow the one before")
@@ -389,7 +390,10 @@ class Journal:
         record = self._decoded(line, tail.end)
         image = record
         if record.head is None and record.head_at:
-            image = self._decoded(_line_at(fd, record.head_at, tail.seed) or b"", record.head_at)
+            there = _line_at(fd, record.head_at, tail.seed)
+            image = record if there is None else self._decoded(there, record.head_at)
+            if image.head is None:
+                raise self.damaged(record.head_at, "the record with the fields does not stand there")
         try:
             header = header_after(head.header, image) if image.head is not None else head.header
             fields = document.fields_of(bytes(image.head.fields)) if image.head is not None else head.fields
@@ -404,12 +408,16 @@ class Journal:
             size = disk.size_of(fd)
             start = max(tail.end, size - window)
             content = _without_room(disk.read_at(fd, size - start, start))
-            durable = _durable_from(content, start, tail)
+            last = _last_whole(content, start, tail)
+            if last is not None and last[1] > last[0]:
+                raise self.damaged(last[0], "a record in it does not follow the one before")
             # From the record that ends there on: what follows may have been lost, and then that record is the last one.
-            begin = None if durable is None else _line_before(content, durable - start, is_all=start == tail.end)
-            if begin is None:
+            begin = None if last is None else _line_before(content, last[1] - start, is_all=start == tail.end)
+            if begin is None and start > tail.end:
                 window *= 4
                 continue
+            # All is in `content`. A last record that does not say how far the file was durable is an unknown one.
+            begin = begin or 0
             line, end = None, start + begin
             for whole in _lines(content[begin:], tail.seed):
                 line, end = whole[:-1], end + len(whole)
@@ -421,17 +429,20 @@ class Journal:
             before = content
 
 
-def _durable_from(content: bytes, start: int, tail: Tail) -> int | None:
-    """Return from where on a journal must be checked: what its last whole record says. None if none is in `content`."""
+def _last_whole(content: bytes, start: int, tail: Tail) -> tuple[int, int] | None:
+    """Return where the last whole record begins, and up to where it says that the journal was durable.
+
+    None if none is in `content`, or if it does not say that.
+    """
     stop = content.rfind(b"\n")
     while stop >= 0:
         begin = content.rfind(b"\n", 0, stop) + 1
         line = content[begin:stop]
         if (begin or start == tail.end) and _is_whole(line, tail.seed):
             synced = re.search(rb'"synced":(\d{1,18})', line)
-            return max(tail.end, int(synced[1])) if synced else None
+            return (start + begin, max(tail.end, int(synced[1]))) if synced else None
         stop = begin - 1
-    return tail.end if start == tail.end else None
+    return (tail.end, tail.end) if start == tail.end else None
 
 
 def _line_before(content: bytes, stop: int, *, is_all: bool) -> int | None:
@@ -455,6 +466,8 @@ def _lines(content: bytes, seed: int) -> Iterator[bytes]:
 
 def _line_at(fd: int, position: int, seed: int) -> bytes | None:
     """Return the whole record that begins at a position, or None."""
+    if not 0 < position < disk.size_of(fd):
+        return None
     limit = _FIRST_READ_BYTES
     while True:
         content = disk.read_at(fd, limit, position)
@@ -483,7 +496,9 @@ def read_good_records(log: Journal, fd: int, header: Header) -> tuple[list[Recor
     try:
         records.extend(log.read_new_records(fd, header, tail))
     except CorruptSession:
-        return records, tail, _without_room(_read_from(fd, tail.end)).rstrip(b"\n").count(b"\n") + 1
+        # The mark of an accept that failed is no record.
+        behind = _without_room(_read_from(fd, tail.end)).removesuffix(MARK)
+        return records, tail, behind.rstrip(b"\n").count(b"\n") + 1
     return records, tail, 0
 
 

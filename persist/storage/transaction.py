@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+from persist import json_codec
 from persist.errors import CorruptSession, LockNotHeld, MergeConflict, NestedLock, PersistError, SessionNotFound
 from persist.storage import commit, diff, disk, lock
 from persist.storage.cache import Replica
@@ -226,6 +227,7 @@ class Transaction:
             CorruptSession: the document is no JSON object, or its journal does not fit the edit.
         """
         self.require_lock()
+        self.require_known()
         # By what the files say. A replica may go back to before the damage.
         self._close_journal()
         self._replica = None
@@ -307,6 +309,9 @@ class SessionFiles(SessionDirectory):
             try:
                 # Looked at again by the verb's own read: the session may have gone while this caller waited.
                 yield tx
+            except json_codec.Undecodable:
+                # Somebody has sealed what is no JSON, and the verb has come to it.
+                raise mislabelled(self.layout.session(session_id).document, session_id) from None
             except MergeConflict as error:
                 # The pure functions that found it do not know the session.
                 raise error.in_session(session_id) from None

@@ -7,6 +7,7 @@ guards against accidents; what stands behind it must still not bring a server do
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ from harness.fuzzing import seal
 from harness.verbs import VERBS, within_deadline
 
 import persist
-from persist.storage import snapshot
+from persist.storage import document as documents
 
 M1 = {"id": "m1", "role": "user", "content": "Why?"}
 ABSENT = object()
@@ -53,8 +54,16 @@ def with_header(content: bytes, **lies: Any) -> bytes:
 
 
 def with_body(content: bytes, body: bytes) -> bytes:
-    """The same header over other small fields, sealed; `head_bytes` fits them."""
-    return with_header(content.partition(b"\n")[0] + b"\n" + body, head_bytes=len(body) - len(b"}\n"), counts={})
+    """The same header over other fields, sealed. The lengths are right."""
+    nothing = {"bytes": 0, "checksum": ""}
+    return seal(with_header(content.partition(b"\n")[0] + b"\n" + body, fields=nothing, parts={}), fits=True)
+
+
+def with_part(content: bytes, **lies: Any) -> bytes:
+    """The same document, whose header says something else of its messages, sealed."""
+    header = json.loads(content.partition(b"\n")[0].rstrip(b",") + b"}")["_persist"]
+    part = {key: value for key, value in (header["parts"]["messages"] | lies).items() if value is not ABSENT}
+    return with_header(content, parts={"messages": part})
 
 
 def untyped(store: persist.Store, good: bytes, hostile: bytes) -> list[str]:
@@ -96,12 +105,19 @@ OWNER = {
     "answer_id": None,
 }
 OWNER |= {"cancelled": False}
+LENGTHS: tuple[Any, ...] = (*ODD[:-1], 0, 1, 2, 50, 10_000, 2**39, 2**63, "7", -0.0)
 OWNER_LIES: tuple[Any, ...] = (None, 5, [], {"a": 1}, "../../etc")
 LIES: dict[str, list[dict[str, Any]]] = {
-    "head_bytes": [{"head_bytes": value} for value in (*ODD, 0, 1, 2, 50, 10_000, 2**63, "7")],
-    "counts": [
-        {"counts": value} for value in (*ODD, {"messages": None}, {"messages": -1}, {"messages": "many"}, {"title": 1})
+    "fields": [{"fields": value} for value in (*ODD, {"bytes": 3}, {"checksum": "x"})],
+    "fields' bytes": [{"fields": {"bytes": value, "checksum": "0" * 32}} for value in LENGTHS],
+    "fields' checksum": [{"fields": {"bytes": 0, "checksum": value}} for value in ODD if value is not ABSENT],
+    "parts": [{"parts": value} for value in (*ODD, {"messages": None}, {"title": {}}, {"_persist": {}})],
+    "commit": [{"commit": value} for value in (*ODD, 5, "\ud800")],
+    "journal": [
+        {"journal": value} for value in (*ODD, "../../etc/passwd", "A" * 16, "0123456789abcdef", "\ud800" * 16)
     ],
+    "folded": [{"folded": value} for value in (*ODD, "../../etc/passwd", "0123456789abcdef")],
+    "id": [{"id": value} for value in (*ODD, "another", "s", 5)],
     "revision": [{"revision": value} for value in (*ODD, "7", 2**63, 2**64)],
     "incarnation": [{"incarnation": value} for value in (*ODD, 5)],
     "created_at": [
@@ -123,6 +139,13 @@ def test_a_sealed_header_that_lies_is_answered_with_a_typed_error(
     """No verb stumbles over a value of the wrong type, sign or size, or over one that is missing."""
     found = [(lie, wrong) for lie in lies if (wrong := untyped(store, good, with_header(good, **lie)))]
     report(found)
+
+
+@pytest.mark.parametrize("key", ["bytes", "count", "checksum"])
+def test_a_sealed_part_that_lies_is_answered_with_a_typed_error(key: str, store: persist.Store, good: bytes) -> None:
+    """No verb stumbles over a list that is shorter, longer or something else than its header says."""
+    cases = [{key: value} for value in (*LENGTHS, 3, 4, ABSENT)]
+    report([(lie, wrong) for lie in cases if (wrong := untyped(store, good, with_part(good, **lie)))])
 
 
 def report(found: list[tuple[Any, list[str]]]) -> None:
@@ -224,8 +247,8 @@ def test_a_sealed_document_over_the_limit_is_refused(
 ) -> None:
     """By its size: no more than the limit is ever in memory."""
     big = with_body(good, b'"a":"' + b"x" * 10_000 + b'"\n}\n')
-    monkeypatch.setattr("persist.codec.MAX_BYTES", 2_000)
-    monkeypatch.setattr(snapshot, "READ_LIMIT", 4_000)
+    monkeypatch.setattr("persist.json_codec.MAX_BYTES", 2_000)
+    monkeypatch.setattr(documents, "READ_LIMIT", 4_000)
     assert untyped(store, good, big) == []
     with pytest.raises(persist.CorruptSession, match="larger than 2,000 bytes"):
         store.load("s")
@@ -238,9 +261,9 @@ def test_a_file_without_end_is_read_up_to_the_limit(
 
     A head whose own bytes are whole may still be shown: it does not read what follows.
     """
-    monkeypatch.setattr(snapshot, "READ_LIMIT", 100_000)
-    monkeypatch.setattr("persist.codec.MAX_BYTES", 50_000)
-    for start in (good, with_header(good, head_bytes=2**39), b"", b"{"):
+    monkeypatch.setattr(documents, "READ_LIMIT", 100_000)
+    monkeypatch.setattr("persist.json_codec.MAX_BYTES", 50_000)
+    for start in (good, with_header(good, fields={"bytes": 2**39, "checksum": "0" * 32}), b"", b"{"):
         document(store).write_bytes(start)
         with document(store).open("r+b") as file:
             file.truncate(2**40)
@@ -252,29 +275,15 @@ def test_a_file_without_end_is_read_up_to_the_limit(
 
 # --- ids --------------------------------------------------------------------------------------------------------------
 
-HOSTILE_IDS: tuple[Any, ...] = (
-    *(
-        "",
-        ".",
-        "..",
-        "../s",
-        "/etc/passwd",
-        "a/b",
-        "a\\b",
-        "s\x00",
-        "s\n",
-        "\ns",
-        "-s",
-        "_s",
-        ".s",
-        "s.json",
-        "s.t1",
-        "é",
-        "ｓ",
-        "s ",
-    ),
-    *("a" * 129, "a" * 100_000, "CON", "nul", "com1", "\ud800", "s\u200b", "٣", "%2e%2e", "~", "$HOME", "s;rm", "s*"),
+NO_IDS: tuple[Any, ...] = (
+    *("", "a" * 513, "a" * 100_000, "\ud800", "s\udfff", "\ud83d\ude00"),
     *(None, 5, 1.5, True, b"s", ["s"], ("s",), {"s": 1}, object(), Path("s"), float("nan")),
+)
+#: Each is an id, and none of them is a path.
+ODD_IDS = (
+    *(".", "..", "../s", "/etc/passwd", "a/b", "a\\b", "s\x00", "s\n", "\ns", "-s", "_s", ".s", "s.json", "s.t1"),
+    *("s.json.lock", "s.0123456789abcdef.journal", ".leases", ".events", "é", "ｓ", "s ", "S", "a" * 181, "😀" * 512),
+    *("CON", "nul", "com1", "s\u200b", "٣", "%2e%2e", "s%2F", "~", "$HOME", "s;rm", "s*", "\u202es", "\x1b]0;x\x07"),
 )
 ID_VERBS: dict[str, Callable[[persist.Store, Any], object]] = {
     "load": persist.Store.load,
@@ -296,23 +305,48 @@ ID_VERBS: dict[str, Callable[[persist.Store, Any], object]] = {
 
 
 @pytest.mark.parametrize("verb", ID_VERBS.values(), ids=ID_VERBS)
-def test_a_hostile_session_id_is_refused_before_the_disk_is_touched(
+def test_what_is_no_session_id_is_refused_before_the_disk_is_touched(
     verb: Callable[[persist.Store, Any], object], store: persist.Store, good: bytes
 ) -> None:
-    """An id never becomes another name than its own, whatever its type; nothing appears and nothing goes away."""
+    """What is no text of 1 to 512 characters names no session. Nothing appears and nothing goes away."""
     before = sorted(store.path.parent.rglob("*"))
-    for hostile in HOSTILE_IDS:
+    for hostile in NO_IDS:
         with pytest.raises(persist.InvalidSessionId):
             verb(store, hostile)
     assert sorted(store.path.parent.rglob("*")) == before
     assert document(store).read_bytes() == good
 
 
+@pytest.mark.parametrize("odd", ODD_IDS, ids=ascii)
+def test_an_odd_session_id_names_no_file_but_its_own(odd: str, store: persist.Store, good: bytes) -> None:
+    """Each text is an id. It never leads out of the store, or to the files of another session."""
+    there = sorted(store.path.parent.rglob("*"))
+    journaling = persist.Store(store.path, journal="always")
+    journaling.create(odd, {"title": odd, "messages": []})
+    journaling.append(odd, "messages", M1)
+    with journaling.start_stream(odd, {"role": "user", "content": "Why?"}, stream_id="t1") as stream:
+        stream.emit("token")
+        made = sorted(set(store.path.parent.rglob("*")) - set(there))
+        assert set(store.ids()) == {"s", odd}
+        assert [info.session_id for info in store.streams() if info.is_live] == [odd]
+        stream.finish({"role": "assistant", "content": "So."})
+    assert len(made) >= 4
+    for path in made:
+        assert path.parent in (store.path, store.path / ".leases", store.path / ".events")
+        assert re.fullmatch(r"[A-Za-z0-9%][A-Za-z0-9_%~-]*(\.[A-Za-z0-9]+)*", path.name) or path.name == ".events"
+    found = persist.Store(store.path).load(odd)
+    assert (found.id, found.data["title"], len(found.data["messages"])) == (odd, odd, 3)
+    assert [problem.session_id for problem in store.check()] == ["s"]
+    journaling.delete(odd)
+    assert {*store.path.parent.rglob("*")} - {store.path / ".events"} == {*there}
+    assert document(store).read_bytes() == good
+
+
 def test_a_hostile_stream_id_is_refused_or_is_no_stream(store: persist.Store, good: bytes) -> None:
     """To start one is `InvalidStreamId`; to cancel one is to cancel none."""
     before = sorted(store.path.parent.rglob("*"))
-    for hostile in HOSTILE_IDS:
-        if hostile is not None and hostile not in ("CON", "nul", "com1"):
+    for hostile in (*NO_IDS, *ODD_IDS, "a" * 65):
+        if hostile is not None and hostile not in ("CON", "nul", "com1", "S"):
             with pytest.raises(persist.InvalidStreamId):
                 store.start_stream("s", stream_id=hostile)
         assert store.cancel("s", hostile) is False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -555,9 +556,10 @@ def test_waiter_lets_go_of_a_lock_file_that_was_removed(locked: Actor, directory
     try:
         waiter = actor()
         in_turnstile(waiter, path)
-        path.unlink()
-        new = held.try_hold(path, create=True)
+        # In one step: else the waiter may be the first to make the new one.
+        new = held.try_hold(directory / "new.lock", create=True)
         assert new is not None
+        (directory / "new.lock").replace(path)
         locked.go()
         locked.result()
         eventually(lambda: is_taken(path))
@@ -687,13 +689,13 @@ def test_who_waits_where_the_kernel_has_no_such_locks_polls(
         asked.append(fd)
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(turnstile.fcntl, "fcntl", refuse)
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
     with FileLock(directory / "s-1.json.lock", fallback_to_soft=False):
         with pytest.raises(persist.LockTimeout):
             persist.Store(directory, lock_timeout_s=0.1).append("s-1", "log", 1)
         waiting = threading.Thread(target=lambda: store.append("s-1", "log", 2))
-        waiting.start()
         asked.clear()
+        waiting.start()
         eventually(lambda: bool(asked))
     waiting.join(DEADLINE_S)
     assert store.load("s-1").data["log"] == [2]

@@ -1,6 +1,6 @@
-"""The journal: its grammar, what a head reads of it, which one belongs to a document, and readers that a fold overtakes.
+"""The journal: its grammar, what a head reads of it, which one a document has, and readers that a fold overtakes.
 
-They fail without their mechanisms: the check of the opening, of its version and its generation; `after` and `revision` of a
+They fail without their mechanisms: the check of the opening, of its version and its name; `after` and `revision` of a
 record; `head_at`; the start from anew of a reader that was overtaken, and the lock that it takes at last.
 """
 
@@ -12,7 +12,6 @@ import math
 import os
 import random
 import sys
-import threading
 import zlib
 from collections.abc import Callable
 from operator import methodcaller
@@ -20,19 +19,17 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from actors import DEADLINE_S, Actor
+from actors import Actor
 from conftest import ActorFactory
 from harness.faults import SHORT, TORN, Fault, injecting
 from harness.journals import chain_is_right, has_journal, journal_of, parted, record_of, sealed, traffic
-from persist.storage.body import BULK
-from persist.storage.known import Known
-from persist.storage.snapshot import HeadSnapshot, Snapshot
 
 import persist
-from persist.storage import disk, journal, snapshot
+from persist.storage import commit, disk, document, journal
 from persist.storage.commit import Mode
+from persist.storage.content import Items, encoded
+from persist.storage.document import Head
 from persist.storage.journal import Record, Tail
-from persist.storage.transaction import Transaction
 
 HELLO = {"id": "m1", "role": "user", "content": "hi"}
 
@@ -41,6 +38,7 @@ HELLO = {"id": "m1", "role": "user", "content": "hi"}
 def journaled(directory: Path) -> persist.Store:
     """A store whose sessions all have a journal, with one session."""
     store = persist.Store(directory, journal="always", lock_timeout_s=20.0)
+    store._backend.files.options.verifies_folds = True
     store.create("s", {"title": "New chat", "messages": [HELLO]})
     return store
 
@@ -58,23 +56,23 @@ def setting(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 def test_journal_is_written_as_its_grammar_says(journaled: persist.Store) -> None:
-    """The opening names format, generation and snapshot; a record is one line, with the keys in the order of the grammar."""
+    """The opening names version and name. A record is one line, with the keys in the order of the grammar."""
     append(journaled, 1)
     journaled.update("s", lambda data: data.update(title="Locks"))
     append(journaled, 2)
     content = journal_of(journaled).read_bytes()
     opening, lines = parted(content)
     header = json.loads((journaled.path / "s.json").read_bytes())["_persist"]
-    assert opening == b'{"persist_journal":1,"generation":1,"snapshot":"%b"}\n' % header["checksum"].encode()
-    assert journal_of(journaled).name == "s.1.journal"
+    assert opening == b'{"persist_journal":3,"name":"%b"}\n' % header["journal"].encode()
+    assert journal_of(journaled).name == f"s.{header['journal']}.journal"
     assert chain_is_right(content)
     added, renamed, added_again = map(json.loads, lines)
-    common = ["crc", "after", "revision", "updated_at", "commit", "counts", "synced"]
-    assert list(added) == [*common, "changes"]
-    assert list(renamed) == [*common, "head"]
-    assert list(added_again) == [*common, "head_at", "changes"]
+    common = ["crc", "after", "revision", "updated_at", "synced", "counts"]
+    assert list(added) == [*common, "changes", "commit"]
+    assert list(renamed) == [*common, "head", "commit"]
+    assert list(added_again) == [*common, "head_at", "changes", "commit"]
     assert added["changes"] == [{"in": "messages", "at": 1, "insert": [{"id": "a1", "content": "x" * 300}]}]
-    assert renamed["head"] == {"stream": {"epoch": 0, "owner": None}, "fields": {"title": "Locks"}}
+    assert renamed["head"] == {"epoch": 0, "owner": None, "fields": {"title": "Locks"}}
     assert [each["revision"] for each in (added, renamed, added_again)] == [2, 3, 4]
     assert [each["counts"] for each in (added, renamed, added_again)] == [
         {"messages": 2},
@@ -92,7 +90,7 @@ def test_records_of_the_example_are_read(journaled: persist.Store) -> None:
     opening = path.read_bytes()
     record = {"after": "", "updated_at": "2026-01-01T00:00:00+00:00", "synced": len(opening)}
     inserted = {"in": "messages", "at": 1, "insert": [{"id": "m3", "role": "user", "content": "hi"}]}
-    head = {"stream": {"epoch": 1, "owner": None}, "fields": {"title": "Locks"}}
+    head = {"epoch": 1, "owner": None, "fields": {"title": "Locks"}}
     path.write_bytes(
         sealed(
             opening,
@@ -126,8 +124,9 @@ def test_any_text_is_one_line(journaled: persist.Store, text: str) -> None:
 def shown(store: persist.Store) -> tuple[object, ...]:
     """What a head shows, and what the whole session shows in its place."""
     head, session = store.head("s"), store.load("s")
-    counts = {name: len(session.data[name]) for name in BULK if type(session.data.get(name)) is list}
-    small = {name: value for name, value in session.data.items() if name not in BULK}
+    apart = encoded(session.data).apart
+    counts = {name: len(session.data[name]) for name, value in apart.items() if isinstance(value, Items)}
+    small = {name: value for name, value in session.data.items() if name not in apart}
     assert list(head.data) == list(small), "the order of fields, too"
     assert (head.data, head.counts) == (small, counts)
     assert (head.revision, head.created_at, head.updated_at) == (
@@ -136,8 +135,8 @@ def shown(store: persist.Store) -> tuple[object, ...]:
         session.updated_at,
     )
     assert head.active_stream_id == session.active_stream_id
-    found = store._files.read("s")
-    assert store._files.read_head("s") == HeadSnapshot(found.header, found.body.small, found.body.counts, "")
+    found = store._backend.files.read("s")
+    assert store._backend.files.read_head("s") == Head(found.header, found.content.fields, found.content.counts)
     return head.revision, head.data
 
 
@@ -145,7 +144,7 @@ def shown(store: persist.Store) -> tuple[object, ...]:
 @pytest.mark.parametrize("fold_bytes", [2000, math.inf])
 def test_head_shows_what_the_whole_session_shows(journaled: persist.Store, seed: int, fold_bytes: float) -> None:
     """After any sequence of commits, with and without a change of the head, of every size."""
-    journaled._files.fold_bytes = fold_bytes
+    journaled._backend.files.options.fold_bytes = fold_bytes
     dice = random.Random(seed)
     stream: persist.Stream | None = None
     for number in range(40):
@@ -155,7 +154,9 @@ def test_head_shows_what_the_whole_session_shows(journaled: persist.Store, seed:
         elif what == "rename":
             journaled.update("s", setting(f"t{number % 3}", number))
         elif what == "long":
-            journaled.update("s", setting("long", "é" * dice.choice([1, 5000])))
+            journaled.update(
+                "s", setting("long", dice.choice(["é", "é" * 2000, "é" * 5000, [number] * 3000, {"k": "x" * 5000}]))
+            )
         elif what == "drop":
             journaled.update("s", lambda data: data.pop("long", None))
         elif what == "save":
@@ -180,7 +181,7 @@ def test_head_reads_no_more_of_a_long_journal(journaled: persist.Store, records:
 
     One of them takes in the room for more.
     """
-    journaled._files.fold_bytes = math.inf
+    journaled._backend.files.options.fold_bytes = math.inf
     journaled.update("s", lambda data: data.update(title="Locks"))
     for number in range(records):
         append(journaled, number)
@@ -214,45 +215,60 @@ def assert_every_verb_raises(store: persist.Store, kind: type[Exception], match:
                 verb()
 
 
-def test_unknown_version_is_refused_and_left_alone(journaled: persist.Store) -> None:
-    """A journal of a newer version raises `UnsupportedFormat` for readers and writers, also on `accept`, and stays as it is."""
+@pytest.mark.parametrize("version", [1, 2, 4, 99])
+def test_unknown_version_is_refused_and_left_alone(journaled: persist.Store, version: int) -> None:
+    """A journal of another version raises `UnsupportedFormat` for readers and writers, also on `accept`, and stays."""
     append(journaled, 1)
     path = journal_of(journaled)
-    newer = path.read_bytes().replace(b'"persist_journal":1', b'"persist_journal":2')
-    path.write_bytes(newer)
+    other = path.read_bytes().replace(b'"persist_journal":3', b'"persist_journal":%d' % version)
+    path.write_bytes(other)
     document = (journaled.path / "s.json").read_bytes()
-    assert_every_verb_raises(journaled, persist.UnsupportedFormat, "version 2|format 2")
+    assert_every_verb_raises(journaled, persist.UnsupportedFormat, f"format {version}, and this version knows 3")
     with pytest.raises(persist.UnsupportedFormat):
         journaled.accept("s")
     assert [problem.kind for problem in journaled.check()] == ["unsupported"]
-    assert path.read_bytes() == newer
+    assert path.read_bytes() == other
     assert (journaled.path / "s.json").read_bytes() == document
 
 
-def test_journal_of_another_snapshot_is_not_applied(journaled: persist.Store) -> None:
-    """A journal under the right name that belongs to another document is as good as none: `CorruptSession`."""
+@pytest.mark.parametrize(
+    "more",
+    [{"later": 1}, {"changes": [{"in": "messages", "at": 1, "insert": [1], "later": 1}]}, {"head": {"later": 1}}],
+)
+def test_record_that_a_newer_version_wrote_is_no_tear(journaled: persist.Store, more: dict[str, Any]) -> None:
+    """Its crc is right, and it holds what this version does not know: else an old worker would fold it away."""
     append(journaled, 1)
+    append(journaled, 2)
     path = journal_of(journaled)
-    opening, _ = parted(path.read_bytes())
-    other = opening.replace(opening[-35:-3], b"0" * 32)
-    path.write_bytes(other + b"".join(parted(path.read_bytes())[1]))
-    assert_every_verb_raises(journaled, persist.CorruptSession, "persist accept")
+    opening, lines = parted(path.read_bytes())
+    first, second = map(record_of, lines)
+    path.write_bytes(sealed(opening, [first, second | more]))
+    before = path.read_bytes()
+    assert_every_verb_raises(journaled, persist.UnsupportedFormat, "knows 3. Upgrade persist")
+    for verb in verbs(journaled)[2:]:
+        # Also the store that knows what stands before it.
+        with pytest.raises(persist.UnsupportedFormat):
+            verb()
+    assert path.read_bytes() == before
 
 
-def test_journal_of_another_generation_is_not_applied(journaled: persist.Store) -> None:
-    """The generation in the opening must be that of the document, whatever the file is called."""
+def test_journal_of_another_name_is_not_applied(journaled: persist.Store) -> None:
+    """A journal under the right name, whose opening bears another one, is as good as none: `CorruptSession`."""
     append(journaled, 1)
     path = journal_of(journaled)
-    path.write_bytes(path.read_bytes().replace(b'"generation":1', b'"generation":2'))
+    opening, lines = parted(path.read_bytes())
+    other = opening.replace(opening[-19:-3], b"0" * 16)
+    path.write_bytes(sealed(other, list(map(record_of, lines))))
+    assert parted(path.read_bytes())
     assert_every_verb_raises(journaled, persist.CorruptSession, "persist accept")
 
 
 def test_journal_that_is_named_but_missing_is_told(journaled: persist.Store) -> None:
-    """A document whose journal is gone is `CorruptSession`, which names the remedy; that takes the document as it is."""
+    """A document whose journal is gone is `CorruptSession`. Its remedy takes the document as it is."""
     append(journaled, 1)
     journal_of(journaled).unlink()
     assert_every_verb_raises(
-        journaled, persist.CorruptSession, "s.1.journal, which it names, is missing.*persist accept"
+        journaled, persist.CorruptSession, r"s\.[0-9a-f]{16}\.journal, which it names, is missing.*persist accept"
     )
     assert [problem.kind for problem in journaled.check()] == ["corrupt"]
     assert journaled.accept("s").data["messages"] == [HELLO]
@@ -287,13 +303,45 @@ def test_missing_journal_of_a_session_with_a_stream_is_told_by_every_look(journa
 
 
 def test_left_over_journal_is_named_and_harmless(journaled: persist.Store) -> None:
-    """A journal that no document names, as a crash leaves it, is shown by `check`, and no fold takes its name."""
+    """A journal that no document names, as a crash leaves it, is shown by `check`. A compact removes it."""
     append(journaled, 1)
-    (journaled.path / "s.2.journal").write_bytes(b"somebody's")
-    assert [(problem.kind, problem.path.name) for problem in journaled.check()] == [("left-over", "s.2.journal")]
+    left = journaled.path / f"s.{'7' * 16}.journal"
+    left.write_bytes(journal.opening("7" * 16))
+    assert [(problem.kind, problem.path) for problem in journaled.check()] == [("left-over", left)]
     journaled.compact("s")
     assert journaled.load("s").data["messages"][-1]["id"] == "a1"
-    assert (journaled.path / "s.3.journal").exists()
+    assert not left.exists()
+    assert journaled.check() == []
+
+
+def test_journal_with_commits_that_no_document_names_stays(journaled: persist.Store) -> None:
+    """Somebody put an older document back, say: what stands there is nowhere else. `check` names it."""
+    for number in range(2):
+        append(journaled, number)
+    left = journaled.path / f"s.{'7' * 16}.journal"
+    _, lines = parted(journal_of(journaled).read_bytes())
+    left.write_bytes(sealed(journal.opening("7" * 16), list(map(record_of, lines))))
+    before = left.read_bytes()
+    journaled.compact("s")
+    append(journaled, 2)
+    assert [(problem.kind, problem.path) for problem in journaled.check()] == [("orphaned", left)]
+    assert left.read_bytes() == before
+
+
+def test_journal_that_was_folded_is_a_left_over(journaled: persist.Store) -> None:
+    """The header names the journal that was folded into the document. A crash before its removal leaves it."""
+    append(journaled, 1)
+    before = journal_of(journaled)
+    content = before.read_bytes()
+    journaled.compact("s")
+    header = json.loads((journaled.path / "s.json").read_bytes())["_persist"]
+    assert before.name == f"s.{header['folded']}.journal"
+    before.write_bytes(content)
+    assert [(problem.kind, problem.path) for problem in journaled.check()] == [("left-over", before)]
+    journaled._backend.files.options.fold_bytes = 1
+    append(journaled, 2)
+    append(journaled, 3)
+    assert not before.exists(), "the next fold removes both"
 
 
 def test_symbolic_link_in_the_place_of_a_journal_is_refused(journaled: persist.Store, tmp_path: Path) -> None:
@@ -350,7 +398,7 @@ def test_record_that_was_left_out_is_missed(journaled: persist.Store) -> None:
 
 
 def test_record_behind_another_one_than_it_was_written_to_is_damage(journaled: persist.Store) -> None:
-    """Right CRC, right revision, but the record before is another one of that revision: told by a load and by a writer."""
+    """Right CRC and revision, but the record before is another one of that revision: readers and writers tell."""
     append(journaled, 1)
     append(journaled, 2)
     path = journal_of(journaled)
@@ -373,10 +421,30 @@ def test_records_of_another_journal_do_not_check_out(journaled: persist.Store) -
 
 
 def test_line_of_a_record_is_the_one_of_the_grammar() -> None:
-    """The CRC is of the line behind it, seeded with that of the opening; defaults are left out."""
-    record = Record("0a0b0c0d", 8, "t", "c", {"messages": 3}, 55)
-    rest = b'"after":"0a0b0c0d","revision":8,"updated_at":"t","commit":"c","counts":{"messages":3},"synced":55}'
+    """The CRC is of the line behind it, seeded with that of the opening. Defaults are left out."""
+    record = Record("00000000", "0a0b0c0d", 8, "t", 55, {"messages": 3}, commit="c")
+    rest = b'"after":"0a0b0c0d","revision":8,"updated_at":"t","synced":55,"counts":{"messages":3},"commit":"c"}'
     assert journal.encode(record, 7) == b'{"crc":"%08x",' % zlib.crc32(rest, 7) + rest + b"\n"
+
+
+@pytest.mark.parametrize("name", ["\ud800", "é", '"', "\n"])
+def test_any_name_can_stand_apart(journaled: persist.Store, name: str) -> None:
+    """Also one that msgspec does not write: its values are set, spliced and dropped."""
+    large = [{"id": number, "content": "é" * 50} for number in range(100)]
+    journaled.update("s", setting(name, large))
+    journaled.append("s", name, {"id": "new", "content": "é\ud800", "cost": 1e22})
+    with journaled.transaction("s") as tx:
+        del tx.list(name)[0]
+    found = persist.Store(journaled.path).load("s")
+    assert found.data[name] == [*large[1:], {"id": "new", "content": "é\ud800", "cost": 1e22}]
+    assert journaled.head("s").counts == {"messages": 1, name: 100}
+    assert journaled._backend.files.read("s").content == encoded(found.data)
+    journaled.compact("s")
+    journaled.update("s", lambda data: data.pop(name) and None)
+    assert journaled.load("s").data == {"title": "New chat", "messages": [HELLO]}
+    content = journal_of(journaled).read_bytes()
+    assert b"\0" not in content
+    assert chain_is_right(content)
 
 
 # --- readers that a fold overtakes ------------------------------------------------------------------------------------
@@ -445,13 +513,13 @@ def test_writer_that_waits_is_not_misled_by_a_fold(journaled: persist.Store, act
     assert [each["id"] for each in journaled.load("s").data["messages"]] == ["m1", "o1", "a1", "a2", "o2", "o3"]
 
 
-# --- room for more -----------------------------------------------------------------------------------------------------
+# --- room for more ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def roomy(journaled: persist.Store) -> persist.Store:
     """The same, with a journal that has room for another 2 KB."""
-    journaled._files.room_bytes = 2048
+    journaled._backend.files.options.room_bytes = 2048
     for number in range(6):
         append(journaled, number)
     content = journal_of(journaled).read_bytes()
@@ -467,7 +535,7 @@ def test_records_are_written_into_the_room_that_a_journal_has(roomy: persist.Sto
     path, sizes = journal_of(roomy), set()
     stores = [roomy, persist.Store(roomy.path, journal="always"), persist.Store(roomy.path, journal="always")]
     for store in stores:
-        store._files.room_bytes = 2048
+        store._backend.files.options.room_bytes = 2048
     for number in range(6, 40):
         append(stores[number % 3], number)
         content = path.read_bytes()
@@ -486,7 +554,7 @@ def test_short_journal_and_long_record_get_no_room(journaled: persist.Store) -> 
     """Room is made where it pays: it is never more than a journal holds, or less than the record."""
     append(journaled, 1)
     assert not journal_of(journaled).read_bytes().endswith(b"\0")
-    journaled._files.room_bytes = 600
+    journaled._backend.files.options.room_bytes = 600
     journaled.append("s", "messages", {"id": "long", "content": "x" * 1000})
     assert not journal_of(journaled).read_bytes().endswith(b"\0")
     append(journaled, 2)
@@ -545,7 +613,7 @@ def test_reader_that_sees_a_record_being_written_looks_again(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which file a descriptor has open")
 def test_nobody_looks_at_the_times_of_a_journal(roomy: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the next record must set others, which the file system has to write, too: an fdatasync takes half as long again.
+    """Else the next record must set others, which the file system has to write, too: an fdatasync takes longer.
 
     Fails if a journal is opened like any other file.
     """
@@ -576,15 +644,16 @@ KB = 1024
 
 
 def resize(store: persist.Store, size: int) -> None:
-    """Make the body of the session so many bytes large, by one commit."""
-    store.update("s", lambda data: data.update(messages=["x" * (size - 20)]))
+    """Give the content of the session so many bytes, by one commit."""
+    around = encoded({"messages": [""]}).size_bytes
+    store.update("s", lambda data: data.update(messages=["x" * (size - around)]))
 
 
 def test_auto_enters_above_64_kb_and_leaves_below_32_kb_at_a_fold(store: persist.Store) -> None:
-    """A session of 64 KiB is whole, one byte more has a journal; it is left only by a fold that finds 32 KiB or less."""
+    """A session above 64 KiB has a journal. Only a fold that finds 32 KiB or less leaves it."""
     store.create("s", {"messages": ["x"]})
     resize(store, 64 * KB)
-    assert store._files.read("s").body.size_bytes == 64 * KB
+    assert store._backend.files.read("s").content.size_bytes == 64 * KB
     assert not has_journal(store)
     resize(store, 64 * KB + 1)
     assert has_journal(store)
@@ -602,15 +671,15 @@ def test_auto_enters_above_64_kb_and_leaves_below_32_kb_at_a_fold(store: persist
 
 
 def test_auto_folds_when_the_journal_outgrows_its_document(store: persist.Store) -> None:
-    """A journal is folded by the first commit that finds it larger than its document, or than 64 KiB if that is more."""
+    """The first commit that finds the journal larger than its document, and than 64 KiB, folds it."""
     store.create("s", {"messages": ["x" * 100_000]})
-    generations = set()
+    names = set()
     for number in range(60):
         store.append("s", "messages", {"id": number, "content": "y" * 5000})
         path = journal_of(store)
-        generations.add(path.name)
+        names.add(path.name)
         assert len(path.read_bytes().rstrip(b"\0")) <= (store.path / "s.json").stat().st_size + 6000
-    assert 2 <= len(generations) <= 4
+    assert 2 <= len(names) <= 4
     assert len(store.load("s").data["messages"]) == 61
 
 
@@ -667,30 +736,58 @@ def test_compact_of_a_small_session_leaves_journal_mode(journaled: persist.Store
 
 
 def test_delete_removes_every_journal(journaled: persist.Store) -> None:
-    """A session that is deleted leaves no journal, also none that a crash has left over."""
+    """A session that is deleted leaves no journal, also none that a crash has left over, and no damaged copy."""
     append(journaled, 1)
-    (journaled.path / "s.7.journal").write_bytes(b"")
+    (journaled.path / f"s.{'7' * 16}.journal").write_bytes(b"")
+    (journaled.path / f"s.{'8' * 16}.journal.damaged").write_bytes(b"x")
     journaled.create("s-2")
     journaled.delete("s")
-    assert [path.name for path in journaled.path.glob("*.journal")] == ["s-2.1.journal"]
+    assert sorted(path.name.partition(".")[0] for path in journaled.path.glob("*.journal*")) == ["s-2"]
+    assert journaled.check() == []
 
 
 def test_end_of_a_new_journal_is_known_without_reading_it(journaled: persist.Store) -> None:
-    """`Tail.of` says of a journal what following its file says."""
-    head = snapshot.read_head(journaled.path / "s.json", "s")
-    tail = Tail.of(head)
-    log = journal.Journal(journal_of(journaled), "s")
+    """`Tail.of` says of a journal what its file says."""
+    header = document.read_head(journaled.path / "s.json", "s").header
+    assert header.journal is not None
+    log = journal.Journal(journal_of(journaled), "s", header.journal)
     fd = log.open()
     try:
-        log.check_opening(fd, tail)
-        assert log.first_behind(fd, tail) == b""
-        assert list(log.follow(fd, tail)) == []
-        assert (tail.end, tail.is_torn) == (disk.size_of(fd), False)
+        tail = log.check_opening(fd)
+        assert tail == Tail.of(header.journal)
+        assert log.ends_at(fd, tail) is True
+        assert list(log.read_new_records(fd, header, tail)) == []
+        assert tail == Tail.of(header.journal)
+        assert (tail.end, tail.is_torn, tail.is_empty) == (disk.size_of(fd), False, True)
     finally:
         disk.close(fd)
 
 
-# --- what is not read must come to the same -------------------------------------------------------------------------------
+def test_end_of_a_journal_is_known_by_its_last_bytes(journaled: persist.Store) -> None:
+    """One read tells: nothing new, something new, or another record than the one that was last known."""
+    append(journaled, 1)
+    found = journaled._backend.files.read("s")
+    assert found.tail is not None
+    log = journal.Journal(journal_of(journaled), "s", found.tail.name)
+    content = log.path.read_bytes().rstrip(b"\0")
+    end = found.tail.end
+    assert len(content) == end
+
+    def ends(now: bytes) -> bool | None:
+        log.path.write_bytes(now)
+        fd = log.open()
+        try:
+            assert found.tail is not None
+            return log.ends_at(fd, found.tail)
+        finally:
+            disk.close(fd)
+
+    assert ends(content) is ends(content + bytes(50)) is True
+    assert ends(content + b"?") is ends(content + b"{") is ends(content + b"\n") is False
+    assert ends(content[:-1]) is ends(content[:-8] + b"0" + content[-7:]) is ends(b"") is None
+
+
+# --- what is not read must come to the same ---------------------------------------------------------------------------
 
 
 @pytest.fixture(params=get_args(Mode))
@@ -712,7 +809,7 @@ def test_prompt_of_another_program_is_kept_whole(any_store: persist.Store) -> No
 def test_turn_without_messages_ends_without_them(any_store: persist.Store) -> None:
     """An object that cleared the stream shows what is on disk, and what it saves can be loaded."""
     any_store.create("s", {"title": "t"})
-    stream = any_store.start_stream("s")
+    stream = any_store.start_stream("s", {"content": "?"})
     any_store.update("s", lambda data: data.pop("messages"))
     session = any_store.load("s")
     stream._close()
@@ -737,28 +834,47 @@ def test_of_two_messages_with_one_id_the_last_is_meant(any_store: persist.Store)
     assert marks == [None, None, None, True, None, None]
 
 
-def test_append_that_was_cut_off_after_a_fold_is_idempotent(
-    journaled: persist.Store, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fold_bytes", [1, math.inf])
+@pytest.mark.parametrize("step", ["write_at", "sync_data", "replace", "sync_directory", "advance", "_version_of"])
+def test_append_that_was_cut_off_is_idempotent(
+    journaled: persist.Store, monkeypatch: pytest.MonkeyPatch, step: str, fold_bytes: float
 ) -> None:
-    """Ctrl-C when the document is written and what is known is not up to date: that is not kept.
+    """Ctrl-C right before or behind each step of a commit: the replica is dropped, and the disk is asked.
 
-    Fails if it is: the store would take the id for new.
+    Fails if a replica is kept that is not what stands on the disk: the store would take the id for new, or for known.
     """
     append(journaled, 1)
-    journaled._files.fold_bytes = 1
-    with monkeypatch.context() as patch:
-        patch.setattr(Known, "take", lambda _known, _changes: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            append(journaled, 2)
-    append(journaled, 2)
-    assert [message["id"] for message in journaled.load("s").data["messages"]] == ["m1", "a1", "a2"]
+    journaled._backend.files.options.fold_bytes = fold_bytes
+    place: Any = {"advance": Tail, "_version_of": commit}.get(step, disk)
+    real = getattr(place, step)
+    number = 1
+    for is_behind in (False, True):
+
+        def cut_off(*arguments: Any, is_behind: bool = is_behind) -> Any:
+            if is_behind:
+                real(*arguments)
+            raise KeyboardInterrupt
+
+        number += 1
+        with monkeypatch.context() as patch:
+            patch.setattr(place, step, cut_off)
+            try:
+                append(journaled, number)
+            except KeyboardInterrupt:
+                pass
+        append(journaled, number)
+        for store in (journaled, persist.Store(journaled.path)):
+            ids = [message["id"] for message in store.load("s").data["messages"]]
+            assert ids == ["m1", *(f"a{each}" for each in range(1, number + 1))]
+        append(journaled, number)
+        assert journaled.head("s").counts == {"messages": number + 1}
 
 
 def test_session_that_would_be_too_large_is_refused_before_its_fold(
     journaled: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The commit that crosses the limit is the one that is refused; the session goes on below it."""
-    monkeypatch.setattr("persist.codec.MAX_BYTES", 3_000)
+    monkeypatch.setattr("persist.json_codec.MAX_BYTES", 3_000)
     for number in range(6):
         append(journaled, number)
     with pytest.raises(persist.NotJSON, match="more than 3,000 bytes"):
@@ -769,7 +885,7 @@ def test_session_that_would_be_too_large_is_refused_before_its_fold(
     assert journaled.load("s").data["title"] == "small"
 
 
-# --- one file -------------------------------------------------------------------------------------------------------------
+# --- one file ---------------------------------------------------------------------------------------------------------
 
 
 def test_session_that_was_compacted_alone_is_one_file(journaled: persist.Store, tmp_path: Path) -> None:
@@ -786,25 +902,7 @@ def test_session_that_was_compacted_alone_is_one_file(journaled: persist.Store, 
     assert has_journal(journaled)
 
 
-# --- edits --------------------------------------------------------------------------------------------------------------
-
-
-def test_edit_of_small_fields_does_not_read_the_messages(journaled: persist.Store) -> None:
-    """By `edit` and by `update`: damage among them would show. Whoever looks at them is told, and nothing is written."""
-    document = journaled.path / "s.json"
-    document.write_bytes(document.read_bytes().replace(b'"hi"', b'"ho"'))
-    cold = persist.Store(journaled.path, journal="always")
-    cold.update("s", setting("n", 1))
-    with cold.edit("s") as data:
-        data["title"] = "Locks"
-    assert cold.head("s").data == {"title": "Locks", "n": 1}
-    before = journal_of(journaled).read_bytes()
-    with pytest.raises(persist.CorruptSession):
-        cold.update("s", lambda data: data.update(n=2, messages=[]))
-    with pytest.raises(persist.CorruptSession), cold.edit("s") as data:
-        data["title"] = "never"
-        data["messages"].clear()
-    assert journal_of(journaled).read_bytes() == before
+# --- edits ------------------------------------------------------------------------------------------------------------
 
 
 def test_edit_that_looks_at_the_messages_may_change_all(journaled: persist.Store) -> None:
@@ -829,103 +927,6 @@ def test_edit_that_only_looks_is_no_commit(journaled: persist.Store) -> None:
     assert journaled.head("s").revision == 1
 
 
-def test_data_that_is_kept_after_the_block_is_that_of_the_block(journaled: persist.Store) -> None:
-    """Its messages can still be looked at; not when another commit has come, which may have changed them."""
-    with journaled.edit("s") as data:
-        data["title"] = "Locks"
-    returned = journaled.update("s", lambda data: data)
-    assert data == {"title": "Locks", "messages": [HELLO]} == returned
-    with journaled.edit("s") as kept:
-        kept["title"] = "File locks"
-    append(journaled, 1)
-    with pytest.raises(persist.LockNotHeld):
-        len(kept)
-    assert kept["title"] == "File locks"
-
-
-@pytest.mark.parametrize("is_over", [False, True])
-def test_lists_that_another_thread_looks_at_while_the_block_is_committed(
-    is_over: bool, journaled: persist.Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The commit folds the journal that is being read, and the block ends: they are those of the block all the same.
-
-    Fails if a journal that is gone counts as damage because the lock was held when the look began.
-    """
-    journaled._files.fold_bytes = 0
-    reading, folded, has_read = threading.Event(), threading.Event(), threading.Event()
-    replay, end = journal.Journal.replay, Transaction.end
-    found: list[object] = []
-
-    def overtaken(log: journal.Journal, snapshot: Snapshot) -> Snapshot:
-        if threading.current_thread() is reader and not reading.is_set():
-            reading.set()
-            assert folded.wait(DEADLINE_S)
-        return replay(log, snapshot)
-
-    def ending(tx: Transaction) -> None:
-        if is_over:
-            end(tx)
-        folded.set()
-        assert has_read.wait(DEADLINE_S)
-        end(tx)
-
-    def read() -> None:
-        try:
-            found.append(list(data["messages"]))
-        except Exception as error:
-            found.append(error)
-        has_read.set()
-
-    reader = threading.Thread(target=read)
-    monkeypatch.setattr(journal.Journal, "replay", overtaken)
-    monkeypatch.setattr(Transaction, "end", ending)
-    with journaled.edit("s") as data:
-        data["title"] = "Locks"
-        reader.start()
-        assert reading.wait(DEADLINE_S)
-    reader.join(DEADLINE_S)
-    assert found == [[HELLO]]
-
-
-def test_edit_on_another_history_of_the_same_revision_is_refused(journaled: persist.Store) -> None:
-    """Somebody puts a backup back while an edit is at work, and it is at the revision that was read. Nothing is written."""
-
-    def files() -> dict[Path, bytes]:
-        return {path: path.read_bytes() for path in journaled.path.glob("s.*") if path.suffix != ".lock"}
-
-    start = files()
-    journaled.update("s", setting("title", "one"))
-    one = files()
-    for path, content in start.items():
-        path.write_bytes(content)
-    persist.Store(journaled.path, journal="always").update("s", setting("title", "another"))
-    with pytest.raises(persist.CommitFailed, match="replaced"), persist.Store(journaled.path).edit("s") as data:
-        for path, content in one.items():
-            path.write_bytes(content)
-        data["n"] = 1
-    assert files() == one
-
-
-@pytest.mark.parametrize("step", ["write_at", "sync_data"])
-def test_look_at_the_messages_in_the_middle_of_a_commit(
-    journaled: persist.Store, monkeypatch: pytest.MonkeyPatch, step: str
-) -> None:
-    """A signal handler that looks at them while the small fields are written finds them, before and after that is visible."""
-    real = getattr(disk, step)
-    seen: list[object] = []
-
-    def looking(*arguments: Any) -> None:
-        seen.append(persist.Store(journaled.path).load("s").revision)
-        real(*arguments)
-        seen.append(list(data["messages"]))
-
-    with monkeypatch.context() as patched, journaled.edit("s") as data:
-        data["title"] = "Locks"
-        patched.setattr(disk, step, looking)
-    assert seen[1:2] == [[HELLO]]
-    assert journaled.load("s").data == {"title": "Locks", "messages": [HELLO]}
-
-
 def test_refused_edit_of_small_fields_writes_nothing(journaled: persist.Store) -> None:
     """What cannot be kept, what belongs to others, and an edit that was decided on another revision."""
     before = {path.name: path.read_bytes() for path in journaled.path.glob("s*")}
@@ -944,31 +945,3 @@ def test_refused_edit_of_small_fields_writes_nothing(journaled: persist.Store) -
     with pytest.raises(persist.WrongType, match="a plain function"):
         journaled.update("s", lambda data: (data[key] for key in data))
     assert {path.name: path.read_bytes() for path in journaled.path.glob("s*")} == before
-
-
-@pytest.mark.parametrize("has_journal_before", [True, False])
-def test_file_that_is_replaced_under_its_lock_is_an_error(
-    journaled: persist.Store, *, has_journal_before: bool
-) -> None:
-    """Somebody who heeds no lock puts a backup back while a verb is at work: it says so, and writes nothing.
-
-    With a journal, the backup lacks a commit. Fails without the look at the header in `Transaction._record`.
-    """
-    document, log = journaled.path / "s.json", journal_of(journaled)
-    if has_journal_before:
-        backup = {path: path.read_bytes() for path in (document, log)}
-        append(journaled, 1)
-    else:
-        persist.Store(journaled.path, journal="never").compact("s", alone=True)
-        backup = {document: document.read_bytes()}
-        append(journaled, 1)
-
-    def put_back(data: dict[str, Any]) -> None:
-        for path, content in backup.items():
-            path.write_bytes(content)
-        data["title"] = "Locks"
-
-    with pytest.raises(persist.CommitFailed, match="replaced, while its lock was held"):
-        journaled.update("s", put_back)
-    assert {path: path.read_bytes() for path in backup} == backup
-    assert journaled.load("s").data["messages"] == [HELLO]
