@@ -685,7 +685,7 @@ FILLING = (
 def test_disk_that_gets_full_at_any_byte_harms_nothing(name: str) -> None:
     """The verb is done whole, or the old revision stands. The same verb works as soon as there is room.
 
-    Fails if what was written of a record, a journal or a document stays in the way of the next commit.
+    Fails if what was written of a journal or a document stays behind.
     """
     found, room = list[Trial](), 0
     while not found or found[-1].is_reached:

@@ -152,16 +152,16 @@ OTHERS: dict[str, tuple[int, bytes]] = {
 }
 
 
-@pytest.mark.parametrize("is_laid_out", [False, True], ids=["as written", "laid out anew"])
-@pytest.mark.parametrize("name", OTHERS)
+#: A later format may be no JSON behind its first line. No editor lays that out anew.
+LAID_OUT = [(name, False) for name in OTHERS] + [(name, True) for name in OTHERS if "no JSON" not in name]
+
+
+@pytest.mark.parametrize(("name", "is_laid_out"), LAID_OUT)
 def test_document_of_another_format_is_refused_and_left_alone(directory: Path, name: str, is_laid_out: bool) -> None:
     """Its journal, too. Fails if an accept takes it for an edit, or a writer for another program's document."""
     known, content = OTHERS[name]
     if is_laid_out:
-        try:
-            content = json.dumps(json.loads(content), indent=2).encode()
-        except ValueError:
-            pytest.skip("no editor lays that out")
+        content = json.dumps(json.loads(content), indent=2).encode()
     store, session = staged(directory)
     (directory / "s.json").write_bytes(content)
     (directory / "s.7.journal").write_bytes(b'{"persist_journal":1,"generation":7,"snapshot":"%b"}\n' % (b"0" * 32))
