@@ -436,6 +436,9 @@ class EventFiles:
             age_s = time.time() - disk.modified_at(path)
         except FileNotFoundError:
             return True
+        if age_s < 0:
+            # The clock was set back. From now on the file ages as any other one. Else it would stay for ever.
+            disk.set_modified_now(path)
         if age_s < self._keep_s:
             return False
         disk.unlink(path)
