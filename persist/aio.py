@@ -60,14 +60,7 @@ class _Threads:
     events.
     """
 
-    def __init__(self) -> None:
-        self._start()
-
-    def _start(self) -> None:
-        self._quick = ThreadPoolExecutor(QUICK_THREADS, thread_name_prefix="persist")
-        self._patient = ThreadPoolExecutor(PATIENT_THREADS, thread_name_prefix="persist-locks")
-        # Last: another thread that finds this process's number here must find this process's pools.
-        self._pid = os.getpid()
+    _pid = 0
 
     async def run(
         self, function: Callable[[], Result], undo: Callable[[Result], object] | None = None, *, is_quick: bool = False
@@ -79,8 +72,12 @@ class _Threads:
             is_quick: it waits for no session's lock.
         """
         if self._pid != os.getpid():
-            # A forked child has none of the threads.
-            self._start()
+            # At first, and in a forked child, which has none of the threads. If two loops come here at once, the work
+            # of each is done, in whichever pool.
+            self._quick = ThreadPoolExecutor(QUICK_THREADS, thread_name_prefix="persist")
+            self._patient = ThreadPoolExecutor(PATIENT_THREADS, thread_name_prefix="persist-locks")
+            # Last, because a loop that finds the number must find the pools, too.
+            self._pid = os.getpid()
         done, cancellation = _News(), None
         work = (self._quick if is_quick else self._patient).submit(contextvars.copy_context().run, function)
         # Not a task, and no future of the loop: `asyncio.run` cancels those when it ends, and the result would be lost.
@@ -135,9 +132,8 @@ def _hop(
     """Return a verb that is awaited: one hop to a thread. `is_quick`: it waits for no session's lock."""
 
     @functools.wraps(verb)
-    async def hop(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> Result:
-        result: Result = await self._threads.run(partial(verb, self._sync, *args, **kwargs), is_quick=is_quick)
-        return result
+    async def hop(self: _Awaited[Any], /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        return await self._threads.run(partial(verb, self._sync, *args, **kwargs), is_quick=is_quick)
 
     return hop
 
@@ -220,8 +216,6 @@ class Stream(_Awaited[persist.Stream]):
 class _Starting(Coroutine[Any, Any, Stream]):
     """A stream that is about to be started: a coroutine that can also be entered."""
 
-    _stream: Stream
-
     def __init__(self, start: Coroutine[Any, Any, Stream]) -> None:
         self._start = start
 
@@ -257,8 +251,9 @@ class Following:
         self.session_id = session_id
         self.stream_id = stream_id
         self.offset = after
-        self._store = store
-        self._begun: tuple[Cursor, _News] | None = None
+        self._look = partial(store._sync._cursor, session_id, stream_id, after)
+        self._threads = store._threads
+        self._cursor: Cursor | None = None
         self._pending: deque[Event] = deque()
         self._is_closed = False
         self._is_taking = False
@@ -267,14 +262,13 @@ class Following:
     @property
     def ended(self) -> Ended | None:
         """How the stream has ended; None while there is more to come."""
-        return None if self._pending or self._begun is None else self._begun[0].ended
+        return None if self._pending or self._cursor is None else self._cursor.ended
 
     def __await__(self) -> Generator[Any, Any, Self]:
         return self.__aenter__().__await__()
 
     async def __aenter__(self) -> Self:
-        if self._begun is None:
-            await self._begin()
+        await self._opened()
         return self
 
     async def __aexit__(self, *_error: object) -> None:
@@ -287,7 +281,7 @@ class Following:
         # Other tasks run between two events, also where all are there already.
         await asyncio.sleep(0)
         if not self._pending and not self._is_closed:
-            await self._wait()
+            await self._wait(await self._opened())
         if not self._pending:
             self.close()
             raise StopAsyncIteration
@@ -295,12 +289,18 @@ class Following:
         self.offset = event.offset
         return event
 
-    async def _wait(self) -> None:
+    async def _opened(self) -> Cursor:
+        if self._cursor is None:
+            self._cursor, self._news = await self._threads.run(self._look, undo=Cursor.close), _News()
+            self._open.callback(self._cursor.close)
+            self._open.enter_context(waking(self._cursor.path, self._news.set))
+        return self._cursor
+
+    async def _wait(self, cursor: Cursor) -> None:
         """Return when there is an event, or there will be none."""
-        cursor, news = self._begun or await self._begin()
         while not (self._pending or self._is_closed or cursor.ended):
             if not cursor.is_due:
-                await news.wait(cursor.quiet_left_s)
+                await self._news.wait(cursor.quiet_left_s)
             elif (found := cursor.take_cached()) is not None:
                 self._pending.extend(found)
                 await asyncio.sleep(0)
@@ -308,24 +308,15 @@ class Following:
                 await self._take(cursor)
 
     async def _take(self, cursor: Cursor) -> None:
-        # The thread hands out what it took, so that nothing is lost if the task that asked is gone. While it reads, the
-        # file stays open.
+        # The thread puts what it took into its place, so that nothing is lost if this task is cancelled. The file stays
+        # open while the thread reads it.
         self._is_taking = True
         try:
-            take = self._store._threads.run
-            await take(lambda: self._pending.extend(cursor.take()), is_quick=not cursor.is_quiet)
+            await self._threads.run(lambda: self._pending.extend(cursor.take()), is_quick=not cursor.is_quiet)
         finally:
             self._is_taking = False
             if self._is_closed:
                 self._open.close()
-
-    async def _begin(self) -> tuple[Cursor, _News]:
-        open_cursor = partial(self._store._sync._cursor, self.session_id, self.stream_id, self.offset)
-        cursor, news = await self._store._threads.run(open_cursor, undo=Cursor.close), _News()
-        self._open.callback(cursor.close)
-        self._open.enter_context(waking(cursor.path, news.set))
-        self._begun = cursor, news
-        return self._begun
 
     def close(self) -> None:
         """Stop following."""

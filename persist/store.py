@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import os
@@ -9,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar, get_args
 
 from persist import errors, json_codec, maintenance, streams, turn
@@ -99,28 +99,22 @@ class Store:
         self._policies = dict(policies)
         if type(cache_bytes) is not int or cache_bytes < 0:
             raise errors.WrongType(what="cache_bytes", expected="a number of bytes from 0 up", got=repr(cache_bytes))
-        files = SessionFiles(
-            directory,
-            Options(journal),
-            timeout_s=_seconds("lock_timeout_s", lock_timeout_s),
-            cache_bytes=cache_bytes,
-            allow_network=allow_network,
-            create=create,
-        )
+        kept: dict[str, Any] = {"cache_bytes": cache_bytes, "allow_network": allow_network}
+        timeout_s = _seconds("lock_timeout_s", lock_timeout_s)
+        files = SessionFiles(directory, Options(journal), timeout_s=timeout_s, create=create, **kept)
         self._backend = Backend(files, EventFiles(files, _seconds("keep_events_s", keep_events_s)))
-        self._options = {
+        self._options: dict[str, Any] = {
             "lock_timeout_s": lock_timeout_s,
             "journal": journal,
             "merge": self._policies,
             "keep_events_s": keep_events_s,
-            "cache_bytes": cache_bytes,
-            "allow_network": allow_network,
+            **kept,
         }
         self._is_closed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         # For multiprocessing: the other process opens the same directory for itself.
-        return _reopened, (self.path, self._options)
+        return functools.partial(Store, **self._options), (self.path,)
 
     def __repr__(self) -> str:
         return f"<persist.Store {self.path}>"
@@ -128,9 +122,7 @@ class Store:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     @property
@@ -275,8 +267,7 @@ class Store:
             NotJSON, ReservedField, CommitFailed, CommitUnknown: after it; nothing was written, unless it says
                 "unknown".
         """
-        errors.require_flags(touch=touch)
-        with self._edited(session_id, touch=touch) as copy:
+        with self.transaction(session_id, touch=touch) as copy:
             yield copy.data
 
     @contextmanager
@@ -290,11 +281,6 @@ class Store:
         Args, Raises: as `edit`.
         """
         errors.require_flags(touch=touch)
-        with self._edited(session_id, touch=touch) as copy:
-            yield copy
-
-    @contextmanager
-    def _edited(self, session_id: str, *, touch: bool) -> Iterator[WorkingCopy]:
         with self._open().files.transaction(session_id) as tx:
             found = tx.read()
             copy = WorkingCopy(found, tx)
@@ -325,13 +311,13 @@ class Store:
         """
         if not callable(function):
             raise errors.WrongType(what="function", expected="callable", got=type(function).__name__)
-        errors.require_flags(touch=touch)
         if if_revision is not None and type(if_revision) is not int:
             raise errors.WrongType(what="if_revision", expected="a revision, or None", got=type(if_revision).__name__)
-
-        with self._edited(session_id, touch=touch) as copy:
+        with self.transaction(session_id, touch=touch) as copy:
             if if_revision is not None and copy.header.revision != if_revision:
-                raise _moved_on(session_id, if_revision, copy.header.revision)
+                path, reason = (HEADER, "revision"), "the session has moved on"
+                facts = {"base": if_revision, "mine": if_revision, "theirs": copy.header.revision}
+                raise errors.RevisionMismatch(session_id=session_id, path=path, reason=reason, **facts)
             result = function(copy.data)
             if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
                 # Its body has not run, or not to the end.
@@ -550,29 +536,16 @@ class Store:
         return self._session(session_id, committed, is_durable=True)
 
 
-def _moved_on(session_id: str, expected: int, found: int) -> errors.RevisionMismatch:
-    path, reason = (HEADER, "revision"), "the session has moved on"
-    return errors.RevisionMismatch(
-        session_id=session_id, path=path, reason=reason, base=expected, mine=expected, theirs=found
-    )
-
-
-def _reopened(path: Path, options: dict[str, Any]) -> Store:
-    return Store(path, **options)
-
-
 def _directory(path: object, *, create: bool) -> Path:
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in str(path):
         raise errors.WrongType(what="a store's path", expected="a directory's name", got=repr(path))
     directory = Path(path)
     try:
-        is_there, is_directory = directory.exists(), directory.is_dir()
+        found = "a directory" if directory.is_dir() else "a file" if directory.exists() else "missing"
     except OSError as error:
         raise errors.Unreadable.because(directory, error) from error
-    if is_there and not is_directory:
-        raise errors.WrongType(what=f"the store {directory}", expected="a directory", got="a file")
-    if not create and not is_directory:
-        raise errors.WrongType(what=f"the store {directory}", expected="a directory that is there", got="missing")
+    if found == "a file" or (found == "missing" and not create):
+        raise errors.WrongType(what=f"the store {directory}", expected="a directory that is there", got=found)
     return directory
 
 
