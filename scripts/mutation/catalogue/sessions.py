@@ -1,0 +1,123 @@
+"""Mutants of session objects: what a save compares, merges, refuses and remembers."""
+
+from __future__ import annotations
+
+from mutation.catalogue.suites import HAZARDS, SESSION, SHARED_SESSIONS
+from mutation.edits import (
+    Edit,
+    condition,
+    drop_call,
+    drop_context,
+    drop_statement,
+    replace_expression,
+)
+from mutation.mutant import Mutant
+
+MODULE = "session.py"
+
+
+def _saved(name: str, function: str, edit: Edit, tests: tuple[str, ...], select: str) -> Mutant:
+    return Mutant(f"save: {name}", MODULE, function, edit, tests, select)
+
+
+MUTANTS = (
+    _saved(
+        "the merge",
+        "Session._save",
+        condition("there.header.commit == base.header.commit", "True"),
+        HAZARDS,
+        "a3 or c2 or c3",
+    ),
+    _saved(
+        "the incarnation",
+        "Session._same_incarnation",
+        condition("there.header.incarnation != self._base.header.incarnation", "False"),
+        HAZARDS,
+        "c1",
+    ),
+    _saved("the refusal of removals in mid-turn", "Session._save", drop_call("self._refuse_removal"), HAZARDS, "b2"),
+    Mutant(
+        "the revision that an edit was decided on",
+        "store.py",
+        "Store.update",
+        condition("if_revision is not None and copy.header.revision != if_revision", "False"),
+        HAZARDS,
+        "a9",
+    ),
+    _saved(
+        "the stream fields of the disk",
+        "merge_contents",
+        drop_statement("base, mine = (_with_stream_fields_of(theirs, side) for side in (base, mine))"),
+        SHARED_SESSIONS,
+        "never_writes_none",
+    ),
+    _saved(
+        "the look for a list that a preference drops",
+        "merge_contents",
+        drop_call("_refuse_lost_list"),
+        SESSION,
+        "never_drops",
+    ),
+    # --- a save that was cut off ---
+    _saved(
+        "the recognition of one that was cut off",
+        "Session._save",
+        drop_call("self._recognise"),
+        SHARED_SESSIONS,
+        "cut_off",
+    ),
+    _saved(
+        "the refusal where nobody can tell",
+        "Session._recognise",
+        condition("there.header.commit == base.header.commit", "True"),
+        SHARED_SESSIONS,
+        "cut_off or nobody_can_tell",
+    ),
+    _saved(
+        "the sync of one that was cut off",
+        "Session._recognise",
+        replace_expression("self._take(there, mine, is_durable=False)", "self._take(there, mine, is_durable=True)"),
+        SHARED_SESSIONS,
+        "cut_off_is_made_durable",
+    ),
+    # --- durability ---
+    _saved(
+        "the sync of what others committed",
+        "Session._save",
+        condition("base.is_durable and there.header.commit == base.header.commit", "base.is_durable"),
+        SHARED_SESSIONS,
+        "made_durable",
+    ),
+    _saved(
+        "the sync of what a refresh has read",
+        "Session._refreshed",
+        replace_expression(
+            "_Base(there.header, there.content, is_durable=False)",
+            "_Base(there.header, there.content, is_durable=base.is_durable)",
+        ),
+        SHARED_SESSIONS,
+        "made_durable",
+    ),
+    # --- one object ---
+    _saved(
+        "the guard between refresh and save",
+        "Session.save",
+        drop_context("self._alone()"),
+        SHARED_SESSIONS,
+        "refresh_beside",
+    ),
+    _saved(
+        "the refusal of a verb in the middle of one",
+        "Session._alone",
+        condition("self._is_busy", "False"),
+        SHARED_SESSIONS,
+        "in_the_middle_of_one",
+    ),
+    _saved(
+        "the look for an edit while it ran",
+        "Session._take",
+        condition("current != mine", "False"),
+        SHARED_SESSIONS,
+        "contradicts or while_a_save",
+    ),
+)
