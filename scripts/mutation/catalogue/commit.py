@@ -95,7 +95,7 @@ MUTANTS = (
         "append_record",
         replace_expression("tail.unsynced + line", "line"),
         COMMIT,
-        "written_again",
+        "known_to_have_synced",
         Change(MODULE, "append_record", replace_expression("tail.synced if tail.unsynced else tail.end", "tail.end")),
     ),
     _commit(
@@ -239,7 +239,7 @@ MUTANTS = (
         "Transaction._caught_up",
         drop_operand("not tail.is_torn"),
         COMMIT,
-        "tear and document",
+        "mark and fold",
     ),
     _replica(
         "the drop by an exception",

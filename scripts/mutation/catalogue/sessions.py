@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutation.catalogue.suites import HAZARDS, SESSION, SHARED_SESSIONS
+from mutation.catalogue.suites import HAZARDS, LOST_UPDATES, SESSION, SHARED_SESSIONS
 from mutation.edits import (
     Edit,
     condition,
@@ -10,8 +10,9 @@ from mutation.edits import (
     drop_context,
     drop_statement,
     replace_expression,
+    replace_statement,
 )
-from mutation.mutant import Mutant
+from mutation.mutant import Change, Mutant
 
 MODULE = "session.py"
 
@@ -43,6 +44,29 @@ MUTANTS = (
         condition("if_revision is not None and copy.header.revision != if_revision", "False"),
         HAZARDS,
         "a9",
+    ),
+    # What an edit changes was read before the lock was held.
+    Mutant(
+        "the re-read of an edit under the lock",
+        "store.py",
+        "Store._edited",
+        replace_statement(
+            "found = tx.read()",
+            "found = earlier",
+        ),
+        LOST_UPDATES,
+        "kept and edit-1",
+        (
+            Change(
+                "store.py",
+                "Store._edited",
+                replace_expression(
+                    "self._open().files.transaction(session_id)",
+                    "((earlier := self._open().files.read(session_id)), IT)[1]",
+                ),
+            ),
+            Change("store.py", "Store._edited", replace_statement("yield copy", "tx.read()\nyield copy")),
+        ),
     ),
     _saved(
         "the stream fields of the disk",

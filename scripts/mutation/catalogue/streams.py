@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from mutation.catalogue.suites import EVENTS, HAZARDS, SEED_RACE, SHARED_SESSIONS, STREAMS
 from mutation.edits import (
-    body,
     condition,
     drop_call,
     drop_keyword,
@@ -35,18 +34,6 @@ REMEMBERED_HERE = Change(
 )
 
 COMPARE = drop_operand("not _is_active(copy, stream_id)")
-# The look and the write are two holds of the lock.
-DECIDED_BEFORE = body("""
-    with backend.files.transaction(session_id) as tx:
-        copy = WorkingCopy(tx.read(), tx)
-        if not _is_active(copy, stream_id) or incarnation not in (None, copy.header.incarnation):
-            return None
-    with backend.files.transaction(session_id) as tx:
-        tx.read()
-        copy._tx = tx
-        with _trying_lease(tx, stream_id) as is_dead:
-            return _take_away(backend, tx, copy, "died") if is_dead else None
-""")
 FENCE = "owner is None or active_stream_id != self.id or header.epoch != self.epoch"
 
 MUTANTS = (
@@ -62,7 +49,6 @@ MUTANTS = (
         "TwoProcesses and spares",
     ),
     Mutant("the compare of a clear (A1)", MODULE, "clear_stale", COMPARE, HAZARDS, "a1"),
-    Mutant("the re-read of a clear under the lock", MODULE, "clear_stale", DECIDED_BEFORE, HAZARDS, "d4"),
     Mutant(
         "the incarnation in a clear",
         MODULE,
@@ -102,7 +88,7 @@ MUTANTS = (
         MODULE,
         "Stream._require_ownership",
         condition("header.incarnation != self._incarnation", "False"),
-        SHARED_SESSIONS,
+        STREAMS,
         "earlier_incarnation",
     ),
     Mutant(
