@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from harness.journals import journal_of, parted
@@ -159,3 +160,51 @@ def test_much_that_nobody_synced_is_folded_and_not_written_again(one: persist.St
     assert journal_of(one) != before
     append(one, "c")
     assert ids(one) == ["a1", "a2", "a3", "long", "b", "c"]
+
+
+def create_again(store: persist.Store) -> None:
+    with pytest.raises(persist.SessionExists):
+        store.create("s", {})
+
+
+ACKNOWLEDGED: dict[str, Callable[[persist.Store], object]] = {
+    "append of a known id": lambda store: append(store, "a3"),
+    "create": create_again,
+    "cancel": lambda store: store.cancel("s", "run"),
+    "save": lambda store: store.load("s").save(),
+    "update": lambda store: store.update("s", lambda data: None),
+}
+
+
+@contextmanager
+def syncs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Note the syncs of documents, directories and records, for a block."""
+    seen: list[str] = []
+
+    def noting(name: str, real: Callable[..., None]) -> Callable[..., None]:
+        def sync(*arguments: Any) -> None:
+            seen.append(name)
+            real(*arguments)
+
+        return sync
+
+    with monkeypatch.context() as patch:
+        for name in ("sync_file", "sync_directory", "sync_data"):
+            patch.setattr(disk, name, noting(name, getattr(disk, name)))
+        yield seen
+
+
+@pytest.mark.parametrize("mode", ["always", "never"])
+@pytest.mark.parametrize("verb", ACKNOWLEDGED)
+def test_what_is_acknowledged_without_a_commit_is_made_durable(
+    one: persist.Store, monkeypatch: pytest.MonkeyPatch, verb: str, mode: Literal["always", "never"]
+) -> None:
+    """The writer may have died before its syncs: the document, its name and the record are synced."""
+    owner = persist.Store(one.path, journal=mode)
+    with owner.start_stream("s", stream_id="run"):
+        owner.cancel("s", "run")
+        revision = one.head("s").revision
+        with syncs(monkeypatch) as seen:
+            ACKNOWLEDGED[verb](persist.Store(one.path, journal=mode))
+        assert one.head("s").revision == revision
+        assert seen == ["sync_file", "sync_directory", "sync_data"][: 3 if mode == "always" else 2]

@@ -32,6 +32,9 @@ CACHE = "storage/cache.py"
 FULL_DISK = "not is_full or place.is_marked or tail.is_torn or not before.is_synced or place.options.mode == 'never'"
 
 
+ACKNOWLEDGED = "acknowledged_without_a_commit"
+
+
 def _commit(name: str, function: str, edit: Edit, tests: tuple[str, ...], select: str, *also: Change) -> Mutant:
     return Mutant(f"commit: {name}", MODULE, function, edit, tests, select, also)
 
@@ -150,6 +153,40 @@ MUTANTS = (
         drop_statement("disk.write_at(fd, tail.unsynced, tail.synced)"),
         COMMIT,
         "confirmed",
+    ),
+    _commit("the document that is confirmed", "confirm", drop_call("disk.sync_file"), COMMIT, ACKNOWLEDGED),
+    _commit("the name that is confirmed", "confirm", drop_call("disk.sync_directory"), COMMIT, ACKNOWLEDGED),
+    Mutant(
+        "commit: the sync before a known item is acknowledged",
+        "working_copy.py",
+        "WorkingCopy.commit_changes",
+        drop_call("self._tx.confirm"),
+        COMMIT,
+        f"{ACKNOWLEDGED} and (append or update)",
+    ),
+    Mutant(
+        "commit: the sync before it is told that a session exists",
+        "store.py",
+        "Store._created",
+        drop_call("tx.confirm"),
+        COMMIT,
+        f"{ACKNOWLEDGED} and create",
+    ),
+    Mutant(
+        "commit: the sync before a repeated cancel is acknowledged",
+        "streams.py",
+        "cancel",
+        drop_call("tx.confirm"),
+        COMMIT,
+        f"{ACKNOWLEDGED} and cancel",
+    ),
+    Mutant(
+        "commit: the sync before a save without a change is acknowledged",
+        "session.py",
+        "Session._save",
+        drop_call("tx.confirm"),
+        COMMIT,
+        f"{ACKNOWLEDGED} and save",
     ),
     _commit(
         "the refusal after an unknown commit", "Place.require_known", return_now(), SHARED_SESSIONS, "unknown_commit"
