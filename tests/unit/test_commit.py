@@ -203,8 +203,8 @@ def test_what_is_acknowledged_without_a_commit_is_made_durable(
     owner = persist.Store(one.path, journal=mode)
     with owner.start_stream("s", stream_id="run"):
         owner.cancel("s", "run")
-        revision = one.head("s").revision
+        revision, other = one.head("s").revision, persist.Store(one.path, journal=mode)
         with syncs(monkeypatch) as seen:
-            ACKNOWLEDGED[verb](persist.Store(one.path, journal=mode))
+            ACKNOWLEDGED[verb](other)
         assert one.head("s").revision == revision
         assert seen == ["sync_file", "sync_directory", "sync_data"][: 3 if mode == "always" else 2]

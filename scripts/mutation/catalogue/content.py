@@ -63,7 +63,7 @@ MUTANTS = (
         "the ids that are forgotten with a changed value",
         "Items._hand_over_ids",
         replace_statement("self._ids, self._repeated = None, set()", "after._ids = ids"),
-        "row_of_changes or at_any_place or ItemsAreValues",
+        "row_of_changes or at_any_place",
     ),
     _of(
         "the look for another item of the same id",
