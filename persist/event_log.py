@@ -397,8 +397,11 @@ class EventFiles:
                 wake(path)
 
     def remove_session(self, session_id: str) -> None:
-        """Remove the events of all streams of a session."""
-        for path in self._paths(session_id):
+        """Remove the events of all streams of a deleted session. What the disk refuses stays until a sweep."""
+        paths: list[Path] = []
+        with contextlib.suppress(OSError):
+            paths += self._paths(session_id)
+        for path in paths:
             with contextlib.suppress(OSError):
                 disk.check_directory(path.parent)
                 disk.unlink(path)
@@ -433,6 +436,9 @@ class EventFiles:
             age_s = time.time() - disk.modified_at(path)
         except FileNotFoundError:
             return True
+        if age_s < 0:
+            # The clock was set back. From now on the file ages as any other one. Else it would stay for ever.
+            disk.set_modified_now(path)
         if age_s < self._keep_s:
             return False
         disk.unlink(path)

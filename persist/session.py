@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, NoReturn, get_args
+from weakref import ref
 
 from persist import errors, streams, turn
 from persist.merge import MISSING, Policy, Preference, count_removed, merge
@@ -38,6 +40,12 @@ class _Base:
     tried: tuple[str, Content] | None = None
 
 
+class _Verb:
+    """One verb of an object, while it is inside."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Session:
     """One conversation, loaded. Change `data` in place, then `save`.
 
@@ -50,7 +58,7 @@ class Session:
     state of `data` that it has encoded, and a later edit is saved by the next one.
     """
 
-    __slots__ = ("__weakref__", "_backend", "_base", "_guard", "_is_busy", "_policies", "data", "id")
+    __slots__ = ("__weakref__", "_backend", "_base", "_guard", "_inside", "_pid", "_policies", "data", "id")
 
     def __init__(
         self, backend: Backend, policies: Mapping[str, Policy], session_id: str, found: Replica, *, is_durable: bool
@@ -66,7 +74,9 @@ class Session:
         # Taken inside the session's lock, never around it. Re-entrant, so that a signal handler gets an error instead
         # of waiting for the thread that it interrupted.
         self._guard = threading.RLock()
-        self._is_busy = False
+        #: The verb that is inside. One that is gone has left, even if an exception of a signal kept it from saying so.
+        self._inside: ref[_Verb] | None = None
+        self._pid = os.getpid()
 
     def __setattr__(self, name: str, value: Any) -> None:
         # `session.title = …` on an object that takes any attribute would be lost at the next save, without a word.
@@ -84,14 +94,19 @@ class Session:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
+        if self._pid != os.getpid():
+            # This child was forked while another thread may have been inside. That thread is not here: its verb is as
+            # one that was cut off.
+            self._guard, self._inside, self._pid = threading.RLock(), None, os.getpid()
         with self._guard:
-            if self._is_busy:
+            if self._inside is not None and self._inside() is not None:
                 raise errors.NestedLock(session_id=self.id, held=self.id)
-            self._is_busy = True
+            verb = _Verb()
             try:
+                self._inside = ref(verb)
                 yield
             finally:
-                self._is_busy = False
+                self._inside = None
 
     @property
     def revision(self) -> int:
@@ -219,7 +234,9 @@ class Session:
         `mine` is the state of `data` that was compared with it.
         """
         known = _Base(committed.header, committed.content, is_durable)
-        if committed.content != mine:
+        if committed.content == mine:
+            self._base = known
+        else:
             current = encoded(self.data, mine)
             wanted = committed.content
             if current != mine:
@@ -230,11 +247,20 @@ class Session:
                     # The edit contradicts theirs. It stays, and the next save reports it.
                     self._base = replace(self._base, content=mine, tried=None)
                     return
-            self._show(current, wanted)
-        self._base = known
+            self._show(current, wanted, known)
 
-    def _show(self, current: Content, wanted: Content) -> None:
-        """Change `data` from what it holds now to what is wanted, in place."""
+    def _show(self, current: Content, wanted: Content, known: _Base) -> None:
+        """Change `data` from what it holds now to what is wanted, in place. It is based on `known` then."""
+        try:
+            self._patch(current, wanted)
+            self._base = known
+        except BaseException:
+            # Ctrl-C. The rest is shown, too: the next verb would take what was shown for an edit.
+            self._patch(encoded(self.data, current), wanted)
+            self._base = known
+            raise
+
+    def _patch(self, current: Content, wanted: Content) -> None:
         now: dict[str, Any] = {}
         then: dict[str, Any] = {}
         for name in {name: None for name, _ in (*current, *wanted)}:
@@ -260,23 +286,26 @@ class Session:
         before = None
         while before is not self._base:
             before = self._base
-            try:
-                # Outside the guard: where folds follow one another, it takes the lock.
-                there = self._backend.files.read(self.id)
-            except errors.SessionNotFound:
-                raise self._deleted() from None
+            # Outside the guard: where folds follow one another, it takes the lock.
+            there = self._read()
             with self._backend.files.looking_at(self.id), self._alone(), errors.conflicts_in(self.id):
                 if self._base is before:
-                    before = self._base = self._refreshed(self._same_incarnation(there))
+                    self._refresh(self._same_incarnation(there))
+                    before = self._base
 
-    def _refreshed(self, there: Replica) -> _Base:
+    def _read(self) -> Replica:
+        try:
+            return self._backend.files.read(self.id)
+        except errors.SessionNotFound:
+            raise self._deleted() from None
+
+    def _refresh(self, there: Replica) -> None:
         self._recognise(there)
         base = self._base
         if there.header.commit != base.header.commit:
             current = encoded(self.data, base.content)
-            self._show(current, merge_contents(base.content, current, there.content, self._policies, "error"))
-            base = _Base(there.header, there.content, is_durable=False)
-        return base
+            wanted = merge_contents(base.content, current, there.content, self._policies, "error")
+            self._show(current, wanted, _Base(there.header, there.content, is_durable=False))
 
     # --- the stale stream ---
 
@@ -294,8 +323,12 @@ class Session:
         Raises:
             LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
+        # What became of a save that was cut off shows only before the clear.
+        there = None if self._base.tried is None else self._read()
         with self._alone():
             # Refused in the middle of another verb, before anything is cleared.
+            if there is not None:
+                self._recognise(self._same_incarnation(there))
             stream_id = self.active_stream_id
         if stream_id is None:
             return False
@@ -320,8 +353,7 @@ class Session:
         except errors.MergeConflict:
             wanted = _with_stream_fields_of(there.content, current)
             known = replace(base, content=_with_stream_fields_of(there.content, base.content))
-        self._show(current, wanted)
-        self._base = known
+        self._show(current, wanted, known)
 
     def _same_incarnation(self, there: Replica) -> Replica:
         if there.header.incarnation != self._base.header.incarnation:

@@ -6,7 +6,8 @@
         copy.commit(copy.header.next())
 
 It decodes what it is asked for, and it records what was changed. So a verb costs what it touches. What it handed out is
-what it commits: a dict or list that a caller got from it is encoded again at the commit.
+what it commits: a dict or list that a caller got from it is encoded again at the commit. Each value is one object,
+whichever way it is asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,19 @@ from persist import json_codec
 from persist.errors import ReservedField, WrongType
 from persist.storage import diff
 from persist.storage.cache import Replica
-from persist.storage.content import ALWAYS_APART, HEADER, Content, Items, Value, decode, encoded, id_key, placed
+from persist.storage.content import (
+    ALWAYS_APART,
+    HEADER,
+    Content,
+    Items,
+    Value,
+    as_before,
+    decode,
+    empty,
+    encoded,
+    id_key,
+    placed,
+)
 from persist.storage.diff import Change
 from persist.storage.document import Header
 from persist.storage.transaction import Transaction
@@ -41,10 +54,10 @@ class WorkingCopy:
 
     def __init__(self, found: Replica, tx: Transaction | None = None) -> None:
         self.header = found.header
-        self.fields = Fields(found.content)
+        self._lists: dict[str, WorkingList] = {}
+        self.fields = Fields(found.content, self._lists)
         self._tx = tx
         self._content = found.content
-        self._lists: dict[str, WorkingList] = {}
         self._data: dict[str, Any] | None = None
 
     def list(self, name: str) -> WorkingList:
@@ -57,13 +70,18 @@ class WorkingCopy:
         if found is None:
             if name == HEADER:
                 raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
-            value = self._content.get(name)
+            value = self.fields.committed(name)
+            if name in self.fields.handed_out:
+                whole = self.fields.handed_out[name]
+                if type(whole) is not list:
+                    raise _no_list(name, whole)
+                return WorkingList.over(name, whole)
             if value is not None and not isinstance(value, Items):
                 whole = json_codec.decode(value)
                 if type(whole) is not list:
                     raise _no_list(name, whole)
                 value = Items(list(map(json_codec.encode, whole)))
-            found = self._lists[name] = WorkingList(name, value or Items([]))
+            found = self._lists[name] = WorkingList(name, Items([]) if value is None else value)
         return found
 
     def has_list(self, name: str) -> bool:
@@ -73,9 +91,18 @@ class WorkingCopy:
 
     @property
     def data(self) -> dict[str, Any]:
-        """The whole document as a plain dict. Once asked for, it is what is committed."""
+        """The whole document as a plain dict, as it is by now. Once asked for, it is what is committed."""
         if self._data is None:
-            self._data = self._content.decode()
+            found = dict(self.fields)
+            for name in ALWAYS_APART:
+                value = self._content.get(name)
+                if name in self._lists:
+                    if value is not None or self._lists[name]:
+                        found[name] = self._lists.pop(name).whole()
+                elif value is not None:
+                    found[name] = decode(value)
+            self._data = {name: found[name] for name in (*dict(self._content), *found) if name in found}
+            self.fields.hand_out_all(self._data)
         return self._data
 
     def changed(self) -> Changed | None:
@@ -86,16 +113,21 @@ class WorkingCopy:
         """
         before = self._content
         if self._data is not None:
+            for name in [name for name, items in self._lists.items() if items]:
+                self._data[name] = self._lists.pop(name).whole()
             after = encoded(self._data, before)
             return None if after == before else (after, None)
         values: dict[str, Value] = dict(before)
         self.fields.write_to(values)
         splices: dict[str, list[Change]] = {}
+        is_changed = self.fields.is_touched
         for name, items in self._lists.items():
             if made := items.changes():
-                splices[name] = made
+                if items.base is before.apart.get(name):
+                    splices[name] = made
+                is_changed = True
                 values[name] = items.after(made)
-        if not splices and not self.fields.is_touched:
+        if not is_changed:
             return None
         after = placed(values.items())
         changes = tuple(_changes(before, after, splices))
@@ -134,7 +166,7 @@ def _changes(before: Content, after: Content, splices: dict[str, list[Change]]) 
         old = before.apart.get(name)
         if old is new:
             continue
-        if name in splices and isinstance(old, Items):
+        if name in splices:
             yield from splices[name]
         elif old != new:
             yield diff.whole(name, new)
@@ -147,27 +179,39 @@ def _no_list(name: str, value: Any) -> WrongType:
 class Fields(MutableMapping[str, Any]):
     """The top-level values of a working copy but ``messages`` and ``tool_calls``, each decoded when it is asked for."""
 
-    def __init__(self, content: Content) -> None:
+    def __init__(self, content: Content, lists: dict[str, WorkingList]) -> None:
         self._content = content
+        self._lists = lists
         #: What was handed out or set. A value may have been changed in place since.
-        self._known: dict[str, Any] = {}
+        self.handed_out: dict[str, Any] = {}
         self._gone: set[str] = set()
 
     @property
     def is_touched(self) -> bool:
         """Whether anything was handed out, set or deleted."""
-        return bool(self._known or self._gone)
+        return bool(self.handed_out or self._gone)
 
-    def _value(self, name: str) -> Value | None:
-        return None if name in ALWAYS_APART else self._content.get(name)
+    def committed(self, name: str) -> Value | None:
+        """Return a top-level value as it is committed. None if it was deleted since."""
+        return None if name in self._gone else self._content.get(name)
+
+    def hand_out_all(self, data: dict[str, Any]) -> None:
+        """Read and change a plain document from now on."""
+        self._content, self.handed_out, self._gone = empty(), data, set()
 
     def __getitem__(self, name: str) -> Any:
-        if name not in self._known:
-            value = None if name in self._gone else self._value(name)
-            if value is None:
+        if name in ALWAYS_APART:
+            raise KeyError(name)
+        if name not in self.handed_out:
+            items, value = self._lists.get(name), None if name in self._gone else self._content.get(name)
+            if value is None and not items:
                 raise KeyError(name)
-            self._known[name] = decode(value)
-        return self._known[name]
+            if items is not None:
+                del self._lists[name]
+                self.handed_out[name] = items.whole()
+            elif value is not None:
+                self.handed_out[name] = decode(value)
+        return self.handed_out[name]
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name == HEADER:
@@ -175,22 +219,24 @@ class Fields(MutableMapping[str, Any]):
         if name in ALWAYS_APART:
             raise ReservedField(field=name, remedy=f"Use list({name!r}).")
         self._gone.discard(name)
-        self._known[name] = value
+        self._lists.pop(name, None)
+        self.handed_out[name] = value
 
     def __delitem__(self, name: str) -> None:
         if name not in self:
             raise KeyError(name)
-        self._known.pop(name, None)
+        self.handed_out.pop(name, None)
+        self._lists.pop(name, None)
         self._gone.add(name)
 
     def __contains__(self, name: object) -> bool:
-        is_there = type(name) is str and self._value(name) is not None and name not in self._gone
-        return is_there or name in self._known
+        if type(name) is not str or name in ALWAYS_APART:
+            return False
+        return name in self.handed_out or self.committed(name) is not None or bool(self._lists.get(name))
 
     def __iter__(self) -> Iterator[str]:
-        there = [name for name, _ in self._content if name not in ALWAYS_APART and name not in self._gone]
-        yield from there
-        yield from [name for name in self._known if name not in there]
+        there = dict.fromkeys([*dict(self._content), *self.handed_out, *self._lists])
+        yield from [name for name in there if name in self]
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -199,9 +245,9 @@ class Fields(MutableMapping[str, Any]):
         """Bring top-level values to the state of this mapping."""
         for name in self._gone:
             values.pop(name, None)
-        if self._known:
-            before = Content({}, {name: values[name] for name in self._known if name in values})
-            after = encoded(self._known, before)
+        if self.handed_out:
+            before = Content({}, {name: values[name] for name in self.handed_out if name in values})
+            after = encoded(self.handed_out, before)
             for name, value in after:
                 old = values.get(name)
                 values[name] = old if old is not None and old == value else value
@@ -215,9 +261,23 @@ class WorkingList(MutableSequence[Any]):
 
     def __init__(self, name: str, base: Items) -> None:
         self._name = name
-        self._base = base
+        self.base = base
         self._kept = len(base)
         self._tail: list[Any] = []
+
+    @classmethod
+    def over(cls, name: str, items: list[Any]) -> WorkingList:
+        """Return a working list that changes a plain list in place."""
+        found = cls(name, Items([]))
+        found._tail = items
+        return found
+
+    def whole(self) -> list[Any]:
+        """Return all items as a plain list, which this working list goes on to change in place."""
+        self._in_tail(0)
+        self._tail[:] = [json_codec.decode(item) if type(item) is bytes else item for item in self._tail]
+        self.base = Items([])
+        return self._tail
 
     def __len__(self) -> int:
         return self._kept + len(self._tail)
@@ -225,7 +285,7 @@ class WorkingList(MutableSequence[Any]):
     def _in_tail(self, place: int) -> int:
         """Return the place of an item in the tail, which grows to the front for that."""
         if place < self._kept:
-            self._tail[:0] = self._base.last(len(self._base) - place)[: self._kept - place]
+            self._tail[:0] = self.base.last(len(self.base) - place)[: self._kept - place]
             self._kept = place
         return place - self._kept
 
@@ -251,7 +311,13 @@ class WorkingList(MutableSequence[Any]):
     def __setitem__(self, place: Any, item: Any) -> None:
         if isinstance(place, slice):
             raise TypeError("Replace items one by one.")
+        self._refuse_bytes(item, place)
         self._tail[self._in_tail(self._place(place))] = item
+
+    def _refuse_bytes(self, item: Any, place: int) -> None:
+        # In the tail they would pass for an item's JSON.
+        if type(item) is bytes:
+            json_codec.check(item, (self._name, place))
 
     def __delitem__(self, place: Any) -> None:
         if isinstance(place, slice):
@@ -264,6 +330,7 @@ class WorkingList(MutableSequence[Any]):
         """Put an item before the one at a place."""
         count = len(self)
         place = max(0, place + count) if place < 0 else min(place, count)
+        self._refuse_bytes(item, place)
         self._tail.insert(self._in_tail(place), item)
 
     def find(self, message_id: object) -> int | None:
@@ -274,26 +341,29 @@ class WorkingList(MutableSequence[Any]):
         for place in range(len(self._tail) - 1, -1, -1):
             if id_key(_id_of(self._tail[place])) == key:
                 return self._kept + place
-        place_there = self._base.find(key)
+        place_there = self.base.find(key)
         if place_there is None or place_there < self._kept:
             return place_there
         # It stood in what is the tail by now. An earlier item may have the same id.
-        return next((at for at in range(self._kept - 1, -1, -1) if id_key(_id_of(self._base[at])) == key), None)
+        return next((at for at in range(self._kept - 1, -1, -1) if id_key(_id_of(self.base[at])) == key), None)
 
     def changes(self) -> list[Change]:
         """Return what turns the committed list into this one."""
-        if not self._tail and self._kept == len(self._base):
+        if not self._tail and self._kept == len(self.base):
             return []
-        before = self._base.last(len(self._base) - self._kept)
+        before = self.base.last(len(self.base) - self._kept)
         after = [
             item if type(item) is bytes else json_codec.encode_exact(item, (self._name, place))
             for place, item in enumerate(self._tail, self._kept)
         ]
+        for at, (item, old) in enumerate(zip(self._tail, before, strict=False)):
+            if type(item) is not bytes:
+                after[at] = as_before(after[at], item, old)
         return list(diff.splices(self._name, before, after, self._kept))
 
     def after(self, changes: list[Change]) -> Items:
         """Return the committed list after some changes."""
-        items = self._base
+        items = self.base
         for change in changes:
             items = items.spliced(change.at, change.remove, list(map(bytes, change.insert)))
         return items

@@ -373,10 +373,10 @@ def _encoded_value(value: Any, before: bytes | None, path: ValuePath) -> bytes:
     found = json_codec.encode_unchecked(value)
     if found is not None and found == before:
         return found
-    return _kept(json_codec.encode_exact(value, path), value, before)
+    return as_before(json_codec.encode_exact(value, path), value, before)
 
 
-def _kept(found: bytes, value: Any, before: bytes | None) -> bytes:
+def as_before(found: bytes, value: Any, before: bytes | None) -> bytes:
     """Return the JSON from before, if it differs from a value's JSON in the order of keys only. Else return that."""
     if before is None or len(found) != len(before) or found == before:
         return found
@@ -403,7 +403,7 @@ def _encoded_items(name: str, items: list[Any], before: Value | None) -> Items:
         checked = [
             _encoded_value(item, known[place] if place < count else None, (name, place))
             if found is None or found[place] not in there
-            else _kept(found[place], item, known[place] if place < count else None)
+            else as_before(found[place], item, known[place] if place < count else None)
             for place, item in enumerate(items)
         ]
         return Items(checked)

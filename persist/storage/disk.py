@@ -201,6 +201,11 @@ def modified_at(path: Path) -> float:
     return os.lstat(path).st_mtime
 
 
+def set_modified_now(path: Path) -> None:
+    """Give a file the time of now."""
+    os.utime(path, follow_symlinks=os.name != "posix")
+
+
 def bears_name(file: os.stat_result, path: Path) -> bool:
     """Tell whether a name leads to a file."""
     try:

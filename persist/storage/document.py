@@ -409,7 +409,7 @@ class _Reader:
 
 def _part(text: memoryview, part: Mapping[str, Any]) -> Value:
     if "count" not in part:
-        if text[:1] == b"[":
+        if bytes(text[:1]) == b"[":
             raise ValueError("a list without a count")
         return bytes(text)
     count = natural(part["count"])

@@ -466,6 +466,8 @@ def _lines(content: bytes, seed: int) -> Iterator[bytes]:
 
 def _line_at(fd: int, position: int, seed: int) -> bytes | None:
     """Return the whole record that begins at a position, or None."""
+    if not 0 < position < disk.size_of(fd):
+        return None
     limit = _FIRST_READ_BYTES
     while True:
         content = disk.read_at(fd, limit, position)
@@ -494,7 +496,9 @@ def read_good_records(log: Journal, fd: int, header: Header) -> tuple[list[Recor
     try:
         records.extend(log.read_new_records(fd, header, tail))
     except CorruptSession:
-        return records, tail, _without_room(_read_from(fd, tail.end)).rstrip(b"\n").count(b"\n") + 1
+        # The mark of an accept that failed is no record.
+        behind = _without_room(_read_from(fd, tail.end)).removesuffix(MARK)
+        return records, tail, behind.rstrip(b"\n").count(b"\n") + 1
     return records, tail, 0
 
 

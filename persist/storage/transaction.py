@@ -227,6 +227,7 @@ class Transaction:
             CorruptSession: the document is no JSON object, or its journal does not fit the edit.
         """
         self.require_lock()
+        self.require_known()
         # By what the files say. A replica may go back to before the damage.
         self._close_journal()
         self._replica = None

@@ -30,16 +30,18 @@ from harness.watch import Watch
 
 DEADLINE_S = 120
 
-NO_FILE_SYNC = ("storage/publish.py", "            disk.sync(fd)\n", "            pass\n")
+NO_FILE_SYNC = ("storage/commit.py", "        disk.sync(fd)\n", "")
 NO_DIRECTORY_SYNC = (
-    "storage/publish.py",
-    "                disk.sync_directory(self._layout.directory, directory)\n",
-    "                pass\n",
+    "storage/commit.py",
+    "        # 6. Durable.\n        try:\n            disk.sync_directory(paths.directory, directory)\n",
+    "        try:\n            pass\n",
 )
 NO_SYNC_OF_A_DELETE = (
-    "storage/transaction.py",
-    "            disk.sync_directory(self._layout.directory, directory)\n",
-    "            pass\n",
+    "storage/commit.py",
+    "            disk.unlink(paths.document)\n"
+    "        try:\n"
+    "            disk.sync_directory(paths.directory, directory)\n",
+    "            disk.unlink(paths.document)\n        try:\n            pass\n",
 )
 NO_SECOND_LOOK = ("storage/disk.py", "            os.fstat(fd)\n", "")
 # Of journals.

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import persist
 from harness.journaling import load_of
 
+#: What no verb may raise here. A fold that finds its replica other than its files raises `AssertionError`.
+FAULTS = (persist.PersistError, AssertionError)
 Document = dict[str, Any]
 Message = tuple[str, str]
 """Its id and its content."""
@@ -389,7 +391,7 @@ def settle(store: persist.Store, figures: Figures) -> None:
         for session_id in store.ids():
             if store.head(session_id).active_stream_id is not None:
                 figures.found("stuck", f"{session_id} has an active stream after a sweep")
-    except persist.PersistError as error:
+    except FAULTS as error:
         figures.found("stuck", str(error))
     for problem in store.check():
         figures.found("stuck", problem.message)

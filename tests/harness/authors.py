@@ -252,9 +252,15 @@ def _look_at(store: persist.Store, session_id: str, seen: int) -> int:
 
 
 def _head_of(session: persist.Session) -> tuple[Document, dict[str, int]]:
-    lists = {name: session.data[name] for name in ("messages", "tool_calls") if name in session.data}
-    small = {name: value for name, value in session.data.items() if name not in lists}
-    return small, {name: len(items) for name, items in lists.items()}
+    small = {name: value for name, value in session.data.items() if not _stands_apart(name, value)}
+    counts = {name: len(value) for name, value in session.data.items() if name not in small and type(value) is list}
+    return small, counts
+
+
+def _stands_apart(name: str, value: Any) -> bool:
+    """The rule of the document, spelt out once more. A long prompt stands apart in its stream field, too."""
+    size_bytes = len(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
+    return name in ("messages", "tool_calls") or size_bytes > 4 * 1024
 
 
 # --- the crew ---

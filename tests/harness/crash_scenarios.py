@@ -276,13 +276,11 @@ SCENARIOS: list[Scenario | Opening] = [
         running,
         interrupted=lambda store: store.cancel("s-1", store.load("s-1").active_stream_id or ""),
     ),
-    Scenario(
-        "create of what a killed writer left visible", create_again, interrupted=lambda store: create_again(store)
-    ),
+    Scenario("create of what a killed writer left visible", create_again, interrupted=create_again),
     Scenario(
         "duplicate of what a killed writer left visible",
         duplicate_again,
-        interrupted=lambda store: duplicate_again(store),
+        interrupted=duplicate_again,
     ),
     Scenario(
         "accept of what a killed writer left accepted",

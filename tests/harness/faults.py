@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-#: Instead of an errno: `read` and `write` do a part of what they were asked for.
+#: Instead of an errno: `read`, `pread`, `write` and `pwrite` do a part of what they were asked for.
 SHORT = 0
 #: The disk fills up in the middle of a write: a part of it is done, and what comes next is refused.
 TORN = -1
@@ -33,6 +33,9 @@ ERRORS: dict[str, tuple[int, ...]] = {
     "write": (*_EVERYWHERE, *_FULL, errno.EROFS, SHORT, TORN),
     "pwrite": (*_EVERYWHERE, *_FULL, errno.EROFS, SHORT, TORN),
     "read": (*_EVERYWHERE, SHORT),
+    "pread": (*_EVERYWHERE, SHORT),
+    "lseek": (errno.EIO,),
+    "ftruncate": (*_EVERYWHERE, errno.EROFS),
     "fsync": (*_EVERYWHERE, *_FULL, errno.EROFS),
     "fdatasync": (*_EVERYWHERE, *_FULL, errno.EROFS),
     "close": (*_EVERYWHERE, *_FULL),
@@ -50,7 +53,7 @@ ERRORS: dict[str, tuple[int, ...]] = {
 }
 #: What makes something durable: those that pass are counted for each other.
 SYNCS = ("fsync", "fdatasync")
-_REACHES_THE_DISK = tuple(name for name in ERRORS if name not in ("close", "flock", "any"))
+_REACHES_THE_DISK = tuple(name for name in ERRORS if name not in ("close", "lseek", "flock", "any"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,9 @@ class Injection:
             raise OSError(errno.ENOSPC, f"injected: {os.strerror(errno.ENOSPC)}")
         if fault.errno in (SHORT, TORN):
             fd, what, *position = arguments
-            return real(fd, max(1, what // 2) if fault.call == "read" else what[: max(1, len(what) // 2)], *position)
+            return real(
+                fd, max(1, what // 2) if fault.call in ("read", "pread") else what[: max(1, len(what) // 2)], *position
+            )
         if fault.call == "close":
             real(*arguments)
         raise OSError(fault.errno, f"injected: {os.strerror(fault.errno)}")

@@ -24,14 +24,17 @@ Mutation = tuple[str, str, str]
 # What both the torture and the power cuts must notice.
 FIELDS_THROWN_AWAY = (
     "session.py",
-    "        mine = Body.of(self.data, self._base.body)\n",
-    "        mine = Body.of({key: value for key, value in self.data.items() if key not in ('title', 'visits')})\n",
+    "        mine = encoded(self.data, base.content)\n",
+    "        kept = {key: value for key, value in self.data.items() if key not in ('title', 'visits')}\n"
+    "        mine = encoded(kept, base.content)\n",
 )
 # What both the torture and the soak must notice.
 NOT_WRITTEN = (
     "store.py",
-    "    return draft.commit(draft.header.next(touch=touch)).revision\n",
-    "    return draft.commit(draft.header.next(touch=touch)).revision if draft.header.revision % 5 else 1\n",
+    "            return copy.commit_changes(copy.changed(), touch=touch).header.revision\n",
+    "            if copy.header.revision % 4 == 3:\n"
+    "                return 1\n"
+    "            return copy.commit_changes(copy.changed(), touch=touch).header.revision\n",
 )
 # In its children only: what the harness does itself goes well.
 HANGS = (

@@ -26,8 +26,10 @@ from harness.runs import existing_directory, positive
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 SESSIONS = 20
 KEPT_MESSAGES = 10
-# Caches and the allocator's arenas fill up in the first rounds.
-WARM_UP = 0.2
+# Caches and the allocator's arenas fill up first: that takes until each store has met each session, large and small.
+# With this bound some large sessions leave the cache again.
+CACHE_BYTES = 512 * 1024
+WARM_UP, WARM_UP_COMMITS, MOST_WARM_UP = 0.2, 4_000, 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +85,19 @@ def soak(directory: Path, commits: int, journaling: Journaling) -> Soaked:
 
     What `journaling` leaves open is left to the stores: there is one for each way, and they take turns.
     """
-    stores = [each.open(directory) for each in journaling.all()]
+    stores = [each.open(directory, cache_bytes=CACHE_BYTES) for each in journaling.all()]
     # What others in this process have dropped must not be closed while we count.
     gc.collect()
     before, warm, done = len(descriptors()), 0, 0
     expected: dict[str, Expected] = {}
+    warm_up = max(commits * WARM_UP, min(commits * MOST_WARM_UP, WARM_UP_COMMITS))
     number = 0
     while done < commits:
         # Each session meets each store.
-        store = stores[(number + number // SESSIONS) % len(stores)]
+        store = stores[(number % SESSIONS + number // SESSIONS) % len(stores)]
         done += _one_round(store, f"s-{number % SESSIONS}", f"r{number}", expected)
         number += 1
-        if not warm and done >= commits * WARM_UP:
+        if not warm and done >= warm_up:
             warm = _resident_bytes()
     gc.collect()
     after, grown = len(descriptors()), _resident_bytes() - warm

@@ -12,7 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import persist
-from harness.acknowledged import Change, Document, Figures, Ledger, load_bytes_of, read_all, settle, title_of, titled
+from harness.acknowledged import (
+    FAULTS,
+    Change,
+    Document,
+    Figures,
+    Ledger,
+    load_bytes_of,
+    read_all,
+    settle,
+    title_of,
+    titled,
+)
 from harness.authors import LOCK_TIMEOUT_S, Crew, Hand, Role, as_document
 from harness.journaling import LOAD_BYTES
 from harness.runs import Plan
@@ -92,7 +103,7 @@ class Watch:
         try:
             yield
             self.ledger.acknowledge(MADE_HERE)
-        except persist.PersistError as error:
+        except FAULTS as error:
             self.figures.found("raised", f"{change.kind}: {error}")
 
     def await_commit(self) -> bool:
@@ -132,7 +143,7 @@ class Watch:
         try:
             self.store.append(change.session_id, "messages", as_document(change.messages[0]))
             self.ledger.confirm(author, change)
-        except persist.PersistError as error:
+        except FAULTS as error:
             self.figures.found("raised", f"an append, tried again: {error}")
 
     def look(self) -> None:

@@ -22,6 +22,7 @@ from harness.faults import Fault, descriptors, injecting
 
 import persist
 from persist import follow, streams, watch
+from persist.event_log import Ended
 from persist.storage import disk
 from persist.streams import Backend
 
@@ -95,7 +96,7 @@ def test_followers_see_every_event_of_many_threads_once(
         assert each.result() == (numbered(expected), "finished")
 
 
-ENDS: dict[str, tuple[str, persist.Ended]] = {
+ENDS: dict[str, tuple[str, Ended]] = {
     "finish": ("stream.finish({'role': 'assistant', 'content': 'Because.'})", "finished"),
     "fail": ("stream.fail()", "failed"),
     "leaving": ("with stream: pass", "failed"),
@@ -210,6 +211,7 @@ def test_killed_in_the_middle_of_an_emission(
     stream_id = owner.do(START)
     owner.do("stream.emit('whole')")
     owner.do("""
+from persist.event_log import Ended
 from persist.storage import disk
 real = disk.write
 def half(fd, content):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -688,7 +689,7 @@ def test_who_waits_where_the_kernel_has_no_such_locks_polls(
         asked.append(fd)
         raise OSError(errno.ENOLCK, "no locks available")
 
-    monkeypatch.setattr(turnstile.fcntl, "fcntl", refuse)
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
     with FileLock(directory / "s-1.json.lock", fallback_to_soft=False):
         with pytest.raises(persist.LockTimeout):
             persist.Store(directory, lock_timeout_s=0.1).append("s-1", "log", 1)

@@ -6,22 +6,20 @@ import errno
 import gc
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from actors import eventually
 from harness.faults import SHORT, Fault, descriptors, faults, injecting
 from hypothesis import given
 from hypothesis import strategies as st
-from persist.storage.events import Ended, Event, EventFiles, EventReader, EventWriter, Fenced
 
 import persist
-from persist import codec
-from persist.storage import events, waiting
-from persist.storage.layout import Layout
+from persist import event_log, json_codec, watch
+from persist.event_log import Ended, Event, EventFiles, EventReader, EventWriter, Fenced
 
 END = b'{"end":"finished"}\n'
 
@@ -37,7 +35,7 @@ json_values = st.recursive(
 
 
 def line(offset: int, data: Any) -> bytes:
-    return b'{"offset":%d,"event":%b}\n' % (offset, codec.encode(data))
+    return b'{"offset":%d,"event":%b}\n' % (offset, json_codec.encode(data))
 
 
 def read(path: Path, after: int = 0) -> tuple[list[Any], Ended | None]:
@@ -58,7 +56,7 @@ def path(scratch: Path) -> Path:
 
 @pytest.fixture
 def files(scratch: Path) -> EventFiles:
-    return EventFiles(Layout(scratch), keep_s=300.0)
+    return persist.Store(scratch)._backend.events
 
 
 @pytest.fixture
@@ -70,7 +68,7 @@ def writer(files: EventFiles) -> Iterator[EventWriter]:
 
 
 def emit(writer: EventWriter, *data: Any, durable: bool = False) -> int:
-    return writer.append([codec.encode(each) for each in data], durable=durable)
+    return writer.append([json_codec.encode(each) for each in data], durable=durable)
 
 
 @contextmanager
@@ -108,7 +106,7 @@ def test_events_come_back_as_they_went_in(
         emit(writer, value)
     writer.close()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(events, "_CHUNK_BYTES", chunk_bytes)
+        patch.setattr(event_log, "_CHUNK_BYTES", chunk_bytes)
         assert read(directory / "s-1.t-1") == (data, None)
 
 
@@ -121,7 +119,7 @@ def test_truncated_file_has_a_prefix_of_the_events(
     path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
     """Cut at every byte: the events whose lines are whole, and never a wrong one; the end only if its line is whole."""
-    monkeypatch.setattr(events, "_CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(event_log, "_CHUNK_BYTES", chunk_bytes)
     for size in range(len(WHOLE) + 1):
         path.write_bytes(WHOLE[:size])
         lines = WHOLE[:size].count(b"\n")
@@ -200,7 +198,7 @@ def test_nothing_behind_the_end_line_counts(path: Path, monkeypatch: pytest.Monk
     """The end line is the fence: events and other ends behind it are not there, however the file is cut into chunks."""
     path.write_bytes(line(1, "a") + END + line(2, "late") + b'{"end":"died"}\n')
     for chunk_bytes in (*range(1, 60), 4096):
-        monkeypatch.setattr(events, "_CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(event_log, "_CHUNK_BYTES", chunk_bytes)
         assert read(path) == (["a"], "finished")
 
 
@@ -223,7 +221,7 @@ def test_cursor_begins_behind_its_event(path: Path) -> None:
     """`after` events are passed, however many chunks that takes; at the end, and beyond it, there are none."""
     path.write_bytes(b"".join(line(n, "x" * 1000) for n in range(1, 1001)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(events, "_CHUNK_BYTES", 4096)
+        patch.setattr(event_log, "_CHUNK_BYTES", 4096)
         assert len(read(path, 997)[0]) == 3
         assert read(path, 1000) == read(path, 1001) == ([], None)
 
@@ -308,7 +306,7 @@ def test_fenced_writer_stays_fenced(path: Path, files: EventFiles, writer: Event
     for _ in range(2):
         with pytest.raises(Fenced):
             emit(writer, "late")
-    files.remove("s-1", "t-1")
+    files.remove_session("s-1")
     with pytest.raises(Fenced):
         emit(writer, "late")
     assert not path.exists()
@@ -326,7 +324,7 @@ def test_fence_is_seen_after_a_write_that_broke_off(path: Path, files: EventFile
     with pytest.raises(Fenced):
         emit(writer, "late")
     assert read(path) == (["a"], "cancelled")
-    files.remove("s-1", "t-1")
+    files.remove_session("s-1")
     with pytest.raises(Fenced):
         emit(writer, "late")
 
@@ -516,8 +514,8 @@ def test_those_who_wait_are_woken_by_every_append_and_the_end(
         # The thread that looks at the files calls it, too.
         return lambda: calls.append(name) if threading.get_ident() == me else None
 
-    with waiting.waking(path, waker("a")), waiting.waking(path, waker("b")):
-        with waiting.waking(path.with_name("s-1.t-2"), waker("another")):
+    with watch.waking(path, waker("a")), watch.waking(path, waker("b")):
+        with watch.waking(path.with_name("s-1.t-2"), waker("another")):
             emit(writer, 1)
             assert calls == ["a", "b"]
             files.end("s-1", "t-1", "finished")
@@ -541,9 +539,9 @@ def test_garbage_collector_may_come_at_any_moment(path: Path) -> None:
     def wait_and_drop() -> None:
         dropped: dict[str, Any] = {"stack": ExitStack()}
         dropped["itself"] = dropped
-        dropped["stack"].enter_context(waiting.waking(path, lambda: None))
+        dropped["stack"].enter_context(watch.waking(path, lambda: None))
         del dropped
-        with waiting.waking(Collecting(path), done.set):
+        with watch.waking(Collecting(path), done.set):
             pass
         done.set()
 
@@ -555,11 +553,12 @@ def test_garbage_collector_may_come_at_any_moment(path: Path) -> None:
 # --- expiry -----------------------------------------------------------------------------------------------------------
 
 
-def test_sweep_removes_at_once_what_has_expired(scratch: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that sweeps, and ends, leaves no work to a thread that ends with it.
+def expiring(scratch: Path, keep_s: float) -> EventFiles:
+    return persist.Store(scratch, keep_events_s=keep_s)._backend.events
 
-    Fails if it is left to the thread.
-    """
+
+def test_sweep_removes_at_once_what_has_expired(scratch: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that sweeps, and ends, leaves no work to a thread that ends with it. There is no such thread."""
     removed: list[tuple[str, threading.Thread]] = []
     real = os.unlink
 
@@ -567,20 +566,66 @@ def test_sweep_removes_at_once_what_has_expired(scratch: Path, path: Path, monke
         real(name)
         removed.append((Path(name).name, threading.current_thread()))
 
+    files = expiring(scratch, 1000.0)
     path.write_bytes(WHOLE)
     path.with_name("s-2.t-1").write_bytes(WHOLE)
     os.utime(path, (1, 1))
+    threads = threading.active_count()
     monkeypatch.setattr(os, "unlink", unlink)
-    EventFiles(Layout(scratch), keep_s=1000.0).sweep()
+    files.sweep()
     assert removed == [(path.name, threading.current_thread())]
+    assert threading.active_count() == threads
+
+
+def test_events_of_a_stream_with_a_lease_do_not_expire(scratch: Path, path: Path) -> None:
+    """A stream that is silent for long may still speak: its lease keeps its events, however old they are."""
+    files = expiring(scratch, 1000.0)
+    path.write_bytes(WHOLE)
+    os.utime(path, (1, 1))
+    lease = scratch / ".leases" / path.name
+    lease.touch()
+    for clean_up in (files.sweep, lambda: files.forget("s-1", "t-2"), files.close):
+        clean_up()
+        assert path.exists()
+    lease.unlink()
+    files.sweep()
+    assert not path.exists()
+
+
+def test_start_in_the_session_removes_what_has_expired_there(scratch: Path, path: Path) -> None:
+    """A session's next stream pays for the session's own files, and for nobody else's."""
+    files = expiring(scratch, 1000.0)
+    young, other = path.with_name("s-1.t-2"), path.with_name("s-2.t-1")
+    for each in (path, young, other):
+        each.write_bytes(WHOLE)
+    for each in (path, other):
+        os.utime(each, (1, 1))
+    files.forget("s-1", "t-3")
+    assert (path.exists(), young.exists(), other.exists()) == (False, True, True)
 
 
 def test_clock_that_was_set_back_keeps_nothing_for_ever(scratch: Path, path: Path) -> None:
-    """A file from the future goes away as long after the sweep as it is kept at all.
+    """A file from the future goes away as long after the first sweep as it is kept at all.
 
     Fails if its age may be negative.
     """
     path.write_bytes(WHOLE)
     os.utime(path, (2**32, 2**32))
-    EventFiles(Layout(scratch), keep_s=0.05).sweep()
-    eventually(lambda: not path.exists())
+    files = expiring(scratch, 1000.0)
+    files.sweep()
+    assert path.exists()
+    assert abs(path.stat().st_mtime - time.time()) < 60
+    os.utime(path, (path.stat().st_mtime - 1001,) * 2)
+    files.sweep()
+    assert not path.exists()
+
+
+def test_clock_of_a_link_is_not_set(scratch: Path, path: Path) -> None:
+    """What stands behind a link is somebody else's file: its time stays as it is."""
+    target = scratch / "target"
+    target.write_bytes(b"")
+    os.utime(target, (2**32, 2**32))
+    path.symlink_to(target)
+    os.utime(path, (2**32, 2**32), follow_symlinks=False)
+    expiring(scratch, 1000.0).sweep()
+    assert target.stat().st_mtime == 2**32

@@ -16,7 +16,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from persist.errors import MergeConflict, WrongType
-from persist.merge import MISSING, align, check_policies, count_removed, merge, patch, same
+from persist.json_codec import same
+from persist.merge import MISSING, align, check_policies, count_removed, merge
+from persist.patch import patch
 
 Document = dict[str, Any]
 CONFLICT = "conflict"

@@ -470,6 +470,7 @@ NESTED: list[tuple[Verb, str]] = [
     (lambda store: store.append("other", "messages", 1), "other"),
     (lambda store: store.update("other", dict.clear), "other"),
     (lambda store: store.edit("other").__enter__(), "other"),
+    (lambda store: store.transaction("other").__enter__(), "other"),
     (lambda store: store.create("new"), "new"),
     (lambda store: store.delete("other"), "other"),
     (lambda store: store.duplicate("s", "copy"), "copy"),
@@ -583,13 +584,14 @@ def test_compact_removes_what_crashes_have_left_behind(scratch: Path) -> None:
     for session_id in ("s", "t"):
         store.create(session_id, {"messages": []})
     before = everything(store.path)
-    for name in ("s.json.tmp", "s.2.journal", "s.9.journal", "t.9.journal"):
+    left = f"t.{'9' * 16}.journal"
+    for name in ("s.json.tmp", f"s.{'2' * 16}.journal", f"s.{'9' * 16}.journal", left):
         (store.path / name).write_bytes(b"")
     problems = [problem for problem in store.check() if problem.session_id == "s"]
     assert [problem.kind for problem in problems] == ["left-over"] * 3
     assert all(f"'persist compact {store.path} s' removes it" in problem.message for problem in problems)
     assert store.compact("s") is False
-    (store.path / "t.9.journal").unlink()
+    (store.path / left).unlink()
     assert everything(store.path) == before
 
 
@@ -607,6 +609,7 @@ MISSING_VERBS: list[Verb] = [
     lambda store: store.delete("missing", force=True),
     lambda store: store.update("missing", dict.clear),
     lambda store: store.edit("missing").__enter__(),
+    lambda store: store.transaction("missing").__enter__(),
     lambda store: store.append("missing", "messages", 1),
     lambda store: store.duplicate("missing", "copy"),
     lambda store: store.start_stream("missing"),
@@ -722,6 +725,7 @@ CLOSED_VERBS: list[Verb] = [
     lambda store: store.duplicate("s", "copy"),
     lambda store: store.delete("s"),
     lambda store: store.edit("s").__enter__(),
+    lambda store: store.transaction("s").__enter__(),
     lambda store: store.update("s", dict.clear),
     lambda store: store.append("s", "messages", 1),
     lambda store: store.start_stream("s"),
@@ -771,7 +775,7 @@ def test_a_store_is_a_directory_not_a_way_of_spelling_it(store: persist.Store, m
 
 # --- arguments that cannot be -----------------------------------------------------------------------------------------
 
-BAD_IDS: list[Any] = ["", "../s", "s\n", ".s", "a" * 129, "con", None, 5, ["s"], b"s", {"s": 1}]
+BAD_IDS: list[Any] = ["", "a" * 513, "\ud800", "s\udfff", "\ud83d\ude00", None, 5, ["s"], b"s", {"s": 1}]
 
 
 @pytest.mark.parametrize("bad", BAD_IDS, ids=lambda bad: ascii(bad)[:12])
@@ -788,6 +792,7 @@ def test_no_verb_takes_a_bad_session_id(bad: Any, session: persist.Session, stor
         lambda: store.delete(bad),
         lambda: store.delete(bad, force=True),
         lambda: store.edit(bad).__enter__(),
+        lambda: store.transaction(bad).__enter__(),
         lambda: store.update(bad, dict.clear),
         lambda: store.append(bad, "messages", 1),
         lambda: store.start_stream(bad),
@@ -803,6 +808,16 @@ def test_no_verb_takes_a_bad_session_id(bad: Any, session: persist.Session, stor
 def no_json(store: persist.Store) -> None:
     with store.edit("s") as data:
         data["messages"][0]["at"] = math.nan
+
+
+def no_json_in_a_list(store: persist.Store) -> None:
+    with store.transaction("s") as tx:
+        tx.list("messages")[0]["at"] = math.nan
+
+
+def no_json_in_a_field(store: persist.Store) -> None:
+    with store.transaction("s") as tx:
+        tx.fields["n"] = ()
 
 
 def generator(data: dict[str, Any]) -> Iterator[None]:
@@ -821,6 +836,8 @@ BAD_ARGUMENTS: dict[str, tuple[Verb, type[Exception]]] = {
     "create: a text": (lambda store: store.create("new", "{}"), persist.WrongType),  # type: ignore[arg-type]
     "create: NaN": (lambda store: store.create("new", {"a": math.nan}), persist.NotJSON),
     "create: a key": (lambda store: store.create("new", {1: 1}), persist.NotJSON),  # type: ignore[dict-item]
+    "transaction: NaN": (no_json_in_a_list, persist.NotJSON),
+    "transaction: a field": (no_json_in_a_field, persist.NotJSON),
     "edit: NaN": (no_json, persist.NotJSON),
     "save: a list": (no_dict, persist.WrongType),
     "save: on_conflict": (lambda store: store.load("s").save(on_conflict="ours"), persist.WrongType),  # type: ignore[arg-type]

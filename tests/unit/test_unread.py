@@ -1,6 +1,6 @@
 """Sessions with a journal come to the same as sessions without one, whatever the verbs.
 
-They fail, for example, if a replica keeps an id that is gone, if a splice lands at a place that an earlier one has moved,
+They fail, for example, if a replica keeps an id that is gone, if a splice lands where an earlier one moved,
 if an old value sees a later append, or if a refused verb leaves a trace in what a store knows.
 """
 
