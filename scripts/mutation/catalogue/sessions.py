@@ -8,6 +8,7 @@ from mutation.edits import (
     condition,
     drop_call,
     drop_context,
+    drop_handler,
     drop_statement,
     replace_expression,
     replace_statement,
@@ -88,14 +89,14 @@ MUTANTS = (
         "Session._save",
         drop_call("self._recognise"),
         SHARED_SESSIONS,
-        "cut_off",
+        "cut_off_counts_once",
     ),
     _saved(
         "the refusal where nobody can tell",
         "Session._recognise",
         condition("there.header.commit == base.header.commit", "True"),
         SHARED_SESSIONS,
-        "cut_off or nobody_can_tell",
+        "cut_off_under_the_commit",
     ),
     _saved(
         "the sync of one that was cut off",
@@ -103,6 +104,20 @@ MUTANTS = (
         replace_expression("self._take(there, mine, is_durable=False)", "self._take(there, mine, is_durable=True)"),
         SHARED_SESSIONS,
         "cut_off_is_made_durable",
+    ),
+    _saved(
+        "the note that one was refused",
+        "Session._save",
+        drop_statement("self._base = replace(base, is_durable=False)"),
+        SHARED_SESSIONS,
+        "refused_may_be_repeated",
+    ),
+    _saved(
+        "the rest that is shown after an exception",
+        "Session._show",
+        drop_handler("BaseException"),
+        SHARED_SESSIONS,
+        "any_line",
     ),
     # --- durability ---
     _saved(
@@ -114,7 +129,7 @@ MUTANTS = (
     ),
     _saved(
         "the sync of what a refresh has read",
-        "Session._refreshed",
+        "Session._refresh",
         replace_expression(
             "_Base(there.header, there.content, is_durable=False)",
             "_Base(there.header, there.content, is_durable=base.is_durable)",
@@ -128,20 +143,27 @@ MUTANTS = (
         "Session.save",
         drop_context("self._alone()"),
         SHARED_SESSIONS,
-        "refresh_beside",
+        "exclude_each_other",
     ),
     _saved(
         "the refusal of a verb in the middle of one",
         "Session._alone",
-        condition("self._is_busy", "False"),
+        condition("self._inside is not None and self._inside() is not None", "False"),
         SHARED_SESSIONS,
         "in_the_middle_of_one",
+    ),
+    _saved(
+        "the look of a child whose guard it is",
+        "Session._alone",
+        condition("self._pid != os.getpid()", "False"),
+        SHARED_SESSIONS,
+        "another_thread_is_inside",
     ),
     _saved(
         "the look for an edit while it ran",
         "Session._take",
         condition("current != mine", "False"),
         SHARED_SESSIONS,
-        "contradicts or while_a_save",
+        "contradicts",
     ),
 )
