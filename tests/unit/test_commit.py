@@ -100,6 +100,17 @@ def test_mark_keeps_an_old_replica_from_a_journal_out_of_use(
     assert ids(one) == [*left, "b", "c"]
 
 
+def test_edit_that_keeps_size_and_time_is_seen(one: persist.Store) -> None:
+    """A tool may set a file's time back. The time of its last change of status tells, and the document is read."""
+    document = one.path / "s.json"
+    times = document.stat()
+    document.write_bytes(document.read_bytes().replace(b'"messages":[]', b'"messages":{}'))
+    os.utime(document, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (document.stat().st_size, document.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    with pytest.raises(persist.CorruptSession):
+        append(one, "b")
+
+
 @contextmanager
 def writes_to_journals(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, bytes]]]:
     """Note the writes at a place of a file, and the syncs of data, for a block."""

@@ -109,7 +109,7 @@ MUTANTS = (
         "appended_to_by_nobody",
     ),
     _commit(
-        "the sync before the replica moves on",
+        "the sync of a record",
         "append_record",
         drop_call("disk.sync_data"),
         JOURNAL_STATES,
@@ -249,6 +249,14 @@ MUTANTS = (
         drop_operand("kept.version == version"),
         JOURNAL_DAMAGE,
         "sees_that_its_document",
+    ),
+    Mutant(
+        "replica: the time of the last change of status",
+        "storage/disk.py",
+        "_version",
+        replace_expression("status.st_ctime_ns", "0"),
+        COMMIT,
+        "keeps_size_and_time",
     ),
     _replica(
         "the small commit that reads no document",
