@@ -111,6 +111,12 @@ def test_edit_that_keeps_size_and_time_is_seen(one: persist.Store) -> None:
         append(one, "b")
 
 
+def test_accept_goes_by_the_files_and_not_by_a_replica(one: persist.Store) -> None:
+    """The store may know good records that were damaged since. Nobody else could load what it takes for sound."""
+    assert accept_of_damage(one) == ["a1"]
+    assert ids(one) == ["a1"]
+
+
 @contextmanager
 def writes_to_journals(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int, bytes]]]:
     """Note the writes at a place of a file, and the syncs of data, for a block."""
