@@ -45,6 +45,7 @@ class Actor:
             str(there.fileno()),
             str(directory),
             repr(store_options),
+            repr(sys.getswitchinterval()),
         ]
         self.process = subprocess.Popen(command, pass_fds=[there.fileno()])
         there.close()
@@ -121,9 +122,11 @@ def _pausing(connection: Connection[Any, Any]) -> Callable[[str], None]:
     return pause_at
 
 
-def _main(descriptor: str, directory: str, options: str) -> None:
+def _main(descriptor: str, directory: str, options: str, switch_interval_s: str) -> None:
     import persist
 
+    # As often as the test does.
+    sys.setswitchinterval(float(switch_interval_s))
     connection: Connection[Any, Any] = Connection(int(descriptor))
     store = persist.Store(directory, **ast.literal_eval(options))
     names: dict[str, Any] = {"persist": persist, "store": store, "os": os, "pause_at": _pausing(connection)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,18 @@ def scratch() -> Iterator[Path]:
 @pytest.fixture
 def store(directory: Path) -> persist.Store:
     return persist.Store(directory, lock_timeout_s=20.0)
+
+
+@pytest.fixture(params=[None, 1e-6], ids=["as-always", "switching-all-the-time"])
+def switching(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run a test with threads twice: also while the interpreter switches between them as often as it can.
+
+    The actors that the test starts do so, too.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(request.param or before)
+    yield
+    sys.setswitchinterval(before)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import persist
-from benchmarks import contest, plots, processes, resources, small, stale
+from benchmarks import contest, large, plots, processes, resources, small, stale
 from benchmarks.measure import Effort, apart
 from benchmarks.tables import Findings, Target, print_table, print_targets
 from persist.storage import disk
@@ -103,6 +103,8 @@ def _others(plan: Plan) -> dict[Callable[..., Findings], tuple[Any, ...]]:
     return {
         contest.growth: (plan.sizes, plan.contest),
         resources.findings: (plan.sizes, plan.patience_s),
+        large.last_message: (plan.commits,),
+        large.beside: (plan.commits,),
         small.lock_cycles: (plan.locks,),
         small.commits: (plan.commits,),
         small.neighbours: (plan.neighbour_effort, plan.neighbours, plan.neighbour_runs),

@@ -63,6 +63,7 @@ def numbered(data: list[Any]) -> list[tuple[int, Any]]:
 # --- followed to the end ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("switching")
 def test_followers_see_every_event_of_many_threads_once(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
@@ -434,6 +435,7 @@ def test_first_emission_under_way_when_the_session_is_taken_away(
         assert (len(list(followed)), followed.ended) == (len(acknowledged), "cancelled")
 
 
+@pytest.mark.usefixtures("switching")
 def test_emission_beside_finish(store: persist.Store, session: persist.Session) -> None:
     """A thread emits while another one finishes, 20 times: what was acknowledged is there,
     and what was refused is not.
@@ -582,6 +584,7 @@ def test_stream_that_ended_without_an_event_has_none(store: persist.Store, sessi
     assert not (store.path / ".events").exists()
 
 
+@pytest.mark.usefixtures("switching")
 def test_follower_may_come_and_go(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
     """A client that loses its connection after each event, and comes back with its cursor to any process, misses
     nothing.
@@ -656,6 +659,7 @@ def _is_as_long_as(seen: list[Any], count: int) -> bool:
     return len(seen) == count
 
 
+@pytest.mark.usefixtures("switching")
 def test_follower_in_the_same_process_is_woken(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,6 +52,7 @@ def test_a1_clear_compares_with_the_disk(store: persist.Store, session: persist.
     assert store.load("s-1").active_stream_id == new
 
 
+@pytest.mark.usefixtures("switching")
 def test_a2_nothing_of_a_turn_is_written_after_its_finish(store: persist.Store, session: persist.Session) -> None:
     """A2 (#765, #910): a checkpoint thread that outlives its turn is refused."""
     refused: list[Exception] = []
@@ -476,6 +477,7 @@ def test_d4_recovery_is_done_once(store: persist.Store, session: persist.Session
 # --- E. Index, locks, speed -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("switching")
 def test_e2_no_wait_is_without_end_and_none_is_nameless(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:

@@ -64,6 +64,7 @@ def test_timeout_names_the_thread_of_this_process(directory: Path, session: pers
     thread.join(DEADLINE_S)
 
 
+@pytest.mark.usefixtures("switching")
 def test_waiters_are_served_in_their_order() -> None:
     """First in, first out: five threads that queue up in a known order get the lock in that order."""
     mutex, first = lock.FifoMutex(), lock.Turn()
@@ -494,6 +495,7 @@ def test_turnstile_holds_one_and_is_free_with_its_descriptor(tmp_path: Path) -> 
 
 
 @linux_only
+@pytest.mark.usefixtures("switching")
 def test_lock_is_left_to_who_waits_for_it(
     store: persist.Store, session: persist.Session, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

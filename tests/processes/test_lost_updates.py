@@ -66,8 +66,9 @@ def assert_each_once(store: persist.Store, expected: int) -> None:
         assert own == sorted(own)
 
 
-@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize(("threads", "switching"), [(1, None), (4, None), (4, 1e-6)], indirect=["switching"])
 @pytest.mark.parametrize("work", [BY_SAVE, BY_EDIT, BY_APPEND], ids=["save", "edit", "append"])
+@pytest.mark.usefixtures("switching")
 def test_every_append_of_four_processes_is_kept(
     store: persist.Store, actor: ActorFactory, work: str, threads: int
 ) -> None:

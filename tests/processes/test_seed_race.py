@@ -44,6 +44,7 @@ def start_or_wait(start: Callable[[], str], let_reader_go: Callable[[], None]) -
     return stream_id
 
 
+@pytest.mark.usefixtures("switching")
 class TestTwoThreads:
     def test_clear_decided_before_a_new_stream_spares_it(self, store: persist.Store, dead_stream: str) -> None:
         """A1, two threads: decided for X, resumed after Y has started, the clear returns False and Y stays.

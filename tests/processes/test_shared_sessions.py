@@ -10,7 +10,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -694,15 +694,6 @@ def test_failed_removal_of_a_stale_lease_does_not_lock_the_session(
 
 
 # --- threads, signal handlers and forks -------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=[None, 1e-6], ids=["as-always", "switching-all-the-time"])
-def switching(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run a test with threads also while the interpreter switches between them as often as it can."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(request.param or before)
-    yield
-    sys.setswitchinterval(before)
 
 
 @pytest.mark.usefixtures("switching")

@@ -1,0 +1,75 @@
+"""What a large session costs: the last message of many, and small changes beside two lists of 8 MB."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+import persist
+from benchmarks import bare
+from benchmarks.measure import Action, Effort, interleaved
+from benchmarks.tables import Findings, Table, at_most, compared, shown
+from benchmarks.workload import SESSION, Message, conversation, message, new_message, open_store
+
+MESSAGES, JOURNALED = 10_000, 1_000
+#: As large as a message of the workload.
+RECORD = b"x" * 419 + b"\n"
+LIST_BYTES = 8 * 1024 * 1024
+
+
+def last_message(directory: Path, effort: Effort) -> Findings:
+    """Load a session and read its last message, against one decoding of the same bytes."""
+    base, actions = "msgspec.json.decode of the same bytes", {}
+    names = {count: f"store.load(), {count:,} in the journal" for count in (0, JOURNALED)}
+    for count, name in names.items():
+        store = open_store(directory / str(count))
+        store.create(SESSION, conversation(MESSAGES - count))
+        for number in range(MESSAGES - count, MESSAGES):
+            store.append(SESSION, "messages", message(number))
+        actions[name] = Action(partial(_last_of, store))
+    content = msgspec.json.encode(store.load(SESSION).data)
+    actions[base] = Action(lambda: msgspec.json.decode(content)["messages"][-1])
+    seconds = interleaved(actions, effort)
+    targets = [
+        at_most(f"the last of {MESSAGES:,} by {name}, to one decoding", 1.3, seconds[name] / seconds[base])
+        for name in names.values()
+    ]
+    return Findings([compared(f"The last of {MESSAGES:,} messages", seconds, base)], targets)
+
+
+def _last_of(store: persist.Store) -> Message:
+    found: Message = store.load(SESSION).data["messages"][-1]
+    return found
+
+
+def beside(directory: Path, effort: Effort) -> Findings:
+    """A head and small changes of a session with 8 MB of messages and 8 MB of another list of messages."""
+    store = open_store(directory)
+    count = LIST_BYTES // len(msgspec.json.encode(message(LIST_BYTES)))
+    data = conversation(count)
+    store.create(SESSION, data | {"context_messages": data["messages"]})
+    titles, fd = itertools.count(), bare.open_appending(directory / "bare")
+    base, head = f"bare: write of {len(RECORD)} bytes + fdatasync", "store.head()"
+    seconds = interleaved(
+        {
+            base: Action(lambda: bare.append(fd, RECORD)),
+            head: Action(lambda: store.head(SESSION)),
+            "store.append()": Action(lambda: store.append(SESSION, "messages", new_message())),
+            "store.transaction() of the title": Action(lambda: _rename(store, f"Chat {next(titles)}")),
+        },
+        effort,
+    )
+    rows = [
+        (name, shown(value), f"{(value - seconds[base]) * 1e3:+.3f} ms" if name != base else "")
+        for name, value in seconds.items()
+    ]
+    table = Table("Beside 8 MB of messages and 8 MB of another list", ("median", "minus the bare write"), rows)
+    return Findings([table], [at_most("head() beside two lists of 8 MB", 0.1, seconds[head] * 1e3, "ms")])
+
+
+def _rename(store: persist.Store, title: str) -> None:
+    with store.transaction(SESSION) as tx:
+        tx.fields["title"] = title
