@@ -34,13 +34,9 @@ from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypedDict, TypeVar, Unpack
 
 import persist
-from persist.errors import WrongType
-from persist.event_log import Ended, Event
-from persist.follow import Cursor
+from persist import event_log, follow, turn, watch
 from persist.merge import Policy
 from persist.storage.commit import Mode
-from persist.turn import Message
-from persist.watch import waking
 
 Result = TypeVar("Result")
 Twin = TypeVar("Twin")
@@ -253,14 +249,14 @@ class Following:
         self.offset = after
         self._look = partial(store._sync._cursor, session_id, stream_id, after)
         self._threads = store._threads
-        self._cursor: Cursor | None = None
-        self._pending: deque[Event] = deque()
+        self._cursor: follow.Cursor | None = None
+        self._pending: deque[event_log.Event] = deque()
         self._is_closed = False
         self._is_taking = False
         self._open = ExitStack()
 
     @property
-    def ended(self) -> Ended | None:
+    def ended(self) -> event_log.Ended | None:
         """How the stream has ended; None while there is more to come."""
         return None if self._pending or self._cursor is None else self._cursor.ended
 
@@ -274,10 +270,10 @@ class Following:
     async def __aexit__(self, *_error: object) -> None:
         self.close()
 
-    def __aiter__(self) -> AsyncIterator[Event]:
+    def __aiter__(self) -> AsyncIterator[event_log.Event]:
         return self
 
-    async def __anext__(self) -> Event:
+    async def __anext__(self) -> event_log.Event:
         # Other tasks run between two events, also where all are there already.
         await asyncio.sleep(0)
         if not self._pending and not self._is_closed:
@@ -289,14 +285,14 @@ class Following:
         self.offset = event.offset
         return event
 
-    async def _opened(self) -> Cursor:
+    async def _opened(self) -> follow.Cursor:
         if self._cursor is None:
-            self._cursor, self._news = await self._threads.run(self._look, undo=Cursor.close), _News()
+            self._cursor, self._news = await self._threads.run(self._look, undo=follow.Cursor.close), _News()
             self._open.callback(self._cursor.close)
-            self._open.enter_context(waking(self._cursor.path, self._news.set))
+            self._open.enter_context(watch.waking(self._cursor.path, self._news.set))
         return self._cursor
 
-    async def _wait(self, cursor: Cursor) -> None:
+    async def _wait(self, cursor: follow.Cursor) -> None:
         """Return when there is an event, or there will be none."""
         while not (self._pending or self._is_closed or cursor.ended):
             if not cursor.is_due:
@@ -307,7 +303,7 @@ class Following:
             else:
                 await self._take(cursor)
 
-    async def _take(self, cursor: Cursor) -> None:
+    async def _take(self, cursor: follow.Cursor) -> None:
         # The thread puts what it took into its place, so that nothing is lost if this task is cancelled. The file stays
         # open while the thread reads it.
         self._is_taking = True
@@ -349,7 +345,7 @@ class Store(_Awaited[persist.Store]):
 
     def __init__(self, path: str | os.PathLike[str] | persist.Store, **options: Unpack[_Options]) -> None:
         if isinstance(path, persist.Store) and options:
-            raise WrongType(what="options", expected="given to the persist.Store itself", got="given beside it")
+            raise persist.WrongType(what="options", expected="given to the persist.Store itself", got="given beside it")
         super().__init__(path if isinstance(path, persist.Store) else persist.Store(path, **options), _Threads())
 
     path: Path = _mirrored("path")
@@ -375,7 +371,7 @@ class Store(_Awaited[persist.Store]):
     append = _hop(persist.Store.append)
 
     def start_stream(
-        self, session_id: str, message: Message | None = None, *, stream_id: str | None = None
+        self, session_id: str, message: turn.Message | None = None, *, stream_id: str | None = None
     ) -> _Starting:
         """See `persist.Store.start_stream`. Use it as ``async with store.start_stream(…) as stream``, or await it."""
         return _Starting(self._started(partial(self._sync.start_stream, session_id, message, stream_id=stream_id)))

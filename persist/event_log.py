@@ -27,17 +27,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from persist import json_codec
-from persist.errors import EmitFailed, NestedLock, PersistError, Unreadable
+from persist import errors, json_codec, watch
 from persist.storage import disk, layout
 from persist.storage.directory import SessionDirectory
 from persist.storage.held import HeldFile, try_hold
-from persist.watch import wake
 
 #: How a stream has ended. "died": its process was gone; "deleted": its session was removed; "unknown": the line that
 #: says it was not written, since the disk was full or the process was killed in that instant.
@@ -133,7 +130,7 @@ class EventWriter:
             if durable:
                 self._sync(fd)
             offset = self._count
-        wake(self._path)
+        watch.wake(self._path)
         return offset
 
     def close(self) -> None:
@@ -142,20 +139,20 @@ class EventWriter:
             if self._held is not None:
                 self._held.close()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Keep other threads out of a block, and turn the disk's own errors into `EmitFailed`."""
         with self._guard:
             if self._is_busy:
-                raise NestedLock(session_id=self._session_id, held=self._session_id)
+                raise errors.NestedLock(session_id=self._session_id, held=self._session_id)
             self._is_busy = True
             try:
                 yield
-            except PersistError:
+            except errors.PersistError:
                 raise
             except OSError as error:
                 reason = error.strerror or type(error).__name__
-                raise EmitFailed(
+                raise errors.EmitFailed(
                     stream_id=self._stream_id, path=self._path, reason=reason, errno=error.errno
                 ) from error
             finally:
@@ -169,7 +166,8 @@ class EventWriter:
                 self._end = reader.size()
                 while reader.read():
                     pass
-                if reader.ended is not None or not reader.reads(fd):
+                # Another file may bear the name by now.
+                if reader.ended is not None or not os.path.sameopenfile(reader._fd, fd):
                     raise Fenced
                 self._count = reader.count
         except FileNotFoundError:
@@ -199,15 +197,15 @@ class EventWriter:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
     """Turn the disk's own errors in a block into `Unreadable`, but for a file that is not there."""
     try:
         yield
-    except (PersistError, FileNotFoundError):
+    except (errors.PersistError, FileNotFoundError):
         raise
     except OSError as error:
-        raise Unreadable.because(path, error) from error
+        raise errors.Unreadable.because(path, error) from error
 
 
 class EventReader:
@@ -247,10 +245,6 @@ class EventReader:
     def size(self) -> int:
         """The size of the file now, in bytes."""
         return os.fstat(self._fd).st_size
-
-    def reads(self, fd: int) -> bool:
-        """Whether this is the file that a descriptor has open, and not another that bears its name by now."""
-        return os.path.sameopenfile(self._fd, fd)
 
     @property
     def has_more(self) -> bool:
@@ -450,4 +444,4 @@ def _append_end(path: Path, ended: Ended) -> None:
             disk.write(fd, b"\n" * bool(rest) + b'{"end":"%b"}\n' % ended.encode())
     finally:
         disk.close(fd)
-    wake(path)
+    watch.wake(path)

@@ -19,11 +19,9 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Self
 
-from persist import errors, streams
+from persist import errors, streams, watch
 from persist.event_log import Ended, Event, EventReader
 from persist.storage import layout
-from persist.streams import Backend
-from persist.watch import waking
 
 #: After how much silence it asks whether the owner lives, and how often then.
 LOOK_S = 0.4
@@ -38,7 +36,7 @@ class Cursor:
     `take` is what is new; `ended` how the stream has ended, once all was taken.
     """
 
-    def __init__(self, backend: Backend, session_id: str, stream_id: str, after: int) -> None:
+    def __init__(self, backend: streams.Backend, session_id: str, stream_id: str, after: int) -> None:
         if type(after) is not int or after < 0:
             raise errors.WrongType(what="after", expected="the offset of an event, from 0 up", got=repr(after))
         self.session_id = layout.check_session_id(session_id)
@@ -169,7 +167,7 @@ class Following:
         self._is_closed = False
         self._open = ExitStack()
         self._open.callback(cursor.close)
-        self._open.enter_context(waking(cursor.path, partial(_unlock, self._no_news)))
+        self._open.enter_context(watch.waking(cursor.path, partial(_unlock, self._no_news)))
 
     def __repr__(self) -> str:
         ended = self.ended and f", {self.ended}"

@@ -9,7 +9,6 @@ from pathlib import Path
 from persist import errors, streams, turn
 from persist.storage import document, layout
 from persist.storage.directory import SessionDirectory, is_left_over
-from persist.streams import Backend
 from persist.working_copy import WorkingCopy
 
 
@@ -26,7 +25,7 @@ class Problem:
     message: str
 
 
-def check(backend: Backend) -> list[Problem]:
+def check(backend: streams.Backend) -> list[Problem]:
     """Return what is wrong in a store. See `Store.check`."""
     files = backend.files
     problems = [problem for session_id in files.session_ids() if (problem := _problem(backend, session_id))]
@@ -82,7 +81,7 @@ def _left_behind(files: SessionDirectory) -> list[tuple[str, Path, bool]]:
     return sorted(found)
 
 
-def _problem(backend: Backend, session_id: str) -> Problem | None:
+def _problem(backend: streams.Backend, session_id: str) -> Problem | None:
     files = backend.files
     path = files.layout.session(session_id).document
     try:

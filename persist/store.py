@@ -15,13 +15,10 @@ from typing import Any, Self, TypeVar, get_args
 from persist import errors, json_codec, maintenance, streams, turn
 from persist.event_log import Event, EventFiles
 from persist.follow import Cursor, Following
-from persist.maintenance import Problem
 from persist.merge import Policy, check_policies
 from persist.session import Head, Session, refuse_changed_stream_fields
-from persist.storage.cache import Replica
-from persist.storage.commit import Mode, Options
+from persist.storage import cache, commit, document
 from persist.storage.content import ALWAYS_APART, HEADER, Content, encoded
-from persist.storage.document import first_header
 from persist.storage.transaction import SessionFiles
 from persist.streams import Backend, Stream, StreamInfo
 from persist.turn import Message
@@ -78,7 +75,7 @@ class Store:
         path: str | os.PathLike[str],
         *,
         lock_timeout_s: float = 5.0,
-        journal: Mode = "auto",
+        journal: commit.Mode = "auto",
         merge: Mapping[str, Policy] | None = None,
         keep_events_s: float = 300.0,
         cache_bytes: int = 64 * 1024 * 1024,
@@ -87,21 +84,19 @@ class Store:
     ) -> None:
         errors.require_flags(allow_network=allow_network, create=create)
         directory = _directory(path, create=create)
-        if journal not in get_args(Mode):
-            raise errors.WrongType(what="journal", expected=" | ".join(get_args(Mode)), got=repr(journal))
+        if journal not in get_args(commit.Mode):
+            raise errors.WrongType(what="journal", expected=" | ".join(get_args(commit.Mode)), got=repr(journal))
         policies = {} if merge is None else merge
         check_policies(policies)
-        for field in policies.keys() & {HEADER, *turn.IDLE}:
-            raise errors.ReservedField(field=field, remedy="It always comes from the disk: leave it out of merge.")
-        for field in policies.keys() & {*ALWAYS_APART}:
-            # To take one side would drop what the other has appended.
-            raise errors.ReservedField(field=field, remedy="It is always merged item by item: leave it out of merge.")
+        for field in policies.keys() & {HEADER, *turn.IDLE, *ALWAYS_APART}:
+            # To take one side of a list would drop what the other has appended.
+            raise errors.ReservedField(field=field, remedy="It has a rule of its own: leave it out of merge.")
         self._policies = dict(policies)
         if type(cache_bytes) is not int or cache_bytes < 0:
             raise errors.WrongType(what="cache_bytes", expected="a number of bytes from 0 up", got=repr(cache_bytes))
         kept: dict[str, Any] = {"cache_bytes": cache_bytes, "allow_network": allow_network}
         timeout_s = _seconds("lock_timeout_s", lock_timeout_s)
-        files = SessionFiles(directory, Options(journal), timeout_s=timeout_s, create=create, **kept)
+        files = SessionFiles(directory, commit.Options(journal), timeout_s=timeout_s, create=create, **kept)
         self._backend = Backend(files, EventFiles(files, _seconds("keep_events_s", keep_events_s)))
         self._options: dict[str, Any] = {
             "lock_timeout_s": lock_timeout_s,
@@ -144,7 +139,7 @@ class Store:
             raise errors.StoreClosed(path=self.path)
         return self._backend
 
-    def _session(self, session_id: str, found: Replica, *, is_durable: bool) -> Session:
+    def _session(self, session_id: str, found: cache.Replica, *, is_durable: bool) -> Session:
         return Session(self._backend, self._policies, session_id, found, is_durable=is_durable)
 
     # --- looking ---
@@ -211,7 +206,7 @@ class Store:
                 with suppress(errors.CorruptSession, errors.UnsupportedFormat, errors.UnsafeFile, errors.Unreadable):
                     tx.confirm()
                 raise errors.SessionExists(session_id=session_id, path=tx.paths.document)
-            committed = tx.commit(first_header(session_id if tx.paths.file_id else None), content)
+            committed = tx.commit(document.first_header(session_id if tx.paths.file_id else None), content)
         return self._session(session_id, committed, is_durable=True)
 
     def duplicate(self, session_id: str, new_id: str) -> Session:
@@ -487,7 +482,7 @@ class Store:
 
     # --- care ---
 
-    def check(self) -> list[Problem]:
+    def check(self) -> list[maintenance.Problem]:
         """Read every session whole, and name what is damaged, stale, left over or no session. Changes nothing.
 
         Takes the lock only of sessions that name a stream. While others write, a commit under way may show as a
