@@ -128,41 +128,33 @@ def commit(
     place.is_visible = place.is_marked = False
     if before is None or before.tail is None:
         return write_document(place, before, header, content)
-    tail = before.tail
-    if _must_fold(place.options, before) or not _is_settled(place, before):
+    tail, options = before.tail, place.options
+    # A record is never appended behind a torn tail.
+    limit = max(FOLD_AT_LEAST_BYTES, before.document_bytes) if options.fold_bytes is None else options.fold_bytes
+    must_fold = options.mode == "never" or tail.is_torn or tail.end > limit or len(tail.unsynced) > MOST_UNSYNCED_BYTES
+    if must_fold or not _is_settled(place, before):
         try:
             return write_document(place, before, header, content)
         except CommitFailed as error:
             # A full disk may have room for a record where it has none for a document.
             is_full = error.errno in _FULL and not isinstance(error.__cause__, disk.SyncFailed)
-            if not is_full or place.is_marked or tail.is_torn or not before.is_synced or place.options.mode == "never":
+            if not is_full or place.is_marked or tail.is_torn or not before.is_synced or options.mode == "never":
                 raise
     return append_record(place, before, header, content, changes, fd)
 
 
-def _must_fold(options: Options, before: Replica) -> bool:
-    """Tell whether the next commit writes the whole document. A record is never appended behind a torn tail."""
-    tail = before.tail
-    assert tail is not None
-    limit = options.fold_bytes
-    if limit is None:
-        limit = max(FOLD_AT_LEAST_BYTES, before.document_bytes)
-    return options.mode == "never" or tail.is_torn or tail.end > limit or len(tail.unsynced) > MOST_UNSYNCED_BYTES
+def _settle(place: Place, found: Replica) -> None:
+    """Make the document and its name durable, once a replica: their writer may have died before it did."""
+    if not found.is_synced:
+        disk.sync_file(place.paths.document)
+        disk.sync_directory(place.paths.directory)
+        found.is_synced = True
 
 
-def _is_settled(place: Place, before: Replica) -> bool:
-    """Make the document and its name durable, once a replica: their writer may have died before it did.
-
-    Tell whether they are.
-    """
-    if not before.is_synced:
-        try:
-            disk.sync_file(place.paths.document)
-            disk.sync_directory(place.paths.directory)
-        except OSError:
-            return False
-        before.is_synced = True
-    return True
+def _is_settled(place: Place, found: Replica) -> bool:
+    with contextlib.suppress(OSError):
+        _settle(place, found)
+    return found.is_synced
 
 
 def append_record(
@@ -207,10 +199,7 @@ def append_record(
         # Another process must not append to what may be lost below. Whoever finds the mark folds.
         with contextlib.suppress(OSError):
             disk.write_at(fd, journal.MARK, tail.end + len(line))
-        place.doubt(error)
-        after = _write_anew(place, before, header, content, error)
-        place.unknown.pop(place.session_id, None)
-        return after
+        return _write_anew(place, before, header, content, error, is_marked=True)
     # 5. Only now the replica moves on.
     tail.advance(line, record)
     tail.synced, tail.unsynced = tail.end, b""
@@ -230,10 +219,13 @@ def _make_room(options: Options, tail: Tail, size_bytes: int, fd: int) -> None:
             tail.room_end = tail.end + room
 
 
-def _write_anew(place: Place, before: Replica, header: Header, content: Content, error: OSError) -> Replica:
+def _write_anew(
+    place: Place, before: Replica, header: Header, content: Content, error: OSError, *, is_marked: bool = False
+) -> Replica:
     """Write the whole document after a failed fsync, to another inode."""
+    place.doubt(error)
     try:
-        return write_document(place, before, header, content, is_marked=True)
+        return write_document(place, before, header, content, is_marked=is_marked)
     except PersistError as failed:
         raise place.failure(CommitUnknown, error) from failed
 
@@ -246,28 +238,17 @@ def confirm(place: Place, found: Replica, fd: int) -> Replica:
     place.require_known()
     tail = found.tail
     try:
-        if tail is None or not found.is_synced:
-            disk.sync_file(place.paths.document)
-            disk.sync_directory(place.paths.directory)
-            found.is_synced = True
+        _settle(place, found)
         if tail is not None and tail.unsynced:
             disk.write_at(fd, tail.unsynced, tail.synced)
             disk.sync_data(fd)
             tail.synced, tail.unsynced = tail.end, b""
         return found
-    except OSError as error:
-        # What the kernel still shows of that file proves nothing. What was checked before is written again.
-        is_failed_sync = isinstance(error, disk.SyncFailed)
-        if is_failed_sync:
-            place.doubt(error)
-        try:
-            after = write_document(place, found, found.header, found.content)
-        except CommitFailed as failed:
-            if is_failed_sync:
-                raise place.failure(CommitUnknown, error) from failed
-            raise
-        place.unknown.pop(place.session_id, None)
-        return after
+    # What the kernel still shows of that file proves nothing. What was checked before is written again.
+    except disk.SyncFailed as error:
+        return _write_anew(place, found, found.header, found.content, error)
+    except OSError:
+        return write_document(place, found, found.header, found.content)
 
 
 # --- the whole document ----------------------------------------------------------------------------------------------
@@ -291,15 +272,21 @@ def write_document(
         is_marked: that journal bears its mark already.
         is_replica: `before` is what the files say. What `accept` takes of a damaged session is not.
     """
-    mark = None if before is None or is_marked or not _needs_mark(before.tail) else before.tail
+    mark = None if is_marked else _tail_to_mark(before)
     if before is not None and before.tail is not None and place.options.verifies_folds and is_replica and not is_marked:
         _verify(place, before)
     is_journaled = not alone and place.wants_journal(header, content)
     journals = [name for name in (before.header.folded, before.header.journal) if name] if before else []
     try:
         with place.refusals():
-            if len(journals) > 1:
-                _remove_left_over(place, journals[0], is_journaled=is_journaled)
+            if len(journals) > 1 and disk.exists(left_over := place.paths.journal(journals[0])):
+                # A fold that was cut off did not remove it. It goes before the rename, because no header names it after
+                # that. The first sync is there because a power cut could bring the document back that needs it. The
+                # second one is done with a new journal's name otherwise.
+                disk.sync_directory(place.paths.directory)
+                _remove([left_over])
+                if not is_journaled:
+                    disk.sync_directory(place.paths.directory)
             return _publish(place, header, content, journals, mark, is_journaled=is_journaled)
     except CommitFailed as failed:
         if not isinstance(failed.__cause__, disk.SyncFailed):
@@ -308,29 +295,11 @@ def write_document(
             place.doubt(failed.__cause__)
     # After a failed fsync once more, to other inodes.
     try:
-        after = _publish(place, header, content, journals, mark, is_journaled=is_journaled)
+        return _publish(place, header, content, journals, mark, is_journaled=is_journaled)
     except OSError as error:
         if place.is_visible:
             place.doubt(error)
         raise place.failure(CommitUnknown if place.is_visible else CommitFailed, error) from error
-    place.unknown.pop(place.session_id, None)
-    return after
-
-
-def _remove_left_over(place: Place, name: str, *, is_journaled: bool) -> None:
-    """Remove the journal that a fold had folded and did not remove, because it was cut off.
-
-    Before the rename: no header names that journal after it, so `check` would take it for that of another document.
-    """
-    directory, path = place.paths.directory, place.paths.journal(name)
-    if not disk.exists(path):
-        return
-    # Else a power cut could bring the document back that needs it.
-    disk.sync_directory(directory)
-    _remove([path])
-    if not is_journaled:
-        # The sync of a new journal's name does it otherwise.
-        disk.sync_directory(directory)
 
 
 def _publish(
@@ -378,17 +347,19 @@ def _publish(
         disk.close_directory(directory)
     # 7. What no longer counts goes last, as far as the disk lets it go.
     _remove(map(paths.journal, journals))
+    place.unknown.pop(place.session_id, None)
     version = _version_of(paths.document, written)
     return Replica(header, content, version, Tail.of(name) if name else None, is_synced=True)
 
 
-def _needs_mark(tail: Tail | None) -> bool:
-    """Tell whether a journal must be marked before it goes out of use.
+def _tail_to_mark(before: Replica | None) -> Tail | None:
+    """Return the end of the journal that must be marked before it goes out of use, if there is one.
 
     Behind a torn tail nobody appends anyway. A mark in a sector that a power cut has left as zeros would look like
     damage: no crash leaves a sector half.
     """
-    return tail is not None and not tail.is_torn
+    tail = None if before is None else before.tail
+    return None if tail is None or tail.is_torn else tail
 
 
 def _version_of(path: Path, written: disk.Version) -> disk.Version:
@@ -438,11 +409,8 @@ def _verify(place: Place, before: Replica) -> None:
     found = document.read(place.paths.document, place.session_id, place.paths.file_id)
     assert found.header.journal is not None
     log = place.journal(found.header.journal)
-    fd = log.open()
-    try:
+    with log.opened() as fd:
         header, content, _ = log.replay(fd, found.header, found.content)
-    finally:
-        disk.close(fd)
     if header.commit != before.header.commit or content != before.content or header.owner != before.header.owner:
         raise AssertionError(f"The replica of session {place.session_id!r} differs from its files.")
 
@@ -465,8 +433,8 @@ def delete(place: Place, before: Replica | None, journals: Sequence[Path]) -> No
         directory = disk.open_directory(paths.directory)
     try:
         with place.refusals():
-            if before is not None and before.tail is not None and _needs_mark(before.tail):
-                put_mark(paths.journal(before.tail.name), before.tail.end)
+            if (mark := _tail_to_mark(before)) is not None:
+                put_mark(paths.journal(mark.name), mark.end)
             if before is None:
                 # A damaged session must not stay because its journal is damaged, too.
                 for path in journals:

@@ -72,12 +72,9 @@ class SessionDirectory:
             if name is None:
                 return Replica(found.header, found.content, found.version)
             log = Journal(paths.journal(name), session_id, name)
-            fd = log.open()
-            try:
+            with log.opened() as fd:
                 header, content, tail = log.replay(fd, found.header, found.content)
-                return Replica(header, content, found.version, tail)
-            finally:
-                disk.close(fd)
+            return Replica(header, content, found.version, tail)
 
     def read_head_now(self, session_id: str) -> Head:
         """Read the committed header and fields. Raise `Overtaken` as `read_now`."""
@@ -88,11 +85,8 @@ class SessionDirectory:
             if name is None:
                 return found
             log = Journal(paths.journal(name), session_id, name)
-            fd = log.open()
-            try:
+            with log.opened() as fd:
                 return log.read_head(fd, found)
-            finally:
-                disk.close(fd)
 
     def looking_at(self, session_id: str) -> Translating[Path]:
         """Give the document's path to a block, and turn the disk's own errors in it into typed ones.
@@ -213,10 +207,7 @@ def mislabelled(document_path: Path, session_id: str) -> CorruptSession:
 
 def missing_journal(document_path: Path, session_id: str, journal_path: Path) -> CorruptSession:
     """Return the error of a document whose journal is not there."""
-    store = document_path.parent
     reason = f"{journal_path.name}, which it names, is missing."
-    remedy = (
-        f"Restore both from a backup; or take the document without the commits that stood there, with "
-        f"{layout.command('accept', store, session_id)}."
-    )
+    accept = layout.command("accept", document_path.parent, session_id)
+    remedy = f"Restore both from a backup; or take the document without the commits that stood there, with {accept}."
     return CorruptSession(session_id=session_id, path=document_path, reason=reason, remedy=remedy)

@@ -124,7 +124,7 @@ class Transaction:
             found = self._files.read_now(self.session_id)
         except Overtaken as error:
             # Nobody can fold while the lock is held.
-            raise missing_journal(self.paths.document, self.session_id, error.path) from None
+            raise missing_journal(self.paths.document, self.session_id, error.args[0]) from None
         try:
             for value in found.content.apart.values():
                 if isinstance(value, Items):
@@ -142,7 +142,7 @@ class Transaction:
             try:
                 found = self._files.read_head_now(self.session_id)
             except Overtaken as error:
-                raise missing_journal(self.paths.document, self.session_id, error.path) from None
+                raise missing_journal(self.paths.document, self.session_id, error.args[0]) from None
             self._is_there = True
             return found
         replica = self.read()
@@ -279,7 +279,7 @@ class SessionFiles(SessionDirectory):
                 return look(session_id)
         except Overtaken as error:
             path = self.layout.session(session_id).document
-            raise missing_journal(path, session_id, error.path) from None
+            raise missing_journal(path, session_id, error.args[0]) from None
         except NestedLock:
             # Within the block of another session's lock, all that can be done is to try for longer.
             for _ in range(READ_ATTEMPTS_IN_A_LOCK):
