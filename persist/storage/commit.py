@@ -316,10 +316,10 @@ def _publish(
             # 2. The new journal, and its name. Else a power cut could leave a document whose journal is missing.
             if name is not None:
                 made.append(paths.journal(name))
-                _write_new(made[-1], journal.opening(name))
+                write_new(made[-1], journal.opening(name))
                 disk.sync_directory(paths.directory, directory)
             # 3. The new document, under another name.
-            written = _write_new(paths.temp, document.to_bytes(header, content))
+            written = write_new(paths.temp, document.to_bytes(header, content))
             # 4. The mark, for the living: a process with an old replica meets a tear, whatever becomes of the rest.
             if mark is not None:
                 put_mark(paths.journal(mark.name), mark.end)
@@ -374,11 +374,12 @@ def _version_of(path: Path, written: disk.Version) -> disk.Version:
     return (0, 0, 0, 0)
 
 
-def _write_new(path: Path, text: bytes) -> disk.Version:
+def write_new(path: Path, text: bytes) -> disk.Version:
+    """Write a new file. Its content is durable on return."""
     try:
         fd = disk.create(path)
     except FileExistsError:
-        # The lock is held, so its writer is dead.
+        # The lock is held, so the writer of the old one is dead.
         disk.unlink(path)
         fd = disk.create(path)
     try:
@@ -400,8 +401,7 @@ def put_mark(path: Path, end: int) -> None:
 
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
-        with contextlib.suppress(OSError):
-            disk.unlink(path)
+        disk.remove_quietly(path)
 
 
 def _verify(place: Place, before: Replica) -> None:

@@ -77,7 +77,7 @@ class Items:
         self._ids: dict[bytes, int] | None = None
         self._repeated: set[bytes] = set()
         #: The length of its JSON in a document.
-        self.size_bytes = _size_bytes(len(text), text_count, sum(map(len, items)), len(items))
+        self.size_bytes = (len(text) or _EMPTY_BYTES) + _bytes_of(items)
 
     @classmethod
     def _of(cls, parts: tuple[memoryview, int, list[bytes], int], size_bytes: int) -> Items:
@@ -158,18 +158,9 @@ class Items:
             start = at - text_count
             items = items[:start] + insert + items[start + remove : length]
         parts = (text, text_count, items, length + len(insert) - remove)
-        size = _size_bytes(
-            len(text), text_count, self._list_bytes + sum(map(len, insert)) - sum(map(len, removed)), parts[3]
-        )
-        after = Items._of(parts, size)
+        after = Items._of(parts, self.size_bytes + _bytes_of(insert) - _bytes_of(removed))
         self._hand_over_ids(after, at, remove, insert)
         return after
-
-    @property
-    def _list_bytes(self) -> int:
-        """The bytes of the items behind the text, without their separators."""
-        text, text_count, _, length = self._parts
-        return self.size_bytes - _size_bytes(len(text), text_count, 0, length)
 
     # --- ids ---
 
@@ -233,11 +224,13 @@ class Items:
         return found
 
 
-def _size_bytes(text_bytes: int, text_count: int, list_bytes: int, list_count: int) -> int:
-    """Return the length of a list's JSON in a document."""
-    if not text_count and not list_count:
-        return 2
-    return (text_bytes if text_count else 2) + list_bytes + 2 * list_count
+#: The length of a list's JSON in a document, brackets and newlines included. Without an item it has no newlines, and
+#: one separator less than items.
+_EMPTY_BYTES = 2
+
+
+def _bytes_of(items: list[bytes]) -> int:
+    return sum(map(len, items)) + len(SEPARATOR) * len(items)
 
 
 #: A top-level value: its JSON, or the items of a list that stands apart.
@@ -278,10 +271,6 @@ class Content:
         """Return the session's data as a fresh dict."""
         return {name: decode(value) for name, value in self}
 
-    def decode_fields(self) -> dict[str, Any]:
-        """Return the fields alone, decoded."""
-        return {name: json_codec.decode(value) for name, value in self.fields.items()}
-
 
 def size_of(value: Value) -> int:
     """Return the length of a value's JSON in a document."""
@@ -318,23 +307,23 @@ def placed(values: Iterable[tuple[str, Value]]) -> Content:
     apart: dict[str, Value] = {}
     for name, value in values:
         if name in ALWAYS_APART or _json_bytes(value) > APART_BYTES:
-            apart[name] = _items_of(value) if isinstance(value, bytes) else value
+            apart[name] = items_of(value) if isinstance(value, bytes) else value
         else:
             fields[name] = as_json(value)
     total = sum(map(len, fields.values()))
     while total > FIELDS_BYTES:
         largest = max(fields, key=lambda name: (len(fields[name]), name))
         total -= len(fields[largest])
-        apart[largest] = _items_of(fields.pop(largest))
+        apart[largest] = items_of(fields.pop(largest))
     content = Content(fields, apart)
     if content.size_bytes > json_codec.MAX_BYTES:
         raise NotJSON(path=(), reason=f"it would take more than {json_codec.MAX_BYTES:,} bytes")
     return content
 
 
-def _items_of(value: bytes) -> Value:
+def items_of(value: bytes) -> Value:
     """Return a value that stands apart: a list as items."""
-    return Items([json_codec.encode(item) for item in json_codec.decode(value)]) if value[:1] == b"[" else value
+    return Items(list(map(json_codec.encode, json_codec.decode(value)))) if value[:1] == b"[" else value
 
 
 def encoded(data: Any, like: Content | None = None) -> Content:
@@ -383,16 +372,9 @@ def as_before(found: bytes, value: Any, before: bytes | None) -> bytes:
     return before if json_codec.same(json_codec.decode(before), value) else found
 
 
-def _items_among_fields(value: bytes) -> list[bytes]:
-    """Return the items of a list that is too small to stand apart, no items of any other value."""
-    return list(map(json_codec.encode, json_codec.decode(value))) if value[:1] == b"[" else []
-
-
 def _encoded_items(name: str, items: list[Any], before: Value | None) -> Items:
-    if before is None or isinstance(before, Items):
-        known = before.split() if before is not None else []
-    else:
-        known = _items_among_fields(before)
+    before = items_of(before) if isinstance(before, bytes) else before
+    known = before.split() if isinstance(before, Items) else []
     found = json_codec.encode_all_unchecked(items)
     if isinstance(before, Items) and found == known:
         return before

@@ -173,21 +173,18 @@ def _refuse_nesting(thread: int, session_id: str) -> None:
 
 def _wait(path: Path, session_id: str, deadline: float) -> HeldFile | None:
     """Hold the file, when it is this process's turn. None if it is not until the deadline (`time.monotonic`)."""
-    held = HeldFile(path)
+    held, is_locked = HeldFile(path), False
     try:
-        if _in_turn(held, deadline):
-            return held
+        is_locked = _in_turn(held, deadline)
+        return held if is_locked else None
+    except PersistError:
+        raise
     except OSError as error:
-        held.close()
-        if isinstance(error, PersistError):
-            raise
         reason = error.strerror or type(error).__name__
         raise CommitFailed(session_id=session_id, path=path, reason=reason, errno=error.errno) from error
-    except BaseException:
-        held.close()
-        raise
-    held.close()
-    return None
+    finally:
+        if not is_locked:
+            held.close()
 
 
 def _in_turn(held: HeldFile, deadline: float) -> bool:

@@ -95,9 +95,7 @@ class Transaction:
                 version = disk.version_of(self.paths.document)
                 self._is_there = True
                 kept = self._files.cache.take(self.session_id)
-                found = None
-                if kept is not None and kept.version == version:
-                    found = self._caught_up(kept)
+                found = self._caught_up(kept) if kept is not None and kept.version == version else None
                 self._replica = found or self._read_anew()
         return self._replica
 
@@ -119,12 +117,15 @@ class Transaction:
         self._close_journal()
         return None
 
-    def _read_anew(self) -> Replica:
+    def undisturbed(self, look: Callable[[str], Found]) -> Found:
+        """Read the files. Nobody can fold while the lock is held, so a journal that is not there is missing."""
         try:
-            found = self._files.read_now(self.session_id)
+            return look(self.session_id)
         except Overtaken as error:
-            # Nobody can fold while the lock is held.
             raise missing_journal(self.paths.document, self.session_id, error.args[0]) from None
+
+    def _read_anew(self) -> Replica:
+        found = self.undisturbed(self._files.read_now)
         try:
             for value in found.content.apart.values():
                 if isinstance(value, Items):
@@ -139,10 +140,7 @@ class Transaction:
         """Return the committed header and fields, without reading the rest if no replica is at hand."""
         self.require_lock()
         if self._replica is None and not self._files.cache.has(self.session_id):
-            try:
-                found = self._files.read_head_now(self.session_id)
-            except Overtaken as error:
-                raise missing_journal(self.paths.document, self.session_id, error.args[0]) from None
+            found = self.undisturbed(self._files.read_head_now)
             self._is_there = True
             return found
         replica = self.read()
@@ -242,8 +240,8 @@ class Transaction:
         self._replica = None
         self._close_journal()
         with self._place.refusals():
-            taken = salvage(self._place, drop_journal=drop_journal)
-        after = commit.write_document(self._place, taken.before, taken.header.next(), taken.content, is_replica=False)
+            before, header, content = salvage(self._place, drop_journal=drop_journal)
+        after = commit.write_document(self._place, before, header.next(), content, is_replica=False)
         return self._written(None, after)
 
     def delete(self) -> None:
@@ -275,11 +273,8 @@ class SessionFiles(SessionDirectory):
             with contextlib.suppress(Overtaken):
                 return look(session_id)
         try:
-            with self.transaction(session_id):
-                return look(session_id)
-        except Overtaken as error:
-            path = self.layout.session(session_id).document
-            raise missing_journal(path, session_id, error.args[0]) from None
+            with self.transaction(session_id) as tx:
+                return tx.undisturbed(look)
         except NestedLock:
             # Within the block of another session's lock, all that can be done is to try for longer.
             for _ in range(READ_ATTEMPTS_IN_A_LOCK):

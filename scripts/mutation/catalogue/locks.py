@@ -30,7 +30,7 @@ NO_FILE_LOCK = body("""
 """)
 NO_MUTEX = Change(LOCK, "FifoMutex.acquire", return_now("True"))
 # A file that has any name at all counts as the one that was looked for.
-ANY_NAME = replace_call("disk.bears_name", "os.fstat(self._fd).st_nlink > 0")
+ANY_NAME = replace_call("disk.bears_name", "os.fstat(self.fd).st_nlink > 0")
 NOTHING_CLOSED = drop_call("os.close")
 
 
