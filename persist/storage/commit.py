@@ -14,7 +14,6 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
@@ -26,7 +25,6 @@ from persist.storage.cache import Replica
 from persist.storage.content import Content
 from persist.storage.diff import Change
 from persist.storage.document import Header
-from persist.storage.journal import Journal, Record, Tail
 from persist.storage.layout import SessionPaths
 
 #: Which sessions have a journal: large ones, all, or none.
@@ -57,14 +55,14 @@ class Options:
     verifies_folds: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Place:
     """The files of one session whose lock is held, and what is noted about them.
 
     Attributes:
         unknown: the reason of the last `CommitUnknown`, by session, shared by all verbs of a store.
         is_visible: whether the last commit became visible, also if an exception came after that.
-        is_marked: whether the last commit has spoilt the journal.
+        is_marked: whether the current journal bears the mark that takes it out of use.
     """
 
     session_id: str
@@ -74,16 +72,16 @@ class Place:
     is_visible: bool = False
     is_marked: bool = False
 
-    def journal(self, name: str) -> Journal:
+    def journal(self, name: str) -> journal.Journal:
         """Return the session's journal of that name."""
-        return Journal(self.paths.journal(name), self.session_id, name)
+        return journal.Journal(self.paths.journal(name), self.session_id, name)
 
     def wants_journal(self, header: Header, content: Content) -> bool:
         """Tell whether the session is to have a journal from its next document on."""
         limit = LEAVE_BYTES if header.journal else ENTER_BYTES
         return self.options.mode == "always" or (self.options.mode == "auto" and content.size_bytes > limit)
 
-    @contextmanager
+    @contextlib.contextmanager
     def refusals(self) -> Iterator[None]:
         """Turn the disk's own errors in the block into `CommitFailed`: nothing of the commit is visible yet."""
         try:
@@ -133,6 +131,7 @@ def commit(
     limit = max(FOLD_AT_LEAST_BYTES, before.document_bytes) if options.fold_bytes is None else options.fold_bytes
     must_fold = options.mode == "never" or tail.is_torn or tail.end > limit or len(tail.unsynced) > MOST_UNSYNCED_BYTES
     if must_fold or not _is_settled(place, before):
+        verify(place, before)
         try:
             return write_document(place, before, header, content)
         except CommitFailed as error:
@@ -166,7 +165,7 @@ def append_record(
     # 1. The line. It holds the whole head if that changed.
     old = before.header
     is_same_head = header.epoch == old.epoch and header.owner == old.owner and content.fields == before.content.fields
-    record = Record(
+    record = journal.Record(
         crc="00000000",
         after=tail.after,
         revision=header.revision,
@@ -181,7 +180,15 @@ def append_record(
     line = journal.encode(record, tail.seed)
     # 2. Room, so that the write does not make the file longer.
     with place.refusals():
-        _make_room(place.options, tail, len(line), fd)
+        room, end = place.options.room_bytes, tail.end + len(line)
+        if end > tail.room_end and len(line) <= room <= tail.end:
+            # Another process may have made some.
+            tail.room_end = disk.size_of(fd)
+            if end > tail.room_end:
+                # On a full disk there may still be room for the record itself.
+                with contextlib.suppress(OSError):
+                    disk.write_at(fd, bytes(room), tail.end)
+                    tail.room_end = tail.end + room
         # 3. What nobody is known to have synced is written again: its writer may have seen its fdatasync fail, and have
         # died.
         try:
@@ -198,34 +205,20 @@ def append_record(
     except OSError as error:
         # Another process must not append to what may be lost below. Whoever finds the mark folds.
         with contextlib.suppress(OSError):
-            disk.write_at(fd, journal.MARK, tail.end + len(line))
-        return _write_anew(place, before, header, content, error, is_marked=True)
+            disk.write_at(fd, journal.MARK, end)
+        place.is_marked = True
+        return _write_anew(place, before, header, content, error)
     # 5. Only now the replica moves on.
     tail.advance(line, record)
     tail.synced, tail.unsynced = tail.end, b""
     return Replica(header, content, before.version, tail, is_synced=True)
 
 
-def _make_room(options: Options, tail: Tail, size_bytes: int, fd: int) -> None:
-    room, end = options.room_bytes, tail.end + size_bytes
-    if end <= tail.room_end or not size_bytes <= room <= tail.end:
-        return
-    # Another process may have made some.
-    tail.room_end = disk.size_of(fd)
-    if end > tail.room_end:
-        # On a full disk there may still be room for the record itself.
-        with contextlib.suppress(OSError):
-            disk.write_at(fd, bytes(room), tail.end)
-            tail.room_end = tail.end + room
-
-
-def _write_anew(
-    place: Place, before: Replica, header: Header, content: Content, error: OSError, *, is_marked: bool = False
-) -> Replica:
+def _write_anew(place: Place, before: Replica, header: Header, content: Content, error: OSError) -> Replica:
     """Write the whole document after a failed fsync, to another inode."""
     place.doubt(error)
     try:
-        return write_document(place, before, header, content, is_marked=is_marked)
+        return write_document(place, before, header, content)
     except PersistError as failed:
         raise place.failure(CommitUnknown, error) from failed
 
@@ -255,26 +248,15 @@ def confirm(place: Place, found: Replica, fd: int) -> Replica:
 
 
 def write_document(
-    place: Place,
-    before: Replica | None,
-    header: Header,
-    content: Content,
-    *,
-    alone: bool = False,
-    is_marked: bool = False,
-    is_replica: bool = True,
+    place: Place, before: Replica | None, header: Header, content: Content, *, alone: bool = False
 ) -> Replica:
     """Write the whole document. In every instant the old one or the new one stands there, durably.
 
     Args:
         before: what is there. Its journal is taken out of use.
         alone: without a journal.
-        is_marked: that journal bears its mark already.
-        is_replica: `before` is what the files say. What `accept` takes of a damaged session is not.
     """
-    mark = None if is_marked else _tail_to_mark(before)
-    if before is not None and before.tail is not None and place.options.verifies_folds and is_replica and not is_marked:
-        _verify(place, before)
+    mark = None if place.is_marked else _tail_to_mark(before)
     is_journaled = not alone and place.wants_journal(header, content)
     journals = [name for name in (before.header.folded, before.header.journal) if name] if before else []
     try:
@@ -303,7 +285,13 @@ def write_document(
 
 
 def _publish(
-    place: Place, header: Header, content: Content, journals: list[str], mark: Tail | None, *, is_journaled: bool
+    place: Place,
+    header: Header,
+    content: Content,
+    journals: list[str],
+    mark: journal.Tail | None,
+    *,
+    is_journaled: bool,
 ) -> Replica:
     """Write the document once. `journals` names the journals that no longer count after that, the current one last."""
     name = token_hex(8) if is_journaled else None
@@ -348,11 +336,12 @@ def _publish(
     # 7. What no longer counts goes last, as far as the disk lets it go.
     _remove(map(paths.journal, journals))
     place.unknown.pop(place.session_id, None)
+    place.is_marked = False
     version = _version_of(paths.document, written)
-    return Replica(header, content, version, Tail.of(name) if name else None, is_synced=True)
+    return Replica(header, content, version, journal.Tail.of(name) if name else None, is_synced=True)
 
 
-def _tail_to_mark(before: Replica | None) -> Tail | None:
+def _tail_to_mark(before: Replica | None) -> journal.Tail | None:
     """Return the end of the journal that must be marked before it goes out of use, if there is one.
 
     Behind a torn tail nobody appends anyway. A mark in a sector that a power cut has left as zeros would look like
@@ -404,8 +393,10 @@ def _remove(paths: Iterable[Path]) -> None:
         disk.remove_quietly(path)
 
 
-def _verify(place: Place, before: Replica) -> None:
-    """Compare a replica with a replay from disk. Only tests ask for it."""
+def verify(place: Place, before: Replica) -> None:
+    """Compare a replica that is to be folded with a replay from disk. Only tests ask for it."""
+    if before.tail is None or not place.options.verifies_folds:
+        return
     found = document.read(place.paths.document, place.session_id, place.paths.file_id)
     assert found.header.journal is not None
     log = place.journal(found.header.journal)
@@ -431,21 +422,19 @@ def delete(place: Place, before: Replica | None, journals: Sequence[Path]) -> No
     paths = place.paths
     with place.refusals():
         directory = disk.open_directory(paths.directory)
-    try:
-        with place.refusals():
+        try:
             if (mark := _tail_to_mark(before)) is not None:
                 put_mark(paths.journal(mark.name), mark.end)
-            if before is None:
-                # A damaged session must not stay because its journal is damaged, too.
-                for path in journals:
-                    with contextlib.suppress(OSError):
-                        put_mark(path, journal.end_of(path))
+            # A damaged session must not stay because its journal is damaged, too.
+            for path in journals if before is None else ():
+                with contextlib.suppress(OSError):
+                    put_mark(path, journal.end_of(path))
             disk.unlink(paths.document)
-        try:
-            disk.sync_directory(paths.directory, directory)
-        except OSError as error:
-            place.doubt(error)
-            raise place.failure(CommitUnknown, error) from error
-    finally:
-        disk.close_directory(directory)
+            try:
+                disk.sync_directory(paths.directory, directory)
+            except OSError as error:
+                place.doubt(error)
+                raise place.failure(CommitUnknown, error) from error
+        finally:
+            disk.close_directory(directory)
     _remove([paths.temp, *journals])

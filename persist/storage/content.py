@@ -56,6 +56,15 @@ def _id_in(item: bytes) -> bytes | None:
     return id_key(decoded.get("id")) if type(decoded) is dict else None
 
 
+def _put_places(keys: Iterable[bytes | None], start: int, ids: dict[bytes, int], repeated: set[bytes]) -> None:
+    """Put the places of keys from `start` on into `ids`, and the keys that it has already into `repeated`."""
+    for place, key in enumerate(keys, start):
+        if key is not None:
+            if key in ids:
+                repeated.add(key)
+            ids[key] = place
+
+
 _NO_TEXT = memoryview(b"")
 
 
@@ -76,14 +85,8 @@ class Items:
         self._parts = (text, text_count, items, len(items))
         self._ids: dict[bytes, int] | None = None
         self._repeated: set[bytes] = set()
-        #: The length of its JSON in a document.
-        self.size_bytes = (len(text) or _EMPTY_BYTES) + _bytes_of(items)
-
-    @classmethod
-    def _of(cls, parts: tuple[memoryview, int, list[bytes], int], size_bytes: int) -> Items:
-        found = cls.__new__(cls)
-        found._parts, found.size_bytes, found._ids, found._repeated = parts, size_bytes, None, set()
-        return found
+        #: The length of its JSON in a document, brackets and newlines included.
+        self.size_bytes = (len(text) or 2) + _bytes_of(items)
 
     @classmethod
     def in_document(cls, text: memoryview, count: int) -> Items:
@@ -157,8 +160,9 @@ class Items:
         else:
             start = at - text_count
             items = items[:start] + insert + items[start + remove : length]
-        parts = (text, text_count, items, length + len(insert) - remove)
-        after = Items._of(parts, self.size_bytes + _bytes_of(insert) - _bytes_of(removed))
+        after = Items([])
+        after._parts = (text, text_count, items, length + len(insert) - remove)
+        after.size_bytes = self.size_bytes + _bytes_of(insert) - _bytes_of(removed)
         self._hand_over_ids(after, at, remove, insert)
         return after
 
@@ -167,29 +171,23 @@ class Items:
     def find(self, key: bytes) -> int | None:
         """Return the place of the last item with this id (see `id_key`), or None."""
         if self._ids is None:
-            self._read_ids()
-            assert self._ids is not None
+            self._ids = self._read_ids()
         return self._ids.get(key)
 
-    def _read_ids(self) -> None:
+    def _read_ids(self) -> dict[bytes, int]:
         text, _, items, length = self._parts
         keys: list[bytes | None] = []
-        if text:
-            try:
-                keys = [bytes(item.id) for item in _ids_of(text)]
-            except (msgspec.DecodeError, RecursionError):
-                keys = [_id_in(item) for item in bytes(text[2:-2]).split(SEPARATOR)]
-            else:
-                if b"\\" in b"".join(filter(None, keys)) or not all(key and key[:1] == b'"' for key in keys):
-                    keys = [_id_in(item) for item in bytes(text[2:-2]).split(SEPARATOR)]
+        try:
+            keys += [bytes(item.id) for item in _ids_of(text)] if text else []
+            is_plain = all(key and key[:1] == b'"' and b"\\" not in key for key in keys)
+        except (msgspec.DecodeError, RecursionError):
+            is_plain = False
+        if not is_plain:
+            keys = list(map(_id_in, bytes(text[2:-2]).split(SEPARATOR)))
         keys += map(_id_in, items[:length])
         ids: dict[bytes, int] = {}
-        for place, key in enumerate(keys):
-            if key is not None:
-                if key in ids:
-                    self._repeated.add(key)
-                ids[key] = place
-        self._ids = ids
+        _put_places(keys, 0, ids, self._repeated)
+        return ids
 
     def _hand_over_ids(self, after: Items, at: int, remove: int, insert: list[bytes]) -> None:
         """Give the ids to the changed value, as far as that costs what the change costs. This value reads them anew."""
@@ -204,12 +202,7 @@ class Items:
                 return
             if key is not None:
                 ids.pop(key, None)
-        for place, item in enumerate(after.last(len(after) - at), at):
-            key = _id_in(item)
-            if key is not None:
-                if key in ids:
-                    repeated.add(key)
-                ids[key] = place
+        _put_places(map(_id_in, after.last(len(after) - at)), at, ids, repeated)
         after._ids, after._repeated = ids, repeated
 
     # --- data ---
@@ -224,11 +217,6 @@ class Items:
         return found
 
 
-#: The length of a list's JSON in a document, brackets and newlines included. Without an item it has no newlines, and
-#: one separator less than items.
-_EMPTY_BYTES = 2
-
-
 def _bytes_of(items: list[bytes]) -> int:
     return sum(map(len, items)) + len(SEPARATOR) * len(items)
 
@@ -237,17 +225,12 @@ def _bytes_of(items: list[bytes]) -> int:
 Value = bytes | Items
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Content:
     """A session's top-level values: the fields, and what stands apart. See `placed`."""
 
     fields: Mapping[str, bytes]
     apart: Mapping[str, Value]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Content) and self.fields == other.fields and self.apart == other.apart
-
-    __hash__ = None  # type: ignore[assignment]
 
     @property
     def counts(self) -> dict[str, int]:

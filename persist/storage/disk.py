@@ -148,7 +148,7 @@ def _read(path: Path, limit: int) -> tuple[bytes, Version]:
     try:
         # A document is never written to once it bears its name, so its size is known.
         size = min(status.st_size, limit)
-        content = os.read(fd, size)
+        content = b""
         while len(content) < size and (more := os.read(fd, size - len(content))):
             content += more
         return content, _version(status)
@@ -167,8 +167,8 @@ def size_of(fd: int) -> int:
 
 def read_at(fd: int, limit: int, position: int) -> bytes:
     """Return `limit` bytes of an open file, from a position on; fewer where it ends."""
-    content = _read_once_at(fd, limit, position)
-    while 0 < len(content) < limit and (more := _read_once_at(fd, limit - len(content), position + len(content))):
+    content = b""
+    while len(content) < limit and (more := _read_once_at(fd, limit - len(content), position + len(content))):
         content += more
     return content
 
@@ -414,11 +414,8 @@ def check_file_system(directory: Path, *, allow_network: bool) -> None:
     if kind in _NETWORK and not allow_network:
         raise UnsupportedFileSystem(path=directory, file_system=kind)
     if kind.startswith("fuse"):
-        warnings.warn(
-            f"{directory} is on {kind}: persist cannot know whether its locks and fsync hold.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        text = f"{directory} is on {kind}: persist cannot know whether its locks and fsync hold."
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 def file_system(directory: Path) -> str:

@@ -282,7 +282,7 @@ class _Reader:
         first = next(iter(data.values()), None)
         # One flipped bit in the name "_persist" must not turn a document of ours into another program's.
         if HEADER in data or (type(first) is dict and {"checksum", "incarnation", "parts"} <= first.keys()):
-            raise self._edited()
+            raise self._edited(values)
         try:
             written_at = datetime.fromtimestamp(disk.modified_at(self.path), UTC)
         except (ValueError, OverflowError):
@@ -312,12 +312,12 @@ class _Reader:
             values = self.strict(content).get(HEADER)
         except CorruptSession as worse:
             return worse
-        return self._edited(has_journal=type(values) is dict and values.get("journal") is not None)
+        return self._edited(values)
 
-    def _edited(self, *, has_journal: bool = False) -> CorruptSession:
+    def _edited(self, values: Any) -> CorruptSession:
         accept, compact = (layout.command(verb, self.path.parent, self.session_id) for verb in ("accept", "compact"))
         remedy = f"If the edit was meant, look at it and take it with {accept}."
-        if has_journal:
+        if type(values) is dict and values.get("journal") is not None:
             remedy += (
                 f" There are later commits in its journal: to edit all there is, undo the edit, fold them with "
                 f"{compact}, and edit then."

@@ -48,7 +48,6 @@ from persist import json_codec
 from persist.errors import CorruptSession, UnsupportedFormat
 from persist.storage import diff, disk, document, layout
 from persist.storage.content import Content
-from persist.storage.diff import Change, DoesNotFit
 from persist.storage.document import NONSENSE, Head, Header
 
 VERSION = 3
@@ -94,7 +93,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
     counts: dict[str, int]
     head_at: int = 0
     head: Image | None = None
-    changes: tuple[Change, ...] = ()
+    changes: tuple[diff.Change, ...] = ()
     commit: str = ""
 
 
@@ -216,11 +215,6 @@ class Tail:
         """Whether the journal has no record, and nothing behind its opening."""
         return not self.commit and not self.is_torn
 
-    @property
-    def fingerprint(self) -> bytes:
-        """What stands right before the end."""
-        return b'"commit":"%b"}\n' % self.commit.encode() if self.commit else opening(self.name)
-
     def advance(self, line: bytes, record: Record) -> None:
         """Go on behind a record."""
         if record.head is not None:
@@ -274,7 +268,7 @@ class Journal:
 
         One read: the record's last bytes, and one byte behind them. Zeros are room, because no writer leaves a gap.
         """
-        fingerprint = tail.fingerprint
+        fingerprint = b'"commit":"%b"}\n' % tail.commit.encode() if tail.commit else opening(self.name)
         found = disk.read_at(fd, len(fingerprint) + 1, tail.end - len(fingerprint))
         if found[: len(fingerprint)] != fingerprint:
             return None
@@ -345,7 +339,7 @@ class Journal:
                 header = header_after(header, record)
             content = content_after(content, records)
             if records[-1].counts != content.counts:
-                raise DoesNotFit("counts")
+                raise diff.DoesNotFit("counts")
         except NONSENSE:
             raise self.damaged(tail.end, "a record in it changes what is not there") from None
         return header, content

@@ -11,7 +11,6 @@ from persist.storage.cache import Replica
 from persist.storage.commit import Place, write_new
 from persist.storage.content import Content
 from persist.storage.document import NONSENSE, Header
-from persist.storage.journal import Journal, Overtaken, Tail
 
 #: No journal holds as many records: each has a hundred bytes at least.
 _MOST_RECORDS = json_codec.MAX_BYTES // 100
@@ -39,21 +38,21 @@ def salvage(place: Place, *, drop_journal: bool) -> tuple[Replica, Header, Conte
     try:
         with log.opened() as fd:
             return _with_records(place, log, fd, before, drop_journal=drop_journal)
-    except Overtaken:
+    except journal.Overtaken:
         # Nobody knows how many commits are gone. What was loaded before is of another life of the session.
         header = edited.header.but(incarnation=token_hex(16), revision=edited.header.revision + _MOST_RECORDS)
         return before, header, edited.content
 
 
 def _with_records(
-    place: Place, log: Journal, fd: int, before: Replica, *, drop_journal: bool
+    place: Place, log: journal.Journal, fd: int, before: Replica, *, drop_journal: bool
 ) -> tuple[Replica, Header, Content]:
     header, content = before.header, before.content
     try:
         records, tail, lost = journal.read_good_records(log, fd, header)
     except CorruptSession:
         # Not even its first line is good.
-        records, tail, lost = [], Tail.of(log.name), _MOST_RECORDS
+        records, tail, lost = [], journal.Tail.of(log.name), _MOST_RECORDS
     if lost:
         # A process with an old replica may know good records behind the damage. So the mark stands behind everything.
         tail.end, tail.is_torn = journal.end_of(log.path), False

@@ -6,7 +6,6 @@ from mutation.catalogue.suites import HAZARDS, LOCKS, LOST_UPDATES, SEED_RACE, S
 from mutation.edits import (
     Edit,
     body,
-    condition,
     drop_call,
     drop_handler,
     drop_keyword,
@@ -24,9 +23,8 @@ TURNS = "storage/turns.py"
 
 # The lock file is opened, and whether it is locked does not matter.
 NO_FILE_LOCK = body("""
-    held = HeldFile()
-    held.open(path, os.O_RDWR | os.O_CREAT)
-    return held
+    held.open()
+    return True
 """)
 NO_MUTEX = Change(LOCK, "FifoMutex.acquire", return_now("True"))
 # A file that has any name at all counts as the one that was looked for.
@@ -35,7 +33,7 @@ NOTHING_CLOSED = drop_call("os.close")
 
 
 def _without_file_lock(name: str, tests: tuple[str, ...], select: str, *also: Change) -> Mutant:
-    return Mutant(name, LOCK, "_wait", NO_FILE_LOCK, tests, select, also)
+    return Mutant(name, LOCK, "_in_turn", NO_FILE_LOCK, tests, select, also)
 
 
 def _waiting(name: str, function: str, edit: Edit, select: str) -> Mutant:
@@ -54,16 +52,16 @@ MUTANTS = (
     Mutant(
         "the refusal of a second lock",
         LOCK,
-        "_refuse_nesting",
-        condition("outer is not None", "False"),
+        "hold",
+        drop_operand("outer is not None"),
         LOCKS,
         "second_lock",
     ),
     Mutant(
         "the refusal of a handler inside the table",
         LOCK,
-        "_refuse_nesting",
-        condition("table._is_owned()", "False"),
+        "hold",
+        drop_operand("table._is_owned()"),
         LOCKS,
         "inside_the_table",
     ),
