@@ -25,6 +25,7 @@ from persist.storage.cache import Replica
 from persist.storage.content import Content
 from persist.storage.diff import Change
 from persist.storage.document import Header
+from persist.storage.journal import Tail
 from persist.storage.layout import SessionPaths
 
 #: Which sessions have a journal: large ones, all, or none.
@@ -285,13 +286,7 @@ def write_document(
 
 
 def _publish(
-    place: Place,
-    header: Header,
-    content: Content,
-    journals: list[str],
-    mark: journal.Tail | None,
-    *,
-    is_journaled: bool,
+    place: Place, header: Header, content: Content, journals: list[str], mark: Tail | None, *, is_journaled: bool
 ) -> Replica:
     """Write the document once. `journals` names the journals that no longer count after that, the current one last."""
     name = token_hex(8) if is_journaled else None
@@ -338,10 +333,10 @@ def _publish(
     place.unknown.pop(place.session_id, None)
     place.is_marked = False
     version = _version_of(paths.document, written)
-    return Replica(header, content, version, journal.Tail.of(name) if name else None, is_synced=True)
+    return Replica(header, content, version, Tail.of(name) if name else None, is_synced=True)
 
 
-def _tail_to_mark(before: Replica | None) -> journal.Tail | None:
+def _tail_to_mark(before: Replica | None) -> Tail | None:
     """Return the end of the journal that must be marked before it goes out of use, if there is one.
 
     Behind a torn tail nobody appends anyway. A mark in a sector that a power cut has left as zeros would look like
