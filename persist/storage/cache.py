@@ -37,10 +37,6 @@ class Replica:
     is_synced: bool = False
 
     @property
-    def document_bytes(self) -> int:
-        return self.version[1]
-
-    @property
     def cost_bytes(self) -> int:
         """About what it takes in memory."""
         return self.content.size_bytes + _BYTES_AN_ITEM * sum(self.content.counts.values()) + 1536

@@ -128,10 +128,14 @@ def commit(
     if before is None or before.tail is None:
         return write_document(place, before, header, content)
     tail, options = before.tail, place.options
-    # A record is never appended behind a torn tail.
-    limit = max(FOLD_AT_LEAST_BYTES, before.document_bytes) if options.fold_bytes is None else options.fold_bytes
+    # A journal is as large as its document at most. A record is never appended behind a torn tail.
+    limit = max(FOLD_AT_LEAST_BYTES, before.version[1]) if options.fold_bytes is None else options.fold_bytes
     must_fold = options.mode == "never" or tail.is_torn or tail.end > limit or len(tail.unsynced) > MOST_UNSYNCED_BYTES
-    if must_fold or not _is_settled(place, before):
+    if not must_fold and not before.is_synced:
+        # A document that cannot be made durable is written anew.
+        with contextlib.suppress(OSError):
+            _settle(place, before)
+    if must_fold or not before.is_synced:
         verify(place, before)
         try:
             return write_document(place, before, header, content)
@@ -149,12 +153,6 @@ def _settle(place: Place, found: Replica) -> None:
         disk.sync_file(place.paths.document)
         disk.sync_directory(place.paths.directory)
         found.is_synced = True
-
-
-def _is_settled(place: Place, found: Replica) -> bool:
-    with contextlib.suppress(OSError):
-        _settle(place, found)
-    return found.is_synced
 
 
 def append_record(

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from persist import json_codec
 from persist.errors import CorruptSession, InvalidSessionId, PersistError, SessionNotFound, Translating, Unreadable
-from persist.storage import commit, disk, document, journal, layout
+from persist.storage import disk, document, journal, layout
 from persist.storage.cache import Cache, Replica
+from persist.storage.commit import Options
 from persist.storage.document import Head, Header
 
 
@@ -21,7 +22,7 @@ class SessionDirectory:
     def __init__(
         self,
         directory: Path,
-        options: commit.Options,
+        options: Options,
         *,
         timeout_s: float,
         cache_bytes: int,

@@ -35,7 +35,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -72,13 +72,10 @@ class Overtaken(Exception):
 
 
 class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole head: the fields, and the stream's part of the header.
-
-    As JSON, because only `json_codec` reads all of it.
-    """
+    """A whole head: the fields, and the stream's part of the header."""
 
     epoch: document.Natural
-    owner: msgspec.Raw
+    owner: Mapping[str, Any] | None
     fields: msgspec.Raw
 
 
@@ -132,7 +129,7 @@ def _decoded(line: bytes) -> Record:
         # A lone surrogate, which msgspec does not read.
         values = json_codec.decode(line)
         for part in (values.get("head") or {}, *values.get("changes", ())):
-            for key in {"owner", "fields", "value"} & part.keys():
+            for key in {"fields", "value"} & part.keys():
                 part[key] = _raw(part[key])
             if "insert" in part:
                 part["insert"] = list(map(_raw, part["insert"]))
@@ -146,19 +143,14 @@ def _raw(value: Any) -> msgspec.Raw:
 def image_of(header: Header, content: Content) -> Image:
     """Return the head that a record holds when a commit changed it."""
     members = [json_codec.encode(name, (name,)) + b":" + value for name, value in content.fields.items()]
-    return Image(header.epoch, _raw(header.owner), msgspec.Raw(b"{%b}" % b",".join(members)))
+    return Image(header.epoch, header.owner, msgspec.Raw(b"{%b}" % b",".join(members)))
 
 
 def header_after(header: Header, record: Record) -> Header:
     """Return the header after a record. Raise one of `NONSENSE` if the record makes no sense."""
     updated_at = datetime.fromisoformat(record.updated_at).astimezone(UTC)
-    header = header.but(revision=record.revision, updated_at=updated_at, commit=record.commit)
-    if record.head is None:
-        return header
-    owner = json_codec.decode(bytes(record.head.owner))
-    if owner is not None and type(owner) is not dict:
-        raise ValueError("owner")
-    return header.but(epoch=record.head.epoch, owner=owner)
+    image = {} if record.head is None else {"epoch": record.head.epoch, "owner": record.head.owner}
+    return header.but(revision=record.revision, updated_at=updated_at, commit=record.commit, **image)
 
 
 def content_after(content: Content, records: list[Record]) -> Content:
@@ -333,9 +325,8 @@ class Journal:
         records = list(self.read_new_records(fd, header, tail))
         if not records:
             return header, content
-        images = [record for record in records if record.head is not None]
         try:
-            for record in (*images[-1:], records[-1]):
+            for record in records:
                 header = header_after(header, record)
             content = content_after(content, records)
             if records[-1].counts != content.counts:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary, ref
 
 from persist.errors import CommitFailed, LockTimeout, NestedLock, PersistError
@@ -124,13 +125,7 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
         raise NestedLock(session_id=session_id, held="unknown" if outer is None else outer.session_id)
     mutex, turn, held = None, Turn(session_id), None
     start = time.monotonic()
-
-    def timed_out(holder: str, **facts: str) -> LockTimeout:
-        waited_s = time.monotonic() - start
-        return LockTimeout(
-            path=path, holder=holder, timeout_s=timeout_s, waited_s=waited_s, session_id=session_id, **facts
-        )
-
+    facts: dict[str, Any] = {"session_id": session_id, "path": path, "timeout_s": timeout_s}
     try:
         _turn_of[thread] = ref(turn)
         with table:
@@ -140,7 +135,8 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
                 _kept.append(mutex)
         if not mutex.acquire(turn, timeout_s):
             remedy = "leave that thread's edit() or update() sooner: it must not wait for others who write this session"
-            raise timed_out(f"this process (pid {pid}), thread {mutex.holder!r}", remedy=remedy)
+            holder = f"this process (pid {pid}), thread {mutex.holder!r}"
+            raise LockTimeout(**facts, holder=holder, waited_s=time.monotonic() - start, remedy=remedy)
         held = HeldFile(path)
         try:
             is_locked = _in_turn(held, start + timeout_s)
@@ -150,7 +146,7 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
             reason = error.strerror or type(error).__name__
             raise CommitFailed(session_id=session_id, path=path, reason=reason, errno=error.errno) from error
         if not is_locked:
-            raise timed_out(_holder_of(path))
+            raise LockTimeout(**facts, holder=_holder_of(path), waited_s=time.monotonic() - start)
         yield held
     finally:
         # One after the other, whatever exception a signal raises among them. A child that was forked inside the block
@@ -159,11 +155,11 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
             if held is not None:
                 held.close()
         finally:
-            try:
-                if mutex is not None and pid == os.getpid():
-                    mutex.release(turn)
-            finally:
-                if pid == os.getpid():
+            if pid == os.getpid():
+                try:
+                    if mutex is not None:
+                        mutex.release(turn)
+                finally:
                     _turn_of.pop(thread, None)
 
 
