@@ -63,8 +63,7 @@ class SessionDirectory:
         with self.looking_at(session_id) as path:
             paths = self.layout.session(session_id)
             found = document.read(path, session_id, paths.file_id)
-            name = found.header.journal
-            if name is None:
+            if (name := found.header.journal) is None:
                 return Replica(found.header, found.content, found.version)
             log = journal.Journal(paths.journal(name), session_id, name)
             with log.opened() as fd:
@@ -76,8 +75,7 @@ class SessionDirectory:
         with self.looking_at(session_id) as path:
             paths = self.layout.session(session_id)
             found = document.read_head(path, session_id, paths.file_id)
-            name = found.header.journal
-            if name is None:
+            if (name := found.header.journal) is None:
                 return found
             log = journal.Journal(paths.journal(name), session_id, name)
             with log.opened() as fd:

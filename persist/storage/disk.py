@@ -103,12 +103,11 @@ def _give_to_owner_of_directory(path: Path, fd: int | None = None) -> None:
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return
     owner, own = os.stat(path.parent), os.lstat(path) if fd is None else os.fstat(fd)
-    if (own.st_uid, own.st_gid) == (owner.st_uid, owner.st_gid):
-        return
-    if fd is None:
-        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
-    else:
-        os.fchown(fd, owner.st_uid, owner.st_gid)
+    if (own.st_uid, own.st_gid) != (owner.st_uid, owner.st_gid):
+        if fd is None:
+            os.lchown(path, owner.st_uid, owner.st_gid)
+        else:
+            os.fchown(fd, owner.st_uid, owner.st_gid)
 
 
 def _what_is(path: Path) -> str:
@@ -383,8 +382,8 @@ def mkdir(path: Path) -> None:
     _give_to_owner_of_directory(path)
 
 
-def make_directory(path: Path) -> bool:
-    """Make a directory, mode 0700, and what is missing above it; durable on return. Tell whether it was missing."""
+def make_directory(path: Path) -> None:
+    """Make a directory, mode 0700, and what is missing above it; durable on return."""
     missing = []
     while not path.exists():
         missing.append(path)
@@ -397,7 +396,6 @@ def make_directory(path: Path) -> bool:
         with contextlib.suppress(FileExistsError):
             mkdir(directory)
         sync_directory(directory.parent)
-    return bool(missing)
 
 
 def ignores_case(directory: Path, name: str) -> bool:

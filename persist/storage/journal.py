@@ -401,12 +401,9 @@ def _durable_line(content: bytes, start: int, seed: int) -> int:
 def _lines(content: bytes, seed: int) -> Iterator[bytes]:
     """Yield the whole lines at the beginning of `content`, each with its newline, as long as their crc is right."""
     start = 0
-    while (stop := content.find(b"\n", start)) >= 0:
-        line = content[start:stop]
-        if not _is_whole(line, seed):
-            return
-        yield content[start : stop + 1]
-        start = stop + 1
+    while (stop := content.find(b"\n", start) + 1) and _is_whole(content[start : stop - 1], seed):
+        yield content[start:stop]
+        start = stop
 
 
 def _line_at(fd: int, position: int, seed: int) -> bytes | None:
@@ -470,9 +467,7 @@ def _read_from(fd: int, position: int) -> bytes:
 def _is_torn(rest: bytes, position: int, seed: int) -> bool:
     """Tell whether a crash can have left this behind the last good record."""
     line, newline, behind = rest.partition(b"\n")
-    if newline and b"\0" not in line:
-        return False
-    if not newline and _is_whole_but_for_its_newline(line, seed):
+    if b"\0" not in line if newline else _is_whole_but_for_its_newline(line, seed):
         return False
     # Zeros, which no record holds, fill all of a sector that was appended, or nothing of it.
     start = -position % _SECTOR_BYTES

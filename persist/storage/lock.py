@@ -43,8 +43,8 @@ class Turn:
     def __init__(self, session_id: str = "") -> None:
         self.session_id = session_id
         self.thread = threading.current_thread()
-        #: Locked while the turn waits; made only if it has to.
-        self.given: threading.Lock | None = None
+        #: Locked while the turn waits.
+        self.given = threading.Lock()
 
 
 class FifoMutex:
@@ -76,10 +76,9 @@ class FifoMutex:
             if self._holding() is None:
                 self._holder = ref(turn)
                 return True
-            turn.given = given = threading.Lock()
-            given.acquire()
+            turn.given.acquire()
             self._waiters.append(turn)
-        return given.acquire(timeout=max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
+        return turn.given.acquire(timeout=max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
 
     def release(self, turn: Turn) -> None:
         """Hand the mutex to the first waiter if this turn has it, also if it came too late; else leave the queue."""
@@ -87,7 +86,7 @@ class FifoMutex:
             if self._holding() is turn:
                 following = self._waiters.popleft() if self._waiters else None
                 self._holder = None if following is None else ref(following)
-                if following is not None and following.given is not None:
+                if following is not None:
                     following.given.release()
             elif turn in self._waiters:
                 self._waiters.remove(turn)
