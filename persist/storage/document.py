@@ -340,6 +340,8 @@ class _Reader:
         apart: dict[str, Value] = {}
         # Between two segments stands ",\n". The first one follows on the comma and the newline of line 1.
         place -= 2 if segments else 1
+        if not segments and bytes(text[place - 1 : place]) == b",":
+            raise ValueError("separator")
         for name, (key, part) in segments.items():
             if bytes(text[place : place + 2 + len(key)]) != b",\n" + key:
                 raise ValueError("separator")
