@@ -25,10 +25,10 @@ REMEMBERED_HERE = Change(
     LEASE,
     "take",
     replace_statement(
-        "return Lease(path, held)",
+        "return held",
         """
         vars(take).setdefault("here", set()).add(path)
-        return Lease(path, held)
+        return held
         """,
     ),
 )
