@@ -20,6 +20,7 @@ parent. Its message never holds the content of a document; ids, field names, pat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -130,11 +131,7 @@ class PersistError(Exception):
         return str(self.args[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), dict(self._facts))
-
-
-def _rebuild(kind: type[PersistError], facts: dict[str, Any]) -> PersistError:
-    return kind(**facts)
+        return partial(type(self), **self._facts), ()
 
 
 class SessionNotFound(PersistError, KeyError):

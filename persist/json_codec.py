@@ -203,11 +203,11 @@ def decode_strict(encoded: bytes) -> Any:
         value = json.loads(text, object_pairs_hook=_unique)
         check(value)
     except json.JSONDecodeError as error:
-        raise StrictError("it is not JSON, or it was cut off.", _byte_offset(text, error.pos)) from None
+        raise StrictError("it is not JSON, or it was cut off.", len(text[: error.pos].encode())) from None
     except (ValueError, RecursionError):
         # A key twice, an integer of too many digits, or what `check` refuses.
         reason, position = _locate(text)
-        raise StrictError(reason, _byte_offset(text, position)) from None
+        raise StrictError(reason, len(text[:position].encode())) from None
     return value
 
 
@@ -218,32 +218,27 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _byte_offset(text: str, position: int) -> int:
-    return len(text[:position].encode())
-
-
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]|-?Infinity|NaN|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?', re.DOTALL)
-_COLON = re.compile(r"\s*:")
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"(?:\s*:)?|[{}\[\]]|-?Infinity|NaN|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?', re.DOTALL)
 
 
 def _locate(text: str) -> tuple[str, int]:
     """Find what was refused: neither the parser's hook nor `check` knows where that stands in the text."""
-    keys: list[set[str] | None] = []
+    keys: list[set[str]] = []
     for token in _TOKEN.finditer(text):
         literal, start = token[0], token.start()
         if literal in "{[":
-            keys.append(set() if literal == "{" else None)
+            keys.append(set())
             if len(keys) > MAX_DEPTH:
                 return f"it is nested deeper than {MAX_DEPTH} levels.", start
         elif literal in "}]":
             keys.pop()
+        elif literal[-1] == ":":
+            key = json.loads(literal[:-1])
+            if key in keys[-1]:
+                return "a key stands twice in one object.", start
+            keys[-1].add(key)
         elif literal[0] == '"':
-            scope = keys[-1] if keys else None
-            if scope is not None and _COLON.match(text, token.end()):
-                key = json.loads(literal)
-                if key in scope:
-                    return "a key stands twice in one object.", start
-                scope.add(key)
+            continue
         elif literal in ("NaN", "Infinity", "-Infinity"):
             return "NaN and infinities are not JSON.", start
         elif math.isinf(float(literal)) if re.search("[.eE]", literal) else len(literal.lstrip("-")) > MAX_DIGITS:
