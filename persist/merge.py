@@ -161,14 +161,13 @@ class _Merger:
 
     def settle_twins(self, mine: _Edits, theirs: _Edits) -> None:
         """Where both added an item under one id: its content, in their place."""
-        twins = {identity: item for item in theirs.all_added() if (identity := _identity(item))}
+        twins: dict[Any, Any] = {identity: item for item in theirs.all_added() if (identity := _identity(item))}
         times = Counter(map(_identity, mine.all_added() + theirs.all_added()))
         for item in mine.all_added():
-            identity = _identity(item)
-            twin = twins.get(identity, item) if identity else item
+            twin = twins.get(_identity(item), item)
             if same(item, twin):
                 continue
-            if self.prefer == "error" or times[identity] > 2:
+            if self.prefer == "error" or times[_identity(item)] > 2:
                 raise _Clash("one id, two contents")
             if self.prefer == "mine":
                 theirs.added = [[item if each is twin else each for each in items] for items in theirs.added]
