@@ -145,7 +145,7 @@ class Stream:
 
     async def emit(self, *events: Any, durable: bool = False) -> int:
         """See `persist.Stream.emit`."""
-        is_quick = self._sync._has_emitted
+        is_quick = self._sync._events.is_open
         return await self._threads.run(lambda: self._sync.emit(*events, durable=durable), is_quick=is_quick)
 
     checkpoint = _hop(persist.Stream.checkpoint)

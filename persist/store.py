@@ -20,7 +20,7 @@ from persist.merge import Policy, check_policies
 from persist.session import Head, Session, refuse_changed_stream_fields
 from persist.storage.cache import Replica
 from persist.storage.commit import Mode, Options
-from persist.storage.content import ALWAYS_APART, HEADER, Content, encoded
+from persist.storage.content import ALWAYS_APART, HEADER, Content, empty, encoded
 from persist.storage.document import first_header
 from persist.storage.transaction import SessionFiles
 from persist.streams import Backend, Stream, StreamInfo
@@ -209,7 +209,7 @@ class Store:
         files = self._open().files
         data = {} if data is None else data
         content = encoded(data)
-        turn.refuse_changed_stream_fields({}, data)
+        refuse_changed_stream_fields(empty(), content)
         return self._created(files, session_id, content)
 
     def _created(self, files: SessionFiles, session_id: str, content: Content) -> Session:
