@@ -6,6 +6,7 @@ from mutation.catalogue.suites import HAZARDS, LOCKS, LOST_UPDATES, SEED_RACE, S
 from mutation.edits import (
     Edit,
     body,
+    condition,
     drop_call,
     drop_handler,
     drop_operand,
