@@ -6,8 +6,9 @@ Positions count items. They are those of the moment when the change is applied, 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import compress, count
+from types import MappingProxyType
 
 import msgspec
 
@@ -68,14 +69,21 @@ def apply(apart: dict[str, Value], change: Change) -> None:
             raise DoesNotFit(change.name) from None
 
 
-def between(before: Content, after: Content) -> tuple[Change, ...]:
-    """Return the changes that turn what stands apart in one content into what stands apart in the other."""
+def between(
+    before: Content, after: Content, known: Mapping[str, tuple[Change, ...]] = MappingProxyType({})
+) -> tuple[Change, ...]:
+    """Return the changes that turn what stands apart in one content into what stands apart in the other.
+
+    `known` are those of some lists, which are not compared then.
+    """
     changes: list[Change] = [Change(name, is_gone=True) for name in before.apart if name not in after.apart]
     for name, new in after.apart.items():
         old = before.apart.get(name)
         if old is new:
             continue
-        if isinstance(old, Items) and isinstance(new, Items):
+        if name in known:
+            changes += known[name]
+        elif isinstance(old, Items) and isinstance(new, Items):
             changes += splices(name, old.split(), new.split())
         elif old != new:
             changes.append(whole(name, new))

@@ -341,6 +341,8 @@ def _checked_content(content: bytes, place: int, parts: _Parts) -> Content:
     apart: dict[str, Value] = {}
     # Between two pieces stands ",\n". The first one follows on the comma and the newline of line 1.
     place -= 2 if pieces else 1
+    if not pieces and content[place - 1 : place] == b",":
+        raise ValueError("separator")
     for name, key, part in pieces:
         start = place + 2 + len(key)
         if content[place:start] != b",\n" + key:

@@ -37,6 +37,8 @@ def run_tests(package_parent: Path, mutant: Mutant) -> bool:
         "-k",
         mutant.select,
     ]
+    if any(file.startswith("tests/unit/") for file in mutant.tests):
+        command.append("--hypothesis-profile=mutants")
     environment = os.environ | {"PYTHONPATH": str(package_parent), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(

@@ -201,6 +201,16 @@ FOUND: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+def test_a_comma_behind_the_header_of_an_empty_session_is_damage(bench: Bench) -> None:
+    """No checksum covers the end of line 1. Fails if it is only looked at where fields or lists follow."""
+    [empty] = [content for content in bench.documents if b'"parts":{}}\n}\n' in content]
+    spoilt = empty.replace(b'"parts":{}}\n', b'"parts":{}},\n')
+    _put(bench, spoilt)
+    with pytest.raises(persist.CorruptSession):
+        bench.oracle.store.load("s")
+    assert bench.oracle.complaint(spoilt) is None
+
+
 @pytest.mark.parametrize("spoil", FOUND.values(), ids=FOUND)
 def test_a_sealed_document_that_is_not_as_it_says_is_refused(bench: Bench, spoil: Callable[[bytes], bytes]) -> None:
     """Its checksums are right. Its header lies of where something ends, or what stands there is no JSON."""

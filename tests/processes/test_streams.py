@@ -153,6 +153,22 @@ def test_forced_cancel_fences_the_owner_off(
     other.do("stream.finish()")
 
 
+def test_owner_of_an_earlier_incarnation_is_fenced_off(store: persist.Store) -> None:
+    """C1: a session made anew under the same id is another one, also if its stream has the same id and epoch."""
+    store.create("s-2", {"messages": []})
+    first = store.start_stream("s-2", stream_id="run")
+    store.delete("s-2", force=True)
+    store.create("s-2", {"messages": []})
+    with store.start_stream("s-2", stream_id="run") as second:
+        assert first.epoch == second.epoch
+        for verb in (first.checkpoint, first.append, first.finish):
+            with pytest.raises(persist.StreamLost, match="made anew"):
+                verb({"role": "assistant", "content": "late"})
+        second.finish({"role": "assistant", "content": "mine"})
+    assert [message["content"] for message in store.load("s-2").data["messages"]] == ["mine"]
+    first._close()
+
+
 def test_cancel_of_another_stream_changes_nothing(store: persist.Store, session: persist.Session) -> None:
     """Cancelling compares: a stream that is not the current one is none of its business."""
     with store.start_stream("s-1") as stream:

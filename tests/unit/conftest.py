@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-
-import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # Derandomised: a build must not fail by luck. `pytest tests/unit --hypothesis-profile=search` looks further.
 settings.register_profile("unit", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("search", settings.get_profile("unit"), derandomize=False, max_examples=2_000)
+# The mutants ask only whether a test fails: no smaller example is looked for.
+settings.register_profile("mutants", settings.get_profile("unit"), phases=[Phase.explicit, Phase.generate])
 settings.load_profile("unit")
-
-
-@pytest.fixture
-def no_collection() -> Iterator[None]:
-    """A garbage collection in the middle of a look voids its answer, and may come at any allocation."""
-    gc.disable()
-    yield
-    gc.enable()

@@ -469,6 +469,7 @@ def test_a_field_among_the_items_of_a_document_is_refused(extra: bytes, store: p
     [
         pytest.param({"messages": b"[1]"}, id="a list without a count"),
         pytest.param({"messages": as_list(b"1]x[", 1)}, id="more than a list"),
+        pytest.param({"messages": Items.in_document(memoryview(b'{"a":1}'), 1)}, id="no list, with a count"),
         pytest.param({"messages": as_list(b'1\n],\n"x":[\n2', 2)}, id="a field"),
         pytest.param({"title": b"1"}, id="a field that stands apart, too"),
         pytest.param({"messages": b'1,\n"messages":2'}, id="a field twice"),

@@ -258,9 +258,10 @@ def test_journal_of_another_name_is_not_applied(journaled: persist.Store) -> Non
     path = journal_of(journaled)
     opening, lines = parted(path.read_bytes())
     other = opening.replace(opening[-19:-3], b"0" * 16)
-    path.write_bytes(sealed(other, list(map(record_of, lines))))
-    assert parted(path.read_bytes())
-    assert_every_verb_raises(journaled, persist.CorruptSession, "persist accept")
+    for records in (list(map(record_of, lines)), []):
+        path.write_bytes(sealed(other, records))
+        assert len(parted(path.read_bytes())[1]) == len(records)
+        assert_every_verb_raises(journaled, persist.CorruptSession, "persist accept")
 
 
 def test_journal_that_is_named_but_missing_is_told(journaled: persist.Store) -> None:
@@ -403,7 +404,7 @@ def test_record_behind_another_one_than_it_was_written_to_is_damage(journaled: p
     append(journaled, 2)
     path = journal_of(journaled)
     opening, [first, second] = parted(path.read_bytes())
-    path.write_bytes(sealed(opening, [record_of(first) | {"commit": "another"}]) + second)
+    path.write_bytes(sealed(opening, [record_of(first) | {"commit": "f" * 16}]) + second)
     for verb in verbs(persist.Store(journaled.path))[2:] + verbs(persist.Store(journaled.path))[:1]:
         with pytest.raises(persist.CorruptSession):
             verb()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from textwrap import dedent
@@ -180,3 +181,11 @@ def test_a_mutant_that_does_not_apply_is_told(
 def test_names_of_mutants_are_unique() -> None:
     """A name on the command line means one mutant."""
     assert [name for name, count in Counter(mutant.name for mutant in MUTANTS).items() if count > 1] == []
+
+
+def test_mutants_that_the_readme_names_are_there() -> None:
+    """A mutant that has no successor may name the one that guards what is left of its mechanism."""
+    _, table = (run.ROOT / "scripts" / "mutation" / "README.md").read_text().split("|---|---|")
+    named = set(re.findall("`([^`]+)`", table))
+    assert named
+    assert named <= {mutant.name for mutant in MUTANTS}

@@ -7,6 +7,7 @@ in the committed list only, or if an append splits or decodes what was committed
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -358,15 +359,15 @@ def test_value_that_is_asked_for_in_two_ways_is_one_value(store: persist.Store) 
 def test_list_that_was_deleted_begins_anew(directory: Path, mode: Any) -> None:
     """What comes into its place has none of the old items."""
     store = persist.Store(directory, journal=mode)
-    for old in ([1, 2], list(range(3000))):
+    for old, new in itertools.product(([1, 2], list(range(3000))), ("new", LARGE)):
         store.create("s", {"log": old})
         with store.transaction("s") as tx:
             del tx.fields["log"]
             assert list(tx.list("log")) == []
             assert "log" not in tx.fields
-            tx.list("log").append("new")
+            tx.list("log").append(new)
             assert "log" in tx.fields
-        assert persist.Store(directory).load("s").data == {"log": ["new"]}
+        assert persist.Store(directory).load("s").data == {"log": [new]}
         store.delete("s")
 
 

@@ -8,12 +8,16 @@ whether the test notices.
 
 from __future__ import annotations
 
-from mutation.catalogue import aio, events, locks, merge, plugin, storage, streams
+from mutation.catalogue import aio, commit, content, events, journal, locks, merge, plugin, sessions, storage, streams
 
 MUTANTS = (
     *locks.MUTANTS,
     *streams.MUTANTS,
     *storage.MUTANTS,
+    *content.MUTANTS,
+    *journal.MUTANTS,
+    *commit.MUTANTS,
+    *sessions.MUTANTS,
     *merge.MUTANTS,
     *events.MUTANTS,
     *aio.MUTANTS,

@@ -1,4 +1,4 @@
-"""Mutants of the session's lock, of the queue for it, and of what a fork does to it."""
+"""Mutants of the session's lock, of the turnstile before it, and of what a fork does to it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ from mutation.catalogue.suites import HAZARDS, LOCKS, LOST_UPDATES, SEED_RACE, S
 from mutation.edits import (
     Edit,
     body,
+    condition,
     drop_call,
     drop_handler,
-    drop_keyword,
     drop_operand,
     drop_statement,
     replace_call,
     replace_expression,
+    replace_statement,
     return_now,
 )
 from mutation.mutant import Change, Mutant
 
 LOCK = "storage/lock.py"
 HELD = "storage/held.py"
-TURNS = "storage/turns.py"
+TURNSTILE = "storage/turnstile.py"
 
 # The lock file is opened, and whether it is locked does not matter.
 NO_FILE_LOCK = body("""
@@ -27,17 +28,16 @@ NO_FILE_LOCK = body("""
     return True
 """)
 NO_MUTEX = Change(LOCK, "FifoMutex.acquire", return_now("True"))
-# A file that has any name at all counts as the one that was looked for.
-ANY_NAME = replace_call("disk.bears_name", "os.fstat(self.fd).st_nlink > 0")
 NOTHING_CLOSED = drop_call("os.close")
+REMOVED = "file_that_was_removed"
 
 
 def _without_file_lock(name: str, tests: tuple[str, ...], select: str, *also: Change) -> Mutant:
     return Mutant(name, LOCK, "_in_turn", NO_FILE_LOCK, tests, select, also)
 
 
-def _waiting(name: str, function: str, edit: Edit, select: str) -> Mutant:
-    return Mutant(name, LOCK, function, edit, LOCKS, select)
+def _waiting(name: str, edit: Edit, select: str) -> Mutant:
+    return Mutant(name, LOCK, "_in_turn", edit, LOCKS, select)
 
 
 MUTANTS = (
@@ -66,85 +66,55 @@ MUTANTS = (
         "inside_the_table",
     ),
     # --- the file behind the name ---
-    Mutant(
-        "the look at the name",
-        HELD,
-        "HeldFile.open",
-        drop_operand("disk.bears_name(self._file, path)"),
-        LOCKS,
-        "deleted_session",
-        (Change(HELD, "HeldFile.take", replace_call("disk.bears_name", "True")),),
-    ),
+    Mutant("the look at the name", HELD, "HeldFile.bears_name", return_now("True"), LOCKS, "deleted_session"),
+    # A file that has any name at all counts as the one that was looked for.
     Mutant(
         "the inode behind the name",
         HELD,
-        "HeldFile.open",
-        ANY_NAME,
+        "HeldFile.bears_name",
+        replace_call("disk.bears_name", "os.fstat(self._fd).st_nlink > 0"),
         LOCKS,
         "hard_link",
-        (Change(HELD, "HeldFile.take", ANY_NAME),),
     ),
+    _waiting("the new file of a lock file that was removed", condition("not held.bears_name()", "False"), REMOVED),
+    _waiting("the turnstile of the new file", drop_statement("has_turn = False"), REMOVED),
+    # --- the turnstile ---
     _waiting(
-        "a new attempt when the lock file was removed",
-        "_Place.wait",
-        replace_expression(
-            "self.file if self.file.take(self._path) else None",
-            "self.file if self.file.take(self._path) else _poll(self._path, deadline)",
-        ),
-        "file_that_was_removed",
-    ),
-    # --- the queue of processes ---
-    _waiting(
-        "the end of the queue for the process that frees the lock",
-        "_in_turn",
-        drop_keyword("held.open", "in_turn"),
+        "the look at the turnstile before a lock is taken",
+        drop_operand("not turnstile.is_taken(held.fd)"),
         "left_to_who_waits",
     ),
     _waiting(
+        "the turnstile before polling",
+        replace_expression("has_turn or time.monotonic() > patient_until", "True"),
+        "in_the_turnstile_is_next",
+    ),
+    _waiting(
         "the limit of patience with a process that is stopped",
-        "_Place.wait",
-        replace_expression("PATIENCE_S", "threading.TIMEOUT_MAX"),
+        drop_operand("time.monotonic() > patient_until"),
         "that_is_stopped",
     ),
     _waiting(
-        "the look whether the queue moves, before it is overtaken",
-        "_Place.wait",
-        drop_operand("head == before"),
-        "that_moves",
+        "the last try of a caller that does not wait",
+        replace_statement("return held.try_lock()", "return False"),
+        "left_to_who_waits",
+    ),
+    _waiting("the leaving of the turnstile before the closing", drop_call("turnstile.leave"), "gave_up_keeps"),
+    Mutant(
+        "the turnstile that holds one",
+        TURNSTILE,
+        "take",
+        replace_expression("error.errno not in (errno.EAGAIN, errno.EACCES)", "True"),
+        LOCKS,
+        "turnstile_holds_one",
     ),
     Mutant(
-        "the wait for the process before",
-        TURNS,
-        "queue_up",
-        replace_expression("place - 1 if place > _FIRST else None", "None"),
+        "polling where the kernel has no such locks",
+        TURNSTILE,
+        "is_taken",
+        drop_handler("OSError"),
         LOCKS,
-        "order_in_which or in_the_middle",
-    ),
-    Mutant(
-        "the wait for the others behind a process that gave up",
-        TURNS,
-        "queue_up",
-        replace_call("_taken", "None"),
-        LOCKS,
-        "in_the_middle",
-    ),
-    Mutant("the search for another place that is free", TURNS, "_take_last", drop_handler("OSError"), LOCKS, "at_once"),
-    # --- the thread that waits in the kernel ---
-    _waiting("the file of a thread that waits", "_in_turn", drop_statement("place = queued"), "exception_behind"),
-    _waiting(
-        "the unlocking after a caller has left the queue",
-        "_Place._give_back",
-        drop_call("self.file.unlock_on_close"),
-        "that_gave_up",
-    ),
-    _waiting("the one thread that waits for a file", "_place", replace_call("_places.get", "None"), "that_gave_up"),
-    _waiting("polling where the kernel has no queue", "_Place.wait", replace_call("_poll", "None"), "kernel_refuses"),
-    _waiting("polling where no thread can be started", "_Place.take", drop_handler("RuntimeError"), "cannot_queue"),
-    _waiting(
-        "polling in a green thread",
-        "_place",
-        drop_operand("not isinstance(_thread.start_new_thread, types.BuiltinFunctionType)"),
-        "cannot_queue",
+        "has_no_such_locks",
     ),
     # --- forks ---
     Mutant(

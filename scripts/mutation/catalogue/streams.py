@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from mutation.catalogue.suites import HAZARDS, SEED_RACE, STREAMS
-from mutation.edits import condition, drop_statement, replace_call, replace_statement
+from mutation.catalogue.suites import EVENTS, HAZARDS, SEED_RACE, SHARED_SESSIONS, STREAMS
+from mutation.edits import (
+    condition,
+    drop_call,
+    drop_keyword,
+    drop_operand,
+    drop_statement,
+    replace_call,
+    replace_expression,
+    replace_statement,
+)
 from mutation.mutant import Change, Mutant
 
 LEASE = "storage/lease.py"
 TURN = "turn.py"
+MODULE = "streams.py"
 
 # A lease is alive in the process that has taken it, and dead in every other.
-KNOWN_HERE_ONLY = replace_call("try_hold", "None if path in vars(take).get('here', ()) else IT or HeldFile()")
+KNOWN_HERE_ONLY = replace_call("try_hold", "None if path in vars(take).get('here', ()) else IT or HeldFile(path)")
 REMEMBERED_HERE = Change(
     LEASE,
     "take",
@@ -23,7 +33,88 @@ REMEMBERED_HERE = Change(
     ),
 )
 
+COMPARE = drop_operand("not _is_active(copy, stream_id)")
+FENCE = "owner is None or active_stream_id != self.id or header.epoch != self.epoch"
+
 MUTANTS = (
+    Mutant(
+        "the compare of a clear, between threads", MODULE, "clear_stale", COMPARE, SEED_RACE, "TwoThreads and spares"
+    ),
+    Mutant(
+        "the compare of a clear, between processes",
+        MODULE,
+        "clear_stale",
+        COMPARE,
+        SEED_RACE,
+        "TwoProcesses and spares",
+    ),
+    Mutant("the compare of a clear (A1)", MODULE, "clear_stale", COMPARE, HAZARDS, "a1"),
+    Mutant(
+        "the incarnation in a clear",
+        MODULE,
+        "clear_stale",
+        drop_operand("incarnation not in (None, copy.header.incarnation)"),
+        SHARED_SESSIONS,
+        "not_cleared_by_an_old_object",
+    ),
+    Mutant(
+        "the fence",
+        MODULE,
+        "Stream._require_ownership",
+        condition(FENCE, "owner is None"),
+        (*HAZARDS, *STREAMS),
+        "a5 or fences",
+        (Change(MODULE, "owner_of", replace_expression("owner if owner.stream_id == stream_id else None", "owner")),),
+    ),
+    # A stream whose owner record is gone takes itself for the owner.
+    Mutant(
+        "the fence that fails closed",
+        MODULE,
+        "Stream._require_ownership",
+        replace_expression("owner_of(header, self.id)", "IT or StreamOwner(self.id, 0, '', '', '')"),
+        HAZARDS,
+        "a6",
+    ),
+    Mutant(
+        "the epoch in the fence",
+        MODULE,
+        "Stream._require_ownership",
+        drop_operand("header.epoch != self.epoch"),
+        SHARED_SESSIONS,
+        "older_epoch",
+    ),
+    Mutant(
+        "the incarnation in the fence",
+        MODULE,
+        "Stream._require_ownership",
+        condition("header.incarnation != self._incarnation", "False"),
+        STREAMS,
+        "earlier_incarnation",
+    ),
+    Mutant(
+        "the time that a repair keeps",
+        MODULE,
+        "_take_away",
+        drop_keyword("header.next", "touch"),
+        (*SEED_RACE, *HAZARDS),
+        "keeps_updated_at or b7",
+    ),
+    Mutant(
+        "the removal of the lease of a failed claim",
+        MODULE,
+        "_claim",
+        condition("isinstance(error, errors.PersistError) and not tx.is_visible", "False"),
+        HAZARDS,
+        "a8_failed_launch",
+    ),
+    Mutant(
+        "events: the look at the owner before the first",
+        MODULE,
+        "Stream._open_events",
+        drop_call("self._require_ownership"),
+        EVENTS,
+        "first_emission_of",
+    ),
     Mutant(
         "liveness across processes",
         LEASE,

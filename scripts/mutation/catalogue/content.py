@@ -1,0 +1,165 @@
+"""Mutants of contents, of changes, and of the document as a file."""
+
+from __future__ import annotations
+
+from mutation.catalogue.suites import CONTENT, DIFF, DOCUMENT, UNREAD
+from mutation.edits import (
+    Edit,
+    condition,
+    drop_operand,
+    drop_statement,
+    replace_expression,
+    replace_statement,
+    return_now,
+)
+from mutation.mutant import Change, Mutant
+
+MODULE = "storage/content.py"
+CHANGES = "storage/diff.py"
+FILE = "storage/document.py"
+
+AS_HEADER_SAYS = "not_as_their_header_says or among_the_items"
+
+
+def _of(name: str, function: str, edit: Edit, select: str, *also: Change) -> Mutant:
+    return Mutant(name, MODULE, function, edit, CONTENT, select, also)
+
+
+MUTANTS = (
+    # --- items ---
+    _of(
+        "the look whether another value has grown the list",
+        "Items.spliced",
+        condition("at == count and len(items) == length", "at == count"),
+        "do_not_meet",
+    ),
+    _of(
+        "the refusal of a place that is not there",
+        "Items.spliced",
+        condition("not 0 <= at <= at + remove <= count", "False"),
+        "items_that_are_not_there",
+    ),
+    _of("the count of the items in a text", "Items.check", return_now(), "one_item_a_line"),
+    _of(
+        "the ids that move with their items",
+        "Items._hand_over_ids",
+        replace_expression("after.last(len(after) - at)", "insert"),
+        "row_of_changes or at_any_place",
+        Change(
+            MODULE,
+            "Items._hand_over_ids",
+            replace_expression("self.last(len(self) - at)", "self.last(len(self) - at)[:remove]"),
+        ),
+    ),
+    Mutant(
+        "the ids of new items",
+        MODULE,
+        "Items._hand_over_ids",
+        drop_statement("ids[key] = place"),
+        UNREAD,
+        "come_to_the_same and 3000",
+    ),
+    _of(
+        "the ids that are forgotten with a changed value",
+        "Items._hand_over_ids",
+        replace_statement("self._ids, self._repeated = None, set()", "after._ids = ids"),
+        "row_of_changes or at_any_place",
+    ),
+    _of(
+        "the look for another item of the same id",
+        "Items._hand_over_ids",
+        condition("key in repeated", "False"),
+        "row_of_changes or at_any_place",
+    ),
+    _of("the ids in a text that was not split", "Items._read_ids", condition("text", "False"), "however_it_is_spelt"),
+    # --- where a value stands ---
+    _of(
+        "the place of a large value",
+        "placed",
+        drop_operand("_json_bytes(value) > APART_BYTES"),
+        "stands_apart_above",
+    ),
+    _of("the bound of the fields together", "placed", condition("total > FIELDS_BYTES", "False"), "largest_fields"),
+    _of(
+        "the order of equally large fields",
+        "placed",
+        replace_expression("(len(fields[name]), name)", "len(fields[name])"),
+        "follows_from_the_content_alone or largest_fields",
+    ),
+    _of(
+        "the one size of a list",
+        "_json_bytes",
+        return_now("size_of(value)"),
+        "one_size",
+    ),
+    # --- what is no exact JSON ---
+    _of("the look at the keys of the data", "encoded", condition("type(name) is not str", "False"), "no_key"),
+    _of(
+        "the check of an item that differs",
+        "_encoded_value",
+        replace_expression("json_codec.encode_exact(value, path)", "found or json_codec.encode_exact(value, path)"),
+        "what_json_would_change",
+    ),
+    # --- changes ---
+    Mutant(
+        "the several changes of distant edits",
+        CHANGES,
+        "splices",
+        replace_expression("[*reversed(align(removed, added)), (-1, -1)]", "[(-1, -1)]"),
+        DIFF,
+        "distant",
+    ),
+    Mutant(
+        "the end that does not reach into the beginning",
+        CHANGES,
+        "window",
+        drop_statement("tail = min(tail, rest)"),
+        DIFF,
+        "makes_one_the_other",
+    ),
+    Mutant(
+        "the refusal of a change of what is no list",
+        CHANGES,
+        "apply",
+        replace_statement("raise DoesNotFit(change.name)", "return"),
+        DIFF,
+        "does_not_fit",
+    ),
+    # --- the document ---
+    Mutant(
+        "the text between two parts",
+        FILE,
+        "_Reader._content",
+        condition('bytes(text[place:place + 2 + len(key)]) != b",\\n" + key', "False"),
+        DOCUMENT,
+        "flipped_bit or changed_places",
+    ),
+    Mutant(
+        "the brackets and the count of a list", FILE, "_part", condition("not is_list", "False"), DOCUMENT, "parts_that"
+    ),
+    Mutant(
+        "as many items as the header says",
+        MODULE,
+        "Items.decode",
+        condition("len(found) != text_count", "False"),
+        DOCUMENT,
+        AS_HEADER_SAYS,
+        (Change(MODULE, "Items.split", condition("len(split) != text_count", "False")),),
+    ),
+    Mutant(
+        "the checksum of a part",
+        FILE,
+        "_checked",
+        drop_operand("_checksum(text).decode() != part['checksum']"),
+        DOCUMENT,
+        "flipped_bit",
+    ),
+    Mutant(
+        "the checksum of the header",
+        FILE,
+        "_checked_header",
+        drop_operand("_checksum(memoryview(line)[shape.end():]) != shape[1]"),
+        DOCUMENT,
+        "flipped_bit",
+    ),
+)

@@ -1,0 +1,169 @@
+"""Mutants of session objects: what a save compares, merges, refuses and remembers."""
+
+from __future__ import annotations
+
+from mutation.catalogue.suites import HAZARDS, LOST_UPDATES, SESSION, SHARED_SESSIONS
+from mutation.edits import (
+    Edit,
+    condition,
+    drop_call,
+    drop_context,
+    drop_handler,
+    drop_statement,
+    replace_expression,
+    replace_statement,
+)
+from mutation.mutant import Change, Mutant
+
+MODULE = "session.py"
+
+
+def _saved(name: str, function: str, edit: Edit, tests: tuple[str, ...], select: str) -> Mutant:
+    return Mutant(f"save: {name}", MODULE, function, edit, tests, select)
+
+
+MUTANTS = (
+    _saved(
+        "the merge",
+        "Session._save",
+        condition("there.header.commit == base.header.commit", "True"),
+        HAZARDS,
+        "a3 or c2 or c3",
+    ),
+    _saved(
+        "the incarnation",
+        "Session._same_incarnation",
+        condition("there.header.incarnation != self._base.header.incarnation", "False"),
+        HAZARDS,
+        "c1",
+    ),
+    _saved("the refusal of removals in mid-turn", "Session._save", drop_call("self._refuse_removal"), HAZARDS, "b2"),
+    Mutant(
+        "the revision that an edit was decided on",
+        "store.py",
+        "Store.update",
+        condition("if_revision is not None and copy.header.revision != if_revision", "False"),
+        HAZARDS,
+        "a9",
+    ),
+    # What an edit changes was read before the lock was held.
+    Mutant(
+        "the re-read of an edit under the lock",
+        "store.py",
+        "Store.transaction",
+        replace_statement(
+            "found = tx.read()",
+            "found = earlier",
+        ),
+        LOST_UPDATES,
+        "kept and edit-1",
+        (
+            Change(
+                "store.py",
+                "Store.transaction",
+                replace_expression(
+                    "self._open().files.transaction(session_id)",
+                    "((earlier := self._open().files.read(session_id)), IT)[1]",
+                ),
+            ),
+            Change("store.py", "Store.transaction", replace_statement("yield copy", "tx.read()\nyield copy")),
+        ),
+    ),
+    _saved(
+        "the stream fields of the disk",
+        "merge_contents",
+        drop_statement("base, mine = (_with_stream_fields_of(theirs, side) for side in (base, mine))"),
+        SHARED_SESSIONS,
+        "never_writes_none",
+    ),
+    _saved(
+        "the look for a list that a preference drops",
+        "merge_contents",
+        drop_call("_refuse_lost_list"),
+        SESSION,
+        "never_drops",
+    ),
+    # --- a save that was cut off ---
+    _saved(
+        "the recognition of one that was cut off",
+        "Session._save",
+        drop_call("self._recognise"),
+        SHARED_SESSIONS,
+        "cut_off_counts_once",
+    ),
+    _saved(
+        "the refusal where nobody can tell",
+        "Session._recognise",
+        condition("there.header.commit == base.header.commit", "True"),
+        SHARED_SESSIONS,
+        "cut_off_under_the_commit",
+    ),
+    _saved(
+        "the sync of one that was cut off",
+        "Session._recognise",
+        replace_expression("self._take(there, mine, is_durable=False)", "self._take(there, mine, is_durable=True)"),
+        SHARED_SESSIONS,
+        "cut_off_is_made_durable",
+    ),
+    _saved(
+        "the note that one was refused",
+        "Session._save",
+        drop_statement("self._base = replace(base, is_durable=False)"),
+        SHARED_SESSIONS,
+        "refused_may_be_repeated",
+    ),
+    _saved(
+        "the rest that is shown after an exception",
+        "Session._show",
+        drop_handler("BaseException"),
+        SHARED_SESSIONS,
+        "any_line",
+    ),
+    # --- durability ---
+    _saved(
+        "the sync of what others committed",
+        "Session._save",
+        condition("base.is_durable and there.header.commit == base.header.commit", "base.is_durable"),
+        SHARED_SESSIONS,
+        "made_durable",
+    ),
+    _saved(
+        "the sync of what a refresh has read",
+        "Session._refresh",
+        replace_expression(
+            "_Base(there.header, there.content, is_durable=False)",
+            "_Base(there.header, there.content, is_durable=base.is_durable)",
+        ),
+        SHARED_SESSIONS,
+        "made_durable",
+    ),
+    # --- one object ---
+    _saved(
+        "the guard between refresh and save",
+        "Session.save",
+        drop_context("self._alone()"),
+        SHARED_SESSIONS,
+        "exclude_each_other",
+    ),
+    _saved(
+        "the refusal of a verb in the middle of one",
+        "Session._alone",
+        condition("self._inside is not None and self._inside() is not None", "False"),
+        SHARED_SESSIONS,
+        "in_the_middle_of_one",
+    ),
+    _saved(
+        "the look of a child whose guard it is",
+        "Session._alone",
+        condition("self._pid != os.getpid()", "False"),
+        SHARED_SESSIONS,
+        "another_thread_is_inside",
+    ),
+    _saved(
+        "the look for an edit while it ran",
+        "Session._take",
+        condition("current != mine", "False"),
+        SHARED_SESSIONS,
+        "contradicts",
+    ),
+)
