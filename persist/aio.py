@@ -1,4 +1,4 @@
-"""`persist` for asyncio and trio: the same nouns and verbs, awaited. Needs the extra `aio` (anyio).
+"""`persist` for asyncio: the same nouns and verbs, awaited.
 
     store = persist.aio.Store("var/sessions")
 
@@ -19,31 +19,107 @@ There is no `edit`, since nothing may be awaited while a lock is held: `update(i
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import functools
+import operator
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Concatenate, NoReturn, ParamSpec, Self, TypedDict, TypeVar, Unpack
-
-import anyio
-import anyio.lowlevel
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypedDict, TypeVar, Unpack
 
 import persist
-from persist.errors import WrongType
-from persist.event_log import Ended, Event
-from persist.follow import Cursor
-from persist.hops import News, Threads
+from persist import event_log, follow, turn, watch
 from persist.merge import Policy
 from persist.storage.commit import Mode
-from persist.turn import Message
-from persist.watch import waking
 
 Result = TypeVar("Result")
+Twin = TypeVar("Twin")
 P = ParamSpec("P")
+#: Threads of a store: so many verbs may wait for disks, and so many for sessions' locks, at the same time.
+QUICK_THREADS = 16
+PATIENT_THREADS = 128
+
+
+# --- threads ---------------------------------------------------------------------------------------------------------
+
+
+class _Threads:
+    """Runs verbs in threads of their own, away from the threads that the application uses.
+
+    What may wait for a session's lock has threads apart, so that a session that somebody keeps locked holds up nobody's
+    events.
+    """
+
+    _pid = 0
+
+    async def run(
+        self, function: Callable[[], Result], undo: Callable[[Result], object] | None = None, *, is_quick: bool = False
+    ) -> Result:
+        """Call a function in a thread, to its end, whatever becomes of the caller.
+
+        Args:
+            undo: called with the result, in a thread, if the caller was cancelled and will not get it.
+            is_quick: it waits for no session's lock.
+        """
+        if self._pid != os.getpid():
+            # At first, and in a forked child, which has none of the threads. If two loops come here at once, the work
+            # of each is done, in whichever pool.
+            self._quick = ThreadPoolExecutor(QUICK_THREADS, thread_name_prefix="persist")
+            self._patient = ThreadPoolExecutor(PATIENT_THREADS, thread_name_prefix="persist-locks")
+            # Last, because a loop that finds the number must find the pools, too.
+            self._pid = os.getpid()
+        done, cancellation = _News(), None
+        work = (self._quick if is_quick else self._patient).submit(contextvars.copy_context().run, function)
+        # Not a task, and no future of the loop: `asyncio.run` cancels those when it ends, and the result would be lost.
+        work.add_done_callback(lambda _: done.set())
+        while not work.done():
+            try:
+                await done.wait()
+            except asyncio.CancelledError as error:
+                cancellation = error
+        if cancellation is None:
+            return work.result()
+        if undo is not None and work.exception() is None:
+            try:
+                await self.run(partial(undo, work.result()))
+            except Exception as failure:
+                # Whoever cancelled waits for the cancellation, and for nothing else.
+                cancellation.add_note(f"What was obtained could not be given back: {failure}")
+        raise cancellation from work.exception()
+
+
+class _News:
+    """An event that any thread may set, in the loop that made it; also from a signal handler."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self._is_on_its_way = False
+        self._loop = asyncio.get_running_loop()
+
+    def set(self) -> None:
+        """Wake the one who waits. Several calls may be one: look at what changed after `wait` has returned."""
+        if not self._is_on_its_way:
+            self._is_on_its_way = True
+            # RuntimeError: the loop has ended, and nobody waits.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self, timeout_s: float | None = None) -> None:
+        """Return when it is set, or after some seconds; it is unset then."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._event.wait()
+        self._event.clear()
+        self._is_on_its_way = False
+
+
+# --- the same verbs, awaited -----------------------------------------------------------------------------------------
 
 
 def _hop(
@@ -52,9 +128,8 @@ def _hop(
     """Return a verb that is awaited: one hop to a thread. `is_quick`: it waits for no session's lock."""
 
     @functools.wraps(verb)
-    async def hop(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> Result:
-        result: Result = await self._threads.run(lambda: verb(self._sync, *args, **kwargs), is_quick=is_quick)
-        return result
+    async def hop(self: _Awaited[Any], /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        return await self._threads.run(partial(verb, self._sync, *args, **kwargs), is_quick=is_quick)
 
     return hop
 
@@ -63,81 +138,56 @@ def _loading(
     verb: Callable[Concatenate[Any, P], persist.Session], *, is_quick: bool = False
 ) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, Session]]:
     """Return a verb that is awaited, and gives a session."""
+    load = _hop(verb, is_quick=is_quick)
 
     @functools.wraps(verb)
     async def hop(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> Session:
-        found = await self._threads.run(lambda: verb(self._sync, *args, **kwargs), is_quick=is_quick)
-        return Session(self._threads, found)
+        return Session(await load(self, *args, **kwargs), self._threads)
 
     return hop
 
 
-class Session:
-    """A session as it was loaded; `data` is a plain dict. See `persist.Session`."""
+def _mirrored(name: str) -> Any:
+    """Return a property that reads an attribute of the twin. That never waits."""
+    return property(operator.attrgetter(f"_sync.{name}"))
 
-    def __init__(self, threads: Threads, session: persist.Session) -> None:
+
+class _Awaited(Generic[Twin]):
+    """An object of `persist` whose verbs are awaited."""
+
+    def __init__(self, sync: Twin, threads: _Threads) -> None:
+        # The twin comes first, because a stream's twin explains why it cannot be pickled.
+        self._sync = sync
         self._threads = threads
-        self._sync = session
 
     def __repr__(self) -> str:
         return repr(self._sync).replace("persist.", "persist.aio.", 1)
 
-    @property
-    def id(self) -> str:
-        return self._sync.id
 
-    @property
-    def data(self) -> dict[str, Any]:
-        return self._sync.data
+class Session(_Awaited[persist.Session]):
+    """A session as it was loaded; `data` is a plain dict. See `persist.Session`."""
 
-    @property
-    def revision(self) -> int:
-        return self._sync.revision
-
-    @property
-    def created_at(self) -> datetime:
-        return self._sync.created_at
-
-    @property
-    def updated_at(self) -> datetime:
-        return self._sync.updated_at
-
-    @property
-    def active_stream_id(self) -> str | None:
-        return self._sync.active_stream_id
+    id: str = _mirrored("id")
+    data: dict[str, Any] = _mirrored("data")
+    revision: int = _mirrored("revision")
+    created_at: datetime = _mirrored("created_at")
+    updated_at: datetime = _mirrored("updated_at")
+    active_stream_id: str | None = _mirrored("active_stream_id")
 
     save = _hop(persist.Session.save)
     refresh = _hop(persist.Session.refresh)
     clear_stale_stream = _hop(persist.Session.clear_stale_stream)
 
 
-class Stream:
+class Stream(_Awaited[persist.Stream]):
     """A running turn that owns its session; leaving its ``async with`` without `finish` is `fail`.
 
     See `persist.Stream`.
     """
 
-    def __init__(self, threads: Threads, stream: persist.Stream) -> None:
-        self._threads = threads
-        self._sync = stream
-
-    def __repr__(self) -> str:
-        return repr(self._sync).replace("persist.", "persist.aio.", 1)
-
-    def __reduce__(self) -> NoReturn:
-        self._sync.__reduce__()
-
-    @property
-    def id(self) -> str:
-        return self._sync.id
-
-    @property
-    def session_id(self) -> str:
-        return self._sync.session_id
-
-    @property
-    def epoch(self) -> int:
-        return self._sync.epoch
+    id: str = _mirrored("id")
+    session_id: str = _mirrored("session_id")
+    epoch: int = _mirrored("epoch")
 
     async def is_cancelled(self) -> bool:
         """See `persist.Stream.cancelled`, which cannot be awaited under that name."""
@@ -145,8 +195,8 @@ class Stream:
 
     async def emit(self, *events: Any, durable: bool = False) -> int:
         """See `persist.Stream.emit`."""
-        is_quick = self._sync._events.is_open
-        return await self._threads.run(lambda: self._sync.emit(*events, durable=durable), is_quick=is_quick)
+        emit = partial(self._sync.emit, *events, durable=durable)
+        return await self._threads.run(emit, is_quick=self._sync._events.is_open)
 
     checkpoint = _hop(persist.Stream.checkpoint)
     append = _hop(persist.Stream.append)
@@ -156,10 +206,7 @@ class Stream:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._threads.run(lambda: self._sync.__exit__(kind, error, trace))
+    __aexit__ = _hop(persist.Stream.__exit__)
 
 
 class _Starting(Coroutine[Any, Any, Stream]):
@@ -167,7 +214,6 @@ class _Starting(Coroutine[Any, Any, Stream]):
 
     def __init__(self, start: Coroutine[Any, Any, Stream]) -> None:
         self._start = start
-        self._stream: Stream | None = None
 
     def __await__(self) -> Generator[Any, Any, Stream]:
         return self._start.__await__()
@@ -185,11 +231,8 @@ class _Starting(Coroutine[Any, Any, Stream]):
         self._stream = await self._start
         return self._stream
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self._stream is not None
-        await self._stream.__aexit__(kind, error, trace)
+    async def __aexit__(self, *error: Any) -> None:
+        await self._stream.__aexit__(*error)
 
 
 class Following:
@@ -200,45 +243,41 @@ class Following:
     from there.
     """
 
-    def __init__(
-        self, threads: Threads, opened: Callable[[], Cursor], session_id: str, stream_id: str, after: int
-    ) -> None:
+    def __init__(self, store: Store, session_id: str, stream_id: str, after: int) -> None:
         self.session_id = session_id
         self.stream_id = stream_id
         self.offset = after
-        self._threads = threads
-        self._opened = opened
-        self._begun: tuple[Cursor, News] | None = None
-        self._pending: deque[Event] = deque()
+        self._look = partial(store._sync._cursor, session_id, stream_id, after)
+        self._threads = store._threads
+        self._cursor: follow.Cursor | None = None
+        self._pending: deque[event_log.Event] = deque()
         self._is_closed = False
         self._is_taking = False
         self._open = ExitStack()
 
     @property
-    def ended(self) -> Ended | None:
+    def ended(self) -> event_log.Ended | None:
         """How the stream has ended; None while there is more to come."""
-        return None if self._pending or self._begun is None else self._begun[0].ended
+        return None if self._pending or self._cursor is None else self._cursor.ended
 
     def __await__(self) -> Generator[Any, Any, Self]:
         return self.__aenter__().__await__()
 
     async def __aenter__(self) -> Self:
-        if self._begun is None:
-            await self._begin()
+        await self._opened()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_error: object) -> None:
         self.close()
 
-    def __aiter__(self) -> AsyncIterator[Event]:
+    def __aiter__(self) -> AsyncIterator[event_log.Event]:
         return self
 
-    async def __anext__(self) -> Event:
-        await anyio.lowlevel.checkpoint()
+    async def __anext__(self) -> event_log.Event:
+        # Other tasks run between two events, also where all are there already.
+        await asyncio.sleep(0)
         if not self._pending and not self._is_closed:
-            await self._wait()
+            await self._wait(await self._opened())
         if not self._pending:
             self.close()
             raise StopAsyncIteration
@@ -246,21 +285,27 @@ class Following:
         self.offset = event.offset
         return event
 
-    async def _wait(self) -> None:
+    async def _opened(self) -> follow.Cursor:
+        if self._cursor is None:
+            self._cursor, self._news = await self._threads.run(self._look, undo=follow.Cursor.close), _News()
+            self._open.callback(self._cursor.close)
+            self._open.enter_context(watch.waking(self._cursor.path, self._news.set))
+        return self._cursor
+
+    async def _wait(self, cursor: follow.Cursor) -> None:
         """Return when there is an event, or there will be none."""
-        cursor, news = self._begun or await self._begin()
         while not (self._pending or self._is_closed or cursor.ended):
             if not cursor.is_due:
-                await news.wait(cursor.quiet_left_s)
+                await self._news.wait(cursor.quiet_left_s)
             elif (found := cursor.take_cached()) is not None:
                 self._pending.extend(found)
-                await anyio.lowlevel.checkpoint()
+                await asyncio.sleep(0)
             else:
                 await self._take(cursor)
 
-    async def _take(self, cursor: Cursor) -> None:
-        # In the thread to the end, so that nothing is lost if the task that asked is gone; closed by another, only
-        # after that.
+    async def _take(self, cursor: follow.Cursor) -> None:
+        # The thread puts what it took into its place, so that nothing is lost if this task is cancelled. The file stays
+        # open while the thread reads it.
         self._is_taking = True
         try:
             await self._threads.run(lambda: self._pending.extend(cursor.take()), is_quick=not cursor.is_quiet)
@@ -268,14 +313,6 @@ class Following:
             self._is_taking = False
             if self._is_closed:
                 self._open.close()
-
-    async def _begin(self) -> tuple[Cursor, News]:
-        cursor = await self._threads.run(self._opened, undo=lambda cursor: cursor.close())
-        news = News()
-        self._open.callback(cursor.close)
-        self._open.enter_context(waking(cursor.path, news.set))
-        self._begun = cursor, news
-        return self._begun
 
     def close(self) -> None:
         """Stop following."""
@@ -300,7 +337,7 @@ class _Options(TypedDict, total=False):
     create: bool
 
 
-class Store:
+class Store(_Awaited[persist.Store]):
     """A directory of sessions; takes what `persist.Store` takes, or such a store.
 
     Opening it touches the disk for some milliseconds: do it before the loop serves.
@@ -308,16 +345,10 @@ class Store:
 
     def __init__(self, path: str | os.PathLike[str] | persist.Store, **options: Unpack[_Options]) -> None:
         if isinstance(path, persist.Store) and options:
-            raise WrongType(what="options", expected="given to the persist.Store itself", got="given beside it")
-        self._sync = path if isinstance(path, persist.Store) else persist.Store(path, **options)
-        self._threads = Threads()
+            raise persist.WrongType(what="options", expected="given to the persist.Store itself", got="given beside it")
+        super().__init__(path if isinstance(path, persist.Store) else persist.Store(path, **options), _Threads())
 
-    def __repr__(self) -> str:
-        return repr(self._sync).replace("persist.", "persist.aio.", 1)
-
-    @property
-    def path(self) -> Path:
-        return self._sync.path
+    path: Path = _mirrored("path")
 
     def close(self) -> None:
         """Refuse further verbs with `StoreClosed`; streams that run go on until they end."""
@@ -326,9 +357,7 @@ class Store:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_error: object) -> None:
         self.close()
 
     load = _loading(persist.Store.load, is_quick=True)
@@ -342,21 +371,18 @@ class Store:
     append = _hop(persist.Store.append)
 
     def start_stream(
-        self, session_id: str, message: Message | None = None, *, stream_id: str | None = None
+        self, session_id: str, message: turn.Message | None = None, *, stream_id: str | None = None
     ) -> _Starting:
         """See `persist.Store.start_stream`. Use it as ``async with store.start_stream(…) as stream``, or await it."""
-        return _Starting(self._started(lambda: self._sync.start_stream(session_id, message, stream_id=stream_id)))
+        return _Starting(self._started(partial(self._sync.start_stream, session_id, message, stream_id=stream_id)))
 
     async def _started(self, start: Callable[[], persist.Stream]) -> Stream:
-        return Stream(
-            self._threads, await self._threads.run(start, undo=lambda stream: stream.__exit__(None, None, None))
-        )
+        stream = await self._threads.run(start, undo=lambda stream: stream.__exit__(None, None, None))
+        return Stream(stream, self._threads)
 
     def follow(self, session_id: str, stream_id: str, *, after: int = 0) -> Following:
         """See `persist.Store.follow`. Use it as ``async for event in store.follow(…)``; await it to open it at once."""
-        return Following(
-            self._threads, lambda: self._sync._cursor(session_id, stream_id, after), session_id, stream_id, after
-        )
+        return Following(self, session_id, stream_id, after)
 
     events = _hop(persist.Store.events, is_quick=True)
     cancel = _hop(persist.Store.cancel)

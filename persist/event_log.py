@@ -27,17 +27,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from persist import json_codec
-from persist.errors import EmitFailed, NestedLock, PersistError, Translating, Unreadable
+from persist import errors, json_codec, watch
 from persist.storage import disk, layout
 from persist.storage.directory import SessionDirectory
 from persist.storage.held import HeldFile, try_hold
-from persist.watch import wake
 
 #: How a stream has ended. "died": its process was gone; "deleted": its session was removed; "unknown": the line that
 #: says it was not written, since the disk was full or the process was killed in that instant.
@@ -86,7 +83,6 @@ class EventWriter:
         self._end = 0
         #: Whether a write broke off, so that it is not known what stands there.
         self._is_torn = False
-        self._is_fenced = False
         self._is_name_durable = False
         self._sync_error: OSError | None = None
 
@@ -98,7 +94,7 @@ class EventWriter:
         """Make the file or open it, under the session's lock: who takes the session away must find it, to put the end
         there.
         """
-        with self._alone(), self._refusals():
+        with self._writing():
             if self._held is None:
                 disk.make_directory(self._path.parent)
                 disk.check_directory(self._path.parent)
@@ -112,16 +108,29 @@ class EventWriter:
             Fenced: the stream has been ended.
             NestedLock: this thread is in the middle of it, and a signal handler asks again.
         """
-        with self._alone(), self._refusals():
-            if self._held is None or not self._held.is_held or self._is_fenced:
+        with self._writing():
+            if self._held is None or not self._held.is_held:
                 raise Fenced
+            fd, mark = self._held.fd, b""
             if self._is_torn:
-                self._take_stock(self._held.fd)
-            self._write(self._held.fd, events)
+                self._take_stock(fd)
+                # Not only a newline: a line that lacks nothing but that would become an event, in the place of the next
+                # one.
+                mark = b"?\n"
+            lines = [b'{"offset":%d,"event":%b}\n' % line for line in enumerate(events, self._count + 1)]
+            written = b"".join([mark, *lines])
+            self._is_torn = True
+            disk.write(fd, written)
+            self._end += len(written)
+            if os.lseek(fd, 0, os.SEEK_CUR) != self._end:
+                self._held.close()
+                raise Fenced
+            self._count += len(events)
+            self._is_torn = False
             if durable:
-                self._sync(self._held.fd)
+                self._sync(fd)
             offset = self._count
-        wake(self._path)
+        watch.wake(self._path)
         return offset
 
     def close(self) -> None:
@@ -130,46 +139,39 @@ class EventWriter:
             if self._held is not None:
                 self._held.close()
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Keep other threads out of a block, and turn the disk's own errors into `EmitFailed`."""
         with self._guard:
             if self._is_busy:
-                raise NestedLock(session_id=self._session_id, held=self._session_id)
+                raise errors.NestedLock(session_id=self._session_id, held=self._session_id)
             self._is_busy = True
             try:
                 yield
+            except errors.PersistError:
+                raise
+            except OSError as error:
+                reason = error.strerror or type(error).__name__
+                raise errors.EmitFailed(
+                    stream_id=self._stream_id, path=self._path, reason=reason, errno=error.errno
+                ) from error
             finally:
                 self._is_busy = False
-
-    def _write(self, fd: int, events: Sequence[bytes]) -> None:
-        lines = b"".join([b'{"offset":%d,"event":%b}\n' % line for line in enumerate(events, self._count + 1)])
-        if self._is_torn:
-            # Not only a newline: a line that lacks nothing but that would become an event, in the place of the next
-            # one.
-            lines = b"?\n" + lines
-        self._is_torn = True
-        disk.write(fd, lines)
-        self._end += len(lines)
-        if os.lseek(fd, 0, os.SEEK_CUR) != self._end:
-            self._is_fenced = True
-            raise Fenced
-        self._count += len(events)
-        self._is_torn = False
 
     def _take_stock(self, fd: int) -> None:
         """After a write that broke off: some of its events may stand there, and the last line may be torn."""
         try:
-            reader = EventReader(self._path)
+            with EventReader(self._path) as reader:
+                # Asked for before the events: an end line that comes behind them must show as one.
+                self._end = reader.size()
+                while reader.read():
+                    pass
+                # Another file may bear the name by now.
+                if reader.ended is not None or not os.path.sameopenfile(reader._fd, fd):
+                    raise Fenced
+                self._count = reader.count
         except FileNotFoundError:
             raise Fenced from None
-        with reader:
-            # Asked for before the events: an end line that comes behind them must show as one.
-            self._end = reader.size()
-            while reader.read():
-                pass
-            if reader.ended is not None or not reader.reads(fd):
-                raise Fenced
-            self._count = reader.count
 
     def _sync(self, fd: int) -> None:
         if self._sync_error is not None:
@@ -191,17 +193,19 @@ class EventWriter:
             self._sync_error = error
             raise
 
-    def _refusals(self) -> Translating[None]:
-        """The disk's own errors, as `EmitFailed`."""
-        return Translating(self._refuse, None)
-
-    def _refuse(self, error: BaseException) -> None:
-        if isinstance(error, OSError) and not isinstance(error, PersistError):
-            reason = error.strerror or type(error).__name__
-            raise EmitFailed(stream_id=self._stream_id, path=self._path, reason=reason, errno=error.errno) from error
-
 
 # --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn the disk's own errors in a block into `Unreadable`, but for a file that is not there."""
+    try:
+        yield
+    except (errors.PersistError, FileNotFoundError):
+        raise
+    except OSError as error:
+        raise errors.Unreadable.because(path, error) from error
 
 
 class EventReader:
@@ -219,7 +223,7 @@ class EventReader:
         self._position = 0
         self._torn: list[bytes] = []
         self._fd = -1  # for `close`, if it cannot be opened
-        with self._refusals():
+        with _reading(path):
             disk.check_directory(path.parent)
             self._fd = disk.open_plain(path, os.O_RDONLY)
 
@@ -242,10 +246,6 @@ class EventReader:
         """The size of the file now, in bytes."""
         return os.fstat(self._fd).st_size
 
-    def reads(self, fd: int) -> bool:
-        """Whether this is the file that a descriptor has open, and not another that bears its name by now."""
-        return os.path.sameopenfile(self._fd, fd)
-
     @property
     def has_more(self) -> bool:
         """Whether there are bytes that were not read yet. Never waits for the disk."""
@@ -259,7 +259,7 @@ class EventReader:
         """
         found: list[Event] = []
         while not found and self.ended is None and (until is None or self._position < until):
-            with self._refusals():
+            with _reading(self._path):
                 chunk = disk.read_at(self._fd, _CHUNK_BYTES, self._position)
             if not chunk:
                 break
@@ -284,21 +284,15 @@ class EventReader:
         self._torn = [rest]
         return [event for line in lines if (event := self._take(line)) is not None]
 
-    def _refusals(self) -> Translating[None]:
-        """The disk's own errors, as `Unreadable`, but for a file that is not there."""
-        return Translating(self._refuse, None)
-
-    def _refuse(self, error: BaseException) -> None:
-        if isinstance(error, OSError) and not isinstance(error, (PersistError, FileNotFoundError)):
-            raise Unreadable.because(self._path, error) from error
-
     def _take(self, line: bytes) -> Event | None:
         """The event of a line, if it counts and is asked for."""
         if self.ended is not None:
             return None
         shape = _LINE.fullmatch(line)
         if shape is None:
-            self._take_end(line)
+            end = _END.fullmatch(line)
+            if end is not None:
+                self.ended = end[1].decode()  # type: ignore[assignment]
             return None
         if int(shape[1]) != self.count + 1:
             return None
@@ -309,11 +303,6 @@ class EventReader:
             return None
         self.count += 1
         return event if self.count > self._after else None
-
-    def _take_end(self, line: bytes) -> None:
-        end = _END.fullmatch(line)
-        if end is not None:
-            self.ended = end[1].decode()  # type: ignore[assignment]
 
 
 # --- all streams of a store ------------------------------------------------------------------------------------------
@@ -365,9 +354,7 @@ class EventFiles:
         path = self.path(session_id, str(stream_id))
         if not disk.exists(path):
             return False
-        disk.check_directory(path.parent)
         _append_end(path, ended)
-        wake(path)
         return True
 
     def end(self, session_id: str, stream_id: object, ended: Ended) -> None:
@@ -375,7 +362,7 @@ class EventFiles:
         with contextlib.suppress(OSError):
             if self.fence(session_id, stream_id, ended):
                 self._ended.append(self.path(session_id, str(stream_id)))
-            self._remove_ended(_MOST_REMOVED)
+        self._remove_ended(_MOST_REMOVED)
 
     def forget(self, session_id: str, stream_id: str) -> None:
         """Remove the events of an earlier stream of that id, and what has expired in that session."""
@@ -392,19 +379,13 @@ class EventFiles:
         """
         for path in self._paths(session_id):
             with contextlib.suppress(OSError):
-                disk.check_directory(path.parent)
                 _append_end(path, "deleted")
-                wake(path)
 
     def remove_session(self, session_id: str) -> None:
         """Remove the events of all streams of a deleted session. What the disk refuses stays until a sweep."""
-        paths: list[Path] = []
         with contextlib.suppress(OSError):
-            paths += self._paths(session_id)
-        for path in paths:
-            with contextlib.suppress(OSError):
-                disk.check_directory(path.parent)
-                disk.unlink(path)
+            for path in self._paths(session_id):
+                disk.remove_quietly(path)
 
     def sweep(self) -> None:
         """Remove all that has expired."""
@@ -414,19 +395,17 @@ class EventFiles:
 
     def close(self) -> None:
         """Remove what has expired of the streams that ended here."""
-        with contextlib.suppress(OSError):
-            self._remove_ended(_MOST_REMEMBERED)
+        self._remove_ended(_MOST_REMEMBERED)
 
     def _remove_ended(self, most: int) -> None:
         """Remove the events of streams that ended first, as far as they have expired."""
-        for _ in range(most):
-            try:
+        # IndexError: none is left.
+        with contextlib.suppress(IndexError, OSError):
+            for _ in range(most):
                 path = self._ended.popleft()
-            except IndexError:
-                return
-            if not self._remove_expired(path):
-                self._ended.appendleft(path)
-                return
+                if not self._remove_expired(path):
+                    self._ended.appendleft(path)
+                    break
 
     def _remove_expired(self, path: Path) -> bool:
         """Remove a stream's events if they have expired. Tell whether they are gone."""
@@ -448,18 +427,15 @@ class EventFiles:
         """Return the events files of a session, or of all."""
         wanted = None if session_id is None else self._files.layout.session(session_id).name
         directory = self._files.layout.events
-        try:
+        with _reading(directory):
             disk.check_directory(directory)
-            names = disk.names(directory)
-        except PersistError:
-            raise
-        except OSError as error:
-            raise Unreadable.because(directory, error) from error
-        found = ((name, layout.stream_of(name)) for name in names)
+            found = [(name, layout.stream_of(name)) for name in disk.names(directory)]
         return [directory / name for name, stream in found if stream and wanted in (None, stream[0])]
 
 
 def _append_end(path: Path, ended: Ended) -> None:
+    """Append the end line, if it is not there, and wake the followers."""
+    disk.check_directory(path.parent)
     fd = disk.open_plain(path, os.O_RDWR | os.O_APPEND)
     try:
         size = os.fstat(fd).st_size
@@ -468,3 +444,4 @@ def _append_end(path: Path, ended: Ended) -> None:
             disk.write(fd, b"\n" * bool(rest) + b'{"end":"%b"}\n' % ended.encode())
     finally:
         disk.close(fd)
+    watch.wake(path)

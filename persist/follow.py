@@ -17,23 +17,11 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
-from types import TracebackType
 from typing import Self
 
-from persist import streams
-from persist.errors import (
-    CommitFailed,
-    CursorAhead,
-    EventsNotFound,
-    LockTimeout,
-    SessionNotFound,
-    Unreadable,
-    WrongType,
-)
+from persist import errors, streams, watch
 from persist.event_log import Ended, Event, EventReader
 from persist.storage import layout
-from persist.streams import Backend
-from persist.watch import waking
 
 #: After how much silence it asks whether the owner lives, and how often then.
 LOOK_S = 0.4
@@ -48,9 +36,9 @@ class Cursor:
     `take` is what is new; `ended` how the stream has ended, once all was taken.
     """
 
-    def __init__(self, backend: Backend, session_id: str, stream_id: str, after: int) -> None:
+    def __init__(self, backend: streams.Backend, session_id: str, stream_id: str, after: int) -> None:
         if type(after) is not int or after < 0:
-            raise WrongType(what="after", expected="the offset of an event, from 0 up", got=repr(after))
+            raise errors.WrongType(what="after", expected="the offset of an event, from 0 up", got=repr(after))
         self.session_id = layout.check_session_id(session_id)
         self.stream_id = layout.check_stream_id(stream_id)
         self.path = backend.events.path(session_id, stream_id)
@@ -58,29 +46,25 @@ class Cursor:
         self.ended: Ended | None = None
         self._backend = backend
         self._look_timeout_s = LOOK_TIMEOUT_S
-        self._reader = self._open(after)
+        self._reader = self._open()
         self._first = self._reader.read(until=self._reader.size())
         if self._reader.count < after:
             self._reader.close()
-            raise CursorAhead(session_id=session_id, stream_id=stream_id, after=after, count=self._reader.count)
+            raise errors.CursorAhead(session_id=session_id, stream_id=stream_id, after=after, count=self._reader.count)
         self._hush()
 
-    def _open(self, after: int) -> EventReader:
-        try:
-            return EventReader(self.path, after)
-        except FileNotFoundError:
-            self._make_if_active()
-        try:
-            return EventReader(self.path, after)
-        except FileNotFoundError:
-            raise EventsNotFound(session_id=self.session_id, stream_id=self.stream_id, path=self.path) from None
-
-    def _make_if_active(self) -> None:
-        """The stream may be about to say its first word: then whoever ends it must find where to say that."""
+    def _open(self) -> EventReader:
+        with suppress(FileNotFoundError):
+            return EventReader(self.path, self.after)
+        # The stream may be about to say its first word: then whoever ends it must find where to say that.
         with self._backend.files.transaction(self.session_id) as tx:
             if streams.active_in(tx.head()) == self.stream_id:
                 with tx.refusals():
                     self._backend.events.make(self.session_id, self.stream_id)
+        try:
+            return EventReader(self.path, self.after)
+        except FileNotFoundError:
+            raise errors.EventsNotFound(session_id=self.session_id, stream_id=self.stream_id, path=self.path) from None
 
     def close(self) -> None:
         """Let go of the file."""
@@ -107,7 +91,10 @@ class Cursor:
 
     def take(self) -> list[Event]:
         """The events that are new; none if there are none yet, or if the stream has ended."""
-        return self._look() if self.is_quiet and not self._reader.has_more else self._taken(self._take_written())
+        # What the owner wrote until it was asked for is read after that.
+        unsaid = self._ended_unsaid() if self.is_quiet and not self._reader.has_more else None
+        found, self._first = self._first or self._reader.read(), []
+        return self._taken(found, unsaid)
 
     def take_cached(self) -> list[Event] | None:
         """As `take`, for an event loop: None where that would wait for the disk or for a lock."""
@@ -116,17 +103,16 @@ class Cursor:
         found = self._reader.read_cached()
         return None if found is None else self._taken(found)
 
-    def _taken(self, found: list[Event]) -> list[Event]:
+    def _taken(self, found: list[Event], unsaid: Ended | None = None) -> list[Event]:
         if found:
             self._hush()
         else:
-            self.ended = self._reader.ended
+            self.ended = self._reader.ended or unsaid
         return found
 
     def take_all(self) -> list[Event]:
         """All that is written by now, without asking whether the stream is still there; closes the cursor."""
-        found, self._first = self._first, []
-        until = self._reader.size()
+        found, until = self._first, self._reader.size()
         try:
             # Up to where it stands now: a fast stream could be followed for ever.
             while new := self._reader.read(until):
@@ -135,30 +121,18 @@ class Cursor:
             self.close()
         return found
 
-    def _take_written(self) -> list[Event]:
-        found, self._first = self._first or self._reader.read(), []
-        return found
-
-    def _look(self) -> list[Event]:
-        """Ask whether the stream is still there; what its owner wrote until then is read first."""
-        self._hush()
-        ended = self._ended_unsaid()
-        found = self._take_written()
-        if not found:
-            self.ended = self._reader.ended or ended
-        return found
-
     def _ended_unsaid(self) -> Ended | None:
-        """How a stream has ended whose end line is not there."""
+        """Ask how a stream has ended whose end line is not there; None if it goes on."""
+        self._hush()
         try:
             info = streams.look_at(self._backend, self.session_id, timeout_s=self._look_timeout_s)
             self._look_timeout_s = LOOK_TIMEOUT_S
-        except (LockTimeout, CommitFailed, Unreadable):
+        except (errors.LockTimeout, errors.CommitFailed, errors.Unreadable):
             # Somebody works on the session, or there is no descriptor left just now: ask again soon.
             self._look_timeout_s = min(self._look_timeout_s * 2, LAST_LOOK_TIMEOUT_S)
             self._hush(0.5)
             return None
-        except SessionNotFound:
+        except errors.SessionNotFound:
             return "deleted"
         if info is None or info.stream_id != self.stream_id:
             return "unknown"
@@ -193,7 +167,7 @@ class Following:
         self._is_closed = False
         self._open = ExitStack()
         self._open.callback(cursor.close)
-        self._open.enter_context(waking(cursor.path, partial(_unlock, self._no_news)))
+        self._open.enter_context(watch.waking(cursor.path, partial(_unlock, self._no_news)))
 
     def __repr__(self) -> str:
         ended = self.ended and f", {self.ended}"
@@ -228,7 +202,5 @@ class Following:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()

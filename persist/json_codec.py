@@ -143,7 +143,7 @@ def encode(value: Any, path: ValuePath = ()) -> bytes:
 
 def _encode_surrogates(value: Any, path: ValuePath) -> bytes:
     """Encode a value with a lone surrogate in it. All else in it has the bytes that it has elsewhere."""
-    if type(value) is list:
+    if isinstance(value, list | tuple):
         return b"[%b]" % b",".join([encode(item, path) for item in value])
     if type(value) is dict:
         return b"{%b}" % b",".join([encode(key, path) + b":" + encode(item, path) for key, item in value.items()])

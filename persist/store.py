@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import os
@@ -9,19 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self, TypeVar, get_args
 
 from persist import errors, json_codec, maintenance, streams, turn
 from persist.event_log import Event, EventFiles
 from persist.follow import Cursor, Following
-from persist.maintenance import Problem
 from persist.merge import Policy, check_policies
 from persist.session import Head, Session, refuse_changed_stream_fields
-from persist.storage.cache import Replica
-from persist.storage.commit import Mode, Options
+from persist.storage import cache, commit, document
 from persist.storage.content import ALWAYS_APART, HEADER, Content, empty, encoded
-from persist.storage.document import first_header
 from persist.storage.transaction import SessionFiles
 from persist.streams import Backend, Stream, StreamInfo
 from persist.turn import Message
@@ -78,7 +75,7 @@ class Store:
         path: str | os.PathLike[str],
         *,
         lock_timeout_s: float = 5.0,
-        journal: Mode = "auto",
+        journal: commit.Mode = "auto",
         merge: Mapping[str, Policy] | None = None,
         keep_events_s: float = 300.0,
         cache_bytes: int = 64 * 1024 * 1024,
@@ -87,40 +84,32 @@ class Store:
     ) -> None:
         errors.require_flags(allow_network=allow_network, create=create)
         directory = _directory(path, create=create)
-        if journal not in get_args(Mode):
-            raise errors.WrongType(what="journal", expected=" | ".join(get_args(Mode)), got=repr(journal))
+        if journal not in get_args(commit.Mode):
+            raise errors.WrongType(what="journal", expected=" | ".join(get_args(commit.Mode)), got=repr(journal))
         policies = {} if merge is None else merge
         check_policies(policies)
-        for field in policies.keys() & {HEADER, *turn.IDLE}:
-            raise errors.ReservedField(field=field, remedy="It always comes from the disk: leave it out of merge.")
-        for field in policies.keys() & {*ALWAYS_APART}:
-            # To take one side would drop what the other has appended.
-            raise errors.ReservedField(field=field, remedy="It is always merged item by item: leave it out of merge.")
+        for field in policies.keys() & {HEADER, *turn.IDLE, *ALWAYS_APART}:
+            # To take one side of a list would drop what the other has appended.
+            raise errors.ReservedField(field=field, remedy="It has a rule of its own: leave it out of merge.")
         self._policies = dict(policies)
         if type(cache_bytes) is not int or cache_bytes < 0:
             raise errors.WrongType(what="cache_bytes", expected="a number of bytes from 0 up", got=repr(cache_bytes))
-        files = SessionFiles(
-            directory,
-            Options(journal),
-            timeout_s=_seconds("lock_timeout_s", lock_timeout_s),
-            cache_bytes=cache_bytes,
-            allow_network=allow_network,
-            create=create,
-        )
+        kept: dict[str, Any] = {"cache_bytes": cache_bytes, "allow_network": allow_network}
+        timeout_s = _seconds("lock_timeout_s", lock_timeout_s)
+        files = SessionFiles(directory, commit.Options(journal), timeout_s=timeout_s, create=create, **kept)
         self._backend = Backend(files, EventFiles(files, _seconds("keep_events_s", keep_events_s)))
-        self._options = {
+        self._options: dict[str, Any] = {
             "lock_timeout_s": lock_timeout_s,
             "journal": journal,
             "merge": self._policies,
             "keep_events_s": keep_events_s,
-            "cache_bytes": cache_bytes,
-            "allow_network": allow_network,
+            **kept,
         }
         self._is_closed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         # For multiprocessing: the other process opens the same directory for itself.
-        return _reopened, (self.path, self._options)
+        return functools.partial(Store, **self._options), (self.path,)
 
     def __repr__(self) -> str:
         return f"<persist.Store {self.path}>"
@@ -128,9 +117,7 @@ class Store:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.close()
 
     @property
@@ -152,7 +139,7 @@ class Store:
             raise errors.StoreClosed(path=self.path)
         return self._backend
 
-    def _session(self, session_id: str, found: Replica, *, is_durable: bool) -> Session:
+    def _session(self, session_id: str, found: cache.Replica, *, is_durable: bool) -> Session:
         return Session(self._backend, self._policies, session_id, found, is_durable=is_durable)
 
     # --- looking ---
@@ -219,7 +206,7 @@ class Store:
                 with suppress(errors.CorruptSession, errors.UnsupportedFormat, errors.UnsafeFile, errors.Unreadable):
                     tx.confirm()
                 raise errors.SessionExists(session_id=session_id, path=tx.paths.document)
-            committed = tx.commit(first_header(session_id if tx.paths.file_id else None), content)
+            committed = tx.commit(document.first_header(session_id if tx.paths.file_id else None), content)
         return self._session(session_id, committed, is_durable=True)
 
     def duplicate(self, session_id: str, new_id: str) -> Session:
@@ -275,8 +262,7 @@ class Store:
             NotJSON, ReservedField, CommitFailed, CommitUnknown: after it; nothing was written, unless it says
                 "unknown".
         """
-        errors.require_flags(touch=touch)
-        with self._edited(session_id, touch=touch) as copy:
+        with self.transaction(session_id, touch=touch) as copy:
             yield copy.data
 
     @contextmanager
@@ -290,11 +276,6 @@ class Store:
         Args, Raises: as `edit`.
         """
         errors.require_flags(touch=touch)
-        with self._edited(session_id, touch=touch) as copy:
-            yield copy
-
-    @contextmanager
-    def _edited(self, session_id: str, *, touch: bool) -> Iterator[WorkingCopy]:
         with self._open().files.transaction(session_id) as tx:
             found = tx.read()
             copy = WorkingCopy(found, tx)
@@ -325,13 +306,13 @@ class Store:
         """
         if not callable(function):
             raise errors.WrongType(what="function", expected="callable", got=type(function).__name__)
-        errors.require_flags(touch=touch)
         if if_revision is not None and type(if_revision) is not int:
             raise errors.WrongType(what="if_revision", expected="a revision, or None", got=type(if_revision).__name__)
-
-        with self._edited(session_id, touch=touch) as copy:
+        with self.transaction(session_id, touch=touch) as copy:
             if if_revision is not None and copy.header.revision != if_revision:
-                raise _moved_on(session_id, if_revision, copy.header.revision)
+                path, reason = (HEADER, "revision"), "the session has moved on"
+                facts = {"base": if_revision, "mine": if_revision, "theirs": copy.header.revision}
+                raise errors.RevisionMismatch(session_id=session_id, path=path, reason=reason, **facts)
             result = function(copy.data)
             if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
                 # Its body has not run, or not to the end.
@@ -501,7 +482,7 @@ class Store:
 
     # --- care ---
 
-    def check(self) -> list[Problem]:
+    def check(self) -> list[maintenance.Problem]:
         """Read every session whole, and name what is damaged, stale, left over or no session. Changes nothing.
 
         Takes the lock only of sessions that name a stream. While others write, a commit under way may show as a
@@ -550,29 +531,16 @@ class Store:
         return self._session(session_id, committed, is_durable=True)
 
 
-def _moved_on(session_id: str, expected: int, found: int) -> errors.RevisionMismatch:
-    path, reason = (HEADER, "revision"), "the session has moved on"
-    return errors.RevisionMismatch(
-        session_id=session_id, path=path, reason=reason, base=expected, mine=expected, theirs=found
-    )
-
-
-def _reopened(path: Path, options: dict[str, Any]) -> Store:
-    return Store(path, **options)
-
-
 def _directory(path: object, *, create: bool) -> Path:
     if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in str(path):
         raise errors.WrongType(what="a store's path", expected="a directory's name", got=repr(path))
     directory = Path(path)
     try:
-        is_there, is_directory = directory.exists(), directory.is_dir()
+        found = "a directory" if directory.is_dir() else "a file" if directory.exists() else "missing"
     except OSError as error:
         raise errors.Unreadable.because(directory, error) from error
-    if is_there and not is_directory:
-        raise errors.WrongType(what=f"the store {directory}", expected="a directory", got="a file")
-    if not create and not is_directory:
-        raise errors.WrongType(what=f"the store {directory}", expected="a directory that is there", got="missing")
+    if found == "a file" or (found == "missing" and not create):
+        raise errors.WrongType(what=f"the store {directory}", expected="a directory that is there", got=found)
     return directory
 
 

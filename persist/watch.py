@@ -38,12 +38,9 @@ def waking(path: Path, wake: Wake) -> Iterator[None]:
         yield
     finally:
         with _guard:
-            others = list(_waiting.get(path, ()))
-            # In a forked child nobody waits.
-            if wake in others:
-                others.remove(wake)
-            _waiting[path] = tuple(others)
-            if not others:
+            # Replaced in one step: another thread may be about to wake the others. In a forked child nobody waits.
+            _waiting[path] = tuple(each for each in _waiting.get(path, ()) if each is not wake)
+            if not _waiting[path]:
                 del _waiting[path]
 
 

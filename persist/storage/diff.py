@@ -12,9 +12,8 @@ from types import MappingProxyType
 
 import msgspec
 
-from persist import json_codec
 from persist.merge import align
-from persist.storage.content import Content, Items, Value, as_json
+from persist.storage.content import Content, Items, Value, as_json, items_of
 
 #: Where more than this was removed, the items between the first difference and the last one are compared, too.
 _ONE_SPLICE_BYTES = 16 * 1024
@@ -59,9 +58,7 @@ def apply(apart: dict[str, Value], change: Change) -> None:
     if change.is_gone:
         apart.pop(change.name, None)
     elif not isinstance(change.value, msgspec.UnsetType):
-        value = bytes(change.value)
-        is_list = value[:1] == b"["
-        apart[change.name] = Items([json_codec.encode(item) for item in json_codec.decode(value)]) if is_list else value
+        apart[change.name] = items_of(bytes(change.value))
     else:
         items = apart.get(change.name)
         if not isinstance(items, Items):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 import sys
 import time
@@ -39,13 +40,10 @@ def open_plain(path: Path, flags: int) -> int:
 
 def open_known(path: Path, flags: int) -> tuple[int, os.stat_result]:
     """As `open_plain`; tell also which file it is."""
-    if flags & os.O_CREAT and not flags & os.O_EXCL:
-        return _open_or_create(path, flags & ~os.O_CREAT)
-    return _open(path, flags)
-
-
-def _open_or_create(path: Path, flags: int) -> tuple[int, os.stat_result]:
-    """Open a file, or make it; apart, so that it is known which."""
+    if not flags & os.O_CREAT or flags & os.O_EXCL:
+        return _open(path, flags)
+    # To open it and to make it are apart, so that it is known which was done.
+    flags &= ~os.O_CREAT
     while True:
         try:
             return _open(path, flags)
@@ -114,36 +112,25 @@ def _give_to_owner_of_directory(path: Path, fd: int | None = None) -> None:
 
 
 def _what_is(path: Path) -> str:
-    kinds = (
-        (stat.S_ISLNK, "a symbolic link"),
-        (stat.S_ISDIR, "a directory"),
-        (stat.S_ISFIFO, "a FIFO"),
-        (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISREG, "a file"),
-    )
     try:
-        mode = os.lstat(path).st_mode
+        kind = stat.S_IFMT(os.lstat(path).st_mode)
     except OSError:
         return "something else"
-    return next((name for test, name in kinds if test(mode)), "a device")
+    return _KINDS.get(kind, "a device")
+
+
+_KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFREG: "a file",
+}
 
 
 def read(path: Path, limit: int) -> bytes:
     """Return at most `limit` bytes from the start of a plain file."""
-    fd, status = _open(path, os.O_RDONLY)
-    try:
-        # A document is never written to once it bears its name, so its size is known.
-        size = min(status.st_size, limit)
-        return _read_all(fd, size)
-    finally:
-        os.close(fd)
-
-
-def _read_all(fd: int, size: int) -> bytes:
-    content = os.read(fd, size)
-    while len(content) < size and (more := os.read(fd, size - len(content))):
-        content += more
-    return content
+    return _read(path, limit)[0]
 
 
 Version = tuple[int, int, int, int]
@@ -153,9 +140,18 @@ Version = tuple[int, int, int, int]
 
 def read_version(path: Path, limit: int) -> tuple[bytes, Version]:
     """Return at most `limit` bytes from the start of a plain file, and its version."""
+    return _read(path, limit)
+
+
+def _read(path: Path, limit: int) -> tuple[bytes, Version]:
     fd, status = _open(path, os.O_RDONLY)
     try:
-        return _read_all(fd, min(status.st_size, limit)), _version(status)
+        # A document is never written to once it bears its name, so its size is known.
+        size = min(status.st_size, limit)
+        content = b""
+        while len(content) < size and (more := os.read(fd, size - len(content))):
+            content += more
+        return content, _version(status)
     finally:
         os.close(fd)
 
@@ -171,8 +167,8 @@ def size_of(fd: int) -> int:
 
 def read_at(fd: int, limit: int, position: int) -> bytes:
     """Return `limit` bytes of an open file, from a position on; fewer where it ends."""
-    content = _read_once_at(fd, limit, position)
-    while 0 < len(content) < limit and (more := _read_once_at(fd, limit - len(content), position + len(content))):
+    content = b""
+    while len(content) < limit and (more := _read_once_at(fd, limit - len(content), position + len(content))):
         content += more
     return content
 
@@ -418,11 +414,8 @@ def check_file_system(directory: Path, *, allow_network: bool) -> None:
     if kind in _NETWORK and not allow_network:
         raise UnsupportedFileSystem(path=directory, file_system=kind)
     if kind.startswith("fuse"):
-        warnings.warn(
-            f"{directory} is on {kind}: persist cannot know whether its locks and fsync hold.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        text = f"{directory} is on {kind}: persist cannot know whether its locks and fsync hold."
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 def file_system(directory: Path) -> str:
@@ -435,14 +428,12 @@ def file_system(directory: Path) -> str:
     best, kind = -1, "unknown"
     for line in table:
         before, _, after = line.partition(" - ")
-        point = _unescape(before.split(" ")[4])
+        point = re.sub(r"\\(\d{3})", _unescaped, before.split(" ")[4])
         # A later line covers an earlier one on the same mount point.
         if len(point) >= best and (here + "/").startswith(point.rstrip("/") + "/"):
             best, kind = len(point), after.split(" ")[0]
     return kind
 
 
-def _unescape(field: str) -> str:
-    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        field = field.replace(code, character)
-    return field
+def _unescaped(code: re.Match[str]) -> str:
+    return chr(int(code[1], 8))

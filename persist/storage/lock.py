@@ -97,15 +97,6 @@ _mutexes: WeakValueDictionary[Path, FifoMutex] = WeakValueDictionary()
 _kept: deque[FifoMutex] = deque(maxlen=256)
 
 
-def _mutex(path: Path) -> FifoMutex:
-    with table:
-        mutex = _mutexes.get(path)
-        if mutex is None:
-            mutex = _mutexes[path] = FifoMutex()
-            _kept.append(mutex)
-        return mutex
-
-
 #: Thread -> its turn, while it holds a lock or waits for one. By thread and not thread-local: a block that is entered
 #: in one thread and left in another (a synchronous dependency of a web framework, say) must free the one that entered
 #: it.
@@ -126,24 +117,39 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
         CommitFailed: the lock file cannot be opened.
     """
     thread, pid = threading.get_ident(), os.getpid()
-    _refuse_nesting(thread, session_id)
+    outer = _turn_of[thread]() if thread in _turn_of else None
+    # Where the table is owned, this is a signal handler (or a finaliser) in the middle of opening or closing a lock: to
+    # wait here would stop everybody.
+    if outer is not None or table._is_owned():  # type: ignore[attr-defined]
+        raise NestedLock(session_id=session_id, held="unknown" if outer is None else outer.session_id)
     mutex, turn, held = None, Turn(session_id), None
     start = time.monotonic()
 
-    def timed_out(holder: str, **remedy: str) -> LockTimeout:
+    def timed_out(holder: str, **facts: str) -> LockTimeout:
         waited_s = time.monotonic() - start
         return LockTimeout(
-            session_id=session_id, path=path, holder=holder, timeout_s=timeout_s, waited_s=waited_s, **remedy
+            path=path, holder=holder, timeout_s=timeout_s, waited_s=waited_s, session_id=session_id, **facts
         )
 
     try:
         _turn_of[thread] = ref(turn)
-        mutex = _mutex(path)
+        with table:
+            mutex = _mutexes.get(path)
+            if mutex is None:
+                mutex = _mutexes[path] = FifoMutex()
+                _kept.append(mutex)
         if not mutex.acquire(turn, timeout_s):
             remedy = "leave that thread's edit() or update() sooner: it must not wait for others who write this session"
             raise timed_out(f"this process (pid {pid}), thread {mutex.holder!r}", remedy=remedy)
-        held = _wait(path, session_id, start + timeout_s)
-        if held is None:
+        held = HeldFile(path)
+        try:
+            is_locked = _in_turn(held, start + timeout_s)
+        except PersistError:
+            raise
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise CommitFailed(session_id=session_id, path=path, reason=reason, errno=error.errno) from error
+        if not is_locked:
             raise timed_out(_holder_of(path))
         yield held
     finally:
@@ -159,35 +165,6 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
             finally:
                 if pid == os.getpid():
                     _turn_of.pop(thread, None)
-
-
-def _refuse_nesting(thread: int, session_id: str) -> None:
-    outer = _turn_of[thread]() if thread in _turn_of else None
-    if outer is not None:
-        raise NestedLock(session_id=session_id, held=outer.session_id)
-    if table._is_owned():  # type: ignore[attr-defined]
-        # A signal handler (or a finaliser) in the middle of opening or closing a lock: to wait here would stop
-        # everybody.
-        raise NestedLock(session_id=session_id, held="unknown")
-
-
-def _wait(path: Path, session_id: str, deadline: float) -> HeldFile | None:
-    """Hold the file, when it is this process's turn. None if it is not until the deadline (`time.monotonic`)."""
-    held = HeldFile(path)
-    try:
-        if _in_turn(held, deadline):
-            return held
-    except OSError as error:
-        held.close()
-        if isinstance(error, PersistError):
-            raise
-        reason = error.strerror or type(error).__name__
-        raise CommitFailed(session_id=session_id, path=path, reason=reason, errno=error.errno) from error
-    except BaseException:
-        held.close()
-        raise
-    held.close()
-    return None
 
 
 def _in_turn(held: HeldFile, deadline: float) -> bool:

@@ -1,6 +1,4 @@
-"""`persist.aio` on asyncio and on trio: the same verbs, a loop that is never held up, and cancellation that loses
-nothing.
-"""
+"""`persist.aio`: the same verbs, a loop that is never held up, and cancellation that loses nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ from conftest import ActorFactory
 
 import persist
 import persist.aio
-from persist.hops import QUICK_THREADS
+from persist.aio import QUICK_THREADS
 from persist.storage import disk
 
 pytestmark = pytest.mark.anyio
@@ -33,9 +31,9 @@ PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
 ANSWER = {"id": "a1", "role": "assistant", "content": "Because."}
 
 
-@pytest.fixture(params=["asyncio", "trio"])
-def anyio_backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
 
 
 @pytest.fixture
@@ -143,16 +141,15 @@ async def test_turn_from_prompt_to_answer(aio: persist.aio.Store, store: persist
     assert await aio.streams() == []
 
 
-async def test_start_is_a_coroutine(aio: persist.aio.Store, store: persist.Store, anyio_backend: str) -> None:
+async def test_start_is_a_coroutine(aio: persist.aio.Store, store: persist.Store) -> None:
     """What wants a coroutine takes it (`asyncio.create_task`, say), and it starts one stream."""
     starting = aio.start_stream("s-1", PROMPT)
     assert isinstance(starting, Coroutine)
     starting.close()
     assert store.head("s-1").active_stream_id is None
-    if anyio_backend == "asyncio":
-        stream = await asyncio.create_task(aio.start_stream("s-1", PROMPT))
-        assert store.head("s-1").active_stream_id == stream.id
-        await stream.finish(ANSWER)
+    stream = await asyncio.create_task(aio.start_stream("s-1", PROMPT))
+    assert store.head("s-1").active_stream_id == stream.id
+    await stream.finish(ANSWER)
 
 
 async def test_turn_that_raises_is_marked(aio: persist.aio.Store, store: persist.Store) -> None:
@@ -268,7 +265,6 @@ async def test_cancelled_start_fails_the_stream_that_it_obtained(
     assert list((store.path / ".leases").iterdir()) == []
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 async def test_native_cancellation_of_asyncio_waits_for_the_write(
     aio: persist.aio.Store, store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,7 +282,6 @@ async def test_native_cancellation_of_asyncio_waits_for_the_write(
     assert contents(store) == ["kept"]
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 async def test_failure_of_a_cancelled_write_is_not_lost(
     aio: persist.aio.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,7 +337,6 @@ def cancelled_at(step: int, work: Coroutine[Any, Any, Any]) -> Generator[Any, An
         return step <= 0
 
 
-@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 async def test_cancellation_at_every_await_loses_nothing_and_leaks_no_lease(scratch: Path) -> None:
     """A turn with events, a follower, checkpoints and an answer, cancelled at its n-th suspension, for every n."""
     step = 0
@@ -449,7 +443,7 @@ async def test_dropped_follower_leaves_no_descriptor(aio: persist.aio.Store) -> 
         assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_follower_of_a_loop_that_has_ended_disturbs_no_emitter(store: persist.Store, anyio_backend: str) -> None:
+def test_follower_of_a_loop_that_has_ended_disturbs_no_emitter(store: persist.Store) -> None:
     """A stream outlives the loops of those who follow it."""
     store.create("s-1")
     with store.start_stream("s-1") as stream:
@@ -460,7 +454,7 @@ def test_follower_of_a_loop_that_has_ended_disturbs_no_emitter(store: persist.St
         async def look() -> None:
             await anext(following)
 
-        anyio.run(look, backend=anyio_backend)
+        anyio.run(look)
         assert stream.emit("second") == 2
         following.close()
         stream.finish()
@@ -561,7 +555,7 @@ async def test_closed_follower_stops(aio: persist.aio.Store) -> None:
             assert [event async for event in waiting_one] == []
 
 
-def test_loops_in_two_threads_share_a_store(store: persist.Store, anyio_backend: str) -> None:
+def test_loops_in_two_threads_share_a_store(store: persist.Store) -> None:
     """A store belongs to no loop: two of them, each with many tasks, and one after the other."""
     store.create("s-1", {"n": 0})
     aio = persist.aio.Store(store)
@@ -574,12 +568,12 @@ def test_loops_in_two_threads_share_a_store(store: persist.Store, anyio_backend:
             for _ in range(50):
                 tasks.start_soon(count)
 
-    threads = [threading.Thread(target=anyio.run, args=(serve,), kwargs={"backend": anyio_backend}) for _ in range(2)]
+    threads = [threading.Thread(target=anyio.run, args=(serve,)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(DEADLINE_S)
-    anyio.run(serve, backend="trio" if anyio_backend == "asyncio" else "asyncio")
+    anyio.run(serve)
     assert store.load("s-1").data["n"] == 150
 
 

@@ -9,8 +9,8 @@ from mutation.mutant import Mutant
 MUTANTS = (
     Mutant(
         "aio: the wait for a cancelled write",
-        "hops.py",
-        "Threads._finish",
+        "aio.py",
+        "_Threads.run",
         drop_handler("asyncio.CancelledError"),
         AIO,
         "native_cancellation",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mutation.catalogue.suites import CRASH_STATES, EVENTS
-from mutation.edits import condition, drop_statement, replace_call, replace_expression
+from mutation.edits import condition, drop_statement, replace_expression
 from mutation.mutant import Mutant
 
 FILES = "event_log.py"
@@ -13,7 +13,7 @@ MUTANTS = (
     Mutant(
         "events: the fence",
         FILES,
-        "EventWriter._write",
+        "EventWriter.append",
         condition("os.lseek(fd, 0, os.SEEK_CUR) != self._end", "False"),
         EVENTS,
         "late_emission",
@@ -53,8 +53,8 @@ MUTANTS = (
     Mutant(
         "events: the events that were written before the look",
         FOLLOWING,
-        "Cursor._look",
-        replace_call("self._take_written", "[]"),
+        "Cursor.take",
+        replace_expression("self._first or self._reader.read()", "[] if unsaid else IT"),
         EVENTS,
         "before_the_look",
     ),

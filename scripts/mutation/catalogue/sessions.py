@@ -51,7 +51,7 @@ MUTANTS = (
     Mutant(
         "the re-read of an edit under the lock",
         "store.py",
-        "Store._edited",
+        "Store.transaction",
         replace_statement(
             "found = tx.read()",
             "found = earlier",
@@ -61,13 +61,13 @@ MUTANTS = (
         (
             Change(
                 "store.py",
-                "Store._edited",
+                "Store.transaction",
                 replace_expression(
                     "self._open().files.transaction(session_id)",
                     "((earlier := self._open().files.read(session_id)), IT)[1]",
                 ),
             ),
-            Change("store.py", "Store._edited", replace_statement("yield copy", "tx.read()\nyield copy")),
+            Change("store.py", "Store.transaction", replace_statement("yield copy", "tx.read()\nyield copy")),
         ),
     ),
     _saved(

@@ -20,15 +20,15 @@ TURN = "turn.py"
 MODULE = "streams.py"
 
 # A lease is alive in the process that has taken it, and dead in every other.
-KNOWN_HERE_ONLY = replace_call("try_hold", "None if path in vars(take).get('here', ()) else IT or HeldFile()")
+KNOWN_HERE_ONLY = replace_call("try_hold", "None if path in vars(take).get('here', ()) else IT or HeldFile(path)")
 REMEMBERED_HERE = Change(
     LEASE,
     "take",
     replace_statement(
-        "return Lease(path, held)",
+        "return held",
         """
         vars(take).setdefault("here", set()).add(path)
-        return Lease(path, held)
+        return held
         """,
     ),
 )
