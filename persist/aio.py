@@ -196,7 +196,7 @@ class Stream(_Awaited[persist.Stream]):
     async def emit(self, *events: Any, durable: bool = False) -> int:
         """See `persist.Stream.emit`."""
         emit = partial(self._sync.emit, *events, durable=durable)
-        return await self._threads.run(emit, is_quick=self._sync._has_emitted)
+        return await self._threads.run(emit, is_quick=self._sync._events.is_open)
 
     checkpoint = _hop(persist.Stream.checkpoint)
     append = _hop(persist.Stream.append)

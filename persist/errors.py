@@ -20,6 +20,7 @@ parent. Its message never holds the content of a document; ids, field names, pat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -86,6 +87,37 @@ class PersistError(Exception):
     template = "{reason}"
     defaults: ClassVar[Mapping[str, Any]] = {}
 
+    # What the facts are. An error has those that it was made with.
+    session_id: str
+    stream_id: str
+    path: Path
+    reason: str
+    remedy: str
+    errno: int | None
+    field: str
+    where: str
+    what: str
+    expected: str
+    got: str
+    found: object
+    wanted: str
+    known: int
+    base: Any
+    mine: Any
+    theirs: Any
+    owner: Owner | None
+    holder: str
+    held: str
+    timeout_s: float
+    waited_s: float
+    count: int
+    revision: int
+    offset: int | None
+    after: int
+    cleared: list[Any]
+    failures: dict[str, Exception]
+    file_system: str
+
     def __init__(self, **facts: Any) -> None:
         facts = {**self.defaults, **facts}
         super().__init__(self.template.format(**facts))
@@ -99,28 +131,10 @@ class PersistError(Exception):
         return str(self.args[0])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), dict(self._facts))
+        return partial(type(self), **self._facts), ()
 
 
-class _OfSession(PersistError):
-    """An error about one session, with its id and its file."""
-
-    session_id: str
-    path: Path
-
-
-class _Refused(_OfSession, OSError):
-    """What the disk refused, with its reason and the system's error number."""
-
-    reason: str
-    errno: int | None
-
-
-def _rebuild(kind: type[PersistError], facts: dict[str, Any]) -> PersistError:
-    return kind(**facts)
-
-
-class SessionNotFound(_OfSession, KeyError):
+class SessionNotFound(PersistError, KeyError):
     """There is no such session. Create it with `Store.create`."""
 
     template = (
@@ -128,13 +142,13 @@ class SessionNotFound(_OfSession, KeyError):
     )
 
 
-class SessionExists(_OfSession):
+class SessionExists(PersistError):
     """`create` or `duplicate` met a session of that id. Load it, or choose another id."""
 
     template = "Session {session_id!r} exists already: {path}. Load it with store.load(), or choose another id."
 
 
-class SessionDeleted(_OfSession):
+class SessionDeleted(PersistError):
     """The object's session was deleted, re-created or replaced since it was loaded: its save would revive a ghost."""
 
     template = (
@@ -147,32 +161,25 @@ class StoreClosed(PersistError, RuntimeError):
     """A verb was used on a store after its `close`."""
 
     template = "The store {path} is closed. Open a new persist.Store."
-    path: Path
 
 
 class InvalidSessionId(PersistError, ValueError):
     """A session id that could not be a file name everywhere, or that differs from another one only in case."""
 
     template = "{session_id!r} is not a session id: {reason}"
-    session_id: object
-    reason: str
 
 
 class InvalidStreamId(PersistError, ValueError):
     """A stream id that is malformed, or that this session has used before."""
 
     template = "{stream_id!r} is not a usable stream id: {reason}"
-    stream_id: object
-    reason: str
 
 
 class NotJSON(PersistError, ValueError):
     """A value that JSON cannot give back exactly as it was. Nothing was written."""
 
     template = "{where} cannot be kept as JSON: {reason}"
-    path: ValuePath
-    where: str
-    reason: str
+    path: ValuePath  # type: ignore[assignment]
 
     def __init__(self, **facts: Any) -> None:
         super().__init__(**{"where": show_path(facts["path"]), **facts})
@@ -182,9 +189,6 @@ class WrongType(PersistError, TypeError):
     """An argument, or a field of the document, has a type that the verb cannot work with."""
 
     template = "{what} is {got}, but must be {expected}."
-    what: str
-    expected: str
-    got: str
 
 
 def require_flags(**flags: object) -> None:
@@ -198,8 +202,6 @@ class ReservedField(PersistError, ValueError):
     """A field that belongs to the stream verbs, or to `persist` itself, was changed by hand."""
 
     template = "Field {field!r} belongs to persist; nothing was written. {remedy}"
-    field: str
-    remedy: str
 
 
 class MergeConflict(PersistError):
@@ -213,13 +215,7 @@ class MergeConflict(PersistError):
         "Session {session_id!r}: {where} was changed both here and on disk ({reason}); nothing was written. "
         "Call session.refresh() after setting your edit aside, or save(on_conflict='mine' or 'theirs')."
     )
-    session_id: str
-    path: ValuePath
-    where: str
-    reason: str
-    base: Any
-    mine: Any
-    theirs: Any
+    path: ValuePath  # type: ignore[assignment]
 
     def __init__(self, **facts: Any) -> None:
         super().__init__(**{"where": show_path(facts["path"]), "session_id": "", **facts})
@@ -257,24 +253,19 @@ class RevisionMismatch(MergeConflict):
     )
 
 
-class SessionBusy(_OfSession):
+class SessionBusy(PersistError):
     """A live stream owns the session. Wait for it, `cancel` it, or take the session with `cancel(force=True)`."""
 
     template = (
         "Session {session_id!r} is busy: stream {stream_id} is run by {owner} and still alive ({path} is locked). "
         "Wait for it, or end it with store.cancel()."
     )
-    stream_id: str
-    owner: Owner | None
 
 
 class StreamLost(PersistError):
     """This stream no longer owns its session; what it tried to write was not written."""
 
     template = "Stream {stream_id} no longer owns session {session_id!r} ({reason}); nothing was written. End the turn."
-    session_id: str
-    stream_id: str
-    reason: str
 
 
 class SweepIncomplete(PersistError):
@@ -285,25 +276,19 @@ class SweepIncomplete(PersistError):
     """
 
     template = "Cleared {count} stale streams, but could not look at {names}. Mend those sessions and sweep again."
-    cleared: list[Any]
-    failures: dict[str, Exception]
 
     def __init__(self, **facts: Any) -> None:
         reasons = (f"{name!r} ({str(error).rstrip('.')})" for name, error in facts["failures"].items())
         super().__init__(**{**facts, "count": len(facts["cleared"]), "names": "; ".join(reasons)})
 
 
-class LockTimeout(_OfSession, TimeoutError):
+class LockTimeout(PersistError, TimeoutError):
     """The session's lock was not free in time. Nothing was written."""
 
     template = (
         "Could not lock session {session_id!r} within {timeout_s:g} s: {path} is held by {holder}. "
         "Raise lock_timeout_s, or {remedy}."
     )
-    holder: str
-    timeout_s: float
-    waited_s: float
-    remedy: str
 
     defaults: ClassVar = {"remedy": "end that process"}
 
@@ -319,15 +304,12 @@ class NestedLock(PersistError, RuntimeError):
         "This thread holds the lock of session {held!r} and asked for that of {session_id!r}. "
         "Leave the edit() or update() first; in a signal handler or a finaliser, try again later."
     )
-    session_id: str
-    held: str
 
 
 class LockNotHeld(PersistError, RuntimeError):
     """Something of a transaction was used after its block, or in a forked child. Nothing was written."""
 
     template = "The lock of session {session_id!r} is not held here any more; nothing was written. Start over."
-    session_id: str
 
 
 class MessagesRemoved(PersistError):
@@ -337,22 +319,15 @@ class MessagesRemoved(PersistError):
         "save() would remove {count} of the committed messages of session {session_id!r} while stream {stream_id} is "
         "active; nothing was written. If it is meant, use store.update(id, function, if_revision={revision})."
     )
-    session_id: str
-    stream_id: str
-    count: int
-    revision: int
 
 
-class CorruptSession(_OfSession):
+class CorruptSession(PersistError):
     """The file is not a document that can be trusted. It was not changed.
 
     `offset` is the position of the first bad byte, where one is known.
     """
 
     template = "Session {session_id!r} is damaged: {path}{at} {reason} {remedy}"
-    offset: int | None
-    reason: str
-    remedy: str
 
     def __init__(self, **facts: Any) -> None:
         offset = facts.setdefault("offset", None)
@@ -360,21 +335,16 @@ class CorruptSession(_OfSession):
         super().__init__(**{**facts, "at": f", byte {offset}:" if offset is not None else ":"})
 
 
-class UnsupportedFormat(_OfSession):
+class UnsupportedFormat(PersistError):
     """The file was written by a newer `persist`. It was not changed."""
 
     template = "Session {session_id!r}: {path} has format {found}, and this version knows {known}. Upgrade persist."
-    found: object
-    known: int
 
 
 class UnsafeFile(PersistError, OSError):
     """A name of the store is a symbolic link, a directory, a FIFO or a device. It was not followed."""
 
     template = "{path} is {found}, where persist keeps {wanted}; it was not touched. Move it away."
-    path: Path
-    found: str
-    wanted: str
 
     defaults: ClassVar = {"wanted": "a plain file"}
 
@@ -383,9 +353,6 @@ class Unreadable(PersistError, OSError):
     """The disk, or its permissions, refused a look. Nothing was changed."""
 
     template = "{path} cannot be read: {reason}. Nothing was changed; mend that and retry."
-    path: Path
-    reason: str
-    errno: int | None
 
     defaults: ClassVar = {"errno": None}
 
@@ -395,13 +362,13 @@ class Unreadable(PersistError, OSError):
         return cls(path=path, reason=error.strerror or type(error).__name__, errno=error.errno)
 
 
-class CommitFailed(_Refused):
+class CommitFailed(PersistError, OSError):
     """The disk refused the commit before anything became visible: the old revision stands."""
 
     template = "Session {session_id!r} was not saved: {reason} at {path}. The old revision stands; mend that and retry."
 
 
-class CommitUnknown(_Refused):
+class CommitUnknown(PersistError, OSError):
     """The disk failed while a commit was being made durable: it may or may not survive a power cut.
 
     The store takes no further write to this session; open a new one after looking at the disk.
@@ -413,14 +380,13 @@ class CommitUnknown(_Refused):
     )
 
 
-class EventsNotFound(_OfSession, KeyError):
+class EventsNotFound(PersistError, KeyError):
     """There are no events of that stream: it never ran, it ended without an event, or its events have expired."""
 
     template = (
         "No events of stream {stream_id!r} of session {session_id!r}: {path} does not exist. It never ran here, ended "
         "without an event, or its events have expired (Store(keep_events_s=…)). Load the session instead."
     )
-    stream_id: str
 
 
 class CursorAhead(PersistError, ValueError):
@@ -430,10 +396,6 @@ class CursorAhead(PersistError, ValueError):
         "Stream {stream_id!r} of session {session_id!r} has {count} events, and the cursor is at {after}. "
         "Follow it from the start (after=0)."
     )
-    session_id: str
-    stream_id: str
-    after: int
-    count: int
 
 
 class EmitFailed(PersistError, OSError):
@@ -443,10 +405,6 @@ class EmitFailed(PersistError, OSError):
         "Events of stream {stream_id!r} were not all emitted, or not made durable: {reason} at {path}. Mend that; "
         "store.events() tells which ones stand, before you emit the others again."
     )
-    stream_id: str
-    path: Path
-    reason: str
-    errno: int | None
 
 
 class UnsupportedFileSystem(PersistError, OSError):
@@ -456,5 +414,3 @@ class UnsupportedFileSystem(PersistError, OSError):
         "{path} is on {file_system}, where file locks and fsync cannot be trusted. Use a local disk, "
         "or pass allow_network=True and lose the guarantees."
     )
-    path: Path
-    file_system: str

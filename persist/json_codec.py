@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Iterable
 from enum import Enum
-from typing import Any, NoReturn
+from typing import Any
 
 import msgspec
 
@@ -102,17 +102,12 @@ def _advice(kind: type) -> str:
         return f"an integer has at most {MAX_DIGITS:,} digits"
     if kind is float:
         return "NaN and infinities have no JSON form"
-    return f"it is {_name(kind)}; {_hint(kind)}"
-
-
-def _hint(kind: type) -> str:
-    if issubclass(kind, Enum):
-        return "take its .value"
+    hints = {"tuple": "convert it with list()", "set": "convert it with sorted()", "bytes": "decode it"}
+    hint = hints.get(kind.__name__, "convert it, with str() or .isoformat() say, or to a dict of its fields")
     for plain in (str, int, float, dict, list):
         if issubclass(kind, plain):
-            return f"convert it with {plain.__name__}()"
-    hints = {"tuple": "convert it with list()", "set": "convert it with sorted()", "bytes": "decode it"}
-    return hints.get(kind.__name__, "convert it, with str() or .isoformat() say, or to a dict of its fields")
+            hint = f"convert it with {plain.__name__}()"
+    return f"it is {_name(kind)}; {'take its .value' if issubclass(kind, Enum) else hint}"
 
 
 def encode_exact(value: Any, path: ValuePath = ()) -> bytes:
@@ -123,10 +118,8 @@ def encode_exact(value: Any, path: ValuePath = ()) -> bytes:
 
 def encode_unchecked(value: Any) -> bytes | None:
     """Encode a value that may have no exact JSON form: None if it has none at all."""
-    try:
-        return _encode(value)
-    except (TypeError, ValueError, RecursionError, OverflowError, msgspec.MsgspecError):
-        return None
+    found = encode_all_unchecked([value])
+    return None if found is None else found[0]
 
 
 def encode_all_unchecked(items: list[Any]) -> list[bytes] | None:
@@ -150,7 +143,7 @@ def encode(value: Any, path: ValuePath = ()) -> bytes:
 
 def _encode_surrogates(value: Any, path: ValuePath) -> bytes:
     """Encode a value with a lone surrogate in it. All else in it has the bytes that it has elsewhere."""
-    if type(value) is list:
+    if isinstance(value, list | tuple):
         return b"[%b]" % b",".join([encode(item, path) for item in value])
     if type(value) is dict:
         return b"{%b}" % b",".join([encode(key, path) + b":" + encode(item, path) for key, item in value.items()])
@@ -173,18 +166,16 @@ def decode(encoded: bytes | memoryview) -> Any:
         pass
     try:
         # A lone surrogate, which msgspec does not read. If it is real damage, this raises in its turn.
-        return json.loads(bytes(encoded).decode(), parse_constant=_no_constant, parse_float=_no_infinity)
+        return json.loads(bytes(encoded).decode(), parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise Undecodable(type(error).__name__) from None
 
 
-def _no_infinity(literal: str) -> float:
+def _finite(literal: str) -> float:
     number = float(literal)
-    return number if math.isfinite(number) else _no_constant(literal)
-
-
-def _no_constant(literal: str) -> NoReturn:
-    raise ValueError(f"{literal} is not JSON")
+    if not math.isfinite(number):
+        raise ValueError(f"{literal} is not JSON")
+    return number
 
 
 class StrictError(ValueError):
@@ -209,79 +200,47 @@ def decode_strict(encoded: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise StrictError("it is not UTF-8.", error.start) from None
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse, parse_float=_finite, parse_int=_int)
+        value = json.loads(text, object_pairs_hook=_unique)
         check(value)
     except json.JSONDecodeError as error:
-        raise StrictError("it is not JSON, or it was cut off.", _byte_offset(text, error.pos)) from None
-    except (NotJSON, _Refused, RecursionError):
+        raise StrictError("it is not JSON, or it was cut off.", len(text[: error.pos].encode())) from None
+    except (ValueError, RecursionError):
+        # A key twice, an integer of too many digits, or what `check` refuses.
         reason, position = _locate(text)
-        raise StrictError(reason, _byte_offset(text, position)) from None
+        raise StrictError(reason, len(text[:position].encode())) from None
     return value
-
-
-class _Refused(Exception):
-    pass
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise _Refused
+        raise ValueError
     return found
 
 
-def _refuse(_literal: str) -> None:
-    raise _Refused
-
-
-def _finite(literal: str) -> float:
-    number = float(literal)
-    if math.isinf(number):
-        raise _Refused
-    return number
-
-
-def _int(literal: str) -> int:
-    if len(literal.lstrip("-")) > MAX_DIGITS:
-        raise _Refused
-    return int(literal)
-
-
-def _byte_offset(text: str, position: int) -> int:
-    return len(text[:position].encode())
-
-
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]]|-?Infinity|NaN|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?', re.DOTALL)
-_COLON = re.compile(r"\s*:")
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"(?:\s*:)?|[{}\[\]]|-?Infinity|NaN|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?', re.DOTALL)
 
 
 def _locate(text: str) -> tuple[str, int]:
-    """Find what the parser's hooks refused: they are not told where they are."""
-    keys: list[set[str] | None] = []
+    """Find what was refused: neither the parser's hook nor `check` knows where that stands in the text."""
+    keys: list[set[str]] = []
     for token in _TOKEN.finditer(text):
         literal, start = token[0], token.start()
         if literal in "{[":
-            keys.append(set() if literal == "{" else None)
+            keys.append(set())
             if len(keys) > MAX_DEPTH:
                 return f"it is nested deeper than {MAX_DEPTH} levels.", start
         elif literal in "}]":
             keys.pop()
+        elif literal[-1] == ":":
+            key = json.loads(literal[:-1])
+            if key in keys[-1]:
+                return "a key stands twice in one object.", start
+            keys[-1].add(key)
         elif literal[0] == '"':
-            scope = keys[-1] if keys else None
-            if scope is not None and _COLON.match(text, token.end()):
-                key = json.loads(literal)
-                if key in scope:
-                    return "a key stands twice in one object.", start
-                scope.add(key)
+            continue
         elif literal in ("NaN", "Infinity", "-Infinity"):
             return "NaN and infinities are not JSON.", start
-        elif _out_of_range(literal):
+        elif math.isinf(float(literal)) if re.search("[.eE]", literal) else len(literal.lstrip("-")) > MAX_DIGITS:
             return "a number is out of range.", start
     return "it cannot be read exactly.", 0
-
-
-def _out_of_range(literal: str) -> bool:
-    try:
-        return math.isinf(_finite(literal)) if re.search("[.eE]", literal) else _int(literal) is None
-    except _Refused:
-        return True

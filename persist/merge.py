@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import count
 from typing import Any, Final, Literal, get_args
 
 from persist.errors import MergeConflict, ValuePath, WrongType
@@ -55,9 +57,8 @@ def check_policies(policies: object) -> None:
         if type(field) is not str:
             raise WrongType(what="a field of merge", expected="a string", got=repr(field))
         if policy not in get_args(Policy):
-            raise WrongType(
-                what=f"the merge policy of {field!r}", expected=" | ".join(get_args(Policy)), got=repr(policy)
-            )
+            expected = " | ".join(get_args(Policy))
+            raise WrongType(what=f"the merge policy of {field!r}", expected=expected, got=repr(policy))
 
 
 def merge(
@@ -80,22 +81,7 @@ def merge(
         MergeConflict: both sides changed one place in different ways, and `prefer` is ``"error"``; or, whatever it is,
             one side moved items of an array that the other moved or removed.
     """
-    merger = _Merger(prefer, policies or {})
-    return merger.document(base, mine, theirs)
-
-
-def _keys(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    # Mine first: `patch` brings the result into mine, where a new key can only come last.
-    return [*mine, *(key for key in theirs if key not in mine)]
-
-
-def _sum(theirs: float, mine: float, base: float) -> float | None:
-    try:
-        total = theirs + (mine - base)
-    except OverflowError:
-        # A float and an integer of hundreds of digits.
-        return None
-    return total if type(total) is int or math.isfinite(total) else None
+    return _Merger(prefer, policies or {}).object((), base, mine, theirs)
 
 
 def _is_number(value: Any) -> bool:
@@ -114,29 +100,19 @@ class _Merger:
             raise MergeConflict(path=path, reason=reason, base=b, mine=m, theirs=t)
         return m if self.prefer == "mine" else t
 
-    def document(self, b: dict[str, Any], m: dict[str, Any], t: dict[str, Any]) -> dict[str, Any]:
-        """The top level, where policies hold."""
-        merged = {}
-        for key in _keys(m, t):
-            three = b.get(key, MISSING), m.get(key, MISSING), t.get(key, MISSING)
-            value = self.settled(key, *three) if key in self.policies else self.value((key,), *three)
-            if value is not MISSING:
-                merged[key] = value
-        return merged
-
-    def settled(self, key: str, b: Any, m: Any, t: Any) -> Any:
-        """A field that has a policy. It is asked only where both sides changed the field."""
+    def settled(self, key: Any, b: Any, m: Any, t: Any) -> Any:
+        """A field that has a policy, and that both sides changed."""
         policy = self.policies[key]
-        if same(b, m) or same(b, t):
-            return self.value((key,), b, m, t)
         if policy == "mine":
             return m
         if policy == "theirs":
             return t
         if policy == "sum" and _is_number(m) and _is_number(t) and (b is MISSING or _is_number(b)):
-            total = _sum(t, m, b or 0)
-            if total is not None:
-                return total
+            # A float and an integer of hundreds of digits have no sum.
+            with suppress(OverflowError):
+                total = t + (m - (b or 0))
+                if type(total) is int or math.isfinite(total):
+                    return total
         if policy == "max" and (type(m) is type(t) is str or (_is_number(m) and _is_number(t))):
             return max(m, t)
         return self.conflict((key,), f"policy {policy!r} cannot combine these values", b, m, t)
@@ -147,6 +123,8 @@ class _Merger:
             return t
         if same(b, t):
             return m
+        if len(path) == 1 and path[0] in self.policies:
+            return self.settled(path[0], b, m, t)
         if type(m) is type(t) is dict and type(b) in (dict, _Missing):
             return self.object(path, b, m, t)
         if type(m) is type(t) is list and type(b) in (list, _Missing):
@@ -155,42 +133,41 @@ class _Merger:
             return t
         return self.conflict(path, "two different values", b, m, t)
 
-    def object(
-        self, path: ValuePath, b: dict[str, Any] | _Missing, m: dict[str, Any], t: dict[str, Any]
-    ) -> dict[str, Any]:
+    def object(self, path: ValuePath, b: Any, m: dict[str, Any], t: dict[str, Any]) -> dict[str, Any]:
         """Key by key."""
-        base = {} if isinstance(b, _Missing) else b
+        base = {} if b is MISSING else b
         merged = {}
-        for key in _keys(m, t):
-            value = self.value((*path, key), base.get(key, MISSING), m.get(key, MISSING), t.get(key, MISSING))
+        # Mine first: `patch` brings the result into mine, where a new key can only come last.
+        for key in (*m, *(key for key in t if key not in m)):
+            three = base.get(key, MISSING), m.get(key, MISSING), t.get(key, MISSING)
+            value = self.value((*path, key), *three)
             if value is not MISSING:
                 merged[key] = value
         return merged
 
-    def array(self, path: ValuePath, b: list[Any] | _Missing, m: list[Any], t: list[Any]) -> Any:
+    def array(self, path: ValuePath, b: Any, m: list[Any], t: list[Any]) -> list[Any]:
         """Item by item; a contradiction that no preference settles is a conflict about the array as a whole."""
-        base = [] if isinstance(b, _Missing) else b
+        base = [] if b is MISSING else b
         lead = same_objects(base, m, t)
         mine, theirs = _Edits(base[lead:], m[lead:]), _Edits(base[lead:], t[lead:])
         try:
             self.settle_twins(mine, theirs)
             merged = base[:lead] + self.items(path, lead, base[lead:], mine, theirs)
-            _refuse_miscounted(merged, base, m, t, mine.all_new() + theirs.all_new())
+            _refuse_miscounted(merged, base, m, t, mine.new + theirs.new)
         except _Clash as clash:
             # Never one side's whole array, whatever is preferred: it lacks what the other has added.
-            raise MergeConflict(path=path, reason=clash.reason, base=b, mine=m, theirs=t) from None
+            raise MergeConflict(path=path, reason=str(clash), base=b, mine=m, theirs=t) from None
         return merged
 
     def settle_twins(self, mine: _Edits, theirs: _Edits) -> None:
         """Where both added an item under one id: its content, in their place."""
-        twins = {identity: item for item in theirs.all_added() if (identity := _identity(item))}
+        twins: dict[Any, Any] = {identity: item for item in theirs.all_added() if (identity := _identity(item))}
         times = Counter(map(_identity, mine.all_added() + theirs.all_added()))
         for item in mine.all_added():
-            identity = _identity(item)
-            twin = twins.get(identity, item) if identity else item
+            twin = twins.get(_identity(item), item)
             if same(item, twin):
                 continue
-            if self.prefer == "error" or times[identity] > 2:
+            if self.prefer == "error" or times[_identity(item)] > 2:
                 raise _Clash("one id, two contents")
             if self.prefer == "mine":
                 theirs.added = [[item if each is twin else each for each in items] for items in theirs.added]
@@ -225,18 +202,16 @@ class _Merger:
 
 def same_objects(first: list[Any], *others: list[Any]) -> int:
     """How many objects stand at the beginning of all lists: they need not be compared."""
-    differing = (
-        place for place, items in enumerate(zip(first, *others, strict=False)) if any(x is not items[0] for x in items)
-    )
-    return next(differing, min(map(len, (first, *others))))
+    lead = 0
+    for item, *rest in zip(first, *others, strict=False):
+        if any(other is not item for other in rest):
+            break
+        lead += 1
+    return lead
 
 
 class _Clash(Exception):
     """The two sides' edits of one array contradict each other."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 class _Edits:
@@ -247,28 +222,23 @@ class _Edits:
     def __init__(self, base: list[Any], side: list[Any]) -> None:
         self.kept: list[Any] = [MISSING] * len(base)
         self.added: list[list[Any]] = [[] for _ in range(len(base) + 1)]
-        self._replacing: list[Any] = []
+        #: What stands where it did not stand before; a moved item is among it.
+        self.new: list[Any] = []
         b = s = 0
         for i, j in [*align(base, side), (len(base), len(side))]:
-            self._gap(base[b:i], side[s:j], b)
+            old, new = base[b:i], side[s:j]
+            # Equally many items without an id are edits of one another, else removed and added.
+            if len(old) == len(new) and not any(map(_identity, old + new)):
+                self.kept[b:i] = new
+            else:
+                self.added[i] += new
+            self.new += new
             if i < len(base):
                 self.kept[i] = side[j]
             b, s = i + 1, j + 1
 
-    def _gap(self, base: list[Any], side: list[Any], start: int) -> None:
-        """Between two matches: equally many items without an id are edits of one another, else removed and added."""
-        if len(base) == len(side) and not any(map(_identity, base)) and not any(map(_identity, side)):
-            self.kept[start : start + len(base)] = side
-            self._replacing += side
-        else:
-            self.added[start + len(base)] += side
-
     def all_added(self) -> list[Any]:
         return [item for items in self.added for item in items]
-
-    def all_new(self) -> list[Any]:
-        """What stands where it did not stand before; a moved item is among it."""
-        return self.all_added() + self._replacing
 
     def removed_beside(self, gap: int) -> bool:
         return any(kept is MISSING for kept in self.kept[max(gap - 1, 0) : gap + 1])
@@ -287,8 +257,6 @@ def _refuse_miscounted(merged: list[Any], b: list[Any], m: list[Any], t: list[An
     """A moved item reads as removed here and added there: moved twice it would double, moved and removed it would
     return.
     """
-    if not added:
-        return
     before = Counter(map(_key, b))
     moved = {key for key in map(_key, added) if key in before}
     if not moved:
@@ -326,13 +294,9 @@ def _matches(one: Any, other: Any) -> bool:
 
 
 def _keyed(items: list[Any]) -> list[tuple[Any, int]]:
-    seen: Counter[Any] = Counter()
-    keys = []
-    for item in items:
-        key = _key(item)
-        keys.append((key, seen[key]))
-        seen[key] += 1
-    return keys
+    """Each item's key, and how often it came before."""
+    seen: defaultdict[Any, Iterator[int]] = defaultdict(count)
+    return [(key, next(seen[key])) for key in map(_key, items)]
 
 
 def _key(item: Any) -> Any:
@@ -351,22 +315,18 @@ def _frozen(value: Any) -> Any:
 def _longest_rising(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """The longest run of pairs whose first members rise (the second ones rise already): patience sorting."""
     tops: list[int] = []
-    piles: list[int] = []
-    before: list[int] = []
-    for index, (i, _) in enumerate(pairs):
+    #: For each pile the longest run that ends with its top: its last pair, and the run before that.
+    runs: list[Any] = []
+    for i, j in pairs:
         pile = bisect_left(tops, i)
-        before.append(piles[pile - 1] if pile else -1)
-        if pile == len(tops):
-            tops.append(i)
-            piles.append(index)
-        else:
-            tops[pile], piles[pile] = i, index
-    run: list[tuple[int, int]] = []
-    index = piles[-1] if piles else -1
-    while index >= 0:
-        run.append(pairs[index])
-        index = before[index]
-    return run[::-1]
+        runs[pile : pile + 1] = [((i, j), runs[pile - 1] if pile else None)]
+        tops[pile : pile + 1] = [i]
+    rising: list[tuple[int, int]] = []
+    rest = runs[-1] if runs else None
+    while rest:
+        last, rest = rest
+        rising.append(last)
+    return rising[::-1]
 
 
 def count_removed(base: list[Any], side: Any) -> int:

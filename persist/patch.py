@@ -6,7 +6,6 @@ document's own objects.
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from persist.json_codec import same
@@ -28,20 +27,15 @@ def _shared_in(document: Any) -> set[int]:
     """The ids of the objects and arrays that stand at more than one place of a document."""
     seen: set[int] = set()
     shared: set[int] = set()
-    level = [document]
-    while level:
-        found = dict(zip(map(id, level), level, strict=True))
-        if len(found) < len(level):
-            shared |= {identity for identity, count in Counter(map(id, level)).items() if count > 1}
-        shared |= seen & found.keys()
-        new = [item for identity, item in found.items() if identity not in seen]
-        seen |= found.keys()
-        level = [
-            each
-            for item in new
-            for each in (item.values() if type(item) is dict else item)
-            if type(each) in (dict, list)
-        ]
+    pending = [document]
+    while pending:
+        item = pending.pop()
+        if id(item) in seen:
+            shared.add(id(item))
+            continue
+        seen.add(id(item))
+        children = item.values() if type(item) is dict else item
+        pending += [child for child in children if type(child) in (dict, list)]
     return shared
 
 
@@ -58,14 +52,11 @@ class _Patch:
         """What shall stand where `target` stands: `target` itself, changed in place, if that can be."""
         if same(known, wanted):
             return target
-        if id(target) not in self._shared:
-            if type(target) is type(known) is type(wanted) is dict:
-                self.object(target, known, wanted)
-                return target
-            if type(target) is type(known) is type(wanted) is list:
-                self.array(target, known, wanted)
-                return target
-        return wanted
+        if id(target) in self._shared or not type(target) is type(known) is type(wanted) in (dict, list):
+            return wanted
+        change = self.object if type(target) is dict else self.array
+        change(target, known, wanted)
+        return target
 
     def object(self, target: dict[str, Any], known: dict[str, Any], wanted: dict[str, Any]) -> None:
         """Key by key."""

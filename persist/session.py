@@ -12,12 +12,12 @@ from typing import Any, NoReturn, get_args
 from weakref import ref
 
 from persist import errors, streams, turn
+from persist.json_codec import same
 from persist.merge import MISSING, Policy, Preference, count_removed, merge
 from persist.patch import patch
 from persist.storage import diff
 from persist.storage.cache import Replica
-from persist.storage.content import ALWAYS_APART, Content, Items, Value, decode, encoded, placed
-from persist.storage.directory import mislabelled
+from persist.storage.content import ALWAYS_APART, Content, Items, Value, decode, empty, encoded, placed
 from persist.storage.document import Header
 from persist.storage.transaction import Transaction
 from persist.streams import Backend
@@ -43,8 +43,6 @@ class _Base:
 class _Verb:
     """One verb of an object, while it is inside."""
 
-    __slots__ = ("__weakref__",)
-
 
 class Session:
     """One conversation, loaded. Change `data` in place, then `save`.
@@ -64,10 +62,8 @@ class Session:
         self, backend: Backend, policies: Mapping[str, Policy], session_id: str, found: Replica, *, is_durable: bool
     ) -> None:
         self.id = session_id
-        try:
+        with backend.files.looking_at(session_id):
             self.data: dict[str, Any] = found.content.decode()
-        except ValueError:
-            raise mislabelled(backend.files.layout.session(session_id).document, session_id) from None
         self._backend = backend
         self._policies = policies
         self._base = _Base(found.header, found.content, is_durable)
@@ -162,7 +158,7 @@ class Session:
             raise self._deleted() from None
 
     def _save(self, tx: Transaction, touch: bool, prefer: Preference) -> None:
-        there = self._same_incarnation(tx.read())
+        there = tx.read()
         self._recognise(there)
         base = self._base
         mine = encoded(self.data, base.content)
@@ -192,11 +188,13 @@ class Session:
         self._take(committed, mine, is_durable=True)
 
     def _recognise(self, there: Replica) -> None:
-        """Find out what became of a save that was cut off.
+        """Refuse another session of the same id, and find out what became of a save that was cut off.
 
         What it appended without an id must not be appended again.
         """
         base = self._base
+        if there.header.incarnation != base.header.incarnation:
+            raise self._deleted()
         if base.tried is None:
             return
         commit_id, mine = base.tried
@@ -210,8 +208,7 @@ class Session:
 
     def _refuse_removal(self, there: Replica, merged: Content, changes: tuple[diff.Change, ...]) -> None:
         """Refuse to remove messages in the middle of a turn: there it is an accident (hermes-webui #4205)."""
-        active = there.content.fields.get(turn.ACTIVE)
-        stream_id = None if active is None else decode(active) or None
+        stream_id = streams.active_in(there.content)
         if stream_id is None or all(each.is_splice and not each.remove for each in changes):
             return
         before, after = (
@@ -219,9 +216,8 @@ class Session:
             for content in (there.content, merged)
         )
         if type(before) is list and type(after) is not list:
-            raise errors.WrongType(
-                what=f"field {turn.MESSAGES!r}", expected="a list, in a turn", got=type(after).__name__
-            )
+            what, expected = f"field {turn.MESSAGES!r}", "a list, in a turn"
+            raise errors.WrongType(what=what, expected=expected, got=type(after).__name__)
         if type(before) is list and (count := count_removed(before, after)):
             revision = there.header.revision
             raise errors.MessagesRemoved(session_id=self.id, stream_id=stream_id, count=count, revision=revision)
@@ -233,21 +229,21 @@ class Session:
 
         `mine` is the state of `data` that was compared with it.
         """
-        known = _Base(committed.header, committed.content, is_durable)
         if committed.content == mine:
-            self._base = known
-        else:
-            current = encoded(self.data, mine)
-            wanted = committed.content
-            if current != mine:
-                # Edited since, by another task of an event loop.
-                try:
-                    wanted = merge_contents(mine, current, committed.content, {}, "error")
-                except errors.MergeConflict:
-                    # The edit contradicts theirs. It stays, and the next save reports it.
-                    self._base = replace(self._base, content=mine, tried=None)
-                    return
-            self._show(current, wanted, known)
+            self._base = _Base(committed.header, committed.content, is_durable)
+            return
+        try:
+            # What was edited since, by another task of an event loop, stays.
+            self._merge_in(committed, mine, is_durable=is_durable)
+        except errors.MergeConflict:
+            # The edit contradicts theirs. It stays, and the next save reports it.
+            self._base = replace(self._base, content=mine, tried=None)
+
+    def _merge_in(self, there: Replica, base: Content, *, is_durable: bool) -> None:
+        """Bring what differs between `base` and what is committed into `data`."""
+        current = encoded(self.data, base)
+        wanted = merge_contents(base, current, there.content, self._policies, "error")
+        self._show(current, wanted, _Base(there.header, there.content, is_durable))
 
     def _show(self, current: Content, wanted: Content, known: _Base) -> None:
         """Change `data` from what it holds now to what is wanted, in place. It is based on `known` then."""
@@ -263,14 +259,11 @@ class Session:
     def _patch(self, current: Content, wanted: Content) -> None:
         now: dict[str, Any] = {}
         then: dict[str, Any] = {}
-        for name in {name: None for name, _ in (*current, *wanted)}:
+        for name in dict.fromkeys(name for name, _ in (*current, *wanted)):
             one, other = current.get(name), wanted.get(name)
-            if one == other and one is not None:
-                continue
-            if one is not None:
-                now[name] = decode(one)
-            if other is not None:
-                then[name] = decode_like(one, now.get(name), other)
+            if one != other:
+                now |= {} if one is None else {name: decode(one)}
+                then |= {} if other is None else {name: _decode_like(one, now.get(name), other)}
         stay = {name: value for name, value in self.data.items() if name not in now}
         patch(self.data, stay | now, stay | then)
 
@@ -283,29 +276,22 @@ class Session:
             NestedLock: a signal handler asks for it, or a finaliser, in the middle of a save or refresh of this object.
             CorruptSession: the file is damaged.
         """
-        before = None
-        while before is not self._base:
+        while True:
             before = self._base
             # Outside the guard: where folds follow one another, it takes the lock.
             there = self._read()
             with self._backend.files.looking_at(self.id), self._alone(), errors.conflicts_in(self.id):
                 if self._base is before:
-                    self._refresh(self._same_incarnation(there))
-                    before = self._base
+                    self._recognise(there)
+                    if there.header.commit != self._base.header.commit:
+                        self._merge_in(there, self._base.content, is_durable=False)
+                    return
 
     def _read(self) -> Replica:
         try:
             return self._backend.files.read(self.id)
         except errors.SessionNotFound:
             raise self._deleted() from None
-
-    def _refresh(self, there: Replica) -> None:
-        self._recognise(there)
-        base = self._base
-        if there.header.commit != base.header.commit:
-            current = encoded(self.data, base.content)
-            wanted = merge_contents(base.content, current, there.content, self._policies, "error")
-            self._show(current, wanted, _Base(there.header, there.content, is_durable=False))
 
     # --- the stale stream ---
 
@@ -328,37 +314,27 @@ class Session:
         with self._alone():
             # Refused in the middle of another verb, before anything is cleared.
             if there is not None:
-                self._recognise(self._same_incarnation(there))
+                self._recognise(there)
             stream_id = self.active_stream_id
-        if stream_id is None:
-            return False
-        try:
-            cleared = streams.clear_stale(self._backend, self.id, stream_id, self._base.header.incarnation)
-        except errors.SessionNotFound:
-            return False
-        if cleared is None:
-            return False
-        with self._alone(), suppress(errors.Unreadable):
-            self._show_cleared(cleared)
-        return True
+        cleared = None
+        with suppress(errors.SessionNotFound):
+            if stream_id is not None:
+                cleared = streams.clear_stale(self._backend, self.id, stream_id, self._base.header.incarnation)
+        if cleared is not None:
+            with self._alone(), suppress(errors.Unreadable):
+                self._show_cleared(cleared)
+        return cleared is not None
 
     def _show_cleared(self, there: Replica) -> None:
         """Show what the clear has committed. An unsaved edit that contradicts it stays, but for the stream fields."""
         self._recognise(there)
         base = self._base
-        current = encoded(self.data, base.content)
         try:
-            wanted = merge_contents(base.content, current, there.content, self._policies, "error")
-            known = _Base(there.header, there.content, is_durable=True)
+            self._merge_in(there, base.content, is_durable=True)
         except errors.MergeConflict:
-            wanted = _with_stream_fields_of(there.content, current)
+            current = encoded(self.data, base.content)
             known = replace(base, content=_with_stream_fields_of(there.content, base.content))
-        self._show(current, wanted, known)
-
-    def _same_incarnation(self, there: Replica) -> Replica:
-        if there.header.incarnation != self._base.header.incarnation:
-            raise self._deleted()
-        return there
+            self._show(current, _with_stream_fields_of(there.content, current), known)
 
     def _deleted(self) -> errors.SessionDeleted:
         return errors.SessionDeleted(session_id=self.id, path=self._backend.files.layout.session(self.id).document)
@@ -366,13 +342,11 @@ class Session:
 
 def refuse_changed_stream_fields(before: Content, after: Content) -> None:
     """Raise `ReservedField` if an edit touched what belongs to the stream verbs."""
-    changed = [name for name in turn.IDLE if before.get(name) != after.get(name)]
-    if changed:
-        turn.refuse_changed_stream_fields(*(_decoded_fields(content, changed) for content in (before, after)))
-
-
-def _decoded_fields(content: Content, names: list[str]) -> dict[str, Any]:
-    return {name: decode(value) for name in names if (value := content.get(name)) is not None}
+    for name, idle in turn.IDLE.items():
+        found, left = (side.get(name) for side in (before, after))
+        if found != left and not same(*(idle if value is None else decode(value) for value in (found, left))):
+            remedy = "Use store.start_stream(), store.cancel() or session.clear_stale_stream()."
+            raise errors.ReservedField(field=name, remedy=remedy)
 
 
 def _with_stream_fields_of(theirs: Content, content: Content) -> Content:
@@ -398,34 +372,28 @@ def merge_contents(
         elif (kept := t if m == b else m) is not None:
             merged[name] = kept
     if disputed:
-        three = _decoded_alike(base, mine, theirs, disputed)
-        found = merge(*three, policies, prefer=prefer)
-        if prefer != "error":
-            _refuse_lost_list(*three, found, prefer)
+        before = _decoded(base, disputed, empty(), {})
+        ours, others = (_decoded(side, disputed, base, before) for side in (mine, theirs))
+        found = merge(before, ours, others, policies, prefer=prefer)
+        dropped, three = others if prefer == "mine" else ours, {"base": before, "mine": ours, "theirs": others}
+        for name in ALWAYS_APART:
+            # To prefer what is no list would drop what the other side has added to it.
+            if type(dropped.get(name)) is list and type(found.get(name)) is not list:
+                reason = "one side has changed this list, and the other put something else in its place"
+                values = {side: data.get(name, MISSING) for side, data in three.items()}
+                raise errors.MergeConflict(path=(name,), reason=reason, **values)
         known = Content({}, {name: value for name in disputed if (value := theirs.get(name)) is not None})
         merged |= dict(encoded(found, known))
     return placed(merged.items())
 
 
-def _decoded_alike(
-    base: Content, mine: Content, theirs: Content, names: list[str]
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return the values of three contents, for a caller who compares and does not change them: equal items are one
-    object.
-    """
-    three: tuple[dict[str, Any], dict[str, Any], dict[str, Any]] = ({}, {}, {})
-    for name in names:
-        first = base.get(name)
-        if first is not None:
-            three[0][name] = decode(first)
-        for side, found in zip((mine, theirs), three[1:], strict=True):
-            value = side.get(name)
-            if value is not None:
-                found[name] = decode_like(first, three[0].get(name), value)
-    return three
+def _decoded(content: Content, names: list[str], like: Content, decoded: dict[str, Any]) -> dict[str, Any]:
+    """Decode some values. Items that `like` has, too, become the objects of `decoded`, so that they compare fast."""
+    found = {name: value for name in names if (value := content.get(name)) is not None}
+    return {name: _decode_like(like.get(name), decoded.get(name), value) for name, value in found.items()}
 
 
-def decode_like(first: Value | None, decoded: Any, value: Value) -> Any:
+def _decode_like(first: Value | None, decoded: Any, value: Value) -> Any:
     """Decode a value.
 
     Of a list, the items that `first` has at its beginning and end become the objects of `decoded`.
@@ -434,18 +402,6 @@ def decode_like(first: Value | None, decoded: Any, value: Value) -> Any:
         return decode(value)
     at, removed, added = diff.window(first.split(), value.split())
     return [*decoded[:at], *Items(added).decode(), *decoded[at + len(removed) :]]
-
-
-def _refuse_lost_list(
-    base: dict[str, Any], mine: dict[str, Any], theirs: dict[str, Any], merged: dict[str, Any], prefer: Preference
-) -> None:
-    """Raise `MergeConflict` where to prefer what is no list would drop what the other side has added to it."""
-    dropped = theirs if prefer == "mine" else mine
-    for name in ALWAYS_APART:
-        if type(dropped.get(name)) is list and type(merged.get(name)) is not list:
-            reason = "one side has changed this list, and the other put something else in its place"
-            b, m, t = (side.get(name, MISSING) for side in (base, mine, theirs))
-            raise errors.MergeConflict(path=(name,), reason=reason, base=b, mine=m, theirs=t)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from persist.follow import Cursor, Following
 from persist.merge import Policy, check_policies
 from persist.session import Head, Session, refuse_changed_stream_fields
 from persist.storage import cache, commit, document
-from persist.storage.content import ALWAYS_APART, HEADER, Content, encoded
+from persist.storage.content import ALWAYS_APART, HEADER, Content, empty, encoded
 from persist.storage.transaction import SessionFiles
 from persist.streams import Backend, Stream, StreamInfo
 from persist.turn import Message
@@ -196,7 +196,7 @@ class Store:
         files = self._open().files
         data = {} if data is None else data
         content = encoded(data)
-        turn.refuse_changed_stream_fields({}, data)
+        refuse_changed_stream_fields(empty(), content)
         return self._created(files, session_id, content)
 
     def _created(self, files: SessionFiles, session_id: str, content: Content) -> Session:

@@ -10,14 +10,13 @@ data is in `turn`.
 
 from __future__ import annotations
 
-import functools
 import os
 import socket
 import sys
 import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,13 +27,11 @@ import msgspec
 
 from persist import errors, json_codec, turn
 from persist.event_log import Ended, EventFiles, Fenced
-from persist.json_codec import same
 from persist.storage import disk, layout, lease
 from persist.storage.cache import Replica
+from persist.storage.content import Content
 from persist.storage.document import Head, Header
-from persist.storage.lease import Lease
 from persist.storage.transaction import SessionFiles, Transaction
-from persist.turn import Message
 from persist.working_copy import WorkingCopy
 
 
@@ -91,10 +88,8 @@ def _trying_lease(tx: Transaction, stream_id: object) -> Iterator[bool]:
     with tx.refusals():
         disk.check_directory(path.parent)
         probe = lease.probe(path)
-    try:
+    with closing(probe):
         yield probe.is_dead
-    finally:
-        probe.close()
 
 
 def _remove_lease(tx: Transaction, stream_id: object) -> None:
@@ -107,65 +102,54 @@ def _remove_lease(tx: Transaction, stream_id: object) -> None:
 # --- starting --------------------------------------------------------------------------------------------------------
 
 
-def start(backend: Backend, session_id: str, message: Message | None, stream_id: str | None = None) -> Stream:
+def start(backend: Backend, session_id: str, message: turn.Message | None, stream_id: str | None = None) -> Stream:
     """Claim a session for a new stream. See `Store.start_stream`."""
     stream_id = uuid.uuid4().hex if stream_id is None else layout.check_stream_id(stream_id)
     prompt = None if message is None else turn.with_id(_checked(message), f"{stream_id}.prompt")
     with backend.files.transaction(session_id) as tx:
         copy = WorkingCopy(tx.read(), tx)
-        stale_id = turn.active_stream(copy.fields)
+        header, stale_id = copy.header, turn.active_stream(copy.fields)
         with _trying_lease(tx, stale_id) as is_dead:
             if not is_dead:
-                raise _busy(tx, copy.header, stale_id)
-            return _claim(backend, tx, copy, stream_id, prompt)
-
-
-def _claim(backend: Backend, tx: Transaction, copy: WorkingCopy, stream_id: str, prompt: Message | None) -> Stream:
-    header, stale_id = copy.header, turn.active_stream(copy.fields)
-    messages = copy.list(turn.MESSAGES)
-    if any(messages.find(f"{stream_id}.{part}") is not None for part in ("prompt", "answer")):
-        raise _unusable(stream_id, "a stream of this session had it before")
-    if stream_id == stale_id:
-        raise _unusable(stream_id, "it is the id of the stream that died")
-    if stale_id is not None:
-        _interrupt(copy)
-    owner = StreamOwner(stream_id, *_this_process(), None if prompt is None else prompt["id"])
-    turn.begin(copy, stream_id, prompt)
-    changed = copy.changed()  # raises what it has to, before anything is done
-    with tx.refusals():
-        backend.events.forget(tx.session_id, stream_id)
-    taken = _take_lease(tx, owner)
-    try:
-        committed = copy.commit(header.next(epoch=header.epoch + 1, owner=owner.to_header()), changed)
-        stream = Stream(backend, tx.session_id, committed.header, stream_id, taken)
-    except BaseException as error:
-        # A failed launch must not keep its claim (hermes-webui #6869). Where the claim may be visible all the same, the
-        # lease file stays behind, unlocked: by it a sweep finds the session.
-        if isinstance(error, errors.PersistError) and not tx.is_visible:
-            _remove_lease(tx, stream_id)
-        taken.close()
-        raise
-    if stale_id is not None:
-        backend.events.end(tx.session_id, stale_id, "died")
-        _remove_lease(tx, stale_id)
-    return stream
+                raise _busy(tx, header, stale_id)
+            if any(copy.list(turn.MESSAGES).find(f"{stream_id}.{part}") is not None for part in ("prompt", "answer")):
+                raise _unusable(stream_id, "a stream of this session had it before")
+            if stream_id == stale_id:
+                raise _unusable(stream_id, "it is the id of the stream that died")
+            if stale_id is not None:
+                _interrupt(copy)
+            turn.begin(copy, stream_id, prompt)
+            changed = copy.changed()  # raises what it has to, before anything is done
+            command = Path(sys.argv[0] or sys.executable).name if sys.argv else "python"
+            process = os.getpid(), socket.gethostname(), command, datetime.now(UTC).isoformat()
+            owner = StreamOwner(stream_id, *process, None if prompt is None else prompt["id"])
+            path = tx.paths.lease(stream_id)
+            description = {"pid": owner.pid, "started_at": owner.started_at, "session_id": session_id}
+            with tx.refusals():
+                backend.events.forget(session_id, stream_id)
+                disk.make_directory(path.parent)
+                disk.check_directory(path.parent)
+                taken = lease.take(path, json_codec.encode(description))
+            if taken is None:
+                raise _unusable(stream_id, "a stream of that id is alive")
+            try:
+                committed = copy.commit(header.next(epoch=header.epoch + 1, owner=owner.to_header()), changed)
+                stream = Stream(backend, session_id, committed.header, stream_id, taken)
+            except BaseException as error:
+                # A failed launch must not keep its claim (hermes-webui #6869). Where the claim may be visible all the
+                # same, the lease file stays behind, unlocked: by it a sweep finds the session.
+                if isinstance(error, errors.PersistError) and not tx.is_visible:
+                    _remove_lease(tx, stream_id)
+                taken.close()
+                raise
+            if stale_id is not None:
+                backend.events.end(session_id, stale_id, "died")
+                _remove_lease(tx, stale_id)
+            return stream
 
 
 def _unusable(stream_id: str, reason: str) -> errors.InvalidStreamId:
     return errors.InvalidStreamId(stream_id=stream_id, reason=f"{reason}. Choose a new one.")
-
-
-def _take_lease(tx: Transaction, owner: StreamOwner) -> Lease:
-    """Create and lock the lease of a new stream."""
-    path = tx.paths.lease(owner.stream_id)
-    description = {"pid": owner.pid, "started_at": owner.started_at, "session_id": tx.session_id}
-    with tx.refusals():
-        disk.make_directory(path.parent)
-        disk.check_directory(path.parent)
-        taken = lease.take(path, json_codec.encode(description))
-    if taken is None:
-        raise _unusable(owner.stream_id, "a stream of that id is alive")
-    return taken
 
 
 # --- ending a stream without its owner -------------------------------------------------------------------------------
@@ -190,7 +174,7 @@ def clear_stale(backend: Backend, session_id: str, stream_id: object, incarnatio
 
 def _is_active(copy: WorkingCopy, stream_id: object) -> bool:
     active = turn.active_stream(copy.fields)
-    return active is not None and same(active, stream_id)
+    return active is not None and json_codec.same(active, stream_id)
 
 
 def _take_away(backend: Backend, tx: Transaction, copy: WorkingCopy, ended: Ended) -> Replica:
@@ -249,28 +233,21 @@ def cancel(backend: Backend, session_id: str, stream_id: str, *, force: bool) ->
 def delete(backend: Backend, session_id: str, *, force: bool) -> None:
     """Delete a session unless a live stream owns it. See `Store.delete`."""
     with backend.files.transaction(session_id) as tx:
-        if force:
-            # Also a document that cannot be read.
-            if not tx.exists():
-                raise errors.SessionNotFound(session_id=session_id, path=tx.paths.document)
-            _delete(backend, tx)
-            return
-        header, active = tx.read().header, turn.active_stream(WorkingCopy(tx.read()).fields)
+        # Forced, also a document that cannot be read.
+        if force and not tx.exists():
+            raise errors.SessionNotFound(session_id=session_id, path=tx.paths.document)
+        active = None if force else turn.active_stream(WorkingCopy(tx.read()).fields)
         with _trying_lease(tx, active) as is_dead:
             if not is_dead:
-                raise _busy(tx, header, active)
-            _delete(backend, tx)
-
-
-def _delete(backend: Backend, tx: Transaction) -> None:
-    tx.require_known()
-    with tx.refusals():
-        # First, so that nothing is emitted behind what a follower takes for the end.
-        backend.events.fence_session(tx.session_id)
-    tx.delete()
-    for stream_id in backend.files.stream_ids(tx.session_id):
-        _remove_lease(tx, stream_id)
-    backend.events.remove_session(tx.session_id)
+                raise _busy(tx, tx.read().header, active)
+            tx.require_known()
+            with tx.refusals():
+                # First, so that nothing is emitted behind what a follower takes for the end.
+                backend.events.fence_session(session_id)
+            tx.delete()
+            for stream_id in backend.files.stream_ids(session_id):
+                _remove_lease(tx, stream_id)
+            backend.events.remove_session(session_id)
 
 
 # --- looking ---------------------------------------------------------------------------------------------------------
@@ -297,47 +274,30 @@ def look_at(backend: Backend, session_id: str, *, timeout_s: float | None = None
             return None
         with _trying_lease(tx, stream_id) as is_dead:
             owner = owner_of(head.header, stream_id)
-            return StreamInfo(
-                session_id,
-                stream_id,
-                is_live=not is_dead,
-                is_cancelled=owner is not None and owner.cancelled,
-                owner=None if owner is None else owner.process,
-                last_commit_at=head.header.updated_at,
-            )
+            process, is_cancelled = (None, False) if owner is None else (owner.process, owner.cancelled)
+            return StreamInfo(session_id, stream_id, not is_dead, is_cancelled, process, head.header.updated_at)
 
 
-def active_in(head: Head) -> Any:
-    """Return the stream that a head names, or None."""
+def active_in(head: Head | Content) -> Any:
+    """Return the stream that a session's fields name, or None."""
     value = head.fields.get(turn.ACTIVE)
     return None if value is None else json_codec.decode(value) or None
 
 
 def _busy(tx: Transaction, header: Header, stream_id: Any) -> errors.SessionBusy:
     owner = owner_of(header, stream_id)
-    path = tx.paths.lease(stream_id)
-    return errors.SessionBusy(
-        session_id=tx.session_id, stream_id=stream_id, owner=None if owner is None else owner.process, path=path
-    )
+    process, path = None if owner is None else owner.process, tx.paths.lease(stream_id)
+    return errors.SessionBusy(session_id=tx.session_id, stream_id=stream_id, owner=process, path=path)
 
 
-def _checked(message: Any) -> Message:
+def _checked(message: Any) -> turn.Message:
     """Return a copy that nobody else can change."""
     if type(message) is not dict:
         raise errors.WrongType(what="a message", expected="a plain dict", got=type(message).__name__)
-    own: Message = json_codec.decode(json_codec.encode_exact(message))
+    own: turn.Message = json_codec.decode(json_codec.encode_exact(message))
     if type(own.get("id", "")) not in (str, int, type(None)):
         raise errors.WrongType(what="a message's id", expected="a string or an integer", got=type(own["id"]).__name__)
     return own
-
-
-def _this_process() -> tuple[int, str, str, str]:
-    return os.getpid(), socket.gethostname(), _command(), datetime.now(UTC).isoformat()
-
-
-@functools.cache
-def _command() -> str:
-    return Path(sys.argv[0] or sys.executable).name if sys.argv else "python"
 
 
 class Stream:
@@ -356,13 +316,13 @@ class Stream:
     stream. In a forked child every verb raises `StreamLost`, and leaving the block does nothing.
     """
 
-    def __init__(self, backend: Backend, session_id: str, claim: Header, stream_id: str, lease: Lease) -> None:
+    def __init__(self, backend: Backend, session_id: str, claim: Header, stream_id: str, taken: lease.Lease) -> None:
         self.id = stream_id
         self.session_id = session_id
         self.epoch = claim.epoch
         self._backend = backend
         self._incarnation = claim.incarnation
-        self._lease = lease
+        self._lease = taken
         self._events = backend.events.writer(session_id, stream_id)
 
     def __repr__(self) -> str:
@@ -383,12 +343,7 @@ class Stream:
         except (errors.StreamLost, errors.SessionNotFound):
             return True
 
-    @property
-    def _has_emitted(self) -> bool:
-        """Whether it has emitted events, so that the next ones need no lock."""
-        return self._events.is_open
-
-    def checkpoint(self, message: Message) -> None:
+    def checkpoint(self, message: turn.Message) -> None:
         """Make the answer so far durable; it replaces the stream's one partial message.
 
         Args:
@@ -402,9 +357,10 @@ class Stream:
         """
         answer = turn.with_id(_checked(message), f"{self.id}.answer")
         with self._owned() as (copy, owner):
-            self._commit(copy, owner, self._answer(copy, owner, answer))
+            turn.put_answer(copy.list(turn.MESSAGES), answer, owner.answer_id)
+            self._commit(copy, owner, answer["id"])
 
-    def append(self, message: Message) -> None:
+    def append(self, message: turn.Message) -> None:
         """Add a message to the turn, before its partial answer (a tool's result, say). Idempotent by its ``id``.
 
         Raises: as `checkpoint`.
@@ -413,7 +369,7 @@ class Stream:
         with self._owned() as (copy, owner):
             messages = copy.list(turn.MESSAGES)
             turn.append_once(messages, item, before=messages.find(owner.answer_id))
-            self._commit(copy, owner, owner)
+            self._commit(copy, owner, owner.answer_id)
 
     def emit(self, *events: Any, durable: bool = False) -> int:
         """Add events for those who follow the stream (`Store.follow`), in this process and in others; they see them at
@@ -441,23 +397,19 @@ class Stream:
         encoded = list(map(json_codec.encode_exact, events))
         if not self._lease.is_held:
             raise self._lost("it has ended, or this is a forked child")
-        if not self._events.is_open:
-            self._open_events()
         try:
+            if not self._events.is_open:
+                with self._backend.files.transaction(self.session_id) as tx:
+                    head = tx.head()
+                    self._require_ownership(head.header, active_in(head))
+                    self._events.open()
             return self._events.append(encoded, durable=durable)
+        except errors.SessionNotFound:
+            raise self._lost("the session was deleted") from None
         except Fenced:
             raise self._lost("it has ended, was cancelled by force, or was cleared as stale") from None
 
-    def _open_events(self) -> None:
-        try:
-            with self._backend.files.transaction(self.session_id) as tx:
-                head = tx.head()
-                self._require_ownership(head.header, active_in(head))
-                self._events.open()
-        except errors.SessionNotFound:
-            raise self._lost("the session was deleted") from None
-
-    def finish(self, message: Message | None = None) -> None:
+    def finish(self, message: turn.Message | None = None) -> None:
         """End the turn with its answer, in one commit: the message, and the stream fields cleared.
 
         Args:
@@ -468,7 +420,7 @@ class Stream:
         answer = None if message is None else turn.with_id(_checked(message), f"{self.id}.answer")
         with self._owned() as (copy, owner):
             if answer is not None:
-                self._answer(copy, owner, answer)
+                turn.put_answer(copy.list(turn.MESSAGES), answer, owner.answer_id)
             turn.end(copy)
             self._end(copy, "finished")
 
@@ -480,10 +432,6 @@ class Stream:
         with self._owned() as (copy, owner):
             turn.interrupt(copy, owner.prompt_id, owner.answer_id)
             self._end(copy, "cancelled" if owner.cancelled else "failed")
-
-    def _answer(self, copy: WorkingCopy, owner: StreamOwner, answer: Message) -> StreamOwner:
-        turn.put_answer(copy.list(turn.MESSAGES), answer, owner.answer_id)
-        return msgspec.structs.replace(owner, answer_id=answer["id"])
 
     @contextmanager
     def _owned(self) -> Iterator[tuple[WorkingCopy, StreamOwner]]:
@@ -497,13 +445,13 @@ class Stream:
         except errors.SessionNotFound:
             raise self._lost("the session was deleted") from None
 
-    def _commit(self, copy: WorkingCopy, owner: StreamOwner, owner_after: StreamOwner) -> None:
+    def _commit(self, copy: WorkingCopy, owner: StreamOwner, answer_id: turn.MessageId | None) -> None:
         """Commit what was changed, or make durable what is there."""
         changed = copy.changed()
-        if owner_after != owner or changed is not None:
-            copy.commit(copy.header.next(owner=owner_after.to_header()), changed)
-        else:
+        if changed is None and answer_id == owner.answer_id:
             copy.commit_changes(None)
+        else:
+            copy.commit(copy.header.next(owner=owner.to_header(answer_id=answer_id)), changed)
 
     def _end(self, copy: WorkingCopy, ended: Ended) -> None:
         """Commit the end of the turn, and give the lease up in the same hold of the lock."""

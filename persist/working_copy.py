@@ -13,31 +13,18 @@ whichever way it is asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping, MutableSequence
-from typing import Any, overload
+from typing import Any
 
 from persist import json_codec
 from persist.errors import ReservedField, WrongType
 from persist.storage import diff
 from persist.storage.cache import Replica
-from persist.storage.content import (
-    ALWAYS_APART,
-    HEADER,
-    Content,
-    Items,
-    Value,
-    as_before,
-    decode,
-    empty,
-    encoded,
-    id_key,
-    placed,
-)
-from persist.storage.diff import Change
+from persist.storage.content import ALWAYS_APART, HEADER, Content, Items, as_before, decode, encoded, id_key, placed
 from persist.storage.document import Header
 from persist.storage.transaction import Transaction
 
-#: A content, and what turns the values that stand apart in the committed one into its own. None: that takes comparing.
-Changed = tuple[Content, tuple[Change, ...] | None]
+#: A content, and what turns the values that stand apart in the committed one into its own.
+Changed = tuple[Content, tuple[diff.Change, ...]]
 
 
 class WorkingCopy:
@@ -49,16 +36,29 @@ class WorkingCopy:
 
     Attributes:
         header: that of the committed revision.
-        fields: the top-level values but ``messages`` and ``tool_calls``, as a mapping to be changed.
     """
 
     def __init__(self, found: Replica, tx: Transaction | None = None) -> None:
         self.header = found.header
-        self._lists: dict[str, WorkingList] = {}
-        self.fields = Fields(found.content, self._lists)
         self._tx = tx
         self._content = found.content
-        self._data: dict[str, Any] | None = None
+        # Each value is in one of these: as it was committed, as a list to be changed, or as a plain value. A plain
+        # value was handed out or set, and may have been changed in place since.
+        self._committed = dict(found.content)
+        self._lists: dict[str, WorkingList] = {}
+        self._values: dict[str, Any] = {}
+
+    @property
+    def fields(self) -> Fields:
+        """The top-level values but ``messages`` and ``tool_calls``, as a mapping to be changed."""
+        return Fields(self)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The whole document as a plain dict, as it is by now. Once asked for, it is what is committed."""
+        for name in self._names():
+            self._plain(name)
+        return self._values
 
     def list(self, name: str) -> WorkingList:
         """Return a top-level list, to be changed in place. A missing one is made by the first item.
@@ -66,44 +66,42 @@ class WorkingCopy:
         Raises:
             WrongType: the value is no list.
         """
-        found = self._lists.get(name)
-        if found is None:
-            if name == HEADER:
-                raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
-            value = self.fields.committed(name)
-            if name in self.fields.handed_out:
-                whole = self.fields.handed_out[name]
+        if name == HEADER:
+            raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
+        if name not in self._lists:
+            value = self._committed.get(name)
+            if self._has(name) and not isinstance(value, Items):
+                whole = self._plain(name)
                 if type(whole) is not list:
-                    raise _no_list(name, whole)
-                return WorkingList.over(name, whole)
-            if value is not None and not isinstance(value, Items):
-                whole = json_codec.decode(value)
-                if type(whole) is not list:
-                    raise _no_list(name, whole)
-                value = Items(list(map(json_codec.encode, whole)))
-            found = self._lists[name] = WorkingList(name, Items([]) if value is None else value)
-        return found
+                    what = f"field {name!r} of the document"
+                    raise WrongType(what=what, expected="a list", got=type(whole).__name__)
+                return WorkingList(name, Items([]), whole)
+            self._lists[name] = WorkingList(name, value if isinstance(value, Items) else Items([]))
+            self._committed.pop(name, None)
+        return self._lists[name]
 
     def has_list(self, name: str) -> bool:
-        """Tell whether a top-level value is a list, or missing."""
+        """Tell whether a top-level value is committed as a list, or missing."""
         value = self._content.get(name)
         return value is None or isinstance(value, Items) or value[:1] == b"["
 
-    @property
-    def data(self) -> dict[str, Any]:
-        """The whole document as a plain dict, as it is by now. Once asked for, it is what is committed."""
-        if self._data is None:
-            found = dict(self.fields)
-            for name in ALWAYS_APART:
-                value = self._content.get(name)
-                if name in self._lists:
-                    if value is not None or self._lists[name]:
-                        found[name] = self._lists.pop(name).whole()
-                elif value is not None:
-                    found[name] = decode(value)
-            self._data = {name: found[name] for name in (*dict(self._content), *found) if name in found}
-            self.fields.hand_out_all(self._data)
-        return self._data
+    def _has(self, name: str) -> bool:
+        items = self._lists.get(name)
+        is_list = items is not None and (len(items) > 0 or items.base is self._content.get(name))
+        return is_list or name in self._committed or name in self._values
+
+    def _names(self) -> tuple[str, ...]:
+        names = dict.fromkeys((*dict(self._content), *self._values, *self._lists))
+        return tuple(filter(self._has, names))
+
+    def _plain(self, name: str) -> Any:
+        """Hand out a value as a plain one."""
+        if name in self._committed:
+            self._values[name] = decode(self._committed[name])
+            del self._committed[name]
+        elif name in self._lists:
+            self._values[name] = self._lists.pop(name).whole()
+        return self._values[name]
 
     def changed(self) -> Changed | None:
         """Return the content as it is now, and what was changed in the values that stand apart. None if nothing was
@@ -112,25 +110,20 @@ class WorkingCopy:
         Raises: what `encoded` raises for what cannot be kept.
         """
         before = self._content
-        if self._data is not None:
-            for name in [name for name, items in self._lists.items() if items]:
-                self._data[name] = self._lists.pop(name).whole()
-            after = encoded(self._data, before)
-            return None if after == before else (after, None)
-        values: dict[str, Value] = dict(before)
-        self.fields.write_to(values)
-        splices: dict[str, list[Change]] = {}
-        is_changed = self.fields.is_touched
+        now = dict(self._committed)
+        splices: dict[str, tuple[diff.Change, ...]] = {}
         for name, items in self._lists.items():
-            if made := items.changes():
-                if items.base is before.apart.get(name):
-                    splices[name] = made
-                is_changed = True
-                values[name] = items.after(made)
-        if not is_changed:
-            return None
-        after = placed(values.items())
-        changes = tuple(_changes(before, after, splices))
+            made = items.changes()
+            if self._has(name):
+                now[name] = items.after(made)
+            if items.base is before.get(name):
+                splices[name] = made
+        if self._values:
+            known = Content({}, {name: value for name, value in before if name in self._values})
+            now |= dict(encoded(self._values, known))
+        # The keys keep their order.
+        after = placed((name, now[name]) for name in dict.fromkeys((*dict(before), *now)) if name in now)
+        changes = diff.between(before, after, splices)
         return None if not changes and after.fields == before.fields else (after, changes)
 
     @property
@@ -157,120 +150,53 @@ class WorkingCopy:
         return self._tx.commit(self.header.next(touch=touch), *changed)
 
 
-def _changes(before: Content, after: Content, splices: dict[str, list[Change]]) -> Iterator[Change]:
-    """Yield what a commit changes in the values that stand apart, in the words of the verbs that changed them."""
-    for name in before.apart:
-        if name not in after.apart:
-            yield Change(name, is_gone=True)
-    for name, new in after.apart.items():
-        old = before.apart.get(name)
-        if old is new:
-            continue
-        if name in splices:
-            yield from splices[name]
-        elif old != new:
-            yield diff.whole(name, new)
-
-
-def _no_list(name: str, value: Any) -> WrongType:
-    return WrongType(what=f"field {name!r} of the document", expected="a list", got=type(value).__name__)
-
-
 class Fields(MutableMapping[str, Any]):
     """The top-level values of a working copy but ``messages`` and ``tool_calls``, each decoded when it is asked for."""
 
-    def __init__(self, content: Content, lists: dict[str, WorkingList]) -> None:
-        self._content = content
-        self._lists = lists
-        #: What was handed out or set. A value may have been changed in place since.
-        self.handed_out: dict[str, Any] = {}
-        self._gone: set[str] = set()
+    def __init__(self, copy: WorkingCopy) -> None:
+        self._copy = copy
 
-    @property
-    def is_touched(self) -> bool:
-        """Whether anything was handed out, set or deleted."""
-        return bool(self.handed_out or self._gone)
-
-    def committed(self, name: str) -> Value | None:
-        """Return a top-level value as it is committed. None if it was deleted since."""
-        return None if name in self._gone else self._content.get(name)
-
-    def hand_out_all(self, data: dict[str, Any]) -> None:
-        """Read and change a plain document from now on."""
-        self._content, self.handed_out, self._gone = empty(), data, set()
+    def __contains__(self, name: object) -> bool:
+        return type(name) is str and name not in ALWAYS_APART and self._copy._has(name)
 
     def __getitem__(self, name: str) -> Any:
-        if name in ALWAYS_APART:
+        if name not in self:
             raise KeyError(name)
-        if name not in self.handed_out:
-            items, value = self._lists.get(name), None if name in self._gone else self._content.get(name)
-            if value is None and not items:
-                raise KeyError(name)
-            if items is not None:
-                del self._lists[name]
-                self.handed_out[name] = items.whole()
-            elif value is not None:
-                self.handed_out[name] = decode(value)
-        return self.handed_out[name]
+        return self._copy._plain(name)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        if name == HEADER:
-            raise ReservedField(field=name, remedy="Choose another name for the field.")
-        if name in ALWAYS_APART:
-            raise ReservedField(field=name, remedy=f"Use list({name!r}).")
-        self._gone.discard(name)
-        self._lists.pop(name, None)
-        self.handed_out[name] = value
+        if name == HEADER or name in ALWAYS_APART:
+            remedy = "Choose another name for the field." if name == HEADER else f"Use list({name!r})."
+            raise ReservedField(field=name, remedy=remedy)
+        self._copy._committed.pop(name, None)
+        self._copy._lists.pop(name, None)
+        self._copy._values[name] = value
 
     def __delitem__(self, name: str) -> None:
         if name not in self:
             raise KeyError(name)
-        self.handed_out.pop(name, None)
-        self._lists.pop(name, None)
-        self._gone.add(name)
-
-    def __contains__(self, name: object) -> bool:
-        if type(name) is not str or name in ALWAYS_APART:
-            return False
-        return name in self.handed_out or self.committed(name) is not None or bool(self._lists.get(name))
+        for each in (self._copy._committed, self._copy._lists, self._copy._values):
+            each.pop(name, None)
 
     def __iter__(self) -> Iterator[str]:
-        there = dict.fromkeys([*dict(self._content), *self.handed_out, *self._lists])
-        yield from [name for name in there if name in self]
+        yield from [name for name in self._copy._names() if name not in ALWAYS_APART]
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-    def write_to(self, values: dict[str, Value]) -> None:
-        """Bring top-level values to the state of this mapping."""
-        for name in self._gone:
-            values.pop(name, None)
-        if self.handed_out:
-            before = Content({}, {name: values[name] for name in self.handed_out if name in values})
-            after = encoded(self.handed_out, before)
-            for name, value in after:
-                old = values.get(name)
-                values[name] = old if old is not None and old == value else value
 
 
 class WorkingList(MutableSequence[Any]):
     """A list of a working copy: the items that it keeps of the committed list, and behind them a tail of its own.
 
-    An entry of the tail is an item's JSON as long as nobody asked for it, else a Python value.
+    An entry of the tail is an item's JSON as long as nobody asked for it, else a Python value. The tail may be a plain
+    list of the caller's, which is changed in place then.
     """
 
-    def __init__(self, name: str, base: Items) -> None:
+    def __init__(self, name: str, base: Items, tail: list[Any] | None = None) -> None:
         self._name = name
         self.base = base
         self._kept = len(base)
-        self._tail: list[Any] = []
-
-    @classmethod
-    def over(cls, name: str, items: list[Any]) -> WorkingList:
-        """Return a working list that changes a plain list in place."""
-        found = cls(name, Items([]))
-        found._tail = items
-        return found
+        self._tail: list[Any] = [] if tail is None else tail
 
     def whole(self) -> list[Any]:
         """Return all items as a plain list, which this working list goes on to change in place."""
@@ -289,21 +215,10 @@ class WorkingList(MutableSequence[Any]):
             self._kept = place
         return place - self._kept
 
-    def _place(self, place: int) -> int:
-        count = len(self)
-        place = place + count if place < 0 else place
-        if not 0 <= place < count:
-            raise IndexError(place)
-        return place
-
-    @overload
-    def __getitem__(self, place: int) -> Any: ...
-    @overload
-    def __getitem__(self, place: slice) -> MutableSequence[Any]: ...
-    def __getitem__(self, place: int | slice) -> Any:
+    def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             return [self[each] for each in range(*place.indices(len(self)))]
-        at = self._in_tail(self._place(place))
+        at = self._in_tail(range(len(self))[place])
         if type(self._tail[at]) is bytes:
             self._tail[at] = json_codec.decode(self._tail[at])
         return self._tail[at]
@@ -312,7 +227,7 @@ class WorkingList(MutableSequence[Any]):
         if isinstance(place, slice):
             raise TypeError("Replace items one by one.")
         self._refuse_bytes(item, place)
-        self._tail[self._in_tail(self._place(place))] = item
+        self._tail[self._in_tail(range(len(self))[place])] = item
 
     def _refuse_bytes(self, item: Any, place: int) -> None:
         # In the tail they would pass for an item's JSON.
@@ -320,16 +235,13 @@ class WorkingList(MutableSequence[Any]):
             json_codec.check(item, (self._name, place))
 
     def __delitem__(self, place: Any) -> None:
-        if isinstance(place, slice):
-            for each in sorted(range(*place.indices(len(self))), reverse=True):
-                del self[each]
-            return
-        del self._tail[self._in_tail(self._place(place))]
+        places = range(len(self))[place]
+        for each in sorted(places if isinstance(place, slice) else [places], reverse=True):
+            del self._tail[self._in_tail(each)]
 
     def insert(self, place: int, item: Any) -> None:
         """Put an item before the one at a place."""
-        count = len(self)
-        place = max(0, place + count) if place < 0 else min(place, count)
+        place, _, _ = slice(place, None).indices(len(self))
         self._refuse_bytes(item, place)
         self._tail.insert(self._in_tail(place), item)
 
@@ -347,10 +259,8 @@ class WorkingList(MutableSequence[Any]):
         # It stood in what is the tail by now. An earlier item may have the same id.
         return next((at for at in range(self._kept - 1, -1, -1) if id_key(_id_of(self.base[at])) == key), None)
 
-    def changes(self) -> list[Change]:
+    def changes(self) -> tuple[diff.Change, ...]:
         """Return what turns the committed list into this one."""
-        if not self._tail and self._kept == len(self.base):
-            return []
         before = self.base.last(len(self.base) - self._kept)
         after = [
             item if type(item) is bytes else json_codec.encode_exact(item, (self._name, place))
@@ -359,9 +269,9 @@ class WorkingList(MutableSequence[Any]):
         for at, (item, old) in enumerate(zip(self._tail, before, strict=False)):
             if type(item) is not bytes:
                 after[at] = as_before(after[at], item, old)
-        return list(diff.splices(self._name, before, after, self._kept))
+        return tuple(diff.splices(self._name, before, after, self._kept))
 
-    def after(self, changes: list[Change]) -> Items:
+    def after(self, changes: tuple[diff.Change, ...]) -> Items:
         """Return the committed list after some changes."""
         items = self.base
         for change in changes:

@@ -37,10 +37,6 @@ class Replica:
     is_synced: bool = False
 
     @property
-    def document_bytes(self) -> int:
-        return self.version[1]
-
-    @property
     def cost_bytes(self) -> int:
         """About what it takes in memory."""
         return self.content.size_bytes + _BYTES_AN_ITEM * sum(self.content.counts.values()) + 1536
@@ -74,9 +70,9 @@ class Cache:
         """Keep a replica, and drop those that were used longest ago."""
         cost = replica.cost_bytes
         with table:
-            before = self._replicas.pop(session_id, None)
+            self.take(session_id)
             self._replicas[session_id] = replica, cost
-            self._total_bytes += cost - (before[1] if before else 0)
+            self._total_bytes += cost
             while self._total_bytes > self._limit_bytes:
                 _, (_, freed) = self._replicas.popitem(last=False)
                 self._total_bytes -= freed

@@ -14,7 +14,6 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
@@ -26,7 +25,7 @@ from persist.storage.cache import Replica
 from persist.storage.content import Content
 from persist.storage.diff import Change
 from persist.storage.document import Header
-from persist.storage.journal import Journal, Record, Tail
+from persist.storage.journal import Tail
 from persist.storage.layout import SessionPaths
 
 #: Which sessions have a journal: large ones, all, or none.
@@ -57,14 +56,14 @@ class Options:
     verifies_folds: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Place:
     """The files of one session whose lock is held, and what is noted about them.
 
     Attributes:
         unknown: the reason of the last `CommitUnknown`, by session, shared by all verbs of a store.
         is_visible: whether the last commit became visible, also if an exception came after that.
-        is_marked: whether the last commit has spoilt the journal.
+        is_marked: whether the current journal bears the mark that takes it out of use.
     """
 
     session_id: str
@@ -74,16 +73,16 @@ class Place:
     is_visible: bool = False
     is_marked: bool = False
 
-    def journal(self, name: str) -> Journal:
+    def journal(self, name: str) -> journal.Journal:
         """Return the session's journal of that name."""
-        return Journal(self.paths.journal(name), self.session_id, name)
+        return journal.Journal(self.paths.journal(name), self.session_id, name)
 
     def wants_journal(self, header: Header, content: Content) -> bool:
         """Tell whether the session is to have a journal from its next document on."""
         limit = LEAVE_BYTES if header.journal else ENTER_BYTES
         return self.options.mode == "always" or (self.options.mode == "auto" and content.size_bytes > limit)
 
-    @contextmanager
+    @contextlib.contextmanager
     def refusals(self) -> Iterator[None]:
         """Turn the disk's own errors in the block into `CommitFailed`: nothing of the commit is visible yet."""
         try:
@@ -128,41 +127,32 @@ def commit(
     place.is_visible = place.is_marked = False
     if before is None or before.tail is None:
         return write_document(place, before, header, content)
-    tail = before.tail
-    if _must_fold(place.options, before) or not _is_settled(place, before):
+    tail, options = before.tail, place.options
+    # A journal is as large as its document at most. A record is never appended behind a torn tail.
+    limit = max(FOLD_AT_LEAST_BYTES, before.version[1]) if options.fold_bytes is None else options.fold_bytes
+    must_fold = options.mode == "never" or tail.is_torn or tail.end > limit or len(tail.unsynced) > MOST_UNSYNCED_BYTES
+    if not must_fold and not before.is_synced:
+        # A document that cannot be made durable is written anew.
+        with contextlib.suppress(OSError):
+            _settle(place, before)
+    if must_fold or not before.is_synced:
+        verify(place, before)
         try:
             return write_document(place, before, header, content)
         except CommitFailed as error:
             # A full disk may have room for a record where it has none for a document.
             is_full = error.errno in _FULL and not isinstance(error.__cause__, disk.SyncFailed)
-            if not is_full or place.is_marked or tail.is_torn or not before.is_synced or place.options.mode == "never":
+            if not is_full or place.is_marked or tail.is_torn or not before.is_synced or options.mode == "never":
                 raise
     return append_record(place, before, header, content, changes, fd)
 
 
-def _must_fold(options: Options, before: Replica) -> bool:
-    """Tell whether the next commit writes the whole document. A record is never appended behind a torn tail."""
-    tail = before.tail
-    assert tail is not None
-    limit = options.fold_bytes
-    if limit is None:
-        limit = max(FOLD_AT_LEAST_BYTES, before.document_bytes)
-    return options.mode == "never" or tail.is_torn or tail.end > limit or len(tail.unsynced) > MOST_UNSYNCED_BYTES
-
-
-def _is_settled(place: Place, before: Replica) -> bool:
-    """Make the document and its name durable, once a replica: their writer may have died before it did.
-
-    Tell whether they are.
-    """
-    if not before.is_synced:
-        try:
-            disk.sync_file(place.paths.document)
-            disk.sync_directory(place.paths.directory)
-        except OSError:
-            return False
-        before.is_synced = True
-    return True
+def _settle(place: Place, found: Replica) -> None:
+    """Make the document and its name durable, once a replica: their writer may have died before it did."""
+    if not found.is_synced:
+        disk.sync_file(place.paths.document)
+        disk.sync_directory(place.paths.directory)
+        found.is_synced = True
 
 
 def append_record(
@@ -174,7 +164,7 @@ def append_record(
     # 1. The line. It holds the whole head if that changed.
     old = before.header
     is_same_head = header.epoch == old.epoch and header.owner == old.owner and content.fields == before.content.fields
-    record = Record(
+    record = journal.Record(
         crc="00000000",
         after=tail.after,
         revision=header.revision,
@@ -189,7 +179,15 @@ def append_record(
     line = journal.encode(record, tail.seed)
     # 2. Room, so that the write does not make the file longer.
     with place.refusals():
-        _make_room(place.options, tail, len(line), fd)
+        room, end = place.options.room_bytes, tail.end + len(line)
+        if end > tail.room_end and len(line) <= room <= tail.end:
+            # Another process may have made some.
+            tail.room_end = disk.size_of(fd)
+            if end > tail.room_end:
+                # On a full disk there may still be room for the record itself.
+                with contextlib.suppress(OSError):
+                    disk.write_at(fd, bytes(room), tail.end)
+                    tail.room_end = tail.end + room
         # 3. What nobody is known to have synced is written again: its writer may have seen its fdatasync fail, and have
         # died.
         try:
@@ -206,34 +204,20 @@ def append_record(
     except OSError as error:
         # Another process must not append to what may be lost below. Whoever finds the mark folds.
         with contextlib.suppress(OSError):
-            disk.write_at(fd, journal.MARK, tail.end + len(line))
-        place.doubt(error)
-        after = _write_anew(place, before, header, content, error)
-        place.unknown.pop(place.session_id, None)
-        return after
+            disk.write_at(fd, journal.MARK, end)
+        place.is_marked = True
+        return _write_anew(place, before, header, content, error)
     # 5. Only now the replica moves on.
     tail.advance(line, record)
     tail.synced, tail.unsynced = tail.end, b""
     return Replica(header, content, before.version, tail, is_synced=True)
 
 
-def _make_room(options: Options, tail: Tail, size_bytes: int, fd: int) -> None:
-    room, end = options.room_bytes, tail.end + size_bytes
-    if end <= tail.room_end or not size_bytes <= room <= tail.end:
-        return
-    # Another process may have made some.
-    tail.room_end = disk.size_of(fd)
-    if end > tail.room_end:
-        # On a full disk there may still be room for the record itself.
-        with contextlib.suppress(OSError):
-            disk.write_at(fd, bytes(room), tail.end)
-            tail.room_end = tail.end + room
-
-
 def _write_anew(place: Place, before: Replica, header: Header, content: Content, error: OSError) -> Replica:
     """Write the whole document after a failed fsync, to another inode."""
+    place.doubt(error)
     try:
-        return write_document(place, before, header, content, is_marked=True)
+        return write_document(place, before, header, content)
     except PersistError as failed:
         raise place.failure(CommitUnknown, error) from failed
 
@@ -246,60 +230,44 @@ def confirm(place: Place, found: Replica, fd: int) -> Replica:
     place.require_known()
     tail = found.tail
     try:
-        if tail is None or not found.is_synced:
-            disk.sync_file(place.paths.document)
-            disk.sync_directory(place.paths.directory)
-            found.is_synced = True
+        _settle(place, found)
         if tail is not None and tail.unsynced:
             disk.write_at(fd, tail.unsynced, tail.synced)
             disk.sync_data(fd)
             tail.synced, tail.unsynced = tail.end, b""
         return found
-    except OSError as error:
-        # What the kernel still shows of that file proves nothing. What was checked before is written again.
-        is_failed_sync = isinstance(error, disk.SyncFailed)
-        if is_failed_sync:
-            place.doubt(error)
-        try:
-            after = write_document(place, found, found.header, found.content)
-        except CommitFailed as failed:
-            if is_failed_sync:
-                raise place.failure(CommitUnknown, error) from failed
-            raise
-        place.unknown.pop(place.session_id, None)
-        return after
+    # What the kernel still shows of that file proves nothing. What was checked before is written again.
+    except disk.SyncFailed as error:
+        return _write_anew(place, found, found.header, found.content, error)
+    except OSError:
+        return write_document(place, found, found.header, found.content)
 
 
 # --- the whole document ----------------------------------------------------------------------------------------------
 
 
 def write_document(
-    place: Place,
-    before: Replica | None,
-    header: Header,
-    content: Content,
-    *,
-    alone: bool = False,
-    is_marked: bool = False,
-    is_replica: bool = True,
+    place: Place, before: Replica | None, header: Header, content: Content, *, alone: bool = False
 ) -> Replica:
     """Write the whole document. In every instant the old one or the new one stands there, durably.
 
     Args:
         before: what is there. Its journal is taken out of use.
         alone: without a journal.
-        is_marked: that journal bears its mark already.
-        is_replica: `before` is what the files say. What `accept` takes of a damaged session is not.
     """
-    mark = None if before is None or is_marked or not _needs_mark(before.tail) else before.tail
-    if before is not None and before.tail is not None and place.options.verifies_folds and is_replica and not is_marked:
-        _verify(place, before)
+    mark = None if place.is_marked else _tail_to_mark(before)
     is_journaled = not alone and place.wants_journal(header, content)
     journals = [name for name in (before.header.folded, before.header.journal) if name] if before else []
     try:
         with place.refusals():
-            if len(journals) > 1:
-                _remove_left_over(place, journals[0], is_journaled=is_journaled)
+            if len(journals) > 1 and disk.exists(left_over := place.paths.journal(journals[0])):
+                # A fold that was cut off did not remove it. It goes before the rename, because no header names it after
+                # that. The first sync is there because a power cut could bring the document back that needs it. The
+                # second one is done with a new journal's name otherwise.
+                disk.sync_directory(place.paths.directory)
+                _remove([left_over])
+                if not is_journaled:
+                    disk.sync_directory(place.paths.directory)
             return _publish(place, header, content, journals, mark, is_journaled=is_journaled)
     except CommitFailed as failed:
         if not isinstance(failed.__cause__, disk.SyncFailed):
@@ -308,29 +276,11 @@ def write_document(
             place.doubt(failed.__cause__)
     # After a failed fsync once more, to other inodes.
     try:
-        after = _publish(place, header, content, journals, mark, is_journaled=is_journaled)
+        return _publish(place, header, content, journals, mark, is_journaled=is_journaled)
     except OSError as error:
         if place.is_visible:
             place.doubt(error)
         raise place.failure(CommitUnknown if place.is_visible else CommitFailed, error) from error
-    place.unknown.pop(place.session_id, None)
-    return after
-
-
-def _remove_left_over(place: Place, name: str, *, is_journaled: bool) -> None:
-    """Remove the journal that a fold had folded and did not remove, because it was cut off.
-
-    Before the rename: no header names that journal after it, so `check` would take it for that of another document.
-    """
-    directory, path = place.paths.directory, place.paths.journal(name)
-    if not disk.exists(path):
-        return
-    # Else a power cut could bring the document back that needs it.
-    disk.sync_directory(directory)
-    _remove([path])
-    if not is_journaled:
-        # The sync of a new journal's name does it otherwise.
-        disk.sync_directory(directory)
 
 
 def _publish(
@@ -347,10 +297,10 @@ def _publish(
             # 2. The new journal, and its name. Else a power cut could leave a document whose journal is missing.
             if name is not None:
                 made.append(paths.journal(name))
-                _write_new(made[-1], journal.opening(name))
+                write_new(made[-1], journal.opening(name))
                 disk.sync_directory(paths.directory, directory)
             # 3. The new document, under another name.
-            written = _write_new(paths.temp, document.to_bytes(header, content))
+            written = write_new(paths.temp, document.to_bytes(header, content))
             # 4. The mark, for the living: a process with an old replica meets a tear, whatever becomes of the rest.
             if mark is not None:
                 put_mark(paths.journal(mark.name), mark.end)
@@ -378,17 +328,20 @@ def _publish(
         disk.close_directory(directory)
     # 7. What no longer counts goes last, as far as the disk lets it go.
     _remove(map(paths.journal, journals))
+    place.unknown.pop(place.session_id, None)
+    place.is_marked = False
     version = _version_of(paths.document, written)
     return Replica(header, content, version, Tail.of(name) if name else None, is_synced=True)
 
 
-def _needs_mark(tail: Tail | None) -> bool:
-    """Tell whether a journal must be marked before it goes out of use.
+def _tail_to_mark(before: Replica | None) -> Tail | None:
+    """Return the end of the journal that must be marked before it goes out of use, if there is one.
 
     Behind a torn tail nobody appends anyway. A mark in a sector that a power cut has left as zeros would look like
     damage: no crash leaves a sector half.
     """
-    return tail is not None and not tail.is_torn
+    tail = None if before is None else before.tail
+    return None if tail is None or tail.is_torn else tail
 
 
 def _version_of(path: Path, written: disk.Version) -> disk.Version:
@@ -403,11 +356,12 @@ def _version_of(path: Path, written: disk.Version) -> disk.Version:
     return (0, 0, 0, 0)
 
 
-def _write_new(path: Path, text: bytes) -> disk.Version:
+def write_new(path: Path, text: bytes) -> disk.Version:
+    """Write a new file. Its content is durable on return."""
     try:
         fd = disk.create(path)
     except FileExistsError:
-        # The lock is held, so its writer is dead.
+        # The lock is held, so the writer of the old one is dead.
         disk.unlink(path)
         fd = disk.create(path)
     try:
@@ -429,20 +383,18 @@ def put_mark(path: Path, end: int) -> None:
 
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
-        with contextlib.suppress(OSError):
-            disk.unlink(path)
+        disk.remove_quietly(path)
 
 
-def _verify(place: Place, before: Replica) -> None:
-    """Compare a replica with a replay from disk. Only tests ask for it."""
+def verify(place: Place, before: Replica) -> None:
+    """Compare a replica that is to be folded with a replay from disk. Only tests ask for it."""
+    if before.tail is None or not place.options.verifies_folds:
+        return
     found = document.read(place.paths.document, place.session_id, place.paths.file_id)
     assert found.header.journal is not None
     log = place.journal(found.header.journal)
-    fd = log.open()
-    try:
+    with log.opened() as fd:
         header, content, _ = log.replay(fd, found.header, found.content)
-    finally:
-        disk.close(fd)
     if header.commit != before.header.commit or content != before.content or header.owner != before.header.owner:
         raise AssertionError(f"The replica of session {place.session_id!r} differs from its files.")
 
@@ -463,21 +415,19 @@ def delete(place: Place, before: Replica | None, journals: Sequence[Path]) -> No
     paths = place.paths
     with place.refusals():
         directory = disk.open_directory(paths.directory)
-    try:
-        with place.refusals():
-            if before is not None and before.tail is not None and _needs_mark(before.tail):
-                put_mark(paths.journal(before.tail.name), before.tail.end)
-            if before is None:
-                # A damaged session must not stay because its journal is damaged, too.
-                for path in journals:
-                    with contextlib.suppress(OSError):
-                        put_mark(path, journal.end_of(path))
-            disk.unlink(paths.document)
         try:
-            disk.sync_directory(paths.directory, directory)
-        except OSError as error:
-            place.doubt(error)
-            raise place.failure(CommitUnknown, error) from error
-    finally:
-        disk.close_directory(directory)
+            if (mark := _tail_to_mark(before)) is not None:
+                put_mark(paths.journal(mark.name), mark.end)
+            # A damaged session must not stay because its journal is damaged, too.
+            for path in journals if before is None else ():
+                with contextlib.suppress(OSError):
+                    put_mark(path, journal.end_of(path))
+            disk.unlink(paths.document)
+            try:
+                disk.sync_directory(paths.directory, directory)
+            except OSError as error:
+                place.doubt(error)
+                raise place.failure(CommitUnknown, error) from error
+        finally:
+            disk.close_directory(directory)
     _remove([paths.temp, *journals])

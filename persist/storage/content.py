@@ -56,6 +56,15 @@ def _id_in(item: bytes) -> bytes | None:
     return id_key(decoded.get("id")) if type(decoded) is dict else None
 
 
+def _put_places(keys: Iterable[bytes | None], start: int, ids: dict[bytes, int], repeated: set[bytes]) -> None:
+    """Put the places of keys from `start` on into `ids`, and the keys that it has already into `repeated`."""
+    for place, key in enumerate(keys, start):
+        if key is not None:
+            if key in ids:
+                repeated.add(key)
+            ids[key] = place
+
+
 _NO_TEXT = memoryview(b"")
 
 
@@ -76,14 +85,8 @@ class Items:
         self._parts = (text, text_count, items, len(items))
         self._ids: dict[bytes, int] | None = None
         self._repeated: set[bytes] = set()
-        #: The length of its JSON in a document.
-        self.size_bytes = _size_bytes(len(text), text_count, sum(map(len, items)), len(items))
-
-    @classmethod
-    def _of(cls, parts: tuple[memoryview, int, list[bytes], int], size_bytes: int) -> Items:
-        found = cls.__new__(cls)
-        found._parts, found.size_bytes, found._ids, found._repeated = parts, size_bytes, None, set()
-        return found
+        #: The length of its JSON in a document, brackets and newlines included.
+        self.size_bytes = (len(text) or 2) + _bytes_of(items)
 
     @classmethod
     def in_document(cls, text: memoryview, count: int) -> Items:
@@ -157,48 +160,34 @@ class Items:
         else:
             start = at - text_count
             items = items[:start] + insert + items[start + remove : length]
-        parts = (text, text_count, items, length + len(insert) - remove)
-        size = _size_bytes(
-            len(text), text_count, self._list_bytes + sum(map(len, insert)) - sum(map(len, removed)), parts[3]
-        )
-        after = Items._of(parts, size)
+        after = Items([])
+        after._parts = (text, text_count, items, length + len(insert) - remove)
+        after.size_bytes = self.size_bytes + _bytes_of(insert) - _bytes_of(removed)
         self._hand_over_ids(after, at, remove, insert)
         return after
-
-    @property
-    def _list_bytes(self) -> int:
-        """The bytes of the items behind the text, without their separators."""
-        text, text_count, _, length = self._parts
-        return self.size_bytes - _size_bytes(len(text), text_count, 0, length)
 
     # --- ids ---
 
     def find(self, key: bytes) -> int | None:
         """Return the place of the last item with this id (see `id_key`), or None."""
         if self._ids is None:
-            self._read_ids()
-            assert self._ids is not None
+            self._ids = self._read_ids()
         return self._ids.get(key)
 
-    def _read_ids(self) -> None:
+    def _read_ids(self) -> dict[bytes, int]:
         text, _, items, length = self._parts
         keys: list[bytes | None] = []
-        if text:
-            try:
-                keys = [bytes(item.id) for item in _ids_of(text)]
-            except (msgspec.DecodeError, RecursionError):
-                keys = [_id_in(item) for item in bytes(text[2:-2]).split(SEPARATOR)]
-            else:
-                if b"\\" in b"".join(filter(None, keys)) or not all(key and key[:1] == b'"' for key in keys):
-                    keys = [_id_in(item) for item in bytes(text[2:-2]).split(SEPARATOR)]
+        try:
+            keys += [bytes(item.id) for item in _ids_of(text)] if text else []
+            is_plain = all(key and key[:1] == b'"' and b"\\" not in key for key in keys)
+        except (msgspec.DecodeError, RecursionError):
+            is_plain = False
+        if not is_plain:
+            keys = list(map(_id_in, bytes(text[2:-2]).split(SEPARATOR)))
         keys += map(_id_in, items[:length])
         ids: dict[bytes, int] = {}
-        for place, key in enumerate(keys):
-            if key is not None:
-                if key in ids:
-                    self._repeated.add(key)
-                ids[key] = place
-        self._ids = ids
+        _put_places(keys, 0, ids, self._repeated)
+        return ids
 
     def _hand_over_ids(self, after: Items, at: int, remove: int, insert: list[bytes]) -> None:
         """Give the ids to the changed value, as far as that costs what the change costs. This value reads them anew."""
@@ -213,12 +202,7 @@ class Items:
                 return
             if key is not None:
                 ids.pop(key, None)
-        for place, item in enumerate(after.last(len(after) - at), at):
-            key = _id_in(item)
-            if key is not None:
-                if key in ids:
-                    repeated.add(key)
-                ids[key] = place
+        _put_places(map(_id_in, after.last(len(after) - at)), at, ids, repeated)
         after._ids, after._repeated = ids, repeated
 
     # --- data ---
@@ -233,28 +217,20 @@ class Items:
         return found
 
 
-def _size_bytes(text_bytes: int, text_count: int, list_bytes: int, list_count: int) -> int:
-    """Return the length of a list's JSON in a document."""
-    if not text_count and not list_count:
-        return 2
-    return (text_bytes if text_count else 2) + list_bytes + 2 * list_count
+def _bytes_of(items: list[bytes]) -> int:
+    return sum(map(len, items)) + len(SEPARATOR) * len(items)
 
 
 #: A top-level value: its JSON, or the items of a list that stands apart.
 Value = bytes | Items
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Content:
     """A session's top-level values: the fields, and what stands apart. See `placed`."""
 
     fields: Mapping[str, bytes]
     apart: Mapping[str, Value]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Content) and self.fields == other.fields and self.apart == other.apart
-
-    __hash__ = None  # type: ignore[assignment]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -277,10 +253,6 @@ class Content:
     def decode(self) -> dict[str, Any]:
         """Return the session's data as a fresh dict."""
         return {name: decode(value) for name, value in self}
-
-    def decode_fields(self) -> dict[str, Any]:
-        """Return the fields alone, decoded."""
-        return {name: json_codec.decode(value) for name, value in self.fields.items()}
 
 
 def size_of(value: Value) -> int:
@@ -318,23 +290,23 @@ def placed(values: Iterable[tuple[str, Value]]) -> Content:
     apart: dict[str, Value] = {}
     for name, value in values:
         if name in ALWAYS_APART or _json_bytes(value) > APART_BYTES:
-            apart[name] = _items_of(value) if isinstance(value, bytes) else value
+            apart[name] = items_of(value) if isinstance(value, bytes) else value
         else:
             fields[name] = as_json(value)
     total = sum(map(len, fields.values()))
     while total > FIELDS_BYTES:
         largest = max(fields, key=lambda name: (len(fields[name]), name))
         total -= len(fields[largest])
-        apart[largest] = _items_of(fields.pop(largest))
+        apart[largest] = items_of(fields.pop(largest))
     content = Content(fields, apart)
     if content.size_bytes > json_codec.MAX_BYTES:
         raise NotJSON(path=(), reason=f"it would take more than {json_codec.MAX_BYTES:,} bytes")
     return content
 
 
-def _items_of(value: bytes) -> Value:
+def items_of(value: bytes) -> Value:
     """Return a value that stands apart: a list as items."""
-    return Items([json_codec.encode(item) for item in json_codec.decode(value)]) if value[:1] == b"[" else value
+    return Items(list(map(json_codec.encode, json_codec.decode(value)))) if value[:1] == b"[" else value
 
 
 def encoded(data: Any, like: Content | None = None) -> Content:
@@ -383,16 +355,9 @@ def as_before(found: bytes, value: Any, before: bytes | None) -> bytes:
     return before if json_codec.same(json_codec.decode(before), value) else found
 
 
-def _items_among_fields(value: bytes) -> list[bytes]:
-    """Return the items of a list that is too small to stand apart, no items of any other value."""
-    return list(map(json_codec.encode, json_codec.decode(value))) if value[:1] == b"[" else []
-
-
 def _encoded_items(name: str, items: list[Any], before: Value | None) -> Items:
-    if before is None or isinstance(before, Items):
-        known = before.split() if before is not None else []
-    else:
-        known = _items_among_fields(before)
+    before = items_of(before) if isinstance(before, bytes) else before
+    known = before.split() if isinstance(before, Items) else []
     found = json_codec.encode_all_unchecked(items)
     if isinstance(before, Items) and found == known:
         return before

@@ -6,14 +6,14 @@ Positions count items. They are those of the moment when the change is applied, 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import compress, count
+from types import MappingProxyType
 
 import msgspec
 
-from persist import json_codec
 from persist.merge import align
-from persist.storage.content import Content, Items, Value, as_json
+from persist.storage.content import Content, Items, Value, as_json, items_of
 
 #: Where more than this was removed, the items between the first difference and the last one are compared, too.
 _ONE_SPLICE_BYTES = 16 * 1024
@@ -58,9 +58,7 @@ def apply(apart: dict[str, Value], change: Change) -> None:
     if change.is_gone:
         apart.pop(change.name, None)
     elif not isinstance(change.value, msgspec.UnsetType):
-        value = bytes(change.value)
-        is_list = value[:1] == b"["
-        apart[change.name] = Items([json_codec.encode(item) for item in json_codec.decode(value)]) if is_list else value
+        apart[change.name] = items_of(bytes(change.value))
     else:
         items = apart.get(change.name)
         if not isinstance(items, Items):
@@ -71,14 +69,21 @@ def apply(apart: dict[str, Value], change: Change) -> None:
             raise DoesNotFit(change.name) from None
 
 
-def between(before: Content, after: Content) -> tuple[Change, ...]:
-    """Return the changes that turn what stands apart in one content into what stands apart in the other."""
+def between(
+    before: Content, after: Content, known: Mapping[str, tuple[Change, ...]] = MappingProxyType({})
+) -> tuple[Change, ...]:
+    """Return the changes that turn what stands apart in one content into what stands apart in the other.
+
+    `known` are those of some lists, which are not compared then.
+    """
     changes: list[Change] = [Change(name, is_gone=True) for name in before.apart if name not in after.apart]
     for name, new in after.apart.items():
         old = before.apart.get(name)
         if old is new:
             continue
-        if isinstance(old, Items) and isinstance(new, Items):
+        if name in known:
+            changes += known[name]
+        elif isinstance(old, Items) and isinstance(new, Items):
             changes += splices(name, old.split(), new.split())
         elif old != new:
             changes.append(whole(name, new))

@@ -14,8 +14,6 @@ from persist.storage import disk, document, journal, layout
 from persist.storage.cache import Cache, Replica
 from persist.storage.commit import Options
 from persist.storage.document import Head, Header
-from persist.storage.journal import Journal
-from persist.storage.layout import Layout
 
 
 class SessionDirectory:
@@ -33,7 +31,7 @@ class SessionDirectory:
     ) -> None:
         # The real path: two names of one directory must share their in-process locks, and a chdir must not move the
         # store.
-        self.layout = Layout(Path(os.path.realpath(directory)))
+        self.layout = layout.Layout(Path(os.path.realpath(directory)))
         self.options = options
         self.timeout_s = timeout_s
         self.cache = Cache(cache_bytes)
@@ -41,20 +39,17 @@ class SessionDirectory:
         self.unknown: dict[str, str] = {}
         try:
             if create:
-                self._make_directories()
+                disk.make_directory(self.layout.leases)
+                # Another process may have made them a moment ago: their names must not be lost under our first commit.
+                disk.sync_directory(self.layout.directory)
+                with contextlib.suppress(PermissionError):
+                    disk.sync_directory(self.layout.directory.parent)
             disk.check_file_system(self.layout.directory, allow_network=allow_network)
             self._ignores_case = disk.ignores_case(self.layout.directory, layout.LEASES)
         except PersistError:
             raise
         except OSError as error:
             raise Unreadable.because(self.layout.directory, error) from error
-
-    def _make_directories(self) -> None:
-        disk.make_directory(self.layout.leases)
-        # Another process may have made them a moment ago: their names must not be lost under our first commit.
-        disk.sync_directory(self.layout.directory)
-        with contextlib.suppress(PermissionError):
-            disk.sync_directory(self.layout.directory.parent)
 
     # --- one session ---
 
@@ -68,38 +63,34 @@ class SessionDirectory:
         with self.looking_at(session_id) as path:
             paths = self.layout.session(session_id)
             found = document.read(path, session_id, paths.file_id)
-            name = found.header.journal
-            if name is None:
+            if (name := found.header.journal) is None:
                 return Replica(found.header, found.content, found.version)
-            log = Journal(paths.journal(name), session_id, name)
-            fd = log.open()
-            try:
+            log = journal.Journal(paths.journal(name), session_id, name)
+            with log.opened() as fd:
                 header, content, tail = log.replay(fd, found.header, found.content)
-                return Replica(header, content, found.version, tail)
-            finally:
-                disk.close(fd)
+            return Replica(header, content, found.version, tail)
 
     def read_head_now(self, session_id: str) -> Head:
         """Read the committed header and fields. Raise `Overtaken` as `read_now`."""
         with self.looking_at(session_id) as path:
             paths = self.layout.session(session_id)
             found = document.read_head(path, session_id, paths.file_id)
-            name = found.header.journal
-            if name is None:
+            if (name := found.header.journal) is None:
                 return found
-            log = Journal(paths.journal(name), session_id, name)
-            fd = log.open()
-            try:
+            log = journal.Journal(paths.journal(name), session_id, name)
+            with log.opened() as fd:
                 return log.read_head(fd, found)
-            finally:
-                disk.close(fd)
 
     def looking_at(self, session_id: str) -> Translating[Path]:
         """Give the document's path to a block, and turn the disk's own errors in it into typed ones.
 
         So is what cannot be decoded, although its checksum is right: somebody has sealed it.
         """
-        path = self._document(session_id)
+        path = self.layout.session(session_id).document
+        for name in disk.names(self.layout.directory) if self._ignores_case else ():
+            if name != path.name and name.lower() == path.name.lower():
+                reason = f"on this file system it is the same name as {name.removesuffix('.json')!r}."
+                raise InvalidSessionId(session_id=session_id, reason=reason)
 
         def type_error(error: BaseException) -> None:
             if isinstance(error, FileNotFoundError):
@@ -111,15 +102,6 @@ class SessionDirectory:
 
         return Translating(type_error, path)
 
-    def _document(self, session_id: str) -> Path:
-        path = self.layout.session(session_id).document
-        if self._ignores_case:
-            for name in disk.names(self.layout.directory):
-                if name != path.name and name.lower() == path.name.lower():
-                    reason = f"on this file system it is the same name as {name.removesuffix('.json')!r}."
-                    raise InvalidSessionId(session_id=session_id, reason=reason)
-        return path
-
     # --- all sessions ---
 
     def session_ids(self) -> list[str]:
@@ -129,21 +111,11 @@ class SessionDirectory:
 
     def id_of(self, name: str) -> str | None:
         """Return the session id of a name. That of a hashed one stands in the document, or in a lease."""
-        session_id = layout.id_of(name)
-        if session_id is None and layout.is_hashed(name):
-            session_id = _hashed_id(self.layout.directory / f"{name}.json", name)
-        return session_id
+        return layout.id_of(name) or _hashed_id(self.layout.directory / f"{name}.json", name)
 
     def leases(self) -> list[tuple[str, str]]:
         """Return the (session id, stream id) of all lease files, sorted, also of dead streams."""
-        try:
-            disk.check_directory(self.layout.leases)
-            names = disk.names(self.layout.leases)
-        except PersistError:
-            raise
-        except OSError as error:
-            raise Unreadable.because(self.layout.leases, error) from error
-        found = filter(None, map(layout.stream_of, names))
+        found = filter(None, map(layout.stream_of, self.names(self.layout.leases)))
         ids = (
             (self.id_of(name) or _hashed_id(self.layout.leases / f"{name}.{stream_id}", name), stream_id)
             for name, stream_id in found
@@ -155,17 +127,20 @@ class SessionDirectory:
         mine = self.layout.session(session_id).name
         with contextlib.suppress(OSError):
             # Behind a symbolic link stand the files of somebody else, and a delete removes what this names.
-            disk.check_directory(self.layout.leases)
-            found = filter(None, map(layout.stream_of, disk.names(self.layout.leases)))
+            found = filter(None, map(layout.stream_of, self.names(self.layout.leases)))
             return [stream_id for name, stream_id in found if name == mine]
         return []
 
-    def names(self) -> list[str]:
-        """Return the names of all files, unsorted."""
+    def names(self, directory: Path | None = None) -> list[str]:
+        """Return the names of all files, unsorted. None of a directory that is missing."""
         try:
-            return disk.names(self.layout.directory)
+            if directory is not None:
+                disk.check_directory(directory)
+            return disk.names(directory or self.layout.directory)
+        except PersistError:
+            raise
         except OSError as error:
-            raise Unreadable.because(self.layout.directory, error) from error
+            raise Unreadable.because(directory or self.layout.directory, error) from error
 
     def journals(self, session_id: str, *, copies: bool = False) -> Iterator[tuple[Path, str]]:
         """Yield the files that bear the name of a journal of a session, with their hex.
@@ -213,10 +188,7 @@ def mislabelled(document_path: Path, session_id: str) -> CorruptSession:
 
 def missing_journal(document_path: Path, session_id: str, journal_path: Path) -> CorruptSession:
     """Return the error of a document whose journal is not there."""
-    store = document_path.parent
     reason = f"{journal_path.name}, which it names, is missing."
-    remedy = (
-        f"Restore both from a backup; or take the document without the commits that stood there, with "
-        f"{layout.command('accept', store, session_id)}."
-    )
+    accept = layout.command("accept", document_path.parent, session_id)
+    remedy = f"Restore both from a backup; or take the document without the commits that stood there, with {accept}."
     return CorruptSession(session_id=session_id, path=document_path, reason=reason, remedy=remedy)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 import sys
 import time
@@ -39,13 +40,10 @@ def open_plain(path: Path, flags: int) -> int:
 
 def open_known(path: Path, flags: int) -> tuple[int, os.stat_result]:
     """As `open_plain`; tell also which file it is."""
-    if flags & os.O_CREAT and not flags & os.O_EXCL:
-        return _open_or_create(path, flags & ~os.O_CREAT)
-    return _open(path, flags)
-
-
-def _open_or_create(path: Path, flags: int) -> tuple[int, os.stat_result]:
-    """Open a file, or make it; apart, so that it is known which."""
+    if not flags & os.O_CREAT or flags & os.O_EXCL:
+        return _open(path, flags)
+    # To open it and to make it are apart, so that it is known which was done.
+    flags &= ~os.O_CREAT
     while True:
         try:
             return _open(path, flags)
@@ -105,45 +103,33 @@ def _give_to_owner_of_directory(path: Path, fd: int | None = None) -> None:
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return
     owner, own = os.stat(path.parent), os.lstat(path) if fd is None else os.fstat(fd)
-    if (own.st_uid, own.st_gid) == (owner.st_uid, owner.st_gid):
-        return
-    if fd is None:
-        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
-    else:
-        os.fchown(fd, owner.st_uid, owner.st_gid)
+    if (own.st_uid, own.st_gid) != (owner.st_uid, owner.st_gid):
+        if fd is None:
+            os.lchown(path, owner.st_uid, owner.st_gid)
+        else:
+            os.fchown(fd, owner.st_uid, owner.st_gid)
 
 
 def _what_is(path: Path) -> str:
-    kinds = (
-        (stat.S_ISLNK, "a symbolic link"),
-        (stat.S_ISDIR, "a directory"),
-        (stat.S_ISFIFO, "a FIFO"),
-        (stat.S_ISSOCK, "a socket"),
-        (stat.S_ISREG, "a file"),
-    )
     try:
-        mode = os.lstat(path).st_mode
+        kind = stat.S_IFMT(os.lstat(path).st_mode)
     except OSError:
         return "something else"
-    return next((name for test, name in kinds if test(mode)), "a device")
+    return _KINDS.get(kind, "a device")
+
+
+_KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFREG: "a file",
+}
 
 
 def read(path: Path, limit: int) -> bytes:
     """Return at most `limit` bytes from the start of a plain file."""
-    fd, status = _open(path, os.O_RDONLY)
-    try:
-        # A document is never written to once it bears its name, so its size is known.
-        size = min(status.st_size, limit)
-        return _read_all(fd, size)
-    finally:
-        os.close(fd)
-
-
-def _read_all(fd: int, size: int) -> bytes:
-    content = os.read(fd, size)
-    while len(content) < size and (more := os.read(fd, size - len(content))):
-        content += more
-    return content
+    return _read(path, limit)[0]
 
 
 Version = tuple[int, int, int, int]
@@ -153,9 +139,18 @@ Version = tuple[int, int, int, int]
 
 def read_version(path: Path, limit: int) -> tuple[bytes, Version]:
     """Return at most `limit` bytes from the start of a plain file, and its version."""
+    return _read(path, limit)
+
+
+def _read(path: Path, limit: int) -> tuple[bytes, Version]:
     fd, status = _open(path, os.O_RDONLY)
     try:
-        return _read_all(fd, min(status.st_size, limit)), _version(status)
+        # A document is never written to once it bears its name, so its size is known.
+        size = min(status.st_size, limit)
+        content = b""
+        while len(content) < size and (more := os.read(fd, size - len(content))):
+            content += more
+        return content, _version(status)
     finally:
         os.close(fd)
 
@@ -171,8 +166,8 @@ def size_of(fd: int) -> int:
 
 def read_at(fd: int, limit: int, position: int) -> bytes:
     """Return `limit` bytes of an open file, from a position on; fewer where it ends."""
-    content = _read_once_at(fd, limit, position)
-    while 0 < len(content) < limit and (more := _read_once_at(fd, limit - len(content), position + len(content))):
+    content = b""
+    while len(content) < limit and (more := _read_once_at(fd, limit - len(content), position + len(content))):
         content += more
     return content
 
@@ -387,8 +382,8 @@ def mkdir(path: Path) -> None:
     _give_to_owner_of_directory(path)
 
 
-def make_directory(path: Path) -> bool:
-    """Make a directory, mode 0700, and what is missing above it; durable on return. Tell whether it was missing."""
+def make_directory(path: Path) -> None:
+    """Make a directory, mode 0700, and what is missing above it; durable on return."""
     missing = []
     while not path.exists():
         missing.append(path)
@@ -401,7 +396,6 @@ def make_directory(path: Path) -> bool:
         with contextlib.suppress(FileExistsError):
             mkdir(directory)
         sync_directory(directory.parent)
-    return bool(missing)
 
 
 def ignores_case(directory: Path, name: str) -> bool:
@@ -418,11 +412,8 @@ def check_file_system(directory: Path, *, allow_network: bool) -> None:
     if kind in _NETWORK and not allow_network:
         raise UnsupportedFileSystem(path=directory, file_system=kind)
     if kind.startswith("fuse"):
-        warnings.warn(
-            f"{directory} is on {kind}: persist cannot know whether its locks and fsync hold.",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        text = f"{directory} is on {kind}: persist cannot know whether its locks and fsync hold."
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
 def file_system(directory: Path) -> str:
@@ -435,14 +426,12 @@ def file_system(directory: Path) -> str:
     best, kind = -1, "unknown"
     for line in table:
         before, _, after = line.partition(" - ")
-        point = _unescape(before.split(" ")[4])
+        point = re.sub(r"\\(\d{3})", _unescaped, before.split(" ")[4])
         # A later line covers an earlier one on the same mount point.
         if len(point) >= best and (here + "/").startswith(point.rstrip("/") + "/"):
             best, kind = len(point), after.split(" ")[0]
     return kind
 
 
-def _unescape(field: str) -> str:
-    for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        field = field.replace(code, character)
-    return field
+def _unescaped(code: re.Match[str]) -> str:
+    return chr(int(code[1], 8))

@@ -18,13 +18,14 @@ forger.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 import xxhash
@@ -34,7 +35,10 @@ from persist.errors import CorruptSession, UnsupportedFormat
 from persist.storage import disk, layout
 from persist.storage.content import HEADER, Content, Items, Value, encoded
 
-Kind = TypeVar("Kind")
+#: A whole number from 0 up, of 63 bits.
+Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_Time = Annotated[datetime, msgspec.Meta(tz=True)]
+_Hex = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{16}\Z")]
 
 FORMAT = 3
 _OPENING = b'{"_persist":{"format":%d,"checksum":"%b"'
@@ -47,7 +51,7 @@ READ_LIMIT = json_codec.MAX_BYTES + 1024 * 1024
 NONSENSE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, msgspec.MsgspecError)
 
 
-class Header(msgspec.Struct, frozen=True):
+class Header(msgspec.Struct, frozen=True, omit_defaults=True):
     """What `persist` knows of a commit beside the content.
 
     Attributes:
@@ -62,15 +66,15 @@ class Header(msgspec.Struct, frozen=True):
     """
 
     incarnation: str
-    revision: int
-    created_at: datetime
-    updated_at: datetime
-    commit: str = ""
-    epoch: int = 0
-    owner: Mapping[str, Any] | None = None
-    journal: str | None = None
-    folded: str | None = None
-    session_id: str | None = None
+    revision: Natural
+    commit: str
+    epoch: Natural
+    created_at: _Time
+    updated_at: _Time
+    owner: Mapping[str, Any] | None
+    journal: _Hex | None
+    folded: _Hex | None
+    session_id: str | None = msgspec.field(default=None, name="id")
 
     def but(self, **changes: Any) -> Header:
         """Return the same header with some attributes changed."""
@@ -85,7 +89,22 @@ class Header(msgspec.Struct, frozen=True):
 def first_header(session_id: str | None = None) -> Header:
     """Return the header of a session's first commit. Its id is named if the file's name holds a hash of it."""
     now = datetime.now(UTC)
-    return Header(token_hex(16), 1, now, now, token_hex(8), session_id=session_id)
+    return Header(token_hex(16), 1, token_hex(8), 0, now, now, None, None, None, session_id)
+
+
+class _Part(msgspec.Struct, omit_defaults=True):
+    """What the header says of a part of the file. `count` is that of a list's items."""
+
+    size_bytes: Natural = msgspec.field(name="bytes")
+    checksum: str
+    count: Natural | None = None
+
+
+class _Parts(msgspec.Struct):
+    """What the header says of the rest of the file."""
+
+    fields: _Part
+    parts: dict[str, _Part]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,63 +134,37 @@ class Document:
 
 def to_bytes(header: Header, content: Content) -> bytes:
     """Return the file's content."""
-    fields = _fields_text(content.fields)
-    parts = {name: _part_text(value) for name, value in content.apart.items()}
-    rest = b"," + json_codec.encode(_header_values(header, content, fields, parts))[1:]
-    opening = _OPENING % (FORMAT, _checksum(rest))
-    segments = [fields] if fields else []
-    segments += [_key(name) + text for name, text in parts.items()]
-    return b"".join(
-        [opening, rest, b",\n" if segments else b"\n", b",\n".join(segments), b"\n}\n" if segments else b"}\n"]
-    )
-
-
-def _fields_text(fields: Mapping[str, bytes]) -> bytes:
-    return b",\n".join([_key(name) + value for name, value in fields.items()])
+    fields = b",\n".join([_key(name) + value for name, value in content.fields.items()])
+    parts = _Parts(_part_of(fields), {})
+    lines = [fields] if fields else []
+    for name, value in content.apart.items():
+        text = _text_of(value)
+        parts.parts[name] = _part_of(text, len(value) if isinstance(value, Items) else None)
+        lines.append(_key(name) + text)
+    times = {"created_at": header.created_at.isoformat(), "updated_at": header.updated_at.isoformat()}
+    rest = b"," + json_codec.encode(msgspec.to_builtins(header) | times | msgspec.to_builtins(parts))[1:]
+    lines.insert(0, _OPENING % (FORMAT, _checksum(rest).encode()) + rest)
+    lines[-1] += b"\n}\n"
+    return b",\n".join(lines)
 
 
 def _key(name: str) -> bytes:
     return json_codec.encode(name, (name,)) + b":"
 
 
-def _part_text(value: Value) -> bytes:
+def _text_of(value: Value) -> bytes:
     if not isinstance(value, Items):
         return value
     text, items = value.in_text()
-    if not len(value):
-        return b"[]"
-    joined = b",\n".join(items)
-    if not text:
-        return b"[\n%b\n]" % joined
-    return b"".join([text[:-2], b",\n", joined, b"\n]"]) if items else bytes(text)
+    return b"[\n%b\n]" % b",\n".join([text[2:-2], *items] if text else items) if len(value) else b"[]"
 
 
-def _checksum(text: bytes | memoryview) -> bytes:
-    return xxhash.xxh3_128_hexdigest(text).encode()
+def _part_of(text: bytes | memoryview, count: int | None = None) -> _Part:
+    return _Part(len(text), _checksum(text), count)
 
 
-def _header_values(header: Header, content: Content, fields: bytes, parts: Mapping[str, bytes]) -> dict[str, Any]:
-    return {
-        "incarnation": header.incarnation,
-        "revision": header.revision,
-        "commit": header.commit,
-        "epoch": header.epoch,
-        "created_at": header.created_at.isoformat(),
-        "updated_at": header.updated_at.isoformat(),
-        "owner": header.owner,
-        "journal": header.journal,
-        "folded": header.folded,
-        **({"id": header.session_id} if header.session_id is not None else {}),
-        "fields": {"bytes": len(fields), "checksum": _checksum(fields).decode()},
-        "parts": {
-            name: {
-                "bytes": len(text),
-                "checksum": _checksum(text).decode(),
-                **({"count": len(value)} if isinstance(value := content.apart[name], Items) else {}),
-            }
-            for name, text in parts.items()
-        },
-    }
+def _checksum(text: bytes | memoryview) -> str:
+    return xxhash.xxh3_128_hexdigest(text)
 
 
 # --- from bytes ------------------------------------------------------------------------------------------------------
@@ -196,108 +189,61 @@ def read_head(path: Path, session_id: str, file_id: str | None = None) -> Head:
 
     A document without a header is read whole. Takes no lock, and raises as `read` does.
     """
-    head = _quick_head(path, file_id)
-    if head is not None:
-        return head
+    limit = _FIRST_READ_BYTES
+    with contextlib.suppress(*NONSENSE):
+        while True:
+            content = disk.read(path, limit)
+            end, needed = content.find(b"\n") + 1, limit * 4
+            if end:
+                values, parts = _checked_header(content, end)
+                needed = end + parts.fields.size_bytes
+                if needed <= len(content):
+                    fields = _checked_fields(memoryview(content)[end:needed], parts.fields)
+                    counts = {name: part.count for name, part in parts.parts.items() if part.count is not None}
+                    return Head(header_of(values, file_id), fields, counts)
+            if len(content) < limit or needed > READ_LIMIT:
+                break
+            limit = needed
+    # Only a full read tells what is wrong.
     found = read(path, session_id, file_id)
     return Head(found.header, found.content.fields, found.content.counts)
 
 
-def _quick_head(path: Path, file_id: str | None) -> Head | None:
-    """Return the head from the file's first bytes. None where only a full read tells what is wrong."""
-    limit = _FIRST_READ_BYTES
-    while True:
-        content = disk.read(path, limit)
-        end = content.find(b"\n")
-        try:
-            values = _checked_header(content, end) if end >= 0 else None
-            needed = limit * 4 if values is None else end + 1 + natural(values["fields"]["bytes"])
-            if values is not None and needed <= len(content):
-                fields = _checked(memoryview(content)[end + 1 : needed], values["fields"])
-                return Head(header_of(values, file_id), fields_of(b"".join([b"{", fields, b"}"])), _counts(values))
-        except NONSENSE:
-            return None
-        if len(content) < limit or needed > READ_LIMIT:
-            return None
-        limit = needed
-
-
-def _checked_header(content: bytes, end: int) -> dict[str, Any]:
-    """Return the values of the header line that ends there. Raise one of `NONSENSE` if it is none."""
+def _checked_header(content: bytes, end: int) -> tuple[dict[str, Any], _Parts]:
+    """Return what the first line says, which ends there. Raise one of `NONSENSE` if it is no header."""
     shape = _SHAPE.match(content)
-    line = content[:end].removesuffix(b",")
-    if shape is None or _checksum(memoryview(line)[shape.end() :]) != shape[1]:
+    line = content[: end - 1].removesuffix(b",")
+    if shape is None or _checksum(memoryview(line)[shape.end() :]).encode() != shape[1]:
         raise ValueError("header")
-    return _of(dict, json_codec.decode(line[len(b'{"_persist":') :]))
+    values = json_codec.decode(line[len(b'{"_persist":') :])
+    return values, msgspec.convert(values, _Parts)
 
 
-def _checked(text: memoryview, part: Mapping[str, Any]) -> memoryview:
-    if len(text) != natural(part["bytes"]) or _checksum(text).decode() != part["checksum"]:
+def _checked(text: memoryview, part: _Part) -> memoryview:
+    if _part_of(text, part.count) != part:
         raise ValueError("checksum")
     return text
+
+
+def _checked_fields(text: memoryview, part: _Part) -> dict[str, bytes]:
+    return fields_of(b"".join([b"{", _checked(text, part), b"}"]))
 
 
 def fields_of(text: bytes) -> dict[str, bytes]:
     """Return the members of a JSON object, each as its JSON. Raise one of `NONSENSE` if it is none."""
     # Decoded at once, so that nobody who asks for a field later meets what cannot be decoded.
-    values = _of(dict, json_codec.decode(text))
+    values = json_codec.decode(text)
     if HEADER in values:
         raise ValueError(HEADER)
-    try:
-        return {name: bytes(raw) for name, raw in _raw_members(text).items()}
-    except msgspec.DecodeError:
-        # A lone surrogate, which msgspec does not read.
-        return {name: json_codec.encode(value) for name, value in values.items()}
+    return {name: json_codec.encode(value) for name, value in values.items()}
 
 
-_raw_members = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-
-
-def _counts(values: Mapping[str, Any]) -> dict[str, int]:
-    return {name: natural(part["count"]) for name, part in values["parts"].items() if "count" in part}
-
-
-def header_of(values: Mapping[str, Any], file_id: str | None) -> Header:
+def header_of(values: Any, file_id: str | None) -> Header:
     """Return the header of its JSON. Raise one of `NONSENSE` if it is none, or if it is another session's."""
-    found = Header(
-        incarnation=_of(str, values["incarnation"]),
-        revision=natural(values["revision"]),
-        created_at=time_of(values["created_at"]),
-        updated_at=time_of(values["updated_at"]),
-        commit=_of(str, values["commit"]),
-        epoch=natural(values["epoch"]),
-        owner=None if values["owner"] is None else _of(dict, values["owner"]),
-        journal=_hex_or_none(values["journal"]),
-        folded=_hex_or_none(values["folded"]),
-        session_id=values.get("id"),
-    )
+    found = msgspec.convert(values, Header)
     if file_id is not None and found.session_id != file_id:
         raise ValueError("id")
     return found
-
-
-def _hex_or_none(value: Any) -> str | None:
-    if value is not None and re.fullmatch("[0-9a-f]{16}", _of(str, value)) is None:
-        raise ValueError(value)
-    return value  # type: ignore[no-any-return]
-
-
-def _of(kind: type[Kind], value: Any) -> Kind:
-    if type(value) is not kind:
-        raise TypeError(value)
-    return value
-
-
-def natural(value: Any) -> int:
-    """Return a whole number from 0 up. Raise one of `NONSENSE` for anything else."""
-    if _of(int, value) < 0 or value >= 2**63:
-        raise ValueError(value)
-    return _of(int, value)
-
-
-def time_of(value: Any) -> datetime:
-    """Return a header's time."""
-    return datetime.fromisoformat(_of(str, value)).astimezone(UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,47 +258,16 @@ class _Reader:
         """Return the document that the content is, if its checksums vouch for it."""
         if _SHAPE.match(content) is None:
             return self._foreign(content, version)
-        end = content.find(b"\n")
+        end = content.find(b"\n") + 1
         try:
-            values = _checked_header(content, end)
-            found = self._content(content, end + 1, values)
+            values, parts = _checked_header(content, end)
+            found = _checked_content(content, end, parts)
         except NONSENSE:
             raise self._mismatch(content) from None
         try:
-            header = header_of(values, self.file_id)
+            return Document(header_of(values, self.file_id), found, version)
         except NONSENSE:
             raise self._corrupt("its header makes no sense, or is another session's.") from None
-        return Document(header, found, version)
-
-    def _content(self, content: bytes, place: int, values: Mapping[str, Any]) -> Content:
-        """Return what stands behind the header, checked byte by byte.
-
-        Raise one of `NONSENSE` if it is not as the header says.
-        """
-        text = memoryview(content)
-        parts = _of(dict, values["parts"])
-        segments: dict[str | None, tuple[bytes, Mapping[str, Any]]] = {None: (b"", values["fields"])}
-        segments |= {name: (_key(name), part) for name, part in parts.items()}
-        if not natural(values["fields"]["bytes"]):
-            _checked(text[:0], values["fields"])
-            del segments[None]
-        fields: dict[str, bytes] = {}
-        apart: dict[str, Value] = {}
-        # Between two segments stands ",\n". The first one follows on the comma and the newline of line 1.
-        place -= 2 if segments else 1
-        for name, (key, part) in segments.items():
-            if bytes(text[place : place + 2 + len(key)]) != b",\n" + key:
-                raise ValueError("separator")
-            start = place + 2 + len(key)
-            place = start + natural(part["bytes"])
-            piece = _checked(text[start:place], part)
-            if name is None:
-                fields = fields_of(b"".join([b"{", piece, b"}"]))
-            else:
-                apart[name] = _part(piece, part)
-        if bytes(text[place : place + 4]) != b"\n}\n" or HEADER in apart or not fields.keys().isdisjoint(apart):
-            raise ValueError("end")
-        return Content(fields, apart)
 
     def _foreign(self, content: bytes, version: disk.Version) -> Document:
         """Return a document of another program: revision 0 until its first commit here."""
@@ -364,21 +279,21 @@ class _Reader:
         if type(values) is dict and type(values.get("format")) is int:
             # An editor has laid it out anew.
             self._require_format(values["format"])
-        if HEADER in data or _looks_like_header(next(iter(data.values()), None)):
-            raise self._edited()
-        checksum, written_at = _checksum(content).decode(), self._written_at()
-        header = Header(checksum, 0, written_at, written_at, commit=checksum, session_id=self.file_id)
+        first = next(iter(data.values()), None)
+        # One flipped bit in the name "_persist" must not turn a document of ours into another program's.
+        if HEADER in data or (type(first) is dict and {"checksum", "incarnation", "parts"} <= first.keys()):
+            raise self._edited(values)
+        try:
+            written_at = datetime.fromtimestamp(disk.modified_at(self.path), UTC)
+        except (ValueError, OverflowError):
+            written_at = datetime.now(UTC)  # a time that no calendar has: anybody can set a file's time
+        checksum = _checksum(content)
+        header = Header(checksum, 0, checksum, 0, written_at, written_at, None, None, None, self.file_id)
         return Document(header, encoded(data), version)
 
     def _require_format(self, found: int) -> None:
         if found != FORMAT:
             raise UnsupportedFormat(session_id=self.session_id, path=self.path, found=found, known=FORMAT)
-
-    def _written_at(self) -> datetime:
-        try:
-            return datetime.fromtimestamp(disk.modified_at(self.path), UTC)
-        except (ValueError, OverflowError):
-            return datetime.now(UTC)  # a time that no calendar has: anybody can set a file's time
 
     def strict(self, content: bytes) -> dict[str, Any]:
         """Decode a document that no checksum vouches for."""
@@ -394,16 +309,15 @@ class _Reader:
 
     def _mismatch(self, content: bytes) -> CorruptSession:
         try:
-            data = self.strict(content)
+            values = self.strict(content).get(HEADER)
         except CorruptSession as worse:
             return worse
-        values = data.get(HEADER)
-        return self._edited(has_journal=type(values) is dict and values.get("journal") is not None)
+        return self._edited(values)
 
-    def _edited(self, *, has_journal: bool = False) -> CorruptSession:
+    def _edited(self, values: Any) -> CorruptSession:
         accept, compact = (layout.command(verb, self.path.parent, self.session_id) for verb in ("accept", "compact"))
         remedy = f"If the edit was meant, look at it and take it with {accept}."
-        if has_journal:
+        if type(values) is dict and values.get("journal") is not None:
             remedy += (
                 f" There are later commits in its journal: to edit all there is, undo the edit, fold them with "
                 f"{compact}, and edit then."
@@ -414,21 +328,43 @@ class _Reader:
         return CorruptSession(session_id=self.session_id, path=self.path, reason=reason, offset=offset, remedy=remedy)
 
 
-def _part(text: memoryview, part: Mapping[str, Any]) -> Value:
-    if "count" not in part:
-        if bytes(text[:1]) == b"[":
-            raise ValueError("a list without a count")
+def _checked_content(content: bytes, place: int, parts: _Parts) -> Content:
+    """Return what stands behind the header, checked byte by byte.
+
+    Raise one of `NONSENSE` if it is not as the header says.
+    """
+    text = memoryview(content)
+    pieces: list[tuple[str | None, bytes, _Part]] = [(name, _key(name), part) for name, part in parts.parts.items()]
+    if parts.fields != _part_of(b""):
+        pieces.insert(0, (None, b"", parts.fields))
+    fields: dict[str, bytes] = {}
+    apart: dict[str, Value] = {}
+    # Between two pieces stands ",\n". The first one follows on the comma and the newline of line 1.
+    place -= 2 if pieces else 1
+    if not pieces and content[place - 1 : place] == b",":
+        raise ValueError("separator")
+    for name, key, part in pieces:
+        start = place + 2 + len(key)
+        if content[place:start] != b",\n" + key:
+            raise ValueError("separator")
+        place = start + part.size_bytes
+        if name is None:
+            fields = _checked_fields(text[start:place], part)
+        else:
+            apart[name] = _value(_checked(text[start:place], part), part.count)
+    if content[place:] != b"\n}\n" or HEADER in apart or not fields.keys().isdisjoint(apart):
+        raise ValueError("end")
+    return Content(fields, apart)
+
+
+def _value(text: memoryview, count: int | None) -> Value:
+    ends = bytes(text[:2]), bytes(text[-2:])
+    if count is None and ends[0][:1] != b"[":
         return bytes(text)
-    count = natural(part["count"])
-    is_list = bytes(text[:2]) == b"[\n" and bytes(text[-2:]) == b"\n]" if count else bytes(text) == b"[]"
-    if not is_list:
+    # A list without a count is none that `to_bytes` has written.
+    if count is None or ends != ((b"[\n", b"\n]") if count else (b"[]", b"[]")):
         raise ValueError("count")
     return Items.in_document(text, count)
-
-
-def _looks_like_header(value: Any) -> bool:
-    # One flipped bit in the name "_persist" must not turn a document of ours into another program's.
-    return type(value) is dict and {"checksum", "incarnation", "parts"} <= value.keys()
 
 
 def read_edited(path: Path, session_id: str, file_id: str | None = None) -> Document:
@@ -444,4 +380,4 @@ def read_edited(path: Path, session_id: str, file_id: str | None = None) -> Docu
         return Document(header_of(values, file_id), found, version)
     except NONSENSE:
         now = datetime.now(UTC)
-        return Document(Header(_checksum(content).decode(), 0, now, now, session_id=file_id), found, version)
+        return Document(Header(_checksum(content), 0, "", 0, now, now, None, None, None, file_id), found, version)

@@ -29,12 +29,12 @@ class HeldFile:
     Dropped without `close` (a signal's exception may come between any two steps), it is closed by its finaliser.
     """
 
-    __slots__ = ("_fd", "_file", "_flags", "_is_locked", "_path", "_pid")
+    __slots__ = ("_file", "_flags", "_is_locked", "_pid", "fd", "path")
     _file: os.stat_result
 
     def __init__(self, path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> None:
-        self._fd = -1
-        self._path = path
+        self.fd = -1
+        self.path = path
         self._flags = flags
         self._is_locked = False
         self._pid = os.getpid()
@@ -42,35 +42,31 @@ class HeldFile:
     @property
     def is_held(self) -> bool:
         """Whether it is still open, in the process that opened it."""
-        return self._fd >= 0 and self._pid == os.getpid()
-
-    @property
-    def fd(self) -> int:
-        return self._fd
+        return self.fd >= 0 and self._pid == os.getpid()
 
     def open(self) -> None:
         """Open the file that bears the name now."""
         self.close()
         with table:
-            self._fd, self._file = disk.open_known(self._path, self._flags)
-            _descriptors.add(self._fd)
+            self.fd, self._file = disk.open_known(self.path, self._flags)
+            _descriptors.add(self.fd)
 
     def try_lock(self) -> bool:
         """Lock the file if it is free. Tell whether it is locked, and still bears its name."""
         with table:
-            self._is_locked = self._is_locked or lock_descriptor(self._fd, blocking=False)
+            self._is_locked = self._is_locked or lock_descriptor(self.fd, blocking=False)
         # A waiter may lock a file that its holder has just unlinked. Its number of links would not tell: a backup may
         # hold a hard link.
         return self._is_locked and self.bears_name()
 
     def bears_name(self) -> bool:
         """Tell whether it is the file that bears its name."""
-        return disk.bears_name(self._file, self._path)
+        return disk.bears_name(self._file, self.path)
 
     def close(self) -> None:
         """Unlock and close, once. In a forked child nothing is left to close."""
         with table:
-            fd = self._fd
+            fd = self.fd
             if fd < 0 or self._pid != os.getpid():
                 return
             _descriptors.discard(fd)
@@ -79,14 +75,14 @@ class HeldFile:
                     unlock_descriptor(fd)
             except OSError:
                 pass  # what was done under the lock is done, and closing unlocks, too
-            self._fd, self._is_locked = -1, False
+            self.fd, self._is_locked = -1, False
             try:
                 os.close(fd)
             except OSError:
                 pass  # the kernel gives the descriptor up even where it complains
 
     def __del__(self) -> None:
-        if getattr(self, "_fd", -1) >= 0:
+        if getattr(self, "fd", -1) >= 0:
             self.close()
 
 
@@ -102,16 +98,14 @@ def try_hold(path: Path, *, create: bool, exclusive: bool = False, append: bool 
         The held file, or None if somebody else holds it, or if its holder removed it in the meantime.
     """
     flags = os.O_RDWR | (os.O_CREAT if create else 0) | (os.O_EXCL if exclusive else 0) | (os.O_APPEND if append else 0)
-    held = HeldFile(path, flags)
+    held, is_locked = HeldFile(path, flags), False
     try:
         held.open()
-        if held.try_lock():
-            return held
-    except BaseException:
-        held.close()
-        raise
-    held.close()
-    return None
+        is_locked = held.try_lock()
+        return held if is_locked else None
+    finally:
+        if not is_locked:
+            held.close()
 
 
 def _forget_in_child() -> None:

@@ -35,8 +35,10 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,7 @@ import msgspec
 from persist import json_codec
 from persist.errors import CorruptSession, UnsupportedFormat
 from persist.storage import diff, disk, document, layout
-from persist.storage.content import Content, Items, Value
-from persist.storage.diff import Change, DoesNotFit
+from persist.storage.content import Content
 from persist.storage.document import NONSENSE, Head, Header
 
 VERSION = 3
@@ -55,12 +56,11 @@ _VERSION = re.compile(rb'\{"persist_journal":(\d{1,9}),')
 _PREFIX = b'{"crc":"%08x",'
 _CHECKED_FROM = len(_PREFIX % 0)
 _LINE = re.compile(rb'\{"crc":"([0-9a-f]{8})",')
+_SYNCED = re.compile(rb'"synced":(\d{1,18})')
 #: What may stand behind a record: another one, a lost sector, or nothing.
 _BEGINNING = re.compile(rb"\{|\0+|\Z")
 _SECTOR_BYTES = 512
 _FIRST_READ_BYTES = 4096
-#: So many bytes before a known end hold the last record's commit id.
-FINGERPRINT_BYTES = 64
 #: A journal of so many bytes gets room for as many more at a time.
 ROOM_BYTES = 16 * 1024
 READ_LIMIT = 16 * document.READ_LIMIT
@@ -68,21 +68,14 @@ MARK = b"?"
 
 
 class Overtaken(Exception):
-    """The journal is not there: a fold came between the reads of the document and of its journal."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.path = path
+    """The journal with this path is not there: a fold came between the reads of the document and of its journal."""
 
 
 class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole head: the fields, and the stream's part of the header.
+    """A whole head: the fields, and the stream's part of the header."""
 
-    As JSON, because only `json_codec` reads all of it.
-    """
-
-    epoch: int
-    owner: msgspec.Raw
+    epoch: document.Natural
+    owner: Mapping[str, Any] | None
     fields: msgspec.Raw
 
 
@@ -97,8 +90,8 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
     counts: dict[str, int]
     head_at: int = 0
     head: Image | None = None
-    changes: tuple[Change, ...] = ()
-    commit: str = msgspec.field(default="", name="commit")
+    changes: tuple[diff.Change, ...] = ()
+    commit: str = ""
 
 
 _decode_record = msgspec.json.Decoder(Record).decode
@@ -115,18 +108,9 @@ def encode(record: Record, seed: int) -> bytes:
         rest = msgspec.json.encode(record)[_CHECKED_FROM:]
     except UnicodeEncodeError:
         # The name of a value that stands apart holds a lone surrogate, which msgspec does not write.
-        rest = json_codec.encode(_plain(record))[_CHECKED_FROM:]
+        values = msgspec.to_builtins(record, enc_hook=lambda raw: json_codec.decode(bytes(raw)))
+        rest = json_codec.encode(values)[_CHECKED_FROM:]
     return _PREFIX % zlib.crc32(rest, seed) + rest + b"\n"
-
-
-def _plain(value: Any) -> Any:
-    """Return a part of a record as JSON values, without what has its default. The inverse of `_decoded`."""
-    if isinstance(value, msgspec.Struct):
-        fields = [field for field in msgspec.structs.fields(value) if getattr(value, field.name) != field.default]
-        return {field.encode_name: _plain(getattr(value, field.name)) for field in fields}
-    if isinstance(value, tuple):
-        return list(map(_plain, value))
-    return json_codec.decode(bytes(value)) if isinstance(value, msgspec.Raw) else value
 
 
 def _is_whole(line: bytes | memoryview, seed: int) -> bool:
@@ -144,70 +128,40 @@ def _decoded(line: bytes) -> Record:
     except msgspec.DecodeError:
         # A lone surrogate, which msgspec does not read.
         values = json_codec.decode(line)
-        changes = tuple(map(_change_of, values.pop("changes", ())))
-        head = values.pop("head", None)
-        if head is not None:
-            raw = {key: msgspec.Raw(json_codec.encode(head.pop(key))) for key in ("owner", "fields")}
-            head = msgspec.convert(head | raw, Image)
-        return msgspec.structs.replace(msgspec.convert(values, Record), changes=changes, head=head)
+        for part in (values.get("head") or {}, *values.get("changes", ())):
+            for key in {"fields", "value"} & part.keys():
+                part[key] = _raw(part[key])
+            if "insert" in part:
+                part["insert"] = list(map(_raw, part["insert"]))
+        return msgspec.convert(values, Record)
 
 
-def _change_of(values: dict[str, Any]) -> Change:
-    kept = {key: value for key, value in values.items() if key not in ("insert", "value")}
-    raw: dict[str, Any] = {"value": msgspec.Raw(json_codec.encode(values["value"]))} if "value" in values else {}
-    insert = tuple(msgspec.Raw(json_codec.encode(item)) for item in values.get("insert", ()))
-    return msgspec.structs.replace(msgspec.convert(kept, Change), insert=insert, **raw)
+def _raw(value: Any) -> msgspec.Raw:
+    return msgspec.Raw(json_codec.encode(value))
 
 
 def image_of(header: Header, content: Content) -> Image:
     """Return the head that a record holds when a commit changed it."""
     members = [json_codec.encode(name, (name,)) + b":" + value for name, value in content.fields.items()]
-    return Image(header.epoch, msgspec.Raw(json_codec.encode(header.owner)), msgspec.Raw(b"{%b}" % b",".join(members)))
+    return Image(header.epoch, header.owner, msgspec.Raw(b"{%b}" % b",".join(members)))
 
 
 def header_after(header: Header, record: Record) -> Header:
     """Return the header after a record. Raise one of `NONSENSE` if the record makes no sense."""
-    changes: dict[str, Any] = {
-        "revision": record.revision,
-        "updated_at": document.time_of(record.updated_at),
-        "commit": record.commit,
-    }
-    if record.head is not None:
-        owner = json_codec.decode(bytes(record.head.owner))
-        if owner is not None and type(owner) is not dict:
-            raise ValueError("owner")
-        changes |= {"epoch": document.natural(record.head.epoch), "owner": owner}
-    return header.but(**changes)
+    updated_at = datetime.fromisoformat(record.updated_at).astimezone(UTC)
+    image = {} if record.head is None else {"epoch": record.head.epoch, "owner": record.head.owner}
+    return header.but(revision=record.revision, updated_at=updated_at, commit=record.commit, **image)
 
 
 def content_after(content: Content, records: list[Record]) -> Content:
-    """Return the content after some records. Raise one of `NONSENSE` if one does not fit.
-
-    Appends are collected, and made as one: most records do nothing else.
-    """
+    """Return the content after some records. Raise one of `NONSENSE` if one does not fit."""
     fields, apart = content.fields, dict(content.apart)
-    grown: dict[str, list[bytes]] = {}
     for record in records:
         if record.head is not None:
             fields = document.fields_of(bytes(record.head.fields))
         for change in record.changes:
-            items, more = apart.get(change.name), grown.get(change.name, [])
-            is_append = change.is_splice and not change.remove and isinstance(items, Items)
-            if is_append and change.at == len(items) + len(more):  # type: ignore[arg-type]
-                more.extend(map(bytes, change.insert))
-                grown[change.name] = more
-                continue
-            _append(apart, grown, change.name)
             diff.apply(apart, change)
-    for name in list(grown):
-        _append(apart, grown, name)
     return Content(fields, apart)
-
-
-def _append(apart: dict[str, Value], grown: dict[str, list[bytes]], name: str) -> None:
-    items, more = apart.get(name), grown.pop(name, None)
-    if more and isinstance(items, Items):
-        apart[name] = items.spliced(len(items), 0, more)
 
 
 # --- the end of a journal --------------------------------------------------------------------------------------------
@@ -253,11 +207,6 @@ class Tail:
         """Whether the journal has no record, and nothing behind its opening."""
         return not self.commit and not self.is_torn
 
-    @property
-    def fingerprint(self) -> bytes:
-        """What stands right before the end."""
-        return b'"commit":"%b"}\n' % self.commit.encode() if self.commit else opening(self.name)
-
     def advance(self, line: bytes, record: Record) -> None:
         """Go on behind a record."""
         if record.head is not None:
@@ -273,6 +222,15 @@ class Journal:
     path: Path
     session_id: str
     name: str
+
+    @contextmanager
+    def opened(self) -> Iterator[int]:
+        """Open it for a block of reads. Raise `Overtaken` if it is not there."""
+        fd = self.open()
+        try:
+            yield fd
+        finally:
+            disk.close(fd)
 
     def open(self, flags: int = os.O_RDONLY) -> int:
         """Open it. Raise `Overtaken` if it is not there."""
@@ -302,7 +260,7 @@ class Journal:
 
         One read: the record's last bytes, and one byte behind them. Zeros are room, because no writer leaves a gap.
         """
-        fingerprint = tail.fingerprint
+        fingerprint = b'"commit":"%b"}\n' % tail.commit.encode() if tail.commit else opening(self.name)
         found = disk.read_at(fd, len(fingerprint) + 1, tail.end - len(fingerprint))
         if found[: len(fingerprint)] != fingerprint:
             return None
@@ -335,7 +293,7 @@ class Journal:
             rest = content[tail.end - start :]
             tail.is_torn = bool(rest)
             if not rest or _is_torn(rest, tail.end, tail.seed):
-                tail.unsynced = _read_exactly(fd, tail.synced, tail.end)
+                tail.unsynced = disk.read_at(fd, tail.end - tail.synced, tail.synced)
                 return
             if rest == before:
                 raise self.damaged(tail.end, "a record in it was altered")
@@ -354,10 +312,8 @@ class Journal:
     def damaged(self, offset: int, reason: str) -> CorruptSession:
         """Return the error of a journal that no crash can have left like that."""
         accept = layout.command("accept", self.path.parent, self.session_id)
-        remedy = f"Take the last good state with {accept}, or restore a backup."
-        return CorruptSession(
-            session_id=self.session_id, path=self.path, reason=f"{reason}.", offset=offset, remedy=remedy
-        )
+        facts = {"reason": f"{reason}.", "remedy": f"Take the last good state with {accept}, or restore a backup."}
+        return CorruptSession(session_id=self.session_id, path=self.path, offset=offset, **facts)
 
     def replay(self, fd: int, header: Header, content: Content) -> tuple[Header, Content, Tail]:
         """Return the session after all records of an open journal."""
@@ -369,13 +325,12 @@ class Journal:
         records = list(self.read_new_records(fd, header, tail))
         if not records:
             return header, content
-        images = [record for record in records if record.head is not None]
         try:
-            for record in (*images[-1:], records[-1]):
+            for record in records:
                 header = header_after(header, record)
             content = content_after(content, records)
             if records[-1].counts != content.counts:
-                raise DoesNotFit("counts")
+                raise diff.DoesNotFit("counts")
         except NONSENSE:
             raise self.damaged(tail.end, "a record in it changes what is not there") from None
         return header, content
@@ -385,99 +340,79 @@ class Journal:
     def read_head(self, fd: int, head: Head) -> Head:
         """Return the head after all records, from the last one and the one that holds the fields."""
         tail = self.check_opening(fd)
-        line = self._last_line(fd, tail)
+        line, place = self._last_line(fd, tail)
         if line is None:
             return head
-        record = self._decoded(line, tail.end)
-        image = record
+        record = image = self._decoded(line, place)
+        if record.synced > place:
+            raise self.damaged(place, "a record in it does not follow the one before")
         if record.head is None and record.head_at:
-            there = _line_at(fd, record.head_at, tail.seed)
+            there = _line_at(fd, record.head_at, tail.seed) if 0 < record.head_at < place else None
             image = record if there is None else self._decoded(there, record.head_at)
             if image.head is None:
                 raise self.damaged(record.head_at, "the record with the fields does not stand there")
         try:
-            header = header_after(head.header, image) if image.head is not None else head.header
-            fields = document.fields_of(bytes(image.head.fields)) if image.head is not None else head.fields
+            header, fields = head.header, head.fields
+            if image.head is not None:
+                header, fields = header_after(header, image), document.fields_of(bytes(image.head.fields))
             return Head(header_after(header, record), fields, record.counts)
         except NONSENSE:
-            raise self.damaged(tail.end, "its last record makes no sense") from None
+            raise self.damaged(place, "its last record makes no sense") from None
 
-    def _last_line(self, fd: int, tail: Tail) -> bytes | None:
-        """Return the last committed record, or None. Checks all from where that record says the file was durable."""
+    def _last_line(self, fd: int, tail: Tail) -> tuple[bytes | None, int]:
+        """Return the last committed record, or None, and where it begins.
+
+        Checks all from the record on of which the last one says that it is durable. What follows that one may be lost.
+        """
         window, before = ROOM_BYTES + _FIRST_READ_BYTES, None
         while True:
             size = disk.size_of(fd)
             start = max(tail.end, size - window)
             content = _without_room(disk.read_at(fd, size - start, start))
-            last = _last_whole(content, start, tail)
-            if last is not None and last[1] > last[0]:
-                raise self.damaged(last[0], "a record in it does not follow the one before")
-            # From the record that ends there on: what follows may have been lost, and then that record is the last one.
-            begin = None if last is None else _line_before(content, last[1] - start, is_all=start == tail.end)
-            if begin is None and start > tail.end:
+            begin = _durable_line(content, start, tail.seed)
+            if begin == 0 and start > tail.end:
                 window *= 4
                 continue
-            # All is in `content`. A last record that does not say how far the file was durable is an unknown one.
-            begin = begin or 0
-            line, end = None, start + begin
+            line, place, end = None, start, start + begin
             for whole in _lines(content[begin:], tail.seed):
-                line, end = whole[:-1], end + len(whole)
+                line, place, end = whole[:-1], end, end + len(whole)
             rest = content[end - start :]
             if not rest or _is_torn(rest, end, tail.seed):
-                return line
+                return line, place
             if content == before:
                 raise self.damaged(end, "a record in it was altered")
             before = content
 
 
-def _last_whole(content: bytes, start: int, tail: Tail) -> tuple[int, int] | None:
-    """Return where the last whole record begins, and up to where it says that the journal was durable.
+def _durable_line(content: bytes, start: int, seed: int) -> int:
+    """Return where in `content` the last line begins that its last whole record knows to be durable.
 
-    None if none is in `content`, or if it does not say that.
+    0 if that is before `content`, which stands at `start`, or if no record says it.
     """
     stop = content.rfind(b"\n")
-    while stop >= 0:
-        begin = content.rfind(b"\n", 0, stop) + 1
-        line = content[begin:stop]
-        if (begin or start == tail.end) and _is_whole(line, tail.seed):
-            synced = re.search(rb'"synced":(\d{1,18})', line)
-            return (start + begin, max(tail.end, int(synced[1]))) if synced else None
+    while (begin := content.rfind(b"\n", 0, max(0, stop)) + 1) > 0:
+        if _is_whole(content[begin:stop], seed):
+            durable = min(_synced_of(content[begin:stop]) - start, begin)
+            return content.rfind(b"\n", 0, max(0, durable - 1)) + 1
         stop = begin - 1
-    return (tail.end, tail.end) if start == tail.end else None
-
-
-def _line_before(content: bytes, stop: int, *, is_all: bool) -> int | None:
-    """Return where the line begins that ends at a place. None if that is before `content`, unless `content` is all."""
-    if stop <= 0:
-        return 0 if is_all and stop == 0 else None
-    begin = content.rfind(b"\n", 0, stop - 1) + 1
-    return begin if begin or is_all else None
+    return 0
 
 
 def _lines(content: bytes, seed: int) -> Iterator[bytes]:
     """Yield the whole lines at the beginning of `content`, each with its newline, as long as their crc is right."""
     start = 0
-    while (stop := content.find(b"\n", start)) >= 0:
-        line = content[start:stop]
-        if not _is_whole(line, seed):
-            return
-        yield content[start : stop + 1]
-        start = stop + 1
+    while (stop := content.find(b"\n", start) + 1) and _is_whole(content[start : stop - 1], seed):
+        yield content[start:stop]
+        start = stop
 
 
 def _line_at(fd: int, position: int, seed: int) -> bytes | None:
     """Return the whole record that begins at a position, or None."""
-    if not 0 < position < disk.size_of(fd):
-        return None
     limit = _FIRST_READ_BYTES
-    while True:
-        content = disk.read_at(fd, limit, position)
-        line, newline, _ = content.partition(b"\n")
-        if newline:
-            return line if _is_whole(line, seed) else None
-        if len(content) < limit:
-            return None
+    while b"\n" not in (content := disk.read_at(fd, limit, position)) and len(content) == limit:
         limit *= 4
+    line, newline, _ = content.partition(b"\n")
+    return line if newline and _is_whole(line, seed) else None
 
 
 def is_empty(path: Path) -> bool:
@@ -521,40 +456,29 @@ def only_appends(content: Content, records: list[Record]) -> bool:
 
 def _without_room(content: bytes) -> bytes:
     """Return what stands before the zeros at the end. `rstrip` alone looks at each byte in turn."""
-    window = max(0, len(content) - 2 * ROOM_BYTES)
-    start = content.find(b"\0", window)
-    is_room = start >= 0 and (start > window or window == 0) and content[start:] == bytes(len(content) - start)
-    return content[:start] if is_room else content.rstrip(b"\0")
+    end = content.rfind(b"\n") + 1
+    return content[:end] if content.count(b"\0", end) == len(content) - end else content.rstrip(b"\0")
 
 
 def _read_from(fd: int, position: int) -> bytes:
-    # Mostly some records stand there. A large buffer would cost more than they do.
-    pieces = [disk.read_at(fd, 4 * ROOM_BYTES, position)]
-    while pieces[-1]:
-        position += len(pieces[-1])
-        pieces.append(disk.read_at(fd, 1024 * 1024, position) if len(pieces[-1]) >= 4 * ROOM_BYTES else b"")
-    return b"".join(pieces)
-
-
-def _read_exactly(fd: int, start: int, end: int) -> bytes:
-    return disk.read_at(fd, end - start, start) if end > start else b""
+    return disk.read_at(fd, max(0, disk.size_of(fd) - position), position)
 
 
 def _is_torn(rest: bytes, position: int, seed: int) -> bool:
     """Tell whether a crash can have left this behind the last good record."""
     line, newline, behind = rest.partition(b"\n")
-    if newline and b"\0" not in line:
+    if b"\0" not in line if newline else _is_whole_but_for_its_newline(line, seed):
         return False
-    if not newline and _is_whole_but_for_its_newline(line, seed):
+    # Zeros, which no record holds, fill all of a sector that was appended, or nothing of it.
+    start = -position % _SECTOR_BYTES
+    sectors = [rest[:start], *(rest[at : at + _SECTOR_BYTES] for at in range(start, len(rest), _SECTOR_BYTES))]
+    if any(b"\0" in sector and sector.strip(b"\0") for sector in sectors):
         return False
-    if not _has_lost_whole_sectors(rest, position):
-        return False
-    whole = [each for each in behind.split(b"\n")[:-1] if _is_whole(each, seed)]
-    return not any(_synced_of(each) > position for each in whole)
+    return not any(_synced_of(each) > position for each in behind.split(b"\n")[:-1] if _is_whole(each, seed))
 
 
 def _synced_of(line: bytes) -> int:
-    found = re.search(rb'"synced":(\d{1,18})', line)
+    found = _SYNCED.search(line)
     return int(found[1]) if found else 0
 
 
@@ -570,10 +494,3 @@ def _is_whole_but_for_its_newline(line: bytes, seed: int) -> bool:
         if crc == int(shape[1], 16):
             return True
     return False
-
-
-def _has_lost_whole_sectors(rest: bytes, position: int) -> bool:
-    """Tell whether zeros, which no record holds, fill all of a sector that was appended, or nothing of it."""
-    start = -position % _SECTOR_BYTES
-    sectors = [rest[:start], *(rest[at : at + _SECTOR_BYTES] for at in range(start, len(rest), _SECTOR_BYTES))]
-    return all(b"\0" not in sector or not sector.strip(b"\0") for sector in sectors)

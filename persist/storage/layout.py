@@ -23,7 +23,7 @@ import shlex
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import unquote_to_bytes
+from urllib.parse import quote, unquote_to_bytes
 
 from persist.errors import InvalidSessionId, InvalidStreamId
 
@@ -50,9 +50,8 @@ _RULE = f"an id is a string of 1 to {MAX_ID} characters, without half of a surro
 def check_session_id(session_id: object) -> str:
     """Return `session_id` if it can name a session, else raise `InvalidSessionId`."""
     if type(session_id) is not str:
-        raise InvalidSessionId(
-            session_id=session_id, reason=f"it is no string, but {type(session_id).__name__}; {_RULE}"
-        )
+        reason = f"it is no string, but {type(session_id).__name__}; {_RULE}"
+        raise InvalidSessionId(session_id=session_id, reason=reason)
     if not 0 < len(session_id) <= MAX_ID or any("\ud800" <= character <= "\udfff" for character in session_id):
         raise InvalidSessionId(session_id=session_id, reason=_RULE)
     return session_id
@@ -68,16 +67,12 @@ def name_of(session_id: str) -> str:
     """Return the name that a session's files begin with."""
     if _PLAIN.fullmatch(session_id) and len(session_id) <= _MAX_NAME and not _DEVICES.fullmatch(session_id):
         return session_id
-    name = "".join(chr(byte) if _is_plain(byte) else f"%{byte:02X}" for byte in session_id.encode())
+    name = quote(session_id, safe="").replace(".", "%2E").replace("~", "%7E")
     if name[0] in "_-" or _DEVICES.fullmatch(session_id):
         name = f"%{ord(name[0]):02X}{name[1:]}"
     if len(name) <= _MAX_NAME:
         return name
     return f"{name[:100]}~{hashlib.blake2b(session_id.encode(), digest_size=16).hexdigest()}"
-
-
-def _is_plain(byte: int) -> bool:
-    return byte in b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-"
 
 
 def is_hashed(name: str) -> bool:

@@ -17,24 +17,8 @@ from pathlib import Path
 from persist.storage import disk
 from persist.storage.held import HeldFile, try_hold
 
-
-class Lease:
-    """The held lease of a stream that this process runs."""
-
-    __slots__ = ("_held", "path")
-
-    def __init__(self, path: Path, held: HeldFile) -> None:
-        self.path = path
-        self._held = held
-
-    @property
-    def is_held(self) -> bool:
-        """Whether this process still holds it; False in a forked child."""
-        return self._held.is_held
-
-    def close(self) -> None:
-        """Give the lease up; its file stays, as that of a dead stream."""
-        self._held.close()
+#: The held lease of a stream that this process runs. Its file stays when it is closed, as that of a dead stream.
+Lease = HeldFile
 
 
 def take(path: Path, description: bytes) -> Lease | None:
@@ -42,8 +26,13 @@ def take(path: Path, description: bytes) -> Lease | None:
 
     On return the lease's name is durable, so that a sweep after a power cut finds the session that it leads to.
     """
-    if not _remove_if_free(path):
-        return None
+    found = probe(path)
+    try:
+        if not found.is_dead:
+            return None
+        disk.unlink(path)
+    finally:
+        found.close()
     held = None
     try:
         held = try_hold(path, create=True, exclusive=True)
@@ -51,7 +40,7 @@ def take(path: Path, description: bytes) -> Lease | None:
             return None
         disk.write(held.fd, description)
         disk.sync_directory(path.parent)
-        return Lease(path, held)
+        return held
     except BaseException as error:
         if not isinstance(error, FileExistsError):
             with contextlib.suppress(OSError):
@@ -85,13 +74,3 @@ def probe(path: Path) -> Probe:
     except FileNotFoundError:
         return Probe(is_dead=True)
     return Probe(held is not None, held)
-
-
-def _remove_if_free(path: Path) -> bool:
-    found = probe(path)
-    try:
-        if found.is_dead:
-            disk.unlink(path)
-        return found.is_dead
-    finally:
-        found.close()

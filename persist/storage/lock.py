@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from weakref import WeakValueDictionary, ref
 
 from persist.errors import CommitFailed, LockTimeout, NestedLock, PersistError
@@ -42,8 +43,8 @@ class Turn:
     def __init__(self, session_id: str = "") -> None:
         self.session_id = session_id
         self.thread = threading.current_thread()
-        #: Locked while the turn waits; made only if it has to.
-        self.given: threading.Lock | None = None
+        #: Locked while the turn waits.
+        self.given = threading.Lock()
 
 
 class FifoMutex:
@@ -75,10 +76,9 @@ class FifoMutex:
             if self._holding() is None:
                 self._holder = ref(turn)
                 return True
-            turn.given = given = threading.Lock()
-            given.acquire()
+            turn.given.acquire()
             self._waiters.append(turn)
-        return given.acquire(timeout=max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
+        return turn.given.acquire(timeout=max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
 
     def release(self, turn: Turn) -> None:
         """Hand the mutex to the first waiter if this turn has it, also if it came too late; else leave the queue."""
@@ -86,7 +86,7 @@ class FifoMutex:
             if self._holding() is turn:
                 following = self._waiters.popleft() if self._waiters else None
                 self._holder = None if following is None else ref(following)
-                if following is not None and following.given is not None:
+                if following is not None:
                     following.given.release()
             elif turn in self._waiters:
                 self._waiters.remove(turn)
@@ -95,15 +95,6 @@ class FifoMutex:
 _mutexes: WeakValueDictionary[Path, FifoMutex] = WeakValueDictionary()
 # Making one takes as long as taking the file lock: keep some of those that nobody uses just now.
 _kept: deque[FifoMutex] = deque(maxlen=256)
-
-
-def _mutex(path: Path) -> FifoMutex:
-    with table:
-        mutex = _mutexes.get(path)
-        if mutex is None:
-            mutex = _mutexes[path] = FifoMutex()
-            _kept.append(mutex)
-        return mutex
 
 
 #: Thread -> its turn, while it holds a lock or waits for one. By thread and not thread-local: a block that is entered
@@ -126,25 +117,35 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
         CommitFailed: the lock file cannot be opened.
     """
     thread, pid = threading.get_ident(), os.getpid()
-    _refuse_nesting(thread, session_id)
+    outer = _turn_of[thread]() if thread in _turn_of else None
+    # Where the table is owned, this is a signal handler (or a finaliser) in the middle of opening or closing a lock: to
+    # wait here would stop everybody.
+    if outer is not None or table._is_owned():  # type: ignore[attr-defined]
+        raise NestedLock(session_id=session_id, held="unknown" if outer is None else outer.session_id)
     mutex, turn, held = None, Turn(session_id), None
     start = time.monotonic()
-
-    def timed_out(holder: str, **remedy: str) -> LockTimeout:
-        waited_s = time.monotonic() - start
-        return LockTimeout(
-            session_id=session_id, path=path, holder=holder, timeout_s=timeout_s, waited_s=waited_s, **remedy
-        )
-
+    facts: dict[str, Any] = {"session_id": session_id, "path": path, "timeout_s": timeout_s}
     try:
         _turn_of[thread] = ref(turn)
-        mutex = _mutex(path)
+        with table:
+            mutex = _mutexes.get(path)
+            if mutex is None:
+                mutex = _mutexes[path] = FifoMutex()
+                _kept.append(mutex)
         if not mutex.acquire(turn, timeout_s):
             remedy = "leave that thread's edit() or update() sooner: it must not wait for others who write this session"
-            raise timed_out(f"this process (pid {pid}), thread {mutex.holder!r}", remedy=remedy)
-        held = _wait(path, session_id, start + timeout_s)
-        if held is None:
-            raise timed_out(_holder_of(path))
+            holder = f"this process (pid {pid}), thread {mutex.holder!r}"
+            raise LockTimeout(**facts, holder=holder, waited_s=time.monotonic() - start, remedy=remedy)
+        held = HeldFile(path)
+        try:
+            is_locked = _in_turn(held, start + timeout_s)
+        except PersistError:
+            raise
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise CommitFailed(session_id=session_id, path=path, reason=reason, errno=error.errno) from error
+        if not is_locked:
+            raise LockTimeout(**facts, holder=_holder_of(path), waited_s=time.monotonic() - start)
         yield held
     finally:
         # One after the other, whatever exception a signal raises among them. A child that was forked inside the block
@@ -153,41 +154,12 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
             if held is not None:
                 held.close()
         finally:
-            try:
-                if mutex is not None and pid == os.getpid():
-                    mutex.release(turn)
-            finally:
-                if pid == os.getpid():
+            if pid == os.getpid():
+                try:
+                    if mutex is not None:
+                        mutex.release(turn)
+                finally:
                     _turn_of.pop(thread, None)
-
-
-def _refuse_nesting(thread: int, session_id: str) -> None:
-    outer = _turn_of[thread]() if thread in _turn_of else None
-    if outer is not None:
-        raise NestedLock(session_id=session_id, held=outer.session_id)
-    if table._is_owned():  # type: ignore[attr-defined]
-        # A signal handler (or a finaliser) in the middle of opening or closing a lock: to wait here would stop
-        # everybody.
-        raise NestedLock(session_id=session_id, held="unknown")
-
-
-def _wait(path: Path, session_id: str, deadline: float) -> HeldFile | None:
-    """Hold the file, when it is this process's turn. None if it is not until the deadline (`time.monotonic`)."""
-    held = HeldFile(path)
-    try:
-        if _in_turn(held, deadline):
-            return held
-    except OSError as error:
-        held.close()
-        if isinstance(error, PersistError):
-            raise
-        reason = error.strerror or type(error).__name__
-        raise CommitFailed(session_id=session_id, path=path, reason=reason, errno=error.errno) from error
-    except BaseException:
-        held.close()
-        raise
-    held.close()
-    return None
 
 
 def _in_turn(held: HeldFile, deadline: float) -> bool:

@@ -13,14 +13,12 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TypeVar
 
 from persist import json_codec
 from persist.errors import CorruptSession, LockNotHeld, MergeConflict, NestedLock, PersistError, SessionNotFound
 from persist.storage import commit, diff, disk, lock
 from persist.storage.cache import Replica
-from persist.storage.commit import Place
 from persist.storage.content import Content, Items
 from persist.storage.diff import Change
 from persist.storage.directory import SessionDirectory, is_left_over, mislabelled, missing_journal
@@ -35,14 +33,12 @@ READ_ATTEMPTS = 3
 READ_ATTEMPTS_IN_A_LOCK, READ_PAUSE_S = 20, 0.001
 
 
-class Transaction:
+class Transaction(commit.Place):
     """What may be done while a session's lock is held. After the block, every method raises `LockNotHeld`."""
 
     def __init__(self, files: SessionFiles, session_id: str, held: HeldFile) -> None:
-        self.session_id = session_id
-        self.paths = files.layout.session(session_id)
+        super().__init__(session_id, files.layout.session(session_id), files.options, files.unknown)
         self._files = files
-        self._place = Place(session_id, self.paths, files.options, files.unknown)
         self._held: HeldFile | None = held
         self._is_there = False
         #: What is there, if that was read. While a write is under way it is None, so that an exception drops the
@@ -58,8 +54,8 @@ class Transaction:
 
     def end(self) -> None:
         """End the transaction. Its last holder removes a lock file without a session."""
-        self._close_journal()
-        replica, self._replica = self._replica, None
+        replica = self._replica
+        self._forget()
         if replica is not None and replica.tail is not None:
             self._files.cache.put(self.session_id, replica)
         if self._held is not None and self._held.is_held and not self._is_there:
@@ -69,8 +65,9 @@ class Transaction:
                     disk.unlink(self.paths.lock)
         self._held = None
 
-    def _close_journal(self) -> None:
-        fd, self._fd = self._fd, -1
+    def _forget(self) -> None:
+        """Forget what was read, and close the journal."""
+        fd, self._fd, self._replica = self._fd, -1, None
         if fd >= 0:
             # What was synced stays so, whatever becomes of the descriptor.
             with contextlib.suppress(OSError):
@@ -81,7 +78,7 @@ class Transaction:
     def exists(self) -> bool:
         """Tell whether the session has a document, readable or not."""
         self.require_lock()
-        with self._place.refusals():
+        with self.refusals():
             return disk.exists(self.paths.document)
 
     def read(self) -> Replica:
@@ -95,9 +92,7 @@ class Transaction:
                 version = disk.version_of(self.paths.document)
                 self._is_there = True
                 kept = self._files.cache.take(self.session_id)
-                found = None
-                if kept is not None and kept.version == version:
-                    found = self._caught_up(kept)
+                found = self._caught_up(kept) if kept is not None and kept.version == version else None
                 self._replica = found or self._read_anew()
         return self._replica
 
@@ -105,7 +100,7 @@ class Transaction:
         """Bring a replica up to date. None if its journal does not go on from there: then nothing of it counts."""
         tail = kept.tail
         assert tail is not None
-        log = self._place.journal(tail.name)
+        log = self.journal(tail.name)
         try:
             self._fd = log.open(os.O_RDWR)
             is_end = log.ends_at(self._fd, tail)
@@ -116,52 +111,36 @@ class Transaction:
         except (Overtaken, CorruptSession):
             pass
         # Whatever is wrong is told by the files.
-        self._close_journal()
+        self._forget()
         return None
 
-    def _read_anew(self) -> Replica:
+    def undisturbed(self, look: Callable[[str], Found]) -> Found:
+        """Read the files. Nobody can fold while the lock is held, so a journal that is not there is missing."""
         try:
-            found = self._files.read_now(self.session_id)
+            return look(self.session_id)
         except Overtaken as error:
-            # Nobody can fold while the lock is held.
-            raise missing_journal(self.paths.document, self.session_id, error.path) from None
-        try:
-            for value in found.content.apart.values():
-                if isinstance(value, Items):
-                    value.check()
-        except ValueError:
-            raise mislabelled(self.paths.document, self.session_id) from None
+            raise missing_journal(self.paths.document, self.session_id, error.args[0]) from None
+
+    def _read_anew(self) -> Replica:
+        found = self.undisturbed(self._files.read_now)
+        for value in found.content.apart.values():
+            if isinstance(value, Items):
+                value.check()
         if found.tail is not None:
-            self._fd = self._place.journal(found.tail.name).open(os.O_RDWR)
+            self._fd = self.journal(found.tail.name).open(os.O_RDWR)
         return found
 
     def head(self) -> Head:
         """Return the committed header and fields, without reading the rest if no replica is at hand."""
         self.require_lock()
         if self._replica is None and not self._files.cache.has(self.session_id):
-            try:
-                found = self._files.read_head_now(self.session_id)
-            except Overtaken as error:
-                raise missing_journal(self.paths.document, self.session_id, error.path) from None
+            found = self.undisturbed(self._files.read_head_now)
             self._is_there = True
             return found
         replica = self.read()
         return Head(replica.header, replica.content.fields, replica.content.counts)
 
     # --- writing ---
-
-    @property
-    def is_visible(self) -> bool:
-        """Whether the last commit of this transaction became visible, also if an exception came after that."""
-        return self._place.is_visible
-
-    def refusals(self) -> contextlib.AbstractContextManager[None]:
-        """Turn the disk's own errors in a block into `CommitFailed`."""
-        return self._place.refusals()
-
-    def require_known(self) -> None:
-        """Raise `CommitUnknown` after a commit of unknown outcome."""
-        self._place.require_known()
 
     def commit(self, header: Header, content: Content, changes: tuple[Change, ...] | None = None) -> Replica:
         """Write a revision. Durable and visible on return.
@@ -179,14 +158,14 @@ class Transaction:
             if changes is None:
                 changes = diff.between(before.content, content)
             if self._fd < 0:
-                with self._place.refusals():
+                with self.refusals():
                     self._fd = disk.open_unseen(self.paths.journal(before.tail.name), os.O_RDWR)
-        after = commit.commit(self._place, before, header, content, changes or (), self._fd)
+        after = commit.commit(self, before, header, content, changes or (), self._fd)
         return self._written(before, after)
 
     def _written(self, before: Replica | None, after: Replica) -> Replica:
         if before is None or before.tail is not after.tail:
-            self._close_journal()
+            self._forget()
         self._replica, self._is_there = after, True
         return after
 
@@ -195,7 +174,7 @@ class Transaction:
         self.require_lock()
         before = self.read()
         self._replica = None
-        self._written(before, commit.confirm(self._place, before, self._fd))
+        self._written(before, commit.confirm(self, before, self._fd))
 
     def compact(self, *, alone: bool = False) -> bool:
         """Fold the journal into the document. Durable on return. Tell whether there was anything to fold.
@@ -206,11 +185,12 @@ class Transaction:
         self.require_known()
         before = self.read()
         is_needed = before.tail is not None and (
-            alone or not before.tail.is_empty or not self._place.wants_journal(before.header, before.content)
+            alone or not before.tail.is_empty or not self.wants_journal(before.header, before.content)
         )
         if is_needed:
             self._replica = None
-            after = commit.write_document(self._place, before, before.header, before.content, alone=alone)
+            commit.verify(self, before)
+            after = commit.write_document(self, before, before.header, before.content, alone=alone)
             self._written(before, after)
         header = self.read().header
         with contextlib.suppress(PersistError, OSError):
@@ -229,8 +209,7 @@ class Transaction:
         self.require_lock()
         self.require_known()
         # By what the files say. A replica may go back to before the damage.
-        self._close_journal()
-        self._replica = None
+        self._forget()
         self._files.cache.take(self.session_id)
         try:
             self.read()
@@ -239,11 +218,10 @@ class Transaction:
                 return self.read()
         except CorruptSession:
             self._is_there = True
-        self._replica = None
-        self._close_journal()
-        with self._place.refusals():
-            taken = salvage(self._place, drop_journal=drop_journal)
-        after = commit.write_document(self._place, taken.before, taken.header.next(), taken.content, is_replica=False)
+        self._forget()
+        with self.refusals():
+            before, header, content = salvage(self, drop_journal=drop_journal)
+        after = commit.write_document(self, before, header.next(), content)
         return self._written(None, after)
 
     def delete(self) -> None:
@@ -252,10 +230,10 @@ class Transaction:
         with contextlib.suppress(PersistError):
             self.read()
         before, self._replica, self._is_there = self._replica, None, False
-        with self._place.refusals():
+        with self.refusals():
             # While it can still be refused: a journal that is left behind holds all that was said.
             journals = [path for path, _ in self._files.journals(self.session_id, copies=True)]
-        commit.delete(self._place, before, journals)
+        commit.delete(self, before, journals)
 
 
 class SessionFiles(SessionDirectory):
@@ -275,11 +253,8 @@ class SessionFiles(SessionDirectory):
             with contextlib.suppress(Overtaken):
                 return look(session_id)
         try:
-            with self.transaction(session_id):
-                return look(session_id)
-        except Overtaken as error:
-            path = self.layout.session(session_id).document
-            raise missing_journal(path, session_id, error.path) from None
+            with self.transaction(session_id) as tx:
+                return tx.undisturbed(look)
         except NestedLock:
             # Within the block of another session's lock, all that can be done is to try for longer.
             for _ in range(READ_ATTEMPTS_IN_A_LOCK):
@@ -288,7 +263,7 @@ class SessionFiles(SessionDirectory):
                     return look(session_id)
             raise
 
-    @contextmanager
+    @contextlib.contextmanager
     def transaction(
         self, session_id: str, *, may_be_missing: bool = False, timeout_s: float | None = None
     ) -> Iterator[Transaction]:

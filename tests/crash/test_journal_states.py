@@ -124,7 +124,7 @@ def test_what_another_program_has_copied_is_made_durable(
 ) -> None:
     """A session that was restored from a backup, and never synced: each of the first commit's syncs is needed.
 
-    Fails without `commit._is_settled` and its twin in `confirm`, which sync the document and the directory, and without
+    Fails without `commit._settle` in a commit and in `confirm`, which syncs the document and the directory, and without
     either of these two syncs.
     """
     store = journaled_store(scratch / "sessions")

@@ -49,7 +49,7 @@ OLD_TITLE = (
     "            merged = merge_contents(base.content, mine, there.content, self._policies, prefer)\n"
     "            merged = placed((dict(merged) | {name: value for name, value in mine if name == 'title'}).items())\n",
 )
-UNCOUNTED = ("merge.py", "total = _sum(t, m, b or 0)", "total = max(t, m)")
+UNCOUNTED = ("merge.py", "total = t + (m - (b or 0))", "total = max(t, m)")
 UNMARKED = ("turn.py", "messages[place][INTERRUPTED] = True", "pass")
 NOT_MIRRORED = ("turn.py", '["pending_user_message"] = prompt.get("content")', '["pending_user_message"] = ""')
 

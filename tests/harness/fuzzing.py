@@ -537,8 +537,8 @@ def replay(content: bytes, state: State) -> Replay:
             is_next = False
             continue
         try:
-            # Bytes that are no text may be gone by the last record. If they are not, no reader may show them.
-            record = json.loads(line.decode(errors="replace"), strict=False)
+            # What cannot be decoded may be gone by the last record. If it is not, no reader may show it.
+            record = json.loads(line.decode(errors="replace"), strict=False, parse_int=_int)
             last = record
             if record.get("head"):
                 heads.append(record["head"]["fields"])
@@ -550,6 +550,11 @@ def replay(content: bytes, state: State) -> Replay:
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
             is_whole = is_whole and not is_next
     return Replay(state, tuple(heads), last, is_whole)
+
+
+def _int(literal: str) -> int | str:
+    """Decode an integer. One of too many digits becomes a text, which no reader shows in its place."""
+    return int(literal) if len(literal) <= sys.get_int_max_str_digits() else literal
 
 
 class JournalOracle(Oracle):

@@ -369,7 +369,7 @@ def test_content_is_its_data(data: dict[str, Any]) -> None:
     """What goes in comes out, wherever it stands, and the sizes are those of the JSON in a document."""
     found = encoded(data)
     assert json_codec.same(found.decode(), data)
-    assert found.decode_fields() == {name: data[name] for name in found.fields}
+    assert {name: decode(value) for name, value in found.fields.items()} == {name: data[name] for name in found.fields}
     assert found.counts == {name: len(data[name]) for name, value in found.apart.items() if isinstance(value, Items)}
     for name, value in found:
         assert decode(value) == data[name]

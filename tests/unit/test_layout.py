@@ -100,7 +100,7 @@ def test_what_is_no_text_names_no_session(wrong: object) -> None:
         check_session_id(wrong)
     assert caught.value.session_id is wrong
     with pytest.raises(InvalidSessionId):
-        Layout(Path("/store")).session(wrong)  # type: ignore[arg-type]
+        Layout(Path("/store")).session(wrong)
 
 
 @pytest.mark.parametrize("wrong", [*WRONG, "-a", "_a", "a.b", "a b", "é", "a" * 65, "a\n"], ids=lambda w: ascii(w)[:20])

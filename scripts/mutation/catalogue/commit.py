@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import indent
+
 from mutation.catalogue.suites import (
     COMMIT,
     IO_ERRORS,
@@ -13,9 +15,9 @@ from mutation.catalogue.suites import (
 )
 from mutation.edits import (
     Edit,
+    body,
     condition,
     drop_call,
-    drop_context,
     drop_operand,
     drop_statement,
     replace_call,
@@ -29,9 +31,10 @@ MODULE = "storage/commit.py"
 TRANSACTION = "storage/transaction.py"
 CACHE = "storage/cache.py"
 
-FULL_DISK = "not is_full or place.is_marked or tail.is_torn or not before.is_synced or place.options.mode == 'never'"
+FULL_DISK = "not is_full or place.is_marked or tail.is_torn or not before.is_synced or options.mode == 'never'"
 
 
+MAKE_ROOM = "disk.write_at(fd, bytes(room), tail.end)\ntail.room_end = tail.end + room"
 ACKNOWLEDGED = "acknowledged_without_a_commit"
 
 
@@ -40,7 +43,7 @@ def _commit(name: str, function: str, edit: Edit, tests: tuple[str, ...], select
 
 
 def _fold(name: str, edit: Edit, tests: tuple[str, ...], select: str) -> Mutant:
-    return Mutant(f"fold: {name}", MODULE, "_must_fold", edit, tests, select)
+    return Mutant(f"fold: {name}", MODULE, "commit", edit, tests, select)
 
 
 def _replica(name: str, function: str, edit: Edit, tests: tuple[str, ...], select: str) -> Mutant:
@@ -104,7 +107,7 @@ MUTANTS = (
     _commit(
         "the mark behind a record that could not be synced",
         "append_record",
-        drop_statement("disk.write_at(fd, journal.MARK, tail.end + len(line))"),
+        drop_statement("disk.write_at(fd, journal.MARK, end)"),
         JOURNAL_DAMAGE,
         "appended_to_by_nobody",
     ),
@@ -115,34 +118,49 @@ MUTANTS = (
         JOURNAL_STATES,
         "one_write_and_one",
     ),
-    _commit("the room for more", "append_record", drop_call("_make_room"), JOURNAL, "into_the_room"),
     _commit(
-        "the room that is made now and then",
-        "_make_room",
-        drop_operand("end <= tail.room_end"),
+        "the room for more",
+        "append_record",
+        condition("end > tail.room_end and len(line) <= room <= tail.end", "False"),
         JOURNAL,
         "into_the_room",
-        Change(MODULE, "_make_room", condition("end > tail.room_end", "True")),
+    ),
+    _commit(
+        "the room that is made now and then",
+        "append_record",
+        drop_operand("end > tail.room_end"),
+        JOURNAL,
+        "into_the_room",
+        Change(MODULE, "append_record", condition("end > tail.room_end", "True")),
     ),
     _commit(
         "the record where the disk refuses room",
-        "_make_room",
-        drop_context("contextlib.suppress(OSError)"),
+        "append_record",
+        replace_statement(
+            f"with contextlib.suppress(OSError):\n{indent(MAKE_ROOM, '    ')}",
+            MAKE_ROOM,
+        ),
         JOURNAL,
         "no_room_for_more",
     ),
     # --- the first sync, and acknowledgements without a commit ---
-    _commit("the first sync by a replica", "_is_settled", return_now("True"), JOURNAL_STATES, "bears_its_name_durably"),
+    _commit(
+        "the first sync by a replica",
+        "_settle",
+        body("found.is_synced = True"),
+        JOURNAL_STATES,
+        "bears_its_name_durably",
+    ),
     _commit(
         "the first sync of the document",
-        "_is_settled",
+        "_settle",
         drop_call("disk.sync_file"),
         JOURNAL_STATES,
         "another_program_has_copied",
     ),
     _commit(
         "the first sync of the directory",
-        "_is_settled",
+        "_settle",
         drop_call("disk.sync_directory"),
         JOURNAL_STATES,
         "bears_its_name_durably",
@@ -154,8 +172,8 @@ MUTANTS = (
         COMMIT,
         "confirmed",
     ),
-    _commit("the document that is confirmed", "confirm", drop_call("disk.sync_file"), COMMIT, ACKNOWLEDGED),
-    _commit("the name that is confirmed", "confirm", drop_call("disk.sync_directory"), COMMIT, ACKNOWLEDGED),
+    _commit("the document that is confirmed", "_settle", drop_call("disk.sync_file"), COMMIT, ACKNOWLEDGED),
+    _commit("the name that is confirmed", "_settle", drop_call("disk.sync_directory"), COMMIT, ACKNOWLEDGED),
     Mutant(
         "commit: the sync before a known item is acknowledged",
         "working_copy.py",
@@ -261,7 +279,7 @@ MUTANTS = (
     _replica(
         "the small commit that reads no document",
         "Transaction.read",
-        condition("kept is not None and kept.version == version", "False"),
+        replace_expression("self._caught_up(kept) if kept is not None and kept.version == version else None", "None"),
         REPLICA,
         "commit_to_a_large_session",
     ),

@@ -6,6 +6,7 @@ from mutation.catalogue.suites import CONTENT, DIFF, DOCUMENT, UNREAD
 from mutation.edits import (
     Edit,
     condition,
+    drop_call,
     drop_operand,
     drop_statement,
     replace_expression,
@@ -55,7 +56,7 @@ MUTANTS = (
         "the ids of new items",
         MODULE,
         "Items._hand_over_ids",
-        drop_statement("ids[key] = place"),
+        drop_call("_put_places"),
         UNREAD,
         "come_to_the_same and 3000",
     ),
@@ -71,7 +72,12 @@ MUTANTS = (
         condition("key in repeated", "False"),
         "row_of_changes or at_any_place",
     ),
-    _of("the ids in a text that was not split", "Items._read_ids", condition("text", "False"), "however_it_is_spelt"),
+    _of(
+        "the ids in a text that was not split",
+        "Items._read_ids",
+        replace_expression("[bytes(item.id) for item in _ids_of(text)] if text else []", "[]"),
+        "however_it_is_spelt",
+    ),
     # --- where a value stands ---
     _of(
         "the place of a large value",
@@ -129,13 +135,18 @@ MUTANTS = (
     Mutant(
         "the text between two parts",
         FILE,
-        "_Reader._content",
-        condition('bytes(text[place:place + 2 + len(key)]) != b",\\n" + key', "False"),
+        "_checked_content",
+        condition('content[place:start] != b",\\n" + key', "False"),
         DOCUMENT,
         "flipped_bit or changed_places",
     ),
     Mutant(
-        "the brackets and the count of a list", FILE, "_part", condition("not is_list", "False"), DOCUMENT, "parts_that"
+        "the brackets and the count of a list",
+        FILE,
+        "_value",
+        drop_operand('ends != ((b"[\\n", b"\\n]") if count else (b"[]", b"[]"))'),
+        DOCUMENT,
+        "parts_that",
     ),
     Mutant(
         "as many items as the header says",
@@ -150,7 +161,7 @@ MUTANTS = (
         "the checksum of a part",
         FILE,
         "_checked",
-        drop_operand("_checksum(text).decode() != part['checksum']"),
+        replace_expression("_part_of(text, part.count) != part", "len(text) != part.size_bytes"),
         DOCUMENT,
         "flipped_bit",
     ),
@@ -158,7 +169,7 @@ MUTANTS = (
         "the checksum of the header",
         FILE,
         "_checked_header",
-        drop_operand("_checksum(memoryview(line)[shape.end():]) != shape[1]"),
+        drop_operand("_checksum(memoryview(line)[shape.end():]).encode() != shape[1]"),
         DOCUMENT,
         "flipped_bit",
     ),

@@ -82,7 +82,7 @@ MUTANTS = (
                 record = self._decoded(line, tail.end)
             except UnsupportedFormat:
                 tail.is_torn = True
-                tail.unsynced = _read_exactly(fd, tail.synced, tail.end)
+                tail.unsynced = disk.read_at(fd, tail.end - tail.synced, tail.synced)
                 return
             """,
         ),
@@ -103,8 +103,8 @@ MUTANTS = (
     ),
     _grammar(
         "the commit id in the bytes before its end",
-        "Tail.fingerprint",
-        replace_expression('b\'"commit":"%b"}\\n\' % self.commit.encode()', "b'\"}\\n'"),
+        "Journal.ends_at",
+        replace_expression('b\'"commit":"%b"}\\n\' % tail.commit.encode()', "b'\"}\\n'"),
         "known_by_its_last_bytes",
     ),
     # --- readers ---
@@ -120,7 +120,9 @@ MUTANTS = (
         "journal: the lock that a reader takes at last",
         TRANSACTION,
         "SessionFiles._not_overtaken",
-        drop_context("self.transaction(session_id)"),
+        replace_statement(
+            "with self.transaction(session_id) as tx:\n    return tx.undisturbed(look)", "return look(session_id)"
+        ),
         JOURNAL,
         "takes_the_lock",
     ),
@@ -128,7 +130,7 @@ MUTANTS = (
         "journal: the look under the lock that takes no second one",
         TRANSACTION,
         "Transaction.head",
-        replace_call("self._files.read_head_now", "self._files.read_head(self.session_id)"),
+        replace_expression("self._files.read_head_now", "self._files.read_head"),
         JOURNAL,
         "told_by_every_look",
     ),
@@ -148,7 +150,7 @@ MUTANTS = (
     _damage(
         "the rule of an altered newline",
         "_is_torn",
-        condition("not newline and _is_whole_but_for_its_newline(line, seed)", "False"),
+        replace_call("_is_whole_but_for_its_newline", "False"),
         "flipped_bit_of_a",
     ),
     _damage(
@@ -166,13 +168,15 @@ MUTANTS = (
     _damage(
         "the rule of whole sectors",
         "_is_torn",
-        condition("not _has_lost_whole_sectors(rest, position)", "False"),
+        condition("any(b'\\0' in sector and sector.strip(b'\\0') for sector in sectors)", "False"),
         "part_of_a_sector",
     ),
     _damage(
         "what a later record knew to be durable",
         "_is_torn",
-        replace_expression("not any((_synced_of(each) > position for each in whole))", "True"),
+        replace_expression(
+            r"any(_synced_of(each) > position for each in behind.split(b'\n')[:-1] if _is_whole(each, seed))", "False"
+        ),
         "knew_it_durable",
     ),
     _damage(
@@ -189,8 +193,8 @@ MUTANTS = (
     ),
     _damage(
         "the way of a head back to what is surely there",
-        "Journal._last_line",
-        replace_expression("_line_before(content, last[1] - start, is_all=start == tail.end)", "last[0] - start"),
+        "_durable_line",
+        replace_expression("min(_synced_of(content[begin:stop]) - start, begin)", "begin + 1"),
         "behind_one_that_was_lost",
     ),
     # --- what accept takes ---
@@ -203,8 +207,14 @@ MUTANTS = (
     Mutant(
         "journal: the replacement of half a copy",
         SALVAGE,
-        "_keep_copy",
-        replace_statement("disk.unlink(copy)", "if disk.exists(copy):\n    return"),
+        "_with_records",
+        replace_statement(
+            "write_new(layout.copy_of(log.path), disk.read(log.path, journal.READ_LIMIT))",
+            """
+            if not disk.exists(layout.copy_of(log.path)):
+                write_new(layout.copy_of(log.path), disk.read(log.path, journal.READ_LIMIT))
+            """,
+        ),
         JOURNAL_DAMAGE,
         "always_whole",
     ),

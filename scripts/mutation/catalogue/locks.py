@@ -24,9 +24,8 @@ TURNSTILE = "storage/turnstile.py"
 
 # The lock file is opened, and whether it is locked does not matter.
 NO_FILE_LOCK = body("""
-    held = HeldFile(path)
     held.open()
-    return held
+    return True
 """)
 NO_MUTEX = Change(LOCK, "FifoMutex.acquire", return_now("True"))
 NOTHING_CLOSED = drop_call("os.close")
@@ -34,7 +33,7 @@ REMOVED = "file_that_was_removed"
 
 
 def _without_file_lock(name: str, tests: tuple[str, ...], select: str, *also: Change) -> Mutant:
-    return Mutant(name, LOCK, "_wait", NO_FILE_LOCK, tests, select, also)
+    return Mutant(name, LOCK, "_in_turn", NO_FILE_LOCK, tests, select, also)
 
 
 def _waiting(name: str, edit: Edit, select: str) -> Mutant:
@@ -53,16 +52,16 @@ MUTANTS = (
     Mutant(
         "the refusal of a second lock",
         LOCK,
-        "_refuse_nesting",
-        condition("outer is not None", "False"),
+        "hold",
+        drop_operand("outer is not None"),
         LOCKS,
         "second_lock",
     ),
     Mutant(
         "the refusal of a handler inside the table",
         LOCK,
-        "_refuse_nesting",
-        condition("table._is_owned()", "False"),
+        "hold",
+        drop_operand("table._is_owned()"),
         LOCKS,
         "inside_the_table",
     ),

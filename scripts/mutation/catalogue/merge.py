@@ -15,8 +15,8 @@ MUTANTS = (
         MODULE,
         "_Merger.array",
         replace_statement(
-            "raise MergeConflict(path=path, reason=clash.reason, base=b, mine=m, theirs=t) from None",
-            "return self.conflict(path, clash.reason, b, m, t)",
+            "raise MergeConflict(path=path, reason=str(clash), base=b, mine=m, theirs=t) from None",
+            "return self.conflict(path, str(clash), b, m, t)",
         ),
         MERGE,
         "preference",

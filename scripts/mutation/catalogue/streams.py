@@ -20,15 +20,15 @@ TURN = "turn.py"
 MODULE = "streams.py"
 
 # A lease is alive in the process that has taken it, and dead in every other.
-KNOWN_HERE_ONLY = replace_call("try_hold", "None if path in vars(take).get('here', ()) else IT or HeldFile()")
+KNOWN_HERE_ONLY = replace_call("try_hold", "None if path in vars(take).get('here', ()) else IT or HeldFile(path)")
 REMEMBERED_HERE = Change(
     LEASE,
     "take",
     replace_statement(
-        "return Lease(path, held)",
+        "return held",
         """
         vars(take).setdefault("here", set()).add(path)
-        return Lease(path, held)
+        return held
         """,
     ),
 )
@@ -102,7 +102,7 @@ MUTANTS = (
     Mutant(
         "the removal of the lease of a failed claim",
         MODULE,
-        "_claim",
+        "start",
         condition("isinstance(error, errors.PersistError) and not tx.is_visible", "False"),
         HAZARDS,
         "a8_failed_launch",
@@ -110,7 +110,7 @@ MUTANTS = (
     Mutant(
         "events: the look at the owner before the first",
         MODULE,
-        "Stream._open_events",
+        "Stream.emit",
         drop_call("self._require_ownership"),
         EVENTS,
         "first_emission_of",
