@@ -51,6 +51,11 @@ def check(backend: Backend) -> list[Problem]:
             f"{path} holds commits of another {name} than is there. Put that one back, or remove the journal with them."
         )
         problems.append(Problem(session_id, "orphaned", path, what))
+    for name in sorted(filter(None, map(layout.name_of_document, files.names()))):
+        path = files.layout.directory / f"{name}.json"
+        if files.id_of(name) is None:
+            what = f"{path} holds no session id whose hash its name is. Restore it from a backup, or move it away."
+            problems.append(Problem(name, "corrupt", path, what))
     for path in _ignored(files):
         what = f"{path} is no session, since {path.stem!r} names none: it is ignored. Rename it, or move it away."
         problems.append(Problem(path.stem, "ignored", path, what))
@@ -80,6 +85,9 @@ def _left_behind(files: SessionDirectory) -> list[tuple[str, Path, bool]]:
         journal = layout.journal_of(file_name)
         if journal is not None:
             session_id = files.id_of(journal[0]) or journal[0]
+            if session_id == journal[0] and layout.is_hashed(session_id) and f"{session_id}.json" in names:
+                # Nobody knows what the document would say of it.
+                continue
             with contextlib.suppress(OSError):
                 header = _header_of(files, session_id)
                 if header is None or header.journal != journal[1]:

@@ -329,12 +329,16 @@ def accept(store: Store, session_id: str, drop_journal: bool, as_json: bool) -> 
     kept = sorted(_damaged_journals(store, session_id) - kept_before)
     if as_json:
         print_json({"id": session.id, "revision": session.revision, "was_sound": trouble is None})
-    elif trouble is None:
-        click.echo(f"{session.id} is sound, at revision {session.revision}: there was nothing to accept.")
-    else:
-        click.echo(f"{session.id} is accepted at revision {session.revision}. What was wrong: {trouble.reason}")
-        for path in kept:
-            click.echo(f"Not all of its journal could be taken; a copy is kept in {path}.")
+        return
+    shown = printable(session.id)
+    if trouble is None and not drop_journal:
+        click.echo(f"{shown} is sound, at revision {session.revision}: there was nothing to accept.")
+        return
+    wrong = "Nothing was wrong." if trouble is None else f"What was wrong: {trouble.reason}"
+    click.echo(f"{shown} is accepted at revision {session.revision}. {wrong}")
+    for path in kept:
+        what = "Its journal was given up" if drop_journal else "Not all of its journal could be taken"
+        click.echo(f"{what}; a copy is kept in {path}.")
 
 
 def _damaged_journals(store: Store, session_id: str) -> set[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,10 +131,7 @@ class SessionDirectory:
         """Return the session id of a name. That of a hashed one stands in the document, or in a lease."""
         session_id = layout.id_of(name)
         if session_id is None and layout.is_hashed(name):
-            with contextlib.suppress(PersistError, OSError):
-                path = self.layout.directory / f"{name}.json"
-                found = document.read_head(path, name).header.session_id
-                session_id = found if found and layout.name_of(found) == name else None
+            session_id = _hashed_id(self.layout.directory / f"{name}.json", name)
         return session_id
 
     def leases(self) -> list[tuple[str, str]]:
@@ -146,7 +144,10 @@ class SessionDirectory:
         except OSError as error:
             raise Unreadable.because(self.layout.leases, error) from error
         found = filter(None, map(layout.stream_of, names))
-        ids = ((self.id_of(name), stream_id) for name, stream_id in found)
+        ids = (
+            (self.id_of(name) or _hashed_id(self.layout.leases / f"{name}.{stream_id}", name), stream_id)
+            for name, stream_id in found
+        )
         return sorted((session_id, stream_id) for session_id, stream_id in ids if session_id is not None)
 
     def stream_ids(self, session_id: str) -> list[str]:
@@ -176,6 +177,24 @@ class SessionDirectory:
             found = layout.journal_of(file_name, copies=copies)
             if found is not None and found[0] == mine:
                 yield self.layout.directory / file_name, found[1]
+
+
+def _hashed_id(path: Path, name: str) -> str | None:
+    """Return the id whose hash a name holds, from a document or a lease. It need not be sound: the hash vouches."""
+    if layout.is_hashed(name):
+        with contextlib.suppress(PersistError, OSError):
+            for found in _ID.finditer(disk.read(path, _HEADER_BYTES)):
+                with contextlib.suppress(ValueError, PersistError):
+                    session_id = layout.check_session_id(json_codec.decode(found[1]))
+                    if layout.name_of(session_id) == name:
+                        return session_id
+    return None
+
+
+#: An id in the header of a document, or in a lease.
+_ID = re.compile(rb'"(?:session_)?id":\s*("(?:[^"\\]|\\.)*")')
+#: A header stands at the beginning.
+_HEADER_BYTES = 64 * 1024
 
 
 def is_left_over(path: Path, name: str, header: Header | None) -> bool:

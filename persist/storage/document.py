@@ -357,15 +357,22 @@ class _Reader:
     def _foreign(self, content: bytes, version: disk.Version) -> Document:
         """Return a document of another program: revision 0 until its first commit here."""
         other = _FORMAT.match(content)
-        if other is not None and int(other[1]) != FORMAT:
-            found = int(other[1])
-            raise UnsupportedFormat(session_id=self.session_id, path=self.path, found=found, known=FORMAT)
+        if other is not None:
+            self._require_format(int(other[1]))
         data = self.strict(content)
+        values = data.get(HEADER)
+        if type(values) is dict and type(values.get("format")) is int:
+            # An editor has laid it out anew.
+            self._require_format(values["format"])
         if HEADER in data or _looks_like_header(next(iter(data.values()), None)):
             raise self._edited()
         checksum, written_at = _checksum(content).decode(), self._written_at()
         header = Header(checksum, 0, written_at, written_at, commit=checksum, session_id=self.file_id)
         return Document(header, encoded(data), version)
+
+    def _require_format(self, found: int) -> None:
+        if found != FORMAT:
+            raise UnsupportedFormat(session_id=self.session_id, path=self.path, found=found, known=FORMAT)
 
     def _written_at(self) -> datetime:
         try:

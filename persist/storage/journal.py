@@ -147,7 +147,8 @@ def _decoded(line: bytes) -> Record:
         changes = tuple(map(_change_of, values.pop("changes", ())))
         head = values.pop("head", None)
         if head is not None:
-            head = Image(head["epoch"], *(msgspec.Raw(json_codec.encode(head[key])) for key in ("owner", "fields")))
+            raw = {key: msgspec.Raw(json_codec.encode(head.pop(key))) for key in ("owner", "fields")}
+            head = msgspec.convert(head | raw, Image)
         return msgspec.structs.replace(msgspec.convert(values, Record), changes=changes, head=head)
 
 
@@ -175,7 +176,7 @@ def header_after(header: Header, record: Record) -> Header:
         owner = json_codec.decode(bytes(record.head.owner))
         if owner is not None and type(owner) is not dict:
             raise ValueError("owner")
-        changes |= {"epoch": record.head.epoch, "owner": owner}
+        changes |= {"epoch": document.natural(record.head.epoch), "owner": owner}
     return header.but(**changes)
 
 

@@ -400,3 +400,56 @@ def test_accept_of_a_damaged_journal_keeps_a_copy(run: Run, store: persist.Store
     assert "a record in it was altered" in result.stdout
     assert store.load("s-42").data["messages"] == [USER, "good"]
     assert (store.path / f"{path.name}.damaged").read_bytes() == spoilt
+
+
+@pytest.fixture
+def edited(store: persist.Store) -> Path:
+    """A session whose document was edited by hand, in a way that its journal does not fit. Its journal."""
+    always = persist.Store(store.path, journal="always")
+    always.create("s-42", {"title": "t", "messages": [USER]})
+    always.update("s-42", lambda data: data["messages"].insert(0, "first"))
+    damage(store.path, "s-42")
+    [path] = store.path.glob("s-42.*.journal")
+    return path
+
+
+def test_accept_that_would_lose_commits_names_the_ways_out(run: Run, store: persist.Store, edited: Path) -> None:
+    """Where the journal does not fit the edit, nothing is guessed and nothing is written. Exit status 3."""
+    before = {path.name: path.read_bytes() for path in store.path.glob("s-42*")}
+    result = run("accept", store.path, "s-42")
+    assert result.exit_code == 3
+    for way in ("Undo the edit", "persist compact", "persist accept --drop-journal"):
+        assert way in result.stderr
+    assert {path.name: path.read_bytes() for path in store.path.glob("s-42*")} == before
+
+
+@pytest.mark.parametrize("option", [(), ("--json",)], ids=["text", "json"])
+def test_accept_without_the_journal_keeps_it_aside(
+    run: Run, store: persist.Store, edited: Path, option: tuple[str, ...]
+) -> None:
+    """`accept --drop-journal` takes the document as it is, and says where the commits stand that it gave up."""
+    written = edited.read_bytes()
+    result = run("accept", "--drop-journal", store.path, "s-42", *option)
+    assert result.exit_code == 0, result.stderr
+    session = store.load("s-42")
+    assert session.data == {"title": "t", "messages": [{**USER, "content": "ho"}]}
+    assert session.revision > 2
+    kept = store.path / f"{edited.name}.damaged"
+    assert (kept.read_bytes(), edited.exists()) == (written, False)
+    if option:
+        assert json_of(result) == {"id": "s-42", "revision": session.revision, "was_sound": False}
+    else:
+        assert f"accepted at revision {session.revision}. What was wrong: its checksum does not match" in result.stdout
+        assert f"Its journal was given up; a copy is kept in {kept}." in result.stdout
+    assert run("check", store.path).exit_code == 0
+
+
+def test_accept_without_the_journal_of_a_sound_session_says_what_it_did(run: Run, store: persist.Store) -> None:
+    """It gives commits up, so it does not say that there was nothing to accept."""
+    always = persist.Store(store.path, journal="always")
+    always.create("s-42", {"messages": [USER]})
+    always.append("s-42", "messages", "later")
+    result = run("accept", store.path, "s-42", "--drop-journal")
+    assert result.exit_code == 0
+    assert "accepted at revision 3. Nothing was wrong.\nIts journal was given up; a copy is kept in" in result.stdout
+    assert store.load("s-42").data["messages"] == [USER]

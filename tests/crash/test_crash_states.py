@@ -8,17 +8,34 @@ and the suite must find fault with the result; `is_spare` and `is_harmless` say 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise, takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from harness import crash_scenarios
 from harness.crash_scenarios import MESSAGE, SCENARIOS, Opening, Scenario, faults
-from harness.crashes import MOST_SECTORS, SECTOR_BYTES, Step, Trace, is_sampled, record, states, written_to
-from harness.journal_scenarios import JOURNALED
+from harness.crashes import (
+    MOST_SECTORS,
+    SECTOR_BYTES,
+    Recorder,
+    Step,
+    Trace,
+    is_sampled,
+    record,
+    recording,
+    states,
+    written_to,
+)
+from harness.journal_scenarios import JOURNALED, UNSYNCED
 
 import persist
-from persist.storage.journal import MARK
+from persist.storage.document import Header
+from persist.storage.journal import MARK, Journal, Record, Tail
 
 Play = Scenario | Opening
 by_name = pytest.mark.parametrize("scenario", [*SCENARIOS, *JOURNALED], ids=lambda scenario: scenario.name)
@@ -77,6 +94,107 @@ def test_what_is_found_is_made_durable_before_it_is_acknowledged(scratch: Path, 
     [place] = [index for index, step in enumerate(trace.steps) if step.kind == sync_kind]
     assert all(state["s-1.json"] == content for state, returned in states(trace) if returned)
     assert any(state.get("s-1.json") != content for state, returned in states(trace.without(place)) if returned)
+
+
+@pytest.mark.parametrize("scenario", UNSYNCED, ids=lambda scenario: scenario.name)
+def test_a_record_whose_sync_failed_is_written_again(
+    scenario: Scenario, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That the states above would show it: with a sync alone, an acknowledged commit is lost.
+
+    Its writer saw its fdatasync fail, and was killed. The kernel may have dropped the record, so a later sync proves
+    nothing of it. A fold is sound either way, because it writes the whole document.
+    """
+    monkeypatch.setattr(Journal, "read_new_records", without_unsynced(Journal.read_new_records))
+    case = scenario.play(scratch)
+    found = list(faults(case, case.trace, scratch, deep=False))
+    if any(step.kind == "rename" for step in case.trace.steps):
+        assert found == []
+    else:
+        assert any(fault.startswith("acknowledged and lost") for fault in found)
+
+
+def without_unsynced(real: Callable[..., Iterator[Record]]) -> Callable[..., Iterator[Record]]:
+    def read_new_records(log: Journal, fd: int, header: Header, tail: Tail) -> Iterator[Record]:
+        yield from real(log, fd, header, tail)
+        if tail.unsynced:
+            tail.unsynced = tail.unsynced[:0]
+
+    return read_new_records
+
+
+def test_a_sync_after_a_failed_one_makes_only_later_writes_durable() -> None:
+    """The model itself: what a failed sync has given up stays given up, until it is written again."""
+    first, second = b"x" * SECTOR_BYTES, b"y" * SECTOR_BYTES
+    steps = (
+        Step("write", "f", 0, content=first),
+        Step("failed sync", "f", 0),
+        Step("write", "f", 0, content=second),
+        Step("sync", "f", 0),
+    )
+    left = {state["f"] for state, returned in states(Trace({"f": b""}, steps)) if returned}
+    assert left == {first + second, bytes(SECTOR_BYTES) + second}
+    again = (*steps[:2], Step("write", "f", 0, content=first + second, position=0), steps[3])
+    assert {state["f"] for state, returned in states(Trace({"f": b""}, again)) if returned} == {first + second}
+
+
+def test_a_file_that_was_cut_off_may_have_either_length() -> None:
+    """The model itself: until a sync, the old length or the new one."""
+    long, short = b"x" * 2 * SECTOR_BYTES, b"x" * SECTOR_BYTES
+    trace = Trace({"f": long}, (Step("truncate", "f", 0, position=SECTOR_BYTES),))
+    assert {state["f"] for state, returned in states(trace) if returned} == {long, short}
+    trace = Trace(trace.before, (*trace.steps, Step("sync", "f", 0)))
+    assert {state["f"] for state, returned in states(trace) if returned} == {short}
+
+
+#: The calls of the kernel that change a disk or make it durable, and the steps that they are recorded as.
+KERNEL_CALLS = {
+    "write": "write",
+    "pwrite": "write",
+    "ftruncate": "truncate",
+    "fsync": "sync",
+    "fdatasync": "sync",
+    "replace": "rename",
+    "unlink": "unlink",
+    "mkdir": "mkdir",
+}
+
+
+@by_name
+def test_no_call_goes_past_the_recorder(scenario: Play, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded is all that is done: each call of the kernel that matters is a step of the trace."""
+    calls: Counter[str] = Counter()
+    is_recording = False
+
+    def counted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            answer = real(*arguments, **options)
+            calls[KERNEL_CALLS[name]] += is_recording
+            return answer
+
+        return call
+
+    def opened(path: Any, flags: int, *mode: Any, **options: Any) -> int:
+        descriptor = real_open(path, flags, *mode, **options)
+        calls["create"] += is_recording and bool(flags & os.O_CREAT)
+        return descriptor
+
+    @contextmanager
+    def recording_and_counting(root: Path) -> Iterator[Recorder]:
+        nonlocal is_recording
+        with recording(root) as recorder:
+            is_recording = True
+            yield recorder
+            is_recording = False
+
+    real_open = os.open
+    monkeypatch.setattr(os, "open", opened)
+    for name in KERNEL_CALLS:
+        monkeypatch.setattr(os, name, counted(name, getattr(os, name)))
+    monkeypatch.setattr(crash_scenarios, "recording", recording_and_counting)
+    case = scenario.play(scratch)
+    recorded = Counter(step.kind.removesuffix(" directory") for step in case.trace.steps if step.kind != "failed sync")
+    assert recorded == +calls
 
 
 def test_what_was_made_in_a_lost_directory_is_lost() -> None:

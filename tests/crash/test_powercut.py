@@ -46,6 +46,11 @@ NO_SYNC_OF_A_DELETE = (
 NO_SECOND_LOOK = ("storage/disk.py", "            os.fstat(fd)\n", "")
 # Of journals.
 NO_SYNC_OF_A_RECORD = ("storage/disk.py", "        os.fdatasync(fd)\n", "")
+NOT_WRITTEN_AGAIN = (
+    "storage/commit.py",
+    "            disk.write_at(fd, tail.unsynced + line, tail.synced if tail.unsynced else tail.end)\n",
+    "            disk.write_at(fd, line, tail.end)\n",
+)
 NO_SECOND_LOOK_AT_A_RECORD = ("storage/disk.py", "        os.pread(fd, 1, 0)\n", "")
 RAISES = (
     "streams.py",
@@ -103,6 +108,30 @@ def test_the_power_cuts_see_a_missing_step(
     assert done.returncode == 1, done.stdout + done.stderr
     found = {line.split(": ")[1] for line in done.stdout.splitlines() if line.count(": ") > 1}
     assert found & verdicts, done.stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--warm"]], ids=["cold", "warm"])
+def test_an_acknowledged_append_covers_a_record_whose_sync_failed(options: list[str]) -> None:
+    """Nothing lost: its writer was killed, and the kernel has dropped it; the next append makes both durable."""
+    done = failed_sync(PACKAGE_PARENT, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "both are there\n"
+
+
+@pytest.mark.parametrize("options", [[], ["--warm"]], ids=["cold", "warm"])
+def test_the_power_cut_sees_a_record_that_is_synced_and_not_written_again(tmp_path: Path, options: list[str]) -> None:
+    """With a sync alone, the record is lost that the kernel has dropped, and with it the acknowledged one."""
+    write_mutated_package(NOT_WRITTEN_AGAIN, tmp_path)
+    done = failed_sync(tmp_path, *options)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.startswith(("lost: ", "torn: "))
+
+
+def failed_sync(package_parent: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    done = run_harness("failed_sync", options, package_parent, DEADLINE_S)
+    if done.returncode == NOTHING_RUN and done.stdout.startswith("skipped: "):
+        pytest.skip(done.stdout.removeprefix("skipped: ").strip())
+    return done
 
 
 @pytest.mark.parametrize(

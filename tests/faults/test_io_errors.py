@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from harness.crash_scenarios import Mode
-from harness.faults import ERRORS, SHORT, SYNCS, TORN, Fault, descriptors, faults, injecting, quick_directory
+from harness.faults import ERRORS, SHORT, SYNCS, TORN, Fault, FullDisk, descriptors, faults, injecting, quick_directory
 from harness.journal_scenarios import ALWAYS, AUTO, FOLDING, LEAVING, NEVER
 
 import persist
@@ -481,7 +481,7 @@ class Trial:
     `complaints` says what it did wrong; none are made where the fault was not reached.
     """
 
-    def __init__(self, operation: Operation, fault: Fault, directory: Path) -> None:
+    def __init__(self, operation: Operation, fault: Fault | FullDisk, directory: Path) -> None:
         self.complaints: list[str] = []
         self._operation, self._fault, self._ends = operation, fault, ends_of(operation)
         before = descriptors()
@@ -633,7 +633,7 @@ def trials(operation: Operation, call: str) -> Iterator[Trial]:
     raise AssertionError(f"{operation.name} does not come to an end: {call}")
 
 
-def tried(operation: Operation, fault: Fault) -> Trial:
+def tried(operation: Operation, fault: Fault | FullDisk) -> Trial:
     with quick_directory() as directory:
         return Trial(operation, fault, directory)
 
@@ -652,3 +652,46 @@ def test_every_error_at_every_place_is_told_and_harms_nothing(operation: Operati
     complaints = [complaint for trial in found for complaint in trial.complaints]
     if complaints:
         pytest.fail(f"{len(complaints)} complaints in {len(found)} trials:\n" + "\n".join(complaints), pytrace=False)
+
+
+# --- a full disk ------------------------------------------------------------------------------------------------------
+
+#: Less than a record, and than any other piece that is written, but for the mark of one byte.
+STEP_BYTES = 29
+FILLING = (
+    "create",
+    "create, journaled",
+    "append",
+    "append, journaled",
+    "append, journaled, of a new process",
+    "append, folding",
+    "append, entering",
+    "append, leaving",
+    "save, folding",
+    "compact, journaled",
+    "compact, leaving",
+    "delete, journaled",
+    "delete_by_force, journaled",
+    "accept",
+    "accept, journaled",
+    "accept_of_a_damaged_journal, journaled",
+    "accept_that_drops_a_journal, journaled",
+    "start_stream, journaled",
+    "finish, folding",
+)
+
+
+@pytest.mark.parametrize("name", FILLING)
+def test_disk_that_gets_full_at_any_byte_harms_nothing(name: str) -> None:
+    """The verb is done whole, or the old revision stands. The same verb works as soon as there is room.
+
+    Fails if what was written of a journal or a document stays behind.
+    """
+    found, room = list[Trial](), 0
+    while not found or found[-1].is_reached:
+        found.append(tried(OPERATIONS[name], FullDisk(room)))
+        room += 1 if room < 3 else STEP_BYTES
+    complaints = [complaint for trial in found for complaint in trial.complaints]
+    if complaints:
+        pytest.fail(f"{len(complaints)} complaints in {len(found)} trials:\n" + "\n".join(complaints), pytrace=False)
+    assert len(found) > 1, "nothing was refused: nothing was proved"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.faults import TORN, Fault, injecting, quick_directory
+from harness.faults import TORN, Fault, injecting, quick_directory, refusing
 from harness.journals import journal_of, line_of, parted, record_of, sealed, traffic
 from harness.verbs import within_deadline
 
@@ -300,6 +300,39 @@ def test_head_that_is_not_where_a_record_says_is_told(damaged: History) -> None:
     damaged.put(sealed(opening, [first, first | {"revision": 3, "head_at": len(opening)}]))
     with pytest.raises(persist.CorruptSession):
         damaged.store().head("s")
+
+
+def test_head_of_a_journal_that_lost_lines_is_told(damaged: History) -> None:
+    """A record that knew more to be durable than stands before it: a head never falls back to the document's own.
+
+    Fails without the look at where the last record itself begins.
+    """
+    opening, lines = parted(damaged.content)
+    for gone in range(len(lines) - 1):
+        damaged.put(b"".join([opening, *lines[:gone], *lines[gone + 1 :]]))
+        for verb in (head, load, append_new):
+            with pytest.raises(persist.CorruptSession):
+                verb(damaged.store())
+
+
+def test_head_whose_fields_stand_where_no_fields_are_is_told(damaged: History) -> None:
+    """The place of the last record with a head holds another whole record. Fails if the document's fields are shown."""
+    opening, lines = parted(damaged.content)
+    first = record_of(lines[0])
+    second = first | {"revision": first["revision"] + 1, "changes": [], "head_at": len(opening)}
+    damaged.put(sealed(opening, [first, second]))
+    with pytest.raises(persist.CorruptSession, match="the record with the fields does not stand there"):
+        damaged.store().head("s")
+
+
+def test_head_of_a_last_record_that_says_nothing_of_what_is_durable_comes_to_an_end(damaged: History) -> None:
+    """Its crc is right, so it is a newer version's. Fails if the head looks for an older one for ever."""
+    opening, lines = parted(damaged.content)
+    last = record_of(lines[-1])
+    del last["synced"]
+    damaged.put(sealed(opening, [*map(record_of, lines[:-1]), last]))
+    with pytest.raises(persist.UnsupportedFormat):
+        within_deadline(lambda: damaged.store().head("s"))
 
 
 # --- sectors ----------------------------------------------------------------------------------------------------------
@@ -617,6 +650,75 @@ def test_accept_of_a_damaged_header_destroys_no_journal(tmp_path: Path, old: byt
         if found == [{"id": each} for each in ("m0", "m1", "m2", "next")]:
             return
     assert written in [path.read_bytes() for path in store.path.glob("s.*journal*")]
+
+
+def test_accept_that_is_refused_names_the_three_ways_out(damaged: History) -> None:
+    """Undo the edit, fold and edit again, or give the journal up. Each of them works."""
+    document, path = damaged.directory / "s.json", damaged.path
+    whole, journal = document.read_bytes(), path.read_bytes()
+    with pytest.raises(persist.CorruptSession) as caught:
+        edit_by_hand(damaged, lambda document: document.update(title="by hand"))
+        damaged.store().accept("s")
+    ways = ("Undo the edit", "persist compact", "persist accept --drop-journal")
+    assert all(way in str(caught.value) for way in ways)
+    # 1. Undo it.
+    document.write_bytes(whole)
+    assert damaged.assert_committed(damaged.store().load("s")) == max(damaged.states)
+    # 2. Fold, and edit again.
+    damaged.store().compact("s", alone=True)
+    edit_by_hand(damaged, lambda document: document.update(title="by hand"))
+    assert damaged.store().accept("s").data == damaged.states[max(damaged.states)][0] | {"title": "by hand"}
+    for left in damaged.directory.glob("s.*.journal"):
+        left.unlink()
+    # 3. Give the journal up.
+    document.write_bytes(whole)
+    path.write_bytes(journal)
+    edit_by_hand(damaged, lambda document: document.update(title="by hand"))
+    session = damaged.store().accept("s", drop_journal=True)
+    assert session.data == damaged.states[1][0] | {"title": "by hand"}
+
+
+@pytest.mark.parametrize("spoil", ["nothing", "edit", "damage", "first line"])
+def test_journal_that_is_given_up_is_kept(damaged: History, spoil: str) -> None:
+    """`accept(drop_journal=True)` takes the document, at a revision that nobody has had, and keeps the journal's bytes.
+
+    The copy is durable before the document is replaced. Fails if the journal goes without a copy, or before it.
+    """
+    path, document, expected = damaged.path, damaged.directory / "s.json", dict(damaged.states[1][0])
+    if spoil == "edit":
+        edit_by_hand(damaged, lambda document: document.update(title="by hand"))
+        expected["title"] = "by hand"
+    elif spoil == "damage":
+        damaged.put(damaged.content[:-30] + b"!" + damaged.content[-29:])
+    elif spoil == "first line":
+        damaged.put(b"!" + damaged.content[1:])
+    written, copy = path.read_bytes(), path.with_name(f"{path.name}.damaged")
+    with refusing() as calls:
+        session = damaged.store().accept("s", drop_journal=True)
+    assert (session.data, copy.read_bytes(), path.exists()) == (expected, written, False)
+    assert session.revision > max(damaged.states)
+    steps = [(call.name, call.path) for call in calls]
+    assert steps.index(("fsync", copy)) < steps.index(("replace", document)) < steps.index(("unlink", path))
+    assert ("fsync", damaged.directory) in steps[steps.index(("fsync", copy)) : steps.index(("unlink", path))]
+    store = damaged.store()
+    store.append("s", "messages", {"id": "next"})
+    assert damaged.store().load("s").data["messages"] == [*expected["messages"], {"id": "next"}]
+    assert store.check() == []
+
+
+def test_mark_of_an_accept_stands_behind_all_that_a_process_may_know(damaged: History) -> None:
+    """A process may know an end behind the damage. Fails if the mark stands behind the good records only.
+
+    The disk refuses the rename, so the journal is still in use.
+    """
+    place = damaged.states[3][1] + 60
+    spoilt = damaged.content[:place] + b"!" + damaged.content[place + 1 :]
+    damaged.put(spoilt)
+    with injecting(Fault("replace", 1, errno.EIO, is_persistent=True)), pytest.raises(persist.CommitFailed):
+        damaged.store().accept("s")
+    assert damaged.path.read_bytes().rstrip(b"\0") == spoilt + b"?"
+    session = damaged.store().accept("s")
+    assert (session.data, session.revision) == (damaged.states[3][0], max(damaged.states) + 1)
 
 
 @pytest.mark.parametrize(

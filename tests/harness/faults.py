@@ -85,6 +85,29 @@ def faults(call: str, place: int) -> list[Fault]:
     return [Fault(call, place, error, is_persistent) for error in ERRORS[call] for is_persistent in kinds]
 
 
+@dataclass(frozen=True, slots=True)
+class FullDisk:
+    """A disk that has room for so many bytes more. A new file or directory takes one of them.
+
+    What is removed makes no room, but for what is cut off a file. To write over what is there takes none.
+    """
+
+    room_bytes: int
+    call: str = "write"
+    errno: int = errno.ENOSPC
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        return ("open", "mkdir", "write", "pwrite", "ftruncate")
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        return ()
+
+    def __str__(self) -> str:
+        return f"a disk with room for {self.room_bytes} bytes"
+
+
 class Injection:
     """A fault at work.
 
@@ -135,12 +158,63 @@ class Injection:
         raise OSError(fault.errno, f"injected: {os.strerror(fault.errno)}")
 
 
+class Filling(Injection):
+    """A disk at work that gets full. `hits` counts the calls that it refused, or did in part."""
+
+    def __init__(self, fault: FullDisk) -> None:
+        super().__init__(Fault("write", 1, errno.ENOSPC, is_persistent=True))
+        self._room = fault.room_bytes
+
+    def around(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        steps: dict[str, Callable[..., Any]] = {"open": self._open, "mkdir": self._mkdir, "ftruncate": self._cut}
+        one: Callable[..., Any] = steps.get(real.__name__, self._write)
+
+        def bounded(*arguments: Any, **options: Any) -> Any:
+            if threading.get_ident() != self._thread:
+                return real(*arguments, **options)
+            return one(real, *arguments, **options)
+
+        return bounded
+
+    def _open(self, real: Callable[..., int], path: Path, flags: int, *rest: Any, **options: Any) -> int:
+        if flags & os.O_CREAT and not os.path.lexists(path):
+            self._take(1)
+        return real(path, flags, *rest, **options)
+
+    def _mkdir(self, real: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        self._take(1)
+        real(*arguments, **options)
+
+    def _cut(self, real: Callable[..., None], fd: int, size: int) -> None:
+        self._room += max(0, os.fstat(fd).st_size - size)
+        real(fd, size)
+
+    def _write(self, real: Callable[..., int], fd: int, content: bytes, position: int | None = None) -> int:
+        size = os.fstat(fd).st_size
+        start = size if position is None else position
+        growth = max(0, start + len(content) - size)
+        if growth > self._room:
+            self.hits += 1
+            content = content[: len(content) - (growth - self._room)]
+            growth = self._room
+            if not content:
+                raise OSError(errno.ENOSPC, f"injected: {os.strerror(errno.ENOSPC)}")
+        self._room -= growth
+        return real(fd, content, *(() if position is None else (position,)))
+
+    def _take(self, size: int) -> None:
+        if size > self._room:
+            self.hits += 1
+            raise OSError(errno.ENOSPC, f"injected: {os.strerror(errno.ENOSPC)}")
+        self._room -= size
+
+
 @contextmanager
-def injecting(fault: Fault) -> Iterator[Injection]:
+def injecting(fault: Fault | FullDisk) -> Iterator[Injection]:
     """Make one fault happen to this thread for a block."""
     module: ModuleType = fcntl if fault.call == "flock" else os
     real = {name: getattr(module, name) for name in (*fault.functions, *fault.watched)}
-    injection = Injection(fault)
+    injection = Filling(fault) if isinstance(fault, FullDisk) else Injection(fault)
     for name, function in real.items():
         setattr(module, name, (injection.around if name in fault.functions else injection.watching)(function))
     try:
@@ -148,6 +222,74 @@ def injecting(fault: Fault) -> Iterator[Injection]:
     finally:
         for name, function in real.items():
             setattr(module, name, function)
+
+
+# --- one call, by what it does ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call that changes the disk, or makes it durable.
+
+    Attributes:
+        name: that of the function of `os`.
+        path: the file or directory. Of a rename, the new name.
+        content: what is written.
+        position: where, if the call names it.
+    """
+
+    name: str
+    path: Path
+    content: bytes = b""
+    position: int | None = None
+
+
+#: Given a call and those before it, return the errno that the kernel is to answer, or None.
+Refuse = Callable[[Call, list[Call]], int | None]
+_CHANGING = ("open", "mkdir", "write", "pwrite", "ftruncate", "fsync", "fdatasync", "replace", "unlink")
+
+
+def refuse_nothing(_call: Call, _before: list[Call]) -> int | None:
+    """Only look on."""
+    return None
+
+
+@contextmanager
+def refusing(refuse: Refuse = refuse_nothing) -> Iterator[list[Call]]:
+    """Let this thread's calls fail for which `refuse` names an errno. Yields all calls, also those that failed."""
+    thread, calls = threading.get_ident(), list[Call]()
+    real = {name: getattr(os, name) for name in _CHANGING}
+
+    def around(name: str) -> Callable[..., Any]:
+        def called(*arguments: Any, **options: Any) -> Any:
+            if threading.get_ident() == thread and (name != "open" or arguments[1] & os.O_CREAT):
+                call = _call_of(name, *arguments)
+                answer = refuse(call, calls)
+                calls.append(call)
+                if answer is not None:
+                    raise OSError(answer, f"injected: {os.strerror(answer)}")
+            return real[name](*arguments, **options)
+
+        return called
+
+    for name in real:
+        setattr(os, name, around(name))
+    try:
+        yield calls
+    finally:
+        for name, function in real.items():
+            setattr(os, name, function)
+
+
+def _call_of(name: str, *arguments: Any) -> Call:
+    if name in ("open", "mkdir", "unlink"):
+        return Call(name, Path(arguments[0]))
+    if name == "replace":
+        return Call(name, Path(arguments[1]))
+    path = Path(os.readlink(f"/proc/self/fd/{arguments[0]}"))
+    if name in ("write", "pwrite"):
+        return Call(name, path, bytes(arguments[1]), arguments[2] if name == "pwrite" else None)
+    return Call(name, path)
 
 
 def descriptors() -> set[int]:

@@ -111,6 +111,12 @@ def log_less(store: persist.Store, _subject: object = None) -> None:
         tx.list("log").pop()
 
 
+def noted_and_back(store: persist.Store) -> None:
+    """One value has come to stand apart, and gone back among the fields."""
+    long_noted(store)
+    note_less(store)
+
+
 def forget_notes(store: persist.Store, _subject: object = None) -> None:
     store.update("s-1", lambda data: [data.pop(name) for name in ("notes", "log")])
 
@@ -159,7 +165,7 @@ CROSSINGS = [
     journaled("values that stood apart and go", forget_notes, long_noted),
     journaled("value that comes to stand apart in a fold", note_more, noted, mode=FOLDING, prepared=ENDLESS),
     journaled("value that goes back in a fold", note_less, long_noted, mode=FOLDING, prepared=ENDLESS),
-    journaled("compact of what has come and gone", compact, lambda store: [long_noted(store), note_less(store)]),
+    journaled("compact of what has come and gone", compact, noted_and_back),
 ]
 FOLDS = [
     journaled("compact", compact, recorded),

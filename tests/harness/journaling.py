@@ -46,11 +46,11 @@ class Journaling:
         if self.mode == MIXED:
             raise ValueError("draw first")
         store = persist.Store(directory, journal=self.mode, **options)
-        options = store._backend.files.options
-        options.fold_bytes = FOLDS[self.fold]
+        written = store._backend.files.options
+        written.fold_bytes = FOLDS[self.fold]
         # Journals are short here. Else none would ever get room.
-        options.room_bytes = ROOM_BYTES_OF[self.fold]
-        options.verifies_folds = True
+        written.room_bytes = ROOM_BYTES_OF[self.fold]
+        written.verifies_folds = True
         return store
 
     def all(self) -> list[Journaling]:

@@ -39,6 +39,8 @@ LONGEST_WORK_S = 0.02
 CUTS_A_DIRECTORY = 12
 NOTHING_RUN = 2
 
+BLOCK_BYTES = 4096
+_BLOCKS = {"ext4": ("-b", str(BLOCK_BYTES)), "xfs": ("-b", f"size={BLOCK_BYTES}")}
 _CLONE_NEWNS, _MS_REC, _MS_PRIVATE, _MNT_DETACH = 0x20000, 1 << 14, 1 << 18, 2
 _FS_IOC_SHUTDOWN, _NO_LOG_FLUSH = 0x8004587D, struct.pack("I", 2)
 _LOOP_CTL_GET_FREE, _LOOP_CONFIGURE, _LO_FLAGS_AUTOCLEAR = 0x4C82, 0x4C0A, 4
@@ -85,7 +87,7 @@ class Disk:
         """
         kind, options = self._file_system.kind.encode(), self._file_system.options.encode()
         with _loop_device(self._image) as device:
-            _call("mount", device.encode(), bytes(self.mount_point), kind, 0, options)
+            call("mount", device.encode(), bytes(self.mount_point), kind, 0, options)
         self._is_mounted = True
 
     def cut(self) -> None:
@@ -113,11 +115,11 @@ class Disk:
             self._unmount(_MNT_DETACH)
 
     def _unmount(self, flags: int) -> None:
-        _call("umount2", bytes(self.mount_point), flags)
+        call("umount2", bytes(self.mount_point), flags)
         self._is_mounted = False
 
 
-def _call(name: str, *arguments: object) -> None:
+def call(name: str, *arguments: object) -> None:
     if getattr(_libc, name)(*arguments) != 0:
         error = ctypes.get_errno()
         raise OSError(error, f"{name}: {os.strerror(error)}")
@@ -141,8 +143,8 @@ def enter_private_namespace() -> None:
     if os.geteuid() != 0:
         raise Refused("it takes root to mount a file system")
     try:
-        _call("unshare", _CLONE_NEWNS)
-        _call("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
+        call("unshare", _CLONE_NEWNS)
+        call("mount", b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
     except OSError as error:
         raise Refused(error.strerror) from None
 
@@ -168,16 +170,22 @@ def _loop_device(image: Path) -> Iterator[str]:
 
 
 @contextmanager
-def disk_of(file_system: FileSystem) -> Iterator[Disk]:
-    """A new file system, mounted for the block; however this process ends, no device and no mount is left."""
+def disk_of(file_system: FileSystem, image: Path | None = None) -> Iterator[Disk]:
+    """A new file system, mounted for the block; however this process ends, no device and no mount is left.
+
+    Args:
+        image: a file to make it in, as large as it is to be.
+    """
     with ExitStack() as undo:
         # In memory a flush of the image costs nothing.
         scratch = undo.enter_context(quick_directory())
-        image, mount_point = scratch / "image", scratch / "mounted"
+        mount_point = scratch / "mounted"
         mount_point.mkdir()
-        with image.open("wb") as file:
-            file.truncate(file_system.megabytes << 20)
-        _run(f"mkfs.{file_system.kind}", "-q", str(image))
+        if image is None:
+            image = scratch / "image"
+            with image.open("wb") as file:
+                file.truncate(file_system.megabytes << 20)
+        _run(f"mkfs.{file_system.kind}", "-q", *_BLOCKS[file_system.kind], str(image))
         try:
             disk = Disk(file_system, image, mount_point)
             disk.mount()

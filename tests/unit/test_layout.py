@@ -348,8 +348,10 @@ def test_hashed_name_that_another_program_wrote_is_taken(store: persist.Store) -
     path = store.path / f"{name_of(session_id)}.json"
     path.write_text('{"a": 1}')
     assert store.load(session_id).data == {"a": 1}
+    assert [(problem.kind, problem.path) for problem in store.check()] == [("corrupt", path)], "nobody knows its id"
     store.append(session_id, "messages", 1)
     assert store.ids() == [session_id]
+    assert store.check() == []
     assert json.loads(path.read_bytes())["_persist"]["id"] == session_id
 
 
@@ -383,3 +385,35 @@ def test_foreign_files_are_named_and_left_alone(store: persist.Store) -> None:
         ["_index.json", "a%2fb.json", "con.json", "a b.json"]
     )
     assert all(path.read_text() == '{"a": 1}' for path in store.path.glob("*.json"))
+
+
+@pytest.mark.parametrize("damage", [(b'"title":"t"', b'"title":"u"'), (b'"revision"', b'"rEvision"'), (b"]", b"}")])
+def test_damaged_session_under_a_hashed_name_is_not_hidden(store: persist.Store, damage: tuple[bytes, bytes]) -> None:
+    """HAZARDS F17, E1: its id is read all the same, because the hash in the name vouches for it."""
+    session_id = 'quo"te\\\n' * 50
+    store.create(session_id, {"title": "t", "messages": [{"id": "m1"}]})
+    stream = store.start_stream(session_id, stream_id="t1")
+    path = store.path / f"{name_of(session_id)}.json"
+    path.write_bytes(path.read_bytes().replace(*damage))
+    stream._close()
+    assert store.ids() == [session_id]
+    assert [(problem.session_id, problem.kind) for problem in store.check()] == [(session_id, "corrupt")]
+    with pytest.raises(persist.SweepIncomplete) as caught:
+        store.clear_stale_streams()
+    assert caught.value.failures.keys() == {session_id}
+    path.unlink()
+    assert store.clear_stale_streams() == []
+    assert list((store.path / ".leases").iterdir()) == [], "the lease names the id, too"
+
+
+def test_document_whose_id_is_lost_is_named_by_its_file(store: persist.Store) -> None:
+    """No document is hidden: `check` names one whose id cannot be read, and gives no advice about its journal."""
+    session_id = "x" * 300
+    journaled = persist.Store(store.path, journal="always")
+    journaled.create(session_id, {"messages": []})
+    journaled.append(session_id, "messages", 1)
+    path = store.path / f"{name_of(session_id)}.json"
+    path.write_bytes(path.read_bytes().replace(b"xxxx", b"yyyy"))
+    assert store.ids() == []
+    assert [(problem.kind, problem.path) for problem in store.check()] == [("corrupt", path)]
+    assert len(list(store.path.glob("*.journal"))) == 1
