@@ -361,8 +361,9 @@ def _value(text: memoryview, count: int | None) -> Value:
     ends = bytes(text[:2]), bytes(text[-2:])
     if count is None and ends[0][:1] != b"[":
         return bytes(text)
+    is_list = ends == (b"[\n", b"\n]") if count else ends[0] == b"[]" and len(text) == 2
     # A list without a count is none that `to_bytes` has written.
-    if count is None or ends != ((b"[\n", b"\n]") if count else (b"[]", b"[]")):
+    if count is None or not is_list:
         raise ValueError("count")
     return Items.in_document(text, count)
 
