@@ -19,18 +19,7 @@ from persist import json_codec
 from persist.errors import ReservedField, WrongType
 from persist.storage import diff
 from persist.storage.cache import Replica
-from persist.storage.content import (
-    ALWAYS_APART,
-    HEADER,
-    Content,
-    Items,
-    Value,
-    as_before,
-    decode,
-    encoded,
-    id_key,
-    placed,
-)
+from persist.storage.content import ALWAYS_APART, HEADER, Content, Items, as_before, decode, encoded, id_key, placed
 from persist.storage.document import Header
 from persist.storage.transaction import Transaction
 
@@ -121,7 +110,7 @@ class WorkingCopy:
         Raises: what `encoded` raises for what cannot be kept.
         """
         before = self._content
-        now: dict[str, Value] = dict(self._committed)
+        now = dict(self._committed)
         splices: dict[str, tuple[diff.Change, ...]] = {}
         for name, items in self._lists.items():
             made = items.changes()

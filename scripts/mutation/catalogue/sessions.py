@@ -10,6 +10,7 @@ from mutation.edits import (
     drop_context,
     drop_handler,
     drop_statement,
+    replace_call,
     replace_expression,
     replace_statement,
 )
@@ -32,8 +33,8 @@ MUTANTS = (
     ),
     _saved(
         "the incarnation",
-        "Session._same_incarnation",
-        condition("there.header.incarnation != self._base.header.incarnation", "False"),
+        "Session._recognise",
+        condition("there.header.incarnation != base.header.incarnation", "False"),
         HAZARDS,
         "c1",
     ),
@@ -79,7 +80,7 @@ MUTANTS = (
     _saved(
         "the look for a list that a preference drops",
         "merge_contents",
-        drop_call("_refuse_lost_list"),
+        condition("type(dropped.get(name)) is list and type(found.get(name)) is not list", "False"),
         SESSION,
         "never_drops",
     ),
@@ -129,10 +130,10 @@ MUTANTS = (
     ),
     _saved(
         "the sync of what a refresh has read",
-        "Session._refresh",
+        "Session.refresh",
         replace_expression(
-            "_Base(there.header, there.content, is_durable=False)",
-            "_Base(there.header, there.content, is_durable=base.is_durable)",
+            "self._merge_in(there, self._base.content, is_durable=False)",
+            "self._merge_in(there, self._base.content, is_durable=self._base.is_durable)",
         ),
         SHARED_SESSIONS,
         "made_durable",
@@ -161,8 +162,8 @@ MUTANTS = (
     ),
     _saved(
         "the look for an edit while it ran",
-        "Session._take",
-        condition("current != mine", "False"),
+        "Session._merge_in",
+        replace_call("merge_contents", "there.content"),
         SHARED_SESSIONS,
         "contradicts",
     ),

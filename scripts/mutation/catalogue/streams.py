@@ -102,7 +102,7 @@ MUTANTS = (
     Mutant(
         "the removal of the lease of a failed claim",
         MODULE,
-        "_claim",
+        "start",
         condition("isinstance(error, errors.PersistError) and not tx.is_visible", "False"),
         HAZARDS,
         "a8_failed_launch",
@@ -110,7 +110,7 @@ MUTANTS = (
     Mutant(
         "events: the look at the owner before the first",
         MODULE,
-        "Stream._open_events",
+        "Stream.emit",
         drop_call("self._require_ownership"),
         EVENTS,
         "first_emission_of",
