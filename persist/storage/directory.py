@@ -20,18 +20,11 @@ class SessionDirectory:
     """The sessions of one directory, as files, and what can be seen of them without a lock."""
 
     def __init__(
-        self,
-        directory: Path,
-        options: Options,
-        *,
-        timeout_s: float,
-        cache_bytes: int,
-        allow_network: bool,
-        create: bool,
+        self, path: Path, options: Options, *, timeout_s: float, cache_bytes: int, allow_network: bool, create: bool
     ) -> None:
         # The real path: two names of one directory must share their in-process locks, and a chdir must not move the
         # store.
-        self.layout = layout.Layout(Path(os.path.realpath(directory)))
+        self.layout = layout.Layout(Path(os.path.realpath(path)))
         self.options = options
         self.timeout_s = timeout_s
         self.cache = Cache(cache_bytes)

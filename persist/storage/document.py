@@ -37,7 +37,6 @@ from persist.storage.content import HEADER, Content, Items, Value, encoded
 
 #: A whole number from 0 up, of 63 bits.
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-_Time = Annotated[datetime, msgspec.Meta(tz=True)]
 _Hex = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{16}\Z")]
 
 FORMAT = 3
@@ -69,8 +68,8 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
     revision: Natural
     commit: str
     epoch: Natural
-    created_at: _Time
-    updated_at: _Time
+    created_at: datetime
+    updated_at: datetime
     owner: Mapping[str, Any] | None
     journal: _Hex | None
     folded: _Hex | None
@@ -240,7 +239,8 @@ def fields_of(text: bytes) -> dict[str, bytes]:
 
 def header_of(values: Any, file_id: str | None) -> Header:
     """Return the header of its JSON. Raise one of `NONSENSE` if it is none, or if it is another session's."""
-    found = msgspec.convert(values, Header)
+    times = {name: datetime.fromisoformat(values[name]).astimezone(UTC) for name in ("created_at", "updated_at")}
+    found = msgspec.convert(values | times, Header)
     if file_id is not None and found.session_id != file_id:
         raise ValueError("id")
     return found
@@ -361,8 +361,9 @@ def _value(text: memoryview, count: int | None) -> Value:
     ends = bytes(text[:2]), bytes(text[-2:])
     if count is None and ends[0][:1] != b"[":
         return bytes(text)
+    is_list = ends == (b"[\n", b"\n]") if count else ends[0] == b"[]" and len(text) == 2
     # A list without a count is none that `to_bytes` has written.
-    if count is None or ends != ((b"[\n", b"\n]") if count else (b"[]", b"[]")):
+    if count is None or not is_list:
         raise ValueError("count")
     return Items.in_document(text, count)
 

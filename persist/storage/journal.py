@@ -325,8 +325,9 @@ class Journal:
         records = list(self.read_new_records(fd, header, tail))
         if not records:
             return header, content
+        images = [record for record in records if record.head is not None]
         try:
-            for record in records:
+            for record in (*images[-1:], records[-1]):
                 header = header_after(header, record)
             content = content_after(content, records)
             if records[-1].counts != content.counts:

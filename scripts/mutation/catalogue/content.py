@@ -144,7 +144,7 @@ MUTANTS = (
         "the brackets and the count of a list",
         FILE,
         "_value",
-        drop_operand('ends != ((b"[\\n", b"\\n]") if count else (b"[]", b"[]"))'),
+        drop_operand("not is_list"),
         DOCUMENT,
         "parts_that",
     ),
