@@ -78,7 +78,7 @@ def _left_behind(files: SessionDirectory) -> list[tuple[str, Path, bool]]:
             with contextlib.suppress(OSError):
                 if header is None or header.journal != journal[1]:
                     found.append((session_id, path, is_left_over(path, journal[1], header)))
-    return sorted(found)
+    return sorted(found, key=lambda each: (not each[2], each))
 
 
 def _problem(backend: streams.Backend, session_id: str) -> Problem | None:
