@@ -17,7 +17,7 @@ from persist.merge import MISSING, Policy, Preference, count_removed, merge
 from persist.patch import patch
 from persist.storage import diff
 from persist.storage.cache import Replica
-from persist.storage.content import ALWAYS_APART, Content, Items, Value, decode, empty, encoded, placed
+from persist.storage.content import ALWAYS_APART, Content, Items, Value, decode, empty, encoded, placed, window
 from persist.storage.document import Header
 from persist.storage.transaction import Transaction
 from persist.streams import Backend
@@ -400,7 +400,7 @@ def _decode_like(first: Value | None, decoded: Any, value: Value) -> Any:
     """
     if not isinstance(first, Items) or not isinstance(value, Items):
         return decode(value)
-    at, removed, added = diff.window(first.split(), value.split())
+    at, removed, added = window(first.split(), value.split())
     return [*decoded[:at], *Items(added).decode(), *decoded[at + len(removed) :]]
 
 

@@ -283,6 +283,7 @@ class Store:
             changed = copy.changed()
             if changed is not None:
                 refuse_changed_stream_fields(found.content, changed[0])
+            tx.require_unchanged()
             copy.commit_changes(changed, touch=touch)
 
     def update(

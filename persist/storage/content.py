@@ -9,8 +9,10 @@ it agree. The same data has the same content, up to the order of its keys.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import compress, count
 from typing import Any
 
 import msgspec
@@ -359,20 +361,29 @@ def _encoded_items(name: str, items: list[Any], before: Value | None) -> Items:
     before = items_of(before) if isinstance(before, bytes) else before
     known = before.split() if isinstance(before, Items) else []
     found = json_codec.encode_all_unchecked(items)
-    if isinstance(before, Items) and found == known:
+    if found is None:
+        # Some item takes another encoder, or none does.
+        first, removed, fresh_count = 0, len(known), len(items)
+    elif isinstance(before, Items) and found == known:
         return before
-    count = min(len(items), len(known))
-    if found is None or found[:count] != known[:count]:
-        # Some item differs: what stands at another place than before is compared there, too.
-        there = set(known)
-        checked = [
-            _encoded_value(item, known[place] if place < count else None, (name, place))
-            if found is None or found[place] not in there
-            else as_before(found[place], item, known[place] if place < count else None)
-            for place, item in enumerate(items)
-        ]
-        return Items(checked)
+    else:
+        first, gone, added = window(known, found)
+        removed, fresh_count = len(gone), len(added)
+    fresh = [
+        _encoded_value(item, known[place] if place < len(known) else None, (name, place))
+        for place, item in enumerate(items[first : first + fresh_count], first)
+    ]
     # The known objects, which a later comparison finds equal at a glance.
-    checked = known[:count]
-    checked += [_encoded_value(item, None, (name, place)) for place, item in enumerate(items[count:], count)]
-    return Items(checked)
+    return Items([*known[:first], *fresh, *known[first + removed :]])
+
+
+def window(before: list[bytes], after: list[bytes]) -> tuple[int, list[bytes], list[bytes]]:
+    """Return how many items are equal at the beginning, and both lists' items between that and their equal end."""
+    shorter = min(len(before), len(after))
+    if before[:shorter] == after[:shorter]:
+        return shorter, before[shorter:], after[shorter:]
+    first = next(compress(count(), map(operator.ne, before, after)), shorter)
+    rest = shorter - first
+    tail = next(compress(count(), map(operator.ne, reversed(before), reversed(after))), rest)
+    tail = min(tail, rest)
+    return first, before[first : len(before) - tail], after[first : len(after) - tail]

@@ -5,15 +5,13 @@ Positions count items. They are those of the moment when the change is applied, 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import compress, count
 from types import MappingProxyType
 
 import msgspec
 
 from persist.merge import align
-from persist.storage.content import Content, Items, Value, as_json, items_of
+from persist.storage.content import Content, Items, Value, as_json, items_of, window
 
 #: Where more than this was removed, the items between the first difference and the last one are compared, too.
 _ONE_SPLICE_BYTES = 16 * 1024
@@ -108,18 +106,6 @@ def splices(name: str, before: list[bytes], after: list[bytes], offset: int = 0)
         if i - p > 1 or j - q > 1:
             yield splice(name, first + p + 1, i - p - 1, added[q + 1 : j])
         i, j = p, q
-
-
-def window(before: list[bytes], after: list[bytes]) -> tuple[int, list[bytes], list[bytes]]:
-    """Return how many items are equal at the beginning, and both lists' items between that and their equal end."""
-    shorter = min(len(before), len(after))
-    if before[:shorter] == after[:shorter]:
-        return shorter, before[shorter:], after[shorter:]
-    first = next(compress(count(), map(operator.ne, before, after)), shorter)
-    rest = shorter - first
-    tail = next(compress(count(), map(operator.ne, reversed(before), reversed(after))), rest)
-    tail = min(tail, rest)
-    return first, before[first : len(before) - tail], after[first : len(after) - tail]
 
 
 def whole(name: str, value: Value) -> Change:

@@ -142,6 +142,17 @@ class Transaction(commit.Place):
 
     # --- writing ---
 
+    def require_unchanged(self) -> None:
+        """Raise `CommitFailed` if another program has replaced the document since it was read.
+
+        It is for a caller whose own code has run since. Such a program heeds no lock.
+        """
+        self.require_lock()
+        with self.refusals():
+            if self._replica is not None and disk.version_of(self.paths.document) != self._replica.version:
+                self._replica = None
+                raise OSError(None, "it was replaced, while its lock was held, by a program that did not hold that")
+
     def commit(self, header: Header, content: Content, changes: tuple[Change, ...] | None = None) -> Replica:
         """Write a revision. Durable and visible on return.
 

@@ -453,3 +453,12 @@ def test_items_that_did_not_change_are_the_known_objects() -> None:
     assert all(one is other for one, other in zip(old.split(), new.split(), strict=False))
     assert encoded({"messages": values}, before).apart["messages"] is old
     assert len(between(before, after)) == 1
+
+
+def test_nan_in_a_new_item_is_refused_though_its_text_stands_elsewhere() -> None:
+    """A NaN reads as null only in the place of one. Fails if the text of any known item is taken for checked."""
+    before = encoded({"messages": [{"a": None}, {"b": 1}]})
+    with pytest.raises(NotJSON, match="NaN"):
+        encoded({"messages": [{"a": None}, {"a": math.nan}, {"b": 1}]}, before)
+    with pytest.raises(NotJSON, match="NaN"):
+        encoded({"messages": [{"b": 1}, {"a": math.nan}]}, before)

@@ -946,3 +946,34 @@ def test_refused_edit_of_small_fields_writes_nothing(journaled: persist.Store) -
     with pytest.raises(persist.WrongType, match="a plain function"):
         journaled.update("s", lambda data: (data[key] for key in data))
     assert {path.name: path.read_bytes() for path in journaled.path.glob("s*")} == before
+
+
+@pytest.mark.parametrize("mode", ["never", "always"])
+@pytest.mark.parametrize("has_block", [True, False], ids=["transaction", "update"])
+def test_document_that_is_replaced_under_its_lock_is_an_error(directory: Path, mode: Mode, *, has_block: bool) -> None:
+    """A program that heeds no lock puts a backup back while a caller's block runs. The verb says so, and writes nothing.
+
+    Fails without `Transaction.require_unchanged`.
+    """
+    store = persist.Store(directory, journal=mode)
+    store.create("s", {"messages": [], "title": "old"})
+    backup = {path: path.read_bytes() for path in store.path.glob("s.*") if path.suffix != ".lock"}
+    store.append("s", "messages", {"id": "later"})
+
+    def put_back() -> None:
+        for path, content in backup.items():
+            path.write_bytes(content)
+
+    def change(data: dict[str, Any]) -> None:
+        put_back()
+        data["title"] = "new"
+
+    with pytest.raises(persist.CommitFailed, match="replaced, while its lock was held"):
+        if has_block:
+            with store.transaction("s") as tx:
+                put_back()
+                tx.fields["title"] = "new"
+        else:
+            store.update("s", change)
+    assert {path: path.read_bytes() for path in backup} == backup
+    assert persist.Store(directory).load("s").data == {"messages": [], "title": "old"}

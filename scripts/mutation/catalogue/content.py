@@ -117,7 +117,7 @@ MUTANTS = (
     ),
     Mutant(
         "the end that does not reach into the beginning",
-        CHANGES,
+        MODULE,
         "window",
         drop_statement("tail = min(tail, rest)"),
         DIFF,
