@@ -55,6 +55,11 @@ class Options:
     room_bytes: int = journal.ROOM_BYTES
     verifies_folds: bool = False
 
+    def wants_journal(self, header: Header, content: Content) -> bool:
+        """Tell whether the session is to have a journal from its next document on."""
+        limit = LEAVE_BYTES if header.journal else ENTER_BYTES
+        return self.mode == "always" or (self.mode == "auto" and content.size_bytes > limit)
+
 
 @dataclass(slots=True, eq=False)
 class Place:
@@ -77,11 +82,6 @@ class Place:
         """Return the session's journal of that name."""
         return journal.Journal(self.paths.journal(name), self.session_id, name)
 
-    def wants_journal(self, header: Header, content: Content) -> bool:
-        """Tell whether the session is to have a journal from its next document on."""
-        limit = LEAVE_BYTES if header.journal else ENTER_BYTES
-        return self.options.mode == "always" or (self.options.mode == "auto" and content.size_bytes > limit)
-
     @contextlib.contextmanager
     def refusals(self) -> Iterator[None]:
         """Turn the disk's own errors in the block into `CommitFailed`: nothing of the commit is visible yet."""
@@ -90,22 +90,24 @@ class Place:
         except PersistError:
             raise
         except OSError as error:
-            raise self.failure(CommitFailed, error) from error
-
-    def failure(self, kind: type[PersistError], error: OSError) -> PersistError:
-        """Return a typed error that says what the disk said."""
-        reason = error.strerror or type(error).__name__
-        return kind(session_id=self.session_id, path=self.paths.document, reason=reason, errno=error.errno)
-
-    def doubt(self, error: OSError) -> None:
-        """Note that nobody knows whether the last commit is durable. Until that is mended, no verb writes."""
-        self.unknown[self.session_id] = error.strerror or type(error).__name__
+            raise _failure(self, CommitFailed, error) from error
 
     def require_known(self) -> None:
         """Raise `CommitUnknown` after a commit of unknown outcome: nothing more is written or acknowledged."""
         reason = self.unknown.get(self.session_id)
         if reason is not None:
             raise CommitUnknown(session_id=self.session_id, path=self.paths.document, reason=reason, errno=None)
+
+
+def _failure(place: Place, kind: type[PersistError], error: OSError) -> PersistError:
+    """Return a typed error that says what the disk said."""
+    reason = error.strerror or type(error).__name__
+    return kind(session_id=place.session_id, path=place.paths.document, reason=reason, errno=error.errno)
+
+
+def _doubt(place: Place, error: OSError) -> None:
+    """Note that nobody knows whether the last commit is durable. Until that is mended, no verb writes."""
+    place.unknown[place.session_id] = error.strerror or type(error).__name__
 
 
 def commit(
@@ -215,11 +217,11 @@ def append_record(
 
 def _write_anew(place: Place, before: Replica, header: Header, content: Content, error: OSError) -> Replica:
     """Write the whole document after a failed fsync, to another inode."""
-    place.doubt(error)
+    _doubt(place, error)
     try:
         return write_document(place, before, header, content)
     except PersistError as failed:
-        raise place.failure(CommitUnknown, error) from failed
+        raise _failure(place, CommitUnknown, error) from failed
 
 
 def confirm(place: Place, found: Replica, fd: int) -> Replica:
@@ -256,7 +258,7 @@ def write_document(
         alone: without a journal.
     """
     mark = None if place.is_marked else _tail_to_mark(before)
-    is_journaled = not alone and place.wants_journal(header, content)
+    is_journaled = not alone and place.options.wants_journal(header, content)
     journals = [name for name in (before.header.folded, before.header.journal) if name] if before else []
     try:
         with place.refusals():
@@ -273,14 +275,14 @@ def write_document(
         if not isinstance(failed.__cause__, disk.SyncFailed):
             raise
         if place.is_visible:
-            place.doubt(failed.__cause__)
+            _doubt(place, failed.__cause__)
     # After a failed fsync once more, to other inodes.
     try:
         return _publish(place, header, content, journals, mark, is_journaled=is_journaled)
     except OSError as error:
         if place.is_visible:
-            place.doubt(error)
-        raise place.failure(CommitUnknown if place.is_visible else CommitFailed, error) from error
+            _doubt(place, error)
+        raise _failure(place, CommitUnknown if place.is_visible else CommitFailed, error) from error
 
 
 def _publish(
@@ -426,8 +428,8 @@ def delete(place: Place, before: Replica | None, journals: Sequence[Path]) -> No
             try:
                 disk.sync_directory(paths.directory, directory)
             except OSError as error:
-                place.doubt(error)
-                raise place.failure(CommitUnknown, error) from error
+                _doubt(place, error)
+                raise _failure(place, CommitUnknown, error) from error
         finally:
             disk.close_directory(directory)
     _remove([paths.temp, *journals])

@@ -196,7 +196,7 @@ class Transaction(commit.Place):
         self.require_known()
         before = self.read()
         is_needed = before.tail is not None and (
-            alone or not before.tail.is_empty or not self.wants_journal(before.header, before.content)
+            alone or not before.tail.is_empty or not self.options.wants_journal(before.header, before.content)
         )
         if is_needed:
             self._replica = None

@@ -951,7 +951,7 @@ def test_refused_edit_of_small_fields_writes_nothing(journaled: persist.Store) -
 @pytest.mark.parametrize("mode", ["never", "always"])
 @pytest.mark.parametrize("has_block", [True, False], ids=["transaction", "update"])
 def test_document_that_is_replaced_under_its_lock_is_an_error(directory: Path, mode: Mode, *, has_block: bool) -> None:
-    """A program that heeds no lock puts a backup back while a caller's block runs. The verb says so, and writes nothing.
+    """A program that heeds no lock puts a backup back while a caller's block runs. The verb tells, and writes nothing.
 
     Fails without `Transaction.require_unchanged`.
     """

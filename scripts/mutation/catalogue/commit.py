@@ -83,7 +83,7 @@ MUTANTS = (
     ),
     _commit(
         "the smaller size at which journals are left",
-        "Place.wants_journal",
+        "Options.wants_journal",
         replace_expression("LEAVE_BYTES if header.journal else ENTER_BYTES", "ENTER_BYTES"),
         JOURNAL,
         "enters_above",
