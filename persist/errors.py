@@ -164,7 +164,7 @@ class StoreClosed(PersistError, RuntimeError):
 
 
 class InvalidSessionId(PersistError, ValueError):
-    """A session id that could not be a file name everywhere, or that differs from another one only in case."""
+    """A session id that is no text of 1 to 512 characters, or that a file system takes for another one."""
 
     template = "{session_id!r} is not a session id: {reason}"
 
@@ -302,7 +302,7 @@ class NestedLock(PersistError, RuntimeError):
 
     template = (
         "This thread holds the lock of session {held!r} and asked for that of {session_id!r}. "
-        "Leave the edit() or update() first; in a signal handler or a finaliser, try again later."
+        "Leave the edit(), update() or transaction() first; in a signal handler or a finaliser, try again later."
     )
 
 
@@ -336,9 +336,15 @@ class CorruptSession(PersistError):
 
 
 class UnsupportedFormat(PersistError):
-    """The file was written by a newer `persist`. It was not changed."""
+    """The file has a format that this version does not read: of a newer `persist`, or of its first edition (1 and 2).
 
-    template = "Session {session_id!r}: {path} has format {found}, and this version knows {known}. Upgrade persist."
+    It was not changed.
+    """
+
+    template = (
+        "Session {session_id!r}: {path} has format {found}, and this version knows {known}. "
+        "Use the version that wrote it."
+    )
 
 
 class UnsafeFile(PersistError, OSError):

@@ -44,7 +44,8 @@ def check(backend: streams.Backend) -> list[Problem]:
     for path in sorted(files.layout.directory / name for name in files.names() if name.endswith(".json")):
         document_name = layout.name_of_document(path.name)
         if document_name is None:
-            what = f"{path} is no session, since {path.stem!r} names none: it is ignored. Rename it, or move it away."
+            remedy = f"For a session of that id its name is {_name_for(path.stem)}. Rename it, or move it away."
+            what = f"{path} is no session, since {path.stem!r} names none: it is ignored. {remedy}"
             problems.append(Problem(path.stem, "ignored", path, what))
         elif files.id_of(document_name) is None:
             what = f"{path} holds no session id whose hash its name is. Restore it from a backup, or move it away."
@@ -106,3 +107,10 @@ def _problem(backend: streams.Backend, session_id: str) -> Problem | None:
     except errors.SessionNotFound:
         return None
     return Problem(session_id, kind, path, message)
+
+
+def _name_for(session_id: str) -> str:
+    try:
+        return f"{layout.name_of(layout.check_session_id(session_id))}.json"
+    except errors.InvalidSessionId:
+        return "another one"

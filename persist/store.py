@@ -150,7 +150,7 @@ class Store:
         Raises:
             SessionNotFound: create it first.
             CorruptSession, UnsupportedFormat, UnsafeFile: the file cannot be trusted; it was not changed.
-            InvalidSessionId: an id is 1 to 128 of ``A-Z a-z 0-9 _ -``, and begins with a letter or digit.
+            InvalidSessionId: an id is any text of 1 to 512 characters.
             Unreadable: the disk, or its permissions, refused.
         """
         return self._session(session_id, self._open().files.read(session_id), is_durable=False)

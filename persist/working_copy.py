@@ -53,6 +53,11 @@ class WorkingCopy:
         """The top-level values but ``messages`` and ``tool_calls``, as a mapping to be changed."""
         return Fields(self)
 
+    def require_open(self) -> None:
+        """Raise `LockNotHeld` after the block: a change would be lost without a word."""
+        if self._tx is not None:
+            self._tx.require_lock()
+
     @property
     def data(self) -> dict[str, Any]:
         """The whole document as a plain dict, as it is by now. Once asked for, it is what is committed."""
@@ -75,8 +80,8 @@ class WorkingCopy:
                 if type(whole) is not list:
                     what = f"field {name!r} of the document"
                     raise WrongType(what=what, expected="a list", got=type(whole).__name__)
-                return WorkingList(name, Items([]), whole)
-            self._lists[name] = WorkingList(name, value if isinstance(value, Items) else Items([]))
+                return WorkingList(name, Items([]), whole, tx=self._tx)
+            self._lists[name] = WorkingList(name, value if isinstance(value, Items) else Items([]), tx=self._tx)
             self._committed.pop(name, None)
         return self._lists[name]
 
@@ -168,6 +173,7 @@ class Fields(MutableMapping[str, Any]):
         if name == HEADER or name in ALWAYS_APART:
             remedy = "Choose another name for the field." if name == HEADER else f"Use list({name!r})."
             raise ReservedField(field=name, remedy=remedy)
+        self._copy.require_open()
         self._copy._committed.pop(name, None)
         self._copy._lists.pop(name, None)
         self._copy._values[name] = value
@@ -175,6 +181,7 @@ class Fields(MutableMapping[str, Any]):
     def __delitem__(self, name: str) -> None:
         if name not in self:
             raise KeyError(name)
+        self._copy.require_open()
         for each in (self._copy._committed, self._copy._lists, self._copy._values):
             each.pop(name, None)
 
@@ -192,8 +199,9 @@ class WorkingList(MutableSequence[Any]):
     list of the caller's, which is changed in place then.
     """
 
-    def __init__(self, name: str, base: Items, tail: list[Any] | None = None) -> None:
+    def __init__(self, name: str, base: Items, tail: list[Any] | None = None, *, tx: Transaction | None = None) -> None:
         self._name = name
+        self._tx = tx
         self.base = base
         self._kept = len(base)
         self._tail: list[Any] = [] if tail is None else tail
@@ -226,23 +234,26 @@ class WorkingList(MutableSequence[Any]):
     def __setitem__(self, place: Any, item: Any) -> None:
         if isinstance(place, slice):
             raise TypeError("Replace items one by one.")
-        self._refuse_bytes(item, place)
+        self._check(item, place)
         self._tail[self._in_tail(range(len(self))[place])] = item
 
-    def _refuse_bytes(self, item: Any, place: int) -> None:
-        # In the tail they would pass for an item's JSON.
+    def _check(self, item: Any, place: int) -> None:
+        if self._tx is not None:
+            self._tx.require_lock()
+        # In the tail, bytes would pass for an item's JSON.
         if type(item) is bytes:
             json_codec.check(item, (self._name, place))
 
     def __delitem__(self, place: Any) -> None:
         places = range(len(self))[place]
+        self._check(None, 0)
         for each in sorted(places if isinstance(place, slice) else [places], reverse=True):
             del self._tail[self._in_tail(each)]
 
     def insert(self, place: int, item: Any) -> None:
         """Put an item before the one at a place."""
         place, _, _ = slice(place, None).indices(len(self))
-        self._refuse_bytes(item, place)
+        self._check(item, place)
         self._tail.insert(self._in_tail(place), item)
 
     def find(self, message_id: object) -> int | None:

@@ -310,7 +310,8 @@ def compact(store: Store, session_id: str, as_json: bool) -> None:
     if as_json:
         print_json({"id": session_id, "was_folded": was_folded})
     else:
-        click.echo(f"{session_id}: {'the journal was folded' if was_folded else 'there was nothing to fold'}.")
+        done = "the journal was folded" if was_folded else "there was nothing to fold"
+        click.echo(f"{printable(session_id)}: {done}.")
 
 
 @persist.command(epilog="Example: persist accept var/sessions s-42")

@@ -321,7 +321,7 @@ CASES: dict[type[persist.PersistError], Case] = {
     ),
     errors.NestedLock: Case(
         nested_lock,
-        ("holds the lock of session 's'", "that of 'other'", "Leave the edit() or update() first"),
+        ("holds the lock of session 's'", "that of 'other'", "Leave the edit(), update() or transaction() first"),
         {"session_id": "other", "held": "s"},
         RuntimeError,
     ),
@@ -343,7 +343,7 @@ CASES: dict[type[persist.PersistError], Case] = {
     ),
     errors.UnsupportedFormat: Case(
         unsupported_format,
-        ("'s'", DOCUMENT, "format 7", "knows 3", "Upgrade persist"),
+        ("'s'", DOCUMENT, "format 7", "knows 3", "Use the version that wrote it"),
         {"session_id": "s", "path": DOCUMENT, "found": 7, "known": 3},
     ),
     errors.UnsafeFile: Case(

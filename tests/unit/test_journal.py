@@ -244,7 +244,7 @@ def test_record_that_a_newer_version_wrote_is_no_tear(journaled: persist.Store, 
     first, second = map(record_of, lines)
     path.write_bytes(sealed(opening, [first, second | more]))
     before = path.read_bytes()
-    assert_every_verb_raises(journaled, persist.UnsupportedFormat, "knows 3. Upgrade persist")
+    assert_every_verb_raises(journaled, persist.UnsupportedFormat, "knows 3. Use the version that wrote it")
     for verb in verbs(journaled)[2:]:
         # Also the store that knows what stands before it.
         with pytest.raises(persist.UnsupportedFormat):

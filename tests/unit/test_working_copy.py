@@ -540,3 +540,26 @@ def test_find_after_edits_is_that_of_the_list(base: list[Any], more: list[Any]) 
     plain = list(working)
     for wanted in ("a", "b", "\ud800", 1, "1", True, None, 1.5):
         assert working.find(wanted) == plain_find(plain, wanted)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tx, items: items.append(HELLO),
+        lambda tx, items: items.__setitem__(0, HELLO),
+        lambda tx, items: items.__delitem__(0),
+        lambda tx, items: tx.fields.__setitem__("title", "late"),
+        lambda tx, items: tx.fields.__delitem__("title"),
+        lambda tx, items: tx.list("other").append(HELLO),
+    ],
+    ids=["append", "set", "delete", "field", "field-gone", "other-list"],
+)
+def test_change_after_the_block_is_refused(change: Callable[[WorkingCopy, WorkingList], None], tmp_path: Path) -> None:
+    """F20: a change that would be lost is an error. Fails if a copy does not look whether its lock is held."""
+    store = persist.Store(tmp_path / "sessions")
+    store.create("s", {"messages": [HELLO], "title": "t"})
+    with store.transaction("s") as tx:
+        items = tx.list("messages")
+    with pytest.raises(persist.LockNotHeld):
+        change(tx, items)
+    assert store.load("s").data == {"messages": [HELLO], "title": "t"}
