@@ -75,7 +75,19 @@ class _Threads:
             # Last, because a loop that finds the number must find the pools, too.
             self._pid = os.getpid()
         done, cancellation = _News(), None
-        work = (self._quick if is_quick else self._patient).submit(contextvars.copy_context().run, function)
+        pool, context, is_refused = self._quick if is_quick else self._patient, contextvars.copy_context(), False
+
+        def begin() -> Result:
+            if is_refused:
+                raise RuntimeError("The caller was told that this would not be done.")
+            return context.run(function)
+
+        try:
+            work = pool.submit(begin)
+        except RuntimeError:
+            # The pool has queued it, and could start no thread. The caller is told, so nothing must be done later.
+            is_refused = True
+            raise
         # Not a task, and no future of the loop: `asyncio.run` cancels those when it ends, and the result would be lost.
         work.add_done_callback(lambda _: done.set())
         while not work.done():

@@ -21,6 +21,7 @@ seen at once, also after `kill -9`. It is not synced, so a power cut may take th
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import threading
@@ -99,6 +100,8 @@ class EventWriter:
                 disk.make_directory(self._path.parent)
                 disk.check_directory(self._path.parent)
                 self._held = try_hold(self._path, create=True, append=True)
+                if self._held is None:
+                    raise BlockingIOError(errno.EWOULDBLOCK, "another program has locked it")
 
     def append(self, events: Sequence[bytes], *, durable: bool) -> int:
         """Append events, each the JSON of one, and return the offset of the last.
@@ -240,7 +243,9 @@ class EventReader:
         """Let go of the file."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            disk.close(fd)
+            # What was read stays so, whatever becomes of the descriptor.
+            with contextlib.suppress(OSError):
+                disk.close(fd)
 
     def size(self) -> int:
         """The size of the file now, in bytes."""

@@ -357,8 +357,8 @@ class Stream:
         """
         answer = turn.with_id(_checked(message), f"{self.id}.answer")
         with self._owned() as (copy, owner):
-            turn.put_answer(copy.list(turn.MESSAGES), answer, owner.answer_id)
-            self._commit(copy, owner, answer["id"])
+            answer_id = turn.put_answer(copy.list(turn.MESSAGES), answer, owner.answer_id)
+            self._commit(copy, owner, answer_id)
 
     def append(self, message: turn.Message) -> None:
         """Add a message to the turn, before its partial answer (a tool's result, say). Idempotent by its ``id``.

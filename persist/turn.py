@@ -77,10 +77,14 @@ def put_prompt(messages: WorkingList, prompt: Message) -> None:
     there.pop(INTERRUPTED, None)
 
 
-def put_answer(messages: WorkingList, answer: Message, current_id: MessageId | None) -> None:
+def put_answer(messages: WorkingList, answer: Message, current_id: MessageId | None) -> MessageId | None:
     """Put the answer where the turn's partial stands, or at the end. There is never a second one.
 
-    An answer whose id an interrupted turn has left takes that one's place, as a prompt does.
+    An answer whose id an interrupted turn has left takes that one's place, as a prompt does. A finished turn's answer
+    stays that turn's.
+
+    Returns:
+        The id of the turn's own answer, None if an earlier turn has given it.
     """
     place = messages.find(current_id)
     twin = messages.find(answer["id"])
@@ -89,13 +93,16 @@ def put_answer(messages: WorkingList, answer: Message, current_id: MessageId | N
         if not there.get(INTERRUPTED) or there.get("role") != answer.get("role"):
             # An interrupted answer may be given anew. A prompt is never written over.
             _require_same(there, answer, (MESSAGES, twin))
+        is_own = bool(there.get(INTERRUPTED))
         messages[twin] = answer
         if place is not None:
             del messages[place]
-    elif place is None:
+        return answer["id"] if is_own else None
+    if place is None:
         messages.append(answer)
     else:
         messages[place] = answer
+    return answer["id"]  # type: ignore[no-any-return]
 
 
 def begin(document: WorkingCopy, stream_id: str, prompt: Message | None) -> None:
@@ -145,5 +152,7 @@ def interrupt_foreign(document: WorkingCopy) -> None:
         if type(last) is dict and last.get("role") == "user" and same(last.get("content"), content):
             last.update({**told, **last, INTERRUPTED: True})
         else:
-            messages.append({"id": f"{fields.get(ACTIVE)}.prompt", "role": "user", "content": content, **told})
+            prompt_id = f"{fields.get(ACTIVE)}.prompt"
+            named = {"id": prompt_id} if messages.find(prompt_id) is None else {}
+            messages.append({**named, "role": "user", "content": content, **told})
     end(document)

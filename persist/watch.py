@@ -31,10 +31,10 @@ _looking: threading.Thread | None = None
 @contextmanager
 def waking(path: Path, wake: Wake) -> Iterator[None]:
     """Have `wake` called whenever somebody, in whatever process, has appended to a file; for a block."""
-    with _guard:
-        _waiting[path] = (*_waiting.get(path, ()), wake)
-        _look_from_now_on()
     try:
+        with _guard:
+            _waiting[path] = (*_waiting.get(path, ()), wake)
+            _look_from_now_on()
         yield
     finally:
         with _guard:
@@ -53,8 +53,10 @@ def wake(path: Path) -> None:
 def _look_from_now_on() -> None:
     global _looking  # noqa: PLW0603 - one thread a process
     if _looking is None:
-        _looking = threading.Thread(target=_look, name="persist-events", daemon=True)
-        _looking.start()
+        thread = threading.Thread(target=_look, name="persist-events", daemon=True)
+        # It waits for the guard, which the caller holds, before it looks whether somebody waits.
+        thread.start()
+        _looking = thread
 
 
 def _look() -> None:

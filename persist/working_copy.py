@@ -175,7 +175,10 @@ class Fields(MutableMapping[str, Any]):
             raise ReservedField(field=name, remedy=remedy)
         self._copy.require_open()
         self._copy._committed.pop(name, None)
-        self._copy._lists.pop(name, None)
+        handed_out = self._copy._lists.pop(name, None)
+        if handed_out is not None and type(value) is list:
+            # Whoever has it goes on with the new value.
+            handed_out.become(value)
         self._copy._values[name] = value
 
     def __delitem__(self, name: str) -> None:
@@ -212,6 +215,10 @@ class WorkingList(MutableSequence[Any]):
         self._tail[:] = [json_codec.decode(item) if type(item) is bytes else item for item in self._tail]
         self.base = Items([])
         return self._tail
+
+    def become(self, items: list[Any]) -> None:
+        """Go on as a plain list, which is changed in place."""
+        self.base, self._kept, self._tail = Items([]), 0, items
 
     def __len__(self) -> int:
         return self._kept + len(self._tail)

@@ -24,6 +24,8 @@ from persist.errors import NotJSON, ReservedField, ValuePath, WrongType
 HEADER = "_persist"
 #: The lists that always stand apart, however small they are.
 ALWAYS_APART = ("messages", "tool_calls")
+#: What the layer above reads in each head: it is always a field.
+ALWAYS_FIELD = "active_stream_id"
 #: A larger value stands apart.
 APART_BYTES = 4 * 1024
 #: The fields are not larger together: the largest one leaves until that is so.
@@ -115,7 +117,7 @@ class Items:
     __hash__ = None  # type: ignore[assignment]
 
     def split(self) -> list[bytes]:
-        """Return all items, one by one. The caller must not change the list."""
+        """Return all items, one by one, in a new list: another thread may extend the shared one at any time."""
         text, text_count, items, length = self._parts
         if text_count:
             split = bytes(text[2:-2]).split(SEPARATOR)
@@ -124,7 +126,7 @@ class Items:
             items = [*split, *items[:length]]
             length = len(items)
             self._parts = (_NO_TEXT, 0, items, length)
-        return items if len(items) == length else items[:length]
+        return items[:length]
 
     def check(self) -> None:
         """Raise `Undecodable` unless the text has one item a line, as many as its header says."""
@@ -291,13 +293,14 @@ def placed(values: Iterable[tuple[str, Value]]) -> Content:
     fields: dict[str, bytes] = {}
     apart: dict[str, Value] = {}
     for name, value in values:
-        if name in ALWAYS_APART or _json_bytes(value) > APART_BYTES:
+        if name in ALWAYS_APART or (name != ALWAYS_FIELD and _json_bytes(value) > APART_BYTES):
             apart[name] = items_of(value) if isinstance(value, bytes) else value
         else:
             fields[name] = as_json(value)
     total = sum(map(len, fields.values()))
-    while total > FIELDS_BYTES:
-        largest = max(fields, key=lambda name: (len(fields[name]), name))
+    movable = sorted(fields.keys() - {ALWAYS_FIELD}, key=lambda name: (len(fields[name]), name))
+    while total > FIELDS_BYTES and movable:
+        largest = movable.pop()
         total -= len(fields[largest])
         apart[largest] = items_of(fields.pop(largest))
     content = Content(fields, apart)

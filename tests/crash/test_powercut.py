@@ -39,9 +39,9 @@ NO_DIRECTORY_SYNC = (
 NO_SYNC_OF_A_DELETE = (
     "storage/commit.py",
     "            disk.unlink(paths.document)\n"
-    "        try:\n"
-    "            disk.sync_directory(paths.directory, directory)\n",
-    "            disk.unlink(paths.document)\n        try:\n            pass\n",
+    "            try:\n"
+    "                disk.sync_directory(paths.directory, directory)\n",
+    "            disk.unlink(paths.document)\n            try:\n                pass\n",
 )
 NO_SECOND_LOOK = ("storage/disk.py", "            os.fstat(fd)\n", "")
 # Of journals.

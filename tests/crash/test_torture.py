@@ -61,15 +61,14 @@ TRUSTS_ITS_END = (
 )
 TRUSTS_ITS_REPLICA = (
     "storage/transaction.py",
-    "                if kept is not None and kept.version == version:\n"
-    "                    found = self._caught_up(kept)\n",
+    "                found = self._caught_up(kept) if kept is not None and kept.version == version else None\n",
     "                found = kept\n",
 )
 OLD_JOURNAL_GOES_FIRST = (
     "storage/commit.py",
-    "            written = _write_new(paths.temp, document.to_bytes(header, content))\n",
+    "            written = write_new(paths.temp, document.to_bytes(header, content))\n",
     "            _remove(map(paths.journal, journals))\n"
-    "            written = _write_new(paths.temp, document.to_bytes(header, content))\n",
+    "            written = write_new(paths.temp, document.to_bytes(header, content))\n",
 )
 HEAD_IS_LEFT_OUT = (
     "storage/commit.py",

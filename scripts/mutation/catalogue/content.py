@@ -27,6 +27,14 @@ def _of(name: str, function: str, edit: Edit, select: str, *also: Change) -> Mut
 
 
 MUTANTS = (
+    Mutant(
+        "the new list that a split returns",
+        MODULE,
+        "Items.split",
+        replace_expression("items[:length]", "items"),
+        ("tests/unit/test_reports.py",),
+        "split_before or mid_refresh",
+    ),
     # --- items ---
     _of(
         "the look whether another value has grown the list",
@@ -85,7 +93,12 @@ MUTANTS = (
         drop_operand("_json_bytes(value) > APART_BYTES"),
         "stands_apart_above",
     ),
-    _of("the bound of the fields together", "placed", condition("total > FIELDS_BYTES", "False"), "largest_fields"),
+    _of(
+        "the bound of the fields together",
+        "placed",
+        condition("total > FIELDS_BYTES and movable", "False"),
+        "largest_fields",
+    ),
     _of(
         "the order of equally large fields",
         "placed",
