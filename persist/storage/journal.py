@@ -47,7 +47,7 @@ import msgspec
 from persist import json_codec
 from persist.errors import CorruptSession, UnsupportedFormat
 from persist.storage import diff, disk, document, layout
-from persist.storage.content import Content
+from persist.storage.content import Content, Items, Value
 from persist.storage.document import NONSENSE, Head, Header
 
 VERSION = 3
@@ -154,14 +154,32 @@ def header_after(header: Header, record: Record) -> Header:
 
 
 def content_after(content: Content, records: list[Record]) -> Content:
-    """Return the content after some records. Raise one of `NONSENSE` if one does not fit."""
+    """Return the content after some records. Raise one of `NONSENSE` if one does not fit.
+
+    Appends are collected and made as one, because most records do nothing else.
+    """
     fields, apart = content.fields, dict(content.apart)
+    grown: dict[str, list[bytes]] = {}
     for record in records:
         if record.head is not None:
             fields = document.fields_of(bytes(record.head.fields))
         for change in record.changes:
-            diff.apply(apart, change)
+            items, more = apart.get(change.name), grown.setdefault(change.name, [])
+            is_list = isinstance(items, Items) and change.is_splice and not change.remove
+            if is_list and change.at == len(items) + len(more):  # type: ignore[arg-type]
+                more += map(bytes, change.insert)
+            else:
+                _append(apart, change.name, grown.pop(change.name))
+                diff.apply(apart, change)
+    for name, more in grown.items():
+        _append(apart, name, more)
     return Content(fields, apart)
+
+
+def _append(apart: dict[str, Value], name: str, more: list[bytes]) -> None:
+    items = apart.get(name)
+    if more and isinstance(items, Items):
+        apart[name] = items.spliced(len(items), 0, more)
 
 
 # --- the end of a journal --------------------------------------------------------------------------------------------
