@@ -54,7 +54,7 @@ class _Patch:
             return target
         if id(target) in self._shared or not type(target) is type(known) is type(wanted) in (dict, list):
             return wanted
-        if target.keys() != known.keys() if type(target) is dict else len(target) != len(known):
+        if not known.keys() <= target.keys() if type(target) is dict else len(target) < len(known):
             # The caller's value has the same JSON and is another one, with numbers as keys, say.
             return wanted
         change = self.object if type(target) is dict else self.array
