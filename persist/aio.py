@@ -101,7 +101,7 @@ class _Threads:
             try:
                 await self.run(partial(undo, work.result()))
             except Exception as failure:
-                # Whoever cancelled waits for the cancellation, and for nothing else.
+                # The caller that cancelled waits for the cancellation, and for nothing else.
                 cancellation.add_note(f"What was obtained could not be given back: {failure}")
         raise cancellation from work.exception()
 
@@ -338,7 +338,7 @@ class Following:
 
 
 class _Options(TypedDict, total=False):
-    """Those of `persist.Store`."""
+    """The options of `persist.Store`."""
 
     lock_timeout_s: float
     journal: Mode

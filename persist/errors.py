@@ -87,7 +87,7 @@ class PersistError(Exception):
     template = "{reason}"
     defaults: ClassVar[Mapping[str, Any]] = {}
 
-    # What the facts are. An error has those that it was made with.
+    # The facts of all errors. An error has the ones that it was made with.
     session_id: str
     stream_id: str
     path: Path

@@ -243,7 +243,7 @@ class EventReader:
         """Let go of the file."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            # What was read stays so, whatever becomes of the descriptor.
+            # The events that were read stay, whatever becomes of the descriptor.
             with contextlib.suppress(OSError):
                 disk.close(fd)
 
@@ -340,7 +340,7 @@ class EventFiles:
         """Return a writer for the process that runs the stream. It makes nothing before the first event."""
         return EventWriter(self.path(session_id, stream_id), session_id, stream_id)
 
-    # What follows is called under the session's lock.
+    # The methods below are called under the session's lock.
 
     def make(self, session_id: str, stream_id: str) -> None:
         """Make an empty file, for a reader who comes before the first event."""

@@ -91,7 +91,7 @@ class Cursor:
 
     def take(self) -> list[Event]:
         """The events that are new; none if there are none yet, or if the stream has ended."""
-        # What the owner wrote until it was asked for is read after that.
+        # The events that the owner wrote before the question are read after it.
         unsaid = self._ended_unsaid() if self.is_quiet and not self._reader.has_more else None
         found, self._first = self._first or self._reader.read(), []
         return self._taken(found, unsaid)

@@ -189,7 +189,7 @@ class _Merger:
         return merged
 
     def added_beside(self, mine: _Edits, theirs: _Edits, gap: int) -> list[Any]:
-        """What mine adds at a gap; nothing if both sides put the same in the place of what both removed."""
+        """Return the items that mine adds at a gap, none if both sides replaced the same items by equal ones."""
         ours, others = mine.added[gap], theirs.added[gap]
         if not ((ours and theirs.removed_beside(gap)) or (others and mine.removed_beside(gap))):
             return ours
@@ -215,14 +215,14 @@ class _Clash(Exception):
 
 
 class _Edits:
-    """What one side did to an array: `kept[i]` is its version of base item i (or MISSING), `added[i]` what it put
+    """The edits of one side of an array: `kept[i]` is its version of base item i (or MISSING), `added[i]` what it put
     before i.
     """
 
     def __init__(self, base: list[Any], side: list[Any]) -> None:
         self.kept: list[Any] = [MISSING] * len(base)
         self.added: list[list[Any]] = [[] for _ in range(len(base) + 1)]
-        #: What stands where it did not stand before; a moved item is among it.
+        #: The items that stand at a new place. A moved item is among them.
         self.new: list[Any] = []
         b = s = 0
         for i, j in [*align(base, side), (len(base), len(side))]:

@@ -49,7 +49,7 @@ class _Patch:
         self._shared = _shared_in(target)
 
     def value(self, target: Any, known: Any, wanted: Any) -> Any:
-        """What shall stand where `target` stands: `target` itself, changed in place, if that can be."""
+        """Return the value for the place of `target`: `target` itself, changed in place, if that can be."""
         if same(known, wanted):
             return target
         if id(target) in self._shared or not type(target) is type(known) is type(wanted) in (dict, list):

@@ -25,7 +25,7 @@ from persist.streams import Backend
 
 @dataclass(frozen=True, slots=True)
 class _Base:
-    """What an object knows of the disk. One value, so that an exception finds all of it old, or all of it new.
+    """The state of the disk that an object knows. One value, so an exception finds all of it old, or all of it new.
 
     Attributes:
         header: that of the commit that `data` is based on.
@@ -233,7 +233,7 @@ class Session:
             self._base = _Base(committed.header, committed.content, is_durable)
             return
         try:
-            # What was edited since, by another task of an event loop, stays.
+            # Edits made since, by another task of an event loop, stay.
             self._merge_in(committed, mine, is_durable=is_durable)
         except errors.MergeConflict:
             # The edit contradicts theirs. It stays, and the next save reports it.
@@ -309,7 +309,7 @@ class Session:
         Raises:
             LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
-        # What became of a save that was cut off shows only before the clear.
+        # The fate of a save that was cut off shows only before the clear.
         there = None if self._base.tried is None else self._read()
         with self._alone():
             # Refused in the middle of another verb, before anything is cleared.

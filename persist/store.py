@@ -410,7 +410,7 @@ class Store:
         return Following(self._cursor(session_id, stream_id, after))
 
     def _cursor(self, session_id: str, stream_id: str, after: int = 0) -> Cursor:
-        """What `follow` and its asynchronous twin are made of."""
+        """Return the cursor for `follow` and its asynchronous twin."""
         return Cursor(self._open(), session_id, stream_id, after)
 
     def events(self, session_id: str, stream_id: str, *, after: int = 0) -> list[Event]:

@@ -37,7 +37,7 @@ from persist.working_copy import WorkingCopy
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """What a store's verbs work on: its sessions, and the events of its streams."""
+    """The sessions of a store and the events of its streams, on which all verbs work."""
 
     files: SessionFiles
     events: EventFiles
@@ -47,7 +47,7 @@ class Backend:
 
 
 class StreamOwner(msgspec.Struct, frozen=True):
-    """Who runs the session's current stream, and which two messages are its own. The header holds it as JSON."""
+    """The owner of a session's current stream, with that stream's two messages. The header holds it as JSON."""
 
     stream_id: str
     pid: int
@@ -255,7 +255,7 @@ def delete(backend: Backend, session_id: str, *, force: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class StreamInfo:
-    """What is known of a session's active stream. `last_commit_at` is when the session was last written to."""
+    """The state of a session's active stream. `last_commit_at` is when the session was last written to."""
 
     session_id: str
     stream_id: str
@@ -489,7 +489,7 @@ class Stream:
         try:
             self.fail()
         except errors.StreamLost:
-            # Whoever took the session has marked the turn as interrupted already.
+            # The process that took the session has marked the turn as interrupted already.
             pass
         except (errors.PersistError, OSError) as failure:
             if error is None:

@@ -1,4 +1,4 @@
-"""What a turn of the model does to a session's data. Pure functions: they change the working copy they are given.
+"""Turns: what a turn of the model changes. Pure functions: they change the working copy that they are given.
 
 A turn in `messages`: the prompt, then what the stream appends, then its one partial answer, which each checkpoint
 replaces and the finish completes. Nothing here removes a prompt.

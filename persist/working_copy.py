@@ -177,7 +177,7 @@ class Fields(MutableMapping[str, Any]):
         self._copy._committed.pop(name, None)
         handed_out = self._copy._lists.pop(name, None)
         if handed_out is not None and type(value) is list:
-            # Whoever has it goes on with the new value.
+            # The block that was handed the list goes on with the new value.
             handed_out.become(value)
         self._copy._values[name] = value
 

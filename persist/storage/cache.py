@@ -1,4 +1,4 @@
-"""What a process keeps of sessions with a journal from one verb to the next, within bounds.
+"""The cache: a process keeps replicas of sessions with a journal from one verb to the next, within bounds.
 
 A replica is validated under the session's lock, each time, by the document's version and by the bytes at its journal's
 end. A verb takes the replica out, and puts it back as its last step. So an exception on the way drops it.

@@ -238,7 +238,7 @@ def confirm(place: Place, found: Replica, fd: int) -> Replica:
             disk.sync_data(fd)
             tail.synced, tail.unsynced = tail.end, b""
         return found
-    # What the kernel still shows of that file proves nothing. What was checked before is written again.
+    # The bytes that the kernel still shows prove nothing. The content that was checked before is written again.
     except disk.SyncFailed as error:
         return _write_anew(place, found, found.header, found.content, error)
     except OSError:

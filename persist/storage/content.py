@@ -1,4 +1,4 @@
-"""What a session holds: its top-level values, each as encoded JSON.
+"""The content of a session: its top-level values, each as encoded JSON.
 
 Small values are the *fields*. They stand together at the start of a document, so that a reader of a head needs nothing
 else. The other values stand *apart*: a list that stands apart is kept as `Items`, one encoded item each.
@@ -24,7 +24,7 @@ from persist.errors import NotJSON, ReservedField, ValuePath, WrongType
 HEADER = "_persist"
 #: The lists that always stand apart, however small they are.
 ALWAYS_APART = ("messages", "tool_calls")
-#: What the layer above reads in each head: it is always a field.
+#: The layer above reads this value in each head, so it is always a field.
 ALWAYS_FIELD = "active_stream_id"
 #: A larger value stands apart.
 APART_BYTES = 4 * 1024

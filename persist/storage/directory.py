@@ -1,4 +1,4 @@
-"""What can be seen of a directory of sessions without a lock: some committed revision of each, never half of one."""
+"""Readers of a directory of sessions take no lock: they see some committed revision of each, never half of one."""
 
 from __future__ import annotations
 

@@ -97,8 +97,9 @@ def _open(path: Path, flags: int) -> tuple[int, os.stat_result]:
 
 
 def _give_to_owner_of_directory(path: Path, fd: int | None = None) -> None:
-    """What root makes belongs to whom the directory belongs: one `sudo persist clear-stale` must not lock the server
-    out.
+    """When run as root, give new files to the directory's owner.
+
+    One `sudo persist clear-stale` must not lock the server out.
     """
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return
@@ -133,8 +134,7 @@ def read(path: Path, limit: int) -> bytes:
 
 
 Version = tuple[int, int, int, int]
-"""What changes when a file is written to, or another one takes its name: inode, size, mtime and ctime in nanoseconds.
-"""
+"""A write to a file, or another file under its name, changes this: inode, size, mtime and ctime in nanoseconds."""
 
 
 def read_version(path: Path, limit: int) -> tuple[bytes, Version]:
@@ -306,7 +306,7 @@ def open_directory(path: Path) -> int:
 def close_directory(fd: int) -> None:
     """Close what `open_directory` has opened."""
     if fd >= 0:
-        # What an fsync has answered stays true, whatever becomes of the descriptor.
+        # The answer of an fsync stays true, whatever becomes of the descriptor.
         with contextlib.suppress(OSError):
             os.close(fd)
 

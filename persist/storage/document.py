@@ -46,12 +46,12 @@ _FORMAT = re.compile(rb'\{"_persist":\{"format":(\d{1,9})[,}]')
 _FIRST_READ_BYTES = 4096
 # A document's own limit, and room for its header.
 READ_LIMIT = json_codec.MAX_BYTES + 1024 * 1024
-#: What decoding raises for a header, a record or a part that was damaged, or that somebody sealed on purpose.
+#: Decoding raises these for a header, a record or a part that was damaged, or that somebody sealed on purpose.
 NONSENSE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, msgspec.MsgspecError)
 
 
 class Header(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What `persist` knows of a commit beside the content.
+    """The facts about a commit beside its content.
 
     Attributes:
         incarnation: tells a session from an earlier one of the same id.
@@ -92,7 +92,7 @@ def first_header(session_id: str | None = None) -> Header:
 
 
 class _Part(msgspec.Struct, omit_defaults=True):
-    """What the header says of a part of the file. `count` is that of a list's items."""
+    """The header's facts about a part of the file. `count` is that of a list's items."""
 
     size_bytes: Natural = msgspec.field(name="bytes")
     checksum: str
@@ -100,7 +100,7 @@ class _Part(msgspec.Struct, omit_defaults=True):
 
 
 class _Parts(msgspec.Struct):
-    """What the header says of the rest of the file."""
+    """The header's facts about the rest of the file."""
 
     fields: _Part
     parts: dict[str, _Part]

@@ -57,7 +57,7 @@ _PREFIX = b'{"crc":"%08x",'
 _CHECKED_FROM = len(_PREFIX % 0)
 _LINE = re.compile(rb'\{"crc":"([0-9a-f]{8})",')
 _SYNCED = re.compile(rb'"synced":(\d{1,18})')
-#: What may stand behind a record: another one, a lost sector, or nothing.
+#: The possible bytes behind a record: another record, a lost sector, or nothing.
 _BEGINNING = re.compile(rb"\{|\0+|\Z")
 _SECTOR_BYTES = 512
 _FIRST_READ_BYTES = 4096

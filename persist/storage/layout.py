@@ -142,7 +142,7 @@ class Layout:
 
     def session(self, session_id: str) -> SessionPaths:
         """Return the paths of a session."""
-        # What is no string may have no hash.
+        # A value that is no string may have no hash.
         return self._session(session_id if type(session_id) is str else check_session_id(session_id))
 
     def _paths(self, session_id: str) -> SessionPaths:

@@ -192,7 +192,7 @@ def _in_turn(held: HeldFile, deadline: float) -> bool:
 
 
 def _holder_of(path: Path) -> str:
-    """Who holds a locked file, by the kernel's table (Linux), else "unknown"."""
+    """Name the process that holds a locked file, by the kernel's table (Linux), else "unknown"."""
     try:
         status = os.stat(path)
         table = [line.split() for line in Path("/proc/locks").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""What `accept` takes of a session that was edited by hand or damaged: the document as it is, and the good records."""
+"""Salvage: `accept` takes the document as it is, and the good records of its journal."""
 
 from __future__ import annotations
 

@@ -34,14 +34,14 @@ READ_ATTEMPTS_IN_A_LOCK, READ_PAUSE_S = 20, 0.001
 
 
 class Transaction(commit.Place):
-    """What may be done while a session's lock is held. After the block, every method raises `LockNotHeld`."""
+    """The operations on a session whose lock is held. After the block, every method raises `LockNotHeld`."""
 
     def __init__(self, files: SessionFiles, session_id: str, held: HeldFile) -> None:
         super().__init__(session_id, files.layout.session(session_id), files.options, files.unknown)
         self._files = files
         self._held: HeldFile | None = held
         self._is_there = False
-        #: What is there, if that was read. While a write is under way it is None, so that an exception drops the
+        #: The committed session, if it was read. While a write is under way it is None, so that an exception drops the
         #: replica.
         self._replica: Replica | None = None
         #: The journal of `_replica`, if it is open.
@@ -69,7 +69,7 @@ class Transaction(commit.Place):
         """Forget what was read, and close the journal."""
         fd, self._fd, self._replica = self._fd, -1, None
         if fd >= 0:
-            # What was synced stays so, whatever becomes of the descriptor.
+            # Synced bytes stay durable, whatever becomes of the descriptor.
             with contextlib.suppress(OSError):
                 disk.close(fd)
 
