@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import stat
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from actors import Actor
-from harness.faults import quick_directory
+from harness.faults import make_socket, quick_directory
 from harness.journals import journal_of
 from harness.verbs import VERBS, Verb, within_deadline
 
@@ -57,14 +56,7 @@ class Victims:
 
 
 def plant_socket(path: Path, _victims: Victims) -> None:
-    # A socket's path is at most 107 bytes long: bind by a short, relative name.
-    before = Path.cwd()
-    os.chdir(path.parent)
-    try:
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(path.name)
-    finally:
-        os.chdir(before)
+    make_socket(path)
 
 
 def plant_directory(path: Path, _victims: Victims) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -312,3 +313,14 @@ def quick_directory() -> Iterator[Path]:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="persist-", dir=memory if memory.is_dir() else None) as name:
         yield Path(name)
+
+
+def make_socket(path: Path) -> None:
+    """Make a socket. Its path is at most 107 bytes long, so it is bound by a short, relative name."""
+    before = Path.cwd()
+    os.chdir(path.parent)
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path.name)
+    finally:
+        os.chdir(before)

@@ -243,7 +243,7 @@ def appending(directory: Path, journal: Mode) -> persist.Session:
 def test_save_that_was_cut_off_counts_once(
     directory: Path, journal: Mode, step: str, verb: str, *, is_done: bool
 ) -> None:
-    """DESIGN 2.2: Ctrl-C at any step of a save, any next verb, and the same save again: the edit stands there once.
+    """Ctrl-C at any step of a save, any next verb, and the same save again: the edit stands there once.
 
     The disk is at the old revision or at the new one, and the lock is free. Fails if the object does not look for its
     own commit.
@@ -272,7 +272,7 @@ def test_save_that_was_cut_off_counts_once(
 def test_save_that_was_cut_off_under_the_commit_of_another_is_told(
     directory: Path, journal: Mode, step: str, verb: str, *, is_done: bool
 ) -> None:
-    """DESIGN 2.2: nobody can tell whether the edit is there, so every verb says to load anew, and writes nothing.
+    """Nobody can tell whether the edit is there, so every verb says to load anew, and writes nothing.
 
     Fails if the object takes what it finds for its base, or merges its edit into it again.
     """
@@ -341,7 +341,7 @@ def edit_behind(patched: pytest.MonkeyPatch, step: str, edit: Callable[[], objec
 def test_edit_behind_the_encoding_is_dirty_for_the_next_save(
     directory: Path, journal: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DESIGN 2.1: a save writes what it has encoded, and whatever was edited since is saved by the next one."""
+    """A save writes what it has encoded, and whatever was edited since is saved by the next one."""
     session = appending(directory, journal)
     other = persist.Store(directory, journal=journal)
     other.append("s-1", "messages", {"content": "theirs"})
@@ -511,7 +511,7 @@ def told_to_load_anew(
 @pytest.mark.parametrize("is_alone", [True, False], ids=["alone", "another-commits"])
 @pytest.mark.parametrize("verb", list(VERBS))
 def test_interrupt_at_any_line_doubles_nothing(verb: str, scratch: Path, *, is_alone: bool) -> None:
-    """DESIGN 2.2: Ctrl-C wherever it hits in a verb. When it is called again, what was appended without an id stands
+    """Ctrl-C wherever it hits in a verb. When it is called again, what was appended without an id stands
     there once.
 
     After a commit of somebody else the object may say that nobody can tell, and that it is to be loaded anew.
@@ -701,7 +701,7 @@ def test_failed_removal_of_a_stale_lease_does_not_lock_the_session(
 def test_save_and_refresh_of_one_object_exclude_each_other(
     store: persist.Store, session: persist.Session, others: tuple[str, ...]
 ) -> None:
-    """DESIGN 2.1: threads save and refresh one object at once, while others commit. An item without an id counts once.
+    """Threads save and refresh one object at once, while others commit. An item without an id counts once.
 
     Fails without the object's guard.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import stat
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 import xxhash
+from harness.faults import make_socket
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -661,16 +661,6 @@ def make_link(path: Path) -> None:
     target = path.with_name("target")
     target.write_text('{"secret": 1}')
     path.symlink_to(target)
-
-
-def make_socket(path: Path) -> None:
-    before = Path.cwd()
-    os.chdir(path.parent)
-    try:
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(path.name)
-    finally:
-        os.chdir(before)
 
 
 ODD: dict[str, Callable[[Path], None]] = {
