@@ -45,7 +45,7 @@ Examples:
 
 
 class StoreFailure(click.ClickException):
-    """What the store refused: its message, without a traceback, and exit status 3."""
+    """A refusal of the store: its message, without a traceback, and exit status 3."""
 
     exit_code = STORE_ERROR
 

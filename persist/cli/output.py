@@ -1,4 +1,4 @@
-"""What the commands print: tables on a terminal, plain lines for pipes, JSON for programs.
+"""The output of the commands: tables on a terminal, plain lines for pipes, JSON for programs.
 
 Documents hold what strangers wrote. Nothing of it may steer the terminal, so every text passes through `printable`.
 """

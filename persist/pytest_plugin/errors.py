@@ -1,4 +1,4 @@
-"""What can go wrong between the processes of a test run, each with who and how long."""
+"""The errors between the processes of a test run. Each names the process and how long it took."""
 
 from __future__ import annotations
 

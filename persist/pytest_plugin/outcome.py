@@ -17,7 +17,8 @@ from persist.pytest_plugin.errors import FactoryFailed
 Record = dict[str, Any]
 
 VALUE, ENDED = "value", "ended"
-#: What a factory may end with besides a value or an error. An expected failure is a failure, too: it comes first.
+#: The exceptions that a factory may end with besides a value or an error. An expected failure is a failure, too, so it
+#: comes first.
 _VERDICTS: dict[str, tuple[type[BaseException], Callable[..., Any]]] = {
     "skip": (pytest.skip.Exception, pytest.skip),
     "xfail": (pytest.xfail.Exception, pytest.xfail),

@@ -1,4 +1,4 @@
-"""What the tests of one run share, in however many processes it runs: the fixtures, the decorator and the hooks.
+"""The plugin for the tests of one run, in however many processes it runs: the fixtures, the decorator and the hooks.
 
     from persist.pytest_plugin import shared_fixture
 
@@ -183,7 +183,8 @@ class Controller:
         self._publish()
 
     def pytest_runtest_logreport(self) -> None:
-        # Whoever makes the directory does so in a test, and its report comes before that worker waits for others.
+        # The worker that makes the directory does so in a test, and its report comes before that worker waits for
+        # others.
         self._publish()
 
     def _publish(self) -> None:
@@ -482,8 +483,8 @@ def _needing_request(shared: Function, function: Function) -> Function:
 
 
 def _place(function: Function, request: pytest.FixtureRequest) -> str:
-    """What tells apart the fixtures that pytest makes of one function: by other names, in other modules, in derived
-    classes.
+    """The key that tells apart the fixtures that pytest makes of one function: by other names, in other modules, in
+    derived classes.
     """
     definition = request._fixturedef  # type: ignore[attr-defined]
     name, base = definition.argname, definition.baseid

@@ -101,7 +101,7 @@ def _shown(what: str, fact: Any) -> str:
 
 
 class Held(threading.local):
-    """What the current thread produces or holds just now: session id -> stream id, outermost first."""
+    """The sessions that the current thread produces or holds just now: session id -> stream id, outermost first."""
 
     def __init__(self) -> None:
         self.streams: dict[str, str] = {}
@@ -131,7 +131,7 @@ class Wait:
 
 
 def describe(busy: SessionBusy) -> tuple[str, float]:
-    """Who runs the stream that is in the way, and for how many seconds: ("gw0 (pid 812)", 3.2)."""
+    """Return the process that runs the stream in the way, and for how many seconds: ("gw0 (pid 812)", 3.2)."""
     worker = busy.stream_id.rpartition("-")[0]
     if busy.owner is None:
         return worker, 0.0

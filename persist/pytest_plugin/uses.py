@@ -151,7 +151,7 @@ class Uses:
         return interrupt
 
     def _others(self, session_id: str) -> list[str]:
-        """Who may still use it."""
+        """The workers that may still use it."""
         if self._is_alone:
             return []
         state = self._run.store.head(WORKERS).data
