@@ -24,11 +24,11 @@ from persist.errors import CommitFailed, LockTimeout, NestedLock, PersistError
 from persist.storage import turnstile
 from persist.storage.held import HeldFile, table
 
-# Outside the turnstile. Growing only to 1 ms: backing off to 5 ms starves the longest waiter (860 ms, measured).
-_POLL_FIRST_S = 0.0002
-_POLL_LAST_S = 0.001
-#: In the turnstile, where one process polls.
+#: How often a process in the turnstile asks for the lock. There is one.
 _POLL_NEXT_S = 0.0001
+# Outside it, a process asks for the turnstile, the more often the longer it has waited: a newcomer must not be quicker.
+_POLL_FIRST_S = 0.002
+_MOST_EAGER_AFTER_S = 0.03
 #: For so long the process in the turnstile is waited for: it may be stopped (a paused container).
 PATIENCE_S = 0.05
 
@@ -169,19 +169,19 @@ def _in_turn(held: HeldFile, deadline: float) -> bool:
     held.open()
     if not turnstile.is_taken(held.fd) and held.try_lock():
         return True
-    has_turn, pause_s = False, _POLL_FIRST_S
-    # The process that is next may be stopped (a paused container). For so long it is waited for.
-    patient_until = time.monotonic() + PATIENCE_S
+    has_turn, start = False, time.monotonic()
     try:
-        while (left_s := deadline - time.monotonic()) > 0:
-            time.sleep(min(left_s, _POLL_NEXT_S if has_turn else pause_s * random.uniform(0.5, 1.0)))
-            pause_s = min(pause_s * 2, _POLL_LAST_S)
+        has_turn = turnstile.take(held.fd)
+        while (now := time.monotonic()) < deadline:
+            waited_s = now - start
+            outside_s = _POLL_FIRST_S * (1.0 - waited_s / _MOST_EAGER_AFTER_S) * random.uniform(0.5, 1.0)
+            time.sleep(min(deadline - now, _POLL_NEXT_S if has_turn else max(_POLL_NEXT_S, outside_s)))
             if not held.bears_name():
                 # Its holder removed it, together with its turnstile.
                 has_turn = False
                 held.open()
             has_turn = has_turn or turnstile.take(held.fd)
-            if (has_turn or time.monotonic() > patient_until) and held.try_lock():
+            if (has_turn or waited_s > PATIENCE_S) and held.try_lock():
                 return True
         # Once more: it may be free by now, or the process that is next may be stopped.
         return held.try_lock()
