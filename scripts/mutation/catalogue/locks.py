@@ -86,12 +86,12 @@ MUTANTS = (
     ),
     _waiting(
         "the turnstile before polling",
-        replace_expression("has_turn or time.monotonic() > patient_until", "True"),
+        replace_expression("has_turn or waited_s > PATIENCE_S", "True"),
         "in_the_turnstile_is_next",
     ),
     _waiting(
         "the limit of patience with a process that is stopped",
-        drop_operand("time.monotonic() > patient_until"),
+        drop_operand("waited_s > PATIENCE_S"),
         "that_is_stopped",
     ),
     _waiting(
