@@ -210,7 +210,7 @@ def append_record(
         place.is_marked = True
         return _write_anew(place, before, header, content, error)
     # 5. Only now the replica moves on.
-    tail.advance(line, record)
+    tail.advance(line[8:16].decode(), record, len(line))
     tail.synced, tail.unsynced = tail.end, b""
     return Replica(header, content, before.version, tail, is_synced=True)
 

@@ -217,7 +217,8 @@ class Items:
         found: list[Any] = json_codec.decode(text) if text_count else []
         if len(found) != text_count:
             raise json_codec.Undecodable("a list has not as many items as its header says")
-        found += list(map(json_codec.decode, items[:length]))
+        if length:
+            found += json_codec.decode(b"[%b]" % b",".join(items[:length]))
         return found
 
 

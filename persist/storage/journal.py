@@ -32,6 +32,7 @@ A reader takes no lock, so it may see a record while it is written. It looks aga
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import zlib
@@ -94,7 +95,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
     commit: str = ""
 
 
-_decode_record = msgspec.json.Decoder(Record).decode
+_decoder = msgspec.json.Decoder(Record)
 
 
 def opening(name: str) -> bytes:
@@ -113,9 +114,8 @@ def encode(record: Record, seed: int) -> bytes:
     return _PREFIX % zlib.crc32(rest, seed) + rest + b"\n"
 
 
-def _is_whole(line: bytes | memoryview, seed: int) -> bool:
-    shape = _LINE.match(line)
-    return shape is not None and zlib.crc32(memoryview(line)[_CHECKED_FROM:], seed) == int(shape[1], 16)
+def _is_whole(line: bytes, seed: int) -> bool:
+    return line[:_CHECKED_FROM] == _PREFIX % zlib.crc32(line[_CHECKED_FROM:], seed)
 
 
 def _decoded(line: bytes) -> Record:
@@ -124,7 +124,7 @@ def _decoded(line: bytes) -> Record:
     Raise one of `NONSENSE` for one that this version does not know.
     """
     try:
-        return _decode_record(line)
+        return _decoder.decode(line)
     except msgspec.DecodeError:
         # A lone surrogate, which msgspec does not read.
         values = json_codec.decode(line)
@@ -160,19 +160,23 @@ def content_after(content: Content, records: list[Record]) -> Content:
     """
     fields, apart = content.fields, dict(content.apart)
     grown: dict[str, list[bytes]] = {}
+    ends: dict[str, int] = {}
     for record in records:
-        if record.head is not None:
-            fields = document.fields_of(bytes(record.head.fields))
         for change in record.changes:
-            items, more = apart.get(change.name), grown.setdefault(change.name, [])
-            is_list = isinstance(items, Items) and change.is_splice and not change.remove
-            if is_list and change.at == len(items) + len(more):  # type: ignore[arg-type]
-                more += map(bytes, change.insert)
-            else:
-                _append(apart, change.name, grown.pop(change.name))
-                diff.apply(apart, change)
+            if change.insert and not change.remove and change.at == ends.get(change.name):
+                grown[change.name] += map(bytes, change.insert)
+                ends[change.name] += len(change.insert)
+                continue
+            _append(apart, change.name, grown.pop(change.name, []))
+            diff.apply(apart, change)
+            ends.pop(change.name, None)
+            if isinstance(items := apart.get(change.name), Items):
+                grown[change.name], ends[change.name] = [], len(items)
     for name, more in grown.items():
         _append(apart, name, more)
+    images = [record.head for record in records if record.head is not None]
+    if images:
+        fields = document.fields_of(bytes(images[-1].fields))
     return Content(fields, apart)
 
 
@@ -225,12 +229,12 @@ class Tail:
         """Whether the journal has no record, and nothing behind its opening."""
         return not self.commit and not self.is_torn
 
-    def advance(self, line: bytes, record: Record) -> None:
+    def advance(self, crc: str, record: Record, size_bytes: int) -> None:
         """Go on behind a record."""
         if record.head is not None:
             self.head_at = self.end
-        self.after, self.commit = line[8:16].decode(), record.commit
-        self.end += len(line)
+        self.after, self.commit = crc, record.commit
+        self.end += size_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,8 +299,8 @@ class Journal:
         while True:
             start = tail.end
             content = _without_room(_read_from(fd, start))
-            for line in _lines(content, tail.seed):
-                record = self._decoded(line, tail.end)
+            lines = list(_lines(content, tail.seed))
+            for line, record in zip(lines, self._all_decoded(lines, start), strict=True):
                 revision += 1
                 if (
                     record.after != tail.after
@@ -306,7 +310,7 @@ class Journal:
                 ):
                     raise self.damaged(tail.end, "a record in it does not follow the one before")
                 tail.synced = max(tail.synced, record.synced)
-                tail.advance(line, record)
+                tail.advance(record.crc, record, len(line) + 1)
                 yield record
             rest = content[tail.end - start :]
             tail.is_torn = bool(rest)
@@ -316,6 +320,14 @@ class Journal:
             if rest == before:
                 raise self.damaged(tail.end, "a record in it was altered")
             before = rest
+
+    def _all_decoded(self, lines: list[bytes], offset: int) -> Iterator[Record]:
+        try:
+            yield from _decoder.decode_lines(b"\n".join(lines))
+        except NONSENSE:
+            for line in lines:
+                yield self._decoded(line, offset)
+                offset += len(line) + 1
 
     def _decoded(self, line: bytes, offset: int) -> Record:
         try:
@@ -393,8 +405,8 @@ class Journal:
                 window *= 4
                 continue
             line, place, end = None, start, start + begin
-            for whole in _lines(content[begin:], tail.seed):
-                line, place, end = whole[:-1], end, end + len(whole)
+            for line in _lines(content[begin:], tail.seed):
+                place, end = end, end + len(line) + 1
             rest = content[end - start :]
             if not rest or _is_torn(rest, end, tail.seed):
                 return line, place
@@ -418,11 +430,8 @@ def _durable_line(content: bytes, start: int, seed: int) -> int:
 
 
 def _lines(content: bytes, seed: int) -> Iterator[bytes]:
-    """Yield the whole lines at the beginning of `content`, each with its newline, as long as their crc is right."""
-    start = 0
-    while (stop := content.find(b"\n", start) + 1) and _is_whole(content[start : stop - 1], seed):
-        yield content[start:stop]
-        start = stop
+    """Yield the whole lines at the beginning of `content`, without their newlines, as long as their crc is right."""
+    return itertools.takewhile(lambda line: _is_whole(line, seed), content.split(b"\n")[:-1])
 
 
 def _line_at(fd: int, position: int, seed: int) -> bytes | None:

@@ -32,7 +32,9 @@ MUTANTS = (
     _damage(
         "the CRC of a record",
         "_is_whole",
-        drop_operand("zlib.crc32(memoryview(line)[_CHECKED_FROM:], seed) == int(shape[1], 16)"),
+        replace_expression(
+            "line[:_CHECKED_FROM] == _PREFIX % zlib.crc32(line[_CHECKED_FROM:], seed)", "_LINE.match(line) is not None"
+        ),
         "whole_journal",
     ),
     _grammar(
@@ -76,10 +78,11 @@ MUTANTS = (
         "the refusal of a record of a newer version",
         "Journal.read_new_records",
         replace_statement(
-            "record = self._decoded(line, tail.end)",
+            "lines = list(_lines(content, tail.seed))",
             """
+            lines = list(_lines(content, tail.seed))
             try:
-                record = self._decoded(line, tail.end)
+                list(self._all_decoded(lines, start))
             except UnsupportedFormat:
                 tail.is_torn = True
                 tail.unsynced = disk.read_at(fd, tail.end - tail.synced, tail.synced)
