@@ -31,7 +31,8 @@ _MAX_INT = 10**MAX_DIGITS
 # An integer of fewer bits surely has few enough digits; the exact comparison is for the others.
 _SAFE_BITS = 14_000
 
-_encode = msgspec.json.Encoder().encode
+_encoder = msgspec.json.Encoder()
+_encode = _encoder.encode
 _decode = msgspec.json.Decoder().decode
 
 
@@ -118,14 +119,20 @@ def encode_exact(value: Any, path: ValuePath = ()) -> bytes:
 
 def encode_unchecked(value: Any) -> bytes | None:
     """Encode a value that may have no exact JSON form: None if it has none at all."""
-    found = encode_all_unchecked([value])
-    return None if found is None else found[0]
+    found = encode_lines_unchecked([value])
+    return None if found is None else found[:-1]
 
 
 def encode_all_unchecked(items: list[Any]) -> list[bytes] | None:
     """Encode each item as `encode_unchecked` does, all of them or none."""
+    lines = encode_lines_unchecked(items)
+    return None if lines is None else lines.split(b"\n")[:-1]
+
+
+def encode_lines_unchecked(items: list[Any]) -> bytes | None:
+    """Encode each item as `encode_unchecked` does, and a newline behind each: all of them or none."""
     try:
-        return list(map(_encode, items))
+        return _encoder.encode_lines(items)
     except (TypeError, ValueError, RecursionError, OverflowError, msgspec.MsgspecError):
         return None
 

@@ -11,13 +11,13 @@ from datetime import datetime
 from typing import Any, NoReturn, get_args
 from weakref import ref
 
-from persist import errors, streams, turn
+from persist import errors, json_codec, streams, turn
 from persist.json_codec import same
 from persist.merge import MISSING, Policy, Preference, count_removed, merge
 from persist.patch import patch
 from persist.storage import diff
 from persist.storage.cache import Replica
-from persist.storage.content import ALWAYS_APART, Content, Items, Value, decode, empty, encoded, placed, window
+from persist.storage.content import ALWAYS_APART, Content, Items, Value, as_json, decode, empty, encoded, placed, window
 from persist.storage.document import Header
 from persist.storage.transaction import Transaction
 from persist.streams import Backend
@@ -163,14 +163,16 @@ class Session:
         base = self._base
         mine = encoded(self.data, base.content)
         refuse_changed_stream_fields(base.content, mine)
+        is_current = there.header.commit == base.header.commit
         if mine == base.content:
             merged = there.content
-        elif there.header.commit == base.header.commit:
+        elif is_current:
             merged = mine
         else:
             merged = merge_contents(base.content, mine, there.content, self._policies, prefer)
         if merged != there.content:
-            changes = diff.between(there.content, merged)
+            # The own base shares with `mine` what was not changed.
+            changes = diff.between(base.content if is_current else there.content, merged)
             self._refuse_removal(there, merged, changes)
             header = there.header.next(touch=touch)
             self._base = replace(base, is_durable=False, tried=(header.commit, mine))
@@ -181,7 +183,7 @@ class Session:
                 raise
         else:
             committed = there
-            if base.is_durable and there.header.commit == base.header.commit:
+            if base.is_durable and is_current:
                 tx.require_known()
             else:
                 tx.confirm()
@@ -325,9 +327,51 @@ class Session:
                 self._show_cleared(cleared)
         return cleared is not None
 
-    def _show_cleared(self, there: Replica) -> None:
+    def _show_cleared(self, cleared: streams.Cleared) -> None:
         """Show what the clear has committed. An unsaved edit that contradicts it stays, but for the stream fields."""
+        there = cleared.after
         self._recognise(there)
+        is_shown = False
+        try:
+            is_shown = self._base.header.commit == cleared.before.header.commit and self._show_changes(cleared)
+        finally:
+            # Also after Ctrl-C: the next verb would take for an edit what was shown of it.
+            if not is_shown:
+                self._show_merged(there)
+
+    def _show_changes(self, cleared: streams.Cleared) -> bool:
+        """Show a clear of what this object is based on, without a look at the rest of `data`.
+
+        Returns:
+            Whether that was done. It is not where an unsaved edit has touched what the clear changed.
+        """
+        base, wanted, data = self._base.content, cleared.after.content, self.data
+        # Of a list that was changed, the part from the first change on.
+        places = {change.name: change.at for change in sorted(cleared.changes, key=lambda change: -change.at)}
+        changed = {
+            name for name in {**base.fields, **wanted.fields} if base.fields.get(name) != wanted.fields.get(name)
+        }
+        names = changed | places.keys()
+        target = {name: _part(data[name], places.get(name)) for name in names & data.keys()}
+        known, then = (
+            {name: _json_of_part(value, places.get(name)) for name in names if (value := side.get(name)) is not None}
+            for side in (base, wanted)
+        )
+        if {name: json_codec.encode_unchecked(part) for name, part in target.items()} != known:
+            return False
+        patch(target, *({name: json_codec.decode(part) for name, part in each.items()} for each in (known, then)))
+        for name in names:
+            live = data.get(name)
+            if name not in target:
+                data.pop(name, None)
+            elif name in places and type(live) is list and type(target[name]) is list:
+                live[places[name] :] = target[name]
+            else:
+                data[name] = target[name]
+        self._base = _Base(cleared.after.header, wanted, is_durable=True)
+        return True
+
+    def _show_merged(self, there: Replica) -> None:
         base = self._base
         try:
             self._merge_in(there, base.content, is_durable=True)
@@ -338,6 +382,17 @@ class Session:
 
     def _deleted(self) -> errors.SessionDeleted:
         return errors.SessionDeleted(session_id=self.id, path=self._backend.files.layout.session(self.id).document)
+
+
+def _part(value: Any, place: int | None) -> Any:
+    """Return a value, or the part of a list from a place on."""
+    return value[place:] if place is not None and type(value) is list else value
+
+
+def _json_of_part(value: Value, place: int | None) -> bytes:
+    if place is None or not isinstance(value, Items):
+        return as_json(value)
+    return b"[%b]" % b",".join(value.last(len(value) - place))
 
 
 def refuse_changed_stream_fields(before: Content, after: Content) -> None:

@@ -30,6 +30,7 @@ from persist.event_log import Ended, EventFiles, Fenced
 from persist.storage import disk, layout, lease
 from persist.storage.cache import Replica
 from persist.storage.content import Content
+from persist.storage.diff import Change
 from persist.storage.document import Head, Header
 from persist.storage.transaction import SessionFiles, Transaction
 from persist.working_copy import WorkingCopy
@@ -155,7 +156,21 @@ def _unusable(stream_id: str, reason: str) -> errors.InvalidStreamId:
 # --- ending a stream without its owner -------------------------------------------------------------------------------
 
 
-def clear_stale(backend: Backend, session_id: str, stream_id: object, incarnation: str | None = None) -> Replica | None:
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """A clear that was committed.
+
+    Attributes:
+        before, after: the session.
+        changes: what turned the values that stand apart in the one into those of the other.
+    """
+
+    before: Replica
+    after: Replica
+    changes: tuple[Change, ...]
+
+
+def clear_stale(backend: Backend, session_id: str, stream_id: object, incarnation: str | None = None) -> Cleared | None:
     """Clear `stream_id` from its session if it is still the active stream and is dead. `updated_at` is kept.
 
     Args:
@@ -177,18 +192,20 @@ def _is_active(copy: WorkingCopy, stream_id: object) -> bool:
     return active is not None and json_codec.same(active, stream_id)
 
 
-def _take_away(backend: Backend, tx: Transaction, copy: WorkingCopy, ended: Ended) -> Replica:
+def _take_away(backend: Backend, tx: Transaction, copy: WorkingCopy, ended: Ended) -> Cleared:
     """End the active stream without its owner: dead, or overruled by a forced cancel. The epoch fences an owner off."""
-    header, stream_id = copy.header, turn.active_stream(copy.fields)
+    before, stream_id = tx.read(), turn.active_stream(copy.fields)
     _interrupt(copy)
     if ended != "died":
         # Before: an owner that lives may emit at any moment, and asks for no lock.
         with tx.refusals():
             backend.events.fence(tx.session_id, stream_id, ended)
-    committed = copy.commit(header.next(touch=False, epoch=header.epoch + 1, owner=None))
+    changed = copy.changed() or (before.content, ())
+    header = before.header.next(touch=False, epoch=before.header.epoch + 1, owner=None)
+    after = copy.commit(header, changed)
     backend.events.end(tx.session_id, stream_id, ended)
     _remove_lease(tx, stream_id)
-    return committed
+    return Cleared(before, after, changed[1])
 
 
 def _interrupt(copy: WorkingCopy) -> None:

@@ -70,6 +70,8 @@ def _put_places(keys: Iterable[bytes | None], start: int, ids: dict[bytes, int],
 
 
 _NO_TEXT = memoryview(b"")
+#: So much is read from the end of a text before it is split.
+_ENDING_BYTES = 32 * 1024
 
 
 class Items:
@@ -112,7 +114,8 @@ class Items:
             return True
         if not isinstance(other, Items) or len(self) != len(other) or self.size_bytes != other.size_bytes:
             return False
-        return self.split() == other.split()
+        _, mine, others = self.behind_common_text(other)
+        return mine == others
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -136,17 +139,34 @@ class Items:
             raise json_codec.Undecodable("a list has not as many items as its header says")
 
     def last(self, count: int) -> list[bytes]:
-        """Return the last items, without splitting the text if they all stand behind it."""
-        _, _, items, length = self._parts
-        return items[length - count : length] if count <= length else self.split()[len(self) - count :]
+        """Return the last items, without splitting the text if they stand behind it or at its end."""
+        text, _, items, length = self._parts
+        if count <= length:
+            return items[length - count : length]
+        # The first of them is cut off.
+        ending = bytes(text[2:-2][-_ENDING_BYTES:]).split(SEPARATOR)[1:]
+        if count <= len(ending) + length:
+            return ending[len(ending) + length - count :] + items[:length]
+        return self.split()[len(self) - count :]
+
+    def behind_common_text(self, other: Items) -> tuple[int, list[bytes], list[bytes]]:
+        """Return both lists' items, without those of a text that they share, and how many items that has."""
+        text, text_count, items, length = self._parts
+        other_text, _, other_items, other_length = other._parts
+        if text is other_text:
+            return text_count, items[:length], other_items[:other_length]
+        return 0, self.split(), other.split()
 
     def in_text(self) -> tuple[memoryview, list[bytes]]:
         """Return the text that was not split, brackets included, and the items behind it."""
         text, _, items, length = self._parts
         return text, items[:length]
 
-    def spliced(self, at: int, remove: int, insert: list[bytes]) -> Items:
+    def spliced(self, at: int, remove: int, insert: list[bytes], *, in_place: bool = True) -> Items:
         """Return these items with some replaced: `remove` from the place `at` on go, and `insert` comes there.
+
+        Args:
+            in_place: whether an append may extend the shared list. That is for who holds the session's lock.
 
         Raises:
             ValueError: there are no such items.
@@ -159,7 +179,7 @@ class Items:
             items = self.split()
             text, text_count, items, length = self._parts
         removed = items[at - text_count : at - text_count + remove]
-        if at == count and len(items) == length:
+        if in_place and at == count and len(items) == length:
             items += insert
         else:
             start = at - text_count
@@ -167,7 +187,8 @@ class Items:
         after = Items([])
         after._parts = (text, text_count, items, length + len(insert) - remove)
         after.size_bytes = self.size_bytes + _bytes_of(insert) - _bytes_of(removed)
-        self._hand_over_ids(after, at, remove, insert)
+        if in_place:
+            self._hand_over_ids(after, at, remove, insert)
         return after
 
     # --- ids ---
@@ -362,23 +383,47 @@ def as_before(found: bytes, value: Any, before: bytes | None) -> bytes:
 
 
 def _encoded_items(name: str, items: list[Any], before: Value | None) -> Items:
-    before = items_of(before) if isinstance(before, bytes) else before
-    known = before.split() if isinstance(before, Items) else []
-    found = json_codec.encode_all_unchecked(items)
+    known = items_of(before) if isinstance(before, bytes) else before
+    known = known if isinstance(known, Items) else Items([])
+    at = _unchanged(known, items)
+    old, found = known.last(len(known) - at), json_codec.encode_all_unchecked(items[at:])
+    if found == old:
+        return known
     if found is None:
         # Some item takes another encoder, or none does.
-        first, removed, fresh_count = 0, len(known), len(items)
-    elif isinstance(before, Items) and found == known:
-        return before
+        first, removed, count = 0, len(old), len(items) - at
     else:
-        first, gone, added = window(known, found)
-        removed, fresh_count = len(gone), len(added)
+        first, gone, added = window(old, found)
+        removed, count = len(gone), len(added)
     fresh = [
-        _encoded_value(item, known[place] if place < len(known) else None, (name, place))
-        for place, item in enumerate(items[first : first + fresh_count], first)
+        _encoded_value(item, old[place] if place < len(old) else None, (name, at + place))
+        for place, item in enumerate(items[at + first : at + first + count], first)
     ]
-    # The known objects, which a later comparison finds equal at a glance.
-    return Items([*known[:first], *fresh, *known[first + removed :]])
+    return known.spliced(at + first, removed, fresh, in_place=False)
+
+
+#: So many items are encoded and compared at a time. All at once would take memory that the kernel has to clear first.
+_BLOCK = 128
+
+
+def _unchanged(known: Items, items: list[Any]) -> int:
+    """Return how many items at the beginning have the JSON that is known of them, in whole blocks."""
+    text, behind = known.in_text()
+    in_text = len(known) - len(behind)
+    place, offset = 0, 2
+    while place < min(len(items), len(known)):
+        stop = min(place + _BLOCK, in_text) if place < in_text else place + _BLOCK
+        lines = json_codec.encode_lines_unchecked(items[place:stop])
+        block = b"" if lines is None else lines[:-1].replace(b"\n", SEPARATOR)
+        if place < in_text:
+            block += SEPARATOR if stop < in_text else b"\n]"
+            there, offset = bytes(text[offset : offset + len(block)]), offset + len(block)
+        else:
+            there = SEPARATOR.join(behind[place - in_text : stop - in_text])
+        if lines is None or there != block:
+            break
+        place = min(stop, len(items))
+    return place
 
 
 def window(before: list[bytes], after: list[bytes]) -> tuple[int, list[bytes], list[bytes]]:

@@ -82,7 +82,8 @@ def between(
         if name in known:
             changes += known[name]
         elif isinstance(old, Items) and isinstance(new, Items):
-            changes += splices(name, old.split(), new.split())
+            shared, before_items, after_items = old.behind_common_text(new)
+            changes += splices(name, before_items, after_items, shared)
         elif old != new:
             changes.append(whole(name, new))
     return tuple(changes)

@@ -163,6 +163,24 @@ def test_clear_keeps_unsaved_edits(store: persist.Store, session: persist.Sessio
     assert other.clear_stale_stream() is False
 
 
+def test_clear_shows_what_it_changed_and_looks_at_nothing_else(store: persist.Store, session: persist.Session) -> None:
+    """It costs what it changes. Fails where all of `data` is encoded to show it: that refuses the set."""
+    stream = store.start_stream("s-1", {"id": "p", "content": "Why?"})
+    session.refresh()
+    stream._lease.close()
+    prompt = session.data["messages"][-1]
+    session.data["draft"] = {1, 2}
+    assert session.clear_stale_stream() is True
+    assert (session.active_stream_id, session.data["pending_user_message"]) == (None, None)
+    assert session.data["messages"][-1] is prompt
+    assert prompt == {"id": "p", "content": "Why?", "interrupted": True}
+    del session.data["draft"]
+    assert session.data == store.load("s-1").data
+    revision = session.revision
+    session.save()
+    assert session.revision == store.load("s-1").revision == revision
+
+
 def test_clear_shows_the_stream_gone_even_beside_a_contradiction(
     store: persist.Store, session: persist.Session
 ) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
@@ -210,6 +210,52 @@ def test_append_shares_the_list_and_keeps_the_text() -> None:
     assert len(behind) == 50
     assert added._parts[2] is base._parts[2]
     assert len(base) == 1000
+
+
+def test_last_items_are_cut_from_the_end_of_a_text() -> None:
+    """Also where the part that is read begins within an item, or holds too few of them."""
+    values = [{"id": f"m{number}", "content": "x" * 3000 * (number % 4)} for number in range(60)]
+    lines = list(map(json_codec.encode, values))
+    for known in (in_document(values), in_document(values[:58]).spliced(58, 0, lines[58:])):
+        for count in (0, 1, 2, 3, 4, 5):
+            assert known.last(count) == lines[60 - count :]
+        assert known.in_text()[0]
+        for count in range(6, 61):
+            assert known.last(count) == lines[60 - count :]
+
+
+def test_encoding_shares_no_list() -> None:
+    """It is done without the lock, too, while another thread may extend the list that the known items share."""
+    known = of([1, 2])
+    content_before = content.Content({}, {"messages": known})
+    found = encoded({"messages": [1, 2, 3]}, content_before).apart["messages"]
+    assert isinstance(found, Items)
+    assert known.spliced(2, 0, [b"4"]).split() == [b"1", b"2", b"4"]
+    assert found.split() == [b"1", b"2", b"3"]
+    assert found._parts[2] is not known._parts[2]
+
+
+plain_items = st.sampled_from([1, 12, 1.5, "a", {"id": "a"}, {"a": 1, "b": 2}, {"b": 2, "a": 1}, "\ud800", [1]])
+
+
+# A number is the beginning of another one.
+@example([1, 12, 12], [1, 1, 12], 0, False)
+@given(st.lists(plain_items, max_size=9), st.lists(plain_items, max_size=9), st.integers(0, 9), st.booleans())
+def test_blocks_compare_as_the_values_do(before: list[Any], after: list[Any], common: int, is_split: bool) -> None:
+    """However the known items are kept, and wherever a block ends: what is encoded is the data."""
+    behind = list(map(json_codec.encode, before[5:]))
+    known = in_document(before[:5]).spliced(len(before[:5]), 0, behind)
+    if is_split:
+        known.split()
+    data = {"messages": before[:common] + after}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(content, "_BLOCK", 2)
+        found = encoded(data, content.Content({}, {"messages": known})).apart["messages"]
+    assert isinstance(found, Items)
+    assert json_codec.same(found.decode(), data["messages"])
+    assert found.size_bytes == of(data["messages"]).size_bytes
+    assert (found == known) is json_codec.same(before, data["messages"])
+    assert json_codec.same(known.decode(), before)
 
 
 @pytest.mark.parametrize(("at", "remove"), [(-1, 0), (0, -1), (4, 0), (3, 1), (0, 4), (4, -1)])

@@ -39,8 +39,20 @@ MUTANTS = (
     _of(
         "the look whether another value has grown the list",
         "Items.spliced",
-        condition("at == count and len(items) == length", "at == count"),
+        condition("in_place and at == count and len(items) == length", "in_place and at == count"),
         "do_not_meet",
+    ),
+    _of(
+        "the list of its own of an encoding without the lock",
+        "Items.spliced",
+        condition("in_place and at == count and len(items) == length", "at == count and len(items) == length"),
+        "shares_no_list",
+    ),
+    _of(
+        "the end of a text within a block",
+        "_unchanged",
+        replace_expression("SEPARATOR if stop < in_text else b'\\n]'", "b''"),
+        "blocks_compare",
     ),
     _of(
         "the refusal of a place that is not there",

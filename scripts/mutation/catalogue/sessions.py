@@ -9,6 +9,7 @@ from mutation.edits import (
     drop_call,
     drop_context,
     drop_handler,
+    drop_operand,
     drop_statement,
     replace_call,
     replace_expression,
@@ -27,7 +28,7 @@ MUTANTS = (
     _saved(
         "the merge",
         "Session._save",
-        condition("there.header.commit == base.header.commit", "True"),
+        replace_statement("is_current = there.header.commit == base.header.commit", "is_current = True"),
         HAZARDS,
         "a3 or c2 or c3",
     ),
@@ -120,11 +121,25 @@ MUTANTS = (
         SHARED_SESSIONS,
         "any_line",
     ),
+    _saved(
+        "the unsaved edits of what a clear has changed",
+        "Session._show_changes",
+        condition("{name: json_codec.encode_unchecked(part) for name, part in target.items()} != known", "False"),
+        SHARED_SESSIONS,
+        "beside_a_contradiction or keeps_unsaved",
+    ),
+    _saved(
+        "the look whether a clear changed what the object is based on",
+        "Session._show_cleared",
+        drop_operand("self._base.header.commit == cleared.before.header.commit"),
+        SHARED_SESSIONS,
+        "clear",
+    ),
     # --- durability ---
     _saved(
         "the sync of what others committed",
         "Session._save",
-        condition("base.is_durable and there.header.commit == base.header.commit", "base.is_durable"),
+        condition("base.is_durable and is_current", "base.is_durable"),
         SHARED_SESSIONS,
         "made_durable",
     ),

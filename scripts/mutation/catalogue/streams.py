@@ -95,7 +95,7 @@ MUTANTS = (
         "the time that a repair keeps",
         MODULE,
         "_take_away",
-        drop_keyword("header.next", "touch"),
+        drop_keyword("before.header.next", "touch"),
         (*SEED_RACE, *HAZARDS),
         "keeps_updated_at or b7",
     ),
