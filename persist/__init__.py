@@ -16,10 +16,11 @@ from typing import Any
 
 _HOMES = {
     "errors": (
-        "CommitFailed CommitUnknown CorruptSession CursorAhead EmitFailed EventsNotFound IdTaken InvalidSessionId "
-        "InvalidStreamId LockNotHeld LockTimeout MergeConflict MessagesRemoved NestedLock NotJSON Owner PersistError "
-        "ReservedField RevisionMismatch SessionBusy SessionDeleted SessionExists SessionNotFound StoreClosed "
-        "StreamLost SweepIncomplete Unreadable UnsafeFile UnsupportedFileSystem UnsupportedFormat WrongType"
+        "AlreadyStarted CommitFailed CommitUnknown CorruptSession CursorAhead EmitFailed EventsNotFound IdTaken "
+        "InvalidSessionId InvalidStreamId LockNotHeld LockTimeout MergeConflict MessagesRemoved NestedLock NotJSON Owner "
+        "PersistError ReservedField SessionBusy SessionDeleted SessionExists SessionNotFound StoreClosed "
+        "StreamLost SweepIncomplete Unreadable UnsafeFile UnsupportedFileSystem UnsupportedFormat VersionMismatch "
+        "WrongType"
     ),
     "event_log": "Event",
     "follow": "Following",
@@ -28,6 +29,7 @@ _HOMES = {
     "maintenance": "Problem",
     "store": "ClearedStream Store",
     "streams": "Stream StreamInfo",
+    "transaction": "Transaction",
     "pytest_plugin.errors": (
         "FactoryFailed KeyCycle KeyTaken NamedLockNested NamedLockTimeout NotShared OthersRunning ProducerTimeout"
     ),

@@ -1,4 +1,5 @@
 from persist import errors as errors
+from persist.errors import AlreadyStarted as AlreadyStarted
 from persist.errors import CommitFailed as CommitFailed
 from persist.errors import CommitUnknown as CommitUnknown
 from persist.errors import CorruptSession as CorruptSession
@@ -17,7 +18,6 @@ from persist.errors import NotJSON as NotJSON
 from persist.errors import Owner as Owner
 from persist.errors import PersistError as PersistError
 from persist.errors import ReservedField as ReservedField
-from persist.errors import RevisionMismatch as RevisionMismatch
 from persist.errors import SessionBusy as SessionBusy
 from persist.errors import SessionDeleted as SessionDeleted
 from persist.errors import SessionExists as SessionExists
@@ -29,6 +29,7 @@ from persist.errors import Unreadable as Unreadable
 from persist.errors import UnsafeFile as UnsafeFile
 from persist.errors import UnsupportedFileSystem as UnsupportedFileSystem
 from persist.errors import UnsupportedFormat as UnsupportedFormat
+from persist.errors import VersionMismatch as VersionMismatch
 from persist.errors import WrongType as WrongType
 from persist.event_log import Event as Event
 from persist.follow import Following as Following
@@ -48,6 +49,7 @@ from persist.store import ClearedStream as ClearedStream
 from persist.store import Store as Store
 from persist.streams import Stream as Stream
 from persist.streams import StreamInfo as StreamInfo
+from persist.transaction import Transaction as Transaction
 
 __all__: list[str]
 __version__: str

@@ -14,7 +14,8 @@ Each verb is one hop to a thread, so that the loop never waits for a disk or a l
 its end, also if the task that awaits it is cancelled: the cancellation comes through after that, so nothing is written
 behind the back of a task that believes it has stopped. What a cancelled `start_stream` obtained is failed before.
 
-There is no `edit`, since nothing may be awaited while a lock is held: `update(id, function)` takes its place.
+There is no `transaction`, since nothing may be awaited while a lock is held: `update(id, function)` takes its place.
+The function is a plain one, and runs in a thread.
 """
 
 from __future__ import annotations
@@ -181,6 +182,7 @@ class Session(_Awaited[persist.Session]):
 
     id: str = _mirrored("id")
     data: dict[str, Any] = _mirrored("data")
+    version: str = _mirrored("version")
     revision: int = _mirrored("revision")
     created_at: datetime = _mirrored("created_at")
     updated_at: datetime = _mirrored("updated_at")
@@ -201,15 +203,13 @@ class Stream(_Awaited[persist.Stream]):
     session_id: str = _mirrored("session_id")
     epoch: int = _mirrored("epoch")
 
-    async def is_cancelled(self) -> bool:
-        """See `persist.Stream.cancelled`, which cannot be awaited under that name."""
-        return await self._threads.run(lambda: self._sync.cancelled, is_quick=True)
-
-    async def emit(self, *events: Any, durable: bool = False) -> int:
+    async def emit(self, *events: Any, durable: bool = False, timeout_s: float | None = None) -> int:
         """See `persist.Stream.emit`."""
-        emit = partial(self._sync.emit, *events, durable=durable)
+        emit = partial(self._sync.emit, *events, durable=durable, timeout_s=timeout_s)
         return await self._threads.run(emit, is_quick=self._sync._events.is_open)
 
+    is_cancelled = _hop(persist.Stream.is_cancelled, is_quick=True)
+    update = _hop(persist.Stream.update)
     checkpoint = _hop(persist.Stream.checkpoint)
     append = _hop(persist.Stream.append)
     finish = _hop(persist.Stream.finish)
@@ -337,10 +337,17 @@ class Following:
         self.close()
 
 
+def _heads(
+    store: persist.Store, *, prefix: str = "", after: str | None = None, limit: int | None = None
+) -> list[persist.Head]:
+    """Return the heads of sessions. See `persist.Store.heads`."""
+    return list(store.heads(prefix=prefix, after=after, limit=limit))
+
+
 class _Options(TypedDict, total=False):
     """The options of `persist.Store`."""
 
-    lock_timeout_s: float
+    timeout_s: float
     journal: Mode
     merge: Mapping[str, Policy] | None
     keep_events_s: float
@@ -374,6 +381,8 @@ class Store(_Awaited[persist.Store]):
 
     load = _loading(persist.Store.load, is_quick=True)
     head = _hop(persist.Store.head, is_quick=True)
+    heads = _hop(_heads, is_quick=True)
+    tail = _hop(persist.Store.tail, is_quick=True)
     exists = _hop(persist.Store.exists, is_quick=True)
     ids = _hop(persist.Store.ids, is_quick=True)
     create = _loading(persist.Store.create)
@@ -381,12 +390,23 @@ class Store(_Awaited[persist.Store]):
     delete = _hop(persist.Store.delete)
     update = _hop(persist.Store.update)
     append = _hop(persist.Store.append)
+    extend = _hop(persist.Store.extend)
 
     def start_stream(
-        self, session_id: str, message: turn.Message | None = None, *, stream_id: str | None = None
+        self,
+        session_id: str,
+        message: turn.Message | None = None,
+        *,
+        stream_id: str | None = None,
+        fields: Mapping[str, Any] | None = None,
+        create: bool = False,
+        once: bool = False,
+        timeout_s: float | None = None,
     ) -> _Starting:
         """See `persist.Store.start_stream`. Use it as ``async with store.start_stream(…) as stream``, or await it."""
-        return _Starting(self._started(partial(self._sync.start_stream, session_id, message, stream_id=stream_id)))
+        options: dict[str, Any] = {"fields": fields, "create": create, "once": once, "timeout_s": timeout_s}
+        start = partial(self._sync.start_stream, session_id, message, stream_id=stream_id, **options)
+        return _Starting(self._started(start))
 
     async def _started(self, start: Callable[[], persist.Stream]) -> Stream:
         stream = await self._threads.run(start, undo=lambda stream: stream.__exit__(None, None, None))

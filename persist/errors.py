@@ -8,8 +8,8 @@ parent. Its message never holds the content of a document; ids, field names, pat
     ├── InvalidSessionId (ValueError)   InvalidStreamId (ValueError)
     ├── NotJSON (ValueError)            WrongType (TypeError)
     ├── ReservedField (ValueError)      MessagesRemoved
-    ├── MergeConflict                   RevisionMismatch, IdTaken (MergeConflicts)
-    ├── SessionBusy                     StreamLost           SweepIncomplete
+    ├── MergeConflict                   VersionMismatch, IdTaken (MergeConflicts)
+    ├── SessionBusy                     AlreadyStarted       StreamLost      SweepIncomplete
     ├── LockTimeout (TimeoutError)      NestedLock (RuntimeError)       LockNotHeld (RuntimeError)
     ├── CorruptSession                  UnsupportedFormat    UnsafeFile (OSError)   Unreadable (OSError)
     ├── CommitFailed (OSError)          CommitUnknown (OSError)
@@ -111,7 +111,7 @@ class PersistError(Exception):
     timeout_s: float
     waited_s: float
     count: int
-    revision: int
+    version: str
     offset: int | None
     after: int
     cleared: list[Any]
@@ -191,13 +191,6 @@ class WrongType(PersistError, TypeError):
     template = "{what} is {got}, but must be {expected}."
 
 
-def require_flags(**flags: object) -> None:
-    """Raise `WrongType` for an option that is neither True nor False: "false" from a query string, say, is true."""
-    for name, value in flags.items():
-        if type(value) is not bool:
-            raise WrongType(what=name, expected="True or False", got=repr(value))
-
-
 class ReservedField(PersistError, ValueError):
     """A field that belongs to the stream verbs, or to `persist` itself, was changed by hand."""
 
@@ -244,11 +237,11 @@ class IdTaken(MergeConflict):
     )
 
 
-class RevisionMismatch(MergeConflict):
-    """An edit named the revision it had seen (`if_revision=`), and the session has moved on. Nothing was written."""
+class VersionMismatch(MergeConflict):
+    """An edit named the version it had seen (`if_version=`), and the session has another one. Nothing was written."""
 
     template = (
-        "Session {session_id!r} is at revision {theirs}, not at {mine}, which the edit was made for; "
+        "Session {session_id!r} is at version {theirs}, not at {mine}, which the edit was made for; "
         "nothing was written. Load the session, look again, and repeat the edit."
     )
 
@@ -260,6 +253,17 @@ class SessionBusy(PersistError):
         "Session {session_id!r} is busy: stream {stream_id} is run by {owner} and still alive ({path} is locked). "
         "Wait for it, or end it with store.cancel()."
     )
+
+
+class AlreadyStarted(PersistError):
+    """A start that was to be once met its own prompt (`start_stream(once=True)`): running, or answered.
+
+    `stream_id` is the stream that runs it, or None; `answer` is the message that answers it, or None.
+    """
+
+    template = "Session {session_id!r} has that prompt already, and {what}; nothing was started. {remedy}"
+
+    answer: Any
 
 
 class StreamLost(PersistError):
@@ -287,7 +291,7 @@ class LockTimeout(PersistError, TimeoutError):
 
     template = (
         "Could not lock session {session_id!r} within {timeout_s:g} s: {path} is held by {holder}. "
-        "Raise lock_timeout_s, or {remedy}."
+        "Wait for longer (timeout_s), or {remedy}."
     )
 
     defaults: ClassVar = {"remedy": "end that process"}
@@ -302,7 +306,7 @@ class NestedLock(PersistError, RuntimeError):
 
     template = (
         "This thread holds the lock of session {held!r} and asked for that of {session_id!r}. "
-        "Leave the edit(), update() or transaction() first; in a signal handler or a finaliser, try again later."
+        "Leave the transaction() or update() first; in a signal handler or a finaliser, try again later."
     )
 
 
@@ -317,7 +321,7 @@ class MessagesRemoved(PersistError):
 
     template = (
         "save() would remove {count} of the committed messages of session {session_id!r} while stream {stream_id} is "
-        "active; nothing was written. If it is meant, use store.update(id, function, if_revision={revision})."
+        "active; nothing was written. If it is meant, use store.transaction(id, if_version={version!r})."
     )
 
 

@@ -125,7 +125,8 @@ class Cursor:
         """Ask how a stream has ended whose end line is not there; None if it goes on."""
         self._hush()
         try:
-            info = streams.look_at(self._backend, self.session_id, timeout_s=self._look_timeout_s)
+            with self._backend.files.transaction(self.session_id, timeout_s=self._look_timeout_s) as tx:
+                info = streams.look_at(tx)
             self._look_timeout_s = LOOK_TIMEOUT_S
         except (errors.LockTimeout, errors.CommitFailed, errors.Unreadable):
             # Somebody works on the session, or there is no descriptor left just now: ask again soon.

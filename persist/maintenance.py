@@ -87,7 +87,10 @@ def _problem(backend: streams.Backend, session_id: str) -> Problem | None:
     path = files.layout.session(session_id).document
     try:
         active = turn.active_stream(WorkingCopy(files.read(session_id)).fields)
-        info = None if active is None else streams.look_at(backend, session_id)
+        if active is None:
+            return None
+        with files.transaction(session_id) as tx:
+            info = streams.look_at(tx)
         if info is None or info.is_live:
             return None
         # A sweep goes by the leases; another program's streams have none.

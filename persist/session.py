@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, NoReturn, get_args
 from weakref import ref
 
 from persist import errors, json_codec, streams, turn
-from persist.json_codec import same
+from persist.arguments import require_flags
 from persist.merge import MISSING, Policy, Preference, count_removed, merge
 from persist.patch import patch
-from persist.storage import diff
+from persist.storage import diff, document
 from persist.storage.cache import Replica
 from persist.storage.content import ALWAYS_APART, Content, Items, Value, as_json, decode, empty, encoded, placed, window
 from persist.storage.document import Header
 from persist.storage.transaction import Transaction
 from persist.streams import Backend
+from persist.transaction import refuse_changed_stream_fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,11 @@ class Session:
         return self._base.header.revision
 
     @property
+    def version(self) -> str:
+        """What tells the commit that `data` is based on from every other one, for ``if_version=``. An opaque string."""
+        return self._base.header.version
+
+    @property
     def created_at(self) -> datetime:
         """When the session was created (aware, UTC)."""
         return self._base.header.created_at
@@ -126,7 +132,7 @@ class Session:
 
     # --- saving ---
 
-    def save(self, *, touch: bool = True, on_conflict: Preference = "error") -> None:
+    def save(self, *, touch: bool = True, on_conflict: Preference = "error", timeout_s: float | None = None) -> str:
         """Write what this object changed; what others committed meanwhile is kept, and stands in `data` afterwards.
 
         Durable and visible on return. If nothing was changed, nothing is written. `data` and every object in it that is
@@ -135,7 +141,11 @@ class Session:
         Args:
             touch: False keeps `updated_at`.
             on_conflict: whose value stands where both sides changed one place: ``"mine"``, ``"theirs"``, or
-                ``"error"``. Where one side removed an item beside which the other added one, both stand then.
+                ``"error"``.
+            timeout_s: how long to wait for the session's lock, in the place of the store's.
+
+        Returns:
+            The version that `data` is now.
 
         Raises:
             MergeConflict: both sides changed one place; `refresh` after setting your edit aside, or name a side. Both
@@ -143,17 +153,18 @@ class Session:
             SessionDeleted: the session was deleted or replaced since it was loaded; load or create it again.
             NotJSON, WrongType: a value has no exact JSON form; it is named.
             ReservedField: a stream field was changed by hand; use the stream verbs.
-            MessagesRemoved: committed messages would vanish in the middle of a turn; use `Store.update`.
+            MessagesRemoved: committed messages would vanish in the middle of a turn; use `Store.transaction`.
             LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
 
         Concurrency: holds the session's lock for read, merge and write, across threads and processes.
         """
         if on_conflict not in get_args(Preference):
             raise errors.WrongType(what="on_conflict", expected=" | ".join(get_args(Preference)), got=repr(on_conflict))
-        errors.require_flags(touch=touch)
+        require_flags(touch=touch)
         try:
-            with self._backend.files.transaction(self.id) as tx, self._alone():
+            with self._backend.files.transaction(self.id, timeout_s=timeout_s) as tx, self._alone():
                 self._save(tx, touch, on_conflict)
+                return self.version
         except errors.SessionNotFound:
             raise self._deleted() from None
 
@@ -221,8 +232,8 @@ class Session:
             what, expected = f"field {turn.MESSAGES!r}", "a list, in a turn"
             raise errors.WrongType(what=what, expected=expected, got=type(after).__name__)
         if type(before) is list and (count := count_removed(before, after)):
-            revision = there.header.revision
-            raise errors.MessagesRemoved(session_id=self.id, stream_id=stream_id, count=count, revision=revision)
+            version = there.header.version
+            raise errors.MessagesRemoved(session_id=self.id, stream_id=stream_id, count=count, version=version)
 
     # --- taking what others committed ---
 
@@ -297,12 +308,15 @@ class Session:
 
     # --- the stale stream ---
 
-    def clear_stale_stream(self) -> bool:
+    def clear_stale_stream(self, *, timeout_s: float | None = None) -> bool:
         """Clear this session's stream if it is dead: the compare-and-clear of hermes-webui #1533, across processes.
 
         The stream that this object shows is compared with the one **on disk, under the session's lock**, and its lease
         is asked in the same hold. Prompt and partial answer stay in ``messages``, marked ``interrupted``; the stream
         fields are reset; `updated_at` is kept.
+
+        Args:
+            timeout_s: how long to wait for the session's lock, in the place of the store's.
 
         Returns:
             True if it was cleared (durably; `data` shows it). False if there is no stream, if it is alive, or if the
@@ -321,7 +335,8 @@ class Session:
         cleared = None
         with suppress(errors.SessionNotFound):
             if stream_id is not None:
-                cleared = streams.clear_stale(self._backend, self.id, stream_id, self._base.header.incarnation)
+                incarnation = self._base.header.incarnation
+                cleared = streams.clear_stale(self._backend, self.id, stream_id, incarnation, timeout_s=timeout_s)
         if cleared is not None:
             with self._alone(), suppress(errors.Unreadable):
                 self._show_cleared(cleared)
@@ -395,15 +410,6 @@ def _json_of_part(value: Value, place: int | None) -> bytes:
     return b"[%b]" % b",".join(value.last(len(value) - place))
 
 
-def refuse_changed_stream_fields(before: Content, after: Content) -> None:
-    """Raise `ReservedField` if an edit touched what belongs to the stream verbs."""
-    for name, idle in turn.IDLE.items():
-        found, left = (side.get(name) for side in (before, after))
-        if found != left and not same(*(idle if value is None else decode(value) for value in (found, left))):
-            remedy = "Use store.start_stream(), store.cancel() or session.clear_stale_stream()."
-            raise errors.ReservedField(field=name, remedy=remedy)
-
-
 def _with_stream_fields_of(theirs: Content, content: Content) -> Content:
     """Return the same content, but with the stream fields as they are, or are missing, in `theirs`."""
     kept = [(name, value) for name, value in content if name not in turn.IDLE]
@@ -459,19 +465,66 @@ def _decode_like(first: Value | None, decoded: Any, value: Value) -> Any:
     return [*decoded[:at], *Items(added).decode(), *decoded[at + len(removed) :]]
 
 
+class HeadFields(Mapping[str, Any]):
+    """The fields of a head. What stands apart is not among them: to ask for it raises a `KeyError` that says so."""
+
+    __slots__ = ("_apart", "_fields")
+
+    def __init__(self, fields: Mapping[str, Any], apart: Collection[str]) -> None:
+        self._fields = fields
+        self._apart = apart
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._apart:
+            raise KeyError(f"{name!r} is not part of a head, because of its size: use store.load() or store.tail().")
+        return self._fields[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a field, or `default` if the session has none of that name."""
+        return self[name] if name in self._fields or name in self._apart else default
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def __repr__(self) -> str:
+        return repr(dict(self._fields))
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """The small fields of a session, as committed. It has no `save`: a part must never be written as the whole.
 
     Attributes:
-        data: the small fields. What stands apart is left out: ``messages``, ``tool_calls``, and what is large.
-        counts: the number of items of each list that was left out.
+        version: what tells this commit from every other one.
+        fields: the small fields. What stands apart is left out: ``messages``, ``tool_calls``, and what is large.
+        counts: the number of items of every list.
     """
 
     id: str
+    version: str
     revision: int
     created_at: datetime
     updated_at: datetime
     active_stream_id: str | None
-    data: Mapping[str, Any]
-    counts: Mapping[str, int] = field(default_factory=dict)
+    fields: Mapping[str, Any]
+    counts: Mapping[str, int]
+
+    @classmethod
+    def of(cls, session_id: str, found: document.Head) -> Head:
+        """Return the head of a session, from what storage has read."""
+        header, fields = found.header, found.decode_fields()
+        counts = {name: len(value) for name, value in fields.items() if type(value) is list}
+        counts |= {name: count for name, count in found.counts.items() if count is not None}
+        return cls(
+            session_id,
+            header.version,
+            header.revision,
+            header.created_at,
+            header.updated_at,
+            turn.active_stream(fields),
+            HeadFields(fields, found.counts),
+            counts,
+        )

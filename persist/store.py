@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
 
 from persist import errors, json_codec, maintenance, streams, turn
+from persist.arguments import require_flags, require_key, require_limit, require_texts, seconds
 from persist.event_log import Event, EventFiles
 from persist.follow import Cursor, Following
 from persist.merge import Policy, check_policies
-from persist.session import Head, Session, refuse_changed_stream_fields
+from persist.session import Head, Session
 from persist.storage import cache, commit, document
 from persist.storage.content import ALWAYS_APART, HEADER, Content, empty, encoded
 from persist.storage.transaction import SessionFiles
+from persist.storage.transaction import Transaction as LockedSession
 from persist.streams import Backend, Stream, StreamInfo
+from persist.transaction import Transaction, refuse_changed_stream_fields, require_version
 from persist.turn import Message
 from persist.working_copy import WorkingCopy
 
@@ -41,7 +42,8 @@ class Store:
 
     Args:
         path: the directory; made (mode 0700) if it is missing.
-        lock_timeout_s: seconds that a verb waits for a session's lock before it raises `LockTimeout`.
+        timeout_s: seconds that a verb waits for a session's lock before it raises `LockTimeout`; 0 is now or never.
+            Every verb that waits takes a `timeout_s` of its own.
         journal: which sessions have a journal beside their document, so that a commit costs what it changes:
             ``"auto"``, those above 64 KiB; ``"always"``, all; ``"never"``, none. It is for what this store writes:
             every store reads all.
@@ -74,7 +76,7 @@ class Store:
         self,
         path: str | os.PathLike[str],
         *,
-        lock_timeout_s: float = 5.0,
+        timeout_s: float = 5.0,
         journal: commit.Mode = "auto",
         merge: Mapping[str, Policy] | None = None,
         keep_events_s: float = 300.0,
@@ -82,7 +84,7 @@ class Store:
         allow_network: bool = False,
         create: bool = True,
     ) -> None:
-        errors.require_flags(allow_network=allow_network, create=create)
+        require_flags(allow_network=allow_network, create=create)
         directory = _directory(path, create=create)
         if journal not in get_args(commit.Mode):
             raise errors.WrongType(what="journal", expected=" | ".join(get_args(commit.Mode)), got=repr(journal))
@@ -95,11 +97,11 @@ class Store:
         if type(cache_bytes) is not int or cache_bytes < 0:
             raise errors.WrongType(what="cache_bytes", expected="a number of bytes from 0 up", got=repr(cache_bytes))
         kept: dict[str, Any] = {"cache_bytes": cache_bytes, "allow_network": allow_network}
-        timeout_s = _seconds("lock_timeout_s", lock_timeout_s)
+        timeout_s, keep_events_s = seconds("timeout_s", timeout_s), seconds("keep_events_s", keep_events_s)
         files = SessionFiles(directory, commit.Options(journal), timeout_s=timeout_s, create=create, **kept)
-        self._backend = Backend(files, EventFiles(files, _seconds("keep_events_s", keep_events_s)))
+        self._backend = Backend(files, EventFiles(files, keep_events_s))
         self._options: dict[str, Any] = {
-            "lock_timeout_s": lock_timeout_s,
+            "timeout_s": timeout_s,
             "journal": journal,
             "merge": self._policies,
             "keep_events_s": keep_events_s,
@@ -139,6 +141,13 @@ class Store:
             raise errors.StoreClosed(path=self.path)
         return self._backend
 
+    def _locked(
+        self, session_id: str, timeout_s: float | None, *, create: bool = False
+    ) -> AbstractContextManager[LockedSession]:
+        """Hold a session's lock for a block."""
+        timeout_s = None if timeout_s is None else seconds("timeout_s", timeout_s)
+        return self._open().files.transaction(session_id, may_be_missing=create, timeout_s=timeout_s)
+
     def _session(self, session_id: str, found: cache.Replica, *, is_durable: bool) -> Session:
         return Session(self._backend, self._policies, session_id, found, is_durable=is_durable)
 
@@ -160,32 +169,54 @@ class Store:
 
         Raises: as `load`, but damage among the messages goes unnoticed.
         """
-        found = self._open().files.read_head(session_id)
-        header, data = found.header, found.decode_fields()
-        times = header.created_at, header.updated_at
-        return Head(session_id, header.revision, *times, turn.active_stream(data), data, found.counts)
+        return Head.of(session_id, self._open().files.read_head(session_id))
+
+    def heads(self, *, prefix: str = "", after: str | None = None, limit: int | None = None) -> Iterator[Head]:
+        """Yield the heads of sessions, by their ids; see `ids` for the arguments. Takes no lock.
+
+        Each is read when it is asked for. A session that is gone by then, or cannot be read, is left out: one damaged
+        file must not hide the others. `check` names it.
+        """
+        files = self._open().files
+        for session_id in self.ids(prefix=prefix, after=after, limit=limit):
+            with suppress(*_UNREADABLE):
+                yield Head.of(session_id, files.read_head(session_id))
+
+    def tail(self, session_id: str, *, limit: int = 20, field: str = turn.MESSAGES) -> list[Any]:
+        """Return the last items of a list, and read no more than that takes. Takes no lock and never writes.
+
+        Args:
+            limit: at most so many, the last one last.
+            field: a top-level list. One that is missing has no items.
+
+        Raises:
+            WrongType: the field is no list.
+            Otherwise as `load`, but damage elsewhere goes unnoticed.
+        """
+        require_limit(limit)
+        require_texts(field=field)
+        return self._open().files.read_last(session_id, field, limit)
 
     def exists(self, session_id: str) -> bool:
         """Tell whether there is such a session. Takes no lock."""
         return self._open().files.exists(session_id)
 
-    def ids(self, *, after: str | None = None, limit: int | None = None) -> list[str]:
-        """Return session ids, sorted; a page of them with `after` (the last id of the page before) and `limit`.
+    def ids(self, *, prefix: str = "", after: str | None = None, limit: int | None = None) -> list[str]:
+        """Return session ids, sorted. Takes no lock.
 
-        No lock.
+        Args:
+            prefix: only those that begin with it.
+            after: only those behind it: the last id of the page before.
+            limit: at most so many.
         """
+        require_texts(prefix=prefix, after=after)
+        require_limit(limit)
         found = self._open().files.session_ids()
-        if limit is not None and (type(limit) is not int or limit < 0):
-            raise errors.WrongType(what="limit", expected="a whole number from 0 up, or None", got=repr(limit))
-        if after is not None:
-            if type(after) is not str:
-                raise errors.WrongType(what="after", expected="a session id, or None", got=repr(after))
-            found = [session_id for session_id in found if session_id > after]
-        return found[:limit]
+        return [each for each in found if each.startswith(prefix or "") and (after is None or each > after)][:limit]
 
     # --- writing ---
 
-    def create(self, session_id: str, data: dict[str, Any] | None = None) -> Session:
+    def create(self, session_id: str, data: dict[str, Any] | None = None, *, timeout_s: float | None = None) -> Session:
         """Make a session. Durable and visible on return.
 
         Raises:
@@ -193,14 +224,12 @@ class Store:
             InvalidSessionId, NotJSON, WrongType, ReservedField: an argument cannot be kept; nothing was written.
             LockTimeout, NestedLock, CommitFailed, CommitUnknown: see the errors.
         """
-        files = self._open().files
-        data = {} if data is None else data
-        content = encoded(data)
+        content = encoded({} if data is None else data)
         refuse_changed_stream_fields(empty(), content)
-        return self._created(files, session_id, content)
+        return self._created(session_id, content, timeout_s)
 
-    def _created(self, files: SessionFiles, session_id: str, content: Content) -> Session:
-        with files.transaction(session_id, may_be_missing=True) as tx:
+    def _created(self, session_id: str, content: Content, timeout_s: float | None) -> Session:
+        with self._locked(session_id, timeout_s, create=True) as tx:
             if tx.exists():
                 # A caller that asks again takes this for success. The first answer may have been lost in a crash.
                 with suppress(errors.CorruptSession, errors.UnsupportedFormat, errors.UnsafeFile, errors.Unreadable):
@@ -209,7 +238,7 @@ class Store:
             committed = tx.commit(document.first_header(session_id if tx.paths.file_id else None), content)
         return self._session(session_id, committed, is_durable=True)
 
-    def duplicate(self, session_id: str, new_id: str) -> Session:
+    def duplicate(self, session_id: str, new_id: str, *, timeout_s: float | None = None) -> Session:
         """Copy a committed session to a new id, without its stream: no stream fields, no partial answer.
 
         Raises: as `load` for the first, as `create` for the second.
@@ -225,132 +254,170 @@ class Store:
                 turn.interrupt_foreign(copy)
             turn.leave_out(copy, owner.answer_id if owner else None)
             content = copy.content
-        return self._created(files, new_id, content)
+        return self._created(new_id, content, timeout_s)
 
-    def delete(self, session_id: str, *, force: bool = False) -> None:
+    def delete(
+        self, session_id: str, *, if_version: str | None = None, force: bool = False, timeout_s: float | None = None
+    ) -> None:
         """Remove a session; durable on return. A later `save` of an object that was loaded before is refused.
 
         Args:
+            if_version: the version that the caller has seen: any other one is left alone.
             force: also while a live stream owns it (the stream gets `StreamLost`), and also if the file is damaged.
 
         Raises:
             SessionNotFound: there is none.
+            VersionMismatch: it has another version.
             SessionBusy: a live stream owns it; wait, cancel it, or force.
             LockTimeout, NestedLock, CorruptSession: see the errors.
         """
-        errors.require_flags(force=force)
-        streams.delete(self._open(), session_id, force=force)
+        require_flags(force=force)
+        require_texts(if_version=if_version)
+        with self._locked(session_id, timeout_s) as tx:
+            if if_version is not None:
+                require_version(WorkingCopy.of(tx), session_id, if_version)
+            streams.delete(self._backend, tx, force=force)
 
     @contextmanager
-    def edit(self, session_id: str, *, touch: bool = True) -> Iterator[dict[str, Any]]:
+    def transaction(
+        self,
+        session_id: str,
+        *,
+        if_version: str | None = None,
+        create: bool = False,
+        touch: bool = True,
+        timeout_s: float | None = None,
+    ) -> Iterator[Transaction]:
         """Change a session exactly: the lock is held from the read to the write, for the whole block.
 
-        Yields the committed data; what the block leaves in it is committed, durably, when the block ends. A block that
-        raises writes nothing, and one that changes nothing writes nothing. Keep it short: others wait. Change the dict
-        in
-        place: another one that is bound to the same name is not seen. Messages that the block removes are removed, also
-        in the middle of a turn.
-
-        It costs the whole session: all of it is decoded, and encoded again. `append` and `transaction` cost what they
-        touch.
+        What the block changes is one commit, durable when the block has ended. It costs what it changes. A block that
+        raises writes nothing, and so does one that changes nothing. Keep it short: others wait. Messages that it
+        removes are removed, also in the middle of a turn.
 
         Args:
+            if_version: the version that the edit was decided on: `Session.version`, `Head.version`, or what a verb has
+                returned. Name it for an edit that removes something.
+            create: begin with an empty session where there is none. It is for the first write of a request.
             touch: False keeps `updated_at`.
+            timeout_s: how long to wait for the lock, in the place of the store's; 0 is now or never.
 
         Raises:
-            SessionNotFound, LockTimeout, NestedLock, CorruptSession: before the block.
-            NotJSON, ReservedField, CommitFailed, CommitUnknown: after it; nothing was written, unless it says
-                "unknown".
+            SessionNotFound, LockTimeout, NestedLock, CorruptSession, VersionMismatch: before the block.
+            NotJSON, ReservedField, SessionBusy, CommitFailed, CommitUnknown: after it; nothing was written, unless it
+                says "unknown".
         """
-        with self.transaction(session_id, touch=touch) as copy:
-            yield copy.data
-
-    @contextmanager
-    def transaction(self, session_id: str, *, touch: bool = True) -> Iterator[WorkingCopy]:
-        """As `edit`, but the block gets a working copy, which reads what it is asked for: the commit costs what it
-        changes.
-
-        ``tx.fields`` is a mapping of the top-level values but ``messages`` and ``tool_calls``. ``tx.list(name)`` is a
-        list.
-
-        Args, Raises: as `edit`.
-        """
-        errors.require_flags(touch=touch)
-        with self._open().files.transaction(session_id) as tx:
-            found = tx.read()
-            copy = WorkingCopy(found, tx)
-            yield copy
-            changed = copy.changed()
-            if changed is not None:
-                refuse_changed_stream_fields(found.content, changed[0])
-            tx.require_unchanged()
-            copy.commit_changes(changed, touch=touch)
+        require_flags(touch=touch, create=create)
+        require_texts(if_version=if_version)
+        is_new = create and if_version is None
+        with self._locked(session_id, timeout_s, create=is_new) as tx:
+            copy = WorkingCopy.of(tx, create=is_new)
+            require_version(copy, session_id, if_version)
+            block = Transaction(copy, lambda: streams.require_free(tx))
+            yield block
+            if block.is_deleted:
+                streams.delete(self._backend, tx)
+            else:
+                block.version = copy.commit_changes(streams.checked(tx, copy), touch=touch).header.version
 
     def update(
         self,
         session_id: str,
-        function: Callable[[dict[str, Any]], Result],
+        function: Callable[[Transaction], Result],
         *,
-        if_revision: int | None = None,
+        if_version: str | None = None,
+        create: bool = False,
         touch: bool = True,
+        timeout_s: float | None = None,
     ) -> Result:
-        """Call `function` on the committed data under the lock, commit what it left there, and return its result.
+        """Call a function in a `transaction`, commit what it changed, and return its result.
 
         Args:
-            function: changes the data in place; if it raises, nothing is written.
-            if_revision: the revision that the edit was decided on. Name it for an edit that removes something.
-            touch: False keeps `updated_at`.
+            function: changes the transaction in place; if it raises, nothing is written.
 
         Raises:
-            RevisionMismatch (a `MergeConflict`): the session is at another revision; nothing was written.
-            Otherwise as `edit`.
+            WrongType: the function is asynchronous, or returned a new dict and changed nothing.
+            Otherwise as `transaction`.
         """
-        if not callable(function):
-            raise errors.WrongType(what="function", expected="callable", got=type(function).__name__)
-        if if_revision is not None and type(if_revision) is not int:
-            raise errors.WrongType(what="if_revision", expected="a revision, or None", got=type(if_revision).__name__)
-        with self.transaction(session_id, touch=touch) as copy:
-            if if_revision is not None and copy.header.revision != if_revision:
-                path, reason = (HEADER, "revision"), "the session has moved on"
-                facts = {"base": if_revision, "mine": if_revision, "theirs": copy.header.revision}
-                raise errors.RevisionMismatch(session_id=session_id, path=path, reason=reason, **facts)
-            result = function(copy.data)
-            if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
-                # Its body has not run, or not to the end.
-                raise errors.WrongType(what="function", expected="a plain function", got="an async one or a generator")
-        return result
+        options: dict[str, Any] = {"if_version": if_version, "create": create, "touch": touch, "timeout_s": timeout_s}
+        with self.transaction(session_id, **options) as tx:
+            return tx.result_of(function)
 
-    def append(self, session_id: str, field: str, item: Any, *, touch: bool = True) -> int:
-        """Add an item to a list of the document; durable and visible on return. Idempotent by the item's ``id``.
+    def append(
+        self,
+        session_id: str,
+        field: str,
+        item: Any,
+        *,
+        key: str | None = "id",
+        create: bool = False,
+        touch: bool = True,
+        timeout_s: float | None = None,
+    ) -> str:
+        """Add an item to a list of the document; durable and visible on return. See `extend`.
 
-        An item whose ``id`` stands there with the same content is taken as appended already. A missing list is made.
+        Raises:
+            WrongType: a list is no message: use `extend` for several.
+            Otherwise as `extend`.
+        """
+        if type(item) is list and field in ALWAYS_APART:
+            expected = "one message: use extend() for several"
+            raise errors.WrongType(what=f"an item of {field!r}", expected=expected, got="a list")
+        return self.extend(session_id, field, [item], key=key, create=create, touch=touch, timeout_s=timeout_s)
+
+    def extend(
+        self,
+        session_id: str,
+        field: str,
+        items: Iterable[Any],
+        *,
+        key: str | None = "id",
+        create: bool = False,
+        touch: bool = True,
+        timeout_s: float | None = None,
+    ) -> str:
+        """Add items to a list of the document, in one commit; durable and visible on return.
+
+        It is idempotent: an item whose `key` has the value that an item there has, with the same content, is taken as
+        added already. So a caller may repeat it after an error. Items without that key are added each time.
 
         Args:
-            field: a top-level field, ``"messages"`` say.
-            item: any JSON value.
+            field: a top-level field, ``"messages"`` say. A missing list is made.
+            items: any JSON values.
+            key: the name of the key that tells items apart. None adds all of them, whatever is there.
+            create: make an empty session first where there is none. It is for the first write of a request.
+            touch: False keeps `updated_at`.
+            timeout_s: how long to wait for the lock, in the place of the store's; 0 is now or never.
 
         Returns:
-            The revision that holds the item.
+            The version that holds the items.
 
         Raises:
-            IdTaken: an item of that ``id`` is there, with other content.
-            NotJSON, WrongType, ReservedField: the item or the field cannot be used.
+            IdTaken: an item of that key is there, with other content.
+            NotJSON, WrongType, ReservedField: an item or the field cannot be used.
             SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
-        if type(field) is not str:
-            raise errors.WrongType(what="field", expected="a string", got=type(field).__name__)
-        if field in turn.IDLE:
-            raise errors.ReservedField(field=field, remedy="Use store.start_stream().")
-        errors.require_flags(touch=touch)
-        json_codec.check(item, (field,))
-        with self._open().files.transaction(session_id) as tx:
-            copy = WorkingCopy(tx.read(), tx)
-            turn.append_once(copy.list(field), item, field=field)
-            return copy.commit_changes(copy.changed(), touch=touch).header.revision
+        _require_list_name(field)
+        require_flags(touch=touch, create=create)
+        require_key(key)
+        own = _checked_items(field, items)
+        with self._locked(session_id, timeout_s, create=create) as tx:
+            copy = WorkingCopy.of(tx, create=create)
+            turn.add_once(copy.list(field), own, key=key, field=field)
+            return copy.commit_changes(copy.changed(), touch=touch).header.version
 
     # --- streams ---
 
-    def start_stream(self, session_id: str, message: Message | None = None, *, stream_id: str | None = None) -> Stream:
+    def start_stream(
+        self,
+        session_id: str,
+        message: Message | None = None,
+        *,
+        stream_id: str | None = None,
+        fields: Mapping[str, Any] | None = None,
+        create: bool = False,
+        once: bool = False,
+        timeout_s: float | None = None,
+    ) -> Stream:
         """Claim a session for a turn of the model. On return the claim, its liveness and the prompt are durable and
         visible.
 
@@ -358,20 +425,29 @@ class Store:
 
         Args:
             message: the prompt; without an ``id`` it gets ``<stream id>.prompt``. One whose ``id`` is in ``messages``
-                already is taken up again: that of a turn that was interrupted, say. One that has its answer, too: where
-                a request may be sent twice, look before. None starts a turn without a prompt.
+                already is taken up again: that of a turn that was interrupted, say. One that has its answer, too, but
+                for `once`. None starts a turn without a prompt.
             stream_id: an id of your own, never used before in this session; by default a random one.
+            fields: top-level fields to set in the same commit: the model that answers, say.
+            create: begin with an empty session where there is none.
+            once: start nothing for a prompt that runs, or that has its answer. The prompt needs an ``id``. So a request
+                may be sent twice.
+            timeout_s: how long to wait for the lock, in the place of the store's; 0 is now or never.
 
         Raises:
+            AlreadyStarted: with `once`: its `stream_id` runs the prompt, or its `answer` is there.
             SessionBusy: a live stream owns the session; it names the owner.
             InvalidStreamId, NotJSON, WrongType: an argument cannot be used.
             IdTaken: a message of that ``id`` is there, with other content.
             SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
-        return streams.start(self._open(), session_id, message, stream_id)
+        require_flags(create=create, once=once)
+        timeout_s = None if timeout_s is None else seconds("timeout_s", timeout_s)
+        options: dict[str, Any] = {"fields": fields, "create": create, "once": once, "timeout_s": timeout_s}
+        return streams.start(self._open(), session_id, message, stream_id, **options)
 
-    def cancel(self, session_id: str, stream_id: str, *, force: bool = False) -> bool:
-        """Ask a stream, of whatever process, to end. The request is durable; the owner sees `Stream.cancelled`.
+    def cancel(self, session_id: str, stream_id: str, *, force: bool = False, timeout_s: float | None = None) -> bool:
+        """Ask a stream, of whatever process, to end. The request is durable; the owner sees `Stream.is_cancelled`.
 
         A stream whose process is dead is cleared at once. Asking twice is asking once.
 
@@ -387,8 +463,9 @@ class Store:
         Raises:
             SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
-        errors.require_flags(force=force)
-        return streams.cancel(self._open(), session_id, stream_id, force=force)
+        require_flags(force=force)
+        with self._locked(session_id, timeout_s) as tx:
+            return streams.cancel(self._backend, tx, stream_id, force=force)
 
     def follow(self, session_id: str, stream_id: str, *, after: int = 0) -> Following:
         """Follow a stream's events as they come, from any process, until it ends.
@@ -420,30 +497,34 @@ class Store:
         """
         return self._cursor(session_id, stream_id, after).take_all()
 
-    def stream(self, session_id: str) -> StreamInfo | None:
+    def stream(self, session_id: str, *, timeout_s: float | None = None) -> StreamInfo | None:
         """Tell who runs the session's active stream, and whether that process lives; None if no stream is active.
 
         A stream that another program left, without a lease, shows as dead. Takes the session's lock.
 
         Raises: as `load`; LockTimeout, NestedLock.
         """
-        return streams.look_at(self._open(), session_id)
+        with self._locked(session_id, timeout_s) as tx:
+            return streams.look_at(tx)
 
-    def streams(self) -> list[StreamInfo]:
+    def streams(self, *, timeout_s: float | None = None) -> list[StreamInfo]:
         """List the active streams, and for each whether it lives. Takes the lock of one session at a time.
 
         Only streams that were started through `persist` are listed; see `clear_stale_streams` for others. The streams
         of a session that cannot be read, or is locked for too long, are left out: `check` names it.
         """
-        backend = self._open()
+        backend, timeout_s = self._open(), None if timeout_s is None else seconds("timeout_s", timeout_s)
         found = []
         for session_id in dict.fromkeys(session_id for session_id, _ in backend.files.leases()):
             # One damaged session must not hide the streams of the others; `check` names it.
             with suppress(*_UNREADABLE):
-                found.append(streams.look_at(backend, session_id))
+                with backend.files.transaction(session_id, timeout_s=timeout_s) as tx:
+                    found.append(streams.look_at(tx))
         return [info for info in found if info is not None]
 
-    def clear_stale_streams(self, *, every_session: bool = False) -> list[ClearedStream]:
+    def clear_stale_streams(
+        self, *, every_session: bool = False, timeout_s: float | None = None
+    ) -> list[ClearedStream]:
         """Clear every stream whose process is dead; for the start of a server, or now and then.
 
         Opens only the sessions that have a lease, however many others there are; one lock at a time. Left-over leases
@@ -451,25 +532,28 @@ class Store:
 
         Args:
             every_session: look into all sessions: also finds streams that another program left without a lease.
+            timeout_s: how long to wait for each lock, in the place of the store's.
 
         Raises:
             SweepIncomplete: some sessions could not be looked at; what was cleared is in it.
         """
-        errors.require_flags(every_session=every_session)
-        backend = self._open()
+        require_flags(every_session=every_session)
+        backend, timeout_s = self._open(), None if timeout_s is None else seconds("timeout_s", timeout_s)
         files = backend.files
         cleared: list[ClearedStream] = []
         failures: dict[str, Exception] = {}
         for session_id, stream_id in files.leases():
             try:
-                if streams.sweep_lease(backend, session_id, stream_id):
+                if streams.sweep_lease(backend, session_id, stream_id, timeout_s=timeout_s):
                     cleared.append(ClearedStream(session_id, stream_id))
             except (errors.PersistError, OSError) as error:
                 failures[session_id] = error
         for session_id in files.session_ids() if every_session else []:
             try:
                 active = streams.active_in(files.read_head(session_id))
-                if active is not None and streams.clear_stale(backend, session_id, active) is not None:
+                if active is None:
+                    continue
+                if streams.clear_stale(backend, session_id, active, timeout_s=timeout_s) is not None:
                     cleared.append(ClearedStream(session_id, str(active)))
             except (errors.PersistError, OSError) as error:
                 failures[session_id] = error
@@ -491,9 +575,8 @@ class Store:
         """
         return maintenance.check(self._open())
 
-    def compact(self, session_id: str, *, alone: bool = False) -> bool:
-        """Fold a session's journal into its document; it stays at its revision. What crashes have left of it is
-        removed.
+    def compact(self, session_id: str, *, alone: bool = False, timeout_s: float | None = None) -> bool:
+        """Fold a session's journal into its document; it keeps its version. What crashes have left of it is removed.
 
         That happens by itself when a journal has outgrown its document.
 
@@ -507,11 +590,11 @@ class Store:
         Raises:
             SessionNotFound, LockTimeout, NestedLock, CorruptSession, CommitFailed, CommitUnknown: see the errors.
         """
-        errors.require_flags(alone=alone)
-        with self._open().files.transaction(session_id) as tx:
+        require_flags(alone=alone)
+        with self._locked(session_id, timeout_s) as tx:
             return tx.compact(alone=alone)
 
-    def accept(self, session_id: str, *, drop_journal: bool = False) -> Session:
+    def accept(self, session_id: str, *, drop_journal: bool = False, timeout_s: float | None = None) -> Session:
         """Take a document as it is after an edit by hand: it gets new checksums and the next revision.
 
         A session that is sound is left alone. Of a journal that is damaged, what stands before the damage is taken; a
@@ -524,12 +607,29 @@ class Store:
 
         Raises:
             CorruptSession: it is not strict JSON, or what its journal says does not fit it any more; mend it first.
-            Otherwise as `edit`.
+            Otherwise as `transaction`.
         """
-        errors.require_flags(drop_journal=drop_journal)
-        with self._open().files.transaction(session_id) as tx:
+        require_flags(drop_journal=drop_journal)
+        with self._locked(session_id, timeout_s) as tx:
             committed = tx.accept(drop_journal=drop_journal)
         return self._session(session_id, committed, is_durable=True)
+
+
+def _require_list_name(field: object) -> None:
+    require_texts(field=field)
+    if field is None:
+        raise errors.WrongType(what="field", expected="a string", got="NoneType")
+    if field in turn.IDLE:
+        raise errors.ReservedField(field=str(field), remedy="Use store.start_stream().")
+
+
+def _checked_items(field: str, items: Iterable[Any]) -> list[Any]:
+    if isinstance(items, (str, bytes, Mapping)) or not isinstance(items, Iterable):
+        raise errors.WrongType(what="items", expected="several items, in a list", got=type(items).__name__)
+    own = list(items)
+    for place, item in enumerate(own):
+        json_codec.check(item, (field, place))
+    return own
 
 
 def _directory(path: object, *, create: bool) -> Path:
@@ -543,9 +643,3 @@ def _directory(path: object, *, create: bool) -> Path:
     if found == "a file" or (found == "missing" and not create):
         raise errors.WrongType(what=f"the store {directory}", expected="a directory that is there", got=found)
     return directory
-
-
-def _seconds(what: str, value: object) -> float:
-    if type(value) in (int, float) and math.isfinite(value) and value >= 0:  # type: ignore[arg-type,operator]
-        return float(value)  # type: ignore[arg-type]
-    raise errors.WrongType(what=what, expected="a number of seconds from 0 up", got=repr(value))

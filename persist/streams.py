@@ -15,25 +15,30 @@ import socket
 import sys
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar
 
 import msgspec
 
 from persist import errors, json_codec, turn
+from persist.arguments import require_flags
 from persist.event_log import Ended, EventFiles, Fenced
 from persist.storage import disk, layout, lease
 from persist.storage.cache import Replica
-from persist.storage.content import Content
+from persist.storage.content import Content, Id
 from persist.storage.diff import Change
 from persist.storage.document import Head, Header
 from persist.storage.transaction import SessionFiles, Transaction
-from persist.working_copy import WorkingCopy
+from persist.transaction import Transaction as Block
+from persist.transaction import refuse_changed_stream_fields
+from persist.working_copy import Changed, WorkingCopy
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,22 +108,40 @@ def _remove_lease(tx: Transaction, stream_id: object) -> None:
 # --- starting --------------------------------------------------------------------------------------------------------
 
 
-def start(backend: Backend, session_id: str, message: turn.Message | None, stream_id: str | None = None) -> Stream:
+def start(
+    backend: Backend,
+    session_id: str,
+    message: turn.Message | None,
+    stream_id: str | None = None,
+    *,
+    fields: Mapping[str, Any] | None = None,
+    create: bool = False,
+    once: bool = False,
+    timeout_s: float | None = None,
+) -> Stream:
     """Claim a session for a new stream. See `Store.start_stream`."""
     stream_id = uuid.uuid4().hex if stream_id is None else layout.check_stream_id(stream_id)
     prompt = None if message is None else turn.with_id(_checked(message), f"{stream_id}.prompt")
-    with backend.files.transaction(session_id) as tx:
-        copy = WorkingCopy(tx.read(), tx)
-        header, stale_id = copy.header, turn.active_stream(copy.fields)
+    if once and (message is None or message.get("id") is None):
+        raise errors.WrongType(what="the prompt of a start that is to be once", expected="one with an id", got="none")
+    with backend.files.transaction(session_id, may_be_missing=create, timeout_s=timeout_s) as tx:
+        copy = WorkingCopy.of(tx, create=create)
+        stale_id = turn.active_stream(copy.fields)
         with _trying_lease(tx, stale_id) as is_dead:
             if not is_dead:
-                raise _busy(tx, header, stale_id)
-            if any(copy.list(turn.MESSAGES).find(f"{stream_id}.{part}") is not None for part in ("prompt", "answer")):
+                if once and prompt is not None:
+                    _refuse_running(tx, copy, stale_id, prompt)
+                raise _busy(tx, copy.header, stale_id)
+            messages = copy.list(turn.MESSAGES)
+            if any(messages.place_of(f"{stream_id}.{part}") is not None for part in ("prompt", "answer")):
                 raise _unusable(stream_id, "a stream of this session had it before")
             if stream_id == stale_id:
                 raise _unusable(stream_id, "it is the id of the stream that died")
             if stale_id is not None:
                 _interrupt(copy)
+            if once and prompt is not None:
+                _refuse_answered(tx, copy, prompt)
+            _set_fields(copy, fields)
             turn.begin(copy, stream_id, prompt)
             changed = copy.changed()  # raises what it has to, before anything is done
             command = Path(sys.argv[0] or sys.executable).name if sys.argv else "python"
@@ -134,7 +157,7 @@ def start(backend: Backend, session_id: str, message: turn.Message | None, strea
             if taken is None:
                 raise _unusable(stream_id, "a stream of that id is alive")
             try:
-                committed = copy.commit(header.next(epoch=header.epoch + 1, owner=owner.to_header()), changed)
+                committed = copy.commit(copy.next_header(epoch=copy.header.epoch + 1, owner=owner.to_header()), changed)
                 stream = Stream(backend, session_id, committed.header, stream_id, taken)
             except BaseException as error:
                 # A failed launch must not keep its claim (hermes-webui #6869). Where the claim may be visible all the
@@ -147,6 +170,34 @@ def start(backend: Backend, session_id: str, message: turn.Message | None, strea
                 backend.events.end(session_id, stale_id, "died")
                 _remove_lease(tx, stale_id)
             return stream
+
+
+def _set_fields(copy: WorkingCopy, fields: Mapping[str, Any] | None) -> None:
+    """Set top-level fields in the commit of a stream's verb."""
+    if fields is not None and not isinstance(fields, Mapping):
+        raise errors.WrongType(what="fields", expected="a mapping of top-level fields", got=type(fields).__name__)
+    for name, value in (fields or {}).items():
+        if name in turn.IDLE:
+            raise errors.ReservedField(field=name, remedy="The stream verbs set it.")
+        copy.fields[name] = value
+
+
+def _refuse_running(tx: Transaction, copy: WorkingCopy, stream_id: str, prompt: turn.Message) -> None:
+    """Raise `AlreadyStarted` if a live stream runs this prompt."""
+    owner = owner_of(copy.header, stream_id)
+    if owner is not None and json_codec.same(owner.prompt_id, prompt["id"]):
+        tx.confirm()
+        facts = {"what": f"stream {stream_id} runs it", "remedy": "Follow that stream."}
+        raise errors.AlreadyStarted(session_id=tx.session_id, stream_id=stream_id, answer=None, **facts)
+
+
+def _refuse_answered(tx: Transaction, copy: WorkingCopy, prompt: turn.Message) -> None:
+    """Raise `AlreadyStarted` if a prompt has its answer."""
+    answer = turn.answer_to(copy.list(turn.MESSAGES), prompt)
+    if answer is not None:
+        tx.confirm()
+        facts = {"what": "it is answered", "remedy": "The answer is an attribute of this error."}
+        raise errors.AlreadyStarted(session_id=tx.session_id, stream_id=None, answer=answer, **facts)
 
 
 def _unusable(stream_id: str, reason: str) -> errors.InvalidStreamId:
@@ -170,7 +221,14 @@ class Cleared:
     changes: tuple[Change, ...]
 
 
-def clear_stale(backend: Backend, session_id: str, stream_id: object, incarnation: str | None = None) -> Cleared | None:
+def clear_stale(
+    backend: Backend,
+    session_id: str,
+    stream_id: object,
+    incarnation: str | None = None,
+    *,
+    timeout_s: float | None = None,
+) -> Cleared | None:
     """Clear `stream_id` from its session if it is still the active stream and is dead. `updated_at` is kept.
 
     Args:
@@ -179,7 +237,7 @@ def clear_stale(backend: Backend, session_id: str, stream_id: object, incarnatio
     Returns:
         What was committed. None if another stream or none is active, or if this one is alive.
     """
-    with backend.files.transaction(session_id) as tx:
+    with backend.files.transaction(session_id, timeout_s=timeout_s) as tx:
         copy = WorkingCopy(tx.read(), tx)
         if not _is_active(copy, stream_id) or incarnation not in (None, copy.header.incarnation):
             return None
@@ -216,9 +274,9 @@ def _interrupt(copy: WorkingCopy) -> None:
         turn.interrupt(copy, owner.prompt_id, owner.answer_id)
 
 
-def sweep_lease(backend: Backend, session_id: str, stream_id: str) -> bool:
+def sweep_lease(backend: Backend, session_id: str, stream_id: str, *, timeout_s: float | None) -> bool:
     """Clear the stream that a lease file names, or remove a left-over lease. Tell whether a stream was cleared."""
-    with backend.files.transaction(session_id, may_be_missing=True) as tx:
+    with backend.files.transaction(session_id, may_be_missing=True, timeout_s=timeout_s) as tx:
         copy = WorkingCopy(tx.read(), tx) if tx.exists() else None
         with _trying_lease(tx, stream_id) as is_dead:
             if not is_dead:
@@ -230,41 +288,71 @@ def sweep_lease(backend: Backend, session_id: str, stream_id: str) -> bool:
             return False
 
 
-def cancel(backend: Backend, session_id: str, stream_id: str, *, force: bool) -> bool:
+def cancel(backend: Backend, tx: Transaction, stream_id: str, *, force: bool) -> bool:
     """Ask a stream to end, or end it. See `Store.cancel`."""
-    with backend.files.transaction(session_id) as tx:
-        copy = WorkingCopy(tx.read(), tx)
-        if not _is_active(copy, stream_id):
-            return False
-        with _trying_lease(tx, stream_id) as is_dead:
-            owner = owner_of(copy.header, stream_id)
-            if is_dead or force or owner is None:
-                _take_away(backend, tx, copy, "died" if is_dead else "cancelled")
-            elif owner.cancelled:
-                tx.confirm()
-            else:
-                copy.commit(copy.header.next(touch=False, owner=owner.to_header(cancelled=True)))
-        return True
+    copy = WorkingCopy(tx.read(), tx)
+    if not _is_active(copy, stream_id):
+        return False
+    with _trying_lease(tx, stream_id) as is_dead:
+        owner = owner_of(copy.header, stream_id)
+        if is_dead or force or owner is None:
+            _take_away(backend, tx, copy, "died" if is_dead else "cancelled")
+        elif owner.cancelled:
+            tx.confirm()
+        else:
+            copy.commit(copy.header.next(touch=False, owner=owner.to_header(cancelled=True)))
+    return True
 
 
-def delete(backend: Backend, session_id: str, *, force: bool) -> None:
+def delete(backend: Backend, tx: Transaction, *, force: bool = False) -> None:
     """Delete a session unless a live stream owns it. See `Store.delete`."""
-    with backend.files.transaction(session_id) as tx:
-        # Forced, also a document that cannot be read.
-        if force and not tx.exists():
-            raise errors.SessionNotFound(session_id=session_id, path=tx.paths.document)
-        active = None if force else turn.active_stream(WorkingCopy(tx.read()).fields)
-        with _trying_lease(tx, active) as is_dead:
-            if not is_dead:
-                raise _busy(tx, tx.read().header, active)
-            tx.require_known()
-            with tx.refusals():
-                # First, so that nothing is emitted behind what a follower takes for the end.
-                backend.events.fence_session(session_id)
-            tx.delete()
-            for stream_id in backend.files.stream_ids(session_id):
-                _remove_lease(tx, stream_id)
-            backend.events.remove_session(session_id)
+    # Forced, also a document that cannot be read.
+    if force and not tx.exists():
+        raise errors.SessionNotFound(session_id=tx.session_id, path=tx.paths.document)
+    active = None if force else turn.active_stream(WorkingCopy(tx.read()).fields)
+    with _trying_lease(tx, active) as is_dead:
+        if not is_dead:
+            raise _busy(tx, tx.read().header, active)
+        tx.require_known()
+        with tx.refusals():
+            # First, so that nothing is emitted behind what a follower takes for the end.
+            backend.events.fence_session(tx.session_id)
+        tx.delete()
+        for stream_id in backend.files.stream_ids(tx.session_id):
+            _remove_lease(tx, stream_id)
+        backend.events.remove_session(tx.session_id)
+
+
+def require_free(tx: Transaction) -> None:
+    """Raise `SessionBusy` if a live stream owns the session. Under the lock none can start."""
+    active = active_in(tx.read().content)
+    with _trying_lease(tx, active) as is_dead:
+        if not is_dead:
+            raise _busy(tx, tx.read().header, active)
+
+
+def checked(tx: Transaction, copy: WorkingCopy) -> Changed | None:
+    """Return what a block has changed. It may change all but what belongs to the stream verbs.
+
+    Raises:
+        ReservedField: it has changed a stream field.
+        SessionBusy: it has removed the partial answer of a live stream.
+    """
+    changed = copy.changed()
+    if changed is not None:
+        before, after = copy.committed, changed[0]
+        refuse_changed_stream_fields(before, after)
+        active = active_in(before)
+        owner = None if active is None else owner_of(copy.header, active)
+        if (
+            owner is not None
+            and turn.has_message(before, owner.answer_id)
+            and not turn.has_message(after, owner.answer_id)
+        ):
+            require_free(tx)
+        # The block is the caller's own code, and may have taken its time.
+        tx.require_unchanged()
+    return changed
 
 
 # --- looking ---------------------------------------------------------------------------------------------------------
@@ -282,17 +370,16 @@ class StreamInfo:
     last_commit_at: datetime
 
 
-def look_at(backend: Backend, session_id: str, *, timeout_s: float | None = None) -> StreamInfo | None:
-    """Tell whether a session's active stream is alive, under the session's lock. None if it has none."""
-    with backend.files.transaction(session_id, timeout_s=timeout_s) as tx:
-        head = tx.head()
-        stream_id = active_in(head)
-        if stream_id is None:
-            return None
-        with _trying_lease(tx, stream_id) as is_dead:
-            owner = owner_of(head.header, stream_id)
-            process, is_cancelled = (None, False) if owner is None else (owner.process, owner.cancelled)
-            return StreamInfo(session_id, stream_id, not is_dead, is_cancelled, process, head.header.updated_at)
+def look_at(tx: Transaction) -> StreamInfo | None:
+    """Tell whether a session's active stream is alive. None if it has none."""
+    head = tx.head()
+    stream_id = active_in(head)
+    if stream_id is None:
+        return None
+    with _trying_lease(tx, stream_id) as is_dead:
+        owner = owner_of(head.header, stream_id)
+        process, is_cancelled = (None, False) if owner is None else (owner.process, owner.cancelled)
+        return StreamInfo(tx.session_id, stream_id, not is_dead, is_cancelled, process, head.header.updated_at)
 
 
 def active_in(head: Head | Content) -> Any:
@@ -348,9 +435,8 @@ class Stream:
     def __reduce__(self) -> NoReturn:
         raise TypeError("A Stream belongs to the process that started it; it cannot be handed to another.")
 
-    @property
-    def cancelled(self) -> bool:
-        """Whether somebody, in any process, has asked this stream to end, or it has lost its session.
+    def is_cancelled(self) -> bool:
+        """Tell whether somebody, in any process, has asked this stream to end, or it has lost its session.
 
         Reads the head of the document: tens of microseconds, no lock.
         """
@@ -360,11 +446,12 @@ class Stream:
         except (errors.StreamLost, errors.SessionNotFound):
             return True
 
-    def checkpoint(self, message: turn.Message) -> None:
+    def checkpoint(self, message: turn.Message, *, timeout_s: float | None = None) -> None:
         """Make the answer so far durable; it replaces the stream's one partial message.
 
         Args:
             message: the partial answer; without an ``id`` it is ``<stream id>.answer``.
+            timeout_s: how long to wait for the session's lock, in the place of the store's.
 
         Raises:
             StreamLost: the session is no longer this stream's: end the turn.
@@ -373,22 +460,47 @@ class Stream:
             CommitFailed, CommitUnknown, LockTimeout: see the errors; the turn may go on.
         """
         answer = turn.with_id(_checked(message), f"{self.id}.answer")
-        with self._owned() as (copy, owner):
+        with self._owned(timeout_s) as (_, copy, owner):
             answer_id = turn.put_answer(copy.list(turn.MESSAGES), answer, owner.answer_id)
             self._commit(copy, owner, answer_id)
 
-    def append(self, message: turn.Message) -> None:
+    def append(self, message: turn.Message, *, timeout_s: float | None = None) -> None:
         """Add a message to the turn, before its partial answer (a tool's result, say). Idempotent by its ``id``.
 
         Raises: as `checkpoint`.
         """
         item = _checked(message)
-        with self._owned() as (copy, owner):
+        with self._owned(timeout_s) as (_, copy, owner):
             messages = copy.list(turn.MESSAGES)
-            turn.append_once(messages, item, before=messages.find(owner.answer_id))
+            turn.add_once(messages, [item], before=messages.place_of(owner.answer_id))
             self._commit(copy, owner, owner.answer_id)
 
-    def emit(self, *events: Any, durable: bool = False) -> int:
+    @contextmanager
+    def transaction(self, *, timeout_s: float | None = None) -> Iterator[Block]:
+        """Change the session in one commit, as `Store.transaction` does, while it is this stream's.
+
+        Messages that are added at the end go before the partial answer, as `append` puts them.
+
+        Raises:
+            StreamLost: the session is no longer this stream's: the block is not entered.
+            SessionBusy: the block removes the partial answer, or the session.
+            Otherwise as `Store.transaction`.
+        """
+        with self._owned(timeout_s) as (tx, copy, owner):
+            block = Block(copy, lambda: require_free(tx))
+            answer_id = owner.answer_id
+            is_last = answer_id is not None and turn.is_last(copy.list(turn.MESSAGES), answer_id)
+            yield block
+            if is_last:
+                turn.put_last(copy.list(turn.MESSAGES), answer_id)
+            block.version = copy.commit_changes(checked(tx, copy)).header.version
+
+    def update(self, function: Callable[[Block], Result], *, timeout_s: float | None = None) -> Result:
+        """Call a function in a `transaction` of this stream, and return its result. See `Store.update`."""
+        with self.transaction(timeout_s=timeout_s) as block:
+            return block.result_of(function)
+
+    def emit(self, *events: Any, durable: bool = False, timeout_s: float | None = None) -> int:
         """Add events for those who follow the stream (`Store.follow`), in this process and in others; they see them at
         once.
 
@@ -397,6 +509,7 @@ class Stream:
         Args:
             events: JSON values; several in one call are one write.
             durable: return only when they would survive a power cut, too.
+            timeout_s: how long the first call may wait for the session's lock, in the place of the store's.
 
         Returns:
             The offset of the last one; the first event of a stream has offset 1.
@@ -410,13 +523,13 @@ class Stream:
         """
         if not events:
             raise errors.WrongType(what="emit()", expected="called with one event or more", got="called with none")
-        errors.require_flags(durable=durable)
+        require_flags(durable=durable)
         encoded = list(map(json_codec.encode_exact, events))
         if not self._lease.is_held:
             raise self._lost("it has ended, or this is a forked child")
         try:
             if not self._events.is_open:
-                with self._backend.files.transaction(self.session_id) as tx:
+                with self._backend.files.transaction(self.session_id, timeout_s=timeout_s) as tx:
                     head = tx.head()
                     self._require_ownership(head.header, active_in(head))
                     self._events.open()
@@ -426,43 +539,51 @@ class Stream:
         except Fenced:
             raise self._lost("it has ended, was cancelled by force, or was cleared as stale") from None
 
-    def finish(self, message: turn.Message | None = None) -> None:
+    def finish(
+        self,
+        message: turn.Message | None = None,
+        *,
+        fields: Mapping[str, Any] | None = None,
+        timeout_s: float | None = None,
+    ) -> None:
         """End the turn with its answer, in one commit: the message, and the stream fields cleared.
 
         Args:
             message: the whole answer, in place of the partial; None keeps the last checkpoint as it is.
+            fields: top-level fields to set in the same commit: the tokens that it took, say.
 
         Raises: as `checkpoint`.
         """
         answer = None if message is None else turn.with_id(_checked(message), f"{self.id}.answer")
-        with self._owned() as (copy, owner):
+        with self._owned(timeout_s) as (_, copy, owner):
             if answer is not None:
                 turn.put_answer(copy.list(turn.MESSAGES), answer, owner.answer_id)
+            _set_fields(copy, fields)
             turn.end(copy)
             self._end(copy, "finished")
 
-    def fail(self) -> None:
+    def fail(self, *, timeout_s: float | None = None) -> None:
         """End the turn without an answer: prompt and partial stay in `messages`, marked ``interrupted``.
 
         Raises: as `checkpoint`.
         """
-        with self._owned() as (copy, owner):
+        with self._owned(timeout_s) as (_, copy, owner):
             turn.interrupt(copy, owner.prompt_id, owner.answer_id)
             self._end(copy, "cancelled" if owner.cancelled else "failed")
 
     @contextmanager
-    def _owned(self) -> Iterator[tuple[WorkingCopy, StreamOwner]]:
+    def _owned(self, timeout_s: float | None) -> Iterator[tuple[Transaction, WorkingCopy, StreamOwner]]:
         """Hold the session's lock for a block, and give it a working copy, if the session is still this stream's."""
         if not self._lease.is_held:
             raise self._lost("it has ended, or this is a forked child")
         try:
-            with self._backend.files.transaction(self.session_id) as tx:
+            with self._backend.files.transaction(self.session_id, timeout_s=timeout_s) as tx:
                 copy = WorkingCopy(tx.read(), tx)
-                yield copy, self._require_ownership(copy.header, turn.active_stream(copy.fields))
+                yield tx, copy, self._require_ownership(copy.header, turn.active_stream(copy.fields))
         except errors.SessionNotFound:
             raise self._lost("the session was deleted") from None
 
-    def _commit(self, copy: WorkingCopy, owner: StreamOwner, answer_id: turn.MessageId | None) -> None:
+    def _commit(self, copy: WorkingCopy, owner: StreamOwner, answer_id: Id | None) -> None:
         """Commit what was changed, or make durable what is there."""
         changed = copy.changed()
         if changed is None and answer_id == owner.answer_id:

@@ -6,17 +6,17 @@ replaces and the finish completes. Nothing here removes a prompt.
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from persist.errors import IdTaken
 from persist.json_codec import same
+from persist.storage.content import Content, Id, Items, as_id
 from persist.working_copy import WorkingCopy, WorkingList
 
 Message = dict[str, Any]
-MessageId = str | int
-
 ACTIVE = "active_stream_id"
 #: The fields of a document that belong to the stream verbs, with their values while no stream is active.
 IDLE: dict[str, Any] = {
@@ -34,23 +34,41 @@ def active_stream(fields: Mapping[str, Any]) -> Any:
     return fields.get(ACTIVE) or None
 
 
-def leave_out(document: WorkingCopy, answer_id: MessageId | None) -> None:
+def leave_out(document: WorkingCopy, answer_id: Id | None) -> None:
     """Take a running turn out of a copy: the stream fields, and the partial answer of the original's stream."""
     for field in IDLE:
         document.fields.pop(field, None)
     if answer_id is not None and document.has_list(MESSAGES):
         messages = document.list(MESSAGES)
-        while (place := messages.find(answer_id)) is not None:
+        while (place := messages.place_of(answer_id)) is not None:
             del messages[place]
 
 
-def append_once(messages: WorkingList, item: Any, *, before: int | None = None, field: str = MESSAGES) -> None:
-    """Add an item unless one of its id is there. The same id with other content is `IdTaken`."""
-    place = messages.find(item.get("id")) if type(item) is dict else None
-    if place is None:
-        messages.insert(len(messages) if before is None else before, item)
-    else:
-        _require_same(messages[place], item, (field, place))
+def add_once(
+    messages: WorkingList,
+    items: Sequence[Any],
+    *,
+    key: str | None = "id",
+    before: int | None = None,
+    field: str = MESSAGES,
+) -> None:
+    """Add items to a list, but those that are there. The same `key` with other content is `IdTaken`."""
+    fresh: list[Any] = []
+    seen: dict[Id, tuple[int, Any]] = {}
+    for item in items:
+        identity = as_id(item.get(key)) if key is not None and type(item) is dict else None
+        if identity is None or key is None:
+            fresh.append(item)
+            continue
+        if identity not in seen:
+            place = messages.place_of(identity, key)
+            if place is None:
+                fresh.append(item)
+            seen[identity] = (len(messages), item) if place is None else (place, messages[place])
+        place, there = seen[identity]
+        _require_same(there, item, (field, place))
+    for place, item in enumerate(fresh, len(messages) if before is None else before):
+        messages.insert(place, item)
 
 
 def _require_same(there: Message, item: Message, path: tuple[str | int, ...]) -> None:
@@ -67,7 +85,7 @@ def with_id(message: Message, default: str) -> Message:
 
 def put_prompt(messages: WorkingList, prompt: Message) -> None:
     """Add the prompt of a turn, or take up again the one that an interrupted turn has left."""
-    place = messages.find(prompt["id"])
+    place = messages.place_of(prompt["id"])
     if place is None:
         messages.append(prompt)
         return
@@ -77,7 +95,7 @@ def put_prompt(messages: WorkingList, prompt: Message) -> None:
     there.pop(INTERRUPTED, None)
 
 
-def put_answer(messages: WorkingList, answer: Message, current_id: MessageId | None) -> MessageId | None:
+def put_answer(messages: WorkingList, answer: Message, current_id: Id | None) -> Id | None:
     """Put the answer where the turn's partial stands, or at the end. There is never a second one.
 
     An answer whose id an interrupted turn has left takes that one's place, as a prompt does. A finished turn's answer
@@ -86,8 +104,8 @@ def put_answer(messages: WorkingList, answer: Message, current_id: MessageId | N
     Returns:
         The id of the turn's own answer, None if an earlier turn has given it.
     """
-    place = messages.find(current_id)
-    twin = messages.find(answer["id"])
+    place = messages.place_of(current_id)
+    twin = messages.place_of(answer["id"])
     if twin is not None and twin != place:
         there = messages[twin]
         if not there.get(INTERRUPTED) or there.get("role") != answer.get("role"):
@@ -103,6 +121,38 @@ def put_answer(messages: WorkingList, answer: Message, current_id: MessageId | N
     else:
         messages[place] = answer
     return answer["id"]  # type: ignore[no-any-return]
+
+
+def has_message(content: Content, message_id: Id | None) -> bool:
+    """Tell whether a content has a message of that id."""
+    messages = content.apart.get(MESSAGES)
+    return isinstance(messages, Items) and message_id is not None and messages.find(message_id) is not None
+
+
+def is_last(messages: WorkingList, answer_id: Id | None) -> bool:
+    """Tell whether a turn's partial answer is the last message."""
+    return answer_id is not None and messages.place_of(answer_id) == len(messages) - 1
+
+
+def put_last(messages: WorkingList, answer_id: Id | None) -> None:
+    """Put a turn's partial answer behind what was added since."""
+    place = messages.place_of(answer_id)
+    if place is not None and place < len(messages) - 1:
+        messages.append(messages.pop(place))
+
+
+def answer_to(messages: WorkingList, prompt: Message) -> Message | None:
+    """Return the message that ends the turn of a prompt, None for a turn that has no answer, or was interrupted."""
+    place = messages.place_of(prompt["id"])
+    if place is None or messages[place].get(INTERRUPTED):
+        return None
+    rest = itertools.takewhile(lambda message: not _has_role(message, "user"), messages[place + 1 :])
+    answers = [message for message in rest if type(message) is dict and not _has_role(message, "tool")]
+    return answers[-1] if answers and not answers[-1].get(INTERRUPTED) else None
+
+
+def _has_role(message: Any, role: str) -> bool:
+    return type(message) is dict and message.get("role") == role
 
 
 def begin(document: WorkingCopy, stream_id: str, prompt: Message | None) -> None:
@@ -124,7 +174,7 @@ def end(document: WorkingCopy) -> None:
         fields[field] = list(idle) if type(idle) is list else idle
 
 
-def interrupt(document: WorkingCopy, prompt_id: MessageId | None, answer_id: MessageId | None) -> None:
+def interrupt(document: WorkingCopy, prompt_id: Id | None, answer_id: Id | None) -> None:
     """End a turn that has no answer: prompt and partial stay, marked once.
 
     A turn can be ended whatever somebody has made of `messages`: what is no list has nothing to mark.
@@ -132,27 +182,47 @@ def interrupt(document: WorkingCopy, prompt_id: MessageId | None, answer_id: Mes
     if document.has_list(MESSAGES):
         messages = document.list(MESSAGES)
         for message_id in (prompt_id, answer_id):
-            place = messages.find(message_id)
+            place = messages.place_of(message_id)
             if place is not None:
                 messages[place][INTERRUPTED] = True
     end(document)
 
 
 def interrupt_foreign(document: WorkingCopy) -> None:
-    """End a turn that another program started, of which only the stream fields tell."""
+    """End a turn that another program started, of which only the stream fields tell.
+
+    The prompt there may be its only copy (hermes-webui #1471). Where it stands among the messages already, it is not
+    added again: since the last answer, or in the turn which that answer ended.
+    """
     fields = document.fields
     content = fields.get("pending_user_message")
     if content and document.has_list(MESSAGES):
-        # It may be the prompt's only copy (hermes-webui #1471).
+        messages = document.list(MESSAGES)
         told = {INTERRUPTED: True}
         if fields.get("pending_attachments"):
             told["attachments"] = fields["pending_attachments"]
-        messages = document.list(MESSAGES)
-        last = messages[-1] if messages else None
-        if type(last) is dict and last.get("role") == "user" and same(last.get("content"), content):
-            last.update({**told, **last, INTERRUPTED: True})
-        else:
+        place, is_answered = _find_pending(messages, content)
+        if place is None:
             prompt_id = f"{fields.get(ACTIVE)}.prompt"
-            named = {"id": prompt_id} if messages.find(prompt_id) is None else {}
+            named = {"id": prompt_id} if messages.place_of(prompt_id) is None else {}
             messages.append({**named, "role": "user", "content": content, **told})
+        elif not is_answered:
+            prompt = messages[place]
+            prompt.update({**told, **prompt, INTERRUPTED: True})
     end(document)
+
+
+def _find_pending(messages: WorkingList, content: Any) -> tuple[int | None, bool]:
+    """Return where a pending prompt stands, and whether the last answer stands behind it."""
+    is_answered, has_ended = False, False
+    for place in range(len(messages) - 1, -1, -1):
+        message = messages[place]
+        if _has_role(message, "user"):
+            if same(message.get("content"), content):
+                return place, is_answered
+            has_ended = is_answered
+        elif has_ended:
+            break
+        elif _has_role(message, "assistant"):
+            is_answered = True
+    return None, False

@@ -13,14 +13,25 @@ whichever way it is asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping, MutableSequence
-from typing import Any
+from typing import Any, Self
 
 from persist import json_codec
 from persist.errors import ReservedField, WrongType
 from persist.storage import diff
 from persist.storage.cache import Replica
-from persist.storage.content import ALWAYS_APART, HEADER, Content, Items, as_before, decode, encoded, id_key, placed
-from persist.storage.document import Header
+from persist.storage.content import (
+    ALWAYS_APART,
+    HEADER,
+    Content,
+    Items,
+    as_before,
+    as_id,
+    decode,
+    empty,
+    encoded,
+    placed,
+)
+from persist.storage.document import Header, first_header
 from persist.storage.transaction import Transaction
 
 #: A content, and what turns the values that stand apart in the committed one into its own.
@@ -33,13 +44,15 @@ class WorkingCopy:
     Args:
         found: what is committed.
         tx: the transaction that found it, None for a copy that is not committed.
+        is_new: nothing is committed yet, and `found` is how the session begins.
 
     Attributes:
         header: that of the committed revision.
     """
 
-    def __init__(self, found: Replica, tx: Transaction | None = None) -> None:
+    def __init__(self, found: Replica, tx: Transaction | None = None, *, is_new: bool = False) -> None:
         self.header = found.header
+        self._is_new = is_new
         self._tx = tx
         self._content = found.content
         # Each value is in one of these: as it was committed, as a list to be changed, or as a plain value. A plain
@@ -47,6 +60,31 @@ class WorkingCopy:
         self._committed = dict(found.content)
         self._lists: dict[str, WorkingList] = {}
         self._values: dict[str, Any] = {}
+
+    @classmethod
+    def of(cls, tx: Transaction, *, create: bool = False) -> Self:
+        """Return a copy of what is committed. With `create`, also of a session that is about to be made.
+
+        Raises: as `Transaction.read`.
+        """
+        if create and not tx.exists():
+            header = first_header(tx.session_id if tx.paths.file_id else None)
+            return cls(Replica(header, empty(), (0, 0, 0, 0)), tx, is_new=True)
+        return cls(tx.read(), tx)
+
+    @property
+    def committed(self) -> Content:
+        """The content that is committed."""
+        return self._content
+
+    @property
+    def version(self) -> str | None:
+        """The version that is committed, None for a session that is about to be made."""
+        return None if self._is_new else self.header.version
+
+    def next_header(self, *, touch: bool = True, **changes: Any) -> Header:
+        """Return the header of the commit."""
+        return self.header.but(**changes) if self._is_new else self.header.next(touch=touch, **changes)
 
     @property
     def fields(self) -> Fields:
@@ -80,8 +118,9 @@ class WorkingCopy:
                 if type(whole) is not list:
                     what = f"field {name!r} of the document"
                     raise WrongType(what=what, expected="a list", got=type(whole).__name__)
-                return WorkingList(name, Items([]), whole, tx=self._tx)
-            self._lists[name] = WorkingList(name, value if isinstance(value, Items) else Items([]), tx=self._tx)
+                return WorkingList(name, Items([]), whole, tx=self._tx, values=self._values)
+            base = value if isinstance(value, Items) else Items([])
+            self._lists[name] = WorkingList(name, base, tx=self._tx, values=self._values)
             self._committed.pop(name, None)
         return self._lists[name]
 
@@ -89,6 +128,17 @@ class WorkingCopy:
         """Tell whether a top-level value is committed as a list, or missing."""
         value = self._content.get(name)
         return value is None or isinstance(value, Items) or value[:1] == b"["
+
+    def has_handed_out(self, value: object) -> bool:
+        """Tell whether this very object is, or stands in, something that a caller got from this copy."""
+        pending = [self._values, *(items.tail for items in self._lists.values())]
+        while pending:
+            each = pending.pop()
+            if each is value:
+                return True
+            children = each.values() if type(each) is dict else each if type(each) is list else ()
+            pending += [child for child in children if type(child) in (dict, list)]
+        return False
 
     def _has(self, name: str) -> bool:
         items = self._lists.get(name)
@@ -138,7 +188,7 @@ class WorkingCopy:
         return self._content if changed is None else changed[0]
 
     def commit(self, header: Header, changed: Changed | None = None) -> Replica:
-        """Commit the content as it is now, also if nothing was changed in it.
+        """Commit the content as it is now under the `next_header`, also if nothing was changed in it.
 
         `changed` is that, if the caller knows it.
         """
@@ -149,10 +199,10 @@ class WorkingCopy:
     def commit_changes(self, changed: Changed | None, *, touch: bool = True) -> Replica:
         """Commit what `changed` returned. If that is None, make durable what was read."""
         assert self._tx is not None
-        if changed is None:
+        if changed is None and not self._is_new:
             self._tx.confirm()
             return self._tx.read()
-        return self._tx.commit(self.header.next(touch=touch), *changed)
+        return self.commit(self.next_header(touch=touch), changed)
 
 
 class Fields(MutableMapping[str, Any]):
@@ -196,37 +246,43 @@ class Fields(MutableMapping[str, Any]):
 
 
 class WorkingList(MutableSequence[Any]):
-    """A list of a working copy: the items that it keeps of the committed list, and behind them a tail of its own.
+    """A list of a session while a block changes it, to be used as any list.
 
-    An entry of the tail is an item's JSON as long as nobody asked for it, else a Python value. The tail may be a plain
-    list of the caller's, which is changed in place then.
+    It reads what it is asked for. What it was asked for is written with the commit, if it was changed.
     """
 
-    def __init__(self, name: str, base: Items, tail: list[Any] | None = None, *, tx: Transaction | None = None) -> None:
+    # It keeps some items of the committed list, and behind them a tail of its own. An entry of the tail is an item's
+    # JSON as long as nobody asked for it, else a Python value. The tail may be a plain list of the caller's.
+
+    def __init__(
+        self, name: str, base: Items, tail: list[Any] | None = None, *, tx: Transaction | None, values: dict[str, Any]
+    ) -> None:
         self._name = name
         self._tx = tx
+        self._values = values
         self.base = base
         self._kept = len(base)
-        self._tail: list[Any] = [] if tail is None else tail
+        self.tail: list[Any] = [] if tail is None else tail
+        self._is_plain = tail is not None
 
     def whole(self) -> list[Any]:
         """Return all items as a plain list, which this working list goes on to change in place."""
         self._in_tail(0)
-        self._tail[:] = [json_codec.decode(item) if type(item) is bytes else item for item in self._tail]
-        self.base = Items([])
-        return self._tail
+        self.tail[:] = [json_codec.decode(item) if type(item) is bytes else item for item in self.tail]
+        self.base, self._is_plain = Items([]), True
+        return self.tail
 
     def become(self, items: list[Any]) -> None:
         """Go on as a plain list, which is changed in place."""
-        self.base, self._kept, self._tail = Items([]), 0, items
+        self.base, self._kept, self.tail, self._is_plain = Items([]), 0, items, True
 
     def __len__(self) -> int:
-        return self._kept + len(self._tail)
+        return self._kept + len(self.tail)
 
     def _in_tail(self, place: int) -> int:
         """Return the place of an item in the tail, which grows to the front for that."""
         if place < self._kept:
-            self._tail[:0] = self.base.last(len(self.base) - place)[: self._kept - place]
+            self.tail[:0] = self.base.last(len(self.base) - place)[: self._kept - place]
             self._kept = place
         return place - self._kept
 
@@ -234,19 +290,22 @@ class WorkingList(MutableSequence[Any]):
         if isinstance(place, slice):
             return [self[each] for each in range(*place.indices(len(self)))]
         at = self._in_tail(range(len(self))[place])
-        if type(self._tail[at]) is bytes:
-            self._tail[at] = json_codec.decode(self._tail[at])
-        return self._tail[at]
+        if type(self.tail[at]) is bytes:
+            self.tail[at] = json_codec.decode(self.tail[at])
+        return self.tail[at]
 
     def __setitem__(self, place: Any, item: Any) -> None:
         if isinstance(place, slice):
             raise TypeError("Replace items one by one.")
         self._check(item, place)
-        self._tail[self._in_tail(range(len(self))[place])] = item
+        self.tail[self._in_tail(range(len(self))[place])] = item
 
     def _check(self, item: Any, place: int) -> None:
         if self._tx is not None:
             self._tx.require_lock()
+        if self._is_plain and self._values.get(self._name) is not self.tail:
+            what, expected = f"this list of {self._name!r}", "the document's: ask the transaction for it anew"
+            raise WrongType(what=what, expected=expected, got="one that the block has replaced")
         # In the tail, bytes would pass for an item's JSON.
         if type(item) is bytes:
             json_codec.check(item, (self._name, place))
@@ -255,36 +314,43 @@ class WorkingList(MutableSequence[Any]):
         places = range(len(self))[place]
         self._check(None, 0)
         for each in sorted(places if isinstance(place, slice) else [places], reverse=True):
-            del self._tail[self._in_tail(each)]
+            del self.tail[self._in_tail(each)]
 
     def insert(self, place: int, item: Any) -> None:
         """Put an item before the one at a place."""
         place, _, _ = slice(place, None).indices(len(self))
         self._check(item, place)
-        self._tail.insert(self._in_tail(place), item)
+        self.tail.insert(self._in_tail(place), item)
 
-    def find(self, message_id: object) -> int | None:
-        """Return the place of the last item with this id, or None. `1` and `"1"` are two ids."""
-        key = id_key(message_id)
-        if key is None:
+    def find(self, value: str | int, key: str = "id") -> Any:
+        """Return the last item whose `key` has this value, to be changed in place, or None. `1` and `"1"` differ."""
+        place = self.place_of(value, key)
+        return None if place is None else self[place]
+
+    def place_of(self, value: object, key: str = "id") -> int | None:
+        """Return the place of the last item whose `key` has this value, or None."""
+        wanted = as_id(value)
+        if wanted is None:
             return None
-        for place in range(len(self._tail) - 1, -1, -1):
-            if id_key(_id_of(self._tail[place])) == key:
+        for place in range(len(self.tail) - 1, -1, -1):
+            if as_id(_value_of(self.tail[place], key)) == wanted:
                 return self._kept + place
-        place_there = self.base.find(key)
+        place_there = self.base.find(wanted, key)
         if place_there is None or place_there < self._kept:
             return place_there
         # It stood in what is the tail by now. An earlier item may have the same id.
-        return next((at for at in range(self._kept - 1, -1, -1) if id_key(_id_of(self.base[at])) == key), None)
+        return next(
+            (at for at in range(self._kept - 1, -1, -1) if as_id(_value_of(self.base[at], key)) == wanted), None
+        )
 
     def changes(self) -> tuple[diff.Change, ...]:
         """Return what turns the committed list into this one."""
         before = self.base.last(len(self.base) - self._kept)
         after = [
             item if type(item) is bytes else json_codec.encode_exact(item, (self._name, place))
-            for place, item in enumerate(self._tail, self._kept)
+            for place, item in enumerate(self.tail, self._kept)
         ]
-        for at, (item, old) in enumerate(zip(self._tail, before, strict=False)):
+        for at, (item, old) in enumerate(zip(self.tail, before, strict=False)):
             if type(item) is not bytes:
                 after[at] = as_before(after[at], item, old)
         return tuple(diff.splices(self._name, before, after, self._kept))
@@ -297,6 +363,6 @@ class WorkingList(MutableSequence[Any]):
         return items
 
 
-def _id_of(item: Any) -> Any:
+def _value_of(item: Any, key: str) -> Any:
     item = json_codec.decode(item) if type(item) is bytes else item
-    return item.get("id") if type(item) is dict else None
+    return item.get(key) if type(item) is dict else None

@@ -147,7 +147,8 @@ def _entry(store: Store, session_id: str) -> Entry | None:
         return None
     except (PersistError, OSError) as error:
         return Entry(session_id, error=str(error))
-    title = head.data.get("title")
+    # A title that is too large for a head is not shown.
+    title = dict(head.fields).get("title")
     return Entry(
         session_id,
         title if isinstance(title, str) else None,

@@ -27,7 +27,9 @@ def hold(run: Run, name: str, timeout_s: float) -> Iterator[None]:
     with _acquired(run, session_id, name, timeout_s) as stream:
         run.held.streams[session_id] = stream.id
         try:
-            run.store.update(session_id, lambda data: data.update({_TEST: os.environ.get("PYTEST_CURRENT_TEST", "")}))
+            run.store.update(
+                session_id, lambda tx: tx.fields.update({_TEST: os.environ.get("PYTEST_CURRENT_TEST", "")})
+            )
             yield
         finally:
             del run.held.streams[session_id]
@@ -41,7 +43,7 @@ def _acquired(run: Run, session_id: str, name: str, timeout_s: float) -> Stream:
 
         def timed_out(busy: SessionBusy = busy) -> NamedLockTimeout:
             holder, since_s = describe(busy)
-            test = run.store.head(session_id).data.get(_TEST, "")
+            test = run.store.head(session_id).fields.get(_TEST, "")
             where = f", in {test}" if test else ""
             return NamedLockTimeout(name=name, holder=holder, since_s=since_s, waited_s=wait.waited_s, where=where)
 

@@ -129,7 +129,7 @@ class Once:
             # sees it.
             mine, stream_id = next(reversed(producing.items()))
             edge = f"{stream_id} {self.session_id}"
-            self.run.store.update(mine, lambda data: data.update({_WAITS_FOR: edge}))
+            self.run.store.update(mine, lambda tx: tx.fields.update({_WAITS_FOR: edge}))
             self._refuse_cycle(list(producing))
 
         def timed_out() -> ProducerTimeout:
@@ -143,14 +143,14 @@ class Once:
         while (following := self._waits_for(chain[-1])) is not None:
             if following in producing:
                 cycle = [*producing[producing.index(following) :], *chain[1:], following]
-                raise KeyCycle(chain=" -> ".join(repr(self.run.store.head(each).data["name"]) for each in cycle))
+                raise KeyCycle(chain=" -> ".join(repr(self.run.store.head(each).fields["name"]) for each in cycle))
             if following in chain:
                 return  # a cycle of others: theirs to report
             chain.append(following)
 
     def _waits_for(self, session_id: str) -> str | None:
         head = self.run.store.head(session_id)
-        stream_id, _, following = head.data.get(_WAITS_FOR, "").partition(" ")
+        stream_id, _, following = head.fields.get(_WAITS_FOR, "").partition(" ")
         return following if stream_id and stream_id == head.active_stream_id else None
 
 

@@ -320,7 +320,7 @@ def persist_store(request: pytest.FixtureRequest) -> Store:
     """A `persist.Store` that all workers of this run share. It begins empty, and goes with the run."""
     from persist.store import Store
 
-    return Store(_participant(request).directory / "store", lock_timeout_s=_STORE_LOCK_TIMEOUT_S)
+    return Store(_participant(request).directory / "store", timeout_s=_STORE_LOCK_TIMEOUT_S)
 
 
 @pytest.fixture
@@ -328,7 +328,7 @@ def tmp_persist_store(tmp_path: Path) -> Store:
     """A `persist.Store` of this test alone."""
     from persist.store import Store
 
-    return Store(tmp_path / "persist-store", lock_timeout_s=_STORE_LOCK_TIMEOUT_S)
+    return Store(tmp_path / "persist-store", timeout_s=_STORE_LOCK_TIMEOUT_S)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from persist.errors import SessionBusy, SessionExists, SessionNotFound
 from persist.pytest_plugin.errors import KeyTaken
 from persist.store import Store
 from persist.streams import Stream
+from persist.transaction import Transaction
 
 #: Many workers on few cores may queue for one session; whoever waits here has a time-out of its own above.
 _LOCK_TIMEOUT_S = 60.0
@@ -39,7 +40,7 @@ class Run:
     """
 
     def __init__(self, directory: Path, worker: str) -> None:
-        self.store = Store(directory / "run", lock_timeout_s=_LOCK_TIMEOUT_S)
+        self.store = Store(directory / "run", timeout_s=_LOCK_TIMEOUT_S)
         self.worker = worker
         self.held = Held()
 
@@ -62,9 +63,9 @@ class Run:
 
     def _made(self, session_id: str, facts: Data) -> Data:
         with suppress(SessionNotFound):
-            return dict(self.store.head(session_id).data)
+            return dict(self.store.head(session_id).fields)
         self.make(session_id, facts)
-        return dict(self.store.head(session_id).data)
+        return dict(self.store.head(session_id).fields)
 
     def make(self, session_id: str, facts: Data | None = None) -> None:
         """Make a session unless it is there."""
@@ -85,15 +86,16 @@ class Run:
             raise TypeError(f"A counter starts at an integer, not at {start!r}.")
         session_id = self.session("count", name, start=start)
 
-        def take(data: Data) -> int:
-            data["next"] = data.get("next", start) + 1
-            return int(data["next"]) - 1
+        def take(tx: Transaction) -> int:
+            number: int = tx.fields.get("next", start)
+            tx.fields["next"] = number + 1
+            return number
 
         return self.store.update(session_id, take)
 
     def sessions(self, kind: str) -> list[tuple[str, Data]]:
         """The sessions of one kind: (id, data)."""
-        return [(each, self.store.load(each).data) for each in self.store.ids() if each.startswith(f"{kind}-")]
+        return [(each, self.store.load(each).data) for each in self.store.ids(prefix=f"{kind}-")]
 
 
 def _shown(what: str, fact: Any) -> str:

@@ -132,7 +132,7 @@ class Uses:
             return
         uses = list(self._uses)
         self._run.make(WORKERS)
-        self._run.store.update(WORKERS, lambda data: data.setdefault("ending", {}).update({self._run.worker: uses}))
+        self._run.store.update(WORKERS, lambda tx: tx.data.setdefault("ending", {}).update({self._run.worker: uses}))
 
     def _await_others(self, use: Use) -> BaseException | None:
         """Wait until the others are done; return, and do not raise, what ended the wait too early."""
@@ -154,7 +154,7 @@ class Uses:
         """The workers that may still use it."""
         if self._is_alone:
             return []
-        state = self._run.store.head(WORKERS).data
+        state = self._run.store.load(WORKERS).data
         if "live" not in state:
             return ["workers that the controller has not named"]
         ending = state.get("ending", {})
@@ -165,4 +165,4 @@ class Uses:
 def publish_live(run: Run, live: list[str]) -> None:
     """The controller's word on who is there."""
     run.make(WORKERS)
-    run.store.update(WORKERS, lambda data: data.update(live=live))
+    run.store.update(WORKERS, lambda tx: tx.fields.update(live=live))

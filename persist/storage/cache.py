@@ -39,7 +39,7 @@ class Replica:
     @property
     def cost_bytes(self) -> int:
         """About what it takes in memory."""
-        return self.content.size_bytes + _BYTES_AN_ITEM * sum(self.content.counts.values()) + 1536
+        return self.content.size_bytes + _BYTES_AN_ITEM * sum(filter(None, self.content.counts.values())) + 1536
 
 
 class Cache:

@@ -10,8 +10,9 @@ it agree. The same data has the same content, up to the order of its keys.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import compress, count
 from typing import Any
 
@@ -35,38 +36,52 @@ SEPARATOR = b",\n"
 _NEAR_END = 64
 
 
-class _WithId(msgspec.Struct):
-    id: msgspec.Raw = msgspec.Raw()
+#: What items are found by. `1` and `"1"` differ.
+Id = str | int
 
 
-_ids_of = msgspec.json.Decoder(list[_WithId]).decode
-_id_of = msgspec.json.Decoder(_WithId).decode
+def as_id(value: object) -> Id | None:
+    """Return a value if items can be found by it, else None. True is no id."""
+    return value if type(value) in (str, int) else None  # type: ignore[return-value]
 
 
-def id_key(message_id: object) -> bytes | None:
-    """Return the JSON of an id, by which `Items` finds it, or None for what is no id. So `1` and `"1"` differ."""
-    return json_codec.encode(message_id) if type(message_id) in (str, int) else None
+@cache
+def _id_readers(key: str) -> tuple[Callable[[bytes], Any], Callable[[bytes | memoryview], list[Any]]]:
+    """Return what reads the value of a key: of one item, and of each item of a list."""
+    kind = msgspec.defstruct("_Keyed", [("value", Any, msgspec.field(name=key, default=None))])
+    return msgspec.json.Decoder(kind).decode, msgspec.json.Decoder(list[kind]).decode  # type: ignore[valid-type]
 
 
-def _id_in(item: bytes) -> bytes | None:
+def _id_in(item: bytes, key: str) -> Id | None:
     try:
-        raw = bytes(_id_of(item).id)
+        return as_id(_id_readers(key)[0](item).value)
     except (msgspec.DecodeError, RecursionError):
         # The item is no object, or it holds a lone surrogate, which msgspec does not read.
-        raw = b"\\"
-    if b"\\" not in raw and (raw[:1] == b'"' or not raw):
-        return raw or None
-    decoded = json_codec.decode(item)
-    return id_key(decoded.get("id")) if type(decoded) is dict else None
+        decoded = json_codec.decode(item)
+        return as_id(decoded.get(key)) if type(decoded) is dict else None
 
 
-def _put_places(keys: Iterable[bytes | None], start: int, ids: dict[bytes, int], repeated: set[bytes]) -> None:
-    """Put the places of keys from `start` on into `ids`, and the keys that it has already into `repeated`."""
-    for place, key in enumerate(keys, start):
-        if key is not None:
-            if key in ids:
-                repeated.add(key)
-            ids[key] = place
+class _Places:
+    """Where the items stand, by the value of a key: of each value the last one. `repeated` stand more than once."""
+
+    __slots__ = ("found", "repeated")
+
+    def __init__(self, ids: list[Any]) -> None:
+        self.found: dict[Id, int] = {}
+        self.repeated: set[Id] = set()
+        if {str, int}.issuperset(map(type, ids)):
+            self.found = dict(zip(ids, range(len(ids)), strict=True))
+        if len(self.found) < len(ids):
+            self.found.clear()
+            self.put(ids, 0)
+
+    def put(self, ids: list[Any], start: int) -> None:
+        """Put the places of ids, from `start` on."""
+        for place, value in enumerate(ids, start):
+            if (found := as_id(value)) is not None:
+                if found in self.found:
+                    self.repeated.add(found)
+                self.found[found] = place
 
 
 _NO_TEXT = memoryview(b"")
@@ -84,13 +99,13 @@ class Items:
     Change a value only under its session's lock, because an append looks at the list before it extends it.
     """
 
-    __slots__ = ("_ids", "_parts", "_repeated", "size_bytes")
+    __slots__ = ("_parts", "_places", "size_bytes")
 
     def __init__(self, items: list[bytes], *, text: memoryview = _NO_TEXT, text_count: int = 0) -> None:
         #: One attribute, so that a thread that splits the text replaces all of them in one step.
         self._parts = (text, text_count, items, len(items))
-        self._ids: dict[bytes, int] | None = None
-        self._repeated: set[bytes] = set()
+        #: By the name of the key.
+        self._places: dict[str, _Places] = {}
         #: The length of its JSON in a document, brackets and newlines included.
         self.size_bytes = (len(text) or 2) + _bytes_of(items)
 
@@ -130,13 +145,6 @@ class Items:
             length = len(items)
             self._parts = (_NO_TEXT, 0, items, length)
         return items[:length]
-
-    def check(self) -> None:
-        """Raise `Undecodable` unless the text has one item a line, as many as its header says."""
-        text, text_count, _, _ = self._parts
-        whole = bytes(text)
-        if text_count and (whole.count(b"\n"), whole.count(SEPARATOR)) != (text_count + 1, text_count - 1):
-            raise json_codec.Undecodable("a list has not as many items as its header says")
 
     def last(self, count: int) -> list[bytes]:
         """Return the last items, without splitting the text if they stand behind it or at its end."""
@@ -188,47 +196,38 @@ class Items:
         after._parts = (text, text_count, items, length + len(insert) - remove)
         after.size_bytes = self.size_bytes + _bytes_of(insert) - _bytes_of(removed)
         if in_place:
-            self._hand_over_ids(after, at, remove, insert)
+            self._hand_over_places(after, at)
         return after
 
     # --- ids ---
 
-    def find(self, key: bytes) -> int | None:
-        """Return the place of the last item with this id (see `id_key`), or None."""
-        if self._ids is None:
-            self._ids = self._read_ids()
-        return self._ids.get(key)
+    def find(self, value: Id, key: str = "id") -> int | None:
+        """Return the place of the last item whose key has this value (see `as_id`), or None."""
+        if key not in self._places:
+            text, _, items, length = self._parts
+            try:
+                ids = [item.value for item in _id_readers(key)[1](text)] if text else []
+            except (msgspec.DecodeError, RecursionError):
+                ids = [_id_in(item, key) for item in bytes(text[2:-2]).split(SEPARATOR)]
+            self._places[key] = _Places([*ids, *(_id_in(item, key) for item in items[:length])])
+        return self._places[key].found.get(value)
 
-    def _read_ids(self) -> dict[bytes, int]:
-        text, _, items, length = self._parts
-        keys: list[bytes | None] = []
-        try:
-            keys += [bytes(item.id) for item in _ids_of(text)] if text else []
-            is_plain = all(key and key[:1] == b'"' and b"\\" not in key for key in keys)
-        except (msgspec.DecodeError, RecursionError):
-            is_plain = False
-        if not is_plain:
-            keys = list(map(_id_in, bytes(text[2:-2]).split(SEPARATOR)))
-        keys += map(_id_in, items[:length])
-        ids: dict[bytes, int] = {}
-        _put_places(keys, 0, ids, self._repeated)
-        return ids
+    def _hand_over_places(self, after: Items, at: int) -> None:
+        """Give the places to the changed value, as far as that costs what the change costs. This one reads them anew.
 
-    def _hand_over_ids(self, after: Items, at: int, remove: int, insert: list[bytes]) -> None:
-        """Give the ids to the changed value, as far as that costs what the change costs. This value reads them anew."""
-        ids, repeated = self._ids, self._repeated
-        self._ids, self._repeated = None, set()
-        if ids is None or len(self) - at > _NEAR_END:
+        `at` is where the change begins.
+        """
+        handed_over, self._places = self._places, {}
+        if len(self) - at > _NEAR_END:
             return
-        for item in self.last(len(self) - at):
-            key = _id_in(item)
-            if key in repeated:
-                # Another item has this id, and nobody knows its place.
-                return
-            if key is not None:
-                ids.pop(key, None)
-        _put_places(map(_id_in, after.last(len(after) - at)), at, ids, repeated)
-        after._ids, after._repeated = ids, repeated
+        for key, places in handed_over.items():
+            gone = {_id_in(item, key) for item in self.last(len(self) - at)} - {None}
+            # Another item has this id, and nobody knows its place.
+            if places.repeated.isdisjoint(gone):
+                for each in gone:
+                    places.found.pop(each, None)  # type: ignore[arg-type]
+                places.put([_id_in(item, key) for item in after.last(len(after) - at)], at)
+                after._places[key] = places
 
     # --- data ---
 
@@ -259,9 +258,9 @@ class Content:
     apart: Mapping[str, Value]
 
     @property
-    def counts(self) -> dict[str, int]:
-        """The number of items of each list that stands apart."""
-        return {name: len(value) for name, value in self.apart.items() if isinstance(value, Items)}
+    def counts(self) -> dict[str, int | None]:
+        """What stands apart: the number of a list's items, None for any other value."""
+        return {name: len(value) if isinstance(value, Items) else None for name, value in self.apart.items()}
 
     @property
     def size_bytes(self) -> int:
@@ -275,6 +274,11 @@ class Content:
     def get(self, name: str) -> Value | None:
         """Return a top-level value, wherever it stands."""
         return self.fields.get(name) or self.apart.get(name)
+
+    def last(self, name: str, count: int) -> list[bytes]:
+        """Return the last items of a list that stands apart, or all if it has no more."""
+        items = self.apart[name]
+        return items.last(min(count, len(items))) if isinstance(items, Items) else []
 
     def decode(self) -> dict[str, Any]:
         """Return the session's data as a fresh dict."""

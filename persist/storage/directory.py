@@ -5,11 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from persist import json_codec
-from persist.errors import CorruptSession, InvalidSessionId, PersistError, SessionNotFound, Translating, Unreadable
+from persist.errors import (
+    CorruptSession,
+    InvalidSessionId,
+    PersistError,
+    SessionNotFound,
+    Translating,
+    Unreadable,
+    WrongType,
+)
 from persist.storage import disk, document, journal, layout
 from persist.storage.cache import Cache, Replica
 from persist.storage.commit import Options
@@ -73,6 +83,25 @@ class SessionDirectory:
             log = journal.Journal(paths.journal(name), session_id, name)
             with log.opened() as fd:
                 return log.read_head(fd, found)
+
+    def read_last_now(self, session_id: str, name: str, limit: int) -> list[Any]:
+        """Read the last items of a list, and no more than that takes. Raise `Overtaken` as `read_now`.
+
+        Raises:
+            WrongType: the value is no list.
+        """
+        with self.looking_at(session_id) as path:
+            paths = self.layout.session(session_id)
+            with document.ending(path, paths.file_id) as found:
+                if found is None:
+                    content = self.read_now(session_id).content
+                    head = Head(document.first_header(), content.fields, content.counts)
+                    return _last_values(head, content.last, name, limit)
+                if (journal_name := found.head.header.journal) is None:
+                    return _last_values(found.head, found.last, name, limit)
+                log = journal.Journal(paths.journal(journal_name), session_id, journal_name)
+                with log.opened() as fd:
+                    return _last_values(log.read_head(fd, found.head), partial(log.last_items, fd, found), name, limit)
 
     def looking_at(self, session_id: str) -> Translating[Path]:
         """Give the document's path to a block, and turn the disk's own errors in it into typed ones.
@@ -145,6 +174,19 @@ class SessionDirectory:
             found = layout.journal_of(file_name, copies=copies)
             if found is not None and found[0] == mine:
                 yield self.layout.directory / file_name, found[1]
+
+
+def _last_values(head: Head, last: Callable[[str, int], list[bytes]], name: str, limit: int) -> list[Any]:
+    """Return the last items of a list. `last` knows those of a list that stands apart."""
+    if head.counts.get(name) is not None:
+        return list(map(json_codec.decode, last(name, limit)))
+    value = json_codec.decode(head.fields[name]) if name in head.fields else None if name in head.counts else []
+    if type(value) is not list:
+        what = f"field {name!r} of the document"
+        raise WrongType(
+            what=what, expected="a list", got="a value that stands apart" if value is None else type(value).__name__
+        )
+    return value[max(0, len(value) - limit) :]
 
 
 def _hashed_id(path: Path, name: str) -> str | None:

@@ -19,8 +19,9 @@ forger.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +34,7 @@ import xxhash
 from persist import json_codec
 from persist.errors import CorruptSession, UnsupportedFormat
 from persist.storage import disk, layout
-from persist.storage.content import HEADER, Content, Items, Value, encoded
+from persist.storage.content import HEADER, SEPARATOR, Content, Items, Value, encoded
 
 #: A whole number from 0 up, of 63 bits.
 Natural = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -75,6 +76,11 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
     folded: _Hex | None
     session_id: str | None = msgspec.field(default=None, name="id")
 
+    @property
+    def version(self) -> str:
+        """What tells this commit from every other one, of this session and of those before it under the same id."""
+        return f"{self.incarnation}.{self.commit}"
+
     def but(self, **changes: Any) -> Header:
         """Return the same header with some attributes changed."""
         return msgspec.structs.replace(self, **changes)
@@ -108,11 +114,11 @@ class _Parts(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The header and the fields of a commit, and how many items the lists have that stand apart."""
+    """The header and the fields of a commit, and what stands apart (see `Content.counts`)."""
 
     header: Header
     fields: Mapping[str, bytes]
-    counts: Mapping[str, int]
+    counts: Mapping[str, int | None]
 
     def decode_fields(self) -> dict[str, Any]:
         """Return the fields as a fresh dict."""
@@ -189,24 +195,76 @@ def read_head(path: Path, session_id: str, file_id: str | None = None) -> Head:
 
     A document without a header is read whole. Takes no lock, and raises as `read` does.
     """
+    with ending(path, file_id) as found:
+        if found is not None:
+            return found.head
+    # Only a full read tells what is wrong.
+    whole = read(path, session_id, file_id)
+    return Head(whole.header, whole.content.fields, whole.content.counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """A document that is open, of which the head was read and checked. The ends of its lists are not checked."""
+
+    head: Head
+    _fd: int
+    #: Where the items of each list begin and end.
+    _places: Mapping[str, tuple[int, int]]
+
+    def last(self, name: str, count: int) -> list[bytes]:
+        """Return the last items of a list, or all if it has no more."""
+        start, stop = self._places[name]
+        window = _FIRST_READ_BYTES
+        while True:
+            begin = max(start, stop - window)
+            items = disk.read_at(self._fd, stop - begin, begin).split(SEPARATOR) if start < stop else []
+            # The first one may be cut off.
+            if begin == start or len(items) > count:
+                return items[max(len(items) - count, 0) :]
+            window *= 4
+
+
+@contextlib.contextmanager
+def ending(path: Path, file_id: str | None) -> Iterator[Ending | None]:
+    """Open a document for a block. None if its head is not sound, or another program has written it."""
+    fd = disk.open_plain(path, os.O_RDONLY)
+    try:
+        yield _read_ending(fd, file_id)
+    finally:
+        disk.close(fd)
+
+
+def _read_ending(fd: int, file_id: str | None) -> Ending | None:
     limit = _FIRST_READ_BYTES
     with contextlib.suppress(*NONSENSE):
         while True:
-            content = disk.read(path, limit)
+            content = disk.read_at(fd, limit, 0)
             end, needed = content.find(b"\n") + 1, limit * 4
             if end:
                 values, parts = _checked_header(content, end)
                 needed = end + parts.fields.size_bytes
                 if needed <= len(content):
                     fields = _checked_fields(memoryview(content)[end:needed], parts.fields)
-                    counts = {name: part.count for name, part in parts.parts.items() if part.count is not None}
-                    return Head(header_of(values, file_id), fields, counts)
+                    counts = {name: part.count for name, part in parts.parts.items()}
+                    return Ending(Head(header_of(values, file_id), fields, counts), fd, _places_of(needed, parts))
             if len(content) < limit or needed > READ_LIMIT:
-                break
+                return None
             limit = needed
-    # Only a full read tells what is wrong.
-    found = read(path, session_id, file_id)
-    return Head(found.header, found.content.fields, found.content.counts)
+    return None
+
+
+def _places_of(place: int, parts: _Parts) -> dict[str, tuple[int, int]]:
+    """Return where the items of each list begin and end, behind the fields, which end at `place`."""
+    places = {}
+    # Where there are no fields, the first part follows on the comma and the newline of line 1.
+    place -= 0 if parts.fields.size_bytes else len(SEPARATOR)
+    for name, part in parts.parts.items():
+        start = place + len(SEPARATOR) + len(_key(name))
+        place = start + part.size_bytes
+        if part.count is not None:
+            places[name] = (start + 2, place - 2) if part.count else (start, start)
+    return places
 
 
 def _checked_header(content: bytes, end: int) -> tuple[dict[str, Any], _Parts]:

@@ -14,6 +14,7 @@ zeros, which no record holds, and which cost the disk less to write over than to
     after     the crc of the record before, or of the opening: none can be missing
     revision  one more than before
     synced    up to which byte the writer knew the file to be durable when it wrote this
+    counts    what stands apart: the number of a list's items, null for any other value
     head_at   where the last record with a head begins, 0 for the document. So a head takes two reads
     head      the fields and the stream's part of the header, whole
     changes   see `diff.Change`
@@ -48,7 +49,7 @@ import msgspec
 from persist import json_codec
 from persist.errors import CorruptSession, UnsupportedFormat
 from persist.storage import diff, disk, document, layout
-from persist.storage.content import Content, Items, Value
+from persist.storage.content import Content, Items, Value, items_of
 from persist.storage.document import NONSENSE, Head, Header
 
 VERSION = 3
@@ -64,6 +65,7 @@ _SECTOR_BYTES = 512
 _FIRST_READ_BYTES = 4096
 #: A journal of so many bytes gets room for as many more at a time.
 ROOM_BYTES = 16 * 1024
+_ENDING_BYTES = ROOM_BYTES + _FIRST_READ_BYTES
 READ_LIMIT = 16 * document.READ_LIMIT
 MARK = b"?"
 
@@ -88,7 +90,7 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
     revision: int
     updated_at: str
     synced: int
-    counts: dict[str, int]
+    counts: dict[str, int | None]
     head_at: int = 0
     head: Image | None = None
     changes: tuple[diff.Change, ...] = ()
@@ -390,12 +392,33 @@ class Journal:
         except NONSENSE:
             raise self.damaged(place, "its last record makes no sense") from None
 
+    def last_items(self, fd: int, base: document.Ending, name: str, limit: int) -> list[bytes]:
+        """Return the last items of a list that stands apart after all records. It reads no more than that takes.
+
+        `base` is the document, from which the records go on.
+        """
+        tail, window = self.check_opening(fd), _ENDING_BYTES
+        line, place = self._last_line(fd, tail)
+        end = tail.end if line is None else place + len(line) + 1
+        while True:
+            start = max(tail.end, end - window)
+            content = disk.read_at(fd, end - start, start)
+            # The first one is cut off.
+            lines = content.split(b"\n")[start > tail.end : -1]
+            if not all(_is_whole(line, tail.seed) for line in lines):
+                raise self.damaged(start, "a record in it was altered")
+            records = list(self._all_decoded(lines, start))
+            found = _last_of(records, base if start == tail.end else None, name, limit)
+            if found is not None:
+                return found
+            window *= 4
+
     def _last_line(self, fd: int, tail: Tail) -> tuple[bytes | None, int]:
         """Return the last committed record, or None, and where it begins.
 
         Checks all from the record on of which the last one says that it is durable. What follows that one may be lost.
         """
-        window, before = ROOM_BYTES + _FIRST_READ_BYTES, None
+        window, before = _ENDING_BYTES, None
         while True:
             size = disk.size_of(fd)
             start = max(tail.end, size - window)
@@ -413,6 +436,36 @@ class Journal:
             if content == before:
                 raise self.damaged(end, "a record in it was altered")
             before = content
+
+
+def _last_of(records: list[Record], base: document.Ending | None, name: str, limit: int) -> list[bytes] | None:
+    """Return the last items of a list after some records. None if that takes what stands before them.
+
+    Args:
+        base: the document, if the records are all that follow it.
+    """
+    changes = [change for record in records for change in record.changes if change.name == name]
+    counts = records[-1].counts if records else base.head.counts if base else {}
+    # What is known of the list: the last items. Before them stand so many of the old ones.
+    kept = before = (counts.get(name) or 0) - sum(len(change.insert) - change.remove for change in changes)
+    known: list[bytes] = []
+    for whole in [change for change in changes if not change.is_splice][-1:]:
+        items = None if isinstance(whole.value, msgspec.UnsetType) else items_of(bytes(whole.value))
+        kept, known = 0, items.split() if isinstance(items, Items) else []
+        changes = changes[changes.index(whole) + 1 :]
+
+    def know_from(place: int) -> bool:
+        nonlocal kept
+        if place < kept and base is not None:
+            known[:0] = base.last(name, before - place)[: kept - place]
+            kept = place
+        return place >= kept
+
+    for change in changes:
+        if not know_from(change.at):
+            return None
+        known[change.at - kept : change.at - kept + change.remove] = map(bytes, change.insert)
+    return known[max(0, len(known) - limit) :] if know_from(max(0, kept + len(known) - limit)) else None
 
 
 def _durable_line(content: bytes, start: int, seed: int) -> int:
@@ -473,9 +526,9 @@ def only_appends(content: Content, records: list[Record]) -> bool:
         if record.head is not None:
             return False
         for change in record.changes:
-            if not change.is_splice or change.remove or change.at != counts.get(change.name, -1):
+            if not change.is_splice or change.remove or change.at != counts.get(change.name):
                 return False
-            counts[change.name] += len(change.insert)
+            counts[change.name] = change.at + len(change.insert)
     return True
 
 

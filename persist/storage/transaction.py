@@ -13,13 +13,13 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from persist import json_codec
 from persist.errors import CorruptSession, LockNotHeld, MergeConflict, NestedLock, PersistError, SessionNotFound
 from persist.storage import commit, diff, disk, lock
 from persist.storage.cache import Replica
-from persist.storage.content import Content, Items
+from persist.storage.content import Content
 from persist.storage.diff import Change
 from persist.storage.directory import SessionDirectory, is_left_over, mislabelled, missing_journal
 from persist.storage.document import Head, Header
@@ -123,9 +123,6 @@ class Transaction(commit.Place):
 
     def _read_anew(self) -> Replica:
         found = self.undisturbed(self._files.read_now)
-        for value in found.content.apart.values():
-            if isinstance(value, Items):
-                value.check()
         if found.tail is not None:
             self._fd = self.journal(found.tail.name).open(os.O_RDWR)
         return found
@@ -257,6 +254,10 @@ class SessionFiles(SessionDirectory):
     def read_head(self, session_id: str) -> Head:
         """Read the committed header and fields. Takes no lock."""
         return self._not_overtaken(session_id, self.read_head_now)
+
+    def read_last(self, session_id: str, name: str, limit: int) -> list[Any]:
+        """Read the last items of a list. Takes no lock."""
+        return self._not_overtaken(session_id, lambda session_id: self.read_last_now(session_id, name, limit))
 
     def _not_overtaken(self, session_id: str, look: Callable[[str], Found]) -> Found:
         """Start over when a fold comes between document and journal. If it is always so, keep everybody out."""

@@ -1,0 +1,109 @@
+"""The transaction: a block that changes one session. All of it is one commit, which costs what it changes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from persist.errors import ReservedField, VersionMismatch, WrongType
+from persist.json_codec import same
+from persist.storage.content import HEADER, Content, decode
+from persist.turn import IDLE
+from persist.working_copy import Fields, WorkingCopy, WorkingList
+
+Result = TypeVar("Result")
+
+
+class Transaction:
+    """A session while a block changes it: what `Store.transaction` hands out, and what `Store.update` calls with.
+
+    It reads what it is asked for, and what it handed out is what is committed, when the block ends. A block that raises
+    writes nothing.
+
+    Attributes:
+        version: in the block the version that was read, None for a session that is about to be made; after the block
+            the one that was committed.
+    """
+
+    __slots__ = ("_copy", "_may_delete", "is_deleted", "version")
+
+    def __init__(self, copy: WorkingCopy, may_delete: Callable[[], None]) -> None:
+        self._copy = copy
+        self._may_delete = may_delete
+        self.is_deleted = False
+        self.version = copy.version
+
+    def __repr__(self) -> str:
+        return f"<persist.Transaction at version {self.version}>"
+
+    @property
+    def fields(self) -> Fields:
+        """Every top-level value but ``messages`` and ``tool_calls``, as a mapping that is changed in place."""
+        return self._open().fields
+
+    def list(self, name: str) -> WorkingList:
+        """Return a top-level list, to be changed in place. A missing one is made by its first item.
+
+        Raises:
+            WrongType: the value is no list.
+        """
+        if type(name) is not str:
+            raise WrongType(what="a list's name", expected="a string", got=type(name).__name__)
+        return self._open().list(name)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The whole document as a plain dict. Once asked for, it is what is committed. It costs the whole session."""
+        return self._open().data
+
+    def delete(self) -> None:
+        """Remove the session when the block ends, with whatever the block has changed.
+
+        Raises:
+            SessionBusy: a live stream owns it.
+        """
+        self._open()
+        self._may_delete()
+        self.is_deleted = True
+
+    def _open(self) -> WorkingCopy:
+        self._copy.require_open()
+        if self.is_deleted:
+            raise WrongType(what="a transaction", expected="left after its delete()", got="used again")
+        return self._copy
+
+    def result_of(self, function: Callable[[Transaction], Result]) -> Result:
+        """Call a function with this transaction, and return its result.
+
+        Raises:
+            WrongType: it is no plain function, or it returned what it was to write, and wrote nothing.
+        """
+        if not callable(function):
+            raise WrongType(what="function", expected="callable", got=type(function).__name__)
+        result = function(self)
+        if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+            # Its body has not run, or not to the end.
+            raise WrongType(what="function", expected="a plain function", got="an async one or a generator")
+        is_new = type(result) is dict and not self._copy.has_handed_out(result)
+        if is_new and not self.is_deleted and self._copy.changed() is None:
+            expected = "one that changes the transaction in place: tx.fields.update(…), tx.data.update(…)"
+            raise WrongType(what="the function of update()", expected=expected, got="one that returned a new dict")
+        return result
+
+
+def require_version(copy: WorkingCopy, session_id: str, if_version: str | None) -> None:
+    """Raise `VersionMismatch` unless the session has the version that the caller has seen. None has seen none."""
+    if if_version is not None and copy.version != if_version:
+        facts: dict[str, Any] = {"base": if_version, "mine": if_version, "theirs": copy.version}
+        reason = "the session has moved on"
+        raise VersionMismatch(session_id=session_id, path=(HEADER, "commit"), reason=reason, **facts)
+
+
+def refuse_changed_stream_fields(before: Content, after: Content) -> None:
+    """Raise `ReservedField` if an edit touched what belongs to the stream verbs."""
+    for name, idle in IDLE.items():
+        found, left = (side.get(name) for side in (before, after))
+        if found != left and not same(*(idle if value is None else decode(value) for value in (found, left))):
+            remedy = "Use store.start_stream(), store.cancel() or session.clear_stale_stream()."
+            raise ReservedField(field=name, remedy=remedy)
