@@ -17,8 +17,8 @@ from typing import Any
 _HOMES = {
     "errors": (
         "AlreadyStarted CommitFailed CommitUnknown CorruptSession CursorAhead EmitFailed EventsNotFound IdTaken "
-        "InvalidSessionId InvalidStreamId LockNotHeld LockTimeout MergeConflict MessagesRemoved NestedLock NotJSON Owner "
-        "PersistError ReservedField SessionBusy SessionDeleted SessionExists SessionNotFound StoreClosed "
+        "InvalidSessionId InvalidStreamId LockNotHeld LockTimeout MergeConflict MessagesRemoved NestedLock NotJSON "
+        "Owner PersistError ReservedField SessionBusy SessionDeleted SessionExists SessionNotFound StoreClosed "
         "StreamLost SweepIncomplete Unreadable UnsafeFile UnsupportedFileSystem UnsupportedFormat VersionMismatch "
         "WrongType"
     ),

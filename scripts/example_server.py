@@ -98,7 +98,7 @@ class Chat:
             return {"session_id": session_id, "error": str(error)}
         return {
             "session_id": session_id,
-            "title": head.data.get("title"),
+            "title": head.fields.get("title"),
             "message_count": head.counts.get("messages", 0),
             "updated_at": head.updated_at.isoformat(),
         }
@@ -119,7 +119,7 @@ class Chat:
         text = ""
         with contextlib.suppress(persist.StreamLost), stream:
             for word in answer_to(prompt):
-                if self._stopping.wait(self._delay_s) or stream.cancelled:
+                if self._stopping.wait(self._delay_s) or stream.is_cancelled():
                     return  # without finish(): the turn has failed
                 text += word
                 # One commit each; with a fast model, a few times a second is enough.

@@ -36,7 +36,7 @@ def scratch() -> Iterator[Path]:
 
 @pytest.fixture
 def store(directory: Path) -> persist.Store:
-    return persist.Store(directory, lock_timeout_s=20.0)
+    return persist.Store(directory, timeout_s=20.0)
 
 
 @pytest.fixture(params=[None, 1e-6], ids=["as-always", "switching-all-the-time"])

@@ -27,9 +27,8 @@ def hold(run: Run, name: str, timeout_s: float) -> Iterator[None]:
     with _acquired(run, session_id, name, timeout_s) as stream:
         run.held.streams[session_id] = stream.id
         try:
-            run.store.update(
-                session_id, lambda tx: tx.fields.update({_TEST: os.environ.get("PYTEST_CURRENT_TEST", "")})
-            )
+            with run.store.transaction(session_id) as tx:
+                tx.fields[_TEST] = os.environ.get("PYTEST_CURRENT_TEST", "")
             yield
         finally:
             del run.held.streams[session_id]

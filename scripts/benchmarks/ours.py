@@ -113,7 +113,7 @@ class Update(Verb):
     way = "a function that sets one field of the data"
 
     def append(self, message: Message) -> None:
-        self._store.update(SESSION, lambda data: data.update(draft=message["id"]))
+        self._store.update(SESSION, lambda tx: tx.data.update(draft=message["id"]))
 
 
 class ClearStale(Verb):

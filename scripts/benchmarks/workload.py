@@ -36,4 +36,4 @@ def new_message() -> Message:
 
 def open_store(path: Path, journal: Mode = "auto") -> persist.Store:
     """A store whose waits are long enough for any crowd."""
-    return persist.Store(path, lock_timeout_s=60.0, journal=journal)
+    return persist.Store(path, timeout_s=60.0, journal=journal)

@@ -54,7 +54,7 @@ def replay(plan: Plan, on_progress: Callable[[Progress], None] = lambda _: None)
 
     The store's directory must be empty or new.
     """
-    store = Store(plan.directory, lock_timeout_s=plan.timeout_s)
+    store = Store(plan.directory, timeout_s=plan.timeout_s)
     with tempfile.TemporaryDirectory(prefix="persist-replay-") as scratch:
         supervisor = Supervisor(plan, Path(scratch), on_progress)
         started = time.monotonic()
@@ -94,4 +94,4 @@ def _commit_over_left_overs(store: Store) -> None:
     """
     for problem in store.check():
         if problem.kind == "left-over" and store.exists(problem.session_id):
-            store.update(problem.session_id, lambda data: data.update(has_left_over=True))
+            store.update(problem.session_id, lambda tx: tx.data.update(has_left_over=True))

@@ -23,7 +23,7 @@ def sweep(store: Store) -> None:
 
 def main(directory: str) -> None:
     """Sweep until the supervisor closes the pipe, or is gone."""
-    store = Store(directory, lock_timeout_s=LOCK_TIMEOUT_S)
+    store = Store(directory, timeout_s=LOCK_TIMEOUT_S)
     while not select.select([sys.stdin], [], [], INTERVAL_S)[0]:
         sweep(store)
 

@@ -139,7 +139,7 @@ class Play:
         content = answer.get("content")
         words = re.findall(r"\s*\S+", content) if isinstance(content, str) else []
         for count in range(WORDS_PER_CHECKPOINT, len(words), WORDS_PER_CHECKPOINT):
-            if stream.cancelled:
+            if stream.is_cancelled():
                 return False
             so_far = {"role": "assistant", "content": "".join(words[:count])}
             self._commit(stream, "checkpoint", None, partial(stream.checkpoint, so_far))
@@ -199,7 +199,7 @@ def main(directory: str, conversations: str, seed: str) -> None:
     """Play; the arguments are those of the command line."""
     listed = json_codec.decode(Path(conversations).read_bytes())
     play(
-        Store(directory, lock_timeout_s=LOCK_TIMEOUT_S),
+        Store(directory, timeout_s=LOCK_TIMEOUT_S),
         [Conversation(session_id, title, tuple(messages)) for session_id, title, messages in listed],
         random.Random(seed),
     )

@@ -407,7 +407,7 @@ def edited(store: persist.Store) -> Path:
     """A session whose document was edited by hand, in a way that its journal does not fit. Its journal."""
     always = persist.Store(store.path, journal="always")
     always.create("s-42", {"title": "t", "messages": [USER]})
-    always.update("s-42", lambda data: data["messages"].insert(0, "first"))
+    always.update("s-42", lambda tx: tx.data["messages"].insert(0, "first"))
     damage(store.path, "s-42")
     [path] = store.path.glob("s-42.*.journal")
     return path

@@ -116,7 +116,8 @@ def test_title_is_saved_after_a_conflict(store: persist.Store, capfd: pytest.Cap
     The thread loads the session again, and reports both.
     """
     loaded = store.create("talk", {"title": "Talk", TITLES: {}, "messages": []})
-    with store.edit("talk") as data:
+    with store.transaction("talk") as tx:
+        data = tx.data
         data["title"] = "Another"
     thread = TitleThread(store, loaded, TALK.turns[0], "Talk (1 of 1)")
     thread.start()
@@ -147,7 +148,8 @@ def test_title_that_was_no_edit_is_saved_again(store: persist.Store, capfd: pyte
     What is reported as saved must stand there all the same.
     """
     loaded = store.create("talk", {"title": "Talk (1 of 1)", TITLES: {"turn-1": "Talk (1 of 1)"}, "messages": []})
-    with store.edit("talk") as data:
+    with store.transaction("talk") as tx:
+        data = tx.data
         data["title"] = "A later one"
     thread = TitleThread(store, loaded, TALK.turns[0], "Talk (1 of 1)")
     thread.start()

@@ -44,7 +44,8 @@ def test_undamaged_store_has_no_findings(judge: Judge) -> None:
 
 def test_dropped_message_is_lost(judge: Judge, store: persist.Store) -> None:
     """A message that is not there is lost, and was acknowledged."""
-    with store.edit(SESSION) as data:
+    with store.transaction(SESSION) as tx:
+        data = tx.data
         del data["messages"][place_of(data, "m3")]
     assert judge() == [("lost", SESSION, "message m3, which was acknowledged")]
 
@@ -66,7 +67,8 @@ def test_look_before_an_acknowledgement_proves_nothing(judge: Judge, played: Pla
 
 def test_message_that_stands_there_twice_is_doubled(judge: Judge, store: persist.Store) -> None:
     """The same id twice is one doubled message, also if its copies stand side by side."""
-    with store.edit(SESSION) as data:
+    with store.transaction(SESSION) as tx:
+        data = tx.data
         place = place_of(data, "m5")
         data["messages"].insert(place, dict(data["messages"][place]))
     assert judge() == [("doubled", SESSION, "message m5 stands there 2 times")]
@@ -74,21 +76,24 @@ def test_message_that_stands_there_twice_is_doubled(judge: Judge, store: persist
 
 def test_changed_message_is_named(judge: Judge, store: persist.Store) -> None:
     """A message with other content is not the message that was sent."""
-    with store.edit(SESSION) as data:
+    with store.transaction(SESSION) as tx:
+        data = tx.data
         data["messages"][place_of(data, "m5")]["content"] += "!"
     assert judge() == [("changed", SESSION, "message m5 is not as it was sent")]
 
 
 def test_prompt_that_stayed_interrupted_is_named(judge: Judge, store: persist.Store) -> None:
     """A turn that was never taken up again shows by the mark on its prompt."""
-    with store.edit(SESSION) as data:
+    with store.transaction(SESSION) as tx:
+        data = tx.data
         data["messages"][place_of(data, "m1")]["interrupted"] = True
     assert judge() == [("changed", SESSION, "message m1 is not as it was sent")]
 
 
 def test_swapped_messages_are_disordered(judge: Judge, store: persist.Store) -> None:
     """Messages in another order than the transcript's are named, even if none is missing."""
-    with store.edit(SESSION) as data:
+    with store.transaction(SESSION) as tx:
+        data = tx.data
         messages, one, other = data["messages"], place_of(data, "m3"), place_of(data, "m4")
         messages[one], messages[other] = messages[other], messages[one]
     assert judge() == [("disordered", SESSION, "the messages are not in the order of the transcript")]
@@ -96,7 +101,8 @@ def test_swapped_messages_are_disordered(judge: Judge, store: persist.Store) -> 
 
 def test_partial_that_is_not_marked_is_a_stray(judge: Judge, store: persist.Store) -> None:
     """Only partials that are marked as interrupted are set aside; any other message that was not sent is named."""
-    with store.edit(SESSION) as data:
+    with store.transaction(SESSION) as tx:
+        data = tx.data
         data["messages"].append({"id": "x.answer", "role": "assistant", "content": "half an ans", "interrupted": True})
         data["messages"].append({"id": "y.answer", "role": "assistant", "content": "half an ans"})
     assert judge() == [("stray", SESSION, "message y.answer was never sent")]
@@ -104,7 +110,8 @@ def test_partial_that_is_not_marked_is_a_stray(judge: Judge, store: persist.Stor
 
 def test_acknowledged_title_of_a_turn_is_lost(judge: Judge, store: persist.Store) -> None:
     """What the background thread was told is saved must be there (hermes-webui #3987 the other way round)."""
-    with store.edit(SESSION) as data:
+    with store.transaction(SESSION) as tx:
+        data = tx.data
         del data[TITLES]["turn-2"]
     assert judge() == [("lost", SESSION, "the title of turn-2, which was acknowledged")]
 
@@ -112,7 +119,8 @@ def test_acknowledged_title_of_a_turn_is_lost(judge: Judge, store: persist.Store
 def test_older_title_is_a_lost_title(judge: Judge, store: persist.Store, played: Played) -> None:
     """The title that was acknowledged last stands; an older one in its place means that a save was lost."""
     conversation = next(each for each in played.conversations if each.session_id == SESSION)
-    with store.edit(SESSION) as data:
+    with store.transaction(SESSION) as tx:
+        data = tx.data
         data["title"] = conversation.title
     assert judge() == [("lost", SESSION, "the title of the session is not the one that was saved last")]
 
@@ -121,7 +129,8 @@ def test_title_of_a_killed_worker_may_stand(judge: Judge, store: persist.Store, 
     """A worker that was killed may have saved its title without being told so: that title is no loss."""
     conversation = next(each for each in played.conversations if each.session_id == SESSION)
     turn = conversation.turns[0]
-    with store.edit(SESSION) as data:
+    with store.transaction(SESSION) as tx:
+        data = tx.data
         data["title"] = conversation.title_after(turn)
     assert [kind for kind, _, _ in judge()] == ["lost"]
     assert judge(replace(played.ledger, unsure={(SESSION, turn.prompt["id"])})) == []

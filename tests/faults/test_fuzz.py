@@ -294,7 +294,7 @@ def older_and_newer(store: persist.Store) -> tuple[bytes, bytes]:
     store.create("s", {"title": "t", "messages": [{"id": f"m{n}", "content": "Why? " * 20} for n in range(32)]})
     path = store.path / "s.json"
     older = path.read_bytes()
-    store.update("s", lambda data: data["messages"][20].update(content="So. " * 25))
+    store.update("s", lambda tx: tx.data["messages"][20].update(content="So. " * 25))
     newer = path.read_bytes()
     assert len(older) == len(newer) > 8 * SECTOR
     return older, newer

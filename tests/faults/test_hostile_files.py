@@ -104,7 +104,7 @@ def play(verb: Verb, name: str, kind: str, base: Path) -> None:
     """Play a verb on a store in which one name is planted; judge what it did."""
     victims = Victims(base)
     is_journaled = name.startswith(JOURNAL)
-    store = persist.Store(base / "sessions", lock_timeout_s=1.0, journal="always" if is_journaled else "auto")
+    store = persist.Store(base / "sessions", timeout_s=1.0, journal="always" if is_journaled else "auto")
     store.create("s", {"title": "t", "messages": []})
     if is_journaled:
         name = name.replace(JOURNAL, journal_of(store).name)
@@ -208,7 +208,7 @@ def nobody(base: Path) -> Iterator[Actor]:
     stream._lease.close()
     for path in (directory, *directory.rglob("*")):
         os.chown(path, NOBODY, NOBODY)
-    actor = Actor(directory, lock_timeout_s=1.0)
+    actor = Actor(directory, timeout_s=1.0)
     # What is imported late must be imported while its files can be read.
     actor.do("store.load('s'); store.check(); store.create('warm'); store.start_stream('warm').finish()")
     for path in (directory, *directory.rglob("*")):

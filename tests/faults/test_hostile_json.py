@@ -28,7 +28,7 @@ ABSENT = object()
 @pytest.fixture
 def store() -> Iterator[persist.Store]:
     with quick_directory() as directory:
-        yield persist.Store(directory / "sessions", lock_timeout_s=1.0)
+        yield persist.Store(directory / "sessions", timeout_s=1.0)
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_a_key_that_means_something_elsewhere_is_data(key: str, store: persist.S
     store.create("s", data)
     store.append("s", "messages", {"id": "m2"})
     assert store.load("s").data == {**data, "messages": [*data["messages"], {"id": "m2"}]}
-    assert store.head("s").data == {key: data[key]}
+    assert store.head("s").fields == {key: data[key]}
 
 
 # --- size -------------------------------------------------------------------------------------------------------------

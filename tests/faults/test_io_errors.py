@@ -143,7 +143,8 @@ def save_over_a_left_over(scene: Scene) -> Run:
 @operation()
 def edit(scene: Scene) -> Run:
     def run() -> None:
-        with scene.store.edit("s") as data:
+        with scene.store.transaction("s") as tx:
+            data = tx.data
             data["title"] = "File locks"
 
     return run
@@ -161,12 +162,12 @@ def transaction(scene: Scene) -> Run:
 
 @operation()
 def update(scene: Scene) -> Run:
-    return lambda: scene.store.update("s", lambda data: data.update(title="File locks"), if_revision=1)
+    return lambda: scene.store.update("s", lambda tx: tx.data.update(title="File locks"), if_revision=1)
 
 
 @operation()
 def update_of_a_small_field(scene: Scene) -> Run:
-    return lambda: scene.store.update("s", lambda data: data.update(title="File locks"))
+    return lambda: scene.store.update("s", lambda tx: tx.data.update(title="File locks"))
 
 
 @operation()
@@ -324,7 +325,7 @@ def load(scene: Scene) -> Run:
 
 @operation(is_look=True)
 def head(scene: Scene) -> Run:
-    return lambda: scene.store.head("s").data
+    return lambda: scene.store.head("s").fields
 
 
 @operation(is_look=True)
@@ -364,7 +365,7 @@ def streams(scene: Scene) -> Run:
 @operation(is_look=True)
 def is_cancelled(scene: Scene) -> Run:
     stream = scene.stream()
-    return lambda: stream.cancelled
+    return lambda: stream.is_cancelled()
 
 
 @operation(is_look=True, is_partial=True)
@@ -455,7 +456,7 @@ def staged(operation: Operation, directory: Path) -> tuple[Scene, Run]:
     scene.store.create("s", DATA)
     if made.journal == "always":
         # A journal that is not empty.
-        scene.store.update("s", lambda data: data.update(n=1))
+        scene.store.update("s", lambda tx: tx.data.update(n=1))
     run = operation.stage(scene)
     set_mode(operation.mode, scene.store)
     if operation.is_cold:
@@ -464,7 +465,7 @@ def staged(operation: Operation, directory: Path) -> tuple[Scene, Run]:
 
 
 def opened(mode: Mode, path: Path) -> persist.Store:
-    store = persist.Store(path, lock_timeout_s=TIMEOUT_S)
+    store = persist.Store(path, timeout_s=TIMEOUT_S)
     set_mode(mode, store)
     return store
 

@@ -76,7 +76,7 @@ def history() -> Iterator[History]:
         found.note()
         store.append("s", "messages", {"id": "m2", "content": "é J @ *" * 3})
         found.note()
-        store.update("s", lambda data: data.update(title="File locks"))
+        store.update("s", lambda tx: tx.data.update(title="File locks"))
         found.note()
         with store.start_stream("s", {"role": "user", "content": "Why?"}) as stream:
             found.note()
@@ -132,7 +132,7 @@ def streams(store: persist.Store) -> object:
 
 
 def rename(store: persist.Store) -> object:
-    return store.update("s", lambda data: data.update(title="new"))
+    return store.update("s", lambda tx: tx.data.update(title="new"))
 
 
 def append_new(store: persist.Store) -> object:

@@ -195,7 +195,7 @@ def append_of_what_is_there(store: persist.Store) -> object:
 
 
 def update_of_nothing(store: persist.Store) -> object:
-    return store.update("s", lambda data: None)
+    return store.update("s", lambda tx: None)
 
 
 def transaction_of_nothing(store: persist.Store) -> object:

@@ -49,7 +49,7 @@ class Author:
         self._pipe = pipe
         self._numbers = itertools.count()
         # Two saves may count a visit at a time. Events of a stream that has ended are of no interest here.
-        options = {"lock_timeout_s": LOCK_TIMEOUT_S, "merge": {"visits": "sum"}, "keep_events_s": 0}
+        options = {"timeout_s": LOCK_TIMEOUT_S, "merge": {"visits": "sum"}, "keep_events_s": 0}
         self.store = journaling.drawn(self.random).open(directory, **options)
 
     def new_id(self) -> str:
@@ -123,21 +123,22 @@ def _save(author: Author, session_id: str) -> None:
 def _edit(author: Author, session_id: str) -> None:
     message = author.message(VISIT)
     with author.reporting(Change("add", session_id, (message,))):
-        with author.store.edit(session_id) as data:
+        with author.store.transaction(session_id) as tx:
+            data = tx.data
             visit(data, message)
 
 
 def _update(author: Author, session_id: str) -> None:
     message = author.message(VISIT)
     with author.reporting(Change("add", session_id, (message,))):
-        author.store.update(session_id, lambda data: visit(data, message))
+        author.store.update(session_id, lambda tx: visit(tx.data, message))
 
 
 def _mark(author: Author, session_id: str) -> None:
     """A change of the head only."""
     mark = author.new_id()
     with author.reporting(Change("mark", session_id, title=mark)):
-        author.store.update(session_id, lambda data: data.setdefault("marks", {}).update({author.name: mark}))
+        author.store.update(session_id, lambda tx: tx.data.setdefault("marks", {}).update({author.name: mark}))
 
 
 def _compact(author: Author, session_id: str) -> None:
@@ -245,7 +246,7 @@ def _look_at(store: persist.Store, session_id: str, seen: int) -> int:
     assert revisions == sorted(revisions), f"revisions of {session_id} went back: {revisions}"
     for session in (before, after):
         is_same = session.revision == head.revision
-        assert not is_same or _head_of(session) == (head.data, head.counts), (
+        assert not is_same or _head_of(session) == (head.fields, head.counts), (
             f"{session_id} has another head than it shows"
         )
     return revisions[-1]

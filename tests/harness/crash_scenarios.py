@@ -243,7 +243,7 @@ SCENARIOS: list[Scenario | Opening] = [
     Scenario("append", lambda store, _: store.append("s-1", "messages", MESSAGE)),
     Scenario("append to a large document", lambda store, _: store.append("s-1", "messages", MESSAGE), content=LARGE),
     Scenario("first commit to a foreign document", lambda store, _: store.append("s-1", "messages", MESSAGE), foreign),
-    Scenario("update", lambda store, _: store.update("s-1", lambda data: data.update(n=1))),
+    Scenario("update", lambda store, _: store.update("s-1", lambda tx: tx.data.update(n=1))),
     Scenario("accept", lambda store, _: store.accept("s-1"), edited_by_hand),
     Scenario("delete", lambda store, _: store.delete("s-1")),
     Scenario("delete with a stale stream", lambda store, _: store.delete("s-1"), stale),

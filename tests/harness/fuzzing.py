@@ -277,7 +277,7 @@ class Oracle:
     seal: Seal = staticmethod(seal_somehow)
 
     def __init__(self, directory: Path) -> None:
-        self.store = persist.Store(directory / "spoilt", lock_timeout_s=0)
+        self.store = persist.Store(directory / "spoilt", timeout_s=0)
         self.path = self.store.path / "s.json"
 
     def complaint(self, content: bytes, *, is_sealed: bool = False) -> Complaint | None:
@@ -573,12 +573,12 @@ class JournalOracle(Oracle):
         assert same(created.data, self._created.data)
         for verb in (
             lambda: store.append("s", "messages", {"id": 2, "crc": "00000000", "content": "x" * 700}),
-            lambda: store.update("s", lambda data: data.update(title="Täßchen", big="y" * 600)),
+            lambda: store.update("s", lambda tx: tx.data.update(title="Täßchen", big="y" * 600)),
             lambda: store.append("s", "tool_calls", {"id": "c1"}),
-            lambda: store.update("s", lambda data: data["messages"].insert(0, [])),
-            lambda: store.update("s", lambda data: data.update(big="y" * 6000, notes=["z" * 900] * 5)),
+            lambda: store.update("s", lambda tx: tx.data["messages"].insert(0, [])),
+            lambda: store.update("s", lambda tx: tx.data.update(big="y" * 6000, notes=["z" * 900] * 5)),
             lambda: store.append("s", "notes", "last"),
-            lambda: store.update("s", lambda data: data.pop("big")),
+            lambda: store.update("s", lambda tx: tx.data.pop("big")),
             lambda: store.append("s", "messages", "\ud800"),
         ):
             verb()
@@ -593,7 +593,7 @@ class JournalOracle(Oracle):
 
     def _store(self) -> persist.Store:
         """Return a store that has never seen the session."""
-        store = persist.Store(self._directory, journal="always", lock_timeout_s=0)
+        store = persist.Store(self._directory, journal="always", timeout_s=0)
         store._backend.files.options.verifies_folds = True
         return store
 
@@ -636,11 +636,11 @@ class JournalOracle(Oracle):
         last = self._created.revision if expected.last is None else expected.last["revision"]
         if not is_sealed:
             is_right = head.revision in (last, expected.state.revision) and any(
-                head.revision == state.revision and same(dict(head.data), state.fields) for state in self._states
+                head.revision == state.revision and same(dict(head.fields), state.fields) for state in self._states
             )
             return None if is_right else "a head that was never committed"
         is_right = head.revision == last
-        is_right &= any(same(dict(head.data), each) for each in expected.heads)
+        is_right &= any(same(dict(head.fields), each) for each in expected.heads)
         return None if is_right else "a head that no record says"
 
     def _of_append(self, store: persist.Store, expected: Replay) -> str | None:

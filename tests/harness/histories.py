@@ -216,7 +216,8 @@ class Client:
         item = self._new()
 
         def edit() -> None:
-            with self._store.edit(session_id) as data:
+            with self._store.transaction(session_id) as tx:
+                data = tx.data
                 data["messages"].append({"id": item})
 
         self._record(session_id, "append", item, edit)
@@ -254,7 +255,8 @@ class Client:
         value, load = self._new(), self._load_drawn()
 
         def edit() -> None:
-            with self._store.edit(session_id) as data:
+            with self._store.transaction(session_id) as tx:
+                data = tx.data
                 data.update(value=value, tool_calls=load)
 
         self._record(session_id, "write", value, edit)
@@ -266,7 +268,7 @@ class Client:
         value = self._new()
 
         def update() -> None:
-            self._store.update(session_id, lambda data: data.update(value=value))
+            self._store.update(session_id, lambda tx: tx.data.update(value=value))
 
         self._record(session_id, "write", value, update)
 
@@ -318,7 +320,7 @@ class Client:
         def update() -> int:
             try:
                 self._store.update(session_id, put, if_revision=revision)
-            except persist.RevisionMismatch as mismatch:
+            except persist.VersionMismatch as mismatch:
                 return int(mismatch.theirs)
             return revision
 
@@ -337,7 +339,7 @@ class Client:
         if stream is None:
             self.head_owner(session_id)
         else:
-            self._record(session_id, "asked", stream.id, lambda: stream.cancelled)
+            self._record(session_id, "asked", stream.id, lambda: stream.is_cancelled())
 
     def start(self, session_id: str) -> None:
         if self._stream is not None:
@@ -424,7 +426,7 @@ WRITES: dict[str, list[Action]] = {
 
 def _work(directory: Path, number: int, starts: list[int], plan: Plan) -> None:
     journaling = plan.journaling.drawn(random.Random(f"{plan.seed} {number}"))
-    store = journaling.open(directory / "sessions", lock_timeout_s=DEADLINE_S)
+    store = journaling.open(directory / "sessions", timeout_s=DEADLINE_S)
     barrier = threading.Barrier(len(starts) + 1)
     failures: list[BaseException] = []
 

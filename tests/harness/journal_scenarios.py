@@ -74,7 +74,7 @@ def recorded_and_damaged(store: persist.Store) -> None:
 
 
 def change_a_small_field(store: persist.Store, _subject: object = None) -> None:
-    store.update("s-1", lambda data: data.update(title="t" * 400))
+    store.update("s-1", lambda tx: tx.data.update(title="t" * 400))
 
 
 #: A value of this size stands among the fields, and one that is larger by `MORE` stands apart.
@@ -84,7 +84,7 @@ NEARLY, MORE = "n" * 4000, "n" * 200
 def noted(store: persist.Store) -> None:
     """A value among the fields that nearly stands apart, and a list."""
     recorded(store)
-    store.update("s-1", lambda data: data.update(notes=NEARLY, log=[NEARLY]))
+    store.update("s-1", lambda tx: tx.data.update(notes=NEARLY, log=[NEARLY]))
 
 
 def long_noted(store: persist.Store) -> None:
@@ -95,11 +95,11 @@ def long_noted(store: persist.Store) -> None:
 
 
 def note_more(store: persist.Store, _subject: object = None) -> None:
-    store.update("s-1", lambda data: data.update(notes=NEARLY + MORE))
+    store.update("s-1", lambda tx: tx.data.update(notes=NEARLY + MORE))
 
 
 def note_less(store: persist.Store, _subject: object = None) -> None:
-    store.update("s-1", lambda data: data.update(notes=NEARLY))
+    store.update("s-1", lambda tx: tx.data.update(notes=NEARLY))
 
 
 def log_more(store: persist.Store, _subject: object = None) -> None:
@@ -118,7 +118,7 @@ def noted_and_back(store: persist.Store) -> None:
 
 
 def forget_notes(store: persist.Store, _subject: object = None) -> None:
-    store.update("s-1", lambda data: [data.pop(name) for name in ("notes", "log")])
+    store.update("s-1", lambda tx: [tx.data.pop(name) for name in ("notes", "log")])
 
 
 def cancel(store: persist.Store, stream: persist.Stream) -> None:
@@ -138,7 +138,7 @@ RECORDS = [
     journaled("save", lambda _, session: session.save(), changed),
     journaled("first save of a process", lambda _, session: session.save(), changed, is_cold=True),
     journaled("save that merges", lambda _, session: session.save(), changed_on_both_sides),
-    journaled("update", lambda store, _: store.update("s-1", lambda data: data.update(n=1)), recorded),
+    journaled("update", lambda store, _: store.update("s-1", lambda tx: tx.data.update(n=1)), recorded),
     journaled("update of a small field", change_a_small_field, recorded),
     journaled("start", lambda store, _: start_and_die(store), recorded),
     journaled("start over a stale stream", lambda store, _: start_and_die(store), stale),

@@ -130,7 +130,8 @@ def _one_round(store: persist.Store, session_id: str, name: str, expected: dict[
     there.messages = [*there.messages, message, *_turn(store, session_id, name, is_finished=there.n % 6 != 0)][
         -KEPT_MESSAGES:
     ]
-    with store.edit(session_id) as data:
+    with store.transaction(session_id) as tx:
+        data = tx.data
         del data["messages"][:-KEPT_MESSAGES]
         if there.n % 14 == 0:
             # A small session becomes a large one, and a large one small.
@@ -153,7 +154,7 @@ def _turn(store: persist.Store, session_id: str, name: str, *, is_finished: bool
     prompt, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": f"{name} Be"}
     with store.start_stream(session_id, prompt, stream_id=f"{name}-t") as stream:
         stream.checkpoint(answer)
-        assert not stream.cancelled
+        assert not stream.is_cancelled()
         if is_finished:
             answer["content"] += "cause."
             stream.finish(answer)

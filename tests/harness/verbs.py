@@ -13,7 +13,8 @@ Verb = Callable[[persist.Store, persist.Session], object]
 
 
 def _edit(store: persist.Store, _session: persist.Session) -> None:
-    with store.edit("s") as data:
+    with store.transaction("s") as tx:
+        data = tx.data
         data["more"] = 1
 
 
@@ -30,7 +31,7 @@ def _turn(store: persist.Store, _session: persist.Session) -> None:
 
 VERBS: dict[str, Verb] = {
     "load": lambda store, _: store.load("s").data,
-    "head": lambda store, _: store.head("s").data,
+    "head": lambda store, _: store.head("s").fields,
     "stream": lambda store, _: store.stream("s"),
     "streams": lambda store, _: store.streams(),
     "check": lambda store, _: store.check(),

@@ -55,7 +55,7 @@ class Watch:
     def open(self) -> None:
         """Look at the directory with a new store, as a process does that has just started."""
         journaling = self._plan.journaling.drawn(self._random)
-        self.store = journaling.open(self._directory, lock_timeout_s=LOCK_TIMEOUT_S, keep_events_s=0)
+        self.store = journaling.open(self._directory, timeout_s=LOCK_TIMEOUT_S, keep_events_s=0)
 
     def start(self, role: Role) -> Hand:
         return self.crew.start(role, self._directory, self.shared)
@@ -78,7 +78,7 @@ class Watch:
     def _rename(self, session_id: str, name: str) -> None:
         try:
             # Nobody else renames what is shared.
-            title_before = self.store.head(session_id).data.get("title")
+            title_before = self.store.head(session_id).fields.get("title")
         except persist.PersistError as error:
             self.figures.found("raised", f"head: {error}")
             return
@@ -89,11 +89,11 @@ class Watch:
         if self._random.random() < 0.5:
             title = title_of(name, LOAD_BYTES - load_bytes)
             with self._promised(Change("rename", session_id, title=title)):
-                self.store.update(session_id, lambda data: titled(data, title))
+                self.store.update(session_id, lambda tx: titled(tx.data, title))
         else:
             title = title_of(name, load_bytes)
             with self._promised(Change("rename", session_id, title=title)):
-                self.store.update(session_id, lambda data: data.update(title=title))
+                self.store.update(session_id, lambda tx: tx.data.update(title=title))
         with self._promised(Change("keep", session_id)):
             self.store.compact(session_id)
 

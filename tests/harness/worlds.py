@@ -237,8 +237,8 @@ class World:
         session, head = store.load("s"), store.head("s")
         found = store._backend.files.read("s")
         assert found.content == encoded(session.data), "the replayed content is that of the data"
-        assert head.data == {name: value for name, value in session.data.items() if name not in found.content.apart}
-        assert list(head.data) == list(found.content.fields)
+        assert head.fields == {name: value for name, value in session.data.items() if name not in found.content.apart}
+        assert list(head.fields) == list(found.content.fields)
         assert head.counts == found.content.counts
         assert (head.revision, head.updated_at) == (session.revision, session.updated_at)
         header = found.header

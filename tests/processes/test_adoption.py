@@ -122,7 +122,7 @@ def test_one_unreadable_file_hides_no_other(scratch: Path, actor: ActorFactory) 
 def test_store_can_be_handed_to_another_process_and_the_rest_cannot(store: persist.Store) -> None:
     """A pickled store opens the same directory with the same options; sessions and streams say what to do instead."""
     session = store.create("s-1", {"messages": []})
-    copy = pickle.loads(pickle.dumps(persist.Store(store.path, merge={"n": "sum"}, lock_timeout_s=1.5)))
+    copy = pickle.loads(pickle.dumps(persist.Store(store.path, merge={"n": "sum"}, timeout_s=1.5)))
     assert copy.path == store.path
     assert copy.load("s-1").data == {"messages": []}
     with pytest.raises(TypeError, match="hand its id"):
@@ -140,5 +140,5 @@ def test_async_function_is_refused_by_update(store: persist.Store) -> None:
             raise AssertionError("never awaited")
 
     with pytest.raises(persist.WrongType, match="async"):
-        store.update("s-1", lambda data: (data.update(n=2), Awaitable())[1])
+        store.update("s-1", lambda tx: (tx.data.update(n=2), Awaitable())[1])
     assert store.load("s-1").data == {"n": 1}

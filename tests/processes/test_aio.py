@@ -39,7 +39,7 @@ def anyio_backend() -> str:
 @pytest.fixture
 async def aio(store: persist.Store) -> AsyncIterator[persist.aio.Store]:
     store.create("s-1", {"title": "Async", "messages": []})
-    async with persist.aio.Store(persist.Store(store.path, lock_timeout_s=20.0)) as opened:
+    async with persist.aio.Store(persist.Store(store.path, timeout_s=20.0)) as opened:
         yield opened
 
 
@@ -94,7 +94,7 @@ async def test_verbs_do_what_their_twins_do(aio: persist.aio.Store, store: persi
     await aio.append("s-2", "messages", PROMPT)
     await session.save()
     assert (session.revision, session.data) == (3, {"title": "mine", "messages": [PROMPT]})
-    assert await aio.update("s-2", lambda data: data["messages"].pop(), if_revision=3) == PROMPT
+    assert await aio.update("s-2", lambda tx: tx.data["messages"].pop(), if_revision=3) == PROMPT
     assert (await aio.head("s-2")).data["title"] == "mine"
     await (await aio.load("s-2")).refresh()
     await aio.duplicate("s-2", "s-3")
@@ -106,14 +106,14 @@ async def test_verbs_do_what_their_twins_do(aio: persist.aio.Store, store: persi
     with pytest.raises(persist.SessionNotFound):
         await aio.load("s-3")
     with pytest.raises(persist.WrongType):
-        persist.aio.Store(store, lock_timeout_s=1.0)
+        persist.aio.Store(store, timeout_s=1.0)
 
 
 async def test_large_sessions_cost_what_changes(aio: persist.aio.Store) -> None:
     """`update` and `compact` do what their twins do; a verb of a large session appends to its journal."""
     await aio.create("s-2", {"title": "Async", "messages": ["x" * 70_000]})
     document = (aio.path / "s-2.json").read_bytes()
-    assert await aio.update("s-2", lambda data: data.update(title="Large") or data["title"]) == "Large"
+    assert await aio.update("s-2", lambda tx: tx.data.update(title="Large") or tx.data["title"]) == "Large"
     await aio.append("s-2", "messages", PROMPT)
     assert (aio.path / "s-2.json").read_bytes() == document
     assert (await aio.head("s-2")).data == {"title": "Large"}
@@ -200,7 +200,7 @@ async def test_many_tasks_on_one_session_lose_nothing(aio: persist.aio.Store, st
     """A12: 100 read-modify-writes at once, in one loop, and none is lost."""
 
     async def visit() -> None:
-        await aio.update("s-1", lambda data: data.update(visits=data.get("visits", 0) + 1))
+        await aio.update("s-1", lambda tx: tx.data.update(visits=tx.data.get("visits", 0) + 1))
 
     async with anyio.create_task_group() as tasks:
         for _ in range(100):
@@ -482,7 +482,7 @@ async def test_cancellation_comes_through_when_the_undo_fails(
 ) -> None:
     """Somebody locks the session just then: who cancelled gets the cancellation, and the stream is stale, not alive."""
     gate = Gate(monkeypatch, "replace")
-    impatient = persist.aio.Store(persist.Store(store.path, lock_timeout_s=0.01))
+    impatient = persist.aio.Store(persist.Store(store.path, timeout_s=0.01))
     caught: list[BaseException] = []
 
     async def start() -> None:
@@ -561,7 +561,7 @@ def test_loops_in_two_threads_share_a_store(store: persist.Store) -> None:
     aio = persist.aio.Store(store)
 
     async def count() -> None:
-        await aio.update("s-1", lambda data: data.update(n=data["n"] + 1))
+        await aio.update("s-1", lambda tx: tx.data.update(n=tx.data["n"] + 1))
 
     async def serve() -> None:
         async with anyio.create_task_group() as tasks:

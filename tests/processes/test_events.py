@@ -417,7 +417,7 @@ def test_first_emission_under_way_when_the_session_is_taken_away(
     Whichever comes first then, an emission that is acknowledged is there, and one that is refused is not. Fails if the
     file is made without the lock.
     """
-    owner, hasty, other = actor(), actor(lock_timeout_s=0.0), actor()
+    owner, hasty, other = actor(), actor(timeout_s=0.0), actor()
     stream_id = owner.do(START)
     owner.start_and_pause("stream.emit('first')", "make_directory")
     cancel = f"store.cancel('s-1', {stream_id!r}, force=True)"
@@ -691,7 +691,7 @@ def test_lock_that_is_held_for_long_ends_no_follower(
     """
     owner, holder = actor(), actor()
     stream_id = owner.do(START)
-    follower = persist.Store(directory, lock_timeout_s=0.0)
+    follower = persist.Store(directory, timeout_s=0.0)
     with follower.follow("s-1", stream_id) as followed:
         holder.start_and_pause("store.append('s-1', 'messages', {'content': 'x'})", "replace")
         with pytest.raises(persist.LockTimeout):

@@ -95,7 +95,7 @@ def test_a4_claim_and_liveness_appear_together(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
     """A4 (#5053): a stream that stands in the middle of its start is never seen as dead, at any step of its commit."""
-    sweeper = actor(lock_timeout_s=0.2)
+    sweeper = actor(timeout_s=0.2)
     for step in ("create", "replace", "close"):
         starter = actor()
         starter.start_and_pause(START, step)
@@ -193,7 +193,7 @@ def test_a9_destructive_edit_names_what_it_saw(
     seen = regenerate.do("seen = store.load('s-1').revision; seen")
     send.do("store.append('s-1', 'messages', {'id': 'm2', 'role': 'user', 'content': 'more'})")
     with pytest.raises(persist.MergeConflict) as caught:
-        regenerate.do("store.update('s-1', lambda data: data['messages'].pop(), if_revision=seen)")
+        regenerate.do("store.update('s-1', lambda tx: tx.data['messages'].pop(), if_revision=seen)")
     assert (caught.value.mine, caught.value.theirs) == (seen, seen + 1)
     assert [m["id"] for m in messages(store)] == ["m1", "m2"]
 
@@ -204,9 +204,9 @@ def test_a10_loads_are_never_answered_from_an_older_cache(
     """A10 (#3829, #4765): after 300 commits of another process, same inode or not, a load shows the last one."""
     writer = actor()
     for n in range(30):
-        writer.do(f"[store.update('s-1', lambda data: data.update(n={n} * 10 + i)) for i in range(10)]")
+        writer.do(f"[store.update('s-1', lambda tx: tx.data.update(n={n} * 10 + i)) for i in range(10)]")
         os.utime(store.path / "s-1.json", (1, 1))
-        assert store.load("s-1").data["n"] == store.head("s-1").data["n"] == n * 10 + 9
+        assert store.load("s-1").data["n"] == store.head("s-1").fields["n"] == n * 10 + 9
 
 
 def test_a11_two_processes_cannot_both_run_a_turn(
@@ -228,7 +228,7 @@ def test_a12_lock_spans_read_change_and_write(
 
     Fails with the lock taken out, and with the lock only around the write.
     """
-    first, second = actor(), actor(lock_timeout_s=0.2)
+    first, second = actor(), actor(timeout_s=0.2)
     first.start_and_pause("with store.edit('s-1') as data:\n    data['n'] = data.get('n', 0) + 1", "create")
     add_one = "with store.edit('s-1') as data:\n    data['n'] = data.get('n', 0) + 1"
     try:
@@ -249,7 +249,7 @@ def test_a12_lock_spans_read_change_and_write(
 def test_b1_head_has_no_save(store: persist.Store, session: persist.Session) -> None:
     """B1 (#1558): a metadata-only object cannot be written."""
     head = store.head("s-1")
-    assert "messages" not in head.data
+    assert "messages" not in head.fields
     assert head.counts == {"messages": 1}
     assert not any(hasattr(head, verb) for verb in ("save", "append", "edit", "refresh", "clear_stale_stream"))
 
@@ -392,7 +392,7 @@ def test_c2_intentional_shrink_stays(store: persist.Store, session: persist.Sess
     """C2 (#6911, #5570): an undo is a commit like any other: an older, longer object that is saved does not undo it."""
     other = actor()
     other.do("longer = store.load('s-1')")
-    store.update("s-1", lambda data: data["messages"].clear(), if_revision=1)
+    store.update("s-1", lambda tx: tx.data["messages"].clear(), if_revision=1)
     other.do("longer.data['title'] = 'Longer'; longer.save()")
     assert store.load("s-1").data == {"title": "Longer", "messages": []}
     assert store.check() == []
@@ -484,7 +484,7 @@ def test_e2_no_wait_is_without_end_and_none_is_nameless(
     """E2 (#7684, #1693): 20 threads behind a stuck writer all get an error that names it; unrelated sessions go on."""
     stuck = actor()
     stuck.start_and_pause("store.append('s-1', 'log', 1)", "create")
-    impatient = persist.Store(store.path, lock_timeout_s=0.3)
+    impatient = persist.Store(store.path, timeout_s=0.3)
     errors: list[persist.LockTimeout] = []
 
     def wait() -> None:

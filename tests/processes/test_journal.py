@@ -58,7 +58,8 @@ def assert_costs_the_change(verb: Callable[[], object]) -> None:
 
 
 def rename(store: persist.Store, title: str) -> None:
-    with store.edit("s") as data:
+    with store.transaction("s") as tx:
+        data = tx.data
         data["title"] = title
 
 
@@ -68,7 +69,7 @@ def retitle(store: persist.Store, title: str) -> None:
 
 
 def titled(title: str) -> Callable[[dict[str, Any]], None]:
-    return lambda data: data.update(title=title)
+    return lambda tx: tx.data.update(title=title)
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
@@ -189,13 +190,13 @@ def test_no_large_value_makes_another_one_dear(store: persist.Store) -> None:
     for each in (store, persist.Store(store.path)):
         assert measured(partial(each.head, "s")).read < MOST_READ
         head = each.head("s")
-        assert (head.data["title"], head.counts) == ("Locks", {"messages": 2004, "context_messages": 2002})
+        assert (head.fields["title"], head.counts) == ("Locks", {"messages": 2004, "context_messages": 2002})
 
 
 def test_asking_whether_a_stream_was_cancelled_reads_a_head(large: persist.Store) -> None:
     """`cancelled` is asked for every token: it reads some KB of a megabyte."""
     with large.start_stream("s") as stream:
-        assert measured(lambda: stream.cancelled).read < MOST_READ
+        assert measured(lambda: stream.is_cancelled()).read < MOST_READ
         stream.finish()
 
 
@@ -285,7 +286,7 @@ def test_refused_verb_leaves_no_trace_in_what_is_known(large: persist.Store) -> 
         lambda: large.append("s", "title", 1),
         lambda: large.update("s", failing),
         lambda: large.update("s", titled("lost"), if_revision=1),
-        lambda: large.update("s", lambda data: data.update(messages=[object()])),
+        lambda: large.update("s", lambda tx: tx.data.update(messages=[object()])),
         lambda: large.start_stream("s", small(0) | {"content": "another"}),
     ):
         with pytest.raises((persist.PersistError, ValueError)):
@@ -399,7 +400,7 @@ def test_processes_that_take_turns_lose_nothing_through_folds(store: persist.Sto
         if dice.random() < 0.2:
             dice.choice(servers).do("store.compact('s')")
         if dice.random() < 0.2:
-            dice.choice(servers).do(f"store.update('s', lambda data: data.update(title={number}))")
+            dice.choice(servers).do(f"store.update('s', lambda tx: tx.data.update(title={number}))")
     assert [each["id"] for each in store.load("s").data["messages"][1:]] == list(range(90))
     assert store.check() == []
 

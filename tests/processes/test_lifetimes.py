@@ -121,12 +121,13 @@ def test_preforked_workers_share_a_store(store: persist.Store, actor: ActorFacto
     nothing is lost.
     """
     store.create("s-1", {"messages": [], "n": 0})
-    master = actor(lock_timeout_s=60.0)
+    master = actor(timeout_s=60.0)
     code = """
 def worker(name):
     for n in range(40):
         store.append('s-1', 'messages', {'id': f'{name}-{n}', 'content': 'x'})
-        with store.edit('s-1') as data:
+        with store.transaction('s-1') as tx:
+            data = tx.data
             data['n'] += 1
         try:
             with store.start_stream('s-1', {'role': 'user', 'content': name}) as stream:
@@ -162,13 +163,14 @@ def test_fork_while_another_thread_holds_the_lock(
     """Fork: a child that comes to be while a thread of its parent is inside an edit can lock as soon as that one is
     done.
     """
-    other = actor(lock_timeout_s=20.0)
+    other = actor(timeout_s=20.0)
     code = """
 import threading, warnings
 warnings.simplefilter('ignore', DeprecationWarning)
 inside, leave = threading.Event(), threading.Event()
 def hold():
-    with store.edit('s-1') as data:
+    with store.transaction('s-1') as tx:
+        data = tx.data
         data['by thread'] = True
         inside.set()
         leave.wait()
@@ -204,13 +206,13 @@ def test_multiprocessing_children_use_stores_of_their_own(
 import multiprocessing, persist, sys, warnings
 
 def child(n):
-    store = persist.Store({str(store.path)!r}, lock_timeout_s=30)
+    store = persist.Store({str(store.path)!r}, timeout_s=30)
     store.append('s-1', 'messages', {{'id': f'c{{n}}', 'content': 'child'}})
     assert store.load('s-1').clear_stale_stream() is False
 
 if __name__ == '__main__':
     context = multiprocessing.get_context({method!r})
-    store = persist.Store({str(store.path)!r}, lock_timeout_s=30)
+    store = persist.Store({str(store.path)!r}, timeout_s=30)
     with store.start_stream('s-1', {{'role': 'user', 'content': 'Why?'}}) as stream:
         children = [context.Process(target=child, args=(n,)) for n in range(3)]
         for each in children: each.start()
@@ -275,7 +277,7 @@ def test_two_containers_share_a_directory(store: persist.Store, session: persist
     reason = _containers()
     if reason:
         pytest.skip(reason)
-    owner, other = actor(prefix=CONTAINER), actor(prefix=CONTAINER, lock_timeout_s=0.2)
+    owner, other = actor(prefix=CONTAINER), actor(prefix=CONTAINER, timeout_s=0.2)
     assert owner.do("os.getpid()") == other.do("os.getpid()") == 1
     stream_id = owner.do(START)
     with pytest.raises(persist.SessionBusy):
@@ -294,13 +296,13 @@ def test_two_containers_share_a_directory(store: persist.Store, session: persist
 
 def test_stopped_waiter_blocks_nobody(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
     """SIGSTOP of a process that only waits for the lock: the others go on."""
-    holder, waiter = actor(), actor(lock_timeout_s=30.0)
+    holder, waiter = actor(), actor(timeout_s=30.0)
     holder.start_and_pause("store.append('s-1', 'log', 1)", "create")
     waiter.start("store.append('s-1', 'log', 2)")
     os.kill(waiter.pid, signal.SIGSTOP)
     holder.go()
     holder.result()
-    persist.Store(store.path, lock_timeout_s=1.0).append("s-1", "log", 3)
+    persist.Store(store.path, timeout_s=1.0).append("s-1", "log", 3)
     os.kill(waiter.pid, signal.SIGCONT)
     waiter.result()
     assert sorted(store.load("s-1").data["log"]) == [1, 2, 3]

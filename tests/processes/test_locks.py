@@ -32,7 +32,7 @@ def test_timeout_names_the_process_that_holds_the_lock(
     """E2: the error says who, where, and for how long; nothing was written."""
     holder = actor()
     holder.start_and_pause("store.append('s-1', 'log', 1)", "create")
-    impatient = persist.Store(directory, lock_timeout_s=0.1)
+    impatient = persist.Store(directory, timeout_s=0.1)
     with pytest.raises(persist.LockTimeout) as caught:
         impatient.append("s-1", "log", 2)
     error = caught.value
@@ -59,7 +59,7 @@ def test_timeout_names_the_thread_of_this_process(directory: Path, session: pers
     thread.start()
     assert inside.wait(DEADLINE_S)
     with pytest.raises(persist.LockTimeout, match="title-writer"):
-        persist.Store(directory, lock_timeout_s=0.05).append("s-1", "log", 2)
+        persist.Store(directory, timeout_s=0.05).append("s-1", "log", 2)
     leave.set()
     thread.join(DEADLINE_S)
 
@@ -125,7 +125,7 @@ def test_sessions_do_not_wait_for_each_other(directory: Path, store: persist.Sto
     store.create("s-2", {})
     holder = actor()
     holder.start_and_pause("store.append('s-1', 'log', 1)", "create")
-    persist.Store(directory, lock_timeout_s=0.0).append("s-2", "log", 1)
+    persist.Store(directory, timeout_s=0.0).append("s-2", "log", 1)
     holder.go()
     holder.result()
 
@@ -134,7 +134,8 @@ def test_sessions_do_not_wait_for_each_other(directory: Path, store: persist.Sto
 def test_second_lock_in_one_thread_is_refused(store: persist.Store, session: persist.Session, other: str) -> None:
     """E2: one thread holds one session's lock; asking for a second is an error at once, not a deadlock."""
     store.create("s-2", {})
-    with store.edit("s-1") as data:
+    with store.transaction("s-1") as tx:
+        data = tx.data
         data["kept"] = True
         with pytest.raises(persist.NestedLock):
             store.append(other, "log", 1)
@@ -148,16 +149,17 @@ def test_lock_excludes_users_of_filelock(store: persist.Store, session: persist.
     with store.edit("s-1"), pytest.raises(Timeout):
         FileLock(directory / "s-1.json.lock", timeout=0, fallback_to_soft=False).acquire()
     with FileLock(directory / "s-1.json.lock", fallback_to_soft=False), pytest.raises(persist.LockTimeout):
-        persist.Store(directory, lock_timeout_s=0.05).append("s-1", "log", 1)
+        persist.Store(directory, timeout_s=0.05).append("s-1", "log", 1)
 
 
 def test_child_forked_inside_an_edit_holds_nothing(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
     """Fork: the child neither has its parent's lock nor releases it; it waits like any other process."""
-    other = actor(lock_timeout_s=0.05)
+    other = actor(timeout_s=0.05)
     code = """
-with store.edit('s-1') as data:
+with store.transaction('s-1') as tx:
+    data = tx.data
     child = os.fork()
     if child == 0:
         try:
@@ -183,7 +185,8 @@ def test_block_left_in_a_forked_child_writes_nothing(
     code = """
 status = None
 try:
-    with store.edit('s-1') as data:
+    with store.transaction('s-1') as tx:
+        data = tx.data
         child = os.fork()
         data['by'] = 'child' if child == 0 else 'parent'
 except persist.LockNotHeld:
@@ -204,7 +207,8 @@ def test_lock_of_a_forked_parent_is_free_when_it_leaves(
     other = actor()
     code = """
 import time
-with store.edit('s-1') as data:
+with store.transaction('s-1') as tx:
+    data = tx.data
     data['n'] = 1
     child = os.fork()
     if child == 0:
@@ -214,7 +218,7 @@ child
 """
     child = other.do(code)
     try:
-        persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1)
+        persist.Store(directory, timeout_s=0.0).append("s-1", "log", 1)
     finally:
         os.kill(child, signal.SIGKILL)
 
@@ -265,7 +269,7 @@ def test_missing_session_leaves_no_lock_file(store: persist.Store, directory: Pa
         lambda: store.delete("nobody"),
         lambda: store.start_stream("nobody"),
         lambda: store.cancel("nobody", "x"),
-        lambda: store.update("nobody", lambda data: None),
+        lambda: store.update("nobody", lambda tx: None),
     ):
         with pytest.raises(persist.SessionNotFound):
             verb()
@@ -279,7 +283,7 @@ def test_waiters_of_a_deleted_session_agree_on_the_next_lock(
 
     Fails with the look at the name taken out. Each create is answered by exactly one delete, and nothing is left over.
     """
-    actors = [actor(lock_timeout_s=60.0) for _ in range(3)]
+    actors = [actor(timeout_s=60.0) for _ in range(3)]
     work = """
 counts = [0, 0]
 for n in range(150):
@@ -288,7 +292,8 @@ for n in range(150):
     except persist.SessionExists:
         pass
     try:
-        with store.edit('s-9') as data:
+        with store.transaction('s-9') as tx:
+            data = tx.data
             before = data['n']; data['n'] = before + 1
     except persist.SessionNotFound:
         pass
@@ -315,7 +320,7 @@ def test_lock_is_free_after_kill(
     victim.kill()
     assert (directory / "s-1.json.tmp").exists()
     assert [problem.kind for problem in store.check()] == ["left-over"]
-    persist.Store(directory, lock_timeout_s=1.0).append("s-1", "log", 2)
+    persist.Store(directory, timeout_s=1.0).append("s-1", "log", 2)
     assert store.load("s-1").data["log"] == [2]
     assert not (directory / "s-1.json.tmp").exists()
     assert store.check() == []
@@ -323,10 +328,11 @@ def test_lock_is_free_after_kill(
 
 def test_subprocess_does_not_inherit_the_lock(store: persist.Store, session: persist.Session, directory: Path) -> None:
     """Descriptors are close-on-exec: a program started inside an edit does not keep the session locked."""
-    with store.edit("s-1") as data:
+    with store.transaction("s-1") as tx:
+        data = tx.data
         data["n"] = 1
         program = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
-    persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1)
+    persist.Store(directory, timeout_s=0.0).append("s-1", "log", 1)
     program.communicate(b"\n", timeout=DEADLINE_S)
 
 
@@ -343,7 +349,7 @@ def test_edit_that_is_left_in_another_thread_frees_the_first(store: persist.Stor
 
 def test_signal_handler_that_uses_the_store_gets_an_error(actor: ActorFactory, session: persist.Session) -> None:
     """E2: a handler that runs in the middle of a verb cannot wait for its own thread: NestedLock, never a hang."""
-    other = actor(lock_timeout_s=5.0)
+    other = actor(timeout_s=5.0)
     code = """
 import signal
 answers = []
@@ -356,7 +362,7 @@ def handler(*_):
 signal.signal(signal.SIGALRM, handler)
 signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
 for n in range(300):
-    store.update('s-1', lambda data: data.update(n=n))
+    store.update('s-1', lambda tx: tx.data.update(n=n))
 signal.setitimer(signal.ITIMER_REAL, 0, 0)
 len(answers) > 0 and set(answers) <= {'written', 'refused'}
 """
@@ -368,7 +374,7 @@ def test_interrupts_leak_no_lock(actor: ActorFactory, session: persist.Session, 
 
     Where one hits the interpreter's own way out of a block, the block is ended when it is collected.
     """
-    other = actor(lock_timeout_s=5.0)
+    other = actor(timeout_s=5.0)
     code = """
 import gc, signal
 class Late(Exception): pass
@@ -379,7 +385,7 @@ signal.signal(signal.SIGALRM, handler)
 for n in range(500):
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.00005 + n % 97 * 0.00001)
-        store.update('s-1', lambda data: data.update(n=n))
+        store.update('s-1', lambda tx: tx.data.update(n=n))
         signal.setitimer(signal.ITIMER_REAL, 0)
     except Late:
         interrupted += 1
@@ -387,11 +393,11 @@ for n in range(500):
     except persist.CommitUnknown:
         store = persist.Store(store.path)
 signal.setitimer(signal.ITIMER_REAL, 0)
-store.update('s-1', lambda data: data.update(n='end'))
+store.update('s-1', lambda tx: tx.data.update(n='end'))
 interrupted
 """
     assert other.do(code) > 0
-    assert persist.Store(directory, lock_timeout_s=1.0).append("s-1", "log", 1) > 1
+    assert persist.Store(directory, timeout_s=1.0).append("s-1", "log", 1) > 1
 
 
 def test_hard_link_to_the_lock_file_admits_nobody_else(
@@ -409,7 +415,8 @@ def test_hard_link_to_the_lock_file_admits_nobody_else(
     # It has locked the file, and is about to see whether that still bears its name.
     late.start_and_pause("with store.edit('s-1') as data: data['late'] = 1", "bears_name")
     (directory / "s-1.json.lock").unlink()
-    with store.edit("s-1") as data:
+    with store.transaction("s-1") as tx:
+        data = tx.data
         late.go()
         # Time to do wrong; what proves it is the document.
         late._connection.poll(0.5)
@@ -513,7 +520,7 @@ def test_lock_is_left_to_who_waits_for_it(
     monkeypatch.setattr(turnstile, "take", counted)
     fd = os.open(directory / "s-1.json.lock", os.O_RDWR)
     assert take(fd)
-    assert persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1) == 2
+    assert persist.Store(directory, timeout_s=0.0).append("s-1", "log", 1) == 2
     waiting = threading.Thread(target=lambda: store.append("s-1", "log", 2))
     waiting.start()
     eventually(lambda: len(asked) > 20)
@@ -591,7 +598,7 @@ def test_waiter_that_is_stopped_stops_nobody(locked: Actor, directory: Path, act
     eventually(lambda: all(state_of(task) == "T" for task in Path(f"/proc/{stopped.process.pid}/task").iterdir()))
     locked.go()
     locked.result()
-    behind = actor(lock_timeout_s=DEADLINE_S)
+    behind = actor(timeout_s=DEADLINE_S)
     behind.start("store.append('s-1', 'log', 'behind')")
     assert behind._connection.poll(DEADLINE_S / 2), "it waits until its time is over"
     assert behind.result() == 3
@@ -608,7 +615,7 @@ def test_waiter_that_is_killed_leaves_the_turnstile(locked: Actor, directory: Pa
     assert not is_taken(directory / "s-1.json.lock")
     locked.go()
     locked.result()
-    assert persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1) == 3
+    assert persist.Store(directory, timeout_s=0.0).append("s-1", "log", 1) == 3
 
 
 @linux_only
@@ -631,7 +638,7 @@ def test_exception_in_the_turnstile_leaves_it(
     assert descriptors() == before
     locked.go()
     locked.result()
-    assert persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 1) == 3
+    assert persist.Store(directory, timeout_s=0.0).append("s-1", "log", 1) == 3
 
 
 @linux_only
@@ -641,7 +648,7 @@ def test_waiter_that_gave_up_keeps_nothing(locked: Actor, directory: Path, actor
 
     Fails if who gives up closes the descriptor, of which the child may have a copy, and does not leave first.
     """
-    waiter = actor(lock_timeout_s=1.0)
+    waiter = actor(timeout_s=1.0)
     code = """
 import ctypes, threading, time, warnings
 from persist.storage import turnstile
@@ -674,7 +681,7 @@ child, len(errors), len(os.listdir('/proc/self/fd')) - before
         locked.go()
         locked.result()
         assert waiter.do("store.append('s-1', 'log', 2)") == 3
-        assert persist.Store(directory, lock_timeout_s=0.0).append("s-1", "log", 3) == 4
+        assert persist.Store(directory, timeout_s=0.0).append("s-1", "log", 3) == 4
     finally:
         os.kill(child, signal.SIGKILL)
 
@@ -693,7 +700,7 @@ def test_who_waits_where_the_kernel_has_no_such_locks_polls(
     monkeypatch.setattr(fcntl, "fcntl", refuse)
     with FileLock(directory / "s-1.json.lock", fallback_to_soft=False):
         with pytest.raises(persist.LockTimeout):
-            persist.Store(directory, lock_timeout_s=0.1).append("s-1", "log", 1)
+            persist.Store(directory, timeout_s=0.1).append("s-1", "log", 1)
         waiting = threading.Thread(target=lambda: store.append("s-1", "log", 2))
         asked.clear()
         waiting.start()

@@ -21,7 +21,8 @@ def work(name):
 BY_EDIT = """
 def work(name):
     for n in range(count):
-        with store.edit('s-1') as data:
+        with store.transaction('s-1') as tx:
+            data = tx.data
             data['messages'].append({'id': f'{name}-{n}', 'role': 'user', 'content': 'x' * 40})
             data['total'] = data.get('total', 0) + 1
 """
@@ -77,7 +78,7 @@ def test_every_append_of_four_processes_is_kept(
     Fails with the lock taken out, and with the lock only around the write.
     """
     store.create("s-1", {"title": "Busy", "messages": []})
-    actors = [actor(lock_timeout_s=60.0) for _ in range(PROCESSES)]
+    actors = [actor(timeout_s=60.0) for _ in range(PROCESSES)]
     run_all(actors, work, threads=threads, count=APPENDS // threads)
     assert_each_once(store, PROCESSES * APPENDS)
 

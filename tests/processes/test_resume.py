@@ -174,7 +174,7 @@ def start_up(tmp_path: Path, processes: list[subprocess.Popen[bytes]]) -> Callab
 
 @pytest.fixture
 def store(tmp_path: Path) -> persist.Store:
-    return persist.Store(tmp_path / "var" / "sessions", lock_timeout_s=20.0)
+    return persist.Store(tmp_path / "var" / "sessions", timeout_s=20.0)
 
 
 @pytest.fixture

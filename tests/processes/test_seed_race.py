@@ -19,7 +19,7 @@ from conftest import ActorFactory
 import persist
 from persist.storage import disk
 
-SHORT = {"lock_timeout_s": 0.3}
+SHORT = {"timeout_s": 0.3}
 PROMPT = {"role": "user", "content": "Why?"}
 
 
@@ -94,7 +94,7 @@ class TestTwoThreads:
         streams: list[persist.Stream] = []
 
         def start() -> str:
-            streams.append(persist.Store(directory, lock_timeout_s=SHORT["lock_timeout_s"]).start_stream("s-1", PROMPT))
+            streams.append(persist.Store(directory, timeout_s=SHORT["timeout_s"]).start_stream("s-1", PROMPT))
             return streams[0].id
 
         def let_go() -> None:

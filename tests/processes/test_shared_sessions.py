@@ -83,7 +83,7 @@ def test_stream_fields_take_no_merge_policy(store: persist.Store) -> None:
 def test_save_that_prefers_mine_keeps_the_running_turn(store: persist.Store, session: persist.Session) -> None:
     """B2, B3: a truncation that others made, and a turn that runs on it, are not undone by preferring mine."""
     session.data["messages"].append({"id": "note", "content": "note"})
-    store.update("s-1", lambda data: data["messages"].clear(), if_revision=1)
+    store.update("s-1", lambda tx: tx.data["messages"].clear(), if_revision=1)
     with store.start_stream("s-1", {"role": "user", "content": "Why?"}) as stream:
         session.save(on_conflict="mine")
         stream.finish({"role": "assistant", "content": "Because."})
@@ -98,7 +98,8 @@ def test_messages_cannot_be_made_something_else_in_a_turn(store: persist.Store) 
     session.data["messages"] = "oops"
     with pytest.raises(persist.WrongType):
         session.save()
-    with store.edit("s-2") as data:
+    with store.transaction("s-2") as tx:
+        data = tx.data
         data["messages"] = "oops"
     stream.fail()
     assert store.load("s-2").active_stream_id is None
@@ -138,7 +139,7 @@ def test_object_that_stands_at_two_places_reverts_nobody(store: persist.Store, s
     session.data["messages"].append(shared)
     session.data["first"] = shared
     session.save()
-    store.update("s-1", lambda data: data["messages"][1].update(content="edited by another"))
+    store.update("s-1", lambda tx: tx.data["messages"][1].update(content="edited by another"))
     session.data["title"] = "t"
     session.save()
     revision = session.revision
@@ -268,7 +269,7 @@ def test_save_that_was_cut_off_counts_once(
     """
     session = appending(directory, journal)
     cut_off(session, step, is_done=is_done)
-    impatient = persist.Store(directory, journal=journal, lock_timeout_s=0.0)
+    impatient = persist.Store(directory, journal=journal, timeout_s=0.0)
     there = impatient.load("s-1")
     if is_done and (journal, step) in IS_VISIBLE:
         assert (there.revision, there.data["n"]) == (session.revision + 1, 6)
@@ -297,7 +298,7 @@ def test_save_that_was_cut_off_under_the_commit_of_another_is_told(
     session = appending(directory, journal)
     stream_id = session.active_stream_id
     cut_off(session, step, is_done=is_done)
-    other = persist.Store(directory, journal=journal, lock_timeout_s=0.0)
+    other = persist.Store(directory, journal=journal, timeout_s=0.0)
     other.append("s-1", "messages", {"content": "theirs"})
     before = other.load("s-1")
     for call in (VERBS[verb], *VERBS.values()):
@@ -385,7 +386,7 @@ def test_edit_made_while_a_save_merges_contradicts_what_it_brings(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody else's title comes with a save, and another task sets one meanwhile: the next save says so."""
-    store.update("s-1", lambda data: data.update(title="theirs"))
+    store.update("s-1", lambda tx: tx.data.update(title="theirs"))
     session.data["messages"].append({"id": "mine", "content": "mine"})
     with monkeypatch.context() as patched:
         edit_behind(patched, "replace", lambda: session.data.update(title="meanwhile"))
@@ -538,7 +539,7 @@ def test_interrupt_at_any_line_doubles_nothing(verb: str, scratch: Path, *, is_a
     while True:
         place += 1
         directory = scratch / f"{place}"
-        store = persist.Store(directory, lock_timeout_s=0.0)
+        store = persist.Store(directory, timeout_s=0.0)
         store.create("s-1", {"messages": [{"content": "hi"}]})
         stream = store.start_stream("s-1")
         stream._lease.close()
@@ -581,7 +582,7 @@ def test_session_made_anew_is_not_cleared_by_an_old_object(store: persist.Store)
 
 def test_saved_state_is_absorbed_once(store: persist.Store, session: persist.Session) -> None:
     """A save that merged, and then a refresh: nothing of it is taken for new."""
-    store.update("s-1", lambda data: data.update(tags=["t"]))
+    store.update("s-1", lambda tx: tx.data.update(tags=["t"]))
     session.data["messages"].append({"content": "mine"})
     session.save()
     session.refresh()
@@ -633,7 +634,7 @@ def test_nothing_is_acknowledged_after_an_unknown_commit(
             store.append("s-1", "messages", item)
     for verb in (
         lambda: store.append("s-1", "messages", item),
-        lambda: store.update("s-1", lambda data: None),
+        lambda: store.update("s-1", lambda tx: None),
         lambda: store.delete("s-1"),
         session.save,
     ):

@@ -112,10 +112,10 @@ def test_cancel_reaches_the_owner_in_another_process(
     """A cancel is a durable request that the owner sees; the turn ends as the owner ends it."""
     owner, other = actor(), actor()
     stream_id = owner.do(START)
-    assert owner.do("stream.cancelled") is False
+    assert owner.do("stream.is_cancelled()") is False
     assert other.do(f"store.cancel('s-1', {stream_id!r})") is True
     assert other.do(f"store.cancel('s-1', {stream_id!r})") is True
-    assert owner.do("stream.cancelled") is True
+    assert owner.do("stream.is_cancelled()") is True
     assert store.streams()[0].is_cancelled
     owner.do("stream.fail()")
     assert contents(store) == [("Why?", True)]
@@ -144,7 +144,7 @@ def test_forced_cancel_fences_the_owner_off(
     ):
         with pytest.raises(persist.StreamLost):
             owner.do(write)
-    assert owner.do("stream.cancelled") is True
+    assert owner.do("stream.is_cancelled()") is True
     after = store.load("s-1")
     assert (after.revision, after.active_stream_id) == (before.revision, new_id)
     # The old owner's end must not take the new stream's lease with it.
@@ -176,7 +176,7 @@ def test_cancel_of_another_stream_changes_nothing(store: persist.Store, session:
         assert store.cancel("s-1", "another") is False
         assert store.cancel("s-1", "another", force=True) is False
         assert store.load("s-1").revision == before
-        assert not stream.cancelled
+        assert not stream.is_cancelled()
         stream.finish()
 
 
@@ -280,7 +280,7 @@ with store.start_stream('s-1', {'role': 'user', 'content': 'Why?'}) as stream:
                 try:
                     stream.checkpoint({'role': 'assistant', 'content': 'from the child'})
                 except persist.StreamLost:
-                    verdict = 7 if stream.cancelled and store.load('s-1').clear_stale_stream() is False else 2
+                    verdict = 7 if stream.is_cancelled() and store.load('s-1').clear_stale_stream() is False else 2
         finally:
             os._exit(verdict)
     child_said = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -37,7 +37,7 @@ def other(one: persist.Store) -> persist.Store:
 
 
 def opened(directory: Path) -> persist.Store:
-    store = persist.Store(directory, journal="always", lock_timeout_s=20.0)
+    store = persist.Store(directory, journal="always", timeout_s=20.0)
     store._backend.files.options.fold_bytes = math.inf
     return store
 
@@ -189,7 +189,7 @@ ACKNOWLEDGED: dict[str, Callable[[persist.Store], object]] = {
     "create": create_again,
     "cancel": lambda store: store.cancel("s", "run"),
     "save": lambda store: store.load("s").save(),
-    "update": lambda store: store.update("s", lambda data: None),
+    "update": lambda store: store.update("s", lambda tx: None),
 }
 
 

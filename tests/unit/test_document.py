@@ -90,7 +90,7 @@ def test_every_shape_is_one_json_object_and_comes_back(data: dict[str, Any], sto
     del found["_persist"]
     assert found == data == store.load("s").data
     apart = encoded(data).apart
-    assert store.head("s").data == {key: value for key, value in data.items() if key not in apart}
+    assert store.head("s").fields == {key: value for key, value in data.items() if key not in apart}
 
 
 def plainly(data: dict[str, Any]) -> bytes:
@@ -249,7 +249,7 @@ def test_the_head_is_that_of_the_whole(head_bytes: int, store: persist.Store) ->
     fields: dict[str, Any] = {f"f{number}": "é" * (size // 2 - 5) for number, size in enumerate(sizes)}
     store.create("s", {"messages": [M1, M2], **fields})
     session, head = store.load("s"), store.head("s")
-    assert head.data == {key: value for key, value in session.data.items() if key != "messages"} == fields
+    assert head.fields == {key: value for key, value in session.data.items() if key != "messages"} == fields
     assert head.counts == {"messages": 2}
     assert (head.id, head.revision, head.created_at, head.updated_at, head.active_stream_id) == (
         session.id,
@@ -265,7 +265,7 @@ def test_a_head_leaves_out_what_stands_apart(store: persist.Store) -> None:
     data = {"title": "t", "notes": "x" * 5_000, "context_messages": [M1] * 100, "meta": {"k": "y" * 5_000}, "n": [1]}
     store.create("s", data)
     head = store.head("s")
-    assert head.data == {"title": "t", "n": [1]}
+    assert head.fields == {"title": "t", "n": [1]}
     assert head.counts == {"context_messages": 100}
     assert store.load("s").data == data
 
@@ -281,7 +281,7 @@ def test_a_head_reads_only_the_beginning_of_the_file(store: persist.Store, monke
         return content
 
     monkeypatch.setattr(os, "read", read)
-    assert store.head("s").data == {"title": "t"}
+    assert store.head("s").fields == {"title": "t"}
     assert sum(sizes) <= 8192
 
 
@@ -367,7 +367,7 @@ def test_the_header_of_one_revision_does_not_fit_the_body_of_another(store: pers
     """Two halves of two good documents make no document."""
     store.create("s", {"a": 1})
     one = document(store).read_bytes()
-    store.update("s", lambda data: data.update(a=2))
+    store.update("s", lambda tx: tx.data.update(a=2))
     two = document(store).read_bytes()
     put(store, one.split(b"\n", 1)[0] + b"\n" + two.split(b"\n", 1)[1])
     with pytest.raises(persist.CorruptSession):
@@ -503,7 +503,7 @@ def test_a_document_without_a_header_is_revision_zero(store: persist.Store) -> N
     session, head = store.load("s"), store.head("s")
     assert session.data == {"messages": [M1], "title": "t", "updated_at": 5}
     assert (session.revision, head.revision, head.counts) == (0, 0, {"messages": 1})
-    assert head.data == {"title": "t", "updated_at": 5}
+    assert head.fields == {"title": "t", "updated_at": 5}
     assert session.updated_at == datetime.fromtimestamp(path.stat().st_mtime, UTC)
     session.save()
     assert path.read_bytes() == content

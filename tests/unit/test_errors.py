@@ -133,7 +133,7 @@ def locked_elsewhere(path: Path) -> Iterator[None]:
 
 def lock_timeout(scene: Scene) -> None:
     with locked_elsewhere(scene.lock):
-        persist.Store(scene.store.path, lock_timeout_s=0.01).append("s", "messages", CANARY)
+        persist.Store(scene.store.path, timeout_s=0.01).append("s", "messages", CANARY)
 
 
 def nested_lock(scene: Scene) -> None:
@@ -292,7 +292,7 @@ CASES: dict[type[persist.PersistError], Case] = {
         {"stream_id": "t1", "path": EVENTS / "s.t1", "errno": errno.ENOSPC},
         OSError,
     ),
-    errors.RevisionMismatch: Case(
+    errors.VersionMismatch: Case(
         lambda scene: scene.store.update("s", dict.clear, if_revision=9),
         ("'s' is at revision 1, not at 9", "nothing was written", "look again"),
         {"session_id": "s", "mine": 9, "theirs": 1},
@@ -315,7 +315,7 @@ CASES: dict[type[persist.PersistError], Case] = {
     ),
     errors.LockTimeout: Case(
         lock_timeout,
-        ("Could not lock session 's' within 0.01 s", LOCK, f"is held by pid {os.getpid()} (", "Raise lock_timeout_s"),
+        ("Could not lock session 's' within 0.01 s", LOCK, f"is held by pid {os.getpid()} (", "Raise timeout_s"),
         {"session_id": "s", "path": LOCK, "timeout_s": 0.01},
         TimeoutError,
     ),
@@ -504,11 +504,11 @@ LEAKS: dict[str, Callable[[Scene], object]] = {
     "a message's twin": lambda scene: scene.store.append("s", "messages", {"id": "m1", "content": CANARY + "x"}),
     "an answer's twin": turn,
     "a prompt's twin": lambda scene: scene.store.start_stream("s", {"id": "m1", "content": CANARY + "x"}),
-    "two titles": two_edits(lambda data: data.update(title=CANARY + "1"), lambda data: data.update(title=CANARY + "2")),
+    "two titles": two_edits(lambda tx: tx.data.update(title=CANARY + "1"), lambda tx: tx.data.update(title=CANARY + "2")),
     "append against truncation": two_edits(
         lambda data: data["messages"].clear(), lambda data: data["messages"].append(CANARY)
     ),
-    "a list against a text": two_edits(lambda data: data.update(n=CANARY), lambda data: data.update(n=[CANARY])),
+    "a list against a text": two_edits(lambda tx: tx.data.update(n=CANARY), lambda tx: tx.data.update(n=[CANARY])),
     "bytes": of_value(CANARY.encode()),
     "a tuple": of_value((CANARY,)),
     "a key that is no text": of_value({(CANARY,): 1}),

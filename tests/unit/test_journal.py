@@ -37,7 +37,7 @@ HELLO = {"id": "m1", "role": "user", "content": "hi"}
 @pytest.fixture
 def journaled(directory: Path) -> persist.Store:
     """A store whose sessions all have a journal, with one session."""
-    store = persist.Store(directory, journal="always", lock_timeout_s=20.0)
+    store = persist.Store(directory, journal="always", timeout_s=20.0)
     store._backend.files.options.verifies_folds = True
     store.create("s", {"title": "New chat", "messages": [HELLO]})
     return store
@@ -49,7 +49,7 @@ def append(store: persist.Store, number: int) -> int:
 
 def setting(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
     """What `update` is given to set a field."""
-    return lambda data: data.update({field: value})
+    return lambda tx: tx.data.update({field: value})
 
 
 # --- grammar ----------------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def setting(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
 def test_journal_is_written_as_its_grammar_says(journaled: persist.Store) -> None:
     """The opening names version and name. A record is one line, with the keys in the order of the grammar."""
     append(journaled, 1)
-    journaled.update("s", lambda data: data.update(title="Locks"))
+    journaled.update("s", lambda tx: tx.data.update(title="Locks"))
     append(journaled, 2)
     content = journal_of(journaled).read_bytes()
     opening, lines = parted(content)
@@ -103,19 +103,19 @@ def test_records_of_the_example_are_read(journaled: persist.Store) -> None:
     session = journaled.load("s")
     assert session.data == {"title": "Locks", "messages": [HELLO, inserted["insert"][0]]}  # type: ignore[index]
     assert session.revision == 3
-    assert journaled.head("s").data == {"title": "Locks"}
+    assert journaled.head("s").fields == {"title": "Locks"}
 
 
 @pytest.mark.parametrize("text", ["", "a\nb", "\ud800", "é", "\u2028", '"', "\\", "\0"])
 def test_any_text_is_one_line(journaled: persist.Store, text: str) -> None:
     """Whatever a message or a field holds, a record is one line, without a zero byte, and comes back."""
     journaled.append("s", "messages", {"id": text or 0, "content": text})
-    journaled.update("s", lambda data: data.update(title=text))
+    journaled.update("s", lambda tx: tx.data.update(title=text))
     content = journal_of(journaled).read_bytes()
     assert content.count(b"\n") == 3
     assert b"\0" not in content
     assert journaled.load("s").data == {"title": text, "messages": [HELLO, {"id": text or 0, "content": text}]}
-    assert journaled.head("s").data == {"title": text}
+    assert journaled.head("s").fields == {"title": text}
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------
@@ -127,8 +127,8 @@ def shown(store: persist.Store) -> tuple[object, ...]:
     apart = encoded(session.data).apart
     counts = {name: len(session.data[name]) for name, value in apart.items() if isinstance(value, Items)}
     small = {name: value for name, value in session.data.items() if name not in apart}
-    assert list(head.data) == list(small), "the order of fields, too"
-    assert (head.data, head.counts) == (small, counts)
+    assert list(head.fields) == list(small), "the order of fields, too"
+    assert (head.fields, head.counts) == (small, counts)
     assert (head.revision, head.created_at, head.updated_at) == (
         session.revision,
         session.created_at,
@@ -137,7 +137,7 @@ def shown(store: persist.Store) -> tuple[object, ...]:
     assert head.active_stream_id == session.active_stream_id
     found = store._backend.files.read("s")
     assert store._backend.files.read_head("s") == Head(found.header, found.content.fields, found.content.counts)
-    return head.revision, head.data
+    return head.revision, head.fields
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -158,7 +158,7 @@ def test_head_shows_what_the_whole_session_shows(journaled: persist.Store, seed:
                 "s", setting("long", dice.choice(["é", "é" * 2000, "é" * 5000, [number] * 3000, {"k": "x" * 5000}]))
             )
         elif what == "drop":
-            journaled.update("s", lambda data: data.pop("long", None))
+            journaled.update("s", lambda tx: tx.data.pop("long", None))
         elif what == "save":
             session = journaled.load("s")
             session.data["messages"].insert(0, number)
@@ -182,12 +182,12 @@ def test_head_reads_no_more_of_a_long_journal(journaled: persist.Store, records:
     One of them takes in the room for more.
     """
     journaled._backend.files.options.fold_bytes = math.inf
-    journaled.update("s", lambda data: data.update(title="Locks"))
+    journaled.update("s", lambda tx: tx.data.update(title="Locks"))
     for number in range(records):
         append(journaled, number)
     with traffic() as counted:
         head = journaled.head("s")
-    assert head.data == {"title": "Locks"}
+    assert head.fields == {"title": "Locks"}
     assert head.counts == {"messages": 1 + records}
     assert counted.read <= 3 * 4096 + 100 + journal.ROOM_BYTES
 
@@ -201,7 +201,7 @@ def verbs(store: persist.Store) -> list[Callable[[], object]]:
         lambda: store.load("s"),
         lambda: store.head("s"),
         lambda: store.append("s", "messages", 1),
-        lambda: store.update("s", lambda data: data.update(title="y")),
+        lambda: store.update("s", lambda tx: tx.data.update(title="y")),
         lambda: store.start_stream("s"),
         lambda: store.compact("s"),
     ]
@@ -284,8 +284,8 @@ def test_revision_that_was_lost_with_its_journal_is_not_used_again(journaled: pe
     revision = journaled.accept("s").revision
     while revision < revisions[-1]:
         revision = append(journaled, revision + 100)
-    with pytest.raises(persist.RevisionMismatch):
-        journaled.update("s", lambda data: data["messages"].pop(), if_revision=revisions[-1])
+    with pytest.raises(persist.VersionMismatch):
+        journaled.update("s", lambda tx: tx.data["messages"].pop(), if_revision=revisions[-1])
 
 
 def test_missing_journal_of_a_session_with_a_stream_is_told_by_every_look(journaled: persist.Store) -> None:
@@ -441,7 +441,7 @@ def test_any_name_can_stand_apart(journaled: persist.Store, name: str) -> None:
     assert journaled.head("s").counts == {"messages": 1, name: 100}
     assert journaled._backend.files.read("s").content == encoded(found.data)
     journaled.compact("s")
-    journaled.update("s", lambda data: data.pop(name) and None)
+    journaled.update("s", lambda tx: tx.data.pop(name) and None)
     assert journaled.load("s").data == {"title": "New chat", "messages": [HELLO]}
     content = journal_of(journaled).read_bytes()
     assert b"\0" not in content
@@ -476,7 +476,7 @@ def test_reader_that_is_always_overtaken_takes_the_lock(
     journaled: persist.Store, monkeypatch: pytest.MonkeyPatch, reader: str
 ) -> None:
     """After three times it keeps everybody out, and reads what is committed; nothing is told to be damaged."""
-    writer = persist.Store(journaled.path, journal="always", lock_timeout_s=0.05)
+    writer = persist.Store(journaled.path, journal="always", timeout_s=0.05)
     overtaken = 0
     real = journal.Journal.open
 
@@ -647,7 +647,7 @@ KB = 1024
 def resize(store: persist.Store, size: int) -> None:
     """Give the content of the session so many bytes, by one commit."""
     around = encoded({"messages": [""]}).size_bytes
-    store.update("s", lambda data: data.update(messages=["x" * (size - around)]))
+    store.update("s", lambda tx: tx.data.update(messages=["x" * (size - around)]))
 
 
 def test_auto_enters_above_64_kb_and_leaves_below_32_kb_at_a_fold(store: persist.Store) -> None:
@@ -811,7 +811,7 @@ def test_turn_without_messages_ends_without_them(any_store: persist.Store) -> No
     """An object that cleared the stream shows what is on disk, and what it saves can be loaded."""
     any_store.create("s", {"title": "t"})
     stream = any_store.start_stream("s", {"content": "?"})
-    any_store.update("s", lambda data: data.pop("messages"))
+    any_store.update("s", lambda tx: tx.data.pop("messages"))
     session = any_store.load("s")
     stream._close()
     assert session.clear_stale_stream()
@@ -829,7 +829,7 @@ def test_of_two_messages_with_one_id_the_last_is_meant(any_store: persist.Store)
     any_store.create("s", {"messages": [{"id": "m0"}, twin, {"id": "m1"}, twin, {"id": "m2"}]})
     any_store.append("s", "messages", {"id": "m3"})
     stream = any_store.start_stream("s", twin)
-    any_store.update("s", lambda data: data["messages"][1].update(note=1))
+    any_store.update("s", lambda tx: tx.data["messages"][1].update(note=1))
     stream.fail()
     marks = [message.get("interrupted") for message in any_store.load("s").data["messages"]]
     assert marks == [None, None, None, True, None, None]
@@ -908,23 +908,25 @@ def test_session_that_was_compacted_alone_is_one_file(journaled: persist.Store, 
 
 def test_edit_that_looks_at_the_messages_may_change_all(journaled: persist.Store) -> None:
     """Small fields that were set before, and lists that are set, changed, made and dropped, are one commit."""
-    with journaled.edit("s") as data:
+    with journaled.transaction("s") as tx:
+        data = tx.data
         data["title"] = "Locks"
         data["messages"].append({"id": "m2"})
         data["tool_calls"] = [1]
         del data["messages"][0]
     found = journaled.load("s")
     assert (found.data, found.revision) == ({"title": "Locks", "messages": [{"id": "m2"}], "tool_calls": [1]}, 2)
-    journaled.update("s", lambda data: [data.pop("messages"), data.pop("title")])
+    journaled.update("s", lambda tx: [tx.data.pop("messages"), tx.data.pop("title")])
     assert journaled.load("s").data == {"tool_calls": [1]}
 
 
 def test_edit_that_only_looks_is_no_commit(journaled: persist.Store) -> None:
     """Nor is one that puts back what was there."""
-    with journaled.edit("s") as data:
+    with journaled.transaction("s") as tx:
+        data = tx.data
         assert data["messages"] == [HELLO]
-    journaled.update("s", lambda data: data["messages"].append(data["messages"].pop()))
-    journaled.update("s", lambda data: data.update(title="New chat"))
+    journaled.update("s", lambda tx: tx.data["messages"].append(tx.data["messages"].pop()))
+    journaled.update("s", lambda tx: tx.data.update(title="New chat"))
     assert journaled.head("s").revision == 1
 
 
@@ -941,10 +943,10 @@ def test_refused_edit_of_small_fields_writes_nothing(journaled: persist.Store) -
     for kind, values in refused:
         with pytest.raises(kind):
             journaled.update("s", methodcaller("update", values))
-    with pytest.raises(persist.RevisionMismatch):
+    with pytest.raises(persist.VersionMismatch):
         journaled.update("s", setting("title", "x"), if_revision=2)
     with pytest.raises(persist.WrongType, match="a plain function"):
-        journaled.update("s", lambda data: (data[key] for key in data))
+        journaled.update("s", lambda tx: (tx.data[key] for key in tx.data))
     assert {path.name: path.read_bytes() for path in journaled.path.glob("s*")} == before
 
 

@@ -69,7 +69,7 @@ def test_stream_stays_in_the_head_beside_any_fields(store: persist.Store, filler
     """A2: the id of the running stream is a field, however many there are. So its guards see it."""
     store.create("s", {"messages": [{"id": "m0"}], **filler})
     with store.start_stream("s", {"id": "p", "role": "user", "content": "q"}) as stream:
-        assert not stream.cancelled
+        assert not stream.is_cancelled()
         assert store.head("s").active_stream_id == stream.id
         stream.emit(1)
         loaded = store.load("s")
@@ -194,7 +194,7 @@ def test_verb_that_was_refused_a_thread_is_not_done_later(
     asynchronous = persist.aio.Store(store)
 
     async def count_up() -> None:
-        await asynchronous.update("s", lambda data: data.update(n=data["n"] + 1))
+        await asynchronous.update("s", lambda tx: tx.data.update(n=tx.data["n"] + 1))
 
     async def run() -> None:
         begun, leave = threading.Event(), threading.Event()

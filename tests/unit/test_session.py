@@ -64,7 +64,7 @@ def test_references_into_the_data_stay_good_after_a_save(session: persist.Sessio
 def test_references_stay_good_when_others_changed_the_session(session: persist.Session, store: persist.Store) -> None:
     """Also where a save brings in what others committed, the caller's list and messages are the session's."""
     messages, first = session.data["messages"], session.data["messages"][0]
-    store.update("s", lambda data: data["messages"][0].update(seen=True))
+    store.update("s", lambda tx: tx.data["messages"][0].update(seen=True))
     store.append("s", "messages", {"id": "m3"})
     session.data["title"] = "new"
     session.save()
@@ -100,9 +100,10 @@ def test_a_save_that_changes_nothing_writes_nothing(session: persist.Session, st
     before = everything(store.path)
     session.save()
     store.load("s").save()
-    with store.edit("s") as data:
+    with store.transaction("s") as tx:
+        data = tx.data
         data["title"] = "t"
-    store.update("s", lambda data: None)
+    store.update("s", lambda tx: None)
     assert store.append("s", "messages", HELLO) == 1
     assert everything(store.path) == before
     assert session.revision == 1
@@ -130,7 +131,7 @@ def test_a_save_after_a_refresh_that_changes_nothing_writes_nothing(
 ) -> None:
     """HAZARDS E3: taking the committed state is no edit either, wherever its new keys stand."""
     store.update(
-        "s", lambda data: data.update({"messages": data.pop("messages"), "title": data.pop("title"), "new": 1})
+        "s", lambda tx: tx.data.update({"messages": tx.data.pop("messages"), "title": tx.data.pop("title"), "new": 1})
     )
     before = everything(store.path)
     session.refresh()
@@ -143,8 +144,9 @@ def test_touch_false_keeps_the_time(session: persist.Session, store: persist.Sto
     created = session.updated_at
     session.data["n"] = 1
     session.save(touch=False)
-    store.update("s", lambda data: data.update(n=2), touch=False)
-    with store.edit("s", touch=False) as data:
+    store.update("s", lambda tx: tx.data.update(n=2), touch=False)
+    with store.transaction("s", touch=False) as tx:
+        data = tx.data
         data["n"] = 3
     assert store.append("s", "messages", 4, touch=False) == 5
     assert store.load("s").updated_at == created
@@ -172,7 +174,7 @@ def test_a_failed_save_leaves_memory_and_disk_as_they_were(session: persist.Sess
 @pytest.fixture
 def contested(session: persist.Session, store: persist.Store) -> persist.Session:
     """A session whose unsaved title contradicts the one on disk, with other changes on both sides."""
-    store.update("s", lambda data: data.update(title="theirs", theirs=1))
+    store.update("s", lambda tx: tx.data.update(title="theirs", theirs=1))
     session.data.update(title="mine", mine=1)
     return session
 
@@ -228,7 +230,7 @@ def test_on_conflict_never_drops_what_was_appended(
 def test_on_conflict_leaves_what_only_one_side_removed(session: persist.Session, store: persist.Store) -> None:
     """That is no conflict."""
     del session.data["messages"]
-    store.update("s", lambda data: data.update(title="theirs"))
+    store.update("s", lambda tx: tx.data.update(title="theirs"))
     session.save(on_conflict="mine")
     assert on_disk(store) == {"title": "theirs", "n": 0}
 
@@ -291,7 +293,7 @@ def test_refresh_takes_the_committed_state_and_keeps_unsaved_edits(
 
 def test_a_value_that_is_no_json_is_refused_by_refresh_and_save(session: persist.Session, store: persist.Store) -> None:
     """Neither can merge what it cannot compare; memory and disk stay as they are."""
-    store.update("s", lambda data: data.update(theirs=1))
+    store.update("s", lambda tx: tx.data.update(theirs=1))
     session.data["draft"] = {1, 2}
     for verb in (session.refresh, session.save):
         with pytest.raises(persist.NotJSON, match="draft"):
@@ -351,7 +353,7 @@ def test_stream_fields_are_changed_by_the_stream_verbs_only(
     session.data[field] = "x"
     attempts: list[Callable[[], Any]] = [
         session.save,
-        lambda: store.update("s", lambda data: data.update({field: "x"})),
+        lambda: store.update("s", lambda tx: tx.data.update({field: "x"})),
         lambda: store.create("s2", {field: "x"}),
         lambda: store.append("s", field, "x"),
     ]
@@ -388,13 +390,13 @@ def test_the_headers_name_is_no_field(session: persist.Session, store: persist.S
         session.save,
         lambda: store.create("s2", {"_persist": 1}),
         lambda: store.append("s", "_persist", 1),
-        lambda: store.update("s", lambda data: data.update(_persist=1)),
+        lambda: store.update("s", lambda tx: tx.data.update(_persist=1)),
     ]
     for attempt in attempts:
         with pytest.raises(persist.ReservedField, match="'_persist'"):
             attempt()
     assert everything(store.path) == before
-    store.update("s", lambda data: data.update(meta={"_persist": 1}))
+    store.update("s", lambda tx: tx.data.update(meta={"_persist": 1}))
     assert store.load("s").data["meta"] == {"_persist": 1}
 
 
@@ -407,7 +409,8 @@ class Oops(Exception):
 
 def test_an_edit_commits_what_its_block_leaves(session: persist.Session, store: persist.Store) -> None:
     """Read, change and write are one: nothing between."""
-    with store.edit("s") as data:
+    with store.transaction("s") as tx:
+        data = tx.data
         data["n"] += 1
         data["messages"].pop()
     assert on_disk(store) == {"title": "t", "n": 1, "messages": [HI]}
@@ -431,7 +434,7 @@ def test_an_edit_that_raises_writes_nothing(session: persist.Session, store: per
 
 def test_an_update_returns_what_its_function_returns(session: persist.Session, store: persist.Store) -> None:
     """The popped message, say."""
-    assert store.update("s", lambda data: data["messages"].pop()) == HELLO
+    assert store.update("s", lambda tx: tx.data["messages"].pop()) == HELLO
     assert on_disk(store)["messages"] == [HI]
 
 
@@ -440,19 +443,20 @@ def test_an_update_names_the_revision_that_it_saw(session: persist.Session, stor
     store.append("s", "messages", {"id": "m3"})
     before = everything(store.path)
     calls: list[Any] = []
-    with pytest.raises(persist.RevisionMismatch, match="at revision 2, not at 1") as caught:
+    with pytest.raises(persist.VersionMismatch, match="at revision 2, not at 1") as caught:
         store.update("s", calls.append, if_revision=session.revision)
     assert (caught.value.mine, caught.value.theirs) == (1, 2)
     assert isinstance(caught.value, persist.MergeConflict)
     assert (calls, everything(store.path)) == ([], before)
-    assert store.update("s", lambda data: data["messages"].pop(), if_revision=2) == {"id": "m3"}
+    assert store.update("s", lambda tx: tx.data["messages"].pop(), if_revision=2) == {"id": "m3"}
 
 
 def test_a_lock_inside_a_lock_is_refused(session: persist.Session, store: persist.Store) -> None:
     """A second session, or the same one again, is `NestedLock` instead of a deadlock; the outer edit still counts."""
     store.create("other")
     session.data["title"] = "new"
-    with store.edit("s") as data:
+    with store.transaction("s") as tx:
+        data = tx.data
         data["n"] = 1
         for verb, wanted in NESTED:
             with pytest.raises(persist.NestedLock) as caught:
@@ -480,8 +484,8 @@ NESTED: list[tuple[Verb, str]] = [
 
 
 def test_another_thread_waits_for_the_lock_and_says_who_holds_it(session: persist.Session, directory: Path) -> None:
-    """`lock_timeout_s` bounds the wait; afterwards the lock is as good as new."""
-    impatient = persist.Store(directory, lock_timeout_s=0.05)
+    """`timeout_s` bounds the wait; afterwards the lock is as good as new."""
+    impatient = persist.Store(directory, timeout_s=0.05)
     caught: list[persist.LockTimeout] = []
 
     def wait() -> None:
@@ -489,7 +493,8 @@ def test_another_thread_waits_for_the_lock_and_says_who_holds_it(session: persis
             impatient.append("s", "messages", 1)
         caught.append(error.value)
 
-    with impatient.edit("s") as data:
+    with impatient.transaction("s") as tx:
+        data = tx.data
         thread = threading.Thread(target=wait)
         thread.start()
         thread.join(20)
@@ -645,7 +650,7 @@ def test_create_never_overwrites(session: persist.Session, store: persist.Store)
 
 def test_a_duplicate_is_a_session_of_its_own(session: persist.Session, store: persist.Store) -> None:
     """The same data at revision 1, and no bond with the original."""
-    store.update("s", lambda data: data.update(n=5))
+    store.update("s", lambda tx: tx.data.update(n=5))
     copied = store.duplicate("s", "copy")
     assert (copied.id, copied.revision, copied.data) == ("copy", 1, on_disk(store))
     store.delete("s")
@@ -711,7 +716,7 @@ def test_a_head_cannot_be_saved(session: persist.Session, store: persist.Store) 
     head = store.head("s")
     assert not hasattr(head, "save")
     with pytest.raises(AttributeError):
-        head.data = {}  # type: ignore[misc]
+        head.fields = {}  # type: ignore[misc]
     with pytest.raises(persist.WrongType):
         store.create("copy", head)  # type: ignore[arg-type]
 
@@ -806,7 +811,8 @@ def test_no_verb_takes_a_bad_session_id(bad: Any, session: persist.Session, stor
 
 
 def no_json(store: persist.Store) -> None:
-    with store.edit("s") as data:
+    with store.transaction("s") as tx:
+        data = tx.data
         data["messages"][0]["at"] = math.nan
 
 
@@ -842,7 +848,7 @@ BAD_ARGUMENTS: dict[str, tuple[Verb, type[Exception]]] = {
     "save: a list": (no_dict, persist.WrongType),
     "save: on_conflict": (lambda store: store.load("s").save(on_conflict="ours"), persist.WrongType),  # type: ignore[arg-type]
     "save: on_conflict list": (lambda store: store.load("s").save(on_conflict=[]), persist.WrongType),  # type: ignore[arg-type]
-    "update: tuple": (lambda store: store.update("s", lambda data: data.update(a=())), persist.NotJSON),
+    "update: tuple": (lambda store: store.update("s", lambda tx: tx.data.update(a=())), persist.NotJSON),
     "update: no function": (lambda store: store.update("s", 5), persist.WrongType),  # type: ignore[arg-type]
     "update: if_revision": (lambda store: store.update("s", dict.clear, if_revision="1"), persist.PersistError),  # type: ignore[arg-type]
     "update: a generator": (lambda store: store.update("s", generator), persist.WrongType),
@@ -865,10 +871,10 @@ BAD_ARGUMENTS: dict[str, tuple[Verb, type[Exception]]] = {
     "store: NUL": (lambda store: persist.Store(f"{store.path}/a\0b"), persist.WrongType),
     "store: a file": (lambda store: persist.Store(store.path / "s.json"), persist.WrongType),
     "store: below a file": (lambda store: persist.Store(store.path / "s.json" / "x"), persist.Unreadable),
-    "store: timeout": (lambda store: persist.Store(store.path, lock_timeout_s=-1), persist.WrongType),
-    "store: timeout NaN": (lambda store: persist.Store(store.path, lock_timeout_s=math.nan), persist.WrongType),
-    "store: timeout text": (lambda store: persist.Store(store.path, lock_timeout_s="5"), persist.WrongType),  # type: ignore[arg-type]
-    "store: timeout bool": (lambda store: persist.Store(store.path, lock_timeout_s=True), persist.WrongType),
+    "store: timeout": (lambda store: persist.Store(store.path, timeout_s=-1), persist.WrongType),
+    "store: timeout NaN": (lambda store: persist.Store(store.path, timeout_s=math.nan), persist.WrongType),
+    "store: timeout text": (lambda store: persist.Store(store.path, timeout_s="5"), persist.WrongType),  # type: ignore[arg-type]
+    "store: timeout bool": (lambda store: persist.Store(store.path, timeout_s=True), persist.WrongType),
     "store: create": (lambda store: persist.Store(store.path / "new", create="false"), persist.WrongType),  # type: ignore[arg-type]
     "store: network": (lambda store: persist.Store(store.path, allow_network=1), persist.WrongType),  # type: ignore[arg-type]
     "store: policy of 1": (lambda store: persist.Store(store.path, merge={1: "sum"}), persist.WrongType),  # type: ignore[dict-item]

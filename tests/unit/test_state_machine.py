@@ -267,7 +267,7 @@ class SessionMachine(RuleBasedStateMachine):
             lambda: self.store.delete(session_id),
             lambda: self.store.duplicate(session_id, "copy"),
             lambda: self.store.append(session_id, "messages", 1),
-            lambda: self.store.update(session_id, lambda data: None),
+            lambda: self.store.update(session_id, lambda tx: None),
             lambda: self.store.start_stream(session_id),
             lambda: self.store.cancel(session_id, "s"),
             lambda: self.store.accept(session_id),
@@ -316,14 +316,16 @@ class SessionMachine(RuleBasedStateMachine):
         session_id, session = self.pick_session(pick)
         expected = copy.deepcopy(session.data)
         if how == "leave":
-            with self.store.edit(session_id, touch=touch) as data:
+            with self.store.transaction(session_id, touch=touch) as tx:
+                data = tx.data
                 for each in (data, expected):
                     put(each, *change)
                     each["visits"] += visits
             session.replace(expected, touch=touch)
             return
         with pytest.raises((BodyFailed, persist.ReservedField)):
-            with self.store.edit(session_id) as data:
+            with self.store.transaction(session_id) as tx:
+                data = tx.data
                 put(data, *change)
                 data["active_stream_id"] = "mine"
                 if how == "raise":
@@ -339,7 +341,7 @@ class SessionMachine(RuleBasedStateMachine):
             return len(data["tags"])
 
         if back == 1:
-            with pytest.raises(persist.RevisionMismatch):
+            with pytest.raises(persist.VersionMismatch):
                 self.store.update(session_id, retag, if_revision=session.revision - 1)
             return
         expected = copy.deepcopy(session.data)
@@ -423,7 +425,7 @@ class SessionMachine(RuleBasedStateMachine):
 
         named = None if back is None else session.revision - back
         if back == 1:
-            with pytest.raises(persist.RevisionMismatch):
+            with pytest.raises(persist.VersionMismatch):
                 self.store.update(session_id, put_change, if_revision=named)
             return
         expected = copy.deepcopy(session.data)
@@ -735,7 +737,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     def assert_head_agrees(self, real: persist.Session) -> None:
         head = self.store.head(real.id)
-        assert head.data == {name: value for name, value in real.data.items() if name in encoded(real.data).fields}
+        assert head.fields == {name: value for name, value in real.data.items() if name in encoded(real.data).fields}
         assert head.counts == {"messages": len(real.data["messages"])}
         shown = (head.revision, head.created_at, head.updated_at, head.active_stream_id)
         assert shown == (real.revision, real.created_at, real.updated_at, real.active_stream_id)
