@@ -17,7 +17,19 @@ from persist.merge import MISSING, Policy, Preference, count_removed, merge
 from persist.patch import patch
 from persist.storage import diff, document
 from persist.storage.cache import Replica
-from persist.storage.content import ALWAYS_APART, Content, Items, Value, as_json, decode, empty, encoded, placed, window
+from persist.storage.content import (
+    ALWAYS_APART,
+    Content,
+    Items,
+    Value,
+    as_json,
+    decode,
+    empty,
+    encode_values,
+    encoded,
+    placed,
+    window,
+)
 from persist.storage.document import Header
 from persist.storage.transaction import Transaction
 from persist.streams import Backend
@@ -443,8 +455,7 @@ def merge_contents(
                 reason = "one side has changed this list, and the other put something else in its place"
                 values = {side: data.get(name, MISSING) for side, data in three.items()}
                 raise errors.MergeConflict(path=(name,), reason=reason, **values)
-        known = Content({}, {name: value for name in disputed if (value := theirs.get(name)) is not None})
-        merged |= dict(encoded(found, known))
+        merged |= encode_values(found, theirs)
     return placed(merged.items())
 
 

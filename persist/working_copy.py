@@ -28,7 +28,7 @@ from persist.storage.content import (
     as_id,
     decode,
     empty,
-    encoded,
+    encode_values,
     placed,
 )
 from persist.storage.document import Header, first_header
@@ -174,8 +174,7 @@ class WorkingCopy:
             if items.base is before.get(name):
                 splices[name] = made
         if self._values:
-            known = Content({}, {name: value for name, value in before if name in self._values})
-            now |= dict(encoded(self._values, known))
+            now |= encode_values(self._values, before)
         # The keys keep their order.
         after = placed((name, now[name]) for name in dict.fromkeys((*dict(before), *now)) if name in now)
         changes = diff.between(before, after, splices)

@@ -343,8 +343,8 @@ def items_of(value: bytes) -> Value:
 def encoded(data: Any, like: Content | None = None) -> Content:
     """Encode a session's data.
 
-    A value whose JSON is the same as in `like` was checked when that was made. So only the others are checked here, and
-    the others that hold the same data as before, in another order of keys, keep their JSON.
+    Args:
+        like: a content of which most is the same. See `encode_values`.
 
     Raises:
         NotJSON: a value has no exact JSON form. The error names its path.
@@ -353,19 +353,25 @@ def encoded(data: Any, like: Content | None = None) -> Content:
     """
     if type(data) is not dict:
         raise WrongType(what="a session's data", expected="a plain dict", got=type(data).__name__)
+    return placed(encode_values(data, like or empty()))
+
+
+def encode_values(data: dict[str, Any], known: Content) -> Iterator[tuple[str, Value]]:
+    """Encode top-level values.
+
+    A value whose JSON is the known one was checked when that was made. So only the others are checked here, and the
+    others that hold the same data as before, in another order of keys, keep their JSON.
+    """
     if HEADER in data:
         raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
-    known = like or empty()
-    values: list[tuple[str, Value]] = []
     for name, value in data.items():
         if type(name) is not str:
             raise NotJSON(path=(), reason=f"a key is {type(name).__name__}, and JSON has only string keys")
         before = known.get(name)
         if type(value) is list and (name in ALWAYS_APART or isinstance(before, Items) or len(value) > _FEW):
-            values.append((name, _encoded_items(name, value, before)))
+            yield name, _encoded_items(name, value, before)
         else:
-            values.append((name, _encoded_value(value, before if isinstance(before, bytes) else None, (name,))))
-    return placed(values)
+            yield name, _encoded_value(value, before if isinstance(before, bytes) else None, (name,))
 
 
 #: A list with more items is encoded item by item, because it may stand apart.

@@ -97,6 +97,9 @@ def first_header(session_id: str | None = None) -> Header:
     return Header(token_hex(16), 1, token_hex(8), 0, now, now, None, None, None, session_id)
 
 
+_members_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
 class _Part(msgspec.Struct, omit_defaults=True):
     """The header's facts about a part of the file. `count` is that of a list's items."""
 
@@ -209,12 +212,13 @@ class Ending:
 
     head: Head
     _fd: int
-    #: Where the items of each list begin and end.
-    _places: Mapping[str, tuple[int, int]]
+    #: Where the fields end.
+    _end: int
+    _parts: _Parts
 
     def last(self, name: str, count: int) -> list[bytes]:
         """Return the last items of a list, or all if it has no more."""
-        start, stop = self._places[name]
+        start, stop = _places_of(self._end, self._parts)[name]
         window = _FIRST_READ_BYTES
         while True:
             begin = max(start, stop - window)
@@ -247,7 +251,7 @@ def _read_ending(fd: int, file_id: str | None) -> Ending | None:
                 if needed <= len(content):
                     fields = _checked_fields(memoryview(content)[end:needed], parts.fields)
                     counts = {name: part.count for name, part in parts.parts.items()}
-                    return Ending(Head(header_of(values, file_id), fields, counts), fd, _places_of(needed, parts))
+                    return Ending(Head(header_of(values, file_id), fields, counts), fd, needed, parts)
             if len(content) < limit or needed > READ_LIMIT:
                 return None
             limit = needed
@@ -289,11 +293,14 @@ def _checked_fields(text: memoryview, part: _Part) -> dict[str, bytes]:
 
 def fields_of(text: bytes) -> dict[str, bytes]:
     """Return the members of a JSON object, each as its JSON. Raise one of `NONSENSE` if it is none."""
-    # Decoded at once, so that nobody who asks for a field later meets what cannot be decoded.
-    values = json_codec.decode(text)
+    try:
+        values = {name: bytes(value) for name, value in _members_of(text).items()}
+    except (msgspec.DecodeError, RecursionError):
+        # A lone surrogate, which msgspec does not read.
+        values = {name: json_codec.encode(value) for name, value in json_codec.decode(text).items()}
     if HEADER in values:
         raise ValueError(HEADER)
-    return {name: json_codec.encode(value) for name, value in values.items()}
+    return values
 
 
 def header_of(values: Any, file_id: str | None) -> Header:

@@ -21,7 +21,7 @@ import hashlib
 import re
 import shlex
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from urllib.parse import quote, unquote_to_bytes
 
@@ -38,6 +38,7 @@ MAX_ID = 512
 # File names end at 255 bytes, and a lease's name holds a stream id, too.
 _MAX_NAME = 180
 _HASHED = re.compile(r"[A-Za-z0-9_%-]{100}~[0-9a-f]{32}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _ENCODED = re.compile(r"(?:[A-Za-z0-9_-]|%[0-9A-F]{2})+")
 # Windows opens a device under these names, whatever the extension.
@@ -52,7 +53,7 @@ def check_session_id(session_id: object) -> str:
     if type(session_id) is not str:
         reason = f"it is no string, but {type(session_id).__name__}; {_RULE}"
         raise InvalidSessionId(session_id=session_id, reason=reason)
-    if not 0 < len(session_id) <= MAX_ID or any("\ud800" <= character <= "\udfff" for character in session_id):
+    if not 0 < len(session_id) <= MAX_ID or (not session_id.isascii() and _SURROGATE.search(session_id)):
         raise InvalidSessionId(session_id=session_id, reason=_RULE)
     return session_id
 
@@ -63,9 +64,14 @@ def command(words: str, directory: Path, session_id: str) -> str:
     return f"'persist {words} {directory} {quoted}'"
 
 
+def _is_plain(name: str) -> bool:
+    """Tell whether a session's files bear its id as it is."""
+    return bool(_PLAIN.fullmatch(name)) and len(name) <= _MAX_NAME and not _DEVICES.fullmatch(name)
+
+
 def name_of(session_id: str) -> str:
     """Return the name that a session's files begin with."""
-    if _PLAIN.fullmatch(session_id) and len(session_id) <= _MAX_NAME and not _DEVICES.fullmatch(session_id):
+    if _is_plain(session_id):
         return session_id
     name = quote(session_id, safe="").replace(".", "%2E").replace("~", "%7E")
     if name[0] in "_-" or _DEVICES.fullmatch(session_id):
@@ -82,6 +88,8 @@ def is_hashed(name: str) -> bool:
 
 def id_of(name: str) -> str | None:
     """Return the session id of a file's name, None for a hashed one or for none of ours."""
+    if _is_plain(name):
+        return name
     if _ENCODED.fullmatch(name) is None:
         return None
     try:
@@ -109,16 +117,22 @@ def is_stream_id(stream_id: object) -> bool:
     return isinstance(stream_id, str) and _STREAM_ID.fullmatch(stream_id) is not None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SessionPaths:
     """The files of one session. `file_id` is its id, if the files' name holds a hash of it, else None."""
 
     directory: Path
     name: str
     document: Path
-    lock: Path
-    temp: Path
     file_id: str | None
+
+    @cached_property
+    def lock(self) -> Path:
+        return self.directory / f"{self.name}{_DOCUMENT}{_LOCK}"
+
+    @cached_property
+    def temp(self) -> Path:
+        return self.directory / f"{self.name}{_DOCUMENT}{_TEMP}"
 
     def journal(self, journal: str) -> Path:
         return self.directory / f"{self.name}.{journal}.journal"
@@ -137,7 +151,7 @@ class Layout:
         self.directory = directory
         self.leases = directory / LEASES
         self.events = directory / EVENTS
-        # Three Path objects cost more than taking the lock does (20 µs). Servers come back to the same sessions.
+        # The Path objects cost more than taking the lock does (20 µs). Servers come back to the same sessions.
         self._session = lru_cache(maxsize=1024)(self._paths)
 
     def session(self, session_id: str) -> SessionPaths:
@@ -147,9 +161,8 @@ class Layout:
 
     def _paths(self, session_id: str) -> SessionPaths:
         name = name_of(check_session_id(session_id))
-        document = self.directory / f"{name}{_DOCUMENT}"
-        lock, temp = self.directory / f"{name}{_DOCUMENT}{_LOCK}", self.directory / f"{name}{_DOCUMENT}{_TEMP}"
-        return SessionPaths(self.directory, name, document, lock, temp, session_id if is_hashed(name) else None)
+        file_id = session_id if is_hashed(name) else None
+        return SessionPaths(self.directory, name, self.directory / f"{name}{_DOCUMENT}", file_id)
 
 
 def copy_of(journal: Path) -> Path:
