@@ -74,8 +74,8 @@ def _left_behind(files: SessionDirectory) -> list[tuple[str, Path, bool]]:
                 # Nobody knows what the document would say of it.
                 continue
             header = None
-            with contextlib.suppress(errors.PersistError), files.looking_at(session_id) as document_path:
-                header = document.read_head(document_path, session_id).header
+            with contextlib.suppress(errors.PersistError), files.looking_at(session_id) as paths:
+                header = document.read_head(paths.document, session_id).header
             with contextlib.suppress(OSError):
                 if header is None or header.journal != journal[1]:
                     found.append((session_id, path, is_left_over(path, journal[1], header)))

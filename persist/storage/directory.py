@@ -58,14 +58,13 @@ class SessionDirectory:
 
     def exists(self, session_id: str) -> bool:
         """Tell whether there is a document of that session, readable or not."""
-        with self.looking_at(session_id) as path:
-            return disk.exists(path)
+        with self.looking_at(session_id) as paths:
+            return disk.exists(paths.document)
 
     def read_now(self, session_id: str) -> Replica:
         """Read the committed session. Raise `Overtaken` if the journal is not there that the document names."""
-        with self.looking_at(session_id) as path:
-            paths = self.layout.session(session_id)
-            found = document.read(path, session_id, paths.file_id)
+        with self.looking_at(session_id) as paths:
+            found = document.read(paths.document, session_id, paths.file_id)
             if (name := found.header.journal) is None:
                 return Replica(found.header, found.content, found.version)
             log = journal.Journal(paths.journal(name), session_id, name)
@@ -75,9 +74,8 @@ class SessionDirectory:
 
     def read_head_now(self, session_id: str) -> Head:
         """Read the committed header and fields. Raise `Overtaken` as `read_now`."""
-        with self.looking_at(session_id) as path:
-            paths = self.layout.session(session_id)
-            found = document.read_head(path, session_id, paths.file_id)
+        with self.looking_at(session_id) as paths:
+            found = document.read_head(paths.document, session_id, paths.file_id)
             if (name := found.header.journal) is None:
                 return found
             log = journal.Journal(paths.journal(name), session_id, name)
@@ -90,9 +88,8 @@ class SessionDirectory:
         Raises:
             WrongType: the value is no list.
         """
-        with self.looking_at(session_id) as path:
-            paths = self.layout.session(session_id)
-            with document.ending(path, paths.file_id) as found:
+        with self.looking_at(session_id) as paths:
+            with document.ending(paths.document, paths.file_id) as found:
                 if found is None:
                     content = self.read_now(session_id).content
                     head = Head(document.first_header(), content.fields, content.counts)
@@ -103,12 +100,13 @@ class SessionDirectory:
                 with log.opened() as fd:
                     return _last_values(log.read_head(fd, found.head), partial(log.last_items, fd, found), name, limit)
 
-    def looking_at(self, session_id: str) -> Translating[Path]:
-        """Give the document's path to a block, and turn the disk's own errors in it into typed ones.
+    def looking_at(self, session_id: str) -> Translating[layout.SessionPaths]:
+        """Give the session's paths to a block, and turn the disk's own errors in it into typed ones.
 
         So is what cannot be decoded, although its checksum is right: somebody has sealed it.
         """
-        path = self.layout.session(session_id).document
+        paths = self.layout.session(session_id)
+        path = paths.document
         for name in disk.names(self.layout.directory) if self._ignores_case else ():
             if name != path.name and name.lower() == path.name.lower():
                 reason = f"on this file system it is the same name as {name.removesuffix('.json')!r}."
@@ -122,14 +120,14 @@ class SessionDirectory:
             if isinstance(error, OSError) and not isinstance(error, PersistError):
                 raise Unreadable.because(path, error) from error
 
-        return Translating(type_error, path)
+        return Translating(type_error, paths)
 
     # --- all sessions ---
 
     def session_ids(self) -> list[str]:
         """Return the ids of all sessions, sorted."""
-        found = (self.id_of(name) for name in map(layout.name_of_document, self.names()) if name)
-        return sorted(session_id for session_id in found if session_id is not None)
+        names = [name.removesuffix(layout.DOCUMENT) for name in self.names() if name.endswith(layout.DOCUMENT)]
+        return sorted(filter(None, map(self.id_of, names)))
 
     def id_of(self, name: str) -> str | None:
         """Return the session id of a name. That of a hashed one stands in the document, or in a lease."""

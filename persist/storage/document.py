@@ -23,7 +23,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from secrets import token_hex
 from typing import Annotated, Any
@@ -97,9 +97,6 @@ def first_header(session_id: str | None = None) -> Header:
     return Header(token_hex(16), 1, token_hex(8), 0, now, now, None, None, None, session_id)
 
 
-_members_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
-
-
 class _Part(msgspec.Struct, omit_defaults=True):
     """The header's facts about a part of the file. `count` is that of a list's items."""
 
@@ -113,6 +110,11 @@ class _Parts(msgspec.Struct):
 
     fields: _Part
     parts: dict[str, _Part]
+
+
+_header_in = msgspec.json.Decoder(Header).decode
+_parts_in = msgspec.json.Decoder(_Parts).decode
+_members_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,9 +200,13 @@ def read_head(path: Path, session_id: str, file_id: str | None = None) -> Head:
 
     A document without a header is read whole. Takes no lock, and raises as `read` does.
     """
-    with ending(path, file_id) as found:
-        if found is not None:
-            return found.head
+    fd, status = disk.open_known(path, os.O_RDONLY)
+    try:
+        found = _read_ending(fd, file_id, status.st_size)
+    finally:
+        disk.close(fd)
+    if found is not None:
+        return found.head
     # Only a full read tells what is wrong.
     whole = read(path, session_id, file_id)
     return Head(whole.header, whole.content.fields, whole.content.counts)
@@ -232,30 +238,31 @@ class Ending:
 @contextlib.contextmanager
 def ending(path: Path, file_id: str | None) -> Iterator[Ending | None]:
     """Open a document for a block. None if its head is not sound, or another program has written it."""
-    fd = disk.open_plain(path, os.O_RDONLY)
+    fd, status = disk.open_known(path, os.O_RDONLY)
     try:
-        yield _read_ending(fd, file_id)
+        yield _read_ending(fd, file_id, status.st_size)
     finally:
         disk.close(fd)
 
 
-def _read_ending(fd: int, file_id: str | None) -> Ending | None:
+def _read_ending(fd: int, file_id: str | None, size_bytes: int) -> Ending | None:
     limit = _FIRST_READ_BYTES
-    with contextlib.suppress(*NONSENSE):
+    try:
         while True:
-            content = disk.read_at(fd, limit, 0)
+            content = disk.read_at(fd, min(limit, size_bytes), 0)
             end, needed = content.find(b"\n") + 1, limit * 4
             if end:
-                values, parts = _checked_header(content, end)
+                line, parts = _checked_header(content, end)
                 needed = end + parts.fields.size_bytes
                 if needed <= len(content):
                     fields = _checked_fields(memoryview(content)[end:needed], parts.fields)
                     counts = {name: part.count for name, part in parts.parts.items()}
-                    return Ending(Head(header_of(values, file_id), fields, counts), fd, needed, parts)
+                    return Ending(Head(_header_of_line(line, file_id), fields, counts), fd, needed, parts)
             if len(content) < limit or needed > READ_LIMIT:
                 return None
             limit = needed
-    return None
+    except NONSENSE:
+        return None
 
 
 def _places_of(place: int, parts: _Parts) -> dict[str, tuple[int, int]]:
@@ -271,14 +278,21 @@ def _places_of(place: int, parts: _Parts) -> dict[str, tuple[int, int]]:
     return places
 
 
-def _checked_header(content: bytes, end: int) -> tuple[dict[str, Any], _Parts]:
-    """Return what the first line says, which ends there. Raise one of `NONSENSE` if it is no header."""
+def _checked_header(content: bytes, end: int) -> tuple[bytes, _Parts]:
+    """Return the JSON of the header, which ends there, and what it says of the rest.
+
+    Raise one of `NONSENSE` if it is no header.
+    """
     shape = _SHAPE.match(content)
     line = content[: end - 1].removesuffix(b",")
     if shape is None or _checksum(memoryview(line)[shape.end() :]).encode() != shape[1]:
         raise ValueError("header")
-    values = json_codec.decode(line[len(b'{"_persist":') :])
-    return values, msgspec.convert(values, _Parts)
+    line = line[len(b'{"_persist":') :]
+    try:
+        return line, _parts_in(line)
+    except msgspec.DecodeError:
+        # A lone surrogate, which msgspec does not read.
+        return line, msgspec.convert(json_codec.decode(line), _Parts)
 
 
 def _checked(text: memoryview, part: _Part) -> memoryview:
@@ -304,12 +318,24 @@ def fields_of(text: bytes) -> dict[str, bytes]:
 
 
 def header_of(values: Any, file_id: str | None) -> Header:
-    """Return the header of its JSON. Raise one of `NONSENSE` if it is none, or if it is another session's."""
-    times = {name: datetime.fromisoformat(values[name]).astimezone(UTC) for name in ("created_at", "updated_at")}
-    found = msgspec.convert(values | times, Header)
+    """Return the header of its values. Raise one of `NONSENSE` if it is none, or if it is another session's."""
+    return _sound(msgspec.convert(values, Header), file_id)
+
+
+def _header_of_line(line: bytes, file_id: str | None) -> Header:
+    try:
+        return _sound(_header_in(line), file_id)
+    except msgspec.DecodeError:
+        return header_of(json_codec.decode(line), file_id)
+
+
+def _sound(found: Header, file_id: str | None) -> Header:
     if file_id is not None and found.session_id != file_id:
         raise ValueError("id")
-    return found
+    if found.created_at.utcoffset() == found.updated_at.utcoffset() == timedelta(0):
+        return found
+    # Somebody has sealed other times. Without an offset they are local ones.
+    return found.but(created_at=found.created_at.astimezone(UTC), updated_at=found.updated_at.astimezone(UTC))
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,12 +352,12 @@ class _Reader:
             return self._foreign(content, version)
         end = content.find(b"\n") + 1
         try:
-            values, parts = _checked_header(content, end)
+            line, parts = _checked_header(content, end)
             found = _checked_content(content, end, parts)
         except NONSENSE:
             raise self._mismatch(content) from None
         try:
-            return Document(header_of(values, self.file_id), found, version)
+            return Document(_header_of_line(line, self.file_id), found, version)
         except NONSENSE:
             raise self._corrupt("its header makes no sense, or is another session's.") from None
 

@@ -29,7 +29,7 @@ from persist.errors import InvalidSessionId, InvalidStreamId
 
 LEASES = ".leases"
 EVENTS = ".events"
-_DOCUMENT = ".json"
+DOCUMENT = ".json"
 _LOCK = ".lock"
 _TEMP = ".tmp"
 _DAMAGED = ".damaged"
@@ -128,11 +128,11 @@ class SessionPaths:
 
     @cached_property
     def lock(self) -> Path:
-        return self.directory / f"{self.name}{_DOCUMENT}{_LOCK}"
+        return self.directory / f"{self.name}{DOCUMENT}{_LOCK}"
 
     @cached_property
     def temp(self) -> Path:
-        return self.directory / f"{self.name}{_DOCUMENT}{_TEMP}"
+        return self.directory / f"{self.name}{DOCUMENT}{_TEMP}"
 
     def journal(self, journal: str) -> Path:
         return self.directory / f"{self.name}.{journal}.journal"
@@ -162,7 +162,7 @@ class Layout:
     def _paths(self, session_id: str) -> SessionPaths:
         name = name_of(check_session_id(session_id))
         file_id = session_id if is_hashed(name) else None
-        return SessionPaths(self.directory, name, self.directory / f"{name}{_DOCUMENT}", file_id)
+        return SessionPaths(self.directory, name, self.directory / f"{name}{DOCUMENT}", file_id)
 
 
 def copy_of(journal: Path) -> Path:
@@ -172,7 +172,7 @@ def copy_of(journal: Path) -> Path:
 
 def name_of_document(file_name: str) -> str | None:
     """Return the name of the session whose document has this file name, or None."""
-    name = file_name.removesuffix(_DOCUMENT)
+    name = file_name.removesuffix(DOCUMENT)
     return name if name != file_name and is_ours(name) else None
 
 
@@ -180,7 +180,7 @@ def name_of_leftover(file_name: str) -> tuple[str, bool] | None:
     """Return the name of the session whose lock or temporary file this is, and whether it is the temporary one; or
     None.
     """
-    for suffix in (f"{_DOCUMENT}{_LOCK}", f"{_DOCUMENT}{_TEMP}"):
+    for suffix in (f"{DOCUMENT}{_LOCK}", f"{DOCUMENT}{_TEMP}"):
         name = file_name.removesuffix(suffix)
         if name != file_name and is_ours(name):
             return name, suffix.endswith(_TEMP)

@@ -287,9 +287,9 @@ class SessionFiles(SessionDirectory):
             LockTimeout, NestedLock: see `lock.hold`.
             CommitUnknown: an earlier commit of this store ended so.
         """
-        with self.looking_at(session_id) as path:
-            if not may_be_missing and not disk.exists(path):
-                raise SessionNotFound(session_id=session_id, path=path)
+        with self.looking_at(session_id) as paths:
+            if not may_be_missing and not disk.exists(paths.document):
+                raise SessionNotFound(session_id=session_id, path=paths.document)
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         with lock.hold(self.layout.session(session_id).lock, session_id, timeout_s) as held:
             tx = Transaction(self, session_id, held)
