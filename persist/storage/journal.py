@@ -408,7 +408,8 @@ class Journal:
             if not all(_is_whole(line, tail.seed) for line in lines):
                 raise self.damaged(start, "a record in it was altered")
             records = list(self._all_decoded(lines, start))
-            found = _last_of(records, base if start == tail.end else None, name, limit)
+            is_all = start == tail.end
+            found = _last_of(records, base if is_all else None, name, limit) if records or is_all else None
             if found is not None:
                 return found
             window *= 4
