@@ -450,10 +450,11 @@ def _last_of(records: list[Record], base: document.Ending | None, name: str, lim
     # What is known of the list: the last items. Before them stand so many of the old ones.
     kept = before = (counts.get(name) or 0) - sum(len(change.insert) - change.remove for change in changes)
     known: list[bytes] = []
-    for whole in [change for change in changes if not change.is_splice][-1:]:
-        items = None if isinstance(whole.value, msgspec.UnsetType) else items_of(bytes(whole.value))
+    for place in [place for place, change in enumerate(changes) if not change.is_splice][-1:]:
+        value = changes[place].value
+        items = None if isinstance(value, msgspec.UnsetType) else items_of(bytes(value))
         kept, known = 0, items.split() if isinstance(items, Items) else []
-        changes = changes[changes.index(whole) + 1 :]
+        changes = changes[place + 1 :]
 
     def know_from(place: int) -> bool:
         nonlocal kept
