@@ -71,7 +71,10 @@ MARK = b"?"
 
 
 class Overtaken(Exception):
-    """The journal with this path is not there: a fold came between the reads of the document and of its journal."""
+    """The journal with this path is not there: a fold came between the reads of the document and of its journal.
+
+    Or a commit to it came between two reads of it.
+    """
 
 
 class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -395,7 +398,7 @@ class Journal:
     def last_items(self, fd: int, base: document.Ending, name: str, limit: int) -> list[bytes]:
         """Return the last items of a list that stands apart after all records. It reads no more than that takes.
 
-        `base` is the document, from which the records go on.
+        `base` is the document, from which the records go on. Raise `Overtaken` if the list does not stand apart now.
         """
         tail, window = self.check_opening(fd), _ENDING_BYTES
         line, place = self._last_line(fd, tail)
@@ -408,6 +411,8 @@ class Journal:
             if not all(_is_whole(line, tail.seed) for line in lines):
                 raise self.damaged(start, "a record in it was altered")
             records = list(self._all_decoded(lines, start))
+            if records and records[-1].counts.get(name) is None:
+                raise Overtaken(self.path)
             is_all = start == tail.end
             found = _last_of(records, base if is_all else None, name, limit) if records or is_all else None
             if found is not None:
