@@ -71,7 +71,10 @@ MARK = b"?"
 
 
 class Overtaken(Exception):
-    """The journal with this path is not there: a fold came between the reads of the document and of its journal."""
+    """The journal with this path is not there: a fold came between the reads of the document and of its journal.
+
+    Or a commit to it came between two reads of it.
+    """
 
 
 class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -395,7 +398,7 @@ class Journal:
     def last_items(self, fd: int, base: document.Ending, name: str, limit: int) -> list[bytes]:
         """Return the last items of a list that stands apart after all records. It reads no more than that takes.
 
-        `base` is the document, from which the records go on.
+        `base` is the document, from which the records go on. Raise `Overtaken` if the list does not stand apart now.
         """
         tail, window = self.check_opening(fd), _ENDING_BYTES
         line, place = self._last_line(fd, tail)
@@ -408,7 +411,10 @@ class Journal:
             if not all(_is_whole(line, tail.seed) for line in lines):
                 raise self.damaged(start, "a record in it was altered")
             records = list(self._all_decoded(lines, start))
-            found = _last_of(records, base if start == tail.end else None, name, limit)
+            if records and records[-1].counts.get(name) is None:
+                raise Overtaken(self.path)
+            is_all = start == tail.end
+            found = _last_of(records, base if is_all else None, name, limit) if records or is_all else None
             if found is not None:
                 return found
             window *= 4
@@ -451,10 +457,11 @@ def _last_of(records: list[Record], base: document.Ending | None, name: str, lim
     # What is known of the list: the last items. Before them stand so many of the old ones.
     kept = before = (counts.get(name) or 0) - sum(len(change.insert) - change.remove for change in changes)
     known: list[bytes] = []
-    for whole in [change for change in changes if not change.is_splice][-1:]:
-        items = None if isinstance(whole.value, msgspec.UnsetType) else items_of(bytes(whole.value))
+    for place in [place for place, change in enumerate(changes) if not change.is_splice][-1:]:
+        value = changes[place].value
+        items = None if isinstance(value, msgspec.UnsetType) else items_of(bytes(value))
         kept, known = 0, items.split() if isinstance(items, Items) else []
-        changes = changes[changes.index(whole) + 1 :]
+        changes = changes[place + 1 :]
 
     def know_from(place: int) -> bool:
         nonlocal kept

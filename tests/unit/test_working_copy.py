@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 import persist
 from persist import json_codec
 from persist.storage.cache import Replica
-from persist.storage.content import ALWAYS_APART, APART_BYTES, Items, encoded, id_key
+from persist.storage.content import ALWAYS_APART, APART_BYTES, Items, encoded, as_id
 from persist.storage.diff import Change, apply
 from persist.storage.document import first_header
 from persist.working_copy import WorkingCopy, WorkingList
@@ -180,7 +180,7 @@ def test_append_does_not_split_the_text(length: int, monkeypatch: pytest.MonkeyP
     after = working.after(changes)
     assert [(change.at, change.remove, len(change.insert)) for change in changes] == [(length, 0, 2)]
     assert after.in_text()[0] is text
-    assert after.find(id_key("newer") or b"") == length + 1
+    assert after.find(as_id("newer") or b"") == length + 1
 
 
 def noting_decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
