@@ -451,8 +451,6 @@ def _last_of(records: list[Record], base: document.Ending | None, name: str, lim
         base: the document, if the records are all that follow it.
     """
     changes = [change for record in records for change in record.changes if change.name == name]
-    if not records and base is None:
-        return None
     counts = records[-1].counts if records else base.head.counts if base else {}
     # What is known of the list: the last items. Before them stand so many of the old ones.
     kept = before = (counts.get(name) or 0) - sum(len(change.insert) - change.remove for change in changes)
