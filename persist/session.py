@@ -44,12 +44,14 @@ class _Base:
         header: that of the commit that `data` is based on.
         content: the merge base.
         is_durable: whether this object has made that commit durable.
+        is_whole: whether the merge base is the content of that commit. It is not while an edit contradicts a later one.
         tried: the id of a commit that was begun and not seen to end, with the content that was to be saved.
     """
 
     header: Header
     content: Content
     is_durable: bool
+    is_whole: bool = True
     tried: tuple[str, Content] | None = None
 
 
@@ -186,7 +188,7 @@ class Session:
         base = self._base
         mine = encoded(self.data, base.content)
         refuse_changed_stream_fields(base.content, mine)
-        is_current = there.header.commit == base.header.commit
+        is_current = base.is_whole and there.header.commit == base.header.commit
         if mine == base.content:
             merged = there.content
         elif is_current:
@@ -262,7 +264,7 @@ class Session:
             self._merge_in(committed, mine, is_durable=is_durable)
         except errors.MergeConflict:
             # The edit contradicts theirs. It stays, and the next save reports it.
-            self._base = replace(self._base, content=mine, tried=None)
+            self._base = replace(self._base, content=mine, is_whole=False, tried=None)
 
     def _merge_in(self, there: Replica, base: Content, *, is_durable: bool) -> None:
         """Bring what differs between `base` and what is committed into `data`."""
@@ -360,7 +362,8 @@ class Session:
         self._recognise(there)
         is_shown = False
         try:
-            is_shown = self._base.header.commit == cleared.before.header.commit and self._show_changes(cleared)
+            is_base = self._base.is_whole and self._base.header.commit == cleared.before.header.commit
+            is_shown = is_base and self._show_changes(cleared)
         finally:
             # Also after Ctrl-C: the next verb would take for an edit what was shown of it.
             if not is_shown:
@@ -404,7 +407,8 @@ class Session:
             self._merge_in(there, base.content, is_durable=True)
         except errors.MergeConflict:
             current = encoded(self.data, base.content)
-            known = replace(base, content=_with_stream_fields_of(there.content, base.content))
+            content = _with_stream_fields_of(there.content, base.content)
+            known = replace(base, content=content, is_whole=False)
             self._show(current, _with_stream_fields_of(there.content, current), known)
 
     def _deleted(self) -> errors.SessionDeleted:

@@ -164,6 +164,31 @@ def test_clear_keeps_unsaved_edits(store: persist.Store, session: persist.Sessio
     assert other.clear_stale_stream() is False
 
 
+def test_mixed_base_is_not_taken_for_the_content_of_its_commit(tmp_path: Path) -> None:
+    """After a clear that an edit contradicts, the merge base is of two commits. An older copy of the session may have
+    been put back since. Fails where the changes are found against that base: the record would not fit the files.
+    """
+    store = persist.Store(tmp_path / "sessions", journal="always")
+    store.create("s", {"messages": [{"id": "m1"}]})
+    stream = store.start_stream("s", {"id": "p", "content": "Why?"})
+    session = store.load("s")
+    shutil.copytree(store.path, tmp_path / "copy")
+    stream._lease.close()
+    session.data["messages"][1]["interrupted"] = "mine"
+    assert session.clear_stale_stream() is True
+    for path in store.path.glob("s.*"):
+        path.unlink()
+    for path in (tmp_path / "copy").glob("s.*"):
+        shutil.copy(path, store.path)
+    session.data["messages"].append({"id": "m2"})
+    session.save()
+    there = persist.Store(store.path).load("s")
+    assert there.data == store.load("s").data == session.data
+    assert [message["id"] for message in there.data["messages"]] == ["m1", "p", "m2"]
+    assert there.data["messages"][1]["interrupted"] == "mine"
+    assert there.active_stream_id == stream.id
+
+
 def test_clear_shows_what_it_changed_and_looks_at_nothing_else(store: persist.Store, session: persist.Session) -> None:
     """It costs what it changes. Fails where all of `data` is encoded to show it: that refuses the set."""
     stream = store.start_stream("s-1", {"id": "p", "content": "Why?"})

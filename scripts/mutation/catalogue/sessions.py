@@ -28,7 +28,7 @@ MUTANTS = (
     _saved(
         "the merge",
         "Session._save",
-        replace_statement("is_current = there.header.commit == base.header.commit", "is_current = True"),
+        replace_statement("is_current = base.is_whole and there.header.commit == base.header.commit", "is_current = True"),
         HAZARDS,
         "a3 or c2 or c3",
     ),
@@ -134,6 +134,13 @@ MUTANTS = (
         drop_operand("self._base.header.commit == cleared.before.header.commit"),
         SHARED_SESSIONS,
         "clear",
+    ),
+    _saved(
+        "the look whether the merge base is the content of its commit",
+        "Session._save",
+        drop_operand("base.is_whole"),
+        SHARED_SESSIONS,
+        "mixed_base",
     ),
     # --- durability ---
     _saved(
