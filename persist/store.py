@@ -145,7 +145,6 @@ class Store:
         self, session_id: str, timeout_s: float | None, *, create: bool = False
     ) -> AbstractContextManager[LockedSession]:
         """Hold a session's lock for a block."""
-        timeout_s = None if timeout_s is None else seconds("timeout_s", timeout_s)
         return self._open().files.transaction(session_id, may_be_missing=create, timeout_s=timeout_s)
 
     def _session(self, session_id: str, found: cache.Replica, *, is_durable: bool) -> Session:
@@ -442,7 +441,6 @@ class Store:
             SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
         require_flags(create=create, once=once)
-        timeout_s = None if timeout_s is None else seconds("timeout_s", timeout_s)
         options: dict[str, Any] = {"fields": fields, "create": create, "once": once, "timeout_s": timeout_s}
         return streams.start(self._open(), session_id, message, stream_id, **options)
 
