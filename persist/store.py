@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
 
 from persist import errors, json_codec, maintenance, streams, turn
-from persist.arguments import require_flags, require_key, require_limit, require_texts, seconds
+from persist.arguments import require_flags, require_key, require_limit, require_text, require_texts, seconds
 from persist.event_log import Event, EventFiles
 from persist.follow import Cursor, Following
 from persist.merge import Policy, check_policies
@@ -192,8 +192,8 @@ class Store:
             WrongType: the field is no list.
             Otherwise as `load`, but damage elsewhere goes unnoticed.
         """
-        require_limit(limit)
-        require_texts(field=field)
+        require_limit(limit, may_be_none=False)
+        require_text("field", field)
         return self._open().files.read_last(session_id, field, limit)
 
     def exists(self, session_id: str) -> bool:
@@ -614,9 +614,7 @@ class Store:
 
 
 def _require_list_name(field: object) -> None:
-    require_texts(field=field)
-    if field is None:
-        raise errors.WrongType(what="field", expected="a string", got="NoneType")
+    require_text("field", field)
     if field in turn.IDLE:
         raise errors.ReservedField(field=str(field), remedy="Use store.start_stream().")
 
