@@ -21,10 +21,17 @@ def require_texts(**texts: object) -> None:
             raise WrongType(what=name, expected="a string, or None", got=type(value).__name__)
 
 
-def require_limit(limit: object) -> None:
+def require_text(what: str, value: object) -> None:
+    """Raise `WrongType` for what is no string."""
+    if type(value) is not str:
+        raise WrongType(what=what, expected="a string", got=type(value).__name__)
+
+
+def require_limit(limit: object, *, may_be_none: bool = True) -> None:
     """Raise `WrongType` for what is neither a whole number from 0 up nor None."""
-    if limit is not None and (type(limit) is not int or limit < 0):
-        raise WrongType(what="limit", expected="a whole number from 0 up, or None", got=repr(limit))
+    if not (limit is None and may_be_none) and (type(limit) is not int or limit < 0):
+        expected = "a whole number from 0 up" + (", or None" if may_be_none else "")
+        raise WrongType(what="limit", expected=expected, got=repr(limit))
 
 
 def require_key(key: object) -> None:

@@ -263,6 +263,7 @@ class AlreadyStarted(PersistError):
 
     template = "Session {session_id!r} has that prompt already, and {what}; nothing was started. {remedy}"
 
+    stream_id: str | None  # type: ignore[assignment]
     answer: Any
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
 
 from persist import errors, json_codec, maintenance, streams, turn
-from persist.arguments import require_flags, require_key, require_limit, require_texts, seconds
+from persist.arguments import require_flags, require_key, require_limit, require_text, require_texts, seconds
 from persist.event_log import Event, EventFiles
 from persist.follow import Cursor, Following
 from persist.merge import Policy, check_policies
@@ -145,7 +145,6 @@ class Store:
         self, session_id: str, timeout_s: float | None, *, create: bool = False
     ) -> AbstractContextManager[LockedSession]:
         """Hold a session's lock for a block."""
-        timeout_s = None if timeout_s is None else seconds("timeout_s", timeout_s)
         return self._open().files.transaction(session_id, may_be_missing=create, timeout_s=timeout_s)
 
     def _session(self, session_id: str, found: cache.Replica, *, is_durable: bool) -> Session:
@@ -193,8 +192,8 @@ class Store:
             WrongType: the field is no list.
             Otherwise as `load`, but damage elsewhere goes unnoticed.
         """
-        require_limit(limit)
-        require_texts(field=field)
+        require_limit(limit, may_be_none=False)
+        require_text("field", field)
         return self._open().files.read_last(session_id, field, limit)
 
     def exists(self, session_id: str) -> bool:
@@ -442,7 +441,6 @@ class Store:
             SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
         require_flags(create=create, once=once)
-        timeout_s = None if timeout_s is None else seconds("timeout_s", timeout_s)
         options: dict[str, Any] = {"fields": fields, "create": create, "once": once, "timeout_s": timeout_s}
         return streams.start(self._open(), session_id, message, stream_id, **options)
 
@@ -616,9 +614,7 @@ class Store:
 
 
 def _require_list_name(field: object) -> None:
-    require_texts(field=field)
-    if field is None:
-        raise errors.WrongType(what="field", expected="a string", got="NoneType")
+    require_text("field", field)
     if field in turn.IDLE:
         raise errors.ReservedField(field=str(field), remedy="Use store.start_stream().")
 

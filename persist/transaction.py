@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from persist.arguments import require_text
 from persist.errors import ReservedField, VersionMismatch, WrongType
 from persist.json_codec import same
 from persist.storage.content import HEADER, Content, decode
@@ -48,8 +49,7 @@ class Transaction:
         Raises:
             WrongType: the value is no list.
         """
-        if type(name) is not str:
-            raise WrongType(what="a list's name", expected="a string", got=type(name).__name__)
+        require_text("a list's name", name)
         return self._open().list(name)
 
     @property

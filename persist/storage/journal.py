@@ -410,11 +410,16 @@ class Journal:
             lines = content.split(b"\n")[start > tail.end : -1]
             if not all(_is_whole(line, tail.seed) for line in lines):
                 raise self.damaged(start, "a record in it was altered")
-            records = list(self._all_decoded(lines, start))
+            records, is_all = list(self._all_decoded(lines, start)), start == tail.end
+            before = [tail.after] if is_all else [record.after for record in records[:1]]
+            if [record.after for record in records] != [*before, *(record.crc for record in records)][:-1]:
+                raise self.damaged(start, "a record in it does not follow the one before")
             if records and records[-1].counts.get(name) is None:
                 raise Overtaken(self.path)
-            is_all = start == tail.end
-            found = _last_of(records, base if is_all else None, name, limit) if records or is_all else None
+            try:
+                found = _last_of(records, base if is_all else None, name, limit) if records or is_all else None
+            except NONSENSE:
+                raise self.damaged(start, "a record in it changes what is not there") from None
             if found is not None:
                 return found
             window *= 4
@@ -455,11 +460,14 @@ def _last_of(records: list[Record], base: document.Ending | None, name: str, lim
     # What is known of the list: the last items. Before them stand so many of the old ones.
     kept = before = (counts.get(name) or 0) - sum(len(change.insert) - change.remove for change in changes)
     known: list[bytes] = []
-    for place in [place for place, change in enumerate(changes) if not change.is_splice][-1:]:
+    wholes = [place for place, change in enumerate(changes) if not change.is_splice]
+    for place in wholes[-1:]:
         value = changes[place].value
         items = None if isinstance(value, msgspec.UnsetType) else items_of(bytes(value))
         kept, known = 0, items.split() if isinstance(items, Items) else []
         changes = changes[place + 1 :]
+    if kept < 0 or not (wholes or base is None or before == base.head.counts.get(name)):
+        raise diff.DoesNotFit(name)
 
     def know_from(place: int) -> bool:
         nonlocal kept
@@ -471,7 +479,11 @@ def _last_of(records: list[Record], base: document.Ending | None, name: str, lim
     for change in changes:
         if not know_from(change.at):
             return None
+        if change.at - kept + change.remove > len(known):
+            raise diff.DoesNotFit(name)
         known[change.at - kept : change.at - kept + change.remove] = map(bytes, change.insert)
+    if kept + len(known) != (counts.get(name) or 0):
+        raise diff.DoesNotFit(name)
     return known[max(0, len(known) - limit) :] if know_from(max(0, kept + len(known) - limit)) else None
 
 

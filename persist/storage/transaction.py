@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from persist import json_codec
+from persist.arguments import seconds
 from persist.errors import CorruptSession, LockNotHeld, MergeConflict, NestedLock, PersistError, SessionNotFound
 from persist.storage import commit, diff, disk, lock
 from persist.storage.cache import Replica
@@ -284,13 +285,14 @@ class SessionFiles(SessionDirectory):
         A session that is not there raises `SessionNotFound`, and no lock file is left for it.
 
         Raises:
+            WrongType: `timeout_s` is no number of seconds.
             LockTimeout, NestedLock: see `lock.hold`.
             CommitUnknown: an earlier commit of this store ended so.
         """
+        timeout_s = self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
         with self.looking_at(session_id) as paths:
             if not may_be_missing and not disk.exists(paths.document):
                 raise SessionNotFound(session_id=session_id, path=paths.document)
-        timeout_s = self.timeout_s if timeout_s is None else timeout_s
         with lock.hold(self.layout.session(session_id).lock, session_id, timeout_s) as held:
             tx = Transaction(self, session_id, held)
             try:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import xxhash
 from harness.faults import make_socket
+from harness.journals import traffic
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -266,23 +267,99 @@ def test_a_head_leaves_out_what_stands_apart(store: persist.Store) -> None:
     store.create("s", data)
     head = store.head("s")
     assert head.fields == {"title": "t", "n": [1]}
-    assert head.counts == {"context_messages": 100}
+    assert head.counts == {"context_messages": 100, "n": 1}
     assert store.load("s").data == data
 
 
-def test_a_head_reads_only_the_beginning_of_the_file(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["messages", "tool_calls", "notes", "log"])
+def test_a_head_never_says_that_what_stands_apart_is_missing(name: str, store: persist.Store) -> None:
+    """`head.fields.get("notes")` of a large value is no None, but an error that names the way. A missing one is."""
+    store.create("s", {"title": None, "messages": [], "tool_calls": {}, "notes": "x" * 5_000, "log": [1] * 5_000})
+    fields = store.head("s").fields
+    for look in (fields.__getitem__, fields.get, lambda name: fields.get(name, 5)):
+        with pytest.raises(KeyError, match=f"'{name}' is not part of a head: use store.load\\(\\) or store.tail\\(\\)"):
+            look(name)
+    assert name not in list(fields)
+    assert len(fields) == 1
+    assert (fields["title"], fields.get("title", 5), fields.get("none"), fields.get("none", 5)) == (None, None, None, 5)
+    with pytest.raises(KeyError, match=r"^'none'$"):
+        fields["none"]
+    assert repr(fields) == "{'title': None}"
+
+
+def test_a_head_counts_every_list(store: persist.Store) -> None:
+    """Wherever it stands. What is no list has no number."""
+    data = {"messages": [], "tool_calls": {}, "a": [], "b": [1], "c": [1] * 5_000, "d": "x" * 5_000, "e": {"k": [1]}}
+    store.create("s", data)
+    expected = {"messages": 0, "a": 0, "b": 1, "c": 5_000}
+    assert store.head("s").counts == expected
+    put(store, data)
+    assert store.head("s").counts == expected, "also of a document that another program has written"
+
+
+def test_a_head_reads_only_the_beginning_of_the_file(store: persist.Store) -> None:
     """HAZARDS E4: small fields stand before bulk; a head of a large session reads no message."""
     store.create("s", {"messages": ["x" * 1_000_000], "title": "t", "notes": "y" * 1_000_000})
-    whole, sizes = os.read, []
+    with traffic() as counted:
+        assert store.head("s").fields == {"title": "t"}
+    # Its journal is read, too, and is empty.
+    assert 0 < counted.read <= 8192
 
-    def read(fd: int, size: int) -> bytes:
-        content = whole(fd, size)
-        sizes.append(len(content))
-        return content
 
-    monkeypatch.setattr(os, "read", read)
-    assert store.head("s").fields == {"title": "t"}
-    assert sum(sizes) <= 8192
+# --- the tail ---------------------------------------------------------------------------------------------------------
+
+SIZES = [0, 1, 30, 3_000, 4_093, 4_094, 4_095, 4_096, 20_000]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("before", [0, 1, 5_000])
+def test_a_tail_is_the_end_of_the_list(size: int, before: int, directory: Path) -> None:
+    """Wherever its list stands, among other parts and behind fields or none, whatever a read cuts off."""
+    store = persist.Store(directory, journal="never")
+    values = [{"content": "é" * (size // 2) + "a" * (size % 2)}, ",\n", [], "x", {"id": "m1"}]
+    for fields in ({}, {"title": "t"}):
+        data = {"notes": "y" * before, **fields, "messages": values * 3, "log": [1] * before, "tool_calls": []}
+        data = {name: value for name, value in data.items() if value or name == "tool_calls"}
+        store.create("s", data)
+        for name, items in data.items():
+            for limit in (0, 1, 2, 4, 5, 15, 10_000):
+                if type(items) is list:
+                    assert store.tail("s", limit=limit, field=name) == items[max(0, len(items) - limit) :]
+        assert store.tail("s") == (values * 3)[-20:]
+        assert store.tail("s", field="none") == []
+        store.delete("s")
+
+
+def test_a_tail_reads_only_the_end_of_its_list(directory: Path) -> None:
+    """The last messages of a large session cost a head and some of the bytes before the list's end."""
+    store = persist.Store(directory, journal="never")
+    messages = [{"id": str(number), "content": "x" * 100} for number in range(10_000)]
+    store.create("s", {"title": "t", "messages": messages, "notes": "y" * 1_000_000})
+    with traffic() as counted:
+        assert store.tail("s", limit=5) == messages[-5:]
+    assert 0 < counted.read <= 2 * 4096
+
+
+@pytest.mark.parametrize("field", ["title", "notes", "meta", "tool_calls"])
+def test_a_tail_of_what_is_no_list_is_refused(field: str, store: persist.Store) -> None:
+    """A field, a large one, and one of the two lists that somebody has made something else of."""
+    store.create("s", {"title": "t", "notes": "x" * 5_000, "meta": {"a": [1]}, "tool_calls": {}})
+    with pytest.raises(persist.WrongType, match=f"field '{field}' of the document is .*, but must be a list"):
+        store.tail("s", field=field)
+
+
+def test_a_tail_of_a_foreign_document_is_read_whole(store: persist.Store) -> None:
+    """Without a header, nobody knows where its lists end. It is strict JSON, or it is refused."""
+    put(store, {"messages": [M1, M2], "log": [1] * 5_000, "title": "t"})
+    assert store.tail("s", limit=1) == [M2]
+    assert store.tail("s", limit=2, field="log") == [1, 1]
+    with pytest.raises(persist.WrongType):
+        store.tail("s", field="title")
+    put(store, b'{"messages":[1],"messages":[2]}')
+    with pytest.raises(persist.CorruptSession, match="twice"):
+        store.tail("s")
+    with pytest.raises(persist.SessionNotFound):
+        store.tail("none")
 
 
 def test_a_head_shows_the_active_stream(store: persist.Store) -> None:
@@ -290,7 +367,7 @@ def test_a_head_shows_the_active_stream(store: persist.Store) -> None:
     store.create("s")
     with store.start_stream("s", {"role": "user", "content": "?"}) as stream:
         assert store.head("s").active_stream_id == stream.id
-        assert store.head("s").counts == {"messages": 1}
+        assert store.head("s").counts == {"messages": 1, "pending_attachments": 0}
 
 
 # --- damage -----------------------------------------------------------------------------------------------------------
@@ -385,7 +462,9 @@ def test_a_damaged_document_is_not_written_by_any_verb(store: persist.Store, sma
     for verb in (
         session.save,
         session.refresh,
-        lambda: store.update("s", dict.clear),
+        lambda: store.update("s", lambda tx: tx.data.clear()),
+        lambda: store.update("s", lambda tx: tx.fields.clear()),
+        lambda: store.extend("s", "messages", [1, 2], key=None),
         lambda: store.append("s", "messages", 1),
         lambda: store.delete("s"),
         lambda: store.duplicate("s", "copy"),
@@ -458,10 +537,28 @@ def test_a_field_among_the_items_of_a_document_is_refused(extra: bytes, store: p
     text = b"1,\n2\n],\n" + extra + b',\n"more":[\n1'
     for count in (2, 3, 4, 5):
         forge(store, {"title": b'"x"'}, {"messages": as_list(text, count)})
+        forged = document(store).read_bytes()
+        assert store.head("s").fields == {"title": "x"}
         with pytest.raises(persist.CorruptSession):
             store.load("s")
+        uses: list[Callable[[persist.Transaction], object]] = [
+            lambda tx: list(tx.list("messages")),
+            lambda tx: tx.list("messages").find("m1"),
+            lambda tx: tx.data,
+        ]
+        for use in uses:
+            with pytest.raises(persist.CorruptSession):
+                store.update("s", use)
         with pytest.raises(persist.CorruptSession):
-            store.append("s", "messages", 5)
+            store.append("s", "messages", {"id": "m1"})
+        assert document(store).read_bytes() == forged
+        # Items that nobody looked at are written as they are. No reader takes them.
+        store.append("s", "messages", 5)
+        with contextlib.suppress(persist.CorruptSession):
+            store.update("s", lambda tx: tx.list("messages").insert(0, 5))
+        assert store.head("s").fields == {"title": "x"}
+        with pytest.raises(persist.CorruptSession):
+            store.load("s")
 
 
 @pytest.mark.parametrize(
@@ -503,6 +600,7 @@ def test_a_document_without_a_header_is_revision_zero(store: persist.Store) -> N
     session, head = store.load("s"), store.head("s")
     assert session.data == {"messages": [M1], "title": "t", "updated_at": 5}
     assert (session.revision, head.revision, head.counts) == (0, 0, {"messages": 1})
+    assert session.version == head.version
     assert head.fields == {"title": "t", "updated_at": 5}
     assert session.updated_at == datetime.fromtimestamp(path.stat().st_mtime, UTC)
     session.save()
@@ -688,7 +786,9 @@ def test_a_name_that_is_no_plain_file_is_refused_at_once(
     verbs: list[Callable[[], Any]] = [
         lambda: store.load("s"),
         lambda: store.head("s"),
-        lambda: store.update("s", dict.clear),
+        lambda: store.update("s", lambda tx: tx.data.clear()),
+        lambda: store.update("s", lambda tx: tx.fields.clear()),
+        lambda: store.extend("s", "messages", [1, 2], key=None),
         lambda: store.append("s", "messages", 1),
         lambda: store.start_stream("s"),
         lambda: store.cancel("s", "t"),

@@ -97,6 +97,18 @@ def session_busy(scene: Scene) -> None:
         scene.store.start_stream("s", {"content": CANARY})
 
 
+def already_started(scene: Scene) -> None:
+    prompt = {"id": "p", "content": CANARY}
+    with scene.store.start_stream("s", prompt, stream_id="t1", once=True):
+        scene.store.start_stream("s", prompt, once=True)
+
+
+def already_answered(scene: Scene) -> None:
+    prompt = {"id": "p", "role": "user", "content": CANARY}
+    scene.store.start_stream("s", prompt, once=True).finish({"role": "assistant", "content": CANARY + "x"})
+    scene.store.start_stream("s", prompt, once=True)
+
+
 def cursor_ahead(scene: Scene) -> None:
     with scene.store.start_stream("s", stream_id="t1") as stream:
         stream.emit(CANARY)
@@ -137,7 +149,7 @@ def lock_timeout(scene: Scene) -> None:
 
 
 def nested_lock(scene: Scene) -> None:
-    with scene.store.edit("s"):
+    with scene.store.transaction("s"):
         scene.store.create("other", {"title": CANARY})
 
 
@@ -293,15 +305,20 @@ CASES: dict[type[persist.PersistError], Case] = {
         OSError,
     ),
     errors.VersionMismatch: Case(
-        lambda scene: scene.store.update("s", dict.clear, if_revision=9),
-        ("'s' is at revision 1, not at 9", "nothing was written", "look again"),
-        {"session_id": "s", "mine": 9, "theirs": 1},
+        lambda scene: scene.store.update("s", lambda tx: tx.data.clear(), if_version="v9"),
+        ("'s' is at version ", ", not at v9, which", "nothing was written", "look again"),
+        {"session_id": "s", "mine": "v9", "path": ("_persist", "commit")},
         errors.MergeConflict,
     ),
     errors.SessionBusy: Case(
         session_busy,
         ("'s' is busy", "stream t1", f"pid {os.getpid()}", "alive", LEASE, "store.cancel()"),
         {"session_id": "s", "stream_id": "t1", "path": LEASE},
+    ),
+    errors.AlreadyStarted: Case(
+        already_started,
+        ("'s' has that prompt already", "stream t1 runs it", "nothing was started", "Follow that stream"),
+        {"session_id": "s", "stream_id": "t1", "answer": None},
     ),
     errors.StreamLost: Case(
         stream_lost,
@@ -315,13 +332,18 @@ CASES: dict[type[persist.PersistError], Case] = {
     ),
     errors.LockTimeout: Case(
         lock_timeout,
-        ("Could not lock session 's' within 0.01 s", LOCK, f"is held by pid {os.getpid()} (", "Raise timeout_s"),
+        (
+            "Could not lock session 's' within 0.01 s",
+            LOCK,
+            f"is held by pid {os.getpid()} (",
+            "Wait for longer (timeout_s)",
+        ),
         {"session_id": "s", "path": LOCK, "timeout_s": 0.01},
         TimeoutError,
     ),
     errors.NestedLock: Case(
         nested_lock,
-        ("holds the lock of session 's'", "that of 'other'", "Leave the edit(), update() or transaction() first"),
+        ("holds the lock of session 's'", "that of 'other'", "Leave the transaction() or update() first"),
         {"session_id": "other", "held": "s"},
         RuntimeError,
     ),
@@ -333,8 +355,8 @@ CASES: dict[type[persist.PersistError], Case] = {
     ),
     errors.MessagesRemoved: Case(
         messages_removed,
-        ("remove 1 of the committed messages of session 's'", "stream t1", "nothing was written", "if_revision=2"),
-        {"session_id": "s", "stream_id": "t1", "count": 1, "revision": 2},
+        ("remove 1 of the committed messages of session 's'", "stream t1", "nothing was written", "(id, if_version='"),
+        {"session_id": "s", "stream_id": "t1", "count": 1},
     ),
     errors.CorruptSession: Case(
         corrupt_session,
@@ -474,7 +496,8 @@ def two_edits(
 ) -> Callable[[Scene], object]:
     def provoke(scene: Scene) -> None:
         session = scene.load()
-        scene.store.update("s", first)
+        with scene.store.transaction("s") as tx:
+            first(tx.data)
         second(session.data)
         session.save()
 
@@ -498,17 +521,42 @@ def turn(scene: Scene) -> None:
         stream.checkpoint({"id": "m1", "content": CANARY + "other"})
 
 
+def remove_partial(scene: Scene) -> None:
+    with scene.store.start_stream("s", {"content": CANARY}) as stream:
+        stream.checkpoint({"content": CANARY})
+        with scene.store.transaction("s") as tx:
+            tx.list("messages").pop()
+
+
+def replace_list(scene: Scene) -> None:
+    with scene.store.transaction("s") as tx:
+        items = tx.list("messages")
+        tx.data["messages"] = [CANARY]
+        items.append(CANARY)
+
+
 SECRET = CANARY.encode()
 
 LEAKS: dict[str, Callable[[Scene], object]] = {
     "a message's twin": lambda scene: scene.store.append("s", "messages", {"id": "m1", "content": CANARY + "x"}),
     "an answer's twin": turn,
     "a prompt's twin": lambda scene: scene.store.start_stream("s", {"id": "m1", "content": CANARY + "x"}),
-    "two titles": two_edits(lambda tx: tx.data.update(title=CANARY + "1"), lambda tx: tx.data.update(title=CANARY + "2")),
+    "two titles": two_edits(lambda data: data.update(title=CANARY + "1"), lambda data: data.update(title=CANARY + "2")),
     "append against truncation": two_edits(
         lambda data: data["messages"].clear(), lambda data: data["messages"].append(CANARY)
     ),
-    "a list against a text": two_edits(lambda tx: tx.data.update(n=CANARY), lambda tx: tx.data.update(n=[CANARY])),
+    "a list against a text": two_edits(lambda data: data.update(n=CANARY), lambda data: data.update(n=[CANARY])),
+    "a prompt that is answered": already_answered,
+    "a partial answer that is removed": remove_partial,
+    "a new dict": lambda scene: scene.store.update("s", lambda tx: {**tx.data, "title": CANARY + "x"}),
+    "a list that was replaced": replace_list,
+    "a list as a message": lambda scene: scene.store.append("s", "messages", [CANARY]),
+    "two items of one key": lambda scene: scene.store.extend(
+        "s", "log", [{"k": CANARY}, {"k": CANARY, "a": 1}], key="k"
+    ),
+    "items that are a text": lambda scene: scene.store.extend("s", "log", CANARY),
+    "a tail of what is no list": lambda scene: scene.store.tail("s", field="title"),
+    "fields that are none": lambda scene: scene.store.start_stream("s", fields=[CANARY]),  # type: ignore[arg-type]
     "bytes": of_value(CANARY.encode()),
     "a tuple": of_value((CANARY,)),
     "a key that is no text": of_value({(CANARY,): 1}),
@@ -583,6 +631,37 @@ def test_a_busy_session_names_its_owner(scene: Scene) -> None:
     assert busy.owner.pid == os.getpid()
 
 
+def test_a_refusal_names_the_version_that_is_there(scene: Scene) -> None:
+    """So that the caller can look whether it is the one that it has seen."""
+    mismatch: persist.VersionMismatch = raised(scene, errors.VersionMismatch)
+    assert mismatch.theirs == scene.load().version
+    removed: persist.MessagesRemoved = raised(scene, errors.MessagesRemoved)
+    assert removed.version != scene.load().version, "the stream has failed since"
+    assert f"(id, if_version={removed.version!r})" in str(removed)
+
+
+def test_what_a_refusal_says_to_do_about_removed_messages_works(scene: Scene) -> None:
+    """The version of the error is the one to name, as long as nobody has written since."""
+    session = scene.load()
+    session.data["messages"].clear()
+    with scene.store.start_stream("s", stream_id="t1"):
+        with pytest.raises(persist.MessagesRemoved) as caught:
+            session.save()
+        with scene.store.transaction("s", if_version=caught.value.version) as tx:
+            tx.list("messages").clear()
+        with pytest.raises(persist.VersionMismatch):
+            scene.store.update("s", lambda tx: tx.data.clear(), if_version=caught.value.version)
+    assert scene.load().data["messages"] == []
+
+
+def test_a_prompt_that_is_answered_comes_with_its_answer(scene: Scene) -> None:
+    """`AlreadyStarted.answer` is the message; no stream runs it, and the error says so."""
+    with pytest.raises(persist.AlreadyStarted, match="it is answered") as caught:
+        already_answered(scene)
+    assert caught.value.stream_id is None
+    assert caught.value.answer == scene.load().data["messages"][-1]
+
+
 def test_an_unknown_commit_stops_all_further_writes_of_its_session(scene: Scene) -> None:
     """The same error again, whatever is tried; another session of the store goes on."""
     raised(scene, errors.CommitUnknown)
@@ -600,8 +679,16 @@ def test_an_unknown_commit_stops_all_further_writes_of_its_session(scene: Scene)
         lambda store: store.cancel("s", "x", force=0),
         lambda store: store.compact("s", alone="yes"),
         lambda store: store.append("s", "log", 1, touch=None),
-        lambda store: store.update("s", dict.clear, touch=1),
-        lambda store: store.edit("s", touch="no").__enter__(),
+        lambda store: store.append("s", "log", 1, create="no"),
+        lambda store: store.extend("s", "log", [1], touch=None),
+        lambda store: store.extend("s", "log", [1], create=1),
+        lambda store: store.update("s", lambda tx: tx.data.clear(), touch=1),
+        lambda store: store.update("s", lambda tx: tx.data.clear(), create="yes"),
+        lambda store: store.transaction("s", touch="no").__enter__(),
+        lambda store: store.transaction("s", create=0).__enter__(),
+        lambda store: store.start_stream("s", {"id": "p"}, once="no"),
+        lambda store: store.start_stream("s", {"id": "p"}, create=None),
+        lambda store: store.accept("s", drop_journal="no"),
         lambda store: store.clear_stale_streams(every_session=1),
         lambda store: store.load("s").save(touch="no"),
         lambda store: emit(store, durable="no"),

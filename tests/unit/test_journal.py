@@ -7,6 +7,7 @@ record; `head_at`; the start from anew of a reader that was overtaken, and the l
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -14,7 +15,6 @@ import random
 import sys
 import zlib
 from collections.abc import Callable
-from operator import methodcaller
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,7 +27,7 @@ from harness.journals import chain_is_right, has_journal, journal_of, parted, re
 import persist
 from persist.storage import commit, disk, document, journal
 from persist.storage.commit import Mode
-from persist.storage.content import Items, encoded
+from persist.storage.content import encoded
 from persist.storage.document import Head
 from persist.storage.journal import Record, Tail
 
@@ -43,11 +43,11 @@ def journaled(directory: Path) -> persist.Store:
     return store
 
 
-def append(store: persist.Store, number: int) -> int:
+def append(store: persist.Store, number: int) -> str:
     return store.append("s", "messages", {"id": f"a{number}", "content": "x" * 300})
 
 
-def setting(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
+def setting(field: str, value: Any) -> Callable[[persist.Transaction], None]:
     """What `update` is given to set a field."""
     return lambda tx: tx.data.update({field: value})
 
@@ -122,13 +122,19 @@ def test_any_text_is_one_line(journaled: persist.Store, text: str) -> None:
 
 
 def shown(store: persist.Store) -> tuple[object, ...]:
-    """What a head shows, and what the whole session shows in its place."""
+    """What a head and a tail show, and what the whole session shows in their place."""
     head, session = store.head("s"), store.load("s")
     apart = encoded(session.data).apart
-    counts = {name: len(session.data[name]) for name, value in apart.items() if isinstance(value, Items)}
+    counts = {name: len(value) for name, value in session.data.items() if type(value) is list}
     small = {name: value for name, value in session.data.items() if name not in apart}
     assert list(head.fields) == list(small), "the order of fields, too"
     assert (head.fields, head.counts) == (small, counts)
+    for name in apart:
+        with pytest.raises(KeyError, match="not part of a head"):
+            head.fields[name]
+        with pytest.raises(KeyError, match="not part of a head"):
+            head.fields.get(name)
+    assert head.version == session.version
     assert (head.revision, head.created_at, head.updated_at) == (
         session.revision,
         session.created_at,
@@ -137,7 +143,19 @@ def shown(store: persist.Store) -> tuple[object, ...]:
     assert head.active_stream_id == session.active_stream_id
     found = store._backend.files.read("s")
     assert store._backend.files.read_head("s") == Head(found.header, found.content.fields, found.content.counts)
+    assert_tails_are_ends(store, session.data)
     return head.revision, head.fields
+
+
+def assert_tails_are_ends(store: persist.Store, data: dict[str, Any]) -> None:
+    """Check that a tail is the end of its list, however long it is, and wherever the list stands."""
+    for name, value in (data | {"missing": []}).items():
+        for limit in (0, 1, 2, 3, 10, 10_000):
+            if type(value) is list:
+                assert store.tail("s", limit=limit, field=name) == value[max(0, len(value) - limit) :]
+            else:
+                with pytest.raises(persist.WrongType):
+                    store.tail("s", limit=limit, field=name)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -148,9 +166,11 @@ def test_head_shows_what_the_whole_session_shows(journaled: persist.Store, seed:
     dice = random.Random(seed)
     stream: persist.Stream | None = None
     for number in range(40):
-        what = dice.choice(["append", "append", "rename", "long", "stream", "drop", "save"])
+        what = dice.choice(["append", "append", "large", "rename", "long", "stream", "drop", "save"])
         if what == "append":
             append(journaled, number)
+        elif what == "large":
+            journaled.append("s", dice.choice(["messages", "log"]), "z" * dice.choice([5000, 25_000]))
         elif what == "rename":
             journaled.update("s", setting(f"t{number % 3}", number))
         elif what == "long":
@@ -189,7 +209,42 @@ def test_head_reads_no_more_of_a_long_journal(journaled: persist.Store, records:
         head = journaled.head("s")
     assert head.fields == {"title": "Locks"}
     assert head.counts == {"messages": 1 + records}
-    assert counted.read <= 3 * 4096 + 100 + journal.ROOM_BYTES
+    assert 0 < counted.read <= 3 * 4096 + 100 + journal.ROOM_BYTES
+
+
+@pytest.mark.parametrize("records", [0, 1, 500])
+def test_tail_reads_no_more_of_a_long_journal(journaled: persist.Store, records: int) -> None:
+    """A tail of what the last records have added costs a head, and those records. So does one of the document."""
+    journaled._backend.files.options.fold_bytes = math.inf
+    journaled.update("s", lambda tx: tx.data.update(notes=[f"{number}" * 100 for number in range(5000)]))
+    journaled.compact("s")
+    for number in range(records):
+        append(journaled, number)
+    expected = [HELLO, *({"id": f"a{number}", "content": "x" * 300} for number in range(records))][-10:]
+    with traffic() as counted:
+        assert journaled.tail("s", limit=10) == expected
+    assert 0 < counted.read <= 6 * 4096 + 100 + 3 * journal.ROOM_BYTES
+    if records < 2:
+        with traffic() as counted:
+            assert journaled.tail("s", limit=2, field="notes") == [f"{number}" * 100 for number in (4998, 4999)]
+        assert 0 < counted.read <= 6 * 4096 + 100 + 3 * journal.ROOM_BYTES
+
+
+def test_tail_goes_on_from_the_last_of_equal_changes(journaled: persist.Store) -> None:
+    """A value may be set to the same twice. Fails if the later of two equal changes is taken for the earlier one."""
+    values: list[Any] = [[], [1], {"a": 1}, [1, 2]]
+    for three in itertools.product(values, repeat=3):
+        for value in three:
+            journaled.update("s", setting("tool_calls", value))
+            assert_tails_are_ends(journaled, {"tool_calls": value})
+
+
+@pytest.mark.parametrize("size_bytes", [20_000, 21_000, 100_000])
+def test_tail_of_a_long_record_is_read_whole(journaled: persist.Store, size_bytes: int) -> None:
+    """A record may be longer than what is read at a time. Fails if what is cut off is taken for no record."""
+    journaled.append("s", "messages", {"id": "long", "content": "x" * size_bytes})
+    assert [message["id"] for message in journaled.tail("s", limit=1)] == ["long"]
+    assert [message["id"] for message in journaled.tail("s")] == ["m1", "long"]
 
 
 # --- which journal ----------------------------------------------------------------------------------------------------
@@ -200,8 +255,10 @@ def verbs(store: persist.Store) -> list[Callable[[], object]]:
     return [
         lambda: store.load("s"),
         lambda: store.head("s"),
+        lambda: store.tail("s"),
         lambda: store.append("s", "messages", 1),
         lambda: store.update("s", lambda tx: tx.data.update(title="y")),
+        lambda: store.update("s", lambda tx: tx.fields.update(title="y")),
         lambda: store.start_stream("s"),
         lambda: store.compact("s"),
     ]
@@ -245,7 +302,7 @@ def test_record_that_a_newer_version_wrote_is_no_tear(journaled: persist.Store, 
     path.write_bytes(sealed(opening, [first, second | more]))
     before = path.read_bytes()
     assert_every_verb_raises(journaled, persist.UnsupportedFormat, "knows 3. Use the version that wrote it")
-    for verb in verbs(journaled)[2:]:
+    for verb in verbs(journaled)[3:]:
         # Also the store that knows what stands before it.
         with pytest.raises(persist.UnsupportedFormat):
             verb()
@@ -279,13 +336,17 @@ def test_journal_that_is_named_but_missing_is_told(journaled: persist.Store) -> 
 
 def test_revision_that_was_lost_with_its_journal_is_not_used_again(journaled: persist.Store) -> None:
     """What somebody has decided on one state must not be done to another, which came to the same number."""
-    revisions = [append(journaled, number) for number in range(1, 5)]
+    lost = [append(journaled, number) for number in range(1, 5)]
+    revision = journaled.head("s").revision
     journal_of(journaled).unlink()
-    revision = journaled.accept("s").revision
-    while revision < revisions[-1]:
-        revision = append(journaled, revision + 100)
-    with pytest.raises(persist.VersionMismatch):
-        journaled.update("s", lambda tx: tx.data["messages"].pop(), if_revision=revisions[-1])
+    accepted = journaled.accept("s")
+    assert accepted.revision > revision
+    versions = [accepted.version, *(append(journaled, number) for number in range(101, 105))]
+    assert len({*lost, *versions}) == 4 + 5
+    for version in (*lost, *versions[:-1]):
+        with pytest.raises(persist.VersionMismatch):
+            journaled.update("s", lambda tx: tx.data["messages"].pop(), if_version=version)
+    journaled.update("s", lambda tx: tx.data["messages"].pop(), if_version=versions[-1])
 
 
 def test_missing_journal_of_a_session_with_a_stream_is_told_by_every_look(journaled: persist.Store) -> None:
@@ -365,7 +426,12 @@ def test_symbolic_link_in_the_place_of_a_journal_is_refused(journaled: persist.S
         pytest.param({"revision": 2}, id="a revision twice"),
         pytest.param({"head_at": 5}, id="another head"),
         pytest.param({"counts": {"messages": 9}}, id="another number of items"),
+        pytest.param({"counts": {"messages": 0}}, id="too few items"),
         pytest.param({"counts": {}}, id="no number of items"),
+        pytest.param({"changes": [{"in": "messages", "at": 1, "remove": 9}]}, id="items that are not there"),
+        pytest.param({"changes": [{"in": "messages", "value": "x"}]}, id="no list any more"),
+        pytest.param({"changes": [{"in": "messages", "value": [1]}]}, id="another list"),
+        pytest.param({"changes": [{"in": "messages", "gone": True}]}, id="no value any more"),
         pytest.param({"changes": [{"in": "messages", "at": 9, "insert": [1]}]}, id="a place that is not there"),
         pytest.param({"changes": [{"in": "title", "at": 0, "insert": [1]}]}, id="a field that is no list"),
     ],
@@ -379,9 +445,17 @@ def test_record_that_does_not_follow_is_damage(journaled: persist.Store, wrong: 
     first, second = map(record_of, lines)
     path.write_bytes(sealed(opening, [first, second]))
     assert journaled.load("s").revision == 3
+    whole = journaled.load("s").data["messages"]
     path.write_bytes(sealed(opening, [first, second | wrong]))
     with pytest.raises(persist.CorruptSession, match="persist accept"):
         journaled.load("s")
+    for limit in (0, 1, 3):
+        if "revision" in wrong or wrong == {"counts": {}}:
+            # Damage elsewhere goes unnoticed, and the last record says which lists there are.
+            assert journaled.tail("s", limit=limit) == (whole[3 - limit :] if "revision" in wrong else [])
+        else:
+            with pytest.raises(persist.CorruptSession, match="persist accept"):
+                journaled.tail("s", limit=limit)
 
 
 def test_record_that_was_left_out_is_missed(journaled: persist.Store) -> None:
@@ -396,6 +470,8 @@ def test_record_that_was_left_out_is_missed(journaled: persist.Store) -> None:
             persist.Store(journaled.path).load("s")
         with pytest.raises(persist.CorruptSession):
             persist.Store(journaled.path).append("s", "messages", 1)
+        with pytest.raises(persist.CorruptSession):
+            journaled.tail("s", limit=3)
 
 
 def test_record_behind_another_one_than_it_was_written_to_is_damage(journaled: persist.Store) -> None:
@@ -454,6 +530,7 @@ FOLD = "store.compact('s')"
 READERS = {
     "load": "(lambda found: [len(found.data['messages']), found.revision])(store.load('s'))",
     "head": "(lambda found: [found.counts['messages'], found.revision])(store.head('s'))",
+    "tail": "[len(store.tail('s')), store.head('s').revision]",
 }
 
 
@@ -495,10 +572,41 @@ def test_reader_that_is_always_overtaken_takes_the_lock(
         return real(log, *flags)
 
     monkeypatch.setattr(journal.Journal, "open", open_after_a_fold)
-    revision = getattr(journaled, reader)("s").revision
+    found = getattr(journaled, reader)("s")
     monkeypatch.undo()
     assert overtaken == 3
-    assert revision == journaled.load("s").revision == 4
+    assert (len(found) if reader == "tail" else found.revision) == journaled.load("s").revision == 4
+
+
+@pytest.mark.parametrize(
+    ("wanted", "is_apart"), [(["new"], False), ("x" * 5000, True), ("new", False), (None, False)], ids=repr
+)
+def test_tail_that_a_commit_overtakes_is_that_of_one_commit(
+    journaled: persist.Store, monkeypatch: pytest.MonkeyPatch, wanted: Any, *, is_apart: bool
+) -> None:
+    """A list leaves its place between the two looks of a tail: it is never shown as an empty one.
+
+    Fails if a list that stands apart in the head is looked for among records that have moved it.
+    """
+    journaled.update("s", setting("notes", ["old" * 3000]))
+    journaled.compact("s")
+    journaled.update("s", setting("notes", ["old" * 3000, "older"]))
+    real = journal.Journal.read_head
+
+    def read_head_before_a_commit(log: journal.Journal, fd: int, head: Head) -> Head:
+        monkeypatch.setattr(journal.Journal, "read_head", real)
+        found = real(log, fd, head)
+        journaled.update("s", setting("notes", wanted))
+        return found
+
+    monkeypatch.setattr(journal.Journal, "read_head", read_head_before_a_commit)
+    reader = persist.Store(journaled.path, journal="always")
+    if type(wanted) is list:
+        assert reader.tail("s", field="notes") == wanted
+    else:
+        with pytest.raises(persist.WrongType, match="must be a list"):
+            reader.tail("s", field="notes")
+    assert ("notes" in encoded(reader.load("s").data).apart) is is_apart
 
 
 def test_writer_that_waits_is_not_misled_by_a_fold(journaled: persist.Store, actor: ActorFactory) -> None:
@@ -686,13 +794,15 @@ def test_auto_folds_when_the_journal_outgrows_its_document(store: persist.Store)
 
 def test_never_leaves_at_its_next_commit(journaled: persist.Store) -> None:
     """A store without journals folds what it finds with its own commit in it, and reads it before that."""
-    append(journaled, 1)
+    version = append(journaled, 1)
     never = persist.Store(journaled.path, journal="never")
     assert never.load("s").revision == never.head("s").revision == 2
     assert has_journal(journaled)
-    assert never.append("s", "messages", {"id": "a1", "content": "x" * 300}) == 2
+    assert never.append("s", "messages", {"id": "a1", "content": "x" * 300}) == version
+    assert never.head("s").revision == 2
     assert has_journal(journaled), "it was there already: nothing was committed"
-    assert never.append("s", "messages", {"id": "n"}) == 3
+    assert never.append("s", "messages", {"id": "n"}) == never.head("s").version != version
+    assert never.head("s").revision == 3
     assert not has_journal(journaled)
     assert [each["id"] for each in journaled.load("s").data["messages"]] == ["m1", "a1", "n"]
 
@@ -820,7 +930,7 @@ def test_turn_without_messages_ends_without_them(any_store: persist.Store) -> No
     session.save()
     assert any_store.load("s").data == session.data
     assert "messages" not in session.data
-    assert any_store.head("s").counts == {}
+    assert any_store.head("s").counts == {"pending_attachments": 0}
 
 
 def test_of_two_messages_with_one_id_the_last_is_meant(any_store: persist.Store) -> None:
@@ -942,9 +1052,13 @@ def test_refused_edit_of_small_fields_writes_nothing(journaled: persist.Store) -
     ]
     for kind, values in refused:
         with pytest.raises(kind):
-            journaled.update("s", methodcaller("update", values))
-    with pytest.raises(persist.VersionMismatch):
-        journaled.update("s", setting("title", "x"), if_revision=2)
+            journaled.update("s", lambda tx, values=values: tx.data.update(values))  # type: ignore[misc]
+        if "messages" not in values:
+            with pytest.raises(kind):
+                journaled.update("s", lambda tx, values=values: tx.fields.update(values))  # type: ignore[misc]
+    for version in ("2", "", journaled.head("s").version[:-1], journaled.create("other").version):
+        with pytest.raises(persist.VersionMismatch):
+            journaled.update("s", setting("title", "x"), if_version=version)
     with pytest.raises(persist.WrongType, match="a plain function"):
         journaled.update("s", lambda tx: (tx.data[key] for key in tx.data))
     assert {path.name: path.read_bytes() for path in journaled.path.glob("s*")} == before
@@ -966,9 +1080,9 @@ def test_document_that_is_replaced_under_its_lock_is_an_error(directory: Path, m
         for path, content in backup.items():
             path.write_bytes(content)
 
-    def change(data: dict[str, Any]) -> None:
+    def change(tx: persist.Transaction) -> None:
         put_back()
-        data["title"] = "new"
+        tx.data["title"] = "new"
 
     with pytest.raises(persist.CommitFailed, match="replaced, while its lock was held"):
         if has_block:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import threading
@@ -103,10 +104,17 @@ def test_a_save_that_changes_nothing_writes_nothing(session: persist.Session, st
     with store.transaction("s") as tx:
         data = tx.data
         data["title"] = "t"
+    with store.transaction("s") as tx:
+        tx.fields["title"] = "t"
+        tx.list("messages").append(tx.list("messages").pop())
+    assert tx.version == session.version
     store.update("s", lambda tx: None)
-    assert store.append("s", "messages", HELLO) == 1
+    assert session.save() == session.version
+    assert store.append("s", "messages", HELLO) == session.version
+    assert store.extend("s", "messages", [HELLO, HI]) == session.version
+    assert store.extend("s", "messages", []) == session.version
     assert everything(store.path) == before
-    assert session.revision == 1
+    assert session.revision == store.head("s").revision == 1
 
 
 def test_a_save_after_a_merge_that_changes_nothing_writes_nothing(
@@ -148,10 +156,18 @@ def test_touch_false_keeps_the_time(session: persist.Session, store: persist.Sto
     with store.transaction("s", touch=False) as tx:
         data = tx.data
         data["n"] = 3
-    assert store.append("s", "messages", 4, touch=False) == 5
-    assert store.load("s").updated_at == created
-    store.append("s", "messages", 5)
-    assert store.load("s").updated_at > created
+    store.append("s", "messages", 4, touch=False)
+    store.extend("s", "messages", [5, 6], touch=False)
+    assert store.head("s").revision == 6
+    assert store.load("s").updated_at == store.head("s").updated_at == created
+    for verb in (
+        lambda: store.append("s", "messages", 7),
+        lambda: store.extend("s", "messages", [8]),
+        lambda: store.update("s", lambda tx: tx.fields.update(n=4)),
+    ):
+        before = store.head("s").updated_at
+        verb()
+        assert store.head("s").updated_at > before
 
 
 def test_a_failed_save_leaves_memory_and_disk_as_they_were(session: persist.Session, store: persist.Store) -> None:
@@ -220,7 +236,7 @@ def test_on_conflict_never_drops_what_was_appended(
         store.append("s", "messages", added)
     else:
         session.data["messages"].append(added)
-        store.update("s", empty)
+        store.update("s", lambda tx: empty(tx.data))
     before = everything(store.path)
     with pytest.raises(persist.MergeConflict, match="messages"):
         session.save(on_conflict=side)
@@ -354,16 +370,33 @@ def test_stream_fields_are_changed_by_the_stream_verbs_only(
     attempts: list[Callable[[], Any]] = [
         session.save,
         lambda: store.update("s", lambda tx: tx.data.update({field: "x"})),
+        lambda: store.update("s", lambda tx: tx.fields.update({field: "x"})),
+        lambda: store.update("s", lambda tx: tx.list(field).append("x")),
+        lambda: store.update("s2", lambda tx: tx.fields.update({field: "x"}), create=True),
         lambda: store.create("s2", {field: "x"}),
         lambda: store.append("s", field, "x"),
+        lambda: store.append("s2", field, "x", create=True),
+        lambda: store.extend("s", field, ["x"]),
     ]
     for attempt in attempts:
         with pytest.raises(persist.ReservedField, match="start_stream") as caught:
             attempt()
         assert caught.value.field == field
-    with pytest.raises(persist.ReservedField), store.edit("s") as data:
-        data[field] = "x"
+    verbs: list[Callable[[], Any]] = [
+        lambda: store.start_stream("s", fields={field: "x"}),
+        lambda: store.start_stream("s2", fields={field: "x"}, create=True),
+    ]
+    for verb in verbs:
+        with pytest.raises(persist.ReservedField) as caught:
+            verb()
+        assert caught.value.field == field
     assert everything(store.path) == before
+    with store.start_stream("s") as stream:
+        with pytest.raises(persist.ReservedField):
+            stream.finish(fields={field: "x"})
+        with pytest.raises(persist.ReservedField):
+            stream.update(lambda tx: tx.fields.update({field: "x"}))
+        assert store.load("s").active_stream_id == stream.id, "it goes on"
 
 
 def test_stream_fields_that_say_nothing_are_no_change(store: persist.Store) -> None:
@@ -390,7 +423,10 @@ def test_the_headers_name_is_no_field(session: persist.Session, store: persist.S
         session.save,
         lambda: store.create("s2", {"_persist": 1}),
         lambda: store.append("s", "_persist", 1),
+        lambda: store.extend("s", "_persist", [1]),
         lambda: store.update("s", lambda tx: tx.data.update(_persist=1)),
+        lambda: store.update("s", lambda tx: tx.fields.update(_persist=1)),
+        lambda: store.start_stream("s", fields={"_persist": 1}),
     ]
     for attempt in attempts:
         with pytest.raises(persist.ReservedField, match="'_persist'"):
@@ -400,7 +436,7 @@ def test_the_headers_name_is_no_field(session: persist.Session, store: persist.S
     assert store.load("s").data["meta"] == {"_persist": 1}
 
 
-# --- edit and update --------------------------------------------------------------------------------------------------
+# --- transaction and update -------------------------------------------------------------------------------------------
 
 
 class Oops(Exception):
@@ -420,14 +456,18 @@ def test_an_edit_that_raises_writes_nothing(session: persist.Session, store: per
     """Whatever it had changed by then; the error comes out as it is, and the lock is free again."""
     before = everything(store.path)
 
-    def fail(data: dict[str, Any]) -> None:
-        data.clear()
+    def fail(tx: persist.Transaction) -> None:
+        tx.list("messages").clear()
+        tx.fields["n"] = 5
+        tx.data.clear()
         raise Oops
 
-    with pytest.raises(Oops), store.edit("s") as data:
-        fail(data)
+    with pytest.raises(Oops), store.transaction("s") as tx:
+        fail(tx)
     with pytest.raises(Oops):
         store.update("s", fail)
+    with pytest.raises(Oops):
+        store.update("new", fail, create=True)
     assert everything(store.path) == before
     store.append("s", "messages", {"id": "m3"})
 
@@ -438,17 +478,88 @@ def test_an_update_returns_what_its_function_returns(session: persist.Session, s
     assert on_disk(store)["messages"] == [HI]
 
 
-def test_an_update_names_the_revision_that_it_saw(session: persist.Session, store: persist.Store) -> None:
+def test_an_update_names_the_version_that_it_saw(session: persist.Session, store: persist.Store) -> None:
     """HAZARDS A9: a destructive edit of an older state is a clean conflict; its function is not even called."""
-    store.append("s", "messages", {"id": "m3"})
+    version = store.append("s", "messages", {"id": "m3"})
     before = everything(store.path)
     calls: list[Any] = []
-    with pytest.raises(persist.VersionMismatch, match="at revision 2, not at 1") as caught:
-        store.update("s", calls.append, if_revision=session.revision)
-    assert (caught.value.mine, caught.value.theirs) == (1, 2)
+    with pytest.raises(persist.VersionMismatch, match=f"at version {version}, not at {session.version}") as caught:
+        store.update("s", calls.append, if_version=session.version)
+    assert (caught.value.mine, caught.value.theirs) == (session.version, version)
     assert isinstance(caught.value, persist.MergeConflict)
+    with pytest.raises(persist.VersionMismatch):
+        store.delete("s", if_version=session.version)
+    for wrong in ("", "1", version.upper(), version + " ", version.split(".")[0], version.split(".")[1]):
+        with pytest.raises(persist.VersionMismatch):
+            store.update("s", calls.append, if_version=wrong)
     assert (calls, everything(store.path)) == ([], before)
-    assert store.update("s", lambda tx: tx.data["messages"].pop(), if_revision=2) == {"id": "m3"}
+    assert store.update("s", lambda tx: tx.data["messages"].pop(), if_version=version) == {"id": "m3"}
+    store.delete("s", if_version=store.head("s").version)
+    assert not store.exists("s")
+
+
+def test_a_version_is_that_of_one_commit(session: persist.Session, store: persist.Store) -> None:
+    """Every verb that writes makes a new one, and all that tell it tell the same. It is never used again."""
+    seen = [session.version]
+
+    def assert_new(version: str | None) -> None:
+        assert version == store.load("s").version == store.head("s").version
+        assert version not in seen
+        seen.append(version)
+
+    assert_new(store.append("s", "log", 1))
+    assert_new(store.extend("s", "log", [2, 3]))
+    with store.transaction("s") as tx:
+        assert tx.version == seen[-1]
+        tx.fields["n"] = 1
+        assert tx.version == seen[-1]
+    assert_new(tx.version)
+    session.data["title"] = "u"
+    assert_new(session.save())
+    assert session.version == seen[-1]
+    store.update("s", lambda tx: tx.fields.update(title="t"))
+    store.update("s", lambda tx: tx.fields.update(title="u"))
+    assert_new(store.load("s").version)
+    store.compact("s", alone=True)
+    assert store.head("s").version == seen[-1], "a fold is no commit"
+    assert persist.Store(store.path).load("s").version == seen[-1]
+    with store.start_stream("s") as stream:
+        assert_new(store.head("s").version)
+        with stream.transaction() as tx:
+            tx.fields["n"] = 2
+        assert_new(tx.version)
+    assert_new(store.head("s").version)
+    copied = store.duplicate("s", "copy")
+    assert copied.version not in seen
+    assert copied.version == store.head("copy").version
+    store.delete("s")
+    assert store.create("s", copied.data).version not in [*seen, copied.version], "it is another session"
+
+
+def test_a_version_that_was_seen_holds_across_a_fold_and_processes(
+    session: persist.Session, store: persist.Store
+) -> None:
+    """Whoever reads it may write with it, from another store, too."""
+    version = store.append("s", "log", 1)
+    store.compact("s", alone=True)
+    other = persist.Store(store.path, journal="never")
+    other.update("s", lambda tx: tx.fields.update(n=1), if_version=version)
+    with pytest.raises(persist.VersionMismatch):
+        store.update("s", lambda tx: tx.fields.update(n=2), if_version=version)
+    assert on_disk(store)["n"] == 1
+
+
+def test_the_version_of_a_foreign_document_is_its_content(store: persist.Store) -> None:
+    """Another program has written it, so there is no commit: what it holds is what was seen."""
+    path = store.path / "s.json"
+    path.write_text('{"n": 1}')
+    version = store.load("s").version
+    path.write_text('{"n": 2}')
+    with pytest.raises(persist.VersionMismatch):
+        store.update("s", lambda tx: tx.data.clear(), if_version=version)
+    path.write_text('{"n": 1}')
+    store.update("s", lambda tx: tx.fields.update(m=1), if_version=version)
+    assert on_disk(store) == {"n": 1, "m": 1}
 
 
 def test_a_lock_inside_a_lock_is_refused(session: persist.Session, store: persist.Store) -> None:
@@ -472,9 +583,11 @@ def test_a_lock_inside_a_lock_is_refused(session: persist.Session, store: persis
 NESTED: list[tuple[Verb, str]] = [
     (lambda store: store.append("s", "messages", 1), "s"),
     (lambda store: store.append("other", "messages", 1), "other"),
-    (lambda store: store.update("other", dict.clear), "other"),
-    (lambda store: store.edit("other").__enter__(), "other"),
+    (lambda store: store.update("other", lambda tx: tx.data.clear()), "other"),
+    (lambda store: store.extend("other", "messages", [1]), "other"),
+    (lambda store: store.append("new", "messages", 1, create=True), "new"),
     (lambda store: store.transaction("other").__enter__(), "other"),
+    (lambda store: store.stream("other"), "other"),
     (lambda store: store.create("new"), "new"),
     (lambda store: store.delete("other"), "other"),
     (lambda store: store.duplicate("s", "copy"), "copy"),
@@ -502,7 +615,107 @@ def test_another_thread_waits_for_the_lock_and_says_who_holds_it(session: persis
     [timeout] = caught
     assert timeout.timeout_s == 0.05 <= timeout.waited_s
     assert "this process" in timeout.holder
-    assert impatient.append("s", "messages", 1) == 3
+    impatient.append("s", "messages", 1)
+    assert impatient.head("s").revision == 3
+
+
+WAITING: dict[str, Callable[[persist.Store, persist.Session, persist.Stream], object]] = {
+    "create": lambda store, session, stream: store.create("s", timeout_s=0),
+    "duplicate": lambda store, session, stream: store.duplicate("other", "s", timeout_s=0),
+    "delete": lambda store, session, stream: store.delete("s", timeout_s=0),
+    "transaction": lambda store, session, stream: store.transaction("s", timeout_s=0).__enter__(),
+    "update": lambda store, session, stream: store.update("s", lambda tx: None, timeout_s=0),
+    "append": lambda store, session, stream: store.append("s", "log", 1, timeout_s=0),
+    "extend": lambda store, session, stream: store.extend("s", "log", [1], timeout_s=0),
+    "start_stream": lambda store, session, stream: store.start_stream("s", timeout_s=0),
+    "cancel": lambda store, session, stream: store.cancel("s", "t", timeout_s=0),
+    "stream": lambda store, session, stream: store.stream("s", timeout_s=0),
+    "compact": lambda store, session, stream: store.compact("s", timeout_s=0),
+    "accept": lambda store, session, stream: store.accept("s", timeout_s=0),
+    "save": lambda store, session, stream: session.save(timeout_s=0),
+    "clear_stale_stream": lambda store, session, stream: session.clear_stale_stream(timeout_s=0),
+    "checkpoint": lambda store, session, stream: stream.checkpoint({"content": "x"}, timeout_s=0),
+    "stream.append": lambda store, session, stream: stream.append({"content": "x"}, timeout_s=0),
+    "stream.transaction": lambda store, session, stream: stream.transaction(timeout_s=0).__enter__(),
+    "stream.update": lambda store, session, stream: stream.update(lambda tx: None, timeout_s=0),
+    "emit": lambda store, session, stream: stream.emit(1, timeout_s=0),
+    "finish": lambda store, session, stream: stream.finish(timeout_s=0),
+    "fail": lambda store, session, stream: stream.fail(timeout_s=0),
+}
+
+
+def test_every_verb_that_waits_takes_a_timeout(store: persist.Store) -> None:
+    """0 is now or never, whatever the store's own timeout is. After the error each verb can be repeated."""
+    store = persist.Store(store.path, timeout_s=1000.0)
+    store.create("s", {"messages": []})
+    store.create("other")
+    with store.start_stream("s") as stream:
+        session = store.load("s")
+        before = everything(store.path)
+        caught: dict[str, list[persist.LockTimeout]] = {}
+
+        def wait() -> None:
+            for name, verb in WAITING.items():
+                with pytest.raises(persist.LockTimeout) as error:
+                    verb(store, session, stream)
+                caught.setdefault(name, []).append(error.value)
+            assert store.streams(timeout_s=0) == [], "the stream of a locked session is left out"
+            with pytest.raises(persist.SweepIncomplete) as incomplete:
+                store.clear_stale_streams(timeout_s=0)
+            assert type(incomplete.value.failures["s"]) is persist.LockTimeout
+            caught["sweep"] = []
+
+        with store.transaction("s"):
+            thread = threading.Thread(target=wait)
+            thread.start()
+            thread.join(60)
+        assert caught.keys() == {*WAITING, "sweep"}
+        assert {error.timeout_s for errors in caught.values() for error in errors} == {0.0}
+        assert everything(store.path) == before
+        stream.checkpoint({"content": "x"}, timeout_s=0)
+        stream.finish(timeout_s=0)
+    session.data["n"] = 1
+    session.save(timeout_s=0)
+
+
+def test_the_list_of_waiting_verbs_is_complete() -> None:
+    """A verb that takes a timeout must heed it."""
+    takes_timeout = {
+        f"{prefix}{name}"
+        for prefix, kind in (("", persist.Store), ("", persist.Session), ("stream.", persist.Stream))
+        for name, verb in vars(kind).items()
+        if not name.startswith("_") and callable(verb) and "timeout_s" in inspect.signature(verb).parameters
+    }
+    mine = {name.removeprefix("stream.") for name in WAITING} | {"streams", "clear_stale_streams"}
+    assert {name.removeprefix("stream.") for name in takes_timeout} == mine
+    assert len(takes_timeout) == len(WAITING) + 2
+
+
+@pytest.mark.parametrize("wrong", [-1, math.nan, math.inf, "5", True, [1]], ids=repr)
+@pytest.mark.parametrize("name", WAITING)
+def test_a_timeout_is_a_number_of_seconds(wrong: Any, name: str, store: persist.Store) -> None:
+    """A NaN would never end, and a text is a bare `TypeError` of the clock's."""
+    store.create("s", {"messages": []})
+    store.create("other")
+    with store.start_stream("s") as stream:
+        session = store.load("s")
+        before = everything(store.path)
+        verb = WAITING[name]
+        with pytest.raises(persist.WrongType, match=r"timeout_s is .*, but must be a number of seconds from 0 up"):
+            verb(*(_Waiting(each, wrong) for each in (store, session, stream)))  # type: ignore[arg-type]
+        assert everything(store.path) == before
+
+
+class _Waiting:
+    """Calls the methods of an object with another `timeout_s`."""
+
+    def __init__(self, target: object, timeout_s: Any) -> None:
+        self._target, self._timeout_s = target, timeout_s
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *arguments, **options: getattr(self._target, name)(
+            *arguments, **options | {"timeout_s": self._timeout_s}
+        )
 
 
 # --- append -----------------------------------------------------------------------------------------------------------
@@ -518,9 +731,10 @@ def test_a_field_set_beside_the_data_is_refused(session: persist.Session, name: 
 def test_an_append_is_idempotent_by_id(session: persist.Session, store: persist.Store) -> None:
     """HAZARDS D2: the same item again is a no-op, whatever the order of its keys; other content is a conflict."""
     item = {"id": "m3", "role": "tool", "content": "x"}
-    assert store.append("s", "messages", item) == 2
+    version = store.append("s", "messages", item)
+    assert (version, store.head("s").revision) == (store.head("s").version, 2)
     before = everything(store.path)
-    assert store.append("s", "messages", dict(reversed(item.items()))) == 2
+    assert store.append("s", "messages", dict(reversed(item.items()))) == version
     with pytest.raises(persist.IdTaken, match=r"'s'.*has the same id") as caught:
         store.append("s", "messages", {**item, "content": "y"})
     assert caught.value.path == ("messages", 2)
@@ -529,11 +743,114 @@ def test_an_append_is_idempotent_by_id(session: persist.Session, store: persist.
 
 
 @pytest.mark.parametrize("item", ["text", 5, None, ["a"], {}, {"content": "no id"}, {"id": None}])
-def test_an_item_without_an_id_is_appended_each_time(item: Any, session: persist.Session, store: persist.Store) -> None:
+@pytest.mark.parametrize("field", ["messages", "log"])
+def test_an_item_without_an_id_is_appended_each_time(
+    field: str, item: Any, session: persist.Session, store: persist.Store
+) -> None:
     """Without an id nobody can tell a repetition."""
-    store.append("s", "messages", item)
-    assert store.append("s", "messages", item) == 3
-    assert on_disk(store)["messages"][2:] == [item, item]
+    one = store.extend("s", field, [item])
+    two = store.extend("s", field, [item])
+    assert (one != two, store.head("s").revision) == (True, 3)
+    assert on_disk(store)[field][-2:] == [item, item]
+    store.extend("s", field, [item, item])
+    assert on_disk(store)[field][-4:] == [item] * 4
+    if type(item) is not list or field == "log":
+        store.append("s", field, item)
+        assert on_disk(store)[field][-5:] == [item] * 5
+
+
+@pytest.mark.parametrize("field", ["messages", "tool_calls"])
+def test_a_list_is_no_message(field: str, session: persist.Session, store: persist.Store) -> None:
+    """``append(id, "messages", [m1, m2])`` was meant as two messages: it would be one that no server can read."""
+    before = everything(store.path)
+    for wrong in ([], [HI], [{"id": "m3"}, {"id": "m4"}]):
+        with pytest.raises(persist.WrongType, match=r"must be one message: use extend\(\) for several"):
+            store.append("s", field, wrong)
+    assert everything(store.path) == before
+    store.extend("s", field, [{"id": "m3"}, {"id": "m4"}])
+    assert on_disk(store)[field][-2:] == [{"id": "m3"}, {"id": "m4"}]
+
+
+# --- extend -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_extend_is_one_commit(session: persist.Session, store: persist.Store) -> None:
+    """All items, in their order, or none of them."""
+    version = store.extend("s", "messages", [{"id": "m3"}, "text", {"id": "m4"}])
+    assert (store.head("s").version, store.head("s").revision) == (version, 2)
+    assert on_disk(store)["messages"] == [HI, HELLO, {"id": "m3"}, "text", {"id": "m4"}]
+    before = everything(store.path)
+    for wrong, error in (
+        ([{"id": "m5"}, {"id": "m1", "content": "other"}], persist.IdTaken),
+        ([{"id": "m5"}, {"a": math.nan}], persist.NotJSON),
+        ([{"id": "m5"}, {"id": "m5", "content": "other"}], persist.IdTaken),
+    ):
+        with pytest.raises(error):
+            store.extend("s", "messages", wrong)
+    assert everything(store.path) == before
+
+
+def test_an_extend_may_be_repeated_after_any_of_its_items(session: persist.Session, store: persist.Store) -> None:
+    """HAZARDS D2: what is there is taken as added, and only the rest is added, each once."""
+    items: list[Any] = [{"id": f"n{number}", "content": "x"} for number in range(4)]
+    store.append("s", "messages", items[1])
+    store.extend("s", "messages", items)
+    assert [message["id"] for message in on_disk(store)["messages"]] == ["m1", "m2", "n1", "n0", "n2", "n3"]
+    before = everything(store.path)
+    store.extend("s", "messages", items)
+    store.extend("s", "messages", [*items, *map(dict, reversed(items))])
+    assert everything(store.path) == before
+    store.extend("s", "messages", [{"id": "twice"}, {"id": "twice"}])
+    assert [message["id"] for message in on_disk(store)["messages"]][-2:] == ["n3", "twice"]
+
+
+def test_a_key_tells_items_apart(session: persist.Session, store: persist.Store) -> None:
+    """Another key than ``id``, whatever the items have as that. An item without it is added each time."""
+    one, two = {"call": "c1", "id": "x", "n": 1}, {"call": "c2", "id": "x", "n": 2}
+    version = store.extend("s", "calls", [one, two], key="call")
+    assert store.append("s", "calls", one, key="call") == version
+    assert store.extend("s", "calls", [two, one], key="call") == version
+    with pytest.raises(persist.IdTaken, match=r"data\['calls'\]\[0\] has the same id") as caught:
+        store.extend("s", "calls", [{"call": "c3"}, {**one, "n": 5}], key="call")
+    assert caught.value.path == ("calls", 0)
+    with pytest.raises(persist.IdTaken):
+        store.append("s", "calls", one)
+    assert on_disk(store)["calls"] == [one, two]
+    store.extend("s", "calls", [{"id": "y"}, {"id": "y"}, "text", "text"], key="call")
+    assert on_disk(store)["calls"] == [one, two, {"id": "y"}, {"id": "y"}, "text", "text"]
+
+
+def test_without_a_key_all_items_are_added(session: persist.Session, store: persist.Store) -> None:
+    """Whatever is there: the same once more, and others of the same id."""
+    store.extend("s", "messages", [HI, {**HI, "content": "other"}, HI], key=None)
+    store.append("s", "messages", HI, key=None)
+    assert on_disk(store)["messages"] == [HI, HELLO, HI, {**HI, "content": "other"}, HI, HI]
+    with pytest.raises(persist.IdTaken):
+        store.append("s", "messages", {**HI, "content": "third"})
+
+
+@pytest.mark.parametrize("wrong", ["text", b"bytes", {"id": "m3"}, None, 5])
+def test_what_is_not_several_items_is_refused(wrong: Any, session: persist.Session, store: persist.Store) -> None:
+    """A message that is given for a list of messages would be its keys, and a text its letters."""
+    before = everything(store.path)
+    with pytest.raises(persist.WrongType, match="must be several items, in a list"):
+        store.extend("s", "messages", wrong)
+    assert everything(store.path) == before
+
+
+def test_items_may_come_from_anywhere(session: persist.Session, store: persist.Store) -> None:
+    """They are read before the lock is taken, and are nobody else's afterwards."""
+    item: dict[str, Any] = {"id": "m3"}
+
+    def some() -> Iterator[Any]:
+        assert store.append("s", "log", 1), "no lock is held"
+        yield item
+        yield {"id": "m4"}
+
+    store.extend("s", "messages", some())
+    item["late"] = True
+    store.extend("s", "messages", ({"id": "m5"},))
+    assert on_disk(store)["messages"] == [HI, HELLO, {"id": "m3"}, {"id": "m4"}, {"id": "m5"}]
 
 
 @pytest.mark.parametrize(("one", "two"), [(1, "1"), (1, True), (0, False)])
@@ -610,12 +927,19 @@ def test_exists_tells_whether_there_is_such_a_session(session: persist.Session, 
 MISSING_VERBS: list[Verb] = [
     lambda store: store.load("missing"),
     lambda store: store.head("missing"),
+    lambda store: store.tail("missing"),
+    lambda store: store.tail("missing", limit=0, field="log"),
     lambda store: store.delete("missing"),
+    lambda store: store.delete("missing", if_version="x"),
     lambda store: store.delete("missing", force=True),
-    lambda store: store.update("missing", dict.clear),
-    lambda store: store.edit("missing").__enter__(),
+    lambda store: store.update("missing", lambda tx: tx.data.clear()),
+    lambda store: store.update("missing", lambda tx: tx.data.clear(), create=True, if_version="x"),
     lambda store: store.transaction("missing").__enter__(),
+    lambda store: store.transaction("missing", create=True, if_version="x").__enter__(),
     lambda store: store.append("missing", "messages", 1),
+    lambda store: store.extend("missing", "messages", []),
+    lambda store: store.stream("missing"),
+    lambda store: store.compact("missing"),
     lambda store: store.duplicate("missing", "copy"),
     lambda store: store.start_stream("missing"),
     lambda store: store.cancel("missing", "t"),
@@ -726,13 +1050,15 @@ CLOSED_VERBS: list[Verb] = [
     lambda store: store.head("s"),
     lambda store: store.exists("s"),
     lambda store: store.ids(),
+    lambda store: list(store.heads()),
+    lambda store: store.tail("s"),
     lambda store: store.create("new"),
     lambda store: store.duplicate("s", "copy"),
     lambda store: store.delete("s"),
-    lambda store: store.edit("s").__enter__(),
     lambda store: store.transaction("s").__enter__(),
-    lambda store: store.update("s", dict.clear),
+    lambda store: store.update("s", lambda tx: tx.data.clear()),
     lambda store: store.append("s", "messages", 1),
+    lambda store: store.extend("s", "messages", [1]),
     lambda store: store.start_stream("s"),
     lambda store: store.cancel("s", "t"),
     lambda store: store.follow("s", "t"),
@@ -773,8 +1099,9 @@ def test_a_store_is_a_directory_not_a_way_of_spelling_it(store: persist.Store, m
     relative, linked = persist.Store("sessions"), persist.Store(link)
     monkeypatch.chdir("/")
     assert relative.path == linked.path == store.path
-    assert relative.append("s", "messages", 1) == 2
-    with store.edit("s"), pytest.raises(persist.NestedLock):
+    relative.append("s", "messages", 1)
+    assert store.head("s").revision == 2
+    with store.transaction("s"), pytest.raises(persist.NestedLock):
         linked.append("s", "messages", 1)
 
 
@@ -790,17 +1117,23 @@ def test_no_verb_takes_a_bad_session_id(bad: Any, session: persist.Session, stor
     verbs: list[Callable[[], Any]] = [
         lambda: store.load(bad),
         lambda: store.head(bad),
+        lambda: store.tail(bad),
         lambda: store.exists(bad),
         lambda: store.create(bad),
         lambda: store.duplicate(bad, "copy"),
         lambda: store.duplicate("s", bad),
         lambda: store.delete(bad),
         lambda: store.delete(bad, force=True),
-        lambda: store.edit(bad).__enter__(),
         lambda: store.transaction(bad).__enter__(),
-        lambda: store.update(bad, dict.clear),
+        lambda: store.transaction(bad, create=True).__enter__(),
+        lambda: store.update(bad, lambda tx: tx.data.clear()),
         lambda: store.append(bad, "messages", 1),
+        lambda: store.append(bad, "messages", 1, create=True),
+        lambda: store.extend(bad, "messages", [1]),
+        lambda: store.stream(bad),
+        lambda: store.compact(bad),
         lambda: store.start_stream(bad),
+        lambda: store.start_stream(bad, create=True),
         lambda: store.cancel(bad, "t"),
         lambda: store.accept(bad),
     ]
@@ -826,9 +1159,13 @@ def no_json_in_a_field(store: persist.Store) -> None:
         tx.fields["n"] = ()
 
 
-def generator(data: dict[str, Any]) -> Iterator[None]:
-    data["n"] = 1
+def generator(tx: persist.Transaction) -> Iterator[None]:
+    tx.data["n"] = 1
     yield
+
+
+def clear(tx: persist.Transaction) -> None:
+    tx.data.clear()
 
 
 def no_dict(store: persist.Store) -> None:
@@ -844,18 +1181,40 @@ BAD_ARGUMENTS: dict[str, tuple[Verb, type[Exception]]] = {
     "create: a key": (lambda store: store.create("new", {1: 1}), persist.NotJSON),  # type: ignore[dict-item]
     "transaction: NaN": (no_json_in_a_list, persist.NotJSON),
     "transaction: a field": (no_json_in_a_field, persist.NotJSON),
-    "edit: NaN": (no_json, persist.NotJSON),
+    "transaction: NaN in the data": (no_json, persist.NotJSON),
     "save: a list": (no_dict, persist.WrongType),
     "save: on_conflict": (lambda store: store.load("s").save(on_conflict="ours"), persist.WrongType),  # type: ignore[arg-type]
     "save: on_conflict list": (lambda store: store.load("s").save(on_conflict=[]), persist.WrongType),  # type: ignore[arg-type]
     "update: tuple": (lambda store: store.update("s", lambda tx: tx.data.update(a=())), persist.NotJSON),
     "update: no function": (lambda store: store.update("s", 5), persist.WrongType),  # type: ignore[arg-type]
-    "update: if_revision": (lambda store: store.update("s", dict.clear, if_revision="1"), persist.PersistError),  # type: ignore[arg-type]
+    "update: if_version": (lambda store: store.update("s", clear, if_version=1), persist.WrongType),  # type: ignore[arg-type]
+    "update: another if_version": (lambda store: store.update("s", clear, if_version="1"), persist.VersionMismatch),
+    "delete: if_version": (lambda store: store.delete("s", if_version=1), persist.WrongType),  # type: ignore[arg-type]
+    "delete: another if_version": (lambda store: store.delete("s", if_version="1"), persist.VersionMismatch),
+    "update: a new dict": (lambda store: store.update("s", lambda tx: {"n": 1}), persist.WrongType),
+    "update: a list's name": (lambda store: store.update("s", lambda tx: tx.list(5)), persist.WrongType),  # type: ignore[arg-type]
     "update: a generator": (lambda store: store.update("s", generator), persist.WrongType),
     "append: field": (lambda store: store.append("s", 5, 1), persist.WrongType),  # type: ignore[arg-type]
     "append: no field": (lambda store: store.append("s", None, 1), persist.WrongType),  # type: ignore[arg-type]
     "append: bytes": (lambda store: store.append("s", "messages", b"x"), persist.NotJSON),
     "append: a pair as field": (lambda store: store.append("s", "\ud83d\ude00", 1), persist.NotJSON),
+    "append: key": (lambda store: store.append("s", "log", 1, key=5), persist.WrongType),  # type: ignore[arg-type]
+    "extend: field": (lambda store: store.extend("s", 5, [1]), persist.WrongType),  # type: ignore[arg-type]
+    "extend: no field": (lambda store: store.extend("s", None, [1]), persist.WrongType),  # type: ignore[arg-type]
+    "extend: bytes": (lambda store: store.extend("s", "messages", [1, b"x"]), persist.NotJSON),
+    "extend: a quote in the key": (lambda store: store.extend("s", "log", [1], key='a"b'), persist.WrongType),
+    "extend: an empty key": (lambda store: store.extend("s", "log", [1], key=""), persist.WrongType),
+    "extend: a surrogate key": (lambda store: store.extend("s", "log", [1], key="\ud800"), persist.WrongType),
+    "tail: limit": (lambda store: store.tail("s", limit=-1), persist.WrongType),
+    "tail: no limit": (lambda store: store.tail("s", limit=None), persist.WrongType),  # type: ignore[arg-type]
+    "tail: limit bool": (lambda store: store.tail("s", limit=True), persist.WrongType),
+    "tail: field": (lambda store: store.tail("s", field=5), persist.WrongType),  # type: ignore[arg-type]
+    "tail: no field": (lambda store: store.tail("s", field=None), persist.WrongType),  # type: ignore[arg-type]
+    "tail: a text": (lambda store: store.tail("s", field="title"), persist.WrongType),
+    "heads: limit": (lambda store: list(store.heads(limit=-1)), persist.WrongType),
+    "heads: prefix": (lambda store: list(store.heads(prefix=5)), persist.WrongType),  # type: ignore[arg-type]
+    "heads: after": (lambda store: list(store.heads(after=5)), persist.WrongType),  # type: ignore[arg-type]
+    "ids: prefix": (lambda store: store.ids(prefix=5), persist.WrongType),  # type: ignore[arg-type]
     "ids: limit": (lambda store: store.ids(limit=-1), persist.WrongType),
     "ids: limit text": (lambda store: store.ids(limit="1"), persist.WrongType),  # type: ignore[arg-type]
     "ids: limit bool": (lambda store: store.ids(limit=True), persist.WrongType),
@@ -863,6 +1222,12 @@ BAD_ARGUMENTS: dict[str, tuple[Verb, type[Exception]]] = {
     "start: message": (lambda store: store.start_stream("s", "hi"), persist.WrongType),  # type: ignore[arg-type]
     "start: message id": (lambda store: store.start_stream("s", {"id": 1.5}), persist.WrongType),
     "start: NaN": (lambda store: store.start_stream("s", {"content": math.nan}), persist.NotJSON),
+    "start: once without an id": (lambda store: store.start_stream("s", {}, once=True), persist.WrongType),
+    "start: once without a prompt": (lambda store: store.start_stream("s", once=True), persist.WrongType),
+    "start: fields": (lambda store: store.start_stream("s", fields=[1]), persist.WrongType),  # type: ignore[arg-type]
+    "start: fields NaN": (lambda store: store.start_stream("s", fields={"n": math.nan}), persist.NotJSON),
+    "start: fields 5": (lambda store: store.start_stream("s", fields={5: 1}), persist.NotJSON),  # type: ignore[dict-item]
+    "start: messages": (lambda store: store.start_stream("s", fields={"messages": []}), persist.ReservedField),
     "start: stream_id": (lambda store: store.start_stream("s", stream_id="../t"), persist.InvalidStreamId),
     "start: stream_id 5": (lambda store: store.start_stream("s", stream_id=5), persist.InvalidStreamId),  # type: ignore[arg-type]
     "store: path": (lambda store: persist.Store(5), persist.WrongType),  # type: ignore[arg-type]
