@@ -246,6 +246,8 @@ def _read_ending(fd: int, file_id: str | None) -> Ending | None:
                 needed = end + parts.fields.size_bytes
                 if needed <= len(content):
                     fields = _checked_fields(memoryview(content)[end:needed], parts.fields)
+                    if not fields.keys().isdisjoint(parts.parts):
+                        return None
                     counts = {name: part.count for name, part in parts.parts.items()}
                     return Ending(Head(header_of(values, file_id), fields, counts), fd, _places_of(needed, parts))
             if len(content) < limit or needed > READ_LIMIT:
