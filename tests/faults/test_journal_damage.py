@@ -329,6 +329,18 @@ def test_head_whose_fields_stand_where_no_fields_are_is_told(damaged: History) -
         damaged.store().head("s")
 
 
+def test_field_that_is_called_like_a_list_is_told(damaged: History) -> None:
+    """A record with a field and a list of one name, with the right CRC: neither a load nor a head picks one of them."""
+    opening, lines = parted(damaged.content)
+    *before, last = map(record_of, lines)
+    last["head"] = {"epoch": 0, "owner": None, "fields": {"title": "t", "messages": [1]}}
+    last.pop("head_at", None)
+    damaged.put(sealed(opening, [*before, last]))
+    for verb in (head, load, tail):
+        with pytest.raises(persist.CorruptSession):
+            verb(damaged.store())
+
+
 def test_head_of_a_last_record_that_says_nothing_of_what_is_durable_comes_to_an_end(damaged: History) -> None:
     """Its crc is right, so it is a newer version's. Fails if the head looks for an older one for ever."""
     opening, lines = parted(damaged.content)
