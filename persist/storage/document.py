@@ -256,6 +256,8 @@ def _read_ending(fd: int, file_id: str | None, size_bytes: int) -> Ending | None
                 needed = end + parts.fields.size_bytes
                 if needed <= len(content):
                     fields = _checked_fields(memoryview(content)[end:needed], parts.fields)
+                    if not fields.keys().isdisjoint(parts.parts):
+                        return None
                     counts = {name: part.count for name, part in parts.parts.items()}
                     return Ending(Head(_header_of_line(line, file_id), fields, counts), fd, needed, parts)
             if len(content) < limit or needed > READ_LIMIT:

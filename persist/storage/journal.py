@@ -365,7 +365,7 @@ class Journal:
             for record in (*images[-1:], records[-1]):
                 header = header_after(header, record)
             content = content_after(content, records)
-            if records[-1].counts != content.counts:
+            if records[-1].counts != content.counts or not content.fields.keys().isdisjoint(content.apart):
                 raise diff.DoesNotFit("counts")
         except NONSENSE:
             raise self.damaged(tail.end, "a record in it changes what is not there") from None
@@ -391,6 +391,8 @@ class Journal:
             header, fields = head.header, head.fields
             if image.head is not None:
                 header, fields = header_after(header, image), document.fields_of(bytes(image.head.fields))
+            if not fields.keys().isdisjoint(record.counts):
+                raise diff.DoesNotFit("fields")
             return Head(header_after(header, record), fields, record.counts)
         except NONSENSE:
             raise self.damaged(place, "its last record makes no sense") from None

@@ -232,7 +232,7 @@ def _append_targets(at: dict[int, Costs]) -> Iterator[Target]:
 
 def _change_targets(at: dict[int, Costs]) -> Iterator[Target]:
     appends = at[10_000].appends if 10_000 in at else {}
-    for name, limit in ((ours.UPDATE, 1.5), (ours.CLEAR, 1.5), (ours.SAVE, 12.0)):
+    for name, limit in ((ours.FIELD, 1.5), (ours.CLEAR, 1.5), (ours.SAVE, 12.0)):
         what = f"{name.removeprefix('persist: ')} at 10,000, to SQLite WAL FULL"
         yield at_most(what, limit, _quotient(appends, name, peers.SQLITE))
 

@@ -13,8 +13,11 @@ from benchmarks import bare
 from benchmarks.measure import Action, Effort, interleaved
 from benchmarks.tables import Findings, Table, at_most, compared, shown
 from benchmarks.workload import SESSION, Message, conversation, message, new_message, open_store
+from persist.storage import disk
 
 MESSAGES, JOURNALED = 10_000, 1_000
+#: The sizes of the sessions of which the tail is read.
+TAILED = (10_000, 100_000)
 #: As large as a message of the workload.
 RECORD = b"x" * 419 + b"\n"
 LIST_BYTES = 8 * 1024 * 1024
@@ -25,10 +28,7 @@ def last_message(directory: Path, effort: Effort) -> Findings:
     base, actions = "msgspec.json.decode of the same bytes", {}
     names = {count: f"store.load(), {count:,} in the journal" for count in (0, JOURNALED)}
     for count, name in names.items():
-        store = open_store(directory / str(count))
-        store.create(SESSION, conversation(MESSAGES - count))
-        for number in range(MESSAGES - count, MESSAGES):
-            store.append(SESSION, "messages", message(number))
+        store = _of_size(directory / str(count), MESSAGES, count)
         actions[name] = Action(partial(_last_of, store))
     content = msgspec.json.encode(store.load(SESSION).data)
     actions[base] = Action(lambda: msgspec.json.decode(content)["messages"][-1])
@@ -38,6 +38,29 @@ def last_message(directory: Path, effort: Effort) -> Findings:
         for name in names.values()
     ]
     return Findings([compared(f"The last of {MESSAGES:,} messages", seconds, base)], targets)
+
+
+def _of_size(directory: Path, messages: int, journaled: int) -> persist.Store:
+    """A store with a session of so many messages, of which the last ones stand in the journal, a record each."""
+    store = open_store(directory)
+    store.create(SESSION, conversation(messages - journaled))
+    for number in range(messages - journaled, messages):
+        store.append(SESSION, "messages", message(number))
+    return store
+
+
+def tails(directory: Path, effort: Effort) -> Findings:
+    """The last 20 messages, of sessions of two sizes."""
+    actions = {}
+    for size in TAILED:
+        for count in (0, JOURNALED):
+            store = _of_size(directory / f"{size}-{count}", size, count)
+            actions[f"store.tail() of {size:,}, {count:,} in the journal"] = Action(partial(store.tail, SESSION))
+    base = "limit: open + read of 4 KiB + close"
+    actions[base] = Action(partial(disk.read, directory / f"{TAILED[0]}-0" / f"{SESSION}.json", 4096))
+    seconds = interleaved(actions, effort)
+    targets = [at_most(name, 0.3, value * 1e3, "ms") for name, value in seconds.items() if name != base]
+    return Findings([compared("The last 20 messages", seconds, base)], targets)
 
 
 def _last_of(store: persist.Store) -> Message:

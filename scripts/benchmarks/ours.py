@@ -13,7 +13,7 @@ from persist.storage.commit import Mode
 APPEND = "persist: store.append()"
 ALWAYS = 'persist: store.append(), journal="always"'
 SAVE = "persist: session.save() after one appended message"
-UPDATE = "persist: store.update() of one small field"
+FIELD = "persist: store.transaction() of one small field"
 CLEAR = "persist: session.clear_stale_stream()"
 
 PROMPT = {"role": "user", "content": "Why?"}
@@ -108,12 +108,23 @@ class SaveMeetingAnother(Save):
         self._store.append(SESSION, "messages", new_message())
 
 
-class Update(Verb):
-    name = UPDATE
-    way = "a function that sets one field of the data"
+class ChangeField(Verb):
+    name = FIELD
+    way = 'tx.fields["draft"] = …'
 
     def append(self, message: Message) -> None:
-        self._store.update(SESSION, lambda tx: tx.data.update(draft=message["id"]))
+        with self._store.transaction(SESSION) as tx:
+            tx.fields["draft"] = message["id"]
+
+
+class AppendTurn(Verb):
+    name = "persist: store.transaction() of two messages and a field"
+    way = "prompt, answer and a count of both in one commit"
+
+    def append(self, message: Message) -> None:
+        with self._store.transaction(SESSION) as tx:
+            tx.list("messages").extend([message, {**message, "id": f"{message['id']}.answer", "role": "assistant"}])
+            tx.fields["count"] = len(tx.list("messages"))
 
 
 class ClearStale(Verb):
@@ -140,6 +151,7 @@ VERBS: tuple[type[Peer], ...] = (
     StreamFinish,
     Save,
     SaveMeetingAnother,
-    Update,
+    ChangeField,
+    AppendTurn,
     ClearStale,
 )

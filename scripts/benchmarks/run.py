@@ -104,6 +104,7 @@ def _others(plan: Plan) -> dict[Callable[..., Findings], tuple[Any, ...]]:
         contest.growth: (plan.sizes, plan.contest),
         resources.findings: (plan.sizes, plan.patience_s),
         large.last_message: (plan.commits,),
+        large.tails: (plan.commits,),
         large.beside: (plan.commits,),
         small.lock_cycles: (plan.locks,),
         small.commits: (plan.commits,),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import median
@@ -84,7 +85,7 @@ def commits(directory: Path, effort: Effort) -> Findings:
 
 
 def neighbours(directory: Path, effort: Effort, count: int, runs: int) -> Findings:
-    """A save in a directory of its own, and in one with many other sessions."""
+    """A save in a directory of its own, and in one with many other sessions; and the heads of all of these."""
     alone, crowded = open_store(directory / "alone"), open_store(directory / "crowded")
     sessions = {store.path: store.create(SESSION, conversation(MESSAGES)) for store in (alone, crowded)}
     copies(crowded, count)
@@ -95,4 +96,17 @@ def neighbours(directory: Path, effort: Effort, count: int, runs: int) -> Findin
     seconds = [median(run[name] for run in found) for name in names]
     rows = [(names[0], shown(seconds[0]), "1.00 ×"), (names[1], shown(seconds[1]), ratio(quotient, 1.0))]
     target = at_most(f"save() with {count:,} neighbours, to alone", 1.25, quotient)
-    return Findings([Table(f"Neighbours (median of {runs} runs)", ("median", "to alone"), rows)], [target])
+    each = median(_seconds_a_head(crowded, count + 1) for _ in range(runs))
+    rows.append((f"heads() of {count + 1:,} sessions, each", shown(each), ""))
+    targets = [target, at_most(f"heads() of {count + 1:,} sessions, each", 25, each * 1e6, "µs")]
+    return Findings([Table(f"Neighbours (median of {runs} runs)", ("median", "to alone"), rows)], targets)
+
+
+def _seconds_a_head(store: persist.Store, sessions: int) -> float:
+    """How long each head of a whole directory takes, with its share of the listing."""
+    started = time.perf_counter()
+    found = sum(1 for _ in store.heads())
+    seconds = time.perf_counter() - started
+    if found != sessions:
+        raise AssertionError(f"There are {sessions:,} sessions, and heads() has found {found:,}.")
+    return seconds / sessions

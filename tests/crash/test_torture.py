@@ -29,7 +29,11 @@ NO_LOCK = (
     "import lock_descriptor, unlock_descriptor\n",
     "import unlock_descriptor\n\ndef lock_descriptor(fd, *, blocking):\n    return True\n",
 )
-NOT_IDEMPOTENT = ("turn.py", "    if place is None:\n        messages.insert", "    if True:\n        messages.insert")
+NOT_IDEMPOTENT = (
+    "turn.py",
+    "if place is None:\n                fresh.append",
+    "if True:\n                fresh.append",
+)
 IN_PLACE = (
     "storage/commit.py",
     "            disk.replace(paths.temp, paths.document)\n",

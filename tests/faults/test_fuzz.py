@@ -187,6 +187,8 @@ FOUND: dict[str, Callable[[bytes], bytes]] = {
     "two commas behind the fields": lambda content: fitting(content.replace(b',\n"messages"', b',,\n"messages"')),
     "a field called like the header": lambda content: fitting(content.replace(b'"title":"t"', b'"_persist":"t"')),
     "a part called like the header": lambda content: fitting(content.replace(b'"big":', b'"_persist":')),
+    "a field called like a part": lambda content: fitting(content.replace(b'"title":"t"', b'"messages":"t"')),
+    "a part called like a field": lambda content: fitting(content.replace(b'"big":', b'"title":')),
     "an empty list that hides something": lambda content: with_count_of(
         re.sub(rb'"messages":\[\n.*?\n\],\n', b'"messages":[]\n"tool_calls":[],\n', content, flags=re.DOTALL), 0
     ),
@@ -259,8 +261,8 @@ def test_the_oracle_of_journals_notices_another_state(
 
 NO_CRC = (
     "storage/journal.py",
-    "shape is not None and zlib.crc32(memoryview(line)[_CHECKED_FROM:], seed) == int(shape[1], 16)",
-    "shape is not None",
+    "line[:_CHECKED_FROM] == _PREFIX % zlib.crc32(line[_CHECKED_FROM:], seed)",
+    "_LINE.match(line) is not None",
 )
 
 

@@ -409,8 +409,9 @@ def _try_again(store: persist.Store, session_id: str) -> None:
         store.delete(session_id)
 
 
-def _mark_as_settled(data: Document) -> None:
+def _mark_as_settled(tx: persist.Transaction) -> None:
     """A change that no author is asked for."""
+    data = tx.data
     data["settled"] = data.get("settled", 0) + 1
 
 

@@ -124,8 +124,7 @@ def _edit(author: Author, session_id: str) -> None:
     message = author.message(VISIT)
     with author.reporting(Change("add", session_id, (message,))):
         with author.store.transaction(session_id) as tx:
-            data = tx.data
-            visit(data, message)
+            visit(tx.data, message)
 
 
 def _update(author: Author, session_id: str) -> None:
@@ -254,7 +253,7 @@ def _look_at(store: persist.Store, session_id: str, seen: int) -> int:
 
 def _head_of(session: persist.Session) -> tuple[Document, dict[str, int]]:
     small = {name: value for name, value in session.data.items() if not _stands_apart(name, value)}
-    counts = {name: len(value) for name, value in session.data.items() if name not in small and type(value) is list}
+    counts = {name: len(value) for name, value in session.data.items() if type(value) is list}
     return small, counts
 
 

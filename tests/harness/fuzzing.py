@@ -398,7 +398,7 @@ def _of_head(found: persist.Head, content: bytes) -> str | None:
     expected = trusted_head(content)
     if expected is None:
         return NOT_VOUCHED_FOR
-    if not same(dict(found.data), expected):
+    if not same(dict(found.fields), expected):
         return "other fields than the bytes say"
     is_right = all(type(count) is int and count >= 0 for count in found.counts.values())
     return None if is_right else "counts that are none"
@@ -644,10 +644,11 @@ class JournalOracle(Oracle):
         return None if is_right else "a head that no record says"
 
     def _of_append(self, store: persist.Store, expected: Replay) -> str | None:
-        revision = store.append("s", "messages", NEW)
+        version = store.append("s", "messages", NEW)
+        head = store.head("s")
         state = expected.state
         wanted = state.data | {"messages": [*state.apart.get("messages", []), NEW]}
-        is_right = expected.is_whole and revision == state.revision + 1
+        is_right = expected.is_whole and (head.version, head.revision) == (version, state.revision + 1)
         return None if is_right and same(self._store().load("s").data, wanted) else "a state made up"
 
     def _of_fold(self, store: persist.Store, expected: Replay) -> str | None:

@@ -34,6 +34,7 @@ from harness.linearizability import (
     Versioned,
     check_list,
     check_object,
+    check_versions,
     ownership,
     register,
 )
@@ -217,8 +218,7 @@ class Client:
 
         def edit() -> None:
             with self._store.transaction(session_id) as tx:
-                data = tx.data
-                data["messages"].append({"id": item})
+                tx.data["messages"].append({"id": item})
 
         self._record(session_id, "append", item, edit)
 
@@ -254,10 +254,10 @@ class Client:
         """Also what the session carries besides: it becomes a large one, or a small one."""
         value, load = self._new(), self._load_drawn()
 
-        def edit() -> None:
+        def edit() -> str | None:
             with self._store.transaction(session_id) as tx:
-                data = tx.data
-                data.update(value=value, tool_calls=load)
+                tx.data.update(value=value, tool_calls=load)
+            return tx.version
 
         self._record(session_id, "write", value, edit)
 
@@ -267,10 +267,11 @@ class Client:
     def write_head(self, session_id: str) -> None:
         value = self._new()
 
-        def update() -> None:
-            self._store.update(session_id, lambda tx: tx.data.update(value=value))
+        def update(tx: persist.Transaction) -> persist.Transaction:
+            tx.fields["value"] = value
+            return tx
 
-        self._record(session_id, "write", value, update)
+        self._record(session_id, "write", value, lambda: self._store.update(session_id, update).version)
 
     def compact_register(self, session_id: str) -> None:
         self._compact(session_id, "read", lambda: _value(self._store.head(session_id)))
@@ -278,23 +279,27 @@ class Client:
     def swap_by_update(self, session_id: str) -> None:
         expected, value = self.load_register(session_id).data["value"], self._new()
 
-        def swap(data: dict[str, Any]) -> bool:
-            if data["value"] != expected:
+        def swap(tx: persist.Transaction) -> bool:
+            if tx.data["value"] != expected:
                 return False
-            data["value"] = value
+            tx.data["value"] = value
             return True
 
-        self._record(session_id, "swap", (expected, value), lambda: self._store.update(session_id, swap))
+        def update() -> tuple[bool, None]:
+            return self._store.update(session_id, swap), None
+
+        self._record(session_id, "swap", (expected, value), update)
 
     def swap_by_transaction(self, session_id: str) -> None:
         expected, value = self.head_register(session_id).value, self._new()
 
-        def swap() -> bool:
+        def swap() -> tuple[bool, str | None]:
             with self._store.transaction(session_id) as tx:
-                if tx.fields["value"] != expected:
-                    return False
-                tx.fields["value"] = value
-            return True
+                is_hit = tx.fields["value"] == expected
+                if is_hit:
+                    tx.fields["value"] = value
+            # Where nothing was written, that of what was read.
+            return is_hit, tx.version
 
         self._record(session_id, "swap", (expected, value), swap)
 
@@ -302,29 +307,28 @@ class Client:
         session, value = self.load_register(session_id), self._new()
         expected, session.data["value"] = session.data["value"], value
 
-        def save() -> bool:
+        def save() -> tuple[bool, str | None]:
             try:
-                session.save()
+                return True, session.save()
             except persist.MergeConflict:
-                return False
-            return True
+                return False, None
 
         self._record(session_id, "swap", (expected, value), save)
 
     def put(self, session_id: str) -> None:
-        revision, value = self.head_register(session_id).revision, self._new()
+        version, value = self.head_register(session_id).version, self._new()
 
-        def put(data: dict[str, Any]) -> None:
-            data["value"] = value
+        def put(tx: persist.Transaction) -> persist.Transaction:
+            tx.fields["value"] = value
+            return tx
 
-        def update() -> int:
+        def update() -> tuple[bool, str | None]:
             try:
-                self._store.update(session_id, put, if_revision=revision)
+                return True, self._store.update(session_id, put, if_version=version).version
             except persist.VersionMismatch as mismatch:
-                return int(mismatch.theirs)
-            return revision
+                return False, mismatch.theirs
 
-        self._record(session_id, "put", (revision, value), update)
+        self._record(session_id, "put", (version, value), update)
 
     # owners
 
@@ -339,7 +343,7 @@ class Client:
         if stream is None:
             self.head_owner(session_id)
         else:
-            self._record(session_id, "asked", stream.id, lambda: stream.is_cancelled())
+            self._record(session_id, "asked", stream.id, stream.is_cancelled)
 
     def start(self, session_id: str) -> None:
         if self._stream is not None:
@@ -394,7 +398,8 @@ def _items(session: persist.Session) -> Prefix:
 
 
 def _value(seen: persist.Session | persist.Head) -> Versioned:
-    return Versioned(seen.revision, seen.data["value"])
+    data = seen.data if isinstance(seen, persist.Session) else seen.fields
+    return Versioned(seen.revision, seen.version, data["value"])
 
 
 Action = Callable[[Client, str], object]
@@ -641,7 +646,8 @@ def check_session(final: persist.Session, history: list[Operation], deaths: list
             items = [message["id"] for message in final.data["messages"]]
             return check_list([*history, last_read(Prefix.of(items))], items)
         case "register":
-            return check_object([*history, last_read(_value(final))], Versioned(1, None), register)
+            history = [*history, last_read(_value(final))]
+            return check_versions(history) + check_object(history, Versioned(1, None, None), register)
         case _:
             return check_object([*history, *deaths, last_read(final.active_stream_id)], Owned(), ownership)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeVar
@@ -218,31 +218,66 @@ def _advance(low: int, ordered: int) -> tuple[int, int]:
 
 
 class Versioned(NamedTuple):
-    """A register: a value, and the number of the write that put it there."""
+    """A register: a value, the number of the write that put it there, and the version by which that write is named.
+
+    The version of a write whose process was killed is None until somebody is told it.
+    """
 
     revision: int
+    version: str | None
     value: Any
+
+    def after(self, value: Any, version: str | None) -> Versioned:
+        """The register after the next write."""
+        return Versioned(self.revision + 1, version, value)
+
+    def named(self, version: str | None) -> Versioned:
+        """The same, by the version that somebody was told, if nobody was told one before."""
+        return self if self.version is not None else self._replace(version=version)
 
 
 def register(state: Versioned, operation: Operation) -> tuple[Versioned, Any]:
     """The specification of a register.
 
-    `read()` tells revision and value; `write(value)`; `swap((expected, value))` writes if the value is the expected
-    one, and tells whether; `put((revision, value))` writes if the revision is that one, and tells the revision it
-    found.
+    `read()` tells revision, version and value; `write(value)` tells its version; `swap((expected, value))` writes if
+    the value is the expected one; `put((version, value))` writes if the version is that one. Both tell whether they
+    did, and the version that stands then, or None for it.
     """
+    is_known = operation.result is not UNKNOWN
     match operation.kind, operation.argument:
         case "read", _:
-            return state, state
+            seen = state.named(operation.result[1] if is_known else None)
+            return seen, seen
         case "write", value:
-            return Versioned(state.revision + 1, value), None
-        case "swap", (expected, value):
-            hit = state.value == expected
-            return (Versioned(state.revision + 1, value) if hit else state), hit
-        case "put", (revision, value):
-            hit = state.revision == revision
-            return (Versioned(state.revision + 1, value) if hit else state), state.revision
+            version = operation.result if is_known else None
+            return state.after(value, version), version
+        case ("swap" | "put") as kind, (expected, value):
+            told = operation.result[1] if is_known else None
+            hit = (state.value if kind == "swap" else state.version) == expected
+            after = state.after(value, told) if hit else state.named(told)
+            return after, (hit, None if told is None else after.version)
     raise ValueError(operation.kind)
+
+
+def check_versions(history: Iterable[Operation]) -> list[Anomaly]:
+    """Check of a register's history that no version names two writes: "version of two commits".
+
+    That no write has two versions is a matter of the register's order. Each value is written once.
+    """
+    values: dict[str, set[Any]] = defaultdict(set)
+    for operation in history:
+        match operation.kind, operation.argument, operation.result:
+            case "read", _, (_, version, value):
+                values[version].add(value)
+            case "write", value, str(version):
+                values[version].add(value)
+            case "swap" | "put", (_, value), (True, str(version)):
+                values[version].add(value)
+    return [
+        Anomaly("version of two commits", f"{version} names {sorted(map(str, found))}")
+        for version, found in values.items()
+        if len(found) > 1
+    ]
 
 
 class Owned(NamedTuple):

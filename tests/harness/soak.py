@@ -145,8 +145,8 @@ def _one_round(store: persist.Store, session_id: str, name: str, expected: dict[
     return 7
 
 
-def _count(data: dict[str, Any]) -> None:
-    data["n"] += 1
+def _count(tx: persist.Transaction) -> None:
+    tx.data["n"] += 1
 
 
 def _turn(store: persist.Store, session_id: str, name: str, *, is_finished: bool) -> list[dict[str, Any]]:

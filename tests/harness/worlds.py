@@ -34,7 +34,8 @@ class World:
         # Twice: it is done more often.
         self._verbs: tuple[Callable[[], Any], ...] = (
             *(self._append, self._append, self._append, self._start, self._start, self._checkpoint, self._checkpoint),
-            *(self._append_to_turn, self._end, self._drop, self._cancel, self._clear_stale, self._sweep),
+            *(self._extend, self._extend, self._append_to_turn, self._transaction_of_turn, self._transaction_of_turn),
+            *(self._end, self._drop, self._cancel, self._clear_stale, self._sweep),
             *(
                 self._update,
                 self._transaction,
@@ -88,14 +89,30 @@ class World:
 
     def _append(self) -> Any:
         field = self._dice.choice(["messages", "messages", "messages", "tool_calls", "tags", "title", "new"])
-        return self._store.append("s", field, self._item(), touch=self._dice.random() < 0.7)
+        return self._at(self._store.append("s", field, self._item(), touch=self._dice.random() < 0.7))
+
+    def _at(self, version: str | None) -> int:
+        """The revision that has this version, which a verb has returned just now."""
+        head = self._store.head("s")
+        assert head.version == version
+        return head.revision
+
+    def _extend(self) -> Any:
+        field = self._dice.choice(["messages", "messages", "tool_calls", "tags", "title", "new"])
+        items, key = [self._item() for _ in range(self._dice.randint(0, 3))], self._dice.choice(["id", "id", None])
+        return self._at(self._store.extend("s", field, items, key=key, create=self._dice.random() < 0.3))
 
     def _start(self) -> Any:
         prompt = None if self._dice.random() < 0.2 else self._message()
         if prompt is not None and self._dice.random() < 0.5:
             prompt["id"] = self._dice.choice(IDS)
         name = self._dice.choice(STREAMS) + str(self._dice.choice(["", self._dice.getrandbits(20)]))
-        self._streams.append(self._store.start_stream("s", prompt, stream_id=name))
+        fields = self._dice.choice([None, {}, {"model": name, "n": 1}, {"title": "long" * 1100}])
+        once = self._dice.random() < 0.3
+        try:
+            self._streams.append(self._store.start_stream("s", prompt, stream_id=name, fields=fields, once=once))
+        except persist.AlreadyStarted as started:
+            return started.stream_id, started.answer
         return name
 
     def _stream(self) -> persist.Stream:
@@ -113,12 +130,19 @@ class World:
     def _append_to_turn(self) -> Any:
         return self._stream().append(self._answer()) if self._streams else None
 
+    def _transaction_of_turn(self) -> Any:
+        if not self._streams:
+            return None
+        with self._stream().transaction() as tx:
+            answers = [self._step_of(tx) for _ in range(self._dice.randint(0, 4))]
+        return answers, self._at(tx.version)
+
     def _end(self) -> Any:
         if not self._streams:
             return None
         stream, how = self._stream(), self._dice.randrange(3)
         if how == 0:
-            return stream.finish(self._answer())
+            return stream.finish(self._answer(), fields=self._dice.choice([None, {"tokens": 5}, {"tags": ["t"]}]))
         return stream.finish() if how == 1 else stream.fail()
 
     def _drop(self) -> Any:
@@ -179,7 +203,7 @@ class World:
             answers = [self._step_of(tx) for _ in range(self._dice.randint(0, 4))]
             if self._dice.random() < 0.1:
                 raise persist.WrongType(what="a block", expected="to end", got="one that raises")
-        return answers
+        return answers, self._at(tx.version)
 
     def _step_of(self, tx: persist.Transaction) -> Any:
         what = self._dice.random()
@@ -228,8 +252,14 @@ class World:
     def _make_anew(self) -> Any:
         if self._dice.random() < 0.8:
             return None
-        self._store.delete("s", force=self._dice.random() < 0.5)
-        self._store.create("s", self._new_data())
+        version = self._store.head("s").version if self._dice.random() < 0.8 else "another one"
+        force, is_free = self._dice.random() < 0.5, self._dice.random() < 0.7
+        self._store.delete("s", force=force, if_version=self._dice.choice([None, version]))
+        if is_free:
+            self._store.create("s", self._new_data())
+        else:
+            with self._store.transaction("s", create=True) as tx:
+                tx.data.update(self._new_data())
         return "made anew"
 
     # --- state ---
@@ -250,6 +280,10 @@ class World:
         assert (head.version, head.revision, head.updated_at) == (
             *(session.version, session.revision, session.updated_at),
         )
+        for name, value in session.data.items():
+            if type(value) is list:
+                count = len(value) if len(value) < 100 else 7
+                assert store.tail("s", field=name, limit=count) == value[len(value) - count :]
         header = found.header
         owner = header.owner and [header.owner[name] for name in ("stream_id", "prompt_id", "answer_id", "cancelled")]
         streams = [(info.stream_id, info.is_live, info.is_cancelled) for info in store.streams()]

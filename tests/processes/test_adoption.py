@@ -41,13 +41,35 @@ def test_prompt_that_stands_in_messages_already_keeps_its_attachments(store: per
 
 
 def test_answered_prompt_of_the_same_words_is_not_taken_for_the_pending_one(store: persist.Store) -> None:
-    """Two prompts may read alike: only the last message can be the pending one."""
-    answered = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]
+    """Two prompts may read alike: one of a turn before the last one is not the pending one, which is added."""
+    answered = [
+        *({"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}),
+        *({"role": "user", "content": "More?"}, {"role": "assistant", "content": "No."}),
+    ]
     write_old(store.path, messages=answered)
     assert store.load("old").clear_stale_stream() is True
     messages = store.load("old").data["messages"]
-    assert messages[:2] == answered
-    assert [(m["content"], m["interrupted"]) for m in messages[2:]] == [("Hello?", True)]
+    assert messages[:4] == answered
+    assert [(m["content"], m["interrupted"]) for m in messages[4:]] == [("Hello?", True)]
+
+
+def test_prompt_that_the_last_answer_has_answered_is_not_added_again(store: persist.Store) -> None:
+    """The other program was killed behind the answer, before it cleared its fields. The turn is as it was."""
+    answered = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]
+    write_old(store.path, messages=answered)
+    assert store.load("old").clear_stale_stream() is True
+    assert store.load("old").data["messages"] == answered
+    assert store.load("old").active_stream_id is None
+
+
+def test_prompt_with_a_tool_result_behind_it_is_marked_and_not_added_again(store: persist.Store) -> None:
+    """It need not be the last message: it is looked for since the last answer."""
+    answered = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
+    pending = [{"role": "user", "content": "Hello?"}, {"role": "tool", "content": "found"}]
+    write_old(store.path, messages=[*answered, *pending])
+    assert store.load("old").clear_stale_stream() is True
+    marked = pending[0] | {"interrupted": True, "attachments": ["f.png"]}
+    assert store.load("old").data["messages"] == [*answered, marked, pending[1]]
 
 
 @pytest.mark.parametrize("value", ["", None, False, 0])

@@ -21,10 +21,9 @@ from conftest import ActorFactory
 from harness.faults import Fault, descriptors, injecting
 
 import persist
-from persist import follow, streams, watch
+from persist import follow, watch
 from persist.event_log import Ended
 from persist.storage import disk
-from persist.streams import Backend
 
 START = "stream = store.start_stream('s-1', {'role': 'user', 'content': 'Why?'}); stream.id"
 #: Follows to the end, and answers what was seen and how it ended.
@@ -188,13 +187,14 @@ def test_what_was_written_before_the_look_comes_first(
     """The owner says its last word and finishes when a follower is about to ask. Fails if the answer is all."""
     owner = actor()
     stream_id = owner.do(START)
-    real = streams.look_at
+    real = follow.Cursor._ended_unsaid
 
-    def look_at(backend: Backend, session_id: str, **options: Any) -> persist.StreamInfo | None:
+    def ask(cursor: follow.Cursor) -> Ended | None:
+        # It has no lock yet, so the owner can finish.
         owner.do("stream.emit('last'); stream.finish()")
-        return real(backend, session_id, **options)
+        return real(cursor)
 
-    monkeypatch.setattr(streams, "look_at", look_at)
+    monkeypatch.setattr(follow.Cursor, "_ended_unsaid", ask)
     with store.follow("s-1", stream_id) as followed:
         assert ([event.data for event in followed], followed.ended) == (["last"], "finished")
 
@@ -697,15 +697,15 @@ def test_lock_that_is_held_for_long_ends_no_follower(
         with pytest.raises(persist.LockTimeout):
             follower.stream("s-1")
         looks: list[object] = []
-        real = streams.look_at
+        real = follow.Cursor._ended_unsaid
 
-        def counted(backend: Backend, session_id: str, **options: Any) -> persist.StreamInfo | None:
-            looks.append(session_id)
-            return real(backend, session_id, **options)
+        def counted(cursor: follow.Cursor) -> Ended | None:
+            looks.append(cursor)
+            return real(cursor)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(follow, "LOOK_S", 0.001)
-            patch.setattr(streams, "look_at", counted)
+            patch.setattr(follow.Cursor, "_ended_unsaid", counted)
             thread = threading.Thread(target=lambda: next(followed), daemon=True)
             thread.start()
             eventually(lambda: len(looks) > 10)

@@ -190,11 +190,12 @@ def test_a9_destructive_edit_names_what_it_saw(
 ) -> None:
     """A9 (#6611): a regenerate that was decided before a concurrent send is refused, and nothing is written."""
     regenerate, send = actor(), actor()
-    seen = regenerate.do("seen = store.load('s-1').revision; seen")
-    send.do("store.append('s-1', 'messages', {'id': 'm2', 'role': 'user', 'content': 'more'})")
-    with pytest.raises(persist.MergeConflict) as caught:
-        regenerate.do("store.update('s-1', lambda tx: tx.data['messages'].pop(), if_revision=seen)")
-    assert (caught.value.mine, caught.value.theirs) == (seen, seen + 1)
+    seen = regenerate.do("seen = store.load('s-1').version; seen")
+    sent = send.do("store.append('s-1', 'messages', {'id': 'm2', 'role': 'user', 'content': 'more'})")
+    with pytest.raises(persist.VersionMismatch) as caught:
+        regenerate.do("store.update('s-1', lambda tx: tx.data['messages'].pop(), if_version=seen)")
+    assert (caught.value.mine, caught.value.theirs) == (seen, sent)
+    assert (store.head("s-1").version, store.head("s-1").revision) == (sent, 2)
     assert [m["id"] for m in messages(store)] == ["m1", "m2"]
 
 
@@ -229,8 +230,8 @@ def test_a12_lock_spans_read_change_and_write(
     Fails with the lock taken out, and with the lock only around the write.
     """
     first, second = actor(), actor(timeout_s=0.2)
-    first.start_and_pause("with store.edit('s-1') as data:\n    data['n'] = data.get('n', 0) + 1", "create")
-    add_one = "with store.edit('s-1') as data:\n    data['n'] = data.get('n', 0) + 1"
+    add_one = "with store.transaction('s-1') as tx:\n    tx.fields['n'] = tx.fields.get('n', 0) + 1"
+    first.start_and_pause(add_one, "create")
     try:
         second.do(add_one)
     except persist.LockTimeout:
@@ -251,7 +252,7 @@ def test_b1_head_has_no_save(store: persist.Store, session: persist.Session) -> 
     head = store.head("s-1")
     assert "messages" not in head.fields
     assert head.counts == {"messages": 1}
-    assert not any(hasattr(head, verb) for verb in ("save", "append", "edit", "refresh", "clear_stale_stream"))
+    assert not any(hasattr(head, verb) for verb in ("save", "append", "transaction", "refresh", "clear_stale_stream"))
 
 
 def test_b2_empty_messages_in_mid_turn_are_refused(
@@ -306,7 +307,8 @@ def test_b4_replace_is_tried_again_while_a_reader_has_the_file_open(
     monkeypatch.setattr(disk, "REPLACE_PAUSE_S", 0.0)
     monkeypatch.setattr(disk, "REPLACE_ATTEMPTS", 4)
     monkeypatch.setattr(os, "replace", refuse)
-    assert store.append("s-1", "log", 1) == 2
+    assert store.append("s-1", "log", 1) == store.head("s-1").version
+    assert store.head("s-1").revision == 2
     refusals = iter(range(100))
     with pytest.raises(persist.CommitFailed, match="cannot access"):
         store.append("s-1", "log", 2)
@@ -392,7 +394,7 @@ def test_c2_intentional_shrink_stays(store: persist.Store, session: persist.Sess
     """C2 (#6911, #5570): an undo is a commit like any other: an older, longer object that is saved does not undo it."""
     other = actor()
     other.do("longer = store.load('s-1')")
-    store.update("s-1", lambda tx: tx.data["messages"].clear(), if_revision=1)
+    store.update("s-1", lambda tx: tx.data["messages"].clear(), if_version=session.version)
     other.do("longer.data['title'] = 'Longer'; longer.save()")
     assert store.load("s-1").data == {"title": "Longer", "messages": []}
     assert store.check() == []

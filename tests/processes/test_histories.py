@@ -64,9 +64,13 @@ def _append_soon(self, *arguments):
 
 Store.append = _append_soon
 """
-NO_REVISION = """
+NO_VERSION = """
 _update = Store.update
-Store.update = lambda self, session_id, function, if_revision=None: _update(self, session_id, function)
+Store.update = lambda self, session_id, function, if_version=None: _update(self, session_id, function)
+"""
+# A version tells what was written, and not which commit has written it.
+VERSION_OF_THE_TIME = """
+Header.version = property(lambda self: f"{self.incarnation}.{self.revision // 2}")
 """
 # An old object is written as it is.
 NO_MERGE = """
@@ -91,7 +95,13 @@ def _trying_lease(tx, stream_id):
         ),
         pytest.param("store.py", OLD_CACHE, {"list: stale read"}, id="load-from-an-old-cache"),
         pytest.param("store.py", EARLY_ANSWER, {"list: stale read"}, id="append-answered-before-it-is-written"),
-        pytest.param("store.py", NO_REVISION, {"register: not linearizable"}, id="if-revision-ignored"),
+        pytest.param("store.py", NO_VERSION, {"register: not linearizable"}, id="if-version-ignored"),
+        pytest.param(
+            "storage/document.py",
+            VERSION_OF_THE_TIME,
+            {"register: version of two commits"},
+            id="version-that-two-commits-share",
+        ),
         pytest.param("session.py", NO_MERGE, {"list: lost append"}, id="an-old-object-written-as-it-is"),
         pytest.param("streams.py", NO_LIVENESS, {"owner: not linearizable"}, id="live-streams-taken-for-dead"),
     ],

@@ -127,8 +127,7 @@ def worker(name):
     for n in range(40):
         store.append('s-1', 'messages', {'id': f'{name}-{n}', 'content': 'x'})
         with store.transaction('s-1') as tx:
-            data = tx.data
-            data['n'] += 1
+            tx.data['n'] += 1
         try:
             with store.start_stream('s-1', {'role': 'user', 'content': name}) as stream:
                 stream.finish({'role': 'assistant', 'content': name})
@@ -170,8 +169,7 @@ warnings.simplefilter('ignore', DeprecationWarning)
 inside, leave = threading.Event(), threading.Event()
 def hold():
     with store.transaction('s-1') as tx:
-        data = tx.data
-        data['by thread'] = True
+        tx.data['by thread'] = True
         inside.set()
         leave.wait()
 thread = threading.Thread(target=hold)

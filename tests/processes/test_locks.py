@@ -26,6 +26,13 @@ def session(store: persist.Store) -> persist.Session:
     return store.create("s-1", {"messages": []})
 
 
+def revision_at(directory: Path, version: str) -> int:
+    """Return the revision of the session, which must be at the version that a verb has returned."""
+    head = persist.Store(directory).head("s-1")
+    assert head.version == version
+    return head.revision
+
+
 def test_timeout_names_the_process_that_holds_the_lock(
     directory: Path, session: persist.Session, actor: ActorFactory
 ) -> None:
@@ -51,7 +58,7 @@ def test_timeout_names_the_thread_of_this_process(directory: Path, session: pers
     inside, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with persist.Store(directory).edit("s-1"):
+        with persist.Store(directory).transaction("s-1"):
             inside.set()
             assert leave.wait(DEADLINE_S)
 
@@ -135,8 +142,7 @@ def test_second_lock_in_one_thread_is_refused(store: persist.Store, session: per
     """E2: one thread holds one session's lock; asking for a second is an error at once, not a deadlock."""
     store.create("s-2", {})
     with store.transaction("s-1") as tx:
-        data = tx.data
-        data["kept"] = True
+        tx.fields["kept"] = True
         with pytest.raises(persist.NestedLock):
             store.append(other, "log", 1)
         assert store.load(other).id == other
@@ -146,7 +152,7 @@ def test_second_lock_in_one_thread_is_refused(store: persist.Store, session: per
 
 def test_lock_excludes_users_of_filelock(store: persist.Store, session: persist.Session, directory: Path) -> None:
     """Another program may take the same lock with filelock itself."""
-    with store.edit("s-1"), pytest.raises(Timeout):
+    with store.transaction("s-1"), pytest.raises(Timeout):
         FileLock(directory / "s-1.json.lock", timeout=0, fallback_to_soft=False).acquire()
     with FileLock(directory / "s-1.json.lock", fallback_to_soft=False), pytest.raises(persist.LockTimeout):
         persist.Store(directory, timeout_s=0.05).append("s-1", "log", 1)
@@ -208,8 +214,7 @@ def test_lock_of_a_forked_parent_is_free_when_it_leaves(
     code = """
 import time
 with store.transaction('s-1') as tx:
-    data = tx.data
-    data['n'] = 1
+    tx.fields['n'] = 1
     child = os.fork()
     if child == 0:
         time.sleep(60)
@@ -329,21 +334,22 @@ def test_lock_is_free_after_kill(
 def test_subprocess_does_not_inherit_the_lock(store: persist.Store, session: persist.Session, directory: Path) -> None:
     """Descriptors are close-on-exec: a program started inside an edit does not keep the session locked."""
     with store.transaction("s-1") as tx:
-        data = tx.data
-        data["n"] = 1
+        tx.fields["n"] = 1
         program = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
     persist.Store(directory, timeout_s=0.0).append("s-1", "log", 1)
     program.communicate(b"\n", timeout=DEADLINE_S)
 
 
-def test_edit_that_is_left_in_another_thread_frees_the_first(store: persist.Store, session: persist.Session) -> None:
+def test_edit_that_is_left_in_another_thread_frees_the_first(
+    store: persist.Store, session: persist.Session, directory: Path
+) -> None:
     """A block may be entered in one thread and left in another, as synchronous dependencies of web frameworks are."""
-    block = store.edit("s-1")
-    block.__enter__()["n"] = 1
+    block = store.transaction("s-1")
+    block.__enter__().fields["n"] = 1
     thread = threading.Thread(target=block.__exit__, args=(None, None, None))
     thread.start()
     thread.join(DEADLINE_S)
-    assert store.append("s-1", "log", 1) == 3
+    assert revision_at(directory, store.append("s-1", "log", 1)) == 3
     assert store.load("s-1").data["n"] == 1
 
 
@@ -397,7 +403,7 @@ store.update('s-1', lambda tx: tx.data.update(n='end'))
 interrupted
 """
     assert other.do(code) > 0
-    assert persist.Store(directory, timeout_s=1.0).append("s-1", "log", 1) > 1
+    assert revision_at(directory, persist.Store(directory, timeout_s=1.0).append("s-1", "log", 1)) > 1
 
 
 def test_hard_link_to_the_lock_file_admits_nobody_else(
@@ -413,14 +419,13 @@ def test_hard_link_to_the_lock_file_admits_nobody_else(
     os.link(directory / "s-1.json.lock", backup / "s-1.json.lock")
     late = actor()
     # It has locked the file, and is about to see whether that still bears its name.
-    late.start_and_pause("with store.edit('s-1') as data: data['late'] = 1", "bears_name")
+    late.start_and_pause("with store.transaction('s-1') as tx: tx.fields['late'] = 1", "bears_name")
     (directory / "s-1.json.lock").unlink()
     with store.transaction("s-1") as tx:
-        data = tx.data
         late.go()
         # Time to do wrong; what proves it is the document.
         late._connection.poll(0.5)
-        data["n"] = 1
+        tx.fields["n"] = 1
     late.result()
     found = store.load("s-1").data
     assert (found["n"], found["late"]) == (1, 1)
@@ -520,7 +525,7 @@ def test_lock_is_left_to_who_waits_for_it(
     monkeypatch.setattr(turnstile, "take", counted)
     fd = os.open(directory / "s-1.json.lock", os.O_RDWR)
     assert take(fd)
-    assert persist.Store(directory, timeout_s=0.0).append("s-1", "log", 1) == 2
+    assert revision_at(directory, persist.Store(directory, timeout_s=0.0).append("s-1", "log", 1)) == 2
     waiting = threading.Thread(target=lambda: store.append("s-1", "log", 2))
     waiting.start()
     eventually(lambda: len(asked) > 20)
@@ -547,9 +552,11 @@ def test_process_in_the_turnstile_is_next(
     # Time to get in line. What proves the order is the document.
     assert not first._connection.poll(0.2)
     locked.go()
-    assert (locked.result(), first.result()) == (2, 3)
+    locked.result(), first.result()
     answers = [waiter.result() for waiter in crowd]
-    assert sorted(revision for revision, _ in answers) == [4, 5, 6, 7, 8]
+    assert store.load("s-1").data["log"] == ["holder", "waiter", *["crowd"] * 5]
+    # Each has made a commit of its own.
+    assert (store.head("s-1").revision, len({version for version, _ in answers})) == (8, 5)
     assert any(has_waited for _, has_waited in answers)
 
 
@@ -575,7 +582,7 @@ def test_waiter_lets_go_of_a_lock_file_that_was_removed(locked: Actor, directory
         assert not turnstile.is_taken(old)
         assert not waiter._connection.poll()
         new.close()
-        assert waiter.result() == 3
+        assert revision_at(directory, waiter.result()) == 3
     finally:
         os.close(old)
 
@@ -601,9 +608,9 @@ def test_waiter_that_is_stopped_stops_nobody(locked: Actor, directory: Path, act
     behind = actor(timeout_s=DEADLINE_S)
     behind.start("store.append('s-1', 'log', 'behind')")
     assert behind._connection.poll(DEADLINE_S / 2), "it waits until its time is over"
-    assert behind.result() == 3
+    assert revision_at(directory, behind.result()) == 3
     stopped.process.send_signal(signal.SIGCONT)
-    assert stopped.result() == 4
+    assert revision_at(directory, stopped.result()) == 4
 
 
 @linux_only
@@ -615,7 +622,7 @@ def test_waiter_that_is_killed_leaves_the_turnstile(locked: Actor, directory: Pa
     assert not is_taken(directory / "s-1.json.lock")
     locked.go()
     locked.result()
-    assert persist.Store(directory, timeout_s=0.0).append("s-1", "log", 1) == 3
+    assert revision_at(directory, persist.Store(directory, timeout_s=0.0).append("s-1", "log", 1)) == 3
 
 
 @linux_only
@@ -638,7 +645,7 @@ def test_exception_in_the_turnstile_leaves_it(
     assert descriptors() == before
     locked.go()
     locked.result()
-    assert persist.Store(directory, timeout_s=0.0).append("s-1", "log", 1) == 3
+    assert revision_at(directory, persist.Store(directory, timeout_s=0.0).append("s-1", "log", 1)) == 3
 
 
 @linux_only
@@ -680,8 +687,8 @@ child, len(errors), len(os.listdir('/proc/self/fd')) - before
         assert not is_taken(directory / "s-1.json.lock")
         locked.go()
         locked.result()
-        assert waiter.do("store.append('s-1', 'log', 2)") == 3
-        assert persist.Store(directory, timeout_s=0.0).append("s-1", "log", 3) == 4
+        assert revision_at(directory, waiter.do("store.append('s-1', 'log', 2)")) == 3
+        assert revision_at(directory, persist.Store(directory, timeout_s=0.0).append("s-1", "log", 3)) == 4
     finally:
         os.kill(child, signal.SIGKILL)
 

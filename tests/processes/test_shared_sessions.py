@@ -83,7 +83,7 @@ def test_stream_fields_take_no_merge_policy(store: persist.Store) -> None:
 def test_save_that_prefers_mine_keeps_the_running_turn(store: persist.Store, session: persist.Session) -> None:
     """B2, B3: a truncation that others made, and a turn that runs on it, are not undone by preferring mine."""
     session.data["messages"].append({"id": "note", "content": "note"})
-    store.update("s-1", lambda tx: tx.data["messages"].clear(), if_revision=1)
+    store.update("s-1", lambda tx: tx.data["messages"].clear(), if_version=session.version)
     with store.start_stream("s-1", {"role": "user", "content": "Why?"}) as stream:
         session.save(on_conflict="mine")
         stream.finish({"role": "assistant", "content": "Because."})
@@ -99,8 +99,7 @@ def test_messages_cannot_be_made_something_else_in_a_turn(store: persist.Store) 
     with pytest.raises(persist.WrongType):
         session.save()
     with store.transaction("s-2") as tx:
-        data = tx.data
-        data["messages"] = "oops"
+        tx.data["messages"] = "oops"
     stream.fail()
     assert store.load("s-2").active_stream_id is None
 
@@ -616,7 +615,9 @@ def test_saved_state_is_absorbed_once(store: persist.Store, session: persist.Ses
     assert contents(store) == ["hi", "mine"]
 
 
-def test_lack_of_descriptors_is_no_unknown_commit(session: persist.Session, actor: ActorFactory) -> None:
+def test_lack_of_descriptors_is_no_unknown_commit(
+    session: persist.Session, actor: ActorFactory, directory: Path
+) -> None:
     """A burst of connections between the rename and the sync: the commit ends well,
     or is refused before it is visible.
     """
@@ -639,9 +640,13 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 disk.replace = replace
 """
     )
-    assert other.do("store.append('s-1', 'messages', {'content': 'no descriptor left'})") == 2
+    version = other.do("store.append('s-1', 'messages', {'content': 'no descriptor left'})")
+    head = persist.Store(directory).head("s-1")
+    assert (head.version, head.revision) == (version, 2)
     other.do("disk.replace = real\nfor fd in eaten: os.close(fd)")
-    assert other.do("store.append('s-1', 'messages', {'content': 'some again'})") == 3
+    version = other.do("store.append('s-1', 'messages', {'content': 'some again'})")
+    head = persist.Store(directory).head("s-1")
+    assert (head.version, head.revision) == (version, 3)
 
 
 def test_nothing_is_acknowledged_after_an_unknown_commit(
@@ -665,7 +670,8 @@ def test_nothing_is_acknowledged_after_an_unknown_commit(
     ):
         with pytest.raises(persist.CommitUnknown):
             verb()
-    assert persist.Store(store.path).append("s-1", "messages", item) == 2
+    assert persist.Store(store.path).append("s-1", "messages", item) == store.head("s-1").version
+    assert store.head("s-1").revision == 2
 
 
 def test_failed_sync_of_what_was_found_is_not_tried_again(
@@ -690,7 +696,8 @@ def test_failed_sync_of_what_was_found_is_not_tried_again(
             store.append("s-1", "messages", item)
     with pytest.raises(persist.CommitUnknown):
         store.append("s-1", "messages", item)
-    assert persist.Store(store.path).append("s-1", "messages", item) == 2
+    assert persist.Store(store.path).append("s-1", "messages", item) == store.head("s-1").version
+    assert store.head("s-1").revision == 2
 
 
 @pytest.mark.parametrize("verb", ["save", "refresh and save"])

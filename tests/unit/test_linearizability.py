@@ -15,6 +15,7 @@ from harness.linearizability import (
     Versioned,
     check_list,
     check_object,
+    check_versions,
     ownership,
     register,
 )
@@ -94,8 +95,20 @@ class TestLists:
         assert kinds_in_list(history, final) == {kind}
 
 
+START = Versioned(0, "START", "x")
+
+
 def register_anomalies(*history: Operation) -> list[str]:
-    return [anomaly.kind for anomaly in check_object(history, Versioned(0, "x"), register)]
+    return [anomaly.kind for anomaly in check_object(history, START, register)]
+
+
+def write(value: str, called: float, returned: float = math.inf, *, answered: bool = True) -> Operation:
+    """The version of a write is its value in capitals."""
+    return op("write", value, called, returned, value.upper() if answered else UNKNOWN)
+
+
+def seen(revision: int, value: str, called: float, returned: float) -> Operation:
+    return op("read", None, called, returned, (revision, "START" if value == "x" else value.upper(), value))
 
 
 class TestRegisters:
@@ -103,21 +116,35 @@ class TestRegisters:
         "history",
         [
             pytest.param([], id="nothing"),
-            pytest.param([op("write", "a", 0, 1, None), op("read", None, 2, 3, (1, "a"))], id="write-then-read"),
+            pytest.param([write("a", 0, 1), seen(1, "a", 2, 3)], id="write-then-read"),
             pytest.param(
                 # Herlihy and Wing, 1990: overlapping operations may take effect in either order.
-                [op("write", "a", 0, 4, None), op("write", "b", 1, 3, None), op("read", None, 5, 6, (2, "a"))],
+                [write("a", 0, 4), write("b", 1, 3), seen(2, "a", 5, 6)],
                 id="overlapping-writes-in-either-order",
             ),
+            pytest.param([write("a", 0, 9), seen(0, "x", 1, 2)], id="read-before-a-concurrent-write"),
             pytest.param(
-                [op("write", "a", 0, 9, None), op("read", None, 1, 2, (0, "x"))], id="read-before-a-concurrent-write"
+                [op("swap", ("x", "a"), 0, 9, (True, "A")), op("swap", ("x", "b"), 0, 9, (False, "A"))], id="one-winner"
             ),
-            pytest.param([op("swap", ("x", "a"), 0, 9, True), op("swap", ("x", "b"), 0, 9, False)], id="one-winner"),
-            pytest.param([op("put", (0, "a"), 0, 9, 0), op("put", (0, "b"), 0, 9, 1)], id="one-winner-by-revision"),
-            pytest.param([op("write", "a", 0), op("read", None, 5, 6, (1, "a"))], id="pending-write-took-effect"),
-            pytest.param([op("write", "a", 0), op("read", None, 5, 6, (0, "x"))], id="pending-write-had-no-effect"),
             pytest.param(
-                [op("write", "a", 0), op("read", None, 1, 2, (0, "x")), op("read", None, 8, 9, (1, "a"))],
+                [op("put", ("START", "a"), 0, 9, (True, "A")), op("put", ("START", "b"), 0, 9, (False, "A"))],
+                id="one-winner-by-version",
+            ),
+            pytest.param(
+                [
+                    write("a", 0, answered=False),
+                    op("put", ("START", "b"), 5, 6, (False, "A")),
+                    op("put", ("A", "c"), 7, 8, (True, "C")),
+                ],
+                id="version-of-a-pending-write-is-told-by-a-mismatch",
+            ),
+            pytest.param(
+                [op("swap", ("x", "a"), 0, 1, (True, None)), seen(1, "a", 2, 3)], id="version-that-was-not-told"
+            ),
+            pytest.param([write("a", 0, answered=False), seen(1, "a", 5, 6)], id="pending-write-took-effect"),
+            pytest.param([write("a", 0, answered=False), seen(0, "x", 5, 6)], id="pending-write-had-no-effect"),
+            pytest.param(
+                [write("a", 0, answered=False), seen(0, "x", 1, 2), seen(1, "a", 8, 9)],
                 id="pending-write-took-effect-late",
             ),
         ],
@@ -129,36 +156,57 @@ class TestRegisters:
     @pytest.mark.parametrize(
         "history",
         [
-            pytest.param([op("write", "a", 0, 1, None), op("read", None, 2, 3, (0, "x"))], id="stale-read"),
-            pytest.param([op("read", None, 0, 1, (1, "a")), op("write", "a", 2, 3, None)], id="read-from-the-future"),
-            pytest.param([op("read", None, 0, 1, (1, "y"))], id="value-of-nowhere"),
-            pytest.param([op("swap", ("x", "a"), 0, 9, True), op("swap", ("x", "b"), 0, 9, True)], id="two-winners"),
-            pytest.param([op("put", (0, "a"), 0, 9, 0), op("put", (0, "b"), 0, 9, 0)], id="two-winners-by-revision"),
-            pytest.param([op("swap", ("x", "a"), 0, 1, False)], id="no-winner"),
+            pytest.param([write("a", 0, 1), seen(0, "x", 2, 3)], id="stale-read"),
+            pytest.param([seen(1, "a", 0, 1), write("a", 2, 3)], id="read-from-the-future"),
+            pytest.param([seen(1, "y", 0, 1)], id="value-of-nowhere"),
             pytest.param(
-                [op("write", "a", 0, 9, None), op("read", None, 1, 2, (1, "a")), op("read", None, 3, 4, (0, "x"))],
+                [op("swap", ("x", "a"), 0, 9, (True, None)), op("swap", ("x", "b"), 0, 9, (True, None))],
+                id="two-winners",
+            ),
+            pytest.param(
+                [op("put", ("START", "a"), 0, 9, (True, "A")), op("put", ("START", "b"), 0, 9, (True, "B"))],
+                id="two-winners-by-version",
+            ),
+            pytest.param(
+                [write("a", 0, 1), op("read", None, 2, 3, (1, "Z", "a"))], id="read-of-another-version-than-was-written"
+            ),
+            pytest.param(
+                [
+                    write("a", 0, answered=False),
+                    op("read", None, 2, 3, (1, "Y", "a")),
+                    op("read", None, 4, 5, (1, "Z", "a")),
+                ],
+                id="two-versions-of-one-write",
+            ),
+            pytest.param([op("put", ("START", "a"), 0, 1, (False, "START"))], id="the-right-version-is-refused"),
+            pytest.param(
+                [write("a", 0, 1), op("put", ("START", "b"), 2, 3, (False, "Z"))], id="mismatch-with-what-never-stood"
+            ),
+            pytest.param([op("swap", ("x", "a"), 0, 1, (False, None))], id="no-winner"),
+            pytest.param(
+                [write("a", 0, 9), seen(1, "a", 1, 2), seen(0, "x", 3, 4)],
                 id="reads-go-back",
             ),
             pytest.param(
                 # After two concurrent writes, each reader sees another winner.
                 [
-                    op("write", "a", 0, 1, None),
-                    op("write", "b", 0, 1, None),
-                    op("read", None, 2, 3, (2, "a")),
-                    op("read", None, 2, 3, (2, "b")),
+                    write("a", 0, 1),
+                    write("b", 0, 1),
+                    seen(2, "a", 2, 3),
+                    seen(2, "b", 2, 3),
                 ],
                 id="readers-disagree",
             ),
             pytest.param(
-                [op("write", "a", 0, 1, None), op("write", "b", 2, 3, None), op("read", None, 4, 5, (2, "a"))],
+                [write("a", 0, 1), write("b", 2, 3), seen(2, "a", 4, 5)],
                 id="lost-write",
             ),
             pytest.param(
-                [op("write", "a", 0), op("read", None, 1, 2, (1, "a")), op("read", None, 3, 4, (0, "x"))],
+                [write("a", 0, answered=False), seen(1, "a", 1, 2), seen(0, "x", 3, 4)],
                 id="pending-write-is-undone",
             ),
             pytest.param(
-                [op("write", "a", 0, 2), op("read", None, 3, 4, (0, "x")), op("read", None, 5, 6, (1, "a"))],
+                [write("a", 0, 2, answered=False), seen(0, "x", 3, 4), seen(1, "a", 5, 6)],
                 id="dead-writes",
             ),
         ],
@@ -169,36 +217,47 @@ class TestRegisters:
 
     def test_the_first_operation_that_nothing_explains_is_named(self) -> None:
         """A long history is of no use without the place to look at."""
-        stale = op("read", None, 4, 5, (0, "x"))
-        [anomaly] = check_object(
-            [op("write", "a", 0, 1, None), stale, op("read", None, 6, 7, (1, "a"))], Versioned(0, "x"), register
-        )
+        stale = seen(0, "x", 4, 5)
+        [anomaly] = check_object([write("a", 0, 1), stale, seen(1, "a", 6, 7)], START, register)
         assert str(stale) in anomaly.detail
 
     def test_many_concurrent_operations_are_searched_in_bounded_time(self) -> None:
         """Without a memory for configurations, a dozen writes that cannot explain a read would be put into 12!
         orders.
         """
-        writes = [op("write", "a", 0, 9, None) for _ in range(12)]
-        assert register_anomalies(*writes, op("read", None, 10, 11, (12, "y"))) == ["not linearizable"]
+        writes = [write("a", 0, 9) for _ in range(12)]
+        assert register_anomalies(*writes, seen(12, "y", 10, 11)) == ["not linearizable"]
+
+    def test_version_of_two_commits_is_named(self) -> None:
+        """Whatever the order: two writes never have one version, whoever tells of it."""
+        history = [write("a", 0, 1), op("swap", ("a", "b"), 2, 3, (True, "A")), seen(2, "b", 4, 5)]
+        assert [anomaly.kind for anomaly in check_versions(history)] == ["version of two commits"]
+        assert check_versions([write("a", 0, 1), seen(1, "a", 2, 3), write("b", 4, 5)]) == []
 
 
 @st.composite
 def histories(draw: st.DrawFn) -> list[Operation]:
-    """Operations that took effect one after another at instants of their own, with intervals drawn around these."""
-    state = Versioned(0, "x")
+    """Operations that took effect one after another at instants of their own, with intervals drawn around these.
+
+    Nobody names a version that nobody was told.
+    """
+    state, versions = START, {START.version}
     history = []
     for instant in range(draw(st.integers(0, 12))):
         kind = draw(st.sampled_from(["read", "write", "swap", "put"]))
         value = f"v{instant}"
-        seen = state if draw(st.booleans()) else Versioned(99, "other")
-        argument = {"read": None, "write": value, "swap": (seen.value, value), "put": (seen.revision, value)}[kind]
-        before, after = draw(st.integers(0, 30)), draw(st.integers(0, 30))
-        operation = op(kind, argument, instant * 10 - before, instant * 10 + after, process=instant)
-        state, result = register(state, operation)
-        history.append(
-            op(kind, argument, operation.called, operation.returned, UNKNOWN if draw(st.booleans()) else result)
-        )
+        is_named = kind != "put" or state.version in versions
+        other = state if is_named and draw(st.booleans()) else Versioned(99, "O", "other")
+        argument = {"read": None, "write": value, "swap": (other.value, value), "put": (other.version, value)}[kind]
+        is_write = kind == "write" or (kind != "read" and other is state)
+        state = state.after(value, value.upper()) if is_write else state
+        told = state.version if draw(st.booleans()) else None
+        result = {"read": state, "write": state.version, "swap": (is_write, told), "put": (is_write, told)}[kind]
+        called, returned = instant * 10 - draw(st.integers(0, 30)), instant * 10 + draw(st.integers(0, 30))
+        is_told = draw(st.booleans())
+        if is_told and (kind in ("read", "write") or told is not None):
+            versions.add(state.version)
+        history.append(op(kind, argument, called, returned, result if is_told else UNKNOWN, process=instant))
     return draw(st.permutations(history))
 
 
@@ -208,6 +267,7 @@ def test_whatever_took_effect_one_after_another_is_linearizable(history: list[Op
     whatever the overlap and whichever answers were lost.
     """
     assert register_anomalies(*history) == []
+    assert check_versions(history) == []
 
 
 def owner_anomalies(*history: Operation) -> list[str]:

@@ -58,8 +58,20 @@ MUTANTS = (
     _grammar(
         "the number of items",
         "Journal.catch_up",
-        condition("records[-1].counts != content.counts", "False"),
+        drop_operand("records[-1].counts != content.counts"),
         "does_not_follow",
+    ),
+    _damage(
+        "the look for a field that is called like a list",
+        "Journal.catch_up",
+        drop_operand("not content.fields.keys().isdisjoint(content.apart)"),
+        "called_like_a_list",
+    ),
+    _damage(
+        "the look of a head for a field that is called like a list",
+        "Journal.read_head",
+        condition("not fields.keys().isdisjoint(record.counts)", "False"),
+        "called_like_a_list",
     ),
     _grammar(
         "the name in its opening",
@@ -204,7 +216,7 @@ MUTANTS = (
     _damage(
         "the places in an edited document",
         "only_appends",
-        drop_operand("change.at != counts.get(change.name, -1)"),
+        drop_operand("change.at != counts.get(change.name)"),
         "places_are_others",
     ),
     Mutant(

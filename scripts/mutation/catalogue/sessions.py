@@ -41,10 +41,10 @@ MUTANTS = (
     ),
     _saved("the refusal of removals in mid-turn", "Session._save", drop_call("self._refuse_removal"), HAZARDS, "b2"),
     Mutant(
-        "the revision that an edit was decided on",
-        "store.py",
-        "Store.update",
-        condition("if_revision is not None and copy.header.revision != if_revision", "False"),
+        "the version that an edit was decided on",
+        "transaction.py",
+        "require_version",
+        condition("if_version is not None and copy.version != if_version", "False"),
         HAZARDS,
         "a9",
     ),
@@ -53,10 +53,7 @@ MUTANTS = (
         "the re-read of an edit under the lock",
         "store.py",
         "Store.transaction",
-        replace_statement(
-            "found = tx.read()",
-            "found = earlier",
-        ),
+        replace_expression("WorkingCopy.of(tx, create=is_new)", "WorkingCopy(earlier, tx)"),
         LOST_UPDATES,
         "kept and edit-1",
         (
@@ -64,11 +61,11 @@ MUTANTS = (
                 "store.py",
                 "Store.transaction",
                 replace_expression(
-                    "self._open().files.transaction(session_id)",
+                    "self._locked(session_id, timeout_s, create=is_new)",
                     "((earlier := self._open().files.read(session_id)), IT)[1]",
                 ),
             ),
-            Change("store.py", "Store.transaction", replace_statement("yield copy", "tx.read()\nyield copy")),
+            Change("store.py", "Store.transaction", replace_statement("yield block", "tx.read()\nyield block")),
         ),
     ),
     _saved(

@@ -146,7 +146,7 @@ MUTANTS = (
     Mutant(
         "the look for an item of the same id before an append",
         TURN,
-        "append_once",
+        "add_once",
         condition("place is None", "True"),
         HAZARDS,
         "d2",
