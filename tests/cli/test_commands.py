@@ -152,7 +152,7 @@ def test_ls_guesses_nothing_of_a_session_that_is_locked(run: Run, store: persist
     """Its stream may live: it is unknown, and not stale."""
     store.create("s-42", {"messages": []})
     with store.start_stream("s-42") as stream:
-        with store.edit("s-42"):
+        with store.transaction("s-42"):
             locked = json_of(run("ls", store.path, "--json"))
         free = json_of(run("ls", store.path, "--json"))
         stream.finish()

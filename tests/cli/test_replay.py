@@ -188,7 +188,7 @@ def test_worker_that_hangs_is_noticed(store: persist.Store) -> None:
     is_held, may_go = threading.Event(), threading.Event()
 
     def hold_the_lock() -> None:
-        with store.edit("talk"):
+        with store.transaction("talk"):
             is_held.set()
             may_go.wait(20)
 

@@ -184,8 +184,23 @@ def create_again(store: persist.Store) -> None:
         store.create("s", {})
 
 
+def look(store: persist.Store) -> None:
+    with store.transaction("s") as tx:
+        assert tx.list("messages")
+    assert tx.version == store.head("s").version
+
+
+def start_again(store: persist.Store) -> None:
+    with pytest.raises(persist.AlreadyStarted):
+        store.start_stream("s", PROMPT, once=True)
+
+
+PROMPT = {"id": "p", "role": "user", "content": "?"}
 ACKNOWLEDGED: dict[str, Callable[[persist.Store], object]] = {
     "append of a known id": lambda store: append(store, "a3"),
+    "extend by known ids": lambda store: store.extend("s", "messages", store.load("s").data["messages"][1:]),
+    "transaction that only looks": look,
+    "start of what runs": start_again,
     "create": create_again,
     "cancel": lambda store: store.cancel("s", "run"),
     "save": lambda store: store.load("s").save(),
@@ -218,10 +233,24 @@ def test_what_is_acknowledged_without_a_commit_is_made_durable(
 ) -> None:
     """The writer may have died before its syncs: the document, its name and the record are synced."""
     owner = persist.Store(one.path, journal=mode)
-    with owner.start_stream("s", stream_id="run"):
+    with owner.start_stream("s", PROMPT, stream_id="run"):
         owner.cancel("s", "run")
         revision, other = one.head("s").revision, persist.Store(one.path, journal=mode)
         with syncs(monkeypatch) as seen:
             ACKNOWLEDGED[verb](other)
         assert one.head("s").revision == revision
         assert seen == ["sync_file", "sync_directory", "sync_data"][: 3 if mode == "always" else 2]
+
+
+@pytest.mark.parametrize("mode", ["always", "never"])
+def test_answer_that_a_start_acknowledges_is_made_durable(
+    one: persist.Store, monkeypatch: pytest.MonkeyPatch, mode: Literal["always", "never"]
+) -> None:
+    """`AlreadyStarted` shows an answer: a power cut must not take back what a client has seen."""
+    owner = persist.Store(one.path, journal=mode)
+    owner.start_stream("s", PROMPT).finish({"role": "assistant", "content": "!"})
+    revision, other = one.head("s").revision, persist.Store(one.path, journal=mode)
+    with syncs(monkeypatch) as seen:
+        start_again(other)
+    assert one.head("s").revision == revision
+    assert seen == ["sync_file", "sync_directory", "sync_data"][: 3 if mode == "always" else 2]

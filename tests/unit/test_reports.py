@@ -199,7 +199,7 @@ def test_verb_that_was_refused_a_thread_is_not_done_later(
     async def run() -> None:
         begun, leave = threading.Event(), threading.Event()
 
-        def busy(_data: dict[str, Any]) -> None:
+        def busy(_tx: persist.Transaction) -> None:
             begun.set()
             leave.wait(20)
 

@@ -892,6 +892,53 @@ def test_ids_are_paged_in_order(store: persist.Store) -> None:
     assert store.ids(after="\n") == store.ids()
 
 
+@pytest.mark.parametrize("prefix", ["", "a", "a-", "a-1", "é", "b", "x" * 300, "%", "\n"])
+def test_ids_with_a_prefix_are_those_that_begin_with_it(prefix: str, store: persist.Store) -> None:
+    """Also where a file's name is another one than the id: it is the id that counts, in the pages, too."""
+    names = ["a", "a-1", "a-10", "a-2", "A", "é", "é1", "b%", "%", "x" * 300, "x" * 300 + "y", "x" * 299, "c\n"]
+    for name in names:
+        store.create(name, {"name": name})
+    expected = sorted(name for name in names if name.startswith(prefix))
+    assert store.ids(prefix=prefix) == expected
+    assert [head.id for head in store.heads(prefix=prefix)] == expected
+    assert [head.fields["name"] for head in store.heads(prefix=prefix)] == expected
+    pages, last = [], None
+    while page := store.ids(prefix=prefix, after=last, limit=2):
+        assert [head.id for head in store.heads(prefix=prefix, after=last, limit=2)] == page
+        assert len(page) <= 2
+        pages += page
+        last = page[-1]
+    assert pages == expected
+
+
+def test_heads_are_read_when_they_are_asked_for(store: persist.Store) -> None:
+    """What was committed since shows, and what has gone since is left out; no lock is taken."""
+    for name in ("a", "b", "c", "d"):
+        store.create(name, {"n": 0})
+    with store.transaction("b"):
+        heads = store.heads()
+        assert next(heads).id == "a"
+        assert next(heads).fields == {"n": 0}, "also of a session that is locked"
+    store.update("c", lambda tx: tx.fields.update(n=1))
+    store.delete("d")
+    store.create("e")
+    assert [(head.id, head.fields, head.version) for head in heads] == [("c", {"n": 1}, store.head("c").version)]
+
+
+def test_heads_leave_out_what_cannot_be_read(store: persist.Store) -> None:
+    """One damaged file must not hide the others; `check` names it."""
+    for name in ("a", "b", "c", "d", "e"):
+        store.create(name, {"n": 0})
+    (store.path / "b.json").write_bytes(b"{")
+    content = (store.path / "c.json").read_bytes()
+    (store.path / "c.json").write_bytes(content.replace(b'"format":3', b'"format":9'))
+    (store.path / "d.json").unlink()
+    (store.path / "d.json").mkdir()
+    assert [head.id for head in store.heads()] == ["a", "e"]
+    assert [head.id for head in store.heads(after="a", limit=2)] == [], "the page is one of ids"
+    assert [problem.session_id for problem in store.check()] == ["b", "c", "d"]
+
+
 def test_strange_files_in_the_directory_are_no_sessions(store: persist.Store) -> None:
     """Editors' backups, locks and left-overs are not listed."""
     store.create("s")
