@@ -28,7 +28,9 @@ MUTANTS = (
     _saved(
         "the merge",
         "Session._save",
-        replace_statement("is_current = base.is_whole and there.header.commit == base.header.commit", "is_current = True"),
+        replace_statement(
+            "is_current = base.is_whole and there.header.commit == base.header.commit", "is_current = True"
+        ),
         HAZARDS,
         "a3 or c2 or c3",
     ),
