@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypedDict, TypeVar, Unpack
 
 import persist
-from persist import event_log, follow, turn, watch
+from persist import event_log, follow, watch
 from persist.merge import Policy
 from persist.storage.commit import Mode
 
@@ -247,6 +247,18 @@ class _Starting(Coroutine[Any, Any, Stream]):
         await self._stream.__aexit__(*error)
 
 
+def _starting(
+    verb: Callable[Concatenate[Any, P], persist.Stream],
+) -> Callable[Concatenate[Any, P], _Starting]:
+    """Return a verb whose result is awaited, or entered: ``async with store.start_stream(…) as stream``."""
+
+    @functools.wraps(verb)
+    def start(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> _Starting:
+        return _Starting(self._started(partial(verb, self._sync, *args, **kwargs)))
+
+    return start
+
+
 class Following:
     """The events of a stream as they come: ``async for event in store.follow(…)``. See `persist.Following`.
 
@@ -392,21 +404,7 @@ class Store(_Awaited[persist.Store]):
     append = _hop(persist.Store.append)
     extend = _hop(persist.Store.extend)
 
-    def start_stream(
-        self,
-        session_id: str,
-        message: turn.Message | None = None,
-        *,
-        stream_id: str | None = None,
-        fields: Mapping[str, Any] | None = None,
-        create: bool = False,
-        once: bool = False,
-        timeout_s: float | None = None,
-    ) -> _Starting:
-        """See `persist.Store.start_stream`. Use it as ``async with store.start_stream(…) as stream``, or await it."""
-        options: dict[str, Any] = {"fields": fields, "create": create, "once": once, "timeout_s": timeout_s}
-        start = partial(self._sync.start_stream, session_id, message, stream_id=stream_id, **options)
-        return _Starting(self._started(start))
+    start_stream = _starting(persist.Store.start_stream)
 
     async def _started(self, start: Callable[[], persist.Stream]) -> Stream:
         stream = await self._threads.run(start, undo=lambda stream: stream.__exit__(None, None, None))
