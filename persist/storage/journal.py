@@ -410,6 +410,9 @@ class Journal:
             if not all(_is_whole(line, tail.seed) for line in lines):
                 raise self.damaged(start, "a record in it was altered")
             records = list(self._all_decoded(lines, start))
+            before = [tail.after] if start == tail.end else [record.after for record in records[:1]]
+            if [record.after for record in records] != [*before, *(record.crc for record in records)][: len(records)]:
+                raise self.damaged(start, "a record in it does not follow the one before")
             found = _last_of(records, base if start == tail.end else None, name, limit)
             if found is not None:
                 return found
