@@ -225,6 +225,8 @@ class Ending:
     def last(self, name: str, count: int) -> list[bytes]:
         """Return the last items of a list, or all if it has no more."""
         start, stop = _places_of(self._end, self._parts)[name]
+        if stop > disk.size_of(self._fd):
+            raise json_codec.Undecodable("a list is longer than the file")
         window = _FIRST_READ_BYTES
         while True:
             begin = max(start, stop - window)
@@ -456,8 +458,8 @@ def _value(text: memoryview, count: int | None) -> Value:
     if count is None and ends[0][:1] != b"[":
         return bytes(text)
     is_list = ends == (b"[\n", b"\n]") if count else ends[0] == b"[]" and len(text) == 2
-    # A list without a count is none that `to_bytes` has written.
-    if count is None or not is_list:
+    # A list without a count is none that `to_bytes` has written. Each item takes a byte at least.
+    if count is None or not is_list or count > len(text):
         raise ValueError("count")
     return Items.in_document(text, count)
 

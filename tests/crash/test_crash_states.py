@@ -9,6 +9,7 @@ and the suite must find fault with the result; `is_spare` and `is_harmless` say 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,8 +35,12 @@ from harness.crashes import (
 from harness.journal_scenarios import JOURNALED, UNSYNCED
 
 import persist
+from persist.storage.cache import Replica
+from persist.storage.content import Content
 from persist.storage.document import Header
 from persist.storage.journal import MARK, Journal, Record, Tail
+from persist.storage.transaction import Transaction
+from persist.working_copy import Changed, WorkingCopy
 
 Play = Scenario | Opening
 by_name = pytest.mark.parametrize("scenario", [*SCENARIOS, *JOURNALED], ids=lambda scenario: scenario.name)
@@ -121,6 +126,61 @@ def without_unsynced(real: Callable[..., Iterator[Record]]) -> Callable[..., Ite
             tail.unsynced = tail.unsynced[:0]
 
     return read_new_records
+
+
+BY_NAME = {scenario.name: scenario for scenario in [*SCENARIOS, *JOURNALED]}
+
+
+def commit_in_two(copy: WorkingCopy, header: Header, changed: Changed | None = None) -> Replica:
+    """As `WorkingCopy.commit`, but what stands apart in a commit of its own, before the fields."""
+    assert copy._tx is not None
+    content, changes = changed or copy.changed() or (copy._content, ())
+    copy._tx.commit(header, Content(copy._content.fields, content.apart), changes)
+    return copy._tx.commit(header.next(), content, ())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("transaction of several changes", "transaction that creates", "start that creates"),
+        *("start once, with fields", "start once, of what a stale stream has asked"),
+        *("stream.transaction", "finish with fields"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["", "journal: "], ids=["document", "journal"])
+def test_a_verb_of_two_commits_is_seen(kind: str, name: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That the states above would show it: between the two, a list has changed and the fields have not."""
+    monkeypatch.setattr(WorkingCopy, "commit", commit_in_two)
+    case = BY_NAME[kind + name].play(scratch)
+    assert any(fault.startswith("neither old nor new") for fault in faults(case, case.trace, scratch, deep=False))
+
+
+@pytest.mark.parametrize("name", ["extend", "extend that creates", "journal: extend", "journal: extend that creates"])
+def test_a_pair_that_is_two_commits_is_seen(name: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That the states above would show it: between the two, one of the pair is there."""
+    real = persist.Store.extend
+
+    def one_by_one(store: persist.Store, session_id: str, field: str, items: list[Any], **options: Any) -> str:
+        return [real(store, session_id, field, [item], **options) for item in items][-1]
+
+    monkeypatch.setattr(persist.Store, "extend", one_by_one)
+    case = BY_NAME[name].play(scratch)
+    assert any(fault.startswith("neither old nor new") for fault in faults(case, case.trace, scratch, deep=False))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in BY_NAME if re.match("(journal: )?(extend|transaction|start).*killed", name)]
+)
+def test_an_answer_without_a_sync_is_seen(name: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That the states above would show it: what a killed writer left is acknowledged, and lost."""
+    monkeypatch.setattr(Transaction, "confirm", lambda _tx: None)
+    case = BY_NAME[name].play(scratch)
+    found = list(faults(case, case.trace, scratch, deep=False))
+    if case.between == case.new:
+        assert any(fault.startswith("acknowledged and lost") for fault in found)
+    else:
+        # Half of it was there, so there is a commit.
+        assert found == []
 
 
 def test_a_sync_after_a_failed_one_makes_only_later_writes_durable() -> None:

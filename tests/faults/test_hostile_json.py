@@ -105,7 +105,7 @@ OWNER = {
     "answer_id": None,
 }
 OWNER |= {"cancelled": False}
-LENGTHS: tuple[Any, ...] = (*ODD[:-1], 0, 1, 2, 50, 10_000, 2**39, 2**63, "7", -0.0)
+LENGTHS: tuple[Any, ...] = (*ODD[:-1], 0, 1, 2, 50, 10_000, 2**39, 2**63 - 1, 2**63, "7", -0.0)
 OWNER_LIES: tuple[Any, ...] = (None, 5, [], {"a": 1}, "../../etc")
 LIES: dict[str, list[dict[str, Any]]] = {
     "fields": [{"fields": value} for value in (*ODD, {"bytes": 3}, {"checksum": "x"})],

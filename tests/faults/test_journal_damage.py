@@ -319,6 +319,22 @@ def test_head_of_a_journal_that_lost_lines_is_told(damaged: History) -> None:
                 verb(damaged.store())
 
 
+def test_tail_of_a_journal_whose_records_do_not_follow_one_another_is_told(damaged: History) -> None:
+    """Whole records, of which one was lost or two have changed places: no list is made up of them.
+
+    Fails without the look at what each record follows on.
+    """
+    opening, lines = parted(damaged.content)
+    for place in range(len(lines) - 1):
+        one, two, *behind = lines[place:]
+        for rest in ([two, one, *behind], [two, *behind]):
+            damaged.put(b"".join([opening, *lines[:place], *rest]))
+            # It reads as many records as it takes, and these are all.
+            for verb in (tail, load):
+                with pytest.raises(persist.CorruptSession):
+                    verb(damaged.store())
+
+
 def test_head_whose_fields_stand_where_no_fields_are_is_told(damaged: History) -> None:
     """The place of the last record with a head holds another whole record. Fails if the document's fields are shown."""
     opening, lines = parted(damaged.content)

@@ -33,9 +33,11 @@ Verb = Callable[[persist.Store, persist.Session], object]
 VERBS: dict[str, Verb] = {
     "load": lambda store, _: store.load("s"),
     "head": lambda store, _: store.head("s"),
+    "tail": lambda store, _: store.tail("s"),
     "refresh": lambda _, session: session.refresh(),
     "append": lambda store, _: store.append("s", "messages", {"id": "new"}),
     "append of what is there": lambda store, _: store.append("s", "messages", DATA["messages"][0]),
+    "extend": lambda store, _: store.extend("s", "messages", [{"id": "new"}, {"id": "newer"}], create=True),
     "save": save,
     "save of nothing": lambda _, session: session.save(),
     "transaction": edit,
@@ -46,7 +48,9 @@ VERBS: dict[str, Verb] = {
     "duplicate": lambda store, _: store.duplicate("s", "copy"),
     "accept": lambda store, _: store.accept("s"),
     "accept without the journal": lambda store, _: store.accept("s", drop_journal=True),
+    "start once": lambda store, _: store.start_stream("s", {"id": "p", "content": "?"}, once=True, create=True),
     "delete": lambda store, _: store.delete("s"),
+    "delete of a version": lambda store, session: store.delete("s", if_version=session.version),
 }
 
 

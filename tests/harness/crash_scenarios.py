@@ -127,8 +127,8 @@ class Opening:
         return case
 
 
-def start_and_die(store: persist.Store) -> None:
-    stream = store.start_stream("s-1", PROMPT)
+def start_and_die(store: persist.Store, session_id: str = "s-1", **options: Any) -> None:
+    stream = store.start_stream(session_id, PROMPT, **options)
     stream._lease.close()
 
 
@@ -234,6 +234,95 @@ def start_where_another_process_makes_the_leases(path: Path) -> None:
 
 
 MESSAGE = {"id": "m3", "role": "user", "content": "more"}
+PAIR = [MESSAGE, {"id": "m5", "role": "assistant", "content": "enough"}]
+
+
+def extend(store: persist.Store, _subject: object = None) -> None:
+    store.extend("s-1", "messages", PAIR)
+
+
+def half_extended(store: persist.Store) -> None:
+    store.append("s-1", "messages", MESSAGE)
+
+
+def extend_and_create(store: persist.Store, _subject: object = None) -> None:
+    store.extend("s-2", "messages", PAIR, create=True)
+
+
+def change_much(store: persist.Store, _subject: object = None) -> None:
+    """Several changes at several places, in one commit."""
+    with store.transaction("s-1") as tx:
+        tx.list("messages").extend(PAIR)
+        del tx.list("messages")[0]
+        tx.list("tool_calls").append({"id": "c1"})
+        tx.fields["n"] = 1
+        del tx.fields["title"]
+
+
+def change_and_create(store: persist.Store, _subject: object = None) -> None:
+    with store.transaction("s-2", create=True) as tx:
+        tx.fields["title"] = "new"
+        tx.list("messages").extend(PAIR)
+
+
+def change_nothing(store: persist.Store, _subject: object = None) -> None:
+    """What is committed is acknowledged all the same."""
+    with store.transaction("s-1") as tx:
+        assert tx.list("messages")[-1]
+
+
+def change_and_delete(store: persist.Store, _subject: object = None) -> None:
+    with store.transaction("s-1") as tx:
+        tx.fields["title"] = "gone"
+        tx.delete()
+
+
+def delete_what_was_seen(store: persist.Store, version: str) -> None:
+    store.delete("s-1", if_version=version)
+
+
+def seen(store: persist.Store) -> str:
+    """The version of a session, which a client has seen."""
+    return store.head("s-1").version
+
+
+def seen_and_stale(store: persist.Store) -> str:
+    return stale(store).version
+
+
+def start_with_fields(store: persist.Store, _subject: object = None) -> None:
+    start_and_die(store, fields={"model": "m", "title": "asked"}, once=True)
+
+
+def start_and_create(store: persist.Store, _subject: object = None) -> None:
+    start_and_die(store, "s-2", fields={"model": "m"}, create=True, once=True)
+
+
+def asked(store: persist.Store) -> None:
+    """The prompt without its answer."""
+    store.append("s-1", "messages", PROMPT)
+
+
+def answer(store: persist.Store) -> None:
+    store.append("s-1", "messages", ANSWER)
+
+
+def start_what_is_answered(store: persist.Store, _subject: object = None) -> None:
+    """The answer is what the client is told, so it must stay."""
+    with suppress(persist.AlreadyStarted):
+        start_and_die(store, once=True)
+
+
+def change_turn(_store: persist.Store, stream: persist.Stream) -> None:
+    with stream.transaction() as tx:
+        tx.list("messages").extend(PAIR)
+        tx.fields["n"] = 1
+
+
+def finish_with_fields(_store: persist.Store, stream: persist.Stream) -> None:
+    stream.finish(ANSWER, fields={"tokens": 5, "title": "answered"})
+
+
 SCENARIOS: list[Scenario | Opening] = [
     Scenario("create", lambda store, _: store.create("s-2", {"title": "new"})),
     Scenario("duplicate", lambda store, _: store.duplicate("s-1", "s-2")),
@@ -244,11 +333,27 @@ SCENARIOS: list[Scenario | Opening] = [
     Scenario("append to a large document", lambda store, _: store.append("s-1", "messages", MESSAGE), content=LARGE),
     Scenario("first commit to a foreign document", lambda store, _: store.append("s-1", "messages", MESSAGE), foreign),
     Scenario("update", lambda store, _: store.update("s-1", lambda tx: tx.data.update(n=1))),
+    Scenario("extend", extend),
+    Scenario("extend of which one is there", extend, half_extended),
+    Scenario("extend that creates", extend_and_create),
+    Scenario("extend of a foreign document", extend, foreign),
+    Scenario("transaction of several changes", change_much),
+    Scenario("transaction that creates", change_and_create),
+    Scenario("transaction that deletes", change_and_delete),
+    Scenario("transaction that deletes, with a stale stream", change_and_delete, stale),
     Scenario("accept", lambda store, _: store.accept("s-1"), edited_by_hand),
     Scenario("delete", lambda store, _: store.delete("s-1")),
     Scenario("delete with a stale stream", lambda store, _: store.delete("s-1"), stale),
+    Scenario("delete of a version", delete_what_was_seen, seen),
+    Scenario("delete of a version with a stale stream", delete_what_was_seen, seen_and_stale),
     Scenario("start", lambda store, _: start_and_die(store)),
     Scenario("start over a stale stream", lambda store, _: start_and_die(store), stale),
+    Scenario("start once, with fields", start_with_fields),
+    Scenario("start once, of what a stale stream has asked", start_with_fields, stale),
+    Scenario("start that creates", start_and_create),
+    Scenario("stream.transaction", change_turn, running),
+    Scenario("stream.transaction after events", change_turn, emitting),
+    Scenario("finish with fields", finish_with_fields, running),
     Scenario("checkpoint", lambda _, stream: stream.checkpoint({"role": "assistant", "content": "Becau"}), running),
     Scenario("stream.append", lambda _, stream: stream.append(MESSAGE), running),
     Scenario("first durable event", lambda _, stream: stream.emit("a", durable=True), running),
@@ -277,6 +382,10 @@ SCENARIOS: list[Scenario | Opening] = [
         interrupted=lambda store: store.cancel("s-1", store.load("s-1").active_stream_id or ""),
     ),
     Scenario("create of what a killed writer left visible", create_again, interrupted=create_again),
+    Scenario("extend of what a killed writer left visible", extend, interrupted=extend),
+    Scenario("extend of what a killed writer left created", extend_and_create, interrupted=extend_and_create),
+    Scenario("transaction of nothing of what a killed writer left visible", change_nothing, interrupted=extend),
+    Scenario("start once of what a killed writer left answered", start_what_is_answered, asked, interrupted=answer),
     Scenario(
         "duplicate of what a killed writer left visible",
         duplicate_again,

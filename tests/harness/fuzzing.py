@@ -259,6 +259,8 @@ TYPED_EDITED = (*TYPED, persist.NotJSON, persist.ReservedField)
 # A writer may meet a message of the new one's id, or messages that are no list.
 TYPED_WRITING = (*TYPED_EDITED, persist.MergeConflict, persist.WrongType)
 NEW = {"id": "new", "content": "?"}
+#: So many items are read of the end of a list.
+TAIL = 2
 Answer = dict[str, Any]
 
 
@@ -287,6 +289,10 @@ class Oracle:
             "read": (lambda: _of_header(document.read(path, "s").header), TYPED),
             "load": (lambda: _of_data(store.load("s").data, content), TYPED),
             "head": (lambda: _of_head(store.head("s"), content), TYPED),
+            "tail": (
+                lambda: _of_tail(store.tail("s", limit=TAIL), content, is_sealed=is_sealed),
+                (*TYPED, persist.WrongType),
+            ),
             "stream": (lambda: _nothing(store.stream("s")), TYPED),
             "read_edited": (lambda: _of_edited(document.read_edited(path, "s"), content), TYPED_EDITED),
             "append": (lambda: _of_append(store, content, is_sealed=is_sealed), TYPED_WRITING),
@@ -402,6 +408,17 @@ def _of_head(found: persist.Head, content: bytes) -> str | None:
         return "other fields than the bytes say"
     is_right = all(type(count) is int and count >= 0 for count in found.counts.values())
     return None if is_right else "counts that are none"
+
+
+def _of_tail(found: list[Any], content: bytes, *, is_sealed: bool) -> str | None:
+    if is_sealed:
+        # What is forged elsewhere goes unnoticed.
+        return None
+    if trusted_head(content) is None:
+        return NOT_VOUCHED_FOR
+    # The checksum of a list is that of the whole. So damage of it goes unnoticed by a tail.
+    expected = trusted(content)
+    return None if expected is None or same(found, expected.get("messages", [])[-TAIL:]) else OTHER_DOCUMENT
 
 
 def _of_edited(found: document.Document, content: bytes) -> str | None:
@@ -605,6 +622,7 @@ class JournalOracle(Oracle):
         expected = replay(content, self._created)
         verbs: dict[str, Callable[[persist.Store], str | None]] = {
             "head": lambda store: self._of_head(store.head("s"), expected, is_sealed=is_sealed),
+            "tail": lambda store: self._of_tail(store.tail("s", limit=TAIL), expected, is_sealed=is_sealed),
             "load": lambda store: self._of_session(store.load("s"), expected),
             "append": lambda store: self._of_append(store, expected),
             "fold": lambda store: self._of_fold(store, expected),
@@ -642,6 +660,17 @@ class JournalOracle(Oracle):
         is_right = head.revision == last
         is_right &= any(same(dict(head.fields), each) for each in expected.heads)
         return None if is_right else "a head that no record says"
+
+    def _of_tail(self, found: list[Any], expected: Replay, *, is_sealed: bool) -> str | None:
+        """A tail reads as many of the last records as it takes. Damage before them goes unnoticed."""
+        if is_sealed:
+            return None
+        last = self._created.revision if expected.last is None else expected.last["revision"]
+        is_right = any(
+            state.revision in (last, expected.state.revision) and same(found, state.apart.get("messages", [])[-TAIL:])
+            for state in self._states
+        )
+        return None if is_right else "a tail that was never committed"
 
     def _of_append(self, store: persist.Store, expected: Replay) -> str | None:
         version = store.append("s", "messages", NEW)

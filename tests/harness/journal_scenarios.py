@@ -14,13 +14,29 @@ from harness.crash_scenarios import (
     MESSAGE,
     Mode,
     Scenario,
+    answer,
+    asked,
+    change_and_create,
+    change_and_delete,
+    change_much,
+    change_nothing,
+    change_turn,
     changed,
     changed_on_both_sides,
     create_again,
+    delete_what_was_seen,
     edited_by_hand,
+    extend,
+    extend_and_create,
+    finish_with_fields,
+    half_extended,
     running,
+    seen_and_stale,
     stale,
+    start_and_create,
     start_and_die,
+    start_what_is_answered,
+    start_with_fields,
 )
 
 ANOTHER = {"id": "m4", "role": "user", "content": "another"}
@@ -47,6 +63,21 @@ def append_another(store: persist.Store, _subject: object = None) -> None:
 def append_and_fold(store: persist.Store) -> None:
     FOLDING.set(store)
     append(store)
+
+
+def extend_and_fold(store: persist.Store) -> None:
+    FOLDING.set(store)
+    extend(store)
+
+
+def recorded_and_seen(store: persist.Store) -> str:
+    recorded(store)
+    return store.head("s-1").version
+
+
+def recorded_and_asked(store: persist.Store) -> None:
+    recorded(store)
+    asked(store)
 
 
 def recorded(store: persist.Store) -> None:
@@ -140,7 +171,22 @@ RECORDS = [
     journaled("save that merges", lambda _, session: session.save(), changed_on_both_sides),
     journaled("update", lambda store, _: store.update("s-1", lambda tx: tx.data.update(n=1)), recorded),
     journaled("update of a small field", change_a_small_field, recorded),
+    journaled("extend", extend, recorded),
+    journaled("first extend of a process", extend, recorded, is_cold=True),
+    journaled("extend of which one is there", extend, half_extended),
+    journaled("extend that creates", extend_and_create),
+    journaled("transaction of several changes", change_much, recorded),
+    journaled("first transaction of a process", change_much, recorded, is_cold=True),
+    journaled("transaction that creates", change_and_create),
+    journaled("transaction that deletes", change_and_delete, recorded),
+    journaled("transaction that deletes, with a stale stream", change_and_delete, stale),
     journaled("start", lambda store, _: start_and_die(store), recorded),
+    journaled("start once, with fields", start_with_fields, recorded),
+    journaled("start once, of what a stale stream has asked", start_with_fields, stale),
+    journaled("start that creates", start_and_create),
+    journaled("stream.transaction", change_turn, running),
+    journaled("first stream.transaction of a process", change_turn, running, is_cold=True),
+    journaled("finish with fields", finish_with_fields, running),
     journaled("start over a stale stream", lambda store, _: start_and_die(store), stale),
     journaled("checkpoint", lambda _, stream: stream.checkpoint({"role": "assistant", "content": "Becau"}), running),
     journaled("stream.append", lambda _, stream: stream.append(MESSAGE), running),
@@ -154,6 +200,8 @@ RECORDS = [
     journaled("duplicate", lambda store, _: store.duplicate("s-1", "s-2"), recorded),
     journaled("delete", lambda store, _: store.delete("s-1"), recorded),
     journaled("delete with a stale stream", lambda store, _: store.delete("s-1"), stale),
+    journaled("delete of a version", delete_what_was_seen, recorded_and_seen),
+    journaled("delete of a version with a stale stream", delete_what_was_seen, seen_and_stale),
 ]
 #: A value comes to stand apart when it is larger than 4 KiB, and goes back among the fields.
 CROSSINGS = [
@@ -176,6 +224,11 @@ FOLDS = [
     journaled("start that folds", lambda store, _: start_and_die(store), recorded, mode=FOLDING, prepared=ENDLESS),
     journaled("finish that folds", lambda _, stream: stream.finish(ANSWER), running, mode=FOLDING, prepared=ENDLESS),
     journaled("sweep that folds", lambda store, _: store.clear_stale_streams(), stale, mode=FOLDING, prepared=ENDLESS),
+    journaled("extend that folds", extend, recorded, mode=FOLDING, prepared=ENDLESS),
+    journaled("transaction of several changes that folds", change_much, recorded, mode=FOLDING, prepared=ENDLESS),
+    journaled("stream.transaction that folds", change_turn, running, mode=FOLDING, prepared=ENDLESS),
+    journaled("finish with fields that folds", finish_with_fields, running, mode=FOLDING, prepared=ENDLESS),
+    journaled("transaction of several changes that leaves", change_much, recorded, mode=NEVER, prepared=ALWAYS),
     journaled("append that enters", append, mode=ALWAYS, prepared=NEVER),
     journaled("append that leaves", append, folded, mode=NEVER, prepared=ALWAYS),
     journaled("append that folds and leaves", append, recorded, mode=LEAVING, prepared=ALWAYS),
@@ -190,6 +243,12 @@ KILLED = [
     journaled("append after what a killed writer recorded", append_another, recorded, append),
     journaled("append after what a killed writer recorded, cold", append_another, recorded, append, is_cold=True),
     journaled("save of what a killed writer recorded", lambda store, _: store.load("s-1").save(), recorded, append),
+    journaled("extend of what a killed writer recorded", extend, recorded, extend),
+    journaled("extend of what a killed writer recorded, cold", extend, recorded, extend, is_cold=True),
+    journaled("extend of which a killed writer recorded one", extend, recorded, append),
+    journaled("transaction of nothing of what a killed writer recorded", change_nothing, recorded, extend),
+    journaled("start once of what a killed writer recorded", start_what_is_answered, recorded_and_asked, answer),
+    journaled("extend of what a killed writer folded", extend, recorded, extend_and_fold),
     journaled(
         "cancel of what a killed writer left cancelled",
         cancel,
@@ -211,6 +270,7 @@ KILLED = [
     ),
     journaled("leaving after a killed fold", append, recorded, compact, mode=NEVER, prepared=ENDLESS),
     journaled("create of what a killed writer created", create_again, recorded, create_again),
+    journaled("extend of what a killed writer created", extend_and_create, recorded, extend_and_create),
 ]
 #: Another process saw the sync of its record fail, and was killed before it could do anything about it.
 UNSYNCED = [

@@ -73,6 +73,15 @@ MUTANTS = (
         condition("not fields.keys().isdisjoint(record.counts)", "False"),
         "called_like_a_list",
     ),
+    _damage(
+        "the look of a tail at what each record follows on",
+        "Journal.last_items",
+        condition(
+            "[record.after for record in records] != [*before, *(record.crc for record in records)][:len(records)]",
+            "False",
+        ),
+        "tail_of_a_journal",
+    ),
     _grammar(
         "the name in its opening",
         "Journal.check_opening",
