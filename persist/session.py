@@ -22,7 +22,6 @@ from persist.storage.content import (
     Content,
     Items,
     Value,
-    as_json,
     decode,
     empty,
     encode_values,
@@ -199,6 +198,7 @@ class Session:
             # The own base shares with `mine` what was not changed.
             changes = diff.between(base.content if is_current else there.content, merged)
             self._refuse_removal(there, merged, changes)
+            streams.refuse_twins(there.header, there.content, merged)
             header = there.header.next(touch=touch)
             self._base = replace(base, is_durable=False, tried=(header.commit, mine))
             try:
@@ -333,8 +333,8 @@ class Session:
             timeout_s: how long to wait for the session's lock, in the place of the store's.
 
         Returns:
-            True if it was cleared (durably; `data` shows it). False if there is no stream, if it is alive, or if the
-            session has moved on since it was loaded.
+            True if it was cleared: durably, and `data` shows it. A message that was marked is a new object there. False
+            if there is no stream, if it is alive, or if the session has moved on since it was loaded.
 
         Raises:
             LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
@@ -376,28 +376,28 @@ class Session:
             Whether that was done. It is not where an unsaved edit has touched what the clear changed.
         """
         base, wanted, data = self._base.content, cleared.after.content, self.data
-        # Of a list that was changed, the part from the first change on.
-        places = {change.name: change.at for change in sorted(cleared.changes, key=lambda change: -change.at)}
-        changed = {
-            name for name in {**base.fields, **wanted.fields} if base.fields.get(name) != wanted.fields.get(name)
-        }
-        names = changed | places.keys()
-        target = {name: _part(data[name], places.get(name)) for name in names & data.keys()}
-        known, then = (
-            {name: _json_of_part(value, places.get(name)) for name in names if (value := side.get(name)) is not None}
-            for side in (base, wanted)
-        )
-        if {name: json_codec.encode_unchecked(part) for name, part in target.items()} != known:
+        names = [name for name in {**base.fields, **wanted.fields} if base.fields.get(name) != wanted.fields.get(name)]
+        if any(_json_in(data, name) != base.fields.get(name) for name in names):
             return False
-        patch(target, *({name: json_codec.decode(part) for name, part in each.items()} for each in (known, then)))
+        slices = []
+        for change in cleared.changes:
+            items, live, stop = base.get(change.name), data.get(change.name), change.at + change.remove
+            if not (change.is_splice and isinstance(items, Items) and type(live) is list and len(live) == len(items)):
+                return False
+            old, new = items.last(len(items) - change.at)[: change.remove], list(map(bytes, change.insert))
+            if json_codec.encode_all_unchecked(live[change.at : stop]) != old:
+                return False
+            # A message that the clear has marked is another object then: this one may stand elsewhere in `data`, too.
+            shown = [
+                live[change.at + at] if old[at : at + 1] == [item] else json_codec.decode(item)
+                for at, item in enumerate(new)
+            ]
+            slices.append((live, slice(change.at, stop), shown))
+        for live, place, shown in slices:
+            live[place] = shown
         for name in names:
-            live = data.get(name)
-            if name not in target:
-                data.pop(name, None)
-            elif name in places and type(live) is list and type(target[name]) is list:
-                live[places[name] :] = target[name]
-            else:
-                data[name] = target[name]
+            data.pop(name, None)
+        data |= {name: json_codec.decode(wanted.fields[name]) for name in names if name in wanted.fields}
         self._base = _Base(cleared.after.header, wanted, is_durable=True)
         return True
 
@@ -415,15 +415,8 @@ class Session:
         return errors.SessionDeleted(session_id=self.id, path=self._backend.files.layout.session(self.id).document)
 
 
-def _part(value: Any, place: int | None) -> Any:
-    """Return a value, or the part of a list from a place on."""
-    return value[place:] if place is not None and type(value) is list else value
-
-
-def _json_of_part(value: Value, place: int | None) -> bytes:
-    if place is None or not isinstance(value, Items):
-        return as_json(value)
-    return b"[%b]" % b",".join(value.last(len(value) - place))
+def _json_in(data: dict[str, Any], name: str) -> bytes | None:
+    return json_codec.encode_unchecked(data[name]) if name in data else None
 
 
 def _with_stream_fields_of(theirs: Content, content: Content) -> Content:

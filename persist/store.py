@@ -190,7 +190,7 @@ class Store:
 
         Raises:
             WrongType: the field is no list.
-            Otherwise as `load`, but damage elsewhere goes unnoticed.
+            Otherwise as `load`, but damage among the items goes unnoticed.
         """
         require_limit(limit, may_be_none=False)
         require_text("field", field)
@@ -314,7 +314,8 @@ class Store:
             block = Transaction(copy, lambda: streams.require_free(tx))
             yield block
             if block.is_deleted:
-                streams.delete(self._backend, tx)
+                if copy.version is not None:
+                    streams.delete(self._backend, tx)
             else:
                 block.version = copy.commit_changes(streams.checked(tx, copy), touch=touch).header.version
 
@@ -402,7 +403,10 @@ class Store:
         with self._locked(session_id, timeout_s, create=create) as tx:
             copy = WorkingCopy.of(tx, create=create)
             turn.add_once(copy.list(field), own, key=key, field=field)
-            return copy.commit_changes(copy.changed(), touch=touch).header.version
+            changed = copy.changed()
+            if changed is not None and key != "id":
+                streams.refuse_twins(copy.header, copy.committed, changed[0])
+            return copy.commit_changes(changed, touch=touch).header.version
 
     # --- streams ---
 
@@ -430,7 +434,7 @@ class Store:
             fields: top-level fields to set in the same commit: the model that answers, say.
             create: begin with an empty session where there is none.
             once: start nothing for a prompt that runs, or that has its answer. The prompt needs an ``id``. So a request
-                may be sent twice.
+                may be sent twice. The answer gets the prompt's id as ``answers``, by which it is found again.
             timeout_s: how long to wait for the lock, in the place of the store's; 0 is now or never.
 
         Raises:

@@ -63,6 +63,7 @@ class StreamOwner(msgspec.Struct, frozen=True):
     prompt_id: str | int | None = None
     answer_id: str | int | None = None
     cancelled: bool = False
+    once: bool = False
 
     @property
     def process(self) -> errors.Owner:
@@ -128,9 +129,9 @@ def start(
         copy = WorkingCopy.of(tx, create=create)
         stale_id = turn.active_stream(copy.fields)
         with _trying_lease(tx, stale_id) as is_dead:
+            if once and prompt is not None:
+                _refuse_started(tx, copy, prompt, live_id=None if is_dead else stale_id)
             if not is_dead:
-                if once and prompt is not None:
-                    _refuse_running(tx, copy, stale_id, prompt)
                 raise _busy(tx, copy.header, stale_id)
             messages = copy.list(turn.MESSAGES)
             if any(messages.place_of(f"{stream_id}.{part}") is not None for part in ("prompt", "answer")):
@@ -139,14 +140,12 @@ def start(
                 raise _unusable(stream_id, "it is the id of the stream that died")
             if stale_id is not None:
                 _interrupt(copy)
-            if once and prompt is not None:
-                _refuse_answered(tx, copy, prompt)
             _set_fields(copy, fields)
             turn.begin(copy, stream_id, prompt)
             changed = copy.changed()  # raises what it has to, before anything is done
             command = Path(sys.argv[0] or sys.executable).name if sys.argv else "python"
             process = os.getpid(), socket.gethostname(), command, datetime.now(UTC).isoformat()
-            owner = StreamOwner(stream_id, *process, None if prompt is None else prompt["id"])
+            owner = StreamOwner(stream_id, *process, None if prompt is None else prompt["id"], once=once)
             path = tx.paths.lease(stream_id)
             description = {"pid": owner.pid, "started_at": owner.started_at, "session_id": session_id}
             with tx.refusals():
@@ -182,22 +181,24 @@ def _set_fields(copy: WorkingCopy, fields: Mapping[str, Any] | None) -> None:
         copy.fields[name] = value
 
 
-def _refuse_running(tx: Transaction, copy: WorkingCopy, stream_id: str, prompt: turn.Message) -> None:
-    """Raise `AlreadyStarted` if a live stream runs this prompt."""
-    owner = owner_of(copy.header, stream_id)
-    if owner is not None and json_codec.same(owner.prompt_id, prompt["id"]):
-        tx.confirm()
-        facts = {"what": f"stream {stream_id} runs it", "remedy": "Follow that stream."}
-        raise errors.AlreadyStarted(session_id=tx.session_id, stream_id=stream_id, answer=None, **facts)
+def _refuse_started(tx: Transaction, copy: WorkingCopy, prompt: turn.Message, *, live_id: str | None) -> None:
+    """Raise `AlreadyStarted` if a live stream runs this prompt, or if it has its answer.
 
-
-def _refuse_answered(tx: Transaction, copy: WorkingCopy, prompt: turn.Message) -> None:
-    """Raise `AlreadyStarted` if a prompt has its answer."""
+    `live_id` is the live stream of the session. A dead one of this prompt has no answer: its partial is none.
+    """
+    owner = owner_of(copy.header, turn.active_stream(copy.fields))
     answer = turn.answer_to(copy.list(turn.MESSAGES), prompt)
+    if owner is not None and json_codec.same(owner.prompt_id, prompt["id"]):
+        answer = None
+        if live_id is None:
+            return
+    elif answer is None:
+        return
+    tx.confirm()
+    what, remedy = f"stream {live_id} runs it", "Follow that stream."
     if answer is not None:
-        tx.confirm()
-        facts = {"what": "it is answered", "remedy": "The answer is an attribute of this error."}
-        raise errors.AlreadyStarted(session_id=tx.session_id, stream_id=None, answer=answer, **facts)
+        live_id, what, remedy = None, "it is answered", "The answer is an attribute of this error."
+    raise errors.AlreadyStarted(session_id=tx.session_id, stream_id=live_id, answer=answer, what=what, remedy=remedy)
 
 
 def _unusable(stream_id: str, reason: str) -> errors.InvalidStreamId:
@@ -337,22 +338,33 @@ def checked(tx: Transaction, copy: WorkingCopy) -> Changed | None:
     Raises:
         ReservedField: it has changed a stream field.
         SessionBusy: it has removed the partial answer of a live stream.
+        IdTaken: see `refuse_twins`.
     """
     changed = copy.changed()
     if changed is not None:
         before, after = copy.committed, changed[0]
         refuse_changed_stream_fields(before, after)
-        active = active_in(before)
-        owner = None if active is None else owner_of(copy.header, active)
-        if (
-            owner is not None
-            and turn.has_message(before, owner.answer_id)
-            and not turn.has_message(after, owner.answer_id)
-        ):
+        owner = refuse_twins(copy.header, before, after)
+        gone = owner is not None and turn.has(before, owner.answer_id) and not turn.has(after, owner.answer_id)
+        if gone:
             require_free(tx)
         # The block is the caller's own code, and may have taken its time.
         tx.require_unchanged()
     return changed
+
+
+def refuse_twins(header: Header, before: Content, after: Content) -> StreamOwner | None:
+    """Raise `IdTaken` if a second message has the id of the running turn's prompt or partial answer by now.
+
+    The turn's next write would take it for its own. Returns the owner of the turn.
+    """
+    active = active_in(before)
+    owner = None if active is None else owner_of(header, active)
+    for own in () if owner is None else (owner.prompt_id, owner.answer_id):
+        if turn.has_twin(after, own) and not turn.has_twin(before, own):
+            facts = {"base": None, "mine": own, "theirs": own}
+            raise errors.IdTaken(path=(turn.MESSAGES,), reason="a running turn has a message of this id", **facts)
+    return owner
 
 
 # --- looking ---------------------------------------------------------------------------------------------------------
@@ -556,8 +568,11 @@ class Stream:
         """
         answer = None if message is None else turn.with_id(_checked(message), f"{self.id}.answer")
         with self._owned(timeout_s) as (_, copy, owner):
+            answer_id = owner.answer_id
             if answer is not None:
-                turn.put_answer(copy.list(turn.MESSAGES), answer, owner.answer_id)
+                answer_id = turn.put_answer(copy.list(turn.MESSAGES), answer, owner.answer_id)
+            if owner.once:
+                turn.mark_answer(copy.list(turn.MESSAGES), answer_id, owner.prompt_id)
             _set_fields(copy, fields)
             turn.end(copy)
             self._end(copy, "finished")

@@ -27,6 +27,8 @@ IDLE: dict[str, Any] = {
 }
 MESSAGES = "messages"
 INTERRUPTED = "interrupted"
+#: The key by which the answer of a turn that was started once says whose it is.
+ANSWERS = "answers"
 
 
 def active_stream(fields: Mapping[str, Any]) -> Any:
@@ -64,7 +66,7 @@ def add_once(
             place = messages.place_of(identity, key)
             if place is None:
                 fresh.append(item)
-            seen[identity] = (len(messages), item) if place is None else (place, messages[place])
+            seen[identity] = (len(messages), item) if place is None else (place, messages.peek(place))
         place, there = seen[identity]
         _require_same(there, item, (field, place))
     for place, item in enumerate(fresh, len(messages) if before is None else before):
@@ -90,8 +92,7 @@ def put_prompt(messages: WorkingList, prompt: Message) -> None:
         messages.append(prompt)
         return
     there = messages[place]
-    ignored = {INTERRUPTED: prompt.get(INTERRUPTED, False)}
-    _require_same({**there, **ignored}, {**prompt, **ignored}, (MESSAGES, place))
+    _require_same_prompt(there, prompt, place)
     there.pop(INTERRUPTED, None)
 
 
@@ -123,10 +124,16 @@ def put_answer(messages: WorkingList, answer: Message, current_id: Id | None) ->
     return answer["id"]  # type: ignore[no-any-return]
 
 
-def has_message(content: Content, message_id: Id | None) -> bool:
+def has(content: Content, message_id: Id | None) -> bool:
     """Tell whether a content has a message of that id."""
     messages = content.apart.get(MESSAGES)
     return isinstance(messages, Items) and message_id is not None and messages.find(message_id) is not None
+
+
+def has_twin(content: Content, message_id: Id | None) -> bool:
+    """Tell whether a content has more than one message of that id."""
+    messages = content.apart.get(MESSAGES)
+    return isinstance(messages, Items) and message_id is not None and messages.is_repeated(message_id)
 
 
 def is_last(messages: WorkingList, answer_id: Id | None) -> bool:
@@ -142,13 +149,37 @@ def put_last(messages: WorkingList, answer_id: Id | None) -> None:
 
 
 def answer_to(messages: WorkingList, prompt: Message) -> Message | None:
-    """Return the message that ends the turn of a prompt, None for a turn that has no answer, or was interrupted."""
+    """Return the message that answers a prompt, None for one that has no answer, or was interrupted.
+
+    The answer of a turn that was started once says whose it is. Else it is the last one before the next prompt.
+
+    Raises:
+        IdTaken: another message has the prompt's id.
+    """
     place = messages.place_of(prompt["id"])
-    if place is None or messages[place].get(INTERRUPTED):
+    if place is None:
         return None
+    there = messages.peek(place)
+    _require_same_prompt(there, prompt, place)
+    linked = messages.place_of(prompt["id"], ANSWERS)
+    if linked is not None:
+        answer: Message = messages.peek(linked)
+        return answer
     rest = itertools.takewhile(lambda message: not _has_role(message, "user"), messages[place + 1 :])
-    answers = [message for message in rest if type(message) is dict and not _has_role(message, "tool")]
-    return answers[-1] if answers and not answers[-1].get(INTERRUPTED) else None
+    found = [each for each in rest if _has_role(each, "assistant") and not each.get(INTERRUPTED)]
+    return found[-1] if found and not there.get(INTERRUPTED) else None
+
+
+def _require_same_prompt(there: Message, prompt: Message, place: int) -> None:
+    ignored = {INTERRUPTED: prompt.get(INTERRUPTED, False)}
+    _require_same({**there, **ignored}, {**prompt, **ignored}, (MESSAGES, place))
+
+
+def mark_answer(messages: WorkingList, answer_id: Id | None, prompt_id: Id | None) -> None:
+    """Note in a turn's answer whose it is."""
+    answer = None if answer_id is None else messages.find(answer_id)
+    if answer is not None:
+        answer[ANSWERS] = prompt_id
 
 
 def _has_role(message: Any, role: str) -> bool:

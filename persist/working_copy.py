@@ -111,7 +111,7 @@ class WorkingCopy:
         """
         if name == HEADER:
             raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
-        if name not in self._lists:
+        if self._handed_out(name) is None:
             value = self._committed.get(name)
             if self._has(name) and not isinstance(value, Items):
                 whole = self._plain(name)
@@ -140,8 +140,14 @@ class WorkingCopy:
             pending += [child for child in children if type(child) in (dict, list)]
         return False
 
+    def _handed_out(self, name: str) -> WorkingList | None:
+        """Return the list that was handed out under a name, unless the block has put another value there since."""
+        if name in self._values:
+            self._lists.pop(name, None)
+        return self._lists.get(name)
+
     def _has(self, name: str) -> bool:
-        items = self._lists.get(name)
+        items = self._handed_out(name)
         is_list = items is not None and (len(items) > 0 or items.base is self._content.get(name))
         return is_list or name in self._committed or name in self._values
 
@@ -154,7 +160,7 @@ class WorkingCopy:
         if name in self._committed:
             self._values[name] = decode(self._committed[name])
             del self._committed[name]
-        elif name in self._lists:
+        elif self._handed_out(name) is not None:
             self._values[name] = self._lists.pop(name).whole()
         return self._values[name]
 
@@ -167,7 +173,9 @@ class WorkingCopy:
         before = self._content
         now = dict(self._committed)
         splices: dict[str, tuple[diff.Change, ...]] = {}
-        for name, items in self._lists.items():
+        for name, items in tuple(self._lists.items()):
+            if self._handed_out(name) is None:
+                continue
             made = items.changes()
             if self._has(name):
                 now[name] = items.after(made)
@@ -234,7 +242,10 @@ class Fields(MutableMapping[str, Any]):
         if name not in self:
             raise KeyError(name)
         self._copy.require_open()
-        for each in (self._copy._committed, self._copy._lists, self._copy._values):
+        handed_out = self._copy._lists.pop(name, None)
+        if handed_out is not None:
+            handed_out.become([])
+        for each in (self._copy._committed, self._copy._values):
             each.pop(name, None)
 
     def __iter__(self) -> Iterator[str]:
@@ -267,7 +278,7 @@ class WorkingList(MutableSequence[Any]):
     def whole(self) -> list[Any]:
         """Return all items as a plain list, which this working list goes on to change in place."""
         self._in_tail(0)
-        self.tail[:] = [json_codec.decode(item) if type(item) is bytes else item for item in self.tail]
+        self.tail[:] = list(map(self._decoded, self.tail))
         self.base, self._is_plain = Items([]), True
         return self.tail
 
@@ -289,20 +300,41 @@ class WorkingList(MutableSequence[Any]):
         if isinstance(place, slice):
             return [self[each] for each in range(*place.indices(len(self)))]
         at = self._in_tail(range(len(self))[place])
-        if type(self.tail[at]) is bytes:
-            self.tail[at] = json_codec.decode(self.tail[at])
+        self.tail[at] = self._decoded(self.tail[at])
         return self.tail[at]
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self[:] == (other[:] if isinstance(other, WorkingList) else other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _decoded(self, item: Any) -> Any:
+        """Return an entry of the tail as a Python value. In the caller's own list bytes are no JSON."""
+        return json_codec.decode(item) if type(item) is bytes and not self._is_plain else item
+
+    def peek(self, place: int) -> Any:
+        """Return the item at a place, to be looked at only: what it costs does not depend on where that is."""
+        if place >= self._kept:
+            return self._decoded(self.tail[place - self._kept])
+        return json_codec.decode(self.base.last(len(self.base) - place)[0])
 
     def __setitem__(self, place: Any, item: Any) -> None:
         if isinstance(place, slice):
-            raise TypeError("Replace items one by one.")
+            start, _, step = place.indices(len(self))
+            if step != 1:
+                raise WrongType(what="the slice that is set", expected="one without a step", got=f"one by {step}")
+            items = list(item)
+            del self[place]
+            for at, each in enumerate(items, start):
+                self.insert(at, each)
+            return
         self._check(item, place)
         self.tail[self._in_tail(range(len(self))[place])] = item
 
     def _check(self, item: Any, place: int) -> None:
         if self._tx is not None:
             self._tx.require_lock()
-        if self._is_plain and self._values.get(self._name) is not self.tail:
+        if (self._is_plain or self._name in self._values) and self._values.get(self._name) is not self.tail:
             what, expected = f"this list of {self._name!r}", "the document's: ask the transaction for it anew"
             raise WrongType(what=what, expected=expected, got="one that the block has replaced")
         # In the tail, bytes would pass for an item's JSON.
@@ -332,14 +364,19 @@ class WorkingList(MutableSequence[Any]):
         if wanted is None:
             return None
         for place in range(len(self.tail) - 1, -1, -1):
-            if as_id(_value_of(self.tail[place], key)) == wanted:
+            if as_id(_value_of(self._decoded(self.tail[place]), key)) == wanted:
                 return self._kept + place
         place_there = self.base.find(wanted, key)
         if place_there is None or place_there < self._kept:
             return place_there
         # It stood in what is the tail by now. An earlier item may have the same id.
         return next(
-            (at for at in range(self._kept - 1, -1, -1) if as_id(_value_of(self.base[at], key)) == wanted), None
+            (
+                at
+                for at in range(self._kept - 1, -1, -1)
+                if as_id(_value_of(json_codec.decode(self.base[at]), key)) == wanted
+            ),
+            None,
         )
 
     def changes(self) -> tuple[diff.Change, ...]:
@@ -363,5 +400,4 @@ class WorkingList(MutableSequence[Any]):
 
 
 def _value_of(item: Any, key: str) -> Any:
-    item = json_codec.decode(item) if type(item) is bytes else item
     return item.get(key) if type(item) is dict else None

@@ -203,6 +203,13 @@ class Items:
 
     def find(self, value: Id, key: str = "id") -> int | None:
         """Return the place of the last item whose key has this value (see `as_id`), or None."""
+        return self._placed(key).found.get(value)
+
+    def is_repeated(self, value: Id, key: str = "id") -> bool:
+        """Tell whether more than one item has this value."""
+        return value in self._placed(key).repeated
+
+    def _placed(self, key: str) -> _Places:
         if key not in self._places:
             text, _, items, length = self._parts
             try:
@@ -210,7 +217,7 @@ class Items:
             except (msgspec.DecodeError, RecursionError):
                 ids = [_id_in(item, key) for item in bytes(text[2:-2]).split(SEPARATOR)]
             self._places[key] = _Places([*ids, *(_id_in(item, key) for item in items[:length])])
-        return self._places[key].found.get(value)
+        return self._places[key]
 
     def _hand_over_places(self, after: Items, at: int) -> None:
         """Give the places to the changed value, as far as that costs what the change costs. This one reads them anew.

@@ -193,13 +193,16 @@ def test_clear_shows_what_it_changed_and_looks_at_nothing_else(store: persist.St
     stream = store.start_stream("s-1", {"id": "p", "content": "Why?"})
     session.refresh()
     stream._lease.close()
-    prompt = session.data["messages"][-1]
+    first, prompt = session.data["messages"][0], session.data["messages"][-1]
+    session.data["pinned"] = prompt
     session.data["draft"] = {1, 2}
     assert session.clear_stale_stream() is True
     assert (session.active_stream_id, session.data["pending_user_message"]) == (None, None)
-    assert session.data["messages"][-1] is prompt
-    assert prompt == {"id": "p", "content": "Why?", "interrupted": True}
-    del session.data["draft"]
+    assert session.data["messages"][0] is first
+    assert session.data["messages"][-1] == {"id": "p", "content": "Why?", "interrupted": True}
+    # An object of `data` that stands at another place, too, was not meant there.
+    assert session.data["pinned"] == {"id": "p", "content": "Why?"}
+    del session.data["draft"], session.data["pinned"]
     assert session.data == store.load("s-1").data
     revision = session.revision
     session.save()

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import persist
+from persist import json_codec
 from persist.transaction import Transaction
 
 HELLO = {"id": "m1", "role": "user", "content": "hello"}
@@ -94,6 +95,65 @@ def test_list_that_the_block_has_replaced_takes_nothing(store: persist.Store, se
         tx.data["messages"] = []
         tx.list("messages").append({"id": "m3"})
     assert ids_of(store) == ["m3"]
+
+
+@pytest.mark.parametrize("look", [len, list, lambda messages: messages.find("m1"), lambda messages: messages == []])
+def test_value_that_is_set_over_a_missing_list_stays(store: persist.Store, look: Callable[[Any], object]) -> None:
+    """Whatever was asked of the list before. Fails where the empty list that was handed out takes its place."""
+    with store.transaction("s", create=True) as tx:
+        todo = tx.list("todo")
+        look(todo)
+        tx.data["todo"] = ["a"]
+        tx.data["title"] = "x"
+        with pytest.raises(persist.WrongType, match="anew"):
+            todo.append("lost")
+        tx.fields["todo"].append("b")
+        tx.list("todo").append("c")
+    assert store.load("s").data == {"todo": ["a", "b", "c"], "title": "x"}
+
+
+@pytest.mark.parametrize("replace", [lambda tx: tx.fields.update(big="text"), lambda tx: tx.fields.pop("big")])
+@pytest.mark.parametrize("rows", [["y" * 900] * 9, ["y"]])
+def test_list_of_a_field_that_is_gone_takes_nothing(
+    store: persist.Store, rows: list[str], replace: Callable[[Transaction], object]
+) -> None:
+    store.create("s", {"big": rows})
+    with pytest.raises(persist.WrongType, match="anew"), store.transaction("s") as tx:
+        big = tx.list("big")
+        replace(tx)
+        big.append("lost")
+
+
+def test_bytes_are_no_json(store: persist.Store, session: persist.Session) -> None:
+    """An item of the working copy that was not read yet is kept as bytes; what a caller puts there is not."""
+    puts: list[Callable[[Transaction], object]] = [
+        lambda tx: tx.fields.update(x=[b"{}"]),
+        lambda tx: tx.data["messages"].append(b"{}"),
+        lambda tx: tx.list("messages").append(b"{}"),
+    ]
+    for put in puts:
+        with pytest.raises(persist.NotJSON), store.transaction("s") as tx:
+            put(tx)
+            assert tx.list("messages")[0] == HELLO
+            assert "x" not in tx.fields or tx.list("x")[0] == b"{}"
+    assert store.load("s").version == session.version
+
+
+def test_list_is_used_as_any_list(store: persist.Store, session: persist.Session) -> None:
+    with store.transaction("s") as tx:
+        messages: Any = tx.list("messages")
+        plain: list[Any] = [HELLO]
+        for each in (messages, plain):
+            each += [1, 2, 3, 4]
+            each[1:3] = ["a", "b", "c"]
+            each[-1:] = []
+            each.reverse()
+            each[2:2] = ["d"]
+        assert messages == plain
+        assert (messages == [1], messages != plain, messages[::2]) == (False, False, plain[::2])
+        with pytest.raises(persist.WrongType, match="step"):
+            messages[::2] = [1, 2, 3]
+    assert store.load("s").data["messages"] == plain
 
 
 @pytest.mark.parametrize("name", [1, None, b"messages"])
@@ -238,7 +298,8 @@ def test_version_of_another_programs_file_is_that_of_its_content(store: persist.
 
 def test_create_begins_with_an_empty_session(store: persist.Store) -> None:
     with store.transaction("s", create=True) as tx:
-        assert tx.version is None
+        version: str | None = tx.version
+        assert version is None
         assert tx.data == {}
         tx.list("messages").append(HELLO)
     there = store.load("s")
@@ -307,6 +368,21 @@ def test_extend_is_one_commit_and_may_be_repeated(store: persist.Store, session:
     store.extend("s", "messages", [batch[1], {"id": "m4"}, {"id": "m4"}])
     assert ids_of(store) == ["m1", "m2", "m3", "m4"]
     assert store.extend("s", "messages", []) == store.load("s").version
+
+
+def test_repeated_extend_reads_no_more_than_the_first(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A retry of a large batch must not hold the lock for seconds. Fails where each item of it is compared with all."""
+    batch = [{"id": f"m{number}", "content": "x"} for number in range(400)]
+    version = store.extend("s", "messages", batch, create=True)
+    count, decode = [], json_codec.decode
+
+    def counted(encoded: Any) -> Any:
+        count.append(1)
+        return decode(encoded)
+
+    monkeypatch.setattr(json_codec, "decode", counted)
+    assert store.extend("s", "messages", batch) == version
+    assert len(count) < 3 * len(batch)
 
 
 @pytest.mark.parametrize("item", [{"id": "m1"}, {"id": "m2", "n": 2}])
@@ -465,8 +541,49 @@ def test_once_hands_out_the_answer(store: persist.Store, session: persist.Sessio
     version = store.append("s", "messages", {"id": "later", "role": "user"})
     with pytest.raises(persist.AlreadyStarted) as caught:
         store.start_stream("s", PROMPT, once=True)
-    assert (caught.value.stream_id, caught.value.answer) == (None, ANSWER)
+    assert (caught.value.stream_id, caught.value.answer) == (None, ANSWER | {"answers": "p"})
     assert store.load("s").version == version
+
+
+def answered_once(store: persist.Store, prompt: dict[str, Any]) -> Any:
+    """Start a prompt once more, and return the answer that it has already."""
+    with pytest.raises(persist.AlreadyStarted) as caught:
+        store.start_stream("s", prompt, once=True)
+    assert caught.value.stream_id is None
+    return caught.value.answer
+
+
+def test_answer_is_known_wherever_it_stands(store: persist.Store, session: persist.Session) -> None:
+    """Fails where it is looked for behind its prompt only: the model would answer the prompt again and again."""
+    other = PROMPT | {"id": "p2", "content": "And?"}
+    store.start_stream("s", PROMPT).fail()
+    store.start_stream("s", other, once=True).finish(ANSWER | {"id": "a2"})
+    store.start_stream("s", PROMPT, once=True).finish(ANSWER)
+    assert ids_of(store) == ["m1", "p", "p2", "a2", "a"]
+    # A turn without a prompt that broke off, a note, and a tool's result in the user's role.
+    bare = store.start_stream("s")
+    bare.checkpoint({"role": "assistant", "content": "x"})
+    bare.fail()
+    store.append("s", "messages", {"role": "system", "content": "note"})
+    third = PROMPT | {"id": "p3"}
+    with store.start_stream("s", third, once=True) as stream:
+        stream.append({"role": "assistant", "content": "call"})
+        stream.append({"role": "user", "content": "result"})
+        stream.checkpoint(ANSWER | {"id": "a3"})
+        assert answered_once(store, PROMPT) == ANSWER | {"answers": "p"}
+        stream.finish()
+    assert answered_once(store, PROMPT)["id"] == "a"
+    assert answered_once(store, other)["id"] == "a2"
+    assert answered_once(store, third)["id"] == "a3"
+    with pytest.raises(persist.IdTaken):
+        store.start_stream("s", PROMPT | {"content": "Other?"}, once=True)
+
+
+def test_answer_of_another_program_is_the_last_before_the_next_prompt(store: persist.Store) -> None:
+    rows = [PROMPT, {"role": "assistant", "content": "call"}, {"role": "tool"}, {"role": "assistant", "content": "42"}]
+    store.create("s", {"messages": [*rows, {"role": "system"}, {"id": "p2", "role": "user"}, {"role": "system"}]})
+    assert answered_once(store, PROMPT) == rows[3]
+    store.start_stream("s", {"id": "p2", "role": "user"}, once=True).finish()
 
 
 @pytest.mark.parametrize("end", ["fail", "die", "no answer"])
@@ -480,7 +597,7 @@ def test_once_takes_an_interrupted_prompt_up_again(store: persist.Store, session
     with store.start_stream("s", PROMPT, once=True) as again:
         again.finish(ANSWER)
     assert ids_of(store) == ["m1", "p", "a"]
-    assert store.load("s").data["messages"][1:] == [PROMPT, ANSWER]
+    assert store.load("s").data["messages"][1:] == [PROMPT, ANSWER | {"answers": "p"}]
 
 
 @pytest.mark.parametrize("prompt", [None, {"role": "user"}, {"id": None, "role": "user"}])
@@ -565,6 +682,31 @@ def test_partial_answer_of_a_live_stream_stays(
     assert "a" not in ids_of(store)
 
 
+@pytest.mark.parametrize("twin", ["a", "p"])
+def test_message_of_a_running_turn_has_no_twin(store: persist.Store, session: persist.Session, twin: str) -> None:
+    """The turn's next write would go over the other one. Fails where nobody looks for the id."""
+    other = {"id": twin, "uuid": "u", "content": "IMPORTANT"}
+    with store.start_stream("s", PROMPT) as stream:
+        stream.checkpoint(ANSWER)
+        loaded = store.load("s")
+        adds: list[Callable[[], object]] = [
+            lambda: store.append("s", "messages", other, key="uuid"),
+            lambda: store.append("s", "messages", other, key=None),
+            lambda: store.update("s", lambda tx: tx.list("messages").append(other)),
+            lambda: stream.update(lambda tx: tx.list("messages").insert(0, other)),
+            lambda: loaded.data["messages"].append(other) or loaded.save(),
+        ]
+        for add in adds:
+            with pytest.raises(persist.MergeConflict):
+                add()
+        assert ids_of(store) == ["m1", "p", "a"]
+        # It may be edited.
+        store.update("s", lambda tx: tx.list("messages").find(twin).update(seen=True))
+        stream.finish(ANSWER | {"content": "whole"})
+    assert ids_of(store) == ["m1", "p", "a"]
+    store.append("s", "messages", other, key=None)
+
+
 # --- the prompt of another program ------------------------------------------------------------------------------------
 
 
@@ -646,9 +788,10 @@ def test_heads_are_those_of_a_page_and_hide_nothing_behind_damage(store: persist
     assert [head.fields["title"] for head in store.heads(prefix="a/", limit=1)] == ["a/1"]
     assert store.ids(prefix="a/", after="a/1", limit=1) == ["a/2"]
     assert store.ids(prefix="c") == []
-    for wrong in ({"prefix": 1}, {"after": 1}, {"limit": -1}, {"limit": True}):
+    wrong: list[dict[str, Any]] = [{"prefix": 1}, {"after": 1}, {"limit": -1}, {"limit": True}]
+    for options in wrong:
         with pytest.raises(persist.WrongType):
-            store.ids(**wrong)  # type: ignore[arg-type]
+            store.ids(**options)
 
 
 @pytest.mark.parametrize("field", ["title", "meta", "large"])
