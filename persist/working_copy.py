@@ -226,15 +226,18 @@ class Fields(MutableMapping[str, Any]):
         self._copy.require_open()
         self._copy._committed.pop(name, None)
         handed_out = self._copy._lists.pop(name, None)
-        if handed_out is not None and type(value) is list:
-            # The block that was handed the list goes on with the new value.
-            handed_out.become(value)
+        if handed_out is not None:
+            # The block that was handed the list goes on with the new value. One that is no list takes no change.
+            handed_out.become(value if type(value) is list else [])
         self._copy._values[name] = value
 
     def __delitem__(self, name: str) -> None:
         if name not in self:
             raise KeyError(name)
         self._copy.require_open()
+        if name in self._copy._lists:
+            # A change of it would be lost.
+            self._copy._lists[name].become([])
         for each in (self._copy._committed, self._copy._lists, self._copy._values):
             each.pop(name, None)
 
