@@ -64,7 +64,8 @@ def add_once(
             place = messages.place_of(identity, key)
             if place is None:
                 fresh.append(item)
-            seen[identity] = (len(messages), item) if place is None else (place, messages[place])
+            new_place = len(messages) + len(fresh) - 1
+            seen[identity] = (new_place, item) if place is None else (place, messages[place])
         place, there = seen[identity]
         _require_same(there, item, (field, place))
     for place, item in enumerate(fresh, len(messages) if before is None else before):
