@@ -66,7 +66,8 @@ def add_once(
             place = messages.place_of(identity, key)
             if place is None:
                 fresh.append(item)
-            seen[identity] = (len(messages), item) if place is None else (place, messages.peek(place))
+            new_place = len(messages) + len(fresh) - 1
+            seen[identity] = (new_place, item) if place is None else (place, messages.peek(place))
         place, there = seen[identity]
         _require_same(there, item, (field, place))
     for place, item in enumerate(fresh, len(messages) if before is None else before):

@@ -233,9 +233,9 @@ class Fields(MutableMapping[str, Any]):
         self._copy.require_open()
         self._copy._committed.pop(name, None)
         handed_out = self._copy._lists.pop(name, None)
-        if handed_out is not None and type(value) is list:
-            # The block that was handed the list goes on with the new value.
-            handed_out.become(value)
+        if handed_out is not None:
+            # The block that was handed the list goes on with the new value. One that is no list takes no change.
+            handed_out.become(value if type(value) is list else [])
         self._copy._values[name] = value
 
     def __delitem__(self, name: str) -> None:
