@@ -135,7 +135,8 @@ class Session:
         Args:
             touch: False keeps `updated_at`.
             on_conflict: whose value stands where both sides changed one place: ``"mine"``, ``"theirs"``, or
-                ``"error"``. Where one side removed an item beside which the other added one, both stand then.
+                ``"error"``. Where one side removed an item beside which the other added one, both stand then. So do two
+                edits of an item that has no id of its own.
 
         Raises:
             MergeConflict: both sides changed one place; `refresh` after setting your edit aside, or name a side. Both
