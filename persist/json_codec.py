@@ -33,6 +33,7 @@ _SAFE_BITS = 14_000
 
 _encoder = msgspec.json.Encoder()
 _encode = _encoder.encode
+_encode_canonical = msgspec.json.Encoder(order="deterministic").encode
 _decode = msgspec.json.Decoder().decode
 
 
@@ -50,6 +51,15 @@ def same(one: Any, other: Any) -> bool:
     if kind is float:
         return bool(one == other) and math.copysign(1, one) == math.copysign(1, other)
     return bool(one == other)
+
+
+def canonical(value: Any) -> bytes:
+    """Return a text that two JSON values share exactly where `same` holds for them."""
+    try:
+        return _encode_canonical(value)
+    except UnicodeEncodeError:
+        # A lone surrogate, which no other value's text holds.
+        return json.dumps(value, sort_keys=True, ensure_ascii=False).encode(errors="surrogatepass")
 
 
 def check(value: Any, path: ValuePath = ()) -> None:

@@ -1,10 +1,21 @@
 """Three-way merge of JSON values: what each side changed since the base, and nothing else. Pure functions, no I/O.
 
 - Objects merge key by key, recursively; a deletion is a change like any other.
-- Arrays merge item by item. Items are the same when they carry the same ``id``; without one, when they have the same
-  value, and what is left over between two matches is paired by position if both sides have equally many.
-  Two appends are both kept, theirs first. Adding next to items that the other side removed is a conflict; with a
-  preference, both the removal and what was added stand: to settle one place drops nothing elsewhere.
+- Arrays merge item by item:
+
+  1. An ``id`` counts only if no array has it twice and the items' ``role`` agrees. Such an item merges key by key,
+     wherever it stands. Two new items of one id that differ are a conflict.
+  2. Any other item is a single value. It is never merged inside, nor taken for an edit of another item.
+  3. The items that both sides keep cut the arrays into runs. A run that one side left alone becomes the other side's.
+  4. If both sides begin and end a run alike, with at least as many items as the run had, these stand once. What only
+     one side has follows, theirs first. So two appends are both kept, and equal items without ids that both append
+     are one.
+  5. If one side put as many items in the place of a run, and the other only added around it, both changes stand.
+  6. If both sides only removed, both removals stand. All other runs are conflicts. With a preference the preferred
+     side's run stands without what the other side removed, and then what the other side added.
+  7. At last every item is counted, and its number must be what both changes make. So an item that one side moved and
+     the other side moved or removed is a conflict, whatever the preference.
+
 - Anything else: changed on one side wins; changed on both to different values is a conflict.
 
 Equality is of JSON type and value: ``True``, ``1`` and ``1.0`` differ, and so do ``0.0`` and ``-0.0``.
@@ -13,7 +24,8 @@ A conflict raises `MergeConflict`, unless `prefer` says whose value to take. A p
 own way: ``sum`` adds both changes, ``max`` keeps the greater, ``mine`` and ``theirs`` take that side.
 
 The laws (tested as properties): ``merge(b, m, b) == m``; ``merge(b, b, t) == t``; edits that do not overlap commute,
-but for the order of two appended blocks; nothing that a side added is lost; nothing that a side removed comes back.
+but for the order of two appended blocks; nothing that a side added is lost or doubled; nothing that a side removed
+comes back; no text comes under another item's ``role``.
 """
 
 from __future__ import annotations
@@ -21,13 +33,14 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import count
+from itertools import count, pairwise, takewhile
+from operator import eq, is_
 from typing import Any, Final, Literal, get_args
 
 from persist.errors import MergeConflict, ValuePath, WrongType
-from persist.json_codec import same
+from persist.json_codec import canonical, same
 
 Policy = Literal["sum", "max", "mine", "theirs"]
 Preference = Literal["error", "mine", "theirs"]
@@ -146,170 +159,166 @@ class _Merger:
         return merged
 
     def array(self, path: ValuePath, b: Any, m: list[Any], t: list[Any]) -> list[Any]:
-        """Item by item; a contradiction that no preference settles is a conflict about the array as a whole."""
-        base = [] if b is MISSING else b
-        lead = same_objects(base, m, t)
-        mine, theirs = _Edits(base[lead:], m[lead:]), _Edits(base[lead:], t[lead:])
+        """Item by item: first the versions of each id, then the order of all items."""
+        lists = ([] if b is MISSING else b), m, t
+        lead = same_objects(*lists)
+        rests = [items[lead:] for items in lists]
+        labels = _labels(*rests, before=m[:lead])
+        was, ours, others = (dict(zip(names, items, strict=True)) for names, items in zip(labels, rests, strict=True))
+        # A conflict names the item's place in mine if it has one, because that is where the caller finds it.
+        places = {name: at for names in (labels[2], labels[0], labels[1]) for name, at in zip(names, count(lead))}
+        items = was | ours | others
+        for name in items:
+            versions = was.get(name, MISSING), ours.get(name, MISSING), others.get(name, MISSING)
+            if type(name) is not bytes and not versions[0] is versions[1] is versions[2]:
+                items[name] = self.item((*path, places[name]), *versions)
+                if MISSING in versions and items[name] is not MISSING:
+                    # An edit that stands against a removal counts as an addition.
+                    was.pop(name, None)
+        labels[0] = [name for name in labels[0] if name in was]
         try:
-            self.settle_twins(mine, theirs)
-            merged = base[:lead] + self.items(path, lead, base[lead:], mine, theirs)
-            _refuse_miscounted(merged, base, m, t, mine.new + theirs.new)
+            return m[:lead] + [items[name] for name in _merge_labels(*labels, prefer=self.prefer)]
         except _Clash as clash:
             # Never one side's whole array, whatever is preferred: it lacks what the other has added.
             raise MergeConflict(path=path, reason=str(clash), base=b, mine=m, theirs=t) from None
-        return merged
 
-    def settle_twins(self, mine: _Edits, theirs: _Edits) -> None:
-        """Where both added an item under one id: its content, in their place."""
-        twins: dict[Any, Any] = {identity: item for item in theirs.all_added() if (identity := _identity(item))}
-        times = Counter(map(_identity, mine.all_added() + theirs.all_added()))
-        for item in mine.all_added():
-            twin = twins.get(_identity(item), item)
-            if same(item, twin):
-                continue
-            if self.prefer == "error" or times[_identity(item)] > 2:
-                raise _Clash("one id, two contents")
-            if self.prefer == "mine":
-                theirs.added = [[item if each is twin else each for each in items] for items in theirs.added]
-
-    def items(self, path: ValuePath, lead: int, base: list[Any], mine: _Edits, theirs: _Edits) -> list[Any]:
-        """Walk along the base: what was added before each item, theirs first, then the item as both sides left it.
-
-        So many items as `lead` says come before the base, on both sides.
-        """
-        twins = {identity for item in theirs.all_added() if (identity := _identity(item))}
-        merged: list[Any] = []
-        for gap in range(len(base) + 1):
-            merged += theirs.added[gap]
-            merged += [item for item in self.added_beside(mine, theirs, gap) if _identity(item) not in twins]
-            if gap < len(base):
-                item = self.value((*path, lead + gap), base[gap], mine.kept[gap], theirs.kept[gap])
-                if item is not MISSING:
-                    merged.append(item)
-        return merged
-
-    def added_beside(self, mine: _Edits, theirs: _Edits, gap: int) -> list[Any]:
-        """Return the items that mine adds at a gap, none if both sides replaced the same items by equal ones."""
-        ours, others = mine.added[gap], theirs.added[gap]
-        if not ((ours and theirs.removed_beside(gap)) or (others and mine.removed_beside(gap))):
-            return ours
-        if same(ours, others) and mine.removed_beside(gap) and theirs.removed_beside(gap):
-            return []
-        if self.prefer == "error":
-            raise _Clash("one side added where the other removed")
-        return ours
-
-
-def same_objects(first: list[Any], *others: list[Any]) -> int:
-    """How many objects stand at the beginning of all lists: they need not be compared."""
-    lead = 0
-    for item, *rest in zip(first, *others, strict=False):
-        if any(other is not item for other in rest):
-            break
-        lead += 1
-    return lead
+    def item(self, path: ValuePath, b: Any, m: Any, t: Any) -> Any:
+        """An item that has an id. Two new ones are never mixed, because neither side has seen the other's."""
+        if b is MISSING and MISSING not in (m, t) and not same(m, t):
+            return self.conflict(path, "one id, two contents", b, m, t)
+        return self.value(path, b, m, t)
 
 
 class _Clash(Exception):
     """The two sides' edits of one array contradict each other."""
 
 
-class _Edits:
-    """The edits of one side of an array: `kept[i]` is its version of base item i (or MISSING), `added[i]` what it put
-    before i.
+#: What an item is compared by: its id, or its JSON as bytes.
+Label = str | int | bytes
+
+
+def same_objects(first: list[Any], *others: list[Any]) -> int:
+    """How many objects stand at the beginning of all lists: they need not be compared."""
+    return min(sum(takewhile(bool, map(is_, first, other))) for other in others)
+
+
+def label(item: Any) -> Label:
+    """Return what an item is compared by: its id, or else its JSON."""
+    own = _id(item)
+    return canonical(item) if own is None else own
+
+
+def _id(item: Any) -> str | int | None:
+    own = item.get("id") if type(item) is dict else None
+    return own if type(own) in (str, int) else None
+
+
+def _labels(*lists: list[Any], before: Iterable[Any] = ()) -> list[list[Label]]:
+    """Label the items of arrays. An id counts only if no array has it twice and the role agrees in all of them.
+
+    Args:
+        before: items that stand in front of each array.
     """
-
-    def __init__(self, base: list[Any], side: list[Any]) -> None:
-        self.kept: list[Any] = [MISSING] * len(base)
-        self.added: list[list[Any]] = [[] for _ in range(len(base) + 1)]
-        #: The items that stand at a new place. A moved item is among them.
-        self.new: list[Any] = []
-        b = s = 0
-        for i, j in [*align(base, side), (len(base), len(side))]:
-            old, new = base[b:i], side[s:j]
-            # Equally many items without an id are edits of one another, else removed and added.
-            if len(old) == len(new) and not any(map(_identity, old + new)):
-                self.kept[b:i] = new
-            else:
-                self.added[i] += new
-            self.new += new
-            if i < len(base):
-                self.kept[i] = side[j]
-            b, s = i + 1, j + 1
-
-    def all_added(self) -> list[Any]:
-        return [item for items in self.added for item in items]
-
-    def removed_beside(self, gap: int) -> bool:
-        return any(kept is MISSING for kept in self.kept[max(gap - 1, 0) : gap + 1])
+    objects = {id(item): item for items in lists for item in items}
+    known = {key: label(item) for key, item in objects.items()}
+    labels = [[known[id(item)] for item in items] for items in lists]
+    in_front = set(map(_id, before))
+    doubtful = {name for names in labels for name, n in Counter(names).items() if n > 1 or name in in_front}
+    roles: dict[Label, Any] = {}
+    for key, item in objects.items():
+        if type(name := known[key]) is not bytes:
+            role = item.get("role", MISSING)
+            if not same(role, roles.setdefault(name, role)):
+                doubtful.add(name)
+    return [
+        [canonical(item) if name in doubtful else name for name, item in zip(names, items, strict=True)]
+        for names, items in zip(labels, lists, strict=True)
+    ]
 
 
-def _identity(item: Any) -> tuple[str, type, Any] | None:
-    """An item's own id, or None. The type keeps ``1`` and ``"1"`` apart, the word an item's id from a bare value."""
-    if type(item) is dict:
-        own = item.get("id")
-        if type(own) in (str, int):
-            return "id", type(own), own
-    return None
-
-
-def _refuse_miscounted(merged: list[Any], b: list[Any], m: list[Any], t: list[Any], added: list[Any]) -> None:
-    """A moved item reads as removed here and added there: moved twice it would double, moved and removed it would
-    return.
-    """
-    before = Counter(map(_key, b))
-    moved = {key for key in map(_key, added) if key in before}
-    if not moved:
-        return
-    now, mine, theirs = (Counter(map(_key, items)) for items in (merged, m, t))
-    for key in moved:
-        if now[key] != max(mine[key] + theirs[key] - before[key], 0) and not now[key] == mine[key] == theirs[key]:
+def _merge_labels(base: list[Label], mine: list[Label], theirs: list[Label], *, prefer: Preference) -> list[Label]:
+    """Merge the runs between the items that both sides keep, and count every item at last."""
+    lead, tail = _ends(mine, theirs)
+    rests = {*mine[lead : len(mine) - tail], *theirs[lead : len(theirs) - tail]}
+    kept = []
+    # If both sides made the same of the whole base and then added, all is one run: equal items could match wrongly.
+    if lead + tail < len(base) or not rests.isdisjoint(base):
+        in_mine, in_theirs = dict(align(base, mine)), dict(align(base, theirs))
+        kept = [(i, j, in_theirs[i]) for i, j in in_mine.items() if i in in_theirs]
+    merged: list[Label] = []
+    before, ours, others, now = (Counter[Label]() for _ in range(4))
+    for (i, j, k), (p, q, r) in pairwise([(-1, -1, -1), *kept, (len(base), len(mine), len(theirs))]):
+        run = base[i + 1 : p], mine[j + 1 : q], theirs[k + 1 : r]
+        if any(run):
+            for name in _merge_run(*run, prefer):
+                # An item that has an id stands once, at the first place that a side gave it.
+                if type(name) is bytes or name not in now:
+                    merged.append(name)
+                    now[name] += 1
+            for counts, names in zip((before, ours, others), run, strict=True):
+                counts.update(names)
+        merged += base[p : p + 1]
+    for name in before | ours | others:
+        changes = ours[name] - before[name], others[name] - before[name]
+        both = max(sum(changes), -before[name])
+        # Two additions may be the same one, and so may two removals. An addition and a removal both count.
+        least = both if min(changes) < 0 < max(changes) else max(changes, key=abs)
+        if not min(least, both) <= now[name] - before[name] <= max(least, both):
             raise _Clash("one side moved what the other moved or removed")
+    return merged
 
 
-def align(base: list[Any], side: list[Any]) -> list[tuple[int, int]]:
-    """Match the items of two arrays: pairs of positions, rising in both.
+def _merge_run(base: list[Label], mine: list[Label], theirs: list[Label], prefer: Preference) -> list[Label]:
+    """Merge what stands between two items that both sides keep."""
+    if mine == base:
+        return theirs
+    if theirs in (base, mine):
+        return mine
+    # Both put the same in the place of the base. What only one of them added follows, theirs first.
+    lead, tail = _ends(mine, theirs)
+    if lead + tail >= len(base):
+        return theirs[: len(theirs) - tail] + mine[lead:]
+    # One put as many items in the place of the base, and the other only added around it.
+    for side, other in ((mine, theirs), (theirs, mine)):
+        for at in range(len(other) - len(base) + 1):
+            if len(side) == len(base) and other[at : at + len(base)] == base:
+                return other[:at] + side + other[at + len(base) :]
+    side, other = (mine, theirs) if prefer == "mine" else (theirs, mine)
+    was, one, two = Counter(base), Counter(side), Counter(other)
+    if prefer == "error" and not one | two <= was:
+        raise _Clash("one side added where the other removed")
+    left, added = one - ((was & one) - two), two - (was | one)
+    return [
+        name for names, counts in ((side, left), (other, added)) for name, n in _numbered(names) if n < counts[name]
+    ]
 
-    Equal beginnings and ends first (nearly every change is an append), then the longest rising run of items that both
-    sides have. The n-th occurrence of a key matches the n-th only, so keys are unique and the run is found in
+
+def _ends(one: Sequence[Label], other: Sequence[Label]) -> tuple[int, int]:
+    """Count the items that two lists share at the beginning, and those at the end of their rests."""
+    lead = sum(takewhile(bool, map(eq, one, other)))
+    return lead, sum(takewhile(bool, map(eq, reversed(one[lead:]), reversed(other[lead:]))))
+
+
+def align(base: Sequence[Label], side: Sequence[Label]) -> list[tuple[int, int]]:
+    """Match the labels of two arrays: pairs of positions, rising in both.
+
+    Equal beginnings and ends first (nearly every change is an append), then the longest rising run of labels that both
+    sides have. The n-th occurrence of a label matches the n-th only, so labels are unique and the run is found in
     O(n log n); a general diff takes quadratic time on repeated items.
     """
-    low, end = 0, min(len(base), len(side))
-    while low < end and _matches(base[low], side[low]):
-        low += 1
-    tail = 0
-    while tail < end - low and _matches(base[-1 - tail], side[-1 - tail]):
-        tail += 1
-    places = {key: i for i, key in enumerate(_keyed(base[low : len(base) - tail]), low)}
-    common = [(places[key], j) for j, key in enumerate(_keyed(side[low : len(side) - tail]), low) if key in places]
+    lead, tail = _ends(base, side)
+    places = {name: i for i, name in enumerate(_numbered(base[lead : len(base) - tail]), lead)}
+    common = [
+        (places[name], j) for j, name in enumerate(_numbered(side[lead : len(side) - tail]), lead) if name in places
+    ]
     ends = [(len(base) - k, len(side) - k) for k in range(tail, 0, -1)]
-    return [(i, i) for i in range(low)] + _longest_rising(common) + ends
+    return [(i, i) for i in range(lead)] + _longest_rising(common) + ends
 
 
-def _matches(one: Any, other: Any) -> bool:
-    if one is other:
-        return True
-    identity = _identity(one)
-    return identity == _identity(other) if identity else same(one, other)
-
-
-def _keyed(items: list[Any]) -> list[tuple[Any, int]]:
-    """Each item's key, and how often it came before."""
-    seen: defaultdict[Any, Iterator[int]] = defaultdict(count)
-    return [(key, next(seen[key])) for key in map(_key, items)]
-
-
-def _key(item: Any) -> Any:
-    return _identity(item) or _frozen(item)
-
-
-def _frozen(value: Any) -> Any:
-    """A hashable form that is equal exactly where `same` is."""
-    if type(value) is dict:
-        return dict, frozenset((key, _frozen(item)) for key, item in value.items())
-    if type(value) is list:
-        return list, tuple(map(_frozen, value))
-    return type(value), repr(value) if type(value) is float else value
+def _numbered(labels: Sequence[Label]) -> list[tuple[Label, int]]:
+    """Return each label with the number of times that it came before."""
+    seen: defaultdict[Label, Iterator[int]] = defaultdict(count)
+    return [(name, next(seen[name])) for name in labels]
 
 
 def _longest_rising(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -330,5 +339,16 @@ def _longest_rising(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def count_removed(base: list[Any], side: Any) -> int:
-    """How many items of an array `side` no longer has; an edited item is not a removed one."""
-    return _Edits(base, side).kept.count(MISSING) if type(side) is list else len(base)
+    """Count the items of an array that `side` no longer has. An edited or moved one is still there."""
+    if type(side) is not list:
+        return len(base)
+    before, after = _labels(base, side)
+    gone = Counter(before) - Counter(after)
+    removed = i = j = 0
+    for p, q in [*align(before, after), (len(before), len(after))]:
+        old, new = before[i:p], after[j:q]
+        # Equally many items without an id are edits of one another.
+        if len(old) != len(new) or any(type(name) is not bytes for name in old + new):
+            removed += (gone & Counter(old)).total()
+        i, j = p + 1, q + 1
+    return removed

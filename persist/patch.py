@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from persist.json_codec import same
-from persist.merge import align, same_objects
+from persist.merge import align, label, same_objects
 
 
 def patch(target: dict[str, Any], known: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -73,10 +73,9 @@ class _Patch:
         # From the end to the front, so that the places before the one being changed stay valid.
         i, j = len(known), len(wanted)
         lead = same_objects(known, wanted)
-        for p, q in reversed(align(known, wanted)):
+        pairs = align(*(list(map(label, items[lead:])) for items in (known, wanted)))
+        for p, q in reversed([(lead + p, lead + q) for p, q in pairs]):
             target[p + 1 : i] = wanted[q + 1 : j]
-            if p < lead:
-                return
             target[p] = self.value(target[p], known[p], wanted[q])
             i, j = p, q
-        target[:i] = wanted[:j]
+        target[lead:i] = wanted[lead:j]

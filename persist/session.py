@@ -154,7 +154,8 @@ class Session:
         Args:
             touch: False keeps `updated_at`.
             on_conflict: whose value stands where both sides changed one place: ``"mine"``, ``"theirs"``, or
-                ``"error"``.
+                ``"error"``. Where one side removed an item beside which the other added one, both stand then. So do two
+                edits of an item that has no id of its own.
             timeout_s: how long to wait for the session's lock, in the place of the store's.
 
         Returns:

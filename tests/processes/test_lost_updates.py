@@ -102,3 +102,76 @@ def test_readers_see_only_whole_revisions_that_grow(store: persist.Store, actor:
     seen = reader.result()[1:]
     assert all(revision == length + 1 for revision, length in seen)
     assert seen == sorted(seen)
+
+
+STAMP = """
+def look():
+    global session
+    session = store.load('s-1')
+def stamp(n, content, prefer):
+    for message in session.data['messages']:
+        message['seen'] = n
+    session.data['messages'].append({'role': 'user', 'content': content})
+    session.save(on_conflict=prefer)
+"""
+ROUNDS = 70
+
+
+@pytest.mark.parametrize("prefer", ["error", "mine", "theirs"])
+def test_two_processes_stamp_the_same_messages_and_lose_none(
+    store: persist.Store, actor: ActorFactory, prefer: str
+) -> None:
+    """F1: both stamp all old messages alike, which have no ids, and each appends one: no conflict, nothing lost or
+    doubled, whatever is preferred.
+
+    Fails if what both changed alike is taken from both sides.
+    """
+    store.create("s-1", {"messages": [{"role": "user", "content": "Hello"}] * 3})
+    actors = {name: actor(lock_timeout_s=60.0) for name in "pq"}
+    for each in actors.values():
+        each.do(STAMP)
+    for n in range(ROUNDS):
+        for each in actors.values():
+            each.do("look()")
+        # Both have the same base now, and save at once.
+        for name, each in actors.items():
+            each.start(f"stamp({n}, '{name} {n}', {prefer!r})")
+        for each in actors.values():
+            each.result()
+    *old, one, other = store.load("s-1").data["messages"]
+    assert all(message["seen"] == ROUNDS - 1 for message in old)
+    contents = [message["content"] for message in (*old, one, other)]
+    assert contents[:3] == ["Hello"] * 3
+    assert sorted(contents[3:]) == sorted(f"{name} {n}" for name in actors for n in range(ROUNDS))
+
+
+REPLACE = "session.data['messages'][1:] = [{'role': 'user', 'content': 'And then?'}]"
+
+
+@pytest.mark.parametrize("prefer", ["mine", "theirs"])
+@pytest.mark.parametrize("replaces_first", [True, False])
+@pytest.mark.parametrize(
+    "other",
+    ["del session.data['messages'][1]", "session.data['messages'][1]['content'] += 'use'"],
+    ids=["drop", "edit"],
+)
+def test_prompt_in_the_place_of_a_partial_is_kept(
+    store: persist.Store, actor: ActorFactory, other: str, replaces_first: bool, prefer: str
+) -> None:
+    """F1: one process drops the partial and adds a prompt, another one drops or edits the partial.
+
+    The prompt is there under its own role, and so is what was edited. Fails if a preference takes one side's list, or
+    if items without ids merge by position.
+    """
+    question, partial = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Beca"}
+    store.create("s-1", {"messages": [question, partial]})
+    edits = [REPLACE, other] if replaces_first else [other, REPLACE]
+    actors = [actor() for _ in edits]
+    for each in actors:
+        each.do("session = store.load('s-1')")
+    for each, edit in zip(actors, edits, strict=True):
+        each.do(f"{edit}\nsession.save(on_conflict={prefer!r})")
+    first, *rest = store.load("s-1").data["messages"]
+    assert first == question
+    edited = [] if other.startswith("del") else [{"role": "assistant", "content": "Because"}]
+    assert sorted(rest, key=str) == sorted([*edited, {"role": "user", "content": "And then?"}], key=str)

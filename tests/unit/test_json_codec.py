@@ -357,6 +357,25 @@ def test_same_tells_values_as_their_json_does(one: Any, other: Any) -> None:
     assert json_codec.same(one, ordered(one))
 
 
+@given(values, values)
+@example(1, True)
+@example(0.0, -0.0)
+@example("\ud83d", "\\ud83d")
+@example({"a": "\ud800", "b": 1}, {"b": 1, "a": "\ud800"})
+@example(["\ud83d\ude00", "\ud800"], ["\U0001f600", "\ud800"])
+def test_values_have_one_canonical_text_exactly_if_they_are_the_same(one: Any, other: Any) -> None:
+    """Types, signs and lone surrogates are kept apart. The order of keys does not count."""
+
+    def turned(value: Any) -> Any:
+        if type(value) is dict:
+            return {key: turned(item) for key, item in reversed(value.items())}
+        return list(map(turned, value)) if type(value) is list else value
+
+    canonical = json_codec.canonical
+    assert (canonical(one) == canonical(other)) is json_codec.same(one, other)
+    assert canonical(turned(one)) == canonical(one)
+
+
 # --- files that no checksum vouches for -------------------------------------------------------------------------------
 
 TWICE = "a key stands twice"
