@@ -457,6 +457,9 @@ def _last_of(records: list[Record], base: document.Ending | None, name: str, lim
     Args:
         base: the document, if the records are all that follow it.
     """
+    if not records and base is None:
+        # One record is longer than what was read.
+        return None
     changes = [change for record in records for change in record.changes if change.name == name]
     counts = records[-1].counts if records else base.head.counts if base else {}
     # What is known of the list: the last items. Before them stand so many of the old ones.

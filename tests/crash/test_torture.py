@@ -34,6 +34,23 @@ NOT_IDEMPOTENT = (
     "if place is None:\n                fresh.append",
     "if True:\n                fresh.append",
 )
+ONE_BY_ONE = (
+    "store.py",
+    "        own = _checked_items(field, items)\n",
+    "        own = _checked_items(field, items)\n"
+    "        for each in own[:-1]:\n"
+    "            self.append(session_id, field, each, key=key, create=create)\n",
+)
+# What stands apart in a commit of its own, before the fields.
+COMMIT_IN_TWO = (
+    "working_copy.py",
+    "        return self._tx.commit(header, content, changes)\n",
+    "        self._tx.commit(header, Content(self._content.fields, content.apart), changes)\n"
+    "        return self._tx.commit(header.next(), content, ())\n",
+)
+ANY_VERSION = ("store.py", "            if if_version is not None:\n", "            if False:\n")
+CREATES_ANEW = ("working_copy.py", "        if create and not tx.exists():\n", "        if create:\n")
+NOT_ONCE = ("streams.py", "                _refuse_answered(tx, copy, prompt)\n", "                pass\n")
 IN_PLACE = (
     "storage/commit.py",
     "            disk.replace(paths.temp, paths.document)\n",
@@ -115,6 +132,13 @@ def test_nothing_acknowledged_is_lost_torn_or_doubled_by_kills(
         pytest.param(NO_LOCK, 150, {"lost", "torn", "raised"}, id="no-lock"),
         pytest.param(NOT_WRITTEN, 150, {"lost"}, id="acknowledged-and-not-written"),
         pytest.param(NOT_IDEMPOTENT, 150, {"doubled"}, id="append-is-not-idempotent"),
+        pytest.param(ONE_BY_ONE, 150, {"torn"}, id="pair-in-two-commits"),
+        # Lost is a visit whose message is there.
+        pytest.param(COMMIT_IN_TWO, 150, {"torn", "lost"}, id="transaction-in-two-commits"),
+        pytest.param(ANY_VERSION, 150, {"lost"}, id="delete-of-any-version"),
+        pytest.param(CREATES_ANEW, 150, {"lost"}, id="create-where-a-session-is"),
+        # Raised by the client that was to be told the answer. Lost is what the second start writes over.
+        pytest.param(NOT_ONCE, 300, {"raised", "lost", "torn"}, id="answered-prompt-is-started-again"),
         # Raised by the reader of a half.
         pytest.param(IN_PLACE, 150, {"torn", "raised"}, id="written-in-place"),
         pytest.param(TEMPS_OF_THEIR_OWN, 40, {"stray"}, id="temps-that-nobody-removes"),

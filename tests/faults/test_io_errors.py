@@ -29,6 +29,7 @@ from persist.storage.cache import Cache
 
 M1 = {"id": "m1", "role": "user", "content": "Why?"}
 M2 = {"id": "m2", "role": "assistant", "content": "So."}
+M3 = {"id": "m3", "role": "user", "content": "Hm."}
 DATA: dict[str, Any] = {"title": "New chat", "messages": [M1]}
 PROMPT = {"id": "p", "role": "user", "content": "And then?"}
 ANSWER = {"id": "a", "role": "assistant", "content": "Then this."}
@@ -183,6 +184,85 @@ def append_again(scene: Scene) -> Run:
 
 
 @operation()
+def append_that_creates(scene: Scene) -> Run:
+    return lambda: scene.store.append("new", "messages", M2, create=True)
+
+
+@operation()
+def extend(scene: Scene) -> Run:
+    return lambda: scene.store.extend("s", "messages", [M2, M3])
+
+
+@operation()
+def extend_again(scene: Scene) -> Run:
+    scene.store.extend("s", "messages", [M2, M3])
+    return lambda: scene.store.extend("s", "messages", [M2, M3])
+
+
+@operation()
+def extend_half_of_it_again(scene: Scene) -> Run:
+    return lambda: scene.store.extend("s", "messages", [M1, M2])
+
+
+@operation()
+def extend_that_creates(scene: Scene) -> Run:
+    return lambda: scene.store.extend("new", "messages", [M1, M2], create=True)
+
+
+@operation()
+def transaction_of_several_changes(scene: Scene) -> Run:
+    version = scene.store.head("s").version
+
+    def run() -> str | None:
+        with scene.store.transaction("s", if_version=version, touch=False) as tx:
+            tx.list("messages").extend([M2, M3])
+            del tx.list("messages")[0]
+            tx.list("log").append("x" * 5000)
+            tx.fields["n"] = 5
+            del tx.fields["title"]
+        return tx.version
+
+    return run
+
+
+@operation()
+def transaction_of_nothing(scene: Scene) -> Run:
+    def run() -> str | None:
+        with scene.store.transaction("s") as tx:
+            assert len(tx.list("messages")) == 1
+        return tx.version
+
+    return run
+
+
+@operation()
+def transaction_that_creates(scene: Scene) -> Run:
+    def run() -> str | None:
+        with scene.store.transaction("new", create=True) as tx:
+            tx.fields["title"] = "File locks"
+            tx.list("messages").append(M1)
+        return tx.version
+
+    return run
+
+
+@operation()
+def delete_in_a_transaction(scene: Scene) -> Run:
+    def run() -> None:
+        with scene.store.transaction("s") as tx:
+            tx.list("messages").append(M2)
+            tx.delete()
+
+    return run
+
+
+@operation()
+def delete_of_a_version(scene: Scene) -> Run:
+    version = scene.store.head("s").version
+    return lambda: scene.store.delete("s", if_version=version)
+
+
+@operation()
 def delete(scene: Scene) -> Run:
     return lambda: scene.store.delete("s")
 
@@ -246,6 +326,65 @@ def start_over_a_stale_stream(scene: Scene) -> Run:
 
 
 @operation()
+def start_that_creates(scene: Scene) -> Run:
+    options: dict[str, Any] = {"stream_id": "t2", "fields": {"model": "m"}, "create": True, "once": True}
+    return lambda: scene.held.append(scene.store.start_stream("new", PROMPT, **options))
+
+
+@operation()
+def start_once_with_fields(scene: Scene) -> Run:
+    options: dict[str, Any] = {"stream_id": "t2", "fields": {"title": "File locks"}, "once": True}
+    return lambda: scene.held.append(scene.store.start_stream("s", PROMPT, **options))
+
+
+@operation()
+def start_once_of_what_a_stale_stream_has_asked(scene: Scene) -> Run:
+    scene.stale()
+    options: dict[str, Any] = {"stream_id": "t2", "fields": {"title": "File locks"}, "once": True}
+    return lambda: scene.held.append(scene.store.start_stream("s", PROMPT, **options))
+
+
+def start_again(scene: Scene) -> object:
+    """What is told of a prompt that runs, or is answered."""
+    try:
+        scene.held.append(scene.store.start_stream("s", PROMPT, stream_id="t2", once=True))
+    except persist.AlreadyStarted as told:
+        return told.stream_id, told.answer
+    return None
+
+
+@operation()
+def start_once_of_what_runs(scene: Scene) -> Run:
+    scene.stream()
+    return lambda: start_again(scene)
+
+
+@operation()
+def start_once_of_what_is_answered(scene: Scene) -> Run:
+    scene.stream().finish(ANSWER)
+    return lambda: start_again(scene)
+
+
+@operation()
+def stream_transaction(scene: Scene) -> Run:
+    stream = scene.stream()
+
+    def run() -> str | None:
+        with stream.transaction() as tx:
+            tx.list("messages").extend([M2, M3])
+            tx.fields["title"] = "File locks"
+        return tx.version
+
+    return run
+
+
+@operation()
+def stream_update_of_nothing(scene: Scene) -> Run:
+    stream = scene.stream()
+    return lambda: stream.update(lambda tx: len(tx.list("messages")))
+
+
+@operation()
 def checkpoint(scene: Scene) -> Run:
     stream = scene.stream()
     return lambda: stream.checkpoint(ANSWER)
@@ -261,6 +400,12 @@ def stream_append(scene: Scene) -> Run:
 def finish(scene: Scene) -> Run:
     stream = scene.stream()
     return lambda: stream.finish(ANSWER)
+
+
+@operation()
+def finish_with_fields(scene: Scene) -> Run:
+    stream = scene.stream()
+    return lambda: stream.finish(ANSWER, fields={"title": "File locks", "tokens": 5})
 
 
 @operation()
@@ -330,6 +475,24 @@ def head(scene: Scene) -> Run:
     return lambda: scene.store.head("s").fields
 
 
+@operation(is_look=True, is_partial=True)
+def heads(scene: Scene) -> Run:
+    scene.store.create("r", DATA)
+    return lambda: [(found.id, dict(found.fields), found.counts) for found in scene.store.heads()]
+
+
+@operation(is_look=True)
+def tail(scene: Scene) -> Run:
+    scene.store.append("s", "messages", M2)
+    return lambda: scene.store.tail("s", limit=1)
+
+
+@operation(is_look=True)
+def tail_of_a_long_list(scene: Scene) -> Run:
+    scene.store.extend("s", "messages", [M2 | {"id": f"n{number}", "content": "x" * 400} for number in range(90)])
+    return lambda: scene.store.tail("s", limit=60)
+
+
 @operation(is_look=True)
 def exists(scene: Scene) -> Run:
     return lambda: scene.store.exists("s")
@@ -388,15 +551,24 @@ def in_other_ways() -> Iterator[Operation]:
     for name in (
         "append",
         "append_again",
+        "extend",
+        "extend_again",
         "save",
         "transaction",
+        "transaction_of_several_changes",
         "start_stream",
+        "start_once_of_what_is_answered",
+        "stream_transaction",
         "finish",
+        "tail",
         "compact",
         "clear_stale_stream",
     ):
         yield whole[name].but("journaled, of a new process", mode=ALWAYS, is_cold=True)
-    for name in ("append", "save", "start_over_a_stale_stream", "checkpoint", "finish", "clear_stale_streams"):
+    for name in (
+        *("append", "extend", "transaction_of_several_changes", "save", "start_over_a_stale_stream"),
+        *("stream_transaction", "checkpoint", "finish", "finish_with_fields", "clear_stale_streams"),
+    ):
         yield whole[name].but("folding", mode=FOLDING)
     for name in ("append", "save"):
         yield whole[name].but("entering", mode=ALWAYS, made=NEVER)
@@ -440,6 +612,9 @@ class Ends:
     result: object
 
 
+A_VERSION = "the version of a session"
+
+
 @cache
 def ends_of(operation: Operation) -> Ends:
     """What the operation does where nothing fails."""
@@ -448,13 +623,15 @@ def ends_of(operation: Operation) -> Ends:
         old = view(scene.store)
         result = run()
         ends = Ends(old, view(scene.store), told(scene.store, result))
+        assert type(ends.result) is not str or ends.result == A_VERSION
         scene.close()
     return ends
 
 
 def told(store: persist.Store, result: object) -> object:
-    """What an operation has returned. Versions differ from run to run: one is right if it is that on the disk."""
-    return store.head("s").version == result if type(result) is str else result
+    """What an operation has returned. Versions differ from run to run: one is right if it is on the disk."""
+    found = {head.version for head in store.heads()}
+    return (A_VERSION if result in found else "a version of nothing") if type(result) is str else result
 
 
 def staged(operation: Operation, directory: Path) -> tuple[Scene, Run]:
@@ -687,6 +864,13 @@ FILLING = (
     "accept_that_drops_a_journal, journaled",
     "start_stream, journaled",
     "finish, folding",
+    "extend, journaled",
+    "extend_that_creates",
+    "transaction_of_several_changes",
+    "transaction_of_several_changes, journaled",
+    "start_that_creates, journaled",
+    "stream_transaction, journaled",
+    "finish_with_fields, folding",
 )
 
 

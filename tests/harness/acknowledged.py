@@ -9,6 +9,7 @@ that was begun: nothing else. The stream of an author that is dead may have been
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -28,6 +29,10 @@ Message = tuple[str, str]
 
 PROMPT, ANSWER, VISIT = ".prompt", ".answer", ".visit"
 """How ids end: of a stream's two messages, and of a message that was committed together with a visit."""
+FIRST, SECOND = ".first", ".second"
+"""How the ids of a pair end, which is committed at once, one behind the other."""
+NOTE = "note of "
+"""How the fields begin that authors set with their other changes. The author's name follows."""
 _PENDING: Document = {"pending_user_message": None, "pending_attachments": [], "pending_started_at": None}
 
 
@@ -43,13 +48,15 @@ class Shown(NamedTuple):
     """What a session has of one author.
 
     `messages` are in the session's order, `title` is the one that this author has given it, `stream` is what runs there
-    (its id and its prompt), and `mark` is what this author has set in the head.
+    (its id and its prompt), `mark` is what this author has set in the head, and `note` is what it has set there with
+    another change.
     """
 
     messages: tuple[Kept, ...] = ()
     title: str | None = None
     stream: Message | None = None
     mark: str | None = None
+    note: str | None = None
 
 
 State = Shown | None
@@ -63,7 +70,7 @@ class Change(NamedTuple):
     (ahead of the message with the id `ahead_of`, if it is there), "put" (in the place of the message with this id, or
     at the end), "start" (a stream, with this prompt), "finish" (the stream, with this answer), "fail" (the stream),
     "rename" (the session, to this title), "mark" (the session's head, with this title), "keep" (nothing changes) or
-    "delete".
+    "delete". Each may set a `note`, too.
     """
 
     kind: str
@@ -71,6 +78,7 @@ class Change(NamedTuple):
     messages: tuple[Message, ...] = ()
     ahead_of: str = ""
     title: str | None = None
+    note: str | None = None
 
 
 def after(state: State, change: Change) -> State:
@@ -78,7 +86,7 @@ def after(state: State, change: Change) -> State:
     if change.kind == "delete":
         return None
     shown = state or Shown()
-    shown = shown._replace(messages=_with(shown.messages, change))
+    shown = shown._replace(messages=_with(shown.messages, change), note=change.note or shown.note)
     match change.kind:
         case "create" | "rename":
             return shown._replace(title=change.title)
@@ -292,6 +300,7 @@ class Ledger:
         twice = [each for each, count in Counter(ids).items() if count > 1]
         if twice:
             figures.found("doubled", f"{session_id}: {twice}", len(twice))
+        _compare_pairs(ids, session_id, figures)
         missing = sum(each.endswith(VISIT) for each in ids) - document.get("visits", 0)
         if missing != self._visits_missing[session_id]:
             self._visits_missing[session_id] = missing
@@ -307,6 +316,15 @@ class Ledger:
     def _pending_in(self, session_id: str, author: str) -> Change | None:
         change = self._pending.get(author)
         return change if change is not None and change.session_id == session_id else None
+
+
+def _compare_pairs(ids: list[str], session_id: str, figures: Figures) -> None:
+    """A pair is never split: neither by a kill, nor by what others commit."""
+    for one, two in itertools.pairwise([None, *ids, None]):
+        wanted = one.removesuffix(FIRST) + SECOND if one is not None and one.endswith(FIRST) else None
+        found = two if two is not None and two.endswith(SECOND) else None
+        if found != wanted:
+            figures.found("torn", f"{session_id}: a pair is split: {one}, {two}")
 
 
 def _events(stream_id: str, count: int) -> list[tuple[int, str]]:
@@ -334,6 +352,9 @@ def shown_by_author(document: Document) -> dict[str, Shown]:
         found[maker] = found.get(maker, Shown())._replace(title=title)
     for author, mark in document.get("marks", {}).items():
         found[author] = found.get(author, Shown())._replace(mark=mark)
+    for name in (each for each in document if each.startswith(NOTE)):
+        author = name.removeprefix(NOTE)
+        found[author] = found.get(author, Shown())._replace(note=document[name])
     if stream_id := document.get("active_stream_id"):
         owner = author_of(stream_id)
         found[owner] = found.get(owner, Shown())._replace(stream=(stream_id, str(document.get("pending_user_message"))))
@@ -356,7 +377,7 @@ def _name_fault(figures: Figures, where: str, allowed: list[State], found: State
 
 
 def _fields(shown: Shown) -> list[tuple[str, object]]:
-    return [("title", shown.title), ("stream", shown.stream), ("mark", shown.mark)]
+    return [("title", shown.title), ("stream", shown.stream), ("mark", shown.mark), ("note", shown.note)]
 
 
 def _values(states: list[State], name: str) -> list[object]:
@@ -405,8 +426,9 @@ def _try_again(store: persist.Store, session_id: str) -> None:
         store.update(session_id, _mark_as_settled)
         store.compact(session_id)
     else:
-        store.create(session_id)
-        store.delete(session_id)
+        with store.transaction(session_id, create=True) as tx:
+            tx.list("messages").append({"id": "settled"})
+        store.delete(session_id, if_version=tx.version)
 
 
 def _mark_as_settled(tx: persist.Transaction) -> None:

@@ -23,7 +23,21 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import persist
-from harness.acknowledged import ANSWER, PROMPT, VISIT, Change, Document, Figures, Ledger, Message, title_of, titled
+from harness.acknowledged import (
+    ANSWER,
+    FIRST,
+    NOTE,
+    PROMPT,
+    SECOND,
+    VISIT,
+    Change,
+    Document,
+    Figures,
+    Ledger,
+    Message,
+    title_of,
+    titled,
+)
 from harness.journaling import LOAD_BYTES, Journaling
 
 LOCK_TIMEOUT_S = 30.0
@@ -78,7 +92,8 @@ class Author:
 
 
 def as_document(message: Message) -> Document:
-    return {"id": message[0], "role": "user", "content": message[1]}
+    """Of a role that neither asks nor answers, because a prompt's answer is looked for up to the next prompt."""
+    return {"id": message[0], "role": "tool", "content": message[1]}
 
 
 def visit(data: Document, message: Message) -> None:
@@ -91,8 +106,8 @@ def visit(data: Document, message: Message) -> None:
 
 
 def write(author: Author, shared: Sequence[str]) -> None:
-    """Append, save, edit, update and compact, on sessions that others write to."""
-    ways = (_append, _append_twice, _save, _edit, _update, _mark, _compact)
+    """Append, extend, save, edit, update and compact, on sessions that others write to."""
+    ways = (_append, _append_twice, _extend, _extend, _several, _several, _save, _edit, _update, _mark, _compact)
     while True:
         author.random.choice(ways)(author, author.random.choice(shared))
 
@@ -109,6 +124,32 @@ def _append_twice(author: Author, session_id: str) -> None:
     message = _append(author, session_id)
     with author.reporting(Change("keep", session_id)):
         author.store.append(session_id, "messages", as_document(message))
+
+
+def _pair(author: Author) -> tuple[Message, Message]:
+    name = author.new_id()
+    return (name + FIRST, f"{name} {author.words()}"), (name + SECOND, f"{name} {author.words()}")
+
+
+def _extend(author: Author, session_id: str) -> None:
+    """Both or neither. Half of the time as a client does that has not got its answer."""
+    pair, create = _pair(author), author.random.random() < 0.5
+    with author.reporting(Change("extend", session_id, pair)):
+        author.store.extend(session_id, "messages", [*map(as_document, pair)], create=create)
+    if author.random.random() < 0.5:
+        with author.reporting(Change("keep", session_id)):
+            author.store.extend(session_id, "messages", [*map(as_document, pair)])
+
+
+def _several(author: Author, session_id: str) -> None:
+    """A pair, a message with its visit, and a note: all or nothing."""
+    pair, message, note = _pair(author), author.message(VISIT), author.new_id()
+    create = author.random.random() < 0.5
+    with author.reporting(Change("add", session_id, (*pair, message), note=note)):
+        with author.store.transaction(session_id, create=create) as tx:
+            tx.list("messages").extend(map(as_document, (*pair, message)))
+            tx.fields["visits"] = tx.fields.get("visits", 0) + 1
+            tx.fields[NOTE + author.name] = note
 
 
 def _save(author: Author, session_id: str) -> None:
@@ -155,13 +196,21 @@ def own(author: Author, shared: Sequence[str]) -> None:
 def _turn(author: Author, session_id: str) -> None:
     stream_id = author.new_id()
     answer_id = stream_id + ANSWER
-    prompt = author.words()
-    with author.reporting(Change("start", session_id, ((stream_id + PROMPT, prompt),))):
-        stream = author.store.start_stream(session_id, {"role": "user", "content": prompt}, stream_id=stream_id)
+    prompt, note = author.words(), f"{stream_id} began"
+    asked = {"id": stream_id + PROMPT, "role": "user", "content": prompt}
+    with author.reporting(Change("start", session_id, ((stream_id + PROMPT, prompt),), note=note)):
+        stream = author.store.start_stream(
+            session_id, asked, stream_id=stream_id, once=True, fields={NOTE + author.name: note}
+        )
     with stream:
         for step in range(author.random.randrange(6)):
             _emit(author, stream)
-            if author.random.random() < 0.6:
+            way = author.random.random()
+            if way < 0.1:
+                _ask_again(author, session_id, asked, stream_id, None)
+            elif way < 0.3:
+                _several_in_turn(author, stream)
+            elif way < 0.7:
                 text = f"partial {step}"
                 with author.reporting(Change("put", session_id, ((answer_id, text),))):
                     stream.checkpoint({"role": "assistant", "content": text})
@@ -170,12 +219,44 @@ def _turn(author: Author, session_id: str) -> None:
                 with author.reporting(Change("insert", session_id, (message,), answer_id)):
                     stream.append(as_document(message))
         if author.random.random() < 0.8:
-            with author.reporting(Change("finish", session_id, ((answer_id, "whole"),))):
-                stream.finish({"role": "assistant", "content": "whole"})
+            note = f"{stream_id} ended"
+            with author.reporting(Change("finish", session_id, ((answer_id, "whole"),), note=note)):
+                stream.finish({"role": "assistant", "content": "whole"}, fields={NOTE + author.name: note})
+            _ask_again(author, session_id, asked, None, "whole")
         else:
             # Leaving its block is what ends it.
             with author.reporting(Change("fail", session_id)), stream:
                 pass
+
+
+def _ask_again(author: Author, session_id: str, asked: Document, runs: str | None, answer: str | None) -> None:
+    """As a client does that has not got its answer: nothing is started, and it is told what has become of the first."""
+    try:
+        with author.reporting(Change("keep", session_id)):
+            try:
+                author.store.start_stream(session_id, asked, once=True)
+            except persist.AlreadyStarted as told:
+                found = told.stream_id, told.answer and told.answer["content"]
+                assert found == (runs, answer), f"{asked['id']} was answered with {found}"
+            else:
+                raise AssertionError(f"{asked['id']} was started twice")
+    except persist.SessionBusy:
+        # Another stream has begun since.
+        assert runs is None, f"{asked['id']} runs, and another stream is said to run"
+
+
+def _several_in_turn(author: Author, stream: persist.Stream) -> None:
+    """A pair, a message with its visit, and a note, ahead of the partial answer: all or nothing."""
+    pair, message, note = _pair(author), author.message(VISIT), author.new_id()
+    answer_id = stream.id + ANSWER
+    with author.reporting(Change("insert", stream.session_id, (*pair, message), answer_id, note=note)):
+        with stream.transaction() as tx:
+            messages = tx.list("messages")
+            place = messages.place_of(answer_id)
+            for at, each in enumerate((*pair, message), len(messages) if place is None else place):
+                messages.insert(at, as_document(each))
+            tx.fields["visits"] = tx.fields.get("visits", 0) + 1
+            tx.fields[NOTE + author.name] = note
 
 
 def _emit(author: Author, stream: persist.Stream) -> None:
@@ -191,7 +272,11 @@ def garden(author: Author, _shared: Sequence[str]) -> None:
         session_id, copy_id = author.new_id(), author.new_id()
         first, title = author.message(), _title(author)
         with author.reporting(Change("create", session_id, (first,), title=title)):
-            author.store.create(session_id, titled({"messages": [as_document(first)]}, title))
+            if author.random.random() < 0.5:
+                author.store.create(session_id, titled({"messages": [as_document(first)]}, title))
+            else:
+                with author.store.transaction(session_id, create=True) as tx:
+                    titled(tx.data, title)["messages"] = [as_document(first)]
         second = _append(author, session_id)
         title = _rename(author, session_id)
         _compact(author, session_id)
@@ -199,8 +284,29 @@ def garden(author: Author, _shared: Sequence[str]) -> None:
             author.store.duplicate(session_id, copy_id)
         _append(author, copy_id)
         for each in (session_id, copy_id):
-            with author.reporting(Change("delete", each)):
-                author.store.delete(each)
+            _delete(author, each)
+        new_id, pair = author.new_id(), _pair(author)
+        with author.reporting(Change("create", new_id, pair)):
+            version = author.store.extend(new_id, "messages", [*map(as_document, pair)], create=True)
+        _extend(author, new_id)
+        with author.reporting(Change("keep", new_id)), suppress(persist.VersionMismatch):
+            author.store.delete(new_id, if_version=version)
+        _delete(author, new_id)
+
+
+def _delete(author: Author, session_id: str) -> None:
+    """In one of three ways. Nobody else has written to it since its version was looked at."""
+    version = author.store.head(session_id).version
+    with author.reporting(Change("delete", session_id)):
+        match author.random.randrange(3):
+            case 0:
+                author.store.delete(session_id)
+            case 1:
+                author.store.delete(session_id, if_version=version)
+            case _:
+                with author.store.transaction(session_id, if_version=version) as tx:
+                    tx.fields["title"] = "never to be seen"
+                    tx.delete()
 
 
 def _rename(author: Author, session_id: str) -> str:
@@ -240,7 +346,12 @@ def look(author: Author, shared: Sequence[str]) -> None:
 def _look_at(store: persist.Store, session_id: str, seen: int) -> int:
     """Revisions must never go back, and head and document of one revision are the same. Return the last revision."""
     before, heads = store.load(session_id), [store.head(session_id) for _ in range(HEADS_A_LOOK)]
+    [among_all], last = store.heads(prefix=session_id), store.tail(session_id, limit=3)
+    heads.append(among_all)
     after, head = store.load(session_id), heads[-1]
+    if before.revision == after.revision:
+        shown = before.data["messages"][-3:]
+        assert last == shown, f"{session_id} has another tail than it shows: {_ids(last)}, not {_ids(shown)}"
     revisions = [seen, before.revision, *(head.revision for head in heads), after.revision]
     assert revisions == sorted(revisions), f"revisions of {session_id} went back: {revisions}"
     for session in (before, after):
@@ -249,6 +360,10 @@ def _look_at(store: persist.Store, session_id: str, seen: int) -> int:
             f"{session_id} has another head than it shows"
         )
     return revisions[-1]
+
+
+def _ids(messages: list[Document]) -> list[str]:
+    return [message["id"] for message in messages]
 
 
 def _head_of(session: persist.Session) -> tuple[Document, dict[str, int]]:
@@ -362,9 +477,9 @@ class Crew:
 
     def _take_down(self, hand: Hand, kind: str, *record: Any) -> None:
         if kind == "begin":
-            change, session_id, messages, ahead_of, title = record
+            change, session_id, messages, *more = record
             messages = tuple((each[0], each[1]) for each in messages)
-            self._ledger.begin(hand.name, Change(change, session_id, messages, ahead_of, title))
+            self._ledger.begin(hand.name, Change(change, session_id, messages, *more))
             self._figures.begun += 1
         elif kind == "acknowledge":
             self._ledger.acknowledge(hand.name)

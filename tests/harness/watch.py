@@ -137,11 +137,11 @@ class Watch:
         return True
 
     def try_again(self, author: str, change: Change | None) -> None:
-        """Do once more, with the same item, an append whose outcome nobody knows: then it must be there, once."""
-        if change is None or change.kind != "append":
+        """Do once more, with the same items, an append whose outcome nobody knows: then they must be there, once."""
+        if change is None or change.kind not in ("append", "extend"):
             return
         try:
-            self.store.append(change.session_id, "messages", as_document(change.messages[0]))
+            self.store.extend(change.session_id, "messages", [*map(as_document, change.messages)])
             self.ledger.confirm(author, change)
         except FAULTS as error:
             self.figures.found("raised", f"an append, tried again: {error}")

@@ -195,6 +195,21 @@ def test_no_large_value_makes_another_one_dear(store: persist.Store) -> None:
         )
 
 
+@pytest.mark.parametrize("kibibytes", [1, 60, 300])
+def test_tail_behind_a_large_record_is_that_of_the_list(large: persist.Store, kibibytes: int) -> None:
+    """The last record may be larger than what a tail reads at first, and say nothing of the list.
+
+    Fails if the part of a record is taken for a journal in which nothing has happened.
+    """
+    large.append("s", "messages", small(0))
+    with large.transaction("s") as tx:
+        tx.fields["notes"] = "n" * 1024 * kibibytes
+    assert large.tail("s", limit=2) == [message(1999), small(0)]
+    large.append("s", "messages", small(1) | {"content": "c" * 1024 * kibibytes})
+    assert [each["id"] for each in large.tail("s", limit=3)] == ["m1999", "new-0", "new-1"]
+    assert large.tail("s", field="missing") == []
+
+
 def test_asking_whether_a_stream_was_cancelled_reads_a_head(large: persist.Store) -> None:
     """`is_cancelled` is asked for every token: it reads some KB of a megabyte."""
     with large.start_stream("s") as stream:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutation.catalogue.suites import JOURNAL, JOURNAL_DAMAGE
+from mutation.catalogue.suites import JOURNAL, JOURNAL_DAMAGE, REPLICA
 from mutation.edits import (
     Edit,
     condition,
@@ -81,6 +81,14 @@ MUTANTS = (
             "False",
         ),
         "tail_of_a_journal",
+    ),
+    Mutant(
+        "journal: the records that a tail has not read",
+        MODULE,
+        "_last_of",
+        condition("not records and base is None", "False"),
+        REPLICA,
+        "behind_a_large_record",
     ),
     _grammar(
         "the name in its opening",
