@@ -135,7 +135,7 @@ def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
                 mutex = _mutexes[path] = FifoMutex()
                 _kept.append(mutex)
         if not mutex.acquire(turn, timeout_s):
-            remedy = "leave that thread's transaction() or update() sooner: it must not wait for its other writers"
+            remedy = "leave that thread's transaction() or update() sooner: it must not wait for other writers"
             holder = f"this process (pid {pid}), thread {mutex.holder!r}"
             raise LockTimeout(**facts, holder=holder, waited_s=time.monotonic() - start, remedy=remedy)
         held = HeldFile(path)
