@@ -34,10 +34,12 @@ def require_limit(limit: object, *, may_be_none: bool = True) -> None:
         raise WrongType(what="limit", expected=expected, got=repr(limit))
 
 
-def require_key(key: object) -> None:
+def require_key(key: object, *, may_be_none: bool = True) -> None:
     """Raise `WrongType` for what is neither the name of a key nor None."""
-    if key is not None and not (type(key) is str and key and key.isprintable() and not {'"', "\\"} & {*key}):
-        expected = "the name of a key, without quotes and backslashes, or None"
+    if key is None and may_be_none:
+        return
+    if not (type(key) is str and key and key.isprintable() and not {'"', "\\"} & {*key}):
+        expected = "the name of a key, without quotes and backslashes" + (", or None" if may_be_none else "")
         raise WrongType(what="key", expected=expected, got=repr(key))
 
 

@@ -591,11 +591,17 @@ class Stream:
         """Hold the session's lock for a block, and give it a working copy, if the session is still this stream's."""
         if not self._lease.is_held:
             raise self._lost("it has ended, or this is a forked child")
+        is_inside = False
         try:
             with self._backend.files.transaction(self.session_id, timeout_s=timeout_s) as tx:
                 copy = WorkingCopy(tx.read(), tx)
-                yield tx, copy, self._require_ownership(copy.header, turn.active_stream(copy.fields))
+                owner = self._require_ownership(copy.header, turn.active_stream(copy.fields))
+                is_inside = True
+                yield tx, copy, owner
         except errors.SessionNotFound:
+            if is_inside:
+                # The caller's own block has looked for another session.
+                raise
             raise self._lost("the session was deleted") from None
 
     def _commit(self, copy: WorkingCopy, owner: StreamOwner, answer_id: Id | None) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, MutableMapping, MutableSequence
 from typing import Any, Self
 
 from persist import json_codec
+from persist.arguments import require_key
 from persist.errors import ReservedField, WrongType
 from persist.storage import diff
 from persist.storage.cache import Replica
@@ -360,6 +361,7 @@ class WorkingList(MutableSequence[Any]):
 
     def place_of(self, value: object, key: str = "id") -> int | None:
         """Return the place of the last item whose `key` has this value, or None."""
+        require_key(key, may_be_none=False)
         wanted = as_id(value)
         if wanted is None:
             return None

@@ -302,6 +302,9 @@ class SessionFiles(SessionDirectory):
                 # Somebody has sealed what is no JSON, and the verb has come to it.
                 raise mislabelled(self.layout.session(session_id).document, session_id) from None
             except MergeConflict as error:
+                if error.session_id:
+                    # The caller's own block has met it, maybe in another session.
+                    raise
                 # The pure functions that found it do not know the session.
                 raise error.in_session(session_id) from None
             finally:

@@ -98,6 +98,51 @@ def test_transaction_is_refused_after_its_block(use: Use, store: persist.Store) 
     assert store.head("s").revision == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        Oops(),
+        KeyError("k"),
+        OSError(5, "of the block"),
+        FileNotFoundError("of the block"),
+        TimeoutError("of the block"),
+        KeyboardInterrupt(),
+        persist.SessionNotFound(session_id="other", path=Path("other")),
+        persist.SessionNotFound(session_id="s", path=Path("elsewhere")),
+        persist.MergeConflict(session_id="other", path=("a",), reason="r", base=1, mine=2, theirs=3),
+        persist.SessionDeleted(session_id="other", path=Path("other")),
+        persist.StreamLost(session_id="other", stream_id="t", reason="r"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_error_of_a_block_comes_out_as_it_is(error: BaseException, store: persist.Store) -> None:
+    """Also one that a verb of another session has raised in it: it tells nothing about this one."""
+
+    def fail(tx: persist.Transaction) -> None:
+        tx.fields["n"] = 1
+        raise error
+
+    with store.start_stream("s", {"content": "?"}) as stream:
+        version = store.head("s").version
+        for update in (lambda use: store.update("s", use), stream.update):
+            with pytest.raises(type(error)) as caught:
+                update(fail)
+            assert caught.value is error
+        assert store.head("s").version == version
+        stream.finish()
+
+
+def test_conflict_of_another_session_is_named_as_that(store: persist.Store) -> None:
+    """A refresh takes no lock, so a block may do it."""
+    store.create("other", {"n": 0})
+    session = store.load("other")
+    session.data["n"] = 1
+    store.update("other", lambda tx: tx.fields.update(n=2))
+    with pytest.raises(persist.MergeConflict, match="Session 'other'") as caught:
+        store.update("s", lambda tx: session.refresh())
+    assert caught.value.session_id == "other"
+
+
 # --- what was handed out ----------------------------------------------------------------------------------------------
 
 
@@ -173,6 +218,28 @@ def test_missing_list_that_became_a_field_takes_no_change(store: persist.Store) 
         tx.fields["new"] = [1]
         items.append(2)
     assert store.load("s").data["new"] == [1, 2]
+
+
+@pytest.mark.parametrize("key", ['a"b', "a\\b", "a\nb", "\ud800", "", 5, None, ["x"], b"id", True], ids=repr)
+def test_key_that_items_cannot_be_found_by_is_refused(key: Any, store: persist.Store) -> None:
+    """The same keys as those of `extend`, whether there are items or not."""
+    for name in ("messages", "log", "none"):
+        with pytest.raises(persist.WrongType, match="must be the name of a key, without quotes and backslashes"):
+            store.update("s", lambda tx, name=name: tx.list(name).find("x", key))  # type: ignore[misc]
+
+
+def test_item_is_found_by_any_other_key(store: persist.Store) -> None:
+    """The last one of its value, to be changed in place."""
+    for key in ("é", "a'b", "a b", "1", "true"):
+        items = [{key: "v", "n": 1}, {key: "v", "n": 2}, {key: 1}, {"id": "v"}]
+        store.update("s", lambda tx, items=items: tx.fields.update(log=items))  # type: ignore[misc]
+        with store.transaction("s") as tx:
+            found = tx.list("log").find("v", key)
+            assert found == {key: "v", "n": 2}
+            assert tx.list("log").place_of(1, key) == 2
+            assert tx.list("log").find("1", key) is None
+            found["n"] = 3
+        assert store.load("s").data["log"][1] == {key: "v", "n": 3}
 
 
 # --- create -----------------------------------------------------------------------------------------------------------

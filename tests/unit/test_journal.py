@@ -166,11 +166,16 @@ def test_head_shows_what_the_whole_session_shows(journaled: persist.Store, seed:
     dice = random.Random(seed)
     stream: persist.Stream | None = None
     for number in range(40):
-        what = dice.choice(["append", "append", "large", "rename", "long", "stream", "drop", "save"])
+        what = dice.choice(["append", "append", "large", "cut", "rename", "long", "stream", "drop", "save"])
         if what == "append":
             append(journaled, number)
         elif what == "large":
             journaled.append("s", dice.choice(["messages", "log"]), "z" * dice.choice([5000, 25_000]))
+        elif what == "cut":
+            with journaled.transaction("s") as tx:
+                items = tx.list(dice.choice(["messages", "log"]))
+                place = dice.randrange(max(1, len(items)))
+                del items[place : place + 1]
         elif what == "rename":
             journaled.update("s", setting(f"t{number % 3}", number))
         elif what == "long":
