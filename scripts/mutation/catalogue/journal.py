@@ -77,7 +77,7 @@ MUTANTS = (
         "the look of a tail at what each record follows on",
         "Journal.last_items",
         condition(
-            "[record.after for record in records] != [*before, *(record.crc for record in records)][:len(records)]",
+            "[record.after for record in records] != [*before, *(record.crc for record in records)][:-1]",
             "False",
         ),
         "tail_of_a_journal",

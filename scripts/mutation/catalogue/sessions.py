@@ -123,7 +123,7 @@ MUTANTS = (
     _saved(
         "the unsaved edits of what a clear has changed",
         "Session._show_changes",
-        condition("{name: json_codec.encode_unchecked(part) for name, part in target.items()} != known", "False"),
+        condition("json_codec.encode_all_unchecked(live[change.at:stop]) != old", "False"),
         SHARED_SESSIONS,
         "beside_a_contradiction or keeps_unsaved",
     ),
