@@ -180,6 +180,13 @@ class _Awaited(Generic[Twin]):
 class Session(_Awaited[persist.Session]):
     """A session as it was loaded; `data` is a plain dict. See `persist.Session`."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The twin refuses what would be lost at the next save.
+        if name in ("_sync", "_threads"):
+            super().__setattr__(name, value)
+        else:
+            setattr(self._sync, name, value)
+
     id: str = _mirrored("id")
     data: dict[str, Any] = _mirrored("data")
     version: str = _mirrored("version")

@@ -232,9 +232,11 @@ class IdTaken(MergeConflict):
     """A message was to be added whose ``id`` another message has. Nothing was written."""
 
     template = (
-        "Session {session_id!r}: {where} has the same id, and other content; nothing was written. "
-        "Give the new one an id of its own, or send the same content again."
+        "Session {session_id!r}: {where} has the same {key}, and other content; nothing was written. "
+        "Give the new one an {key} of its own, or send the same content again."
     )
+
+    defaults: ClassVar = {"key": "id"}
 
 
 class VersionMismatch(MergeConflict):
@@ -251,8 +253,10 @@ class SessionBusy(PersistError):
 
     template = (
         "Session {session_id!r} is busy: stream {stream_id} is run by {owner} and still alive ({path} is locked). "
-        "Wait for it, or end it with store.cancel()."
+        "{why}Wait for it, or end it with store.cancel()."
     )
+
+    defaults: ClassVar = {"why": ""}
 
 
 class AlreadyStarted(PersistError):

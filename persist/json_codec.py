@@ -113,7 +113,13 @@ def _advice(kind: type) -> str:
         return f"an integer has at most {MAX_DIGITS:,} digits"
     if kind is float:
         return "NaN and infinities have no JSON form"
-    hints = {"tuple": "convert it with list()", "set": "convert it with sorted()", "bytes": "decode it"}
+    hints = {
+        "WorkingList": "convert it with list()",
+        "Fields": "convert it with dict()",
+        "tuple": "convert it with list()",
+        "set": "convert it with sorted()",
+        "bytes": "decode it",
+    }
     hint = hints.get(kind.__name__, "convert it, with str() or .isoformat() say, or to a dict of its fields")
     for plain in (str, int, float, dict, list):
         if issubclass(kind, plain):

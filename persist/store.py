@@ -204,14 +204,15 @@ class Store:
         """Return session ids, sorted. Takes no lock.
 
         Args:
-            prefix: only those that begin with it.
+            prefix: only those that begin with it: end it with a separator.
             after: only those behind it: the last id of the page before.
             limit: at most so many.
         """
-        require_texts(prefix=prefix, after=after)
+        require_text("prefix", prefix)
+        require_texts(after=after)
         require_limit(limit)
         found = self._open().files.session_ids()
-        return [each for each in found if each.startswith(prefix or "") and (after is None or each > after)][:limit]
+        return [each for each in found if each.startswith(prefix) and (after is None or each > after)][:limit]
 
     # --- writing ---
 
@@ -295,8 +296,9 @@ class Store:
 
         Args:
             if_version: the version that the edit was decided on: `Session.version`, `Head.version`, or what a verb has
-                returned. Name it for an edit that removes something.
-            create: begin with an empty session where there is none. It is for the first write of a request.
+                returned. Name it for an edit that removes something. None takes any.
+            create: begin with an empty session where there is none, which is made also if the block changes nothing.
+                It is for the first write of a request, and not beside `if_version`.
             touch: False keeps `updated_at`.
             timeout_s: how long to wait for the lock, in the place of the store's; 0 is now or never.
 
@@ -335,7 +337,8 @@ class Store:
             function: changes the transaction in place; if it raises, nothing is written.
 
         Raises:
-            WrongType: the function is asynchronous, or returned a new dict and changed nothing.
+            WrongType: the function is asynchronous, or it changed nothing and returned a new dict that has keys of the
+                document: it would be lost.
             Otherwise as `transaction`.
         """
         options: dict[str, Any] = {"if_version": if_version, "create": create, "touch": touch, "timeout_s": timeout_s}
@@ -628,7 +631,7 @@ def _checked_items(field: str, items: Iterable[Any]) -> list[Any]:
         raise errors.WrongType(what="items", expected="several items, in a list", got=type(items).__name__)
     own = list(items)
     for place, item in enumerate(own):
-        json_codec.check(item, (field, place))
+        json_codec.check(item, (field, place) if len(own) > 1 else (field,))
     return own
 
 

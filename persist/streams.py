@@ -138,7 +138,8 @@ def start(
                 raise _unusable(stream_id, "a stream of this session had it before")
             if stream_id == stale_id:
                 raise _unusable(stream_id, "it is the id of the stream that died")
-            if stale_id is not None:
+            if stale_id is not None or copy.fields.get("pending_user_message"):
+                # Without a stream, too: of an old server that was stopped, they may be the prompt's only copy.
                 _interrupt(copy)
             _set_fields(copy, fields)
             turn.begin(copy, stream_id, prompt)
@@ -187,17 +188,16 @@ def _refuse_started(tx: Transaction, copy: WorkingCopy, prompt: turn.Message, *,
     `live_id` is the live stream of the session. A dead one of this prompt has no answer: its partial is none.
     """
     owner = owner_of(copy.header, turn.active_stream(copy.fields))
-    answer = turn.answer_to(copy.list(turn.MESSAGES), prompt)
+    has_finished, answer = turn.answer_to(copy.list(turn.MESSAGES), prompt)
     if owner is not None and json_codec.same(owner.prompt_id, prompt["id"]):
-        answer = None
         if live_id is None:
             return
-    elif answer is None:
+        answer, what, remedy = None, f"stream {live_id} runs it", "Follow that stream."
+    elif has_finished:
+        live_id, what, remedy = None, "its turn has finished", "Its answer is an attribute of this error."
+    else:
         return
     tx.confirm()
-    what, remedy = f"stream {live_id} runs it", "Follow that stream."
-    if answer is not None:
-        live_id, what, remedy = None, "it is answered", "The answer is an attribute of this error."
     raise errors.AlreadyStarted(session_id=tx.session_id, stream_id=live_id, answer=answer, what=what, remedy=remedy)
 
 
@@ -324,12 +324,14 @@ def delete(backend: Backend, tx: Transaction, *, force: bool = False) -> None:
         backend.events.remove_session(tx.session_id)
 
 
-def require_free(tx: Transaction) -> None:
+def require_free(tx: Transaction, why: str = "") -> None:
     """Raise `SessionBusy` if a live stream owns the session. Under the lock none can start."""
+    if not tx.exists():
+        return
     active = active_in(tx.read().content)
     with _trying_lease(tx, active) as is_dead:
         if not is_dead:
-            raise _busy(tx, tx.read().header, active)
+            raise _busy(tx, tx.read().header, active, why)
 
 
 def checked(tx: Transaction, copy: WorkingCopy) -> Changed | None:
@@ -347,7 +349,7 @@ def checked(tx: Transaction, copy: WorkingCopy) -> Changed | None:
         owner = refuse_twins(copy.header, before, after)
         gone = owner is not None and turn.has(before, owner.answer_id) and not turn.has(after, owner.answer_id)
         if gone:
-            require_free(tx)
+            require_free(tx, "The block would remove the stream's partial answer. ")
         # The block is the caller's own code, and may have taken its time.
         tx.require_unchanged()
     return changed
@@ -400,10 +402,10 @@ def active_in(head: Head | Content) -> Any:
     return None if value is None else json_codec.decode(value) or None
 
 
-def _busy(tx: Transaction, header: Header, stream_id: Any) -> errors.SessionBusy:
+def _busy(tx: Transaction, header: Header, stream_id: Any, why: str = "") -> errors.SessionBusy:
     owner = owner_of(header, stream_id)
     process, path = None if owner is None else owner.process, tx.paths.lease(stream_id)
-    return errors.SessionBusy(session_id=tx.session_id, stream_id=stream_id, owner=process, path=path)
+    return errors.SessionBusy(session_id=tx.session_id, stream_id=stream_id, owner=process, path=path, why=why)
 
 
 def _checked(message: Any) -> turn.Message:

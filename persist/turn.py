@@ -69,14 +69,15 @@ def add_once(
             new_place = len(messages) + len(fresh) - 1
             seen[identity] = (new_place, item) if place is None else (place, messages.peek(place))
         place, there = seen[identity]
-        _require_same(there, item, (field, place))
+        _require_same(there, item, (field, place), key or "id")
     for place, item in enumerate(fresh, len(messages) if before is None else before):
         messages.insert(place, item)
 
 
-def _require_same(there: Message, item: Message, path: tuple[str | int, ...]) -> None:
+def _require_same(there: Message, item: Message, path: tuple[str | int, ...], key: str = "id") -> None:
     if not same(there, item):
-        raise IdTaken(path=path, reason="its id is taken by other content", base=None, mine=item, theirs=there)
+        reason = f"its {key} is taken by other content"
+        raise IdTaken(path=path, reason=reason, key=key, base=None, mine=item, theirs=there)
 
 
 def with_id(message: Message, default: str) -> Message:
@@ -94,7 +95,8 @@ def put_prompt(messages: WorkingList, prompt: Message) -> None:
         return
     there = messages[place]
     _require_same_prompt(there, prompt, place)
-    there.pop(INTERRUPTED, None)
+    for key in (INTERRUPTED, ANSWERS):
+        there.pop(key, None)
 
 
 def put_answer(messages: WorkingList, answer: Message, current_id: Id | None) -> Id | None:
@@ -149,38 +151,38 @@ def put_last(messages: WorkingList, answer_id: Id | None) -> None:
         messages.append(messages.pop(place))
 
 
-def answer_to(messages: WorkingList, prompt: Message) -> Message | None:
-    """Return the message that answers a prompt, None for one that has no answer, or was interrupted.
+def answer_to(messages: WorkingList, prompt: Message) -> tuple[bool, Message | None]:
+    """Tell whether the turn of a prompt has finished, and return the message that answers it, if there is one.
 
-    The answer of a turn that was started once says whose it is. Else it is the last one before the next prompt.
+    The answer of a turn that was started once says whose it is. A prompt that says so of itself has none. Otherwise it
+    is the last answer before the next prompt.
 
     Raises:
         IdTaken: another message has the prompt's id.
     """
     place = messages.place_of(prompt["id"])
     if place is None:
-        return None
+        return False, None
     there = messages.peek(place)
     _require_same_prompt(there, prompt, place)
     linked = messages.place_of(prompt["id"], ANSWERS)
     if linked is not None:
-        answer: Message = messages.peek(linked)
-        return answer
+        return True, None if linked == place else messages.peek(linked)
     rest = itertools.takewhile(lambda message: not _has_role(message, "user"), messages[place + 1 :])
     found = [each for each in rest if _has_role(each, "assistant") and not each.get(INTERRUPTED)]
-    return found[-1] if found and not there.get(INTERRUPTED) else None
+    return (True, found[-1]) if found and not there.get(INTERRUPTED) else (False, None)
 
 
 def _require_same_prompt(there: Message, prompt: Message, place: int) -> None:
-    ignored = {INTERRUPTED: prompt.get(INTERRUPTED, False)}
+    ignored = {INTERRUPTED: prompt.get(INTERRUPTED, False), ANSWERS: prompt.get(ANSWERS)}
     _require_same({**there, **ignored}, {**prompt, **ignored}, (MESSAGES, place))
 
 
 def mark_answer(messages: WorkingList, answer_id: Id | None, prompt_id: Id | None) -> None:
-    """Note in a turn's answer whose it is."""
-    answer = None if answer_id is None else messages.find(answer_id)
-    if answer is not None:
-        answer[ANSWERS] = prompt_id
+    """Note in a turn's answer whose it is, or in the prompt that the turn has finished without one."""
+    place = next((at for each in (answer_id, prompt_id) if (at := messages.place_of(each)) is not None), None)
+    if place is not None:
+        messages[place][ANSWERS] = prompt_id
 
 
 def _has_role(message: Any, role: str) -> bool:
@@ -236,7 +238,8 @@ def interrupt_foreign(document: WorkingCopy) -> None:
         place, is_answered = _find_pending(messages, content)
         if place is None:
             prompt_id = f"{fields.get(ACTIVE)}.prompt"
-            named = {"id": prompt_id} if messages.place_of(prompt_id) is None else {}
+            is_known = not fields.get(ACTIVE) or messages.place_of(prompt_id) is not None
+            named = {} if is_known else {"id": prompt_id}
             messages.append({**named, "role": "user", "content": content, **told})
         elif not is_answered:
             prompt = messages[place]

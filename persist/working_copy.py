@@ -152,6 +152,11 @@ class WorkingCopy:
         is_list = items is not None and (len(items) > 0 or items.base is self._content.get(name))
         return is_list or name in self._committed or name in self._values
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of the top-level values."""
+        return frozenset(self._names())
+
     def _names(self) -> tuple[str, ...]:
         names = dict.fromkeys((*dict(self._content), *self._values, *self._lists))
         return tuple(filter(self._has, names))
@@ -249,6 +254,9 @@ class Fields(MutableMapping[str, Any]):
         for each in (self._copy._committed, self._copy._values):
             each.pop(name, None)
 
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
     def __iter__(self) -> Iterator[str]:
         yield from [name for name in self._copy._names() if name not in ALWAYS_APART]
 
@@ -287,8 +295,17 @@ class WorkingList(MutableSequence[Any]):
         """Go on as a plain list, which is changed in place."""
         self.base, self._kept, self.tail, self._is_plain = Items([]), 0, items, True
 
+    def __repr__(self) -> str:
+        return repr(self[:])
+
     def __len__(self) -> int:
         return self._kept + len(self.tail)
+
+    def _at(self, place: int) -> int:
+        """Return a place, counted from the beginning."""
+        if type(place) is int and not -len(self) <= place < len(self):
+            raise IndexError(f"the list has {len(self)} items")
+        return range(len(self))[place]
 
     def _in_tail(self, place: int) -> int:
         """Return the place of an item in the tail, which grows to the front for that."""
@@ -300,7 +317,7 @@ class WorkingList(MutableSequence[Any]):
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             return [self[each] for each in range(*place.indices(len(self)))]
-        at = self._in_tail(range(len(self))[place])
+        at = self._in_tail(self._at(place))
         self.tail[at] = self._decoded(self.tail[at])
         return self.tail[at]
 
@@ -330,7 +347,7 @@ class WorkingList(MutableSequence[Any]):
                 self.insert(at, each)
             return
         self._check(item, place)
-        self.tail[self._in_tail(range(len(self))[place])] = item
+        self.tail[self._in_tail(self._at(place))] = item
 
     def _check(self, item: Any, place: int) -> None:
         if self._tx is not None:
@@ -343,9 +360,9 @@ class WorkingList(MutableSequence[Any]):
             json_codec.check(item, (self._name, place))
 
     def __delitem__(self, place: Any) -> None:
-        places = range(len(self))[place]
+        places = range(len(self))[place] if isinstance(place, slice) else self._at(place)
         self._check(None, 0)
-        for each in sorted(places if isinstance(place, slice) else [places], reverse=True):
+        for each in sorted([places] if isinstance(places, int) else places, reverse=True):
             del self.tail[self._in_tail(each)]
 
     def insert(self, place: int, item: Any) -> None:

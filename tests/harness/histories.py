@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ import persist
 from harness import planted
 from harness.journaling import LOAD_BYTES, MIXED, Journaling, load_of
 from harness.linearizability import (
+    TAIL,
     UNKNOWN,
     Anomaly,
     Operation,
@@ -42,7 +44,7 @@ from persist.storage.commit import Mode
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 120.0
-KINDS = ("list", "register", "owner")
+KINDS = ("list", "register", "owner", "life")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,7 @@ class Client:
         self._group = -1
         self._loaded: dict[str, persist.Session] = {}
         self._stream: persist.Stream | None = None
+        self._prompt: dict[str, str] = {}
 
     def work(self, first: int, plan: Plan) -> None:
         """Do the operations from number `first` to the plan's last."""
@@ -191,10 +194,21 @@ class Client:
         self._record(session_id, "read", None, refresh)
 
     def count_list(self, session_id: str) -> None:
-        self._record(session_id, "count", None, lambda: self._store.head(session_id).counts["messages"])
+        self._record(session_id, "count", None, lambda: self._counted(session_id))
+
+    def _counted(self, session_id: str) -> tuple[int, str]:
+        head = self._store.head(session_id)
+        return head.counts["messages"], head.version
+
+    def tail_list(self, session_id: str) -> None:
+        def last() -> list[str]:
+            return [message["id"] for message in self._store.tail(session_id, limit=TAIL)]
+
+        self._record(session_id, "tail", None, last)
 
     def compact_list(self, session_id: str) -> None:
-        self._compact(session_id, "count", lambda: self._store.head(session_id).counts["messages"])
+        """A fold keeps the version."""
+        self._compact(session_id, "count", lambda: self._counted(session_id))
 
     def _compact(self, session_id: str, kind: str, look: Callable[[], Any]) -> None:
         """A fold shows nothing, and must change nothing of what is seen after it."""
@@ -208,26 +222,68 @@ class Client:
     def append_by_append(self, session_id: str) -> None:
         item = self._new()
 
-        def append() -> None:
-            self._store.append(session_id, "messages", {"id": item})
+        def append() -> str:
+            return self._store.append(session_id, "messages", {"id": item})
 
         self._record(session_id, "append", item, append)
+
+    def extend(self, session_id: str) -> None:
+        """Half of the time as a client does that has not got its answer."""
+        pair = self._new(), self._new()
+
+        def extend() -> str:
+            return self._store.extend(session_id, "messages", [{"id": item} for item in pair])
+
+        self._record(session_id, "extend", pair, extend)
+        if self._random.random() < 0.5:
+            self._record(session_id, "at", None, extend)
+
+    def look_by_transaction(self, session_id: str) -> None:
+        """One that changes nothing tells what stands."""
+
+        def look() -> str | None:
+            with self._store.transaction(session_id) as tx:
+                pass
+            return tx.version
+
+        self._record(session_id, "at", None, look)
+
+    def append_if(self, session_id: str) -> None:
+        version, item = self._earlier_version(session_id), self._new()
+
+        def append() -> tuple[bool, str | None]:
+            try:
+                with self._store.transaction(session_id, if_version=version) as tx:
+                    tx.list("messages").append({"id": item})
+                return True, tx.version
+            except persist.VersionMismatch as mismatch:
+                return False, mismatch.theirs
+
+        self._record(session_id, "append_if", (version, item), append)
+
+    def _earlier_version(self, session_id: str) -> str:
+        """Mostly the one of just now. Some other time that of an object which this thread has had for a while."""
+        if self._random.random() < 0.7:
+            return str(self._record(session_id, "count", None, lambda: self._counted(session_id))[1])
+        return self._earlier(session_id).version
 
     def append_by_edit(self, session_id: str) -> None:
         item = self._new()
 
-        def edit() -> None:
+        def edit() -> str | None:
             with self._store.transaction(session_id) as tx:
                 tx.data["messages"].append({"id": item})
+            return tx.version
 
         self._record(session_id, "append", item, edit)
 
     def append_by_transaction(self, session_id: str) -> None:
         item = self._new()
 
-        def append() -> None:
+        def append() -> str | None:
             with self._store.transaction(session_id) as tx:
                 tx.list("messages").append({"id": item})
+            return tx.version
 
         self._record(session_id, "append", item, append)
 
@@ -236,8 +292,8 @@ class Client:
         session.data["messages"].append({"id": item})
 
         def save() -> Prefix:
-            session.save()
-            return _items(session)
+            version = session.save()
+            return _items(session)._replace(version=version)
 
         self._record(session_id, "append", item, save)
 
@@ -333,10 +389,10 @@ class Client:
     # owners
 
     def load_owner(self, session_id: str) -> persist.Session:
-        return self._load(session_id, lambda session: session.active_stream_id)
+        return self._load(session_id, _owner)
 
     def head_owner(self, session_id: str) -> None:
-        self._record(session_id, "read", None, lambda: self._store.head(session_id).active_stream_id)
+        self._record(session_id, "read", None, lambda: _owner(self._store.head(session_id)))
 
     def ask_owner(self, session_id: str) -> None:
         stream = self._stream
@@ -348,23 +404,68 @@ class Client:
     def start(self, session_id: str) -> None:
         if self._stream is not None:
             self.end(session_id)
-        stream_id = self._new()
+        stream_id, is_once = self._new(), self._random.random() < 0.5
+        prompt = {"id": f"{stream_id}?", "role": "user", "content": "?"}
 
         def start() -> str | None:
             try:
-                self._stream = self._store.start_stream(session_id, stream_id=stream_id)
+                self._stream = self._begin(session_id, stream_id, prompt, once=is_once)
             except persist.SessionBusy as busy:
                 return busy.stream_id
             return None
 
         self._record(session_id, "start", stream_id, start)
+        self._prompt = prompt
+
+    def _begin(self, session_id: str, stream_id: str, prompt: dict[str, str], *, once: bool) -> persist.Stream:
+        """The field is set with the claim."""
+        options: dict[str, Any] = {"fields": {"owner": stream_id}, "once": once, "create": once}
+        return self._store.start_stream(session_id, prompt, stream_id=stream_id, **options)
+
+    def start_again(self, session_id: str) -> None:
+        """As a client does that has not got its answer. Where its stream was taken away, it is started anew."""
+        first, stream_id = self._stream, self._new()
+        if first is None:
+            self.start(session_id)
+            return
+
+        def start() -> tuple[str, str | None]:
+            try:
+                self._stream = self._begin(session_id, stream_id, self._prompt, once=True)
+            except persist.AlreadyStarted as started:
+                return "runs", started.stream_id
+            except persist.SessionBusy as busy:
+                return "is busy", busy.stream_id
+            return "has started", stream_id
+
+        self._record(session_id, "again", (stream_id, first.id), start)
+        if self._stream is not first:
+            # It gives its lease up.
+            with first:
+                pass
+
+    def hold(self, session_id: str) -> None:
+        stream = self._stream
+        if stream is None:
+            self.start(session_id)
+            return
+
+        def change() -> bool:
+            try:
+                with stream.transaction() as tx:
+                    tx.fields["held"] = stream.id
+            except persist.StreamLost:
+                return False
+            return True
+
+        self._record(session_id, "held", stream.id, change)
 
     def end(self, session_id: str) -> None:
         stream, self._stream = self._stream, None
         if stream is None:
             self.start(session_id)
             return
-        end = self._random.choice((stream.finish, stream.fail))
+        end = self._random.choice((stream.fail, partial(stream.finish, fields={"owner": None})))
 
         def leave() -> bool:
             try:
@@ -392,9 +493,166 @@ class Client:
         if session.active_stream_id is not None:
             self._record(session_id, "clear", session.active_stream_id, session.clear_stale_stream)
 
+    # lives
+
+    def load_life(self, session_id: str) -> str | None:
+        """Return its version."""
+
+        def load() -> Versioned | None:
+            try:
+                return _last(self._store.load(session_id))
+            except persist.SessionNotFound:
+                return None
+
+        seen = self._record(session_id, "read", None, load)
+        return None if seen is None else str(seen.version)
+
+    def head_life(self, session_id: str) -> None:
+        def look() -> tuple[int, str] | None:
+            try:
+                head = self._store.head(session_id)
+            except persist.SessionNotFound:
+                return None
+            return head.revision, head.version
+
+        self._record(session_id, "look", None, look)
+
+    def heads_life(self, session_id: str) -> None:
+        def look() -> tuple[int, str] | None:
+            found = [head for head in self._store.heads(prefix=session_id) if head.id == session_id]
+            return (found[0].revision, found[0].version) if found else None
+
+        self._record(session_id, "look", None, look)
+
+    def tail_life(self, session_id: str) -> None:
+        def last() -> str | None:
+            try:
+                return _id_of_last(self._store.tail(session_id, limit=1))
+            except persist.SessionNotFound:
+                return None
+
+        self._record(session_id, "value", None, last)
+
+    def exists_life(self, session_id: str) -> None:
+        self._record(session_id, "exists", None, lambda: self._store.exists(session_id))
+
+    def ids_life(self, session_id: str) -> None:
+        self._record(session_id, "exists", None, lambda: session_id in self._store.ids(prefix=session_id))
+
+    def create_life(self, session_id: str) -> None:
+        value = self._new()
+
+        def create() -> str | bool:
+            try:
+                return self._store.create(session_id, {"messages": [{"id": value}]}).version
+            except persist.SessionExists:
+                return False
+
+        self._record(session_id, "create", value, create)
+
+    def write_by_extend(self, session_id: str) -> None:
+        value = self._new()
+        items = [{"id": f"{value}-before"}, {"id": value}]
+        self._record(session_id, "write", value, lambda: self._store.extend(session_id, "messages", items, create=True))
+
+    def write_by_append(self, session_id: str) -> None:
+        value = self._new()
+        append = partial(self._store.append, session_id, "messages", {"id": value}, create=True)
+        self._record(session_id, "write", value, append)
+
+    def write_by_transaction(self, session_id: str) -> None:
+        value = self._new()
+
+        def write() -> str | None:
+            with self._store.transaction(session_id, create=True) as tx:
+                tx.list("messages").append({"id": value})
+            return tx.version
+
+        self._record(session_id, "write", value, write)
+
+    def put_life(self, session_id: str) -> None:
+        version, value = self.load_life(session_id), self._new()
+        if version is None:
+            self.create_life(session_id)
+            return
+
+        def put() -> tuple[bool, str | None]:
+            try:
+                with self._store.transaction(session_id, if_version=version, create=True) as tx:
+                    tx.list("messages").append({"id": value})
+                return True, tx.version
+            except persist.VersionMismatch as mismatch:
+                return False, mismatch.theirs
+            except persist.SessionNotFound:
+                return False, None
+
+        self._record(session_id, "put", (version, value), put)
+
+    def delete_life(self, session_id: str) -> None:
+        is_block = self._random.random() < 0.5
+
+        def delete() -> bool:
+            try:
+                if is_block:
+                    with self._store.transaction(session_id) as tx:
+                        tx.list("messages").append({"id": "never to be seen"})
+                        tx.delete()
+                else:
+                    self._store.delete(session_id)
+            except persist.SessionNotFound:
+                return False
+            return True
+
+        self._record(session_id, "delete", None, delete)
+
+    def delete_what_was_seen(self, session_id: str) -> None:
+        version = self.load_life(session_id)
+        if version is None:
+            self.create_life(session_id)
+            return
+
+        def delete() -> tuple[bool, str | None]:
+            try:
+                self._store.delete(session_id, if_version=version)
+            except persist.VersionMismatch as mismatch:
+                return False, mismatch.theirs
+            except persist.SessionNotFound:
+                return False, None
+            return True, None
+
+        self._record(session_id, "delete_if", version, delete)
+
+    def compact_life(self, session_id: str) -> None:
+        """A fold keeps the version."""
+
+        def fold() -> tuple[int, str] | None:
+            try:
+                self._store.compact(session_id)
+                head = self._store.head(session_id)
+            except persist.SessionNotFound:
+                return None
+            return head.revision, head.version
+
+        self._record(session_id, "look", None, fold)
+
 
 def _items(session: persist.Session) -> Prefix:
-    return Prefix.of(message["id"] for message in session.data["messages"])
+    return Prefix.of((message["id"] for message in session.data["messages"]), session.version)
+
+
+def _owner(seen: persist.Session | persist.Head) -> str | None:
+    """The active stream. It has set its field with its claim."""
+    data = seen.data if isinstance(seen, persist.Session) else seen.fields
+    active = seen.active_stream_id
+    return active if active is None or data.get("owner") == active else f"{active}, and the field {data.get('owner')}"
+
+
+def _last(session: persist.Session) -> Versioned:
+    return Versioned(session.revision, session.version, _id_of_last(session.data["messages"]))
+
+
+def _id_of_last(messages: list[dict[str, str]]) -> str:
+    return messages[-1]["id"] if messages else ""
 
 
 def _value(seen: persist.Session | persist.Head) -> Versioned:
@@ -404,9 +662,13 @@ def _value(seen: persist.Session | persist.Head) -> Versioned:
 
 Action = Callable[[Client, str], object]
 READS: dict[str, list[Action]] = {
-    "list": [Client.load_list, Client.refresh_list, Client.count_list],
+    "list": [Client.load_list, Client.refresh_list, Client.count_list, Client.tail_list, Client.look_by_transaction],
     "register": [Client.load_register, Client.head_register],
     "owner": [Client.load_owner, Client.head_owner, Client.ask_owner],
+    "life": [
+        *(Client.load_life, Client.head_life, Client.heads_life),
+        *(Client.tail_life, Client.exists_life, Client.ids_life),
+    ],
 }
 WRITES: dict[str, list[Action]] = {
     "list": [
@@ -414,6 +676,9 @@ WRITES: dict[str, list[Action]] = {
         Client.append_by_edit,
         Client.append_by_transaction,
         Client.append_by_save,
+        Client.append_if,
+        Client.extend,
+        Client.extend,
         Client.compact_list,
     ],
     "register": [
@@ -425,7 +690,14 @@ WRITES: dict[str, list[Action]] = {
         Client.put,
         Client.compact_register,
     ],
-    "owner": [Client.start, Client.end, Client.cancel, Client.take_away, Client.clear],
+    "owner": [
+        *(Client.start, Client.start_again, Client.hold, Client.end),
+        *(Client.cancel, Client.take_away, Client.clear),
+    ],
+    "life": [
+        *(Client.create_life, Client.write_by_extend, Client.write_by_append, Client.write_by_transaction),
+        *(Client.put_life, Client.delete_life, Client.delete_what_was_seen, Client.compact_life),
+    ],
 }
 
 
@@ -521,8 +793,12 @@ class _Worker:
                 operation = Operation(self.number, kind, _tuple(argument), called, returned)
                 if how == "raised":
                     yield session_id, replace(operation, kind="raised", argument=(kind, result))
-                yield session_id, operation if how != "told" else replace(operation, result=_tuple(result))
-                if how == "told" and kind == "append" and result is not None:
+                if how == "told":
+                    # What a save has brought into memory is told below.
+                    made = result[2] if kind == "append" and type(result) is list else result
+                    operation = replace(operation, result=_tuple(made))
+                yield session_id, operation
+                if how == "told" and kind == "append" and type(result) is list:
                     # A save brings the committed state into memory: it is a read as well.
                     yield session_id, replace(operation, kind="read", result=_tuple(result))
 
@@ -626,7 +902,7 @@ def run_round(directory: Path, plan: Plan, *, package: Path = ROOT) -> Report:
         report.unknown += sum(operation.result is UNKNOWN for operation in asked)
         raised = [Anomaly("raised", str(operation)) for operation in history if operation.kind == "raised"]
         try:
-            anomalies = raised + check_session(store.load(session_id), asked, deaths)
+            anomalies = raised + check_session(session_id, _found(store, session_id), asked, deaths)
         except persist.CorruptSession as damage:
             anomalies = [*raised, Anomaly("damaged", str(damage))]
         report.anomalies += [(session_id, anomaly) for anomaly in anomalies]
@@ -634,22 +910,37 @@ def run_round(directory: Path, plan: Plan, *, package: Path = ROOT) -> Report:
     return report
 
 
-def check_session(final: persist.Session, history: list[Operation], deaths: list[Operation]) -> list[Anomaly]:
+def _found(store: persist.Store, session_id: str) -> persist.Session | None:
+    try:
+        return store.load(session_id)
+    except persist.SessionNotFound:
+        return None
+
+
+def check_session(
+    session_id: str, final: persist.Session | None, history: list[Operation], deaths: list[Operation]
+) -> list[Anomaly]:
     """Check the history of one session, given how it stands at the end."""
 
     def last_read(result: Any) -> Operation:
         now = time.monotonic_ns()
         return Operation(-1, "read", None, now, now, result)
 
-    match final.id.partition("-")[0]:
+    kind = session_id.partition("-")[0]
+    if kind == "life":
+        history = [*history, last_read(None if final is None else _last(final))]
+        return check_versions(history) + check_object(history, Versioned(1, None, ""), register)
+    if final is None:
+        return [Anomaly("lost", f"{session_id} is not there")]
+    match kind:
         case "list":
             items = [message["id"] for message in final.data["messages"]]
-            return check_list([*history, last_read(Prefix.of(items))], items)
+            return check_list([*history, last_read(_items(final))], items)
         case "register":
             history = [*history, last_read(_value(final))]
             return check_versions(history) + check_object(history, Versioned(1, None, None), register)
         case _:
-            return check_object([*history, *deaths, last_read(final.active_stream_id)], Owned(), ownership)
+            return check_object([*history, *deaths, last_read(_owner(final))], Owned(), ownership)
 
 
 if __name__ == "__main__":

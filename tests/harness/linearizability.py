@@ -63,75 +63,201 @@ class Anomaly:
 
 
 class Prefix(NamedTuple):
-    """What a read of a list saw: how many items, and which. A digest, because a million whole lists would not fit."""
+    """What a read of a list saw: how many items, and which. A digest, because a million whole lists would not fit.
+
+    `version` names the commit that it saw, None if that was not told.
+    """
 
     length: int
     digest: int
+    version: str | None = None
 
     @classmethod
-    def of(cls, items: Iterable[str]) -> Prefix:
+    def of(cls, items: Iterable[str], version: str | None = None) -> Prefix:
         """The prefix that is all of `items`."""
-        seen = cls(0, 0)
+        length = digest = 0
         for item in items:
-            seen = cls(seen.length + 1, zlib.crc32(f"{item}\n".encode(), seen.digest))
-        return seen
+            length, digest = length + 1, zlib.crc32(f"{item}\n".encode(), digest)
+        return cls(length, digest, version)
+
+
+#: What adds to the list, if it takes effect.
+APPENDS = ("append", "append_if", "extend")
+#: A tail has so many items, unless the list has no more.
+TAIL = 5
 
 
 def check_list(history: Sequence[Operation], final: Sequence[str]) -> list[Anomaly]:
-    """Check a history of appends (argument: the item), reads (result: a `Prefix`) and counts (result: a number).
+    """Check a history of a list that is only appended to, so that each commit makes it longer.
+
+    `append(item)` and `extend((one, two))` tell the version that they made, or None. `append_if((version, item))`
+    appends if the version is that one, and tells whether it did, and the version that stands then. `read()` tells a
+    `Prefix`. `count()` tells the number of items and the version, `tail()` the last items, and `at()` the version.
 
     Args:
         final: the items of the list after the last operation.
 
     Returns:
-        What is wrong: "lost append", "doubled append", "invented item", "wrong items", "reordered appends",
+        What is wrong: "lost append", "doubled append", "invented item", "split pair", "wrong items", "version of two
+        commits", "commit of two versions", "append to another version", "right version refused", "reordered appends",
         "stale read", "read from the future"; nothing if the history is linearizable.
     """
-    anomalies = [*_miscounted(history, final), *_wrong_items(history, final)]
-    return anomalies + list(_against_time(_placed(history, final)))
+    places: dict[str, int] = {}
+    for index, item in enumerate(final):
+        places.setdefault(item, index)
+    lengths = _lengths_of_versions(history, places)
+    anomalies = [
+        *_miscounted(history, final),
+        *_wrong_items(history, final, places),
+        *_split_pairs(history, places),
+        *_wrong_versions(history, places),
+        *_wrong_conditions(history, places, lengths),
+    ]
+    return anomalies + list(_against_time(_placed(history, places, lengths)))
+
+
+def _added(operation: Operation) -> tuple[str, ...]:
+    """The items that an operation adds to the list, if it takes effect."""
+    match operation.kind, operation.argument, operation.result:
+        case "append_if", _, (False, _):
+            return ()
+        case "append_if", (_, item), _:
+            return (item,)
+        case "append", item, _:
+            return (item,)
+        case "extend", (one, two), _:
+            return (one, two)
+    return ()
 
 
 def _miscounted(history: Sequence[Operation], final: Sequence[str]) -> Iterator[Anomaly]:
     times = Counter(final)
-    appends = [operation for operation in history if operation.kind == "append"]
-    for item in times - Counter({operation.argument: 1 for operation in appends}):
+    for item in times - Counter({item: 1 for operation in history for item in _added(operation)}):
         kind = "invented item" if times[item] == 1 else "doubled append"
         yield Anomaly(kind, f"{item!r} stands {times[item]} times in the final list")
-    for operation in appends:
-        if operation.result is not UNKNOWN and operation.argument not in times:
+    for operation in history:
+        if operation.result is not UNKNOWN and not times.keys() >= {*_added(operation)}:
             yield Anomaly("lost append", f"{operation} is not in the final list")
 
 
-def _wrong_items(history: Sequence[Operation], final: Sequence[str]) -> Iterator[Anomaly]:
+def _wrong_items(history: Sequence[Operation], final: Sequence[str], places: dict[str, int]) -> Iterator[Anomaly]:
     digests = [0]
     for item in final:
         digests.append(zlib.crc32(f"{item}\n".encode(), digests[-1]))
     for operation in history:
-        if operation.kind == "append" or operation.result is UNKNOWN:
-            continue
-        length = _length_seen(operation)
-        if length > len(final) or (operation.kind == "read" and operation.result[1] != digests[length]):
+        length = _length_seen(operation, places, {})
+        is_wrong = length is not None and length > len(final)
+        if operation.kind == "read" and length is not None and not is_wrong:
+            is_wrong = operation.result[1] != digests[length]
+        if operation.kind == "tail" and operation.result is not UNKNOWN:
+            whole = final[: length or 0]
+            is_wrong = length is None or tuple(operation.result) != tuple(whole[-TAIL:])
+        if is_wrong:
             yield Anomaly("wrong items", f"{operation} saw what is no beginning of the final list")
 
 
-def _length_seen(operation: Operation) -> int:
-    return int(operation.result[0] if operation.kind == "read" else operation.result)
+def _length_seen(operation: Operation, places: dict[str, int], lengths: dict[str, int]) -> int | None:
+    """How long the list was that a look has seen. None for what is no look, or does not tell it."""
+    match operation.kind, operation.result:
+        case (("read" | "count"), (int(length), *_)):
+            return length
+        case "tail", (*_, last):
+            return places[last] + 1 if last in places else None
+        case "tail", ():
+            return 0
+        case ("at", str(version)) | ("append_if", (False, str(version))):
+            return lengths.get(version)
+    return None
 
 
-def _placed(history: Sequence[Operation], final: Sequence[str]) -> list[tuple[int, Operation]]:
-    """Each operation with its place in the one order that the final list allows: reads between the appends, which are
+def _length_made(operation: Operation, places: dict[str, int]) -> int | None:
+    """How long the list was behind what an operation has added. None if it did not add anything."""
+    added = _added(operation)
+    return places[added[-1]] + 1 if added and added[-1] in places else None
+
+
+def _version_told(operation: Operation) -> str | None:
+    match operation.kind, operation.result:
+        case (("append" | "extend" | "at"), str(version)):
+            return version
+        case (("append_if" | "count"), (_, str(version))):
+            return version
+        case "read", (_, _, str(version)):
+            return version
+    return None
+
+
+def _versions_of_lengths(history: Sequence[Operation], places: dict[str, int]) -> Iterator[tuple[str, int]]:
+    """Each version that was told, with the length of the list that it names."""
+    for operation in history:
+        version = _version_told(operation)
+        length = _length_made(operation, places)
+        length = _length_seen(operation, places, {}) if length is None else length
+        if version is not None and length is not None:
+            yield version, length
+
+
+def _lengths_of_versions(history: Sequence[Operation], places: dict[str, int]) -> dict[str, int]:
+    return dict(_versions_of_lengths(history, places))
+
+
+def _wrong_versions(history: Sequence[Operation], places: dict[str, int]) -> Iterator[Anomaly]:
+    lengths: dict[str, set[int]] = defaultdict(set)
+    versions: dict[int, set[str]] = defaultdict(set)
+    for version, length in _versions_of_lengths(history, places):
+        lengths[version].add(length)
+        versions[length].add(version)
+    for version, found in lengths.items():
+        if len(found) > 1:
+            yield Anomaly("version of two commits", f"{version} names lists of {sorted(found)} items")
+    for length, names in versions.items():
+        if len(names) > 1:
+            yield Anomaly("commit of two versions", f"the list of {length} items is {sorted(names)}")
+
+
+def _wrong_conditions(
+    history: Sequence[Operation], places: dict[str, int], lengths: dict[str, int]
+) -> Iterator[Anomaly]:
+    """A change for a version is made to that one, and to no other; and it is made if that one stands."""
+    for operation in history:
+        if operation.kind == "append_if":
+            version, item = operation.argument
+            if _added(operation) and item in places and lengths.get(version, places[item]) != places[item]:
+                yield Anomaly("append to another version", str(operation))
+            if operation.result == (False, version):
+                yield Anomaly("right version refused", str(operation))
+
+
+def _split_pairs(history: Sequence[Operation], places: dict[str, int]) -> Iterator[Anomaly]:
+    """The two items of a pair stand one behind the other, and nobody sees the first one alone."""
+    halves: dict[int, Operation] = {}
+    for operation in history:
+        if operation.kind == "extend":
+            found = [places[item] for item in operation.argument if item in places]
+            if operation.argument[0] in places:
+                halves[found[0] + 1] = operation
+            # Half of one that was answered is a lost append.
+            is_half = len(found) == 1 and operation.result is UNKNOWN
+            if is_half or (len(found) == 2 and found[1] != found[0] + 1):
+                yield Anomaly("split pair", f"{operation}: its items stand at {found}")
+    for operation in history:
+        if (half := halves.get(_length_seen(operation, places, {}) or 0)) is not None:
+            yield Anomaly("split pair", f"{operation} saw half of {half}")
+
+
+def _placed(
+    history: Sequence[Operation], places: dict[str, int], lengths: dict[str, int]
+) -> list[tuple[int, Operation]]:
+    """Each operation with its place in the one order that the final list allows: looks between the appends, which are
     odd.
     """
-    places: dict[str, int] = {}
-    for index, item in enumerate(final):
-        places.setdefault(item, 2 * index + 1)
     placed = []
     for operation in history:
-        if operation.kind == "append":
-            if operation.argument in places:
-                placed.append((places[operation.argument], operation))
-        elif operation.result is not UNKNOWN:
-            placed.append((2 * _length_seen(operation), operation))
+        added, length = _added(operation), _length_seen(operation, places, lengths)
+        if added and added[0] in places:
+            placed.append((2 * places[added[0]] + 1, operation))
+        elif length is not None:
+            placed.append((2 * length, operation))
     return placed
 
 
@@ -154,9 +280,9 @@ def _against_time(placed: list[tuple[int, Operation]]) -> Iterator[Anomaly]:
 
 
 def _name_of_inversion(earlier: Operation, later: Operation) -> str:
-    if earlier.kind != "append":
+    if not _added(earlier):
         return "stale read"
-    return "reordered appends" if later.kind == "append" else "read from the future"
+    return "reordered appends" if _added(later) else "read from the future"
 
 
 # --- any object with a sequential specification -----------------------------------------------------------------------
@@ -220,12 +346,17 @@ def _advance(low: int, ordered: int) -> tuple[int, int]:
 class Versioned(NamedTuple):
     """A register: a value, the number of the write that put it there, and the version by which that write is named.
 
-    The version of a write whose process was killed is None until somebody is told it.
+    The version of a write whose process was killed is None until somebody is told it. Before the first write there is
+    no register.
     """
 
     revision: int
     version: str | None
     value: Any
+
+    @property
+    def is_there(self) -> bool:
+        return self.revision > 0
 
     def after(self, value: Any, version: str | None) -> Versioned:
         """The register after the next write."""
@@ -233,30 +364,64 @@ class Versioned(NamedTuple):
 
     def named(self, version: str | None) -> Versioned:
         """The same, by the version that somebody was told, if nobody was told one before."""
-        return self if self.version is not None else self._replace(version=version)
+        return self if self.version is not None or not self.is_there else self._replace(version=version)
+
+
+#: No register.
+ABSENT = Versioned(0, None, None)
 
 
 def register(state: Versioned, operation: Operation) -> tuple[Versioned, Any]:
-    """The specification of a register.
+    """The specification of a register, which can be created and deleted.
 
-    `read()` tells revision, version and value; `write(value)` tells its version; `swap((expected, value))` writes if
-    the value is the expected one; `put((version, value))` writes if the version is that one. Both tell whether they
-    did, and the version that stands then, or None for it.
+    Looks tell None where there is none: `read()` tells revision, version and value, `look()` revision and version, and
+    `value()` the value. `exists()` tells whether there is one.
+
+    `write(value)` tells its version, and makes the register if there is none. `create(value)` does so only if there is
+    none, and tells False else. `swap((expected, value))` writes if the value is the expected one, `put((version,
+    value))` if the version is that one. Both tell whether they did, and the version that stands then, or None for it.
+    `delete()` tells whether there was one. `delete_if(version)` tells whether it was that one, and the version that
+    stands, if it was another one.
     """
-    is_known = operation.result is not UNKNOWN
+    version = _version_in(operation)
     match operation.kind, operation.argument:
         case "read", _:
-            seen = state.named(operation.result[1] if is_known else None)
-            return seen, seen
+            seen = state.named(version)
+            return seen, seen if seen.is_there else None
+        case "look", _:
+            seen = state.named(version)
+            return seen, (seen.revision, seen.version) if seen.is_there else None
+        case "value", _:
+            return state, state.value
+        case "exists", _:
+            return state, state.is_there
         case "write", value:
-            version = operation.result if is_known else None
             return state.after(value, version), version
+        case "create", value:
+            return (state, False) if state.is_there else (state.after(value, version), version)
         case ("swap" | "put") as kind, (expected, value):
-            told = operation.result[1] if is_known else None
-            hit = (state.value if kind == "swap" else state.version) == expected
-            after = state.after(value, told) if hit else state.named(told)
-            return after, (hit, None if told is None else after.version)
+            hit = state.is_there and (state.value if kind == "swap" else state.version) == expected
+            after = state.after(value, version) if hit else state.named(version)
+            return after, (hit, None if version is None else after.version)
+        case "delete", _:
+            return ABSENT, state.is_there
+        case "delete_if", expected:
+            hit = state.is_there and state.version == expected
+            after = ABSENT if hit else state.named(version)
+            return after, (hit, None if hit else after.version)
     raise ValueError(operation.kind)
+
+
+def _version_in(operation: Operation) -> str | None:
+    """The version that an operation on a register was told."""
+    match operation.kind, operation.result:
+        case (("read" | "look"), (_, str(version), *_)):
+            return version
+        case (("write" | "create"), str(version)):
+            return version
+        case (("swap" | "put" | "delete_if"), (_, str(version))):
+            return version
+    return None
 
 
 def check_versions(history: Iterable[Operation]) -> list[Anomaly]:
@@ -269,9 +434,9 @@ def check_versions(history: Iterable[Operation]) -> list[Anomaly]:
         match operation.kind, operation.argument, operation.result:
             case "read", _, (_, version, value):
                 values[version].add(value)
-            case "write", value, str(version):
+            case (("write" | "create"), value, str(version)):
                 values[version].add(value)
-            case "swap" | "put", (_, value), (True, str(version)):
+            case (("swap" | "put"), (_, value), (True, str(version))):
                 values[version].add(value)
     return [
         Anomaly("version of two commits", f"{version} names {sorted(map(str, found))}")
@@ -299,9 +464,11 @@ class Owned(NamedTuple):
 def ownership(state: Owned, operation: Operation) -> tuple[Owned, Any]:
     """The specification of a session's stream; the argument is a stream id.
 
-    `read()` tells the active stream; `start` tells None, or the stream that is in the way; `end` (finish or fail),
-    `cancel` and `force` tell whether that stream owned the session; `asked` tells whether it was cancelled or has lost
-    the session; `clear` tells whether it was the owner, and dead. `die`: all at once, what this process owns is stale.
+    `read()` tells the active stream; `start` tells None, or the stream that is in the way; `held` (a transaction of the
+    stream), `end` (finish or fail), `cancel` and `force` tell whether that stream owned the session; `asked` tells
+    whether it was cancelled or has lost the session; `clear` tells whether it was the owner, and dead. `again((stream,
+    first))` starts the prompt of the first one once more, unless that runs: it tells what has become of it, and the
+    stream that runs then. `die`: all at once, what this process owns is stale.
     """
     stream_id = operation.argument
     is_owner = stream_id is not None and state.stream_id == stream_id
@@ -312,6 +479,12 @@ def ownership(state: Owned, operation: Operation) -> tuple[Owned, Any]:
             return state, state.stream_id
         case "start":
             return Owned(stream_id, operation.process, dead=state.dead), None
+        case "again" if state.is_live:
+            return state, ("runs" if state.stream_id == stream_id[1] else "is busy", state.stream_id)
+        case "again":
+            return Owned(stream_id[0], operation.process, dead=state.dead), ("has started", stream_id[0])
+        case "held":
+            return state, is_owner
         case "end" | "force":
             return (state.freed() if is_owner else state), is_owner
         case "asked":

@@ -31,8 +31,8 @@ def broken_package(parent: Path, file: str, bug: str) -> Path:
     ],
 )
 def test_every_history_is_linearizable(scratch: Path, journal: Any, fold: str) -> None:
-    """Lists, registers and owners: 2,000 operations of 3 processes with 2 threads each, 6 kills, and an order for all
-    of it.
+    """Lists, registers, owners and lives: 2,000 operations of 3 processes with 2 threads each, 6 kills, and an order
+    for all of it.
     """
     report = run_round(scratch, Plan(operations=2_000, groups=4, kills=6, journal=journal, fold=fold))
     assert report.anomalies == []
@@ -58,11 +58,52 @@ EARLY_ANSWER = """
 import threading
 _append = Store.append
 
-def _append_soon(self, *arguments):
-    threading.Timer(0.002, _append, (self, *arguments)).start()
-    return 0
+def _append_soon(self, *arguments, **options):
+    threading.Timer(0.002, _append, (self, *arguments), options).start()
+    return "soon"
 
 Store.append = _append_soon
+"""
+ONE_BY_ONE = """
+_extend = Store.extend
+
+def _extend_one_by_one(self, session_id, field, items, **options):
+    return [_extend(self, session_id, field, [item], **options) for item in items][-1]
+
+Store.extend = _extend_one_by_one
+"""
+# Versions are no longer compared, by whichever verb.
+ANY_VERSION = """
+require_version = lambda *_: None
+"""
+SHORT_TAIL = """
+_tail = Store.tail
+Store.tail = lambda *arguments, **options: _tail(*arguments, **options)[:-1]
+"""
+CREATES_ANEW = """
+def _of(cls, tx, *, create=False):
+    header = first_header(tx.session_id if tx.paths.file_id else None)
+    return cls(Replica(header, empty(), (0, 0, 0, 0)), tx, is_new=True) if create else cls(tx.read(), tx)
+
+WorkingCopy.of = classmethod(_of)
+"""
+KEEPS_WHAT_IT_DELETES = """
+_delete = streams.delete
+
+def _delete_or_not(backend, tx, *, force=False):
+    if backend.files.read(tx.session_id).header.revision % 3:
+        _delete(backend, tx, force=force)
+
+streams.delete = _delete_or_not
+"""
+NOT_ONCE = """
+_refuse_running = lambda *_: None
+"""
+NO_FENCE = """
+Stream._require_ownership = lambda self, header, active: StreamOwner(self.id, 0, '', '', '')
+"""
+FIELDS_LEFT_OUT = """
+_set_fields = lambda copy, fields: None
 """
 NO_VERSION = """
 _update = Store.update
@@ -99,9 +140,18 @@ def _trying_lease(tx, stream_id):
         pytest.param(
             "storage/document.py",
             VERSION_OF_THE_TIME,
-            {"register: version of two commits"},
+            {"register: version of two commits", "list: version of two commits", "life: version of two commits"},
             id="version-that-two-commits-share",
         ),
+        pytest.param("store.py", ONE_BY_ONE, {"list: split pair"}, id="pair-in-two-commits"),
+        pytest.param("store.py", ANY_VERSION, {"list: append to another version"}, id="append-to-any-version"),
+        pytest.param("store.py", ANY_VERSION, {"life: not linearizable"}, id="delete-of-any-version"),
+        pytest.param("store.py", SHORT_TAIL, {"list: stale read"}, id="tail-without-the-last-item"),
+        pytest.param("working_copy.py", CREATES_ANEW, {"life: not linearizable"}, id="create-where-a-session-is"),
+        pytest.param("store.py", KEEPS_WHAT_IT_DELETES, {"life: not linearizable"}, id="delete-that-does-nothing"),
+        pytest.param("streams.py", NOT_ONCE, {"owner: not linearizable"}, id="running-prompt-is-not-recognised"),
+        pytest.param("streams.py", NO_FENCE, {"owner: not linearizable"}, id="lost-stream-goes-on"),
+        pytest.param("streams.py", FIELDS_LEFT_OUT, {"owner: not linearizable"}, id="start-without-its-fields"),
         pytest.param("session.py", NO_MERGE, {"list: lost append"}, id="an-old-object-written-as-it-is"),
         pytest.param("streams.py", NO_LIVENESS, {"owner: not linearizable"}, id="live-streams-taken-for-dead"),
     ],

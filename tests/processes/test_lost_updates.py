@@ -26,6 +26,20 @@ def work(name):
             data['messages'].append({'id': f'{name}-{n}', 'role': 'user', 'content': 'x' * 40})
             data['total'] = data.get('total', 0) + 1
 """
+BY_TRANSACTION = """
+def work(name):
+    for n in range(count):
+        with store.transaction('s-1') as tx:
+            tx.list('messages').append({'id': f'{name}-{n}', 'role': 'user', 'content': 'x' * 40})
+            tx.fields['total'] = tx.fields.get('total', 0) + 1
+"""
+BY_EXTEND = """
+def work(name):
+    for n in range(count):
+        pair = [{'id': f'{name}-{n}', 'role': 'user', 'content': 'x' * 40}, {'id': f'{name}-{n}a', 'role': 'assistant'}]
+        store.extend('s-1', 'messages', pair)
+        assert store.tail('s-1', limit=400).index(pair[1]) > 0
+"""
 BY_APPEND = """
 def work(name):
     for n in range(count):
@@ -59,7 +73,13 @@ def run_all(actors: list[Actor], work: str, *, threads: int, count: int) -> None
 def assert_each_once(store: persist.Store, expected: int) -> None:
     """Two detectors: the ids in the document, and the revisions that were counted."""
     session = store.load("s-1")
-    ids = [message["id"] for message in session.data["messages"]]
+    messages = session.data["messages"]
+    for place, message in enumerate(messages):
+        # The second one of a pair.
+        assert message["role"] == "user" or message["id"] == messages[place - 1]["id"] + "a"
+    assert session.data.get("total", expected) == expected
+    ids = [message["id"] for message in messages if message["role"] == "user"]
+    assert len(messages) in (expected, 2 * expected)
     assert len(ids) == len(set(ids)) == expected
     assert session.revision == expected + 1
     for writer in {identity.rpartition("-")[0] for identity in ids}:
@@ -68,7 +88,11 @@ def assert_each_once(store: persist.Store, expected: int) -> None:
 
 
 @pytest.mark.parametrize(("threads", "switching"), [(1, None), (4, None), (4, 1e-6)], indirect=["switching"])
-@pytest.mark.parametrize("work", [BY_SAVE, BY_EDIT, BY_APPEND], ids=["save", "edit", "append"])
+@pytest.mark.parametrize(
+    "work",
+    [BY_SAVE, BY_EDIT, BY_TRANSACTION, BY_EXTEND, BY_APPEND],
+    ids=["save", "edit", "transaction", "extend", "append"],
+)
 @pytest.mark.usefixtures("switching")
 def test_every_append_of_four_processes_is_kept(
     store: persist.Store, actor: ActorFactory, work: str, threads: int

@@ -139,7 +139,8 @@ def test_forced_cancel_fences_the_owner_off(
     for write in (
         "stream.checkpoint({'role': 'assistant', 'content': 'late'})",
         "stream.append({'role': 'tool', 'content': 'late'})",
-        "stream.finish({'role': 'assistant', 'content': 'late'})",
+        "stream.update(lambda tx: tx.fields.update(late=1))",
+        "stream.finish({'role': 'assistant', 'content': 'late'}, fields={'late': 1})",
         "stream.fail()",
     ):
         with pytest.raises(persist.StreamLost):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from harness.linearizability import (
+    ABSENT,
     UNKNOWN,
     Operation,
     Owned,
@@ -29,16 +30,34 @@ def op(
     return Operation(process, kind, argument, called, returned, result)
 
 
-def append(item: str, called: float, returned: float = math.inf, *, answered: bool = True) -> Operation:
-    return op("append", item, called, returned, None if answered else UNKNOWN)
+def append(
+    item: str, called: float, returned: float = math.inf, *, answered: bool = True, version: str | None = None
+) -> Operation:
+    return op("append", item, called, returned, version if answered else UNKNOWN)
 
 
-def read(items: str, called: float, returned: float) -> Operation:
-    return op("read", None, called, returned, Prefix.of(items))
+def extend(pair: str, called: float, returned: float = math.inf, *, answered: bool = True) -> Operation:
+    return op("extend", tuple(pair), called, returned, None if answered else UNKNOWN)
 
 
-def count(number: int, called: float, returned: float) -> Operation:
-    return op("count", None, called, returned, number)
+def append_if(version: str, item: str, called: float, returned: float, result: Any) -> Operation:
+    return op("append_if", (version, item), called, returned, result)
+
+
+def read(items: str, called: float, returned: float, version: str | None = None) -> Operation:
+    return op("read", None, called, returned, Prefix.of(items, version))
+
+
+def count(number: int, called: float, returned: float, version: str | None = None) -> Operation:
+    return op("count", None, called, returned, (number, version))
+
+
+def tail(items: str, called: float, returned: float) -> Operation:
+    return op("tail", None, called, returned, tuple(items))
+
+
+def at(version: str, called: float, returned: float) -> Operation:
+    return op("at", None, called, returned, version)
 
 
 def kinds_in_list(history: Sequence[Operation], final: str) -> set[str]:
@@ -64,6 +83,26 @@ class TestLists:
             ),
             pytest.param([append("a", 0, answered=False), read("", 8, 9)], "", id="pending-never-takes-effect"),
             pytest.param([append("a", 0, 1), op("read", None, 2)], "a", id="a-read-without-an-answer-says-nothing"),
+            pytest.param([extend("ab", 0, 1), append("c", 2, 3), read("abc", 4, 5)], "abc", id="a-pair"),
+            pytest.param([extend("ab", 0, 9), append("c", 0, 9), read("c", 1, 2)], "cab", id="concurrent-pair"),
+            pytest.param([extend("ab", 0, answered=False), read("", 8, 9)], "", id="pending-pair-never-takes-effect"),
+            pytest.param([extend("ab", 0, answered=False), read("ab", 8, 9)], "ab", id="pending-pair-takes-effect"),
+            pytest.param([append(each, 0, 9) for each in "abcdefg"] + [tail("bcdef", 1, 8)], "abcdefg", id="a-tail"),
+            pytest.param([tail("", 0, 1), append("a", 2, 3), tail("a", 4, 5)], "a", id="a-short-tail"),
+            pytest.param(
+                [read("", 0, 1, "V0"), append_if("V0", "a", 2, 3, (True, "V1")), at("V1", 4, 5)], "a", id="at-a-version"
+            ),
+            pytest.param(
+                [
+                    read("", 0, 1, "V0"),
+                    append("b", 2, 3, version="V1"),
+                    append_if("V0", "a", 4, 5, (False, "V1")),
+                    count(1, 6, 7, "V1"),
+                ],
+                "b",
+                id="version-that-has-gone",
+            ),
+            pytest.param([append("a", 0, answered=False), at("V1", 2, 3)], "a", id="version-that-nobody-else-has-seen"),
         ],
     )
     def test_linearizable_history_has_no_anomaly(self, history: list[Operation], final: str) -> None:
@@ -88,6 +127,61 @@ class TestLists:
             pytest.param([count(1, 0, 1), append("a", 2, 3)], "a", "read from the future", id="future-count"),
             pytest.param([append("a", 0, 5), append("b", 0, 5), read("b", 1, 2)], "ab", "wrong items", id="no-prefix"),
             pytest.param([append("a", 0, 5), count(2, 1, 2)], "a", "wrong items", id="longer-than-the-final-list"),
+            pytest.param([extend("ab", 0, 1)], "a", "lost append", id="half-a-pair-is-lost"),
+            pytest.param([extend("ab", 0, answered=False)], "a", "split pair", id="half-a-pending-pair"),
+            pytest.param([extend("ab", 0, 9), append("c", 0, 9)], "acb", "split pair", id="something-within-a-pair"),
+            pytest.param([extend("ab", 0, 9)], "ba", "split pair", id="a-pair-the-other-way-round"),
+            pytest.param([extend("ab", 0, 9), read("a", 1, 2)], "ab", "split pair", id="half-a-pair-is-seen"),
+            pytest.param([extend("ab", 0, 9), tail("a", 1, 2)], "ab", "split pair", id="half-a-pair-at-the-end"),
+            pytest.param([append("a", 0, 1), tail("", 2, 3)], "a", "stale read", id="stale-tail"),
+            pytest.param([append("a", 0, 1), append("b", 2, 3), tail("b", 4, 5)], "ab", "wrong items", id="too-short"),
+            pytest.param([append("a", 0, 9), tail("x", 1, 2)], "a", "wrong items", id="tail-of-nothing"),
+            pytest.param(
+                [append("a", 0, 1, version="V1"), append("b", 2, 3, version="V1")],
+                "ab",
+                "version of two commits",
+                id="two-commits",
+            ),
+            pytest.param(
+                [append("a", 0, 1, version="V1"), read("a", 2, 3, "V2")],
+                "a",
+                "commit of two versions",
+                id="two-versions",
+            ),
+            pytest.param(
+                [read("", 0, 1, "V0"), append("b", 2, 3), append_if("V0", "a", 4, 5, (True, "V2"))],
+                "ba",
+                "append to another version",
+                id="another-version",
+            ),
+            pytest.param(
+                [read("", 0, 1, "V0"), append_if("V0", "a", 2, 3, (False, "V0"))],
+                "",
+                "right version refused",
+                id="refused",
+            ),
+            pytest.param(
+                [read("", 0, 1, "V0"), append_if("V1", "a", 2, 3, (False, "V0"))],
+                "a",
+                "invented item",
+                id="refused-and-written",
+            ),
+            pytest.param(
+                [read("", 0, 1, "V0"), append("a", 2, 3, version="V1"), at("V0", 4, 5)],
+                "a",
+                "stale read",
+                id="version-of-before",
+            ),
+            pytest.param(
+                [
+                    read("", 0, 1, "V0"),
+                    append("a", 2, 3, version="V1"),
+                    append_if("X", "b", 4, 5, (False, "V0")),
+                ],
+                "a",
+                "stale read",
+                id="mismatch-with-what-has-gone",
+            ),
         ],
     )
     def test_planted_bug_is_named(self, history: list[Operation], final: str, kind: str) -> None:
@@ -95,7 +189,12 @@ class TestLists:
         assert kinds_in_list(history, final) == {kind}
 
 
-START = Versioned(0, "START", "x")
+START = Versioned(1, "START", "x")
+
+
+def looks(*answers: Any) -> list[Operation]:
+    """Looks of several kinds at one instant: `exists`, `look` and `value`."""
+    return [op(kind, None, 6, 7, answer) for kind, answer in zip(("exists", "look", "value"), answers, strict=True)]
 
 
 def register_anomalies(*history: Operation) -> list[str]:
@@ -116,13 +215,13 @@ class TestRegisters:
         "history",
         [
             pytest.param([], id="nothing"),
-            pytest.param([write("a", 0, 1), seen(1, "a", 2, 3)], id="write-then-read"),
+            pytest.param([write("a", 0, 1), seen(2, "a", 2, 3)], id="write-then-read"),
             pytest.param(
                 # Herlihy and Wing, 1990: overlapping operations may take effect in either order.
-                [write("a", 0, 4), write("b", 1, 3), seen(2, "a", 5, 6)],
+                [write("a", 0, 4), write("b", 1, 3), seen(3, "a", 5, 6)],
                 id="overlapping-writes-in-either-order",
             ),
-            pytest.param([write("a", 0, 9), seen(0, "x", 1, 2)], id="read-before-a-concurrent-write"),
+            pytest.param([write("a", 0, 9), seen(1, "x", 1, 2)], id="read-before-a-concurrent-write"),
             pytest.param(
                 [op("swap", ("x", "a"), 0, 9, (True, "A")), op("swap", ("x", "b"), 0, 9, (False, "A"))], id="one-winner"
             ),
@@ -139,14 +238,34 @@ class TestRegisters:
                 id="version-of-a-pending-write-is-told-by-a-mismatch",
             ),
             pytest.param(
-                [op("swap", ("x", "a"), 0, 1, (True, None)), seen(1, "a", 2, 3)], id="version-that-was-not-told"
+                [op("swap", ("x", "a"), 0, 1, (True, None)), seen(2, "a", 2, 3)], id="version-that-was-not-told"
             ),
-            pytest.param([write("a", 0, answered=False), seen(1, "a", 5, 6)], id="pending-write-took-effect"),
-            pytest.param([write("a", 0, answered=False), seen(0, "x", 5, 6)], id="pending-write-had-no-effect"),
+            pytest.param([write("a", 0, answered=False), seen(2, "a", 5, 6)], id="pending-write-took-effect"),
+            pytest.param([write("a", 0, answered=False), seen(1, "x", 5, 6)], id="pending-write-had-no-effect"),
             pytest.param(
-                [write("a", 0, answered=False), seen(0, "x", 1, 2), seen(1, "a", 8, 9)],
+                [write("a", 0, answered=False), seen(1, "x", 1, 2), seen(2, "a", 8, 9)],
                 id="pending-write-took-effect-late",
             ),
+            pytest.param([op("delete", None, 0, 1, True), *looks(False, None, None)], id="deleted"),
+            pytest.param([op("delete", None, 0, 9, True), op("delete", None, 0, 9, False)], id="deleted-once"),
+            pytest.param(
+                [op("delete", None, 0, 1, True), op("create", "a", 2, 3, "A"), *looks(True, (1, "A"), "a")],
+                id="made-anew",
+            ),
+            pytest.param(
+                [op("delete", None, 0, 1, True), write("a", 2, 3), seen(1, "a", 4, 5)], id="made-by-its-first-write"
+            ),
+            pytest.param([op("create", "a", 0, 1, False), *looks(True, (1, "START"), "x")], id="there-already"),
+            pytest.param(
+                [op("delete_if", "START", 0, 9, (True, None)), op("put", ("START", "a"), 0, 9, (False, None))],
+                id="put-to-what-is-gone",
+            ),
+            pytest.param(
+                [write("a", 0, 1), op("delete_if", "START", 2, 3, (False, "A")), seen(2, "a", 4, 5)],
+                id="delete-of-a-version-that-has-gone",
+            ),
+            pytest.param([op("delete", None, 0), *looks(True, (1, "START"), "x")], id="pending-delete-had-no-effect"),
+            pytest.param([op("delete", None, 0), *looks(False, None, None)], id="pending-delete-took-effect"),
         ],
     )
     def test_linearizable_history_has_an_order(self, history: list[Operation]) -> None:
@@ -156,9 +275,9 @@ class TestRegisters:
     @pytest.mark.parametrize(
         "history",
         [
-            pytest.param([write("a", 0, 1), seen(0, "x", 2, 3)], id="stale-read"),
-            pytest.param([seen(1, "a", 0, 1), write("a", 2, 3)], id="read-from-the-future"),
-            pytest.param([seen(1, "y", 0, 1)], id="value-of-nowhere"),
+            pytest.param([write("a", 0, 1), seen(1, "x", 2, 3)], id="stale-read"),
+            pytest.param([seen(2, "a", 0, 1), write("a", 2, 3)], id="read-from-the-future"),
+            pytest.param([seen(2, "y", 0, 1)], id="value-of-nowhere"),
             pytest.param(
                 [op("swap", ("x", "a"), 0, 9, (True, None)), op("swap", ("x", "b"), 0, 9, (True, None))],
                 id="two-winners",
@@ -168,13 +287,13 @@ class TestRegisters:
                 id="two-winners-by-version",
             ),
             pytest.param(
-                [write("a", 0, 1), op("read", None, 2, 3, (1, "Z", "a"))], id="read-of-another-version-than-was-written"
+                [write("a", 0, 1), op("read", None, 2, 3, (2, "Z", "a"))], id="read-of-another-version-than-was-written"
             ),
             pytest.param(
                 [
                     write("a", 0, answered=False),
-                    op("read", None, 2, 3, (1, "Y", "a")),
-                    op("read", None, 4, 5, (1, "Z", "a")),
+                    op("read", None, 2, 3, (2, "Y", "a")),
+                    op("read", None, 4, 5, (2, "Z", "a")),
                 ],
                 id="two-versions-of-one-write",
             ),
@@ -184,7 +303,7 @@ class TestRegisters:
             ),
             pytest.param([op("swap", ("x", "a"), 0, 1, (False, None))], id="no-winner"),
             pytest.param(
-                [write("a", 0, 9), seen(1, "a", 1, 2), seen(0, "x", 3, 4)],
+                [write("a", 0, 9), seen(2, "a", 1, 2), seen(1, "x", 3, 4)],
                 id="reads-go-back",
             ),
             pytest.param(
@@ -192,23 +311,38 @@ class TestRegisters:
                 [
                     write("a", 0, 1),
                     write("b", 0, 1),
-                    seen(2, "a", 2, 3),
-                    seen(2, "b", 2, 3),
+                    seen(3, "a", 2, 3),
+                    seen(3, "b", 2, 3),
                 ],
                 id="readers-disagree",
             ),
             pytest.param(
-                [write("a", 0, 1), write("b", 2, 3), seen(2, "a", 4, 5)],
+                [write("a", 0, 1), write("b", 2, 3), seen(3, "a", 4, 5)],
                 id="lost-write",
             ),
             pytest.param(
-                [write("a", 0, answered=False), seen(1, "a", 1, 2), seen(0, "x", 3, 4)],
+                [write("a", 0, answered=False), seen(2, "a", 1, 2), seen(1, "x", 3, 4)],
                 id="pending-write-is-undone",
             ),
             pytest.param(
-                [write("a", 0, 2, answered=False), seen(0, "x", 3, 4), seen(1, "a", 5, 6)],
+                [write("a", 0, 2, answered=False), seen(1, "x", 3, 4), seen(2, "a", 5, 6)],
                 id="dead-writes",
             ),
+            pytest.param([op("delete", None, 0, 1, True), *looks(True, (1, "START"), "x")], id="deleted-and-there"),
+            pytest.param([op("delete", None, 0, 1, True), op("delete", None, 2, 3, True)], id="deleted-twice"),
+            pytest.param([op("create", "a", 0, 1, "A")], id="created-where-one-is"),
+            pytest.param(
+                [op("delete", None, 0, 1, True), op("create", "a", 2, 3, "A"), seen(3, "a", 4, 5)],
+                id="revision-of-the-one-before",
+            ),
+            pytest.param([write("a", 0, 1), op("delete_if", "START", 2, 3, (True, None))], id="delete-of-any-version"),
+            pytest.param([op("delete_if", "START", 0, 1, (False, "START"))], id="delete-of-the-right-one-is-refused"),
+            pytest.param(
+                [op("delete", None, 0, 1, True), op("put", ("START", "a"), 2, 3, (True, "A"))], id="put-that-revives"
+            ),
+            pytest.param([write("a", 0, 1), seen(1, "a", 2, 3)], id="write-that-made-it-anew"),
+            pytest.param([op("look", None, 0, 1, (2, "START"))], id="look-at-another-revision"),
+            pytest.param([op("value", None, 0, 1, None)], id="value-of-nothing"),
         ],
     )
     def test_planted_bug_has_no_order(self, history: list[Operation]) -> None:
@@ -217,8 +351,8 @@ class TestRegisters:
 
     def test_the_first_operation_that_nothing_explains_is_named(self) -> None:
         """A long history is of no use without the place to look at."""
-        stale = seen(0, "x", 4, 5)
-        [anomaly] = check_object([write("a", 0, 1), stale, seen(1, "a", 6, 7)], START, register)
+        stale = seen(1, "x", 4, 5)
+        [anomaly] = check_object([write("a", 0, 1), stale, seen(2, "a", 6, 7)], START, register)
         assert str(stale) in anomaly.detail
 
     def test_many_concurrent_operations_are_searched_in_bounded_time(self) -> None:
@@ -226,13 +360,13 @@ class TestRegisters:
         orders.
         """
         writes = [write("a", 0, 9) for _ in range(12)]
-        assert register_anomalies(*writes, seen(12, "y", 10, 11)) == ["not linearizable"]
+        assert register_anomalies(*writes, seen(13, "y", 10, 11)) == ["not linearizable"]
 
     def test_version_of_two_commits_is_named(self) -> None:
         """Whatever the order: two writes never have one version, whoever tells of it."""
-        history = [write("a", 0, 1), op("swap", ("a", "b"), 2, 3, (True, "A")), seen(2, "b", 4, 5)]
+        history = [write("a", 0, 1), op("swap", ("a", "b"), 2, 3, (True, "A")), seen(3, "b", 4, 5)]
         assert [anomaly.kind for anomaly in check_versions(history)] == ["version of two commits"]
-        assert check_versions([write("a", 0, 1), seen(1, "a", 2, 3), write("b", 4, 5)]) == []
+        assert check_versions([write("a", 0, 1), seen(2, "a", 2, 3), write("b", 4, 5)]) == []
 
 
 @st.composite
@@ -244,18 +378,20 @@ def histories(draw: st.DrawFn) -> list[Operation]:
     state, versions = START, {START.version}
     history = []
     for instant in range(draw(st.integers(0, 12))):
-        kind = draw(st.sampled_from(["read", "write", "swap", "put"]))
+        kind = draw(st.sampled_from(["read", "write", "swap", "put", "delete", "exists"]))
         value = f"v{instant}"
         is_named = kind != "put" or state.version in versions
         other = state if is_named and draw(st.booleans()) else Versioned(99, "O", "other")
-        argument = {"read": None, "write": value, "swap": (other.value, value), "put": (other.version, value)}[kind]
-        is_write = kind == "write" or (kind != "read" and other is state)
-        state = state.after(value, value.upper()) if is_write else state
+        argument = {"write": value, "swap": (other.value, value), "put": (other.version, value)}.get(kind)
+        is_write = kind == "write" or (kind in ("swap", "put") and other is state and state.is_there)
+        was_there = state.is_there
+        state = state.after(value, value.upper()) if is_write else ABSENT if kind == "delete" else state
         told = state.version if draw(st.booleans()) else None
-        result = {"read": state, "write": state.version, "swap": (is_write, told), "put": (is_write, told)}[kind]
+        results = {"read": state if state.is_there else None, "write": state.version, "delete": was_there}
+        result = (results | {"exists": was_there, "swap": (is_write, told), "put": (is_write, told)})[kind]
         called, returned = instant * 10 - draw(st.integers(0, 30)), instant * 10 + draw(st.integers(0, 30))
         is_told = draw(st.booleans())
-        if is_told and (kind in ("read", "write") or told is not None):
+        if is_told and (kind in ("read", "write") or (kind in ("swap", "put") and told is not None)):
             versions.add(state.version)
         history.append(op(kind, argument, called, returned, result if is_told else UNKNOWN, process=instant))
     return draw(st.permutations(history))
@@ -302,6 +438,28 @@ class TestOwners:
                 [op("start", "s", 0, 1, None), op("force", "s", 2, 3, True), op("end", "s", 4, 5, False)], id="fenced"
             ),
             pytest.param([op("start", "s", 0, 1, None), op("cancel", "t", 2, 3, False)], id="cancel-of-another"),
+            pytest.param([op("start", "s", 0, 1, None), op("held", "s", 2, 3, True)], id="held"),
+            pytest.param(
+                [op("start", "s", 0, 1, None), op("again", ("t", "s"), 2, 3, ("runs", "s"))], id="again-while-it-runs"
+            ),
+            pytest.param(
+                [
+                    op("start", "s", 0, 1, None),
+                    op("force", "s", 2, 3, True),
+                    op("again", ("t", "s"), 4, 5, ("has started", "t")),
+                    op("read", None, 6, 7, "t"),
+                ],
+                id="again-after-it-was-taken-away",
+            ),
+            pytest.param(
+                [
+                    op("start", "s", 0, 1, None),
+                    op("force", "s", 2, 3, True),
+                    op("start", "u", 4, 5, None),
+                    op("again", ("t", "s"), 6, 7, ("is busy", "u")),
+                ],
+                id="again-while-another-runs",
+            ),
         ],
     )
     def test_linearizable_history_has_an_order(self, history: list[Operation]) -> None:
@@ -333,6 +491,18 @@ class TestOwners:
             pytest.param(
                 [op("start", "s", 0, 1, None), op("end", "s", 2, 3, True), op("read", None, 4, 5, "s")],
                 id="ended-yet-shown",
+            ),
+            pytest.param(
+                [op("start", "s", 0, 1, None), op("force", "s", 2, 3, True), op("held", "s", 4, 5, True)],
+                id="held-and-not-fenced",
+            ),
+            pytest.param(
+                [op("start", "s", 0, 1, None), op("again", ("t", "s"), 2, 3, ("has started", "t"))],
+                id="started-twice",
+            ),
+            pytest.param(
+                [op("start", "s", 0, 1, None), op("again", ("t", "s"), 2, 3, ("is busy", "s"))],
+                id="running-prompt-not-recognised",
             ),
         ],
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutation.catalogue.suites import HAZARDS, LOST_UPDATES, SESSION, SHARED_SESSIONS
+from mutation.catalogue.suites import HAZARDS, LOST_UPDATES, REQUESTS, SESSION, SHARED_SESSIONS
 from mutation.edits import (
     Edit,
     condition,
@@ -49,6 +49,30 @@ MUTANTS = (
         condition("if_version is not None and copy.version != if_version", "False"),
         HAZARDS,
         "a9",
+    ),
+    Mutant(
+        "the version that a delete was decided on",
+        "store.py",
+        "Store.delete",
+        condition("if_version is not None", "False"),
+        REQUESTS,
+        "delete_of_a_version",
+    ),
+    Mutant(
+        "the session that a version asks for",
+        "store.py",
+        "Store.transaction",
+        drop_operand("if_version is None"),
+        REQUESTS,
+        "creates_none",
+    ),
+    Mutant(
+        "the look for the session that a first write would make",
+        "working_copy.py",
+        "WorkingCopy.of",
+        drop_operand("not tx.exists()"),
+        REQUESTS,
+        "first_writes",
     ),
     # What an edit changes was read before the lock was held.
     Mutant(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutation.catalogue.suites import EVENTS, HAZARDS, SEED_RACE, SHARED_SESSIONS, STREAMS
+from mutation.catalogue.suites import EVENTS, HAZARDS, REQUESTS, SEED_RACE, SHARED_SESSIONS, STREAMS
 from mutation.edits import (
     condition,
     drop_call,
@@ -126,6 +126,66 @@ MUTANTS = (
     ),
     Mutant(
         "liveness across processes (one winner)", LEASE, "probe", KNOWN_HERE_ONLY, STREAMS, "forty", (REMEMBERED_HERE,)
+    ),
+    Mutant(
+        "the look for a stream that runs the same prompt",
+        MODULE,
+        "start",
+        drop_call("_refuse_running"),
+        REQUESTS,
+        "three_processes",
+    ),
+    Mutant(
+        "the look for the answer to a prompt",
+        MODULE,
+        "start",
+        drop_call("_refuse_answered"),
+        REQUESTS,
+        "three_processes",
+    ),
+    Mutant(
+        "the interruption that makes a prompt one without an answer",
+        TURN,
+        "answer_to",
+        drop_operand("messages[place].get(INTERRUPTED)"),
+        REQUESTS,
+        "died_is_taken_up",
+    ),
+    Mutant(
+        "the fence of a stream's transaction",
+        MODULE,
+        "Stream._owned",
+        replace_expression(
+            "self._require_ownership(copy.header, turn.active_stream(copy.fields))",
+            "StreamOwner(self.id, 0, '', '', '')",
+        ),
+        REQUESTS,
+        "not_entered",
+    ),
+    Mutant(
+        "the place of what a stream's transaction adds",
+        MODULE,
+        "Stream.transaction",
+        condition("is_last", "False"),
+        REQUESTS,
+        "before_the_partial",
+    ),
+    Mutant(
+        "the look for a partial answer that a block removes",
+        MODULE,
+        "checked",
+        drop_call("require_free"),
+        REQUESTS,
+        "removal_of and not delete",
+    ),
+    Mutant(
+        "the look for a live stream before a delete in a block",
+        "store.py",
+        "Store.transaction",
+        replace_expression("streams.require_free(tx)", "None"),
+        REQUESTS,
+        "removal_of and delete",
+        (Change(MODULE, "delete", condition("not is_dead", "False")),),
     ),
     Mutant(
         "the mark on prompt and partial",
