@@ -51,7 +51,7 @@ def test_request_that_is_sent_to_three_processes_starts_one_turn(store: persist.
         assert store.head("s-1").fields["model"] == "m"
         [owner] = [each for each, (kind, _) in zip(actors, answers, strict=True) if kind == "started"]
         owner.do(f"stream.finish({ANSWER!r}, fields={{'tokens': {number}}})")
-        assert [each.do(ONCE) for each in actors] == [["answered", ANSWER]] * 3
+        assert [each.do(ONCE) for each in actors] == [["answered", ANSWER | {"answers": "p1"}]] * 3
         assert (ids(store), store.head("s-1").fields["tokens"]) == (["p1", "a1"], number)
         store.delete("s-1")
 
@@ -69,7 +69,7 @@ def test_request_whose_server_has_died_is_taken_up_again(
     store.append("s-1", "messages", {"id": "sorry", "role": "assistant", "content": "That was interrupted."})
     assert other.do(ONCE)[0] == "started"
     other.do(f"stream.finish({ANSWER!r})")
-    assert other.do(ONCE) == ["answered", ANSWER]
+    assert other.do(ONCE) == ["answered", ANSWER | {"answers": "p1"}]
     assert ids(store).count("p1") == 1
 
 

@@ -155,7 +155,12 @@ def test_list_is_used_as_any_list(store: persist.Store, session: persist.Session
             messages[::2] = [1, 2, 3]
         assert repr(messages) == repr(plain)
         assert repr(tx.fields) == "{'title': 'New chat'}"
-        for use in (lambda: messages[99], lambda: tx.list("none").pop(), lambda: messages.__delitem__(-99)):
+        uses: list[Callable[[], object]] = [
+            lambda: messages[99],
+            lambda: tx.list("none").pop(),
+            lambda: messages.__delitem__(-99),
+        ]
+        for use in uses:
             with pytest.raises(IndexError, match="the list has"):
                 use()
     assert store.load("s").data["messages"] == plain
@@ -598,12 +603,13 @@ def test_answer_of_another_program_is_the_last_before_the_next_prompt(store: per
 @pytest.mark.parametrize("end", ["fail", "die"])
 def test_once_takes_an_interrupted_prompt_up_again(store: persist.Store, session: persist.Session, end: str) -> None:
     stream = store.start_stream("s", PROMPT, once=True)
+    stream.append({"id": "call", "role": "assistant"})
     stream.checkpoint(ANSWER | {"content": "Be"})
     stream.fail() if end == "fail" else stream._close()
     with store.start_stream("s", PROMPT, once=True) as again:
         again.finish(ANSWER)
-    assert ids_of(store) == ["m1", "p", "a"]
-    assert store.load("s").data["messages"][1:] == [PROMPT, ANSWER | {"answers": "p"}]
+    assert ids_of(store) == ["m1", "p", "call", "a"]
+    assert store.load("s").data["messages"][3] == ANSWER | {"answers": "p"}
 
 
 @pytest.mark.parametrize("prompt", [None, {"role": "user"}, {"id": None, "role": "user"}])
