@@ -311,11 +311,13 @@ def _checked_fields(text: memoryview, part: _Part) -> dict[str, bytes]:
 
 def fields_of(text: bytes) -> dict[str, bytes]:
     """Return the members of a JSON object, each as its JSON. Raise one of `NONSENSE` if it is none."""
+    # Decoded at once, so that nobody who asks for a field later meets what cannot be decoded.
+    decoded = json_codec.decode(text)
     try:
         values = {name: bytes(value) for name, value in _members_of(text).items()}
     except (msgspec.DecodeError, RecursionError):
         # A lone surrogate, which msgspec does not read.
-        values = {name: json_codec.encode(value) for name, value in json_codec.decode(text).items()}
+        values = {name: json_codec.encode(value) for name, value in decoded.items()}
     if HEADER in values:
         raise ValueError(HEADER)
     return values

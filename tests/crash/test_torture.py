@@ -50,7 +50,11 @@ COMMIT_IN_TWO = (
 )
 ANY_VERSION = ("store.py", "            if if_version is not None:\n", "            if False:\n")
 CREATES_ANEW = ("working_copy.py", "        if create and not tx.exists():\n", "        if create:\n")
-NOT_ONCE = ("streams.py", "                _refuse_answered(tx, copy, prompt)\n", "                pass\n")
+NOT_ONCE = (
+    "streams.py",
+    "                _refuse_started(tx, copy, prompt, live_id=None if is_dead else stale_id)\n",
+    "                pass\n",
+)
 IN_PLACE = (
     "storage/commit.py",
     "            disk.replace(paths.temp, paths.document)\n",
@@ -60,8 +64,8 @@ IN_PLACE = (
 )
 TEMPS_OF_THEIR_OWN = (
     "storage/layout.py",
-    'self.directory / f"{name}{_DOCUMENT}{_TEMP}"\n',
-    "self.directory / f\"{name}{_DOCUMENT}.{__import__('os').getpid()}{_TEMP}\"\n",
+    'self.directory / f"{self.name}{DOCUMENT}{_TEMP}"\n',
+    "self.directory / f\"{self.name}{DOCUMENT}.{__import__('os').getpid()}{_TEMP}\"\n",
 )
 NO_LEASE = ("streams.py", "            if not is_dead:\n                return False\n", "")
 OLD_TITLE = (
