@@ -97,7 +97,7 @@ def _delete_or_not(backend, tx, *, force=False):
 streams.delete = _delete_or_not
 """
 NOT_ONCE = """
-_refuse_running = lambda *_: None
+_refuse_started = lambda *_, **__: None
 """
 NO_FENCE = """
 Stream._require_ownership = lambda self, header, active: StreamOwner(self.id, 0, '', '', '')
@@ -173,9 +173,8 @@ commit.verify = lambda *_: None
 OVERTAKEN_IS_EMPTY = """
 def _read_now(self, session_id):
     import time
-    with self.looking_at(session_id) as path:
-        paths = self.layout.session(session_id)
-        found = document.read(path, session_id, paths.file_id)
+    with self.looking_at(session_id) as paths:
+        found = document.read(paths.document, session_id, paths.file_id)
         name = found.header.journal
         if name is None:
             return Replica(found.header, found.content, found.version)

@@ -151,7 +151,7 @@ def test_two_processes_stamp_the_same_messages_and_lose_none(
     Fails if what both changed alike is taken from both sides.
     """
     store.create("s-1", {"messages": [{"role": "user", "content": "Hello"}] * 3})
-    actors = {name: actor(lock_timeout_s=60.0) for name in "pq"}
+    actors = {name: actor(timeout_s=60.0) for name in "pq"}
     for each in actors.values():
         each.do(STAMP)
     for n in range(ROUNDS):

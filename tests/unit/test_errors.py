@@ -656,7 +656,7 @@ def test_what_a_refusal_says_to_do_about_removed_messages_works(scene: Scene) ->
 
 def test_a_prompt_that_is_answered_comes_with_its_answer(scene: Scene) -> None:
     """`AlreadyStarted.answer` is the message; no stream runs it, and the error says so."""
-    with pytest.raises(persist.AlreadyStarted, match="it is answered") as caught:
+    with pytest.raises(persist.AlreadyStarted, match="its turn has finished") as caught:
         already_answered(scene)
     assert caught.value.stream_id is None
     assert caught.value.answer == scene.load().data["messages"][-1]

@@ -810,7 +810,7 @@ def test_a_key_tells_items_apart(session: persist.Session, store: persist.Store)
     version = store.extend("s", "calls", [one, two], key="call")
     assert store.append("s", "calls", one, key="call") == version
     assert store.extend("s", "calls", [two, one], key="call") == version
-    with pytest.raises(persist.IdTaken, match=r"data\['calls'\]\[0\] has the same id") as caught:
+    with pytest.raises(persist.IdTaken, match=r"data\['calls'\]\[0\] has the same call") as caught:
         store.extend("s", "calls", [{"call": "c3"}, {**one, "n": 5}], key="call")
     assert caught.value.path == ("calls", 0)
     with pytest.raises(persist.IdTaken):
