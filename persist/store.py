@@ -67,7 +67,7 @@ class Store:
         >>> a, b = store.load("s-42"), store.load("s-42")
         >>> a.data["title"] = "File locks"
         >>> b.data["messages"].append({"id": "m1", "role": "user", "content": "hi"})
-        >>> a.save(); b.save()
+        >>> versions = a.save(), b.save()
         >>> store.load("s-42").data
         {'title': 'File locks', 'messages': [{'id': 'm1', 'role': 'user', 'content': 'hi'}]}
     """
