@@ -86,8 +86,8 @@ class ListMachine(RuleBasedStateMachine):
 
     @initialize(values=st.lists(items, max_size=8), is_text=st.booleans())
     def begin(self, values: list[Any], is_text: bool) -> None:
-        self.committed = copy.deepcopy(values)
-        self.plain = copy.deepcopy(values)
+        # By way of JSON: two items may be drawn as one object.
+        self.committed, self.plain = (json_codec.decode(json_codec.encode(values)) for _ in range(2))
         self.base = in_document(values) if is_text else Items(list(map(json_codec.encode, values)))
         self.list = WorkingList("messages", self.base, tx=None, values={})
         self.handed_out: list[tuple[Data, Data]] = []
@@ -167,7 +167,9 @@ class ListMachine(RuleBasedStateMachine):
         assert len(self.list) == len(self.plain)
         changes = self.list.changes()
         after = self.list.after(changes)
-        assert after == Items(list(map(json_codec.encode, self.plain)))
+        # An item that differs from the committed one in the order of its keys only keeps that one's JSON.
+        assert json_codec.same(after.decode(), self.plain)
+        assert after.size_bytes == Items(list(map(json_codec.encode, self.plain))).size_bytes
         if not changes:
             assert after == self.base
         assert self.base == Items(list(map(json_codec.encode, self.committed))), "what is committed stays as it is"
@@ -242,10 +244,11 @@ class CopyMachine(RuleBasedStateMachine):
     def begin(self, data: Data) -> None:
         self.before = {
             name: value if type(value) is list or name not in ("log", *ALWAYS_APART) else [value]
-            for name, value in copy.deepcopy(data).items()
+            for name, value in json_codec.decode(json_codec.encode(data)).items()
         }
         self.plain = copy.deepcopy(self.before)
         self.copy = copy_of(self.before)
+        self.dropped: set[str] = set()
 
     @rule(name=names, value=values)
     def set_field(self, name: str, value: Any) -> None:
@@ -255,6 +258,7 @@ class CopyMachine(RuleBasedStateMachine):
     @rule(name=names)
     def drop_field(self, name: str) -> None:
         assert json_codec.same(self.copy.fields.pop(name, "none"), self.plain.pop(name, "none"))
+        self.dropped.add(name)
 
     @rule(name=names)
     def look(self, name: str) -> None:
@@ -289,6 +293,7 @@ class CopyMachine(RuleBasedStateMachine):
         if name in ("log", *ALWAYS_APART) and type(value) is not list:
             data.pop(name, None)
             self.plain.pop(name, None)
+            self.dropped.add(name)
             return
         data[name], self.plain[name] = copy.deepcopy(value), copy.deepcopy(value)
 
@@ -298,7 +303,7 @@ class CopyMachine(RuleBasedStateMachine):
             assert json_codec.same(self.copy.list(name).pop(), self.plain[name].pop())
             if not self.plain[name] and name not in self.copy.content.decode():
                 # A missing list is made by its first item.
-                assert name not in self.before
+                assert name not in self.before or name in self.dropped
                 del self.plain[name]
 
     @invariant()
