@@ -188,7 +188,8 @@ def _refuse_started(tx: Transaction, copy: WorkingCopy, prompt: turn.Message, *,
     `live_id` is the live stream of the session. A dead one of this prompt has no answer: its partial is none.
     """
     owner = owner_of(copy.header, turn.active_stream(copy.fields))
-    has_finished, answer = turn.answer_to(copy.list(turn.MESSAGES), prompt)
+    partial_id = None if owner is None else owner.answer_id
+    has_finished, answer = turn.answer_to(copy.list(turn.MESSAGES), prompt, partial_id)
     if owner is not None and json_codec.same(owner.prompt_id, prompt["id"]):
         if live_id is None:
             return

@@ -151,11 +151,11 @@ def put_last(messages: WorkingList, answer_id: Id | None) -> None:
         messages.append(messages.pop(place))
 
 
-def answer_to(messages: WorkingList, prompt: Message) -> tuple[bool, Message | None]:
+def answer_to(messages: WorkingList, prompt: Message, partial_id: Id | None = None) -> tuple[bool, Message | None]:
     """Tell whether the turn of a prompt has finished, and return the message that answers it, if there is one.
 
     The answer of a turn that was started once says whose it is. A prompt that says so of itself has none. Otherwise it
-    is the last answer before the next prompt.
+    is the last answer before the next prompt. `partial_id` is that of a turn which has not finished: it is none.
 
     Raises:
         IdTaken: another message has the prompt's id.
@@ -169,7 +169,8 @@ def answer_to(messages: WorkingList, prompt: Message) -> tuple[bool, Message | N
     if linked is not None:
         return True, None if linked == place else messages.peek(linked)
     rest = itertools.takewhile(lambda message: not _has_role(message, "user"), messages[place + 1 :])
-    found = [each for each in rest if _has_role(each, "assistant") and not each.get(INTERRUPTED)]
+    answers = [each for each in rest if _has_role(each, "assistant") and not each.get(INTERRUPTED)]
+    found = [each for each in answers if partial_id is None or not same(each.get("id"), partial_id)]
     return (True, found[-1]) if found and not there.get(INTERRUPTED) else (False, None)
 
 
