@@ -105,16 +105,16 @@ class BodyFailed(Exception):
     """What the body of a transaction raises."""
 
 
-def merged(base: Data, mine: Data, theirs: Data, *, prefer: str = "error", sums: bool = True) -> Data:
+def merged(base: Data, mine: Data, theirs: Data, *, prefer: str = "error") -> Data:
     """What a save must make of three versions."""
     result = copy.deepcopy(theirs)
     for name in (*FIELDS, "visits"):
         b, m, t = (side.get(name, MISSING) for side in (base, mine, theirs))
-        if m == b or (m == t and not (sums and name == "visits")):
+        if m == b or (m == t and name != "visits"):
             value = t
         elif t == b:
             value = m
-        elif sums and name == "visits":
+        elif name == "visits":
             value = t + m - (b or 0)
         elif prefer == "error":
             raise Conflict
@@ -151,17 +151,25 @@ def extended(there: list[Any], items: list[Any], key: str | None) -> list[Any]:
     return [*there, *fresh]
 
 
-def answer_to(messages: list[Data], prompt_id: str) -> Data | None:
-    """The last message of a prompt's turn that is no tool's, unless the turn was interrupted."""
+def answer_to(messages: list[Data], prompt_id: str, partial_id: str | None) -> tuple[bool, Data | None]:
+    """Whether a prompt's turn has finished, and its answer: the one that says so, or the last before the next prompt.
+
+    A partial is no answer, nor is one of a turn that was interrupted.
+    """
     ids = [message["id"] for message in messages]
-    if prompt_id not in ids or messages[ids.index(prompt_id)].get("interrupted"):
-        return None
+    if prompt_id not in ids:
+        return False, None
+    prompt = messages[ids.index(prompt_id)]
+    for message in reversed(messages):
+        if message.get("answers") == prompt_id:
+            return True, None if message is prompt else message
     answer = None
     for message in messages[ids.index(prompt_id) + 1 :]:
         if message["role"] == "user":
             break
-        answer = message if message["role"] != "tool" else answer
-    return None if answer is None or answer.get("interrupted") else answer
+        is_answer = message["role"] == "assistant" and not message.get("interrupted")
+        answer = message if is_answer and message["id"] != partial_id else answer
+    return (False, None) if answer is None or prompt.get("interrupted") else (True, answer)
 
 
 def add_visits(data: MutableMapping[str, Any], visits: int) -> None:
@@ -188,6 +196,7 @@ class ModelStream:
     session: ModelSession
     prompt: Data | None
     real: persist.Stream | None
+    once: bool = False
     answer_id: str | None = None
     is_cancelled: bool = False
 
@@ -207,6 +216,12 @@ class ModelStream:
         place = self.place_of_answer()
         messages[place : place + 1] = [answer]
         self.answer_id = answer["id"]
+
+    def mark_answer(self) -> None:
+        """A turn that was started once says whose answer it has, or that it has none."""
+        if self.once and self.prompt is not None:
+            own = self.answer_id or self.prompt["id"]
+            next(each for each in self.session.data["messages"] if each["id"] == own)["answers"] = self.prompt["id"]
 
     def place_of_answer(self) -> int:
         """Where the partial stands, or the end."""
@@ -860,7 +875,7 @@ class SessionMachine(RuleBasedStateMachine):
         session.take_away()
         session.committed(touch=False)
         try:
-            loaded.take(merged(loaded.base, loaded.data, session.data, sums=False))
+            loaded.take(merged(loaded.base, loaded.data, session.data))
         except Conflict:
             # The unsaved edit stays for the next save to report; only the stream is gone.
             loaded.stream_id = None
@@ -882,7 +897,7 @@ class SessionMachine(RuleBasedStateMachine):
             session = (running or [session])[-1]
             session_id = self.id_of(session)
         if how == "answered" and not session.has_live_stream and self.prompt_for(session, how) is None:
-            turn = self.start_on(session_id, session, "prompt")
+            turn = self.start_on(session_id, session, "prompt", once=once)
             assert turn is not None
             self.end(turn, "finish", None)
         stream = self.start_on(session_id, session, how, once=once and how != "no prompt", topic=topic)
@@ -894,20 +909,22 @@ class SessionMachine(RuleBasedStateMachine):
 
     def prompt_for(self, session: ModelSession, how: str) -> Data | None:
         """A new prompt, or one that is in the session: interrupted, answered or running, if there is one."""
-        messages = session.data.get("messages", [])
+        messages, stream = session.data.get("messages", []), session.stream
+        partial_id = stream.answer_id if stream else None
         known: dict[str, list[Data]] = {
             "interrupted": [message for message in messages if message.get("interrupted")],
             "answered": [
-                message for message in messages if message["role"] == "user" and answer_to(messages, message["id"])
-            ],
-            "running": [
                 message
                 for message in messages
-                if session.stream and session.stream.prompt and message["id"] == session.stream.prompt["id"]
+                if message["role"] == "user" and answer_to(messages, message["id"], partial_id)[0]
+            ],
+            "running": [
+                message for message in messages if stream and stream.prompt and message["id"] == stream.prompt["id"]
             ],
         }
         for message in known.get(how, [])[:1]:
-            return {name: value for name, value in copy.deepcopy(message).items() if name != "interrupted"}
+            # As it was sent.
+            return {name: value for name, value in message.items() if name not in ("interrupted", "answers")}
         return None
 
     def start_on(
@@ -928,35 +945,39 @@ class SessionMachine(RuleBasedStateMachine):
         def start(**more: Any) -> persist.Stream:
             return self.store.start_stream(session_id, copy.deepcopy(prompt), **options | more)
 
-        if running is not None and running.real is not None:
-            if once and running.prompt is not None and prompt is not None and prompt["id"] == running.prompt["id"]:
+        is_live = running is not None and running.real is not None
+        if once and prompt is not None:
+            facts: tuple[str | None, Data | None] | None = None
+            if running is not None and running.prompt is not None and prompt["id"] == running.prompt["id"]:
+                facts = (running.id, None) if is_live else None
+            else:
+                partial_id = running.answer_id if running else None
+                has_finished, answer = answer_to(session.data.get("messages", []), prompt["id"], partial_id)
+                facts = (None, answer) if has_finished else None
+            if facts is not None:
                 with pytest.raises(persist.AlreadyStarted) as caught:
                     start()
-                assert (caught.value.stream_id, caught.value.answer) == (running.id, None)
-            else:
-                with pytest.raises(persist.SessionBusy):
-                    start()
+                assert (caught.value.stream_id, caught.value.answer) == facts
+                return None
+        if is_live:
+            with pytest.raises(persist.SessionBusy):
+                start()
             return None
         # A stale stream is cleared on the way, in the same commit or not at all.
         data = copy.deepcopy(session.data)
         if running is not None:
             running.mark_interrupted(data)
-        answer = answer_to(data.get("messages", []), prompt["id"]) if prompt else None
-        if once and answer is not None:
-            with pytest.raises(persist.AlreadyStarted) as caught:
-                start()
-            assert (caught.value.stream_id, caught.value.answer) == (None, answer)
-            return None
         for name in IDLE:
             with pytest.raises(persist.ReservedField):
                 start(fields={"topic": "lost", name: "x"})
         real = start()
-        session.data, session.stream = data, ModelStream(real.id, session, prompt, real)
+        session.data, session.stream = data, ModelStream(real.id, session, prompt, real, once)
         self.streams.append(session.stream)
         put(data, "topic", data.get("topic") if topic is None else topic)
         known = [message for message in data.get("messages", []) if prompt and message["id"] == prompt["id"]]
         for message in known:
             message.pop("interrupted", None)
+            message.pop("answers", None)
         if prompt is not None and not known:
             data.setdefault("messages", []).append(prompt)
         session.committed()
@@ -1125,8 +1146,9 @@ class SessionMachine(RuleBasedStateMachine):
             stream.put_answer("all")
         if how in ("fail", "leave"):
             stream.mark_interrupted()
-        elif topic is not None:
-            stream.session.data["topic"] = topic
+        else:
+            stream.mark_answer()
+            put(stream.session.data, "topic", topic or stream.session.data.get("topic"))
         stream.session.stream = None
         stream.session.committed()
 

@@ -600,6 +600,33 @@ def test_answer_of_another_program_is_the_last_before_the_next_prompt(store: per
     assert answered_once(store, {"id": "p2", "role": "user"}) is None
 
 
+@pytest.mark.parametrize("is_dead", [False, True])
+def test_partial_of_another_turn_is_no_answer(store: persist.Store, session: persist.Session, *, is_dead: bool) -> None:
+    """A turn without a prompt runs behind the prompt. Fails if what it has said so far is taken for the answer."""
+    store.append("s", "messages", PROMPT)
+    with store.start_stream("s") as bare:
+        bare.checkpoint({"role": "assistant", "content": "So far"})
+        if is_dead:
+            bare._close()
+            store.start_stream("s", PROMPT, once=True).finish(ANSWER)
+            assert answered_once(store, PROMPT) == ANSWER | {"answers": "p"}
+            return
+        with pytest.raises(persist.SessionBusy):
+            store.start_stream("s", PROMPT, once=True)
+        bare.finish()
+    assert answered_once(store, PROMPT)["content"] == "So far"
+
+
+def test_answer_before_a_partial_of_another_turn_is_the_answer(store: persist.Store, session: persist.Session) -> None:
+    """It is given anew, say: until that has finished, the earlier one stands."""
+    store.start_stream("s", PROMPT).finish(ANSWER)
+    with store.start_stream("s") as bare:
+        bare.checkpoint({"role": "assistant", "content": "So far"})
+        assert answered_once(store, PROMPT) == ANSWER
+        bare.finish()
+    assert answered_once(store, PROMPT)["content"] == "So far"
+
+
 @pytest.mark.parametrize("end", ["fail", "die"])
 def test_once_takes_an_interrupted_prompt_up_again(store: persist.Store, session: persist.Session, end: str) -> None:
     stream = store.start_stream("s", PROMPT, once=True)
