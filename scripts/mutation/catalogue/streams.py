@@ -140,7 +140,7 @@ MUTANTS = (
         TURN,
         "answer_to",
         condition("linked is not None", "False"),
-        ("tests/unit/test_transaction.py",),
+        ("tests/unit/verbs/test_once.py",),
         "wherever_it_stands",
     ),
     Mutant(
@@ -148,7 +148,7 @@ MUTANTS = (
         TURN,
         "answer_to",
         drop_operand("not there.get(INTERRUPTED)"),
-        ("tests/unit/test_transaction.py",),
+        ("tests/unit/verbs/test_once.py",),
         "taken_up_again or up_again",
     ),
     Mutant(
@@ -156,7 +156,7 @@ MUTANTS = (
         MODULE,
         "refuse_twins",
         condition("turn.has_twin(after, own) and not turn.has_twin(before, own)", "False"),
-        ("tests/unit/test_transaction.py",),
+        ("tests/unit/verbs/test_stream_transaction.py",),
         "has_no_twin",
     ),
     Mutant(
@@ -164,7 +164,7 @@ MUTANTS = (
         MODULE,
         "start",
         drop_operand('copy.fields.get("pending_user_message")'),
-        ("tests/unit/test_transaction.py",),
+        ("tests/unit/verbs/test_pending_prompt.py",),
         "without_a_stream",
     ),
     Mutant(

@@ -1,0 +1,20 @@
+"""A store with a journal for each session, and one with none; each with a short chat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from harness.chats import HELLO
+
+import persist
+
+
+@pytest.fixture(params=["never", "always"])
+def store(tmp_path: Path, request: pytest.FixtureRequest) -> persist.Store:
+    return persist.Store(tmp_path / "sessions", journal=request.param, timeout_s=20.0)
+
+
+@pytest.fixture
+def session(store: persist.Store) -> persist.Session:
+    return store.create("s", {"title": "New chat", "messages": [HELLO]})
