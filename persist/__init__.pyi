@@ -33,6 +33,7 @@ from persist.errors import VersionMismatch as VersionMismatch
 from persist.errors import WrongType as WrongType
 from persist.event_log import Event as Event
 from persist.follow import Following as Following
+from persist.head import Head as Head
 from persist.maintenance import Problem as Problem
 from persist.merge import MISSING as MISSING
 from persist.pytest_plugin.errors import FactoryFailed as FactoryFailed
@@ -43,7 +44,6 @@ from persist.pytest_plugin.errors import NamedLockTimeout as NamedLockTimeout
 from persist.pytest_plugin.errors import NotShared as NotShared
 from persist.pytest_plugin.errors import OthersRunning as OthersRunning
 from persist.pytest_plugin.errors import ProducerTimeout as ProducerTimeout
-from persist.session import Head as Head
 from persist.session import Session as Session
 from persist.store import ClearedStream as ClearedStream
 from persist.store import Store as Store

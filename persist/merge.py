@@ -193,7 +193,7 @@ class _Clash(Exception):
     """The two sides' edits of one array contradict each other."""
 
 
-#: What an item is compared by: its id, or its JSON as bytes.
+#: An item's id, or its JSON as bytes: items are compared by it.
 Label = str | int | bytes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -13,21 +13,16 @@ from weakref import ref
 
 from persist import errors, json_codec, streams, turn
 from persist.arguments import require_flags
-from persist.merge import MISSING, Policy, Preference, count_removed, merge
+from persist.content_merge import decode_like, merge_contents, with_stream_fields_of
+from persist.merge import Policy, Preference, count_removed
 from persist.patch import patch
-from persist.storage import diff, document
+from persist.storage import diff
 from persist.storage.cache import Replica
 from persist.storage.content import (
-    ALWAYS_APART,
     Content,
     Items,
-    Value,
     decode,
-    empty,
-    encode_values,
     encoded,
-    placed,
-    window,
 )
 from persist.storage.document import Header
 from persist.storage.transaction import Transaction
@@ -125,7 +120,7 @@ class Session:
 
     @property
     def version(self) -> str:
-        """What tells the commit that `data` is based on from every other one, for ``if_version=``. An opaque string."""
+        """The version that `data` is based on, for ``if_version=``: an opaque string that no other commit has."""
         return self._base.header.version
 
     @property
@@ -291,7 +286,7 @@ class Session:
             one, other = current.get(name), wanted.get(name)
             if one != other:
                 now |= {} if one is None else {name: decode(one)}
-                then |= {} if other is None else {name: _decode_like(one, now.get(name), other)}
+                then |= {} if other is None else {name: decode_like(one, now.get(name), other)}
         stay = {name: value for name, value in self.data.items() if name not in now}
         patch(self.data, stay | now, stay | then)
 
@@ -408,9 +403,9 @@ class Session:
             self._merge_in(there, base.content, is_durable=True)
         except errors.MergeConflict:
             current = encoded(self.data, base.content)
-            content = _with_stream_fields_of(there.content, base.content)
+            content = with_stream_fields_of(there.content, base.content)
             known = replace(base, content=content, is_whole=False)
-            self._show(current, _with_stream_fields_of(there.content, current), known)
+            self._show(current, with_stream_fields_of(there.content, current), known)
 
     def _deleted(self) -> errors.SessionDeleted:
         return errors.SessionDeleted(session_id=self.id, path=self._backend.files.layout.session(self.id).document)
@@ -418,122 +413,3 @@ class Session:
 
 def _json_in(data: dict[str, Any], name: str) -> bytes | None:
     return json_codec.encode_unchecked(data[name]) if name in data else None
-
-
-def _with_stream_fields_of(theirs: Content, content: Content) -> Content:
-    """Return the same content, but with the stream fields as they are, or are missing, in `theirs`."""
-    kept = [(name, value) for name, value in content if name not in turn.IDLE]
-    return placed([*kept, *((name, value) for name, value in theirs if name in turn.IDLE)])
-
-
-def merge_contents(
-    base: Content, mine: Content, theirs: Content, policies: Mapping[str, Policy], prefer: Preference
-) -> Content:
-    """Merge three contents. Only values that both sides changed are decoded.
-
-    The stream fields are those of the disk, whatever the caller prefers: None over a live stream is #1533 itself.
-    """
-    base, mine = (_with_stream_fields_of(theirs, side) for side in (base, mine))
-    merged: dict[str, Value] = {}
-    disputed: list[str] = []
-    for name in {name: None for name, _ in (*mine, *theirs)}:
-        b, m, t = (side.get(name) for side in (base, mine, theirs))
-        if b not in (m, t):
-            disputed.append(name)
-        elif (kept := t if m == b else m) is not None:
-            merged[name] = kept
-    if disputed:
-        before = _decoded(base, disputed, empty(), {})
-        ours, others = (_decoded(side, disputed, base, before) for side in (mine, theirs))
-        found = merge(before, ours, others, policies, prefer=prefer)
-        dropped, three = others if prefer == "mine" else ours, {"base": before, "mine": ours, "theirs": others}
-        for name in ALWAYS_APART:
-            # To prefer what is no list would drop what the other side has added to it.
-            if type(dropped.get(name)) is list and type(found.get(name)) is not list:
-                reason = "one side has changed this list, and the other put something else in its place"
-                values = {side: data.get(name, MISSING) for side, data in three.items()}
-                raise errors.MergeConflict(path=(name,), reason=reason, **values)
-        merged |= encode_values(found, theirs)
-    return placed(merged.items())
-
-
-def _decoded(content: Content, names: list[str], like: Content, decoded: dict[str, Any]) -> dict[str, Any]:
-    """Decode some values. Items that `like` has, too, become the objects of `decoded`, so that they compare fast."""
-    found = {name: value for name in names if (value := content.get(name)) is not None}
-    return {name: _decode_like(like.get(name), decoded.get(name), value) for name, value in found.items()}
-
-
-def _decode_like(first: Value | None, decoded: Any, value: Value) -> Any:
-    """Decode a value.
-
-    Of a list, the items that `first` has at its beginning and end become the objects of `decoded`.
-    """
-    if not isinstance(first, Items) or not isinstance(value, Items):
-        return decode(value)
-    at, removed, added = window(first.split(), value.split())
-    return [*decoded[:at], *Items(added).decode(), *decoded[at + len(removed) :]]
-
-
-class HeadFields(Mapping[str, Any]):
-    """The fields of a head. What stands apart is not among them: to ask for it raises a `KeyError` that says so."""
-
-    __slots__ = ("_apart", "_fields")
-
-    def __init__(self, fields: Mapping[str, Any], apart: Collection[str]) -> None:
-        self._fields = fields
-        self._apart = apart
-
-    def __getitem__(self, name: str) -> Any:
-        if name in self._apart:
-            raise KeyError(f"{name!r} is not part of a head: use store.load() or store.tail().")
-        return self._fields[name]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """Return a field, or `default` if the session has none of that name."""
-        return self[name] if name in self._fields or name in self._apart else default
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._fields)
-
-    def __len__(self) -> int:
-        return len(self._fields)
-
-    def __repr__(self) -> str:
-        return repr(dict(self._fields))
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """The small fields of a session, as committed. It has no `save`: a part must never be written as the whole.
-
-    Attributes:
-        version: what tells this commit from every other one.
-        fields: the small fields. What stands apart is left out: ``messages``, ``tool_calls``, and what is large.
-        counts: the number of items of every list.
-    """
-
-    id: str
-    version: str
-    revision: int
-    created_at: datetime
-    updated_at: datetime
-    active_stream_id: str | None
-    fields: Mapping[str, Any]
-    counts: Mapping[str, int]
-
-    @classmethod
-    def of(cls, session_id: str, found: document.Head) -> Head:
-        """Return the head of a session, from what storage has read."""
-        header, fields = found.header, found.decode_fields()
-        counts = {name: len(value) for name, value in fields.items() if type(value) is list}
-        counts |= {name: count for name, count in found.counts.items() if count is not None}
-        return cls(
-            session_id,
-            header.version,
-            header.revision,
-            header.created_at,
-            header.updated_at,
-            turn.active_stream(fields),
-            HeadFields(fields, found.counts),
-            counts,
-        )

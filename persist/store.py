@@ -14,8 +14,9 @@ from persist import errors, json_codec, maintenance, streams, turn
 from persist.arguments import require_flags, require_key, require_limit, require_text, require_texts, seconds
 from persist.event_log import Event, EventFiles
 from persist.follow import Cursor, Following
+from persist.head import Head
 from persist.merge import Policy, check_policies
-from persist.session import Head, Session
+from persist.session import Session
 from persist.storage import cache, commit, document
 from persist.storage.content import ALWAYS_APART, HEADER, Content, empty, encoded
 from persist.storage.transaction import SessionFiles

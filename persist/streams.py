@@ -190,16 +190,18 @@ def _refuse_started(tx: Transaction, copy: WorkingCopy, prompt: turn.Message, *,
     owner = owner_of(copy.header, turn.active_stream(copy.fields))
     partial_id = None if owner is None else owner.answer_id
     has_finished, answer = turn.answer_to(copy.list(turn.MESSAGES), prompt, partial_id)
-    if owner is not None and json_codec.same(owner.prompt_id, prompt["id"]):
-        if live_id is None:
-            return
-        answer, what, remedy = None, f"stream {live_id} runs it", "Follow that stream."
-    elif has_finished:
-        live_id, what, remedy = None, "its turn has finished", "Its answer is an attribute of this error."
+    is_own = owner is not None and json_codec.same(owner.prompt_id, prompt["id"])
+    facts: dict[str, Any]
+    if is_own and live_id is not None:
+        what = f"stream {live_id} runs it"
+        facts = {"stream_id": live_id, "answer": None, "what": what, "remedy": "Follow that stream."}
+    elif has_finished and not is_own:
+        remedy = "Its answer is an attribute of this error."
+        facts = {"stream_id": None, "answer": answer, "what": "its turn has finished", "remedy": remedy}
     else:
         return
     tx.confirm()
-    raise errors.AlreadyStarted(session_id=tx.session_id, stream_id=live_id, answer=answer, what=what, remedy=remedy)
+    raise errors.AlreadyStarted(session_id=tx.session_id, **facts)
 
 
 def _unusable(stream_id: str, reason: str) -> errors.InvalidStreamId:
@@ -308,21 +310,19 @@ def cancel(backend: Backend, tx: Transaction, stream_id: str, *, force: bool) ->
 
 def delete(backend: Backend, tx: Transaction, *, force: bool = False) -> None:
     """Delete a session unless a live stream owns it. See `Store.delete`."""
-    # Forced, also a document that cannot be read.
-    if force and not tx.exists():
+    if not tx.exists():
         raise errors.SessionNotFound(session_id=tx.session_id, path=tx.paths.document)
-    active = None if force else turn.active_stream(WorkingCopy(tx.read()).fields)
-    with _trying_lease(tx, active) as is_dead:
-        if not is_dead:
-            raise _busy(tx, tx.read().header, active)
-        tx.require_known()
-        with tx.refusals():
-            # First, so that nothing is emitted behind what a follower takes for the end.
-            backend.events.fence_session(tx.session_id)
-        tx.delete()
-        for stream_id in backend.files.stream_ids(tx.session_id):
-            _remove_lease(tx, stream_id)
-        backend.events.remove_session(tx.session_id)
+    if not force:
+        # Forced, also a document that cannot be read.
+        require_free(tx)
+    tx.require_known()
+    with tx.refusals():
+        # First, so that nothing is emitted behind what a follower takes for the end.
+        backend.events.fence_session(tx.session_id)
+    tx.delete()
+    for stream_id in backend.files.stream_ids(tx.session_id):
+        _remove_lease(tx, stream_id)
+    backend.events.remove_session(tx.session_id)
 
 
 def require_free(tx: Transaction, why: str = "") -> None:
@@ -357,9 +357,13 @@ def checked(tx: Transaction, copy: WorkingCopy) -> Changed | None:
 
 
 def refuse_twins(header: Header, before: Content, after: Content) -> StreamOwner | None:
-    """Raise `IdTaken` if a second message has the id of the running turn's prompt or partial answer by now.
+    """Refuse a second message with the id of the running turn's prompt or partial answer: its next write would hit it.
 
-    The turn's next write would take it for its own. Returns the owner of the turn.
+    Returns:
+        The owner of the turn, None if no turn runs.
+
+    Raises:
+        IdTaken: there is such a message in `after`, and none in `before`.
     """
     active = active_in(before)
     owner = None if active is None else owner_of(header, active)

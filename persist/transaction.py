@@ -86,7 +86,7 @@ class Transaction:
             # Its body has not run, or not to the end.
             raise WrongType(what="function", expected="a plain function", got="an async one or a generator")
         # One that answers a request, with other keys, is no document.
-        is_document = isinstance(result, dict) and not self._copy.names.isdisjoint(result)
+        is_document = isinstance(result, dict) and any(name in result for name in self._copy.names())
         is_new = is_document and not self._copy.has_handed_out(result)
         if is_new and not self.is_deleted and self._copy.changed() is None:
             expected = "one that changes the transaction in place: tx.fields.update(…), tx.data.update(…)"

@@ -100,7 +100,7 @@ class WorkingCopy:
     @property
     def data(self) -> dict[str, Any]:
         """The whole document as a plain dict, as it is by now. Once asked for, it is what is committed."""
-        for name in self._names():
+        for name in self.names():
             self._plain(name)
         return self._values
 
@@ -152,12 +152,8 @@ class WorkingCopy:
         is_list = items is not None and (len(items) > 0 or items.base is self._content.get(name))
         return is_list or name in self._committed or name in self._values
 
-    @property
-    def names(self) -> frozenset[str]:
-        """The names of the top-level values."""
-        return frozenset(self._names())
-
-    def _names(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the top-level values."""
         names = dict.fromkeys((*dict(self._content), *self._values, *self._lists))
         return tuple(filter(self._has, names))
 
@@ -258,7 +254,7 @@ class Fields(MutableMapping[str, Any]):
         return repr(dict(self))
 
     def __iter__(self) -> Iterator[str]:
-        yield from [name for name in self._copy._names() if name not in ALWAYS_APART]
+        yield from [name for name in self._copy.names() if name not in ALWAYS_APART]
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -331,10 +327,10 @@ class WorkingList(MutableSequence[Any]):
         return json_codec.decode(item) if type(item) is bytes and not self._is_plain else item
 
     def peek(self, place: int) -> Any:
-        """Return the item at a place, to be looked at only: what it costs does not depend on where that is."""
+        """Return the item at a place, to be looked at only: the tail does not grow for that."""
         if place >= self._kept:
             return self._decoded(self.tail[place - self._kept])
-        return json_codec.decode(self.base.last(len(self.base) - place)[0])
+        return json_codec.decode(self.base[place])
 
     def __setitem__(self, place: Any, item: Any) -> None:
         if isinstance(place, slice):

@@ -36,7 +36,7 @@ SEPARATOR = b",\n"
 _NEAR_END = 64
 
 
-#: What items are found by. `1` and `"1"` differ.
+#: A value by which items are found. `1` and `"1"` differ.
 Id = str | int
 
 
@@ -266,7 +266,7 @@ class Content:
 
     @property
     def counts(self) -> dict[str, int | None]:
-        """What stands apart: the number of a list's items, None for any other value."""
+        """Of each value that stands apart, the number of a list's items, or None."""
         return {name: len(value) if isinstance(value, Items) else None for name, value in self.apart.items()}
 
     @property

@@ -78,7 +78,7 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def version(self) -> str:
-        """What tells this commit from every other one, of this session and of those before it under the same id."""
+        """The name of this commit: no other one has it, of this session or of another one under its id."""
         return f"{self.incarnation}.{self.commit}"
 
     def but(self, **changes: Any) -> Header:

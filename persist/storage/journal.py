@@ -419,7 +419,7 @@ class Journal:
             if records and records[-1].counts.get(name) is None:
                 raise Overtaken(self.path)
             try:
-                found = _last_of(records, base if is_all else None, name, limit) if records or is_all else None
+                found = _last_of(records, base if is_all else None, name, limit)
             except NONSENSE:
                 raise self.damaged(start, "a record in it changes what is not there") from None
             if found is not None:
@@ -462,7 +462,7 @@ def _last_of(records: list[Record], base: document.Ending | None, name: str, lim
         return None
     changes = [change for record in records for change in record.changes if change.name == name]
     counts = records[-1].counts if records else base.head.counts if base else {}
-    # What is known of the list: the last items. Before them stand so many of the old ones.
+    # The last items are known. Before them stand so many of the old ones.
     kept = before = (counts.get(name) or 0) - sum(len(change.insert) - change.remove for change in changes)
     known: list[bytes] = []
     wholes = [place for place, change in enumerate(changes) if not change.is_splice]

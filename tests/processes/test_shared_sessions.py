@@ -21,6 +21,7 @@ from actors import DEADLINE_S
 from conftest import ActorFactory
 
 import persist
+from persist import content_merge
 from persist import session as session_module
 from persist.storage import disk
 from persist.storage.commit import Mode
@@ -788,7 +789,7 @@ def test_verb_waits_for_the_one_that_is_inside(
     store.append("s-1", "messages", {"content": "theirs"})
     session.data["messages"].append({"content": "mine"})
     inside, go_on, steps = threading.Event(), threading.Event(), list[str]()
-    real = session_module.merge_contents
+    real = content_merge.merge_contents
 
     def slow(*arguments: Any) -> Content:
         name = threading.current_thread().name
@@ -855,7 +856,7 @@ def test_verb_in_the_middle_of_one_is_refused(
     """
     store.append("s-1", "messages", {"content": "other"})
     session.data["messages"].append({"content": "mine"})
-    real, tried = session_module.merge_contents, list[bool]()
+    real, tried = content_merge.merge_contents, list[bool]()
 
     def merge_contents(*arguments: Any) -> Content:
         merged = real(*arguments)

@@ -24,6 +24,10 @@ def _saved(name: str, function: str, edit: Edit, tests: tuple[str, ...], select:
     return Mutant(f"save: {name}", MODULE, function, edit, tests, select)
 
 
+def _merged(name: str, function: str, edit: Edit, tests: tuple[str, ...], select: str) -> Mutant:
+    return Mutant(f"save: {name}", "content_merge.py", function, edit, tests, select)
+
+
 MUTANTS = (
     _saved(
         "the merge",
@@ -94,14 +98,14 @@ MUTANTS = (
             Change("store.py", "Store.transaction", replace_statement("yield block", "tx.read()\nyield block")),
         ),
     ),
-    _saved(
+    _merged(
         "the stream fields of the disk",
         "merge_contents",
-        drop_statement("base, mine = (_with_stream_fields_of(theirs, side) for side in (base, mine))"),
+        drop_statement("base, mine = (with_stream_fields_of(theirs, side) for side in (base, mine))"),
         SHARED_SESSIONS,
         "never_writes_none",
     ),
-    _saved(
+    _merged(
         "the look for a list that a preference drops",
         "merge_contents",
         condition("type(dropped.get(name)) is list and type(found.get(name)) is not list", "False"),

@@ -201,7 +201,7 @@ MUTANTS = (
         replace_expression("streams.require_free(tx)", "None"),
         REQUESTS,
         "removal_of and delete",
-        (Change(MODULE, "delete", condition("not is_dead", "False")),),
+        (Change(MODULE, "delete", condition("not force", "False")),),
     ),
     Mutant(
         "the mark on prompt and partial",

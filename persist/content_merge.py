@@ -1,0 +1,65 @@
+"""The merge of contents: three contents become one, and only the values that both sides changed are decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from persist.errors import MergeConflict
+from persist.merge import MISSING, Policy, Preference, merge
+from persist.storage.content import ALWAYS_APART, Content, Items, Value, decode, empty, encode_values, placed, window
+from persist.turn import IDLE
+
+
+def with_stream_fields_of(theirs: Content, content: Content) -> Content:
+    """Return the same content, but with the stream fields as they are, or are missing, in `theirs`."""
+    kept = [(name, value) for name, value in content if name not in IDLE]
+    return placed([*kept, *((name, value) for name, value in theirs if name in IDLE)])
+
+
+def merge_contents(
+    base: Content, mine: Content, theirs: Content, policies: Mapping[str, Policy], prefer: Preference
+) -> Content:
+    """Merge three contents. Only values that both sides changed are decoded.
+
+    The stream fields are those of the disk, whatever the caller prefers: None over a live stream is #1533 itself.
+    """
+    base, mine = (with_stream_fields_of(theirs, side) for side in (base, mine))
+    merged: dict[str, Value] = {}
+    disputed: list[str] = []
+    for name in {name: None for name, _ in (*mine, *theirs)}:
+        b, m, t = (side.get(name) for side in (base, mine, theirs))
+        if b not in (m, t):
+            disputed.append(name)
+        elif (kept := t if m == b else m) is not None:
+            merged[name] = kept
+    if disputed:
+        before = _decoded(base, disputed, empty(), {})
+        ours, others = (_decoded(side, disputed, base, before) for side in (mine, theirs))
+        found = merge(before, ours, others, policies, prefer=prefer)
+        dropped, three = others if prefer == "mine" else ours, {"base": before, "mine": ours, "theirs": others}
+        for name in ALWAYS_APART:
+            # To prefer what is no list would drop what the other side has added to it.
+            if type(dropped.get(name)) is list and type(found.get(name)) is not list:
+                reason = "one side has changed this list, and the other put something else in its place"
+                values = {side: data.get(name, MISSING) for side, data in three.items()}
+                raise MergeConflict(path=(name,), reason=reason, **values)
+        merged |= encode_values(found, theirs)
+    return placed(merged.items())
+
+
+def _decoded(content: Content, names: list[str], like: Content, decoded: dict[str, Any]) -> dict[str, Any]:
+    """Decode some values. Items that `like` has, too, become the objects of `decoded`, so that they compare fast."""
+    found = {name: value for name in names if (value := content.get(name)) is not None}
+    return {name: decode_like(like.get(name), decoded.get(name), value) for name, value in found.items()}
+
+
+def decode_like(first: Value | None, decoded: Any, value: Value) -> Any:
+    """Decode a value.
+
+    Of a list, the items that `first` has at its beginning and end become the objects of `decoded`.
+    """
+    if not isinstance(first, Items) or not isinstance(value, Items):
+        return decode(value)
+    at, removed, added = window(first.split(), value.split())
+    return [*decoded[:at], *Items(added).decode(), *decoded[at + len(removed) :]]

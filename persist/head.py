@@ -1,0 +1,76 @@
+"""Head: the small fields of a session, as committed, without the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from persist import turn
+from persist.storage import document
+
+
+class HeadFields(Mapping[str, Any]):
+    """The fields of a head. What stands apart is not among them: to ask for it raises a `KeyError` that says so."""
+
+    __slots__ = ("_apart", "_fields")
+
+    def __init__(self, fields: Mapping[str, Any], apart: Collection[str]) -> None:
+        self._fields = fields
+        self._apart = apart
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._apart:
+            raise KeyError(f"{name!r} is not part of a head: use store.load() or store.tail().")
+        return self._fields[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a field, or `default` if the session has none of that name."""
+        return self[name] if name in self._fields or name in self._apart else default
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def __repr__(self) -> str:
+        return repr(dict(self._fields))
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The small fields of a session, as committed. It has no `save`: a part must never be written as the whole.
+
+    Attributes:
+        version: what tells this commit from every other one.
+        fields: the small fields. What stands apart is left out: ``messages``, ``tool_calls``, and what is large.
+        counts: the number of items of every list.
+    """
+
+    id: str
+    version: str
+    revision: int
+    created_at: datetime
+    updated_at: datetime
+    active_stream_id: str | None
+    fields: Mapping[str, Any]
+    counts: Mapping[str, int]
+
+    @classmethod
+    def of(cls, session_id: str, found: document.Head) -> Head:
+        """Return the head of a session, from what storage has read."""
+        header, fields = found.header, found.decode_fields()
+        counts = {name: len(value) for name, value in fields.items() if type(value) is list}
+        counts |= {name: count for name, count in found.counts.items() if count is not None}
+        return cls(
+            session_id,
+            header.version,
+            header.revision,
+            header.created_at,
+            header.updated_at,
+            turn.active_stream(fields),
+            HeadFields(fields, found.counts),
+            counts,
+        )
