@@ -1,7 +1,8 @@
-"""A short chat, which the tests of the verbs begin with."""
+"""A short chat, which the tests of the verbs begin with, and all files of a store, to see that nothing was written."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import persist
@@ -14,3 +15,9 @@ ANSWER = {"id": "a", "role": "assistant", "content": "Because."}
 def ids_of(store: persist.Store, session_id: str = "s") -> list[Any]:
     """Return the ids of the messages of a session."""
     return [message.get("id") for message in store.load(session_id).data["messages"]]
+
+
+def everything(directory: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below a directory with its inode and bytes: what "nothing was written" means. Locks hold no data."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {str(path.relative_to(directory)): (path.stat().st_ino, path.read_bytes()) for path in files}

@@ -1,80 +1,112 @@
-"""Every verb that waits for a lock takes a time of its own."""
+"""Every verb that waits for a lock takes a time of its own, and refuses one that is no number of seconds."""
 
 from __future__ import annotations
 
+import inspect
+import math
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from harness.chats import HELLO
+from harness.chats import everything
 
 import persist
 
-
-@contextmanager
-def locked_elsewhere(store: persist.Store, session_id: str) -> Iterator[None]:
-    """Another thread holds the session's lock for the block."""
-    held, done = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with store.transaction(session_id):
-            held.set()
-            done.wait()
-
-    thread = threading.Thread(target=hold)
-    thread.start()
-    held.wait()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-VERBS: dict[str, Callable[[persist.Store, persist.Session, persist.Stream], object]] = {
-    "append": lambda store, _, __: store.append("s", "messages", 1, timeout_s=0),
-    "extend": lambda store, _, __: store.extend("s", "messages", [1], timeout_s=0),
-    "update": lambda store, _, __: store.update("s", lambda tx: None, timeout_s=0),
-    "transaction": lambda store, _, __: store.transaction("s", timeout_s=0).__enter__(),
-    "delete": lambda store, _, __: store.delete("s", timeout_s=0),
-    "create": lambda store, _, __: store.create("s", timeout_s=0),
-    "duplicate": lambda store, _, __: store.duplicate("other", "s", timeout_s=0),
-    "start": lambda store, _, __: store.start_stream("s", timeout_s=0),
-    "cancel": lambda store, _, __: store.cancel("s", "x", timeout_s=0),
-    "stream": lambda store, _, __: store.stream("s", timeout_s=0),
-    "compact": lambda store, _, __: store.compact("s", timeout_s=0),
-    "accept": lambda store, _, __: store.accept("s", timeout_s=0),
-    "save": lambda _, session, __: session.save(timeout_s=0),
-    "clear": lambda _, session, __: session.clear_stale_stream(timeout_s=0),
-    "checkpoint": lambda _, __, stream: stream.checkpoint(HELLO, timeout_s=0),
-    "stream.append": lambda _, __, stream: stream.append(HELLO, timeout_s=0),
-    "stream.transaction": lambda _, __, stream: stream.transaction(timeout_s=0).__enter__(),
-    "stream.update": lambda _, __, stream: stream.update(lambda tx: None, timeout_s=0),
-    "emit": lambda _, __, stream: stream.emit(1, timeout_s=0),
-    "finish": lambda _, __, stream: stream.finish(timeout_s=0),
-    "fail": lambda _, __, stream: stream.fail(timeout_s=0),
+WAITING: dict[str, Callable[[persist.Store, persist.Session, persist.Stream], object]] = {
+    "create": lambda store, session, stream: store.create("s", timeout_s=0),
+    "duplicate": lambda store, session, stream: store.duplicate("other", "s", timeout_s=0),
+    "delete": lambda store, session, stream: store.delete("s", timeout_s=0),
+    "transaction": lambda store, session, stream: store.transaction("s", timeout_s=0).__enter__(),
+    "update": lambda store, session, stream: store.update("s", lambda tx: None, timeout_s=0),
+    "append": lambda store, session, stream: store.append("s", "log", 1, timeout_s=0),
+    "extend": lambda store, session, stream: store.extend("s", "log", [1], timeout_s=0),
+    "start_stream": lambda store, session, stream: store.start_stream("s", timeout_s=0),
+    "cancel": lambda store, session, stream: store.cancel("s", "t", timeout_s=0),
+    "stream": lambda store, session, stream: store.stream("s", timeout_s=0),
+    "compact": lambda store, session, stream: store.compact("s", timeout_s=0),
+    "accept": lambda store, session, stream: store.accept("s", timeout_s=0),
+    "save": lambda store, session, stream: session.save(timeout_s=0),
+    "clear_stale_stream": lambda store, session, stream: session.clear_stale_stream(timeout_s=0),
+    "checkpoint": lambda store, session, stream: stream.checkpoint({"content": "x"}, timeout_s=0),
+    "stream.append": lambda store, session, stream: stream.append({"content": "x"}, timeout_s=0),
+    "stream.transaction": lambda store, session, stream: stream.transaction(timeout_s=0).__enter__(),
+    "stream.update": lambda store, session, stream: stream.update(lambda tx: None, timeout_s=0),
+    "emit": lambda store, session, stream: stream.emit(1, timeout_s=0),
+    "finish": lambda store, session, stream: stream.finish(timeout_s=0),
+    "fail": lambda store, session, stream: stream.fail(timeout_s=0),
 }
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_that_waits_takes_a_time(store: persist.Store, session: persist.Session, verb: str) -> None:
-    """0 is now or never. Fails by its length where the store's 20 seconds are waited for."""
-    store.create("other", {})
-    with store.start_stream("s", HELLO) as stream:
-        session.refresh()
-        session.data["title"] = "unsaved"
-        with locked_elsewhere(store, "s"), pytest.raises(persist.LockTimeout) as caught:
-            VERBS[verb](store, session, stream)
-        assert caught.value.timeout_s == 0
-        stream.finish()
+def test_every_verb_that_waits_takes_a_timeout(store: persist.Store) -> None:
+    """0 is now or never, whatever the store's own timeout is. After the error each verb can be repeated."""
+    store = persist.Store(store.path, timeout_s=1000.0)
+    store.create("s", {"messages": []})
+    store.create("other")
+    with store.start_stream("s") as stream:
+        session = store.load("s")
+        before = everything(store.path)
+        caught: dict[str, list[persist.LockTimeout]] = {}
+
+        def wait() -> None:
+            for name, verb in WAITING.items():
+                with pytest.raises(persist.LockTimeout) as error:
+                    verb(store, session, stream)
+                caught.setdefault(name, []).append(error.value)
+            assert store.streams(timeout_s=0) == [], "the stream of a locked session is left out"
+            with pytest.raises(persist.SweepIncomplete) as incomplete:
+                store.clear_stale_streams(timeout_s=0)
+            assert type(incomplete.value.failures["s"]) is persist.LockTimeout
+            caught["sweep"] = []
+
+        with store.transaction("s"):
+            thread = threading.Thread(target=wait)
+            thread.start()
+            thread.join(60)
+        assert caught.keys() == {*WAITING, "sweep"}
+        assert {error.timeout_s for errors in caught.values() for error in errors} == {0.0}
+        assert everything(store.path) == before
+        stream.checkpoint({"content": "x"}, timeout_s=0)
+        stream.finish(timeout_s=0)
+    session.data["n"] = 1
+    session.save(timeout_s=0)
 
 
-@pytest.mark.parametrize("timeout_s", [-1, float("nan"), float("inf"), "1", None, True])
-def test_time_is_a_number_of_seconds(store: persist.Store, session: persist.Session, timeout_s: Any) -> None:
-    if timeout_s is None:
-        store.append("s", "messages", {"id": "m2"}, timeout_s=None)
-    else:
-        with pytest.raises(persist.WrongType, match="timeout_s"):
-            store.append("s", "messages", {"id": "m2"}, timeout_s=timeout_s)
+def test_the_list_of_waiting_verbs_is_complete() -> None:
+    """A verb that takes a timeout must heed it."""
+    takes_timeout = {
+        f"{prefix}{name}"
+        for prefix, kind in (("", persist.Store), ("", persist.Session), ("stream.", persist.Stream))
+        for name, verb in vars(kind).items()
+        if not name.startswith("_") and callable(verb) and "timeout_s" in inspect.signature(verb).parameters
+    }
+    mine = {name.removeprefix("stream.") for name in WAITING} | {"streams", "clear_stale_streams"}
+    assert {name.removeprefix("stream.") for name in takes_timeout} == mine
+    assert len(takes_timeout) == len(WAITING) + 2
+
+
+@pytest.mark.parametrize("wrong", [-1, math.nan, math.inf, "5", True, [1]], ids=repr)
+@pytest.mark.parametrize("name", WAITING)
+def test_a_timeout_is_a_number_of_seconds(wrong: Any, name: str, store: persist.Store) -> None:
+    """A NaN would never end, and a text is a bare `TypeError` of the clock's."""
+    store.create("s", {"messages": []})
+    store.create("other")
+    with store.start_stream("s") as stream:
+        session = store.load("s")
+        before = everything(store.path)
+        verb = WAITING[name]
+        with pytest.raises(persist.WrongType, match=r"timeout_s is .*, but must be a number of seconds from 0 up"):
+            verb(*(_Waiting(each, wrong) for each in (store, session, stream)))  # type: ignore[arg-type]
+        assert everything(store.path) == before
+
+
+class _Waiting:
+    """Calls the methods of an object with another `timeout_s`."""
+
+    def __init__(self, target: object, timeout_s: Any) -> None:
+        self._target, self._timeout_s = target, timeout_s
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *arguments, **options: getattr(self._target, name)(
+            *arguments, **options | {"timeout_s": self._timeout_s}
+        )
