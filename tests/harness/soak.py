@@ -29,7 +29,7 @@ KEPT_MESSAGES = 10
 # Caches and the allocator's arenas fill up first: that takes until each store has met each session, large and small.
 # With this bound some large sessions leave the cache again.
 CACHE_BYTES = 512 * 1024
-WARM_UP, WARM_UP_COMMITS, MOST_WARM_UP = 0.2, 4_000, 0.6
+WARM_UP, WARM_UP_COMMITS, MOST_WARM_UP = 0.2, 12_000, 0.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,20 +116,25 @@ def _wrong_sessions(store: persist.Store, expected: dict[str, Expected]) -> Iter
 def _one_round(store: persist.Store, session_id: str, name: str, expected: dict[str, Expected]) -> int:
     """Every kind of commit once, on one session; returns how many commits it made."""
     if session_id not in expected:
-        store.create(session_id, {"messages": [], "tool_calls": [], "n": 0})
+        with store.transaction(session_id, create=True) as tx:
+            tx.data.update({"messages": [], "tool_calls": [], "n": 0})
         expected[session_id] = Expected()
         return 1
     there = expected[session_id]
     session = store.load(session_id)
     message = {"id": name, "role": "user", "content": f"{name} " * 100}
     store.append(session_id, "messages", message)
+    pair = [{"id": f"{name}-{half}", "role": "user", "content": name} for half in (1, 2)]
+    # The second one finds the pair, and makes no commit.
+    for _ in range(2):
+        store.extend(session_id, "messages", pair)
+    store.tail(session_id, limit=3)
     session.data["n"] += 1
     session.save()
     store.update(session_id, _count)
     there.n += 2
-    there.messages = [*there.messages, message, *_turn(store, session_id, name, is_finished=there.n % 6 != 0)][
-        -KEPT_MESSAGES:
-    ]
+    turn = _turn(store, session_id, name, is_finished=there.n % 6 != 0)
+    there.messages = [*there.messages, message, *pair, *turn][-KEPT_MESSAGES:]
     with store.transaction(session_id) as tx:
         data = tx.data
         del data["messages"][:-KEPT_MESSAGES]
@@ -140,9 +145,10 @@ def _one_round(store: persist.Store, session_id: str, name: str, expected: dict[
     if there.n % 10 == 0:
         store.compact(session_id)
     if there.n % 100 == 0:
-        store.delete(session_id)
+        assert len([*store.heads()]) == len(expected)
+        store.delete(session_id, if_version=store.head(session_id).version)
         del expected[session_id]
-    return 7
+    return 9
 
 
 def _count(tx: persist.Transaction) -> None:
@@ -152,14 +158,18 @@ def _count(tx: persist.Transaction) -> None:
 def _turn(store: persist.Store, session_id: str, name: str, *, is_finished: bool) -> list[dict[str, Any]]:
     """One turn; returns the messages that it must leave."""
     prompt, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": f"{name} Be"}
+    tool = {"id": f"{name}-tool", "role": "tool", "content": name}
     with store.start_stream(session_id, prompt, stream_id=f"{name}-t") as stream:
         stream.checkpoint(answer)
+        with stream.transaction() as tx:
+            tx.list("messages").append(tool)
+            tx.fields["running"] = name
         assert not stream.is_cancelled()
         if is_finished:
             answer["content"] += "cause."
-            stream.finish(answer)
+            stream.finish(answer, fields={"finished": name})
     mark = {} if is_finished else {"interrupted": True}
-    return [{"id": f"{name}-t.prompt", **prompt, **mark}, {"id": f"{name}-t.answer", **answer, **mark}]
+    return [{"id": f"{name}-t.prompt", **prompt, **mark}, tool, {"id": f"{name}-t.answer", **answer, **mark}]
 
 
 def _resident_bytes() -> int:
