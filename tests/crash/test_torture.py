@@ -72,6 +72,7 @@ OLD_TITLE = (
     "session.py",
     "            merged = merge_contents(base.content, mine, there.content, self._policies, prefer)\n",
     "            merged = merge_contents(base.content, mine, there.content, self._policies, prefer)\n"
+    "            from persist.storage.content import placed\n"
     "            merged = placed((dict(merged) | {name: value for name, value in mine if name == 'title'}).items())\n",
 )
 UNCOUNTED = ("merge.py", "total = t + (m - (b or 0))", "total = max(t, m)")

@@ -13,8 +13,7 @@ import pytest
 
 import persist
 import persist.aio
-from persist import json_codec, watch
-from persist import session as session_module
+from persist import content_merge, json_codec, watch
 from persist.storage import content, disk
 from persist.storage.content import ALWAYS_FIELD, Items, encoded, window
 
@@ -56,7 +55,7 @@ def test_append_of_another_thread_in_mid_refresh_loses_no_message(
             thread.join()
         return window(before, after)
 
-    monkeypatch.setattr(session_module, "window", interrupted)
+    monkeypatch.setattr(content_merge, "window", interrupted)
     loaded.refresh()
     assert not left
     loaded.data["n"] = 2
