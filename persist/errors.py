@@ -21,12 +21,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
 Value = TypeVar("Value")
 
@@ -120,6 +120,8 @@ class PersistError(Exception):
 
     def __init__(self, **facts: Any) -> None:
         facts = {**self.defaults, **facts}
+        if type(facts.get("path")) is str:
+            facts["path"] = Path(facts["path"])
         super().__init__(self.template.format(**facts))
         self._facts: Mapping[str, Any] = facts
         # After the base's own __init__: OSError's would set errno back to None.
@@ -372,7 +374,7 @@ class Unreadable(PersistError, OSError):
     defaults: ClassVar = {"errno": None}
 
     @classmethod
-    def because(cls, path: Path, error: OSError) -> Unreadable:
+    def because(cls, path: Path | str, error: OSError) -> Unreadable:
         """From what the system said."""
         return cls(path=path, reason=error.strerror or type(error).__name__, errno=error.errno)
 

@@ -72,7 +72,7 @@ class EventWriter:
     descriptor in forks and at the end.
     """
 
-    def __init__(self, path: Path, session_id: str, stream_id: str) -> None:
+    def __init__(self, path: str, session_id: str, stream_id: str) -> None:
         self._path = path
         self._session_id = session_id
         self._stream_id = stream_id
@@ -97,8 +97,9 @@ class EventWriter:
         """
         with self._writing():
             if self._held is None:
-                disk.make_directory(self._path.parent)
-                disk.check_directory(self._path.parent)
+                directory = Path(self._path).parent
+                disk.make_directory(directory)
+                disk.check_directory(directory)
                 self._held = try_hold(self._path, create=True, append=True)
                 if self._held is None:
                     raise BlockingIOError(errno.EWOULDBLOCK, "another program has locked it")
@@ -183,9 +184,10 @@ class EventWriter:
         try:
             disk.sync(fd)
             if not self._is_name_durable:
-                disk.sync_directory(self._path.parent)
+                directory = Path(self._path).parent
+                disk.sync_directory(directory)
                 # Another process may have made that directory an instant ago, and not have synced its name.
-                disk.sync_directory(self._path.parent.parent)
+                disk.sync_directory(directory.parent)
                 self._is_name_durable = True
             # A file system that is shut down in this very instant may have answered OK (ext4, measured); it opens
             # nothing.
@@ -201,7 +203,7 @@ class EventWriter:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _reading(path: disk.StrPath) -> Iterator[None]:
     """Turn the disk's own errors in a block into `Unreadable`, but for a file that is not there."""
     try:
         yield
@@ -218,7 +220,7 @@ class EventReader:
     read.
     """
 
-    def __init__(self, path: Path, after: int = 0) -> None:
+    def __init__(self, path: str, after: int = 0) -> None:
         self.count = 0
         self.ended: Ended | None = None
         self._path = path
@@ -227,7 +229,7 @@ class EventReader:
         self._torn: list[bytes] = []
         self._fd = -1  # for `close`, if it cannot be opened
         with _reading(path):
-            disk.check_directory(path.parent)
+            disk.check_directory(os.path.dirname(path))
             self._fd = disk.open_plain(path, os.O_RDONLY)
 
     def __enter__(self) -> EventReader:
@@ -330,9 +332,9 @@ class EventFiles:
         self._files = files
         self._keep_s = keep_s
         #: The files of streams that ended here, in that order.
-        self._ended: deque[Path] = deque(maxlen=_MOST_REMEMBERED)
+        self._ended: deque[str] = deque(maxlen=_MOST_REMEMBERED)
 
-    def path(self, session_id: str, stream_id: str) -> Path:
+    def path(self, session_id: str, stream_id: str) -> str:
         """Return where the events of a stream stand, if it has any."""
         return self._files.layout.session(session_id).events(layout.check_stream_id(stream_id))
 
@@ -345,8 +347,8 @@ class EventFiles:
     def make(self, session_id: str, stream_id: str) -> None:
         """Make an empty file, for a reader who comes before the first event."""
         path = self.path(session_id, stream_id)
-        disk.make_directory(path.parent)
-        disk.check_directory(path.parent)
+        disk.make_directory(self._files.layout.events)
+        disk.check_directory(self._files.layout.events)
         disk.close(disk.open_plain(path, os.O_RDWR | os.O_CREAT))
 
     def fence(self, session_id: str, stream_id: object, ended: Ended) -> bool:
@@ -356,7 +358,7 @@ class EventFiles:
         """
         if not layout.is_stream_id(stream_id):
             return False
-        path = self.path(session_id, str(stream_id))
+        path = self._files.layout.session(session_id).events(str(stream_id))
         if not disk.exists(path):
             return False
         _append_end(path, ended)
@@ -364,10 +366,13 @@ class EventFiles:
 
     def end(self, session_id: str, stream_id: object, ended: Ended) -> None:
         """End the events of a stream that has ended. If the disk refuses, a follower finds out by the document."""
-        with contextlib.suppress(OSError):
+        try:
             if self.fence(session_id, stream_id, ended):
                 self._ended.append(self.path(session_id, str(stream_id)))
-        self._remove_ended(_MOST_REMOVED)
+        except OSError:
+            pass
+        if self._ended:
+            self._remove_ended(_MOST_REMOVED)
 
     def forget(self, session_id: str, stream_id: str) -> None:
         """Remove the events of an earlier stream of that id, and what has expired in that session."""
@@ -412,9 +417,9 @@ class EventFiles:
                     self._ended.appendleft(path)
                     break
 
-    def _remove_expired(self, path: Path) -> bool:
+    def _remove_expired(self, path: str) -> bool:
         """Remove a stream's events if they have expired. Tell whether they are gone."""
-        if disk.exists(self._files.layout.leases / path.name):
+        if disk.exists(os.path.join(self._files.layout.leases, os.path.basename(path))):
             return False
         try:
             age_s = time.time() - disk.modified_at(path)
@@ -428,19 +433,19 @@ class EventFiles:
         disk.unlink(path)
         return True
 
-    def _paths(self, session_id: str | None = None) -> list[Path]:
+    def _paths(self, session_id: str | None = None) -> list[str]:
         """Return the events files of a session, or of all."""
         wanted = None if session_id is None else self._files.layout.session(session_id).name
         directory = self._files.layout.events
         with _reading(directory):
             disk.check_directory(directory)
             found = [(name, layout.stream_of(name)) for name in disk.names(directory)]
-        return [directory / name for name, stream in found if stream and wanted in (None, stream[0])]
+        return [os.path.join(directory, name) for name, stream in found if stream and wanted in (None, stream[0])]
 
 
-def _append_end(path: Path, ended: Ended) -> None:
+def _append_end(path: str, ended: Ended) -> None:
     """Append the end line, if it is not there, and wake the followers."""
-    disk.check_directory(path.parent)
+    disk.check_directory(os.path.dirname(path))
     fd = disk.open_plain(path, os.O_RDWR | os.O_APPEND)
     try:
         size = os.fstat(fd).st_size

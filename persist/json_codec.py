@@ -129,8 +129,13 @@ def _advice(kind: type) -> str:
 
 def encode_exact(value: Any, path: ValuePath = ()) -> bytes:
     """Check and encode a value."""
-    check(value, path)
-    return encode(value, path)
+    # Most messages hold nothing but strings.
+    if type(value) is not dict or not {*map(type, value)} <= _KEYS or not {*map(type, value.values())} <= _PLAIN:
+        check(value, path)
+    try:
+        return _encode(value)
+    except UnicodeEncodeError:
+        return _encode_surrogates(value, path)
 
 
 def encode_unchecked(value: Any) -> bytes | None:

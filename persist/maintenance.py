@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def check(backend: streams.Backend) -> list[Problem]:
                 remedy = f"{layout.command('compact', files.layout.directory, session_id)} removes it"
             kind, what = "left-over", f"is left over from a crash, and harmless; {remedy}."
         else:
-            name = files.layout.session(session_id).document.name
+            name = os.path.basename(files.layout.session(session_id).document)
             kind, what = "orphaned", f"holds commits of another {name} than is there. Put that one back, or remove the "
             what += "journal with them."
         problems.append(Problem(session_id, kind, path, f"{path} {what}"))
@@ -95,7 +96,7 @@ def _problem(backend: streams.Backend, session_id: str) -> Problem | None:
             return None
         # A sweep goes by the leases; another program's streams have none.
         option = "" if (session_id, info.stream_id) in files.leases() else " --every-session"
-        remedy = f"Clear it with 'persist clear-stale {path.parent}{option}'."
+        remedy = f"Clear it with 'persist clear-stale {files.layout.directory}{option}'."
         kind, message = "stale", f"Stream {info.stream_id} of session {session_id!r} is dead. {remedy}"
     except errors.CorruptSession as error:
         kind, message = "corrupt", str(error)
@@ -109,7 +110,7 @@ def _problem(backend: streams.Backend, session_id: str) -> Problem | None:
         kind, message = "unreadable", str(error)
     except errors.SessionNotFound:
         return None
-    return Problem(session_id, kind, path, message)
+    return Problem(session_id, kind, Path(path), message)
 
 
 def _name_for(session_id: str) -> str:

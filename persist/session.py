@@ -171,7 +171,7 @@ class Session:
             raise errors.WrongType(what="on_conflict", expected=" | ".join(get_args(Preference)), got=repr(on_conflict))
         require_flags(touch=touch)
         try:
-            with self._backend.files.transaction(self.id, timeout_s=timeout_s) as tx, self._alone():
+            with self._backend.files.transaction(self.id, timeout_s) as tx, self._alone():
                 self._save(tx, touch, on_conflict)
                 return self.version
         except errors.SessionNotFound:

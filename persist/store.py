@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
@@ -19,8 +19,7 @@ from persist.merge import Policy, check_policies
 from persist.session import Session
 from persist.storage import cache, commit, document
 from persist.storage.content import ALWAYS_APART, HEADER, Content, empty, encoded
-from persist.storage.transaction import SessionFiles
-from persist.storage.transaction import Transaction as LockedSession
+from persist.storage.transaction import Locked, SessionFiles
 from persist.streams import Backend, Stream, StreamInfo
 from persist.transaction import Transaction, refuse_changed_stream_fields, require_version
 from persist.turn import Message
@@ -142,11 +141,11 @@ class Store:
             raise errors.StoreClosed(path=self.path)
         return self._backend
 
-    def _locked(
-        self, session_id: str, timeout_s: float | None, *, create: bool = False
-    ) -> AbstractContextManager[LockedSession]:
+    def _locked(self, session_id: str, timeout_s: float | None) -> Locked:
         """Hold a session's lock for a block."""
-        return self._open().files.transaction(session_id, may_be_missing=create, timeout_s=timeout_s)
+        if self._is_closed:
+            self._open()
+        return self._backend.files.transaction(session_id, timeout_s)
 
     def _session(self, session_id: str, found: cache.Replica, *, is_durable: bool) -> Session:
         return Session(self._backend, self._policies, session_id, found, is_durable=is_durable)
@@ -230,7 +229,7 @@ class Store:
         return self._created(session_id, content, timeout_s)
 
     def _created(self, session_id: str, content: Content, timeout_s: float | None) -> Session:
-        with self._locked(session_id, timeout_s, create=True) as tx:
+        with self._locked(session_id, timeout_s) as tx:
             if tx.exists():
                 # A caller that asks again takes this for success. The first answer may have been lost in a crash.
                 with suppress(errors.CorruptSession, errors.UnsupportedFormat, errors.UnsafeFile, errors.Unreadable):
@@ -311,7 +310,7 @@ class Store:
         require_flags(touch=touch, create=create)
         require_texts(if_version=if_version)
         is_new = create and if_version is None
-        with self._locked(session_id, timeout_s, create=is_new) as tx:
+        with self._locked(session_id, timeout_s) as tx:
             copy = WorkingCopy.of(tx, create=is_new)
             require_version(copy, session_id, if_version)
             block = Transaction(copy, lambda: streams.require_free(tx))
@@ -366,7 +365,7 @@ class Store:
         if type(item) is list and field in ALWAYS_APART:
             expected = "one message: use extend() for several"
             raise errors.WrongType(what=f"an item of {field!r}", expected=expected, got="a list")
-        return self.extend(session_id, field, [item], key=key, create=create, touch=touch, timeout_s=timeout_s)
+        return self._add(session_id, field, [json_codec.encode_exact(item, (field,))], key, create, touch, timeout_s)
 
     def extend(
         self,
@@ -400,13 +399,23 @@ class Store:
             NotJSON, WrongType, ReservedField: an item or the field cannot be used.
             SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
-        _require_list_name(field)
-        require_flags(touch=touch, create=create)
-        require_key(key)
-        own = _checked_items(field, items)
-        with self._locked(session_id, timeout_s, create=create) as tx:
-            copy = WorkingCopy.of(tx, create=create)
-            turn.add_once(copy.list(field), own, key=key, field=field)
+        return self._add(session_id, field, _encoded_items(field, items), key, create, touch, timeout_s)
+
+    def _add(
+        self,
+        session_id: str,
+        field: str,
+        lines: list[bytes],
+        key: str | None,
+        create: bool,
+        touch: bool,
+        timeout_s: float | None,
+    ) -> str:
+        if type(field) is not str or field in turn.IDLE or key != "id" or create is not False or touch is not True:
+            _require_list(field, key, touch, create)
+        with self._locked(session_id, timeout_s) as tx:
+            copy = WorkingCopy.of(tx, create=create) if create else WorkingCopy(tx.read(), tx)
+            turn.add_once(copy.list(field), lines, key=key, field=field)
             changed = copy.changed()
             if changed is not None and key != "id":
                 streams.refuse_twins(copy.header, copy.committed, changed[0])
@@ -524,7 +533,7 @@ class Store:
         for session_id in dict.fromkeys(session_id for session_id, _ in backend.files.leases()):
             # One damaged session must not hide the streams of the others; `check` names it.
             with suppress(*_UNREADABLE):
-                with backend.files.transaction(session_id, timeout_s=timeout_s) as tx:
+                with backend.files.transaction(session_id, timeout_s) as tx:
                     found.append(streams.look_at(tx))
         return [info for info in found if info is not None]
 
@@ -621,19 +630,23 @@ class Store:
         return self._session(session_id, committed, is_durable=True)
 
 
-def _require_list_name(field: object) -> None:
+def _require_list(field: object, key: object, touch: object, create: object) -> None:
     require_text("field", field)
+    require_flags(touch=touch, create=create)
+    require_key(key)
     if field in turn.IDLE:
         raise errors.ReservedField(field=str(field), remedy="Use store.start_stream().")
 
 
-def _checked_items(field: str, items: Iterable[Any]) -> list[Any]:
-    if isinstance(items, (str, bytes, Mapping)) or not isinstance(items, Iterable):
-        raise errors.WrongType(what="items", expected="several items, in a list", got=type(items).__name__)
-    own = list(items)
-    for place, item in enumerate(own):
-        json_codec.check(item, (field, place) if len(own) > 1 else (field,))
-    return own
+def _encoded_items(field: str, items: Iterable[Any]) -> list[bytes]:
+    if type(items) is not list:
+        if isinstance(items, (str, bytes, Mapping)) or not isinstance(items, Iterable):
+            raise errors.WrongType(what="items", expected="several items, in a list", got=type(items).__name__)
+        items = list(items)
+    lines = []
+    for place, item in enumerate(items):
+        lines.append(json_codec.encode_exact(item, (field, place) if len(items) > 1 else (field,)))
+    return lines
 
 
 def _directory(path: object, *, create: bool) -> Path:

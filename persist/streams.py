@@ -16,7 +16,7 @@ import sys
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -84,19 +84,14 @@ def owner_of(header: Header, stream_id: object) -> StreamOwner | None:
     return owner if owner.stream_id == stream_id else None
 
 
-@contextmanager
-def _trying_lease(tx: Transaction, stream_id: object) -> Iterator[bool]:
-    """Try a stream's lease for a block. Yield True if the stream is dead. An impossible id was never alive."""
+def _trying_lease(tx: Transaction, stream_id: object) -> lease.Probe:
+    """Try a stream's lease for a block, which learns whether the stream is dead. An impossible id was never alive."""
     tx.require_lock()
     if not layout.is_stream_id(stream_id):
-        yield True
-        return
-    path = tx.paths.lease(str(stream_id))
+        return lease.Probe(is_dead=True)
     with tx.refusals():
-        disk.check_directory(path.parent)
-        probe = lease.probe(path)
-    with closing(probe):
-        yield probe.is_dead
+        disk.check_directory(tx.paths.directory / layout.LEASES)
+        return lease.probe(tx.paths.lease(str(stream_id)))
 
 
 def _remove_lease(tx: Transaction, stream_id: object) -> None:
@@ -125,9 +120,9 @@ def start(
     prompt = None if message is None else turn.with_id(_checked(message), f"{stream_id}.prompt")
     if once and (message is None or message.get("id") is None):
         raise errors.WrongType(what="the prompt of a start that is to be once", expected="one with an id", got="none")
-    with backend.files.transaction(session_id, may_be_missing=create, timeout_s=timeout_s) as tx:
+    with backend.files.transaction(session_id, timeout_s) as tx:
         copy = WorkingCopy.of(tx, create=create)
-        stale_id = turn.active_stream(copy.fields)
+        stale_id = active_in(copy.committed)
         with _trying_lease(tx, stale_id) as is_dead:
             if once and prompt is not None:
                 _refuse_started(tx, copy, prompt, live_id=None if is_dead else stale_id)
@@ -151,8 +146,7 @@ def start(
             description = {"pid": owner.pid, "started_at": owner.started_at, "session_id": session_id}
             with tx.refusals():
                 backend.events.forget(session_id, stream_id)
-                disk.make_directory(path.parent)
-                disk.check_directory(path.parent)
+                backend.files.make_leases()
                 taken = lease.take(path, json_codec.encode(description))
             if taken is None:
                 raise _unusable(stream_id, "a stream of that id is alive")
@@ -187,7 +181,7 @@ def _refuse_started(tx: Transaction, copy: WorkingCopy, prompt: turn.Message, *,
 
     `live_id` is the live stream of the session. A dead one of this prompt has no answer: its partial is none.
     """
-    owner = owner_of(copy.header, turn.active_stream(copy.fields))
+    owner = owner_of(copy.header, active_in(copy.committed))
     partial_id = None if owner is None else owner.answer_id
     has_finished, answer = turn.answer_to(copy.list(turn.MESSAGES), prompt, partial_id)
     is_own = owner is not None and json_codec.same(owner.prompt_id, prompt["id"])
@@ -241,7 +235,7 @@ def clear_stale(
     Returns:
         What was committed. None if another stream or none is active, or if this one is alive.
     """
-    with backend.files.transaction(session_id, timeout_s=timeout_s) as tx:
+    with backend.files.transaction(session_id, timeout_s) as tx:
         copy = WorkingCopy(tx.read(), tx)
         if not _is_active(copy, stream_id) or incarnation not in (None, copy.header.incarnation):
             return None
@@ -250,13 +244,13 @@ def clear_stale(
 
 
 def _is_active(copy: WorkingCopy, stream_id: object) -> bool:
-    active = turn.active_stream(copy.fields)
+    active = active_in(copy.committed)
     return active is not None and json_codec.same(active, stream_id)
 
 
 def _take_away(backend: Backend, tx: Transaction, copy: WorkingCopy, ended: Ended) -> Cleared:
     """End the active stream without its owner: dead, or overruled by a forced cancel. The epoch fences an owner off."""
-    before, stream_id = tx.read(), turn.active_stream(copy.fields)
+    before, stream_id = tx.read(), active_in(copy.committed)
     _interrupt(copy)
     if ended != "died":
         # Before: an owner that lives may emit at any moment, and asks for no lock.
@@ -271,7 +265,7 @@ def _take_away(backend: Backend, tx: Transaction, copy: WorkingCopy, ended: Ende
 
 
 def _interrupt(copy: WorkingCopy) -> None:
-    owner = owner_of(copy.header, turn.active_stream(copy.fields))
+    owner = owner_of(copy.header, active_in(copy.committed))
     if owner is None:
         turn.interrupt_foreign(copy)
     else:
@@ -280,12 +274,12 @@ def _interrupt(copy: WorkingCopy) -> None:
 
 def sweep_lease(backend: Backend, session_id: str, stream_id: str, *, timeout_s: float | None) -> bool:
     """Clear the stream that a lease file names, or remove a left-over lease. Tell whether a stream was cleared."""
-    with backend.files.transaction(session_id, may_be_missing=True, timeout_s=timeout_s) as tx:
+    with backend.files.transaction(session_id, timeout_s) as tx:
         copy = WorkingCopy(tx.read(), tx) if tx.exists() else None
         with _trying_lease(tx, stream_id) as is_dead:
             if not is_dead:
                 return False
-            if copy is not None and turn.active_stream(copy.fields) == stream_id:
+            if copy is not None and active_in(copy.committed) == stream_id:
                 _take_away(backend, tx, copy, "died")
                 return True
             _remove_lease(tx, stream_id)
@@ -488,10 +482,10 @@ class Stream:
 
         Raises: as `checkpoint`.
         """
-        item = _checked(message)
+        line = json_codec.encode(_checked(message))
         with self._owned(timeout_s) as (_, copy, owner):
             messages = copy.list(turn.MESSAGES)
-            turn.add_once(messages, [item], before=messages.place_of(owner.answer_id))
+            turn.add_once(messages, [line], before=messages.place_of(owner.answer_id))
             self._commit(copy, owner, owner.answer_id)
 
     @contextmanager
@@ -548,7 +542,7 @@ class Stream:
             raise self._lost("it has ended, or this is a forked child")
         try:
             if not self._events.is_open:
-                with self._backend.files.transaction(self.session_id, timeout_s=timeout_s) as tx:
+                with self._backend.files.transaction(self.session_id, timeout_s) as tx:
                     head = tx.head()
                     self._require_ownership(head.header, active_in(head))
                     self._events.open()
@@ -600,9 +594,9 @@ class Stream:
             raise self._lost("it has ended, or this is a forked child")
         is_inside = False
         try:
-            with self._backend.files.transaction(self.session_id, timeout_s=timeout_s) as tx:
+            with self._backend.files.transaction(self.session_id, timeout_s) as tx:
                 copy = WorkingCopy(tx.read(), tx)
-                owner = self._require_ownership(copy.header, turn.active_stream(copy.fields))
+                owner = self._require_ownership(copy.header, active_in(copy.committed))
                 is_inside = True
                 yield tx, copy, owner
         except errors.SessionNotFound:

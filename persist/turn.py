@@ -11,9 +11,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from persist import json_codec
 from persist.errors import IdTaken
 from persist.json_codec import same
-from persist.storage.content import Content, Id, Items, as_id
+from persist.storage.content import Content, Id, Items, id_in
 from persist.working_copy import WorkingCopy, WorkingList
 
 Message = dict[str, Any]
@@ -48,30 +49,33 @@ def leave_out(document: WorkingCopy, answer_id: Id | None) -> None:
 
 def add_once(
     messages: WorkingList,
-    items: Sequence[Any],
+    lines: Sequence[bytes],
     *,
     key: str | None = "id",
     before: int | None = None,
     field: str = MESSAGES,
 ) -> None:
-    """Add items to a list, but those that are there. The same `key` with other content is `IdTaken`."""
-    fresh: list[Any] = []
-    seen: dict[Id, tuple[int, Any]] = {}
-    for item in items:
-        identity = as_id(item.get(key)) if key is not None and type(item) is dict else None
+    """Add items, each as its JSON, to a list, but those that are there. The same `key` with other content is `IdTaken`.
+
+    Args:
+        before: the place of the item before which they go; the end without it.
+    """
+    fresh: list[bytes] = []
+    own: dict[Id, int] = {}
+    for line in lines:
+        identity = None if key is None else id_in(line, key)
         if identity is None or key is None:
-            fresh.append(item)
-            continue
-        if identity not in seen:
-            place = messages.place_of(identity, key)
-            if place is None:
-                fresh.append(item)
-            new_place = len(messages) + len(fresh) - 1
-            seen[identity] = (new_place, item) if place is None else (place, messages.peek(place))
-        place, there = seen[identity]
-        _require_same(there, item, (field, place), key or "id")
-    for place, item in enumerate(fresh, len(messages) if before is None else before):
-        messages.insert(place, item)
+            fresh.append(line)
+        elif identity in own:
+            at = own[identity]
+            _require_same(json_codec.decode(fresh[at]), json_codec.decode(line), (field, len(messages) + at), key)
+        elif (place := messages.place_of(identity, key)) is not None:
+            _require_same(messages.peek(place), json_codec.decode(line), (field, place), key)
+        else:
+            own[identity] = len(fresh)
+            fresh.append(line)
+    if fresh:
+        messages.put_json(before, fresh)
 
 
 def _require_same(there: Message, item: Message, path: tuple[str | int, ...], key: str = "id") -> None:
@@ -204,9 +208,7 @@ def begin(document: WorkingCopy, stream_id: str, prompt: Message | None) -> None
 
 def end(document: WorkingCopy) -> None:
     """Reset the stream fields."""
-    fields = document.fields
-    for field, idle in IDLE.items():
-        fields[field] = list(idle) if type(idle) is list else idle
+    document.set_fields({field: list(idle) if type(idle) is list else idle for field, idle in IDLE.items()})
 
 
 def interrupt(document: WorkingCopy, prompt_id: Id | None, answer_id: Id | None) -> None:

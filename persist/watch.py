@@ -15,21 +15,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 #: How often the files are looked at.
 POLL_S = 0.01
 
 Wake = Callable[[], None]
 
-_waiting: dict[Path, tuple[Wake, ...]] = {}
+_waiting: dict[str, tuple[Wake, ...]] = {}
 # Re-entrant: the garbage collector may end a dropped wait in the thread that is inside just now.
 _guard = threading.RLock()
 _looking: threading.Thread | None = None
 
 
 @contextmanager
-def waking(path: Path, wake: Wake) -> Iterator[None]:
+def waking(path: str, wake: Wake) -> Iterator[None]:
     """Have `wake` called whenever somebody, in whatever process, has appended to a file; for a block."""
     try:
         with _guard:
@@ -44,7 +43,7 @@ def waking(path: Path, wake: Wake) -> Iterator[None]:
                 del _waiting[path]
 
 
-def wake(path: Path) -> None:
+def wake(path: str) -> None:
     """Wake those who wait for a file, in this process."""
     for each in _waiting.get(path, ()):
         each()
@@ -61,7 +60,7 @@ def _look_from_now_on() -> None:
 
 def _look() -> None:
     global _looking  # noqa: PLW0603
-    sizes: dict[Path, int] = {}
+    sizes: dict[str, int] = {}
     while True:
         time.sleep(POLL_S)
         with _guard:
@@ -76,7 +75,7 @@ def _look() -> None:
                 wake(path)
 
 
-def _size(path: Path) -> int:
+def _size(path: str) -> int:
     try:
         return os.stat(path).st_size
     except OSError:

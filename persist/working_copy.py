@@ -12,8 +12,11 @@ whichever way it is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, MutableSequence
+from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence
+from itertools import chain
 from typing import Any, Self
+
+import msgspec
 
 from persist import json_codec
 from persist.arguments import require_key
@@ -25,15 +28,19 @@ from persist.storage.content import (
     HEADER,
     Content,
     Items,
+    Value,
     as_before,
     as_id,
     decode,
     empty,
     encode_values,
     placed,
+    too_large,
 )
 from persist.storage.document import Header, first_header
 from persist.storage.transaction import Transaction
+
+_ALWAYS_APART = frozenset(ALWAYS_APART)
 
 #: A content, and what turns the values that stand apart in the committed one into its own.
 Changed = tuple[Content, tuple[diff.Change, ...]]
@@ -56,9 +63,9 @@ class WorkingCopy:
         self._is_new = is_new
         self._tx = tx
         self._content = found.content
-        # Each value is in one of these: as it was committed, as a list to be changed, or as a plain value. A plain
-        # value was handed out or set, and may have been changed in place since.
-        self._committed = dict(found.content)
+        # The names of the values that are not as they were committed any more. Each is a list to be changed, or a plain
+        # value, which was handed out or set and may have been changed in place since, or it is gone.
+        self._taken: set[str] = set()
         self._lists: dict[str, WorkingList] = {}
         self._values: dict[str, Any] = {}
 
@@ -92,6 +99,17 @@ class WorkingCopy:
         """The top-level values but ``messages`` and ``tool_calls``, as a mapping to be changed."""
         return Fields(self)
 
+    def _untouched(self, name: str) -> Value | None:
+        """Return a value that is as it was committed, None for any other one."""
+        return None if name in self._taken else self._content.get(name)
+
+    def set_fields(self, values: Mapping[str, Any]) -> None:
+        """Set fields that no caller has been handed."""
+        for name, value in values.items():
+            self._taken.add(name)
+            self._lists.pop(name, None)
+            self._values[name] = value
+
     def require_open(self) -> None:
         """Raise `LockNotHeld` after the block: a change would be lost without a word."""
         if self._tx is not None:
@@ -110,20 +128,25 @@ class WorkingCopy:
         Raises:
             WrongType: the value is no list.
         """
+        found = self._lists.get(name)
+        if found is not None and name not in self._values:
+            return found
         if name == HEADER:
             raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
-        if self._handed_out(name) is None:
-            value = self._committed.get(name)
-            if self._has(name) and not isinstance(value, Items):
-                whole = self._plain(name)
-                if type(whole) is not list:
-                    what = f"field {name!r} of the document"
-                    raise WrongType(what=what, expected="a list", got=type(whole).__name__)
-                return WorkingList(name, Items([]), whole, tx=self._tx, values=self._values)
-            base = value if isinstance(value, Items) else Items([])
-            self._lists[name] = WorkingList(name, base, tx=self._tx, values=self._values)
-            self._committed.pop(name, None)
-        return self._lists[name]
+        base = None if name in self._taken else self._content.apart.get(name)
+        if base is None and not self._has(name):
+            base = Items([])
+        if isinstance(base, Items):
+            found = WorkingList(name, base, tx=self._tx, values=self._values)
+        else:
+            whole = self._plain(name)
+            if type(whole) is not list:
+                what = f"field {name!r} of the document"
+                raise WrongType(what=what, expected="a list", got=type(whole).__name__)
+            return WorkingList(name, Items([]), whole, tx=self._tx, values=self._values)
+        self._taken.add(name)
+        self._lists[name] = found
+        return found
 
     def has_list(self, name: str) -> bool:
         """Tell whether a top-level value is committed as a list, or missing."""
@@ -148,9 +171,12 @@ class WorkingCopy:
         return self._lists.get(name)
 
     def _has(self, name: str) -> bool:
+        if name in self._values:
+            return True
         items = self._handed_out(name)
-        is_list = items is not None and (len(items) > 0 or items.base is self._content.get(name))
-        return is_list or name in self._committed or name in self._values
+        if items is not None:
+            return len(items) > 0 or items.base is self._content.get(name)
+        return self._untouched(name) is not None
 
     def names(self) -> tuple[str, ...]:
         """Return the names of the top-level values."""
@@ -159,9 +185,9 @@ class WorkingCopy:
 
     def _plain(self, name: str) -> Any:
         """Hand out a value as a plain one."""
-        if name in self._committed:
-            self._values[name] = decode(self._committed[name])
-            del self._committed[name]
+        if (value := self._untouched(name)) is not None:
+            self._taken.add(name)
+            self._values[name] = decode(value)
         elif self._handed_out(name) is not None:
             self._values[name] = self._lists.pop(name).whole()
         return self._values[name]
@@ -172,23 +198,31 @@ class WorkingCopy:
 
         Raises: what `encoded` raises for what cannot be kept.
         """
-        before = self._content
-        now = dict(self._committed)
-        splices: dict[str, tuple[diff.Change, ...]] = {}
-        for name, items in tuple(self._lists.items()):
-            if self._handed_out(name) is None:
-                continue
-            made = items.changes()
-            if self._has(name):
-                now[name] = items.after(made)
-            if items.base is before.get(name):
-                splices[name] = made
-        if self._values:
-            now |= encode_values(self._values, before)
+        before, now, made = self._content, dict[str, Value](), dict[str, tuple[diff.Change, ...]]()
+        for name, items in self._lists.items():
+            if name not in self._values:
+                changes, changed = items.changes()
+                if items.base is before.apart.get(name):
+                    made[name] = changes
+                if changes or (name not in made and self._has(name)):
+                    now[name] = changed
+        if not self._values and self._taken == made.keys() and now.keys() <= _ALWAYS_APART:
+            # No value can have moved.
+            if not now:
+                return None
+            after = Content(before.fields, {**before.apart, **now})
+            if after.size_bytes > json_codec.MAX_BYTES:
+                raise too_large()
+            return after, tuple(chain.from_iterable(made.values()))
+        now |= encode_values(self._values, before)
         # The keys keep their order.
-        after = placed((name, now[name]) for name in dict.fromkeys((*dict(before), *now)) if name in now)
-        changes = diff.between(before, after, splices)
-        return None if not changes and after.fields == before.fields else (after, changes)
+        values = {**before.fields, **before.apart}
+        for name in self._taken:
+            if name not in now and not self._has(name):
+                values.pop(name, None)
+        after = placed((values | now).items())
+        all_changes = diff.between(before, after, made)
+        return None if not all_changes and after.fields == before.fields else (after, all_changes)
 
     @property
     def content(self) -> Content:
@@ -208,10 +242,12 @@ class WorkingCopy:
     def commit_changes(self, changed: Changed | None, *, touch: bool = True) -> Replica:
         """Commit what `changed` returned. If that is None, make durable what was read."""
         assert self._tx is not None
-        if changed is None and not self._is_new:
+        if self._is_new:
+            return self.commit(self.header, changed)
+        if changed is None:
             self._tx.confirm()
             return self._tx.read()
-        return self.commit(self.next_header(touch=touch), changed)
+        return self._tx.commit(self.header.next(touch=touch), *changed)
 
 
 class Fields(MutableMapping[str, Any]):
@@ -233,7 +269,7 @@ class Fields(MutableMapping[str, Any]):
             remedy = "Choose another name for the field." if name == HEADER else f"Use list({name!r})."
             raise ReservedField(field=name, remedy=remedy)
         self._copy.require_open()
-        self._copy._committed.pop(name, None)
+        self._copy._taken.add(name)
         handed_out = self._copy._lists.pop(name, None)
         if handed_out is not None:
             # The block that was handed the list goes on with the new value. One that is no list takes no change.
@@ -247,8 +283,8 @@ class Fields(MutableMapping[str, Any]):
         handed_out = self._copy._lists.pop(name, None)
         if handed_out is not None:
             handed_out.become([])
-        for each in (self._copy._committed, self._copy._values):
-            each.pop(name, None)
+        self._copy._values.pop(name, None)
+        self._copy._taken.add(name)
 
     def __repr__(self) -> str:
         return repr(dict(self))
@@ -276,7 +312,7 @@ class WorkingList(MutableSequence[Any]):
         self._tx = tx
         self._values = values
         self.base = base
-        self._kept = len(base)
+        self._kept = base.count
         self.tail: list[Any] = [] if tail is None else tail
         self._is_plain = tail is not None
 
@@ -367,6 +403,11 @@ class WorkingList(MutableSequence[Any]):
         self._check(item, place)
         self.tail.insert(self._in_tail(place), item)
 
+    def put_json(self, place: int | None, lines: list[bytes]) -> None:
+        """Put items before the one at a place, or at the end, each as its JSON."""
+        at = len(self.tail) if place is None else self._in_tail(place)
+        self.tail[at:at] = map(json_codec.decode, lines) if self._is_plain else lines
+
     def find(self, value: str | int, key: str = "id") -> Any:
         """Return the last item whose `key` has this value, to be changed in place, or None. `1` and `"1"` differ."""
         place = self.place_of(value, key)
@@ -374,8 +415,9 @@ class WorkingList(MutableSequence[Any]):
 
     def place_of(self, value: object, key: str = "id") -> int | None:
         """Return the place of the last item whose `key` has this value, or None."""
-        require_key(key, may_be_none=False)
-        wanted = as_id(value)
+        if key != "id":
+            require_key(key, may_be_none=False)
+        wanted = value if type(value) is str else as_id(value)
         if wanted is None:
             return None
         for place in range(len(self.tail) - 1, -1, -1):
@@ -394,24 +436,24 @@ class WorkingList(MutableSequence[Any]):
             None,
         )
 
-    def changes(self) -> tuple[diff.Change, ...]:
-        """Return what turns the committed list into this one."""
-        before = self.base.last(len(self.base) - self._kept)
-        after = [
-            item if type(item) is bytes else json_codec.encode_exact(item, (self._name, place))
-            for place, item in enumerate(self.tail, self._kept)
-        ]
+    def changes(self) -> tuple[tuple[diff.Change, ...], Items]:
+        """Return what turns the committed list into this one, and the list that it makes."""
+        after: list[bytes] = []
+        for place, item in enumerate(self.tail, self._kept):
+            after.append(item if type(item) is bytes else json_codec.encode_exact(item, (self._name, place)))
+        if self._kept == self.base.count:
+            if not after:
+                return (), self.base
+            change = diff.Change(self._name, self._kept, 0, tuple(map(msgspec.Raw, after)))
+            return (change,), self.base.spliced(self._kept, 0, after)
+        before = self.base.last(self.base.count - self._kept)
         for at, (item, old) in enumerate(zip(self.tail, before, strict=False)):
             if type(item) is not bytes:
                 after[at] = as_before(after[at], item, old)
-        return tuple(diff.splices(self._name, before, after, self._kept))
-
-    def after(self, changes: tuple[diff.Change, ...]) -> Items:
-        """Return the committed list after some changes."""
-        items = self.base
-        for change in changes:
-            items = items.spliced(change.at, change.remove, list(map(bytes, change.insert)))
-        return items
+        changes, items = tuple(diff.splices(self._name, before, after, self._kept)), self.base
+        for each in changes:
+            items = items.spliced(each.at, each.remove, list(map(bytes, each.insert)))
+        return changes, items
 
 
 def _value_of(item: Any, key: str) -> Any:

@@ -13,16 +13,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from secrets import token_hex
 from typing import Literal
 
-from persist.errors import CommitFailed, CommitUnknown, PersistError
+from persist.errors import CommitFailed, CommitUnknown, PersistError, Translating
 from persist.storage import disk, document, journal
 from persist.storage.cache import Replica
-from persist.storage.content import Content
+from persist.storage.content import Content, Items
 from persist.storage.diff import Change
 from persist.storage.document import Header
 from persist.storage.journal import Tail
@@ -61,7 +60,6 @@ class Options:
         return self.mode == "always" or (self.mode == "auto" and content.size_bytes > limit)
 
 
-@dataclass(slots=True, eq=False)
 class Place:
     """The files of one session whose lock is held, and what is noted about them.
 
@@ -75,21 +73,19 @@ class Place:
     paths: SessionPaths
     options: Options
     unknown: dict[str, str]
-    is_visible: bool = False
-    is_marked: bool = False
+    is_visible: bool
+    is_marked: bool
 
     def journal(self, name: str) -> journal.Journal:
         """Return the session's journal of that name."""
         return journal.Journal(self.paths.journal(name), self.session_id, name)
 
-    @contextlib.contextmanager
-    def refusals(self) -> Iterator[None]:
+    def refusals(self) -> Translating[None]:
         """Turn the disk's own errors in the block into `CommitFailed`: nothing of the commit is visible yet."""
-        try:
-            yield
-        except PersistError:
-            raise
-        except OSError as error:
+        return Translating(self._refuse, None)
+
+    def _refuse(self, error: BaseException) -> None:
+        if isinstance(error, OSError) and not isinstance(error, PersistError):
             raise _failure(self, CommitFailed, error) from error
 
     def require_known(self) -> None:
@@ -125,7 +121,8 @@ def commit(
         CommitFailed: the disk refused. The old revision stands.
         CommitUnknown: the commit is visible, but may not survive a power cut.
     """
-    place.require_known()
+    if place.unknown:
+        place.require_known()
     place.is_visible = place.is_marked = False
     if before is None or before.tail is None:
         return write_document(place, before, header, content)
@@ -165,14 +162,18 @@ def append_record(
     assert tail is not None
     # 1. The line. It holds the whole head if that changed.
     old = before.header
-    is_same_head = header.epoch == old.epoch and header.owner == old.owner and content.fields == before.content.fields
+    is_same_fields = content.fields is before.content.fields or content.fields == before.content.fields
+    is_same_head = is_same_fields and header.epoch == old.epoch and header.owner == old.owner
+    counts: dict[str, int | None] = {}
+    for name, value in content.apart.items():
+        counts[name] = value.count if isinstance(value, Items) else None
     record = journal.Record(
         crc="00000000",
         after=tail.after,
         revision=header.revision,
         updated_at=header.updated_at.isoformat(),
         synced=tail.synced,
-        counts=content.counts,
+        counts=counts,
         head_at=tail.head_at if is_same_head else 0,
         head=None if is_same_head else journal.image_of(header, content),
         changes=changes,
@@ -180,7 +181,7 @@ def append_record(
     )
     line = journal.encode(record, tail.seed)
     # 2. Room, so that the write does not make the file longer.
-    with place.refusals():
+    try:
         room, end = place.options.room_bytes, tail.end + len(line)
         if end > tail.room_end and len(line) <= room <= tail.end:
             # Another process may have made some.
@@ -192,13 +193,12 @@ def append_record(
                     tail.room_end = tail.end + room
         # 3. What nobody is known to have synced is written again: its writer may have seen its fdatasync fail, and have
         # died.
-        try:
-            disk.write_at(fd, tail.unsynced + line, tail.synced if tail.unsynced else tail.end)
-        except OSError:
-            # So that the next commit need not fold a torn tail away, for which a full disk has no room.
-            with contextlib.suppress(OSError):
-                disk.truncate(fd, tail.end)
-            raise
+        disk.write_at(fd, tail.unsynced + line, tail.synced if tail.unsynced else tail.end)
+    except OSError as error:
+        # So that the next commit need not fold a torn tail away, for which a full disk has no room.
+        with contextlib.suppress(OSError):
+            disk.truncate(fd, tail.end)
+        raise _failure(place, CommitFailed, error) from error
     # 4. From here on readers see the commit.
     place.is_visible = True
     try:
@@ -210,8 +210,11 @@ def append_record(
         place.is_marked = True
         return _write_anew(place, before, header, content, error)
     # 5. Only now the replica moves on.
-    tail.advance(line[8:16].decode(), record, len(line))
-    tail.synced, tail.unsynced = tail.end, b""
+    tail.after, tail.commit = line[8:16].decode(), record.commit
+    if not is_same_head:
+        tail.head_at = tail.end
+    tail.end = tail.synced = end
+    tail.unsynced = b""
     return Replica(header, content, before.version, tail, is_synced=True)
 
 
@@ -346,7 +349,7 @@ def _tail_to_mark(before: Replica | None) -> Tail | None:
     return None if tail is None or tail.is_torn else tail
 
 
-def _version_of(path: Path, written: disk.Version) -> disk.Version:
+def _version_of(path: str, written: disk.Version) -> disk.Version:
     """Return the version of a document that was renamed, which sets its ctime.
 
     One that fits no file if it is not there.
@@ -358,7 +361,7 @@ def _version_of(path: Path, written: disk.Version) -> disk.Version:
     return (0, 0, 0, 0)
 
 
-def write_new(path: Path, text: bytes) -> disk.Version:
+def write_new(path: str, text: bytes) -> disk.Version:
     """Write a new file. Its content is durable on return."""
     try:
         fd = disk.create(path)
@@ -374,7 +377,7 @@ def write_new(path: Path, text: bytes) -> disk.Version:
         disk.close(fd)
 
 
-def put_mark(path: Path, end: int) -> None:
+def put_mark(path: str, end: int) -> None:
     """Spoil a journal behind its end, for the processes that hold a replica of it."""
     fd = disk.open_unseen(path, os.O_RDWR)
     try:
@@ -383,7 +386,7 @@ def put_mark(path: Path, end: int) -> None:
         disk.close(fd)
 
 
-def _remove(paths: Iterable[Path]) -> None:
+def _remove(paths: Iterable[str]) -> None:
     for path in paths:
         disk.remove_quietly(path)
 
@@ -404,7 +407,7 @@ def verify(place: Place, before: Replica) -> None:
 # --- the end of a session --------------------------------------------------------------------------------------------
 
 
-def delete(place: Place, before: Replica | None, journals: Sequence[Path]) -> None:
+def delete(place: Place, before: Replica | None, journals: Sequence[str]) -> None:
     """Remove a session. Durable on return.
 
     The document goes first: what a crash leaves after that is no session.

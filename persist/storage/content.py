@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
-from itertools import compress, count
+from itertools import compress, count, repeat
 from typing import Any
 
 import msgspec
@@ -52,9 +51,11 @@ def _id_readers(key: str) -> tuple[Callable[[bytes], Any], Callable[[bytes | mem
     return msgspec.json.Decoder(kind).decode, msgspec.json.Decoder(list[kind]).decode  # type: ignore[valid-type]
 
 
-def _id_in(item: bytes, key: str) -> Id | None:
+def id_in(item: bytes, key: str) -> Id | None:
+    """Return the value of an item's key if items can be found by it (see `as_id`), else None."""
     try:
-        return as_id(_id_readers(key)[0](item).value)
+        value = _id_readers(key)[0](item).value
+        return value if type(value) is str else as_id(value)
     except (msgspec.DecodeError, RecursionError):
         # The item is no object, or it holds a lone surrogate, which msgspec does not read.
         decoded = json_codec.decode(item)
@@ -75,13 +76,13 @@ class _Places:
             self.found.clear()
             self.put(ids, 0)
 
-    def put(self, ids: list[Any], start: int) -> None:
+    def put(self, ids: Iterable[Any], start: int) -> None:
         """Put the places of ids, from `start` on."""
         for place, value in enumerate(ids, start):
-            if (found := as_id(value)) is not None:
-                if found in self.found:
-                    self.repeated.add(found)
-                self.found[found] = place
+            if type(value) is str or type(value) is int:
+                if value in self.found:
+                    self.repeated.add(value)
+                self.found[value] = place
 
 
 _NO_TEXT = memoryview(b"")
@@ -99,15 +100,26 @@ class Items:
     Change a value only under its session's lock, because an append looks at the list before it extends it.
     """
 
-    __slots__ = ("_parts", "_places", "size_bytes")
+    __slots__ = ("_parts", "_places", "count", "size_bytes")
 
-    def __init__(self, items: list[bytes], *, text: memoryview = _NO_TEXT, text_count: int = 0) -> None:
+    def __init__(
+        self,
+        items: list[bytes],
+        *,
+        text: memoryview = _NO_TEXT,
+        text_count: int = 0,
+        length: int | None = None,
+        size_bytes: int | None = None,
+    ) -> None:
+        if length is None:
+            length = len(items)
         #: One attribute, so that a thread that splits the text replaces all of them in one step.
-        self._parts = (text, text_count, items, len(items))
+        self._parts = (text, text_count, items, length)
         #: By the name of the key.
         self._places: dict[str, _Places] = {}
+        self.count = text_count + length
         #: The length of its JSON in a document, brackets and newlines included.
-        self.size_bytes = (len(text) or 2) + _bytes_of(items)
+        self.size_bytes = (len(text) or 2) + _bytes_of(items) if size_bytes is None else size_bytes
 
     @classmethod
     def in_document(cls, text: memoryview, count: int) -> Items:
@@ -115,8 +127,7 @@ class Items:
         return cls([], text=text, text_count=count) if count else cls([])
 
     def __len__(self) -> int:
-        _, text_count, _, length = self._parts
-        return text_count + length
+        return self.count
 
     def __getitem__(self, place: int) -> bytes:
         _, text_count, items, length = self._parts
@@ -179,31 +190,37 @@ class Items:
         Raises:
             ValueError: there are no such items.
         """
-        count = len(self)
-        if not 0 <= at <= at + remove <= count:
+        if not 0 <= at <= at + remove <= self.count:
             raise ValueError(at)
         text, text_count, items, length = self._parts
         if at < text_count:
             items = self.split()
             text, text_count, items, length = self._parts
-        removed = items[at - text_count : at - text_count + remove]
-        if in_place and at == count and len(items) == length:
+        size_bytes = self.size_bytes + sum(map(len, insert)) + len(SEPARATOR) * len(insert)
+        is_append = at == self.count
+        if is_append and in_place and len(items) == length:
             items += insert
         else:
             start = at - text_count
+            size_bytes -= _bytes_of(items[start : start + remove])
             items = items[:start] + insert + items[start + remove : length]
-        after = Items([])
-        after._parts = (text, text_count, items, length + len(insert) - remove)
-        after.size_bytes = self.size_bytes + _bytes_of(insert) - _bytes_of(removed)
-        if in_place:
-            self._hand_over_places(after, at)
+        length += len(insert) - remove
+        after = Items(items, text=text, text_count=text_count, length=length, size_bytes=size_bytes)
+        if in_place and self._places:
+            if is_append:
+                after._places, self._places = self._places, {}
+                for key, places in after._places.items():
+                    places.put(map(id_in, insert, repeat(key)), at)
+            else:
+                self._hand_over_places(after, at)
         return after
 
     # --- ids ---
 
     def find(self, value: Id, key: str = "id") -> int | None:
         """Return the place of the last item whose key has this value (see `as_id`), or None."""
-        return self._placed(key).found.get(value)
+        places = self._places.get(key) or self._placed(key)
+        return places.found.get(value)
 
     def is_repeated(self, value: Id, key: str = "id") -> bool:
         """Tell whether more than one item has this value."""
@@ -215,8 +232,8 @@ class Items:
             try:
                 ids = [item.value for item in _id_readers(key)[1](text)] if text else []
             except (msgspec.DecodeError, RecursionError):
-                ids = [_id_in(item, key) for item in bytes(text[2:-2]).split(SEPARATOR)]
-            self._places[key] = _Places([*ids, *(_id_in(item, key) for item in items[:length])])
+                ids = [id_in(item, key) for item in bytes(text[2:-2]).split(SEPARATOR)]
+            self._places[key] = _Places([*ids, *(id_in(item, key) for item in items[:length])])
         return self._places[key]
 
     def _hand_over_places(self, after: Items, at: int) -> None:
@@ -225,15 +242,15 @@ class Items:
         `at` is where the change begins.
         """
         handed_over, self._places = self._places, {}
-        if len(self) - at > _NEAR_END:
+        if self.count - at > _NEAR_END:
             return
         for key, places in handed_over.items():
-            gone = {_id_in(item, key) for item in self.last(len(self) - at)} - {None}
+            gone = {id_in(item, key) for item in self.last(self.count - at)} - {None}
             # Another item has this id, and nobody knows its place.
             if places.repeated.isdisjoint(gone):
                 for each in gone:
                     places.found.pop(each, None)  # type: ignore[arg-type]
-                places.put([_id_in(item, key) for item in after.last(len(after) - at)], at)
+                places.put(map(id_in, after.last(after.count - at), repeat(key)), at)
                 after._places[key] = places
 
     # --- data ---
@@ -257,8 +274,7 @@ def _bytes_of(items: list[bytes]) -> int:
 Value = bytes | Items
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
+class Content(msgspec.Struct, frozen=True):
     """A session's top-level values: the fields, and what stands apart. See `placed`."""
 
     fields: Mapping[str, bytes]
@@ -267,12 +283,19 @@ class Content:
     @property
     def counts(self) -> dict[str, int | None]:
         """Of each value that stands apart, the number of a list's items, or None."""
-        return {name: len(value) if isinstance(value, Items) else None for name, value in self.apart.items()}
+        counts: dict[str, int | None] = {}
+        for name, value in self.apart.items():
+            counts[name] = value.count if isinstance(value, Items) else None
+        return counts
 
     @property
     def size_bytes(self) -> int:
         """The size of the values, and about the size of a document that holds them."""
-        return sum(len(name) + size_of(value) + 5 for name, value in self)
+        total = 0
+        for values in (self.fields, self.apart):
+            for name, value in values.items():
+                total += len(name) + 5 + (value.size_bytes if isinstance(value, Items) else len(value))
+        return total
 
     def __iter__(self) -> Iterator[tuple[str, Value]]:
         yield from self.fields.items()
@@ -292,14 +315,9 @@ class Content:
         return {name: decode(value) for name, value in self}
 
 
-def size_of(value: Value) -> int:
-    """Return the length of a value's JSON in a document."""
-    return value.size_bytes if isinstance(value, Items) else len(value)
-
-
-def _json_bytes(value: Value) -> int:
+def _json_bytes(value: Items) -> int:
     """Return the length of `as_json`. So a list has one size, whichever form it has."""
-    return len(value) if isinstance(value, bytes) else max(2, value.size_bytes - len(value) - 1)
+    return max(2, value.size_bytes - value.count - 1)
 
 
 def decode(value: Value) -> Any:
@@ -326,20 +344,27 @@ def placed(values: Iterable[tuple[str, Value]]) -> Content:
     fields: dict[str, bytes] = {}
     apart: dict[str, Value] = {}
     for name, value in values:
-        if name in ALWAYS_APART or (name != ALWAYS_FIELD and _json_bytes(value) > APART_BYTES):
+        size_bytes = _json_bytes(value) if isinstance(value, Items) else len(value)
+        if name in ALWAYS_APART or (size_bytes > APART_BYTES and name != ALWAYS_FIELD):
             apart[name] = items_of(value) if isinstance(value, bytes) else value
         else:
-            fields[name] = as_json(value)
+            fields[name] = value if isinstance(value, bytes) else as_json(value)
     total = sum(map(len, fields.values()))
-    movable = sorted(fields.keys() - {ALWAYS_FIELD}, key=lambda name: (len(fields[name]), name))
-    while total > FIELDS_BYTES and movable:
-        largest = movable.pop()
-        total -= len(fields[largest])
-        apart[largest] = items_of(fields.pop(largest))
+    if total > FIELDS_BYTES:
+        movable = sorted(fields.keys() - {ALWAYS_FIELD}, key=lambda name: (len(fields[name]), name))
+        while total > FIELDS_BYTES and movable:
+            largest = movable.pop()
+            total -= len(fields[largest])
+            apart[largest] = items_of(fields.pop(largest))
     content = Content(fields, apart)
     if content.size_bytes > json_codec.MAX_BYTES:
-        raise NotJSON(path=(), reason=f"it would take more than {json_codec.MAX_BYTES:,} bytes")
+        raise too_large()
     return content
+
+
+def too_large() -> NotJSON:
+    """Return the error of values that make a document which is too large to be read back."""
+    return NotJSON(path=(), reason=f"it would take more than {json_codec.MAX_BYTES:,} bytes")
 
 
 def items_of(value: bytes) -> Value:
@@ -386,9 +411,10 @@ _FEW = 16
 
 
 def _encoded_value(value: Any, before: bytes | None, path: ValuePath) -> bytes:
-    found = json_codec.encode_unchecked(value)
-    if found is not None and found == before:
-        return found
+    if type(value) is not str and value is not None:
+        found = json_codec.encode_unchecked(value)
+        if found is not None and found == before:
+            return found
     return as_before(json_codec.encode_exact(value, path), value, before)
 
 

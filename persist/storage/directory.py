@@ -38,21 +38,36 @@ class SessionDirectory:
         self.options = options
         self.timeout_s = timeout_s
         self.cache = Cache(cache_bytes)
+        #: Whether this process has made the directory's own name durable, and that of the leases' directory. Another
+        #: process may have made them a moment ago.
+        self.is_durable = self.has_durable_leases = False
         #: By session, why nobody knows whether its last commit is durable.
         self.unknown: dict[str, str] = {}
         try:
             if create:
-                disk.make_directory(self.layout.leases)
-                # Another process may have made them a moment ago: their names must not be lost under our first commit.
-                disk.sync_directory(self.layout.directory)
-                with contextlib.suppress(PermissionError):
-                    disk.sync_directory(self.layout.directory.parent)
+                disk.make_directory(self.layout.directory)
+                with contextlib.suppress(FileExistsError):
+                    disk.mkdir(self.layout.leases)
             disk.check_file_system(self.layout.directory, allow_network=allow_network)
-            self._ignores_case = disk.ignores_case(self.layout.directory, layout.LEASES)
+            self.ignores_case = disk.ignores_case(self.layout.directory, layout.LEASES)
         except PersistError:
             raise
         except OSError as error:
             raise Unreadable.because(self.layout.directory, error) from error
+
+    def make_durable(self) -> None:
+        """Make the directory's own name durable, so that no commit in it is lost with it."""
+        with contextlib.suppress(PermissionError):
+            disk.sync_directory(self.layout.directory.parent)
+        self.is_durable = True
+
+    def make_leases(self) -> None:
+        """Make the directory of the leases. Its name is durable on return, so that a sweep finds what is in it."""
+        disk.make_directory(self.layout.leases)
+        disk.check_directory(self.layout.leases)
+        if not self.has_durable_leases:
+            disk.sync_directory(self.layout.directory)
+            self.has_durable_leases = True
 
     # --- one session ---
 
@@ -100,27 +115,36 @@ class SessionDirectory:
                 with log.opened() as fd:
                     return _last_values(log.read_head(fd, found.head), partial(log.last_items, fd, found), name, limit)
 
-    def looking_at(self, session_id: str) -> Translating[layout.SessionPaths]:
-        """Give the session's paths to a block, and turn the disk's own errors in it into typed ones.
-
-        So is what cannot be decoded, although its checksum is right: somebody has sealed it.
-        """
+    def paths_of(self, session_id: str) -> layout.SessionPaths:
+        """Return the paths of a session. One that the file system takes for another one is refused."""
         paths = self.layout.session(session_id)
-        path = paths.document
-        for name in disk.names(self.layout.directory) if self._ignores_case else ():
-            if name != path.name and name.lower() == path.name.lower():
+        if self.ignores_case:
+            self.refuse_other_case(session_id, os.path.basename(paths.document))
+        return paths
+
+    def refuse_other_case(self, session_id: str, mine: str) -> None:
+        """Raise `InvalidSessionId` if a file has that name but for upper and lower case."""
+        for name in disk.names(self.layout.directory):
+            if name != mine and name.lower() == mine.lower():
                 reason = f"on this file system it is the same name as {name.removesuffix('.json')!r}."
                 raise InvalidSessionId(session_id=session_id, reason=reason)
 
-        def type_error(error: BaseException) -> None:
-            if isinstance(error, FileNotFoundError):
-                raise SessionNotFound(session_id=session_id, path=path) from None
-            if isinstance(error, json_codec.Undecodable):
-                raise mislabelled(path, session_id) from None
-            if isinstance(error, OSError) and not isinstance(error, PersistError):
-                raise Unreadable.because(path, error) from error
+    def looking_at(self, session_id: str) -> Translating[layout.SessionPaths]:
+        """Give the session's paths to a block, of which the errors become typed ones (see `raise_typed`)."""
+        return Translating(partial(self.raise_typed, session_id=session_id), self.paths_of(session_id))
 
-        return Translating(type_error, paths)
+    def raise_typed(self, error: BaseException, session_id: str) -> None:
+        """Raise a typed error in the place of the disk's own.
+
+        So is what cannot be decoded, although its checksum is right: somebody has sealed it.
+        """
+        path = self.layout.session(session_id).document
+        if isinstance(error, FileNotFoundError):
+            raise SessionNotFound(session_id=session_id, path=path) from None
+        if isinstance(error, json_codec.Undecodable):
+            raise mislabelled(path, session_id) from None
+        if isinstance(error, OSError) and not isinstance(error, PersistError):
+            raise Unreadable.because(path, error) from error
 
     # --- all sessions ---
 
@@ -162,7 +186,7 @@ class SessionDirectory:
         except OSError as error:
             raise Unreadable.because(directory or self.layout.directory, error) from error
 
-    def journals(self, session_id: str, *, copies: bool = False) -> Iterator[tuple[Path, str]]:
+    def journals(self, session_id: str, *, copies: bool = False) -> Iterator[tuple[str, str]]:
         """Yield the files that bear the name of a journal of a session, with their hex.
 
         `copies` of damaged ones, too.
@@ -171,7 +195,7 @@ class SessionDirectory:
         for file_name in disk.names(self.layout.directory):
             found = layout.journal_of(file_name, copies=copies)
             if found is not None and found[0] == mine:
-                yield self.layout.directory / file_name, found[1]
+                yield os.path.join(self.layout.directory, file_name), found[1]
 
 
 def _last_values(head: Head, last: Callable[[str, int], list[bytes]], name: str, limit: int) -> list[Any]:
@@ -187,7 +211,7 @@ def _last_values(head: Head, last: Callable[[str, int], list[bytes]], name: str,
     return value[max(0, len(value) - limit) :]
 
 
-def _hashed_id(path: Path, name: str) -> str | None:
+def _hashed_id(path: disk.StrPath, name: str) -> str | None:
     """Return the id whose hash a name holds, from a document or a lease. It need not be sound: the hash vouches."""
     if layout.is_hashed(name):
         with contextlib.suppress(PersistError, OSError):
@@ -205,7 +229,7 @@ _ID = re.compile(rb'"(?:session_)?id":\s*("(?:[^"\\]|\\.)*")')
 _HEADER_BYTES = 64 * 1024
 
 
-def is_left_over(path: Path, name: str, header: Header | None) -> bool:
+def is_left_over(path: disk.StrPath, name: str, header: Header | None) -> bool:
     """Tell of a journal whether it no longer counts beside a document: it was folded into it, or never used.
 
     Any other one holds commits that are nowhere else: somebody put an older document back, say.
@@ -213,15 +237,15 @@ def is_left_over(path: Path, name: str, header: Header | None) -> bool:
     return (header is not None and header.folded == name) or journal.is_empty(path)
 
 
-def mislabelled(document_path: Path, session_id: str) -> CorruptSession:
+def mislabelled(document_path: str, session_id: str) -> CorruptSession:
     """Return the error of a document that somebody has sealed, although its parts are not as its header says."""
     reason = "its checksums match, but its lists are not as its header says."
     return CorruptSession(session_id=session_id, path=document_path, reason=reason)
 
 
-def missing_journal(document_path: Path, session_id: str, journal_path: Path) -> CorruptSession:
+def missing_journal(document_path: str, session_id: str, journal_path: str) -> CorruptSession:
     """Return the error of a document whose journal is not there."""
-    reason = f"{journal_path.name}, which it names, is missing."
-    accept = layout.command("accept", document_path.parent, session_id)
+    reason = f"{os.path.basename(journal_path)}, which it names, is missing."
+    accept = layout.command("accept", os.path.dirname(document_path), session_id)
     remedy = f"Restore both from a backup; or take the document without the commits that stood there, with {accept}."
     return CorruptSession(session_id=session_id, path=document_path, reason=reason, remedy=remedy)

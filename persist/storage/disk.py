@@ -22,6 +22,9 @@ from persist.errors import UnsafeFile, UnsupportedFileSystem
 if sys.platform == "darwin":
     import fcntl
 
+#: The paths of a session are strings: a `Path` costs as much as the system call that it is for.
+StrPath = str | Path
+
 _FLAGS = os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) if os.name == "posix" else 0
 _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_NOINHERIT", 0)
 # Windows refuses to replace a file that somebody has open (hermes-webui #5196); readers are quick, so try again.
@@ -33,61 +36,58 @@ _NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "afs
 _WRITE_CHUNK = 64 * 1024 * 1024
 
 
-def open_plain(path: Path, flags: int) -> int:
+def open_plain(path: StrPath, flags: int) -> int:
     """Open a plain file, mode 0600 if it is created; raise `UnsafeFile` for anything else that bears the name."""
     return open_known(path, flags)[0]
 
 
-def open_known(path: Path, flags: int) -> tuple[int, os.stat_result]:
-    """As `open_plain`; tell also which file it is."""
-    if not flags & os.O_CREAT or flags & os.O_EXCL:
-        return _open(path, flags)
-    # To open it and to make it are apart, so that it is known which was done.
-    flags &= ~os.O_CREAT
-    while True:
-        try:
-            return _open(path, flags)
-        except FileNotFoundError:
-            pass
-        try:
-            return _open(path, flags | os.O_CREAT | os.O_EXCL)
-        except FileExistsError:
-            # Somebody else was quicker, and may have removed it since; a link that leads nowhere stays (Windows).
-            if path.is_symlink():
-                raise
-
-
-def open_unseen(path: Path, flags: int) -> int:
+def open_unseen(path: StrPath, flags: int) -> int:
     """Open a file that is there, without looking whether it is a plain one: its content says so, or `require_plain`.
 
     Who looks at a file's times makes the next write to it set new ones that differ (Linux 6.13, multigrain timestamps):
     for ext4 one more write at its fdatasync. So between two records nobody looks.
     """
-    return _descriptor(path, flags)
-
-
-def _descriptor(path: Path, flags: int) -> int:
     try:
         return os.open(path, flags | _FLAGS | _BINARY, 0o600)
     except OSError as error:
-        # ELOOP: a symbolic link. ENXIO: a FIFO without reader or a socket. EISDIR: opened for writing.
-        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR):
-            raise UnsafeFile(path=path, found=_what_is(path)) from None
+        _refuse_unsafe(path, error)
         raise
 
 
-def require_plain(fd: int, path: Path) -> os.stat_result:
+def _refuse_unsafe(path: StrPath, error: OSError) -> None:
+    # ELOOP: a symbolic link. ENXIO: a FIFO without reader or a socket. EISDIR: opened for writing.
+    if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR):
+        raise UnsafeFile(path=path, found=_what_is(path)) from None
+
+
+def require_plain(fd: int, path: StrPath) -> None:
     """Look at an open file; raise `UnsafeFile` if it is no plain one."""
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise UnsafeFile(path=path, found=_what_is(path))
-    return status
 
 
-def _open(path: Path, flags: int) -> tuple[int, os.stat_result]:
-    fd = _descriptor(path, flags)
+def open_known(path: StrPath, flags: int) -> tuple[int, os.stat_result]:
+    """As `open_plain`; tell also which file it is."""
+    # To open it and to make it are apart, so that it is known which was done.
+    is_either = flags & (os.O_CREAT | os.O_EXCL) == os.O_CREAT
+    if is_either:
+        flags &= ~os.O_CREAT
+    while True:
+        try:
+            fd = os.open(path, flags | _FLAGS | _BINARY, 0o600)
+            break
+        except OSError as error:
+            # Somebody else may be quicker, and may have removed it again; a link that leads nowhere stays (Windows).
+            expected = errno.EEXIST if flags & os.O_EXCL else errno.ENOENT
+            if is_either and error.errno == expected and not (flags & os.O_EXCL and os.path.islink(path)):
+                flags ^= os.O_CREAT | os.O_EXCL
+                continue
+            _refuse_unsafe(path, error)
+            raise
     try:
-        status = require_plain(fd, path)
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise UnsafeFile(path=path, found=_what_is(path))
         if flags & os.O_EXCL:
             _give_to_owner_of_directory(path, fd)
     except BaseException:
@@ -96,14 +96,14 @@ def _open(path: Path, flags: int) -> tuple[int, os.stat_result]:
     return fd, status
 
 
-def _give_to_owner_of_directory(path: Path, fd: int | None = None) -> None:
+def _give_to_owner_of_directory(path: StrPath, fd: int | None = None) -> None:
     """When run as root, give new files to the directory's owner.
 
     One `sudo persist clear-stale` must not lock the server out.
     """
     if not hasattr(os, "geteuid") or os.geteuid() != 0:
         return
-    owner, own = os.stat(path.parent), os.lstat(path) if fd is None else os.fstat(fd)
+    owner, own = os.stat(os.path.dirname(path)), os.lstat(path) if fd is None else os.fstat(fd)
     if (own.st_uid, own.st_gid) != (owner.st_uid, owner.st_gid):
         if fd is None:
             os.lchown(path, owner.st_uid, owner.st_gid)
@@ -111,7 +111,7 @@ def _give_to_owner_of_directory(path: Path, fd: int | None = None) -> None:
             os.fchown(fd, owner.st_uid, owner.st_gid)
 
 
-def _what_is(path: Path) -> str:
+def _what_is(path: StrPath) -> str:
     try:
         kind = stat.S_IFMT(os.lstat(path).st_mode)
     except OSError:
@@ -128,35 +128,27 @@ _KINDS = {
 }
 
 
-def read(path: Path, limit: int) -> bytes:
+def read(path: StrPath, limit: int) -> bytes:
     """Return at most `limit` bytes from the start of a plain file."""
-    return _read(path, limit)[0]
+    return read_version(path, limit)[0]
 
 
 Version = tuple[int, int, int, int]
 """A write to a file, or another file under its name, changes this: inode, size, mtime and ctime in nanoseconds."""
 
 
-def read_version(path: Path, limit: int) -> tuple[bytes, Version]:
+def read_version(path: StrPath, limit: int) -> tuple[bytes, Version]:
     """Return at most `limit` bytes from the start of a plain file, and its version."""
-    return _read(path, limit)
-
-
-def _read(path: Path, limit: int) -> tuple[bytes, Version]:
-    fd, status = _open(path, os.O_RDONLY)
+    fd, status = open_known(path, os.O_RDONLY)
     try:
         # A document is never written to once it bears its name, so its size is known.
         size = min(status.st_size, limit)
         content = b""
         while len(content) < size and (more := os.read(fd, size - len(content))):
             content += more
-        return content, _version(status)
+        return content, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     finally:
         os.close(fd)
-
-
-def _version(status: os.stat_result) -> Version:
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def size_of(fd: int) -> int:
@@ -167,15 +159,17 @@ def size_of(fd: int) -> int:
 def read_at(fd: int, limit: int, position: int) -> bytes:
     """Return `limit` bytes of an open file, from a position on; fewer where it ends."""
     content = b""
-    while len(content) < limit and (more := _read_once_at(fd, limit - len(content), position + len(content))):
+    while len(content) < limit:
+        rest, place = limit - len(content), position + len(content)
+        # A descriptor that is inherited by a fork has one position for both processes. `pread` uses none.
+        more = os.pread(fd, rest, place) if hasattr(os, "pread") else _seek_and_read(fd, rest, place)
+        if not more:
+            break
         content += more
     return content
 
 
-def _read_once_at(fd: int, limit: int, position: int) -> bytes:
-    if hasattr(os, "pread"):
-        # A descriptor that is inherited by a fork has one position for both processes.
-        return os.pread(fd, limit, position)
+def _seek_and_read(fd: int, limit: int, position: int) -> bytes:
     os.lseek(fd, position, os.SEEK_SET)
     return os.read(fd, limit)
 
@@ -191,30 +185,32 @@ def read_cached(fd: int, limit: int, position: int) -> bytes | None:
         return None
 
 
-def modified_at(path: Path) -> float:
+def modified_at(path: StrPath) -> float:
     """When the file was last written, in seconds since the epoch."""
     return os.lstat(path).st_mtime
 
 
-def set_modified_now(path: Path) -> None:
+def set_modified_now(path: StrPath) -> None:
     """Give a file the time of now."""
     os.utime(path, follow_symlinks=os.name != "posix")
 
 
-def bears_name(file: os.stat_result, path: Path) -> bool:
+def bears_name(file: os.stat_result, path: StrPath) -> bool:
     """Tell whether a name leads to a file."""
     try:
-        return os.path.samestat(file, os.lstat(path))
+        found = os.lstat(path)
     except FileNotFoundError:
         return False
+    return found.st_ino == file.st_ino and found.st_dev == file.st_dev
 
 
-def version_of(file: Path | int) -> Version:
+def version_of(file: StrPath | int) -> Version:
     """The version of a file, by its name or its descriptor."""
-    return _version(os.fstat(file) if isinstance(file, int) else os.lstat(file))
+    status = os.fstat(file) if isinstance(file, int) else os.lstat(file)
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def exists(path: Path) -> bool:
+def exists(path: StrPath) -> bool:
     """Tell whether the name is taken, by whatever it is; a dangling link counts."""
     try:
         os.lstat(path)
@@ -223,7 +219,7 @@ def exists(path: Path) -> bool:
     return True
 
 
-def create(path: Path) -> int:
+def create(path: StrPath) -> int:
     """Create a file that must not exist, mode 0600, open for writing."""
     return open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
 
@@ -239,13 +235,12 @@ def write_at(fd: int, content: bytes, position: int) -> None:
     """As `write`, from a position on, whatever stands there."""
     rest = memoryview(content)
     while rest:
-        done = _write_once_at(fd, rest[:_WRITE_CHUNK], position)
+        chunk = rest[:_WRITE_CHUNK]
+        done = os.pwrite(fd, chunk, position) if hasattr(os, "pwrite") else _seek_and_write(fd, chunk, position)
         rest, position = rest[done:], position + done
 
 
-def _write_once_at(fd: int, content: memoryview, position: int) -> int:
-    if hasattr(os, "pwrite"):
-        return os.pwrite(fd, content, position)
+def _seek_and_write(fd: int, content: memoryview, position: int) -> int:
     os.lseek(fd, position, os.SEEK_SET)
     return os.write(fd, content)
 
@@ -289,7 +284,7 @@ def close(fd: int) -> None:
     os.close(fd)
 
 
-def sync_file(path: Path) -> None:
+def sync_file(path: StrPath) -> None:
     """Make durable what a file holds already."""
     fd = open_plain(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
@@ -298,7 +293,7 @@ def sync_file(path: Path) -> None:
         close(fd)
 
 
-def open_directory(path: Path) -> int:
+def open_directory(path: StrPath) -> int:
     """Open a directory for `sync_directory`. Windows has no such thing, and needs none on NTFS: there it is -1."""
     return -1 if os.name == "nt" else os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
@@ -306,12 +301,13 @@ def open_directory(path: Path) -> int:
 def close_directory(fd: int) -> None:
     """Close what `open_directory` has opened."""
     if fd >= 0:
-        # The answer of an fsync stays true, whatever becomes of the descriptor.
-        with contextlib.suppress(OSError):
+        try:
             os.close(fd)
+        except OSError:
+            pass  # the answer of an fsync stays true, whatever becomes of the descriptor
 
 
-def sync_directory(path: Path, opened: int | None = None) -> None:
+def sync_directory(path: StrPath, opened: int | None = None) -> None:
     """Return when the names in a directory would survive a power cut; `opened` is its descriptor, if there is one
     already.
     """
@@ -326,7 +322,7 @@ def sync_directory(path: Path, opened: int | None = None) -> None:
             close_directory(fd)
 
 
-def replace(source: Path, target: Path) -> None:
+def replace(source: StrPath, target: StrPath) -> None:
     """Give `target` the content of `source` in one step; a reader sees the old file or the new one."""
     for attempt in range(1, REPLACE_ATTEMPTS + 1):
         try:
@@ -339,26 +335,28 @@ def replace(source: Path, target: Path) -> None:
             return
 
 
-def unlink(path: Path) -> bool:
+def unlink(path: StrPath) -> bool:
     """Remove a name; tell whether it was there."""
     try:
         os.unlink(path)
     except FileNotFoundError:
         return False
     except OSError as error:
-        if error.errno in (errno.EISDIR, errno.EPERM) and path.is_dir():
+        if error.errno in (errno.EISDIR, errno.EPERM) and os.path.isdir(path):
             raise UnsafeFile(path=path, found="a directory") from None
         raise
     return True
 
 
-def remove_quietly(path: Path) -> None:
+def remove_quietly(path: StrPath) -> None:
     """Remove what no longer counts. If the disk refuses, it stays as a left-over, which a sweep or `check` finds."""
-    with contextlib.suppress(OSError):
+    try:
         unlink(path)
+    except OSError:
+        pass
 
 
-def check_directory(path: Path) -> None:
+def check_directory(path: StrPath) -> None:
     """Refuse what is no directory of its own: behind a symbolic link stand somebody else's files. Missing is fine."""
     try:
         mode = os.lstat(path).st_mode
@@ -368,7 +366,7 @@ def check_directory(path: Path) -> None:
         raise UnsafeFile(path=path, found=_what_is(path), wanted="a directory")
 
 
-def names(directory: Path) -> list[str]:
+def names(directory: StrPath) -> list[str]:
     """The names in a directory, unsorted; none if it is not there."""
     try:
         return os.listdir(directory)
@@ -401,14 +399,22 @@ def make_directory(path: Path) -> None:
 def ignores_case(directory: Path, name: str) -> bool:
     """Tell whether the file system takes `name` and its upper case for one name; `name` must exist in lower case."""
     try:
-        return os.path.samefile(directory / name, directory / name.upper())
+        other = os.stat(os.path.join(directory, name.upper()))
     except FileNotFoundError:
         return False
+    return os.path.samestat(os.stat(os.path.join(directory, name)), other)
+
+
+#: Device -> the kind of its file system. The table of a machine with many containers is long.
+_kinds: dict[int, str] = {}
 
 
 def check_file_system(directory: Path, *, allow_network: bool) -> None:
     """Refuse a network file system, warn about FUSE. Known on Linux only; elsewhere nothing is checked."""
-    kind = file_system(directory)
+    device = os.stat(directory).st_dev
+    if device not in _kinds:
+        _kinds[device] = file_system(directory)
+    kind = _kinds[device]
     if kind in _NETWORK and not allow_network:
         raise UnsupportedFileSystem(path=directory, file_system=kind)
     if kind.startswith("fuse"):

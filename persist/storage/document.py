@@ -24,7 +24,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from secrets import token_hex
 from typing import Annotated, Any
 
@@ -88,7 +87,8 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
     def next(self, *, touch: bool = True, **changes: Any) -> Header:
         """Return the header of the next commit. `touch=False` keeps `updated_at`."""
         updated_at = datetime.now(UTC) if touch else self.updated_at
-        return self.but(revision=self.revision + 1, updated_at=updated_at, commit=token_hex(8), **changes)
+        facts: dict[str, Any] = {"revision": self.revision + 1, "updated_at": updated_at, "commit": os.urandom(8).hex()}
+        return msgspec.structs.replace(self, **facts, **changes)
 
 
 def first_header(session_id: str | None = None) -> Header:
@@ -181,7 +181,7 @@ def _checksum(text: bytes | memoryview) -> str:
 # --- from bytes ------------------------------------------------------------------------------------------------------
 
 
-def read(path: Path, session_id: str, file_id: str | None = None) -> Document:
+def read(path: disk.StrPath, session_id: str, file_id: str | None = None) -> Document:
     """Read a whole document and check it. Takes no lock.
 
     Args:
@@ -195,7 +195,7 @@ def read(path: Path, session_id: str, file_id: str | None = None) -> Document:
     return _Reader(path, session_id, file_id).document(content, version)
 
 
-def read_head(path: Path, session_id: str, file_id: str | None = None) -> Head:
+def read_head(path: disk.StrPath, session_id: str, file_id: str | None = None) -> Head:
     """Read the header and the fields of a document. What stands apart is neither read nor checked.
 
     A document without a header is read whole. Takes no lock, and raises as `read` does.
@@ -238,7 +238,7 @@ class Ending:
 
 
 @contextlib.contextmanager
-def ending(path: Path, file_id: str | None) -> Iterator[Ending | None]:
+def ending(path: disk.StrPath, file_id: str | None) -> Iterator[Ending | None]:
     """Open a document for a block. None if its head is not sound, or another program has written it."""
     fd, status = disk.open_known(path, os.O_RDONLY)
     try:
@@ -291,6 +291,9 @@ def _checked_header(content: bytes, end: int) -> tuple[bytes, _Parts]:
     line = content[: end - 1].removesuffix(b",")
     if shape is None or _checksum(memoryview(line)[shape.end() :]).encode() != shape[1]:
         raise ValueError("header")
+    if not line.isascii():
+        # msgspec does not look into the keys that it passes over.
+        line.decode()
     line = line[len(b'{"_persist":') :]
     try:
         return line, _parts_in(line)
@@ -348,7 +351,7 @@ def _sound(found: Header, file_id: str | None) -> Header:
 class _Reader:
     """Reads one file's content. Carries what its errors name."""
 
-    path: Path
+    path: disk.StrPath
     session_id: str
     file_id: str | None
 
@@ -413,7 +416,9 @@ class _Reader:
         return self._edited(values)
 
     def _edited(self, values: Any) -> CorruptSession:
-        accept, compact = (layout.command(verb, self.path.parent, self.session_id) for verb in ("accept", "compact"))
+        accept, compact = (
+            layout.command(verb, os.path.dirname(self.path), self.session_id) for verb in ("accept", "compact")
+        )
         remedy = f"If the edit was meant, look at it and take it with {accept}."
         if type(values) is dict and values.get("journal") is not None:
             remedy += (
@@ -466,7 +471,7 @@ def _value(text: memoryview, count: int | None) -> Value:
     return Items.in_document(text, count)
 
 
-def read_edited(path: Path, session_id: str, file_id: str | None = None) -> Document:
+def read_edited(path: disk.StrPath, session_id: str, file_id: str | None = None) -> Document:
     """Read a document whose checksums do not match, as `persist accept` takes it.
 
     It must be strict JSON. What is left of its header is kept if it makes sense. Else the session begins anew.

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import threading
 from contextlib import suppress
-from pathlib import Path
 
 from filelock import lock_descriptor, unlock_descriptor
 
@@ -24,32 +23,26 @@ _descriptors: set[int] = set()
 
 
 class HeldFile:
-    """A file that this process has open and locked. `close` gives it up; so does the end of the process.
+    """A file that this process has open, and maybe locked. `close` gives it up; so does the end of the process.
 
     Dropped without `close` (a signal's exception may come between any two steps), it is closed by its finaliser.
     """
 
-    __slots__ = ("_file", "_flags", "_is_locked", "_pid", "fd", "path")
-    _file: os.stat_result
+    __slots__ = ("_file", "_is_locked", "fd", "path", "pid")
 
-    def __init__(self, path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> None:
+    def __init__(self, path: disk.StrPath, flags: int = os.O_RDWR | os.O_CREAT) -> None:
         self.fd = -1
         self.path = path
-        self._flags = flags
+        self.pid = os.getpid()
         self._is_locked = False
-        self._pid = os.getpid()
+        with table:
+            self.fd, self._file = disk.open_known(path, flags)
+            _descriptors.add(self.fd)
 
     @property
     def is_held(self) -> bool:
         """Whether it is still open, in the process that opened it."""
-        return self.fd >= 0 and self._pid == os.getpid()
-
-    def open(self) -> None:
-        """Open the file that bears the name now."""
-        self.close()
-        with table:
-            self.fd, self._file = disk.open_known(self.path, self._flags)
-            _descriptors.add(self.fd)
+        return self.fd >= 0 and self.pid == os.getpid()
 
     def try_lock(self) -> bool:
         """Lock the file if it is free. Tell whether it is locked, and still bears its name."""
@@ -57,7 +50,7 @@ class HeldFile:
             self._is_locked = self._is_locked or lock_descriptor(self.fd, blocking=False)
         # A waiter may lock a file that its holder has just unlinked. Its number of links would not tell: a backup may
         # hold a hard link.
-        return self._is_locked and self.bears_name()
+        return self._is_locked and disk.bears_name(self._file, self.path)
 
     def bears_name(self) -> bool:
         """Tell whether it is the file that bears its name."""
@@ -67,7 +60,7 @@ class HeldFile:
         """Unlock and close, once. In a forked child nothing is left to close."""
         with table:
             fd = self.fd
-            if fd < 0 or self._pid != os.getpid():
+            if fd < 0 or self.pid != os.getpid():
                 return
             _descriptors.discard(fd)
             try:
@@ -86,7 +79,7 @@ class HeldFile:
             self.close()
 
 
-def try_hold(path: Path, *, create: bool, exclusive: bool = False, append: bool = False) -> HeldFile | None:
+def try_hold(path: disk.StrPath, *, create: bool, exclusive: bool = False, append: bool = False) -> HeldFile | None:
     """Open and lock a file, without waiting.
 
     Args:
@@ -100,7 +93,6 @@ def try_hold(path: Path, *, create: bool, exclusive: bool = False, append: bool 
     flags = os.O_RDWR | (os.O_CREAT if create else 0) | (os.O_EXCL if exclusive else 0) | (os.O_APPEND if append else 0)
     held, is_locked = HeldFile(path, flags), False
     try:
-        held.open()
         is_locked = held.try_lock()
         return held if is_locked else None
     finally:

@@ -41,7 +41,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -234,19 +233,23 @@ class Tail:
         """Whether the journal has no record, and nothing behind its opening."""
         return not self.commit and not self.is_torn
 
-    def advance(self, crc: str, record: Record, size_bytes: int) -> None:
-        """Go on behind a record."""
-        if record.head is not None:
-            self.head_at = self.end
-        self.after, self.commit = crc, record.commit
-        self.end += size_bytes
+    def is_end_of(self, fd: int) -> bool | None:
+        """Tell whether nothing stands behind this end of a journal. None if the last known record does not stand there.
+
+        One read: the record's last bytes, and one byte behind them. Zeros are room, because no writer leaves a gap.
+        """
+        fingerprint = b'"commit":"%b"}\n' % self.commit.encode() if self.commit else opening(self.name)
+        found = disk.read_at(fd, len(fingerprint) + 1, self.end - len(fingerprint))
+        if found[: len(fingerprint)] != fingerprint:
+            return None
+        return found[len(fingerprint) :] in (b"", b"\0")
 
 
 @dataclass(frozen=True, slots=True)
 class Journal:
     """The journal of one session, as a file to be read. Carries what its errors name."""
 
-    path: Path
+    path: disk.StrPath
     session_id: str
     name: str
 
@@ -282,17 +285,6 @@ class Journal:
             raise self.damaged(0, "its first line was altered")
         return Tail.of(self.name)
 
-    def ends_at(self, fd: int, tail: Tail) -> bool | None:
-        """Tell whether nothing stands behind a known end. None if the last known record does not stand before it.
-
-        One read: the record's last bytes, and one byte behind them. Zeros are room, because no writer leaves a gap.
-        """
-        fingerprint = b'"commit":"%b"}\n' % tail.commit.encode() if tail.commit else opening(self.name)
-        found = disk.read_at(fd, len(fingerprint) + 1, tail.end - len(fingerprint))
-        if found[: len(fingerprint)] != fingerprint:
-            return None
-        return found[len(fingerprint) :] in (b"", b"\0")
-
     def read_new_records(self, fd: int, header: Header, tail: Tail) -> Iterator[Record]:
         """Read the records behind a tail, which moves along.
 
@@ -315,7 +307,10 @@ class Journal:
                 ):
                     raise self.damaged(tail.end, "a record in it does not follow the one before")
                 tail.synced = max(tail.synced, record.synced)
-                tail.advance(record.crc, record, len(line) + 1)
+                if record.head is not None:
+                    tail.head_at = tail.end
+                tail.after, tail.commit = record.crc, record.commit
+                tail.end += len(line) + 1
                 yield record
             rest = content[tail.end - start :]
             tail.is_torn = bool(rest)
@@ -346,7 +341,7 @@ class Journal:
 
     def damaged(self, offset: int, reason: str) -> CorruptSession:
         """Return the error of a journal that no crash can have left like that."""
-        accept = layout.command("accept", self.path.parent, self.session_id)
+        accept = layout.command("accept", os.path.dirname(self.path), self.session_id)
         facts = {"reason": f"{reason}.", "remedy": f"Take the last good state with {accept}, or restore a backup."}
         return CorruptSession(session_id=self.session_id, path=self.path, offset=offset, **facts)
 
@@ -520,13 +515,13 @@ def _line_at(fd: int, position: int, seed: int) -> bytes | None:
     return line if newline and _is_whole(line, seed) else None
 
 
-def is_empty(path: Path) -> bool:
+def is_empty(path: disk.StrPath) -> bool:
     """Tell whether a journal has no record: a fold that was cut off left it."""
     content, (_, size, *_) = disk.read_version(path, ROOM_BYTES + _FIRST_READ_BYTES)
     return size <= len(content) and b"\n" not in _without_room(content)[:-1]
 
 
-def end_of(path: Path) -> int:
+def end_of(path: disk.StrPath) -> int:
     """Return where the content of a journal ends, whatever it is."""
     return len(_without_room(disk.read(path, READ_LIMIT)))
 

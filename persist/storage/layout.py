@@ -18,10 +18,11 @@ Nothing else in the project spells a file name out.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shlex
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from urllib.parse import quote, unquote_to_bytes
 
@@ -58,7 +59,7 @@ def check_session_id(session_id: object) -> str:
     return session_id
 
 
-def command(words: str, directory: Path, session_id: str) -> str:
+def command(words: str, directory: Path | str, session_id: str) -> str:
     """Return a command line of ours for an error's text. An id that a shell or a terminal would misread is quoted."""
     quoted = shlex.quote(session_id if session_id.isprintable() else ascii(session_id)[1:-1])
     return f"'persist {words} {directory} {quoted}'"
@@ -117,31 +118,36 @@ def is_stream_id(stream_id: object) -> bool:
     return isinstance(stream_id, str) and _STREAM_ID.fullmatch(stream_id) is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SessionPaths:
     """The files of one session. `file_id` is its id, if the files' name holds a hash of it, else None."""
 
     directory: Path
     name: str
-    document: Path
     file_id: str | None
+    document: str
+    lock: str
+    temp: str
+    _lease: str
+    _events: str
 
-    @cached_property
-    def lock(self) -> Path:
-        return self.directory / f"{self.name}{DOCUMENT}{_LOCK}"
+    @classmethod
+    def of(cls, directory: Path, session_id: str) -> SessionPaths:
+        """Return the paths of a session in a directory."""
+        name = name_of(check_session_id(session_id))
+        document = os.path.join(directory, f"{name}{DOCUMENT}")
+        file_id = session_id if is_hashed(name) else None
+        lease, events = (os.path.join(directory, folder, f"{name}.") for folder in (LEASES, EVENTS))
+        return cls(directory, name, file_id, document, f"{document}{_LOCK}", f"{document}{_TEMP}", lease, events)
 
-    @cached_property
-    def temp(self) -> Path:
-        return self.directory / f"{self.name}{DOCUMENT}{_TEMP}"
+    def journal(self, journal: str) -> str:
+        return f"{self.document.removesuffix(DOCUMENT)}.{journal}.journal"
 
-    def journal(self, journal: str) -> Path:
-        return self.directory / f"{self.name}.{journal}.journal"
+    def lease(self, stream_id: str) -> str:
+        return self._lease + stream_id
 
-    def lease(self, stream_id: str) -> Path:
-        return self.directory / LEASES / f"{self.name}.{stream_id}"
-
-    def events(self, stream_id: str) -> Path:
-        return self.directory / EVENTS / f"{self.name}.{stream_id}"
+    def events(self, stream_id: str) -> str:
+        return self._events + stream_id
 
 
 class Layout:
@@ -151,23 +157,21 @@ class Layout:
         self.directory = directory
         self.leases = directory / LEASES
         self.events = directory / EVENTS
-        # The Path objects cost more than taking the lock does (20 µs). Servers come back to the same sessions.
-        self._session = lru_cache(maxsize=1024)(self._paths)
+        self._session = lru_cache(maxsize=1024, typed=True)(partial(SessionPaths.of, directory))
 
     def session(self, session_id: str) -> SessionPaths:
-        """Return the paths of a session."""
-        # A value that is no string may have no hash.
-        return self._session(session_id if type(session_id) is str else check_session_id(session_id))
+        """Return the paths of a session. Servers come back to the same ones."""
+        try:
+            return self._session(session_id)
+        except TypeError:
+            # A value that is no string may have no hash.
+            check_session_id(session_id)
+            raise
 
-    def _paths(self, session_id: str) -> SessionPaths:
-        name = name_of(check_session_id(session_id))
-        file_id = session_id if is_hashed(name) else None
-        return SessionPaths(self.directory, name, self.directory / f"{name}{DOCUMENT}", file_id)
 
-
-def copy_of(journal: Path) -> Path:
+def copy_of(journal: str) -> str:
     """Return where a damaged journal is kept, when it is replaced."""
-    return journal.with_name(f"{journal.name}{_DAMAGED}")
+    return f"{journal}{_DAMAGED}"
 
 
 def name_of_document(file_name: str) -> str | None:

@@ -11,8 +11,7 @@ and each would take the other for the owner (measured: 3-42 % of the time).
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
-from pathlib import Path
+import os
 
 from persist.storage import disk
 from persist.storage.held import HeldFile, try_hold
@@ -21,25 +20,22 @@ from persist.storage.held import HeldFile, try_hold
 Lease = HeldFile
 
 
-def take(path: Path, description: bytes) -> Lease | None:
+def take(path: str, description: bytes) -> Lease | None:
     """Create and lock a lease; None if a lease of that name is held.
 
     On return the lease's name is durable, so that a sweep after a power cut finds the session that it leads to.
     """
-    found = probe(path)
-    try:
-        if not found.is_dead:
+    with probe(path) as is_dead:
+        if not is_dead:
             return None
         disk.unlink(path)
-    finally:
-        found.close()
     held = None
     try:
         held = try_hold(path, create=True, exclusive=True)
         if held is None:
             return None
         disk.write(held.fd, description)
-        disk.sync_directory(path.parent)
+        disk.sync_directory(os.path.dirname(path))
         return held
     except BaseException as error:
         if not isinstance(error, FileExistsError):
@@ -50,27 +46,30 @@ def take(path: Path, description: bytes) -> Lease | None:
         raise
 
 
-@dataclass(frozen=True, slots=True)
 class Probe:
-    """Whether a lease's stream is dead; if its lease was there, it is held until `close`."""
+    """Whether a lease's stream is dead. If its lease was there, it is held until the end of the block.
 
-    is_dead: bool
-    _held: HeldFile | None = None
+    So what is concluded from its death stays true while it is acted on.
+    """
 
-    def close(self) -> None:
-        """Give up the lease of the dead stream."""
+    __slots__ = ("_held", "is_dead")
+
+    def __init__(self, *, is_dead: bool, held: HeldFile | None = None) -> None:
+        self.is_dead = is_dead
+        self._held = held
+
+    def __enter__(self) -> bool:
+        return self.is_dead
+
+    def __exit__(self, *_error: object) -> None:
         if self._held is not None:
             self._held.close()
 
 
-def probe(path: Path) -> Probe:
-    """Try a lease.
-
-    A lease that was won stays locked until the probe is closed, so that what is concluded from its death stays true
-    while it is acted on. A missing lease counts as dead, and none is created.
-    """
+def probe(path: str) -> Probe:
+    """Try a lease. A missing one counts as dead, and none is created."""
     try:
         held = try_hold(path, create=False)
     except FileNotFoundError:
         return Probe(is_dead=True)
-    return Probe(held is not None, held)
+    return Probe(is_dead=held is not None, held=held)

@@ -14,13 +14,11 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary, ref
+from weakref import ref
 
-from persist.errors import CommitFailed, LockTimeout, NestedLock, PersistError
+from persist.errors import CommitFailed, LockTimeout, NestedLock, PersistError, SessionNotFound
 from persist.storage import turnstile
 from persist.storage.held import HeldFile, table
 
@@ -33,165 +31,146 @@ _MOST_EAGER_AFTER_S = 0.03
 PATIENCE_S = 0.05
 
 
-class Turn:
-    """One thread's place in the queue of a mutex.
-
-    Only the block that asked for it keeps it: a turn that is gone has given up whatever it had, even if an exception of
-    a signal kept its `release` from running.
-    """
-
-    __slots__ = ("__weakref__", "given", "session_id", "thread")
-
-    def __init__(self, session_id: str = "") -> None:
-        self.session_id = session_id
-        self.thread = threading.current_thread()
-        #: Locked while the turn waits.
-        self.given = threading.Lock()
+#: The path of a lock -> the holds of this process that want it, in the order of their arrival. It is the first one's
+#: turn. Guarded by `table`.
+_queues: dict[str, deque[ref[Hold]]] = {}
+#: Thread -> its hold, while it has a lock or waits for one. By thread and not thread-local: a block that is entered in
+#: one thread and left in another (a synchronous dependency of a web framework, say) must free the one that entered it.
+_hold_of: dict[int, ref[Hold]] = {}
 
 
-class FifoMutex:
-    """A mutex that serves its waiters in the order of their arrival, each with a deadline.
-
-    `release` belongs into a ``finally`` around `acquire`: it undoes whatever of it has happened.
-    """
-
-    __slots__ = ("__weakref__", "_guard", "_holder", "_waiters")
-
-    def __init__(self) -> None:
-        # Re-entrant: a signal handler may come here while its own thread is inside.
-        self._guard = threading.RLock()
-        self._holder: ref[Turn] | None = None
-        self._waiters: deque[Turn] = deque()
-
-    @property
-    def holder(self) -> str:
-        """The name of the thread that holds it."""
-        holder = self._holding()
-        return "unknown" if holder is None else holder.thread.name
-
-    def _holding(self) -> Turn | None:
-        return None if self._holder is None else self._holder()
-
-    def acquire(self, turn: Turn, timeout_s: float) -> bool:
-        """Take the mutex, waiting at most `timeout_s` seconds; tell whether it was taken."""
-        with self._guard:
-            if self._holding() is None:
-                self._holder = ref(turn)
-                return True
-            turn.given.acquire()
-            self._waiters.append(turn)
-        return turn.given.acquire(timeout=max(0.0, min(timeout_s, threading.TIMEOUT_MAX)))
-
-    def release(self, turn: Turn) -> None:
-        """Hand the mutex to the first waiter if this turn has it, also if it came too late; else leave the queue."""
-        with self._guard:
-            if self._holding() is turn:
-                following = self._waiters.popleft() if self._waiters else None
-                self._holder = None if following is None else ref(following)
-                if following is not None:
-                    following.given.release()
-            elif turn in self._waiters:
-                self._waiters.remove(turn)
-
-
-_mutexes: WeakValueDictionary[Path, FifoMutex] = WeakValueDictionary()
-# Making one takes as long as taking the file lock: keep some of those that nobody uses just now.
-_kept: deque[FifoMutex] = deque(maxlen=256)
-
-
-#: Thread -> its turn, while it holds a lock or waits for one. By thread and not thread-local: a block that is entered
-#: in one thread and left in another (a synchronous dependency of a web framework, say) must free the one that entered
-#: it.
-_turn_of: dict[int, ref[Turn]] = {}
-
-
-@contextmanager
-def hold(path: Path, session_id: str, timeout_s: float) -> Iterator[HeldFile]:
-    """Hold the lock of a session for a block.
+class Hold:
+    """The lock of a session, as one thread takes it and gives it up. Once dropped, it is given up.
 
     Args:
         path: the lock file; made if missing.
         timeout_s: seconds to wait in all, for other threads and for other processes.
 
-    Raises:
-        LockTimeout: not free in time; it names the holder.
-        NestedLock: this thread holds a session's lock, or waits for one: in a signal handler, say.
-        CommitFailed: the lock file cannot be opened.
+    Attributes:
+        thread: the thread that asked for it, 0 before that.
+        given: locked while that waits for other threads.
     """
-    thread, pid = threading.get_ident(), os.getpid()
-    outer = _turn_of[thread]() if thread in _turn_of else None
-    # Where the table is owned, this is a signal handler (or a finaliser) in the middle of opening or closing a lock: to
-    # wait here would stop everybody.
-    if outer is not None or table._is_owned():  # type: ignore[attr-defined]
-        raise NestedLock(session_id=session_id, held="unknown" if outer is None else outer.session_id)
-    mutex, turn, held = None, Turn(session_id), None
-    start = time.monotonic()
-    facts: dict[str, Any] = {"session_id": session_id, "path": path, "timeout_s": timeout_s}
-    try:
-        _turn_of[thread] = ref(turn)
-        with table:
-            mutex = _mutexes.get(path)
-            if mutex is None:
-                mutex = _mutexes[path] = FifoMutex()
-                _kept.append(mutex)
-        if not mutex.acquire(turn, timeout_s):
-            remedy = "leave that thread's transaction sooner: it must not wait for others who write this session"
-            holder = f"this process (pid {pid}), thread {mutex.holder!r}"
-            raise LockTimeout(**facts, holder=holder, waited_s=time.monotonic() - start, remedy=remedy)
-        held = HeldFile(path)
+
+    __slots__ = ("__weakref__", "_file", "_me", "_pid", "given", "path", "session_id", "thread", "timeout_s")
+
+    def __init__(self, path: str, session_id: str, timeout_s: float) -> None:
+        self.path = path
+        self.session_id = session_id
+        self.timeout_s = timeout_s
+        self.given = threading.Lock()
+        self.thread = 0
+        self._file: HeldFile | None = None
+        self._me = ref(self)
+        self._pid = os.getpid()
+
+    def acquire(self) -> HeldFile:
+        """Take the lock, and return its file.
+
+        Raises:
+            LockTimeout: not free in time; it names the holder.
+            NestedLock: this thread holds a session's lock, or waits for one: in a signal handler, say.
+            SessionNotFound: its directory is gone.
+            CommitFailed: the lock file cannot be opened.
+        """
+        thread = threading.get_ident()
+        outer = _hold_of[thread]() if thread in _hold_of else None
+        # Where the table is owned, this is a signal handler (or a finaliser) in the middle of opening or closing a
+        # lock: to wait here would stop everybody.
+        if outer is not None or table._is_owned():  # type: ignore[attr-defined]
+            raise NestedLock(session_id=self.session_id, held="unknown" if outer is None else outer.session_id)
+        start = time.monotonic()
         try:
-            is_locked = _in_turn(held, start + timeout_s)
-        except PersistError:
-            raise
+            self.thread = thread
+            _hold_of[thread] = self._me
+            with table:
+                queue = _queues.setdefault(self.path, deque())
+                queue.append(self._me)
+                if queue[0] is not self._me:
+                    self.given.acquire()
+            if self.given.locked() and not self.given.acquire(timeout=min(self.timeout_s, threading.TIMEOUT_MAX)):
+                remedy = "leave that thread's transaction sooner: it must not wait for others who write this session"
+                holder = f"this process (pid {self._pid}), thread {_thread_that_holds(self.path)!r}"
+                raise self._timeout(start, holder=holder, remedy=remedy)
+            self._file = HeldFile(self.path)
+            if turnstile.is_taken(self._file.fd) or not self._file.try_lock():
+                self._wait_for_processes(start)
+            return self._file
         except OSError as error:
+            self.release()
+            if isinstance(error, PersistError):
+                raise
+            if isinstance(error, FileNotFoundError):
+                raise SessionNotFound(session_id=self.session_id, path=os.path.dirname(self.path)) from None
             reason = error.strerror or type(error).__name__
-            raise CommitFailed(session_id=session_id, path=path, reason=reason, errno=error.errno) from error
-        if not is_locked:
-            raise LockTimeout(**facts, holder=_holder_of(path), waited_s=time.monotonic() - start)
-        yield held
-    finally:
-        # One after the other, whatever exception a signal raises among them. A child that was forked inside the block
-        # has neither the lock nor the mutex.
+            facts: dict[str, Any] = {"path": self.path, "reason": reason, "errno": error.errno}
+            raise CommitFailed(session_id=self.session_id, **facts) from error
+        except BaseException:
+            self.release()
+            raise
+
+    def _wait_for_processes(self, start: float) -> None:
+        """Lock the file behind the process that is next."""
+        assert self._file is not None
+        has_turn, waiting_since = False, time.monotonic()
+        deadline = start + self.timeout_s
         try:
-            if held is not None:
-                held.close()
+            has_turn = turnstile.take(self._file.fd)
+            while (now := time.monotonic()) < deadline:
+                waited_s = now - waiting_since
+                outside_s = _POLL_FIRST_S * (1.0 - waited_s / _MOST_EAGER_AFTER_S) * random.uniform(0.5, 1.0)
+                time.sleep(min(deadline - now, _POLL_NEXT_S if has_turn else max(_POLL_NEXT_S, outside_s)))
+                if not self._file.bears_name():
+                    # Its holder removed it, together with its turnstile.
+                    has_turn = False
+                    self._file.close()
+                    self._file = HeldFile(self.path)
+                has_turn = has_turn or turnstile.take(self._file.fd)
+                if (has_turn or waited_s > PATIENCE_S) and self._file.try_lock():
+                    return
+            # Once more: it may be free by now, or the process that is next may be stopped.
+            if not self._file.try_lock():
+                raise self._timeout(start, holder=_process_that_holds(self.path))
         finally:
-            if pid == os.getpid():
+            if has_turn:
+                # Not only by the close: a child may have a copy of the descriptor.
+                turnstile.leave(self._file.fd)
+
+    def _timeout(self, start: float, **facts: Any) -> LockTimeout:
+        facts |= {"path": self.path, "timeout_s": self.timeout_s, "waited_s": time.monotonic() - start}
+        return LockTimeout(session_id=self.session_id, **facts)
+
+    def release(self) -> None:
+        """Give the lock up, or what was taken of it."""
+        # One after the other, whatever exception a signal raises among them. The thread is last: until then a signal
+        # handler of it must not wait. A child that was forked inside the block has only its copy of the file.
+        try:
+            if self._file is not None:
+                self._file.close()
+        finally:
+            if self.thread and self._pid == os.getpid():
                 try:
-                    if mutex is not None:
-                        mutex.release(turn)
+                    with table:
+                        queue = _queues.get(self.path) or deque()
+                        if self._me in queue:
+                            was_first = queue[0] is self._me
+                            queue.remove(self._me)
+                            if not queue:
+                                del _queues[self.path]
+                            elif was_first and (following := queue[0]()) is not None:
+                                # Also if this one's turn came too late.
+                                following.given.release()
                 finally:
-                    _turn_of.pop(thread, None)
+                    if _hold_of.get(self.thread) is self._me:
+                        del _hold_of[self.thread]
+            self.thread = 0
+
+    def __del__(self) -> None:
+        # An exception of a signal may have come between any two steps.
+        if self.thread:
+            self.release()
 
 
-def _in_turn(held: HeldFile, deadline: float) -> bool:
-    """Open and lock a file, behind the process that is next. Tell whether that was done until the deadline."""
-    held.open()
-    if not turnstile.is_taken(held.fd) and held.try_lock():
-        return True
-    has_turn, start = False, time.monotonic()
-    try:
-        has_turn = turnstile.take(held.fd)
-        while (now := time.monotonic()) < deadline:
-            waited_s = now - start
-            outside_s = _POLL_FIRST_S * (1.0 - waited_s / _MOST_EAGER_AFTER_S) * random.uniform(0.5, 1.0)
-            time.sleep(min(deadline - now, _POLL_NEXT_S if has_turn else max(_POLL_NEXT_S, outside_s)))
-            if not held.bears_name():
-                # Its holder removed it, together with its turnstile.
-                has_turn = False
-                held.open()
-            has_turn = has_turn or turnstile.take(held.fd)
-            if (has_turn or waited_s > PATIENCE_S) and held.try_lock():
-                return True
-        # Once more: it may be free by now, or the process that is next may be stopped.
-        return held.try_lock()
-    finally:
-        if has_turn:
-            # Not only by the close: a child may have a copy of the descriptor.
-            turnstile.leave(held.fd)
-
-
-def _holder_of(path: Path) -> str:
+def _process_that_holds(path: str) -> str:
     """Name the process that holds a locked file, by the kernel's table (Linux), else "unknown"."""
     try:
         status = os.stat(path)
@@ -207,6 +186,13 @@ def _holder_of(path: Path) -> str:
     return "unknown" if pid is None else describe_process(pid)
 
 
+def _thread_that_holds(path: str) -> str:
+    queue = _queues.get(path)
+    first = queue[0]() if queue else None
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "unknown" if first is None else names.get(first.thread, "unknown")
+
+
 def describe_process(pid: int) -> str:
     """Name a process for a message: "pid 812 (uvicorn)"."""
     if pid <= 0:
@@ -218,9 +204,8 @@ def describe_process(pid: int) -> str:
 
 
 def _forget_in_child() -> None:
-    _mutexes.clear()
-    _kept.clear()
-    _turn_of.clear()
+    _queues.clear()
+    _hold_of.clear()
 
 
 if hasattr(os, "register_at_fork"):

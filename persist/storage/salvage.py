@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from secrets import token_hex
 
 from persist import json_codec
@@ -77,7 +78,7 @@ def _with_records(
             layout.command(words, place.paths.directory, place.session_id)
             for words in ("compact", "accept --drop-journal")
         )
-        reason = f"what {log.path.name} says does not fit the document as it is."
+        reason = f"what {os.path.basename(log.path)} says does not fit the document as it is."
         remedy = (
             f"Undo the edit. Or undo it, fold the journal with {compact}, and edit again. "
             f"Or give the commits in the journal up with {accept}."
@@ -85,6 +86,6 @@ def _with_records(
         raise CorruptSession(session_id=place.session_id, path=place.paths.document, reason=reason, remedy=remedy)
     if lost:
         # For somebody who can make something of it. A copy of an earlier attempt may be half a copy.
-        write_new(layout.copy_of(log.path), disk.read(log.path, journal.READ_LIMIT))
+        write_new(layout.copy_of(str(log.path)), disk.read(log.path, journal.READ_LIMIT))
     # No revision is used again.
     return before, header.but(revision=header.revision + lost), content

@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import TracebackType
 from typing import Any, TypeVar
 
 from persist import json_codec
 from persist.arguments import seconds
-from persist.errors import CorruptSession, LockNotHeld, MergeConflict, NestedLock, PersistError, SessionNotFound
+from persist.errors import CorruptSession, LockNotHeld, MergeConflict, NestedLock, PersistError
 from persist.storage import commit, diff, disk, lock
 from persist.storage.cache import Replica
 from persist.storage.content import Content
@@ -26,6 +27,7 @@ from persist.storage.directory import SessionDirectory, is_left_over, mislabelle
 from persist.storage.document import Head, Header
 from persist.storage.held import HeldFile
 from persist.storage.journal import Overtaken
+from persist.storage.layout import SessionPaths
 from persist.storage.salvage import salvage
 
 Found = TypeVar("Found")
@@ -37,8 +39,12 @@ READ_ATTEMPTS_IN_A_LOCK, READ_PAUSE_S = 20, 0.001
 class Transaction(commit.Place):
     """The operations on a session whose lock is held. After the block, every method raises `LockNotHeld`."""
 
-    def __init__(self, files: SessionFiles, session_id: str, held: HeldFile) -> None:
-        super().__init__(session_id, files.layout.session(session_id), files.options, files.unknown)
+    def __init__(self, files: SessionFiles, paths: SessionPaths, session_id: str, held: HeldFile) -> None:
+        self.session_id = session_id
+        self.paths = paths
+        self.options = files.options
+        self.unknown = files.unknown
+        self.is_visible = self.is_marked = False
         self._files = files
         self._held: HeldFile | None = held
         self._is_there = False
@@ -50,27 +56,29 @@ class Transaction(commit.Place):
 
     def require_lock(self) -> None:
         """Raise `LockNotHeld` after the block, and in a forked child."""
-        if self._held is None or not self._held.is_held:
+        if self._held is None or self._held.fd < 0 or self._held.pid != os.getpid():
             raise LockNotHeld(session_id=self.session_id)
 
     def end(self) -> None:
         """End the transaction. Its last holder removes a lock file without a session."""
-        replica = self._replica
-        self._forget()
+        held, replica, fd, self._held, self._fd = self._held, self._replica, self._fd, None, -1
+        if fd >= 0:
+            try:
+                disk.close(fd)
+            except OSError:
+                pass  # synced bytes stay durable, whatever becomes of the descriptor
         if replica is not None and replica.tail is not None:
             self._files.cache.put(self.session_id, replica)
-        if self._held is not None and self._held.is_held and not self._is_there:
+        if not self._is_there and held is not None and held.is_held:
             # Nothing that goes wrong here may hide what the verb has to say.
             with contextlib.suppress(OSError):
                 if not disk.exists(self.paths.document):
                     disk.unlink(self.paths.lock)
-        self._held = None
 
     def _forget(self) -> None:
         """Forget what was read, and close the journal."""
         fd, self._fd, self._replica = self._fd, -1, None
         if fd >= 0:
-            # Synced bytes stay durable, whatever becomes of the descriptor.
             with contextlib.suppress(OSError):
                 disk.close(fd)
 
@@ -87,29 +95,32 @@ class Transaction(commit.Place):
 
         Raises: as `document.read`; SessionNotFound.
         """
-        self.require_lock()
+        if self._held is None:
+            self.require_lock()
         if self._replica is None:
-            with self._files.looking_at(self.session_id):
+            try:
                 version = disk.version_of(self.paths.document)
                 self._is_there = True
                 kept = self._files.cache.take(self.session_id)
                 found = self._caught_up(kept) if kept is not None and kept.version == version else None
                 self._replica = found or self._read_anew()
+            except (OSError, json_codec.Undecodable) as error:
+                self._files.raise_typed(error, self.session_id)
+                raise
         return self._replica
 
     def _caught_up(self, kept: Replica) -> Replica | None:
         """Bring a replica up to date. None if its journal does not go on from there: then nothing of it counts."""
         tail = kept.tail
         assert tail is not None
-        log = self.journal(tail.name)
         try:
-            self._fd = log.open(os.O_RDWR)
-            is_end = log.ends_at(self._fd, tail)
+            self._fd = disk.open_unseen(self.paths.journal(tail.name), os.O_RDWR)
+            is_end = tail.is_end_of(self._fd)
             if is_end is False:
-                kept.header, kept.content = log.catch_up(self._fd, kept.header, kept.content, tail)
+                kept.header, kept.content = self.journal(tail.name).catch_up(self._fd, kept.header, kept.content, tail)
             if is_end is not None and not tail.is_torn:
                 return kept
-        except (Overtaken, CorruptSession):
+        except (FileNotFoundError, Overtaken, CorruptSession):
             pass
         # Whatever is wrong is told by the files.
         self._forget()
@@ -161,7 +172,11 @@ class Transaction(commit.Place):
             CommitFailed: the disk refused. The old revision stands.
             CommitUnknown: it is visible, but may not survive a power cut.
         """
-        self.require_lock()
+        if self._held is None or self._held.pid != os.getpid():
+            self.require_lock()
+        if not self._files.is_durable:
+            with self.refusals():
+                self._files.make_durable()
         before, self._replica = self._replica, None
         if before is not None and before.tail is not None:
             if changes is None:
@@ -170,6 +185,9 @@ class Transaction(commit.Place):
                 with self.refusals():
                     self._fd = disk.open_unseen(self.paths.journal(before.tail.name), os.O_RDWR)
         after = commit.commit(self, before, header, content, changes or (), self._fd)
+        if before is not None and before.tail is after.tail:
+            self._replica = after
+            return after
         return self._written(before, after)
 
     def _written(self, before: Replica | None, after: Replica) -> Replica:
@@ -181,6 +199,9 @@ class Transaction(commit.Place):
     def confirm(self) -> None:
         """Make durable what was read, before a verb acknowledges it without a commit."""
         self.require_lock()
+        if not self._files.is_durable:
+            with self.refusals():
+                self._files.make_durable()
         before = self.read()
         self._replica = None
         self._written(before, commit.confirm(self, before, self._fd))
@@ -276,36 +297,51 @@ class SessionFiles(SessionDirectory):
                     return look(session_id)
             raise
 
-    @contextlib.contextmanager
-    def transaction(
-        self, session_id: str, *, may_be_missing: bool = False, timeout_s: float | None = None
-    ) -> Iterator[Transaction]:
-        """Hold the session's lock for a block.
+    def transaction(self, session_id: str, timeout_s: float | None = None) -> Locked:
+        """Return what holds the session's lock for a block, and gives it a transaction.
 
-        A session that is not there raises `SessionNotFound`, and no lock file is left for it.
+        Of a session that turns out not to be there, no lock file is left.
 
         Raises:
-            WrongType: `timeout_s` is no number of seconds.
-            LockTimeout, NestedLock: see `lock.hold`.
-            CommitUnknown: an earlier commit of this store ended so.
+            InvalidSessionId, WrongType: an argument is not what it must be.
+            LockTimeout, NestedLock, CommitFailed: see `lock.Hold`. On entering the block.
         """
+        paths = self.paths_of(session_id) if self.ignores_case else self.layout.session(session_id)
         timeout_s = self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
-        with self.looking_at(session_id) as paths:
-            if not may_be_missing and not disk.exists(paths.document):
-                raise SessionNotFound(session_id=session_id, path=paths.document)
-        with lock.hold(self.layout.session(session_id).lock, session_id, timeout_s) as held:
-            tx = Transaction(self, session_id, held)
-            try:
-                # Looked at again by the verb's own read: the session may have gone while this caller waited.
-                yield tx
-            except json_codec.Undecodable:
-                # Somebody has sealed what is no JSON, and the verb has come to it.
-                raise mislabelled(self.layout.session(session_id).document, session_id) from None
-            except MergeConflict as error:
-                if error.session_id:
-                    # The caller's own block has met it, maybe in another session.
-                    raise
-                # The pure functions that found it do not know the session.
-                raise error.in_session(session_id) from None
-            finally:
-                tx.end()
+        locked = Locked(paths.lock, session_id, timeout_s)
+        locked.files, locked.paths, locked.tx = self, paths, None
+        return locked
+
+
+class Locked(lock.Hold):
+    """The hold of a session's lock for a block, which gets its transaction."""
+
+    __slots__ = ("files", "paths", "tx")
+    files: SessionFiles
+    paths: SessionPaths
+    tx: Transaction | None
+
+    def __enter__(self) -> Transaction:
+        self.tx = Transaction(self.files, self.paths, self.session_id, self.acquire())
+        return self.tx
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self.tx is not None:
+                self.tx.end()
+        finally:
+            self.release()
+        if isinstance(error, json_codec.Undecodable):
+            # Somebody has sealed what is no JSON, and the verb has come to it.
+            raise mislabelled(self.paths.document, self.session_id) from None
+        if isinstance(error, MergeConflict) and not error.session_id:
+            # The pure functions that found it do not know the session. One that names a session was met by the
+            # caller's own block, maybe in another one.
+            raise error.in_session(self.session_id) from None
+
+    def __del__(self) -> None:
+        # An exception of a signal may have kept `__exit__` from running.
+        if self.thread:
+            self.__exit__(None, None, None)

@@ -226,21 +226,23 @@ def _append_targets(at: dict[int, Costs]) -> Iterator[Target]:
     for size, costs in sorted(at.items()):
         name, said = (ours.ALWAYS, ', journal="always"') if size <= SMALL else (ours.APPEND, "")
         what = f"append() at {size:,}{said}, to"
-        yield at_most(f"{what} SQLite WAL FULL", 1.0, _quotient(costs.appends, name, peers.SQLITE))
-        yield at_most(f"{what} write + fdatasync", 1.6, _quotient(costs.appends, name, peers.LIMIT))
+        yield at_most(f"{what} SQLite WAL FULL", 1.05, _quotient(costs.appends, name, peers.SQLITE))
+        yield at_most(f"{what} write + fdatasync", 1.55, _quotient(costs.appends, name, peers.LIMIT))
 
 
 def _change_targets(at: dict[int, Costs]) -> Iterator[Target]:
     appends = at[10_000].appends if 10_000 in at else {}
-    for name, limit in ((ours.FIELD, 1.5), (ours.CLEAR, 1.5), (ours.SAVE, 12.0)):
+    for name, limit in ((ours.FIELD, 1.1), (ours.CLEAR, 1.4), (ours.SAVE, 10.0)):
         what = f"{name.removeprefix('persist: ')} at 10,000, to SQLite WAL FULL"
         yield at_most(what, limit, _quotient(appends, name, peers.SQLITE))
+    what = f"{ours.TURN.removeprefix('persist: ')} at 10,000, to append()"
+    yield at_most(what, 1.2, _quotient(appends, ours.TURN, ours.APPEND))
 
 
 def _load_targets(at: dict[int, Costs]) -> Iterator[Target]:
     loads = at[10_000].loads if 10_000 in at else {}
     for name, said in ((LOAD, ""), (LOAD_FRESH, ", nothing journaled")):
-        yield at_most(f"load() at 10,000{said}, to msgspec.json.decode", 1.3, _quotient(loads, name, DECODE))
+        yield at_most(f"load() at 10,000{said}, to msgspec.json.decode", 1.2, _quotient(loads, name, DECODE))
         yield at_least(f"load() at 10,000{said}, SQLite rows to it", 3.0, _quotient(loads, peers.SQLITE, name))
     for size, costs in sorted(at.items()):
         for name, said in ((HEAD, ""), (HEAD_FRESH, ", nothing journaled")):

@@ -27,6 +27,7 @@ def last_message(directory: Path, effort: Effort) -> Findings:
     """Load a session and read its last message, against one decoding of the same bytes."""
     base, actions = "msgspec.json.decode of the same bytes", {}
     names = {count: f"store.load(), {count:,} in the journal" for count in (0, JOURNALED)}
+    limits = {names[0]: 1.2, names[JOURNALED]: 1.5}
     for count, name in names.items():
         store = _of_size(directory / str(count), MESSAGES, count)
         actions[name] = Action(partial(_last_of, store))
@@ -34,7 +35,7 @@ def last_message(directory: Path, effort: Effort) -> Findings:
     actions[base] = Action(lambda: msgspec.json.decode(content)["messages"][-1])
     seconds = interleaved(actions, effort)
     targets = [
-        at_most(f"the last of {MESSAGES:,} by {name}, to one decoding", 1.3, seconds[name] / seconds[base])
+        at_most(f"the last of {MESSAGES:,} by {name}, to one decoding", limits[name], seconds[name] / seconds[base])
         for name in names.values()
     ]
     return Findings([compared(f"The last of {MESSAGES:,} messages", seconds, base)], targets)
@@ -90,7 +91,7 @@ def beside(directory: Path, effort: Effort) -> Findings:
         for name, value in seconds.items()
     ]
     table = Table("Beside 8 MB of messages and 8 MB of another list", ("median", "minus the bare write"), rows)
-    return Findings([table], [at_most("head() beside two lists of 8 MB", 0.1, seconds[head] * 1e3, "ms")])
+    return Findings([table], [at_most("head() beside two lists of 8 MB", 0.2, seconds[head] * 1e3, "ms")])
 
 
 def _rename(store: persist.Store, title: str) -> None:

@@ -14,6 +14,7 @@ APPEND = "persist: store.append()"
 ALWAYS = 'persist: store.append(), journal="always"'
 SAVE = "persist: session.save() after one appended message"
 FIELD = "persist: store.transaction() of one small field"
+TURN = "persist: store.transaction() of two messages and a field"
 CLEAR = "persist: session.clear_stale_stream()"
 
 PROMPT = {"role": "user", "content": "Why?"}
@@ -118,7 +119,7 @@ class ChangeField(Verb):
 
 
 class AppendTurn(Verb):
-    name = "persist: store.transaction() of two messages and a field"
+    name = TURN
     way = "prompt, answer and a count of both in one commit"
 
     def append(self, message: Message) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import persist
-from benchmarks import contest, large, plots, processes, resources, small, stale
+from benchmarks import contest, large, looks, plots, processes, resources, small, stale
 from benchmarks.measure import Effort, apart
 from benchmarks.tables import Findings, Target, print_table, print_targets
 from persist.storage import disk
@@ -34,12 +34,13 @@ class Plan:
     stale: int
     take_overs: int
     patience_s: float
+    blocks: int
     sizes: tuple[int, ...] = (10, 1_000, 10_000, 100_000)
 
 
 FULL = Plan(
     contest=Effort(rounds=320, share_s=3.0, limit_s=150.0),
-    counts=(1, 2, 4, 8),
+    counts=(1, 2, 4, 8, 16),
     rounds=3,
     seconds=2.0,
     locks=Effort(rounds=3000, share_s=5.0, limit_s=20.0),
@@ -50,6 +51,7 @@ FULL = Plan(
     stale=100,
     take_overs=40,
     patience_s=60.0,
+    blocks=200,
 )
 QUICK = Plan(
     contest=Effort(rounds=120, share_s=0.5, limit_s=4.0),
@@ -64,6 +66,7 @@ QUICK = Plan(
     stale=20,
     take_overs=8,
     patience_s=4.0,
+    blocks=50,
 )
 
 
@@ -106,6 +109,10 @@ def _others(plan: Plan) -> dict[Callable[..., Findings], tuple[Any, ...]]:
         large.last_message: (plan.commits,),
         large.tails: (plan.commits,),
         large.beside: (plan.commits,),
+        looks.heads: (plan.commits,),
+        looks.openings: (plan.commits,),
+        looks.processor_time: (plan.blocks,),
+        looks.rotation: (plan.commits,),
         small.lock_cycles: (plan.locks,),
         small.commits: (plan.commits,),
         small.neighbours: (plan.neighbour_effort, plan.neighbours, plan.neighbour_runs),

@@ -84,7 +84,7 @@ def test_a_mark_that_comes_after_the_rename_is_too_late(
         disk.exists(target)  # here it may be killed
         while marks:
             journal, end = marks.pop()
-            if journal.exists():
+            if disk.exists(journal):
                 real_mark(journal, end)
 
     monkeypatch.setattr(commit, "put_mark", lambda *arguments: marks.append(arguments))

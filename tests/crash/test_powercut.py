@@ -48,8 +48,8 @@ NO_SECOND_LOOK = ("storage/disk.py", "            os.fstat(fd)\n", "")
 NO_SYNC_OF_A_RECORD = ("storage/disk.py", "        os.fdatasync(fd)\n", "")
 NOT_WRITTEN_AGAIN = (
     "storage/commit.py",
-    "            disk.write_at(fd, tail.unsynced + line, tail.synced if tail.unsynced else tail.end)\n",
-    "            disk.write_at(fd, line, tail.end)\n",
+    "        disk.write_at(fd, tail.unsynced + line, tail.synced if tail.unsynced else tail.end)\n",
+    "        disk.write_at(fd, line, tail.end)\n",
 )
 NO_SECOND_LOOK_AT_A_RECORD = ("storage/disk.py", "        os.pread(fd, 1, 0)\n", "")
 RAISES = (

@@ -31,22 +31,25 @@ NO_LOCK = (
 )
 NOT_IDEMPOTENT = (
     "turn.py",
-    "if place is None:\n                fresh.append",
-    "if True:\n                fresh.append",
+    "elif (place := messages.place_of(identity, key)) is not None:\n",
+    "elif (place := None) is not None:\n",
 )
 ONE_BY_ONE = (
     "store.py",
-    "        own = _checked_items(field, items)\n",
-    "        own = _checked_items(field, items)\n"
-    "        for each in own[:-1]:\n"
-    "            self.append(session_id, field, each, key=key, create=create)\n",
+    "        return self._add(session_id, field, _encoded_items(field, items), key, create, touch, timeout_s)\n",
+    "        for line in _encoded_items(field, items):\n"
+    "            version = self._add(session_id, field, [line], key, create, touch, timeout_s)\n"
+    "        return version\n",
 )
 # What stands apart in a commit of its own, before the fields.
 COMMIT_IN_TWO = (
-    "working_copy.py",
-    "        return self._tx.commit(header, content, changes)\n",
-    "        self._tx.commit(header, Content(self._content.fields, content.apart), changes)\n"
-    "        return self._tx.commit(header.next(), content, ())\n",
+    "storage/transaction.py",
+    "        after = commit.commit(self, before, header, content, changes or (), self._fd)\n",
+    "        if before is not None:\n"
+    "            half = Content(before.content.fields, content.apart)\n"
+    "            before = commit.commit(self, before, header, half, changes or (), self._fd)\n"
+    "            header, changes = header.next(), ()\n"
+    "        after = commit.commit(self, before, header, content, changes or (), self._fd)\n",
 )
 ANY_VERSION = ("store.py", "            if if_version is not None:\n", "            if False:\n")
 CREATES_ANEW = ("working_copy.py", "        if create and not tx.exists():\n", "        if create:\n")
@@ -58,14 +61,14 @@ NOT_ONCE = (
 IN_PLACE = (
     "storage/commit.py",
     "            disk.replace(paths.temp, paths.document)\n",
-    "            paths.document.write_bytes(b'')\n"
-    "            paths.document.write_bytes(paths.temp.read_bytes())\n"
+    "            open(paths.document, 'wb').close()\n"
+    "            open(paths.document, 'wb').write(open(paths.temp, 'rb').read())\n"
     "            disk.unlink(paths.temp)\n",
 )
 TEMPS_OF_THEIR_OWN = (
     "storage/layout.py",
-    'self.directory / f"{self.name}{DOCUMENT}{_TEMP}"\n',
-    "self.directory / f\"{self.name}{DOCUMENT}.{__import__('os').getpid()}{_TEMP}\"\n",
+    'f"{document}{_TEMP}"',
+    'f"{document}.{os.getpid()}{_TEMP}"',
 )
 NO_LEASE = ("streams.py", "            if not is_dead:\n                return False\n", "")
 OLD_TITLE = (
@@ -98,8 +101,8 @@ OLD_JOURNAL_GOES_FIRST = (
 )
 HEAD_IS_LEFT_OUT = (
     "storage/commit.py",
-    " and content.fields == before.content.fields\n",
-    "\n",
+    "is_same_fields = content.fields is before.content.fields or content.fields == before.content.fields\n",
+    "is_same_fields = True\n",
 )
 
 

@@ -828,6 +828,7 @@ def tried(operation: Operation, fault: Fault | FullDisk) -> Trial:
 def short_mount_table(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every trial opens stores; reading a machine's whole mount table each time would be a fifth of the time."""
     monkeypatch.setattr(disk, "MOUNTS", Path(os.devnull))
+    monkeypatch.setattr(disk, "_kinds", {})
 
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)

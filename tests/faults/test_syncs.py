@@ -248,11 +248,13 @@ def unsynced(request: pytest.FixtureRequest, directory: Path, actor: ActorFactor
             "import signal\nreal = os.fsync\n"
             "def fsync(fd):\n"
             "    os.kill(os.getpid(), signal.SIGKILL) if os.path.isdir(f'/proc/self/fd/{fd}') else real(fd)\n"
-            f"os.fsync = fsync\nstore.append('s', 'messages', {M2!r})"
+            f"store._backend.files.make_durable()\nos.fsync = fsync\nstore.append('s', 'messages', {M2!r})"
         )
         dying.process.wait(60)
     assert ids(persist.Store(directory)) == ["m1", "m2"]
-    return persist.Store(directory, journal=mode)
+    store = persist.Store(directory, journal=mode)
+    store._backend.files.make_durable()
+    return store
 
 
 @pytest.mark.parametrize("acknowledge", ACKNOWLEDGED, ids=lambda verb: verb.__name__)

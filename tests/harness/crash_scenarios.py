@@ -474,7 +474,7 @@ def events_of(store: persist.Store, session_id: str) -> list[Any]:
     paths = sorted((store.path / ".events").glob(f"{session_id}.*"))
     found = []
     for path in paths:
-        with EventReader(path) as reader:
+        with EventReader(str(path)) as reader:
             found += [event.data for event in reader.read()]
     return found
 

@@ -12,6 +12,7 @@ A process is a store of its own here, because replicas belong to a store.
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -226,7 +227,7 @@ def _holder(path: Path) -> persist.Store:
 
 def _keeping_journals(real: Callable[[Path], bool]) -> Callable[[Path], bool]:
     def unlink(path: Path) -> bool:
-        if path.suffix == ".journal":
+        if str(path).endswith(".journal"):
             raise OSError(errno.EACCES, "injected")
         return real(path)
 
@@ -311,7 +312,7 @@ class _Look:
 
         def version_of(file: Any) -> disk.Version:
             found = real(file)
-            return self._version if isinstance(file, Path) and file.name == "s-1.json" else found
+            return self._version if not isinstance(file, int) and os.path.basename(file) == "s-1.json" else found
 
         return version_of
 

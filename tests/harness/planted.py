@@ -40,7 +40,8 @@ NOT_WRITTEN = (
 HANGS = (
     "storage/transaction.py",
     "\nclass SessionFiles(SessionDirectory):\n",
-    "\nos.register_at_fork(after_in_child=lambda: setattr(lock, 'hold', lambda *_: __import__('time').sleep(3600)))\n"
+    "\ndef hang(_hold):\n    __import__('time').sleep(3600)\n\n"
+    "\nos.register_at_fork(after_in_child=lambda: setattr(lock.Hold, 'acquire', hang))\n"
     "\n\nclass SessionFiles(SessionDirectory):\n",
 )
 STREAMS_HANG = (

@@ -42,8 +42,13 @@ def test_every_history_is_linearizable(scratch: Path, journal: Any, fold: str) -
 
 # Every transaction locks a file of its own: neither threads nor processes exclude each other any more.
 LOCK_OUT = """
-_hold = lock.hold
-lock.hold = lambda path, *others: _hold(path.with_name(f"{os.urandom(8).hex()}.lock"), *others)
+_acquire = lock.Hold.acquire
+
+def acquire(self):
+    self.path = os.path.join(os.path.dirname(self.path), f"{os.urandom(8).hex()}.lock")
+    return _acquire(self)
+
+lock.Hold.acquire = acquire
 """
 OLD_CACHE = """
 _seen = {}
@@ -165,8 +170,8 @@ def test_a_planted_bug_is_caught(scratch: Path, file: str, bug: str, expected: s
 
 # Of journals.
 TRUSTS_ITS_END = """
-from persist.storage.journal import Journal
-Journal.ends_at = lambda self, fd, tail: True
+from persist.storage.journal import Tail
+Tail.is_end_of = lambda self, fd: True
 # The look at each fold would notice it first.
 commit.verify = lambda *_: None
 """

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,59 +72,102 @@ def test_timeout_names_the_thread_of_this_process(directory: Path, session: pers
     thread.join(DEADLINE_S)
 
 
+@pytest.fixture
+def hold(tmp_path: Path) -> Callable[[float], lock.Hold]:
+    """Make a hold of one and the same lock, with a time-out in seconds."""
+    return lambda timeout_s: lock.Hold(str(tmp_path / "s-1.json.lock"), "s-1", timeout_s)
+
+
+HoldFactory = Callable[[float], lock.Hold]
+
+
 @pytest.mark.usefixtures("switching")
-def test_waiters_are_served_in_their_order() -> None:
+def test_waiters_are_served_in_their_order(hold: HoldFactory) -> None:
     """First in, first out: five threads that queue up in a known order get the lock in that order."""
-    mutex, first = lock.FifoMutex(), lock.Turn()
-    assert mutex.acquire(first, 0)
+    first = hold(0)
+    first.acquire()
     served: list[int] = []
     threads = []
     for n in range(5):
 
         def wait(n: int = n) -> None:
-            turn = lock.Turn()
-            assert mutex.acquire(turn, DEADLINE_S)
+            mine = hold(DEADLINE_S)
+            mine.acquire()
             served.append(n)
-            mutex.release(turn)
+            mine.release()
 
         threads.append(threading.Thread(target=wait))
         threads[-1].start()
-        eventually(lambda n=n: len(mutex._waiters) > n)  # type: ignore[misc]
-    mutex.release(first)
+        eventually(lambda n=n: len(lock._queues[first.path]) > n + 1)  # type: ignore[misc]
+    first.release()
     for thread in threads:
         thread.join(DEADLINE_S)
     assert served == [0, 1, 2, 3, 4]
+    assert first.path not in lock._queues
 
 
-def test_waiter_that_gives_up_leaves_the_queue() -> None:
+def in_another_thread(function: Callable[[], object]) -> None:
+    """Call a function in a thread of its own, and wait for it: a thread has one hold at a time."""
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join(DEADLINE_S)
+
+
+def refused(late: lock.Hold) -> None:
+    with pytest.raises(persist.LockTimeout):
+        late.acquire()
+
+
+def test_waiter_that_gives_up_leaves_the_queue(hold: HoldFactory) -> None:
     """A timed-out waiter neither takes nor blocks the lock; the next one gets it."""
-    mutex, first, second, third = lock.FifoMutex(), lock.Turn(), lock.Turn(), lock.Turn()
-    assert mutex.acquire(first, 0)
-    assert not mutex.acquire(second, 0.01)
-    mutex.release(second)
-    mutex.release(first)
-    assert mutex.acquire(third, 0)
+    first = hold(0)
+    first.acquire()
+    in_another_thread(lambda: refused(hold(0.01)))
+    first.release()
+    in_another_thread(lambda: hold(0).acquire())
 
 
-def test_lock_handed_to_a_waiter_that_gave_up_is_passed_on() -> None:
+def test_lock_handed_to_a_waiter_that_gave_up_is_passed_on(hold: HoldFactory) -> None:
     """The hand-over and the time-out may cross; the lock must not stay with nobody."""
-    mutex, first, late, next_one = lock.FifoMutex(), lock.Turn(), lock.Turn(), lock.Turn()
-    assert mutex.acquire(first, 0)
-    assert not mutex.acquire(late, 0.01)
-    mutex.release(first)
-    assert not mutex.acquire(next_one, 0)
-    mutex.release(late)
-    assert next_one.given.acquire(timeout=0)
+    first, late, last = hold(0), hold(0), hold(DEADLINE_S)
+    first.acquire()
+    served: list[held.HeldFile] = []
+    waiting = threading.Thread(target=lambda: served.append(last.acquire()))
+
+    class Crossing:
+        """In the place of `late.given`: what is given in the instant in which its time is over."""
+
+        def __init__(self) -> None:
+            self.is_taken = False
+
+        def acquire(self, timeout: float = -1) -> bool:
+            if self.is_taken:
+                waiting.start()
+                eventually(lambda: len(lock._queues[first.path]) == 3)
+                first.release()
+            self.is_taken = True
+            return timeout < 0
+
+        def locked(self) -> bool:
+            return self.is_taken
+
+        def release(self) -> None:
+            """Given too late."""
+
+    late.given = Crossing()  # type: ignore[assignment]
+    in_another_thread(lambda: refused(late))
+    waiting.join(DEADLINE_S)
+    assert len(served) == 1
 
 
-def test_releasing_twice_is_releasing_once() -> None:
+def test_releasing_twice_is_releasing_once(hold: HoldFactory) -> None:
     """An exception of a signal may come anywhere: a second release must not free what another thread has taken."""
-    mutex, first, second, third = lock.FifoMutex(), lock.Turn(), lock.Turn(), lock.Turn()
-    assert mutex.acquire(first, 0)
-    mutex.release(first)
-    assert mutex.acquire(second, 0)
-    mutex.release(first)
-    assert not mutex.acquire(third, 0)
+    first, second = hold(0), hold(0)
+    first.acquire()
+    first.release()
+    in_another_thread(second.acquire)
+    first.release()
+    refused(hold(0))
 
 
 def test_sessions_do_not_wait_for_each_other(directory: Path, store: persist.Store, actor: ActorFactory) -> None:

@@ -29,6 +29,7 @@ def mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
         table = tmp_path / "mountinfo"
         table.write_text("".join(f"{line}\n" for line in lines))
         monkeypatch.setattr(disk, "MOUNTS", table)
+        monkeypatch.setattr(disk, "_kinds", {})
 
     return use
 
@@ -190,14 +191,15 @@ def test_a_file_is_never_created_over_anything(kind: str, odd: dict[str, Path]) 
 
 def test_a_file_that_others_make_and_remove_is_made_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not there, then it is, then it is gone: that is no error, but a reason to try again."""
-    path, opened, answers = tmp_path / "x", disk._open, iter([FileNotFoundError(), FileExistsError()])
+    path, opened = tmp_path / "x", os.open
+    answers = iter([FileNotFoundError(errno.ENOENT, "gone"), FileExistsError(errno.EEXIST, "there")])
 
-    def race(path: Path, flags: int) -> tuple[int, os.stat_result]:
+    def race(path: Path, flags: int, mode: int) -> int:
         if (answer := next(answers, None)) is not None:
             raise answer
-        return opened(path, flags)
+        return opened(path, flags, mode)
 
-    monkeypatch.setattr(disk, "_open", race)
+    monkeypatch.setattr(os, "open", race)
     os.close(disk.open_plain(path, os.O_RDWR | os.O_CREAT))
     assert path.exists()
 

@@ -201,6 +201,7 @@ def unsupported_file_system(scene: Scene) -> None:
     table = scene.store.path.parent / "mountinfo"
     table.write_text("36 25 0:32 / / rw - nfs4 server:/x rw\n")
     scene.monkeypatch.setattr(disk, "MOUNTS", table)
+    scene.monkeypatch.setattr(disk, "_kinds", {})
     persist.Store(scene.store.path)
 
 

@@ -41,7 +41,7 @@ def line(offset: int, data: Any) -> bytes:
 def read(path: Path, after: int = 0) -> tuple[list[Any], Ended | None]:
     """All that a reader finds, its offsets checked."""
     found: list[Event] = []
-    with EventReader(path, after) as reader:
+    with EventReader(str(path), after) as reader:
         while new := reader.read():
             found += new
         assert [event.offset for event in found] == list(range(after + 1, after + len(found) + 1))
@@ -100,7 +100,7 @@ def test_events_come_back_as_they_went_in(
     the next.
     """
     directory = tmp_path_factory.mktemp("events")
-    writer = EventWriter(directory / "s-1.t-1", "s-1", "t-1")
+    writer = EventWriter(str(directory / "s-1.t-1"), "s-1", "t-1")
     writer.open()
     for value in data:
         emit(writer, value)
@@ -182,7 +182,7 @@ def test_garbage_is_passed_over(path: Path, garbage: bytes, after: int) -> None:
     path.write_bytes(line(1, "a") + garbage + b"\n" + line(2, "b") + line(3, "c") + END)
     assert read(path, after) == (["a", "b", "c"][after:], "finished")
     path.write_bytes(line(1, "a") + garbage + b"\n")
-    with EventReader(path, after) as reader:
+    with EventReader(str(path), after) as reader:
         reader.read()
         assert (reader.count, reader.ended) == (1, None)
 
@@ -206,7 +206,7 @@ def test_reader_who_comes_again_and_again_sees_each_event_once(path: Path) -> No
     """The file grows byte by byte, and the reader looks after each: every event once, as soon as its line is whole."""
     path.touch()
     found: list[Any] = []
-    with EventReader(path) as reader, path.open("ab", buffering=0) as file:
+    with EventReader(str(path)) as reader, path.open("ab", buffering=0) as file:
         for byte in WHOLE:
             had_more = reader.has_more
             file.write(bytes([byte]))
@@ -514,8 +514,8 @@ def test_those_who_wait_are_woken_by_every_append_and_the_end(
         # The thread that looks at the files calls it, too.
         return lambda: calls.append(name) if threading.get_ident() == me else None
 
-    with watch.waking(path, waker("a")), watch.waking(path, waker("b")):
-        with watch.waking(path.with_name("s-1.t-2"), waker("another")):
+    with watch.waking(str(path), waker("a")), watch.waking(str(path), waker("b")):
+        with watch.waking(str(path.with_name("s-1.t-2")), waker("another")):
             emit(writer, 1)
             assert calls == ["a", "b"]
             files.end("s-1", "t-1", "finished")
@@ -539,7 +539,7 @@ def test_garbage_collector_may_come_at_any_moment(path: Path) -> None:
     def wait_and_drop() -> None:
         dropped: dict[str, Any] = {"stack": ExitStack()}
         dropped["itself"] = dropped
-        dropped["stack"].enter_context(watch.waking(path, lambda: None))
+        dropped["stack"].enter_context(watch.waking(str(path), lambda: None))
         del dropped
         with watch.waking(Collecting(path), done.set):
             pass

@@ -26,6 +26,7 @@ from harness.journals import chain_is_right, has_journal, journal_of, parted, re
 
 import persist
 from persist.storage import commit, disk, document, journal
+from persist.storage.cache import Cache
 from persist.storage.commit import Mode
 from persist.storage.content import encoded
 from persist.storage.document import Head
@@ -871,7 +872,7 @@ def test_end_of_a_new_journal_is_known_without_reading_it(journaled: persist.Sto
     try:
         tail = log.check_opening(fd)
         assert tail == Tail.of(header.journal)
-        assert log.ends_at(fd, tail) is True
+        assert tail.is_end_of(fd) is True
         assert list(log.read_new_records(fd, header, tail)) == []
         assert tail == Tail.of(header.journal)
         assert (tail.end, tail.is_torn, tail.is_empty) == (disk.size_of(fd), False, True)
@@ -884,17 +885,18 @@ def test_end_of_a_journal_is_known_by_its_last_bytes(journaled: persist.Store) -
     append(journaled, 1)
     found = journaled._backend.files.read("s")
     assert found.tail is not None
-    log = journal.Journal(journal_of(journaled), "s", found.tail.name)
-    content = log.path.read_bytes().rstrip(b"\0")
+    path = journal_of(journaled)
+    log = journal.Journal(path, "s", found.tail.name)
+    content = path.read_bytes().rstrip(b"\0")
     end = found.tail.end
     assert len(content) == end
 
     def ends(now: bytes) -> bool | None:
-        log.path.write_bytes(now)
+        path.write_bytes(now)
         fd = log.open()
         try:
             assert found.tail is not None
-            return log.ends_at(fd, found.tail)
+            return found.tail.is_end_of(fd)
         finally:
             disk.close(fd)
 
@@ -951,7 +953,7 @@ def test_of_two_messages_with_one_id_the_last_is_meant(any_store: persist.Store)
 
 
 @pytest.mark.parametrize("fold_bytes", [1, math.inf])
-@pytest.mark.parametrize("step", ["write_at", "sync_data", "replace", "sync_directory", "advance", "_version_of"])
+@pytest.mark.parametrize("step", ["write_at", "sync_data", "replace", "sync_directory", "put", "_version_of"])
 def test_append_that_was_cut_off_is_idempotent(
     journaled: persist.Store, monkeypatch: pytest.MonkeyPatch, step: str, fold_bytes: float
 ) -> None:
@@ -961,7 +963,7 @@ def test_append_that_was_cut_off_is_idempotent(
     """
     append(journaled, 1)
     journaled._backend.files.options.fold_bytes = fold_bytes
-    place: Any = {"advance": Tail, "_version_of": commit}.get(step, disk)
+    place: Any = {"put": Cache, "_version_of": commit}.get(step, disk)
     real = getattr(place, step)
     number = 1
     for is_behind in (False, True):

@@ -126,7 +126,7 @@ def test_every_id_has_one_plain_file_name(session_id: str) -> None:
     assert id_of(name) == (None if is_hashed(name) else session_id)
     assert layout.is_ours(name)
     paths = Layout(Path("/store")).session(session_id)
-    everything = [
+    everything: list[str] = [
         paths.document,
         paths.lock,
         paths.temp,
@@ -134,8 +134,9 @@ def test_every_id_has_one_plain_file_name(session_id: str) -> None:
         layout.copy_of(paths.journal("0" * 16)),
     ]
     everything += [paths.lease("t" * 64), paths.events("t" * 64)]
-    assert all(len(path.name) <= 255 for path in everything)
-    assert {path.parent for path in everything} == {Path("/store"), Path("/store/.leases"), Path("/store/.events")}
+    assert all(len(Path(path).name) <= 255 for path in everything)
+    parents = {str(Path(path).parent) for path in everything}
+    assert parents == {"/store", "/store/.leases", "/store/.events"}
     assert paths.file_id == (session_id if is_hashed(name) else None)
 
 
@@ -188,14 +189,14 @@ def test_names_are_as_documented() -> None:
     """These are the names of the docstring's table."""
     here = Layout(Path("/store"))
     paths = here.session("s-42")
-    assert paths.document == Path("/store/s-42.json")
-    assert paths.lock == Path("/store/s-42.json.lock")
-    assert paths.temp == Path("/store/s-42.json.tmp")
-    assert paths.journal("0123456789abcdef") == Path("/store/s-42.0123456789abcdef.journal")
-    assert layout.copy_of(paths.journal("0" * 16)) == Path(f"/store/s-42.{'0' * 16}.journal.damaged")
+    assert paths.document == "/store/s-42.json"
+    assert paths.lock == "/store/s-42.json.lock"
+    assert paths.temp == "/store/s-42.json.tmp"
+    assert paths.journal("0123456789abcdef") == "/store/s-42.0123456789abcdef.journal"
+    assert layout.copy_of(paths.journal("0" * 16)) == f"/store/s-42.{'0' * 16}.journal.damaged"
     assert here.leases == Path("/store/.leases")
-    assert paths.lease("t1") == Path("/store/.leases/s-42.t1")
-    assert paths.events("t1") == Path("/store/.events/s-42.t1")
+    assert paths.lease("t1") == "/store/.leases/s-42.t1"
+    assert paths.events("t1") == "/store/.events/s-42.t1"
 
 
 FOREIGN = [

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import persist
-from persist import turn
+from persist import json_codec, turn
 from persist.storage.cache import Replica
 from persist.storage.content import encoded
 from persist.storage.document import first_header
@@ -150,7 +150,7 @@ def test_id_that_is_taken_is_not_given_again() -> None:
 
 def added(there: list[Any], items: list[Any], **options: Any) -> list[Any]:
     document = copy_of({"messages": there})
-    turn.add_once(document.list("messages"), items, **options)
+    turn.add_once(document.list("messages"), list(map(json_codec.encode, items)), **options)
     found: list[Any] = document.content.decode()["messages"]
     return found
 

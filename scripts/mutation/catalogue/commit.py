@@ -229,7 +229,7 @@ MUTANTS = (
         "commit: the id that tells it from an equal one",
         "storage/document.py",
         "Header.next",
-        replace_call("token_hex", "f'{self.revision + 1:016x}'"),
+        replace_call("os.urandom(8).hex", "f'{self.revision + 1:016x}'"),
         SHARED_SESSIONS,
         "equal_commit or cut_off_under_the_commit",
     ),
@@ -271,10 +271,11 @@ MUTANTS = (
     Mutant(
         "replica: the time of the last change of status",
         "storage/disk.py",
-        "_version",
+        "version_of",
         replace_expression("status.st_ctime_ns", "0"),
         COMMIT,
         "keeps_size_and_time",
+        (Change("storage/disk.py", "read_version", replace_expression("status.st_ctime_ns", "0")),),
     ),
     _replica(
         "the small commit that reads no document",
@@ -286,7 +287,7 @@ MUTANTS = (
     _replica(
         "the end of the journal",
         "Transaction._caught_up",
-        replace_call("log.ends_at", "IT is not False"),
+        replace_call("tail.is_end_of", "IT is not False"),
         REPLICA,
         "restored",
     ),

@@ -39,13 +39,13 @@ MUTANTS = (
     _of(
         "the look whether another value has grown the list",
         "Items.spliced",
-        condition("in_place and at == count and len(items) == length", "in_place and at == count"),
+        condition("is_append and in_place and len(items) == length", "is_append and in_place"),
         "do_not_meet",
     ),
     _of(
         "the list of its own of an encoding without the lock",
         "Items.spliced",
-        condition("in_place and at == count and len(items) == length", "at == count and len(items) == length"),
+        condition("is_append and in_place and len(items) == length", "is_append and len(items) == length"),
         "shares_no_list",
     ),
     _of(
@@ -57,18 +57,18 @@ MUTANTS = (
     _of(
         "the refusal of a place that is not there",
         "Items.spliced",
-        condition("not 0 <= at <= at + remove <= count", "False"),
+        condition("not 0 <= at <= at + remove <= self.count", "False"),
         "items_that_are_not_there",
     ),
     _of(
         "the ids that move with their items",
         "Items._hand_over_places",
-        replace_expression("after.last(len(after) - at)", "after.last(len(after) - at)[:1]"),
+        replace_expression("after.last(after.count - at)", "after.last(after.count - at)[:1]"),
         "row_of_changes or at_any_place",
         Change(
             MODULE,
             "Items._hand_over_places",
-            replace_expression("self.last(len(self) - at)", "self.last(len(self) - at)[:1]"),
+            replace_expression("self.last(self.count - at)", "self.last(self.count - at)[:1]"),
         ),
     ),
     Mutant(
@@ -101,13 +101,13 @@ MUTANTS = (
     _of(
         "the place of a large value",
         "placed",
-        drop_operand("_json_bytes(value) > APART_BYTES"),
+        drop_operand("(size_bytes > APART_BYTES and name != ALWAYS_FIELD)"),
         "stands_apart_above",
     ),
     _of(
         "the bound of the fields together",
         "placed",
-        condition("total > FIELDS_BYTES and movable", "False"),
+        condition("total > FIELDS_BYTES", "False"),
         "largest_fields",
     ),
     _of(
@@ -119,7 +119,7 @@ MUTANTS = (
     _of(
         "the one size of a list",
         "_json_bytes",
-        return_now("size_of(value)"),
+        return_now("value.size_bytes"),
         "one_size",
     ),
     # --- what is no exact JSON ---
@@ -170,7 +170,7 @@ MUTANTS = (
         "_value",
         drop_operand("not is_list"),
         DOCUMENT,
-        "parts_that",
+        "count_of_a_list",
     ),
     Mutant(
         "as many items as the header says",

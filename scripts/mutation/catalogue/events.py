@@ -38,7 +38,7 @@ MUTANTS = (
         "events: the sync of the name",
         FILES,
         "EventWriter._sync",
-        drop_statement("disk.sync_directory(self._path.parent.parent)"),
+        drop_statement("disk.sync_directory(directory.parent)"),
         CRASH_STATES,
         "old_or_new and events and synced",
     ),

@@ -129,14 +129,14 @@ MUTANTS = (
     # --- its end ---
     _grammar(
         "the look at the last known record",
-        "Journal.ends_at",
+        "Tail.is_end_of",
         condition("found[:len(fingerprint)] != fingerprint", "False"),
         "known_by_its_last_bytes",
     ),
     _grammar(
         "the commit id in the bytes before its end",
-        "Journal.ends_at",
-        replace_expression('b\'"commit":"%b"}\\n\' % tail.commit.encode()', "b'\"}\\n'"),
+        "Tail.is_end_of",
+        replace_expression('b\'"commit":"%b"}\\n\' % self.commit.encode()', "b'\"}\\n'"),
         "known_by_its_last_bytes",
     ),
     # --- readers ---
@@ -241,10 +241,10 @@ MUTANTS = (
         SALVAGE,
         "_with_records",
         replace_statement(
-            "write_new(layout.copy_of(log.path), disk.read(log.path, journal.READ_LIMIT))",
+            "write_new(layout.copy_of(str(log.path)), disk.read(log.path, journal.READ_LIMIT))",
             """
-            if not disk.exists(layout.copy_of(log.path)):
-                write_new(layout.copy_of(log.path), disk.read(log.path, journal.READ_LIMIT))
+            if not disk.exists(layout.copy_of(str(log.path))):
+                write_new(layout.copy_of(str(log.path)), disk.read(log.path, journal.READ_LIMIT))
             """,
         ),
         JOURNAL_DAMAGE,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from mutation.catalogue.suites import HAZARDS, LOCKS, LOST_UPDATES, SEED_RACE, STREAMS
 from mutation.edits import (
     Edit,
-    body,
     condition,
     drop_call,
     drop_handler,
@@ -13,7 +12,6 @@ from mutation.edits import (
     drop_statement,
     replace_call,
     replace_expression,
-    replace_statement,
     return_now,
 )
 from mutation.mutant import Change, Mutant
@@ -23,25 +21,22 @@ HELD = "storage/held.py"
 TURNSTILE = "storage/turnstile.py"
 
 # The lock file is opened, and whether it is locked does not matter.
-NO_FILE_LOCK = body("""
-    held.open()
-    return True
-""")
-NO_MUTEX = Change(LOCK, "FifoMutex.acquire", return_now("True"))
+NO_FILE_LOCK = condition("turnstile.is_taken(self._file.fd) or not self._file.try_lock()", "False")
+NO_QUEUE = Change(LOCK, "Hold.acquire", condition("queue[0] is not self._me", "False"))
 NOTHING_CLOSED = drop_call("os.close")
 REMOVED = "file_that_was_removed"
 
 
 def _without_file_lock(name: str, tests: tuple[str, ...], select: str, *also: Change) -> Mutant:
-    return Mutant(name, LOCK, "_in_turn", NO_FILE_LOCK, tests, select, also)
+    return Mutant(name, LOCK, "Hold.acquire", NO_FILE_LOCK, tests, select, also)
 
 
 def _waiting(name: str, edit: Edit, select: str) -> Mutant:
-    return Mutant(name, LOCK, "_in_turn", edit, LOCKS, select)
+    return Mutant(name, LOCK, "Hold._wait_for_processes", edit, LOCKS, select)
 
 
 MUTANTS = (
-    _without_file_lock("the lock, between threads", SEED_RACE, "TwoThreads and cannot_start", NO_MUTEX),
+    _without_file_lock("the lock, between threads", SEED_RACE, "TwoThreads and cannot_start", NO_QUEUE),
     _without_file_lock("the lock, between processes", SEED_RACE, "TwoProcesses and cannot_start"),
     _without_file_lock("the lock (A4)", HAZARDS, "a4"),
     _without_file_lock("the lock (A12)", HAZARDS, "a12"),
@@ -52,7 +47,7 @@ MUTANTS = (
     Mutant(
         "the refusal of a second lock",
         LOCK,
-        "hold",
+        "Hold.acquire",
         drop_operand("outer is not None"),
         LOCKS,
         "second_lock",
@@ -60,7 +55,7 @@ MUTANTS = (
     Mutant(
         "the refusal of a handler inside the table",
         LOCK,
-        "hold",
+        "Hold.acquire",
         drop_operand("table._is_owned()"),
         LOCKS,
         "inside_the_table",
@@ -76,13 +71,26 @@ MUTANTS = (
         LOCKS,
         "hard_link",
     ),
-    _waiting("the new file of a lock file that was removed", condition("not held.bears_name()", "False"), REMOVED),
+    _waiting(
+        "the new file of a lock file that was removed", condition("not self._file.bears_name()", "False"), REMOVED
+    ),
     _waiting("the turnstile of the new file", drop_statement("has_turn = False"), REMOVED),
     # --- the turnstile ---
-    _waiting(
+    Mutant(
         "the look at the turnstile before a lock is taken",
-        drop_operand("not turnstile.is_taken(held.fd)"),
+        LOCK,
+        "Hold.acquire",
+        drop_operand("turnstile.is_taken(self._file.fd)"),
+        LOCKS,
         "left_to_who_waits",
+    ),
+    Mutant(
+        "the turn that is passed on by who came too late",
+        LOCK,
+        "Hold.release",
+        drop_call("following.given.release"),
+        LOCKS,
+        "passed_on or served_in_their_order",
     ),
     _waiting(
         "the turnstile before polling",
@@ -96,7 +104,7 @@ MUTANTS = (
     ),
     _waiting(
         "the last try of a caller that does not wait",
-        replace_statement("return held.try_lock()", "return False"),
+        condition("not self._file.try_lock()", "True"),
         "left_to_who_waits",
     ),
     _waiting("the leaving of the turnstile before the closing", drop_call("turnstile.leave"), "gave_up_keeps"),
@@ -121,7 +129,7 @@ MUTANTS = (
         "the forgetting of the parent's locks in a child",
         LOCK,
         "_forget_in_child",
-        drop_call("_turn_of.clear"),
+        drop_call("_hold_of.clear"),
         LOCKS,
         "forked_inside",
     ),
@@ -137,7 +145,7 @@ MUTANTS = (
         "the child's look whose descriptor it is",
         HELD,
         "HeldFile.close",
-        drop_operand("self._pid != os.getpid()"),
+        drop_operand("self.pid != os.getpid()"),
         LOCKS,
         "number_may_be_another",
     ),

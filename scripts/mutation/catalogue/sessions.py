@@ -91,7 +91,7 @@ MUTANTS = (
                 "store.py",
                 "Store.transaction",
                 replace_expression(
-                    "self._locked(session_id, timeout_s, create=is_new)",
+                    "self._locked(session_id, timeout_s)",
                     "((earlier := self._open().files.read(session_id)), IT)[1]",
                 ),
             ),

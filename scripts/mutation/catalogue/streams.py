@@ -172,7 +172,7 @@ MUTANTS = (
         MODULE,
         "Stream._owned",
         replace_expression(
-            "self._require_ownership(copy.header, turn.active_stream(copy.fields))",
+            "self._require_ownership(copy.header, active_in(copy.committed))",
             "StreamOwner(self.id, 0, '', '', '')",
         ),
         REQUESTS,
@@ -223,7 +223,7 @@ MUTANTS = (
         "the look for an item of the same id before an append",
         TURN,
         "add_once",
-        condition("place is None", "True"),
+        condition("(place := messages.place_of(identity, key)) is not None", "IT and False"),
         HAZARDS,
         "d2",
     ),
