@@ -207,9 +207,11 @@ class MergeConflict(PersistError):
     """
 
     template = (
-        "Session {session_id!r}: {where} was changed both here and on disk ({reason}); nothing was written. "
-        "Call session.refresh() after setting your edit aside, or save(on_conflict='mine' or 'theirs')."
+        "Session {session_id!r}: {where} was changed both here and on disk ({reason}); nothing was written. {remedy}"
     )
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "remedy": "Call session.refresh() after setting your edit aside, or save(on_conflict='mine' or 'theirs')."
+    }
     path: ValuePath  # type: ignore[assignment]
 
     def __init__(self, **facts: Any) -> None:
@@ -318,9 +320,12 @@ class NestedLock(PersistError, RuntimeError):
 
 
 class LockNotHeld(PersistError, RuntimeError):
-    """Something of a transaction was used after its block, or in a forked child. Nothing was written."""
+    """Something of a transaction was used after its block, or in a forked child. This call did nothing."""
 
-    template = "The lock of session {session_id!r} is not held here any more; nothing was written. Start over."
+    template = (
+        "The lock of session {session_id!r} is not held here any more: the block has ended, and nothing was written by "
+        "this call. Begin a new transaction for what is still to be done."
+    )
 
 
 class MessagesRemoved(PersistError):

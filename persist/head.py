@@ -22,7 +22,7 @@ class HeadFields(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name in self._apart:
-            raise KeyError(f"{name!r} is not part of a head: use store.load() or store.tail().")
+            raise KeyError(f"{name!r} is not part of a head: use store.load() or store.tail(), which is for lists.")
         return self._fields[name]
 
     def get(self, name: str, default: Any = None) -> Any:

@@ -5,8 +5,8 @@ msgspec does the work. It is fast, but quietly turns sets, bytes and dates into 
 surrogate) goes through the standard library. `decode` trusts its input; `decode_strict` is for files that no
 checksum vouches for.
 
-Limits: 200 levels of nesting, integers up to 4,300 digits; a document has at most 512 MiB and 10 million values, which
-also ends the check of a list that contains itself many times over.
+Limits: 200 levels of nesting, integers up to 4,300 digits; a document has at most 512 MiB, and an
+item 10 million values, which also ends the check of a list that contains itself many times over.
 """
 
 from __future__ import annotations

@@ -75,8 +75,14 @@ def _left_behind(files: SessionDirectory) -> list[tuple[str, Path, bool]]:
                 # Nobody knows what the document would say of it.
                 continue
             header = None
-            with contextlib.suppress(errors.PersistError), files.looking_at(session_id) as paths:
-                header = document.read_head(paths.document, session_id).header
+            try:
+                with files.looking_at(session_id) as paths:
+                    header = document.read_head(paths.document, session_id).header
+            except errors.SessionNotFound:
+                pass
+            except errors.PersistError:
+                # The document may name it, and the problem that it has is told already.
+                continue
             with contextlib.suppress(OSError):
                 if header is None or header.journal != journal[1]:
                     found.append((session_id, path, is_left_over(path, journal[1], header)))

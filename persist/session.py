@@ -226,8 +226,9 @@ class Session:
         elif there.header.commit == base.header.commit:
             self._base = replace(base, tried=None)
         else:
-            reason = "a save was cut off, and nobody can tell whether it was committed: load the session anew"
-            raise errors.MergeConflict(path=(), reason=reason, base=None, mine=None, theirs=None)
+            reason = "a save was cut off, and nobody can tell whether it was committed"
+            remedy = "This object cannot go on: load the session anew, and see what is there."
+            raise errors.MergeConflict(path=(), reason=reason, remedy=remedy, base=None, mine=None, theirs=None)
 
     def _refuse_removal(self, there: Replica, merged: Content, changes: tuple[diff.Change, ...]) -> None:
         """Refuse to remove messages in the middle of a turn: there it is an accident (hermes-webui #4205)."""

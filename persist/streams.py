@@ -30,7 +30,7 @@ from persist.arguments import require_flags
 from persist.event_log import Ended, EventFiles, Fenced
 from persist.storage import disk, layout, lease
 from persist.storage.cache import Replica
-from persist.storage.content import Content, Id
+from persist.storage.content import ALWAYS_APART, Content, Id
 from persist.storage.diff import Change
 from persist.storage.document import Head, Header
 from persist.storage.transaction import SessionFiles, Transaction
@@ -90,7 +90,7 @@ def _trying_lease(tx: Transaction, stream_id: object) -> lease.Probe:
     if not layout.is_stream_id(stream_id):
         return lease.Probe(is_dead=True)
     with tx.refusals():
-        disk.check_directory(tx.paths.directory / layout.LEASES)
+        disk.check_directory(tx.paths.leases)
         return lease.probe(tx.paths.lease(str(stream_id)))
 
 
@@ -135,7 +135,7 @@ def start(
                 raise _unusable(stream_id, "it is the id of the stream that died")
             if stale_id is not None or copy.fields.get("pending_user_message"):
                 # Without a stream, too: of an old server that was stopped, they may be the prompt's only copy.
-                _interrupt(copy)
+                _interrupt(copy, stale_id)
             _set_fields(copy, fields)
             turn.begin(copy, stream_id, prompt)
             changed = copy.changed()  # raises what it has to, before anything is done
@@ -173,6 +173,8 @@ def _set_fields(copy: WorkingCopy, fields: Mapping[str, Any] | None) -> None:
     for name, value in (fields or {}).items():
         if name in turn.IDLE:
             raise errors.ReservedField(field=name, remedy="The stream verbs set it.")
+        if name in ALWAYS_APART:
+            raise errors.ReservedField(field=name, remedy="Add to it with append(), or in a transaction.")
         copy.fields[name] = value
 
 
@@ -190,7 +192,7 @@ def _refuse_started(tx: Transaction, copy: WorkingCopy, prompt: turn.Message, *,
         what = f"stream {live_id} runs it"
         facts = {"stream_id": live_id, "answer": None, "what": what, "remedy": "Follow that stream."}
     elif has_finished and not is_own:
-        remedy = "Its answer is an attribute of this error."
+        remedy = "Its answer is an attribute of this error." if answer is not None else "It finished without an answer."
         facts = {"stream_id": None, "answer": answer, "what": "its turn has finished", "remedy": remedy}
     else:
         return
@@ -237,21 +239,21 @@ def clear_stale(
     """
     with backend.files.transaction(session_id, timeout_s) as tx:
         copy = WorkingCopy(tx.read(), tx)
-        if not _is_active(copy, stream_id) or incarnation not in (None, copy.header.incarnation):
+        active = active_in(copy.committed)
+        if not _is_same(active, stream_id) or incarnation not in (None, copy.header.incarnation):
             return None
         with _trying_lease(tx, stream_id) as is_dead:
-            return _take_away(backend, tx, copy, "died") if is_dead else None
+            return _take_away(backend, tx, copy, active, "died") if is_dead else None
 
 
-def _is_active(copy: WorkingCopy, stream_id: object) -> bool:
-    active = active_in(copy.committed)
+def _is_same(active: Any, stream_id: object) -> bool:
     return active is not None and json_codec.same(active, stream_id)
 
 
-def _take_away(backend: Backend, tx: Transaction, copy: WorkingCopy, ended: Ended) -> Cleared:
+def _take_away(backend: Backend, tx: Transaction, copy: WorkingCopy, stream_id: Any, ended: Ended) -> Cleared:
     """End the active stream without its owner: dead, or overruled by a forced cancel. The epoch fences an owner off."""
-    before, stream_id = tx.read(), active_in(copy.committed)
-    _interrupt(copy)
+    before = tx.read()
+    _interrupt(copy, stream_id)
     if ended != "died":
         # Before: an owner that lives may emit at any moment, and asks for no lock.
         with tx.refusals():
@@ -264,8 +266,8 @@ def _take_away(backend: Backend, tx: Transaction, copy: WorkingCopy, ended: Ende
     return Cleared(before, after, changed[1])
 
 
-def _interrupt(copy: WorkingCopy) -> None:
-    owner = owner_of(copy.header, active_in(copy.committed))
+def _interrupt(copy: WorkingCopy, stream_id: Any) -> None:
+    owner = owner_of(copy.header, stream_id)
     if owner is None:
         turn.interrupt_foreign(copy)
     else:
@@ -280,7 +282,7 @@ def sweep_lease(backend: Backend, session_id: str, stream_id: str, *, timeout_s:
             if not is_dead:
                 return False
             if copy is not None and active_in(copy.committed) == stream_id:
-                _take_away(backend, tx, copy, "died")
+                _take_away(backend, tx, copy, stream_id, "died")
                 return True
             _remove_lease(tx, stream_id)
             return False
@@ -289,12 +291,12 @@ def sweep_lease(backend: Backend, session_id: str, stream_id: str, *, timeout_s:
 def cancel(backend: Backend, tx: Transaction, stream_id: str, *, force: bool) -> bool:
     """Ask a stream to end, or end it. See `Store.cancel`."""
     copy = WorkingCopy(tx.read(), tx)
-    if not _is_active(copy, stream_id):
+    if not _is_same(active_in(copy.committed), stream_id):
         return False
     with _trying_lease(tx, stream_id) as is_dead:
         owner = owner_of(copy.header, stream_id)
         if is_dead or force or owner is None:
-            _take_away(backend, tx, copy, "died" if is_dead else "cancelled")
+            _take_away(backend, tx, copy, stream_id, "died" if is_dead else "cancelled")
         elif owner.cancelled:
             tx.confirm()
         else:

@@ -297,7 +297,7 @@ class Fields(MutableMapping[str, Any]):
 
 
 class WorkingList(MutableSequence[Any]):
-    """A list of a session while a block changes it, to be used as any list.
+    """A list of a session while a block changes it: a `MutableSequence`, with `find`.
 
     It reads what it is asked for. What it was asked for is written with the commit, if it was changed.
     """

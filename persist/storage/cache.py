@@ -72,6 +72,9 @@ class Cache:
             _, freed = self._replicas.pop(session_id, (None, 0))
             self._replicas[session_id] = replica, cost
             self._total_bytes += cost - freed
-            while self._total_bytes > self._limit_bytes:
+            while self._total_bytes > self._limit_bytes and self._replicas:
                 _, (_, freed) = self._replicas.popitem(last=False)
                 self._total_bytes -= freed
+            if not self._replicas:
+                # An exception of a signal may have come between two steps.
+                self._total_bytes = 0

@@ -15,6 +15,7 @@ import errno
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from secrets import token_hex
 from typing import Literal
 
@@ -82,17 +83,18 @@ class Place:
 
     def refusals(self) -> Translating[None]:
         """Turn the disk's own errors in the block into `CommitFailed`: nothing of the commit is visible yet."""
-        return Translating(self._refuse, None)
-
-    def _refuse(self, error: BaseException) -> None:
-        if isinstance(error, OSError) and not isinstance(error, PersistError):
-            raise _failure(self, CommitFailed, error) from error
+        return Translating(partial(_refuse, self), None)
 
     def require_known(self) -> None:
         """Raise `CommitUnknown` after a commit of unknown outcome: nothing more is written or acknowledged."""
         reason = self.unknown.get(self.session_id)
         if reason is not None:
             raise CommitUnknown(session_id=self.session_id, path=self.paths.document, reason=reason, errno=None)
+
+
+def _refuse(place: Place, error: BaseException) -> None:
+    if isinstance(error, OSError) and not isinstance(error, PersistError):
+        raise _failure(place, CommitFailed, error) from error
 
 
 def _failure(place: Place, kind: type[PersistError], error: OSError) -> PersistError:
@@ -262,23 +264,24 @@ def write_document(
     """
     mark = None if place.is_marked else _tail_to_mark(before)
     is_journaled = not alone and place.options.wants_journal(header, content)
-    journals = [name for name in (before.header.folded, before.header.journal) if name] if before else []
+    journals = list(filter(None, (before.header.folded, before.header.journal))) if before else []
     try:
-        with place.refusals():
-            if len(journals) > 1 and disk.exists(left_over := place.paths.journal(journals[0])):
-                # A fold that was cut off did not remove it. It goes before the rename, because no header names it after
-                # that. The first sync is there because a power cut could bring the document back that needs it. The
-                # second one is done with a new journal's name otherwise.
+        if len(journals) > 1 and disk.exists(left_over := place.paths.journal(journals[0])):
+            # A fold that was cut off did not remove it. It goes before the rename, because no header names it after
+            # that. The first sync is there because a power cut could bring the document back that needs it. The
+            # second one is done with a new journal's name otherwise.
+            disk.sync_directory(place.paths.directory)
+            _remove([left_over])
+            if not is_journaled:
                 disk.sync_directory(place.paths.directory)
-                _remove([left_over])
-                if not is_journaled:
-                    disk.sync_directory(place.paths.directory)
-            return _publish(place, header, content, journals, mark, is_journaled=is_journaled)
-    except CommitFailed as failed:
-        if not isinstance(failed.__cause__, disk.SyncFailed):
-            raise
+        return _publish(place, header, content, journals, mark, is_journaled=is_journaled)
+    except PersistError:
+        raise
+    except OSError as error:
+        if not isinstance(error, disk.SyncFailed):
+            raise _failure(place, CommitFailed, error) from error
         if place.is_visible:
-            _doubt(place, failed.__cause__)
+            _doubt(place, error)
     # After a failed fsync once more, to other inodes.
     try:
         return _publish(place, header, content, journals, mark, is_journaled=is_journaled)
@@ -332,7 +335,8 @@ def _publish(
     finally:
         disk.close_directory(directory)
     # 7. What no longer counts goes last, as far as the disk lets it go.
-    _remove(map(paths.journal, journals))
+    if journals:
+        _remove(map(paths.journal, journals))
     place.unknown.pop(place.session_id, None)
     place.is_marked = False
     version = _version_of(paths.document, written)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -56,10 +57,11 @@ class SessionDirectory:
             raise Unreadable.because(self.layout.directory, error) from error
 
     def make_durable(self) -> None:
-        """Make the directory's own name durable, so that no commit in it is lost with it."""
-        with contextlib.suppress(PermissionError):
-            disk.sync_directory(self.layout.directory.parent)
-        self.is_durable = True
+        """Make the directory's own name durable, once, so that no commit in it is lost with it."""
+        if not self.is_durable:
+            with contextlib.suppress(PermissionError):
+                disk.sync_directory(self.layout.directory.parent)
+            self.is_durable = True
 
     def make_leases(self) -> None:
         """Make the directory of the leases. Its name is durable on return, so that a sweep finds what is in it."""
@@ -119,32 +121,13 @@ class SessionDirectory:
         """Return the paths of a session. One that the file system takes for another one is refused."""
         paths = self.layout.session(session_id)
         if self.ignores_case:
-            self.refuse_other_case(session_id, os.path.basename(paths.document))
+            _refuse_other_case(self.layout.directory, session_id, os.path.basename(paths.document))
         return paths
-
-    def refuse_other_case(self, session_id: str, mine: str) -> None:
-        """Raise `InvalidSessionId` if a file has that name but for upper and lower case."""
-        for name in disk.names(self.layout.directory):
-            if name != mine and name.lower() == mine.lower():
-                reason = f"on this file system it is the same name as {name.removesuffix('.json')!r}."
-                raise InvalidSessionId(session_id=session_id, reason=reason)
 
     def looking_at(self, session_id: str) -> Translating[layout.SessionPaths]:
         """Give the session's paths to a block, of which the errors become typed ones (see `raise_typed`)."""
-        return Translating(partial(self.raise_typed, session_id=session_id), self.paths_of(session_id))
-
-    def raise_typed(self, error: BaseException, session_id: str) -> None:
-        """Raise a typed error in the place of the disk's own.
-
-        So is what cannot be decoded, although its checksum is right: somebody has sealed it.
-        """
-        path = self.layout.session(session_id).document
-        if isinstance(error, FileNotFoundError):
-            raise SessionNotFound(session_id=session_id, path=path) from None
-        if isinstance(error, json_codec.Undecodable):
-            raise mislabelled(path, session_id) from None
-        if isinstance(error, OSError) and not isinstance(error, PersistError):
-            raise Unreadable.because(path, error) from error
+        paths = self.paths_of(session_id)
+        return Translating(partial(raise_typed, session_id=session_id, path=paths.document), paths)
 
     # --- all sessions ---
 
@@ -176,11 +159,14 @@ class SessionDirectory:
         return []
 
     def names(self, directory: Path | None = None) -> list[str]:
-        """Return the names of all files, unsorted. None of a directory that is missing."""
+        """Return the names of all files, unsorted. None of a directory that is missing, but for the store's own."""
         try:
             if directory is not None:
                 disk.check_directory(directory)
-            return disk.names(directory or self.layout.directory)
+            found = disk.names(directory or self.layout.directory)
+            if not found and not disk.exists(self.layout.directory):
+                raise FileNotFoundError(errno.ENOENT, "it is gone")
+            return found
         except PersistError:
             raise
         except OSError as error:
@@ -198,16 +184,35 @@ class SessionDirectory:
                 yield os.path.join(self.layout.directory, file_name), found[1]
 
 
+def raise_typed(error: BaseException, session_id: str, path: str) -> None:
+    """Raise a typed error in the place of the disk's own about a document.
+
+    So is what cannot be decoded, although its checksum is right: somebody has sealed it.
+    """
+    if isinstance(error, FileNotFoundError):
+        raise SessionNotFound(session_id=session_id, path=path) from None
+    if isinstance(error, json_codec.Undecodable):
+        raise mislabelled(path, session_id) from None
+    if isinstance(error, OSError) and not isinstance(error, PersistError):
+        raise Unreadable.because(path, error) from error
+
+
+def _refuse_other_case(directory: Path, session_id: str, mine: str) -> None:
+    """Raise `InvalidSessionId` if a file has that name but for upper and lower case."""
+    for name in disk.names(directory):
+        if name != mine and name.lower() == mine.lower():
+            reason = f"on this file system it is the same name as {name.removesuffix('.json')!r}."
+            raise InvalidSessionId(session_id=session_id, reason=reason)
+
+
 def _last_values(head: Head, last: Callable[[str, int], list[bytes]], name: str, limit: int) -> list[Any]:
     """Return the last items of a list. `last` knows those of a list that stands apart."""
     if head.counts.get(name) is not None:
         return list(map(json_codec.decode, last(name, limit)))
     value = json_codec.decode(head.fields[name]) if name in head.fields else None if name in head.counts else []
     if type(value) is not list:
-        what = f"field {name!r} of the document"
-        raise WrongType(
-            what=what, expected="a list", got="a value that stands apart" if value is None else type(value).__name__
-        )
+        got = "a large value of another kind" if name in head.counts else type(value).__name__
+        raise WrongType(what=f"field {name!r} of the document", expected="a list", got=got)
     return value[max(0, len(value) - limit) :]
 
 

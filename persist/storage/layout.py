@@ -128,7 +128,7 @@ class SessionPaths:
     document: str
     lock: str
     temp: str
-    _lease: str
+    leases: str
     _events: str
 
     @classmethod
@@ -137,14 +137,14 @@ class SessionPaths:
         name = name_of(check_session_id(session_id))
         document = os.path.join(directory, f"{name}{DOCUMENT}")
         file_id = session_id if is_hashed(name) else None
-        lease, events = (os.path.join(directory, folder, f"{name}.") for folder in (LEASES, EVENTS))
-        return cls(directory, name, file_id, document, f"{document}{_LOCK}", f"{document}{_TEMP}", lease, events)
+        leases, events = os.path.join(directory, LEASES), os.path.join(directory, EVENTS, f"{name}.")
+        return cls(directory, name, file_id, document, f"{document}{_LOCK}", f"{document}{_TEMP}", leases, events)
 
     def journal(self, journal: str) -> str:
         return f"{self.document.removesuffix(DOCUMENT)}.{journal}.journal"
 
     def lease(self, stream_id: str) -> str:
-        return self._lease + stream_id
+        return f"{self.leases}{os.sep}{self.name}.{stream_id}"
 
     def events(self, stream_id: str) -> str:
         return self._events + stream_id

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from weakref import ref
 
-from persist.errors import CommitFailed, LockTimeout, NestedLock, PersistError, SessionNotFound
+from persist.errors import CommitFailed, LockTimeout, NestedLock, PersistError, Unreadable
 from persist.storage import turnstile
 from persist.storage.held import HeldFile, table
 
@@ -47,7 +47,7 @@ class Hold:
         timeout_s: seconds to wait in all, for other threads and for other processes.
 
     Attributes:
-        thread: the thread that asked for it, 0 before that.
+        thread: the native id of the thread that asked for it, 0 before that.
         given: locked while that waits for other threads.
     """
 
@@ -69,10 +69,11 @@ class Hold:
         Raises:
             LockTimeout: not free in time; it names the holder.
             NestedLock: this thread holds a session's lock, or waits for one: in a signal handler, say.
-            SessionNotFound: its directory is gone.
+            Unreadable: its directory is gone.
             CommitFailed: the lock file cannot be opened.
         """
-        thread = threading.get_ident()
+        # The kernel's number. `get_ident` gives that of a thread that has ended to the next one.
+        thread = threading.get_native_id()
         outer = _hold_of[thread]() if thread in _hold_of else None
         # Where the table is owned, this is a signal handler (or a finaliser) in the middle of opening or closing a
         # lock: to wait here would stop everybody.
@@ -84,9 +85,11 @@ class Hold:
             _hold_of[thread] = self._me
             with table:
                 queue = _queues.setdefault(self.path, deque())
-                queue.append(self._me)
-                if queue[0] is not self._me:
+                if queue:
+                    _give_to_first(queue)
+                if queue:
                     self.given.acquire()
+                queue.append(self._me)
             if self.given.locked() and not self.given.acquire(timeout=min(self.timeout_s, threading.TIMEOUT_MAX)):
                 remedy = "leave that thread's transaction sooner: it must not wait for others who write this session"
                 holder = f"this process (pid {self._pid}), thread {_thread_that_holds(self.path)!r}"
@@ -100,7 +103,7 @@ class Hold:
             if isinstance(error, PersistError):
                 raise
             if isinstance(error, FileNotFoundError):
-                raise SessionNotFound(session_id=self.session_id, path=os.path.dirname(self.path)) from None
+                raise Unreadable(path=os.path.dirname(self.path), reason="it is gone", errno=error.errno) from None
             reason = error.strerror or type(error).__name__
             facts: dict[str, Any] = {"path": self.path, "reason": reason, "errno": error.errno}
             raise CommitFailed(session_id=self.session_id, **facts) from error
@@ -152,13 +155,12 @@ class Hold:
                     with table:
                         queue = _queues.get(self.path) or deque()
                         if self._me in queue:
-                            was_first = queue[0] is self._me
                             queue.remove(self._me)
-                            if not queue:
-                                del _queues[self.path]
-                            elif was_first and (following := queue[0]()) is not None:
-                                # Also if this one's turn came too late.
-                                following.given.release()
+                        if queue:
+                            # Also if this one's turn came too late, or if it was removed before, and no more was done.
+                            _give_to_first(queue)
+                        else:
+                            _queues.pop(self.path, None)
                 finally:
                     if _hold_of.get(self.thread) is self._me:
                         del _hold_of[self.thread]
@@ -166,8 +168,16 @@ class Hold:
 
     def __del__(self) -> None:
         # An exception of a signal may have come between any two steps.
-        if self.thread:
+        if getattr(self, "thread", 0):
             self.release()
+
+
+def _give_to_first(queue: deque[ref[Hold]]) -> None:
+    """Let the first hold of a queue go on, if it waits. One that is gone has given up its place."""
+    while queue and (first := queue[0]()) is None:
+        queue.popleft()
+    if queue and first is not None and first.given.locked():
+        first.given.release()
 
 
 def _process_that_holds(path: str) -> str:
@@ -189,7 +199,7 @@ def _process_that_holds(path: str) -> str:
 def _thread_that_holds(path: str) -> str:
     queue = _queues.get(path)
     first = queue[0]() if queue else None
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    names = {thread.native_id: thread.name for thread in threading.enumerate()}
     return "unknown" if first is None else names.get(first.thread, "unknown")
 
 

@@ -23,7 +23,7 @@ from persist.storage import commit, diff, disk, lock
 from persist.storage.cache import Replica
 from persist.storage.content import Content
 from persist.storage.diff import Change
-from persist.storage.directory import SessionDirectory, is_left_over, mislabelled, missing_journal
+from persist.storage.directory import SessionDirectory, is_left_over, mislabelled, missing_journal, raise_typed
 from persist.storage.document import Head, Header
 from persist.storage.held import HeldFile
 from persist.storage.journal import Overtaken
@@ -105,7 +105,7 @@ class Transaction(commit.Place):
                 found = self._caught_up(kept) if kept is not None and kept.version == version else None
                 self._replica = found or self._read_anew()
             except (OSError, json_codec.Undecodable) as error:
-                self._files.raise_typed(error, self.session_id)
+                raise_typed(error, self.session_id, self.paths.document)
                 raise
         return self._replica
 
@@ -238,6 +238,8 @@ class Transaction(commit.Place):
         """
         self.require_lock()
         self.require_known()
+        with self.refusals():
+            self._files.make_durable()
         # By what the files say. A replica may go back to before the damage.
         self._forget()
         self._files.cache.take(self.session_id)
@@ -343,5 +345,5 @@ class Locked(lock.Hold):
 
     def __del__(self) -> None:
         # An exception of a signal may have kept `__exit__` from running.
-        if self.thread:
+        if getattr(self, "thread", 0):
             self.__exit__(None, None, None)

@@ -174,7 +174,7 @@ def test_a_link_to_a_store_is_that_store(base: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777])
 def test_a_store_in_a_world_writable_directory_is_private_itself(mode: int, base: Path) -> None:
-    """Others cannot look or reach in. They can move it away, where the parent has no sticky bit: then it is not found,
+    """Others cannot look or reach in. They can move it away, where the parent has no sticky bit: then it is an error,
     and a new one that they put in its place is another store, whose sessions no older object saves into."""
     parent = base / "shared"
     parent.mkdir()
@@ -186,8 +186,10 @@ def test_a_store_in_a_world_writable_directory_is_private_itself(mode: int, base
     with pytest.raises(persist.SessionNotFound):
         store.load("s")
     session.data["a"] = 2
-    with pytest.raises(persist.SessionDeleted):
+    with pytest.raises(persist.Unreadable):
         session.save()
+    with pytest.raises(persist.Unreadable):
+        store.ids()
     persist.Store(parent / "sessions").create("s", {"a": "theirs"})
     with pytest.raises(persist.SessionDeleted):
         session.save()

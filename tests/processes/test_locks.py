@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from weakref import ref
 
 import pytest
 from actors import DEADLINE_S, Actor, eventually
@@ -168,6 +169,75 @@ def test_releasing_twice_is_releasing_once(hold: HoldFactory) -> None:
     in_another_thread(second.acquire)
     first.release()
     refused(hold(0))
+
+
+def waiting_behind(first: lock.Hold, waiter: lock.Hold) -> threading.Thread:
+    """A thread in which a hold waits for another one."""
+    thread = threading.Thread(target=waiter.acquire)
+    thread.start()
+    eventually(lambda: len(lock._queues[first.path]) == 2)
+    return thread
+
+
+def test_place_that_was_given_up_by_halves_is_given_up(hold: HoldFactory) -> None:
+    """A signal may come between the two steps of a release: the next attempt wakes who waits."""
+    first, second = hold(0), hold(DEADLINE_S)
+    first.acquire()
+    thread = waiting_behind(first, second)
+    lock._queues[first.path].remove(first._me)
+    first.release()
+    thread.join(DEADLINE_S)
+    assert second._file is not None
+    second.release()
+    assert first.path not in lock._queues
+
+
+def test_hold_that_was_cut_off_before_it_waits_disturbs_nobody(hold: HoldFactory) -> None:
+    """It has a place in the queue, and waits for nothing. The verb before it must not fail for that."""
+    first, cut_off = hold(0), hold(0)
+    first.acquire()
+    lock._queues[first.path].append(cut_off._me)
+    first.release()
+    lock._queues.clear()
+
+
+def test_hold_that_is_gone_has_given_up_its_place(hold: HoldFactory) -> None:
+    """Whatever kept its finaliser from its work: the next one, and who waits already, go on."""
+    first, second, third = hold(0), hold(DEADLINE_S), hold(DEADLINE_S)
+    first.acquire()
+    thread = waiting_behind(first, second)
+    assert first._file is not None
+    first._file.close()
+    # As if its finaliser had failed: a reference to nothing stands in its place.
+    lock._queues[first.path][0] = ref(hold(0))
+    another = threading.Thread(target=third.acquire)
+    another.start()
+    thread.join(DEADLINE_S)
+    assert second._file is not None
+    second.release()
+    another.join(DEADLINE_S)
+    assert third._file is not None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems give numbers in another way")
+def test_thread_that_got_the_number_of_an_ended_one_holds_nothing(store: persist.Store) -> None:
+    """A block is entered in a thread that ends, and left later. Fails if threads are told apart by `get_ident`."""
+    for name in ("a", "b"):
+        store.create(name, {"log": []})
+    block = store.transaction("a")
+    entering = threading.Thread(target=block.__enter__)
+    entering.start()
+    entering.join(DEADLINE_S)
+    numbers: set[int | None] = set()
+    for number in range(200):
+        thread = threading.Thread(target=store.append, args=("b", "log", number))
+        thread.start()
+        numbers.add(thread.ident)
+        thread.join(DEADLINE_S)
+        if entering.ident in numbers:
+            break
+    assert store.load("b").data["log"] == list(range(number + 1))
+    assert block.__exit__(None, None, None) is not True
 
 
 def test_sessions_do_not_wait_for_each_other(directory: Path, store: persist.Store, actor: ActorFactory) -> None:

@@ -350,7 +350,7 @@ CASES: dict[type[persist.PersistError], Case] = {
     ),
     errors.LockNotHeld: Case(
         lock_not_held,
-        ("The lock of session 's' is not held", "nothing was written", "Start over"),
+        ("The lock of session 's' is not held", "nothing was written", "Begin a new transaction"),
         {"session_id": "s"},
         RuntimeError,
     ),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import pytest
 import persist
 import persist.aio
 from persist import content_merge, json_codec, watch
-from persist.storage import content, disk
+from persist.storage import content, disk, lock
 from persist.storage.content import ALWAYS_FIELD, Items, encoded, window
+from persist.storage.transaction import Locked
 
 
 @pytest.fixture
@@ -215,3 +218,65 @@ def test_verb_that_was_refused_a_thread_is_not_done_later(
 
     asyncio.run(run())
     assert store.load("s").data["n"] == 1
+
+
+def test_journal_of_a_document_that_was_edited_is_no_left_over(store: persist.Store) -> None:
+    """Its commits are what `accept` takes with the edit: nobody must be told to remove it."""
+    journaled = persist.Store(store.path, journal="always")
+    journaled.create("s", {"title": "t", "messages": []})
+    journaled.append("s", "messages", {"id": "m1"})
+    path = store.path / "s.json"
+    path.write_bytes(path.read_bytes().replace(b'"title":"t"', b'"title":"u"'))
+    assert [problem.kind for problem in store.check()] == ["corrupt"]
+    store.accept("s")
+    assert ids(store) == ["m1"]
+
+
+def test_directory_that_is_gone_is_an_error_and_no_empty_store(store: persist.Store) -> None:
+    """F18: a lost mount must not look like a store without sessions, nor its sessions like deleted ones."""
+    store.create("s")
+    shutil.rmtree(store.path)
+    looks: list[Callable[[], object]] = [store.ids, lambda: list(store.heads()), store.streams, store.check]
+    looks += [lambda: store.create("n"), lambda: store.append("s", "messages", {"id": "m"}, create=True)]
+    for use in looks:
+        with pytest.raises(persist.Unreadable, match="it is gone"):
+            use()
+
+
+def test_save_that_was_cut_off_names_the_one_way_out(store: persist.Store) -> None:
+    """`refresh` and a preference fail always then. Only a load helps."""
+    session = store.create("s", {"n": 0, "messages": []})
+    session._base = replace(session._base, tried=("0" * 16, session._base.content))
+    store.append("s", "messages", {"id": "m1"})
+    with pytest.raises(persist.MergeConflict, match="load the session anew") as caught:
+        session.save()
+    assert "refresh" not in str(caught.value)
+
+
+def test_hold_that_was_cut_off_while_it_was_made_is_dropped_in_silence() -> None:
+    """An exception of a signal may come before its first attribute is set."""
+    for kind in (lock.Hold, Locked):
+        kind.__new__(kind).__del__()
+
+
+def test_start_that_is_repeated_says_that_there_is_no_answer(store: persist.Store) -> None:
+    """A turn may finish without one."""
+    store.create("s")
+    prompt = {"id": "p", "role": "user", "content": "q"}
+    store.start_stream("s", prompt, once=True).finish()
+    with pytest.raises(persist.AlreadyStarted, match="without an answer") as caught:
+        store.start_stream("s", prompt, once=True)
+    assert caught.value.answer is None
+    with pytest.raises(persist.ReservedField, match="append"):
+        store.start_stream("s", fields={"messages": []})
+
+
+def test_count_of_the_cache_that_a_signal_has_spoilt_stops_no_verb(store: persist.Store) -> None:
+    """With more counted than is there, a put drops what it has, and counts anew. Fails with a bare KeyError."""
+    journaled = persist.Store(store.path, journal="always", cache_bytes=0)
+    journaled.create("s", {"messages": []})
+    cache = journaled._backend.files.cache
+    cache._total_bytes = 10_000
+    for number in range(3):
+        journaled.append("s", "messages", {"id": f"m{number}"})
+    assert (ids(store), cache._total_bytes) == (["m0", "m1", "m2"], 0)

@@ -323,7 +323,7 @@ MUTANTS = (
         "replica: the bound of the cache",
         CACHE,
         "Cache.put",
-        condition("self._total_bytes > self._limit_bytes", "False"),
+        condition("self._total_bytes > self._limit_bytes and self._replicas", "False"),
         REPLICA,
         "within_the_bound",
     ),

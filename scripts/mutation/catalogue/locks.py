@@ -22,7 +22,7 @@ TURNSTILE = "storage/turnstile.py"
 
 # The lock file is opened, and whether it is locked does not matter.
 NO_FILE_LOCK = condition("turnstile.is_taken(self._file.fd) or not self._file.try_lock()", "False")
-NO_QUEUE = Change(LOCK, "Hold.acquire", condition("queue[0] is not self._me", "False"))
+NO_QUEUE = Change(LOCK, "Hold.acquire", drop_call("self.given.acquire"))
 NOTHING_CLOSED = drop_call("os.close")
 REMOVED = "file_that_was_removed"
 
@@ -88,9 +88,25 @@ MUTANTS = (
         "the turn that is passed on by who came too late",
         LOCK,
         "Hold.release",
-        drop_call("following.given.release"),
+        drop_call("_give_to_first"),
         LOCKS,
         "passed_on or served_in_their_order",
+    ),
+    Mutant(
+        "the place of a hold that is gone",
+        LOCK,
+        "_give_to_first",
+        condition("queue and (first := queue[0]()) is None", "IT and False"),
+        LOCKS,
+        "that_is_gone",
+    ),
+    Mutant(
+        "the number of a thread that no other gets soon",
+        LOCK,
+        "Hold.acquire",
+        replace_call("threading.get_native_id", "threading.get_ident()"),
+        LOCKS,
+        "number_of_an_ended_one",
     ),
     _waiting(
         "the turnstile before polling",

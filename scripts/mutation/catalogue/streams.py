@@ -33,7 +33,7 @@ REMEMBERED_HERE = Change(
     ),
 )
 
-COMPARE = drop_operand("not _is_active(copy, stream_id)")
+COMPARE = drop_operand("not _is_same(active, stream_id)")
 FENCE = "owner is None or active_stream_id != self.id or header.epoch != self.epoch"
 
 MUTANTS = (
