@@ -953,7 +953,7 @@ def test_of_two_messages_with_one_id_the_last_is_meant(any_store: persist.Store)
 
 
 @pytest.mark.parametrize("fold_bytes", [1, math.inf])
-@pytest.mark.parametrize("step", ["write_at", "sync_data", "replace", "sync_directory", "put", "_version_of"])
+@pytest.mark.parametrize("step", ["write_at", "sync_data", "replace", "sync_directory", "put", "_version_of", "Replica"])
 def test_append_that_was_cut_off_is_idempotent(
     journaled: persist.Store, monkeypatch: pytest.MonkeyPatch, step: str, fold_bytes: float
 ) -> None:
@@ -963,14 +963,14 @@ def test_append_that_was_cut_off_is_idempotent(
     """
     append(journaled, 1)
     journaled._backend.files.options.fold_bytes = fold_bytes
-    place: Any = {"put": Cache, "_version_of": commit}.get(step, disk)
+    place: Any = {"put": Cache, "_version_of": commit, "Replica": commit}.get(step, disk)
     real = getattr(place, step)
     number = 1
     for is_behind in (False, True):
 
-        def cut_off(*arguments: Any, is_behind: bool = is_behind) -> Any:
+        def cut_off(*arguments: Any, is_behind: bool = is_behind, **options: Any) -> Any:
             if is_behind:
-                real(*arguments)
+                real(*arguments, **options)
             raise KeyboardInterrupt
 
         number += 1

@@ -193,7 +193,7 @@ MUTANTS = (
         "Session.save",
         drop_context("self._alone()"),
         SHARED_SESSIONS,
-        "exclude_each_other",
+        "exclude_each_other or waits_for_the_one",
     ),
     _saved(
         "the refusal of a verb in the middle of one",
