@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPResponse
 from itertools import cycle
@@ -108,7 +109,11 @@ class Server:
 
     def event_files_open(self) -> int:
         """How many descriptors of the server are on events."""
-        names = [link.readlink() for link in Path(f"/proc/{self.process.pid}/fd").iterdir() if link.is_symlink()]
+        names = []
+        for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            # It may be closed in between.
+            with suppress(FileNotFoundError):
+                names.append(link.readlink())
         return sum(name.parent.name == ".events" for name in names)
 
     def end(self, signal_number: int) -> None:
