@@ -953,7 +953,9 @@ def test_of_two_messages_with_one_id_the_last_is_meant(any_store: persist.Store)
 
 
 @pytest.mark.parametrize("fold_bytes", [1, math.inf])
-@pytest.mark.parametrize("step", ["write_at", "sync_data", "replace", "sync_directory", "put", "_version_of", "Replica"])
+@pytest.mark.parametrize(
+    "step", ["write_at", "sync_data", "replace", "sync_directory", "put", "_version_of", "Replica"]
+)
 def test_append_that_was_cut_off_is_idempotent(
     journaled: persist.Store, monkeypatch: pytest.MonkeyPatch, step: str, fold_bytes: float
 ) -> None:
