@@ -129,7 +129,7 @@ def _advice(kind: type) -> str:
 
 def encode_exact(value: Any, path: ValuePath = ()) -> bytes:
     """Check and encode a value."""
-    # Most messages hold nothing but strings.
+    # Most messages hold nothing but strings: they need no walk, and no call of `encode`.
     if type(value) is not dict or not {*map(type, value)} <= _KEYS or not {*map(type, value.values())} <= _PLAIN:
         check(value, path)
     try:

@@ -18,12 +18,7 @@ from persist.merge import Policy, Preference, count_removed
 from persist.patch import patch
 from persist.storage import diff
 from persist.storage.cache import Replica
-from persist.storage.content import (
-    Content,
-    Items,
-    decode,
-    encoded,
-)
+from persist.storage.content import Content, Items, decode, encoded
 from persist.storage.document import Header
 from persist.storage.transaction import Transaction
 from persist.streams import Backend

@@ -144,7 +144,7 @@ class Store:
     def _locked(self, session_id: str, timeout_s: float | None) -> Locked:
         """Hold a session's lock for a block."""
         if self._is_closed:
-            self._open()
+            self._open()  # raises
         return self._backend.files.transaction(session_id, timeout_s)
 
     def _session(self, session_id: str, found: cache.Replica, *, is_durable: bool) -> Session:
@@ -411,6 +411,7 @@ class Store:
         touch: bool,
         timeout_s: float | None,
     ) -> str:
+        # What most callers give needs no look one by one.
         if type(field) is not str or field in turn.IDLE or key != "id" or create is not False or touch is not True:
             _require_list(field, key, touch, create)
         with self._locked(session_id, timeout_s) as tx:

@@ -166,6 +166,7 @@ def append_record(
     old = before.header
     is_same_fields = content.fields is before.content.fields or content.fields == before.content.fields
     is_same_head = is_same_fields and header.epoch == old.epoch and header.owner == old.owner
+    # As `Content.counts`. On this path each call counts: see tests/unit/test_costs.py.
     counts: dict[str, int | None] = {}
     for name, value in content.apart.items():
         counts[name] = value.count if isinstance(value, Items) else None

@@ -1,4 +1,4 @@
-"""What a large session costs: the last message of many, and small changes beside two lists of 8 MB."""
+"""What a large session costs: the last of many messages, small changes beside two lists of 8 MB, many such sessions."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ TAILED = (10_000, 100_000)
 #: As large as a message of the workload.
 RECORD = b"x" * 419 + b"\n"
 LIST_BYTES = 8 * 1024 * 1024
+#: As many as do not quite fill the cache of a store, and how large each is.
+SESSIONS, SESSION_BYTES = 65, 512 * 1024
 
 
 def last_message(directory: Path, effort: Effort) -> Findings:
@@ -97,3 +99,22 @@ def beside(directory: Path, effort: Effort) -> Findings:
 def _rename(store: persist.Store, title: str) -> None:
     with store.transaction(SESSION) as tx:
         tx.fields["title"] = title
+
+
+def rotation(directory: Path, effort: Effort) -> Findings:
+    """An append to one session of 0.5 MB, and to many of them in rotation."""
+    store = open_store(directory)
+    data = conversation(SESSION_BYTES // len(msgspec.json.encode(message(SESSION_BYTES))))
+    names = [f"s-{number}" for number in range(SESSIONS)]
+    for name in [SESSION, *names]:
+        store.create(name, data)
+        store.append(name, "messages", new_message())
+    turns, one = itertools.cycle(names), "one session"
+    many = f"{SESSIONS} sessions in rotation"
+    actions = {
+        one: Action(lambda: store.append(SESSION, "messages", new_message())),
+        many: Action(lambda: store.append(next(turns), "messages", new_message())),
+    }
+    seconds = interleaved(actions, effort)
+    table = compared(f"store.append() to sessions of {SESSION_BYTES // 1024} KiB", seconds, one)
+    return Findings([table], [at_most(f"append() to {many}, to one", 2.0, seconds[many] / seconds[one])])

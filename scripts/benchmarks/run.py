@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import persist
-from benchmarks import contest, large, looks, plots, processes, resources, small, stale
+from benchmarks import contest, large, looks, plots, processes, processor, resources, small, stale
 from benchmarks.measure import Effort, apart
 from benchmarks.tables import Findings, Target, print_table, print_targets
 from persist.storage import disk
@@ -111,8 +111,8 @@ def _others(plan: Plan) -> dict[Callable[..., Findings], tuple[Any, ...]]:
         large.beside: (plan.commits,),
         looks.heads: (plan.commits,),
         looks.openings: (plan.commits,),
-        looks.processor_time: (plan.blocks,),
-        looks.rotation: (plan.commits,),
+        processor.processor_time: (plan.blocks,),
+        large.rotation: (plan.commits,),
         small.lock_cycles: (plan.locks,),
         small.commits: (plan.commits,),
         small.neighbours: (plan.neighbour_effort, plan.neighbours, plan.neighbour_runs),

@@ -246,6 +246,22 @@ def test_what_is_acknowledged_without_a_commit_is_made_durable(
         assert seen == SYNCS[: 4 if mode == "always" else 3]
 
 
+def test_accept_makes_the_name_of_the_store_durable(one: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes another way to the disk than a commit, and another process may just have made the directory."""
+    path = one.path / "s.json"
+    path.write_bytes(path.read_bytes().replace(b'"messages":', b'"edited":1,\n"messages":'))
+    synced: list[Path] = []
+    real = disk.sync_directory
+
+    def sync_directory(path: Path, opened: int | None = None) -> None:
+        synced.append(path)
+        real(path, opened)
+
+    monkeypatch.setattr(disk, "sync_directory", sync_directory)
+    persist.Store(one.path).accept("s")
+    assert synced[0] == one.path.parent
+
+
 @pytest.mark.parametrize("mode", ["always", "never"])
 def test_answer_that_a_start_acknowledges_is_made_durable(
     one: persist.Store, monkeypatch: pytest.MonkeyPatch, mode: Literal["always", "never"]
