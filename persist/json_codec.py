@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Iterable
 from enum import Enum
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -80,7 +81,7 @@ def check(value: Any, path: ValuePath = ()) -> None:
                 other = next(type(key) for key in container if type(key) is not str)
                 raise NotJSON(path=here, reason=f"a key is {_name(other)}, and JSON has only string keys")
             # Most messages hold nothing but strings: one call tells.
-            if _PLAIN.issuperset(map(type, container.values())):
+            if PLAIN.issuperset(map(type, container.values())):
                 continue
             children: Iterable[tuple[str | int, Any]] = list(container.items())
         else:
@@ -88,7 +89,8 @@ def check(value: Any, path: ValuePath = ()) -> None:
         pending += [(child, (*here, key)) for key, child in children if _is_container(child, here, key)]
 
 
-_PLAIN = frozenset({str, bool, type(None)})
+#: The types of values that have one JSON each, and hold no other value.
+PLAIN = frozenset({str, bool, type(None)})
 _KEYS = frozenset({str})
 
 
@@ -97,7 +99,7 @@ def _is_container(value: Any, *path: Any) -> bool:
     kind = type(value)
     if kind is dict or kind is list:
         return True
-    if kind in _PLAIN or (kind is int and (value.bit_length() <= _SAFE_BITS or abs(value) < _MAX_INT)):
+    if kind in PLAIN or (kind is int and (value.bit_length() <= _SAFE_BITS or abs(value) < _MAX_INT)):
         return False
     if kind is float and math.isfinite(value):
         return False
@@ -130,7 +132,7 @@ def _advice(kind: type) -> str:
 def encode_exact(value: Any, path: ValuePath = ()) -> bytes:
     """Check and encode a value."""
     # Most messages hold nothing but strings: they need no walk, and no call of `encode`.
-    if type(value) is not dict or not {*map(type, value)} <= _KEYS or not {*map(type, value.values())} <= _PLAIN:
+    if type(value) is not dict or not {*map(type, value)} <= _KEYS or not {*map(type, value.values())} <= PLAIN:
         check(value, path)
     try:
         return _encode(value)
@@ -140,8 +142,10 @@ def encode_exact(value: Any, path: ValuePath = ()) -> bytes:
 
 def encode_unchecked(value: Any) -> bytes | None:
     """Encode a value that may have no exact JSON form: None if it has none at all."""
-    found = encode_lines_unchecked([value])
-    return None if found is None else found[:-1]
+    try:
+        return _encode(value)
+    except (TypeError, ValueError, RecursionError, OverflowError, msgspec.MsgspecError):
+        return None
 
 
 def encode_all_unchecked(items: list[Any]) -> list[bytes] | None:
@@ -167,6 +171,12 @@ def encode(value: Any, path: ValuePath = ()) -> bytes:
         return _encode(value)
     except UnicodeEncodeError:
         return _encode_surrogates(value, path)
+
+
+@lru_cache(maxsize=1024)
+def encode_key(name: str) -> bytes:
+    """Encode the name of a top-level value, and the colon behind it. Sessions have the same ones again and again."""
+    return encode(name, (name,)) + b":"
 
 
 def _encode_surrogates(value: Any, path: ValuePath) -> bytes:

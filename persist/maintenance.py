@@ -42,7 +42,7 @@ def check(backend: streams.Backend) -> list[Problem]:
             kind, what = "orphaned", f"holds commits of another {name} than is there. Put that one back, or remove the "
             what += "journal with them."
         problems.append(Problem(session_id, kind, path, f"{path} {what}"))
-    for path in sorted(files.layout.directory / name for name in files.names() if name.endswith(".json")):
+    for path in sorted(Path(files.layout.directory, name) for name in files.names() if name.endswith(".json")):
         document_name = layout.name_of_document(path.name)
         if document_name is None:
             remedy = f"For a session of that id its name is {_name_for(path.stem)}. Rename it, or move it away."
@@ -62,7 +62,7 @@ def _left_behind(files: SessionDirectory) -> list[tuple[str, Path, bool]]:
     found: list[tuple[str, Path, bool]] = []
     names = files.names()
     for file_name in names:
-        path = files.layout.directory / file_name
+        path = Path(files.layout.directory, file_name)
         left = layout.name_of_leftover(file_name)
         if left is not None:
             name, is_temp = left
@@ -77,7 +77,7 @@ def _left_behind(files: SessionDirectory) -> list[tuple[str, Path, bool]]:
             header = None
             try:
                 with files.looking_at(session_id) as paths:
-                    header = document.read_head(paths.document, session_id).header
+                    header = document.read_head(paths.document, session_id)[0].header
             except errors.SessionNotFound:
                 pass
             except errors.PersistError:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NoReturn, get_args
-from weakref import ref
+
+import msgspec
+from msgspec import structs
 
 from persist import errors, json_codec, streams, turn
 from persist.arguments import require_flags
@@ -24,9 +24,10 @@ from persist.storage.transaction import Transaction
 from persist.streams import Backend
 from persist.transaction import refuse_changed_stream_fields
 
+_PREFERENCES = get_args(Preference)
 
-@dataclass(frozen=True, slots=True)
-class _Base:
+
+class _Base(msgspec.Struct, frozen=True, eq=False):
     """The state of the disk that an object knows. One value, so an exception finds all of it old, or all of it new.
 
     Attributes:
@@ -44,10 +45,6 @@ class _Base:
     tried: tuple[str, Content] | None = None
 
 
-class _Verb:
-    """One verb of an object, while it is inside."""
-
-
 class Session:
     """One conversation, loaded. Change `data` in place, then `save`.
 
@@ -60,7 +57,7 @@ class Session:
     state of `data` that it has encoded, and a later edit is saved by the next one.
     """
 
-    __slots__ = ("__weakref__", "_backend", "_base", "_guard", "_inside", "_pid", "_policies", "data", "id")
+    __slots__ = ("__weakref__", "_backend", "_base", "_guard", "_pid", "_policies", "data", "id")
 
     def __init__(
         self, backend: Backend, policies: Mapping[str, Policy], session_id: str, found: Replica, *, is_durable: bool
@@ -71,11 +68,9 @@ class Session:
         self._backend = backend
         self._policies = policies
         self._base = _Base(found.header, found.content, is_durable)
-        # Taken inside the session's lock, never around it. Re-entrant, so that a signal handler gets an error instead
-        # of waiting for the thread that it interrupted.
+        # Taken inside the session's lock, never around it. It knows its thread, so that a signal handler gets an error
+        # instead of waiting for the thread that it interrupted.
         self._guard = threading.RLock()
-        #: The verb that is inside. One that is gone has left, even if an exception of a signal kept it from saying so.
-        self._inside: ref[_Verb] | None = None
         self._pid = os.getpid()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -92,21 +87,19 @@ class Session:
     def __reduce__(self) -> NoReturn:
         raise TypeError("A Session stays in its process: hand its id over, and load it there.")
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> threading.RLock:
+        """Return what keeps the verbs of other threads out of this object, for a block.
+
+        Raises:
+            NestedLock: this thread is inside already, and a signal handler or a finaliser asks again.
+        """
         if self._pid != os.getpid():
             # This child was forked while another thread may have been inside. That thread is not here: its verb is as
             # one that was cut off.
-            self._guard, self._inside, self._pid = threading.RLock(), None, os.getpid()
-        with self._guard:
-            if self._inside is not None and self._inside() is not None:
-                raise errors.NestedLock(session_id=self.id, held=self.id)
-            verb = _Verb()
-            try:
-                self._inside = ref(verb)
-                yield
-            finally:
-                self._inside = None
+            self._guard, self._pid = threading.RLock(), os.getpid()
+        if self._guard._is_owned():  # type: ignore[attr-defined]
+            raise errors.NestedLock(session_id=self.id, held=self.id)
+        return self._guard
 
     @property
     def revision(self) -> int:
@@ -162,8 +155,8 @@ class Session:
 
         Concurrency: holds the session's lock for read, merge and write, across threads and processes.
         """
-        if on_conflict not in get_args(Preference):
-            raise errors.WrongType(what="on_conflict", expected=" | ".join(get_args(Preference)), got=repr(on_conflict))
+        if on_conflict not in _PREFERENCES:
+            raise errors.WrongType(what="on_conflict", expected=" | ".join(_PREFERENCES), got=repr(on_conflict))
         require_flags(touch=touch)
         try:
             with self._backend.files.transaction(self.id, timeout_s) as tx, self._alone():
@@ -191,11 +184,11 @@ class Session:
             self._refuse_removal(there, merged, changes)
             streams.refuse_twins(there.header, there.content, merged)
             header = there.header.next(touch=touch)
-            self._base = replace(base, is_durable=False, tried=(header.commit, mine))
+            self._base = structs.replace(base, is_durable=False, tried=(header.commit, mine))
             try:
                 committed = tx.commit(header, merged, changes)
             except errors.CommitFailed:
-                self._base = replace(base, is_durable=False)
+                self._base = structs.replace(base, is_durable=False)
                 raise
         else:
             committed = there
@@ -219,7 +212,7 @@ class Session:
         if there.header.commit == commit_id:
             self._take(there, mine, is_durable=False)
         elif there.header.commit == base.header.commit:
-            self._base = replace(base, tried=None)
+            self._base = structs.replace(base, tried=None)
         else:
             reason = "a save was cut off, and nobody can tell whether it was committed"
             remedy = "This object cannot go on: load the session anew, and see what is there."
@@ -256,7 +249,7 @@ class Session:
             self._merge_in(committed, mine, is_durable=is_durable)
         except errors.MergeConflict:
             # The edit contradicts theirs. It stays, and the next save reports it.
-            self._base = replace(self._base, content=mine, is_whole=False, tried=None)
+            self._base = structs.replace(self._base, content=mine, is_whole=False, tried=None)
 
     def _merge_in(self, there: Replica, base: Content, *, is_durable: bool) -> None:
         """Bring what differs between `base` and what is committed into `data`."""
@@ -331,21 +324,26 @@ class Session:
         Raises:
             LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
-        # The fate of a save that was cut off shows only before the clear.
-        there = None if self._base.tried is None else self._read()
-        with self._alone():
-            # Refused in the middle of another verb, before anything is cleared.
-            if there is not None:
+        # In the middle of another verb it is refused before anything is cleared.
+        self._alone()
+        if self._base.tried is not None:
+            # The fate of a save that was cut off shows only before the clear.
+            there = self._read()
+            with self._alone():
                 self._recognise(there)
-            stream_id = self.active_stream_id
-        cleared = None
-        with suppress(errors.SessionNotFound):
-            if stream_id is not None:
-                incarnation = self._base.header.incarnation
-                cleared = streams.clear_stale(self._backend, self.id, stream_id, incarnation, timeout_s=timeout_s)
+        stream_id, incarnation = self.active_stream_id, self._base.header.incarnation
+        if stream_id is None:
+            return False
+        try:
+            cleared = streams.clear_stale(self._backend, self.id, stream_id, incarnation, timeout_s=timeout_s)
+        except errors.SessionNotFound:
+            return False
         if cleared is not None:
-            with self._alone(), suppress(errors.Unreadable):
-                self._show_cleared(cleared)
+            try:
+                with self._alone():
+                    self._show_cleared(cleared)
+            except errors.Unreadable:
+                pass  # it is cleared, and the next verb meets the disk again
         return cleared is not None
 
     def _show_cleared(self, cleared: streams.Cleared) -> None:
@@ -369,8 +367,9 @@ class Session:
         """
         base, wanted, data = self._base.content, cleared.after.content, self.data
         names = [name for name in {**base.fields, **wanted.fields} if base.fields.get(name) != wanted.fields.get(name)]
-        if any(_json_in(data, name) != base.fields.get(name) for name in names):
-            return False
+        for name in names:
+            if (json_codec.encode_unchecked(data[name]) if name in data else None) != base.fields.get(name):
+                return False
         slices = []
         for change in cleared.changes:
             items, live, stop = base.get(change.name), data.get(change.name), change.at + change.remove
@@ -400,12 +399,8 @@ class Session:
         except errors.MergeConflict:
             current = encoded(self.data, base.content)
             content = with_stream_fields_of(there.content, base.content)
-            known = replace(base, content=content, is_whole=False)
+            known = structs.replace(base, content=content, is_whole=False)
             self._show(current, with_stream_fields_of(there.content, current), known)
 
     def _deleted(self) -> errors.SessionDeleted:
         return errors.SessionDeleted(session_id=self.id, path=self._backend.files.layout.session(self.id).document)
-
-
-def _json_in(data: dict[str, Any], name: str) -> bytes | None:
-    return json_codec.encode_unchecked(data[name]) if name in data else None

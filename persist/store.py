@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ class Store:
     @property
     def path(self) -> Path:
         """The store's directory, absolute."""
-        return self._backend.files.layout.directory
+        return Path(self._backend.files.layout.directory)
 
     def close(self) -> None:
         """Refuse further verbs with `StoreClosed`. Streams that run go on, and sessions that are loaded can still be
@@ -650,12 +651,19 @@ def _encoded_items(field: str, items: Iterable[Any]) -> list[bytes]:
     return lines
 
 
-def _directory(path: object, *, create: bool) -> Path:
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in str(path):
+def _directory(path: object, *, create: bool) -> str:
+    """Return the real path of a store's directory, which need not be there yet.
+
+    The real one: two names of one directory must share their in-process locks, and a chdir must not move the store.
+    """
+    directory = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if type(directory) is not str or not directory or "\0" in directory:
         raise errors.WrongType(what="a store's path", expected="a directory's name", got=repr(path))
-    directory = Path(path)
+    directory = os.path.realpath(directory)
     try:
-        found = "a directory" if directory.is_dir() else "a file" if directory.exists() else "missing"
+        found = "a directory" if stat.S_ISDIR(os.stat(directory).st_mode) else "a file"
+    except (FileNotFoundError, NotADirectoryError):
+        found = "missing"
     except OSError as error:
         raise errors.Unreadable.because(directory, error) from error
     if found == "a file" or (found == "missing" and not create):

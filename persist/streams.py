@@ -207,8 +207,7 @@ def _unusable(stream_id: str, reason: str) -> errors.InvalidStreamId:
 # --- ending a stream without its owner -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Cleared:
+class Cleared(msgspec.Struct, frozen=True, eq=False):
     """A clear that was committed.
 
     Attributes:

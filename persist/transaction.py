@@ -105,6 +105,9 @@ def require_version(copy: WorkingCopy, session_id: str, if_version: str | None) 
 def refuse_changed_stream_fields(before: Content, after: Content) -> None:
     """Raise `ReservedField` if an edit touched what belongs to the stream verbs."""
     for name, idle in IDLE.items():
+        field = before.fields.get(name)
+        if field is after.fields.get(name) and (field or not (name in before.apart or name in after.apart)):
+            continue
         found, left = before.get(name), after.get(name)
         if found != left and not same(*(idle if value is None else decode(value) for value in (found, left))):
             remedy = "Use store.start_stream(), store.cancel() or session.clear_stale_stream()."

@@ -335,14 +335,15 @@ class WorkingList(MutableSequence[Any]):
 
     def _at(self, place: int) -> int:
         """Return a place, counted from the beginning."""
-        if type(place) is int and not -len(self) <= place < len(self):
-            raise IndexError(f"the list has {len(self)} items")
-        return range(len(self))[place]
+        length = self._kept + len(self.tail)
+        if type(place) is int and not -length <= place < length:
+            raise IndexError(f"the list has {length} items")
+        return range(length)[place]
 
     def _in_tail(self, place: int) -> int:
         """Return the place of an item in the tail, which grows to the front for that."""
         if place < self._kept:
-            self.tail[:0] = self.base.last(len(self.base) - place)[: self._kept - place]
+            self.tail[:0] = self.base.last(self.base.count - place)[: self._kept - place]
             self._kept = place
         return place - self._kept
 

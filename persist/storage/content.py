@@ -399,7 +399,7 @@ def encode_values(data: dict[str, Any], known: Content) -> Iterator[tuple[str, V
     for name, value in data.items():
         if type(name) is not str:
             raise NotJSON(path=(), reason=f"a key is {type(name).__name__}, and JSON has only string keys")
-        before = known.get(name)
+        before = known.fields.get(name) or known.apart.get(name)
         if type(value) is list and (name in ALWAYS_APART or isinstance(before, Items) or len(value) > _FEW):
             yield name, _encoded_items(name, value, before)
         else:
@@ -411,10 +411,11 @@ _FEW = 16
 
 
 def _encoded_value(value: Any, before: bytes | None, path: ValuePath) -> bytes:
-    if type(value) is not str and value is not None:
-        found = json_codec.encode_unchecked(value)
-        if found is not None and found == before:
-            return found
+    if type(value) in json_codec.PLAIN:
+        return json_codec.encode(value, path)
+    found = json_codec.encode_unchecked(value)
+    if found is not None and found == before:
+        return found
     return as_before(json_codec.encode_exact(value, path), value, before)
 
 

@@ -8,8 +8,9 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from persist import json_codec
 from persist.errors import (
@@ -26,22 +27,50 @@ from persist.storage.cache import Cache, Replica
 from persist.storage.commit import Options
 from persist.storage.document import Head, Header
 
+#: So many heads of sessions with a journal are kept, each of at most so many bytes of fields.
+_MOST_HEADS, _KEPT_BYTES = 1024, 4096
+
+
+class _KeptHead(msgspec.Struct, frozen=True, eq=False):
+    """A head as it was read, of a session with a journal.
+
+    It is the last one by the rule by which a replica is (see `cache`). A document without a journal has nothing in it
+    that would tell it from a later one of the same size, inode and time.
+    """
+
+    version: disk.Version
+    tail: journal.Tail
+    head: Head
+
+    def is_last(self, paths: layout.SessionPaths) -> bool:
+        """Tell whether nothing was committed since. Also if that cannot be told, it is not."""
+        try:
+            if disk.version_of(paths.document) != self.version:
+                return False
+            fd = disk.open_unseen(paths.journal(self.tail.name), os.O_RDONLY)
+            try:
+                return self.tail.is_end_of(fd) is True
+            finally:
+                disk.close(fd)
+        except OSError:
+            return False
+
 
 class SessionDirectory:
     """The sessions of one directory, as files, and what can be seen of them without a lock."""
 
     def __init__(
-        self, path: Path, options: Options, *, timeout_s: float, cache_bytes: int, allow_network: bool, create: bool
+        self, path: str, options: Options, *, timeout_s: float, cache_bytes: int, allow_network: bool, create: bool
     ) -> None:
-        # The real path: two names of one directory must share their in-process locks, and a chdir must not move the
-        # store.
-        self.layout = layout.Layout(Path(os.path.realpath(path)))
+        self.layout = layout.Layout(path)
         self.options = options
         self.timeout_s = timeout_s
         self.cache = Cache(cache_bytes)
         #: Whether this process has made the directory's own name durable, and that of the leases' directory. Another
         #: process may have made them a moment ago.
         self.is_durable = self.has_durable_leases = False
+        #: By session. Never changed in place, so that no reader needs a lock.
+        self._heads: dict[str, _KeptHead] = {}
         #: By session, why nobody knows whether its last commit is durable.
         self.unknown: dict[str, str] = {}
         try:
@@ -60,7 +89,7 @@ class SessionDirectory:
         """Make the directory's own name durable, once, so that no commit in it is lost with it."""
         if not self.is_durable:
             with contextlib.suppress(PermissionError):
-                disk.sync_directory(self.layout.directory.parent)
+                disk.sync_directory(os.path.dirname(self.layout.directory))
             self.is_durable = True
 
     def make_leases(self) -> None:
@@ -91,13 +120,21 @@ class SessionDirectory:
 
     def read_head_now(self, session_id: str) -> Head:
         """Read the committed header and fields. Raise `Overtaken` as `read_now`."""
+        kept = self._heads.get(session_id) if type(session_id) is str else None
+        if kept is not None and kept.is_last(self.paths_of(session_id)):
+            return kept.head
         with self.looking_at(session_id) as paths:
-            found = document.read_head(paths.document, session_id, paths.file_id)
+            found, version = document.read_head(paths.document, session_id, paths.file_id)
             if (name := found.header.journal) is None:
                 return found
             log = journal.Journal(paths.journal(name), session_id, name)
             with log.opened() as fd:
-                return log.read_head(fd, found)
+                head, tail = log.read_head(fd, found)
+        if sum(map(len, head.fields.values())) <= _KEPT_BYTES:
+            if len(self._heads) >= _MOST_HEADS:
+                self._heads.clear()
+            self._heads[session_id] = _KeptHead(version, tail, head)
+        return head
 
     def read_last_now(self, session_id: str, name: str, limit: int) -> list[Any]:
         """Read the last items of a list, and no more than that takes. Raise `Overtaken` as `read_now`.
@@ -115,7 +152,9 @@ class SessionDirectory:
                     return _last_values(found.head, found.last, name, limit)
                 log = journal.Journal(paths.journal(journal_name), session_id, journal_name)
                 with log.opened() as fd:
-                    return _last_values(log.read_head(fd, found.head), partial(log.last_items, fd, found), name, limit)
+                    return _last_values(
+                        log.read_head(fd, found.head)[0], partial(log.last_items, fd, found), name, limit
+                    )
 
     def paths_of(self, session_id: str) -> layout.SessionPaths:
         """Return the paths of a session. One that the file system takes for another one is refused."""
@@ -138,13 +177,13 @@ class SessionDirectory:
 
     def id_of(self, name: str) -> str | None:
         """Return the session id of a name. That of a hashed one stands in the document, or in a lease."""
-        return layout.id_of(name) or _hashed_id(self.layout.directory / f"{name}.json", name)
+        return layout.id_of(name) or _hashed_id(os.path.join(self.layout.directory, f"{name}.json"), name)
 
     def leases(self) -> list[tuple[str, str]]:
         """Return the (session id, stream id) of all lease files, sorted, also of dead streams."""
         found = filter(None, map(layout.stream_of, self.names(self.layout.leases)))
         ids = (
-            (self.id_of(name) or _hashed_id(self.layout.leases / f"{name}.{stream_id}", name), stream_id)
+            (self.id_of(name) or _hashed_id(os.path.join(self.layout.leases, f"{name}.{stream_id}"), name), stream_id)
             for name, stream_id in found
         )
         return sorted((session_id, stream_id) for session_id, stream_id in ids if session_id is not None)
@@ -158,7 +197,7 @@ class SessionDirectory:
             return [stream_id for name, stream_id in found if name == mine]
         return []
 
-    def names(self, directory: Path | None = None) -> list[str]:
+    def names(self, directory: str | None = None) -> list[str]:
         """Return the names of all files, unsorted. None of a directory that is missing, but for the store's own."""
         try:
             if directory is not None:
@@ -197,7 +236,7 @@ def raise_typed(error: BaseException, session_id: str, path: str) -> None:
         raise Unreadable.because(path, error) from error
 
 
-def _refuse_other_case(directory: Path, session_id: str, mine: str) -> None:
+def _refuse_other_case(directory: str, session_id: str, mine: str) -> None:
     """Raise `InvalidSessionId` if a file has that name but for upper and lower case."""
     for name in disk.names(directory):
         if name != mine and name.lower() == mine.lower():

@@ -137,6 +137,11 @@ Version = tuple[int, int, int, int]
 """A write to a file, or another file under its name, changes this: inode, size, mtime and ctime in nanoseconds."""
 
 
+def version_in(status: os.stat_result) -> Version:
+    """The version of a file, by what the system said of it."""
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def read_version(path: StrPath, limit: int) -> tuple[bytes, Version]:
     """Return at most `limit` bytes from the start of a plain file, and its version."""
     fd, status = open_known(path, os.O_RDONLY)
@@ -146,7 +151,7 @@ def read_version(path: StrPath, limit: int) -> tuple[bytes, Version]:
         content = b""
         while len(content) < size and (more := os.read(fd, size - len(content))):
             content += more
-        return content, (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return content, version_in(status)
     finally:
         os.close(fd)
 
@@ -207,6 +212,7 @@ def bears_name(file: os.stat_result, path: StrPath) -> bool:
 def version_of(file: StrPath | int) -> Version:
     """The version of a file, by its name or its descriptor."""
     status = os.fstat(file) if isinstance(file, int) else os.lstat(file)
+    # As `version_in`, of which a call would count here: see tests/unit/test_costs.py.
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
@@ -374,29 +380,29 @@ def names(directory: StrPath) -> list[str]:
         return []
 
 
-def mkdir(path: Path) -> None:
+def mkdir(path: StrPath) -> None:
     """Make one directory, mode 0700. Its name is durable once the directory above it is synced."""
-    path.mkdir(mode=0o700)
+    os.mkdir(path, mode=0o700)
     _give_to_owner_of_directory(path)
 
 
-def make_directory(path: Path) -> None:
+def make_directory(path: StrPath) -> None:
     """Make a directory, mode 0700, and what is missing above it; durable on return."""
     missing = []
-    while not path.exists():
+    while not os.path.exists(path):
         missing.append(path)
-        path = path.parent
+        path = os.path.dirname(path)
     if missing:
         # Another process may have made this one an instant ago, and not have synced its name yet.
         with contextlib.suppress(PermissionError):
-            sync_directory(path.parent)
+            sync_directory(os.path.dirname(path))
     for directory in reversed(missing):
         with contextlib.suppress(FileExistsError):
             mkdir(directory)
-        sync_directory(directory.parent)
+        sync_directory(os.path.dirname(directory))
 
 
-def ignores_case(directory: Path, name: str) -> bool:
+def ignores_case(directory: str, name: str) -> bool:
     """Tell whether the file system takes `name` and its upper case for one name; `name` must exist in lower case."""
     try:
         other = os.stat(os.path.join(directory, name.upper()))
@@ -409,7 +415,7 @@ def ignores_case(directory: Path, name: str) -> bool:
 _kinds: dict[int, str] = {}
 
 
-def check_file_system(directory: Path, *, allow_network: bool) -> None:
+def check_file_system(directory: str, *, allow_network: bool) -> None:
     """Refuse a network file system, warn about FUSE. Known on Linux only; elsewhere nothing is checked."""
     device = os.stat(directory).st_dev
     if device not in _kinds:
@@ -422,7 +428,7 @@ def check_file_system(directory: Path, *, allow_network: bool) -> None:
         warnings.warn(text, RuntimeWarning, stacklevel=4)
 
 
-def file_system(directory: Path) -> str:
+def file_system(directory: StrPath) -> str:
     """The kind of file system that holds `directory`, by the mount table ("ext4", "nfs4", …), or "unknown"."""
     try:
         table = MOUNTS.read_text(errors="surrogateescape").splitlines()

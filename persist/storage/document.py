@@ -32,6 +32,7 @@ import xxhash
 
 from persist import json_codec
 from persist.errors import CorruptSession, UnsupportedFormat
+from persist.json_codec import encode_key
 from persist.storage import disk, layout
 from persist.storage.content import HEADER, SEPARATOR, Content, Items, Value, encoded
 
@@ -112,13 +113,15 @@ class _Parts(msgspec.Struct):
     parts: dict[str, _Part]
 
 
+_checksum = xxhash.xxh3_128_hexdigest
+#: What a header says of no fields.
+_NO_FIELDS = _Part(0, _checksum(b""))
 _header_in = msgspec.json.Decoder(Header).decode
 _parts_in = msgspec.json.Decoder(_Parts).decode
 _members_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
+class Head(msgspec.Struct, frozen=True):
     """The header and the fields of a commit, and what stands apart (see `Content.counts`)."""
 
     header: Header
@@ -130,8 +133,7 @@ class Head:
         return {name: json_codec.decode(value) for name, value in self.fields.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(msgspec.Struct, frozen=True):
     """A document as it was read."""
 
     header: Header
@@ -144,13 +146,13 @@ class Document:
 
 def to_bytes(header: Header, content: Content) -> bytes:
     """Return the file's content."""
-    fields = b",\n".join([_key(name) + value for name, value in content.fields.items()])
-    parts = _Parts(_part_of(fields), {})
+    fields = b",\n".join([encode_key(name) + value for name, value in content.fields.items()])
+    parts = _Parts(_Part(len(fields), _checksum(fields)), {})
     lines = [fields] if fields else []
     for name, value in content.apart.items():
         text = _text_of(value)
-        parts.parts[name] = _part_of(text, len(value) if isinstance(value, Items) else None)
-        lines.append(_key(name) + text)
+        parts.parts[name] = _Part(len(text), _checksum(text), value.count if isinstance(value, Items) else None)
+        lines.append(encode_key(name) + text)
     # As text: a test tool that freezes the clock may have put a datetime of its own there.
     plain = header.but(created_at=header.created_at.isoformat(), updated_at=header.updated_at.isoformat())
     rest = b"," + json_codec.encode(msgspec.to_builtins(plain) | msgspec.to_builtins(parts))[1:]
@@ -159,23 +161,11 @@ def to_bytes(header: Header, content: Content) -> bytes:
     return b",\n".join(lines)
 
 
-def _key(name: str) -> bytes:
-    return json_codec.encode(name, (name,)) + b":"
-
-
 def _text_of(value: Value) -> bytes:
     if not isinstance(value, Items):
         return value
     text, items = value.in_text()
     return b"[\n%b\n]" % b",\n".join([text[2:-2], *items] if text else items) if len(value) else b"[]"
-
-
-def _part_of(text: bytes | memoryview, count: int | None = None) -> _Part:
-    return _Part(len(text), _checksum(text), count)
-
-
-def _checksum(text: bytes | memoryview) -> str:
-    return xxhash.xxh3_128_hexdigest(text)
 
 
 # --- from bytes ------------------------------------------------------------------------------------------------------
@@ -195,8 +185,8 @@ def read(path: disk.StrPath, session_id: str, file_id: str | None = None) -> Doc
     return _Reader(path, session_id, file_id).document(content, version)
 
 
-def read_head(path: disk.StrPath, session_id: str, file_id: str | None = None) -> Head:
-    """Read the header and the fields of a document. What stands apart is neither read nor checked.
+def read_head(path: disk.StrPath, session_id: str, file_id: str | None = None) -> tuple[Head, disk.Version]:
+    """Read the header and the fields of a document, and its version. What stands apart is neither read nor checked.
 
     A document without a header is read whole. Takes no lock, and raises as `read` does.
     """
@@ -206,10 +196,10 @@ def read_head(path: disk.StrPath, session_id: str, file_id: str | None = None) -
     finally:
         disk.close(fd)
     if found is not None:
-        return found.head
+        return found.head, disk.version_in(status)
     # Only a full read tells what is wrong.
     whole = read(path, session_id, file_id)
-    return Head(whole.header, whole.content.fields, whole.content.counts)
+    return Head(whole.header, whole.content.fields, whole.content.counts), whole.version
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +265,7 @@ def _places_of(place: int, parts: _Parts) -> dict[str, tuple[int, int]]:
     # Where there are no fields, the first part follows on the comma and the newline of line 1.
     place -= 0 if parts.fields.size_bytes else len(SEPARATOR)
     for name, part in parts.parts.items():
-        start = place + len(SEPARATOR) + len(_key(name))
+        start = place + len(SEPARATOR) + len(encode_key(name))
         place = start + part.size_bytes
         if part.count is not None:
             places[name] = (start + 2, place - 2) if part.count else (start, start)
@@ -303,7 +293,7 @@ def _checked_header(content: bytes, end: int) -> tuple[bytes, _Parts]:
 
 
 def _checked(text: memoryview, part: _Part) -> memoryview:
-    if _part_of(text, part.count) != part:
+    if len(text) != part.size_bytes or _checksum(text) != part.checksum:
         raise ValueError("checksum")
     return text
 
@@ -347,8 +337,7 @@ def _sound(found: Header, file_id: str | None) -> Header:
     return found.but(created_at=found.created_at.astimezone(UTC), updated_at=found.updated_at.astimezone(UTC))
 
 
-@dataclass(frozen=True, slots=True)
-class _Reader:
+class _Reader(msgspec.Struct, frozen=True):
     """Reads one file's content. Carries what its errors name."""
 
     path: disk.StrPath
@@ -437,9 +426,10 @@ def _checked_content(content: bytes, place: int, parts: _Parts) -> Content:
     Raise one of `NONSENSE` if it is not as the header says.
     """
     text = memoryview(content)
-    pieces: list[tuple[str | None, bytes, _Part]] = [(name, _key(name), part) for name, part in parts.parts.items()]
-    if parts.fields != _part_of(b""):
-        pieces.insert(0, (None, b"", parts.fields))
+    pieces: list[tuple[str | None, bytes, _Part]] = []
+    if parts.fields != _NO_FIELDS:
+        pieces.append((None, b"", parts.fields))
+    pieces += [(name, encode_key(name), part) for name, part in parts.parts.items()]
     fields: dict[str, bytes] = {}
     apart: dict[str, Value] = {}
     # Between two pieces stands ",\n". The first one follows on the comma and the newline of line 1.

@@ -146,7 +146,7 @@ def _raw(value: Any) -> msgspec.Raw:
 
 def image_of(header: Header, content: Content) -> Image:
     """Return the head that a record holds when a commit changed it."""
-    members = [json_codec.encode(name, (name,)) + b":" + value for name, value in content.fields.items()]
+    members = [json_codec.encode_key(name) + value for name, value in content.fields.items()]
     return Image(header.epoch, header.owner, msgspec.Raw(b"{%b}" % b",".join(members)))
 
 
@@ -368,13 +368,17 @@ class Journal:
 
     # --- the head, without reading all records ---
 
-    def read_head(self, fd: int, head: Head) -> Head:
-        """Return the head after all records, from the last one and the one that holds the fields."""
+    def read_head(self, fd: int, head: Head) -> tuple[Head, Tail]:
+        """Return the head after all records, from the last one and the one that holds the fields, and where they end.
+
+        Of the end only is known what `Tail.is_end_of` needs.
+        """
         tail = self.check_opening(fd)
         line, place = self._last_line(fd, tail)
         if line is None:
-            return head
+            return head, tail
         record = image = self._decoded(line, place)
+        tail.end, tail.commit = place + len(line) + 1, record.commit
         if record.synced > place:
             raise self.damaged(place, "a record in it does not follow the one before")
         if record.head is None and record.head_at:
@@ -388,7 +392,7 @@ class Journal:
                 header, fields = header_after(header, image), document.fields_of(bytes(image.head.fields))
             if not fields.keys().isdisjoint(record.counts):
                 raise diff.DoesNotFit("fields")
-            return Head(header_after(header, record), fields, record.counts)
+            return Head(header_after(header, record), fields, record.counts), tail
         except NONSENSE:
             raise self.damaged(place, "its last record makes no sense") from None
 

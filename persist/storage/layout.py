@@ -23,7 +23,6 @@ import re
 import shlex
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from urllib.parse import quote, unquote_to_bytes
 
 from persist.errors import InvalidSessionId, InvalidStreamId
@@ -59,7 +58,7 @@ def check_session_id(session_id: object) -> str:
     return session_id
 
 
-def command(words: str, directory: Path | str, session_id: str) -> str:
+def command(words: str, directory: str, session_id: str) -> str:
     """Return a command line of ours for an error's text. An id that a shell or a terminal would misread is quoted."""
     quoted = shlex.quote(session_id if session_id.isprintable() else ascii(session_id)[1:-1])
     return f"'persist {words} {directory} {quoted}'"
@@ -122,7 +121,7 @@ def is_stream_id(stream_id: object) -> bool:
 class SessionPaths:
     """The files of one session. `file_id` is its id, if the files' name holds a hash of it, else None."""
 
-    directory: Path
+    directory: str
     name: str
     file_id: str | None
     document: str
@@ -132,7 +131,7 @@ class SessionPaths:
     _events: str
 
     @classmethod
-    def of(cls, directory: Path, session_id: str) -> SessionPaths:
+    def of(cls, directory: str, session_id: str) -> SessionPaths:
         """Return the paths of a session in a directory."""
         name = name_of(check_session_id(session_id))
         document = os.path.join(directory, f"{name}{DOCUMENT}")
@@ -153,10 +152,10 @@ class SessionPaths:
 class Layout:
     """The paths of one store directory."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: str) -> None:
         self.directory = directory
-        self.leases = directory / LEASES
-        self.events = directory / EVENTS
+        self.leases = os.path.join(directory, LEASES)
+        self.events = os.path.join(directory, EVENTS)
         self._session = lru_cache(maxsize=1024, typed=True)(partial(SessionPaths.of, directory))
 
     def session(self, session_id: str) -> SessionPaths:

@@ -599,7 +599,7 @@ def test_tail_that_a_commit_overtakes_is_that_of_one_commit(
     journaled.update("s", setting("notes", ["old" * 3000, "older"]))
     real = journal.Journal.read_head
 
-    def read_head_before_a_commit(log: journal.Journal, fd: int, head: Head) -> Head:
+    def read_head_before_a_commit(log: journal.Journal, fd: int, head: Head) -> tuple[Head, journal.Tail]:
         monkeypatch.setattr(journal.Journal, "read_head", real)
         found = real(log, fd, head)
         journaled.update("s", setting("notes", wanted))
@@ -865,7 +865,7 @@ def test_delete_removes_every_journal(journaled: persist.Store) -> None:
 
 def test_end_of_a_new_journal_is_known_without_reading_it(journaled: persist.Store) -> None:
     """`Tail.of` says of a journal what its file says."""
-    header = document.read_head(journaled.path / "s.json", "s").header
+    header = document.read_head(journaled.path / "s.json", "s")[0].header
     assert header.journal is not None
     log = journal.Journal(journal_of(journaled), "s", header.journal)
     fd = log.open()

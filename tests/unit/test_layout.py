@@ -100,7 +100,7 @@ def test_what_is_no_text_names_no_session(wrong: object) -> None:
         check_session_id(wrong)
     assert caught.value.session_id is wrong
     with pytest.raises(InvalidSessionId):
-        Layout(Path("/store")).session(wrong)
+        Layout("/store").session(wrong)
 
 
 @pytest.mark.parametrize("wrong", [*WRONG, "-a", "_a", "a.b", "a b", "é", "a" * 65, "a\n"], ids=lambda w: ascii(w)[:20])
@@ -125,7 +125,7 @@ def test_every_id_has_one_plain_file_name(session_id: str) -> None:
     assert len(name) <= 180
     assert id_of(name) == (None if is_hashed(name) else session_id)
     assert layout.is_ours(name)
-    paths = Layout(Path("/store")).session(session_id)
+    paths = Layout("/store").session(session_id)
     everything: list[str] = [
         paths.document,
         paths.lock,
@@ -187,14 +187,14 @@ def test_long_name_is_cut_and_has_a_hash(length: int) -> None:
 
 def test_names_are_as_documented() -> None:
     """These are the names of the docstring's table."""
-    here = Layout(Path("/store"))
+    here = Layout("/store")
     paths = here.session("s-42")
     assert paths.document == "/store/s-42.json"
     assert paths.lock == "/store/s-42.json.lock"
     assert paths.temp == "/store/s-42.json.tmp"
     assert paths.journal("0123456789abcdef") == "/store/s-42.0123456789abcdef.journal"
     assert layout.copy_of(paths.journal("0" * 16)) == f"/store/s-42.{'0' * 16}.journal.damaged"
-    assert here.leases == Path("/store/.leases")
+    assert here.leases == "/store/.leases"
     assert paths.lease("t1") == "/store/.leases/s-42.t1"
     assert paths.events("t1") == "/store/.events/s-42.t1"
 

@@ -10,6 +10,7 @@ from mutation.catalogue.suites import (
     JOURNAL,
     JOURNAL_DAMAGE,
     JOURNAL_STATES,
+    KEPT_HEADS,
     REPLICA,
     SHARED_SESSIONS,
 )
@@ -275,7 +276,23 @@ MUTANTS = (
         replace_expression("status.st_ctime_ns", "0"),
         COMMIT,
         "keeps_size_and_time",
-        (Change("storage/disk.py", "read_version", replace_expression("status.st_ctime_ns", "0")),),
+        (Change("storage/disk.py", "version_in", replace_expression("status.st_ctime_ns", "0")),),
+    ),
+    Mutant(
+        "kept head: the version of its document",
+        "storage/directory.py",
+        "_KeptHead.is_last",
+        condition("disk.version_of(paths.document) != self.version", "False"),
+        KEPT_HEADS,
+        "only_while",
+    ),
+    Mutant(
+        "kept head: the look at its journal's end",
+        "storage/directory.py",
+        "_KeptHead.is_last",
+        replace_expression("self.tail.is_end_of(fd) is True", "True"),
+        KEPT_HEADS,
+        "only_while",
     ),
     _replica(
         "the small commit that reads no document",

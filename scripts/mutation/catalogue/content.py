@@ -193,7 +193,7 @@ MUTANTS = (
         "the checksum of a part",
         FILE,
         "_checked",
-        replace_expression("_part_of(text, part.count) != part", "len(text) != part.size_bytes"),
+        drop_operand("_checksum(text) != part.checksum"),
         DOCUMENT,
         "flipped_bit",
     ),

@@ -137,7 +137,7 @@ MUTANTS = (
     _saved(
         "the note that one was refused",
         "Session._save",
-        drop_statement("self._base = replace(base, is_durable=False)"),
+        drop_statement("self._base = structs.replace(base, is_durable=False)"),
         SHARED_SESSIONS,
         "refused_may_be_repeated",
     ),
@@ -198,7 +198,7 @@ MUTANTS = (
     _saved(
         "the refusal of a verb in the middle of one",
         "Session._alone",
-        condition("self._inside is not None and self._inside() is not None", "False"),
+        condition("self._guard._is_owned()", "False"),
         SHARED_SESSIONS,
         "in_the_middle_of_one",
     ),
