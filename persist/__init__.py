@@ -16,11 +16,9 @@ from typing import Any
 
 _HOMES = {
     "errors": (
-        "AlreadyStarted CommitFailed CommitUnknown CorruptSession CursorAhead EmitFailed EventsNotFound IdTaken "
-        "InvalidSessionId InvalidStreamId LockNotHeld LockTimeout MergeConflict MessagesRemoved NestedLock NotJSON "
-        "Owner PersistError ReservedField SessionBusy SessionDeleted SessionExists SessionNotFound StoreClosed "
-        "StreamLost SweepIncomplete Unreadable UnsafeFile UnsupportedFileSystem UnsupportedFormat VersionMismatch "
-        "WrongType"
+        "AlreadyStarted CommitFailed CommitUnknown CorruptSession EmitFailed EventsNotFound InvalidArgument LockError "
+        "LockTimeout MergeConflict NotJSON Owner PersistError SessionBusy SessionDeleted SessionExists SessionNotFound "
+        "StoreClosed StreamLost TooLarge Unreadable UnsupportedFormat VersionMismatch"
     ),
     "event_log": "Event",
     "follow": "Following",
@@ -28,12 +26,10 @@ _HOMES = {
     "head": "Head",
     "session": "Session",
     "maintenance": "Problem",
-    "store": "ClearedStream Store",
+    "store": "ClearedStream Store Sweep",
     "streams": "Stream StreamInfo",
     "transaction": "Transaction",
-    "pytest_plugin.errors": (
-        "FactoryFailed KeyCycle KeyTaken NamedLockNested NamedLockTimeout NotShared OthersRunning ProducerTimeout"
-    ),
+    "pytest_plugin.errors": "FactoryFailed NotShared SharedTimeout",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

@@ -383,7 +383,8 @@ class Store(_Awaited[persist.Store]):
 
     def __init__(self, path: str | os.PathLike[str] | persist.Store, **options: Unpack[_Options]) -> None:
         if isinstance(path, persist.Store) and options:
-            raise persist.WrongType(what="options", expected="given to the persist.Store itself", got="given beside it")
+            expected = "given to the persist.Store itself"
+            raise persist.InvalidArgument(what="options", got="given beside it", expected=expected)
         super().__init__(path if isinstance(path, persist.Store) else persist.Store(path, **options), _Threads())
 
     path: Path = _mirrored("path")

@@ -4,47 +4,50 @@ from __future__ import annotations
 
 import math
 
-from persist.errors import WrongType
+from persist.errors import InvalidArgument
 
 
 def require_flags(**flags: object) -> None:
-    """Raise `WrongType` for an option that is neither True nor False: "false" from a query string, say, is true."""
+    """Raise `InvalidArgument` for an option that is neither True nor False.
+
+    A "false" from a query string, say, is true.
+    """
     for name, value in flags.items():
         if type(value) is not bool:
-            raise WrongType(what=name, expected="True or False", got=repr(value))
+            raise InvalidArgument(what=name, expected="True or False", got=repr(value))
 
 
 def require_texts(**texts: object) -> None:
-    """Raise `WrongType` for what is neither a string nor None."""
+    """Raise `InvalidArgument` for what is neither a string nor None."""
     for name, value in texts.items():
         if value is not None and type(value) is not str:
-            raise WrongType(what=name, expected="a string, or None", got=type(value).__name__)
+            raise InvalidArgument(what=name, expected="a string, or None", got=type(value).__name__)
 
 
 def require_text(what: str, value: object) -> None:
-    """Raise `WrongType` for what is no string."""
+    """Raise `InvalidArgument` for what is no string."""
     if type(value) is not str:
-        raise WrongType(what=what, expected="a string", got=type(value).__name__)
+        raise InvalidArgument(what=what, expected="a string", got=type(value).__name__)
 
 
 def require_limit(limit: object, *, may_be_none: bool = True) -> None:
-    """Raise `WrongType` for what is neither a whole number from 0 up nor None."""
+    """Raise `InvalidArgument` for what is neither a whole number from 0 up nor None."""
     if not (limit is None and may_be_none) and (type(limit) is not int or limit < 0):
         expected = "a whole number from 0 up" + (", or None" if may_be_none else "")
-        raise WrongType(what="limit", expected=expected, got=repr(limit))
+        raise InvalidArgument(what="limit", expected=expected, got=repr(limit))
 
 
 def require_key(key: object, *, may_be_none: bool = True) -> None:
-    """Raise `WrongType` for what is neither the name of a key nor None."""
+    """Raise `InvalidArgument` for what is neither the name of a key nor None."""
     if key is None and may_be_none:
         return
     if not (type(key) is str and key and key.isprintable() and not {'"', "\\"} & {*key}):
         expected = "the name of a key, without quotes and backslashes" + (", or None" if may_be_none else "")
-        raise WrongType(what="key", expected=expected, got=repr(key))
+        raise InvalidArgument(what="key", expected=expected, got=repr(key))
 
 
 def seconds(what: str, value: object) -> float:
     """Return a number of seconds as a float."""
     if type(value) in (int, float) and math.isfinite(value) and value >= 0:  # type: ignore[arg-type,operator]
         return float(value)  # type: ignore[arg-type]
-    raise WrongType(what=what, expected="a number of seconds from 0 up", got=repr(value))
+    raise InvalidArgument(what=what, expected="a number of seconds from 0 up", got=repr(value))

@@ -4,17 +4,14 @@ An error carries its facts as attributes and survives pickling, so that a worker
 parent. Its message never holds the content of a document; ids, field names, paths and numbers are all it says.
 
     PersistError
-    ├── SessionNotFound (KeyError)      SessionExists        SessionDeleted      StoreClosed
-    ├── InvalidSessionId (ValueError)   InvalidStreamId (ValueError)
-    ├── NotJSON (ValueError)            WrongType (TypeError)
-    ├── ReservedField (ValueError)      MessagesRemoved
-    ├── MergeConflict                   VersionMismatch, IdTaken (MergeConflicts)
-    ├── SessionBusy                     AlreadyStarted       StreamLost      SweepIncomplete
-    ├── LockTimeout (TimeoutError)      NestedLock (RuntimeError)       LockNotHeld (RuntimeError)
-    ├── CorruptSession                  UnsupportedFormat    UnsafeFile (OSError)   Unreadable (OSError)
-    ├── CommitFailed (OSError)          CommitUnknown (OSError)
-    ├── EventsNotFound (KeyError)       CursorAhead (ValueError)   EmitFailed (OSError)
-    └── UnsupportedFileSystem (OSError)
+    ├── SessionNotFound (KeyError)     SessionExists                  SessionDeleted     StoreClosed (RuntimeError)
+    ├── InvalidArgument (ValueError)   NotJSON (ValueError)           TooLarge (ValueError)
+    ├── MergeConflict                  VersionMismatch (MergeConflict)
+    ├── LockError (RuntimeError)       LockTimeout (LockError, TimeoutError)
+    ├── SessionBusy                    AlreadyStarted                 StreamLost
+    ├── EventsNotFound (KeyError)      EmitFailed (OSError)
+    ├── Unreadable (OSError)           CorruptSession                 UnsupportedFormat
+    └── CommitFailed (OSError)         CommitUnknown (OSError)
 """
 
 from __future__ import annotations
@@ -22,13 +19,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-Value = TypeVar("Value")
+    from collections.abc import Mapping, Sequence
 
 #: Where a value stands in a document: keys and list positions from the top, for example ``("messages", 3, "content")``.
 ValuePath = tuple["str | int", ...]
@@ -38,30 +32,6 @@ def show_path(path: Sequence[str | int]) -> str:
     """Write a path into a document as Python would: ``data['messages'][3]``; a very deep one by its two ends."""
     steps = [f"[{step!r}]" for step in path]
     return "data" + "".join(steps if len(steps) <= 10 else [*steps[:4], "…", *steps[-2:]])
-
-
-class Translating(Generic[Value]):
-    """A block of which some errors become others. A generator's block (contextlib) would cost five times as much.
-
-    Args:
-        translate: raises another error in the place of one, or returns.
-        value: what the block is given.
-    """
-
-    __slots__ = ("_translate", "_value")
-
-    def __init__(self, translate: Callable[[BaseException], None], value: Value) -> None:
-        self._translate = translate
-        self._value = value
-
-    def __enter__(self) -> Value:
-        return self._value
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self._translate(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +51,7 @@ class PersistError(Exception):
     """The base of every error that `persist` raises on purpose.
 
     A subclass takes its facts as keywords. Each becomes an attribute and fills its place in `template`. Facts that may
-    be left out stand in `defaults`.
+    be left out stand in `defaults`. The message is what happened (`template`), and then what to do (`remedy`).
     """
 
     template = "{reason}"
@@ -92,7 +62,7 @@ class PersistError(Exception):
     stream_id: str
     path: Path
     reason: str
-    remedy: str
+    remedy: str = ""
     errno: int | None
     field: str
     where: str
@@ -100,7 +70,6 @@ class PersistError(Exception):
     expected: str
     got: str
     found: object
-    wanted: str
     known: int
     base: Any
     mine: Any
@@ -108,21 +77,21 @@ class PersistError(Exception):
     owner: Owner | None
     holder: str
     held: str
+    kind: str
     timeout_s: float
     waited_s: float
     count: int
     version: str
     offset: int | None
     after: int
-    cleared: list[Any]
-    failures: dict[str, Exception]
-    file_system: str
 
     def __init__(self, **facts: Any) -> None:
         facts = {**self.defaults, **facts}
         if type(facts.get("path")) is str:
             facts["path"] = Path(facts["path"])
-        super().__init__(self.template.format(**facts))
+        # A remedy that was given may hold braces, of a path say.
+        facts["remedy"] = facts.get("remedy") or type(self).remedy.format(**facts)
+        super().__init__(f"{self.template.format(**facts)} {facts['remedy']}".strip())
         self._facts: Mapping[str, Any] = facts
         # After the base's own __init__: OSError's would set errno back to None.
         for name, value in facts.items():
@@ -136,111 +105,111 @@ class PersistError(Exception):
         return partial(type(self), **self._facts), ()
 
 
+# --- what was asked for ----------------------------------------------------------------------------------------------
+
+
 class SessionNotFound(PersistError, KeyError):
     """There is no such session. Create it with `Store.create`."""
 
-    template = (
-        "No session {session_id!r}: {path} does not exist. store.ids() lists the sessions; store.create() makes one."
-    )
+    template = "No session {session_id!r}: {path} does not exist."
+    remedy = "store.ids() lists the sessions; store.create() makes one."
 
 
 class SessionExists(PersistError):
     """`create` or `duplicate` met a session of that id. Load it, or choose another id."""
 
-    template = "Session {session_id!r} exists already: {path}. Load it with store.load(), or choose another id."
+    template = "Session {session_id!r} exists already: {path}."
+    remedy = "Load it with store.load(), or choose another id."
 
 
 class SessionDeleted(PersistError):
     """The object's session was deleted, re-created or replaced since it was loaded: its save would revive a ghost."""
 
-    template = (
-        "Session {session_id!r} was deleted or replaced since it was loaded ({path}); nothing was saved. "
-        "Load it again, or make a new one with store.create()."
-    )
+    template = "Session {session_id!r} was deleted or replaced since it was loaded ({path}); nothing was saved."
+    remedy = "Load it again, or make a new one with store.create()."
 
 
 class StoreClosed(PersistError, RuntimeError):
     """A verb was used on a store after its `close`."""
 
-    template = "The store {path} is closed. Open a new persist.Store."
+    template = "The store {path} is closed."
+    remedy = "Open a new persist.Store()."
 
 
-class InvalidSessionId(PersistError, ValueError):
-    """A session id that is no text of 1 to 512 characters, or that a file system takes for another one."""
+class InvalidArgument(PersistError, ValueError):
+    """An argument, an id, or a field of the document is not what the verb can work with. Nothing was done.
 
-    template = "{session_id!r} is not a session id: {reason}"
+    Also a field that belongs to `persist` itself (`field` names it), and a directory on a network file system.
+    """
+
+    template = "{what} is {got}; it must be {expected}."
 
 
-class InvalidStreamId(PersistError, ValueError):
-    """A stream id that is malformed, or that this session has used before."""
+def shown(value: object) -> str:
+    """Return a value for a message, as Python would write it. The middle of a long one is left out."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:60]}…{text[-20:]}"
 
-    template = "{stream_id!r} is not a usable stream id: {reason}"
+
+def reserved(field: str, remedy: str) -> InvalidArgument:
+    """Return the error of a field that belongs to the stream verbs, or to `persist`, and was set by hand."""
+    facts = {"got": "persist's own", "expected": "left alone, and nothing was written"}
+    return InvalidArgument(what=f"field {shown(field)}", field=field, remedy=remedy, **facts)
 
 
 class NotJSON(PersistError, ValueError):
     """A value that JSON cannot give back exactly as it was. Nothing was written."""
 
     template = "{where} cannot be kept as JSON: {reason}"
+    remedy = "Nothing was written: mend it and save() again."
     path: ValuePath  # type: ignore[assignment]
 
     def __init__(self, **facts: Any) -> None:
-        super().__init__(**{"where": show_path(facts["path"]), **facts})
+        super().__init__(**{"where": show_path(facts["path"]), **facts, "reason": facts["reason"].rstrip(".") + "."})
 
 
-class WrongType(PersistError, TypeError):
-    """An argument, or a field of the document, has a type that the verb cannot work with."""
+class TooLarge(PersistError, ValueError):
+    """The session would be too large to be read back. Nothing was written."""
 
-    template = "{what} is {got}, but must be {expected}."
+    template = "The session would take more than {limit:,} bytes; nothing was written."
+    remedy = "Remove something of it, or go on in another one: store.create()."
+    limit: int
 
 
-class ReservedField(PersistError, ValueError):
-    """A field that belongs to the stream verbs, or to `persist` itself, was changed by hand."""
-
-    template = "Field {field!r} belongs to persist; nothing was written. {remedy}"
+# --- other writers ---------------------------------------------------------------------------------------------------
 
 
 class MergeConflict(PersistError):
-    """Two writers changed the same place in different ways. Nothing was written.
+    """Two writers changed the same place in different ways, or one cannot have what it asks for. Nothing was written.
 
     `base`, `mine` and `theirs` are the three values at `path`; `persist.MISSING` stands for "not there".
     They are attributes only: the message never shows them.
     """
 
-    template = (
-        "Session {session_id!r}: {where} was changed both here and on disk ({reason}); nothing was written. {remedy}"
-    )
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "remedy": "Call session.refresh() after setting your edit aside, or save(on_conflict='mine' or 'theirs')."
-    }
+    template = "Session {session_id!r}: {where} {reason}; nothing was written."
+    remedy = "Call session.refresh() after setting your edit aside, or save(on_conflict='mine' or 'theirs')."
     path: ValuePath  # type: ignore[assignment]
 
     def __init__(self, **facts: Any) -> None:
-        super().__init__(**{"where": show_path(facts["path"]), "session_id": "", **facts})
+        none = {"session_id": "", "base": None, "mine": None, "theirs": None}
+        super().__init__(**{"where": show_path(facts["path"]), **none, **facts})
 
     def in_session(self, session_id: str) -> MergeConflict:
         """Return the same conflict with the session named."""
         return type(self)(**{**self._facts, "session_id": session_id})
 
 
-def conflicts_in(session_id: str) -> Translating[None]:
-    """Name the session in a `MergeConflict` of the block: the pure functions below do not know it."""
-
-    def name_session(error: BaseException) -> None:
-        if isinstance(error, MergeConflict):
-            raise error.in_session(session_id) from None
-
-    return Translating(name_session, None)
+def both_changed(path: ValuePath, reason: str, *, base: Any, mine: Any, theirs: Any) -> MergeConflict:
+    """Return the conflict of two edits of one place."""
+    values = {"base": base, "mine": mine, "theirs": theirs}
+    return MergeConflict(path=path, reason=f"was changed both here and on disk ({reason})", **values)
 
 
-class IdTaken(MergeConflict):
-    """A message was to be added whose ``id`` another message has. Nothing was written."""
-
-    template = (
-        "Session {session_id!r}: {where} has the same {key}, and other content; nothing was written. "
-        "Give the new one an {key} of its own, or send the same content again."
-    )
-
-    defaults: ClassVar = {"key": "id"}
+def id_taken(path: ValuePath, *, key: str, mine: Any, theirs: Any) -> MergeConflict:
+    """Return the conflict of an item with one that has the same id, and other content."""
+    remedy = f"Give the new one an {key} of its own, or repeat the verb with the same content."
+    reason = f"has the same {key}, and other content"
+    return MergeConflict(path=path, reason=reason, remedy=remedy, base=None, mine=mine, theirs=theirs)
 
 
 class VersionMismatch(MergeConflict):
@@ -248,18 +217,55 @@ class VersionMismatch(MergeConflict):
 
     template = (
         "Session {session_id!r} is at version {theirs}, not at {mine}, which the edit was made for; "
-        "nothing was written. Load the session, look again, and repeat the edit."
+        "nothing was written."
     )
+    remedy = "Look again with store.load(), and repeat the edit."
+
+
+class LockError(PersistError, RuntimeError):
+    """A session's lock cannot be had, or is not held any more. Nothing was written by this call.
+
+    Attributes:
+        kind: ``"nested"``: this thread holds a session's lock, and asked for a second one, which could deadlock; also
+            a verb of an object in the middle of a `save` or `refresh` of the same one, in a signal handler or a
+            finaliser. ``"not held"``: something of a transaction was used after its block, or in a forked child.
+            ``"timeout"``: see `LockTimeout`.
+    """
+
+
+def nested(session_id: str, held: str) -> LockError:
+    """Return the error of a thread that asked for a lock within another one."""
+    reason = f"This thread holds the lock of session {held!r} and asked for that of {session_id!r}."
+    remedy = "Leave the transaction() or update() first; in a signal handler or a finaliser, try again later."
+    return LockError(kind="nested", session_id=session_id, held=held, reason=reason, remedy=remedy)
+
+
+def not_held(session_id: str) -> LockError:
+    """Return the error of what was used after the lock was given up."""
+    reason = f"The lock of session {session_id!r} is not held here any more: the block has ended"
+    remedy = "Begin a new transaction() for what is still to be done."
+    reason += ", and nothing was written by this call."
+    return LockError(kind="not held", session_id=session_id, reason=reason, remedy=remedy)
+
+
+class LockTimeout(LockError, TimeoutError):
+    """The session's lock was not free in time. Nothing was written."""
+
+    template = "Could not lock session {session_id!r} within {timeout_s:g} s: {path} is held by {holder}."
+    remedy = "Wait for longer (timeout_s), or end that process."
+    defaults: ClassVar = {"kind": "timeout"}
+
+
+# --- streams and their events ----------------------------------------------------------------------------------------
 
 
 class SessionBusy(PersistError):
     """A live stream owns the session. Wait for it, `cancel` it, or take the session with `cancel(force=True)`."""
 
     template = (
-        "Session {session_id!r} is busy: stream {stream_id} is run by {owner} and still alive ({path} is locked). "
-        "{why}Wait for it, or end it with store.cancel()."
+        "Session {session_id!r} is busy: stream {stream_id} is run by {owner} and still alive ({path} is locked).{why}"
     )
-
+    remedy = "Wait for it, or end it with store.cancel()."
     defaults: ClassVar = {"why": ""}
 
 
@@ -269,8 +275,7 @@ class AlreadyStarted(PersistError):
     `stream_id` is the stream that runs it, or None; `answer` is the message that answers it, or None.
     """
 
-    template = "Session {session_id!r} has that prompt already, and {what}; nothing was started. {remedy}"
-
+    template = "Session {session_id!r} has that prompt already, and {what}; nothing was started."
     stream_id: str | None  # type: ignore[assignment]
     answer: Any
 
@@ -278,63 +283,53 @@ class AlreadyStarted(PersistError):
 class StreamLost(PersistError):
     """This stream no longer owns its session; what it tried to write was not written."""
 
-    template = "Stream {stream_id} no longer owns session {session_id!r} ({reason}); nothing was written. End the turn."
+    template = "Stream {stream_id} no longer owns session {session_id!r} ({reason}); nothing was written."
+    remedy = "End the turn: store.load() shows what was kept of it."
 
 
-class SweepIncomplete(PersistError):
-    """A sweep cleared what it could; some sessions could not be looked at.
+class EventsNotFound(PersistError, KeyError):
+    """There are no such events: of a stream that never ran, or whose events have expired; or behind a wrong cursor.
 
-    `cleared` lists what was cleared; `failures` maps a session id to its error, and ``"*"`` to that of the events'
-    directory.
+    Attributes:
+        count: of a cursor beyond the last event, how many events there are. It is another stream's cursor, or a power
+            cut took the events it has seen.
     """
 
-    template = "Cleared {count} stale streams, but could not look at {names}. Mend those sessions and sweep again."
-
-    def __init__(self, **facts: Any) -> None:
-        reasons = (f"{name!r} ({str(error).rstrip('.')})" for name, error in facts["failures"].items())
-        super().__init__(**{**facts, "count": len(facts["cleared"]), "names": "; ".join(reasons)})
+    template = "No events of stream {stream_id!r} of session {session_id!r}: {reason}."
+    remedy = "Load the session instead: store.load()."
+    defaults: ClassVar = {"count": None}
 
 
-class LockTimeout(PersistError, TimeoutError):
-    """The session's lock was not free in time. Nothing was written."""
+class EmitFailed(PersistError, OSError):
+    """The disk refused events, or to make them durable. Those that were emitted before stand; the stream goes on."""
 
-    template = (
-        "Could not lock session {session_id!r} within {timeout_s:g} s: {path} is held by {holder}. "
-        "Wait for longer (timeout_s), or {remedy}."
-    )
-
-    defaults: ClassVar = {"remedy": "end that process"}
+    template = "Events of stream {stream_id!r} were not all emitted, or not made durable: {reason} at {path}."
+    remedy = "Mend that; store.events() tells which ones stand, before you emit() the others again."
 
 
-class NestedLock(PersistError, RuntimeError):
-    """A thread that holds a session's lock asked for a second one: that could deadlock, so it is refused.
+# --- files and disks -------------------------------------------------------------------------------------------------
 
-    So is a verb of an object in the middle of a `save` or `refresh` of the same one: in a signal handler, or a
-    finaliser.
+
+class Unreadable(PersistError, OSError):
+    """The disk, or its permissions, refused a look, or a name of the store is no plain file of its own.
+
+    Nothing was changed, and no symbolic link was followed.
     """
 
-    template = (
-        "This thread holds the lock of session {held!r} and asked for that of {session_id!r}. "
-        "Leave the transaction() or update() first; in a signal handler or a finaliser, try again later."
-    )
+    template = "{path} cannot be read: {reason}. Nothing was changed."
+    remedy = "Mend that and retry; store.check() looks at all."
+    defaults: ClassVar = {"errno": None}
+
+    @classmethod
+    def because(cls, path: Path | str, error: OSError) -> Unreadable:
+        """From what the system said."""
+        return cls(path=path, reason=error.strerror or type(error).__name__, errno=error.errno)
 
 
-class LockNotHeld(PersistError, RuntimeError):
-    """Something of a transaction was used after its block, or in a forked child. This call did nothing."""
-
-    template = (
-        "The lock of session {session_id!r} is not held here any more: the block has ended, and nothing was written by "
-        "this call. Begin a new transaction for what is still to be done."
-    )
-
-
-class MessagesRemoved(PersistError):
-    """A `save` would remove committed messages while a stream is running. Nothing was written."""
-
-    template = (
-        "save() would remove {count} of the committed messages of session {session_id!r} while stream {stream_id} is "
-        "active; nothing was written. If it is meant, use store.transaction(id, if_version={version!r})."
-    )
+def unsafe(path: Path | str, found: str, wanted: str = "a plain file") -> Unreadable:
+    """Return the error of a name that is a symbolic link, a directory, a FIFO or a device."""
+    reason = f"it is {found}, where persist keeps {wanted}"
+    return Unreadable(path=path, reason=reason, remedy="Move it away, and retry.", found=found)
 
 
 class CorruptSession(PersistError):
@@ -343,11 +338,11 @@ class CorruptSession(PersistError):
     `offset` is the position of the first bad byte, where one is known.
     """
 
-    template = "Session {session_id!r} is damaged: {path}{at} {reason} {remedy}"
+    template = "Session {session_id!r} is damaged: {path}{at} {reason}"
+    remedy = "Restore it from a backup, or mend the file by hand and take it with store.accept()."
 
     def __init__(self, **facts: Any) -> None:
         offset = facts.setdefault("offset", None)
-        facts["remedy"] = facts.get("remedy") or "Mend the file by hand or restore it from a backup."
         super().__init__(**{**facts, "at": f", byte {offset}:" if offset is not None else ":"})
 
 
@@ -357,37 +352,15 @@ class UnsupportedFormat(PersistError):
     It was not changed.
     """
 
-    template = (
-        "Session {session_id!r}: {path} has format {found}, and this version knows {known}. "
-        "Use the version that wrote it."
-    )
-
-
-class UnsafeFile(PersistError, OSError):
-    """A name of the store is a symbolic link, a directory, a FIFO or a device. It was not followed."""
-
-    template = "{path} is {found}, where persist keeps {wanted}; it was not touched. Move it away."
-
-    defaults: ClassVar = {"wanted": "a plain file"}
-
-
-class Unreadable(PersistError, OSError):
-    """The disk, or its permissions, refused a look. Nothing was changed."""
-
-    template = "{path} cannot be read: {reason}. Nothing was changed; mend that and retry."
-
-    defaults: ClassVar = {"errno": None}
-
-    @classmethod
-    def because(cls, path: Path | str, error: OSError) -> Unreadable:
-        """From what the system said."""
-        return cls(path=path, reason=error.strerror or type(error).__name__, errno=error.errno)
+    template = "Session {session_id!r}: {path} has format {found}, and this version knows {known}."
+    remedy = "Load it with the version of persist that wrote it."
 
 
 class CommitFailed(PersistError, OSError):
     """The disk refused the commit before anything became visible: the old revision stands."""
 
-    template = "Session {session_id!r} was not saved: {reason} at {path}. The old revision stands; mend that and retry."
+    template = "Session {session_id!r} was not saved: {reason} at {path}. The old revision stands."
+    remedy = "Mend that and retry; store.load() shows what is there."
 
 
 class CommitUnknown(PersistError, OSError):
@@ -398,41 +371,6 @@ class CommitUnknown(PersistError, OSError):
 
     template = (
         "Session {session_id!r}: it is unknown whether the last commit is durable ({reason} at {path}). "
-        "This store refuses further writes to it: look at the disk, then open a new persist.Store."
+        "This store refuses further writes to it."
     )
-
-
-class EventsNotFound(PersistError, KeyError):
-    """There are no events of that stream: it never ran, it ended without an event, or its events have expired."""
-
-    template = (
-        "No events of stream {stream_id!r} of session {session_id!r}: {path} does not exist. It never ran here, ended "
-        "without an event, or its events have expired (Store(keep_events_s=…)). Load the session instead."
-    )
-
-
-class CursorAhead(PersistError, ValueError):
-    """A cursor beyond the stream's last event: it is another stream's, or a power cut took the events it has seen."""
-
-    template = (
-        "Stream {stream_id!r} of session {session_id!r} has {count} events, and the cursor is at {after}. "
-        "Follow it from the start (after=0)."
-    )
-
-
-class EmitFailed(PersistError, OSError):
-    """The disk refused events, or to make them durable. Those that were emitted before stand; the stream goes on."""
-
-    template = (
-        "Events of stream {stream_id!r} were not all emitted, or not made durable: {reason} at {path}. Mend that; "
-        "store.events() tells which ones stand, before you emit the others again."
-    )
-
-
-class UnsupportedFileSystem(PersistError, OSError):
-    """The directory is on a network file system, whose locks do not hold."""
-
-    template = (
-        "{path} is on {file_system}, where file locks and fsync cannot be trusted. Use a local disk, "
-        "or pass allow_network=True and lose the guarantees."
-    )
+    remedy = "Look at the disk, then open a new persist.Store()."

@@ -110,7 +110,7 @@ class EventWriter:
         Raises:
             EmitFailed: the disk refused.
             Fenced: the stream has been ended.
-            NestedLock: this thread is in the middle of it, and a signal handler asks again.
+            LockError: this thread is in the middle of it, and a signal handler asks again.
         """
         with self._writing():
             if self._held is None or not self._held.is_held:
@@ -148,7 +148,7 @@ class EventWriter:
         """Keep other threads out of a block, and turn the disk's own errors into `EmitFailed`."""
         with self._guard:
             if self._is_busy:
-                raise errors.NestedLock(session_id=self._session_id, held=self._session_id)
+                raise errors.nested(self._session_id, held=self._session_id)
             self._is_busy = True
             try:
                 yield

@@ -38,7 +38,7 @@ class Cursor:
 
     def __init__(self, backend: streams.Backend, session_id: str, stream_id: str, after: int) -> None:
         if type(after) is not int or after < 0:
-            raise errors.WrongType(what="after", expected="the offset of an event, from 0 up", got=repr(after))
+            raise errors.InvalidArgument(what="after", expected="the offset of an event, from 0 up", got=repr(after))
         self.session_id = layout.check_session_id(session_id)
         self.stream_id = layout.check_stream_id(stream_id)
         self.path = backend.events.path(session_id, stream_id)
@@ -50,7 +50,11 @@ class Cursor:
         self._first = self._reader.read(until=self._reader.size())
         if self._reader.count < after:
             self._reader.close()
-            raise errors.CursorAhead(session_id=session_id, stream_id=stream_id, after=after, count=self._reader.count)
+            count = self._reader.count
+            reason = f"it has {count} events, and the cursor is at {after}"
+            remedy = "Follow it from the start: store.follow(after=0)."
+            facts = {"path": self.path, "reason": reason, "remedy": remedy, "after": after, "count": count}
+            raise errors.EventsNotFound(session_id=session_id, stream_id=stream_id, **facts)
         self._hush()
 
     def _open(self) -> EventReader:
@@ -64,7 +68,9 @@ class Cursor:
         try:
             return EventReader(self.path, self.after)
         except FileNotFoundError:
-            raise errors.EventsNotFound(session_id=self.session_id, stream_id=self.stream_id, path=self.path) from None
+            reason = f"it never ran here, ended without an event, or they have expired ({self.path} does not exist)"
+            facts = {"session_id": self.session_id, "stream_id": self.stream_id, "path": self.path}
+            raise errors.EventsNotFound(reason=reason, **facts) from None
 
     def close(self) -> None:
         """Let go of the file."""

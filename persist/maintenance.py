@@ -17,7 +17,7 @@ from persist.working_copy import WorkingCopy
 class Problem:
     """Something that `Store.check` has found.
 
-    `kind` is "corrupt", "unsupported", "unsafe", "unreadable", "locked", "stale", "left-over", "orphaned" or "ignored".
+    `kind` is "corrupt", "unsupported", "unreadable", "locked", "stale", "left-over", "orphaned" or "ignored".
     """
 
     session_id: str
@@ -108,8 +108,6 @@ def _problem(backend: streams.Backend, session_id: str) -> Problem | None:
         kind, message = "corrupt", str(error)
     except errors.UnsupportedFormat as error:
         kind, message = "unsupported", str(error)
-    except errors.UnsafeFile as error:
-        kind, message = "unsafe", str(error)
     except errors.LockTimeout as error:
         kind, message = "locked", str(error)
     except OSError as error:
@@ -122,5 +120,5 @@ def _problem(backend: streams.Backend, session_id: str) -> Problem | None:
 def _name_for(session_id: str) -> str:
     try:
         return f"{layout.name_of(layout.check_session_id(session_id))}.json"
-    except errors.InvalidSessionId:
+    except errors.InvalidArgument:
         return "another one"

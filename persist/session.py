@@ -23,6 +23,7 @@ from persist.storage.document import Header
 from persist.storage.transaction import Transaction
 from persist.streams import Backend
 from persist.transaction import refuse_changed_stream_fields
+from persist.translating import conflicts_in
 
 _PREFERENCES = get_args(Preference)
 
@@ -91,14 +92,14 @@ class Session:
         """Return what keeps the verbs of other threads out of this object, for a block.
 
         Raises:
-            NestedLock: this thread is inside already, and a signal handler or a finaliser asks again.
+            LockError: this thread is inside already, and a signal handler or a finaliser asks again.
         """
         if self._pid != os.getpid():
             # This child was forked while another thread may have been inside. That thread is not here: its verb is as
             # one that was cut off.
             self._guard, self._pid = threading.RLock(), os.getpid()
         if self._guard._is_owned():  # type: ignore[attr-defined]
-            raise errors.NestedLock(session_id=self.id, held=self.id)
+            raise errors.nested(self.id, held=self.id)
         return self._guard
 
     @property
@@ -148,15 +149,15 @@ class Session:
             MergeConflict: both sides changed one place; `refresh` after setting your edit aside, or name a side. Both
                 moved the same items of a list, or one put something else in the place of a list: name a side or not.
             SessionDeleted: the session was deleted or replaced since it was loaded; load or create it again.
-            NotJSON, WrongType: a value has no exact JSON form; it is named.
-            ReservedField: a stream field was changed by hand; use the stream verbs.
-            MessagesRemoved: committed messages would vanish in the middle of a turn; use `Store.transaction`.
-            LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
+            NotJSON, InvalidArgument: a value has no exact JSON form; it is named.
+            InvalidArgument: a stream field was changed by hand; use the stream verbs.
+            MergeConflict: committed messages would vanish in the middle of a turn; use `Store.transaction`.
+            LockTimeout, LockError, CommitFailed, CommitUnknown, CorruptSession: see the errors.
 
         Concurrency: holds the session's lock for read, merge and write, across threads and processes.
         """
         if on_conflict not in _PREFERENCES:
-            raise errors.WrongType(what="on_conflict", expected=" | ".join(_PREFERENCES), got=repr(on_conflict))
+            raise errors.InvalidArgument(what="on_conflict", expected=" | ".join(_PREFERENCES), got=repr(on_conflict))
         require_flags(touch=touch)
         try:
             with self._backend.files.transaction(self.id, timeout_s) as tx, self._alone():
@@ -214,9 +215,9 @@ class Session:
         elif there.header.commit == base.header.commit:
             self._base = structs.replace(base, tried=None)
         else:
-            reason = "a save was cut off, and nobody can tell whether it was committed"
+            reason = "was being saved when that was cut off, and nobody can tell whether it was committed"
             remedy = "This object cannot go on: load the session anew, and see what is there."
-            raise errors.MergeConflict(path=(), reason=reason, remedy=remedy, base=None, mine=None, theirs=None)
+            raise errors.MergeConflict(path=(), reason=reason, remedy=remedy)
 
     def _refuse_removal(self, there: Replica, merged: Content, changes: tuple[diff.Change, ...]) -> None:
         """Refuse to remove messages in the middle of a turn: there it is an accident (hermes-webui #4205)."""
@@ -229,10 +230,13 @@ class Session:
         )
         if type(before) is list and type(after) is not list:
             what, expected = f"field {turn.MESSAGES!r}", "a list, in a turn"
-            raise errors.WrongType(what=what, expected=expected, got=type(after).__name__)
+            raise errors.InvalidArgument(what=what, expected=expected, got=type(after).__name__)
         if type(before) is list and (count := count_removed(before, after)):
+            reason = f"would lose {count} committed messages by this save, while stream {stream_id} is active"
             version = there.header.version
-            raise errors.MessagesRemoved(session_id=self.id, stream_id=stream_id, count=count, version=version)
+            remedy = f"If it is meant, use store.transaction(id, if_version={version!r})."
+            facts = {"stream_id": stream_id, "count": count, "version": version}
+            raise errors.MergeConflict(path=(turn.MESSAGES,), reason=reason, remedy=remedy, session_id=self.id, **facts)
 
     # --- taking what others committed ---
 
@@ -285,14 +289,14 @@ class Session:
         Raises:
             MergeConflict: an unsaved edit contradicts the committed state; nothing was changed. Set it aside first.
             SessionDeleted: the session was deleted or replaced; load or create it again.
-            NestedLock: a signal handler asks for it, or a finaliser, in the middle of a save or refresh of this object.
+            LockError: a signal handler asks for it, or a finaliser, in the middle of a save or refresh of this object.
             CorruptSession: the file is damaged.
         """
         while True:
             before = self._base
             # Outside the guard: where folds follow one another, it takes the lock.
             there = self._read()
-            with self._backend.files.looking_at(self.id), self._alone(), errors.conflicts_in(self.id):
+            with self._backend.files.looking_at(self.id), self._alone(), conflicts_in(self.id):
                 if self._base is before:
                     self._recognise(there)
                     if there.header.commit != self._base.header.commit:
@@ -322,7 +326,7 @@ class Session:
             if there is no stream, if it is alive, or if the session has moved on since it was loaded.
 
         Raises:
-            LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
+            LockTimeout, LockError, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
         # In the middle of another verb it is refused before anything is cleared.
         self._alone()

@@ -38,6 +38,20 @@ class ClearedStream:
     stream_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What a sweep has done.
+
+    Attributes:
+        cleared: the streams that it has cleared.
+        failures: of each session that it could not look at, the error, by the session's id; ``"*"`` for the directory
+            of the events. Mend those, and sweep again.
+    """
+
+    cleared: list[ClearedStream]
+    failures: dict[str, Exception]
+
+
 class Store:
     """A directory of sessions, shared by any number of threads and processes of one machine.
 
@@ -57,9 +71,9 @@ class Store:
         create: False opens a directory that must be there, and makes nothing in it until something is written.
 
     Raises:
-        WrongType, ReservedField: an argument is not what it must be.
+        InvalidArgument: an argument is not what it must be.
         Unreadable: the disk, or its permissions, refused.
-        UnsupportedFileSystem: the directory is on nfs, cifs, 9p or ceph.
+        InvalidArgument: the directory is on nfs, cifs, 9p or ceph.
 
     Example:
         >>> import persist, tempfile
@@ -88,15 +102,16 @@ class Store:
         require_flags(allow_network=allow_network, create=create)
         directory = _directory(path, create=create)
         if journal not in get_args(commit.Mode):
-            raise errors.WrongType(what="journal", expected=" | ".join(get_args(commit.Mode)), got=repr(journal))
+            raise errors.InvalidArgument(what="journal", expected=" | ".join(get_args(commit.Mode)), got=repr(journal))
         policies = {} if merge is None else merge
         check_policies(policies)
         for field in policies.keys() & {HEADER, *turn.IDLE, *ALWAYS_APART}:
             # To take one side of a list would drop what the other has appended.
-            raise errors.ReservedField(field=field, remedy="It has a rule of its own: leave it out of merge.")
+            raise errors.reserved(field, "It has a rule of its own: leave it out of Store(merge=…).")
         self._policies = dict(policies)
         if type(cache_bytes) is not int or cache_bytes < 0:
-            raise errors.WrongType(what="cache_bytes", expected="a number of bytes from 0 up", got=repr(cache_bytes))
+            expected = "a number of bytes from 0 up"
+            raise errors.InvalidArgument(what="cache_bytes", got=repr(cache_bytes), expected=expected)
         kept: dict[str, Any] = {"cache_bytes": cache_bytes, "allow_network": allow_network}
         timeout_s, keep_events_s = seconds("timeout_s", timeout_s), seconds("keep_events_s", keep_events_s)
         files = SessionFiles(directory, commit.Options(journal), timeout_s=timeout_s, create=create, **kept)
@@ -158,8 +173,8 @@ class Store:
 
         Raises:
             SessionNotFound: create it first.
-            CorruptSession, UnsupportedFormat, UnsafeFile: the file cannot be trusted; it was not changed.
-            InvalidSessionId: an id is any text of 1 to 512 characters.
+            CorruptSession, UnsupportedFormat, Unreadable: the file cannot be trusted; it was not changed.
+            InvalidArgument: an id is any text of 1 to 512 characters.
             Unreadable: the disk, or its permissions, refused.
         """
         return self._session(session_id, self._open().files.read(session_id), is_durable=False)
@@ -190,7 +205,7 @@ class Store:
             field: a top-level list. One that is missing has no items.
 
         Raises:
-            WrongType: the field is no list.
+            InvalidArgument: the field is no list.
             Otherwise as `load`, but damage among the items goes unnoticed.
         """
         require_limit(limit, may_be_none=False)
@@ -222,8 +237,8 @@ class Store:
 
         Raises:
             SessionExists: load it, or choose another id.
-            InvalidSessionId, NotJSON, WrongType, ReservedField: an argument cannot be kept; nothing was written.
-            LockTimeout, NestedLock, CommitFailed, CommitUnknown: see the errors.
+            InvalidArgument, NotJSON: an argument cannot be kept; nothing was written.
+            LockTimeout, LockError, CommitFailed, CommitUnknown: see the errors.
         """
         content = encoded({} if data is None else data)
         refuse_changed_stream_fields(empty(), content)
@@ -233,7 +248,7 @@ class Store:
         with self._locked(session_id, timeout_s) as tx:
             if tx.exists():
                 # A caller that asks again takes this for success. The first answer may have been lost in a crash.
-                with suppress(errors.CorruptSession, errors.UnsupportedFormat, errors.UnsafeFile, errors.Unreadable):
+                with suppress(errors.CorruptSession, errors.UnsupportedFormat, errors.Unreadable):
                     tx.confirm()
                 raise errors.SessionExists(session_id=session_id, path=tx.paths.document)
             committed = tx.commit(document.first_header(session_id if tx.paths.file_id else None), content)
@@ -270,7 +285,7 @@ class Store:
             SessionNotFound: there is none.
             VersionMismatch: it has another version.
             SessionBusy: a live stream owns it; wait, cancel it, or force.
-            LockTimeout, NestedLock, CorruptSession: see the errors.
+            LockTimeout, LockError, CorruptSession: see the errors.
         """
         require_flags(force=force)
         require_texts(if_version=if_version)
@@ -304,8 +319,8 @@ class Store:
             timeout_s: how long to wait for the lock, in the place of the store's; 0 is now or never.
 
         Raises:
-            SessionNotFound, LockTimeout, NestedLock, CorruptSession, VersionMismatch: before the block.
-            NotJSON, ReservedField, SessionBusy, CommitFailed, CommitUnknown: after it; nothing was written, unless it
+            SessionNotFound, LockTimeout, LockError, CorruptSession, VersionMismatch: before the block.
+            NotJSON, InvalidArgument, SessionBusy, CommitFailed, CommitUnknown: after it; nothing was written, unless it
                 says "unknown".
         """
         require_flags(touch=touch, create=create)
@@ -338,8 +353,8 @@ class Store:
             function: changes the transaction in place; if it raises, nothing is written.
 
         Raises:
-            WrongType: the function is asynchronous, or it changed nothing and returned a new dict that has keys of the
-                document: it would be lost.
+            InvalidArgument: the function is asynchronous, or it changed nothing and returned a new dict that has keys of
+                the document: it would be lost.
             Otherwise as `transaction`.
         """
         options: dict[str, Any] = {"if_version": if_version, "create": create, "touch": touch, "timeout_s": timeout_s}
@@ -360,12 +375,12 @@ class Store:
         """Add an item to a list of the document; durable and visible on return. See `extend`.
 
         Raises:
-            WrongType: a list is no message: use `extend` for several.
+            InvalidArgument: a list is no message: use `extend` for several.
             Otherwise as `extend`.
         """
         if type(item) is list and field in ALWAYS_APART:
             expected = "one message: use extend() for several"
-            raise errors.WrongType(what=f"an item of {field!r}", expected=expected, got="a list")
+            raise errors.InvalidArgument(what=f"an item of {field!r}", expected=expected, got="a list")
         return self._add(session_id, field, [json_codec.encode_exact(item, (field,))], key, create, touch, timeout_s)
 
     def extend(
@@ -396,9 +411,9 @@ class Store:
             The version that holds the items.
 
         Raises:
-            IdTaken: an item of that key is there, with other content.
-            NotJSON, WrongType, ReservedField: an item or the field cannot be used.
-            SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
+            MergeConflict: an item of that key is there, with other content.
+            NotJSON, InvalidArgument: an item or the field cannot be used.
+            SessionNotFound, LockTimeout, LockError, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
         return self._add(session_id, field, _encoded_items(field, items), key, create, touch, timeout_s)
 
@@ -455,9 +470,9 @@ class Store:
         Raises:
             AlreadyStarted: with `once`: its `stream_id` runs the prompt, or its `answer` is there.
             SessionBusy: a live stream owns the session; it names the owner.
-            InvalidStreamId, NotJSON, WrongType: an argument cannot be used.
-            IdTaken: a message of that ``id`` is there, with other content.
-            SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
+            InvalidArgument, NotJSON: an argument cannot be used.
+            MergeConflict: a message of that ``id`` is there, with other content.
+            SessionNotFound, LockTimeout, LockError, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
         require_flags(create=create, once=once)
         options: dict[str, Any] = {"fields": fields, "create": create, "once": once, "timeout_s": timeout_s}
@@ -478,7 +493,7 @@ class Store:
             True if that stream was the active one.
 
         Raises:
-            SessionNotFound, LockTimeout, NestedLock, CommitFailed, CommitUnknown, CorruptSession: see the errors.
+            SessionNotFound, LockTimeout, LockError, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
         require_flags(force=force)
         with self._locked(session_id, timeout_s) as tx:
@@ -497,8 +512,8 @@ class Store:
         Raises:
             EventsNotFound: it never ran, it ended without an event, or its events have expired; load the session
                 instead.
-            CursorAhead: the stream has fewer events than `after`: the cursor is another stream's. Begin at 0.
-            InvalidStreamId, WrongType: a malformed cursor.
+            EventsNotFound: the stream has fewer events than `after`: the cursor is another stream's. Begin at 0.
+            InvalidArgument: a malformed cursor.
             SessionNotFound, LockTimeout, CorruptSession: see the errors.
         """
         return Following(self._cursor(session_id, stream_id, after))
@@ -519,7 +534,7 @@ class Store:
 
         A stream that another program left, without a lease, shows as dead. Takes the session's lock.
 
-        Raises: as `load`; LockTimeout, NestedLock.
+        Raises: as `load`; LockTimeout, LockError.
         """
         with self._locked(session_id, timeout_s) as tx:
             return streams.look_at(tx)
@@ -539,9 +554,7 @@ class Store:
                     found.append(streams.look_at(tx))
         return [info for info in found if info is not None]
 
-    def clear_stale_streams(
-        self, *, every_session: bool = False, timeout_s: float | None = None
-    ) -> list[ClearedStream]:
+    def clear_stale_streams(self, *, every_session: bool = False, timeout_s: float | None = None) -> Sweep:
         """Clear every stream whose process is dead; for the start of a server, or now and then.
 
         Opens only the sessions that have a lease, however many others there are; one lock at a time. Left-over leases
@@ -551,8 +564,9 @@ class Store:
             every_session: look into all sessions: also finds streams that another program left without a lease.
             timeout_s: how long to wait for each lock, in the place of the store's.
 
-        Raises:
-            SweepIncomplete: some sessions could not be looked at; what was cleared is in it.
+        Returns:
+            What it cleared, and the errors of the sessions that it could not look at: one of these keeps it from no
+            other one.
         """
         require_flags(every_session=every_session)
         backend, timeout_s = self._open(), None if timeout_s is None else seconds("timeout_s", timeout_s)
@@ -578,9 +592,7 @@ class Store:
             backend.events.sweep()
         except errors.PersistError as error:
             failures["*"] = error
-        if failures:
-            raise errors.SweepIncomplete(cleared=cleared, failures=failures)
-        return cleared
+        return Sweep(cleared, failures)
 
     # --- care ---
 
@@ -605,7 +617,7 @@ class Store:
             Whether there was anything to fold.
 
         Raises:
-            SessionNotFound, LockTimeout, NestedLock, CorruptSession, CommitFailed, CommitUnknown: see the errors.
+            SessionNotFound, LockTimeout, LockError, CorruptSession, CommitFailed, CommitUnknown: see the errors.
         """
         require_flags(alone=alone)
         with self._locked(session_id, timeout_s) as tx:
@@ -637,13 +649,13 @@ def _require_list(field: object, key: object, touch: object, create: object) -> 
     require_flags(touch=touch, create=create)
     require_key(key)
     if field in turn.IDLE:
-        raise errors.ReservedField(field=str(field), remedy="Use store.start_stream().")
+        raise errors.reserved(str(field), "Use store.start_stream().")
 
 
 def _encoded_items(field: str, items: Iterable[Any]) -> list[bytes]:
     if type(items) is not list:
         if isinstance(items, (str, bytes, Mapping)) or not isinstance(items, Iterable):
-            raise errors.WrongType(what="items", expected="several items, in a list", got=type(items).__name__)
+            raise errors.InvalidArgument(what="items", expected="several items, in a list", got=type(items).__name__)
         items = list(items)
     lines = []
     for place, item in enumerate(items):
@@ -658,7 +670,7 @@ def _directory(path: object, *, create: bool) -> str:
     """
     directory = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
     if type(directory) is not str or not directory or "\0" in directory:
-        raise errors.WrongType(what="a store's path", expected="a directory's name", got=repr(path))
+        raise errors.InvalidArgument(what="a store's path", expected="a directory's name", got=repr(path))
     directory = os.path.realpath(directory)
     try:
         found = "a directory" if stat.S_ISDIR(os.stat(directory).st_mode) else "a file"
@@ -667,5 +679,5 @@ def _directory(path: object, *, create: bool) -> str:
     except OSError as error:
         raise errors.Unreadable.because(directory, error) from error
     if found == "a file" or (found == "missing" and not create):
-        raise errors.WrongType(what=f"the store {directory}", expected="a directory that is there", got=found)
+        raise errors.InvalidArgument(what=f"the store {directory}", expected="a directory that is there", got=found)
     return directory

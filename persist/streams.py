@@ -119,7 +119,8 @@ def start(
     stream_id = uuid.uuid4().hex if stream_id is None else layout.check_stream_id(stream_id)
     prompt = None if message is None else turn.with_id(_checked(message), f"{stream_id}.prompt")
     if once and (message is None or message.get("id") is None):
-        raise errors.WrongType(what="the prompt of a start that is to be once", expected="one with an id", got="none")
+        what = "the prompt of a start that is to be once"
+        raise errors.InvalidArgument(what=what, got="without an id", expected="one with an id")
     with backend.files.transaction(session_id, timeout_s) as tx:
         copy = WorkingCopy.of(tx, create=create)
         stale_id = active_in(copy.committed)
@@ -169,12 +170,12 @@ def start(
 def _set_fields(copy: WorkingCopy, fields: Mapping[str, Any] | None) -> None:
     """Set top-level fields in the commit of a stream's verb."""
     if fields is not None and not isinstance(fields, Mapping):
-        raise errors.WrongType(what="fields", expected="a mapping of top-level fields", got=type(fields).__name__)
+        raise errors.InvalidArgument(what="fields", expected="a mapping of top-level fields", got=type(fields).__name__)
     for name, value in (fields or {}).items():
         if name in turn.IDLE:
-            raise errors.ReservedField(field=name, remedy="The stream verbs set it.")
+            raise errors.reserved(name, "The stream verbs set it: store.start_stream().")
         if name in ALWAYS_APART:
-            raise errors.ReservedField(field=name, remedy="Add to it with append(), or in a transaction.")
+            raise errors.reserved(name, "Add to it with append(), or in a transaction().")
         copy.fields[name] = value
 
 
@@ -190,9 +191,11 @@ def _refuse_started(tx: Transaction, copy: WorkingCopy, prompt: turn.Message, *,
     facts: dict[str, Any]
     if is_own and live_id is not None:
         what = f"stream {live_id} runs it"
-        facts = {"stream_id": live_id, "answer": None, "what": what, "remedy": "Follow that stream."}
+        remedy = "Follow that stream with store.follow()."
+        facts = {"stream_id": live_id, "answer": None, "what": what, "remedy": remedy}
     elif has_finished and not is_own:
-        remedy = "Its answer is an attribute of this error." if answer is not None else "It finished without an answer."
+        remedy = "Its `answer` is an attribute of this error; store.load() shows it, too."
+        remedy = remedy if answer is not None else "It finished without an answer: store.load() shows it."
         facts = {"stream_id": None, "answer": answer, "what": "its turn has finished", "remedy": remedy}
     else:
         return
@@ -200,8 +203,9 @@ def _refuse_started(tx: Transaction, copy: WorkingCopy, prompt: turn.Message, *,
     raise errors.AlreadyStarted(session_id=tx.session_id, **facts)
 
 
-def _unusable(stream_id: str, reason: str) -> errors.InvalidStreamId:
-    return errors.InvalidStreamId(stream_id=stream_id, reason=f"{reason}. Choose a new one.")
+def _unusable(stream_id: str, reason: str) -> errors.InvalidArgument:
+    expected = f"a new one: {reason}"
+    return errors.InvalidArgument(what="a stream id", got=repr(stream_id), expected=expected, stream_id=stream_id)
 
 
 # --- ending a stream without its owner -------------------------------------------------------------------------------
@@ -334,9 +338,9 @@ def checked(tx: Transaction, copy: WorkingCopy) -> Changed | None:
     """Return what a block has changed. It may change all but what belongs to the stream verbs.
 
     Raises:
-        ReservedField: it has changed a stream field.
+        InvalidArgument: it has changed a stream field.
         SessionBusy: it has removed the partial answer of a live stream.
-        IdTaken: see `refuse_twins`.
+        MergeConflict: see `refuse_twins`.
     """
     changed = copy.changed()
     if changed is not None:
@@ -345,7 +349,7 @@ def checked(tx: Transaction, copy: WorkingCopy) -> Changed | None:
         owner = refuse_twins(copy.header, before, after)
         gone = owner is not None and turn.has(before, owner.answer_id) and not turn.has(after, owner.answer_id)
         if gone:
-            require_free(tx, "The block would remove the stream's partial answer. ")
+            require_free(tx, " The block would remove the stream's partial answer.")
         # The block is the caller's own code, and may have taken its time.
         tx.require_unchanged()
     return changed
@@ -358,14 +362,15 @@ def refuse_twins(header: Header, before: Content, after: Content) -> StreamOwner
         The owner of the turn, None if no turn runs.
 
     Raises:
-        IdTaken: there is such a message in `after`, and none in `before`.
+        MergeConflict: there is such a message in `after`, and none in `before`.
     """
     active = active_in(before)
     owner = None if active is None else owner_of(header, active)
     for own in () if owner is None else (owner.prompt_id, owner.answer_id):
         if turn.has_twin(after, own) and not turn.has_twin(before, own):
-            facts = {"base": None, "mine": own, "theirs": own}
-            raise errors.IdTaken(path=(turn.MESSAGES,), reason="a running turn has a message of this id", **facts)
+            reason = "would have two messages of one id, of a running turn"
+            remedy = "Give the new one an id of its own."
+            raise errors.MergeConflict(path=(turn.MESSAGES,), reason=reason, remedy=remedy, mine=own, theirs=own)
     return owner
 
 
@@ -411,10 +416,11 @@ def _busy(tx: Transaction, header: Header, stream_id: Any, why: str = "") -> err
 def _checked(message: Any) -> turn.Message:
     """Return a copy that nobody else can change."""
     if type(message) is not dict:
-        raise errors.WrongType(what="a message", expected="a plain dict", got=type(message).__name__)
+        raise errors.InvalidArgument(what="a message", expected="a plain dict", got=type(message).__name__)
     own: turn.Message = json_codec.decode(json_codec.encode_exact(message))
     if type(own.get("id", "")) not in (str, int, type(None)):
-        raise errors.WrongType(what="a message's id", expected="a string or an integer", got=type(own["id"]).__name__)
+        got = type(own["id"]).__name__
+        raise errors.InvalidArgument(what="a message's id", got=got, expected="a string or an integer")
     return own
 
 
@@ -469,8 +475,8 @@ class Stream:
 
         Raises:
             StreamLost: the session is no longer this stream's: end the turn.
-            NotJSON, WrongType: the message cannot be kept.
-            IdTaken: another message has its id.
+            NotJSON, InvalidArgument: the message cannot be kept.
+            MergeConflict: another message has its id.
             CommitFailed, CommitUnknown, LockTimeout: see the errors; the turn may go on.
         """
         answer = turn.with_id(_checked(message), f"{self.id}.answer")
@@ -532,11 +538,12 @@ class Stream:
             StreamLost: the session is no longer this stream's; the events were emitted nowhere. End the turn.
             NotJSON: an event cannot be kept; none was emitted.
             EmitFailed: the disk refused.
-            LockTimeout, NestedLock, CommitFailed, Unreadable, CorruptSession: at the first event, which looks at the
+            LockTimeout, LockError, CommitFailed, Unreadable, CorruptSession: at the first event, which looks at the
                 session.
         """
         if not events:
-            raise errors.WrongType(what="emit()", expected="called with one event or more", got="called with none")
+            expected = "called with one event or more"
+            raise errors.InvalidArgument(what="emit()", got="called with none", expected=expected)
         require_flags(durable=durable)
         encoded = list(map(json_codec.encode_exact, events))
         if not self._lease.is_held:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from persist.arguments import require_text
-from persist.errors import ReservedField, VersionMismatch, WrongType
+from persist.errors import InvalidArgument, VersionMismatch, reserved
 from persist.json_codec import same
 from persist.storage.content import HEADER, Content, decode
 from persist.turn import IDLE
@@ -47,7 +47,7 @@ class Transaction:
         """Return a top-level list, to be changed in place. A missing one is made by its first item.
 
         Raises:
-            WrongType: the value is no list.
+            InvalidArgument: the value is no list.
         """
         require_text("a list's name", name)
         return self._open().list(name)
@@ -70,27 +70,28 @@ class Transaction:
     def _open(self) -> WorkingCopy:
         self._copy.require_open()
         if self.is_deleted:
-            raise WrongType(what="a transaction", expected="left after its delete()", got="used again")
+            raise InvalidArgument(what="a transaction", expected="left after its delete()", got="used again")
         return self._copy
 
     def result_of(self, function: Callable[[Transaction], Result]) -> Result:
         """Call a function with this transaction, and return its result.
 
         Raises:
-            WrongType: it is no plain function, or it returned what it was to write, and wrote nothing.
+            InvalidArgument: it is no plain function, or it returned what it was to write, and wrote nothing.
         """
         if not callable(function):
-            raise WrongType(what="function", expected="callable", got=type(function).__name__)
+            raise InvalidArgument(what="function", expected="callable", got=type(function).__name__)
         result = function(self)
         if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
             # Its body has not run, or not to the end.
-            raise WrongType(what="function", expected="a plain function", got="an async one or a generator")
+            raise InvalidArgument(what="function", expected="a plain function", got="an async one or a generator")
         # One that answers a request, with other keys, is no document.
         is_document = isinstance(result, dict) and any(name in result for name in self._copy.names())
         is_new = is_document and not self._copy.has_handed_out(result)
         if is_new and not self.is_deleted and self._copy.changed() is None:
             expected = "one that changes the transaction in place: tx.fields.update(…), tx.data.update(…)"
-            raise WrongType(what="the function of update()", expected=expected, got="one that returned a new dict")
+            got = "one that returned a new dict"
+            raise InvalidArgument(what="the function of update()", got=got, expected=expected)
         return result
 
 
@@ -103,7 +104,7 @@ def require_version(copy: WorkingCopy, session_id: str, if_version: str | None) 
 
 
 def refuse_changed_stream_fields(before: Content, after: Content) -> None:
-    """Raise `ReservedField` if an edit touched what belongs to the stream verbs."""
+    """Raise `InvalidArgument` if an edit touched what belongs to the stream verbs."""
     for name, idle in IDLE.items():
         field = before.fields.get(name)
         if field is after.fields.get(name) and (field or not (name in before.apart or name in after.apart)):
@@ -111,4 +112,4 @@ def refuse_changed_stream_fields(before: Content, after: Content) -> None:
         found, left = before.get(name), after.get(name)
         if found != left and not same(*(idle if value is None else decode(value) for value in (found, left))):
             remedy = "Use store.start_stream(), store.cancel() or session.clear_stale_stream()."
-            raise ReservedField(field=name, remedy=remedy)
+            raise reserved(name, remedy)

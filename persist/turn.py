@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from persist import json_codec
-from persist.errors import IdTaken
 from persist.json_codec import same
 from persist.storage.content import Content, Id, Items, id_in
 from persist.working_copy import WorkingCopy, WorkingList
@@ -55,7 +54,9 @@ def add_once(
     before: int | None = None,
     field: str = MESSAGES,
 ) -> None:
-    """Add items, each as its JSON, to a list, but those that are there. The same `key` with other content is `IdTaken`.
+    """Add items, each as its JSON, to a list, but those that are there.
+
+    The same `key` with other content is a `MergeConflict`.
 
     Args:
         before: the place of the item before which they go; the end without it.
@@ -80,8 +81,7 @@ def add_once(
 
 def _require_same(there: Message, item: Message, path: tuple[str | int, ...], key: str = "id") -> None:
     if not same(there, item):
-        reason = f"its {key} is taken by other content"
-        raise IdTaken(path=path, reason=reason, key=key, base=None, mine=item, theirs=there)
+        raise id_taken(path, key=key, mine=item, theirs=there)
 
 
 def with_id(message: Message, default: str) -> Message:
@@ -162,7 +162,7 @@ def answer_to(messages: WorkingList, prompt: Message, partial_id: Id | None = No
     is the last answer before the next prompt. `partial_id` is that of a turn which has not finished: it is none.
 
     Raises:
-        IdTaken: another message has the prompt's id.
+        MergeConflict: another message has the prompt's id.
     """
     place = messages.place_of(prompt["id"])
     if place is None:

@@ -20,7 +20,7 @@ import msgspec
 
 from persist import json_codec
 from persist.arguments import require_key
-from persist.errors import ReservedField, WrongType
+from persist.errors import InvalidArgument, reserved
 from persist.storage import diff
 from persist.storage.cache import Replica
 from persist.storage.content import (
@@ -111,7 +111,7 @@ class WorkingCopy:
             self._values[name] = value
 
     def require_open(self) -> None:
-        """Raise `LockNotHeld` after the block: a change would be lost without a word."""
+        """Raise `LockError` after the block: a change would be lost without a word."""
         if self._tx is not None:
             self._tx.require_lock()
 
@@ -126,13 +126,13 @@ class WorkingCopy:
         """Return a top-level list, to be changed in place. A missing one is made by the first item.
 
         Raises:
-            WrongType: the value is no list.
+            InvalidArgument: the value is no list.
         """
         found = self._lists.get(name)
         if found is not None and name not in self._values:
             return found
         if name == HEADER:
-            raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
+            raise reserved(HEADER, "Choose another name for the field.")
         base = None if name in self._taken else self._content.apart.get(name)
         if base is None and not self._has(name):
             base = Items([])
@@ -142,7 +142,7 @@ class WorkingCopy:
             whole = self._plain(name)
             if type(whole) is not list:
                 what = f"field {name!r} of the document"
-                raise WrongType(what=what, expected="a list", got=type(whole).__name__)
+                raise InvalidArgument(what=what, expected="a list", got=type(whole).__name__)
             return WorkingList(name, Items([]), whole, tx=self._tx, values=self._values)
         self._taken.add(name)
         self._lists[name] = found
@@ -267,7 +267,7 @@ class Fields(MutableMapping[str, Any]):
     def __setitem__(self, name: str, value: Any) -> None:
         if name == HEADER or name in ALWAYS_APART:
             remedy = "Choose another name for the field." if name == HEADER else f"Use list({name!r})."
-            raise ReservedField(field=name, remedy=remedy)
+            raise reserved(name, remedy)
         self._copy.require_open()
         self._copy._taken.add(name)
         handed_out = self._copy._lists.pop(name, None)
@@ -373,7 +373,7 @@ class WorkingList(MutableSequence[Any]):
         if isinstance(place, slice):
             start, _, step = place.indices(len(self))
             if step != 1:
-                raise WrongType(what="the slice that is set", expected="one without a step", got=f"one by {step}")
+                raise InvalidArgument(what="the slice that is set", expected="one without a step", got=f"one by {step}")
             items = list(item)
             del self[place]
             for at, each in enumerate(items, start):
@@ -387,7 +387,7 @@ class WorkingList(MutableSequence[Any]):
             self._tx.require_lock()
         if (self._is_plain or self._name in self._values) and self._values.get(self._name) is not self.tail:
             what, expected = f"this list of {self._name!r}", "the document's: ask the transaction for it anew"
-            raise WrongType(what=what, expected=expected, got="one that the block has replaced")
+            raise InvalidArgument(what=what, expected=expected, got="one that the block has replaced")
         # In the tail, bytes would pass for an item's JSON.
         if type(item) is bytes:
             json_codec.check(item, (self._name, place))

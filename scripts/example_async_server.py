@@ -50,9 +50,9 @@ import persist.aio
 
 STATUSES: dict[Any, int] = {persist.SessionNotFound: 404, persist.EventsNotFound: 410, persist.SessionBusy: 409}
 STATUSES |= {
-    persist.CursorAhead: 416,
-    persist.InvalidSessionId: 400,
-    persist.InvalidStreamId: 400,
+    persist.EventsNotFound: 416,
+    persist.InvalidArgument: 400,
+    persist.InvalidArgument: 400,
     persist.LockTimeout: 503,
 }
 

@@ -169,7 +169,7 @@ STATUSES: Sequence[tuple[type[Exception], int]] = (
     (persist.SessionNotFound, 404),
     (NoSuchRoute, 404),
     (persist.SessionBusy, 409),
-    (persist.InvalidSessionId, 400),
+    (persist.InvalidArgument, 400),
     (persist.NotJSON, 400),
     (BadRequest, 400),
     (persist.LockTimeout, 503),

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from persist import __version__
 from persist.cli.output import console, print_json, print_table, printable, tolerate_any_terminal
-from persist.errors import CorruptSession, PersistError, SessionNotFound, SweepIncomplete
+from persist.errors import CorruptSession, PersistError, SessionNotFound
 from persist.storage.layout import LEASES, journal_of, name_of
 from persist.store import Store
 from persist.streams import StreamInfo
@@ -277,11 +277,8 @@ def clear_stale(ctx: click.Context, store: Store, every_session: bool, as_json: 
     Prompt and partial answer are kept; live streams are left alone. Sessions that cannot be looked at are named, and
     the exit status is 1.
     """
-    failures: dict[str, Exception] = {}
-    try:
-        cleared = store.clear_stale_streams(every_session=every_session)
-    except SweepIncomplete as incomplete:
-        cleared, failures = incomplete.cleared, incomplete.failures
+    sweep = store.clear_stale_streams(every_session=every_session)
+    cleared, failures = sweep.cleared, sweep.failures
     if as_json:
         reasons = {session_id: str(error) for session_id, error in failures.items()}
         print_json({"cleared": [asdict(each) for each in cleared], "failures": reasons})

@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from persist.errors import SessionBusy
-from persist.pytest_plugin.errors import NamedLockNested, NamedLockTimeout
+from persist.errors import LockError, SessionBusy
+from persist.pytest_plugin.errors import SharedTimeout
 from persist.pytest_plugin.run import Run, Wait, describe
 from persist.streams import Stream
 
@@ -23,7 +23,8 @@ def hold(run: Run, name: str, timeout_s: float) -> Iterator[None]:
     __tracebackhide__ = True
     session_id = run.session("lock", name)
     if session_id in run.held.streams:
-        raise NamedLockNested(name=name)
+        reason, remedy = f"This thread holds the lock {name!r} already.", "Leave its block first."
+        raise LockError(kind="nested", held=name, reason=reason, remedy=remedy)
     with _acquired(run, session_id, name, timeout_s) as stream:
         run.held.streams[session_id] = stream.id
         try:
@@ -40,11 +41,14 @@ def _acquired(run: Run, session_id: str, name: str, timeout_s: float) -> Stream:
     while isinstance(stream := run.try_stream(session_id), SessionBusy):
         busy = stream
 
-        def timed_out(busy: SessionBusy = busy) -> NamedLockTimeout:
+        def timed_out(busy: SessionBusy = busy) -> SharedTimeout:
             holder, since_s = describe(busy)
             test = run.store.head(session_id).fields.get(_TEST, "")
             where = f", in {test}" if test else ""
-            return NamedLockTimeout(name=name, holder=holder, since_s=since_s, waited_s=wait.waited_s, where=where)
+            reason = f"{holder} has held that lock for {since_s:.1f} s{where}"
+            remedy = "Raise timeout_s, or leave the block of that test sooner."
+            facts = {"holder": holder, "since_s": since_s, "waited_s": wait.waited_s, "remedy": remedy}
+            return SharedTimeout(key=name, reason=reason, **facts)
 
         wait.pause(timed_out)
     return stream

@@ -15,9 +15,9 @@ from types import ModuleType
 from typing import Any
 
 from persist import json_codec
-from persist.errors import SessionBusy, WrongType
+from persist.errors import InvalidArgument, LockError, SessionBusy
 from persist.pytest_plugin import outcome
-from persist.pytest_plugin.errors import KeyCycle, ProducerTimeout
+from persist.pytest_plugin.errors import SharedTimeout
 from persist.pytest_plugin.outcome import ENDED, VALUE, Record
 from persist.pytest_plugin.run import Run, Wait, describe
 from persist.streams import Stream
@@ -40,7 +40,7 @@ def address_of(teardown: Function | None) -> Record | None:
     """Where another process finds a teardown; it must be an importable function.
 
     Raises:
-        WrongType: a lambda, a local function, a method or a partial: only this process has it.
+        InvalidArgument: a lambda, a local function, a method or a partial: only this process has it.
     """
     if teardown is None:
         return None
@@ -50,7 +50,7 @@ def address_of(teardown: Function | None) -> Record | None:
         if module != "__main__" and _found_in(namespace, qualname) is teardown:
             return {"module": module, "qualname": qualname, "file": namespace.get("__file__")}
     expected = "a function at the top of a module: another process imports it, at the end of the run"
-    raise WrongType(what="teardown", expected=expected, got=repr(teardown))
+    raise InvalidArgument(what="teardown", expected=expected, got=repr(teardown))
 
 
 def _found_in(namespace: Mapping[str, Any], qualname: str) -> Any:
@@ -65,7 +65,7 @@ class Once:
     """One key of a run.
 
     Args:
-        origin: what the factory is; another one under the same key is `KeyTaken`.
+        origin: what the factory is; another one under the same key is `InvalidArgument`.
         style: "value", or "yield" if the producer has something to finish at the end.
     """
 
@@ -132,9 +132,12 @@ class Once:
             self.run.store.update(mine, lambda tx: tx.fields.update({_WAITS_FOR: edge}))
             self._refuse_cycle(list(producing))
 
-        def timed_out() -> ProducerTimeout:
+        def timed_out() -> SharedTimeout:
             producer, since_s = describe(busy)
-            return ProducerTimeout(key=self.key, producer=producer, since_s=since_s, waited_s=wait.waited_s)
+            reason = f"{producer} has been producing it for {since_s:.1f} s"
+            remedy = "Raise timeout_s, or see what its factory waits for."
+            facts = {"holder": producer, "since_s": since_s, "waited_s": wait.waited_s, "remedy": remedy}
+            return SharedTimeout(key=self.key, reason=reason, **facts)
 
         wait.pause(timed_out)
 
@@ -143,7 +146,10 @@ class Once:
         while (following := self._waits_for(chain[-1])) is not None:
             if following in producing:
                 cycle = [*producing[producing.index(following) :], *chain[1:], following]
-                raise KeyCycle(chain=" -> ".join(repr(self.run.store.head(each).fields["name"]) for each in cycle))
+                names = " -> ".join(repr(self.run.store.head(each).fields["name"]) for each in cycle)
+                reason = f"Each of these waits for the next, so that none would ever be produced: {names}."
+                remedy = "Let one do without the other."
+                raise LockError(kind="nested", held=names, reason=reason, remedy=remedy)
             if following in chain:
                 return  # a cycle of others: theirs to report
             chain.append(following)

@@ -289,9 +289,9 @@ def persist_once(request: pytest.FixtureRequest) -> PersistOnce:
 
     Raises:
         FactoryFailed: the factory raised; with the traceback of its one run.
-        ProducerTimeout: another process is still producing it; it names which one, and for how long.
-        KeyTaken: the key stands for another factory or teardown. KeyCycle: the factory asks for its own value.
-        WrongType: the teardown cannot be imported.
+        SharedTimeout: another process is still producing it; it names which one, and for how long.
+        InvalidArgument: the key stands for another factory or teardown. LockError: the factory asks for its own value.
+        InvalidArgument: the teardown cannot be imported.
     """
     participant = _participant(request)
 
@@ -303,13 +303,14 @@ def persist_once(request: pytest.FixtureRequest) -> PersistOnce:
         timeout_s: float = 300.0,
     ) -> Any:
         __tracebackhide__ = True
-        from persist.errors import WrongType
+        from persist.errors import InvalidArgument
         from persist.pytest_plugin.once import Once, origin_of
 
         if type(key) is not str:
-            raise WrongType(what="the key of persist_once", expected="a string", got=type(key).__name__)
+            raise InvalidArgument(what="the key of persist_once", expected="a string", got=type(key).__name__)
         if not callable(factory):
-            raise WrongType(what="the factory", expected="a function: make, not make()", got=type(factory).__name__)
+            expected = "a function: make, not make()"
+            raise InvalidArgument(what="the factory", got=type(factory).__name__, expected=expected)
         return Once(participant.run, key, origin_of(factory), teardown=teardown).value(factory, timeout_s)
 
     return once
@@ -336,8 +337,8 @@ def persist_lock(request: pytest.FixtureRequest) -> PersistLock:
     """Keep tests of all workers apart: ``with persist_lock("printer"):``. Freed by the kernel if its holder dies.
 
     Raises:
-        NamedLockTimeout: not free within ``timeout_s`` (60 seconds); it names the holder and its test.
-        NamedLockNested: this thread holds it already.
+        SharedTimeout: not free within ``timeout_s`` (60 seconds); it names the holder and its test.
+        LockError: this thread holds it already.
     """
     participant = _participant(request)
 

@@ -18,8 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from persist.errors import SessionBusy, SessionExists, SessionNotFound
-from persist.pytest_plugin.errors import KeyTaken
+from persist.errors import InvalidArgument, SessionBusy, SessionExists, SessionNotFound
 from persist.store import Store
 from persist.streams import Stream
 from persist.transaction import Transaction
@@ -48,17 +47,18 @@ class Run:
         """Return the id of the session for a named thing; make it with those facts if it is new.
 
         Raises:
-            KeyTaken: it is there, with other facts.
+            InvalidArgument: it is there, with other facts.
         """
         if type(name) is not str:
-            raise TypeError(f"A name in {kind!r} is a string, not {type(name).__name__}.")
+            raise InvalidArgument(what=f"a name in {kind!r}", got=type(name).__name__, expected="a string")
         session_id = f"{kind}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:40]}"
         facts = {"name": name} | facts
         found = self._made(session_id, facts)
         differing = [key for key, value in facts.items() if found.get(key) != value]
         if differing:
             first, second = (", ".join(_shown(key, side.get(key)) for key in differing) for side in (found, facts))
-            raise KeyTaken(key=name, first=first, second=second)
+            expected = f"another one: it stands for {first} in this test run, and is asked for as {second}"
+            raise InvalidArgument(what=f"the key {name!r}", got="taken", expected=expected)
         return session_id
 
     def _made(self, session_id: str, facts: Data) -> Data:

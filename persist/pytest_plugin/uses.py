@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from persist import json_codec
-from persist.pytest_plugin.errors import OthersRunning
+from persist.pytest_plugin.errors import SharedTimeout
 from persist.pytest_plugin.once import Once
 from persist.pytest_plugin.run import Run, Wait
 
@@ -141,12 +141,16 @@ class Uses:
         while (others := self._others(use.once.session_id)) and os.getppid() == parent:
             if self.is_hurried:
                 wait.shorten(HURRY_S)
-            late = OthersRunning(key=use.once.key, workers=", ".join(others), waited_s=wait.waited_s)
+            workers = ", ".join(others)
+            reason = f"{workers} had not ended, and it was finished under them"
+            remedy = "Raise end_timeout_s, or see what those workers wait for."
+            facts = {"holder": workers, "since_s": 0.0, "waited_s": wait.waited_s, "remedy": remedy}
+            late = SharedTimeout(key=use.once.key, reason=reason, **facts)
             try:
                 wait.pause(late)
             except KeyboardInterrupt as error:
                 interrupt, self.is_hurried = error, True
-            except OthersRunning:
+            except SharedTimeout:
                 return interrupt or (None if self.is_hurried else late)
         return interrupt
 

@@ -19,7 +19,7 @@ from functools import partial
 from secrets import token_hex
 from typing import Literal
 
-from persist.errors import CommitFailed, CommitUnknown, PersistError, Translating
+from persist.errors import CommitFailed, CommitUnknown, PersistError
 from persist.storage import disk, document, journal
 from persist.storage.cache import Replica
 from persist.storage.content import Content, Items
@@ -27,6 +27,7 @@ from persist.storage.diff import Change
 from persist.storage.document import Header
 from persist.storage.journal import Tail
 from persist.storage.layout import SessionPaths
+from persist.translating import Translating
 
 #: Which sessions have a journal: large ones, all, or none.
 Mode = Literal["auto", "always", "never"]

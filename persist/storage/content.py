@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from persist import json_codec
-from persist.errors import NotJSON, ReservedField, ValuePath, WrongType
+from persist.errors import InvalidArgument, NotJSON, TooLarge, ValuePath, reserved
 
 #: The first key of a document. It is no data.
 HEADER = "_persist"
@@ -339,7 +339,7 @@ def placed(values: Iterable[tuple[str, Value]]) -> Content:
     """Return the content that these values make: decide of each where it stands.
 
     Raises:
-        NotJSON: they would make a document that is too large to be read back.
+        TooLarge: they would make a document that is too large to be read back.
     """
     fields: dict[str, bytes] = {}
     apart: dict[str, Value] = {}
@@ -362,9 +362,9 @@ def placed(values: Iterable[tuple[str, Value]]) -> Content:
     return content
 
 
-def too_large() -> NotJSON:
+def too_large() -> TooLarge:
     """Return the error of values that make a document which is too large to be read back."""
-    return NotJSON(path=(), reason=f"it would take more than {json_codec.MAX_BYTES:,} bytes")
+    return TooLarge(limit=json_codec.MAX_BYTES)
 
 
 def items_of(value: bytes) -> Value:
@@ -380,11 +380,11 @@ def encoded(data: Any, like: Content | None = None) -> Content:
 
     Raises:
         NotJSON: a value has no exact JSON form. The error names its path.
-        WrongType: `data` is no dict.
-        ReservedField: `data` has a field that is called like the header.
+        InvalidArgument: `data` is no dict.
+        InvalidArgument: `data` has a field that is called like the header.
     """
     if type(data) is not dict:
-        raise WrongType(what="a session's data", expected="a plain dict", got=type(data).__name__)
+        raise InvalidArgument(what="a session's data", expected="a plain dict", got=type(data).__name__)
     return placed(encode_values(data, like or empty()))
 
 
@@ -395,7 +395,7 @@ def encode_values(data: dict[str, Any], known: Content) -> Iterator[tuple[str, V
     others that hold the same data as before, in another order of keys, keep their JSON.
     """
     if HEADER in data:
-        raise ReservedField(field=HEADER, remedy="Choose another name for the field.")
+        raise reserved(HEADER, "Choose another name for the field.")
     for name, value in data.items():
         if type(name) is not str:
             raise NotJSON(path=(), reason=f"a key is {type(name).__name__}, and JSON has only string keys")

@@ -13,19 +13,12 @@ from typing import Any
 import msgspec
 
 from persist import json_codec
-from persist.errors import (
-    CorruptSession,
-    InvalidSessionId,
-    PersistError,
-    SessionNotFound,
-    Translating,
-    Unreadable,
-    WrongType,
-)
+from persist.errors import CorruptSession, InvalidArgument, PersistError, SessionNotFound, Unreadable, shown
 from persist.storage import disk, document, journal, layout
 from persist.storage.cache import Cache, Replica
 from persist.storage.commit import Options
 from persist.storage.document import Head, Header
+from persist.translating import Translating
 
 #: So many heads of sessions with a journal are kept, each of at most so many bytes of fields.
 _MOST_HEADS, _KEPT_BYTES = 1024, 4096
@@ -140,7 +133,7 @@ class SessionDirectory:
         """Read the last items of a list, and no more than that takes. Raise `Overtaken` as `read_now`.
 
         Raises:
-            WrongType: the value is no list.
+            InvalidArgument: the value is no list.
         """
         with self.looking_at(session_id) as paths:
             with document.ending(paths.document, paths.file_id) as found:
@@ -237,11 +230,11 @@ def raise_typed(error: BaseException, session_id: str, path: str) -> None:
 
 
 def _refuse_other_case(directory: str, session_id: str, mine: str) -> None:
-    """Raise `InvalidSessionId` if a file has that name but for upper and lower case."""
+    """Raise `InvalidArgument` if a file has that name but for upper and lower case."""
     for name in disk.names(directory):
         if name != mine and name.lower() == mine.lower():
-            reason = f"on this file system it is the same name as {name.removesuffix('.json')!r}."
-            raise InvalidSessionId(session_id=session_id, reason=reason)
+            expected = f"another name than {name.removesuffix('.json')!r} on this file system, which heeds no case"
+            raise InvalidArgument(what="a session id", got=shown(session_id), expected=expected, session_id=session_id)
 
 
 def _last_values(head: Head, last: Callable[[str, int], list[bytes]], name: str, limit: int) -> list[Any]:
@@ -251,7 +244,7 @@ def _last_values(head: Head, last: Callable[[str, int], list[bytes]], name: str,
     value = json_codec.decode(head.fields[name]) if name in head.fields else None if name in head.counts else []
     if type(value) is not list:
         got = "a large value of another kind" if name in head.counts else type(value).__name__
-        raise WrongType(what=f"field {name!r} of the document", expected="a list", got=got)
+        raise InvalidArgument(what=f"field {name!r} of the document", expected="a list", got=got)
     return value[max(0, len(value) - limit) :]
 
 

@@ -17,7 +17,7 @@ import time
 import warnings
 from pathlib import Path
 
-from persist.errors import UnsafeFile, UnsupportedFileSystem
+from persist.errors import InvalidArgument, unsafe
 
 if sys.platform == "darwin":
     import fcntl
@@ -37,7 +37,7 @@ _WRITE_CHUNK = 64 * 1024 * 1024
 
 
 def open_plain(path: StrPath, flags: int) -> int:
-    """Open a plain file, mode 0600 if it is created; raise `UnsafeFile` for anything else that bears the name."""
+    """Open a plain file, mode 0600 if it is created; raise `Unreadable` for anything else that bears the name."""
     return open_known(path, flags)[0]
 
 
@@ -57,13 +57,13 @@ def open_unseen(path: StrPath, flags: int) -> int:
 def _refuse_unsafe(path: StrPath, error: OSError) -> None:
     # ELOOP: a symbolic link. ENXIO: a FIFO without reader or a socket. EISDIR: opened for writing.
     if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.EISDIR):
-        raise UnsafeFile(path=path, found=_what_is(path)) from None
+        raise unsafe(path, _what_is(path)) from None
 
 
 def require_plain(fd: int, path: StrPath) -> None:
-    """Look at an open file; raise `UnsafeFile` if it is no plain one."""
+    """Look at an open file; raise `Unreadable` if it is no plain one."""
     if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise UnsafeFile(path=path, found=_what_is(path))
+        raise unsafe(path, _what_is(path))
 
 
 def open_known(path: StrPath, flags: int) -> tuple[int, os.stat_result]:
@@ -87,7 +87,7 @@ def open_known(path: StrPath, flags: int) -> tuple[int, os.stat_result]:
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise UnsafeFile(path=path, found=_what_is(path))
+            raise unsafe(path, _what_is(path))
         if flags & os.O_EXCL:
             _give_to_owner_of_directory(path, fd)
     except BaseException:
@@ -349,7 +349,7 @@ def unlink(path: StrPath) -> bool:
         return False
     except OSError as error:
         if error.errno in (errno.EISDIR, errno.EPERM) and os.path.isdir(path):
-            raise UnsafeFile(path=path, found="a directory") from None
+            raise unsafe(path, "a directory") from None
         raise
     return True
 
@@ -369,7 +369,7 @@ def check_directory(path: StrPath) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISDIR(mode):
-        raise UnsafeFile(path=path, found=_what_is(path), wanted="a directory")
+        raise unsafe(path, _what_is(path), "a directory")
 
 
 def names(directory: StrPath) -> list[str]:
@@ -422,7 +422,9 @@ def check_file_system(directory: str, *, allow_network: bool) -> None:
         _kinds[device] = file_system(directory)
     kind = _kinds[device]
     if kind in _NETWORK and not allow_network:
-        raise UnsupportedFileSystem(path=directory, file_system=kind)
+        facts = {"got": f"on {kind}", "expected": "on a file system whose locks and fsync hold"}
+        remedy = "Use a local disk, or pass allow_network=True and lose the guarantees."
+        raise InvalidArgument(what=f"the store {directory}", path=directory, remedy=remedy, **facts)
     if kind.startswith("fuse"):
         text = f"{directory} is on {kind}: persist cannot know whether its locks and fsync hold."
         warnings.warn(text, RuntimeWarning, stacklevel=4)

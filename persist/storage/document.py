@@ -179,7 +179,7 @@ def read(path: disk.StrPath, session_id: str, file_id: str | None = None) -> Doc
 
     Raises:
         FileNotFoundError: there is none.
-        CorruptSession, UnsupportedFormat, UnsafeFile: it cannot be trusted.
+        CorruptSession, UnsupportedFormat, Unreadable: it cannot be trusted.
     """
     content, version = disk.read_version(path, READ_LIMIT)
     return _Reader(path, session_id, file_id).document(content, version)

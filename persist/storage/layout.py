@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from urllib.parse import quote, unquote_to_bytes
 
-from persist.errors import InvalidSessionId, InvalidStreamId
+from persist.errors import InvalidArgument, shown
 
 LEASES = ".leases"
 EVENTS = ".events"
@@ -44,17 +44,16 @@ _ENCODED = re.compile(r"(?:[A-Za-z0-9_-]|%[0-9A-F]{2})+")
 # Windows opens a device under these names, whatever the extension.
 _DEVICES = re.compile(r"(?i:con|prn|aux|nul|com[0-9]|lpt[0-9])")
 _STREAM_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_STREAM_RULE = "a stream id is 1 to 64 of A-Z a-z 0-9 _ -, and begins with a letter or digit."
-_RULE = f"an id is a string of 1 to {MAX_ID} characters, without half of a surrogate pair."
+_STREAM_RULE = "1 to 64 of A-Z a-z 0-9 _ -, and begin with a letter or digit"
+_RULE = f"a string of 1 to {MAX_ID} characters, without half of a surrogate pair"
 
 
 def check_session_id(session_id: object) -> str:
-    """Return `session_id` if it can name a session, else raise `InvalidSessionId`."""
+    """Return `session_id` if it can name a session, else raise `InvalidArgument`."""
     if type(session_id) is not str:
-        reason = f"it is no string, but {type(session_id).__name__}; {_RULE}"
-        raise InvalidSessionId(session_id=session_id, reason=reason)
+        raise InvalidArgument(what="a session id", got=type(session_id).__name__, expected=_RULE, session_id=session_id)
     if not 0 < len(session_id) <= MAX_ID or (not session_id.isascii() and _SURROGATE.search(session_id)):
-        raise InvalidSessionId(session_id=session_id, reason=_RULE)
+        raise InvalidArgument(what="a session id", got=shown(session_id), expected=_RULE, session_id=session_id)
     return session_id
 
 
@@ -95,7 +94,7 @@ def id_of(name: str) -> str | None:
     try:
         session_id = unquote_to_bytes(name).decode()
         return session_id if name_of(check_session_id(session_id)) == name else None
-    except (UnicodeDecodeError, InvalidSessionId):
+    except (UnicodeDecodeError, InvalidArgument):
         return None
 
 
@@ -105,11 +104,11 @@ def is_ours(name: str) -> bool:
 
 
 def check_stream_id(stream_id: object) -> str:
-    """Return `stream_id` if it can name a stream, else raise `InvalidStreamId`."""
+    """Return `stream_id` if it can name a stream, else raise `InvalidArgument`."""
     if is_stream_id(stream_id):
         return str(stream_id)
-    hint = "" if isinstance(stream_id, str) else f"it is no string, but {type(stream_id).__name__}; "
-    raise InvalidStreamId(stream_id=stream_id, reason=hint + _STREAM_RULE)
+    got = shown(stream_id) if isinstance(stream_id, str) else type(stream_id).__name__
+    raise InvalidArgument(what="a stream id", got=got, expected=_STREAM_RULE, stream_id=stream_id)
 
 
 def is_stream_id(stream_id: object) -> bool:

@@ -1,7 +1,7 @@
 """Locks: how a thread comes to hold a session, and the only order in which anything is locked.
 
 Order: the session's in-process mutex -> its file lock -> (its lease, only ever *tried*; see `lease`). A thread holds
-the lock of one session at a time; asking for a second one raises `NestedLock` instead of risking a deadlock.
+the lock of one session at a time; asking for a second one raises `LockError` instead of risking a deadlock.
 
 Threads that poll one file starve each other (p99 82 ms against 5 ms behind a first-in-first-out mutex), and so do
 processes: the process that waits next stands in the turnstile, and the others let it go first.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from weakref import ref
 
-from persist.errors import CommitFailed, LockTimeout, NestedLock, PersistError, Unreadable
+from persist.errors import CommitFailed, LockTimeout, PersistError, Unreadable, nested
 from persist.storage import turnstile
 from persist.storage.held import HeldFile, table
 
@@ -68,7 +68,7 @@ class Hold:
 
         Raises:
             LockTimeout: not free in time; it names the holder.
-            NestedLock: this thread holds a session's lock, or waits for one: in a signal handler, say.
+            LockError: this thread holds a session's lock, or waits for one: in a signal handler, say.
             Unreadable: its directory is gone.
             CommitFailed: the lock file cannot be opened.
         """
@@ -78,7 +78,7 @@ class Hold:
         # Where the table is owned, this is a signal handler (or a finaliser) in the middle of opening or closing a
         # lock: to wait here would stop everybody.
         if outer is not None or table._is_owned():  # type: ignore[attr-defined]
-            raise NestedLock(session_id=self.session_id, held="unknown" if outer is None else outer.session_id)
+            raise nested(self.session_id, held="unknown" if outer is None else outer.session_id)
         start = time.monotonic()
         try:
             self.thread = thread
@@ -91,7 +91,7 @@ class Hold:
                     self.given.acquire()
                 queue.append(self._me)
             if self.given.locked() and not self.given.acquire(timeout=min(self.timeout_s, threading.TIMEOUT_MAX)):
-                remedy = "leave that thread's transaction sooner: it must not wait for others who write this session"
+                remedy = "Wait for longer (timeout_s), or leave that thread's transaction() sooner."
                 holder = f"this process (pid {self._pid}), thread {_thread_that_holds(self.path)!r}"
                 raise self._timeout(start, holder=holder, remedy=remedy)
             self._file = HeldFile(self.path)

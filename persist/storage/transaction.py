@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from persist import json_codec
 from persist.arguments import seconds
-from persist.errors import CorruptSession, LockNotHeld, MergeConflict, NestedLock, PersistError
+from persist.errors import CorruptSession, LockError, MergeConflict, PersistError, not_held
 from persist.storage import commit, diff, disk, lock
 from persist.storage.cache import Replica
 from persist.storage.content import Content
@@ -37,7 +37,7 @@ READ_ATTEMPTS_IN_A_LOCK, READ_PAUSE_S = 20, 0.001
 
 
 class Transaction(commit.Place):
-    """The operations on a session whose lock is held. After the block, every method raises `LockNotHeld`."""
+    """The operations on a session whose lock is held. After the block, every method raises `LockError`."""
 
     def __init__(self, files: SessionFiles, paths: SessionPaths, session_id: str, held: HeldFile) -> None:
         self.session_id = session_id
@@ -55,9 +55,9 @@ class Transaction(commit.Place):
         self._fd = -1
 
     def require_lock(self) -> None:
-        """Raise `LockNotHeld` after the block, and in a forked child."""
+        """Raise `LockError` after the block, and in a forked child."""
         if self._held is None or self._held.fd < 0 or self._held.pid != os.getpid():
-            raise LockNotHeld(session_id=self.session_id)
+            raise not_held(self.session_id)
 
     def end(self) -> None:
         """End the transaction. Its last holder removes a lock file without a session."""
@@ -291,7 +291,7 @@ class SessionFiles(SessionDirectory):
         try:
             with self.transaction(session_id) as tx:
                 return tx.undisturbed(look)
-        except NestedLock:
+        except LockError:
             # Within the block of another session's lock, all that can be done is to try for longer.
             for _ in range(READ_ATTEMPTS_IN_A_LOCK):
                 time.sleep(READ_PAUSE_S)
@@ -305,8 +305,8 @@ class SessionFiles(SessionDirectory):
         Of a session that turns out not to be there, no lock file is left.
 
         Raises:
-            InvalidSessionId, WrongType: an argument is not what it must be.
-            LockTimeout, NestedLock, CommitFailed: see `lock.Hold`. On entering the block.
+            InvalidArgument: an argument is not what it must be.
+            LockTimeout, LockError, CommitFailed: see `lock.Hold`. On entering the block.
         """
         paths = self.paths_of(session_id) if self.ignores_case else self.layout.session(session_id)
         timeout_s = self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)

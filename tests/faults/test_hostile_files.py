@@ -168,7 +168,7 @@ def test_a_link_to_a_store_is_that_store(base: Path) -> None:
     (base / "here").symlink_to(base / "there")
     here = persist.Store(base / "here")
     assert (here.path, here.ids()) == (there.path, ["s"])
-    with there.transaction("s"), pytest.raises(persist.NestedLock):
+    with there.transaction("s"), pytest.raises(persist.LockError):
         here.append("s", "messages", 1)
 
 

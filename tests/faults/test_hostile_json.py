@@ -316,7 +316,7 @@ def test_what_is_no_session_id_is_refused_before_the_disk_is_touched(
     """What is no text of 1 to 512 characters names no session. Nothing appears and nothing goes away."""
     before = sorted(store.path.parent.rglob("*"))
     for hostile in NO_IDS:
-        with pytest.raises(persist.InvalidSessionId):
+        with pytest.raises(persist.InvalidArgument):
             verb(store, hostile)
     assert sorted(store.path.parent.rglob("*")) == before
     assert document(store).read_bytes() == good
@@ -348,11 +348,11 @@ def test_an_odd_session_id_names_no_file_but_its_own(odd: str, store: persist.St
 
 
 def test_a_hostile_stream_id_is_refused_or_is_no_stream(store: persist.Store, good: bytes) -> None:
-    """To start one is `InvalidStreamId`; to cancel one is to cancel none."""
+    """To start one is `InvalidArgument`; to cancel one is to cancel none."""
     before = sorted(store.path.parent.rglob("*"))
     for hostile in (*NO_IDS, *ODD_IDS, "a" * 65):
         if hostile is not None and hostile not in ("CON", "nul", "com1", "S"):
-            with pytest.raises(persist.InvalidStreamId):
+            with pytest.raises(persist.InvalidArgument):
                 store.start_stream("s", stream_id=hostile)
         assert store.cancel("s", hostile) is False
         assert store.cancel("s", hostile, force=True) is False

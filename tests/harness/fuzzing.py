@@ -255,9 +255,9 @@ def mutant(dice: Dice, documents: list[bytes], seal: Seal = seal_somehow) -> tup
 
 TYPED = (persist.CorruptSession, persist.UnsupportedFormat)
 # `persist accept` may meet a field of the header's name, or a value that is too large.
-TYPED_EDITED = (*TYPED, persist.NotJSON, persist.ReservedField)
+TYPED_EDITED = (*TYPED, persist.NotJSON, persist.InvalidArgument)
 # A writer may meet a message of the new one's id, or messages that are no list.
-TYPED_WRITING = (*TYPED_EDITED, persist.MergeConflict, persist.WrongType)
+TYPED_WRITING = (*TYPED_EDITED, persist.MergeConflict, persist.InvalidArgument)
 NEW = {"id": "new", "content": "?"}
 #: So many items are read of the end of a list.
 TAIL = 2
@@ -291,7 +291,7 @@ class Oracle:
             "head": (lambda: _of_head(store.head("s"), content), TYPED),
             "tail": (
                 lambda: _of_tail(store.tail("s", limit=TAIL), content, is_sealed=is_sealed),
-                (*TYPED, persist.WrongType),
+                (*TYPED, persist.InvalidArgument),
             ),
             "stream": (lambda: _nothing(store.stream("s")), TYPED),
             "read_edited": (lambda: _of_edited(document.read_edited(path, "s"), content), TYPED_EDITED),

@@ -202,7 +202,7 @@ class World:
         with self._store.transaction("s", touch=self._dice.random() < 0.7) as tx:
             answers = [self._step_of(tx) for _ in range(self._dice.randint(0, 4))]
             if self._dice.random() < 0.1:
-                raise persist.WrongType(what="a block", expected="to end", got="one that raises")
+                raise persist.InvalidArgument(what="a block", expected="to end", got="one that raises")
         return answers, self._at(tx.version)
 
     def _step_of(self, tx: persist.Transaction) -> Any:

@@ -37,14 +37,14 @@ def test_mistakes_are_told(project: Projects) -> None:
 
         def test_one_key_two_factories(persist_once):
             assert persist_once("key", one, teardown=drop) == 1
-            with pytest.raises(persist.KeyTaken, match=r"'key' stands for factory one \\(.*:\\d+\\).*for as factory"):
+            with pytest.raises(persist.InvalidArgument, match=r"'key' stands for factory one \\(.*:\\d+\\).*for as factory"):
                 persist_once("key", lambda: 1, teardown=drop)
-            with pytest.raises(persist.KeyTaken, match="stands for teardown .*test_a:drop in .* as teardown None"):
+            with pytest.raises(persist.InvalidArgument, match="stands for teardown .*test_a:drop in .* as teardown None"):
                 persist_once("key", one)
 
         @pytest.mark.parametrize("teardown", [lambda value: None, Box().drop, functools.partial(drop)])
         def test_teardown_that_nobody_can_import(persist_once, teardown):
-            with pytest.raises(persist.WrongType, match="at the top of a module"):
+            with pytest.raises(persist.InvalidArgument, match="at the top of a module"):
                 persist_once("other", one, teardown=teardown)
 
         def test_own_value(persist_once):
@@ -57,7 +57,7 @@ def test_mistakes_are_told(project: Projects) -> None:
 
         def test_nested_lock(persist_lock):
             with persist_lock("a"), persist_lock("b"):
-                with pytest.raises(persist.NamedLockNested), persist_lock("a"):
+                with pytest.raises(persist.LockError), persist_lock("a"):
                     pass
             with pytest.raises(ZeroDivisionError), persist_lock("a"):
                 1 / 0
@@ -66,7 +66,7 @@ def test_mistakes_are_told(project: Projects) -> None:
 
         def test_two_starts(persist_counter):
             assert [persist_counter("n", start=5), persist_counter("n", start=5)] == [5, 6]
-            with pytest.raises(persist.KeyTaken, match="start 5"):
+            with pytest.raises(persist.InvalidArgument, match="start 5"):
                 persist_counter("n")
 
         @shared_fixture(params=[{1, 2}])
@@ -284,5 +284,5 @@ def test_errors_survive_pickling() -> None:
     """Each error keeps its facts on the way to another process."""
     import pickle
 
-    error = persist.KeyTaken(key="k", first="a", second="b")
+    error = persist.InvalidArgument(key="k", first="a", second="b")
     assert str(pickle.loads(pickle.dumps(error))) == str(error)

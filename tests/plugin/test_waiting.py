@@ -30,11 +30,11 @@ def test_waiting_too_long_names_who_and_how_long(project: Projects) -> None:
 
         def test_waits(persist_once, persist_lock):
             when("making")
-            with pytest.raises(persist.ProducerTimeout) as caught:
+            with pytest.raises(persist.SharedTimeout) as caught:
                 persist_once("slow", test_a.make, timeout_s=0.2)
             said = r"Waited 0\\.\\d s for 'slow': gw\\d \\(pid \\d+\\) has been producing it for \\d+\\.\\d s\\."
             assert re.match(said, str(caught.value))
-            with pytest.raises(persist.NamedLockTimeout) as caught:
+            with pytest.raises(persist.SharedTimeout) as caught:
                 with persist_lock("printer", timeout_s=0.2):
                     pass
             said = r"lock 'printer': gw\\d \\(pid \\d+\\) has held it for \\d+\\.\\d s, in test_a.py::test_slow"
@@ -147,7 +147,7 @@ def test_finish_that_waits_too_long_names_the_others(project: Projects) -> None:
     """
     done = project(conftest=conftest, test_a=first, test_b=second).run(*BOTH)
     assert done.counts(passed=3, errors=1), done.printed
-    assert "OthersRunning: Waited 3." in done.printed
+    assert "SharedTimeout: Waited 3." in done.printed
     assert " s for gw1 to be done with " in done.printed or " s for gw0 to be done with " in done.printed
 
 

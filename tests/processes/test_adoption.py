@@ -108,7 +108,7 @@ def test_looking_makes_nothing(directory: Path) -> None:
     assert store.load("old").revision == store.head("old").revision == 0
     assert (store.ids(), store.streams()) == (["old"], [])
     assert [path.name for path in directory.iterdir()] == ["old.json"]
-    with pytest.raises(persist.WrongType, match="missing"):
+    with pytest.raises(persist.InvalidArgument, match="missing"):
         persist.Store(directory / "nowhere", create=False)
     assert not (directory / "nowhere").exists()
 
@@ -161,6 +161,6 @@ def test_async_function_is_refused_by_update(store: persist.Store) -> None:
         def __await__(self) -> None:
             raise AssertionError("never awaited")
 
-    with pytest.raises(persist.WrongType, match="async"):
+    with pytest.raises(persist.InvalidArgument, match="async"):
         store.update("s-1", lambda tx: (tx.data.update(n=2), Awaitable())[1])
     assert store.load("s-1").data == {"n": 1}

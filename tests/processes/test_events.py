@@ -295,7 +295,7 @@ def ask():
     while True:
         try:
             list(store.follow('s-1', store.head('s-1').active_stream_id))
-        except (persist.EventsNotFound, persist.InvalidStreamId):
+        except (persist.EventsNotFound, persist.InvalidArgument):
             continue
         asked += 1
 threading.Thread(target=ask, daemon=True).start()
@@ -502,7 +502,7 @@ def test_id_that_is_used_again_begins_anew(store: persist.Store, session: persis
     other = actor()
     for n in range(3):
         with store.start_stream("s-1", stream_id="turn-1") as stream:
-            with pytest.raises(persist.CursorAhead):
+            with pytest.raises(persist.EventsNotFound):
                 store.events("s-1", "turn-1", after=1)
             assert other.do("store.events('s-1', 'turn-1')") == []
             stream.emit(n)
@@ -530,17 +530,17 @@ def test_cursor_that_cannot_be_right_is_refused_at_once(
     stream_id = owner.do(START)
     owner.do("stream.emit(1, 2)")
     cases: list[tuple[tuple[Any, Any, Any], type[Exception]]] = [
-        (("s-1", stream_id, 3), persist.CursorAhead),
-        (("s-1", stream_id, 2**70), persist.CursorAhead),
+        (("s-1", stream_id, 3), persist.EventsNotFound),
+        (("s-1", stream_id, 2**70), persist.EventsNotFound),
         (("s-2", stream_id, 0), persist.EventsNotFound),
         (("s-1", "another", 0), persist.EventsNotFound),
         *[((missing, stream_id, 0), persist.SessionNotFound) for missing in ("s-3", "../s", "a.b")],
-        *[(("s-1", stream_id, after), persist.WrongType) for after in (-1, True, None, 1.0, "1", "")],
+        *[(("s-1", stream_id, after), persist.InvalidArgument) for after in (-1, True, None, 1.0, "1", "")],
         *[
-            (("s-1", wrong, 0), persist.InvalidStreamId)
+            (("s-1", wrong, 0), persist.InvalidArgument)
             for wrong in ("", "../s-1", "a.b", "x" * 65, None, 7, "a\0", f"{stream_id}\n")
         ],
-        *[((wrong, stream_id, 0), persist.InvalidSessionId) for wrong in ("", "x" * 513, "\ud800", None, 7)],
+        *[((wrong, stream_id, 0), persist.InvalidArgument) for wrong in ("", "x" * 513, "\ud800", None, 7)],
     ]
     names = sorted(os.listdir(store.path))
     open_before = descriptors()
@@ -552,7 +552,7 @@ def test_cursor_that_cannot_be_right_is_refused_at_once(
     assert descriptors() == open_before
     assert sorted(os.listdir(store.path)) == names
     owner.do("stream.finish()")
-    with pytest.raises(persist.CursorAhead) as caught:
+    with pytest.raises(persist.EventsNotFound) as caught:
         store.follow("s-1", stream_id, after=3)
     assert (caught.value.after, caught.value.count) == (3, 2)
 
@@ -641,7 +641,7 @@ def test_dropped_follower_leaves_nothing_open(store: persist.Store, session: per
         store.events("s-1", stream.id)
         with store.follow("s-1", stream.id) as followed:
             next(followed)
-        with pytest.raises(persist.CursorAhead):
+        with pytest.raises(persist.EventsNotFound):
             store.follow("s-1", stream.id, after=4)
         assert descriptors() == before
         assert not any(path.startswith(str(store.path)) for path in watch._waiting)
@@ -726,7 +726,7 @@ def test_event_that_is_no_json_is_refused_with_all_beside_it(store: persist.Stor
         for wrong in ({1, 2}, {1: 2}, float("nan"), (1,), b"x", {"a": [object()]}, "\ud83d\ude00"):
             with pytest.raises(persist.NotJSON):
                 stream.emit("before", wrong, "behind")
-        with pytest.raises(persist.WrongType):
+        with pytest.raises(persist.InvalidArgument):
             stream.emit()
         assert not (store.path / ".events").exists()
         assert stream.emit("fine") == 1
@@ -885,7 +885,7 @@ def test_only_the_owner_can_read_events(store: persist.Store, session: persist.S
 def test_symbolic_link_is_not_followed(
     store: persist.Store, session: persist.Session, tmp_path: Path, is_directory: bool
 ) -> None:
-    """A link at `.events`, or at a stream's file: UnsafeFile for who emits, follows or cancels, and its target is as it
+    """A link at `.events`, or at a stream's file: Unreadable for who emits, follows or cancels, and its target is as it
     was.
 
     Fails if a reader, a writer or a remover does not check the directory.
@@ -908,14 +908,14 @@ def test_symbolic_link_is_not_followed(
             lambda: store.cancel("s-1", "turn-1", force=True),
         )
         for verb in refused:
-            with pytest.raises(persist.UnsafeFile):
+            with pytest.raises(persist.Unreadable):
                 verb()
         stream.finish()
     with (
         pytest.raises(persist.SweepIncomplete, match=r"\.events is a symbolic link") if is_directory else nullcontext()
     ):
         store.clear_stale_streams()
-    with pytest.raises(persist.UnsafeFile) if is_directory else nullcontext():
+    with pytest.raises(persist.Unreadable) if is_directory else nullcontext():
         store.start_stream("s-1", stream_id="turn-1").finish()
     assert {path.name: path.read_bytes() for path in elsewhere.iterdir()} == {
         target.name: b'{"offset":1,"event":"theirs"}\n'
@@ -976,7 +976,7 @@ def handler(*_):
     global emitted
     try:
         stream.emit("handler"); emitted += 1
-    except persist.NestedLock:
+    except persist.LockError:
         pass
 signal.signal(signal.SIGALRM, handler)
 signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)

@@ -264,7 +264,7 @@ def test_b2_empty_messages_in_mid_turn_are_refused(
     other = store.load("s-1")
     other.data["messages"] = []
     revision = store.load("s-1").revision
-    with pytest.raises(persist.MessagesRemoved):
+    with pytest.raises(persist.MergeConflict):
         other.save()
     assert store.load("s-1").revision == revision
     assert [m["content"] for m in messages(store)] == ["hi", "Why?"]

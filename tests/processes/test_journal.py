@@ -133,7 +133,7 @@ def test_commits_of_others_are_followed_by_reading_them_only(large: persist.Stor
     for number in range(1, 9, 2):
         other.do(f"store.append('s', 'messages', {small(number)!r})")
         assert_costs_the_change(partial(large.append, "s", "messages", small(number + 1)))
-    with pytest.raises(persist.IdTaken):
+    with pytest.raises(persist.MergeConflict):
         large.append("s", "messages", small(7) | {"content": "another"})
     assert [each["id"] for each in large.load("s").data["messages"][2000:]] == [f"new-{number}" for number in range(9)]
 
@@ -435,5 +435,5 @@ def test_fold_leaves_what_is_known_of_the_lists(large: persist.Store) -> None:
     large.compact("s")
     assert parted(journal_of(large).read_bytes())[1] == []
     assert_costs_the_change(lambda: large.append("s", "messages", small(1)))
-    with pytest.raises(persist.IdTaken):
+    with pytest.raises(persist.MergeConflict):
         large.append("s", "messages", small(0) | {"content": "another"})

@@ -257,7 +257,7 @@ def test_second_lock_in_one_thread_is_refused(store: persist.Store, session: per
     store.create("s-2", {})
     with store.transaction("s-1") as tx:
         tx.fields["kept"] = True
-        with pytest.raises(persist.NestedLock):
+        with pytest.raises(persist.LockError):
             store.append(other, "log", 1)
         assert store.load(other).id == other
         assert store.head(other).id == other
@@ -309,7 +309,7 @@ try:
         data = tx.data
         child = os.fork()
         data['by'] = 'child' if child == 0 else 'parent'
-except persist.LockNotHeld:
+except persist.LockError:
     os._exit(7)
 finally:
     if child == 0:
@@ -377,7 +377,7 @@ def test_methods_of_a_finished_transaction_are_refused(store: persist.Store, ses
         tx.accept,
         lambda: tx.commit(found.header, found.content),
     ):
-        with pytest.raises(persist.LockNotHeld):
+        with pytest.raises(persist.LockError):
             use()
 
 
@@ -468,7 +468,7 @@ def test_edit_that_is_left_in_another_thread_frees_the_first(
 
 
 def test_signal_handler_that_uses_the_store_gets_an_error(actor: ActorFactory, session: persist.Session) -> None:
-    """E2: a handler that runs in the middle of a verb cannot wait for its own thread: NestedLock, never a hang."""
+    """E2: a handler that runs in the middle of a verb cannot wait for its own thread: LockError, never a hang."""
     other = actor(timeout_s=5.0)
     code = """
 import signal
@@ -477,7 +477,7 @@ def handler(*_):
     try:
         store.append('s-1', 'log', 'handler')
         answers.append('written')
-    except persist.NestedLock:
+    except persist.LockError:
         answers.append('refused')
 signal.signal(signal.SIGALRM, handler)
 signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
@@ -549,7 +549,7 @@ def test_signal_handler_inside_the_table_gets_an_error(store: persist.Store, ses
     """A handler that comes while its thread opens or closes a lock may not wait:
     every other thread would wait for it.
     """
-    with held.table, pytest.raises(persist.NestedLock):
+    with held.table, pytest.raises(persist.LockError):
         store.append("s-1", "messages", {"id": "m2"})
     store.append("s-1", "messages", {"id": "m2"})
 

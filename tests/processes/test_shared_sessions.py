@@ -77,7 +77,7 @@ def test_save_never_writes_none_over_a_live_stream(store: persist.Store, session
 
 def test_stream_fields_take_no_merge_policy(store: persist.Store) -> None:
     """A policy could say "mine" for ever; so there is none for them."""
-    with pytest.raises(persist.ReservedField):
+    with pytest.raises(persist.InvalidArgument):
         persist.Store(store.path, merge={"active_stream_id": "mine"})
 
 
@@ -97,7 +97,7 @@ def test_messages_cannot_be_made_something_else_in_a_turn(store: persist.Store) 
     stream = store.start_stream("s-2")
     session.refresh()
     session.data["messages"] = "oops"
-    with pytest.raises(persist.WrongType):
+    with pytest.raises(persist.InvalidArgument):
         session.save()
     with store.transaction("s-2") as tx:
         tx.data["messages"] = "oops"
@@ -108,7 +108,7 @@ def test_messages_cannot_be_made_something_else_in_a_turn(store: persist.Store) 
 def test_stale_id_cannot_be_taken_again(store: persist.Store) -> None:
     """A stream that took the id of the dead one would remove its own lease, and two could live."""
     (store.path / "s-3.json").write_text('{"messages": [], "active_stream_id": "X", "pending_user_message": null}')
-    with pytest.raises(persist.InvalidStreamId):
+    with pytest.raises(persist.InvalidArgument):
         store.start_stream("s-3", stream_id="X")
     with store.start_stream("s-3", stream_id="Y") as stream:
         assert store.load("s-3").clear_stale_stream() is False
@@ -864,7 +864,7 @@ def test_verb_in_the_middle_of_one_is_refused(
         merged = real(*arguments)
         if not tried:
             tried.append(True)
-            with pytest.raises(persist.NestedLock):
+            with pytest.raises(persist.LockError):
                 getattr(session, inner)()
         return merged
 

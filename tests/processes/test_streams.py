@@ -398,7 +398,7 @@ def test_own_stream_id_is_used_once(store: persist.Store, session: persist.Sessi
             store.start_stream("s-1", stream_id="run-1")
         stream.finish({"role": "assistant", "content": "Because."})
     for bad in ("run-1", "../x", "", "a.b"):
-        with pytest.raises(persist.InvalidStreamId):
+        with pytest.raises(persist.InvalidArgument):
             store.start_stream("s-1", stream_id=bad)
     assert store.load("s-1").active_stream_id is None
 

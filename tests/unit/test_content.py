@@ -516,7 +516,7 @@ def test_no_key_is_taken_for_a_string(key: Any, count: int) -> None:
 def test_key_that_is_a_subclass_of_str_is_refused(key: str) -> None:
     """It is equal to a string, and would come back as another type."""
     kind = type("Name", (str,), {})
-    with pytest.raises((NotJSON, persist.ReservedField)):
+    with pytest.raises((NotJSON, persist.InvalidArgument)):
         encoded({kind(key): []}, encoded({"title": [], "messages": []}))
 
 

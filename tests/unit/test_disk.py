@@ -93,7 +93,7 @@ def test_a_symbolic_link_leads_to_the_file_system_of_its_target(mounts: Mounts, 
 def test_a_network_file_system_is_refused_unless_asked_for(kind: str, mounts: Mounts, directory: Path) -> None:
     """Its locks do not hold; `allow_network=True` is the caller's own word."""
     mounts(mount("/", kind))
-    with pytest.raises(persist.UnsupportedFileSystem) as caught:
+    with pytest.raises(persist.InvalidArgument) as caught:
         persist.Store(directory)
     assert caught.value.file_system == kind
     store = persist.Store(directory, allow_network=True)
@@ -147,8 +147,8 @@ FOUND = {
 @pytest.mark.parametrize(("kind", "found"), FOUND.items())
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR, os.O_RDWR | os.O_CREAT], ids=["read", "write", "create"])
 def test_only_a_plain_file_is_opened(kind: str, found: str, flags: int, odd: dict[str, Path]) -> None:
-    """Anything else is `UnsafeFile` at once: a FIFO cannot block the opener, a link is not followed."""
-    with pytest.raises(persist.UnsafeFile) as caught:
+    """Anything else is `Unreadable` at once: a FIFO cannot block the opener, a link is not followed."""
+    with pytest.raises(persist.Unreadable) as caught:
         disk.open_plain(odd[kind], flags)
     assert (caught.value.path, caught.value.found) == (odd[kind], found)
     assert not (odd[kind].parent / "nowhere").exists()
@@ -156,7 +156,7 @@ def test_only_a_plain_file_is_opened(kind: str, found: str, flags: int, odd: dic
 
 def test_a_device_is_not_opened() -> None:
     """``/dev/null`` is no document."""
-    with pytest.raises(persist.UnsafeFile, match="/dev/null is a device"):
+    with pytest.raises(persist.Unreadable, match="/dev/null is a device"):
         disk.read(Path("/dev/null"), 10)
 
 
@@ -164,7 +164,7 @@ def test_a_refused_name_leaks_no_descriptor(odd: dict[str, Path]) -> None:
     """What was opened to look at it is closed again."""
     before = os.listdir("/proc/self/fd") if Path("/proc/self/fd").exists() else []
     for kind in ("directory", "fifo"):
-        with pytest.raises(persist.UnsafeFile):
+        with pytest.raises(persist.Unreadable):
             disk.open_plain(odd[kind], os.O_RDONLY)
     assert len(before) in (0, len(os.listdir("/proc/self/fd")))
 
@@ -207,7 +207,7 @@ def test_a_file_that_others_make_and_remove_is_made_in_the_end(tmp_path: Path, m
 def test_a_directory_is_not_unlinked(tmp_path: Path) -> None:
     """Where a document should be there stands a directory: it is named, and stays."""
     (tmp_path / "s.json").mkdir()
-    with pytest.raises(persist.UnsafeFile, match="is a directory"):
+    with pytest.raises(persist.Unreadable, match="is a directory"):
         disk.unlink(tmp_path / "s.json")
     assert (tmp_path / "s.json").is_dir()
 

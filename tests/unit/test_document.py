@@ -344,7 +344,7 @@ def test_a_tail_reads_only_the_end_of_its_list(directory: Path) -> None:
 def test_a_tail_of_what_is_no_list_is_refused(field: str, store: persist.Store) -> None:
     """A field, a large one, and one of the two lists that somebody has made something else of."""
     store.create("s", {"title": "t", "notes": "x" * 5_000, "meta": {"a": [1]}, "tool_calls": {}})
-    with pytest.raises(persist.WrongType, match=f"field '{field}' of the document is .*, but must be a list"):
+    with pytest.raises(persist.InvalidArgument, match=f"field '{field}' of the document is .*, but must be a list"):
         store.tail("s", field=field)
 
 
@@ -353,7 +353,7 @@ def test_a_tail_of_a_foreign_document_is_read_whole(store: persist.Store) -> Non
     put(store, {"messages": [M1, M2], "log": [1] * 5_000, "title": "t"})
     assert store.tail("s", limit=1) == [M2]
     assert store.tail("s", limit=2, field="log") == [1, 1]
-    with pytest.raises(persist.WrongType):
+    with pytest.raises(persist.InvalidArgument):
         store.tail("s", field="title")
     put(store, b'{"messages":[1],"messages":[2]}')
     with pytest.raises(persist.CorruptSession, match="twice"):
@@ -822,7 +822,7 @@ def test_a_name_that_is_no_plain_file_is_refused_at_once(
         lambda: store.duplicate("s", "copy"),
     ]
     for verb in verbs:
-        with pytest.raises(persist.UnsafeFile) as caught:
+        with pytest.raises(persist.Unreadable) as caught:
             verb()
         assert (caught.value.path, caught.value.found) == (document(store), found)
     with pytest.raises(persist.SessionExists):
@@ -844,11 +844,11 @@ def test_a_lock_or_temporary_name_that_is_no_plain_file_is_never_followed(
     make(name)
     session.data["a"] = 2
     if suffix == ".lock":
-        with pytest.raises(persist.UnsafeFile) as caught:
+        with pytest.raises(persist.Unreadable) as caught:
             session.save()
         assert (caught.value.path, caught.value.found) == (name, found)
     else:
-        with contextlib.suppress(persist.UnsafeFile):
+        with contextlib.suppress(persist.Unreadable):
             session.save()
     assert store.load("s").data == {"a": session.revision}
     target = name.with_name("target")

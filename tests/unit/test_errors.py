@@ -238,13 +238,13 @@ CASES: dict[type[persist.PersistError], Case] = {
         {"session_id": "s", "path": DOCUMENT},
     ),
     errors.StoreClosed: Case(store_closed, (Path(), "is closed", "Open a new"), {"path": Path()}, RuntimeError),
-    errors.InvalidSessionId: Case(
+    errors.InvalidArgument: Case(
         lambda scene: scene.store.create("", {"title": CANARY}),
         ("'' is not a session id", "an id is a string of 1 to 512 characters"),
         {"session_id": ""},
         ValueError,
     ),
-    errors.InvalidStreamId: Case(
+    errors.InvalidArgument: Case(
         lambda scene: scene.store.start_stream("s", {"content": CANARY}, stream_id="-"),
         ("'-' is not a usable stream id", "a stream id is 1 to 64"),
         {"stream_id": "-"},
@@ -256,13 +256,13 @@ CASES: dict[type[persist.PersistError], Case] = {
         {"path": ("messages", 0, "parts", 0), "where": "data['messages'][0]['parts'][0]"},
         ValueError,
     ),
-    errors.WrongType: Case(
+    errors.InvalidArgument: Case(
         lambda scene: scene.store.append("s", "title", CANARY),
         ("field 'title' of the document is str, but must be a list",),
         {"what": "field 'title' of the document", "got": "str", "expected": "a list"},
         TypeError,
     ),
-    errors.ReservedField: Case(
+    errors.InvalidArgument: Case(
         reserved_field,
         ("'pending_user_message' belongs to persist", "nothing was written", "Use store.start_stream()"),
         {"field": "pending_user_message"},
@@ -281,7 +281,7 @@ CASES: dict[type[persist.PersistError], Case] = {
             "theirs": CANARY + "1",
         },
     ),
-    errors.IdTaken: Case(
+    errors.MergeConflict: Case(
         lambda scene: scene.store.append("s", "messages", {"id": "m1", "content": CANARY + "2"}),
         ("Session 's'", "data['messages'][0]", "same id", "nothing was written"),
         {"session_id": "s", "path": ("messages", 0)},
@@ -293,7 +293,7 @@ CASES: dict[type[persist.PersistError], Case] = {
         {"session_id": "s", "stream_id": "t9", "path": EVENTS / "s.t9"},
         KeyError,
     ),
-    errors.CursorAhead: Case(
+    errors.EventsNotFound: Case(
         cursor_ahead,
         ("'t1' of session 's'", "has 1 events", "cursor is at 5", "after=0"),
         {"session_id": "s", "stream_id": "t1", "after": 5, "count": 1},
@@ -342,19 +342,19 @@ CASES: dict[type[persist.PersistError], Case] = {
         {"session_id": "s", "path": LOCK, "timeout_s": 0.01},
         TimeoutError,
     ),
-    errors.NestedLock: Case(
+    errors.LockError: Case(
         nested_lock,
         ("holds the lock of session 's'", "that of 'other'", "Leave the transaction() or update() first"),
         {"session_id": "other", "held": "s"},
         RuntimeError,
     ),
-    errors.LockNotHeld: Case(
+    errors.LockError: Case(
         lock_not_held,
         ("The lock of session 's' is not held", "nothing was written", "Begin a new transaction"),
         {"session_id": "s"},
         RuntimeError,
     ),
-    errors.MessagesRemoved: Case(
+    errors.MergeConflict: Case(
         messages_removed,
         ("remove 1 of the committed messages of session 's'", "stream t1", "nothing was written", "(id, if_version='"),
         {"session_id": "s", "stream_id": "t1", "count": 1},
@@ -369,7 +369,7 @@ CASES: dict[type[persist.PersistError], Case] = {
         ("'s'", DOCUMENT, "format 7", "knows 3", "Use the version that wrote it"),
         {"session_id": "s", "path": DOCUMENT, "found": 7, "known": 3},
     ),
-    errors.UnsafeFile: Case(
+    errors.Unreadable: Case(
         unsafe_file,
         (DOCUMENT, "is a symbolic link", "not touched", "Move it away"),
         {"path": DOCUMENT, "found": "a symbolic link", "wanted": "a plain file"},
@@ -399,7 +399,7 @@ CASES: dict[type[persist.PersistError], Case] = {
         {"session_id": "s", "path": DOCUMENT, "reason": os.strerror(errno.EIO), "errno": errno.EIO},
         OSError,
     ),
-    errors.UnsupportedFileSystem: Case(
+    errors.InvalidArgument: Case(
         unsupported_file_system,
         (Path(), "is on nfs4", "Use a local disk", "allow_network=True"),
         {"path": Path(), "file_system": "nfs4"},
@@ -636,7 +636,7 @@ def test_a_refusal_names_the_version_that_is_there(scene: Scene) -> None:
     """So that the caller can look whether it is the one that it has seen."""
     mismatch: persist.VersionMismatch = raised(scene, errors.VersionMismatch)
     assert mismatch.theirs == scene.load().version
-    removed: persist.MessagesRemoved = raised(scene, errors.MessagesRemoved)
+    removed: persist.MergeConflict = raised(scene, errors.MergeConflict)
     assert removed.version != scene.load().version, "the stream has failed since"
     assert f"(id, if_version={removed.version!r})" in str(removed)
 
@@ -646,7 +646,7 @@ def test_what_a_refusal_says_to_do_about_removed_messages_works(scene: Scene) ->
     session = scene.load()
     session.data["messages"].clear()
     with scene.store.start_stream("s", stream_id="t1"):
-        with pytest.raises(persist.MessagesRemoved) as caught:
+        with pytest.raises(persist.MergeConflict) as caught:
             session.save()
         with scene.store.transaction("s", if_version=caught.value.version) as tx:
             tx.list("messages").clear()
@@ -701,7 +701,7 @@ def test_option_that_is_neither_true_nor_false_is_refused(
     """A "false" that came with a query string is true: it must not delete a session."""
     store = persist.Store(tmp_path)
     store.create("s", {"messages": [], "log": []})
-    with pytest.raises(persist.WrongType, match="must be True or False"):
+    with pytest.raises(persist.InvalidArgument, match="must be True or False"):
         call(store)
     found = store.load("s").data
     assert (found["messages"], found["log"]) == ([], [])

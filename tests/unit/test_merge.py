@@ -15,7 +15,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from persist.errors import MergeConflict, WrongType
+from persist.errors import InvalidArgument, MergeConflict
 from persist.json_codec import same
 from persist.merge import MISSING, align, check_policies, count_removed, label, merge
 from persist.patch import patch
@@ -641,7 +641,7 @@ def test_a_policy_is_for_a_field_of_the_top() -> None:
 @pytest.mark.parametrize("policy", ["average", "", None, 1, ["sum"]])
 def test_an_unknown_policy_is_refused_at_once(policy: Any) -> None:
     """A misspelt policy shows when the store is opened, not at the first conflict."""
-    with pytest.raises(WrongType, match=r"the merge policy of 'f' is .* must be sum \| max"):
+    with pytest.raises(InvalidArgument, match=r"the merge policy of 'f' is .* must be sum \| max"):
         check_policies({"f": policy})
 
 

@@ -76,7 +76,7 @@ def test_stream_stays_in_the_head_beside_any_fields(store: persist.Store, filler
         stream.emit(1)
         loaded = store.load("s")
         loaded.data["messages"].clear()
-        with pytest.raises(persist.MessagesRemoved):
+        with pytest.raises(persist.MergeConflict):
             loaded.save()
         stream.finish({"role": "assistant", "content": "a"})
 
@@ -119,7 +119,7 @@ def test_answer_of_a_finished_turn_stays_that_turns(store: persist.Store) -> Non
         stream.finish(answer)
     with store.start_stream("s", {"id": "p2", "role": "user", "content": "q"}) as stream:
         stream.checkpoint(answer)
-        with pytest.raises(persist.IdTaken):
+        with pytest.raises(persist.MergeConflict):
             stream.checkpoint({**answer, "content": "OVERWRITTEN"})
     assert answer in store.load("s").data["messages"]
 
@@ -267,7 +267,7 @@ def test_start_that_is_repeated_says_that_there_is_no_answer(store: persist.Stor
     with pytest.raises(persist.AlreadyStarted, match="without an answer") as caught:
         store.start_stream("s", prompt, once=True)
     assert caught.value.answer is None
-    with pytest.raises(persist.ReservedField, match="append"):
+    with pytest.raises(persist.InvalidArgument, match="append"):
         store.start_stream("s", fields={"messages": []})
 
 

@@ -358,7 +358,7 @@ STREAM_FIELDS = ["active_stream_id", "pending_user_message", "pending_attachment
 def test_stream_fields_are_changed_by_the_stream_verbs_only(
     field: str, session: persist.Session, store: persist.Store
 ) -> None:
-    """`ReservedField` names the field and the verb to use, whichever way it is tried."""
+    """`InvalidArgument` names the field and the verb to use, whichever way it is tried."""
     before = everything(store.path)
     session.data[field] = "x"
     attempts: list[Callable[[], Any]] = [
@@ -373,7 +373,7 @@ def test_stream_fields_are_changed_by_the_stream_verbs_only(
         lambda: store.extend("s", field, ["x"]),
     ]
     for attempt in attempts:
-        with pytest.raises(persist.ReservedField, match="start_stream") as caught:
+        with pytest.raises(persist.InvalidArgument, match="start_stream") as caught:
             attempt()
         assert caught.value.field == field
     verbs: list[Callable[[], Any]] = [
@@ -381,14 +381,14 @@ def test_stream_fields_are_changed_by_the_stream_verbs_only(
         lambda: store.start_stream("s2", fields={field: "x"}, create=True),
     ]
     for verb in verbs:
-        with pytest.raises(persist.ReservedField) as caught:
+        with pytest.raises(persist.InvalidArgument) as caught:
             verb()
         assert caught.value.field == field
     assert everything(store.path) == before
     with store.start_stream("s") as stream:
-        with pytest.raises(persist.ReservedField):
+        with pytest.raises(persist.InvalidArgument):
             stream.finish(fields={field: "x"})
-        with pytest.raises(persist.ReservedField):
+        with pytest.raises(persist.InvalidArgument):
             stream.update(lambda tx: tx.fields.update({field: "x"}))
         assert store.load("s").active_stream_id == stream.id, "it goes on"
 
@@ -423,7 +423,7 @@ def test_the_headers_name_is_no_field(session: persist.Session, store: persist.S
         lambda: store.start_stream("s", fields={"_persist": 1}),
     ]
     for attempt in attempts:
-        with pytest.raises(persist.ReservedField, match="'_persist'"):
+        with pytest.raises(persist.InvalidArgument, match="'_persist'"):
             attempt()
     assert everything(store.path) == before
     store.update("s", lambda tx: tx.data.update(meta={"_persist": 1}))
@@ -557,17 +557,17 @@ def test_the_version_of_a_foreign_document_is_its_content(store: persist.Store) 
 
 
 def test_a_lock_inside_a_lock_is_refused(session: persist.Session, store: persist.Store) -> None:
-    """A second session, or the same one again, is `NestedLock` instead of a deadlock; the outer edit still counts."""
+    """A second session, or the same one again, is `LockError` instead of a deadlock; the outer edit still counts."""
     store.create("other")
     session.data["title"] = "new"
     with store.transaction("s") as tx:
         data = tx.data
         data["n"] = 1
         for verb, wanted in NESTED:
-            with pytest.raises(persist.NestedLock) as caught:
+            with pytest.raises(persist.LockError) as caught:
                 verb(store)
             assert (caught.value.held, caught.value.session_id) == ("s", wanted)
-        with pytest.raises(persist.NestedLock):
+        with pytest.raises(persist.LockError):
             session.save()
         assert store.load("s").data["n"] == 0
     assert on_disk(store)["n"] == 1
@@ -630,7 +630,7 @@ def test_an_append_is_idempotent_by_id(session: persist.Session, store: persist.
     assert (version, store.head("s").revision) == (store.head("s").version, 2)
     before = everything(store.path)
     assert store.append("s", "messages", dict(reversed(item.items()))) == version
-    with pytest.raises(persist.IdTaken, match=r"'s'.*has the same id") as caught:
+    with pytest.raises(persist.MergeConflict, match=r"'s'.*has the same id") as caught:
         store.append("s", "messages", {**item, "content": "y"})
     assert caught.value.path == ("messages", 2)
     assert (caught.value.mine["content"], caught.value.theirs["content"]) == ("y", "x")
@@ -659,7 +659,7 @@ def test_a_list_is_no_message(field: str, session: persist.Session, store: persi
     """``append(id, "messages", [m1, m2])`` was meant as two messages: it would be one that no server can read."""
     before = everything(store.path)
     for wrong in ([], [HI], [{"id": "m3"}, {"id": "m4"}]):
-        with pytest.raises(persist.WrongType, match=r"must be one message: use extend\(\) for several"):
+        with pytest.raises(persist.InvalidArgument, match=r"must be one message: use extend\(\) for several"):
             store.append("s", field, wrong)
     assert everything(store.path) == before
     store.extend("s", field, [{"id": "m3"}, {"id": "m4"}])
@@ -676,9 +676,9 @@ def test_an_extend_is_one_commit(session: persist.Session, store: persist.Store)
     assert on_disk(store)["messages"] == [HI, HELLO, {"id": "m3"}, "text", {"id": "m4"}]
     before = everything(store.path)
     for wrong, error in (
-        ([{"id": "m5"}, {"id": "m1", "content": "other"}], persist.IdTaken),
+        ([{"id": "m5"}, {"id": "m1", "content": "other"}], persist.MergeConflict),
         ([{"id": "m5"}, {"a": math.nan}], persist.NotJSON),
-        ([{"id": "m5"}, {"id": "m5", "content": "other"}], persist.IdTaken),
+        ([{"id": "m5"}, {"id": "m5", "content": "other"}], persist.MergeConflict),
     ):
         with pytest.raises(error):
             store.extend("s", "messages", wrong)
@@ -705,10 +705,10 @@ def test_a_key_tells_items_apart(session: persist.Session, store: persist.Store)
     version = store.extend("s", "calls", [one, two], key="call")
     assert store.append("s", "calls", one, key="call") == version
     assert store.extend("s", "calls", [two, one], key="call") == version
-    with pytest.raises(persist.IdTaken, match=r"data\['calls'\]\[0\] has the same call") as caught:
+    with pytest.raises(persist.MergeConflict, match=r"data\['calls'\]\[0\] has the same call") as caught:
         store.extend("s", "calls", [{"call": "c3"}, {**one, "n": 5}], key="call")
     assert caught.value.path == ("calls", 0)
-    with pytest.raises(persist.IdTaken):
+    with pytest.raises(persist.MergeConflict):
         store.append("s", "calls", one)
     assert on_disk(store)["calls"] == [one, two]
     store.extend("s", "calls", [{"id": "y"}, {"id": "y"}, "text", "text"], key="call")
@@ -720,7 +720,7 @@ def test_without_a_key_all_items_are_added(session: persist.Session, store: pers
     store.extend("s", "messages", [HI, {**HI, "content": "other"}, HI], key=None)
     store.append("s", "messages", HI, key=None)
     assert on_disk(store)["messages"] == [HI, HELLO, HI, {**HI, "content": "other"}, HI, HI]
-    with pytest.raises(persist.IdTaken):
+    with pytest.raises(persist.MergeConflict):
         store.append("s", "messages", {**HI, "content": "third"})
 
 
@@ -728,7 +728,7 @@ def test_without_a_key_all_items_are_added(session: persist.Session, store: pers
 def test_what_is_not_several_items_is_refused(wrong: Any, session: persist.Session, store: persist.Store) -> None:
     """A message that is given for a list of messages would be its keys, and a text its letters."""
     before = everything(store.path)
-    with pytest.raises(persist.WrongType, match="must be several items, in a list"):
+    with pytest.raises(persist.InvalidArgument, match="must be several items, in a list"):
         store.extend("s", "messages", wrong)
     assert everything(store.path) == before
 
@@ -759,11 +759,11 @@ def test_ids_of_different_types_are_different(
 
 
 def test_an_append_makes_a_missing_list_and_no_other(session: persist.Session, store: persist.Store) -> None:
-    """A field that is something else is `WrongType`, by its name; nothing is written."""
+    """A field that is something else is `InvalidArgument`, by its name; nothing is written."""
     store.append("s", "notes", "n")
     assert on_disk(store)["notes"] == ["n"]
     before = everything(store.path)
-    with pytest.raises(persist.WrongType, match="field 'title' of the document is str, but must be a list"):
+    with pytest.raises(persist.InvalidArgument, match="field 'title' of the document is str, but must be a list"):
         store.append("s", "title", "x")
     assert everything(store.path) == before
 
@@ -962,7 +962,7 @@ def test_an_answer_never_takes_a_prompts_place(store: persist.Store) -> None:
     prompt = {"id": "m7", "role": "user", "content": "Why?"}
     with store.start_stream("s", prompt):
         pass
-    with store.start_stream("s") as stream, pytest.raises(persist.IdTaken):
+    with store.start_stream("s") as stream, pytest.raises(persist.MergeConflict):
         stream.finish({"id": "m7", "role": "assistant", "content": "Because."})
     assert store.load("s").data["messages"] == [{**prompt, "interrupted": True}]
 
@@ -983,7 +983,7 @@ def test_a_head_cannot_be_saved(session: persist.Session, store: persist.Store) 
     assert not hasattr(head, "save")
     with pytest.raises(AttributeError):
         head.fields = {}  # type: ignore[misc]
-    with pytest.raises(persist.WrongType):
+    with pytest.raises(persist.InvalidArgument):
         store.create("copy", head)  # type: ignore[arg-type]
 
 
@@ -1043,7 +1043,7 @@ def test_a_store_is_a_directory_not_a_way_of_spelling_it(store: persist.Store, m
     assert relative.path == linked.path == store.path
     relative.append("s", "messages", 1)
     assert store.head("s").revision == 2
-    with store.transaction("s"), pytest.raises(persist.NestedLock):
+    with store.transaction("s"), pytest.raises(persist.LockError):
         linked.append("s", "messages", 1)
 
 
@@ -1054,7 +1054,7 @@ BAD_IDS: list[Any] = ["", "a" * 513, "\ud800", "s\udfff", "\ud83d\ude00", None, 
 
 @pytest.mark.parametrize("bad", BAD_IDS, ids=lambda bad: ascii(bad)[:12])
 def test_no_verb_takes_a_bad_session_id(bad: Any, session: persist.Session, store: persist.Store) -> None:
-    """Each is `InvalidSessionId`, and not a file more or less exists afterwards."""
+    """Each is `InvalidArgument`, and not a file more or less exists afterwards."""
     before = everything(store.path.parent)
     verbs: list[Callable[[], Any]] = [
         lambda: store.load(bad),
@@ -1080,7 +1080,7 @@ def test_no_verb_takes_a_bad_session_id(bad: Any, session: persist.Session, stor
         lambda: store.accept(bad),
     ]
     for verb in verbs:
-        with pytest.raises(persist.InvalidSessionId):
+        with pytest.raises(persist.InvalidArgument):
             verb()
     assert everything(store.path.parent) == before
 
@@ -1117,84 +1117,84 @@ def no_dict(store: persist.Store) -> None:
 
 
 BAD_ARGUMENTS: dict[str, tuple[Verb, type[Exception]]] = {
-    "create: a list": (lambda store: store.create("new", []), persist.WrongType),  # type: ignore[arg-type]
-    "create: a text": (lambda store: store.create("new", "{}"), persist.WrongType),  # type: ignore[arg-type]
+    "create: a list": (lambda store: store.create("new", []), persist.InvalidArgument),  # type: ignore[arg-type]
+    "create: a text": (lambda store: store.create("new", "{}"), persist.InvalidArgument),  # type: ignore[arg-type]
     "create: NaN": (lambda store: store.create("new", {"a": math.nan}), persist.NotJSON),
     "create: a key": (lambda store: store.create("new", {1: 1}), persist.NotJSON),  # type: ignore[dict-item]
     "transaction: NaN": (no_json_in_a_list, persist.NotJSON),
     "transaction: a field": (no_json_in_a_field, persist.NotJSON),
     "transaction: NaN in the data": (no_json, persist.NotJSON),
-    "save: a list": (no_dict, persist.WrongType),
-    "save: on_conflict": (lambda store: store.load("s").save(on_conflict="ours"), persist.WrongType),  # type: ignore[arg-type]
-    "save: on_conflict list": (lambda store: store.load("s").save(on_conflict=[]), persist.WrongType),  # type: ignore[arg-type]
+    "save: a list": (no_dict, persist.InvalidArgument),
+    "save: on_conflict": (lambda store: store.load("s").save(on_conflict="ours"), persist.InvalidArgument),  # type: ignore[arg-type]
+    "save: on_conflict list": (lambda store: store.load("s").save(on_conflict=[]), persist.InvalidArgument),  # type: ignore[arg-type]
     "update: tuple": (lambda store: store.update("s", lambda tx: tx.data.update(a=())), persist.NotJSON),
-    "update: no function": (lambda store: store.update("s", 5), persist.WrongType),  # type: ignore[arg-type]
-    "update: if_version": (lambda store: store.update("s", clear, if_version=1), persist.WrongType),  # type: ignore[arg-type]
+    "update: no function": (lambda store: store.update("s", 5), persist.InvalidArgument),  # type: ignore[arg-type]
+    "update: if_version": (lambda store: store.update("s", clear, if_version=1), persist.InvalidArgument),  # type: ignore[arg-type]
     "update: another if_version": (lambda store: store.update("s", clear, if_version="1"), persist.VersionMismatch),
-    "delete: if_version": (lambda store: store.delete("s", if_version=1), persist.WrongType),  # type: ignore[arg-type]
+    "delete: if_version": (lambda store: store.delete("s", if_version=1), persist.InvalidArgument),  # type: ignore[arg-type]
     "delete: another if_version": (lambda store: store.delete("s", if_version="1"), persist.VersionMismatch),
-    "update: a new dict": (lambda store: store.update("s", lambda tx: {"n": 1}), persist.WrongType),
-    "update: a list's name": (lambda store: store.update("s", lambda tx: tx.list(5)), persist.WrongType),  # type: ignore[arg-type]
-    "update: a generator": (lambda store: store.update("s", generator), persist.WrongType),
-    "append: field": (lambda store: store.append("s", 5, 1), persist.WrongType),  # type: ignore[arg-type]
-    "append: no field": (lambda store: store.append("s", None, 1), persist.WrongType),  # type: ignore[arg-type]
+    "update: a new dict": (lambda store: store.update("s", lambda tx: {"n": 1}), persist.InvalidArgument),
+    "update: a list's name": (lambda store: store.update("s", lambda tx: tx.list(5)), persist.InvalidArgument),  # type: ignore[arg-type]
+    "update: a generator": (lambda store: store.update("s", generator), persist.InvalidArgument),
+    "append: field": (lambda store: store.append("s", 5, 1), persist.InvalidArgument),  # type: ignore[arg-type]
+    "append: no field": (lambda store: store.append("s", None, 1), persist.InvalidArgument),  # type: ignore[arg-type]
     "append: bytes": (lambda store: store.append("s", "messages", b"x"), persist.NotJSON),
     "append: a pair as field": (lambda store: store.append("s", "\ud83d\ude00", 1), persist.NotJSON),
-    "append: key": (lambda store: store.append("s", "log", 1, key=5), persist.WrongType),  # type: ignore[arg-type]
-    "extend: field": (lambda store: store.extend("s", 5, [1]), persist.WrongType),  # type: ignore[arg-type]
-    "extend: no field": (lambda store: store.extend("s", None, [1]), persist.WrongType),  # type: ignore[arg-type]
+    "append: key": (lambda store: store.append("s", "log", 1, key=5), persist.InvalidArgument),  # type: ignore[arg-type]
+    "extend: field": (lambda store: store.extend("s", 5, [1]), persist.InvalidArgument),  # type: ignore[arg-type]
+    "extend: no field": (lambda store: store.extend("s", None, [1]), persist.InvalidArgument),  # type: ignore[arg-type]
     "extend: bytes": (lambda store: store.extend("s", "messages", [1, b"x"]), persist.NotJSON),
-    "extend: a quote in the key": (lambda store: store.extend("s", "log", [1], key='a"b'), persist.WrongType),
-    "extend: an empty key": (lambda store: store.extend("s", "log", [1], key=""), persist.WrongType),
-    "extend: a surrogate key": (lambda store: store.extend("s", "log", [1], key="\ud800"), persist.WrongType),
-    "tail: limit": (lambda store: store.tail("s", limit=-1), persist.WrongType),
-    "tail: no limit": (lambda store: store.tail("s", limit=None), persist.WrongType),  # type: ignore[arg-type]
-    "tail: limit bool": (lambda store: store.tail("s", limit=True), persist.WrongType),
-    "tail: field": (lambda store: store.tail("s", field=5), persist.WrongType),  # type: ignore[arg-type]
-    "tail: no field": (lambda store: store.tail("s", field=None), persist.WrongType),  # type: ignore[arg-type]
-    "tail: a text": (lambda store: store.tail("s", field="title"), persist.WrongType),
-    "heads: limit": (lambda store: list(store.heads(limit=-1)), persist.WrongType),
-    "heads: prefix": (lambda store: list(store.heads(prefix=5)), persist.WrongType),  # type: ignore[arg-type]
-    "heads: after": (lambda store: list(store.heads(after=5)), persist.WrongType),  # type: ignore[arg-type]
-    "ids: prefix": (lambda store: store.ids(prefix=5), persist.WrongType),  # type: ignore[arg-type]
-    "ids: limit": (lambda store: store.ids(limit=-1), persist.WrongType),
-    "ids: limit text": (lambda store: store.ids(limit="1"), persist.WrongType),  # type: ignore[arg-type]
-    "ids: limit bool": (lambda store: store.ids(limit=True), persist.WrongType),
-    "ids: after": (lambda store: store.ids(after=5), persist.WrongType),  # type: ignore[arg-type]
-    "start: message": (lambda store: store.start_stream("s", "hi"), persist.WrongType),  # type: ignore[arg-type]
-    "start: message id": (lambda store: store.start_stream("s", {"id": 1.5}), persist.WrongType),
+    "extend: a quote in the key": (lambda store: store.extend("s", "log", [1], key='a"b'), persist.InvalidArgument),
+    "extend: an empty key": (lambda store: store.extend("s", "log", [1], key=""), persist.InvalidArgument),
+    "extend: a surrogate key": (lambda store: store.extend("s", "log", [1], key="\ud800"), persist.InvalidArgument),
+    "tail: limit": (lambda store: store.tail("s", limit=-1), persist.InvalidArgument),
+    "tail: no limit": (lambda store: store.tail("s", limit=None), persist.InvalidArgument),  # type: ignore[arg-type]
+    "tail: limit bool": (lambda store: store.tail("s", limit=True), persist.InvalidArgument),
+    "tail: field": (lambda store: store.tail("s", field=5), persist.InvalidArgument),  # type: ignore[arg-type]
+    "tail: no field": (lambda store: store.tail("s", field=None), persist.InvalidArgument),  # type: ignore[arg-type]
+    "tail: a text": (lambda store: store.tail("s", field="title"), persist.InvalidArgument),
+    "heads: limit": (lambda store: list(store.heads(limit=-1)), persist.InvalidArgument),
+    "heads: prefix": (lambda store: list(store.heads(prefix=5)), persist.InvalidArgument),  # type: ignore[arg-type]
+    "heads: after": (lambda store: list(store.heads(after=5)), persist.InvalidArgument),  # type: ignore[arg-type]
+    "ids: prefix": (lambda store: store.ids(prefix=5), persist.InvalidArgument),  # type: ignore[arg-type]
+    "ids: limit": (lambda store: store.ids(limit=-1), persist.InvalidArgument),
+    "ids: limit text": (lambda store: store.ids(limit="1"), persist.InvalidArgument),  # type: ignore[arg-type]
+    "ids: limit bool": (lambda store: store.ids(limit=True), persist.InvalidArgument),
+    "ids: after": (lambda store: store.ids(after=5), persist.InvalidArgument),  # type: ignore[arg-type]
+    "start: message": (lambda store: store.start_stream("s", "hi"), persist.InvalidArgument),  # type: ignore[arg-type]
+    "start: message id": (lambda store: store.start_stream("s", {"id": 1.5}), persist.InvalidArgument),
     "start: NaN": (lambda store: store.start_stream("s", {"content": math.nan}), persist.NotJSON),
-    "start: once without an id": (lambda store: store.start_stream("s", {}, once=True), persist.WrongType),
-    "start: once without a prompt": (lambda store: store.start_stream("s", once=True), persist.WrongType),
-    "start: fields": (lambda store: store.start_stream("s", fields=[1]), persist.WrongType),  # type: ignore[arg-type]
+    "start: once without an id": (lambda store: store.start_stream("s", {}, once=True), persist.InvalidArgument),
+    "start: once without a prompt": (lambda store: store.start_stream("s", once=True), persist.InvalidArgument),
+    "start: fields": (lambda store: store.start_stream("s", fields=[1]), persist.InvalidArgument),  # type: ignore[arg-type]
     "start: fields NaN": (lambda store: store.start_stream("s", fields={"n": math.nan}), persist.NotJSON),
     "start: fields 5": (lambda store: store.start_stream("s", fields={5: 1}), persist.NotJSON),  # type: ignore[dict-item]
-    "start: messages": (lambda store: store.start_stream("s", fields={"messages": []}), persist.ReservedField),
-    "start: stream_id": (lambda store: store.start_stream("s", stream_id="../t"), persist.InvalidStreamId),
-    "start: stream_id 5": (lambda store: store.start_stream("s", stream_id=5), persist.InvalidStreamId),  # type: ignore[arg-type]
-    "store: path": (lambda store: persist.Store(5), persist.WrongType),  # type: ignore[arg-type]
-    "store: bytes": (lambda store: persist.Store(b"x"), persist.WrongType),  # type: ignore[arg-type]
-    "store: empty": (lambda store: persist.Store(""), persist.WrongType),
-    "store: NUL": (lambda store: persist.Store(f"{store.path}/a\0b"), persist.WrongType),
-    "store: a file": (lambda store: persist.Store(store.path / "s.json"), persist.WrongType),
+    "start: messages": (lambda store: store.start_stream("s", fields={"messages": []}), persist.InvalidArgument),
+    "start: stream_id": (lambda store: store.start_stream("s", stream_id="../t"), persist.InvalidArgument),
+    "start: stream_id 5": (lambda store: store.start_stream("s", stream_id=5), persist.InvalidArgument),  # type: ignore[arg-type]
+    "store: path": (lambda store: persist.Store(5), persist.InvalidArgument),  # type: ignore[arg-type]
+    "store: bytes": (lambda store: persist.Store(b"x"), persist.InvalidArgument),  # type: ignore[arg-type]
+    "store: empty": (lambda store: persist.Store(""), persist.InvalidArgument),
+    "store: NUL": (lambda store: persist.Store(f"{store.path}/a\0b"), persist.InvalidArgument),
+    "store: a file": (lambda store: persist.Store(store.path / "s.json"), persist.InvalidArgument),
     "store: below a file": (lambda store: persist.Store(store.path / "s.json" / "x"), persist.Unreadable),
-    "store: timeout": (lambda store: persist.Store(store.path, timeout_s=-1), persist.WrongType),
-    "store: timeout NaN": (lambda store: persist.Store(store.path, timeout_s=math.nan), persist.WrongType),
-    "store: timeout text": (lambda store: persist.Store(store.path, timeout_s="5"), persist.WrongType),  # type: ignore[arg-type]
-    "store: timeout bool": (lambda store: persist.Store(store.path, timeout_s=True), persist.WrongType),
-    "store: create": (lambda store: persist.Store(store.path / "new", create="false"), persist.WrongType),  # type: ignore[arg-type]
-    "store: network": (lambda store: persist.Store(store.path, allow_network=1), persist.WrongType),  # type: ignore[arg-type]
-    "store: policy of 1": (lambda store: persist.Store(store.path, merge={1: "sum"}), persist.WrongType),  # type: ignore[dict-item]
+    "store: timeout": (lambda store: persist.Store(store.path, timeout_s=-1), persist.InvalidArgument),
+    "store: timeout NaN": (lambda store: persist.Store(store.path, timeout_s=math.nan), persist.InvalidArgument),
+    "store: timeout text": (lambda store: persist.Store(store.path, timeout_s="5"), persist.InvalidArgument),  # type: ignore[arg-type]
+    "store: timeout bool": (lambda store: persist.Store(store.path, timeout_s=True), persist.InvalidArgument),
+    "store: create": (lambda store: persist.Store(store.path / "new", create="false"), persist.InvalidArgument),  # type: ignore[arg-type]
+    "store: network": (lambda store: persist.Store(store.path, allow_network=1), persist.InvalidArgument),  # type: ignore[arg-type]
+    "store: policy of 1": (lambda store: persist.Store(store.path, merge={1: "sum"}), persist.InvalidArgument),  # type: ignore[dict-item]
     "store: policy of messages": (
         lambda store: persist.Store(store.path, merge={"messages": "mine"}),
-        persist.ReservedField,
+        persist.InvalidArgument,
     ),
     "store: policy of _persist": (
         lambda store: persist.Store(store.path, merge={"_persist": "mine"}),
-        persist.ReservedField,
+        persist.InvalidArgument,
     ),
-    "store: policy": (lambda store: persist.Store(store.path, merge={"n": "add"}), persist.WrongType),  # type: ignore[dict-item]
-    "store: policies": (lambda store: persist.Store(store.path, merge=["n"]), persist.WrongType),  # type: ignore[arg-type]
+    "store: policy": (lambda store: persist.Store(store.path, merge={"n": "add"}), persist.InvalidArgument),  # type: ignore[dict-item]
+    "store: policies": (lambda store: persist.Store(store.path, merge=["n"]), persist.InvalidArgument),  # type: ignore[arg-type]
 }
 
 

@@ -90,7 +90,7 @@ ENDED = {
     "look": "no error",
     "edit partial": "no error",
     "raise": "BodyFailed",
-    "stream field": "ReservedField",
+    "stream field": "InvalidArgument",
     "remove partial": "SessionBusy",
     "delete": "SessionBusy",
     "stale": "VersionMismatch",
@@ -493,7 +493,7 @@ class SessionMachine(RuleBasedStateMachine):
             tx.list("messages").append({"id": "late"})
             tx.delete()
             for use in (lambda: tx.fields, lambda: tx.data, lambda: tx.list("log"), tx.delete):
-                with pytest.raises(persist.WrongType, match="left after its delete"):
+                with pytest.raises(persist.InvalidArgument, match="left after its delete"):
                     use()
             if how == "raise":
                 raise BodyFailed
@@ -553,7 +553,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(pick=picks, how=st.sampled_from(["new dict", "generator", "a list as a message", "items that are none"]))
     def refused(self, pick: int, how: str) -> None:
-        """What was surely meant in another way is `WrongType`, and no commit."""
+        """What was surely meant in another way is `InvalidArgument`, and no commit."""
         session_id, session = self.pick_session(pick)
         verbs: dict[str, Callable[[], object]] = {
             "new dict": lambda: self.store.update(session_id, lambda tx: {**tx.data, "title": "lost"}),
@@ -565,7 +565,7 @@ class SessionMachine(RuleBasedStateMachine):
             # It has no key of the document, so it may be any result.
             assert verbs[how]() is not None
         else:
-            with pytest.raises(persist.WrongType):
+            with pytest.raises(persist.InvalidArgument):
                 verbs[how]()
         assert self.store.head(session_id).version == session.version
 
@@ -577,7 +577,7 @@ class SessionMachine(RuleBasedStateMachine):
         item = copy.deepcopy(item)
         if how == "other content" and messages:
             item["content"] += "!"
-            with pytest.raises(persist.IdTaken):
+            with pytest.raises(persist.MergeConflict):
                 self.store.append(session_id, "messages", item)
             return
         expected = copy.deepcopy(session.data)
@@ -600,7 +600,7 @@ class SessionMachine(RuleBasedStateMachine):
         try:
             added = extended(expected.get("log", []), items, key)
         except Conflict:
-            with pytest.raises(persist.IdTaken):
+            with pytest.raises(persist.MergeConflict):
                 self.store.extend(session_id, "log", items, key=key)
             return
         if added or "log" in expected:
@@ -662,7 +662,7 @@ class SessionMachine(RuleBasedStateMachine):
                 if how == "raise":
                     raise BodyFailed
             committed = tx.version
-        except (BodyFailed, persist.ReservedField, persist.SessionBusy, persist.VersionMismatch) as error:
+        except (BodyFailed, persist.InvalidArgument, persist.SessionBusy, persist.VersionMismatch) as error:
             ended = type(error).__name__
         assert ended == ENDED[how]
         if how == "leave":
@@ -798,7 +798,7 @@ class SessionMachine(RuleBasedStateMachine):
         data = loaded.real.data
         before = data.get("active_stream_id", MISSING)
         data["active_stream_id"] = "mine"
-        with pytest.raises(persist.SessionDeleted if loaded.session.is_deleted else persist.ReservedField):
+        with pytest.raises(persist.SessionDeleted if loaded.session.is_deleted else persist.InvalidArgument):
             loaded.real.save()
         if before is MISSING:
             del data["active_stream_id"]
@@ -972,7 +972,7 @@ class SessionMachine(RuleBasedStateMachine):
         if running is not None:
             running.mark_interrupted(data)
         for name in IDLE:
-            with pytest.raises(persist.ReservedField):
+            with pytest.raises(persist.InvalidArgument):
                 start(fields={"topic": "lost", name: "x"})
         real = start()
         session.data, session.stream = data, ModelStream(real.id, session, prompt, real, once)
@@ -1128,7 +1128,7 @@ class SessionMachine(RuleBasedStateMachine):
         if how == "reserved field":
             assert stream.real is not None
             for name in (*IDLE, "_persist", "messages"):
-                with pytest.raises(persist.ReservedField):
+                with pytest.raises(persist.InvalidArgument):
                     stream.real.finish({"content": "lost"}, fields={"topic": "lost", name: None})
             return
         self.end(stream, how, topic)
@@ -1257,7 +1257,7 @@ class SessionMachine(RuleBasedStateMachine):
             tail = self.store.tail(real.id, limit=limit, field=name)
             assert as_text(tail) == as_text(value[max(0, len(value) - limit) :])
         else:
-            with pytest.raises(persist.WrongType):
+            with pytest.raises(persist.InvalidArgument):
                 self.store.tail(real.id, limit=limit, field=name)
 
     @invariant()

@@ -165,7 +165,7 @@ def test_items_are_compared_with_one_another_too() -> None:
         ([a], [b, {"id": "c"}, {"id": "c", "x": 1}], 2),
         ([], ["text", {}, {"id": "c"}, {"id": "c", "x": 1}], 2),
     ):
-        with pytest.raises(persist.IdTaken) as caught:
+        with pytest.raises(persist.MergeConflict) as caught:
             added(there, items)
         assert caught.value.path == ("messages", place)
 
@@ -201,7 +201,7 @@ def test_what_is_added_is_what_was_missing(there: list[Any], items: list[Any], k
         elif repr(sorted(twins[-1].items())) != repr(sorted(item.items())):
             is_refused = True
     if is_refused:
-        with pytest.raises(persist.IdTaken):
+        with pytest.raises(persist.MergeConflict):
             added(there, items, key=key)
     else:
         assert repr(list(map(_sorted, added(there, items, key=key)))) == repr(list(map(_sorted, expected)))

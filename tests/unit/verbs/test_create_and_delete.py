@@ -57,7 +57,7 @@ def test_delete_takes_effect_at_the_end_of_the_block(store: persist.Store, sessi
         tx.fields["title"] = "dropped"
         tx.delete()
         assert store.exists("s")
-        with pytest.raises(persist.WrongType, match="delete"):
+        with pytest.raises(persist.InvalidArgument, match="delete"):
             tx.list("messages")
     assert not store.exists("s")
     assert [path.name for path in store.path.iterdir() if path.is_file()] == []

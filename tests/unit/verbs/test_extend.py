@@ -41,7 +41,7 @@ def test_repeated_extend_reads_no_more_than_the_first(store: persist.Store, monk
 
 @pytest.mark.parametrize("item", [{"id": "m1"}, {"id": "m2", "n": 2}])
 def test_taken_id_is_an_error_and_adds_nothing(store: persist.Store, session: persist.Session, item: Any) -> None:
-    with pytest.raises(persist.IdTaken):
+    with pytest.raises(persist.MergeConflict):
         store.extend("s", "messages", [{"id": "m2", "n": 1}, item])
     assert ids_of(store) == ["m1"]
 
@@ -51,7 +51,7 @@ def test_any_key_tells_items_apart(store: persist.Store, session: persist.Sessio
     store.extend("s", "messages", [{"uuid": "a", "id": ""}, {"uuid": "b", "id": ""}], key="uuid")
     store.extend("s", "messages", [{"uuid": "b", "id": ""}, {"uuid": "c", "id": ""}], key="uuid")
     assert [message.get("uuid") for message in store.load("s").data["messages"]] == [None, "a", "b", "c"]
-    with pytest.raises(persist.IdTaken):
+    with pytest.raises(persist.MergeConflict):
         store.append("s", "messages", {"uuid": "a", "id": "other"}, key="uuid")
     with store.transaction("s") as tx:
         assert tx.list("messages").find("b", key="uuid") == {"uuid": "b", "id": ""}
@@ -78,21 +78,21 @@ def ids_of_anything(store: persist.Store) -> list[Any]:
 
 @pytest.mark.parametrize("items", ["text", b"bytes", {"id": "m2"}, 7, None])
 def test_items_are_several(store: persist.Store, session: persist.Session, items: Any) -> None:
-    with pytest.raises(persist.WrongType, match="several items"):
+    with pytest.raises(persist.InvalidArgument, match="several items"):
         store.extend("s", "messages", items)
     assert store.load("s").version == session.version
 
 
 @pytest.mark.parametrize("key", ["", 'quote"', "back\\slash", "line\n", 1, b"id"])
 def test_key_is_the_name_of_a_key(store: persist.Store, session: persist.Session, key: Any) -> None:
-    with pytest.raises(persist.WrongType, match="key"):
+    with pytest.raises(persist.InvalidArgument, match="key"):
         store.append("s", "messages", HELLO, key=key)
 
 
 @pytest.mark.parametrize("field", ["messages", "tool_calls"])
 def test_list_is_no_message(store: persist.Store, session: persist.Session, field: str) -> None:
     """Whoever appends several at once means `extend`. In another list, a list may well be an item."""
-    with pytest.raises(persist.WrongType, match="extend"):
+    with pytest.raises(persist.InvalidArgument, match="extend"):
         store.append("s", field, [HELLO])
     assert store.load("s").version == session.version
     store.append("s", "pairs", [1, 2])

@@ -39,14 +39,14 @@ def test_heads_are_those_of_a_page_and_hide_nothing_behind_damage(store: persist
     assert store.ids(prefix="c") == []
     wrong: list[dict[str, Any]] = [{"prefix": None}, {"prefix": 1}, {"after": 1}, {"limit": -1}, {"limit": True}]
     for options in wrong:
-        with pytest.raises(persist.WrongType):
+        with pytest.raises(persist.InvalidArgument):
             store.ids(**options)
 
 
 @pytest.mark.parametrize("field", ["title", "meta", "large"])
 def test_tail_is_that_of_a_list(store: persist.Store, field: str) -> None:
     store.create("s", {"title": "t", "meta": {}, "large": "x" * 5000, "small": [1, 2, 3], "messages": [HELLO]})
-    with pytest.raises(persist.WrongType, match="a list"):
+    with pytest.raises(persist.InvalidArgument, match="a list"):
         store.tail("s", field=field)
     assert store.tail("s", field="small", limit=2) == [2, 3]
     assert store.tail("s", field="none") == []

@@ -27,7 +27,7 @@ def test_what_the_whole_document_says_is_what_is_committed(store: persist.Store,
 
 def test_list_that_the_block_has_replaced_takes_nothing(store: persist.Store, session: persist.Session) -> None:
     """What it took would be lost without a word."""
-    with pytest.raises(persist.WrongType, match="ask the transaction for it anew"), store.transaction("s") as tx:
+    with pytest.raises(persist.InvalidArgument, match="ask the transaction for it anew"), store.transaction("s") as tx:
         messages = tx.list("messages")
         tx.data["messages"] = []
         messages.append({"id": "m2"})
@@ -45,7 +45,7 @@ def test_value_that_is_set_over_a_missing_list_stays(store: persist.Store, look:
         look(todo)
         tx.data["todo"] = ["a"]
         tx.data["title"] = "x"
-        with pytest.raises(persist.WrongType, match="anew"):
+        with pytest.raises(persist.InvalidArgument, match="anew"):
             todo.append("lost")
         tx.fields["todo"].append("b")
         tx.list("todo").append("c")
@@ -58,7 +58,7 @@ def test_list_of_a_field_that_is_gone_takes_nothing(
     store: persist.Store, rows: list[str], replace: Callable[[Transaction], object]
 ) -> None:
     store.create("s", {"big": rows})
-    with pytest.raises(persist.WrongType, match="anew"), store.transaction("s") as tx:
+    with pytest.raises(persist.InvalidArgument, match="anew"), store.transaction("s") as tx:
         big = tx.list("big")
         replace(tx)
         big.append("lost")
@@ -91,7 +91,7 @@ def test_list_is_used_as_any_list(store: persist.Store, session: persist.Session
             each[2:2] = ["d"]
         assert messages == plain
         assert (messages == [1], messages != plain, messages[::2]) == (False, False, plain[::2])
-        with pytest.raises(persist.WrongType, match="step"):
+        with pytest.raises(persist.InvalidArgument, match="step"):
             messages[::2] = [1, 2, 3]
         assert repr(messages) == repr(plain)
         assert repr(tx.fields) == "{'title': 'New chat'}"
@@ -108,5 +108,5 @@ def test_list_is_used_as_any_list(store: persist.Store, session: persist.Session
 
 @pytest.mark.parametrize("name", [1, None, b"messages"])
 def test_list_has_a_name(store: persist.Store, session: persist.Session, name: Any) -> None:
-    with pytest.raises(persist.WrongType, match="a list's name"), store.transaction("s") as tx:
+    with pytest.raises(persist.InvalidArgument, match="a list's name"), store.transaction("s") as tx:
         tx.list(name)

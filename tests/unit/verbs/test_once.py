@@ -67,7 +67,7 @@ def test_answer_is_known_wherever_it_stands(store: persist.Store, session: persi
     assert answered_once(store, PROMPT)["id"] == "a"
     assert answered_once(store, other)["id"] == "a2"
     assert answered_once(store, third)["id"] == "a3"
-    with pytest.raises(persist.IdTaken):
+    with pytest.raises(persist.MergeConflict):
         store.start_stream("s", PROMPT | {"content": "Other?"}, once=True)
 
 
@@ -121,7 +121,7 @@ def test_once_takes_an_interrupted_prompt_up_again(store: persist.Store, session
 
 @pytest.mark.parametrize("prompt", [None, {"role": "user"}, {"id": None, "role": "user"}])
 def test_once_needs_an_id(store: persist.Store, session: persist.Session, prompt: Any) -> None:
-    with pytest.raises(persist.WrongType, match="with an id"):
+    with pytest.raises(persist.InvalidArgument, match="with an id"):
         store.start_stream("s", prompt, once=True)
     assert store.load("s").version == session.version
 
@@ -139,7 +139,7 @@ def test_fields_are_set_with_the_start_and_the_end(store: persist.Store, session
 def test_fields_that_cannot_be_set_start_and_end_nothing(
     store: persist.Store, session: persist.Session, fields: Any
 ) -> None:
-    expected = (persist.ReservedField, persist.WrongType, persist.NotJSON)
+    expected = (persist.InvalidArgument, persist.NotJSON)
     with pytest.raises(expected):
         store.start_stream("s", PROMPT, fields=fields)
     assert store.load("s").version == session.version

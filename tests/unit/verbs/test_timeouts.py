@@ -95,7 +95,7 @@ def test_a_timeout_is_a_number_of_seconds(wrong: Any, name: str, store: persist.
         session = store.load("s")
         before = everything(store.path)
         verb = WAITING[name]
-        with pytest.raises(persist.WrongType, match=r"timeout_s is .*, but must be a number of seconds from 0 up"):
+        with pytest.raises(persist.InvalidArgument, match=r"timeout_s is .*, but must be a number of seconds from 0 up"):
             verb(*(_Waiting(each, wrong) for each in (store, session, stream)))  # type: ignore[arg-type]
         assert everything(store.path) == before
 

@@ -59,7 +59,7 @@ def test_transaction_is_over_with_its_block(store: persist.Store, session: persi
         lambda: fields.update(a=1),
     ]
     for use in uses:
-        with pytest.raises(persist.LockNotHeld):
+        with pytest.raises(persist.LockError):
             use()
     assert store.load("s").version == session.version
 
@@ -82,7 +82,7 @@ def test_new_dict_that_nobody_writes_is_an_error(
     store: persist.Store, session: persist.Session, function: Callable[[Transaction], Any]
 ) -> None:
     """It would be lost without a word (adk-docs PR 1104)."""
-    with pytest.raises(persist.WrongType, match=r"tx\.data\.update"):
+    with pytest.raises(persist.InvalidArgument, match=r"tx\.data\.update"):
         store.update("s", function)
     assert store.load("s").version == session.version
 
