@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from persist.errors import both_changed
 from persist.merge import MISSING, Policy, Preference, merge
 from persist.storage.content import ALWAYS_APART, Content, Items, Value, decode, empty, encode_values, placed, window
 from persist.turn import IDLE

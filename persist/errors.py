@@ -252,7 +252,7 @@ class LockTimeout(LockError, TimeoutError):
     """The session's lock was not free in time. Nothing was written."""
 
     template = "Could not lock session {session_id!r} within {timeout_s:g} s: {path} is held by {holder}."
-    remedy = "Wait for longer (timeout_s), or end that process."
+    remedy = "Wait for longer (timeout_s), or end that process, and retry."
     defaults: ClassVar = {"kind": "timeout"}
 
 

@@ -46,6 +46,25 @@ class _Base(msgspec.Struct, frozen=True, eq=False):
     tried: tuple[str, Content] | None = None
 
 
+class _Alone:
+    """A block that one thread at a time is in. Once dropped, it is left: Ctrl-C may come between any two steps."""
+
+    __slots__ = ("_guard",)
+
+    def __init__(self, guard: threading.RLock) -> None:
+        self._guard = guard
+
+    def __enter__(self) -> None:
+        self._guard.acquire()
+
+    def __exit__(self, *_error: object) -> None:
+        # Nobody enters twice, so what this thread owns is this block's.
+        if self._guard._is_owned():  # type: ignore[attr-defined]
+            self._guard.release()
+
+    __del__ = __exit__
+
+
 class Session:
     """One conversation, loaded. Change `data` in place, then `save`.
 
@@ -88,7 +107,7 @@ class Session:
     def __reduce__(self) -> NoReturn:
         raise TypeError("A Session stays in its process: hand its id over, and load it there.")
 
-    def _alone(self) -> threading.RLock:
+    def _alone(self) -> _Alone:
         """Return what keeps the verbs of other threads out of this object, for a block.
 
         Raises:
@@ -100,7 +119,7 @@ class Session:
             self._guard, self._pid = threading.RLock(), os.getpid()
         if self._guard._is_owned():  # type: ignore[attr-defined]
             raise errors.nested(self.id, held=self.id)
-        return self._guard
+        return _Alone(self._guard)
 
     @property
     def revision(self) -> int:

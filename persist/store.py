@@ -353,8 +353,8 @@ class Store:
             function: changes the transaction in place; if it raises, nothing is written.
 
         Raises:
-            InvalidArgument: the function is asynchronous, or it changed nothing and returned a new dict that has keys of
-                the document: it would be lost.
+            InvalidArgument: the function is asynchronous, or it changed nothing and returned a new dict that has keys
+                of the document: it would be lost.
             Otherwise as `transaction`.
         """
         options: dict[str, Any] = {"if_version": if_version, "create": create, "touch": touch, "timeout_s": timeout_s}

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from persist import json_codec
+from persist.errors import id_taken
 from persist.json_codec import same
 from persist.storage.content import Content, Id, Items, id_in
 from persist.working_copy import WorkingCopy, WorkingList

@@ -72,8 +72,7 @@ class Chat:
         """Clear what dead servers left, and end with the turns: prompt and partial answer are kept, marked as
         interrupted.
         """
-        with suppress(persist.SweepIncomplete):  # a damaged session must not keep the server from starting
-            await self._store.clear_stale_streams()
+        await self._store.clear_stale_streams()
         yield
         for turn in self._turns:
             turn.cancel()

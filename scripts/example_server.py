@@ -249,13 +249,11 @@ def _shown_error(error: Exception, status: int) -> Reply:
 
 
 def _clear_what_dead_servers_left(store: persist.Store) -> None:
-    try:
-        cleared = store.clear_stale_streams()
-    except persist.SweepIncomplete as incomplete:
-        # A damaged session must not keep the server from starting.
-        cleared = incomplete.cleared
-        print(incomplete, file=sys.stderr)
-    for stream in cleared:
+    # A damaged session does not keep the server from starting.
+    sweep = store.clear_stale_streams()
+    for error in sweep.failures.values():
+        print(error, file=sys.stderr)
+    for stream in sweep.cleared:
         print(f"Cleared stale stream {stream.stream_id} of session {stream.session_id}", file=sys.stderr)
 
 

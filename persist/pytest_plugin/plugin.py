@@ -309,8 +309,7 @@ def persist_once(request: pytest.FixtureRequest) -> PersistOnce:
         if type(key) is not str:
             raise InvalidArgument(what="the key of persist_once", expected="a string", got=type(key).__name__)
         if not callable(factory):
-            expected = "a function: make, not make()"
-            raise InvalidArgument(what="the factory", got=type(factory).__name__, expected=expected)
+            raise InvalidArgument(what="the factory", got=type(factory).__name__, expected="make, and not make()")
         return Once(participant.run, key, origin_of(factory), teardown=teardown).value(factory, timeout_s)
 
     return once

@@ -58,7 +58,7 @@ def _sweep_and_count(directory: Path) -> tuple[float, int, set[str]]:
     store = open_store(directory)
     sys.addaudithook(note)
     started = time.perf_counter()
-    cleared = store.clear_stale_streams()
+    cleared = store.clear_stale_streams().cleared
     return time.perf_counter() - started, len(cleared), opened
 
 

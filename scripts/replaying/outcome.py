@@ -5,11 +5,9 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from persist.errors import SweepIncomplete
 from persist.store import Store
 from replaying.supervise import Plan, Progress, Supervisor
 from replaying.verdict import Finding, compare
@@ -65,8 +63,8 @@ def replay(plan: Plan, on_progress: Callable[[Progress], None] = lambda _: None)
 
 def _judge(store: Store, supervisor: Supervisor, playing_s: float) -> Outcome:
     ledger, played = supervisor.ledger, supervisor.played
-    with suppress(SweepIncomplete):  # the comparison names what is damaged
-        ledger.cleared.update(cleared.stream_id for cleared in store.clear_stale_streams())
+    # The comparison names what is damaged.
+    ledger.cleared.update(cleared.stream_id for cleared in store.clear_stale_streams().cleared)
     _commit_over_left_overs(store)
     return Outcome(
         rounds=supervisor.rounds,

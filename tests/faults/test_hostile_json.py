@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from harness.faults import quick_directory
 from harness.fuzzing import seal
+from harness.sweeps import SweepFailed
 from harness.verbs import VERBS, within_deadline
 
 import persist
@@ -77,7 +78,7 @@ def untyped(store: persist.Store, good: bytes, hostile: bytes) -> list[str]:
         for step in (lambda verb=verb, session=session: verb(store, session), lambda: store.load("s")):
             try:
                 within_deadline(step)
-            except persist.SweepIncomplete as error:
+            except SweepFailed as error:
                 found += [
                     f"{name}: {bare!r}"
                     for bare in error.failures.values()

@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import pytest
 from harness.crash_scenarios import Mode
 from harness.faults import ERRORS, SHORT, SYNCS, TORN, Fault, FullDisk, descriptors, faults, injecting, quick_directory
 from harness.journal_scenarios import ALWAYS, AUTO, FOLDING, LEAVING, NEVER
+from harness.sweeps import SweepFailed, sweep
 
 import persist
 from persist import maintenance
@@ -449,7 +450,7 @@ def clear_stale_streams(scene: Scene) -> Run:
     scene.store.create("r", DATA)
     scene.stale("r", "t0")
     scene.stale()
-    return scene.store.clear_stale_streams
+    return partial(sweep, scene.store)
 
 
 # --- the verbs that look ----------------------------------------------------------------------------------------------
@@ -725,7 +726,7 @@ class Trial:
         self._expect(self._fault.errno != SHORT, "a short read or write is no error")
         kinds = (OSError, persist.PersistError) if self._operation.is_look else (persist.PersistError,)
         self._expect(isinstance(raised, kinds), "untyped error")
-        errors = raised.failures if isinstance(raised, persist.SweepIncomplete) else dict.fromkeys(changed, raised)
+        errors = raised.failures if isinstance(raised, SweepFailed) else dict.fromkeys(changed, raised)
         sure = {cleared.session_id for cleared in getattr(raised, "cleared", [])}
         unknown = {session_id for session_id, error in errors.items() if isinstance(error, persist.CommitUnknown)}
         self._expect(changed == sure | unknown or ends.old == ends.new, "an error, and it is done all the same")
@@ -775,7 +776,7 @@ class Trial:
         failure = self._write(store, "s")
         self._expect(failure is None, f"a new store does not work: {failure!r}")
         try:
-            store.clear_stale_streams(every_session=True)
+            sweep(store, every_session=True)
             for session_id in store.ids():
                 store.start_stream(session_id).finish()
                 store.compact(session_id)

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from harness.faults import TORN, Fault, injecting, quick_directory, refusing
 from harness.journals import journal_of, line_of, parted, record_of, sealed, traffic
+from harness.sweeps import sweep
 from harness.verbs import within_deadline
 
 import persist
@@ -157,7 +158,7 @@ def start_stream(store: persist.Store) -> object:
 
 
 def clear_stale(store: persist.Store) -> object:
-    return store.clear_stale_streams(every_session=True)
+    return sweep(store, every_session=True)
 
 
 def accept(store: persist.Store) -> object:
@@ -955,7 +956,7 @@ def test_journal_whose_document_is_away_is_left_alone(tmp_path: Path) -> None:
     store.append("s", "messages", {"content": "kept"})
     document, away = store.path / "s.json", tmp_path / "away"
     document.rename(away)
-    store.clear_stale_streams(every_session=True)
+    sweep(store, every_session=True)
     assert [problem.kind for problem in store.check()] == ["left-over", "orphaned"]
     away.rename(document)
     assert store.load("s").data == {"messages": [{"content": "kept"}]}

@@ -179,5 +179,5 @@ def test_document_of_another_format_is_refused_and_left_alone(directory: Path, n
     assert [problem.kind for problem in store.check() if problem.path.suffix == ".json"] == ["unsupported"]
     with pytest.raises(persist.SessionExists):
         store.create("s", DATA)
-    assert store.clear_stale_streams() == []
+    assert store.clear_stale_streams() == persist.Sweep([], {})
     assert files(store) == before

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import persist
 from harness.journaling import load_of
+from harness.sweeps import sweep
 
 #: What no verb may raise here. A fold that finds its replica other than its files raises `AssertionError`.
 FAULTS = (persist.PersistError, AssertionError)
@@ -405,7 +406,7 @@ def read_all(store: persist.Store, session_ids: Iterable[str], figures: Figures)
 def settle(store: persist.Store, figures: Figures) -> None:
     """What the servers do after a crash: sweep, and try again what was cut off. Then no trace may be left."""
     try:
-        store.clear_stale_streams()
+        sweep(store)
         for problem in store.check():
             if problem.kind == "left-over":
                 _try_again(store, problem.session_id)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import persist
+from harness import sweeps
 from harness.acknowledged import (
     ANSWER,
     FIRST,
@@ -324,7 +325,7 @@ def _title(author: Author) -> str:
 def sweep(author: Author, _shared: Sequence[str]) -> None:
     """Clear stale streams, and ask who is alive."""
     while True:
-        author.store.clear_stale_streams()
+        sweeps.sweep(author.store)
         author.store.streams()
         author.report("look")
         time.sleep(PAUSE_S)

@@ -17,6 +17,7 @@ from typing import Any
 
 import persist
 from harness.crashes import Disk, Trace, read_disk, recording, states, write_disk
+from harness.sweeps import sweep
 from persist.event_log import EventReader
 from persist.storage import disk
 from persist.storage.cache import Cache
@@ -397,7 +398,7 @@ SCENARIOS: list[Scenario | Opening] = [
         edited_by_hand,
         interrupted=lambda store: store.accept("s-1"),
     ),
-    Scenario("sweep", lambda store, _: store.clear_stale_streams(), stale),
+    Scenario("sweep", lambda store, _: sweep(store), stale),
     Opening("create in a new store", create_first, nothing),
     Opening("create, directory above not yet synced", create_where_another_process_makes_the_directory_above, nothing),
     Opening("create, directory not yet synced", create_where_another_process_makes_the_directory, directory_above),
@@ -534,14 +535,14 @@ def _recovery_faults(case: Case, store: persist.Store, found: Documents, *, deep
     """The sweep frees every session, once, keeps every message, and is crash-safe itself."""
     before = read_disk(store.path)
     with recording(store.path) as recorder:
-        store.clear_stale_streams()
+        sweep(store)
     swept = documents(store)
     for session_id, data in swept.items():
         if data.get("active_stream_id") is not None:
             yield f"{session_id} is stuck"
         if _plain(data) != _plain(found[session_id]):
             yield f"the sweep changed messages of {session_id}"
-    if store.clear_stale_streams() or documents(store) != swept:
+    if sweep(store) or documents(store) != swept:
         yield "the sweep is not idempotent"
     if deep and any(step.kind in ("write", "rename") for step in recorder.steps):
         recovery = Trace(before, tuple(recorder.steps))
@@ -557,7 +558,7 @@ def _sweep_faults(case: Case, scratch: Path) -> Iterator[str]:
         with disk_of(state, scratch) as root:
             store = case.mode.open(root)
             yield from _outcome_faults(case, documents(store), returned)
-            store.clear_stale_streams()
+            sweep(store)
             if documents(store) != case.new:
                 yield "the sweep did not go on"
 

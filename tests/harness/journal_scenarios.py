@@ -38,6 +38,7 @@ from harness.crash_scenarios import (
     start_what_is_answered,
     start_with_fields,
 )
+from harness.sweeps import sweep
 
 ANOTHER = {"id": "m4", "role": "user", "content": "another"}
 __all__ = ["ALWAYS", "ANOTHER", "AUTO", "ENDLESS", "FOLDING", "JOURNALED", "LEAVING", "NEVER"]
@@ -196,7 +197,7 @@ RECORDS = [
     journaled("cancel by force", lambda store, stream: store.cancel("s-1", stream.id, force=True), running),
     journaled("clear", lambda _, session: session.clear_stale_stream(), stale),
     journaled("first clear of a process", lambda _, session: session.clear_stale_stream(), stale, is_cold=True),
-    journaled("sweep", lambda store, _: store.clear_stale_streams(), stale),
+    journaled("sweep", lambda store, _: sweep(store), stale),
     journaled("duplicate", lambda store, _: store.duplicate("s-1", "s-2"), recorded),
     journaled("delete", lambda store, _: store.delete("s-1"), recorded),
     journaled("delete with a stale stream", lambda store, _: store.delete("s-1"), stale),
@@ -223,7 +224,7 @@ FOLDS = [
     journaled("save that merges and folds", lambda _, session: session.save(), changed_on_both_sides, mode=FOLDING),
     journaled("start that folds", lambda store, _: start_and_die(store), recorded, mode=FOLDING, prepared=ENDLESS),
     journaled("finish that folds", lambda _, stream: stream.finish(ANSWER), running, mode=FOLDING, prepared=ENDLESS),
-    journaled("sweep that folds", lambda store, _: store.clear_stale_streams(), stale, mode=FOLDING, prepared=ENDLESS),
+    journaled("sweep that folds", lambda store, _: sweep(store), stale, mode=FOLDING, prepared=ENDLESS),
     journaled("extend that folds", extend, recorded, mode=FOLDING, prepared=ENDLESS),
     journaled("transaction of several changes that folds", change_much, recorded, mode=FOLDING, prepared=ENDLESS),
     journaled("stream.transaction that folds", change_turn, running, mode=FOLDING, prepared=ENDLESS),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import persist
+from harness.sweeps import sweep
 
 DEADLINE_S = 20.0
 #: A verb is given the store, and a `Session` that was loaded while all was well.
@@ -70,7 +71,7 @@ VERBS: dict[str, Verb] = {
     "a turn once": _once,
     "cancel": lambda store, _: store.cancel("s", "t1"),
     "clear": lambda _, session: session.clear_stale_stream(),
-    "sweep": lambda store, _: store.clear_stale_streams(every_session=True),
+    "sweep": lambda store, _: sweep(store, every_session=True),
     "accept": lambda store, _: store.accept("s").data,
     "delete": lambda store, _: store.delete("s"),
     "delete of a version": lambda store, session: store.delete("s", if_version=session.version),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import persist
+from harness.sweeps import sweep
 from persist.storage.content import ALWAYS_APART, encoded
 from persist.turn import IDLE
 
@@ -159,7 +160,7 @@ class World:
         return self._store.load("s").clear_stale_stream()
 
     def _sweep(self) -> Any:
-        return self._store.clear_stale_streams(every_session=self._dice.random() < 0.5)
+        return sweep(self._store, every_session=self._dice.random() < 0.5)
 
     def _update(self) -> Any:
         def change(tx: persist.Transaction) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from actors import Actor
 from conftest import ActorFactory
+from harness.sweeps import sweep
 
 import persist
 
@@ -34,7 +35,7 @@ def write_old(directory: Path, name: str = "old", **changes: Any) -> Path:
 def test_prompt_that_stands_in_messages_already_keeps_its_attachments(store: persist.Store) -> None:
     """The pending fields may hold the only copy of the attachments: they move to the prompt, once."""
     write_old(store.path)
-    assert len(store.clear_stale_streams(every_session=True)) == 1
+    assert len(store.clear_stale_streams(every_session=True).cleared) == 1
     assert store.load("old").data["messages"] == [
         {"role": "user", "content": "Hello?", "interrupted": True, "attachments": ["f.png"]}
     ]
@@ -79,7 +80,7 @@ def test_empty_stream_id_is_no_stream(store: persist.Store, value: object) -> No
     session = store.load("old")
     assert session.active_stream_id is None
     assert session.clear_stale_stream() is False
-    assert store.clear_stale_streams(every_session=True) == []
+    assert store.clear_stale_streams(every_session=True) == persist.Sweep([], {})
     assert store.check() == []
 
 
@@ -87,7 +88,7 @@ def test_check_names_stale_streams_without_a_lease(store: persist.Store) -> None
     """`check` agrees with `clear_stale_streams(every_session=True)` on what is stale."""
     write_old(store.path)
     assert [(problem.session_id, problem.kind) for problem in store.check()] == [("old", "stale")]
-    store.clear_stale_streams(every_session=True)
+    sweep(store, every_session=True)
     assert store.check() == []
 
 
@@ -119,7 +120,7 @@ def test_what_root_makes_belongs_to_the_owner_of_the_directory(store: persist.St
     os.chown(store.path, 12345, 12346)
     os.rmdir(store.path / ".leases")
     os.chown(write_old(store.path), 12345, 12346)
-    store.clear_stale_streams(every_session=True)
+    sweep(store, every_session=True)
     with store.start_stream("old"):
         owners = {(path.stat().st_uid, path.stat().st_gid) for path in store.path.rglob("*")}
     assert owners == {(12345, 12346)}

@@ -159,7 +159,7 @@ async def test_turn_that_raises_is_marked(aio: persist.aio.Store, store: persist
     assert store.load("s-1").data["messages"] == [{**PROMPT, "interrupted": True}]
     stream = await aio.start_stream("s-1")
     await stream.fail()
-    assert await aio.clear_stale_streams() == []
+    assert await aio.clear_stale_streams() == persist.Sweep([], {})
 
 
 async def test_stale_stream_is_cleared(aio: persist.aio.Store, actor: ActorFactory) -> None:

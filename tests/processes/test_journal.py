@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from conftest import ActorFactory
 from harness.journals import Traffic, has_journal, journal_of, parted, traffic
+from harness.sweeps import sweep
 
 import persist
 from persist.storage.cache import Cache, Replica
@@ -121,7 +122,7 @@ def test_end_of_a_turn_by_others_reads_and_writes_the_change(large: persist.Stor
     session.save()
     assert (session.data, session.revision) == (large.load("s").data, large.head("s").revision)
     begun()._close()
-    assert_costs_the_change(large.clear_stale_streams)
+    assert_costs_the_change(lambda: sweep(large))
     turns = large.load("s").data["messages"][2001:]
     assert [(each["role"], each["interrupted"]) for each in turns] == [("user", True), ("assistant", True)] * 4
 

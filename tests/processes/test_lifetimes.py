@@ -46,7 +46,7 @@ def test_killed_in_the_middle_of_finish(
     owner.start_and_pause("stream.finish({'role': 'assistant', 'content': 'Because.'})", step)
     owner.kill()
     is_committed = STEPS_OF_FINISH.index(step) > STEPS_OF_FINISH.index("replace")
-    assert [c.session_id for c in store.clear_stale_streams()] == ([] if is_committed else ["s-1"])
+    assert [c.session_id for c in store.clear_stale_streams().cleared] == ([] if is_committed else ["s-1"])
     assert contents(store) == (
         [("Why?", False), ("Because.", False)] if is_committed else [("Why?", True), ("Be", True)]
     )
@@ -248,7 +248,7 @@ streams.datetime = document.datetime = Shifted
     old = store.load("s-1")
     right.do(START)
     assert wrong.do("store.load('s-1').clear_stale_stream()") is False
-    assert wrong.do("store.clear_stale_streams()") == []
+    assert wrong.do("store.clear_stale_streams()") == persist.Sweep([], {})
     wrong.do("store.append('s-1', 'messages', {'id': 'w', 'content': 'from the wrong clock'})")
     right.do("stream.finish({'role': 'assistant', 'content': 'Because.'})")
     old.data["title"] = "merged"
@@ -256,7 +256,7 @@ streams.datetime = document.datetime = Shifted
     assert [content for content, _ in contents(store)] == ["Why?", "from the wrong clock", "Because."]
     right.do(START)
     right.kill()
-    assert wrong.do("len(store.clear_stale_streams())") == 1
+    assert wrong.do("len(store.clear_stale_streams().cleared)") == 1
 
 
 def _containers() -> str | None:
@@ -289,7 +289,7 @@ def test_two_containers_share_a_directory(store: persist.Store, session: persist
     owner.result()
     owner.kill()
     # What was killed is `unshare`; the kernel ends the container after it.
-    eventually(lambda: other.do("[c.stream_id for c in store.clear_stale_streams()]") == [stream_id])
+    eventually(lambda: other.do("[c.stream_id for c in store.clear_stale_streams().cleared]") == [stream_id])
 
 
 def test_stopped_waiter_blocks_nobody(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:

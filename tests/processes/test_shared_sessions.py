@@ -464,16 +464,16 @@ def test_save_that_was_cut_off_is_made_durable_before_it_is_acknowledged(
     """The retry finds its own commit visible, and may not trust that it was synced."""
     session.data["title"] = "mine"
     cut_off(session, "sync_directory", is_done=False)
-    synced: list[Path] = []
+    synced: list[str] = []
     real = disk.sync_directory
 
-    def sync_directory(path: Path, *opened: int) -> None:
+    def sync_directory(path: str, *opened: int) -> None:
         synced.append(path)
         real(path, *opened)
 
     monkeypatch.setattr(disk, "sync_directory", sync_directory)
     session.save()
-    assert synced == [store.path]
+    assert synced == [str(store.path)]
 
 
 def test_equal_commit_of_another_is_not_taken_for_ones_own(
@@ -749,7 +749,7 @@ def test_failed_removal_of_a_stale_lease_does_not_lock_the_session(
         patched.setattr(disk, "unlink", refuse)
         stream = store.start_stream("s-1")
     stream.finish()
-    assert store.clear_stale_streams() == []
+    assert store.clear_stale_streams() == persist.Sweep([], {})
     assert list((store.path / ".leases").iterdir()) == []
 
 

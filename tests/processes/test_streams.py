@@ -82,7 +82,7 @@ def test_paused_owner_is_alive(store: persist.Store, session: persist.Session, a
     os.kill(owner.pid, signal.SIGSTOP)
     for each in askers:
         each.start(
-            "[bool(store.clear_stale_streams()) or store.load('s-1').clear_stale_stream() for _ in range(50)]"
+            "[bool(store.clear_stale_streams().cleared) or store.load('s-1').clear_stale_stream() for _ in range(50)]"
             " + [not info.is_live for _ in range(50) for info in store.streams()]"
         )
     assert [any(each.result()) for each in askers] == [False] * 3
@@ -101,7 +101,7 @@ def test_idle_owner_is_alive_whatever_its_files_look_like(
     os.truncate(lease, 0)
     for path in (lease, directory / "s-1.json"):
         os.utime(path, (1, 1))
-    assert store.clear_stale_streams() == []
+    assert store.clear_stale_streams() == persist.Sweep([], {})
     assert store.load("s-1").clear_stale_stream() is False
     owner.do("stream.finish()")
 
@@ -150,7 +150,7 @@ def test_forced_cancel_fences_the_owner_off(
     assert (after.revision, after.active_stream_id) == (before.revision, new_id)
     # The old owner's end must not take the new stream's lease with it.
     owner.kill()
-    assert store.clear_stale_streams() == []
+    assert store.clear_stale_streams() == persist.Sweep([], {})
     other.do("stream.finish()")
 
 
@@ -251,7 +251,7 @@ def test_lease_is_given_up_even_if_the_last_commit_fails(
         (directory / "s-1.json").write_bytes(whole[:-5])
     (directory / "s-1.json").write_bytes(whole)
     assert [info.is_live for info in store.streams()] == [False]
-    assert [c.stream_id for c in store.clear_stale_streams()] == [stream.id]
+    assert [c.stream_id for c in store.clear_stale_streams().cleared] == [stream.id]
 
 
 def test_dropped_stream_is_stale_and_warns(store: persist.Store, session: persist.Session) -> None:
@@ -261,7 +261,7 @@ def test_dropped_stream_is_stale_and_warns(store: persist.Store, session: persis
         del stream
         gc.collect()
     assert [info.is_live for info in store.streams()] == [False]
-    assert len(store.clear_stale_streams()) == 1
+    assert len(store.clear_stale_streams().cleared) == 1
 
 
 def test_forked_child_neither_owns_nor_ends_the_stream(
@@ -324,7 +324,7 @@ def test_sweep_removes_leases_that_lead_nowhere(
     """A lease of a deleted session, or of a stream that has ended, is removed by the sweep and reported as nothing."""
     for name in ("gone.abc", "s-1.abc", "not a lease"):
         (directory / ".leases" / name).write_bytes(b"{}")
-    assert store.clear_stale_streams() == []
+    assert store.clear_stale_streams() == persist.Sweep([], {})
     assert [path.name for path in (directory / ".leases").iterdir()] == ["not a lease"]
     assert not (directory / "gone.json.lock").exists()
 
@@ -332,17 +332,17 @@ def test_sweep_removes_leases_that_lead_nowhere(
 def test_sweep_goes_on_past_a_damaged_session(
     store: persist.Store, session: persist.Session, actor: ActorFactory, directory: Path
 ) -> None:
-    """One damaged session hides none of the others; the error lists what was cleared and what was not."""
+    """One damaged session hides none of the others; it returns what it cleared and what it could not."""
     store.create("s-0", {"messages": []})
     owner = actor()
     for session_id in ("s-0", "s-1"):
         owner.do(f"stream_{session_id[-1]} = store.start_stream({session_id!r})")
     owner.kill()
     (directory / "s-0.json").write_bytes(b"{")
-    with pytest.raises(persist.SweepIncomplete) as caught:
-        store.clear_stale_streams()
-    assert [cleared.session_id for cleared in caught.value.cleared] == ["s-1"]
-    assert list(caught.value.failures) == ["s-0"]
+    sweep = store.clear_stale_streams()
+    assert [cleared.session_id for cleared in sweep.cleared] == ["s-1"]
+    assert list(sweep.failures) == ["s-0"]
+    assert type(sweep.failures["s-0"]) is persist.CorruptSession
 
 
 def test_damaged_session_hides_no_other_streams(
@@ -380,10 +380,10 @@ def test_sweep_of_every_session_finds_streams_without_a_lease(store: persist.Sto
         '{"title": "Old", "updated_at": 12.5, "active_stream_id": "a/b", "pending_user_message": "Hello?",'
         ' "pending_attachments": ["x"], "pending_started_at": 3, "messages": [{"role": "user", "content": "first"}]}'
     )
-    assert store.clear_stale_streams() == []
-    cleared = store.clear_stale_streams(every_session=True)
+    assert store.clear_stale_streams() == persist.Sweep([], {})
+    cleared = store.clear_stale_streams(every_session=True).cleared
     assert [(c.session_id, c.stream_id) for c in cleared] == [("old", "a/b")]
-    assert store.clear_stale_streams(every_session=True) == []
+    assert store.clear_stale_streams(every_session=True) == persist.Sweep([], {})
     data = store.load("old").data
     assert data["updated_at"] == 12.5
     assert data["messages"][1:] == [

@@ -23,6 +23,7 @@ from actors import Actor
 from conftest import ActorFactory
 from harness.faults import SHORT, TORN, Fault, injecting
 from harness.journals import chain_is_right, has_journal, journal_of, parted, record_of, sealed, traffic
+from harness.sweeps import sweep
 
 import persist
 from persist.storage import commit, disk, document, journal
@@ -919,7 +920,7 @@ def test_prompt_of_another_program_is_kept_whole(any_store: persist.Store) -> No
     turn = {"active_stream_id": "old", "pending_user_message": "Why?", "pending_attachments": [{"name": "a.png"}]}
     (any_store.path / "s.json").write_text(json.dumps({"messages": []} | turn))
     any_store.update("s", setting("title", "y"))
-    any_store.clear_stale_streams(every_session=True)
+    sweep(any_store, every_session=True)
     prompt = {"id": "old.prompt", "role": "user", "content": "Why?", "interrupted": True}
     assert any_store.load("s").data["messages"] == [prompt | {"attachments": [{"name": "a.png"}]}]
 

@@ -52,7 +52,7 @@ def test_a_name_is_loaded_at_its_first_use() -> None:
 
 def test_an_error_of_the_plugin_needs_no_pytest() -> None:
     """A program without pytest can name the plugin's errors."""
-    found = modules_after("import persist\npersist.InvalidArgument")
+    found = modules_after("import persist\npersist.NotShared")
     assert "persist.pytest_plugin.errors" in found
     assert not {"pytest", "persist.pytest_plugin.plugin"} & found
 

@@ -131,7 +131,7 @@ def test_prompts_of_two_foreign_turns_under_one_id_share_no_id(store: persist.St
         data = {**store.load("s").data, ALWAYS_FIELD: "f1", "pending_user_message": prompt}
         store.delete("s")
         store.path.joinpath("s.json").write_bytes(json_codec.encode(data))
-        assert store.clear_stale_streams(every_session=True)
+        assert store.clear_stale_streams(every_session=True).cleared
     assert ids(store) == ["f1.prompt", None]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from harness.chats import everything
+from harness.sweeps import sweep
 
 import persist
 
@@ -1007,7 +1008,7 @@ CLOSED_VERBS: list[Verb] = [
     lambda store: store.events("s", "t"),
     lambda store: store.stream("s"),
     lambda store: store.streams(),
-    lambda store: store.clear_stale_streams(),
+    sweep,
     lambda store: store.check(),
     lambda store: store.accept("s"),
     lambda store: store.compact("s"),

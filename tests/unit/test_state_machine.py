@@ -1202,7 +1202,7 @@ class SessionMachine(RuleBasedStateMachine):
             if session.stream is not None and not session.has_live_stream
         )
         cleared = self.store.clear_stale_streams(every_session=every_session)
-        assert [(each.session_id, each.stream_id) for each in cleared] == stale
+        assert cleared == persist.Sweep([persist.ClearedStream(*each) for each in stale], {})
         for session_id, _ in stale:
             self.sessions[session_id].take_away()
             self.sessions[session_id].committed(touch=False)

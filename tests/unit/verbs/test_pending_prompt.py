@@ -50,7 +50,7 @@ def test_pending_prompt_is_recovered_once(
     path = store.path / "s.json"
     path.write_text(json.dumps({"messages": messages} | pending))
     for _ in range(runs):
-        assert len(store.clear_stale_streams(every_session=True)) == 1
+        assert len(store.clear_stale_streams(every_session=True).cleared) == 1
         # The old server names the same prompt again.
         left = store.load("s").data
         assert left["messages"] == expected
