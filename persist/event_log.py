@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from persist import errors, json_codec, watch
+from persist.log import log
 from persist.storage import disk, layout
 from persist.storage.directory import SessionDirectory
 from persist.storage.held import HeldFile, try_hold
@@ -156,6 +157,7 @@ class EventWriter:
                 raise
             except OSError as error:
                 reason = error.strerror or type(error).__name__
+                log.warning("Stream %s: the disk refused at %s: %s", self._stream_id, self._path, reason)
                 raise errors.EmitFailed(
                     stream_id=self._stream_id, path=self._path, reason=reason, errno=error.errno
                 ) from error

@@ -28,6 +28,7 @@ import msgspec
 from persist import errors, json_codec, turn
 from persist.arguments import require_flags
 from persist.event_log import Ended, EventFiles, Fenced
+from persist.log import log
 from persist.storage import disk, layout, lease
 from persist.storage.cache import Replica
 from persist.storage.content import ALWAYS_APART, Content, Id
@@ -266,6 +267,8 @@ def _take_away(backend: Backend, tx: Transaction, copy: WorkingCopy, stream_id: 
     after = copy.commit(header, changed)
     backend.events.end(tx.session_id, stream_id, ended)
     _remove_lease(tx, stream_id)
+    shown = stream_id if layout.is_stream_id(stream_id) else "of another program"
+    log.info("Session %r: its stream %s was cleared, which had %s", tx.session_id, shown, ended)
     return Cleared(before, after, changed[1])
 
 

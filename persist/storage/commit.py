@@ -20,6 +20,7 @@ from secrets import token_hex
 from typing import Literal
 
 from persist.errors import CommitFailed, CommitUnknown, PersistError
+from persist.log import log
 from persist.storage import disk, document, journal
 from persist.storage.cache import Replica
 from persist.storage.content import Content, Items
@@ -101,12 +102,14 @@ def _refuse(place: Place, error: BaseException) -> None:
 def _failure(place: Place, kind: type[PersistError], error: OSError) -> PersistError:
     """Return a typed error that says what the disk said."""
     reason = error.strerror or type(error).__name__
+    log.warning("Session %r: the disk refused at %s: %s", place.session_id, place.paths.document, reason)
     return kind(session_id=place.session_id, path=place.paths.document, reason=reason, errno=error.errno)
 
 
 def _doubt(place: Place, error: OSError) -> None:
     """Note that nobody knows whether the last commit is durable. Until that is mended, no verb writes."""
-    place.unknown[place.session_id] = error.strerror or type(error).__name__
+    reason = place.unknown[place.session_id] = error.strerror or type(error).__name__
+    log.warning("Session %r: it is unknown whether its last commit is durable: %s", place.session_id, reason)
 
 
 def commit(
@@ -140,13 +143,23 @@ def commit(
     if must_fold or not before.is_synced:
         verify(place, before)
         try:
-            return write_document(place, before, header, content)
+            after = write_document(place, before, header, content)
+            tell_fold(place, tail)
+            return after
         except CommitFailed as error:
             # A full disk may have room for a record where it has none for a document.
             is_full = error.errno in _FULL and not isinstance(error.__cause__, disk.SyncFailed)
             if not is_full or place.is_marked or tail.is_torn or not before.is_synced or options.mode == "never":
                 raise
     return append_record(place, before, header, content, changes, fd)
+
+
+def tell_fold(place: Place, tail: Tail) -> None:
+    """Log that a journal was folded into its document."""
+    if tail.is_torn:
+        log.info("Session %r: folded a torn tail away, at byte %d of its journal", place.session_id, tail.end)
+    else:
+        log.debug("Session %r: folded a journal of %d bytes", place.session_id, tail.end)
 
 
 def _settle(place: Place, found: Replica) -> None:

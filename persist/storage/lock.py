@@ -19,6 +19,7 @@ from typing import Any
 from weakref import ref
 
 from persist.errors import CommitFailed, LockTimeout, PersistError, Unreadable, nested
+from persist.log import log
 from persist.storage import turnstile
 from persist.storage.held import HeldFile, table
 
@@ -29,6 +30,8 @@ _POLL_FIRST_S = 0.002
 _MOST_EAGER_AFTER_S = 0.03
 #: For so long the process in the turnstile is waited for: it may be stopped (a paused container).
 PATIENCE_S = 0.05
+#: A longer wait is logged.
+LONG_WAIT_S = 0.05
 
 
 #: The path of a lock -> the holds of this process that want it, in the order of their arrival. It is the first one's
@@ -90,13 +93,17 @@ class Hold:
                 if queue:
                     self.given.acquire()
                 queue.append(self._me)
-            if self.given.locked() and not self.given.acquire(timeout=min(self.timeout_s, threading.TIMEOUT_MAX)):
+            must_wait = self.given.locked()
+            if must_wait and not self.given.acquire(timeout=min(self.timeout_s, threading.TIMEOUT_MAX)):
                 remedy = "Wait for longer (timeout_s), or leave that thread's transaction() sooner."
                 holder = f"this process (pid {self._pid}), thread {_thread_that_holds(self.path)!r}"
                 raise self._timeout(start, holder=holder, remedy=remedy)
             self._file = HeldFile(self.path)
             if turnstile.is_taken(self._file.fd) or not self._file.try_lock():
                 self._wait_for_processes(start)
+                must_wait = True
+            if must_wait and (waited_s := time.monotonic() - start) > LONG_WAIT_S:
+                log.debug("Session %r: waited %.3f s for its lock", self.session_id, waited_s)
             return self._file
         except OSError as error:
             self.release()
@@ -106,6 +113,7 @@ class Hold:
                 raise Unreadable(path=os.path.dirname(self.path), reason="it is gone", errno=error.errno) from None
             reason = error.strerror or type(error).__name__
             facts: dict[str, Any] = {"path": self.path, "reason": reason, "errno": error.errno}
+            log.warning("Session %r: the disk refused at %s: %s", self.session_id, self.path, reason)
             raise CommitFailed(session_id=self.session_id, **facts) from error
         except BaseException:
             self.release()

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from persist import json_codec
 from persist.arguments import seconds
 from persist.errors import CorruptSession, LockError, MergeConflict, PersistError, not_held
+from persist.log import log
 from persist.storage import commit, diff, disk, lock
 from persist.storage.cache import Replica
 from persist.storage.content import Content
@@ -118,6 +119,9 @@ class Transaction(commit.Place):
             is_end = tail.is_end_of(self._fd)
             if is_end is False:
                 kept.header, kept.content = self.journal(tail.name).catch_up(self._fd, kept.header, kept.content, tail)
+                log.debug("Session %r: caught up with its journal, at byte %d", self.session_id, tail.end)
+            elif is_end is None:
+                log.warning("Session %r: its journal is older than what was read of it before", self.session_id)
             if is_end is not None and not tail.is_torn:
                 return kept
         except (FileNotFoundError, Overtaken, CorruptSession):
@@ -221,6 +225,8 @@ class Transaction(commit.Place):
             self._replica = None
             commit.verify(self, before)
             after = commit.write_document(self, before, before.header, before.content, alone=alone)
+            if before.tail is not None:
+                commit.tell_fold(self, before.tail)
             self._written(before, after)
         header = self.read().header
         with contextlib.suppress(PersistError, OSError):

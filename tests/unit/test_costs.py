@@ -107,7 +107,7 @@ LIMITS = {
     "stream.append": (94, 15),
     "stream.finish": (132, 20),
     "stream.fail": (128, 20),
-    "clear_stale_stream": (178, 25),
+    "clear_stale_stream": (182, 25),
     "head": (33, 4),
 }
 
