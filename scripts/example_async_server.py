@@ -48,10 +48,10 @@ from starlette.routing import Route
 
 import persist.aio
 
-STATUSES: dict[Any, int] = {persist.SessionNotFound: 404, persist.EventsNotFound: 410, persist.SessionBusy: 409}
-STATUSES |= {
-    persist.EventsNotFound: 416,
-    persist.InvalidArgument: 400,
+STATUSES: dict[Any, int] = {
+    persist.SessionNotFound: 404,
+    persist.EventsNotFound: 410,
+    persist.SessionBusy: 409,
     persist.InvalidArgument: 400,
     persist.LockTimeout: 503,
 }
