@@ -268,7 +268,7 @@ def test_cursor_that_cannot_be_right_is_refused(serve: Serve, store: persist.Sto
     stream_id = server.start("one two three")
     assert len(first_of(server.follow(stream_id), 4)) == 4
     refusals = {cursor: answer(server.follow(stream_id, cursor)) for cursor in ("4", "x", "-1", "1.5", "other:1", "")}
-    ahead, malformed, negative = (416, "EventsNotFound"), (400, "ValueError"), (400, "InvalidArgument")
+    ahead, malformed, negative = (410, "EventsNotFound"), (400, "ValueError"), (400, "InvalidArgument")
     assert refusals == {
         "4": ahead,
         "x": malformed,
@@ -360,7 +360,7 @@ def test_cursor_of_the_example_names_its_stream(serve_example: Serve) -> None:
         refused = server.follow(stream_id, cursor)
         assert refused.status == 400, cursor
         refused.close()
-    assert answer(server.follow(stream_id, f"{stream_id}:4")) == (416, "EventsNotFound")
+    assert answer(server.follow(stream_id, f"{stream_id}:4")) == (410, "EventsNotFound")
     assert answer(server.follow("0" * 32)) == (410, "EventsNotFound")
     assert answer(server.follow(stream_id, session_id="s-2")) == (404, "SessionNotFound")
     assert server.request("GET", "/session/s-2") == (404, {"error": "SessionNotFound"})

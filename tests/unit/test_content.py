@@ -20,7 +20,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 import persist
 from persist import json_codec
-from persist.errors import NotJSON
+from persist.errors import NotJSON, TooLarge
 from persist.storage import content
 from persist.storage.content import (
     ALWAYS_APART,
@@ -466,7 +466,7 @@ def test_content_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -
     """The limit of a document is one of its values together, so that what is written can be read back."""
     monkeypatch.setattr(json_codec, "MAX_BYTES", 10_000)
     encoded({"a": text_of(3000), "b": text_of(6000)})
-    with pytest.raises(NotJSON, match="more than 10,000 bytes"):
+    with pytest.raises(TooLarge, match="more than 10,000 bytes"):
         encoded({"a": text_of(3000), "b": text_of(7000)})
 
 

@@ -344,7 +344,7 @@ def test_a_tail_reads_only_the_end_of_its_list(directory: Path) -> None:
 def test_a_tail_of_what_is_no_list_is_refused(field: str, store: persist.Store) -> None:
     """A field, a large one, and one of the two lists that somebody has made something else of."""
     store.create("s", {"title": "t", "notes": "x" * 5_000, "meta": {"a": [1]}, "tool_calls": {}})
-    with pytest.raises(persist.InvalidArgument, match=f"field '{field}' of the document is .*, but must be a list"):
+    with pytest.raises(persist.InvalidArgument, match=f"field '{field}' of the document is .*; it must be a list"):
         store.tail("s", field=field)
 
 
@@ -829,7 +829,7 @@ def test_a_name_that_is_no_plain_file_is_refused_at_once(
         store.create("s")
     after = os.lstat(document(store))
     assert (after.st_ino, after.st_mode, after.st_mtime_ns) == (before.st_ino, before.st_mode, before.st_mtime_ns)
-    assert [problem.kind for problem in store.check()] == ["unsafe"]
+    assert [problem.kind for problem in store.check()] == ["unreadable"]
 
 
 @pytest.mark.parametrize(("found", "make"), ODD.items(), ids=ODD)

@@ -308,7 +308,9 @@ def test_record_that_a_newer_version_wrote_is_no_tear(journaled: persist.Store, 
     first, second = map(record_of, lines)
     path.write_bytes(sealed(opening, [first, second | more]))
     before = path.read_bytes()
-    assert_every_verb_raises(journaled, persist.UnsupportedFormat, "knows 3. Use the version that wrote it")
+    assert_every_verb_raises(
+        journaled, persist.UnsupportedFormat, "knows 3. Load it with the version of persist that wrote it"
+    )
     for verb in verbs(journaled)[3:]:
         # Also the store that knows what stands before it.
         with pytest.raises(persist.UnsupportedFormat):
@@ -998,7 +1000,7 @@ def test_session_that_would_be_too_large_is_refused_before_its_fold(
     monkeypatch.setattr("persist.json_codec.MAX_BYTES", 3_000)
     for number in range(6):
         append(journaled, number)
-    with pytest.raises(persist.NotJSON, match="more than 3,000 bytes"):
+    with pytest.raises(persist.TooLarge, match="more than 3,000 bytes"):
         for number in range(6, 20):
             append(journaled, number)
     journaled.update("s", setting("title", "small"))

@@ -7,11 +7,11 @@ import fcntl
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 import persist
 import persist.aio
@@ -246,7 +246,7 @@ def test_directory_that_is_gone_is_an_error_and_no_empty_store(store: persist.St
 def test_save_that_was_cut_off_names_the_one_way_out(store: persist.Store) -> None:
     """`refresh` and a preference fail always then. Only a load helps."""
     session = store.create("s", {"n": 0, "messages": []})
-    session._base = replace(session._base, tried=("0" * 16, session._base.content))
+    session._base = structs.replace(session._base, tried=("0" * 16, session._base.content))
     store.append("s", "messages", {"id": "m1"})
     with pytest.raises(persist.MergeConflict, match="load the session anew") as caught:
         session.save()

@@ -764,7 +764,7 @@ def test_an_append_makes_a_missing_list_and_no_other(session: persist.Session, s
     store.append("s", "notes", "n")
     assert on_disk(store)["notes"] == ["n"]
     before = everything(store.path)
-    with pytest.raises(persist.InvalidArgument, match="field 'title' of the document is str, but must be a list"):
+    with pytest.raises(persist.InvalidArgument, match="field 'title' of the document is str; it must be a list"):
         store.append("s", "title", "x")
     assert everything(store.path) == before
 

@@ -189,7 +189,7 @@ def test_list_that_the_block_has_replaced_takes_no_change(size: int, how: str, e
         REPLACED[how](tx)
         EDITS[edit](tx, items)
     if not isinstance(caught.value, IndexError):
-        assert "is one that the block has replaced, but must be the document's" in str(caught.value)
+        assert "is one that the block has replaced; it must be the document's" in str(caught.value)
     assert (store.load("s").data["log"], store.head("s").revision) == (log, 2)
 
 
