@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -22,6 +21,7 @@ from typing import Self
 from persist import errors, streams, watch
 from persist.event_log import Ended, Event, EventReader
 from persist.storage import layout
+from persist.storage.clock import now_s
 
 #: After how much silence it asks whether the owner lives, and how often then.
 LOOK_S = 0.4
@@ -78,16 +78,16 @@ class Cursor:
     @property
     def quiet_left_s(self) -> float:
         """For how many seconds there is nothing to do, if nothing is written."""
-        return max(0.0, self._look_at - time.monotonic()) + 0.001
+        return max(0.0, self._look_at - now_s()) + 0.001
 
     @property
     def is_quiet(self) -> bool:
         """Whether it is time to ask if the stream's owner lives."""
-        return time.monotonic() > self._look_at
+        return now_s() > self._look_at
 
     def _hush(self, share: float = 1.0) -> None:
         """Begin a silence, or a share of one. No two last equally long, so that not all followers ask at once."""
-        self._look_at = time.monotonic() + share * LOOK_S * random.uniform(0.75, 1.0)
+        self._look_at = now_s() + share * LOOK_S * random.uniform(0.75, 1.0)
 
     def take(self) -> list[Event]:
         """The events that are new; none if there are none yet, or if the stream has ended."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutation.catalogue.suites import CRASH_STATES, EVENTS
+from mutation.catalogue.suites import CLOCKS, CRASH_STATES, EVENTS
 from mutation.edits import condition, drop_statement, replace_expression
 from mutation.mutant import Mutant
 
@@ -65,5 +65,13 @@ MUTANTS = (
         condition("self._reader.count < after", "False"),
         EVENTS,
         "refused_at_once",
+    ),
+    Mutant(
+        "events: the age by the clock that stamps files",
+        FILES,
+        "EventFiles._remove_expired",
+        condition("not 0 <= age_s < self._keep_s", "False"),
+        CLOCKS,
+        "stamps_files",
     ),
 )
