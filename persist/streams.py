@@ -426,6 +426,9 @@ class Stream:
     stuck. Every verb raises `StreamLost` once the session belongs to somebody else (a forced cancel, a delete), or the
     stream has ended.
 
+    Dropped without an end, it is stale, and says so in a `ResourceWarning`, once. At the end of the interpreter it says
+    nothing: the kernel gives the lease up, and the next start or sweep marks the turn as interrupted.
+
     Attributes:
         id: the stream's id.
         session_id: that of the session it owns.
@@ -660,9 +663,9 @@ class Stream:
         finally:
             self._close()
 
-    def __del__(self) -> None:
-        lease = getattr(self, "_lease", None)
-        if lease is not None and lease.is_held:
-            dropped = f"{self!r} was dropped without finish() or fail(); it is stale now."
+    def __del__(self, _is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        lease = None if _is_ending() else getattr(self, "_lease", None)
+        if lease is not None and (lease.is_held or lease.is_dropped):
             self._close()
-            warnings.warn(dropped, ResourceWarning, stacklevel=2)
+            dropped = f"Stream {self.id} of session {self.session_id!r} was dropped without finish() or fail()"
+            warnings.warn(f"{dropped}. It is stale now.", ResourceWarning, stacklevel=2, source=self)
