@@ -403,12 +403,31 @@ class CommitUnknown(PersistError, OSError):
 
 
 class EventsNotFound(PersistError, KeyError):
-    """There are no events of that stream: it never ran, it ended without an event, or its events have expired."""
+    """There are no events of that stream: it never ran, it ended without an event, or its events have expired.
 
-    template = (
-        "No events of stream {stream_id!r} of session {session_id!r}: {path} does not exist. It never ran here, ended "
-        "without an event, or its events have expired (Store(keep_events_s=…)). Load the session instead."
-    )
+    Or its file has dropped the oldest ones, and the cursor stands before `first`, which is then the offset of the first
+    one that is left. Else `first` is None.
+    """
+
+    template = "No events of stream {stream_id!r} of session {session_id!r}{where}: {reason} {remedy}"
+
+    first: int | None
+
+    def __init__(self, **facts: Any) -> None:
+        first = facts.setdefault("first", None)
+        if first is None:
+            facts |= {"where": "", "reason": _NO_EVENTS.format(**facts), "remedy": "Load the session instead."}
+        else:
+            facts |= {"where": " right behind the cursor", "reason": _EVENTS_DROPPED.format(**facts)}
+            facts["remedy"] = f"Load the session instead, and follow the rest (after={first - 1} or 'end')."
+        super().__init__(**facts)
+
+
+_NO_EVENTS = (
+    "{path} does not exist. It never ran here, ended without an event, or its events have expired "
+    "(Store(keep_events_s=…))."
+)
+_EVENTS_DROPPED = "{path} begins at event {first}, because it has outgrown Store(keep_events_bytes=…)."
 
 
 class CursorAhead(PersistError, ValueError):
