@@ -32,7 +32,7 @@ from contextlib import ExitStack, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Concatenate, Generic, ParamSpec, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, Self, TypedDict, TypeVar, Unpack
 
 import persist
 from persist import event_log, follow, watch
@@ -274,10 +274,11 @@ class Following:
     from there.
     """
 
-    def __init__(self, store: Store, session_id: str, stream_id: str, after: int) -> None:
+    def __init__(self, store: Store, session_id: str, stream_id: str, after: int | Literal["end"]) -> None:
         self.session_id = session_id
         self.stream_id = stream_id
-        self.offset = after
+        #: With ``after="end"`` it is known once this is open.
+        self.offset = 0 if after == "end" else after
         self._look = partial(store._sync._cursor, session_id, stream_id, after)
         self._threads = store._threads
         self._cursor: follow.Cursor | None = None
@@ -319,6 +320,7 @@ class Following:
     async def _opened(self) -> follow.Cursor:
         if self._cursor is None:
             self._cursor, self._news = await self._threads.run(self._look, undo=follow.Cursor.close), _News()
+            self.offset = self._cursor.after
             self._open.callback(self._cursor.close)
             self._open.enter_context(watch.waking(self._cursor.path, self._news.set))
         return self._cursor
@@ -370,6 +372,7 @@ class _Options(TypedDict, total=False):
     journal: Mode
     merge: Mapping[str, Policy] | None
     keep_events_s: float
+    keep_events_bytes: int | None
     cache_bytes: int
     allow_network: bool
     create: bool
@@ -418,7 +421,7 @@ class Store(_Awaited[persist.Store]):
         stream = await self._threads.run(start, undo=lambda stream: stream.__exit__(None, None, None))
         return Stream(stream, self._threads)
 
-    def follow(self, session_id: str, stream_id: str, *, after: int = 0) -> Following:
+    def follow(self, session_id: str, stream_id: str, *, after: int | Literal["end"] = 0) -> Following:
         """See `persist.Store.follow`. Use it as ``async for event in store.follow(…)``; await it to open it at once."""
         return Following(self, session_id, stream_id, after)
 

@@ -288,16 +288,30 @@ class StreamLost(PersistError):
 
 
 class EventsNotFound(PersistError, KeyError):
-    """There are no such events: of a stream that never ran, or whose events have expired; or behind a wrong cursor.
+    """There are no such events: of a stream that never ran, or whose events have expired; or where a cursor points.
 
     Attributes:
-        count: of a cursor beyond the last event, how many events there are. It is another stream's cursor, or a power
-            cut took the events it has seen.
+        count: of a cursor behind the last event, how many events there are. It is another stream's cursor, or a power
+            cut took the events that it has seen. Else None.
+        first: of a cursor before what is kept, the offset of the first event that is left. Else None.
     """
 
-    template = "No events of stream {stream_id!r} of session {session_id!r}: {reason}."
-    remedy = "Load the session instead: store.load()."
-    defaults: ClassVar = {"count": None}
+    template = "No events of stream {stream_id!r} of session {session_id!r} there: {reason}"
+    defaults: ClassVar = {"count": None, "first": None, "after": None}
+    first: int | None
+
+    def __init__(self, **facts: Any) -> None:
+        told = "{path} does not exist: it never ran, ended without an event, or they expired (Store(keep_events_s=…))."
+        remedy = "Load the session instead: store.load()."
+        if facts.get("first") is not None:
+            told = "{path} begins at event {first}, because it has outgrown Store(keep_events_bytes=…)."
+            remedy = f"Load the session instead, and follow() the rest (after={facts['first'] - 1} or 'end')."
+        elif facts.get("count") is not None:
+            told, remedy = (
+                "it has {count} events, and the cursor is at {after}.",
+                "Call follow(after=0), from the start.",
+            )
+        super().__init__(**{"reason": told.format(**facts), "remedy": remedy, **facts})
 
 
 class EmitFailed(PersistError, OSError):

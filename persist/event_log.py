@@ -16,12 +16,24 @@ somebody else has ended the stream. So, but for the first one, a write needs no 
 Each emission is one write to the kernel and not batched in memory: it takes some microseconds, and what was emitted is
 seen at once, also after `kill -9`. It is not synced, so a power cut may take the last events, but for
 `durable=True`.
+
+A file that outgrows `Store(keep_events_bytes=…)` loses its oldest events. Under the session's lock, where nobody else
+can end the stream, the writer puts the younger half into a new file, gives that the name, and marks the old one:
+
+    {"first":501}                                    the new file's first line
+    {"offset":501,"event":{"type":"token"}}
+    {"moved":true}                                   the old file's last line
+
+A reader of the old file has every event up to the mark, and goes on in the new file. A writer that is killed before the
+mark has written nothing to the new file. Where the disk refuses the mark, a reader sees after a silence that its file
+has lost the name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import re
 import threading
@@ -44,7 +56,9 @@ Ended = Literal["finished", "failed", "cancelled", "died", "deleted", "unknown"]
 
 _LINE = re.compile(rb'\{"offset":(\d{1,18}),"event":(.+)\}', re.DOTALL)
 _END = re.compile(rb'\{"end":"(finished|failed|cancelled|died|deleted)"\}')
-_LONGEST_END = 64
+_FIRST = re.compile(rb'\{"first":(\d{1,18})\}')
+_MOVED = b'{"moved":true}'
+_LONGEST_FIRST = _LONGEST_END = 64
 _CHUNK_BYTES = 256 * 1024
 #: As much as an event loop may take in at a time: below a millisecond.
 _CACHED_CHUNK_BYTES = 32 * 1024
@@ -73,7 +87,10 @@ class EventWriter:
     descriptor in forks and at the end.
     """
 
-    def __init__(self, path: str, session_id: str, stream_id: str) -> None:
+    def __init__(self, path: str, session_id: str, stream_id: str, most_bytes: float = math.inf) -> None:
+        #: Whether the oldest events are to be dropped.
+        self.is_full = False
+        self._most_bytes = self._full_at_bytes = most_bytes
         self._path = path
         self._session_id = session_id
         self._stream_id = stream_id
@@ -86,6 +103,8 @@ class EventWriter:
         #: Whether a write broke off, so that it is not known what stands there.
         self._is_torn = False
         self._is_name_durable = False
+        #: Whether events were emitted that a power cut must not take.
+        self._has_durable = False
         self._sync_error: OSError | None = None
 
     @property
@@ -132,6 +151,7 @@ class EventWriter:
                 raise Fenced
             self._count += len(events)
             self._is_torn = False
+            self.is_full = self._end > self._full_at_bytes
             if durable:
                 self._sync(fd)
             offset = self._count
@@ -143,6 +163,58 @@ class EventWriter:
         with self._guard:
             if self._held is not None:
                 self._held.close()
+
+    def drop_oldest(self) -> None:
+        """Keep the younger half of the bound, under the session's lock, which its owner holds.
+
+        A line that is longer than that stays until there are younger ones.
+
+        Raises:
+            EmitFailed: the disk refused. The file is as it was.
+            LockError: see `append`.
+        """
+        with self._writing():
+            old = self._held
+            if not self.is_full or self._is_torn or old is None or not old.is_held:
+                return
+            half = int(self._most_bytes) // 2
+            tail = disk.read_at(old.fd, half, self._end - half)
+            start, first = tail.find(b"\n") + 1, None
+            while start and start < len(tail) and first is None:
+                end = tail.find(b"\n", start)
+                first = _LINE.fullmatch(tail, start, end)
+                start = start if first else end + 1
+            if first is None:
+                self.postpone()
+                return
+            temp, content = layout.temp_of(self._path), b'{"first":%b}\n%b' % (first[1], tail[start:])
+            disk.unlink(temp)
+            new = try_hold(temp, create=True, exclusive=True, append=True)
+            if new is None:
+                raise BlockingIOError(errno.EWOULDBLOCK, "another program has locked it")
+            try:
+                disk.write(new.fd, content)
+                if self._has_durable:
+                    disk.sync(new.fd)
+                disk.replace(temp, self._path)
+            finally:
+                # By what the disk says, because an exception of a signal may have come behind the rename.
+                new.path = self._path
+                if new.bears_name():
+                    self._held, self._end, self._is_name_durable = new, len(content), False
+                    self._full_at_bytes, self.is_full = self._most_bytes, False
+                    with contextlib.suppress(OSError):
+                        disk.write(old.fd, _MOVED + b"\n")
+                    old.close()
+                else:
+                    new.close()
+                    disk.remove_quietly(temp)
+        watch.wake(self._path)
+
+    def postpone(self) -> None:
+        """Let the file grow for a while before its oldest events are to be dropped again."""
+        with self._guard:
+            self._full_at_bytes, self.is_full = self._end + self._most_bytes / 8, False
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -191,6 +263,7 @@ class EventWriter:
                 # Another process may have made that directory an instant ago, and not have synced its name.
                 disk.sync_directory(directory.parent)
                 self._is_name_durable = True
+            self._has_durable = True
             # A file system that is shut down in this very instant may have answered OK (ext4, measured); it opens
             # nothing.
             disk.close(disk.open_plain(self._path, os.O_RDONLY))
@@ -219,11 +292,15 @@ class EventReader:
     """Reads the events of one stream from an offset on, again and again while they are written.
 
     `count` is the offset of the last event that was passed; `ended` how the stream has ended, once its end line was
-    read.
+    read. `first` is the offset of the first event that is left; `is_overtaken` whether one before it was asked for.
     """
 
     def __init__(self, path: str, after: int = 0) -> None:
         self.count = 0
+        self.first = 1
+        self.is_overtaken = False
+        self._is_moved = False
+        self._is_at_first_line = True
         self.ended: Ended | None = None
         self._path = path
         self._after = after
@@ -258,7 +335,34 @@ class EventReader:
     @property
     def has_more(self) -> bool:
         """Whether there are bytes that were not read yet. Never waits for the disk."""
-        return self.size() > self._position
+        return self._is_moved or self.size() > self._position
+
+    def begin_here(self) -> None:
+        """Ask only for the events behind those that were passed."""
+        self._after = self.count
+
+    def look_at_name(self) -> None:
+        """Learn whether another file bears the name, where the mark is missing that says so."""
+        with _reading(self._path), contextlib.suppress(FileNotFoundError):
+            self._is_moved = disk.version_of(self._path)[0] != os.fstat(self._fd).st_ino
+
+    def _move(self) -> None:
+        """Go on in the file that bears the name by now, if it is the successor of this one.
+
+        After a power cut a marked file may bear the name still. A file without a first line is another stream's.
+        """
+        with _reading(self._path):
+            fd = disk.open_plain(self._path, os.O_RDONLY)
+            try:
+                is_successor = not os.path.sameopenfile(fd, self._fd) and _FIRST.match(
+                    disk.read_at(fd, _LONGEST_FIRST, 0)
+                )
+                if is_successor:
+                    self._fd, fd = fd, self._fd
+                    self._position, self._torn, self._is_at_first_line = 0, [], True
+                self._is_moved = False
+            finally:
+                disk.close(fd)
 
     def read(self, until: int | None = None) -> list[Event]:
         """The events that came since the last call, or the first of them; none if there are none now.
@@ -268,6 +372,8 @@ class EventReader:
         """
         found: list[Event] = []
         while not found and self.ended is None and (until is None or self._position < until):
+            if self._is_moved and until is None:
+                self._move()
             with _reading(self._path):
                 chunk = disk.read_at(self._fd, _CHUNK_BYTES, self._position)
             if not chunk:
@@ -279,7 +385,7 @@ class EventReader:
         """As `read`, a little at a time; None where that would wait for the disk, or for a large event."""
         if self.ended is not None:
             return []
-        if len(self._torn) > _MOST_PIECES:
+        if self._is_moved or len(self._torn) > _MOST_PIECES:
             return None
         chunk = disk.read_cached(self._fd, _CACHED_CHUNK_BYTES, self._position)
         return None if chunk is None else self._feed(chunk)
@@ -291,7 +397,18 @@ class EventReader:
             return []
         *lines, rest = b"".join(self._torn).split(b"\n")
         self._torn = [rest]
+        if self._is_at_first_line:
+            self._is_at_first_line = False
+            self._take_first(lines[0])
         return [event for line in lines if (event := self._take(line)) is not None]
+
+    def _take_first(self, line: bytes) -> None:
+        """Learn from a file's first line whether it has dropped events."""
+        shape = _FIRST.fullmatch(line)
+        if shape is not None:
+            self.first = int(shape[1])
+            self.is_overtaken = self.is_overtaken or self.first - 1 > max(self.count, self._after)
+            self.count = max(self.count, self.first - 1)
 
     def _take(self, line: bytes) -> Event | None:
         """The event of a line, if it counts and is asked for."""
@@ -302,6 +419,7 @@ class EventReader:
             end = _END.fullmatch(line)
             if end is not None:
                 self.ended = end[1].decode()  # type: ignore[assignment]
+            self._is_moved = self._is_moved or line == _MOVED
             return None
         if int(shape[1]) != self.count + 1:
             return None
@@ -330,9 +448,10 @@ class EventFiles:
     the store, and a sweep and `close` remove all.
     """
 
-    def __init__(self, files: SessionDirectory, keep_s: float) -> None:
+    def __init__(self, files: SessionDirectory, keep_s: float, keep_bytes: int | None = None) -> None:
         self._files = files
         self._keep_s = keep_s
+        self._keep_bytes = math.inf if keep_bytes is None else keep_bytes
         #: The files of streams that ended here, in that order.
         self._ended: deque[str] = deque(maxlen=_MOST_REMEMBERED)
 
@@ -342,7 +461,7 @@ class EventFiles:
 
     def writer(self, session_id: str, stream_id: str) -> EventWriter:
         """Return a writer for the process that runs the stream. It makes nothing before the first event."""
-        return EventWriter(self.path(session_id, stream_id), session_id, stream_id)
+        return EventWriter(self.path(session_id, stream_id), session_id, stream_id, self._keep_bytes)
 
     # The methods below are called under the session's lock.
 
@@ -421,12 +540,16 @@ class EventFiles:
 
     def _remove_expired(self, path: str) -> bool:
         """Remove a stream's events if they have expired. Tell whether they are gone."""
-        if disk.exists(os.path.join(self._files.layout.leases, os.path.basename(path))):
+        if disk.exists(os.path.join(self._files.layout.leases, os.path.basename(path).removesuffix(layout.TEMP))):
             return False
         try:
-            age_s = time.time() - disk.modified_at(path)
+            modified_at = disk.modified_at(path)
         except FileNotFoundError:
             return True
+        age_s = time.time() - modified_at
+        if not 0 <= age_s < self._keep_s:
+            # A test tool may have moved the clock of this process. The file bears a time of the kernel's clock.
+            age_s = disk.kernel_time(self._files.layout.events) - modified_at
         if age_s < 0:
             # The clock was set back. From now on the file ages as any other one. Else it would stay for ever.
             disk.set_modified_now(path)
@@ -436,12 +559,12 @@ class EventFiles:
         return True
 
     def _paths(self, session_id: str | None = None) -> list[str]:
-        """Return the events files of a session, or of all."""
+        """Return the events files of a session, or of all, and the temporary ones that a crash has left."""
         wanted = None if session_id is None else self._files.layout.session(session_id).name
         directory = self._files.layout.events
         with _reading(directory):
             disk.check_directory(directory)
-            found = [(name, layout.stream_of(name)) for name in disk.names(directory)]
+            found = [(name, layout.stream_of(name.removesuffix(layout.TEMP))) for name in disk.names(directory)]
         return [os.path.join(directory, name) for name, stream in found if stream and wanted in (None, stream[0])]
 
 

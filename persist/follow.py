@@ -11,17 +11,18 @@ under the session's lock, where the question disturbs nobody.
 from __future__ import annotations
 
 import random
+import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Self
+from typing import Literal, Self
 
 from persist import errors, streams, watch
 from persist.event_log import Ended, Event, EventReader
 from persist.storage import layout
+from persist.storage.clock import now_s
 
 #: After how much silence it asks whether the owner lives, and how often then.
 LOOK_S = 0.4
@@ -36,25 +37,26 @@ class Cursor:
     `take` is what is new; `ended` how the stream has ended, once all was taken.
     """
 
-    def __init__(self, backend: streams.Backend, session_id: str, stream_id: str, after: int) -> None:
-        if type(after) is not int or after < 0:
-            raise errors.InvalidArgument(what="after", expected="the offset of an event, from 0 up", got=repr(after))
+    def __init__(self, backend: streams.Backend, session_id: str, stream_id: str, after: int | Literal["end"]) -> None:
+        if after != "end" and (type(after) is not int or after < 0):
+            expected = "the offset of an event, from 0 up, or 'end'"
+            raise errors.InvalidArgument(what="after", got=errors.shown(after), expected=expected)
         self.session_id = layout.check_session_id(session_id)
         self.stream_id = layout.check_stream_id(stream_id)
         self.path = backend.events.path(session_id, stream_id)
-        self.after = after
+        self.after = sys.maxsize if after == "end" else after
         self.ended: Ended | None = None
         self._backend = backend
         self._look_timeout_s = LOOK_TIMEOUT_S
         self._reader = self._open()
         self._first = self._reader.read(until=self._reader.size())
-        if self._reader.count < after:
+        if after == "end":
+            self._reader.begin_here()
+            self.after = self._reader.count
+        if self._reader.is_overtaken or self._reader.count < self.after:
             self._reader.close()
-            count = self._reader.count
-            reason = f"it has {count} events, and the cursor is at {after}"
-            remedy = "Follow it from the start: store.follow(after=0)."
-            facts = {"path": self.path, "reason": reason, "remedy": remedy, "after": after, "count": count}
-            raise errors.EventsNotFound(session_id=session_id, stream_id=stream_id, **facts)
+            self._require_kept()
+            raise self._not_found(after=self.after, count=self._reader.count)
         self._hush()
 
     def _open(self) -> EventReader:
@@ -68,9 +70,16 @@ class Cursor:
         try:
             return EventReader(self.path, self.after)
         except FileNotFoundError:
-            reason = f"it never ran here, ended without an event, or they have expired ({self.path} does not exist)"
-            facts = {"session_id": self.session_id, "stream_id": self.stream_id, "path": self.path}
-            raise errors.EventsNotFound(reason=reason, **facts) from None
+            raise self._not_found() from None
+
+    def _not_found(self, **facts: int) -> errors.EventsNotFound:
+        named = {"session_id": self.session_id, "stream_id": self.stream_id, "path": self.path}
+        return errors.EventsNotFound(**named, **facts)
+
+    def _require_kept(self) -> None:
+        """Raise `EventsNotFound` if events were dropped before they were read."""
+        if self._reader.is_overtaken:
+            raise self._not_found(first=self._reader.first)
 
     def close(self) -> None:
         """Let go of the file."""
@@ -84,22 +93,29 @@ class Cursor:
     @property
     def quiet_left_s(self) -> float:
         """For how many seconds there is nothing to do, if nothing is written."""
-        return max(0.0, self._look_at - time.monotonic()) + 0.001
+        return max(0.0, self._look_at - now_s()) + 0.001
 
     @property
     def is_quiet(self) -> bool:
         """Whether it is time to ask if the stream's owner lives."""
-        return time.monotonic() > self._look_at
+        return now_s() > self._look_at
 
     def _hush(self, share: float = 1.0) -> None:
         """Begin a silence, or a share of one. No two last equally long, so that not all followers ask at once."""
-        self._look_at = time.monotonic() + share * LOOK_S * random.uniform(0.75, 1.0)
+        self._look_at = now_s() + share * LOOK_S * random.uniform(0.75, 1.0)
 
     def take(self) -> list[Event]:
         """The events that are new; none if there are none yet, or if the stream has ended."""
         # The events that the owner wrote before the question are read after it.
-        unsaid = self._ended_unsaid() if self.is_quiet and not self._reader.has_more else None
-        found, self._first = self._first or self._reader.read(), []
+        unsaid = None
+        if self.is_quiet and not self._reader.has_more:
+            unsaid = self._ended_unsaid()
+            self._reader.look_at_name()
+        try:
+            found, self._first = self._first or self._reader.read(), []
+        except FileNotFoundError:
+            # It was moved, and what it was moved to is gone already.
+            raise self._not_found() from None
         return self._taken(found, unsaid)
 
     def take_cached(self) -> list[Event] | None:
@@ -110,6 +126,7 @@ class Cursor:
         return None if found is None else self._taken(found)
 
     def _taken(self, found: list[Event], unsaid: Ended | None = None) -> list[Event]:
+        self._require_kept()
         if found:
             self._hush()
         else:
@@ -157,6 +174,7 @@ class Following:
     After the loop, `ended` tells how: ``"finished"``, ``"failed"``, ``"cancelled"``, ``"died"`` (its process is gone,
     noticed within a second), ``"deleted"``, or ``"unknown"`` (the line that says how was lost, with a full disk say).
     `offset` is that of the last event that was handed out: with it, and the stream's id, anybody can go on from here.
+    A loop that is so slow that its next event was dropped (`Store(keep_events_bytes=…)`) gets `EventsNotFound`.
 
     Not for several threads at once. Leave a loop early with `close`, or use it in a ``with``.
     """

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 from persist import errors, json_codec, maintenance, streams, turn
 from persist.arguments import require_flags, require_key, require_limit, require_text, require_texts, seconds
@@ -66,6 +66,9 @@ class Store:
             changed, instead of raising `MergeConflict`. Not for ``messages`` and ``tool_calls``, nor for the stream
             fields.
         keep_events_s: seconds that a stream's events stay after its end, for those who come back late.
+        keep_events_bytes: how large the events of a stream may grow, at least 4 KiB. Beyond that it drops the oldest
+            ones, and keeps those of the younger half. None keeps all. 64 MiB are some 800,000 tokens. An event that is
+            larger than half of it stays until the next ones come.
         cache_bytes: how much memory the store may use for what it knows of large sessions.
         allow_network: True accepts a network file system, where no guarantee holds.
         create: False opens a directory that must be there, and makes nothing in it until something is written.
@@ -95,6 +98,7 @@ class Store:
         journal: commit.Mode = "auto",
         merge: Mapping[str, Policy] | None = None,
         keep_events_s: float = 300.0,
+        keep_events_bytes: int | None = 64 * 1024 * 1024,
         cache_bytes: int = 64 * 1024 * 1024,
         allow_network: bool = False,
         create: bool = True,
@@ -112,15 +116,19 @@ class Store:
         if type(cache_bytes) is not int or cache_bytes < 0:
             expected = "a number of bytes from 0 up"
             raise errors.InvalidArgument(what="cache_bytes", got=repr(cache_bytes), expected=expected)
+        if keep_events_bytes is not None and (type(keep_events_bytes) is not int or keep_events_bytes < 4096):
+            expected = "a number of bytes from 4096 up, or None"
+            raise errors.InvalidArgument(what="keep_events_bytes", got=repr(keep_events_bytes), expected=expected)
         kept: dict[str, Any] = {"cache_bytes": cache_bytes, "allow_network": allow_network}
         timeout_s, keep_events_s = seconds("timeout_s", timeout_s), seconds("keep_events_s", keep_events_s)
         files = SessionFiles(directory, commit.Options(journal), timeout_s=timeout_s, create=create, **kept)
-        self._backend = Backend(files, EventFiles(files, keep_events_s))
+        self._backend = Backend(files, EventFiles(files, keep_events_s, keep_events_bytes))
         self._options: dict[str, Any] = {
             "timeout_s": timeout_s,
             "journal": journal,
             "merge": self._policies,
             "keep_events_s": keep_events_s,
+            "keep_events_bytes": keep_events_bytes,
             **kept,
         }
         self._is_closed = False
@@ -499,7 +507,7 @@ class Store:
         with self._locked(session_id, timeout_s) as tx:
             return streams.cancel(self._backend, tx, stream_id, force=force)
 
-    def follow(self, session_id: str, stream_id: str, *, after: int = 0) -> Following:
+    def follow(self, session_id: str, stream_id: str, *, after: int | Literal["end"] = 0) -> Following:
         """Follow a stream's events as they come, from any process, until it ends.
 
         Iterate the result; its `ended` then tells how the stream has ended. Events of this process come at once, those
@@ -507,18 +515,20 @@ class Store:
 
         Args:
             stream_id: a session's `active_stream_id`, say.
-            after: the offset of the last event that was seen; 0 begins with the first.
+            after: the offset of the last event that was seen; 0 begins with the first. ``"end"`` begins behind the last
+                one that is there now, whose offset is then the result's `offset`.
 
         Raises:
             EventsNotFound: it never ran, it ended without an event, or its events have expired; load the session
-                instead.
-            EventsNotFound: the stream has fewer events than `after`: the cursor is another stream's. Begin at 0.
+                instead. Or the event behind `after` was dropped (`Store(keep_events_bytes=…)`): load the session, and
+                go on with ``after=error.first - 1`` or ``"end"``. A step of a slow loop may raise it, too. Or the
+                stream has fewer events than `after`: the cursor is another stream's. Begin at 0.
             InvalidArgument: a malformed cursor.
             SessionNotFound, LockTimeout, CorruptSession: see the errors.
         """
         return Following(self._cursor(session_id, stream_id, after))
 
-    def _cursor(self, session_id: str, stream_id: str, after: int = 0) -> Cursor:
+    def _cursor(self, session_id: str, stream_id: str, after: int | Literal["end"] = 0) -> Cursor:
         """Return the cursor for `follow` and its asynchronous twin."""
         return Cursor(self._open(), session_id, stream_id, after)
 

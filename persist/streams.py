@@ -434,6 +434,9 @@ class Stream:
     stuck. Every verb raises `StreamLost` once the session belongs to somebody else (a forced cancel, a delete), or the
     stream has ended.
 
+    Dropped without an end, it is stale, and says so in a `ResourceWarning`, once. At the end of the interpreter it says
+    nothing: the kernel gives the lease up, and the next start or sweep marks the turn as interrupted.
+
     Attributes:
         id: the stream's id.
         session_id: that of the session it owns.
@@ -527,7 +530,8 @@ class Stream:
         """Add events for those who follow the stream (`Store.follow`), in this process and in others; they see them at
         once.
 
-        Costs a few microseconds and takes no lock, but for the first time. What was emitted outlives this process.
+        Costs a few microseconds and takes no lock, but for the first time. What was emitted outlives this process. Each
+        time that the events outgrow `Store(keep_events_bytes=…)`, an emission drops the oldest ones, under the lock.
 
         Args:
             events: JSON values; several in one call are one write.
@@ -557,11 +561,28 @@ class Stream:
                     head = tx.head()
                     self._require_ownership(head.header, active_in(head))
                     self._events.open()
-            return self._events.append(encoded, durable=durable)
+            offset = self._events.append(encoded, durable=durable)
         except errors.SessionNotFound:
             raise self._lost("the session was deleted") from None
         except Fenced:
             raise self._lost("it has ended, was cancelled by force, or was cleared as stale") from None
+        if self._events.is_full:
+            self._drop_oldest_events()
+        return offset
+
+    def _drop_oldest_events(self) -> None:
+        """Keep the events within their bound, if nobody holds the session just now.
+
+        What was emitted stands. So whatever keeps this from being done is no error, and a later emission tries again.
+        """
+        try:
+            with self._backend.files.transaction(self.session_id, 0) as tx:
+                head = tx.head()
+                # Under the lock nobody else can end the stream. So no end line goes to the file that loses its name.
+                self._require_ownership(head.header, active_in(head))
+                self._events.drop_oldest()
+        except errors.PersistError:
+            self._events.postpone()
 
     def finish(
         self,
@@ -669,9 +690,9 @@ class Stream:
         finally:
             self._close()
 
-    def __del__(self) -> None:
-        lease = getattr(self, "_lease", None)
-        if lease is not None and lease.is_held:
-            dropped = f"{self!r} was dropped without finish() or fail(); it is stale now."
+    def __del__(self, _is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        lease = None if _is_ending() else getattr(self, "_lease", None)
+        if lease is not None and (lease.is_held or lease.is_dropped):
             self._close()
-            warnings.warn(dropped, ResourceWarning, stacklevel=2)
+            dropped = f"Stream {self.id} of session {self.session_id!r} was dropped without finish() or fail()"
+            warnings.warn(f"{dropped}. It is stale now.", ResourceWarning, stacklevel=2, source=self)

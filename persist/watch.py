@@ -11,6 +11,7 @@ must neither wait nor take a lock that is not re-entrant.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,11 +37,13 @@ def waking(path: str, wake: Wake) -> Iterator[None]:
             _look_from_now_on()
         yield
     finally:
-        with _guard:
-            # Replaced in one step: another thread may be about to wake the others. In a forked child nobody waits.
-            _waiting[path] = tuple(each for each in _waiting.get(path, ()) if each is not wake)
-            if not _waiting[path]:
-                del _waiting[path]
+        # At the end of the interpreter nobody waits, and a thread that was stopped inside the guard never leaves it.
+        if not sys.is_finalizing():
+            with _guard:
+                # Replaced in one step: another thread may be about to wake the others. In a forked child nobody waits.
+                _waiting[path] = tuple(each for each in _waiting.get(path, ()) if each is not wake)
+                if not _waiting[path]:
+                    del _waiting[path]
 
 
 def wake(path: str) -> None:

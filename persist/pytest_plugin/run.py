@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from persist.errors import InvalidArgument, SessionBusy, SessionExists, SessionNotFound
+from persist.storage.clock import now_s
 from persist.store import Store
 from persist.streams import Stream
 from persist.transaction import Transaction
@@ -113,21 +114,21 @@ class Wait:
     """A wait that polls, with a deadline."""
 
     def __init__(self, timeout_s: float) -> None:
-        self._start = time.monotonic()
+        self._start = now_s()
         self._deadline = self._start + timeout_s
 
     @property
     def waited_s(self) -> float:
-        return time.monotonic() - self._start
+        return now_s() - self._start
 
     def shorten(self, timeout_s: float) -> None:
         """Wait no longer than `timeout_s` from now on."""
-        self._deadline = min(self._deadline, time.monotonic() + timeout_s)
+        self._deadline = min(self._deadline, now_s() + timeout_s)
 
     def pause(self, late: Exception | Callable[[], Exception]) -> None:
         """Sleep for a moment; raise `late`, or what it makes, if the time is over."""
         __tracebackhide__ = True
-        if time.monotonic() >= self._deadline:
+        if now_s() >= self._deadline:
             raise late if isinstance(late, Exception) else late()
         time.sleep(random.uniform(*_POLL_S))
 

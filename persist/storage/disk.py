@@ -200,6 +200,12 @@ def set_modified_now(path: StrPath) -> None:
     os.utime(path, follow_symlinks=os.name != "posix")
 
 
+def kernel_time(directory: StrPath) -> float:
+    """Return the time of the clock that stamps files, by a stamp on a directory. No tool of Python's moves it."""
+    os.utime(directory, follow_symlinks=os.name != "posix")
+    return modified_at(directory)
+
+
 def bears_name(file: os.stat_result, path: StrPath) -> bool:
     """Tell whether a name leads to a file."""
     try:

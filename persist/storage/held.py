@@ -6,12 +6,17 @@ Both take the same kernel lock, so each excludes the other.
 Fork: a child closes the descriptors it inherited and never unlocks them, because unlocking in the child would release
 the parent's lock. Opening and closing happen under `table`, which a fork waits for, so that no descriptor is missed.
 The parent unlocks before it closes, so that a copy which leaked into a child all the same holds nothing.
+
+The end of the interpreter: a daemon thread that is stopped inside `table` never leaves it. So a finaliser that would
+wait for `table` then does nothing. The kernel gives up what the process holds an instant later.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 
 from filelock import lock_descriptor, unlock_descriptor
@@ -26,15 +31,18 @@ class HeldFile:
     """A file that this process has open, and maybe locked. `close` gives it up; so does the end of the process.
 
     Dropped without `close` (a signal's exception may come between any two steps), it is closed by its finaliser.
+
+    Attributes:
+        is_dropped: whether the finaliser has closed it. In a cycle of garbage it may run before its owner's.
     """
 
-    __slots__ = ("_file", "_is_locked", "fd", "path", "pid")
+    __slots__ = ("_file", "_is_locked", "fd", "is_dropped", "path", "pid")
 
     def __init__(self, path: disk.StrPath, flags: int = os.O_RDWR | os.O_CREAT) -> None:
         self.fd = -1
         self.path = path
         self.pid = os.getpid()
-        self._is_locked = False
+        self._is_locked = self.is_dropped = False
         with table:
             self.fd, self._file = disk.open_known(path, flags)
             _descriptors.add(self.fd)
@@ -74,9 +82,18 @@ class HeldFile:
             except OSError:
                 pass  # the kernel gives the descriptor up even where it complains
 
-    def __del__(self) -> None:
-        if getattr(self, "fd", -1) >= 0:
+    def __del__(self, _is_ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not _is_ending() and getattr(self, "fd", -1) >= 0 and self.is_held:
             self.close()
+            self.is_dropped = True
+
+
+def is_stuck() -> bool:
+    """Tell at the end of the interpreter whether a thread was stopped inside `table`. No thread runs by then."""
+    if table.acquire(blocking=False):
+        table.release()
+        return False
+    return True
 
 
 def try_hold(path: disk.StrPath, *, create: bool, exclusive: bool = False, append: bool = False) -> HeldFile | None:

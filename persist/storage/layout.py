@@ -8,6 +8,7 @@
       s-42.<16 hex>.journal.damaged  a journal that `persist accept` could not take whole
       .leases/s-42.<stream id>       locked by the process that runs the stream
       .events/s-42.<stream id>       the stream's events, one a line
+      .events/s-42.<stream id>.tmp   only while its oldest events are dropped
 
 A session id is any text. Its file name percent-encodes what is no letter, digit, `_` or `-`, so that a name holds no
 dot. A file belongs to `persist` only if its name is what the encoding of its decoded name gives.
@@ -31,7 +32,7 @@ LEASES = ".leases"
 EVENTS = ".events"
 DOCUMENT = ".json"
 _LOCK = ".lock"
-_TEMP = ".tmp"
+TEMP = ".tmp"
 _DAMAGED = ".damaged"
 _JOURNAL = re.compile(r"(?P<name>[^.]+)\.(?P<journal>[0-9a-f]{16})\.journal")
 MAX_ID = 512
@@ -136,7 +137,7 @@ class SessionPaths:
         document = os.path.join(directory, f"{name}{DOCUMENT}")
         file_id = session_id if is_hashed(name) else None
         leases, events = os.path.join(directory, LEASES), os.path.join(directory, EVENTS, f"{name}.")
-        return cls(directory, name, file_id, document, f"{document}{_LOCK}", f"{document}{_TEMP}", leases, events)
+        return cls(directory, name, file_id, document, f"{document}{_LOCK}", f"{document}{TEMP}", leases, events)
 
     def journal(self, journal: str) -> str:
         return f"{self.document.removesuffix(DOCUMENT)}.{journal}.journal"
@@ -172,6 +173,11 @@ def copy_of(journal: str) -> str:
     return f"{journal}{_DAMAGED}"
 
 
+def temp_of(events: str) -> str:
+    """Return where the events are put together that a file keeps, before they get its name."""
+    return f"{events}{TEMP}"
+
+
 def name_of_document(file_name: str) -> str | None:
     """Return the name of the session whose document has this file name, or None."""
     name = file_name.removesuffix(DOCUMENT)
@@ -182,10 +188,10 @@ def name_of_leftover(file_name: str) -> tuple[str, bool] | None:
     """Return the name of the session whose lock or temporary file this is, and whether it is the temporary one; or
     None.
     """
-    for suffix in (f"{DOCUMENT}{_LOCK}", f"{DOCUMENT}{_TEMP}"):
+    for suffix in (f"{DOCUMENT}{_LOCK}", f"{DOCUMENT}{TEMP}"):
         name = file_name.removesuffix(suffix)
         if name != file_name and is_ours(name):
-            return name, suffix.endswith(_TEMP)
+            return name, suffix.endswith(TEMP)
     return None
 
 

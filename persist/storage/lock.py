@@ -21,6 +21,7 @@ from weakref import ref
 from persist.errors import CommitFailed, LockTimeout, PersistError, Unreadable, nested
 from persist.log import log
 from persist.storage import turnstile
+from persist.storage.clock import now_s
 from persist.storage.held import HeldFile, table
 
 #: How often a process in the turnstile asks for the lock. There is one.
@@ -82,7 +83,7 @@ class Hold:
         # lock: to wait here would stop everybody.
         if outer is not None or table._is_owned():  # type: ignore[attr-defined]
             raise nested(self.session_id, held="unknown" if outer is None else outer.session_id)
-        start = time.monotonic()
+        start = now_s()
         try:
             self.thread = thread
             _hold_of[thread] = self._me
@@ -102,7 +103,7 @@ class Hold:
             if turnstile.is_taken(self._file.fd) or not self._file.try_lock():
                 self._wait_for_processes(start)
                 must_wait = True
-            if must_wait and (waited_s := time.monotonic() - start) > LONG_WAIT_S:
+            if must_wait and (waited_s := now_s() - start) > LONG_WAIT_S:
                 log.debug("Session %r: waited %.3f s for its lock", self.session_id, waited_s)
             return self._file
         except OSError as error:
@@ -122,11 +123,11 @@ class Hold:
     def _wait_for_processes(self, start: float) -> None:
         """Lock the file behind the process that is next."""
         assert self._file is not None
-        has_turn, waiting_since = False, time.monotonic()
+        has_turn, waiting_since = False, now_s()
         deadline = start + self.timeout_s
         try:
             has_turn = turnstile.take(self._file.fd)
-            while (now := time.monotonic()) < deadline:
+            while (now := now_s()) < deadline:
                 waited_s = now - waiting_since
                 outside_s = _POLL_FIRST_S * (1.0 - waited_s / _MOST_EAGER_AFTER_S) * random.uniform(0.5, 1.0)
                 time.sleep(min(deadline - now, _POLL_NEXT_S if has_turn else max(_POLL_NEXT_S, outside_s)))
@@ -147,7 +148,7 @@ class Hold:
                 turnstile.leave(self._file.fd)
 
     def _timeout(self, start: float, **facts: Any) -> LockTimeout:
-        facts |= {"path": self.path, "timeout_s": self.timeout_s, "waited_s": time.monotonic() - start}
+        facts |= {"path": self.path, "timeout_s": self.timeout_s, "waited_s": now_s() - start}
         return LockTimeout(session_id=self.session_id, **facts)
 
     def release(self) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -26,7 +27,7 @@ from persist.storage.content import Content
 from persist.storage.diff import Change
 from persist.storage.directory import SessionDirectory, is_left_over, mislabelled, missing_journal, raise_typed
 from persist.storage.document import Head, Header
-from persist.storage.held import HeldFile
+from persist.storage.held import HeldFile, is_stuck
 from persist.storage.journal import Overtaken
 from persist.storage.layout import SessionPaths
 from persist.storage.salvage import salvage
@@ -336,6 +337,9 @@ class Locked(lock.Hold):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if sys.is_finalizing() and is_stuck():
+            # The block of a generator that nobody has ended.
+            return
         try:
             if self.tx is not None:
                 self.tx.end()

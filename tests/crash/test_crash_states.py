@@ -345,8 +345,8 @@ def _removes_a_journal(step: Step) -> bool:
 
 
 def is_mark(step: Step) -> bool:
-    """What takes a journal out of use."""
-    return step.kind == "write" and step.content == MARK
+    """What takes a journal out of use, or a file of events."""
+    return step.kind == "write" and step.content in (MARK, b'{"moved":true}\n')
 
 
 def _is_journal(step: Step) -> bool:

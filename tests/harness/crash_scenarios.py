@@ -145,6 +145,14 @@ def emitting(store: persist.Store) -> persist.Stream:
     return stream
 
 
+def emitting_too_much(store: persist.Store) -> persist.Stream:
+    """Its durable events have outgrown a bound of 4 KiB."""
+    stream = running(store)
+    stream.emit(*[f"{number:0100}" for number in range(60)], durable=True)
+    stream._events._most_bytes, stream._events.is_full = 4096, True
+    return stream
+
+
 def emit_where_another_process_makes_the_directory(store: persist.Store, stream: persist.Stream) -> None:
     """It has made it, and is just about to sync the store's."""
     disk.mkdir(store.path / ".events")
@@ -360,6 +368,7 @@ SCENARIOS: list[Scenario | Opening] = [
     Scenario("first durable event", lambda _, stream: stream.emit("a", durable=True), running),
     Scenario("first durable event, .events not yet synced", emit_where_another_process_makes_the_directory, running),
     Scenario("durable event", lambda _, stream: stream.emit("b", durable=True), emitting),
+    Scenario("drop of the oldest events", lambda _, stream: stream._drop_oldest_events(), emitting_too_much),
     Scenario("finish after events", lambda _, stream: stream.finish(ANSWER), emitting),
     Scenario("finish", lambda _, stream: stream.finish(ANSWER), running),
     Scenario("fail", lambda _, stream: stream.fail(), running),
@@ -471,13 +480,16 @@ def _copies(store: persist.Store) -> Disk:
 
 
 def events_of(store: persist.Store, session_id: str) -> list[Any]:
-    """The events of all streams of a session. How they ended is not durable, and not needed: the document says it."""
-    paths = sorted((store.path / ".events").glob(f"{session_id}.*"))
+    """The last events of all streams of a session. The oldest may be dropped, or not yet.
+
+    How they ended is not durable, and not needed: the document says it.
+    """
+    paths = sorted(path for path in (store.path / ".events").glob(f"{session_id}.*") if path.suffix != ".tmp")
     found = []
     for path in paths:
         with EventReader(str(path)) as reader:
             found += [event.data for event in reader.read()]
-    return found
+    return found[-10:]
 
 
 # --- the check of one state -------------------------------------------------------------------------------------------

@@ -240,6 +240,9 @@ class Recorder:
         def replace(source: Path, target: Path) -> None:
             real(source, target)
             file = self._file_of.pop(self._name(source))
+            if self._name(target) in self._file_of:
+                # So does the system call a file that is open, and has lost its name.
+                self._file_of[f"{self._name(target)} (deleted)"] = self._file_of[self._name(target)]
             self._file_of[self._name(target)] = file
             self._note(Step("rename", self._name(source), file, self._name(target)))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mutation.catalogue.suites import CRASH_STATES, EVENTS
-from mutation.edits import condition, drop_statement, replace_expression
+from mutation.catalogue.suites import CLOCKS, CRASH_STATES, EVENTS, KEPT_EVENTS
+from mutation.edits import condition, drop_call, drop_operand, drop_statement, replace_expression
 from mutation.mutant import Mutant
 
 FILES = "event_log.py"
@@ -62,8 +62,41 @@ MUTANTS = (
         "events: the refusal of a cursor ahead",
         FOLLOWING,
         "Cursor.__init__",
-        condition("self._reader.count < after", "False"),
+        drop_operand("self._reader.count < self.after"),
         EVENTS,
         "refused_at_once",
+    ),
+    Mutant(
+        "events: the age by the clock that stamps files",
+        FILES,
+        "EventFiles._remove_expired",
+        condition("not 0 <= age_s < self._keep_s", "False"),
+        CLOCKS,
+        "stamps_files",
+    ),
+    # --- the oldest events ---
+    Mutant(
+        "events: the error for a cursor before the first event",
+        FILES,
+        "EventReader._take_first",
+        drop_statement("self.is_overtaken = self.is_overtaken or self.first - 1 > max(self.count, self._after)"),
+        KEPT_EVENTS,
+        "told_where_it_is",
+    ),
+    Mutant(
+        "events: the look at the owner before the oldest are dropped",
+        "streams.py",
+        "Stream._drop_oldest_events",
+        drop_call("self._require_ownership"),
+        KEPT_EVENTS,
+        "fenced_stream",
+    ),
+    Mutant(
+        "events: the sync of the new file before the rename",
+        FILES,
+        "EventWriter.drop_oldest",
+        drop_call("disk.sync"),
+        CRASH_STATES,
+        "old_or_new and oldest",
     ),
 )

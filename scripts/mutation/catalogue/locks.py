@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutation.catalogue.suites import HAZARDS, LOCKS, LOST_UPDATES, SEED_RACE, STREAMS
+from mutation.catalogue.suites import CLOCKS, HAZARDS, LOCKS, LOST_UPDATES, SEED_RACE, STREAMS
 from mutation.edits import (
     Edit,
     condition,
@@ -59,6 +59,14 @@ MUTANTS = (
         drop_operand("table._is_owned()"),
         LOCKS,
         "inside_the_table",
+    ),
+    Mutant(
+        "the clock that no test tool moves",
+        LOCK,
+        "Hold._wait_for_processes",
+        replace_call("now_s", "time.monotonic()"),
+        CLOCKS,
+        "lock_timeout",
     ),
     # --- the file behind the name ---
     Mutant("the look at the name", HELD, "HeldFile.bears_name", return_now("True"), LOCKS, "deleted_session"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutation.catalogue.suites import EVENTS, HAZARDS, REQUESTS, SEED_RACE, SHARED_SESSIONS, STREAMS
+from mutation.catalogue.suites import EVENTS, FINALISERS, HAZARDS, REQUESTS, SEED_RACE, SHARED_SESSIONS, STREAMS
 from mutation.edits import (
     condition,
     drop_call,
@@ -226,5 +226,22 @@ MUTANTS = (
         condition("(place := messages.place_of(identity, key)) is not None", "IT and False"),
         HAZARDS,
         "d2",
+    ),
+    # --- finalisers ---
+    Mutant(
+        "the warning for a stream whose lease was finalised first",
+        MODULE,
+        "Stream.__del__",
+        drop_operand("lease.is_dropped"),
+        FINALISERS,
+        "one_warning and cycle",
+    ),
+    Mutant(
+        "the silence of a stream at the end of the interpreter",
+        MODULE,
+        "Stream.__del__",
+        replace_call("_is_ending", "False"),
+        FINALISERS,
+        "end_of_the_interpreter and module",
     ),
 )

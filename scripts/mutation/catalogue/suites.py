@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 AIO = ("tests/processes/test_aio.py",)
+CLOCKS = ("tests/processes/test_clocks.py",)
 CRASH_STATES = ("tests/crash/test_crash_states.py",)
 EVENTS = ("tests/processes/test_events.py", "tests/unit/test_events.py")
+FINALISERS = ("tests/processes/test_finalisers.py",)
 HAZARDS = ("tests/processes/test_hazards.py",)
+KEPT_EVENTS = ("tests/processes/test_kept_events.py",)
 LOCKS = ("tests/processes/test_locks.py",)
 LOST_UPDATES = ("tests/processes/test_lost_updates.py",)
 MERGE = ("tests/unit/test_merge.py",)
