@@ -162,22 +162,37 @@ class Session:
 
         Concurrency: holds the session's lock for read, merge and write, across threads and processes.
         """
-        if on_conflict not in get_args(Preference):
-            raise errors.WrongType(what="on_conflict", expected=" | ".join(get_args(Preference)), got=repr(on_conflict))
-        require_flags(touch=touch)
+        require_save_options(touch, on_conflict)
         try:
             with self._backend.files.transaction(self.id, timeout_s) as tx, self._alone():
-                self._save(tx, touch, on_conflict)
+                self._recognise(tx.read())
+                mine = self._encode()
+                self._take(self._write(tx, mine, touch, on_conflict), mine, is_durable=True)
                 return self.version
         except errors.SessionNotFound:
             raise self._deleted() from None
 
-    def _save(self, tx: Transaction, touch: bool, prefer: Preference) -> None:
-        there = tx.read()
-        self._recognise(there)
-        base = self._base
-        mine = encoded(self.data, base.content)
-        refuse_changed_stream_fields(base.content, mine)
+    def _encode(self) -> Content:
+        """Encode `data` as it is now. A save writes that."""
+        mine = encoded(self.data, self._base.content)
+        refuse_changed_stream_fields(self._base.content, mine)
+        return mine
+
+    def _write_apart(self, mine: Content, touch: bool, prefer: Preference, timeout_s: float) -> Replica:
+        """Do the part of a save that another thread may do for an event loop. It does not touch `data`.
+
+        The loop's thread encodes before it and takes the result after it.
+        """
+        try:
+            with self._backend.files.transaction(self.id, timeout_s) as tx:
+                self._refuse_other(tx.read())
+                return self._write(tx, mine, touch, prefer)
+        except errors.SessionNotFound:
+            raise self._deleted() from None
+
+    def _write(self, tx: Transaction, mine: Content, touch: bool, prefer: Preference) -> Replica:
+        """Commit what `mine` changed of the merge base. Return what is committed then. It does not touch `data`."""
+        there, base = tx.read(), self._base
         is_current = base.is_whole and there.header.commit == base.header.commit
         if mine == base.content:
             merged = there.content
@@ -203,16 +218,20 @@ class Session:
                 tx.require_known()
             else:
                 tx.confirm()
-        self._take(committed, mine, is_durable=True)
+        return committed
+
+    def _refuse_other(self, there: Replica) -> None:
+        """Refuse another session of the same id."""
+        if there.header.incarnation != self._base.header.incarnation:
+            raise self._deleted()
 
     def _recognise(self, there: Replica) -> None:
         """Refuse another session of the same id, and find out what became of a save that was cut off.
 
         What it appended without an id must not be appended again.
         """
+        self._refuse_other(there)
         base = self._base
-        if there.header.incarnation != base.header.incarnation:
-            raise self._deleted()
         if base.tried is None:
             return
         commit_id, mine = base.tried
@@ -301,10 +320,14 @@ class Session:
             there = self._read()
             with self._backend.files.looking_at(self.id), self._alone(), errors.conflicts_in(self.id):
                 if self._base is before:
-                    self._recognise(there)
-                    if there.header.commit != self._base.header.commit:
-                        self._merge_in(there, self._base.content, is_durable=False)
+                    self._refresh(there)
                     return
+
+    def _refresh(self, there: Replica) -> None:
+        """Bring what was read into `data`, in place."""
+        self._recognise(there)
+        if there.header.commit != self._base.header.commit:
+            self._merge_in(there, self._base.content, is_durable=False)
 
     def _read(self) -> Replica:
         try:
@@ -338,15 +361,20 @@ class Session:
             if there is not None:
                 self._recognise(there)
             stream_id = self.active_stream_id
-        cleared = None
-        with suppress(errors.SessionNotFound):
-            if stream_id is not None:
-                incarnation = self._base.header.incarnation
-                cleared = streams.clear_stale(self._backend, self.id, stream_id, incarnation, timeout_s=timeout_s)
+        cleared = self._clear(stream_id, timeout_s)
         if cleared is not None:
             with self._alone(), suppress(errors.Unreadable):
                 self._show_cleared(cleared)
         return cleared is not None
+
+    def _clear(self, stream_id: str | None, timeout_s: float | None) -> streams.Cleared | None:
+        """Commit the clear of a stream, if it is dead. It does not touch `data`."""
+        if stream_id is None:
+            return None
+        incarnation = self._base.header.incarnation
+        with suppress(errors.SessionNotFound):
+            return streams.clear_stale(self._backend, self.id, stream_id, incarnation, timeout_s=timeout_s)
+        return None
 
     def _show_cleared(self, cleared: streams.Cleared) -> None:
         """Show what the clear has committed. An unsaved edit that contradicts it stays, but for the stream fields."""
@@ -405,6 +433,13 @@ class Session:
 
     def _deleted(self) -> errors.SessionDeleted:
         return errors.SessionDeleted(session_id=self.id, path=self._backend.files.layout.session(self.id).document)
+
+
+def require_save_options(touch: bool, on_conflict: Preference) -> None:
+    """Raise `WrongType` for options of a save that it cannot take."""
+    if on_conflict not in get_args(Preference):
+        raise errors.WrongType(what="on_conflict", expected=" | ".join(get_args(Preference)), got=repr(on_conflict))
+    require_flags(touch=touch)
 
 
 def _json_in(data: dict[str, Any], name: str) -> bytes | None:

@@ -23,7 +23,7 @@ from conftest import ActorFactory
 
 import persist
 import persist.aio
-from persist.aio import QUICK_THREADS
+from persist.calls import QUICK_THREADS
 from persist.storage import disk
 
 pytestmark = pytest.mark.anyio
