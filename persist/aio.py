@@ -150,10 +150,10 @@ class Session(_Awaited[persist.Session]):
     updated_at: datetime = _mirrored("updated_at")
     active_stream_id: str | None = _mirrored("active_stream_id")
 
-    @functools.wraps(persist.Session.save)
     async def save(
         self, *, touch: bool = True, on_conflict: Preference = "error", timeout_s: float | None = None
     ) -> str:
+        """See `persist.Session.save`. It writes `data` as it is now, whatever tasks change in it meanwhile."""
         require_save_options(touch, on_conflict)
         session, timeout_s = self._sync, self._threads.timeout_s(timeout_s)
         async with self._alone(timeout_s) as waited_s:
@@ -168,13 +168,13 @@ class Session(_Awaited[persist.Session]):
             )
             return session.version
 
-    @functools.wraps(persist.Session.refresh)
     async def refresh(self) -> None:
+        """See `persist.Session.refresh`."""
         async with self._alone(None):
             await self._read(self._sync._refresh)
 
-    @functools.wraps(persist.Session.clear_stale_stream)
     async def clear_stale_stream(self, *, timeout_s: float | None = None) -> bool:
+        """See `persist.Session.clear_stale_stream`."""
         session, timeout_s = self._sync, self._threads.timeout_s(timeout_s)
 
         def show(cleared: streams.Cleared | None) -> bool:

@@ -263,7 +263,8 @@ class _Pools:
             except BaseException as error:
                 queue.refuse(error)
             finally:
-                queue.waiting.is_lent = False
+                # The session is free again, so the next call has not been tried.
+                queue.waiting.has_tried = queue.waiting.is_lent = False
             if call is not None:
                 call.end()
 

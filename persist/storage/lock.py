@@ -46,7 +46,7 @@ class Waiting:
 
     Attributes:
         deadline: the end of the wait. The thread looks at it again and again, so calls may come and go meanwhile.
-        has_tried: whether the thread has found the lock taken, or has had it.
+        has_tried: whether the thread has found the lock taken, or has it.
         is_lent: whether the thread holds the lock, and the next verb of that thread may have it.
     """
 
@@ -169,10 +169,12 @@ class Hold:
 
     def _wait_for_threads(self, start: float) -> bool:
         """Wait for the threads that asked before. Tell whether it is this one's turn."""
-        while (left_s := self._deadline(start) - time.monotonic()) > 0:
-            if self.given.acquire(timeout=min(left_s, _LOOK_AGAIN_S)):
+        while True:
+            left_s = self._deadline(start) - time.monotonic()
+            if self.given.acquire(timeout=max(0.0, min(left_s, _LOOK_AGAIN_S))):
                 return True
-        return self.given.acquire(blocking=False)
+            if self._deadline(start) <= time.monotonic():
+                return False
 
     def _wait_for_processes(self, start: float) -> None:
         """Lock the file behind the process that is next."""
