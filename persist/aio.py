@@ -202,7 +202,7 @@ class Session(_Awaited[persist.Session]):
             with session._backend.files.looking_at(session.id), persist.errors.conflicts_in(session.id):
                 show(there)
 
-        await self._threads.run(session._read, apply=bring, is_quick=True)
+        await self._threads.run(session._read_apart, apply=bring, is_quick=True)
 
     @asynccontextmanager
     async def _alone(self, timeout_s: float | None) -> AsyncIterator[float]:

@@ -186,7 +186,10 @@ class Session:
         try:
             with self._backend.files.transaction(self.id, timeout_s) as tx:
                 self._refuse_other(tx.read())
-                return self._write(tx, mine, touch, prefer)
+                committed = self._write(tx, mine, touch, prefer)
+                if committed.content != mine:
+                    _split(mine, committed.content)
+                return committed
         except errors.SessionNotFound:
             raise self._deleted() from None
 
@@ -329,6 +332,13 @@ class Session:
         if there.header.commit != self._base.header.commit:
             self._merge_in(there, self._base.content, is_durable=False)
 
+    def _read_apart(self) -> Replica:
+        """Do the part of a refresh that another thread may do for an event loop. It does not touch `data`."""
+        there, base = self._read(), self._base
+        if there.header.commit != base.header.commit:
+            _split(base.content, there.content)
+        return there
+
     def _read(self) -> Replica:
         try:
             return self._backend.files.read(self.id)
@@ -440,6 +450,14 @@ def require_save_options(touch: bool, on_conflict: Preference) -> None:
     if on_conflict not in get_args(Preference):
         raise errors.WrongType(what="on_conflict", expected=" | ".join(get_args(Preference)), got=repr(on_conflict))
     require_flags(touch=touch)
+
+
+def _split(*contents: Content) -> None:
+    """Split the lists of contents into their items, because a comparison needs the items."""
+    for content in contents:
+        for value in content.apart.values():
+            if isinstance(value, Items):
+                value.split()
 
 
 def _json_in(data: dict[str, Any], name: str) -> bytes | None:

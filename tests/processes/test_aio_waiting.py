@@ -22,6 +22,7 @@ from harness.loops import in_loop, lag_of
 
 import persist
 import persist.aio
+from persist.storage import lock
 from persist.storage.content import encoded
 
 #: A busy machine may spoil a measurement. One good one in so many rounds is enough.
@@ -183,11 +184,21 @@ async def test_now_or_never_takes_a_free_session(aio: persist.aio.Store, store: 
 
 
 @in_loop
-async def test_long_wait_outlives_a_short_one(aio: persist.aio.Store, holder: Actor, store: persist.Store) -> None:
-    """The thread of a session waits as long as any of the calls, whichever came first.
+async def test_long_wait_outlives_a_short_one(
+    aio: persist.aio.Store, holder: Actor, store: persist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread of a session waits as long as any of the calls, whichever came first, and keeps its turn.
 
-    Fails if the thread waits as long as the first call only.
+    Fails if the thread waits as long as the first call only: it comes again for each of the others.
     """
+    waits: list[float] = []
+    real = lock.Hold._wait_for_processes
+
+    def counted(self: lock.Hold, start: float) -> None:
+        waits.append(start)
+        real(self, start)
+
+    monkeypatch.setattr(lock.Hold, "_wait_for_processes", counted)
     tasks = [
         asyncio.create_task(aio.append("s-1", "messages", {"content": timeout_s}, timeout_s=timeout_s))
         for timeout_s in (0.05, DEADLINE_S, 0.1)
@@ -197,6 +208,7 @@ async def test_long_wait_outlives_a_short_one(aio: persist.aio.Store, holder: Ac
     await asyncio.to_thread(let_go, holder)
     await tasks[1]
     assert contents(store) == [DEADLINE_S]
+    assert len(waits) == 1
 
 
 # --- cancellation -----------------------------------------------------------------------------------------------------
