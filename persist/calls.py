@@ -42,7 +42,7 @@ class Call:
     """A function that a task wants to have run by a thread.
 
     Attributes:
-        is_done: whether it has ended, with `result` or with `error`.
+        is_done: whether it has ended, with `result` or with `error`. Only the thread of the loop sets and reads it.
         deadline: until when it waits for its session, by the clock of the locks.
         timer: ends the wait in time.
     """
@@ -90,13 +90,13 @@ class Call:
 
     def end(self) -> None:
         """Tell the task that the call is done, from any thread."""
-        self.is_done = True
         # RuntimeError: the loop has ended, and nobody waits.
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self.wake)
+            self._loop.call_soon_threadsafe(self.end_in_loop)
 
-    def wake(self) -> None:
-        """Wake the task, from the thread of its loop."""
+    def end_in_loop(self) -> None:
+        """Tell the task that the call is done, from the thread of its loop."""
+        self.is_done = True
         if self._waker is not None and not self._waker.done():
             self._waker.set_result(None)
 
@@ -135,13 +135,14 @@ class Queue:
         waiting: how long the session's thread waits.
     """
 
-    __slots__ = ("_calls", "_described", "_mutex", "session_id", "waiting")
+    __slots__ = ("_calls", "_described", "_mutex", "_pid", "session_id", "waiting")
 
     def __init__(self, mutex: threading.Lock, session_id: str | None = None) -> None:
         # It finds its first entry in constant time, also after thousands were removed. A dict does not.
         self._calls: OrderedDict[Call, None] = OrderedDict()
         self._described: tuple[float, dict[str, str]] = -1.0, {}
         self._mutex = mutex
+        self._pid = os.getpid()
         self.session_id = session_id
         self.waiting = lock.Waiting()
 
@@ -155,7 +156,9 @@ class Queue:
         call.deadline = self.waiting.extend(call.timeout_s - call.waited_s)
 
     def pop(self) -> Call | None:
-        """Begin the first call. None if no call waits."""
+        """Begin the first call. None if no call waits, or if this is a forked child of the process where they wait."""
+        if self._pid != os.getpid():
+            return None
         with self._mutex:
             return self._calls.popitem(last=False)[0] if self._calls else None
 
@@ -270,7 +273,11 @@ class _Pools:
 
     def _goes_on(self, queue: Queue) -> bool:
         assert queue.session_id is not None
+        if self.pid != os.getpid():
+            # A function of `update` has forked, and its thread goes on in the child.
+            return False
         with self._mutex:
+            # Another one stands there if this queue's thread could not be started at first.
             is_current = self._queues.get(queue.session_id) is queue
             if is_current and queue.is_empty():
                 del self._queues[queue.session_id]
@@ -380,8 +387,7 @@ class Threads:
             session_id = str(queue.session_id)
             path = self._files.layout.session(session_id).lock
             call.error = call.timed_out(session_id, path, queue.describe_holder(path, loop.time()))
-            call.is_done = True
-            call.wake()
+            call.end_in_loop()
 
 
 #: Two threads of a forked child may want their pools at the same time.

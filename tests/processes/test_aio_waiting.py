@@ -349,21 +349,38 @@ async def test_save_writes_what_it_found_when_it_was_called(aio: persist.aio.Sto
 
 @in_loop
 async def test_saves_of_one_object_follow_one_another(aio: persist.aio.Store, store: persist.Store) -> None:
-    """Two tasks save one object at once: an item without an id is there once, and waiting counts for the time-out.
+    """Two tasks save one object at once: each edit is there once, and none contradicts the one before.
 
-    Fails if the second save encodes before the first one is taken: it appends the item again.
+    Fails if the second save encodes before the first one is taken: its own earlier edit looks like another's.
     """
     session = await aio.load("s-1")
-    for n in range(50):
-        session.data["messages"].append({"content": n})
-        await asyncio.gather(session.save(), session.save(), session.refresh())
-    assert contents(store) == list(range(50))
+    for n in range(20):
+        with store.transaction("s-1"):
+            tasks = []
+            for edit in range(3):
+                session.data["title"] = f"{n}-{edit}"
+                session.data["messages"].append({"content": 3 * n + edit})
+                tasks += [asyncio.create_task(session.save()), asyncio.create_task(session.refresh())]
+                await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+        assert store.load("s-1").data == session.data
+    assert contents(store) == list(range(60))
+
+
+@in_loop
+async def test_waiting_for_a_save_of_the_same_object_counts(aio: persist.aio.Store, store: persist.Store) -> None:
+    """A save behind another save of its object has its time-out from its first moment.
+
+    Fails if the time-out begins with the encoding.
+    """
+    session = await aio.load("s-1")
     session.data["title"] = "x"
     with store.transaction("s-1"):
         first = asyncio.create_task(session.save())
         await asyncio.sleep(0)
-        with pytest.raises(persist.LockTimeout):
+        with pytest.raises(persist.LockTimeout, match="another verb of the same object"):
             await session.save(timeout_s=0.05)
+        assert not first.done()
     await first
 
 
@@ -487,7 +504,7 @@ def test_child_of_a_waiting_process_has_queues_of_its_own(
 ) -> None:
     """Forked while calls of the parent wait: the child's calls run, and the parent's calls are the parent's alone.
 
-    Fails (by its alarm) if the child puts its calls into the queues of threads that it does not have.
+    Fails if the child puts its calls into a queue whose thread it does not have.
     """
     is_waiting = threading.Event()
 
@@ -505,11 +522,37 @@ def test_child_of_a_waiting_process_has_queues_of_its_own(
             signal.alarm(int(DEADLINE_S))
             with contextlib.suppress(BaseException):
                 asyncio.run(append(aio))
-                asyncio.run(append(aio))
+                asyncio.run(append(aio, "s-1"))
                 os._exit(0)
             os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         let_go(holder)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         parent.result(DEADLINE_S)
-    assert contents(store, "s-2") == ["x", "x"]
-    assert contents(store) == ["x"]
+    assert contents(store, "s-2") == ["x"]
+    assert contents(store) == ["x", "x"]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@in_loop
+async def test_child_that_a_function_of_update_forks_runs_no_call_of_its_parent(
+    aio: persist.aio.Store, store: persist.Store
+) -> None:
+    """The thread of the function goes on in the child, where the calls behind it are the parent's.
+
+    Fails if the child serves its copy of the queue: each call is made twice.
+    """
+    children: list[int] = []
+
+    def fork(_tx: persist.Transaction) -> None:
+        child = os.fork()
+        if child:
+            children.append(child)
+        else:
+            # It ends by that, wherever it is then.
+            signal.alarm(1)
+
+    update = asyncio.create_task(aio.update("s-1", fork))
+    behind = [asyncio.create_task(append(aio, "s-1")) for _ in range(10)]
+    await asyncio.gather(update, *behind)
+    await asyncio.to_thread(os.waitpid, children[0], 0)
+    assert contents(store) == ["x"] * 10

@@ -121,6 +121,13 @@ MUTANTS = (
         Change(MODULE, "Session._alone", drop_call("self._turn.release")),
     ),
     _waiting(
+        "the wait for another verb of the same object",
+        MODULE,
+        "Session._alone",
+        replace_call("asyncio.timeout", "asyncio.timeout(None)"),
+        "same_object_counts",
+    ),
+    _waiting(
         "the result of a save whose task is cancelled",
         CALLS,
         "Threads.run",
@@ -140,6 +147,14 @@ MUTANTS = (
         "Threads._here",
         condition("self._pools.pid != os.getpid()", "False"),
         "queues_of_its_own",
+    ),
+    _waiting(
+        "the queues that a forked thread leaves alone",
+        CALLS,
+        "_Pools._goes_on",
+        condition("self.pid != os.getpid()", "False"),
+        "function_of_update_forks",
+        Change(CALLS, "Queue.pop", condition("self._pid != os.getpid()", "False")),
     ),
     _waiting(
         "the lock that a verb takes over",
