@@ -164,7 +164,7 @@ class Session(_Awaited[persist.Session]):
                 session.id,
                 timeout_s=timeout_s,
                 waited_s=waited_s,
-                apply=lambda committed: session._take(committed, mine, is_durable=True),
+                apply=session._take_written,
             )
             return session.version
 

@@ -44,6 +44,21 @@ class _Base:
     tried: tuple[str, Content] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A save that another thread has written.
+
+    Attributes:
+        committed: the session.
+        mine: the state of `data` that was saved.
+        changes: what others have committed before, of the values that stand apart.
+    """
+
+    committed: Replica
+    mine: Content
+    changes: tuple[diff.Change, ...]
+
+
 class _Verb:
     """One verb of an object, while it is inside."""
 
@@ -178,20 +193,29 @@ class Session:
         refuse_changed_stream_fields(self._base.content, mine)
         return mine
 
-    def _write_apart(self, mine: Content, touch: bool, prefer: Preference, timeout_s: float) -> Replica:
+    def _write_apart(self, mine: Content, touch: bool, prefer: Preference, timeout_s: float) -> _Written:
         """Do the part of a save that another thread may do for an event loop. It does not touch `data`.
 
-        The loop's thread encodes before it and takes the result after it.
+        The loop's thread encodes `mine` before, and shows the result by `_take_written`.
         """
         try:
             with self._backend.files.transaction(self.id, timeout_s) as tx:
                 self._refuse_other(tx.read())
                 committed = self._write(tx, mine, touch, prefer)
-                if committed.content != mine:
-                    _split(mine, committed.content)
-                return committed
+                changes = diff.between(mine, committed.content)
+                return _Written(committed, mine, changes)
         except errors.SessionNotFound:
             raise self._deleted() from None
+
+    def _take_written(self, written: _Written) -> None:
+        """Bring into `data` what others have committed before a save that another thread has written."""
+        committed, mine, changes = written.committed, written.mine, written.changes
+        is_added = committed.content.fields == mine.fields and all(
+            each.is_splice and not each.remove for each in changes
+        )
+        # Added items take no look at the rest, which would hold the loop up.
+        if not (is_added and changes and self._show_changes(mine, committed, changes)):
+            self._take(committed, mine, is_durable=True)
 
     def _write(self, tx: Transaction, mine: Content, touch: bool, prefer: Preference) -> Replica:
         """Commit what `mine` changed of the merge base. Return what is committed then. It does not touch `data`."""
@@ -393,31 +417,35 @@ class Session:
         is_shown = False
         try:
             is_base = self._base.is_whole and self._base.header.commit == cleared.before.header.commit
-            is_shown = is_base and self._show_changes(cleared)
+            is_shown = is_base and self._show_changes(self._base.content, cleared.after, cleared.changes)
         finally:
             # Also after Ctrl-C: the next verb would take for an edit what was shown of it.
             if not is_shown:
                 self._show_merged(there)
 
-    def _show_changes(self, cleared: streams.Cleared) -> bool:
-        """Show a clear of what this object is based on, without a look at the rest of `data`.
+    def _show_changes(self, base: Content, after: Replica, changes: tuple[diff.Change, ...]) -> bool:
+        """Show what was committed on top of `base`, without a look at the rest of `data`.
+
+        Args:
+            base: what `data` holds, but for unsaved edits.
+            changes: what turned the values of `base` that stand apart into those of `after`.
 
         Returns:
-            Whether that was done. It is not where an unsaved edit has touched what the clear changed.
+            Whether that was done. It is not where an unsaved edit has touched what was changed.
         """
-        base, wanted, data = self._base.content, cleared.after.content, self.data
+        wanted, data = after.content, self.data
         names = [name for name in {**base.fields, **wanted.fields} if base.fields.get(name) != wanted.fields.get(name)]
         if any(_json_in(data, name) != base.fields.get(name) for name in names):
             return False
         slices = []
-        for change in cleared.changes:
+        for change in changes:
             items, live, stop = base.get(change.name), data.get(change.name), change.at + change.remove
             if not (change.is_splice and isinstance(items, Items) and type(live) is list and len(live) == len(items)):
                 return False
             old, new = items.last(len(items) - change.at)[: change.remove], list(map(bytes, change.insert))
             if json_codec.encode_all_unchecked(live[change.at : stop]) != old:
                 return False
-            # A message that the clear has marked is another object then: this one may stand elsewhere in `data`, too.
+            # A message that was changed is another object then: this one may stand elsewhere in `data`, too.
             shown = [
                 live[change.at + at] if old[at : at + 1] == [item] else json_codec.decode(item)
                 for at, item in enumerate(new)
@@ -428,7 +456,7 @@ class Session:
         for name in names:
             data.pop(name, None)
         data |= {name: json_codec.decode(wanted.fields[name]) for name in names if name in wanted.fields}
-        self._base = _Base(cleared.after.header, wanted, is_durable=True)
+        self._base = _Base(after.header, wanted, is_durable=True)
         return True
 
     def _show_merged(self, there: Replica) -> None:

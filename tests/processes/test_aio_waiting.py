@@ -385,6 +385,36 @@ async def test_waiting_for_a_save_of_the_same_object_counts(aio: persist.aio.Sto
 
 
 @in_loop
+async def test_save_brings_in_what_others_committed(aio: persist.aio.Store, store: persist.Store) -> None:
+    """Items that others added and messages that they changed stand in `data`, in the objects that tasks hold. So does
+    an edit that came while the save was written, and the next save knows it for one.
+
+    Fails if what others changed replaces the message that a task holds.
+    """
+    store.append("s-1", "messages", {"id": "m1", "content": "first"})
+    session = await aio.load("s-1")
+    messages, first = session.data["messages"], session.data["messages"][0]
+    for n in range(10):
+        store.append("s-1", "messages", {"id": f"t{n}", "content": "theirs"})
+        if n % 2:
+            store.update("s-1", lambda tx: tx.data["messages"][0].update(seen=tx.version))
+        session.data["title"] = f"title {n}"
+        with store.transaction("s-1"):
+            task = asyncio.create_task(session.save())
+            await asyncio.sleep(0)
+            session.data["edited"] = n
+        await task
+        saved = store.load("s-1").data
+        assert session.data == {**saved, "edited": n}
+        assert session.data["messages"] is messages
+        assert messages[0] is first
+        assert saved["title"] == f"title {n}"
+        assert [message["id"] for message in messages] == ["m1", *(f"t{k}" for k in range(n + 1))]
+    await session.save()
+    assert store.load("s-1").data == session.data
+
+
+@in_loop
 async def test_save_whose_task_is_cancelled_is_taken(
     aio: persist.aio.Store, store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from mutation.edits import (
     condition,
     drop_call,
     drop_keyword,
+    drop_operand,
     replace_call,
     replace_expression,
     replace_statement,
@@ -126,6 +127,13 @@ MUTANTS = (
         "Session._alone",
         replace_call("asyncio.timeout", "asyncio.timeout(None)"),
         "same_object_counts",
+    ),
+    _waiting(
+        "the look whether others have only added items",
+        "session.py",
+        "Session._take_written",
+        drop_operand("all(each.is_splice and not each.remove for each in changes)"),
+        "others_committed",
     ),
     _waiting(
         "the result of a save whose task is cancelled",
