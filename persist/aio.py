@@ -63,7 +63,8 @@ def _reading(verb: Callable[Concatenate[Any, P], Result]) -> Callable[Concatenat
 
     @functools.wraps(verb)
     async def hop(self: _Awaited[Any], /, *args: P.args, **kwargs: P.kwargs) -> Result:
-        return await self._threads.run(partial(verb, self._sync, *args, **kwargs), is_quick=True)  # type: ignore[no-any-return]
+        result: Result = await self._threads.run(partial(verb, self._sync, *args, **kwargs), is_quick=True)
+        return result
 
     return hop
 
@@ -73,7 +74,8 @@ def _looking(verb: Callable[Concatenate[Any, P], Result]) -> Callable[Concatenat
 
     @functools.wraps(verb)
     async def hop(self: _Awaited[Any], /, *args: P.args, **kwargs: P.kwargs) -> Result:
-        return await self._threads.run(partial(verb, self._sync, *args, **kwargs))  # type: ignore[no-any-return]
+        result: Result = await self._threads.run(partial(verb, self._sync, *args, **kwargs))
+        return result
 
     return hop
 
@@ -88,7 +90,9 @@ def _writing(
     async def hop(self: _Awaited[Any], /, *args: P.args, **kwargs: P.kwargs) -> Result:
         session_id = self._session_id or (args[at] if len(args) > at else kwargs.get(name))
         timeout_s: Any = kwargs.get("timeout_s")
-        return await self._threads.run(partial(verb, self._sync, *args, **kwargs), session_id, timeout_s=timeout_s)  # type: ignore[no-any-return]
+        call = partial(verb, self._sync, *args, **kwargs)
+        result: Result = await self._threads.run(call, session_id, timeout_s=timeout_s)
+        return result
 
     return hop
 
@@ -187,7 +191,8 @@ class Session(_Awaited[persist.Session]):
             await self._find_cut_off()
             clear = partial(session._clear, session.active_stream_id, timeout_s)
             options: dict[str, Any] = {"timeout_s": timeout_s, "waited_s": waited_s}
-            return await self._threads.run(clear, session.id, apply=show, **options)  # type: ignore[no-any-return]
+            is_cleared: bool = await self._threads.run(clear, session.id, apply=show, **options)
+            return is_cleared
 
     async def _find_cut_off(self) -> None:
         """Find out what became of a save whose outcome was unknown, because that changes `data`."""
@@ -245,7 +250,8 @@ class Stream(_Awaited[persist.Stream]):
         is_quick = self._sync._events.is_open
         emit = partial(self._sync.emit, *events, durable=durable, timeout_s=timeout_s)
         session_id = None if is_quick else self.session_id
-        return await self._threads.run(emit, session_id, timeout_s=timeout_s, is_quick=is_quick)  # type: ignore[no-any-return]
+        offset: int = await self._threads.run(emit, session_id, timeout_s=timeout_s, is_quick=is_quick)
+        return offset
 
     is_cancelled = _reading(persist.Stream.is_cancelled)
     update = _writing(persist.Stream.update)

@@ -324,6 +324,29 @@ async def test_block_of_a_stream_is_left_also_where_its_session_is_held(
     assert not info.is_live
 
 
+@in_loop
+async def test_call_that_gets_no_thread_is_refused_and_never_made(
+    aio: persist.aio.Store, store: persist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that may start no more threads says so, and nothing is written when it may again.
+
+    Fails if the queue stays behind: the next call waits for a thread that never comes.
+    """
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            await aio.append("s-1", "messages", {"content": "refused"})
+        with pytest.raises(RuntimeError, match="new thread"):
+            await aio.exists("s-1")
+    await aio.append("s-1", "messages", {"content": "kept"})
+    assert await aio.exists("s-1")
+    assert contents(store) == ["kept"]
+
+
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 

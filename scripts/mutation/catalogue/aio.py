@@ -9,6 +9,7 @@ from mutation.edits import (
     drop_call,
     drop_keyword,
     drop_operand,
+    drop_statement,
     replace_call,
     replace_expression,
     replace_statement,
@@ -148,6 +149,13 @@ MUTANTS = (
         "Session._alone",
         condition("self._turn_in is not loop", "self._turn_in is None"),
         "one_loop_after_the_other",
+    ),
+    _waiting(
+        "the end of a queue that gets no thread",
+        CALLS,
+        "_Pools.put_in_session",
+        drop_statement("del self._queues[session_id]"),
+        "gets_no_thread",
     ),
     _waiting(
         "the queues of a forked child",
