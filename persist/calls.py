@@ -264,7 +264,10 @@ class _Pools:
                         # Its verb takes the lock over, and frees it.
                         call.run()
             except BaseException as error:
-                queue.refuse(error)
+                if call is None:
+                    queue.refuse(error)
+                else:
+                    call.error = error
             finally:
                 # The session is free again, so the next call has not been tried.
                 queue.waiting.has_tried = queue.waiting.is_lent = False

@@ -169,9 +169,10 @@ class Hold:
 
     def _wait_for_threads(self, start: float) -> bool:
         """Wait for the threads that asked before. Tell whether it is this one's turn."""
+        longest_s = threading.TIMEOUT_MAX if self.waiting is None else _LOOK_AGAIN_S
         while True:
             left_s = self._deadline(start) - time.monotonic()
-            if self.given.acquire(timeout=max(0.0, min(left_s, _LOOK_AGAIN_S))):
+            if self.given.acquire(timeout=max(0.0, min(left_s, longest_s))):
                 return True
             if self._deadline(start) <= time.monotonic():
                 return False
