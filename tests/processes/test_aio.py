@@ -290,7 +290,11 @@ async def test_cancelled_turn_is_marked_also_if_it_is_cancelled_again_and_again(
 
     task = asyncio.create_task(turn())
     await is_running.wait()
-    await cancel_again_and_again(task)
+    with store.transaction("s-1"):
+        cancelling = asyncio.create_task(cancel_again_and_again(task))
+        await asyncio.sleep(0.05)
+        assert not task.done()
+    await cancelling
     assert store.stream("s-1") is None
     assert store.load("s-1").data["messages"] == [{**PROMPT, "interrupted": True}]
 
