@@ -10,9 +10,17 @@
     async for event in store.follow("s-42", stream_id, after=17):
         ...
 
-Each verb is one hop to a thread, so that the loop never waits for a disk or a lock. A verb that has begun is carried to
-its end, also if the task that awaits it is cancelled: the cancellation comes through after that, so nothing is written
-behind the back of a task that believes it has stopped. What a cancelled `start_stream` obtained is failed before.
+Each verb is one hop to a thread, so that the loop never waits for a disk or a lock. The calls that wait for a session
+stand in a queue, and one thread waits for all of them (see `calls`). So hundreds of tasks that wait for one session
+hold up no other session.
+
+A task that is cancelled while its call waits is let go at once, and nothing is written later. A call that has begun is
+carried to its end, and the cancellation comes through after that. So nothing is written behind the back of a task that
+believes it has stopped. The stream that a cancelled `start_stream` obtained is failed before. Leaving a stream's
+``async with`` is carried out in any case, within the store's `timeout_s`.
+
+A verb's arguments belong to the verb until it returns. `Session.save` is the exception: it writes `data` as it was when
+it was called, so tasks may edit `data` meanwhile. Such an edit is for the next save.
 
 There is no `transaction`, since nothing may be awaited while a lock is held: `update(id, function)` takes its place.
 The function is a plain one, and runs in a thread.
@@ -21,143 +29,85 @@ The function is a plain one, and runs in a thread.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import functools
+import inspect
 import operator
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Self, TypedDict, TypeVar, Unpack
 
 import persist
-from persist import event_log, follow, watch
-from persist.merge import Policy
+from persist import event_log, follow, streams, watch
+from persist.calls import Threads
+from persist.merge import Policy, Preference
+from persist.session import require_save_options
+from persist.storage.cache import Replica
 from persist.storage.commit import Mode
+from persist.translating import conflicts_in
 
 Result = TypeVar("Result")
 Twin = TypeVar("Twin")
 P = ParamSpec("P")
-#: Threads of a store: so many verbs may wait for disks, and so many for sessions' locks, at the same time.
-QUICK_THREADS = 16
-PATIENT_THREADS = 128
-
-
-# --- threads ---------------------------------------------------------------------------------------------------------
-
-
-class _Threads:
-    """Runs verbs in threads of their own, away from the threads that the application uses.
-
-    What may wait for a session's lock has threads apart, so that a session that somebody keeps locked holds up nobody's
-    events.
-    """
-
-    _pid = 0
-
-    async def run(
-        self, function: Callable[[], Result], undo: Callable[[Result], object] | None = None, *, is_quick: bool = False
-    ) -> Result:
-        """Call a function in a thread, to its end, whatever becomes of the caller.
-
-        Args:
-            undo: called with the result, in a thread, if the caller was cancelled and will not get it.
-            is_quick: it waits for no session's lock.
-        """
-        if self._pid != os.getpid():
-            # At first, and in a forked child, which has none of the threads. If two loops come here at once, the work
-            # of each is done, in whichever pool.
-            self._quick = ThreadPoolExecutor(QUICK_THREADS, thread_name_prefix="persist")
-            self._patient = ThreadPoolExecutor(PATIENT_THREADS, thread_name_prefix="persist-locks")
-            # Last, because a loop that finds the number must find the pools, too.
-            self._pid = os.getpid()
-        done, cancellation = _News(), None
-        pool, context, is_refused = self._quick if is_quick else self._patient, contextvars.copy_context(), False
-
-        def begin() -> Result:
-            if is_refused:
-                raise RuntimeError("The caller was told that this would not be done.")
-            return context.run(function)
-
-        try:
-            work = pool.submit(begin)
-        except RuntimeError:
-            # The pool has queued it, and could start no thread. The caller is told, so nothing must be done later.
-            is_refused = True
-            raise
-        # Not a task, and no future of the loop: `asyncio.run` cancels those when it ends, and the result would be lost.
-        work.add_done_callback(lambda _: done.set())
-        while not work.done():
-            try:
-                await done.wait()
-            except asyncio.CancelledError as error:
-                cancellation = error
-        if cancellation is None:
-            return work.result()
-        if undo is not None and work.exception() is None:
-            try:
-                await self.run(partial(undo, work.result()))
-            except Exception as failure:
-                # The caller that cancelled waits for the cancellation, and for nothing else.
-                cancellation.add_note(f"What was obtained could not be given back: {failure}")
-        raise cancellation from work.exception()
-
-
-class _News:
-    """An event that any thread may set, in the loop that made it; also from a signal handler."""
-
-    def __init__(self) -> None:
-        self._event = asyncio.Event()
-        self._is_on_its_way = False
-        self._loop = asyncio.get_running_loop()
-
-    def set(self) -> None:
-        """Wake the one who waits. Several calls may be one: look at what changed after `wait` has returned."""
-        if not self._is_on_its_way:
-            self._is_on_its_way = True
-            # RuntimeError: the loop has ended, and nobody waits.
-            with suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._event.set)
-
-    async def wait(self, timeout_s: float | None = None) -> None:
-        """Return when it is set, or after some seconds; it is unset then."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._event.wait()
-        self._event.clear()
-        self._is_on_its_way = False
 
 
 # --- the same verbs, awaited -----------------------------------------------------------------------------------------
 
 
-def _hop(
-    verb: Callable[Concatenate[Any, P], Result], *, is_quick: bool = False
-) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, Result]]:
-    """Return a verb that is awaited: one hop to a thread. `is_quick`: it waits for no session's lock."""
+def _reading(verb: Callable[Concatenate[Any, P], Result]) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, Result]]:
+    """Return a verb that is awaited, and waits for no session."""
 
     @functools.wraps(verb)
     async def hop(self: _Awaited[Any], /, *args: P.args, **kwargs: P.kwargs) -> Result:
-        return await self._threads.run(partial(verb, self._sync, *args, **kwargs), is_quick=is_quick)
+        result: Result = await self._threads.run(partial(verb, self._sync, *args, **kwargs), is_quick=True)
+        return result
 
     return hop
 
 
-def _loading(
-    verb: Callable[Concatenate[Any, P], persist.Session], *, is_quick: bool = False
-) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, Session]]:
-    """Return a verb that is awaited, and gives a session."""
-    load = _hop(verb, is_quick=is_quick)
+def _looking(verb: Callable[Concatenate[Any, P], Result]) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, Result]]:
+    """Return a verb that is awaited, and waits for sessions of its own choice."""
 
     @functools.wraps(verb)
-    async def hop(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> Session:
-        return Session(await load(self, *args, **kwargs), self._threads)
+    async def hop(self: _Awaited[Any], /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        result: Result = await self._threads.run(partial(verb, self._sync, *args, **kwargs))
+        return result
 
     return hop
+
+
+def _writing(
+    verb: Callable[Concatenate[Any, P], Result], *, at: int = 0
+) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, Result]]:
+    """Return a verb that is awaited, and waits for one session: the store's argument at the place `at`."""
+    *_, name = list(inspect.signature(verb).parameters)[: at + 2]
+
+    @functools.wraps(verb)
+    async def hop(self: _Awaited[Any], /, *args: P.args, **kwargs: P.kwargs) -> Result:
+        session_id = self._session_id or (args[at] if len(args) > at else kwargs.get(name))
+        timeout_s: Any = kwargs.get("timeout_s")
+        call = partial(verb, self._sync, *args, **kwargs)
+        result: Result = await self._threads.run(call, session_id, timeout_s=timeout_s)
+        return result
+
+    return hop
+
+
+def _giving_session(
+    hop: Callable[Concatenate[Any, P], Coroutine[Any, Any, persist.Session]],
+) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, Session]]:
+    """Return an awaited verb that gives a session."""
+
+    @functools.wraps(hop)
+    async def give(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> Session:
+        return Session(await hop(self, *args, **kwargs), self._threads)
+
+    return give
 
 
 def _mirrored(name: str) -> Any:
@@ -168,21 +118,31 @@ def _mirrored(name: str) -> Any:
 class _Awaited(Generic[Twin]):
     """An object of `persist` whose verbs are awaited."""
 
-    def __init__(self, sync: Twin, threads: _Threads) -> None:
+    def __init__(self, sync: Twin, threads: Threads, session_id: str | None = None) -> None:
         # The twin comes first, because a stream's twin explains why it cannot be pickled.
         self._sync = sync
         self._threads = threads
+        self._session_id = session_id
 
     def __repr__(self) -> str:
         return repr(self._sync).replace("persist.", "persist.aio.", 1)
 
 
 class Session(_Awaited[persist.Session]):
-    """A session as it was loaded; `data` is a plain dict. See `persist.Session`."""
+    """A session as it was loaded; `data` is a plain dict. See `persist.Session`.
+
+    Tasks may edit `data` at any time, because only the loop's thread reads and changes it. `save` writes the state that
+    it found when it began, and a later edit is saved by the next one. The verbs of one object follow one another.
+    """
+
+    def __init__(self, sync: persist.Session, threads: Threads) -> None:
+        super().__init__(sync, threads, sync.id)
+        self._turn = asyncio.Lock()
+        self._turn_in: asyncio.AbstractEventLoop | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # The twin refuses what would be lost at the next save.
-        if name in ("_sync", "_threads"):
+        if name in ("_sync", "_threads", "_session_id", "_turn", "_turn_in"):
             super().__setattr__(name, value)
         else:
             setattr(self._sync, name, value)
@@ -195,9 +155,81 @@ class Session(_Awaited[persist.Session]):
     updated_at: datetime = _mirrored("updated_at")
     active_stream_id: str | None = _mirrored("active_stream_id")
 
-    save = _hop(persist.Session.save)
-    refresh = _hop(persist.Session.refresh)
-    clear_stale_stream = _hop(persist.Session.clear_stale_stream)
+    async def save(
+        self, *, touch: bool = True, on_conflict: Preference = "error", timeout_s: float | None = None
+    ) -> str:
+        """See `persist.Session.save`. It writes `data` as it is now, whatever tasks change in it meanwhile."""
+        require_save_options(touch, on_conflict)
+        session, timeout_s = self._sync, self._threads.timeout_s(timeout_s)
+        async with self._alone(timeout_s) as waited_s:
+            await self._find_cut_off()
+            mine = session._encode()
+            await self._threads.run(
+                partial(session._write_apart, mine, touch, on_conflict, timeout_s),
+                session.id,
+                timeout_s=timeout_s,
+                waited_s=waited_s,
+                apply=session._take_written,
+            )
+            return session.version
+
+    async def refresh(self) -> None:
+        """See `persist.Session.refresh`."""
+        async with self._alone(None):
+            await self._read(self._sync._refresh)
+
+    async def clear_stale_stream(self, *, timeout_s: float | None = None) -> bool:
+        """See `persist.Session.clear_stale_stream`."""
+        session, timeout_s = self._sync, self._threads.timeout_s(timeout_s)
+
+        def show(cleared: streams.Cleared | None) -> bool:
+            with suppress(persist.Unreadable):
+                if cleared is not None:
+                    session._show_cleared(cleared)
+            return cleared is not None
+
+        async with self._alone(timeout_s) as waited_s:
+            await self._find_cut_off()
+            clear = partial(session._clear, session.active_stream_id, timeout_s)
+            options: dict[str, Any] = {"timeout_s": timeout_s, "waited_s": waited_s}
+            is_cleared: bool = await self._threads.run(clear, session.id, apply=show, **options)
+            return is_cleared
+
+    async def _find_cut_off(self) -> None:
+        """Find out what became of a save whose outcome was unknown, because that changes `data`."""
+        if self._sync._base.tried is not None:
+            await self._read(self._sync._recognise)
+
+    async def _read(self, show: Callable[[Replica], None]) -> None:
+        """Read the session in a thread, and show it in the loop's."""
+        session = self._sync
+
+        def bring(there: Replica) -> None:
+            with session._backend.files.looking_at(session.id), conflicts_in(session.id):
+                show(there)
+
+        await self._threads.run(session._read_apart, apply=bring, is_quick=True)
+
+    @asynccontextmanager
+    async def _alone(self, timeout_s: float | None) -> AsyncIterator[float]:
+        """Wait until no other verb of this object runs. Give the block the seconds that this took."""
+        loop = asyncio.get_running_loop()
+        since = loop.time()
+        if self._turn_in is not loop:
+            # A lock of asyncio belongs to the loop in which a task has waited for it.
+            self._turn, self._turn_in = asyncio.Lock(), loop
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._turn.acquire()
+        except TimeoutError:
+            facts: dict[str, Any] = {"path": self._sync._backend.files.layout.session(self.id).lock}
+            facts |= {"holder": "another verb of the same object", "remedy": "wait for that verb first"}
+            facts |= {"timeout_s": timeout_s, "waited_s": loop.time() - since}
+            raise persist.LockTimeout(session_id=self.id, **facts) from None
+        try:
+            yield loop.time() - since
+        finally:
+            self._turn.release()
 
 
 class Stream(_Awaited[persist.Stream]):
@@ -210,22 +242,41 @@ class Stream(_Awaited[persist.Stream]):
     session_id: str = _mirrored("session_id")
     epoch: int = _mirrored("epoch")
 
+    def __init__(self, sync: persist.Stream, threads: Threads) -> None:
+        super().__init__(sync, threads, sync.session_id)
+
     async def emit(self, *events: Any, durable: bool = False, timeout_s: float | None = None) -> int:
         """See `persist.Stream.emit`."""
+        # The first one looks at the session.
+        is_quick = self._sync._events.is_open
         emit = partial(self._sync.emit, *events, durable=durable, timeout_s=timeout_s)
-        return await self._threads.run(emit, is_quick=self._sync._events.is_open)
+        session_id = None if is_quick else self.session_id
+        offset: int = await self._threads.run(emit, session_id, timeout_s=timeout_s, is_quick=is_quick)
+        return offset
 
-    is_cancelled = _hop(persist.Stream.is_cancelled, is_quick=True)
-    update = _hop(persist.Stream.update)
-    checkpoint = _hop(persist.Stream.checkpoint)
-    append = _hop(persist.Stream.append)
-    finish = _hop(persist.Stream.finish)
-    fail = _hop(persist.Stream.fail)
+    is_cancelled = _reading(persist.Stream.is_cancelled)
+    update = _writing(persist.Stream.update)
+    checkpoint = _writing(persist.Stream.checkpoint)
+    append = _writing(persist.Stream.append)
+    finish = _writing(persist.Stream.finish)
+    fail = _writing(persist.Stream.fail)
 
     async def __aenter__(self) -> Self:
         return self
 
-    __aexit__ = _hop(persist.Stream.__exit__)
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        leave = partial(self._sync.__exit__, kind, error, trace)
+        try:
+            await self._threads.run(leave, self.session_id, is_cleaning_up=True)
+        except Exception as failure:
+            if self._sync._lease.is_held:
+                # The session was not free in time, so the twin does not know that its block was left.
+                await self._threads.run(self._sync._close, is_quick=True, is_cleaning_up=True)
+            if error is None:
+                raise
+            error.add_note(f"Stream {self.id} could not be marked as interrupted either: {failure}")
 
 
 class _Starting(Coroutine[Any, Any, Stream]):
@@ -261,9 +312,35 @@ def _starting(
 
     @functools.wraps(verb)
     def start(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> _Starting:
-        return _Starting(self._started(partial(verb, self._sync, *args, **kwargs)))
+        session_id, timeout_s = args[0] if args else kwargs.get("session_id"), kwargs.get("timeout_s")
+        return _Starting(self._started(session_id, timeout_s, partial(verb, self._sync, *args, **kwargs)))
 
     return start
+
+
+class _News:
+    """An event that any thread may set, in the loop that made it; also from a signal handler."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+        self._is_on_its_way = False
+        self._loop = asyncio.get_running_loop()
+
+    def set(self) -> None:
+        """Wake the one who waits. Several calls may be one: look at what changed after `wait` has returned."""
+        if not self._is_on_its_way:
+            self._is_on_its_way = True
+            # RuntimeError: the loop has ended, and nobody waits.
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self, timeout_s: float | None = None) -> None:
+        """Return when it is set, or after some seconds; it is unset then."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._event.wait()
+        self._event.clear()
+        self._is_on_its_way = False
 
 
 class Following:
@@ -319,11 +396,14 @@ class Following:
 
     async def _opened(self) -> follow.Cursor:
         if self._cursor is None:
-            self._cursor, self._news = await self._threads.run(self._look, undo=follow.Cursor.close), _News()
+            self._cursor, self._news = await self._threads.run(self._look, undo=self._give_back), _News()
             self.offset = self._cursor.after
             self._open.callback(self._cursor.close)
             self._open.enter_context(watch.waking(self._cursor.path, self._news.set))
         return self._cursor
+
+    async def _give_back(self, cursor: follow.Cursor) -> None:
+        await self._threads.run(cursor.close, is_quick=True, is_cleaning_up=True)
 
     async def _wait(self, cursor: follow.Cursor) -> None:
         """Return when there is an event, or there will be none."""
@@ -388,7 +468,8 @@ class Store(_Awaited[persist.Store]):
         if isinstance(path, persist.Store) and options:
             expected = "given to the persist.Store itself"
             raise persist.InvalidArgument(what="options", got="given beside it", expected=expected)
-        super().__init__(path if isinstance(path, persist.Store) else persist.Store(path, **options), _Threads())
+        store = path if isinstance(path, persist.Store) else persist.Store(path, **options)
+        super().__init__(store, Threads(store._backend.files))
 
     path: Path = _mirrored("path")
 
@@ -402,34 +483,37 @@ class Store(_Awaited[persist.Store]):
     async def __aexit__(self, *_error: object) -> None:
         self.close()
 
-    load = _loading(persist.Store.load, is_quick=True)
-    head = _hop(persist.Store.head, is_quick=True)
-    heads = _hop(_heads, is_quick=True)
-    tail = _hop(persist.Store.tail, is_quick=True)
-    exists = _hop(persist.Store.exists, is_quick=True)
-    ids = _hop(persist.Store.ids, is_quick=True)
-    create = _loading(persist.Store.create)
-    duplicate = _loading(persist.Store.duplicate)
-    delete = _hop(persist.Store.delete)
-    update = _hop(persist.Store.update)
-    append = _hop(persist.Store.append)
-    extend = _hop(persist.Store.extend)
+    load = _giving_session(_reading(persist.Store.load))
+    head = _reading(persist.Store.head)
+    heads = _reading(_heads)
+    tail = _reading(persist.Store.tail)
+    exists = _reading(persist.Store.exists)
+    ids = _reading(persist.Store.ids)
+    create = _giving_session(_writing(persist.Store.create))
+    duplicate = _giving_session(_writing(persist.Store.duplicate, at=1))
+    delete = _writing(persist.Store.delete)
+    update = _writing(persist.Store.update)
+    append = _writing(persist.Store.append)
+    extend = _writing(persist.Store.extend)
 
     start_stream = _starting(persist.Store.start_stream)
 
-    async def _started(self, start: Callable[[], persist.Stream]) -> Stream:
-        stream = await self._threads.run(start, undo=lambda stream: stream.__exit__(None, None, None))
+    async def _started(self, session_id: object, timeout_s: Any, start: Callable[[], persist.Stream]) -> Stream:
+        def undo(stream: persist.Stream) -> Coroutine[Any, Any, None]:
+            return Stream(stream, self._threads).__aexit__(None, None, None)
+
+        stream = await self._threads.run(start, session_id, timeout_s=timeout_s, undo=undo)
         return Stream(stream, self._threads)
 
     def follow(self, session_id: str, stream_id: str, *, after: int | Literal["end"] = 0) -> Following:
         """See `persist.Store.follow`. Use it as ``async for event in store.follow(…)``; await it to open it at once."""
         return Following(self, session_id, stream_id, after)
 
-    events = _hop(persist.Store.events, is_quick=True)
-    cancel = _hop(persist.Store.cancel)
-    stream = _hop(persist.Store.stream)
-    streams = _hop(persist.Store.streams)
-    clear_stale_streams = _hop(persist.Store.clear_stale_streams)
-    check = _hop(persist.Store.check)
-    compact = _hop(persist.Store.compact)
-    accept = _loading(persist.Store.accept)
+    events = _looking(persist.Store.events)
+    cancel = _writing(persist.Store.cancel)
+    stream = _writing(persist.Store.stream)
+    streams = _looking(persist.Store.streams)
+    clear_stale_streams = _looking(persist.Store.clear_stale_streams)
+    check = _looking(persist.Store.check)
+    compact = _writing(persist.Store.compact)
+    accept = _giving_session(_writing(persist.Store.accept))

@@ -6,6 +6,7 @@ document's own objects.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from persist.json_codec import same
@@ -27,15 +28,23 @@ def _shared_in(document: Any) -> set[int]:
     """The ids of the objects and arrays that stand at more than one place of a document."""
     seen: set[int] = set()
     shared: set[int] = set()
-    pending = [document]
-    while pending:
-        item = pending.pop()
-        if id(item) in seen:
-            shared.add(id(item))
-            continue
-        seen.add(id(item))
-        children = item.values() if type(item) is dict else item
-        pending += [child for child in children if type(child) in (dict, list)]
+    level = [document]
+    while level:
+        # A level at a time, because a call for each message of a long session would hold an event loop up.
+        fresh = dict(zip(map(id, level), level, strict=True))
+        if len(fresh) < len(level):
+            shared |= {each for each, times in Counter(map(id, level)).items() if times > 1}
+        again = seen & fresh.keys()
+        shared |= again
+        for each in again:
+            del fresh[each]
+        seen |= fresh.keys()
+        level = [
+            child
+            for item in fresh.values()
+            for child in (item.values() if type(item) is dict else item)
+            if type(child) in (dict, list)
+        ]
     return shared
 
 

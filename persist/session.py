@@ -46,6 +46,20 @@ class _Base(msgspec.Struct, frozen=True, eq=False):
     tried: tuple[str, Content] | None = None
 
 
+class _Written(msgspec.Struct, frozen=True, eq=False):
+    """A save that another thread has written.
+
+    Attributes:
+        committed: the session.
+        mine: the state of `data` that was saved.
+        changes: what others have committed before, of the values that stand apart.
+    """
+
+    committed: Replica
+    mine: Content
+    changes: tuple[diff.Change, ...]
+
+
 class _Alone:
     """A block that one thread at a time is in. Once dropped, it is left: Ctrl-C may come between any two steps."""
 
@@ -175,22 +189,49 @@ class Session:
 
         Concurrency: holds the session's lock for read, merge and write, across threads and processes.
         """
-        if on_conflict not in _PREFERENCES:
-            raise errors.InvalidArgument(what="on_conflict", expected=" | ".join(_PREFERENCES), got=repr(on_conflict))
-        require_flags(touch=touch)
+        require_save_options(touch, on_conflict)
         try:
             with self._backend.files.transaction(self.id, timeout_s) as tx, self._alone():
-                self._save(tx, touch, on_conflict)
+                self._recognise(tx.read())
+                mine = self._encode()
+                self._take(self._write(tx, mine, touch, on_conflict), mine, is_durable=True)
                 return self.version
         except errors.SessionNotFound:
             raise self._deleted() from None
 
-    def _save(self, tx: Transaction, touch: bool, prefer: Preference) -> None:
-        there = tx.read()
-        self._recognise(there)
-        base = self._base
-        mine = encoded(self.data, base.content)
-        refuse_changed_stream_fields(base.content, mine)
+    def _encode(self) -> Content:
+        """Encode `data` as it is now. A save writes that."""
+        mine = encoded(self.data, self._base.content)
+        refuse_changed_stream_fields(self._base.content, mine)
+        return mine
+
+    def _write_apart(self, mine: Content, touch: bool, prefer: Preference, timeout_s: float) -> _Written:
+        """Do the part of a save that another thread may do for an event loop. It does not touch `data`.
+
+        The loop's thread encodes `mine` before, and shows the result by `_take_written`.
+        """
+        try:
+            with self._backend.files.transaction(self.id, timeout_s) as tx:
+                self._refuse_other(tx.read())
+                committed = self._write(tx, mine, touch, prefer)
+                changes = diff.between(mine, committed.content)
+                return _Written(committed, mine, changes)
+        except errors.SessionNotFound:
+            raise self._deleted() from None
+
+    def _take_written(self, written: _Written) -> None:
+        """Bring into `data` what others have committed before a save that another thread has written."""
+        committed, mine, changes = written.committed, written.mine, written.changes
+        is_added = committed.content.fields == mine.fields and all(
+            each.is_splice and not each.remove for each in changes
+        )
+        # Added items take no look at the rest, which would hold the loop up.
+        if not (is_added and changes and self._show_changes(mine, committed, changes)):
+            self._take(committed, mine, is_durable=True)
+
+    def _write(self, tx: Transaction, mine: Content, touch: bool, prefer: Preference) -> Replica:
+        """Commit what `mine` changed of the merge base. Return what is committed then. It does not touch `data`."""
+        there, base = tx.read(), self._base
         is_current = base.is_whole and there.header.commit == base.header.commit
         if mine == base.content:
             merged = there.content
@@ -216,16 +257,20 @@ class Session:
                 tx.require_known()
             else:
                 tx.confirm()
-        self._take(committed, mine, is_durable=True)
+        return committed
+
+    def _refuse_other(self, there: Replica) -> None:
+        """Refuse another session of the same id."""
+        if there.header.incarnation != self._base.header.incarnation:
+            raise self._deleted()
 
     def _recognise(self, there: Replica) -> None:
         """Refuse another session of the same id, and find out what became of a save that was cut off.
 
         What it appended without an id must not be appended again.
         """
+        self._refuse_other(there)
         base = self._base
-        if there.header.incarnation != base.header.incarnation:
-            raise self._deleted()
         if base.tried is None:
             return
         commit_id, mine = base.tried
@@ -317,10 +362,21 @@ class Session:
             there = self._read()
             with self._backend.files.looking_at(self.id), self._alone(), conflicts_in(self.id):
                 if self._base is before:
-                    self._recognise(there)
-                    if there.header.commit != self._base.header.commit:
-                        self._merge_in(there, self._base.content, is_durable=False)
+                    self._refresh(there)
                     return
+
+    def _refresh(self, there: Replica) -> None:
+        """Bring what was read into `data`, in place."""
+        self._recognise(there)
+        if there.header.commit != self._base.header.commit:
+            self._merge_in(there, self._base.content, is_durable=False)
+
+    def _read_apart(self) -> Replica:
+        """Do the part of a refresh that another thread may do for an event loop. It does not touch `data`."""
+        there, base = self._read(), self._base
+        if there.header.commit != base.header.commit:
+            _split(base.content, there.content)
+        return there
 
     def _read(self) -> Replica:
         try:
@@ -354,13 +410,8 @@ class Session:
             there = self._read()
             with self._alone():
                 self._recognise(there)
-        stream_id, incarnation = self.active_stream_id, self._base.header.incarnation
-        if stream_id is None:
-            return False
-        try:
-            cleared = streams.clear_stale(self._backend, self.id, stream_id, incarnation, timeout_s=timeout_s)
-        except errors.SessionNotFound:
-            return False
+        stream_id = self.active_stream_id
+        cleared = self._clear(stream_id, timeout_s)
         if cleared is not None:
             try:
                 with self._alone():
@@ -369,6 +420,16 @@ class Session:
                 pass  # it is cleared, and the next verb meets the disk again
         return cleared is not None
 
+    def _clear(self, stream_id: str | None, timeout_s: float | None) -> streams.Cleared | None:
+        """Commit the clear of a stream, if it is dead. It does not touch `data`."""
+        if stream_id is None:
+            return None
+        incarnation = self._base.header.incarnation
+        try:
+            return streams.clear_stale(self._backend, self.id, stream_id, incarnation, timeout_s=timeout_s)
+        except errors.SessionNotFound:
+            return None
+
     def _show_cleared(self, cleared: streams.Cleared) -> None:
         """Show what the clear has committed. An unsaved edit that contradicts it stays, but for the stream fields."""
         there = cleared.after
@@ -376,32 +437,36 @@ class Session:
         is_shown = False
         try:
             is_base = self._base.is_whole and self._base.header.commit == cleared.before.header.commit
-            is_shown = is_base and self._show_changes(cleared)
+            is_shown = is_base and self._show_changes(self._base.content, cleared.after, cleared.changes)
         finally:
             # Also after Ctrl-C: the next verb would take for an edit what was shown of it.
             if not is_shown:
                 self._show_merged(there)
 
-    def _show_changes(self, cleared: streams.Cleared) -> bool:
-        """Show a clear of what this object is based on, without a look at the rest of `data`.
+    def _show_changes(self, base: Content, after: Replica, changes: tuple[diff.Change, ...]) -> bool:
+        """Show what was committed on top of `base`, without a look at the rest of `data`.
+
+        Args:
+            base: what `data` holds, but for unsaved edits.
+            changes: what turned the values of `base` that stand apart into those of `after`.
 
         Returns:
-            Whether that was done. It is not where an unsaved edit has touched what the clear changed.
+            Whether that was done. It is not where an unsaved edit has touched what was changed.
         """
-        base, wanted, data = self._base.content, cleared.after.content, self.data
+        wanted, data = after.content, self.data
         names = [name for name in {**base.fields, **wanted.fields} if base.fields.get(name) != wanted.fields.get(name)]
         for name in names:
             if (json_codec.encode_unchecked(data[name]) if name in data else None) != base.fields.get(name):
                 return False
         slices = []
-        for change in cleared.changes:
+        for change in changes:
             items, live, stop = base.get(change.name), data.get(change.name), change.at + change.remove
             if not (change.is_splice and isinstance(items, Items) and type(live) is list and len(live) == len(items)):
                 return False
             old, new = items.last(len(items) - change.at)[: change.remove], list(map(bytes, change.insert))
             if json_codec.encode_all_unchecked(live[change.at : stop]) != old:
                 return False
-            # A message that the clear has marked is another object then: this one may stand elsewhere in `data`, too.
+            # A message that was changed is another object then: this one may stand elsewhere in `data`, too.
             shown = [
                 live[change.at + at] if old[at : at + 1] == [item] else json_codec.decode(item)
                 for at, item in enumerate(new)
@@ -412,7 +477,7 @@ class Session:
         for name in names:
             data.pop(name, None)
         data |= {name: json_codec.decode(wanted.fields[name]) for name in names if name in wanted.fields}
-        self._base = _Base(cleared.after.header, wanted, is_durable=True)
+        self._base = _Base(after.header, wanted, is_durable=True)
         return True
 
     def _show_merged(self, there: Replica) -> None:
@@ -427,3 +492,19 @@ class Session:
 
     def _deleted(self) -> errors.SessionDeleted:
         return errors.SessionDeleted(session_id=self.id, path=self._backend.files.layout.session(self.id).document)
+
+
+def require_save_options(touch: bool, on_conflict: Preference) -> None:
+    """Raise `InvalidArgument` for options of a save that it cannot take."""
+    if on_conflict not in _PREFERENCES:
+        got = errors.shown(on_conflict)
+        raise errors.InvalidArgument(what="on_conflict", got=got, expected=" | ".join(_PREFERENCES))
+    require_flags(touch=touch)
+
+
+def _split(*contents: Content) -> None:
+    """Split the lists of contents into their items, because a comparison needs the items."""
+    for content in contents:
+        for value in content.apart.values():
+            if isinstance(value, Items):
+                value.split()

@@ -33,6 +33,8 @@ _MOST_EAGER_AFTER_S = 0.03
 PATIENCE_S = 0.05
 #: A longer wait is logged.
 LONG_WAIT_S = 0.05
+#: A hold that waits for other threads looks so often at a deadline that may change.
+_LOOK_AGAIN_S = 0.05
 
 
 #: The path of a lock -> the holds of this process that want it, in the order of their arrival. It is the first one's
@@ -43,6 +45,37 @@ _queues: dict[str, deque[ref[Hold]]] = {}
 _hold_of: dict[int, ref[Hold]] = {}
 
 
+class Waiting:
+    """The wait of one thread on behalf of several calls. The thread learns only with the lock which call it runs.
+
+    Attributes:
+        deadline: the end of the wait. The thread looks at it again and again, so calls may come and go meanwhile.
+        has_tried: whether the thread has found the lock taken, or has it.
+        is_lent: whether the thread holds the lock, and the next verb of that thread may have it.
+    """
+
+    __slots__ = ("deadline", "has_tried", "is_lent")
+
+    def __init__(self) -> None:
+        self.deadline = 0.0
+        self.has_tried = self.is_lent = False
+
+    def extend(self, timeout_s: float) -> float:
+        """Wait for a further call, too. Return the deadline of that call."""
+        deadline = now_s() + timeout_s
+        self.deadline = max(self.deadline, deadline)
+        return deadline
+
+    def give_up(self) -> None:
+        """End the wait, because no call is left."""
+        self.deadline = 0.0
+
+    @staticmethod
+    def left_s(deadline: float) -> float:
+        """Return how many seconds there are until a deadline. It is negative after the deadline."""
+        return deadline - now_s()
+
+
 class Hold:
     """The lock of a session, as one thread takes it and gives it up. Once dropped, it is given up.
 
@@ -51,16 +84,18 @@ class Hold:
         timeout_s: seconds to wait in all, for other threads and for other processes.
 
     Attributes:
+        waiting: the calls for which the thread takes the lock, in the place of `timeout_s`. None for an ordinary verb.
         thread: the native id of the thread that asked for it, 0 before that.
         given: locked while that waits for other threads.
     """
 
-    __slots__ = ("__weakref__", "_file", "_me", "_pid", "given", "path", "session_id", "thread", "timeout_s")
+    __slots__ = ("__weakref__", "_file", "_me", "_pid", "given", "path", "session_id", "thread", "timeout_s", "waiting")
 
     def __init__(self, path: str, session_id: str, timeout_s: float) -> None:
         self.path = path
         self.session_id = session_id
         self.timeout_s = timeout_s
+        self.waiting: Waiting | None = None
         self.given = threading.Lock()
         self.thread = 0
         self._file: HeldFile | None = None
@@ -82,6 +117,9 @@ class Hold:
         # Where the table is owned, this is a signal handler (or a finaliser) in the middle of opening or closing a
         # lock: to wait here would stop everybody.
         if outer is not None or table._is_owned():  # type: ignore[attr-defined]
+            is_lent = outer is not None and outer.waiting is not None and outer.waiting.is_lent
+            if outer is not None and is_lent and not table._is_owned():  # type: ignore[attr-defined]
+                return self._take_over(outer)
             raise nested(self.session_id, held="unknown" if outer is None else outer.session_id)
         start = now_s()
         try:
@@ -95,10 +133,8 @@ class Hold:
                     self.given.acquire()
                 queue.append(self._me)
             must_wait = self.given.locked()
-            if must_wait and not self.given.acquire(timeout=min(self.timeout_s, threading.TIMEOUT_MAX)):
-                remedy = "Wait for longer (timeout_s), or leave that thread's transaction() sooner."
-                holder = f"this process (pid {self._pid}), thread {_thread_that_holds(self.path)!r}"
-                raise self._timeout(start, holder=holder, remedy=remedy)
+            if must_wait and not self._wait_for_threads(start):
+                raise self._timeout(start, **_described_thread(_first_in(self.path)))
             self._file = HeldFile(self.path)
             if turnstile.is_taken(self._file.fd) or not self._file.try_lock():
                 self._wait_for_processes(start)
@@ -120,14 +156,43 @@ class Hold:
             self.release()
             raise
 
+    def _take_over(self, lent: Hold) -> HeldFile:
+        """Take the lock that this thread holds for its next verb. If the verb wants another one first, free that."""
+        if lent.path != self.path:
+            lent.release()
+            return self.acquire()
+        with table:
+            _queues[self.path][0] = self._me
+        _hold_of[lent.thread] = self._me
+        self.thread, lent.thread = lent.thread, 0
+        self._file, lent._file = lent._file, None
+        assert self._file is not None
+        return self._file
+
+    def _deadline(self, start: float) -> float:
+        """Return until when this hold waits."""
+        if self.waiting is None:
+            return start + self.timeout_s
+        self.waiting.has_tried = True
+        return self.waiting.deadline
+
+    def _wait_for_threads(self, start: float) -> bool:
+        """Wait for the threads that asked before. Tell whether it is this one's turn."""
+        longest_s = threading.TIMEOUT_MAX if self.waiting is None else _LOOK_AGAIN_S
+        while True:
+            left_s = self._deadline(start) - now_s()
+            if self.given.acquire(timeout=max(0.0, min(left_s, longest_s))):
+                return True
+            if self._deadline(start) <= now_s():
+                return False
+
     def _wait_for_processes(self, start: float) -> None:
         """Lock the file behind the process that is next."""
         assert self._file is not None
         has_turn, waiting_since = False, now_s()
-        deadline = start + self.timeout_s
         try:
             has_turn = turnstile.take(self._file.fd)
-            while (now := now_s()) < deadline:
+            while (now := now_s()) < (deadline := self._deadline(start)):
                 waited_s = now - waiting_since
                 outside_s = _POLL_FIRST_S * (1.0 - waited_s / _MOST_EAGER_AFTER_S) * random.uniform(0.5, 1.0)
                 time.sleep(min(deadline - now, _POLL_NEXT_S if has_turn else max(_POLL_NEXT_S, outside_s)))
@@ -205,11 +270,31 @@ def _process_that_holds(path: str) -> str:
     return "unknown" if pid is None else describe_process(pid)
 
 
-def _thread_that_holds(path: str) -> str:
+def describe_holder(path: str, waiting: Waiting) -> dict[str, str]:
+    """Tell who holds the lock for which a thread waits, and what can be done: the facts of a `LockTimeout`.
+
+    The caller is another thread, so the thread may have the lock by now.
+    """
+    first = _first_in(path)
+    if first is None or first.waiting is waiting:
+        return {"holder": _process_that_holds(path)}
+    return _described_thread(first)
+
+
+def _first_in(path: str) -> Hold | None:
     queue = _queues.get(path)
-    first = queue[0]() if queue else None
+    try:
+        return queue[0]() if queue else None
+    except IndexError:
+        # The only hold has left just now.
+        return None
+
+
+def _described_thread(hold: Hold | None) -> dict[str, str]:
     names = {thread.native_id: thread.name for thread in threading.enumerate()}
-    return "unknown" if first is None else names.get(first.thread, "unknown")
+    name = "unknown" if hold is None else names.get(hold.thread, "unknown")
+    remedy = "Wait for longer (timeout_s), or leave that thread's transaction() sooner."
+    return {"holder": f"this process (pid {os.getpid()}), thread {name!r}", "remedy": remedy}
 
 
 def describe_process(pid: int) -> str:

@@ -11,36 +11,30 @@ import signal
 import sys
 import threading
 import types
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
-import anyio
-import anyio.to_thread
 import pytest
 from actors import DEADLINE_S
 from conftest import ActorFactory
+from harness.loops import cancel_again_and_again, in_loop
 
 import persist
 import persist.aio
-from persist.aio import QUICK_THREADS
+from persist.calls import QUICK_THREADS
 from persist.storage import disk
 
-pytestmark = pytest.mark.anyio
 PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
 ANSWER = {"id": "a1", "role": "assistant", "content": "Because."}
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
-async def aio(store: persist.Store) -> AsyncIterator[persist.aio.Store]:
+def aio(store: persist.Store) -> Iterator[persist.aio.Store]:
     store.create("s-1", {"title": "Async", "messages": []})
-    async with persist.aio.Store(persist.Store(store.path, timeout_s=20.0)) as opened:
-        yield opened
+    opened = persist.aio.Store(persist.Store(store.path, timeout_s=20.0))
+    yield opened
+    opened.close()
 
 
 class Gate:
@@ -58,7 +52,7 @@ class Gate:
         monkeypatch.setattr(disk, step, held_up)
 
     async def wait(self) -> None:
-        assert await anyio.to_thread.run_sync(self.reached.wait, DEADLINE_S)
+        assert await asyncio.to_thread(self.reached.wait, DEADLINE_S)
 
 
 def contents(store: persist.Store) -> list[str]:
@@ -86,6 +80,7 @@ def test_every_verb_is_there_with_the_same_arguments(kind: str) -> None:
             assert parameters(member) == parameters(getattr(mirror, name)), name
 
 
+@in_loop
 async def test_verbs_do_what_their_twins_do(aio: persist.aio.Store, store: persist.Store) -> None:
     """Create, load, change, save, append, update, look, duplicate, delete."""
     session = await aio.create("s-2", {"messages": []})
@@ -108,6 +103,7 @@ async def test_verbs_do_what_their_twins_do(aio: persist.aio.Store, store: persi
         persist.aio.Store(store, timeout_s=1.0)
 
 
+@in_loop
 async def test_large_sessions_cost_what_changes(aio: persist.aio.Store) -> None:
     """`update` and `compact` do what their twins do; a verb of a large session appends to its journal."""
     await aio.create("s-2", {"title": "Async", "messages": ["x" * 70_000]})
@@ -122,6 +118,7 @@ async def test_large_sessions_cost_what_changes(aio: persist.aio.Store) -> None:
     assert (await aio.load("s-2")).data == {"title": "Large", "messages": ["x" * 70_000, PROMPT]}
 
 
+@in_loop
 async def test_turn_from_prompt_to_answer(aio: persist.aio.Store, store: persist.Store) -> None:
     """A stream as a context manager: one owner, checkpoints, and the answer."""
     async with aio.start_stream("s-1", PROMPT) as stream:
@@ -140,6 +137,7 @@ async def test_turn_from_prompt_to_answer(aio: persist.aio.Store, store: persist
     assert await aio.streams() == []
 
 
+@in_loop
 async def test_start_is_a_coroutine(aio: persist.aio.Store, store: persist.Store) -> None:
     """What wants a coroutine takes it (`asyncio.create_task`, say), and it starts one stream."""
     starting = aio.start_stream("s-1", PROMPT)
@@ -151,6 +149,7 @@ async def test_start_is_a_coroutine(aio: persist.aio.Store, store: persist.Store
     await stream.finish(ANSWER)
 
 
+@in_loop
 async def test_turn_that_raises_is_marked(aio: persist.aio.Store, store: persist.Store) -> None:
     """B3: leaving the block without `finish` is `fail`: the prompt stays, marked, and the session is free."""
     with pytest.raises(ZeroDivisionError):
@@ -162,6 +161,7 @@ async def test_turn_that_raises_is_marked(aio: persist.aio.Store, store: persist
     assert await aio.clear_stale_streams() == persist.Sweep([], {})
 
 
+@in_loop
 async def test_stale_stream_is_cleared(aio: persist.aio.Store, actor: ActorFactory) -> None:
     """A7: the stream of a process that is gone."""
     owner = actor()
@@ -175,6 +175,7 @@ async def test_stale_stream_is_cleared(aio: persist.aio.Store, actor: ActorFacto
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
+@in_loop
 async def test_loop_runs_on_while_a_verb_waits(aio: persist.aio.Store, actor: ActorFactory) -> None:
     """A lock that another process holds stops the task that needs it, and no other.
 
@@ -183,33 +184,35 @@ async def test_loop_runs_on_while_a_verb_waits(aio: persist.aio.Store, actor: Ac
     other = actor()
     other.start_and_pause("store.append('s-1', 'messages', {'content': 'theirs'})", "replace")
     ticks = 0
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(aio.append, "s-1", "messages", {"content": "mine"})
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(aio.append("s-1", "messages", {"content": "mine"}))
         for _ in range(50):
-            await anyio.sleep(0.002)
+            await asyncio.sleep(0.002)
             ticks += 1
         assert other.process.poll() is None
         other.go()
-    await anyio.to_thread.run_sync(other.result)
+    await asyncio.to_thread(other.result)
     assert ticks == 50
     assert [message["content"] for message in (await aio.load("s-1")).data["messages"]] == ["theirs", "mine"]
 
 
+@in_loop
 async def test_many_tasks_on_one_session_lose_nothing(aio: persist.aio.Store, store: persist.Store) -> None:
     """A12: 100 read-modify-writes at once, in one loop, and none is lost."""
 
     async def visit() -> None:
         await aio.update("s-1", lambda tx: tx.data.update(visits=tx.data.get("visits", 0) + 1))
 
-    async with anyio.create_task_group() as tasks:
+    async with asyncio.TaskGroup() as tasks:
         for _ in range(100):
-            tasks.start_soon(visit)
+            tasks.create_task(visit())
     assert store.load("s-1").data["visits"] == 100
 
 
 # --- cancellation -----------------------------------------------------------------------------------------------------
 
 
+@in_loop
 async def test_write_survives_the_cancellation_of_its_task(
     aio: persist.aio.Store, store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,30 +221,19 @@ async def test_write_survives_the_cancellation_of_its_task(
     Fails if the task does not wait for its thread.
     """
     gate = Gate(monkeypatch, "replace")
-    was_cancelled = False
-
-    async def write() -> None:
-        nonlocal was_cancelled
-        try:
-            await aio.append("s-1", "messages", {"content": "kept"})
-            await anyio.sleep(DEADLINE_S)
-        except anyio.get_cancelled_exc_class():
-            was_cancelled = True
-            assert gate.is_open.is_set(), "cancelled while its thread was still writing"
-            raise
-
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(write)
-        await gate.wait()
-        tasks.cancel_scope.cancel()
-        # The loop goes round some times before the disk gives in.
-        with anyio.CancelScope(shield=True):
-            await anyio.sleep(0.05)
-        gate.is_open.set()
-    assert was_cancelled
+    task = asyncio.create_task(aio.append("s-1", "messages", {"content": "kept"}))
+    await gate.wait()
+    task.cancel()
+    # The loop goes round some times before the disk gives in.
+    await asyncio.sleep(0.05)
+    assert not task.done(), "cancelled while its thread was still writing"
+    gate.is_open.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
     assert contents(store) == ["kept"]
 
 
+@in_loop
 async def test_cancelled_start_fails_the_stream_that_it_obtained(
     aio: persist.aio.Store, store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,37 +242,64 @@ async def test_cancelled_start_fails_the_stream_that_it_obtained(
     Fails without the undo: the session is busy until the stream is collected, and nobody knows.
     """
     gate = Gate(monkeypatch, "replace")
-    async with anyio.create_task_group() as tasks:
-
-        async def start() -> None:
-            await aio.start_stream("s-1", PROMPT)
-
-        tasks.start_soon(start)
-        await gate.wait()
-        tasks.cancel_scope.cancel()
-        gate.is_open.set()
+    task = asyncio.create_task(aio.start_stream("s-1", PROMPT))
+    await gate.wait()
+    task.cancel()
+    gate.is_open.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
     assert store.stream("s-1") is None
     assert store.load("s-1").data["messages"] == [{**PROMPT, "interrupted": True}]
     assert list((store.path / ".leases").iterdir()) == []
 
 
-async def test_native_cancellation_of_asyncio_waits_for_the_write(
+@in_loop
+async def test_cancellation_again_and_again_waits_for_the_write(
     aio: persist.aio.Store, store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`task.cancel()`, again and again, heeds no shield of anyio: the write comes first all the same."""
+    """A call that has begun is carried to its end, however often its task is cancelled.
+
+    Fails if a call that has begun lets its task go.
+    """
     gate = Gate(monkeypatch, "replace")
     task = asyncio.create_task(aio.append("s-1", "messages", {"content": "kept"}))
     await gate.wait()
-    for _ in range(3):
-        task.cancel()
-        await asyncio.sleep(0.01)
-        assert not task.done()
+    cancelling = asyncio.create_task(cancel_again_and_again(task))
+    await asyncio.sleep(0.05)
+    assert not task.done()
     gate.is_open.set()
-    with pytest.raises(asyncio.CancelledError):
-        await task
+    await cancelling
+    assert task.cancelled()
     assert contents(store) == ["kept"]
 
 
+@in_loop
+async def test_cancelled_turn_is_marked_also_if_it_is_cancelled_again_and_again(
+    aio: persist.aio.Store, store: persist.Store
+) -> None:
+    """A request that ends is cancelled in every round of the loop: leaving the stream's block is carried out.
+
+    Fails if the way out of the block is let go while it waits: nobody marks the prompt.
+    """
+    is_running = asyncio.Event()
+
+    async def turn() -> None:
+        async with aio.start_stream("s-1", PROMPT):
+            is_running.set()
+            await asyncio.sleep(DEADLINE_S)
+
+    task = asyncio.create_task(turn())
+    await is_running.wait()
+    with store.transaction("s-1"):
+        cancelling = asyncio.create_task(cancel_again_and_again(task))
+        await asyncio.sleep(0.05)
+        assert not task.done()
+    await cancelling
+    assert store.stream("s-1") is None
+    assert store.load("s-1").data["messages"] == [{**PROMPT, "interrupted": True}]
+
+
+@in_loop
 async def test_failure_of_a_cancelled_write_is_not_lost(
     aio: persist.aio.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +355,7 @@ def cancelled_at(step: int, work: Coroutine[Any, Any, Any]) -> Generator[Any, An
         return step <= 0
 
 
+@in_loop
 async def test_cancellation_at_every_await_loses_nothing_and_leaks_no_lease(scratch: Path) -> None:
     """A turn with events, a follower, checkpoints and an answer, cancelled at its n-th suspension, for every n."""
     step = 0
@@ -371,6 +391,7 @@ async def test_cancellation_at_every_await_loses_nothing_and_leaks_no_lease(scra
 # --- following --------------------------------------------------------------------------------------------------------
 
 
+@in_loop
 async def test_follower_in_the_loop_sees_every_event_of_another_process(
     aio: persist.aio.Store, actor: ActorFactory
 ) -> None:
@@ -382,27 +403,30 @@ async def test_follower_in_the_loop_sees_every_event_of_another_process(
         found = [(event.offset, event.data) async for event in following]
     assert found == [(n + 1, n) for n in range(2000)]
     assert (following.ended, following.offset) == ("finished", 2000)
-    await anyio.to_thread.run_sync(owner.result)
+    await asyncio.to_thread(owner.result)
 
 
+@in_loop
 async def test_follower_that_times_out_again_and_again_loses_nothing(aio: persist.aio.Store) -> None:
     """A step that is cancelled (a heartbeat's time-out) may have read events; the next step hands them out."""
-    async with aio.start_stream("s-1") as stream, anyio.create_task_group() as tasks:
+    async with aio.start_stream("s-1") as stream, asyncio.TaskGroup() as tasks:
 
         async def emit() -> None:
             for n in range(200):
                 await stream.emit(n)
             await stream.finish()
 
-        tasks.start_soon(emit)
+        tasks.create_task(emit())
         following, found = aio.follow("s-1", stream.id), []
         while following.ended is None:
-            with anyio.move_on_after(0.001):
-                event = await anext(following, None)
-                found += [] if event is None else [event.data]
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.001):
+                    event = await anext(following, None)
+                    found += [] if event is None else [event.data]
     assert found == list(range(200))
 
 
+@in_loop
 async def test_death_of_the_owner_ends_the_loop(aio: persist.aio.Store, actor: ActorFactory) -> None:
     """The follower gets what was emitted, and then the news."""
     owner = actor()
@@ -415,6 +439,7 @@ async def test_death_of_the_owner_ends_the_loop(aio: persist.aio.Store, actor: A
     assert following.ended == "died"
 
 
+@in_loop
 async def test_bad_cursor_is_answered_at_the_first_step(aio: persist.aio.Store) -> None:
     """D5: a clear error, never a hang."""
     async with aio.start_stream("s-1") as stream:
@@ -426,6 +451,7 @@ async def test_bad_cursor_is_answered_at_the_first_step(aio: persist.aio.Store) 
                 await aio.follow("s-1", bad[0], after=bad[1])
 
 
+@in_loop
 async def test_dropped_follower_leaves_no_descriptor(aio: persist.aio.Store) -> None:
     """Whoever leaves the loop early need not close it."""
     if sys.platform != "linux":
@@ -453,7 +479,7 @@ def test_follower_of_a_loop_that_has_ended_disturbs_no_emitter(store: persist.St
         async def look() -> None:
             await anext(following)
 
-        anyio.run(look)
+        asyncio.run(look())
         assert stream.emit("second") == 2
         following.close()
         stream.finish()
@@ -462,6 +488,7 @@ def test_follower_of_a_loop_that_has_ended_disturbs_no_emitter(store: persist.St
 # --- threads, forks and loops -----------------------------------------------------------------------------------------
 
 
+@in_loop
 async def test_streams_end_after_the_store_is_closed(aio: persist.aio.Store, store: persist.Store) -> None:
     """A server that stops closes its store, and the turns that still run go on until they end.
 
@@ -476,6 +503,7 @@ async def test_streams_end_after_the_store_is_closed(aio: persist.aio.Store, sto
     assert contents(store) == ["Why?", "Because."]
 
 
+@in_loop
 async def test_cancellation_comes_through_when_the_undo_fails(
     aio: persist.aio.Store, store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -501,12 +529,12 @@ async def test_cancellation_comes_through_when_the_undo_fails(
         raise persist.StoreClosed(path=store.path)
 
     monkeypatch.setattr(persist.Stream, "__exit__", refused)
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(start)
-        await gate.wait()
-        tasks.cancel_scope.cancel()
-        gate.is_open.set()
-    assert isinstance(caught[0], anyio.get_cancelled_exc_class())
+    task = asyncio.create_task(start())
+    await gate.wait()
+    task.cancel()
+    gate.is_open.set()
+    await asyncio.wait([task])
+    assert isinstance(caught[0], asyncio.CancelledError)
     info = store.stream("s-1")
     assert info is None or not info.is_live
 
@@ -516,17 +544,18 @@ def _suppressed(call: Callable[[], object]) -> None:
         call()
 
 
+@in_loop
 async def test_locked_session_holds_up_no_events_of_others(aio: persist.aio.Store, store: persist.Store) -> None:
     """More verbs than there are quick threads wait for one session; another session's stream goes on.
 
     Fails if all verbs share the threads.
     """
     await aio.create("s-2", {"messages": []})
-    async with aio.start_stream("s-2") as stream, anyio.create_task_group() as tasks:
+    async with aio.start_stream("s-2") as stream, asyncio.TaskGroup() as tasks:
         await stream.emit(0)
         with store.transaction("s-1"):
             for n in range(2 * QUICK_THREADS):
-                tasks.start_soon(aio.append, "s-1", "messages", {"content": str(n)})
+                tasks.create_task(aio.append("s-1", "messages", {"content": str(n)}))
             for n in range(20):
                 await stream.emit(n)
             assert len(await aio.events("s-2", stream.id)) == 21
@@ -534,6 +563,7 @@ async def test_locked_session_holds_up_no_events_of_others(aio: persist.aio.Stor
     assert len(contents(store)) == 2 * QUICK_THREADS
 
 
+@in_loop
 async def test_closed_follower_stops(aio: persist.aio.Store) -> None:
     """Closed before its first step, between two, and by another task while one waits: the loop ends."""
     async with aio.start_stream("s-1") as stream:
@@ -544,13 +574,13 @@ async def test_closed_follower_stops(aio: persist.aio.Store) -> None:
         await anext(between)
         between.close()
         assert [event.data async for event in between] == [2]
-        async with anyio.create_task_group() as tasks:
+        async with asyncio.TaskGroup() as tasks:
 
             async def close() -> None:
-                await anyio.sleep(0.02)
+                await asyncio.sleep(0.02)
                 waiting_one.close()
 
-            tasks.start_soon(close)
+            tasks.create_task(close())
             assert [event async for event in waiting_one] == []
 
 
@@ -563,16 +593,16 @@ def test_loops_in_two_threads_share_a_store(store: persist.Store) -> None:
         await aio.update("s-1", lambda tx: tx.data.update(n=tx.data["n"] + 1))
 
     async def serve() -> None:
-        async with anyio.create_task_group() as tasks:
+        async with asyncio.TaskGroup() as tasks:
             for _ in range(50):
-                tasks.start_soon(count)
+                tasks.create_task(count())
 
-    threads = [threading.Thread(target=anyio.run, args=(serve,)) for _ in range(2)]
+    threads = [threading.Thread(target=lambda: asyncio.run(serve())) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(DEADLINE_S)
-    anyio.run(serve)
+    asyncio.run(serve())
     assert store.load("s-1").data["n"] == 150
 
 
@@ -598,6 +628,7 @@ def test_forked_worker_has_threads_of_its_own(store: persist.Store) -> None:
     assert contents(store) == ["x", "x"]
 
 
+@in_loop
 async def test_large_event_passes(aio: persist.aio.Store) -> None:
     """Megabytes in one event are read in a thread, and in one piece."""
     async with aio.start_stream("s-1") as stream:

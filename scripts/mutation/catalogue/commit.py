@@ -202,7 +202,7 @@ MUTANTS = (
     Mutant(
         "commit: the sync before a save without a change is acknowledged",
         "session.py",
-        "Session._save",
+        "Session._write",
         drop_call("tx.confirm"),
         COMMIT,
         f"{ACKNOWLEDGED} and save",

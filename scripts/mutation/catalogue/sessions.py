@@ -31,7 +31,7 @@ def _merged(name: str, function: str, edit: Edit, tests: tuple[str, ...], select
 MUTANTS = (
     _saved(
         "the merge",
-        "Session._save",
+        "Session._write",
         replace_statement(
             "is_current = base.is_whole and there.header.commit == base.header.commit", "is_current = True"
         ),
@@ -40,12 +40,12 @@ MUTANTS = (
     ),
     _saved(
         "the incarnation",
-        "Session._recognise",
-        condition("there.header.incarnation != base.header.incarnation", "False"),
+        "Session._refuse_other",
+        condition("there.header.incarnation != self._base.header.incarnation", "False"),
         HAZARDS,
         "c1",
     ),
-    _saved("the refusal of removals in mid-turn", "Session._save", drop_call("self._refuse_removal"), HAZARDS, "b2"),
+    _saved("the refusal of removals in mid-turn", "Session._write", drop_call("self._refuse_removal"), HAZARDS, "b2"),
     Mutant(
         "the version that an edit was decided on",
         "transaction.py",
@@ -115,7 +115,7 @@ MUTANTS = (
     # --- a save that was cut off ---
     _saved(
         "the recognition of one that was cut off",
-        "Session._save",
+        "Session.save",
         drop_call("self._recognise"),
         SHARED_SESSIONS,
         "cut_off_counts_once",
@@ -136,7 +136,7 @@ MUTANTS = (
     ),
     _saved(
         "the note that one was refused",
-        "Session._save",
+        "Session._write",
         drop_statement("self._base = structs.replace(base, is_durable=False)"),
         SHARED_SESSIONS,
         "refused_may_be_repeated",
@@ -164,7 +164,7 @@ MUTANTS = (
     ),
     _saved(
         "the look whether the merge base is the content of its commit",
-        "Session._save",
+        "Session._write",
         drop_operand("base.is_whole"),
         SHARED_SESSIONS,
         "mixed_base",
@@ -172,14 +172,14 @@ MUTANTS = (
     # --- durability ---
     _saved(
         "the sync of what others committed",
-        "Session._save",
+        "Session._write",
         condition("base.is_durable and is_current", "base.is_durable"),
         SHARED_SESSIONS,
         "made_durable",
     ),
     _saved(
         "the sync of what a refresh has read",
-        "Session.refresh",
+        "Session._refresh",
         replace_expression(
             "self._merge_in(there, self._base.content, is_durable=False)",
             "self._merge_in(there, self._base.content, is_durable=self._base.is_durable)",
