@@ -223,7 +223,10 @@ class Session(_Awaited[persist.Session]):
                 await self._turn.acquire()
         except TimeoutError:
             facts: dict[str, Any] = {"path": self._sync._backend.files.layout.session(self.id).lock}
-            facts |= {"holder": "another verb of the same object", "remedy": "wait for that verb first"}
+            facts |= {
+                "holder": "another verb of the same object",
+                "remedy": "Wait for that verb first: await its save().",
+            }
             facts |= {"timeout_s": timeout_s, "waited_s": loop.time() - since}
             raise persist.LockTimeout(session_id=self.id, **facts) from None
         try:
