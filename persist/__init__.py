@@ -47,5 +47,4 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+# No `__dir__`: tools that look at every name of every loaded module (freezegun does) would load all of the package.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib import resources
 from pathlib import Path
 
@@ -58,10 +60,53 @@ def test_an_error_of_the_plugin_needs_no_pytest() -> None:
 
 
 def test_every_public_name_resolves() -> None:
-    """Each of ``persist.__all__`` is there, is listed by ``dir``, and stays the same object."""
+    """Each of ``persist.__all__`` is there, and stays the same object."""
     for name in persist.__all__:
         assert getattr(persist, name) is getattr(persist, name)
-        assert name in dir(persist)
+
+
+def test_a_tool_that_looks_at_every_name_loads_nothing() -> None:
+    """freezegun does that in each process of a test run, with the plugin loaded. Fails if `dir` lists lazy names."""
+    look = "import sys, persist, persist.pytest_plugin\n"
+    look += "[getattr(module, name, None) for module in [*sys.modules.values()] for name in dir(module)]"
+    loaded = {name for name in modules_after(look) if name.startswith("persist")}
+    assert loaded == {"persist", "persist.pytest_plugin"}
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
+    """Fails if a test, a script or a document slips in, or a module is left out."""
+    build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
+    subprocess.run(build, cwd=PROJECT.parent, check=True, capture_output=True)
+    [wheel] = tmp_path.iterdir()
+    names = set(zipfile.ZipFile(wheel).namelist())
+    package = {
+        path.relative_to(PROJECT.parent).as_posix()
+        for path in (PROJECT.parent / "persist").rglob("*")
+        if path.suffix in (".py", ".pyi") or path.name == "py.typed"
+    }
+    info = f"persist_sessions-{persist.__version__}.dist-info"
+    about = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")}
+    assert names == package | about
+    assert {"persist/__init__.pyi", "persist/py.typed", "persist/store.py"} <= names
+
+
+def test_the_command_names_an_intruder(tmp_path: Path) -> None:
+    """Another distribution that installs into the package `persist` breaks it. Its name says what to uninstall."""
+    shutil.copytree(Path(persist.__file__).parent, tmp_path / "persist")
+    (tmp_path / "persist" / "store.py").write_text("class Save: pass\n")
+    info = tmp_path / "savegames-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: savegames\nVersion: 1.0\n")
+    (info / "RECORD").write_text("persist/store.py,,\n")
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import persist.cli as c; c.main()",
+    ]
+    done = subprocess.run([*command, str(tmp_path), "ls"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "savegames has put files of its own into the package persist" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_module_of_the_errors_is_there_from_the_start() -> None:
