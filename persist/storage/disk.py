@@ -395,7 +395,7 @@ def mkdir(path: StrPath) -> None:
 def make_directory(path: StrPath) -> None:
     """Make a directory, mode 0700, and what is missing above it; durable on return."""
     missing = []
-    while not os.path.exists(path):
+    while not _is_there(path):
         missing.append(path)
         path = os.path.dirname(path)
     if missing:
@@ -406,6 +406,15 @@ def make_directory(path: StrPath) -> None:
         with contextlib.suppress(FileExistsError):
             mkdir(directory)
         sync_directory(os.path.dirname(directory))
+
+
+def _is_there(path: StrPath) -> bool:
+    # `os.path.exists` takes a disk that refuses to answer for a missing file.
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def ignores_case(directory: str, name: str) -> bool:
