@@ -33,10 +33,6 @@ class SharedTimeout(PersistError, TimeoutError):
 
 
 class NotShared(PersistError, RuntimeError):
-    """This worker cannot reach what the others share."""
+    """This worker cannot reach what the others share, or the directory for that is of no use."""
 
-    template = (
-        "This worker shares no directory with the others: it runs on another machine, or its controller has not loaded "
-        "the plugin. Load it with '-p persist.pytest_plugin', in addopts say, and not in a conftest.py of a "
-        "subdirectory."
-    )
+    template = "This worker shares no directory with the others: {reason}."

@@ -74,6 +74,7 @@ class Once:
     ) -> None:
         self.run = run
         self.key = key
+        self._teardown = teardown
         facts = {"factory": origin, "teardown": address_of(teardown), "style": style}
         self.session_id = run.session(KIND, key, **facts)
 
@@ -101,7 +102,7 @@ class Once:
         producing[self.session_id] = stream.id
         try:
             value = factory()
-            json_codec.check(value)
+            self._require_json(value)
         except outcome.NO_OUTCOME:
             raise
         except BaseException as error:
@@ -114,6 +115,18 @@ class Once:
         number = self.run.count("made")
         stream.finish({"kind": VALUE, "worker": self.run.worker, "number": number, "value": value})
         return None
+
+    def _require_json(self, value: Any) -> None:
+        """Refuse a value that no other process can get, and tear it down: nobody else will."""
+        try:
+            json_codec.check(value)
+        except BaseException as error:
+            if self._teardown is not None:
+                try:
+                    self._teardown(value)
+                except Exception as failed:
+                    error.add_note(f"Its teardown failed, too: {failed!r}")
+            raise
 
     def end(self, error: BaseException | None = None) -> None:
         """Note that what was made is finished: whoever comes later makes it anew."""

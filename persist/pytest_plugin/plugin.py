@@ -24,8 +24,11 @@ import inspect
 import json
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -63,7 +66,8 @@ if TYPE_CHECKING:
 
 
 _KEY = "persist_directory"
-_STORE_LOCK_TIMEOUT_S = 30.0
+#: Many workers on few cores may queue for one session. What waits for a value has a time-out of its own above.
+_STORE_LOCK_TIMEOUT_S = 60.0
 
 
 # --- the processes of a run ---
@@ -87,15 +91,40 @@ class Participant:
         if self._directory is None:
             from persist.pytest_plugin.errors import NotShared
 
-            raise NotShared
+            reason = "it runs on another machine, or its controller has not loaded the plugin"
+            remedy = "Load it with '-p persist.pytest_plugin', in addopts say, and in no conftest.py of a subdirectory."
+            raise NotShared(reason=reason, remedy=remedy)
         return self._directory
+
+    def store(self, name: str) -> Store:
+        """Open a store of the run's directory.
+
+        Raises:
+            NotShared: locks do not work there, say. It fails the test that asks for it, and not the run.
+        """
+        from persist.errors import PersistError
+        from persist.pytest_plugin.errors import NotShared
+        from persist.store import Store
+
+        try:
+            return Store(self.directory / name, timeout_s=_STORE_LOCK_TIMEOUT_S)
+        except NotShared:
+            raise
+        except (PersistError, OSError) as error:
+            remedy = (
+                "Name one on a local disk: PERSIST_TEST_DIR in the environment, or persist_test_dir in the ini file."
+            )
+            raise NotShared(reason=str(error).rstrip("."), remedy=remedy) from error
 
     @functools.cached_property
     def run(self) -> Run:
         """The run, opened at the first use."""
         from persist.pytest_plugin.run import Run
 
-        return Run(self.directory, self._worker or "main")
+        run = Run(self.store("run"), self._worker or "main")
+        if self._worker is None:
+            end_on_sigterm()
+        return run
 
     @functools.cached_property
     def uses(self) -> Uses:
@@ -138,7 +167,8 @@ class Controller:
     Without xdist it is the only process, and a `Participant` besides.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
         self._live: set[str] = set()
         self._gateways: list[Any] = []
         self._published: set[str] | None = None
@@ -148,18 +178,24 @@ class Controller:
     @functools.cached_property
     def directory(self) -> Path:
         """The run's directory; nobody has made it yet."""
-        root = os.environ.get("PYTEST_DEBUG_TEMPROOT") or tempfile.gettempdir()
-        return Path(root).resolve() / f"persist-run-{os.urandom(16).hex()}"
+        root = os.environ.get("PERSIST_TEST_DIR") or self._config.getini("persist_test_dir")
+        root = root or os.environ.get("PYTEST_DEBUG_TEMPROOT") or tempfile.gettempdir()
+        return Path(root).expanduser().resolve() / f"persist-run-{os.urandom(16).hex()}"
 
     @property
     def _is_used(self) -> bool:
         return "directory" in self.__dict__ and self.directory.exists()
 
     @functools.cached_property
-    def _run(self) -> Run:
+    def _run(self) -> Run | None:
+        """The run, as this process sees it. None if its directory is of no use: the tests that met that have failed."""
+        from persist.errors import PersistError
         from persist.pytest_plugin.run import Run
 
-        return Run(self.directory, "controller")
+        try:
+            return Run(Participant(self.directory, None).store("run"), "controller")
+        except PersistError:
+            return None
 
     def pytest_report_header(self, config: pytest.Config) -> list[str]:
         """Tell with ``-v`` where the run's directory is."""
@@ -188,11 +224,12 @@ class Controller:
         self._publish()
 
     def _publish(self) -> None:
-        if self._live != self._published and self._live and self._is_used:
+        if self._live != self._published and self._live and self._is_used and self._run is not None:
             from persist.pytest_plugin.uses import publish_live
 
             publish_live(self._run, sorted(self._live))
             self._published = set(self._live)
+            end_on_sigterm()
 
     # --- the end ---
 
@@ -206,8 +243,11 @@ class Controller:
             self._end()
             if self._problems and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
-            if session.exitstatus == pytest.ExitCode.OK and self._is_used:
-                shutil.rmtree(self.directory, ignore_errors=True)
+            if self._is_used:
+                if session.exitstatus == pytest.ExitCode.OK:
+                    shutil.rmtree(self.directory, ignore_errors=True)
+                else:
+                    keep(self.directory)
 
     def pytest_unconfigure(self) -> None:
         # For an end that was cut short, by a second interrupt say.
@@ -218,7 +258,7 @@ class Controller:
             from persist.pytest_plugin.ending import end, outlive
 
             # xdist's own end is cut short by a second interrupt: then workers may still be in their tests.
-            self._problems += outlive(self._gateways) or end(self._run)
+            self._problems += outlive(self._gateways) or ([] if self._run is None else end(self._run))
             self._has_ended = True
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
@@ -231,14 +271,49 @@ class Controller:
             terminalreporter.write_line(f"persist: what this run shared is kept in {self.directory}")
 
 
+#: So many directories of runs that failed are kept.
+_MOST_KEPT = 3
+_ENDED = "ended"
+
+
+def keep(directory: Path) -> None:
+    """Keep the directory of a run that has failed, and remove those of the oldest ones.
+
+    Those of runs that were killed have no end, and stay.
+    """
+    with suppress(OSError):
+        directory.joinpath(_ENDED).touch()
+        ends = [path for path in directory.parent.glob(f"persist-run-*/{_ENDED}") if path.owner() == directory.owner()]
+        for path in sorted(ends, key=lambda path: path.stat().st_mtime_ns)[:-_MOST_KEPT]:
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end the run as an interrupt does, with its teardowns, unless somebody else has asked for the signal.
+
+    Only a run that shares something does that.
+    """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _exit)
+
+
+def _exit(*_: object) -> None:
+    pytest.exit("terminated by SIGTERM", returncode=128 + signal.SIGTERM)
+
+
 _PARTICIPANT = pytest.StashKey[Participant]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the setting in the ini file."""
+    parser.addini("persist_test_dir", "where the processes of a run meet: a directory on a local disk", default="")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Find out which process of the run this is."""
     worker_input: dict[str, Any] | None = getattr(config, "workerinput", None)
     if worker_input is None:
-        controller = Controller()
+        controller = Controller(config)
         # First: a wrapper that is registered later stands inside, so that the participant ends before the run does.
         config.pluginmanager.register(controller, "persist-controller")
         participant: Participant = _Alone(controller)
@@ -318,9 +393,7 @@ def persist_once(request: pytest.FixtureRequest) -> PersistOnce:
 @pytest.fixture(scope="session")
 def persist_store(request: pytest.FixtureRequest) -> Store:
     """A `persist.Store` that all workers of this run share. It begins empty, and goes with the run."""
-    from persist.store import Store
-
-    return Store(_participant(request).directory / "store", timeout_s=_STORE_LOCK_TIMEOUT_S)
+    return _participant(request).store("store")
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from persist.errors import InvalidArgument, SessionBusy, SessionExists, SessionNotFound
@@ -24,8 +23,6 @@ from persist.store import Store
 from persist.streams import Stream
 from persist.transaction import Transaction
 
-#: Many workers on few cores may queue for one session; whoever waits here has a time-out of its own above.
-_LOCK_TIMEOUT_S = 60.0
 _POLL_S = (0.02, 0.05)
 
 Data = dict[str, Any]
@@ -35,12 +32,12 @@ class Run:
     """One process's view of what its test run shares.
 
     Args:
-        directory: belongs to this run alone; made here.
+        store: belongs to this run alone.
         worker: how this process is called, "gw0" say.
     """
 
-    def __init__(self, directory: Path, worker: str) -> None:
-        self.store = Store(directory / "run", timeout_s=_LOCK_TIMEOUT_S)
+    def __init__(self, store: Store, worker: str) -> None:
+        self.store = store
         self.worker = worker
         self.held = Held()
 

@@ -4,7 +4,11 @@ The producer keeps the generator, and goes on with it when every other worker is
 ending and has torn down what it built on it. Who the workers are is told by the controller, to which the kernel reports
 a death (the end of a pipe); what an ending worker still uses it tells itself. Both stand in one session:
 
-    {"live": ["gw0", "gw1"], "ending": {"gw1": ["once-…"]}}
+    {"live": ["gw0", "gw1"], "ending": {"gw1": ["once-…"]}, "ended": ["once-…"]}
+
+A process that said that it is ending may go on: plugins that run a failed test again do so after its teardown. It takes
+its word back, and a fixture that is being finished by then is made anew after that. So the look whether others need a
+fixture, and the word that it is ended, are one transaction.
 
 Nobody waits for ever: pytest tears down in the reverse order of setting up, and a use comes after its production, so
 each wait is for something produced later. A process that is ending says so before it waits.
@@ -21,6 +25,7 @@ from persist import json_codec
 from persist.pytest_plugin.errors import SharedTimeout
 from persist.pytest_plugin.once import Once
 from persist.pytest_plugin.run import Run, Wait
+from persist.transaction import Transaction
 
 #: After an interrupt xdist gives a worker some ten seconds, and half of them are gone when it hears of it.
 HURRY_S = 2.0
@@ -42,12 +47,15 @@ class Use:
             value = next(generator)
         except StopIteration:
             raise ValueError("The fixture did not yield a value.") from None
+        self.generator = generator
         try:
             json_codec.check(value)
-        except BaseException:
-            generator.close()
+        except BaseException as error:
+            # No other process can get it. What stands behind the ``yield`` takes it down.
+            failed, self.generator = self._rest(), None
+            if failed is not None:
+                error.add_note(f"Its end failed, too: {failed!r}")
             raise
-        self.generator = generator
         return value
 
     def abandon(self) -> None:
@@ -89,6 +97,7 @@ class Uses:
         self._run = run
         self._is_alone = is_alone
         self._uses: dict[str, Use] = {}
+        self._has_announced = False
         self.is_ending = False
         self.is_hurried = False
 
@@ -97,11 +106,43 @@ class Uses:
         __tracebackhide__ = True
         use = self._uses.setdefault(use.once.session_id, use)
         try:
-            return use.once.value(lambda: use.start(make), timeout_s)
+            self._go_on(use, timeout_s)
+            value = use.once.value(lambda: use.start(make), timeout_s)
+            if use.generator is not None:
+                self._set_ended(use.once.session_id, ended=False)
+            return value
         except BaseException:
             self._uses.pop(use.once.session_id, None)
             use.abandon()
             raise
+
+    def _go_on(self, use: Use, timeout_s: float) -> None:
+        """Take back that this process is ending, and wait for the end of the fixture if that has begun."""
+        __tracebackhide__ = True
+        self.is_ending = False
+        if self._is_alone or not self._has_announced:
+            return
+        self._has_announced = False
+
+        def take_back(tx: Transaction) -> bool:
+            tx.data["ending"].pop(self._run.worker, None)
+            return use.once.session_id in tx.data.get("ended", [])
+
+        wait = Wait(timeout_s)
+        if self._run.store.update(WORKERS, take_back):
+            reason = "another worker is finishing it, and it is made anew after that"
+            facts = {"holder": "another worker", "since_s": 0.0, "remedy": "Raise timeout_s."}
+            while use.once.record() is not None:
+                wait.pause(SharedTimeout(key=use.once.key, reason=reason, waited_s=wait.waited_s, **facts))
+
+    def _set_ended(self, session_id: str, *, ended: bool) -> None:
+        def put(tx: Transaction) -> None:
+            others = [each for each in tx.data.get("ended", []) if each != session_id]
+            tx.data["ended"] = [*others, session_id] if ended else others
+
+        if not self._is_alone:
+            self._run.make(WORKERS)
+            self._run.store.update(WORKERS, put)
 
     def release(self, use: Use) -> None:
         """The fixture is torn down in this process.
@@ -130,7 +171,7 @@ class Uses:
     def _announce(self) -> None:
         if self._is_alone:
             return
-        uses = list(self._uses)
+        uses, self._has_announced = list(self._uses), True
         self._run.make(WORKERS)
         self._run.store.update(WORKERS, lambda tx: tx.data.setdefault("ending", {}).update({self._run.worker: uses}))
 
@@ -151,19 +192,26 @@ class Uses:
             except KeyboardInterrupt as error:
                 interrupt, self.is_hurried = error, True
             except SharedTimeout:
+                self._set_ended(use.once.session_id, ended=True)
                 return interrupt or (None if self.is_hurried else late)
         return interrupt
 
     def _others(self, session_id: str) -> list[str]:
-        """The workers that may still use it."""
+        """Return the workers that may still use it. If there is none, it is ended from now on."""
         if self._is_alone:
             return []
-        state = self._run.store.load(WORKERS).data
-        if "live" not in state:
-            return ["workers that the controller has not named"]
-        ending = state.get("ending", {})
-        others = [worker for worker in state["live"] if worker != self._run.worker]
-        return [worker for worker in others if session_id in ending.get(worker, [session_id])]
+
+        def look(tx: Transaction) -> list[str]:
+            if "live" not in tx.fields:
+                return ["workers that the controller has not named"]
+            ending = tx.data.get("ending", {})
+            others = [worker for worker in tx.data["live"] if worker != self._run.worker]
+            others = [worker for worker in others if session_id in ending.get(worker, [session_id])]
+            if not others:
+                tx.data.setdefault("ended", []).append(session_id)
+            return others
+
+        return self._run.store.update(WORKERS, look)
 
 
 def publish_live(run: Run, live: list[str]) -> None:

@@ -119,10 +119,12 @@ class Project:
             text=True,
         )
 
-    def run(self, *arguments: str, interrupt_at: str = "", **options: Any) -> Outcome:
+    def run(
+        self, *arguments: str, interrupt_at: str = "", by: signal.Signals = signal.SIGINT, **options: Any
+    ) -> Outcome:
         """Run pytest on it to the end.
 
-        Interrupt the process that was started when somebody has noted `interrupt_at`.
+        Interrupt the process that was started, by a signal, when somebody has noted `interrupt_at`.
         """
         # An interrupt in the middle of an import leaves the module's file for the garbage collector: that is Python's
         # own.
@@ -130,7 +132,7 @@ class Project:
         with self.start(*arguments, *tolerated, **options) as process:
             if interrupt_at:
                 self._await(interrupt_at)
-                process.send_signal(signal.SIGINT)
+                process.send_signal(by)
             try:
                 printed, _ = process.communicate(timeout=TIMEOUT_S)
             except subprocess.TimeoutExpired:

@@ -17,6 +17,7 @@ from persist.errors import SessionBusy
 from persist.pytest_plugin import ending, locks, shared_fixture
 from persist.pytest_plugin.once import Once
 from persist.pytest_plugin.run import Run
+from persist.store import Store
 from persist.streams import Stream
 
 Projects = Callable[..., Project]
@@ -137,7 +138,7 @@ def test_value_made_just_before_the_claim_is_taken(scratch: Path) -> None:
 
     Fails without that look in `Once.value`.
     """
-    first, second = Run(scratch, "gw0"), LateRun(scratch, "gw1")
+    first, second = Run(Store(scratch / "run"), "gw0"), LateRun(Store(scratch / "run"), "gw1")
     second.other = lambda: Once(first, "key", "here").value(lambda: "first", 5.0)
     assert Once(second, "key", "here").value(lambda: "second", 5.0) == "first"
 
@@ -165,7 +166,7 @@ def test_whoever_asks_meanwhile_waits(scratch: Path) -> None:
 
     The first factory ends when the other has asked twice. Fails if `Run.try_stream` takes a claim from its holder.
     """
-    first, second = Run(scratch, "gw0"), WatchedRun(scratch, "gw1")
+    first, second = Run(Store(scratch / "run"), "gw0"), WatchedRun(Store(scratch / "run"), "gw1")
     made: list[str] = []
     got: list[str] = []
 
@@ -193,7 +194,7 @@ def test_named_lock_keeps_others_out(scratch: Path) -> None:
 
     Fails if `Run.try_stream` takes it from its holder.
     """
-    first, second = Run(scratch, "gw0"), WatchedRun(scratch, "gw1")
+    first, second = Run(Store(scratch / "run"), "gw0"), WatchedRun(Store(scratch / "run"), "gw1")
     entered: list[str] = []
 
     def ask() -> None:
@@ -214,7 +215,7 @@ def test_numbers_are_drawn_once(scratch: Path) -> None:
     barrier, drawn = threading.Barrier(4, timeout=20.0), list[int]()
 
     def draw(worker: str) -> None:
-        run = Run(scratch, worker)
+        run = Run(Store(scratch / "run"), worker)
         barrier.wait()
         drawn.extend(run.count("number") for _ in range(30))
 
@@ -242,7 +243,7 @@ def test_interrupted_end_goes_on_and_repeats_nothing(scratch: Path) -> None:
     Fails without `mark_ended`.
     """
     _torn_down.clear()
-    run = Run(scratch, "main")
+    run = Run(Store(scratch / "run"), "main")
     for value in ("first", "second"):
         Once(run, value, "here", teardown=tear_down).value(functools.partial(str, value), 5.0)
     with pytest.raises(KeyboardInterrupt):
@@ -254,7 +255,7 @@ def test_interrupted_end_goes_on_and_repeats_nothing(scratch: Path) -> None:
 
 def test_finished_value_is_made_anew(scratch: Path) -> None:
     """A worker that comes after the end, in place of one that crashed say, does not get what is finished."""
-    run = Run(scratch, "gw0")
+    run = Run(Store(scratch / "run"), "gw0")
     once = Once(run, "key", "here", style="yield")
     assert once.value(lambda: "first", 5.0) == "first"
     once.end()
@@ -263,7 +264,7 @@ def test_finished_value_is_made_anew(scratch: Path) -> None:
 
 def test_interrupted_factory_may_run_again(scratch: Path) -> None:
     """Ctrl-C in a factory says nothing about the value: it is not recorded, and the claim is free."""
-    run = Run(scratch, "gw0")
+    run = Run(Store(scratch / "run"), "gw0")
 
     def interrupted() -> None:
         raise KeyboardInterrupt
@@ -277,7 +278,7 @@ def test_interrupted_factory_may_run_again(scratch: Path) -> None:
 def test_names_are_strings(scratch: Path, name: Any) -> None:
     """A key, a lock's and a counter's name is a string."""
     with pytest.raises(TypeError, match="is a string"):
-        Run(scratch, "gw0").session("once", name)
+        Run(Store(scratch / "run"), "gw0").session("once", name)
 
 
 def test_errors_survive_pickling() -> None:

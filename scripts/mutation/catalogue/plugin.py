@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutation.edits import condition, drop_call, replace_call, replace_statement, return_now
+from mutation.edits import condition, drop_call, drop_handler, replace_call, replace_statement, return_now
 from mutation.mutant import Mutant
 
 # Where the plugin is. Its modules are named here only.
@@ -13,6 +13,7 @@ FAILURES = ("tests/plugin/test_failures.py",)
 UNTOUCHED = ("tests/plugin/test_untouched.py",)
 USE = ("tests/plugin/test_use.py",)
 WAITING = ("tests/plugin/test_waiting.py",)
+GOING_ON = ("tests/plugin/test_going_on.py",)
 
 MUTANTS = (
     Mutant(
@@ -92,5 +93,45 @@ MUTANTS = (
         replace_call("os.urandom", "b'same'"),
         UNTOUCHED,
         "belongs_to_one_run",
+    ),
+    Mutant(
+        "plugin: the word that is taken back",
+        f"{SHARED}/uses.py",
+        "Uses._go_on",
+        return_now(),
+        GOING_ON,
+        "while_it_is_finished or after_the_last_teardown",
+    ),
+    Mutant(
+        "plugin: the end of a value that is no JSON",
+        f"{SHARED}/once.py",
+        "Once._require_json",
+        condition("self._teardown is not None", "False"),
+        GOING_ON,
+        "refused_and_torn_down",
+    ),
+    Mutant(
+        "plugin: the look whether the directory is of use",
+        HOOKS,
+        "Controller._run",
+        drop_handler("PersistError"),
+        GOING_ON,
+        "directory_without_locks",
+    ),
+    Mutant(
+        "plugin: the directories that go",
+        HOOKS,
+        "keep",
+        return_now(),
+        GOING_ON,
+        "three_at_most",
+    ),
+    Mutant(
+        "plugin: the end by a supervisor",
+        HOOKS,
+        "end_on_sigterm",
+        return_now(),
+        GOING_ON,
+        "sigterm_runs",
     ),
 )
