@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ActorFactory
 from harness.journals import Record, journal_of, parted, record_of, sealed
 
 import persist
@@ -181,3 +182,40 @@ def test_document_of_another_format_is_refused_and_left_alone(directory: Path, n
         store.create("s", DATA)
     assert store.clear_stale_streams() == persist.Sweep([], {})
     assert files(store) == before
+
+
+#: A worker of a later release: it reads documents of format 3 and 4, and writes 4.
+LATER = """
+import re
+from persist.storage import document
+document.FORMAT = 4
+document._SHAPE = re.compile(document._SHAPE.pattern.replace(b'"format":3', b'"format":[34]'))
+"""
+
+
+def test_old_and_new_workers_go_on_side_by_side(store: persist.Store, actor: ActorFactory) -> None:
+    """In a rolling upgrade the old worker loses one session after the other, and no message of anybody is lost.
+
+    Fails if the old worker takes what it does not know for damage, for a tear, or for no session.
+    """
+    old, new = actor(), actor()
+    new.do(LATER)
+    for session_id in ("shared", "later"):
+        store.create(session_id, {"messages": []})
+    for number in range(5):
+        old.do(f"store.append('shared', 'messages', {{'id': 'old-{number}'}})")
+        new.do(f"store.append('later', 'messages', {{'id': 'new-{number}'}})")
+        before = (store.path / "later.json").read_bytes()
+        with pytest.raises(persist.UnsupportedFormat, match="has format 4, and this version knows 3"):
+            old.do(f"store.append('later', 'messages', {{'id': 'old-{number}'}})")
+        assert (store.path / "later.json").read_bytes() == before
+    new.do("store.append('shared', 'messages', {'id': 'new'})")
+    with pytest.raises(persist.UnsupportedFormat):
+        old.do("store.append('shared', 'messages', {'id': 'late'})")
+    old.do("store.create('own', {'messages': [{'id': 'm'}]}); None")
+    assert old.do("[each.kind for each in store.check()]") == ["unsupported"] * 2
+    assert old.do("store.clear_stale_streams()") == persist.Sweep([], {})
+    told = {name: new.do(f"[each['id'] for each in store.load({name!r}).data['messages']]") for name in store.ids()}
+    assert told["shared"] == [*(f"old-{number}" for number in range(5)), "new"]
+    assert told["later"] == [f"new-{number}" for number in range(5)]
+    assert told["own"] == ["m"]
