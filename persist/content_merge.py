@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from persist.errors import both_changed
+from persist.errors import MergeConflict
 from persist.merge import MISSING, Policy, Preference, merge
 from persist.storage.content import ALWAYS_APART, Content, Items, Value, decode, empty, encode_values, placed, window
 from persist.turn import IDLE
@@ -43,7 +43,7 @@ def merge_contents(
             if type(dropped.get(name)) is list and type(found.get(name)) is not list:
                 reason = "one side has changed this list, and the other put something else in its place"
                 values = {side: data.get(name, MISSING) for side, data in three.items()}
-                raise both_changed((name,), reason, **values)
+                raise MergeConflict(path=(name,), reason=reason, **values)
         merged |= encode_values(found, theirs)
     return placed(merged.items())
 

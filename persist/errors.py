@@ -186,30 +186,25 @@ class MergeConflict(PersistError):
     They are attributes only: the message never shows them.
     """
 
-    template = "Session {session_id!r}: {where} {reason}; nothing was written."
+    template = "Session {session_id!r}: {where} {clash}; nothing was written."
     remedy = "Call session.refresh() after setting your edit aside, or save(on_conflict='mine' or 'theirs')."
     path: ValuePath  # type: ignore[assignment]
 
     def __init__(self, **facts: Any) -> None:
         none = {"session_id": "", "base": None, "mine": None, "theirs": None}
-        super().__init__(**{"where": show_path(facts["path"]), **none, **facts})
+        clash = f"was changed both here and on disk ({facts['reason']})"
+        super().__init__(**{"where": show_path(facts["path"]), "clash": clash, **none, **facts})
 
     def in_session(self, session_id: str) -> MergeConflict:
         """Return the same conflict with the session named."""
         return type(self)(**{**self._facts, "session_id": session_id})
 
 
-def both_changed(path: ValuePath, reason: str, *, base: Any, mine: Any, theirs: Any) -> MergeConflict:
-    """Return the conflict of two edits of one place."""
-    values = {"base": base, "mine": mine, "theirs": theirs}
-    return MergeConflict(path=path, reason=f"was changed both here and on disk ({reason})", **values)
-
-
 def id_taken(path: ValuePath, *, key: str, mine: Any, theirs: Any) -> MergeConflict:
     """Return the conflict of an item with one that has the same id, and other content."""
     remedy = f"Give the new one an {key} of its own, or repeat the verb with the same content."
-    reason = f"has the same {key}, and other content"
-    return MergeConflict(path=path, reason=reason, remedy=remedy, base=None, mine=mine, theirs=theirs)
+    told = {"clash": f"has the same {key}, and other content", "reason": f"its {key} is taken by other content"}
+    return MergeConflict(path=path, mine=mine, theirs=theirs, remedy=remedy, **told)
 
 
 class VersionMismatch(MergeConflict):

@@ -39,7 +39,7 @@ from itertools import count, pairwise, takewhile
 from operator import eq, is_
 from typing import Any, Final, Literal, get_args
 
-from persist.errors import InvalidArgument, ValuePath, both_changed
+from persist.errors import InvalidArgument, MergeConflict, ValuePath
 from persist.json_codec import canonical, same
 
 Policy = Literal["sum", "max", "mine", "theirs"]
@@ -110,7 +110,7 @@ class _Merger:
 
     def conflict(self, path: ValuePath, reason: str, b: Any, m: Any, t: Any) -> Any:
         if self.prefer == "error":
-            raise both_changed(path, reason, base=b, mine=m, theirs=t)
+            raise MergeConflict(path=path, reason=reason, base=b, mine=m, theirs=t)
         return m if self.prefer == "mine" else t
 
     def settled(self, key: Any, b: Any, m: Any, t: Any) -> Any:
@@ -180,7 +180,7 @@ class _Merger:
             return m[:lead] + [items[name] for name in _merge_labels(*labels, prefer=self.prefer)]
         except _Clash as clash:
             # Never one side's whole array, whatever is preferred: it lacks what the other has added.
-            raise both_changed(path, str(clash), base=b, mine=m, theirs=t) from None
+            raise MergeConflict(path=path, reason=str(clash), base=b, mine=m, theirs=t) from None
 
     def item(self, path: ValuePath, b: Any, m: Any, t: Any) -> Any:
         """An item that has an id. Two new ones are never mixed, because neither side has seen the other's."""

@@ -279,9 +279,9 @@ class Session:
         elif there.header.commit == base.header.commit:
             self._base = structs.replace(base, tried=None)
         else:
-            reason = "was being saved when that was cut off, and nobody can tell whether it was committed"
+            clash = "was being saved when that was cut off, and nobody can tell whether it was committed"
             remedy = "This object cannot go on: load the session anew, and see what is there."
-            raise errors.MergeConflict(path=(), reason=reason, remedy=remedy)
+            raise errors.MergeConflict(path=(), reason="a save was cut off", clash=clash, remedy=remedy)
 
     def _refuse_removal(self, there: Replica, merged: Content, changes: tuple[diff.Change, ...]) -> None:
         """Refuse to remove messages in the middle of a turn: there it is an accident (hermes-webui #4205)."""
@@ -296,11 +296,12 @@ class Session:
             what, expected = f"field {turn.MESSAGES!r}", "a list, in a turn"
             raise errors.InvalidArgument(what=what, expected=expected, got=type(after).__name__)
         if type(before) is list and (count := count_removed(before, after)):
-            reason = f"would lose {count} committed messages by this save, while stream {stream_id} is active"
+            clash = f"would lose {count} committed messages by this save, while stream {stream_id} is active"
             version = there.header.version
             remedy = f"If it is meant, use store.transaction(id, if_version={version!r})."
-            facts = {"stream_id": stream_id, "count": count, "version": version}
-            raise errors.MergeConflict(path=(turn.MESSAGES,), reason=reason, remedy=remedy, session_id=self.id, **facts)
+            facts = {"stream_id": stream_id, "count": count, "version": version, "clash": clash, "remedy": remedy}
+            reason = "a turn is running"
+            raise errors.MergeConflict(path=(turn.MESSAGES,), reason=reason, session_id=self.id, **facts)
 
     # --- taking what others committed ---
 

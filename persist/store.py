@@ -681,7 +681,7 @@ def _directory(path: object, *, create: bool) -> str:
     directory = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
     if type(directory) is not str or not directory or "\0" in directory:
         raise errors.InvalidArgument(what="a store's path", expected="a directory's name", got=repr(path))
-    directory = os.path.realpath(directory)
+    name, directory = directory, os.path.realpath(directory)
     try:
         found = "a directory" if stat.S_ISDIR(os.stat(directory).st_mode) else "a file"
     except (FileNotFoundError, NotADirectoryError):
@@ -689,5 +689,5 @@ def _directory(path: object, *, create: bool) -> str:
     except OSError as error:
         raise errors.Unreadable.because(directory, error) from error
     if found == "a file" or (found == "missing" and not create):
-        raise errors.InvalidArgument(what=f"the store {directory}", expected="a directory that is there", got=found)
+        raise errors.InvalidArgument(what=f"the store {name}", expected="a directory that is there", got=found)
     return directory

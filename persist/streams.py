@@ -371,9 +371,12 @@ def refuse_twins(header: Header, before: Content, after: Content) -> StreamOwner
     owner = None if active is None else owner_of(header, active)
     for own in () if owner is None else (owner.prompt_id, owner.answer_id):
         if turn.has_twin(after, own) and not turn.has_twin(before, own):
-            reason = "would have two messages of one id, of a running turn"
-            remedy = "Give the new one an id of its own."
-            raise errors.MergeConflict(path=(turn.MESSAGES,), reason=reason, remedy=remedy, mine=own, theirs=own)
+            told = {
+                "reason": "a running turn has a message of this id",
+                "clash": "would have two messages of one id, which belongs to a running turn",
+                "remedy": "Give the new one an id of its own.",
+            }
+            raise errors.MergeConflict(path=(turn.MESSAGES,), mine=own, theirs=own, **told)
     return owner
 
 

@@ -17,8 +17,8 @@ DEADLINE_S = 120
 
 NOT_COUNTED = (
     "session.py",
-    "        mine = encoded(self.data, base.content)\n",
-    "        mine = encoded(self.data | {'n': min(self.data['n'], 3)}, base.content)\n",
+    "        mine = encoded(self.data, self._base.content)\n",
+    "        mine = encoded(self.data | {'n': min(self.data['n'], 3)}, self._base.content)\n",
 )
 UNMARKED = ("turn.py", "messages[place][INTERRUPTED] = True", "pass")
 JOURNALS_THAT_STAY = ("storage/commit.py", "    _remove(map(paths.journal, journals))\n", "")

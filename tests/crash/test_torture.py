@@ -67,8 +67,8 @@ IN_PLACE = (
 )
 TEMPS_OF_THEIR_OWN = (
     "storage/layout.py",
-    'f"{document}{_TEMP}"',
-    'f"{document}.{os.getpid()}{_TEMP}"',
+    'f"{document}{TEMP}"',
+    'f"{document}.{os.getpid()}{TEMP}"',
 )
 NO_LEASE = ("streams.py", "            if not is_dead:\n                return False\n", "")
 OLD_TITLE = (

@@ -24,9 +24,9 @@ Mutation = tuple[str, str, str]
 # What both the torture and the power cuts must notice.
 FIELDS_THROWN_AWAY = (
     "session.py",
-    "        mine = encoded(self.data, base.content)\n",
+    "        mine = encoded(self.data, self._base.content)\n",
     "        kept = {key: value for key, value in self.data.items() if key not in ('title', 'visits')}\n"
-    "        mine = encoded(kept, base.content)\n",
+    "        mine = encoded(kept, self._base.content)\n",
 )
 # What both the torture and the soak must notice.
 NOT_WRITTEN = (

@@ -277,7 +277,7 @@ def test_interrupted_factory_may_run_again(scratch: Path) -> None:
 @pytest.mark.parametrize("name", [1, None, ["a"]])
 def test_names_are_strings(scratch: Path, name: Any) -> None:
     """A key, a lock's and a counter's name is a string."""
-    with pytest.raises(TypeError, match="is a string"):
+    with pytest.raises(persist.InvalidArgument, match="must be a string"):
         Run(Store(scratch / "run"), "gw0").session("once", name)
 
 
@@ -285,5 +285,5 @@ def test_errors_survive_pickling() -> None:
     """Each error keeps its facts on the way to another process."""
     import pickle
 
-    error = persist.InvalidArgument(key="k", first="a", second="b")
+    error = persist.SharedTimeout(key="k", reason="r", holder="gw0", since_s=1.5, waited_s=2.5)
     assert str(pickle.loads(pickle.dumps(error))) == str(error)

@@ -250,16 +250,16 @@ def test_accept_makes_the_name_of_the_store_durable(one: persist.Store, monkeypa
     """It takes another way to the disk than a commit, and another process may just have made the directory."""
     path = one.path / "s.json"
     path.write_bytes(path.read_bytes().replace(b'"messages":', b'"edited":1,\n"messages":'))
-    synced: list[Path] = []
+    synced: list[str] = []
     real = disk.sync_directory
 
-    def sync_directory(path: Path, opened: int | None = None) -> None:
+    def sync_directory(path: str, opened: int | None = None) -> None:
         synced.append(path)
         real(path, opened)
 
     monkeypatch.setattr(disk, "sync_directory", sync_directory)
     persist.Store(one.path).accept("s")
-    assert synced[0] == one.path.parent
+    assert synced[0] == str(one.path.parent)
 
 
 @pytest.mark.parametrize("mode", ["always", "never"])

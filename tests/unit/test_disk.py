@@ -157,7 +157,7 @@ def test_only_a_plain_file_is_opened(kind: str, found: str, flags: int, odd: dic
 
 def test_a_device_is_not_opened() -> None:
     """``/dev/null`` is no document."""
-    with pytest.raises(persist.Unreadable, match="/dev/null is a device"):
+    with pytest.raises(persist.Unreadable, match="/dev/null cannot be read: it is a device"):
         disk.read(Path("/dev/null"), 10)
 
 

@@ -293,7 +293,7 @@ CASES: dict[type[persist.PersistError], tuple[Case, ...]] = {
                 "session_id": "s",
                 "path": ("messages", 0, "content"),
                 "where": "data['messages'][0]['content']",
-                "reason": "was changed both here and on disk (two different values)",
+                "reason": "two different values",
                 "base": CANARY,
                 "mine": CANARY + "2",
                 "theirs": CANARY + "1",

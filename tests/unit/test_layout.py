@@ -96,7 +96,7 @@ def test_awkward_id_is_percent_encoded(session_id: str, name: str) -> None:
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: ascii(wrong)[:20])
 def test_what_is_no_text_names_no_session(wrong: object) -> None:
     """An id is a string of 1 to 512 characters, and has no half of a surrogate pair."""
-    with pytest.raises(InvalidArgument, match="an id is a string of 1 to 512 characters") as caught:
+    with pytest.raises(InvalidArgument, match="it must be a string of 1 to 512 characters") as caught:
         check_session_id(wrong)
     assert caught.value.session_id is wrong
     with pytest.raises(InvalidArgument):
@@ -106,7 +106,7 @@ def test_what_is_no_text_names_no_session(wrong: object) -> None:
 @pytest.mark.parametrize("wrong", [*WRONG, "-a", "_a", "a.b", "a b", "é", "a" * 65, "a\n"], ids=lambda w: ascii(w)[:20])
 def test_stream_id_is_plain(wrong: object) -> None:
     """A stream id is 1 to 64 letters, digits, ``_`` and ``-``: it stands in a name as it is, behind a dot."""
-    with pytest.raises(InvalidArgument, match="a stream id is 1 to 64 of A-Z") as caught:
+    with pytest.raises(InvalidArgument, match="it must be 1 to 64 of A-Z") as caught:
         check_stream_id(wrong)
     assert caught.value.stream_id is wrong
 

@@ -119,7 +119,8 @@ def test_every_error_is_public() -> None:
     errors = {persist.PersistError}
     while more := {sub for error in errors for sub in error.__subclasses__()} - errors:
         errors |= more
-    assert {error.__name__ for error in errors if not error.__name__.startswith("_")} <= set(persist.__all__)
+    own = {error.__name__ for error in errors if error.__module__.startswith("persist.")}
+    assert {name for name in own if not name.startswith("_")} <= set(persist.__all__)
 
 
 def test_a_wrong_name_is_an_attribute_error() -> None:
