@@ -454,7 +454,7 @@ class _Options(TypedDict, total=False):
     keep_events_s: float
     keep_events_bytes: int | None
     cache_bytes: int
-    allow_network: bool
+    unsafe_filesystem: bool
     create: bool
 
 

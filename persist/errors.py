@@ -139,7 +139,8 @@ class StoreClosed(PersistError, RuntimeError):
 class InvalidArgument(PersistError, ValueError):
     """An argument, an id, or a field of the document is not what the verb can work with. Nothing was done.
 
-    Also a field that belongs to `persist` itself (`field` names it), and a directory on a network file system.
+    Also a field that belongs to `persist` itself (`field` names it), and a directory on a file system where locks do
+    not hold.
     """
 
     template = "{what} is {got}; it must be {expected}."

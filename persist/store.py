@@ -70,13 +70,15 @@ class Store:
             ones, and keeps those of the younger half. None keeps all. 64 MiB are some 800,000 tokens. An event that is
             larger than half of it stays until the next ones come.
         cache_bytes: how much memory the store may use for what it knows of large sessions.
-        allow_network: True accepts a network file system, where no guarantee holds.
+        unsafe_filesystem: True accepts any file system without a look. On one of another machine, or that a virtual
+            machine or a container shares with its host, no guarantee holds. One that is not known is tried with a lock,
+            and a `RuntimeWarning` tells of it.
         create: False opens a directory that must be there, and makes nothing in it until something is written.
 
     Raises:
         InvalidArgument: an argument is not what it must be.
         Unreadable: the disk, or its permissions, refused.
-        InvalidArgument: the directory is on nfs, cifs, 9p or ceph.
+        InvalidArgument: the directory is on a file system where locks or fsync do not hold: nfs, cifs, virtiofs, say.
 
     Example:
         >>> import persist, tempfile
@@ -100,10 +102,10 @@ class Store:
         keep_events_s: float = 300.0,
         keep_events_bytes: int | None = 64 * 1024 * 1024,
         cache_bytes: int = 64 * 1024 * 1024,
-        allow_network: bool = False,
+        unsafe_filesystem: bool = False,
         create: bool = True,
     ) -> None:
-        require_flags(allow_network=allow_network, create=create)
+        require_flags(unsafe_filesystem=unsafe_filesystem, create=create)
         directory = _directory(path, create=create)
         if journal not in get_args(commit.Mode):
             raise errors.InvalidArgument(what="journal", expected=" | ".join(get_args(commit.Mode)), got=repr(journal))
@@ -119,7 +121,7 @@ class Store:
         if keep_events_bytes is not None and (type(keep_events_bytes) is not int or keep_events_bytes < 4096):
             expected = "a number of bytes from 4096 up, or None"
             raise errors.InvalidArgument(what="keep_events_bytes", got=repr(keep_events_bytes), expected=expected)
-        kept: dict[str, Any] = {"cache_bytes": cache_bytes, "allow_network": allow_network}
+        kept: dict[str, Any] = {"cache_bytes": cache_bytes, "unsafe_filesystem": unsafe_filesystem}
         timeout_s, keep_events_s = seconds("timeout_s", timeout_s), seconds("keep_events_s", keep_events_s)
         files = SessionFiles(directory, commit.Options(journal), timeout_s=timeout_s, create=create, **kept)
         self._backend = Backend(files, EventFiles(files, keep_events_s, keep_events_bytes))

@@ -73,7 +73,7 @@ class StoreGroup(click.Group):
             return super().invoke(ctx)
 
 
-def _open_store(_ctx: click.Context, _argument: click.Parameter, path: Path) -> Store:
+def _open_store(ctx: click.Context, _argument: click.Parameter, path: Path) -> Store:
     """Open a store that is there already: `Store` would make its directory, and looking at one must never do that."""
     if not path.is_dir():
         raise click.BadParameter(f"{printable(str(path))} is not a directory.")
@@ -81,7 +81,8 @@ def _open_store(_ctx: click.Context, _argument: click.Parameter, path: Path) -> 
         raise click.BadParameter(
             f"{printable(str(path))} is not a store: it has neither sessions (*.json) nor {LEASES}."
         )
-    return Store(path, create=False)
+    is_unsafe = bool(ctx.find_root().params.get("unsafe_filesystem"))
+    return Store(path, create=False, unsafe_filesystem=is_unsafe)
 
 
 store_argument = click.argument("store", type=click.Path(path_type=Path), callback=_open_store)
@@ -91,7 +92,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 
 @click.group(cls=StoreGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="persist")
-def persist() -> None:
+@click.option("--unsafe-filesystem", is_flag=True, help="Accept any file system, also one where no lock holds.")
+def persist(unsafe_filesystem: bool) -> None:
     """Look at a store of chat sessions, and mend it."""
 
 

@@ -14,7 +14,7 @@ import msgspec
 
 from persist import json_codec
 from persist.errors import CorruptSession, InvalidArgument, PersistError, SessionNotFound, Unreadable, shown
-from persist.storage import disk, document, journal, layout
+from persist.storage import disk, document, file_system, journal, layout
 from persist.storage.cache import Cache, Replica
 from persist.storage.commit import Options
 from persist.storage.document import Head, Header
@@ -53,7 +53,7 @@ class SessionDirectory:
     """The sessions of one directory, as files, and what can be seen of them without a lock."""
 
     def __init__(
-        self, path: str, options: Options, *, timeout_s: float, cache_bytes: int, allow_network: bool, create: bool
+        self, path: str, options: Options, *, timeout_s: float, cache_bytes: int, unsafe_filesystem: bool, create: bool
     ) -> None:
         self.layout = layout.Layout(path)
         self.options = options
@@ -71,7 +71,8 @@ class SessionDirectory:
                 disk.make_directory(self.layout.directory)
                 with contextlib.suppress(FileExistsError):
                     disk.mkdir(self.layout.leases)
-            disk.check_file_system(self.layout.directory, allow_network=allow_network)
+            if not unsafe_filesystem:
+                file_system.check(self.layout.directory, os.stat(self.layout.directory).st_dev)
             self.ignores_case = disk.ignores_case(self.layout.directory, layout.LEASES)
         except PersistError:
             raise

@@ -10,14 +10,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import stat
 import sys
 import time
-import warnings
 from pathlib import Path
 
-from persist.errors import InvalidArgument, unsafe
+from persist.errors import unsafe
 
 if sys.platform == "darwin":
     import fcntl
@@ -31,8 +29,6 @@ _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_NOINHERIT", 0)
 REPLACE_ATTEMPTS = 50 if os.name == "nt" else 1
 REPLACE_PAUSE_S = 0.02
 
-MOUNTS = Path("/proc/self/mountinfo")
-_NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "afs", "lustre", "gpfs", "glusterfs"})
 _WRITE_CHUNK = 64 * 1024 * 1024
 
 
@@ -415,43 +411,3 @@ def ignores_case(directory: str, name: str) -> bool:
     except FileNotFoundError:
         return False
     return os.path.samestat(os.stat(os.path.join(directory, name)), other)
-
-
-#: Device -> the kind of its file system. The table of a machine with many containers is long.
-_kinds: dict[int, str] = {}
-
-
-def check_file_system(directory: str, *, allow_network: bool) -> None:
-    """Refuse a network file system, warn about FUSE. Known on Linux only; elsewhere nothing is checked."""
-    device = os.stat(directory).st_dev
-    if device not in _kinds:
-        _kinds[device] = file_system(directory)
-    kind = _kinds[device]
-    if kind in _NETWORK and not allow_network:
-        facts = {"got": f"on {kind}", "expected": "on a file system whose locks and fsync hold"}
-        remedy = "Use a local disk, or pass allow_network=True and lose the guarantees."
-        raise InvalidArgument(what=f"the store {directory}", path=directory, remedy=remedy, **facts)
-    if kind.startswith("fuse"):
-        text = f"{directory} is on {kind}: persist cannot know whether its locks and fsync hold."
-        warnings.warn(text, RuntimeWarning, stacklevel=4)
-
-
-def file_system(directory: StrPath) -> str:
-    """The kind of file system that holds `directory`, by the mount table ("ext4", "nfs4", …), or "unknown"."""
-    try:
-        table = MOUNTS.read_text(errors="surrogateescape").splitlines()
-    except OSError:
-        return "unknown"
-    here = os.path.realpath(directory)
-    best, kind = -1, "unknown"
-    for line in table:
-        before, _, after = line.partition(" - ")
-        point = re.sub(r"\\(\d{3})", _unescaped, before.split(" ")[4])
-        # A later line covers an earlier one on the same mount point.
-        if len(point) >= best and (here + "/").startswith(point.rstrip("/") + "/"):
-            best, kind = len(point), after.split(" ")[0]
-    return kind
-
-
-def _unescaped(code: re.Match[str]) -> str:
-    return chr(int(code[1], 8))

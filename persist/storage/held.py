@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from filelock import lock_descriptor, unlock_descriptor
 
@@ -115,6 +115,27 @@ def try_hold(path: disk.StrPath, *, create: bool, exclusive: bool = False, appen
     finally:
         if not is_locked:
             held.close()
+
+
+def is_exclusive(path: disk.StrPath) -> bool | None:
+    """Tell whether a lock on a file keeps a second one out. None if no lock can be had at all.
+
+    `table` stays free meanwhile, because a file system that does not answer would stop everybody.
+    """
+    with ExitStack() as opened:
+        one = disk.open_plain(path, os.O_RDWR)
+        opened.callback(disk.close, one)
+        other = disk.open_plain(path, os.O_RDWR)
+        opened.callback(disk.close, other)
+        try:
+            if not lock_descriptor(one, blocking=False):
+                return None
+        except (OSError, NotImplementedError):
+            return None
+        with suppress(OSError):
+            return not lock_descriptor(other, blocking=False)
+        # It is another answer than "somebody else holds it".
+        return None
 
 
 def _forget_in_child() -> None:

@@ -21,7 +21,7 @@ import pytest
 
 import persist
 from persist import errors, json_codec, translating
-from persist.storage import disk
+from persist.storage import disk, file_system
 
 CANARY = "c" + "anary" * 3  # Put together, so that no line of this file shows it in a traceback.
 
@@ -200,8 +200,8 @@ def commit_unknown(scene: Scene) -> None:
 def unsupported_file_system(scene: Scene) -> None:
     table = scene.store.path.parent / "mountinfo"
     table.write_text("36 25 0:32 / / rw - nfs4 server:/x rw\n")
-    scene.monkeypatch.setattr(disk, "MOUNTS", table)
-    scene.monkeypatch.setattr(disk, "_kinds", {})
+    scene.monkeypatch.setattr(file_system, "MOUNTS", table)
+    scene.monkeypatch.setattr(file_system, "_judged", {})
     persist.Store(scene.store.path)
 
 
@@ -268,7 +268,7 @@ CASES: dict[type[persist.PersistError], tuple[Case, ...]] = {
         ),
         Case(
             unsupported_file_system,
-            (Path(), "is on nfs4", "Use a local disk", "allow_network=True"),
+            (Path(), "is on nfs4", "Use a local disk", "unsafe_filesystem=True"),
             {"path": Path()},
         ),
     ),

@@ -1184,7 +1184,7 @@ BAD_ARGUMENTS: dict[str, tuple[Verb, type[Exception]]] = {
     "store: timeout text": (lambda store: persist.Store(store.path, timeout_s="5"), persist.InvalidArgument),  # type: ignore[arg-type]
     "store: timeout bool": (lambda store: persist.Store(store.path, timeout_s=True), persist.InvalidArgument),
     "store: create": (lambda store: persist.Store(store.path / "new", create="false"), persist.InvalidArgument),  # type: ignore[arg-type]
-    "store: network": (lambda store: persist.Store(store.path, allow_network=1), persist.InvalidArgument),  # type: ignore[arg-type]
+    "store: network": (lambda store: persist.Store(store.path, unsafe_filesystem=1), persist.InvalidArgument),  # type: ignore[arg-type]
     "store: policy of 1": (lambda store: persist.Store(store.path, merge={1: "sum"}), persist.InvalidArgument),  # type: ignore[dict-item]
     "store: policy of messages": (
         lambda store: persist.Store(store.path, merge={"messages": "mine"}),
