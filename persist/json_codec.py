@@ -2,8 +2,9 @@
 
 msgspec does the work. It is fast, but quietly turns sets, bytes and dates into other things and NaN into null; so
 `check` refuses, before encoding, each value that would not come back as it was. What msgspec cannot hold (a lone
-surrogate) goes through the standard library. `decode` trusts its input; `decode_strict` is for files that no
-checksum vouches for.
+surrogate) goes through the standard library. The two halves of a surrogate pair mean one
+character, and become it: a model's tokens may cut an emoji in two, and a caller that puts them together has both halves
+side by side. `decode` trusts its input; `decode_strict` is for files that no checksum vouches for.
 
 Limits: 200 levels of nesting, integers up to 4,300 digits; a document has at most 512 MiB, and an
 item 10 million values, which also ends the check of a list that contains itself many times over.
@@ -179,17 +180,37 @@ def encode_key(name: str) -> bytes:
     return encode(name, (name,)) + b":"
 
 
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+
+
+def joined(text: str) -> str:
+    """Join the halves of each surrogate pair to the character that they mean. A lone half stays as it is."""
+    if text.isascii() or _PAIR.search(text) is None:
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+
+
 def _encode_surrogates(value: Any, path: ValuePath) -> bytes:
-    """Encode a value with a lone surrogate in it. All else in it has the bytes that it has elsewhere."""
+    """Encode a value with a surrogate in it. All else in it has the bytes that it has elsewhere.
+
+    So a value has the same bytes as the one that is read back, in which the halves of pairs are joined.
+    """
     if isinstance(value, list | tuple):
         return b"[%b]" % b",".join([encode(item, path) for item in value])
     if type(value) is dict:
+        if len({*map(joined, value)}) < len(value):
+            raise twins(path)
         return b"{%b}" % b",".join([encode(key, path) + b":" + encode(item, path) for key, item in value.items()])
-    encoded = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace")
-    # "\ud83d" followed by "\ude00" would come back as one character instead of two.
-    if json.loads(encoded) != value:
-        raise NotJSON(path=path, reason="a string in it holds a surrogate pair, which JSON would join to one character")
-    return encoded
+    text = joined(value)
+    try:
+        return _encode(text)
+    except UnicodeEncodeError:
+        return json.dumps(text, ensure_ascii=False).encode(errors="backslashreplace")
+
+
+def twins(path: ValuePath) -> NotJSON:
+    """Return the error of an object that would have a key twice."""
+    return NotJSON(path=path, reason="two keys in it are one, when the halves of surrogate pairs are joined")
 
 
 class Undecodable(ValueError):

@@ -114,7 +114,7 @@ class Store:
         for field in policies.keys() & {HEADER, *turn.IDLE, *ALWAYS_APART}:
             # To take one side of a list would drop what the other has appended.
             raise errors.reserved(field, "It has a rule of its own: leave it out of Store(merge=…).")
-        self._policies = dict(policies)
+        self._policies = {json_codec.joined(field): policy for field, policy in policies.items()}
         if type(cache_bytes) is not int or cache_bytes < 0:
             expected = "a number of bytes from 0 up"
             raise errors.InvalidArgument(what="cache_bytes", got=repr(cache_bytes), expected=expected)
@@ -220,7 +220,7 @@ class Store:
         """
         require_limit(limit, may_be_none=False)
         require_text("field", field)
-        return self._open().files.read_last(session_id, field, limit)
+        return self._open().files.read_last(session_id, json_codec.joined(field), limit)
 
     def exists(self, session_id: str) -> bool:
         """Tell whether there is such a session. Takes no lock."""
