@@ -491,6 +491,7 @@ class Store(_Awaited[persist.Store]):
     ids = _reading(persist.Store.ids)
     create = _giving_session(_writing(persist.Store.create))
     duplicate = _giving_session(_writing(persist.Store.duplicate, at=1))
+    replace = _giving_session(_writing(persist.Store.replace))
     delete = _writing(persist.Store.delete)
     update = _writing(persist.Store.update)
     append = _writing(persist.Store.append)

@@ -16,6 +16,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from enum import Enum
 from functools import lru_cache
 from typing import Any
@@ -252,8 +253,12 @@ def decode_strict(encoded: bytes) -> Any:
     That is: a byte order mark, bad UTF-8, duplicate keys, NaN and infinities (also as 1e400), integers and
     nesting over the limits, anything after the value.
     """
-    if encoded.startswith(b"\xef\xbb\xbf"):
-        raise StrictError("it begins with a byte order mark.", 0)
+    if not encoded.strip(b"\0"):
+        # A power cut leaves zeros where a program did not sync.
+        raise StrictError("it holds nothing but zeros." if encoded else "it is empty.", 0)
+    for mark, name in _MARKS.items():
+        if encoded.startswith(mark):
+            raise StrictError(f"it begins with a byte order mark ({name}).", 0)
     try:
         text = encoded.decode()
     except UnicodeDecodeError as error:
@@ -262,12 +267,32 @@ def decode_strict(encoded: bytes) -> Any:
         value = json.loads(text, object_pairs_hook=_unique)
         check(value)
     except json.JSONDecodeError as error:
-        raise StrictError("it is not JSON, or it was cut off.", len(text[: error.pos].encode())) from None
+        reason, position = _not_json(text, error.pos)
+        raise StrictError(reason, len(text[:position].encode())) from None
     except (ValueError, RecursionError):
         # A key twice, an integer of too many digits, or what `check` refuses.
         reason, position = _locate(text)
         raise StrictError(reason, len(text[:position].encode())) from None
     return value
+
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_MARKS = {BYTE_ORDER_MARK: "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+def _not_json(text: str, position: int) -> tuple[str, int]:
+    """Tell what a text is that is not one JSON value, and where that shows."""
+    if not text.strip():
+        return "it is empty.", 0
+    with suppress(ValueError, RecursionError):
+        start = len(text) - len(text.lstrip())
+        _, end = json.JSONDecoder().raw_decode(text, start)
+        rest = text[end:].lstrip()
+        if rest and "\n" in text[end : len(text) - len(rest)]:
+            json.JSONDecoder().raw_decode(rest)
+            return "it has one JSON value a line: it is JSONL, and no document.", len(text) - len(rest)
+        return "something stands behind its JSON.", position
+    return "it is not JSON, or it was cut off.", position
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -282,6 +282,35 @@ class Store:
             content = copy.content
         return self._created(new_id, content, timeout_s)
 
+    def replace(
+        self, session_id: str, data: dict[str, Any], *, if_version: str | None = None, timeout_s: float | None = None
+    ) -> Session:
+        """Put other data in the place of a session's, which may be damaged. Durable and visible on return.
+
+        A session that can be read keeps its history of versions. One that cannot be read begins anew, and what stood
+        there is gone: copy the file first if it may be of use. A later `save` of an object that was loaded before is
+        refused.
+
+        Args:
+            if_version: the version that the caller has seen. None replaces only a session that cannot be read.
+
+        Raises:
+            SessionNotFound: create it.
+            SessionExists: it can be read, and no version was named.
+            VersionMismatch: it has another version.
+            SessionBusy: a live stream owns it; wait, or cancel it.
+            UnsupportedFormat: another version of persist may read it.
+            InvalidArgument, NotJSON: an argument cannot be kept; nothing was written.
+            CorruptSession: a version was named, and the session cannot be read.
+            LockTimeout, LockError, CommitFailed, CommitUnknown: see the errors.
+        """
+        require_texts(if_version=if_version)
+        content = encoded(data)
+        refuse_changed_stream_fields(empty(), content)
+        with self._locked(session_id, timeout_s) as tx:
+            committed = streams.replace(self._backend, tx, content, if_version)
+        return self._session(session_id, committed, is_durable=True)
+
     def delete(
         self, session_id: str, *, if_version: str | None = None, force: bool = False, timeout_s: float | None = None
     ) -> None:
@@ -295,7 +324,8 @@ class Store:
             SessionNotFound: there is none.
             VersionMismatch: it has another version.
             SessionBusy: a live stream owns it; wait, cancel it, or force.
-            LockTimeout, LockError, CorruptSession: see the errors.
+            CorruptSession: it is damaged: force, or `replace` it.
+            LockTimeout, LockError: see the errors.
         """
         require_flags(force=force)
         require_texts(if_version=if_version)

@@ -18,6 +18,8 @@ from rich.text import Text
 from persist import __version__
 from persist.cli.output import console, print_json, print_table, printable, tolerate_any_terminal
 from persist.errors import CorruptSession, PersistError, SessionNotFound
+from persist.json_codec import BYTE_ORDER_MARK, StrictError, decode_strict
+from persist.storage.content import HEADER
 from persist.storage.layout import LEASES, journal_of, name_of
 from persist.store import Store
 from persist.streams import StreamInfo
@@ -183,7 +185,7 @@ def show(store: Store, session_id: str, as_json: bool) -> None:
     facts = {"revision": session.revision, "created_at": session.created_at.isoformat()}
     facts |= {"updated_at": session.updated_at.isoformat(), "active_stream_id": session.active_stream_id}
     if as_json:
-        print_json({"id": session.id, **facts, "data": session.data})
+        print_json({"id": session.id, "version": session.version, **facts, "data": session.data})
         return
     out = console()
     title = session.data.get("title")
@@ -340,6 +342,49 @@ def accept(store: Store, session_id: str, drop_journal: bool, as_json: bool) -> 
     for path in kept:
         what = "Its journal was given up" if drop_journal else "Not all of its journal could be taken"
         click.echo(f"{what}; a copy is kept in {path}.")
+
+
+@persist.command(epilog="Example: persist replace var/sessions s-42 mended.json")
+@store_argument
+@session_argument
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--if-version", help="Replace a session that can be read, if it has this version (persist show --json).")
+@json_option
+def replace(store: Store, session_id: str, file: Path, if_version: str | None, as_json: bool) -> None:
+    """Put the JSON object in FILE in the place of a session that cannot be read.
+
+    What stood there is gone: copy it first if it may be of use. A session whose stream is alive is left alone.
+    """
+    try:
+        data = decode_strict(file.read_bytes().removeprefix(BYTE_ORDER_MARK))
+    except StrictError as error:
+        raise StoreFailure(f"{printable(str(file))}, byte {error.offset}: {error.reason} Mend it, and retry.") from None
+    if type(data) is not dict:
+        raise StoreFailure(f"{printable(str(file))} is JSON, but not an object. Give a document.")
+    header = data.pop(HEADER, None)
+    if type(header) is dict and header.get("journal") is not None:
+        raise StoreFailure(
+            f"{printable(str(file))} has later commits in a journal: put both files back as they were, with cp."
+        )
+    session = store.replace(session_id, data, if_version=if_version)
+    if as_json:
+        print_json({"id": session.id, "revision": session.revision, "version": session.version})
+    else:
+        click.echo(f"{printable(session.id)} is replaced, at revision {session.revision}.")
+
+
+@persist.command(epilog="Example: persist delete var/sessions s-42 --force")
+@store_argument
+@session_argument
+@click.option("--force", is_flag=True, help="Also if it is damaged, and also while a live stream owns it.")
+@json_option
+def delete(store: Store, session_id: str, force: bool, as_json: bool) -> None:
+    """Remove a session, with its journal and its events."""
+    store.delete(session_id, force=force)
+    if as_json:
+        print_json({"id": session_id})
+    else:
+        click.echo(f"{printable(session_id)} is deleted.")
 
 
 def _damaged_journals(store: Store, session_id: str) -> set[Path]:

@@ -426,6 +426,34 @@ def verify(place: Place, before: Replica) -> None:
 # --- the end of a session --------------------------------------------------------------------------------------------
 
 
+def replace_damaged(place: Place, header: Header, content: Content, journals: Sequence[tuple[str, str]]) -> Replica:
+    """Write a new document in the place of one that cannot be read. Durable on return.
+
+    Args:
+        journals: all files that bear the name of a journal of the session, with their hex.
+    """
+    place.require_known()
+    place.is_visible = place.is_marked = False
+    with place.refusals():
+        _mark_all(path for path, _ in journals)
+    # The new header names one of them, as if it had been folded. There is seldom another one. So what a crash leaves
+    # of it is known to be left over.
+    before = Replica(header.but(journal=journals[-1][1] if journals else None), content, (0, 0, 0, 0))
+    after = write_document(place, before, header, content)
+    _remove(path for path, _ in journals)
+    return after
+
+
+def _mark_all(journals: Iterable[str]) -> None:
+    """Spoil journals of which nothing is known, as far as the disk lets them be.
+
+    A damaged session must not stay because its journal is damaged, too.
+    """
+    for path in journals:
+        with contextlib.suppress(OSError):
+            put_mark(path, journal.end_of(path))
+
+
 def delete(place: Place, before: Replica | None, journals: Sequence[str]) -> None:
     """Remove a session. Durable on return.
 
@@ -442,10 +470,8 @@ def delete(place: Place, before: Replica | None, journals: Sequence[str]) -> Non
         try:
             if (mark := _tail_to_mark(before)) is not None:
                 put_mark(paths.journal(mark.name), mark.end)
-            # A damaged session must not stay because its journal is damaged, too.
-            for path in journals if before is None else ():
-                with contextlib.suppress(OSError):
-                    put_mark(path, journal.end_of(path))
+            if before is None:
+                _mark_all(journals)
             disk.unlink(paths.document)
             try:
                 disk.sync_directory(paths.directory, directory)

@@ -310,6 +310,21 @@ def accept_that_drops_a_journal(scene: Scene) -> Run:
 
 
 @operation()
+def replace_of_a_version(scene: Scene) -> Run:
+    scene.stale()
+    version = scene.store.head("s").version
+    return lambda: scene.store.replace("s", DATA, if_version=version).data
+
+
+@operation()
+def replace_of_a_damaged_session(scene: Scene) -> Run:
+    scene.store.append("s", "messages", M2)
+    path = scene.store.path / "s.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    return lambda: scene.store.replace("s", DATA).data
+
+
+@operation()
 def compact(scene: Scene) -> Run:
     return lambda: scene.store.compact("s")
 

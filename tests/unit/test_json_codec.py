@@ -385,8 +385,10 @@ DEEP = "nested deeper than 200 levels"
 RANGE = "a number is out of range"
 
 UNREADABLE = [
-    ("empty", b"", NOT_JSON, 0),
-    ("only space", b" \n", NOT_JSON, 2),
+    ("empty", b"", "it is empty", 0),
+    ("only space", b" \n", "it is empty", 0),
+    ("only zeros", bytes(9), "nothing but zeros", 0),
+    ("a value a line", b' {"a":1}\n[2]\n3', "JSONL", 9),
     ("duplicate key", b'{"a":1,"a":2}', TWICE, 7),
     ("duplicate key, nested", b'{"a":[{"b":{}, "c":0,\n"b" :1}]}', TWICE, 22),
     ("duplicate key, one spelled with escapes", b'{"ab":1,"\\u0061\\u0062":2}', TWICE, 8),
@@ -402,7 +404,7 @@ UNREADABLE = [
     ("4,301 digits", b"[" + b"9" * 4301 + b"]", RANGE, 1),
     ("-4,301 digits", b"[ -" + b"9" * 4301 + b"]", RANGE, 2),
     ("byte order mark", b"\xef\xbb\xbf{}", "byte order mark", 0),
-    ("UTF-16", '{"a":1}'.encode("utf-16"), "not UTF-8", 0),
+    ("UTF-16", '{"a":1}'.encode("utf-16"), "byte order mark", 0),
     ("bad UTF-8", b'{"\xc3\xa4":"\xff"}', "not UTF-8", 7),
     ("half a letter", b'{"a":"\xf0\x9f\x98"}', "not UTF-8", 6),
     ("a surrogate in UTF-8", b'["\xed\xa0\x80"]', "not UTF-8", 2),
@@ -410,8 +412,8 @@ UNREADABLE = [
     ("cut off inside a string", b'{"a":"bc', NOT_JSON, 5),
     ("cut off inside a list", b"[1,2", NOT_JSON, 4),
     ("cut off behind letters of three bytes", '["日本"'.encode(), NOT_JSON, 9),
-    ("something after the value", b'{"a":1} x', NOT_JSON, 8),
-    ("two values", b"{}{}", NOT_JSON, 2),
+    ("something after the value", b'{"a":1} x', "something stands behind", 8),
+    ("two values", b"{}{}", "something stands behind", 2),
     # Python 3.13 takes the comma for what is wrong, and not what should have followed it.
     ("a comma too many", b"[1,]", NOT_JSON, 2 if sys.version_info >= (3, 13) else 3),
     ("a key without quotes", b"{a:1}", NOT_JSON, 1),

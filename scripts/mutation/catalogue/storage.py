@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
-from mutation.catalogue.suites import FILE_SYSTEM, HAZARDS
-from mutation.edits import drop_operand, replace_expression, replace_statement
+from mutation.catalogue.suites import FILE_SYSTEM, HAZARDS, IO_ERRORS, WAYS_OUT
+from mutation.edits import condition, drop_call, drop_operand, replace_expression, replace_statement
 from mutation.mutant import Mutant
 
 MUTANTS = (
     Mutant("the exclusive temporary file", "storage/disk.py", "create", drop_operand("os.O_EXCL"), HAZARDS, "b5"),
+    Mutant(
+        "replace: the leases of a damaged session",
+        "streams.py",
+        "_replace_damaged",
+        condition("not is_dead", "False"),
+        WAYS_OUT,
+        "live_stream",
+    ),
+    Mutant(
+        "replace: the version of a session that can be read",
+        "streams.py",
+        "replace",
+        condition("if_version is None", "False"),
+        WAYS_OUT,
+        "by_its_version",
+    ),
+    Mutant(
+        "replace: the end of a damaged session's journals",
+        "storage/commit.py",
+        "replace_damaged",
+        drop_call("_remove"),
+        WAYS_OUT,
+        "can_be_replaced or damaged_journal",
+    ),
+    Mutant(
+        "replace: the name of the journal that goes out of use",
+        "storage/commit.py",
+        "replace_damaged",
+        replace_expression("journals[-1][1] if journals else None", "None"),
+        IO_ERRORS,
+        "every_error and replace_of_a_damaged",
+    ),
     Mutant(
         "the probe of a file system that is not known",
         "storage/file_system.py",
