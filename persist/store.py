@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
 
 from persist import errors, json_codec, maintenance, streams, turn
-from persist.arguments import require_flags, require_key, require_limit, require_text, require_texts, seconds
+from persist.arguments import expanded, require_flags, require_key, require_limit, require_text, require_texts, seconds
 from persist.event_log import Event, EventFiles
 from persist.follow import Cursor, Following
 from persist.head import Head
@@ -56,7 +56,7 @@ class Store:
     """A directory of sessions, shared by any number of threads and processes of one machine.
 
     Args:
-        path: the directory; made (mode 0700) if it is missing.
+        path: the directory; made (mode 0700) if it is missing. A leading ``~`` or ``~user`` is a home directory.
         timeout_s: seconds that a verb waits for a session's lock before it raises `LockTimeout`; 0 is now or never.
             Every verb that waits takes a `timeout_s` of its own.
         journal: which sessions have a journal beside their document, so that a commit costs what it changes:
@@ -713,7 +713,7 @@ def _directory(path: object, *, create: bool) -> str:
     directory = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
     if type(directory) is not str or not directory or "\0" in directory:
         raise errors.InvalidArgument(what="a store's path", expected="a directory's name", got=repr(path))
-    directory = os.path.realpath(directory)
+    directory = os.path.realpath(expanded(directory))
     try:
         found = "a directory" if stat.S_ISDIR(os.stat(directory).st_mode) else "a file"
     except (FileNotFoundError, NotADirectoryError):

@@ -16,6 +16,7 @@ import click
 from rich.text import Text
 
 from persist import __version__
+from persist.arguments import expanded
 from persist.cli.output import console, print_json, print_table, printable, tolerate_any_terminal
 from persist.errors import CorruptSession, PersistError, SessionNotFound
 from persist.json_codec import BYTE_ORDER_MARK, StrictError, decode_strict
@@ -77,6 +78,7 @@ class StoreGroup(click.Group):
 
 def _open_store(ctx: click.Context, _argument: click.Parameter, path: Path) -> Store:
     """Open a store that is there already: `Store` would make its directory, and looking at one must never do that."""
+    path = Path(expanded(str(path)))
     if not path.is_dir():
         raise click.BadParameter(f"{printable(str(path))} is not a directory.")
     if not (path / LEASES).is_dir() and not any(path.glob("*.json")):

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from mutation.catalogue.suites import FILE_SYSTEM, HAZARDS, IO_ERRORS, WAYS_OUT
-from mutation.edits import condition, drop_call, drop_operand, replace_expression, replace_statement
+from mutation.catalogue.suites import FILE_SYSTEM, HAZARDS, IO_ERRORS, OPENING, WAYS_OUT
+from mutation.edits import condition, drop_call, drop_operand, replace_call, replace_expression, replace_statement
 from mutation.mutant import Mutant
 
 MUTANTS = (
     Mutant("the exclusive temporary file", "storage/disk.py", "create", drop_operand("os.O_EXCL"), HAZARDS, "b5"),
+    Mutant(
+        "the home directory behind a tilde",
+        "store.py",
+        "_directory",
+        replace_call("expanded", "directory"),
+        OPENING,
+        "home",
+    ),
     Mutant(
         "replace: the leases of a damaged session",
         "streams.py",
