@@ -13,6 +13,7 @@ import os
 import stat
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from persist.errors import unsafe
@@ -62,8 +63,10 @@ def require_plain(fd: int, path: StrPath) -> None:
         raise unsafe(path, _what_is(path))
 
 
-def open_known(path: StrPath, flags: int) -> tuple[int, os.stat_result]:
-    """As `open_plain`; tell also which file it is."""
+def open_known(
+    path: StrPath, flags: int, before_create: Callable[[], None] | None = None
+) -> tuple[int, os.stat_result]:
+    """As `open_plain`; tell also which file it is. `before_create` is called before a missing file is made."""
     # To open it and to make it are apart, so that it is known which was done.
     is_either = flags & (os.O_CREAT | os.O_EXCL) == os.O_CREAT
     if is_either:
@@ -76,6 +79,8 @@ def open_known(path: StrPath, flags: int) -> tuple[int, os.stat_result]:
             # Somebody else may be quicker, and may have removed it again; a link that leads nowhere stays (Windows).
             expected = errno.EEXIST if flags & os.O_EXCL else errno.ENOENT
             if is_either and error.errno == expected and not (flags & os.O_EXCL and os.path.islink(path)):
+                if before_create is not None and error.errno == errno.ENOENT:
+                    before_create()
                 flags ^= os.O_CREAT | os.O_EXCL
                 continue
             _refuse_unsafe(path, error)
@@ -209,6 +214,12 @@ def bears_name(file: os.stat_result, path: StrPath) -> bool:
     except FileNotFoundError:
         return False
     return found.st_ino == file.st_ino and found.st_dev == file.st_dev
+
+
+def identity_of(directory: StrPath) -> tuple[int, int]:
+    """Return the device and the inode of a directory, behind symbolic links."""
+    status = os.stat(directory)
+    return status.st_dev, status.st_ino
 
 
 def version_of(file: StrPath | int) -> Version:

@@ -110,11 +110,12 @@ class Mount:
         return f"{self.kind} ({bad[0]})" if bad else self.kind
 
 
-#: Device -> why it is refused, or "". The table of a machine with many containers is long.
-_judged: dict[int, str] = {}
+#: Device -> why it is refused, or "", and whether its directories keep their inode numbers. The table of a machine with
+#: many containers is long.
+_judged: dict[int, tuple[str, bool]] = {}
 
 
-def check(directory: str, device: int) -> None:
+def check(directory: str, device: int) -> bool:
     """Refuse a directory on a file system that is known to keep no promise, or that fails a probe.
 
     A file system that passes the probe is a `RuntimeWarning`, because the probe cannot see other machines. Without a
@@ -123,11 +124,17 @@ def check(directory: str, device: int) -> None:
     Args:
         device: that of the directory.
 
+    Returns:
+        Whether a directory keeps its inode number as long as it is there. An overlay may give it another one, and so
+        may FUSE (Documentation/filesystems/overlayfs.rst).
+
     Raises:
         InvalidArgument: it is refused.
     """
-    refusal = _judged.get(device)
-    if refusal is None:
+    known = _judged.get(device)
+    if known is not None:
+        refusal, is_stable = known
+    else:
         mount = mount_of(directory)
         verdict, tried = mount.verdict, ""
         if verdict == "unknown":
@@ -137,13 +144,15 @@ def check(directory: str, device: int) -> None:
                 _warn(directory, mount, is_tried=tried == "passed")
         else:
             refusal = f"on {mount}" if verdict == "bad" else ""
+        is_stable = mount.kind == "unknown" or (mount.kind in _GOOD and mount.kind != "overlay")
         # Behind the warning, which may be an error.
         if tried != "not tried":
-            _judged[device] = refusal
+            _judged[device] = refusal, is_stable
     if refusal:
         remedy = "Use a local disk, or pass unsafe_filesystem=True and lose the guarantees."
         facts = {"got": refusal, "expected": "on a file system whose locks and fsync hold"}
         raise InvalidArgument(what=f"the store {directory}", path=directory, remedy=remedy, **facts)
+    return is_stable
 
 
 def _warn(directory: str, mount: Mount, *, is_tried: bool) -> None:

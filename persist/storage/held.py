@@ -38,13 +38,18 @@ class HeldFile:
 
     __slots__ = ("_file", "_is_locked", "fd", "is_dropped", "path", "pid")
 
-    def __init__(self, path: disk.StrPath, flags: int = os.O_RDWR | os.O_CREAT) -> None:
+    def __init__(
+        self,
+        path: disk.StrPath,
+        flags: int = os.O_RDWR | os.O_CREAT,
+        before_create: Callable[[], None] | None = None,
+    ) -> None:
         self.fd = -1
         self.path = path
         self.pid = os.getpid()
         self._is_locked = self.is_dropped = False
         with table:
-            self.fd, self._file = disk.open_known(path, flags)
+            self.fd, self._file = disk.open_known(path, flags, before_create)
             _descriptors.add(self.fd)
 
     @property

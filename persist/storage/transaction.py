@@ -90,7 +90,10 @@ class Transaction(commit.Place):
         """Tell whether the session has a document, readable or not."""
         self.require_lock()
         with self.refusals():
-            return disk.exists(self.paths.document)
+            if disk.exists(self.paths.document):
+                return True
+            self._files.require_same()
+            return False
 
     def read(self) -> Replica:
         """Return the committed session. Changes of the caller go through `commit` only.
@@ -107,6 +110,8 @@ class Transaction(commit.Place):
                 found = self._caught_up(kept) if kept is not None and kept.version == version else None
                 self._replica = found or self._read_anew()
             except (OSError, json_codec.Undecodable) as error:
+                if isinstance(error, FileNotFoundError):
+                    self._files.require_same()
                 raise_typed(error, self.session_id, self.paths.document)
                 raise
         return self._replica
@@ -277,6 +282,7 @@ class Transaction(commit.Place):
     def delete(self) -> None:
         """Remove the session, also one that cannot be read. Durable on return."""
         self.require_lock()
+        self._files.require_same()
         with contextlib.suppress(PersistError):
             self.read()
         before, self._replica, self._is_there = self._replica, None, False
@@ -330,6 +336,7 @@ class SessionFiles(SessionDirectory):
         timeout_s = self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
         locked = Locked(paths.lock, session_id, timeout_s)
         locked.files, locked.paths, locked.tx = self, paths, None
+        locked.before_create = self.require_same
         return locked
 
 

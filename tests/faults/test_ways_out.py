@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,12 @@ from typing import Any
 import pytest
 from cli.conftest import json_of, runner_of
 from conftest import ActorFactory
+from harness.chats import everything
 
 import persist
 from persist import errors
 from persist.cli.commands import persist as command
+from persist.storage import file_system
 
 GOOD: dict[str, Any] = {"title": "t", "messages": [{"id": "m1", "role": "user", "content": "hello"}]}
 NEW: dict[str, Any] = {"title": "new", "messages": [{"id": "n1", "role": "user", "content": "again"}]}
@@ -291,3 +296,155 @@ def test_a_live_stream_is_deleted_by_force_only(store: persist.Store) -> None:
         with pytest.raises(errors.StreamLost):
             stream.checkpoint({"role": "assistant", "content": "late"})
     assert run("delete", store.path, "s").exit_code == 3
+
+
+# --- the directory ----------------------------------------------------------------------------------------------------
+
+LARGE = {"messages": [{"id": f"m{number}", "role": "user", "content": "x" * 400} for number in range(300)]}
+
+
+def gone(path: Path) -> None:
+    shutil.rmtree(path)
+
+
+def moved(path: Path) -> None:
+    path.rename(path.with_name("moved"))
+
+
+def made_anew(path: Path) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+def empty_in_its_place(path: Path) -> None:
+    moved(path)
+    path.mkdir()
+
+
+def a_copy_in_its_place(path: Path) -> None:
+    moved(path)
+    shutil.copytree(path.with_name("moved"), path)
+
+
+def another_store_in_its_place(path: Path) -> None:
+    moved(path)
+    persist.Store(path).create("other", {})
+
+
+def a_link_that_leads_elsewhere(path: Path) -> None:
+    moved(path)
+    path.with_name("elsewhere").mkdir()
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+def mounted_over(path: Path) -> None:
+    done = subprocess.run(["mount", "-t", "tmpfs", "none", path], check=False, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
+
+
+LOSSES = (
+    *(gone, moved, made_anew, empty_in_its_place, a_copy_in_its_place, another_store_in_its_place),
+    *(a_link_that_leads_elsewhere, mounted_over),
+)
+LOST = r"it is gone|it is another directory than the one"
+
+LOST_VERBS: dict[str, Callable[[persist.Store, persist.Session], object]] = {
+    "ids": lambda store, _: store.ids(),
+    "heads": lambda store, _: list(store.heads()),
+    "exists": lambda store, _: store.exists("new"),
+    "load": lambda store, _: store.load("s"),
+    "load of what never was": lambda store, _: store.load("never"),
+    "head": lambda store, _: store.head("s"),
+    "tail": lambda store, _: store.tail("s"),
+    "create": lambda store, _: store.create("new"),
+    "append": lambda store, _: store.append("s", "messages", {"id": "new"}),
+    "append that creates": lambda store, _: store.append("new", "messages", {"id": "new"}, create=True),
+    "update": lambda store, _: store.update("s", lambda tx: tx.fields.update(a=1)),
+    "save": lambda _, session: session.save(),
+    "refresh": lambda _, session: session.refresh(),
+    "replace": lambda store, session: store.replace("s", {}, if_version=session.version),
+    "duplicate": lambda store, _: store.duplicate("s", "new"),
+    "delete": lambda store, _: store.delete("s"),
+    "delete by force": lambda store, _: store.delete("s", force=True),
+    "accept": lambda store, _: store.accept("s"),
+    "compact": lambda store, _: store.compact("s"),
+    "start_stream": lambda store, _: store.start_stream("s", create=True),
+    "cancel": lambda store, _: store.cancel("s", "t"),
+    "stream": lambda store, _: store.stream("s"),
+    "streams": lambda store, _: store.streams(),
+    "clear_stale_streams": lambda store, _: store.clear_stale_streams(),
+    "clear_stale_streams, every one": lambda store, _: store.clear_stale_streams(every_session=True),
+    "follow": lambda store, _: store.follow("s", "t"),
+    "events": lambda store, _: store.events("s", "t"),
+    "check": lambda store, _: store.check(),
+}
+
+
+@pytest.mark.parametrize("lose", LOSSES, ids=lambda lose: lose.__name__)
+@pytest.mark.parametrize("data", [GOOD, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("is_known", [True, False], ids=["known", "unknown"])
+def test_a_directory_that_was_lost_is_an_error_of_every_verb(
+    lose: Callable[[Path], None], data: dict[str, Any], is_known: bool, directory: Path
+) -> None:
+    """HAZARDS F18: a lost mount is no empty store, and nothing is written into what is there in its place.
+
+    Fails without the look at the directory: a store that looked empty would be filled anew.
+    """
+    store = persist.Store(directory)
+    store.create("s", data)
+    with store.start_stream("s", {"id": "p", "role": "user", "content": "?"}, stream_id="t") as stream:
+        stream.emit("token")
+        stream.finish({"role": "assistant", "content": "!"})
+    store = store if is_known else persist.Store(directory)
+    session = store.load("s")
+    session.data["title"] = "new"
+    try:
+        lose(directory)
+        before = everything(directory)
+        silent = [name for name, verb in LOST_VERBS.items() if not refused(verb, store, session)]
+        assert silent == []
+        assert everything(directory) == before
+        assert not list(directory.glob("*.lock")) or lose is a_copy_in_its_place or lose is another_store_in_its_place
+    finally:
+        if lose is mounted_over and directory.is_mount():
+            subprocess.run(["umount", directory], check=True)
+    if lose is mounted_over:
+        # It is there again.
+        assert session.save() == store.head("s").version
+
+
+def refused(verb: Callable[[persist.Store, persist.Session], object], store: Any, session: Any) -> bool:
+    try:
+        verb(store, session)
+    except persist.Unreadable as error:
+        return re.search(LOST, str(error)) is not None and error.path == store.path
+    return False
+
+
+def test_leases_that_somebody_removed_are_no_lost_directory(store: persist.Store) -> None:
+    """They are made again. The directory is the one that was opened, with its sessions."""
+    store.create("s", GOOD)
+    (store.path / ".leases").rmdir()
+    assert store.ids() == ["s"]
+    assert not store.exists("new")
+    store.append("s", "messages", {"id": "m2"})
+    with store.start_stream("s", {"id": "p", "role": "user", "content": "?"}) as stream:
+        stream.finish({"role": "assistant", "content": "!"})
+
+
+def test_on_an_overlay_another_inode_is_no_lost_directory(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An overlay may give a directory another inode number when it has forgotten it. Its device counts."""
+    (tmp_path / "table").write_text("36 25 0:32 / / rw - overlay overlay rw\n")
+    monkeypatch.setattr(file_system, "MOUNTS", tmp_path / "table")
+    monkeypatch.setattr(file_system, "_judged", {})
+    store = persist.Store(directory)
+    store.create("s", GOOD)
+    a_copy_in_its_place(directory)
+    assert store.load("s").data == GOOD
+    shutil.rmtree(directory)
+    directory.mkdir()
+    with pytest.raises(persist.Unreadable, match=LOST):
+        store.ids()

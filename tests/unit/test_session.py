@@ -997,6 +997,7 @@ CLOSED_VERBS: list[Verb] = [
     lambda store: store.tail("s"),
     lambda store: store.create("new"),
     lambda store: store.duplicate("s", "copy"),
+    lambda store: store.replace("s", {}),
     lambda store: store.delete("s"),
     lambda store: store.transaction("s").__enter__(),
     lambda store: store.update("s", lambda tx: tx.data.clear()),

@@ -3,11 +3,51 @@
 from __future__ import annotations
 
 from mutation.catalogue.suites import FILE_SYSTEM, HAZARDS, IO_ERRORS, OPENING, WAYS_OUT
-from mutation.edits import condition, drop_call, drop_operand, replace_call, replace_expression, replace_statement
+from mutation.edits import (
+    condition,
+    drop_call,
+    drop_operand,
+    drop_statement,
+    replace_call,
+    replace_expression,
+    replace_statement,
+)
 from mutation.mutant import Mutant
 
 MUTANTS = (
     Mutant("the exclusive temporary file", "storage/disk.py", "create", drop_operand("os.O_EXCL"), HAZARDS, "b5"),
+    Mutant(
+        "the look whether the directory is the one that was opened",
+        "storage/directory.py",
+        "SessionDirectory.require_same",
+        condition("not is_same", "False"),
+        WAYS_OUT,
+        "lost",
+    ),
+    Mutant(
+        "the look at the directory before a lock file is made",
+        "storage/transaction.py",
+        "SessionFiles.transaction",
+        drop_statement("locked.before_create = self.require_same"),
+        WAYS_OUT,
+        "lost",
+    ),
+    Mutant(
+        "a directory made anew under the same inode",
+        "storage/directory.py",
+        "SessionDirectory.require_same",
+        condition("is_same and is_missing and self._has_leases and (not disk.exists(self.layout.leases))", "False"),
+        WAYS_OUT,
+        "lost or overlay",
+    ),
+    Mutant(
+        "the inode of an overlay's directory",
+        "storage/file_system.py",
+        "check",
+        drop_operand("mount.kind != 'overlay'"),
+        WAYS_OUT,
+        "overlay",
+    ),
     Mutant(
         "the home directory behind a tilde",
         "store.py",
