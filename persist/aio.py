@@ -455,6 +455,7 @@ class _Options(TypedDict, total=False):
     keep_events_bytes: int | None
     cache_bytes: int
     unsafe_filesystem: bool
+    mode: int
     create: bool
 
 

@@ -27,6 +27,7 @@ from persist.turn import Message
 from persist.working_copy import WorkingCopy
 
 Result = TypeVar("Result")
+_MODES = (0o600, 0o640, 0o660)
 _UNREADABLE = (errors.SessionNotFound, errors.CorruptSession, errors.UnsupportedFormat, errors.LockTimeout, OSError)
 
 
@@ -73,6 +74,10 @@ class Store:
         unsafe_filesystem: True accepts any file system without a look. On one of another machine, or that a virtual
             machine or a container shares with its host, no guarantee holds. One that is not known is tried with a lock,
             and a `RuntimeWarning` tells of it.
+        mode: that of the files that this store makes. 0o660 shares them with a group, and 0o640 lets the group read.
+            Directories that it makes have 0o700, 0o2770 or 0o2750, and files get the group of their directory. The
+            umask counts for nothing. Every store on the directory needs the same one. A directory that is there must
+            have its mode already.
         create: False opens a directory that must be there, and makes nothing in it until something is written.
 
     Raises:
@@ -103,6 +108,7 @@ class Store:
         keep_events_bytes: int | None = 64 * 1024 * 1024,
         cache_bytes: int = 64 * 1024 * 1024,
         unsafe_filesystem: bool = False,
+        mode: int = 0o600,
         create: bool = True,
     ) -> None:
         require_flags(unsafe_filesystem=unsafe_filesystem, create=create)
@@ -121,9 +127,13 @@ class Store:
         if keep_events_bytes is not None and (type(keep_events_bytes) is not int or keep_events_bytes < 4096):
             expected = "a number of bytes from 4096 up, or None"
             raise errors.InvalidArgument(what="keep_events_bytes", got=repr(keep_events_bytes), expected=expected)
+        if type(mode) is not int or mode not in _MODES:
+            expected = " | ".join(map("0o{:o}".format, _MODES))
+            got = f"0o{mode:o}" if type(mode) is int else repr(mode)
+            raise errors.InvalidArgument(what="mode", got=got, expected=expected)
         kept: dict[str, Any] = {"cache_bytes": cache_bytes, "unsafe_filesystem": unsafe_filesystem}
         timeout_s, keep_events_s = seconds("timeout_s", timeout_s), seconds("keep_events_s", keep_events_s)
-        files = SessionFiles(directory, commit.Options(journal), timeout_s=timeout_s, create=create, **kept)
+        files = SessionFiles(directory, commit.Options(journal, mode), timeout_s=timeout_s, create=create, **kept)
         self._backend = Backend(files, EventFiles(files, keep_events_s, keep_events_bytes))
         self._options: dict[str, Any] = {
             "timeout_s": timeout_s,
@@ -131,6 +141,7 @@ class Store:
             "merge": self._policies,
             "keep_events_s": keep_events_s,
             "keep_events_bytes": keep_events_bytes,
+            "mode": mode,
             **kept,
         }
         self._is_closed = False

@@ -149,7 +149,7 @@ def start(
             with tx.refusals():
                 backend.events.forget(session_id, stream_id)
                 backend.files.make_leases()
-                taken = lease.take(path, json_codec.encode(description))
+                taken = lease.take(path, json_codec.encode(description), backend.files.options.file_mode)
             if taken is None:
                 raise _unusable(stream_id, "a stream of that id is alive")
             try:

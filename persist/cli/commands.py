@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,7 +87,15 @@ def _open_store(ctx: click.Context, _argument: click.Parameter, path: Path) -> S
             f"{printable(str(path))} is not a store: it has neither sessions (*.json) nor {LEASES}."
         )
     is_unsafe = bool(ctx.find_root().params.get("unsafe_filesystem"))
-    return Store(path, create=False, unsafe_filesystem=is_unsafe)
+    return Store(path, create=False, mode=_mode_in(path), unsafe_filesystem=is_unsafe)
+
+
+def _mode_in(directory: Path) -> int:
+    """Return the mode that the files of a store have: a directory that a group shares says so (`Store(mode=…)`)."""
+    mode = directory.stat().st_mode
+    if not mode & stat.S_ISGID or mode & 0o050 != 0o050:
+        return 0o600
+    return 0o660 if mode & 0o020 else 0o640
 
 
 store_argument = click.argument("store", type=click.Path(path_type=Path), callback=_open_store)

@@ -47,12 +47,14 @@ class Options:
 
     Attributes:
         mode: which sessions have a journal.
+        file_mode: that of the files that are made.
         fold_bytes: in the place of the rule above, for tests.
         room_bytes: a journal of so many bytes gets room for as many more at a time.
         verifies_folds: whether each fold compares the replica with a replay from disk, for tests.
     """
 
     mode: Mode = "auto"
+    file_mode: int = disk.PRIVATE
     fold_bytes: float | None = None
     room_bytes: int = journal.ROOM_BYTES
     verifies_folds: bool = False
@@ -320,10 +322,10 @@ def _publish(
             # 2. The new journal, and its name. Else a power cut could leave a document whose journal is missing.
             if name is not None:
                 made.append(paths.journal(name))
-                write_new(made[-1], journal.opening(name))
+                write_new(made[-1], journal.opening(name), place.options.file_mode)
                 disk.sync_directory(paths.directory, directory)
             # 3. The new document, under another name.
-            written = write_new(paths.temp, document.to_bytes(header, content))
+            written = write_new(paths.temp, document.to_bytes(header, content), place.options.file_mode)
             # 4. The mark, for the living: a process with an old replica meets a tear, whatever becomes of the rest.
             if mark is not None:
                 put_mark(paths.journal(mark.name), mark.end)
@@ -380,14 +382,14 @@ def _version_of(path: str, written: disk.Version) -> disk.Version:
     return (0, 0, 0, 0)
 
 
-def write_new(path: str, text: bytes) -> disk.Version:
+def write_new(path: str, text: bytes, mode: int = disk.PRIVATE) -> disk.Version:
     """Write a new file. Its content is durable on return."""
     try:
-        fd = disk.create(path)
+        fd = disk.create(path, mode)
     except FileExistsError:
         # The lock is held, so the writer of the old one is dead.
         disk.unlink(path)
-        fd = disk.create(path)
+        fd = disk.create(path, mode)
     try:
         disk.write(fd, text)
         disk.sync(fd)

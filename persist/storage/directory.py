@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -67,15 +68,18 @@ class SessionDirectory:
         self.unknown: dict[str, str] = {}
         try:
             if create:
-                disk.make_directory(self.layout.directory)
+                disk.make_directory(self.layout.directory, options.file_mode)
                 with contextlib.suppress(FileExistsError):
-                    disk.mkdir(self.layout.leases)
+                    disk.mkdir(self.layout.leases, options.file_mode)
             #: The device and the inode of the directory that was opened. Of some file systems only the device counts.
             status = os.stat(self.layout.directory)
             self._identity = status.st_dev, status.st_ino
             self._has_stable_inode = not unsafe_filesystem and file_system.check(
                 self.layout.directory, self._identity[0]
             )
+            if options.file_mode != disk.PRIVATE:
+                for each in (self.layout.directory, self.layout.leases, self.layout.events):
+                    _require_shared(each, options.file_mode)
             self._has_leases = create or disk.exists(self.layout.leases)
             self.ignores_case = disk.ignores_case(self.layout.directory, layout.LEASES)
         except PersistError:
@@ -118,7 +122,7 @@ class SessionDirectory:
 
     def make_leases(self) -> None:
         """Make the directory of the leases. Its name is durable on return, so that a sweep finds what is in it."""
-        disk.make_directory(self.layout.leases)
+        disk.make_directory(self.layout.leases, self.options.file_mode)
         disk.check_directory(self.layout.leases)
         if not self.has_durable_leases:
             disk.sync_directory(self.layout.directory)
@@ -255,6 +259,23 @@ class SessionDirectory:
             found = layout.journal_of(file_name, copies=copies)
             if found is not None and found[0] == mine:
                 yield os.path.join(self.layout.directory, file_name), found[1]
+
+
+def _require_shared(path: str, file_mode: int) -> None:
+    """Raise `InvalidArgument` if a directory of a store keeps a group out that shares its files."""
+    if os.name != "posix" or not disk.exists(path):
+        return
+    found, wanted = stat.S_IMODE(os.stat(path).st_mode), disk.directory_mode(file_mode)
+    if wanted & 0o070 & ~found:
+        remedy = (
+            f"To share what is there: chgrp -R GROUP of the store, then chmod {wanted:o} of the directories, "
+            f"and chmod {file_mode:o} of the files."
+        )
+        facts = {
+            "got": f"of mode {found:04o}",
+            "expected": f"of mode {wanted:o}, which Store(mode=0o{file_mode:o}) needs",
+        }
+        raise InvalidArgument(what=f"the directory {path}", path=path, remedy=remedy, **facts)
 
 
 def raise_typed(error: BaseException, session_id: str, path: str) -> None:

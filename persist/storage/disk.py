@@ -33,9 +33,22 @@ REPLACE_PAUSE_S = 0.02
 _WRITE_CHUNK = 64 * 1024 * 1024
 
 
-def open_plain(path: StrPath, flags: int) -> int:
-    """Open a plain file, mode 0600 if it is created; raise `Unreadable` for anything else that bears the name."""
-    return open_known(path, flags)[0]
+#: The mode of a file that its owner alone may use.
+PRIVATE = 0o600
+_GROUP = 0o070
+#: For so long a file may be there that another user of the group has made, and not shared yet.
+_SHARING_S, _SHARING_PAUSE_S = 0.1, 0.001
+
+
+def directory_mode(file_mode: int) -> int:
+    """Return the mode of a directory with such files. Where a group shares them, they get the directory's group."""
+    group = file_mode & _GROUP
+    return 0o2700 | group | 0o010 if group else 0o700
+
+
+def open_plain(path: StrPath, flags: int, mode: int = PRIVATE) -> int:
+    """Open a plain file, and give it `mode` if it is created; raise `Unreadable` for anything else of that name."""
+    return open_known(path, flags, mode=mode)[0]
 
 
 def open_unseen(path: StrPath, flags: int) -> int:
@@ -64,18 +77,24 @@ def require_plain(fd: int, path: StrPath) -> None:
 
 
 def open_known(
-    path: StrPath, flags: int, before_create: Callable[[], None] | None = None
+    path: StrPath, flags: int, before_create: Callable[[], None] | None = None, mode: int = PRIVATE
 ) -> tuple[int, os.stat_result]:
     """As `open_plain`; tell also which file it is. `before_create` is called before a missing file is made."""
     # To open it and to make it are apart, so that it is known which was done.
     is_either = flags & (os.O_CREAT | os.O_EXCL) == os.O_CREAT
     if is_either:
         flags &= ~os.O_CREAT
+    patience_s = _SHARING_S if mode & _GROUP else 0.0
     while True:
         try:
-            fd = os.open(path, flags | _FLAGS | _BINARY, 0o600)
+            fd = os.open(path, flags | _FLAGS | _BINARY, mode)
             break
         except OSError as error:
+            if error.errno == errno.EACCES and patience_s > 0:
+                # Between the open and the chmod of another user the file has that user's umask.
+                patience_s -= _SHARING_PAUSE_S
+                time.sleep(_SHARING_PAUSE_S)
+                continue
             # Somebody else may be quicker, and may have removed it again; a link that leads nowhere stays (Windows).
             expected = errno.EEXIST if flags & os.O_EXCL else errno.ENOENT
             if is_either and error.errno == expected and not (flags & os.O_EXCL and os.path.islink(path)):
@@ -90,26 +109,32 @@ def open_known(
         if not stat.S_ISREG(status.st_mode):
             raise unsafe(path, _what_is(path))
         if flags & os.O_EXCL:
-            _give_to_owner_of_directory(path, fd)
+            _share(path, mode, fd)
     except BaseException:
         os.close(fd)
         raise
     return fd, status
 
 
-def _give_to_owner_of_directory(path: StrPath, fd: int | None = None) -> None:
-    """When run as root, give new files to the directory's owner.
+def _share(path: StrPath, mode: int, fd: int | None = None) -> None:
+    """Give a new file to the group that shares its directory. When run as root, give it to the directory's owner.
 
-    One `sudo persist clear-stale` must not lock the server out.
+    One `sudo persist clear-stale` must not lock the server out. The mode is set whatever the umask is.
     """
-    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    if not hasattr(os, "geteuid") or not (is_root or mode & _GROUP):
         return
     owner, own = os.stat(os.path.dirname(path)), os.lstat(path) if fd is None else os.fstat(fd)
-    if (own.st_uid, own.st_gid) != (owner.st_uid, owner.st_gid):
-        if fd is None:
-            os.lchown(path, owner.st_uid, owner.st_gid)
-        else:
-            os.fchown(fd, owner.st_uid, owner.st_gid)
+    uid = owner.st_uid if is_root else own.st_uid
+    if (own.st_uid, own.st_gid) != (uid, owner.st_gid):
+        # A user who is no member of the group cannot give it anything.
+        with contextlib.suppress(*([] if is_root else [PermissionError])):
+            if fd is None:
+                os.lchown(path, uid, owner.st_gid)
+            else:
+                os.fchown(fd, uid, owner.st_gid)
+    if mode & _GROUP:
+        os.chmod(path if fd is None else fd, mode)
 
 
 def _what_is(path: StrPath) -> str:
@@ -238,9 +263,9 @@ def exists(path: StrPath) -> bool:
     return True
 
 
-def create(path: StrPath) -> int:
-    """Create a file that must not exist, mode 0600, open for writing."""
-    return open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+def create(path: StrPath, mode: int = PRIVATE) -> int:
+    """Create a file that must not exist, open for writing."""
+    return open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
 
 
 def write(fd: int, content: bytes) -> None:
@@ -393,14 +418,14 @@ def names(directory: StrPath) -> list[str]:
         return []
 
 
-def mkdir(path: StrPath) -> None:
-    """Make one directory, mode 0700. Its name is durable once the directory above it is synced."""
+def mkdir(path: StrPath, file_mode: int = PRIVATE) -> None:
+    """Make one directory for files of a mode. Its name is durable once the directory above it is synced."""
     os.mkdir(path, mode=0o700)
-    _give_to_owner_of_directory(path)
+    _share(path, directory_mode(file_mode))
 
 
-def make_directory(path: StrPath) -> None:
-    """Make a directory, mode 0700, and what is missing above it; durable on return."""
+def make_directory(path: StrPath, file_mode: int = PRIVATE) -> None:
+    """Make a directory for files of a mode, and what is missing above it; durable on return."""
     missing = []
     while not os.path.exists(path):
         missing.append(path)
@@ -411,7 +436,7 @@ def make_directory(path: StrPath) -> None:
             sync_directory(os.path.dirname(path))
     for directory in reversed(missing):
         with contextlib.suppress(FileExistsError):
-            mkdir(directory)
+            mkdir(directory, file_mode)
         sync_directory(os.path.dirname(directory))
 
 

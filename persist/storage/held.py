@@ -43,13 +43,14 @@ class HeldFile:
         path: disk.StrPath,
         flags: int = os.O_RDWR | os.O_CREAT,
         before_create: Callable[[], None] | None = None,
+        mode: int = disk.PRIVATE,
     ) -> None:
         self.fd = -1
         self.path = path
         self.pid = os.getpid()
         self._is_locked = self.is_dropped = False
         with table:
-            self.fd, self._file = disk.open_known(path, flags, before_create)
+            self.fd, self._file = disk.open_known(path, flags, before_create, mode)
             _descriptors.add(self.fd)
 
     @property
@@ -101,19 +102,22 @@ def is_stuck() -> bool:
     return True
 
 
-def try_hold(path: disk.StrPath, *, create: bool, exclusive: bool = False, append: bool = False) -> HeldFile | None:
+def try_hold(
+    path: disk.StrPath, *, create: bool, exclusive: bool = False, append: bool = False, mode: int = disk.PRIVATE
+) -> HeldFile | None:
     """Open and lock a file, without waiting.
 
     Args:
         create: make the file if it is missing; else a missing file raises `FileNotFoundError`.
         exclusive: with `create`, a file that exists raises `FileExistsError`.
         append: what is written goes to the end of the file, wherever that is by then.
+        mode: that of a file that is made.
 
     Returns:
         The held file, or None if somebody else holds it, or if its holder removed it in the meantime.
     """
     flags = os.O_RDWR | (os.O_CREAT if create else 0) | (os.O_EXCL if exclusive else 0) | (os.O_APPEND if append else 0)
-    held, is_locked = HeldFile(path, flags), False
+    held, is_locked = HeldFile(path, flags, mode=mode), False
     try:
         is_locked = held.try_lock()
         return held if is_locked else None

@@ -336,7 +336,7 @@ class SessionFiles(SessionDirectory):
         timeout_s = self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
         locked = Locked(paths.lock, session_id, timeout_s)
         locked.files, locked.paths, locked.tx = self, paths, None
-        locked.before_create = self.require_same
+        locked.before_create, locked.mode = self.require_same, self.options.file_mode
         return locked
 
 

@@ -83,6 +83,27 @@ def test_a_created_file_is_private_whatever_the_umask(tmp_path: Path) -> None:
     assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a", "a/b")] == [0o700, 0o700]
 
 
+@pytest.mark.parametrize(("mode", "is_waited_for"), [(0o660, True), (0o640, True), (0o600, False)])
+def test_a_file_that_another_user_is_about_to_share_is_waited_for(
+    mode: int, is_waited_for: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the open and the chmod of its maker it has that one's umask. A private store has no such neighbour."""
+    (tmp_path / "x").touch()
+    opened, refusals = os.open, iter([PermissionError(errno.EACCES, "not yet")] * 3)
+
+    def shared_soon(path: Path, flags: int, mode: int) -> int:
+        if (refusal := next(refusals, None)) is not None:
+            raise refusal
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", shared_soon)
+    if is_waited_for:
+        os.close(disk.open_plain(tmp_path / "x", os.O_RDWR | os.O_CREAT, mode))
+        refusals = iter([PermissionError(errno.EACCES, "never")] * 100_000)
+    with pytest.raises(PermissionError):
+        disk.open_plain(tmp_path / "x", os.O_RDWR | os.O_CREAT, mode)
+
+
 @pytest.mark.parametrize("kind", FOUND)
 def test_a_file_is_never_created_over_anything(kind: str, odd: dict[str, Path]) -> None:
     """`create` means that the name was free, also of dangling links."""

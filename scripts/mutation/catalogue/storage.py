@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from mutation.catalogue.suites import FILE_SYSTEM, HAZARDS, IO_ERRORS, OPENING, WAYS_OUT
+from mutation.catalogue.suites import FILE_SYSTEM, GROUPS, HAZARDS, IO_ERRORS, OPENING, WAYS_OUT
 from mutation.edits import (
     condition,
     drop_call,
+    drop_keyword,
     drop_operand,
-    drop_statement,
     replace_call,
     replace_expression,
     replace_statement,
@@ -28,7 +28,7 @@ MUTANTS = (
         "the look at the directory before a lock file is made",
         "storage/transaction.py",
         "SessionFiles.transaction",
-        drop_statement("locked.before_create = self.require_same"),
+        replace_expression("self.require_same", "None"),
         WAYS_OUT,
         "lost",
     ),
@@ -47,6 +47,38 @@ MUTANTS = (
         drop_operand("mount.kind != 'overlay'"),
         WAYS_OUT,
         "overlay",
+    ),
+    Mutant(
+        "the mode of a shared file, whatever the umask",
+        "storage/disk.py",
+        "_share",
+        condition("mode & _GROUP", "False"),
+        GROUPS,
+        "whatever_the_umask",
+    ),
+    Mutant(
+        "the group of a shared file",
+        "storage/disk.py",
+        "_share",
+        condition("(own.st_uid, own.st_gid) != (uid, owner.st_gid)", "False"),
+        GROUPS,
+        "setgid",
+    ),
+    Mutant(
+        "the directory that keeps the group out",
+        "storage/directory.py",
+        "_require_shared",
+        condition("wanted & 0o070 & ~found", "False"),
+        GROUPS,
+        "keeps_the_group_out",
+    ),
+    Mutant(
+        "the mode of what a command writes",
+        "cli/commands.py",
+        "_open_store",
+        drop_keyword("Store", "mode"),
+        GROUPS,
+        "commands",
     ),
     Mutant(
         "the home directory behind a tilde",
