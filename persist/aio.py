@@ -457,7 +457,8 @@ class _Options(TypedDict, total=False):
     keep_events_s: float
     keep_events_bytes: int | None
     cache_bytes: int
-    allow_network: bool
+    unsafe_filesystem: bool
+    mode: int
     create: bool
 
 
@@ -494,6 +495,7 @@ class Store(_Awaited[persist.Store]):
     ids = _reading(persist.Store.ids)
     create = _giving_session(_writing(persist.Store.create))
     duplicate = _giving_session(_writing(persist.Store.duplicate, at=1))
+    replace = _giving_session(_writing(persist.Store.replace))
     delete = _writing(persist.Store.delete)
     update = _writing(persist.Store.update)
     append = _writing(persist.Store.append)

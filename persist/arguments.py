@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 
-from persist.errors import InvalidArgument
+from persist.errors import InvalidArgument, shown
 
 
 def require_flags(**flags: object) -> None:
@@ -44,6 +45,21 @@ def require_key(key: object, *, may_be_none: bool = True) -> None:
     if not (type(key) is str and key and key.isprintable() and not {'"', "\\"} & {*key}):
         expected = "the name of a key, without quotes and backslashes" + (", or None" if may_be_none else "")
         raise InvalidArgument(what="key", expected=expected, got=repr(key))
+
+
+def expanded(path: str) -> str:
+    """Return a path with the home directory in the place of a leading ``~`` or ``~user``, as a shell does.
+
+    Raises:
+        InvalidArgument: nobody knows that home directory. A directory of that name is ``./~user``.
+    """
+    found = os.path.expanduser(path) if path.startswith("~") else path
+    if found.startswith("~"):
+        remedy = "For a directory of that name put ./ before it."
+        raise InvalidArgument(
+            what="a path", got=shown(path), expected="below a home directory that is known", remedy=remedy
+        )
+    return found
 
 
 def seconds(what: str, value: object) -> float:

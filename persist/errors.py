@@ -116,7 +116,9 @@ class SessionNotFound(PersistError, KeyError):
 
 
 class SessionExists(PersistError):
-    """`create` or `duplicate` met a session of that id. Load it, or choose another id."""
+    """`create` or `duplicate` met a session of that id, or `replace` one that can be read. Load it, or choose another
+    id.
+    """
 
     template = "Session {session_id!r} exists already: {path}."
     remedy = "Load it with store.load(), or choose another id."
@@ -139,7 +141,8 @@ class StoreClosed(PersistError, RuntimeError):
 class InvalidArgument(PersistError, ValueError):
     """An argument, an id, or a field of the document is not what the verb can work with. Nothing was done.
 
-    Also a field that belongs to `persist` itself (`field` names it), and a directory on a network file system.
+    Also a field that belongs to `persist` itself (`field` names it), and a directory on a file system where locks do
+    not hold.
     """
 
     template = "{what} is {got}; it must be {expected}."
@@ -258,10 +261,13 @@ class SessionBusy(PersistError):
     """A live stream owns the session. Wait for it, `cancel` it, or take the session with `cancel(force=True)`."""
 
     template = (
-        "Session {session_id!r} is busy: stream {stream_id} is run by {owner} and still alive ({path} is locked).{why}"
+        "Session {session_id!r} is busy: stream {stream_id} is run by {run_by} and still alive ({path} is locked).{why}"
     )
     remedy = "Wait for it, or end it with store.cancel()."
     defaults: ClassVar = {"why": ""}
+
+    def __init__(self, **facts: Any) -> None:
+        super().__init__(**{**facts, "run_by": facts["owner"] or "an unknown process"})
 
 
 class AlreadyStarted(PersistError):
@@ -348,11 +354,20 @@ class CorruptSession(PersistError):
     """
 
     template = "Session {session_id!r} is damaged: {path}{at} {reason}"
-    remedy = "Restore it from a backup, or mend the file by hand and take it with store.accept()."
+    remedy = "Restore it from a backup, or mend the file by hand and take it with store.accept() or 'persist accept'."
+    #: These work whatever is wrong.
+    ways_out = (
+        "To give it up: store.replace(id, data) or 'persist replace' puts another document there, "
+        "and store.delete(id, force=True) or 'persist delete --force' removes it."
+    )
 
     def __init__(self, **facts: Any) -> None:
         offset = facts.setdefault("offset", None)
-        super().__init__(**{**facts, "at": f", byte {offset}:" if offset is not None else ":"})
+        remedy = facts.get("remedy") or self.remedy
+        if not remedy.endswith(self.ways_out):
+            remedy = f"{remedy} {self.ways_out}"
+        at = f", byte {offset}:" if offset is not None else ":"
+        super().__init__(**{**facts, "remedy": remedy, "at": at})
 
 
 class UnsupportedFormat(PersistError):
@@ -362,7 +377,10 @@ class UnsupportedFormat(PersistError):
     """
 
     template = "Session {session_id!r}: {path} has format {found}, and this version knows {known}."
-    remedy = "Load it with the version of persist that wrote it."
+    remedy = (
+        "Load it with the version of persist that wrote it. store.delete(id, force=True) or 'persist delete --force' "
+        "removes it."
+    )
 
 
 class CommitFailed(PersistError, OSError):

@@ -87,11 +87,14 @@ class EventWriter:
     descriptor in forks and at the end.
     """
 
-    def __init__(self, path: str, session_id: str, stream_id: str, most_bytes: float = math.inf) -> None:
+    def __init__(
+        self, path: str, session_id: str, stream_id: str, most_bytes: float = math.inf, mode: int = disk.PRIVATE
+    ) -> None:
         #: Whether the oldest events are to be dropped.
         self.is_full = False
         self._most_bytes = self._full_at_bytes = most_bytes
         self._path = path
+        self._mode = mode
         self._session_id = session_id
         self._stream_id = stream_id
         # Re-entrant: a signal handler that emits while its own thread does must get an error, and not wait for ever.
@@ -118,9 +121,9 @@ class EventWriter:
         with self._writing():
             if self._held is None:
                 directory = Path(self._path).parent
-                disk.make_directory(directory)
+                disk.make_directory(directory, self._mode)
                 disk.check_directory(directory)
-                self._held = try_hold(self._path, create=True, append=True)
+                self._held = try_hold(self._path, create=True, append=True, mode=self._mode)
                 if self._held is None:
                     raise BlockingIOError(errno.EWOULDBLOCK, "another program has locked it")
 
@@ -189,7 +192,7 @@ class EventWriter:
                 return
             temp, content = layout.temp_of(self._path), b'{"first":%b}\n%b' % (first[1], tail[start:])
             disk.unlink(temp)
-            new = try_hold(temp, create=True, exclusive=True, append=True)
+            new = try_hold(temp, create=True, exclusive=True, append=True, mode=self._mode)
             if new is None:
                 raise BlockingIOError(errno.EWOULDBLOCK, "another program has locked it")
             try:
@@ -461,16 +464,18 @@ class EventFiles:
 
     def writer(self, session_id: str, stream_id: str) -> EventWriter:
         """Return a writer for the process that runs the stream. It makes nothing before the first event."""
-        return EventWriter(self.path(session_id, stream_id), session_id, stream_id, self._keep_bytes)
+        path, mode = self.path(session_id, stream_id), self._files.options.file_mode
+        return EventWriter(path, session_id, stream_id, self._keep_bytes, mode)
 
     # The methods below are called under the session's lock.
 
     def make(self, session_id: str, stream_id: str) -> None:
         """Make an empty file, for a reader who comes before the first event."""
         path = self.path(session_id, stream_id)
-        disk.make_directory(self._files.layout.events)
+        mode = self._files.options.file_mode
+        disk.make_directory(self._files.layout.events, mode)
         disk.check_directory(self._files.layout.events)
-        disk.close(disk.open_plain(path, os.O_RDWR | os.O_CREAT))
+        disk.close(disk.open_plain(path, os.O_RDWR | os.O_CREAT, mode))
 
     def fence(self, session_id: str, stream_id: object, ended: Ended) -> bool:
         """Append the end line, if the stream has events and none yet. Tell whether it has any.

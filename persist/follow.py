@@ -44,6 +44,7 @@ class Cursor:
         self.session_id = layout.check_session_id(session_id)
         self.stream_id = layout.check_stream_id(stream_id)
         self.path = backend.events.path(session_id, stream_id)
+        backend.files.require_same()
         self.after = sys.maxsize if after == "end" else after
         self.ended: Ended | None = None
         self._backend = backend

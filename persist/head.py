@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from persist import turn
+from persist import json_codec, turn
 from persist.storage import document
 
 
@@ -21,12 +21,14 @@ class HeadFields(Mapping[str, Any]):
         self._apart = apart
 
     def __getitem__(self, name: str) -> Any:
+        name = json_codec.joined(name) if type(name) is str else name
         if name in self._apart:
             raise KeyError(f"{name!r} is not part of a head: use store.load() or store.tail(), which is for lists.")
         return self._fields[name]
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a field, or `default` if the session has none of that name."""
+        name = json_codec.joined(name) if type(name) is str else name
         return self[name] if name in self._fields or name in self._apart else default
 
     def __iter__(self) -> Iterator[str]:

@@ -2,8 +2,9 @@
 
 msgspec does the work. It is fast, but quietly turns sets, bytes and dates into other things and NaN into null; so
 `check` refuses, before encoding, each value that would not come back as it was. What msgspec cannot hold (a lone
-surrogate) goes through the standard library. `decode` trusts its input; `decode_strict` is for files that no
-checksum vouches for.
+surrogate) goes through the standard library. The two halves of a surrogate pair mean one
+character, and become it: a model's tokens may cut an emoji in two, and a caller that puts them together has both halves
+side by side. `decode` trusts its input; `decode_strict` is for files that no checksum vouches for.
 
 Limits: 200 levels of nesting, integers up to 4,300 digits; a document has at most 512 MiB, and an
 item 10 million values, which also ends the check of a list that contains itself many times over.
@@ -15,6 +16,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from enum import Enum
 from functools import lru_cache
 from typing import Any
@@ -179,17 +181,37 @@ def encode_key(name: str) -> bytes:
     return encode(name, (name,)) + b":"
 
 
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
+
+
+def joined(text: str) -> str:
+    """Join the halves of each surrogate pair to the character that they mean. A lone half stays as it is."""
+    if text.isascii() or _PAIR.search(text) is None:
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
+
+
 def _encode_surrogates(value: Any, path: ValuePath) -> bytes:
-    """Encode a value with a lone surrogate in it. All else in it has the bytes that it has elsewhere."""
+    """Encode a value with a surrogate in it. All else in it has the bytes that it has elsewhere.
+
+    So a value has the same bytes as the one that is read back, in which the halves of pairs are joined.
+    """
     if isinstance(value, list | tuple):
         return b"[%b]" % b",".join([encode(item, path) for item in value])
     if type(value) is dict:
+        if len({*map(joined, value)}) < len(value):
+            raise twins(path)
         return b"{%b}" % b",".join([encode(key, path) + b":" + encode(item, path) for key, item in value.items()])
-    encoded = json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace")
-    # "\ud83d" followed by "\ude00" would come back as one character instead of two.
-    if json.loads(encoded) != value:
-        raise NotJSON(path=path, reason="a string in it holds a surrogate pair, which JSON would join to one character")
-    return encoded
+    text = joined(value)
+    try:
+        return _encode(text)
+    except UnicodeEncodeError:
+        return json.dumps(text, ensure_ascii=False).encode(errors="backslashreplace")
+
+
+def twins(path: ValuePath) -> NotJSON:
+    """Return the error of an object that would have a key twice."""
+    return NotJSON(path=path, reason="two keys in it are one, when the halves of surrogate pairs are joined")
 
 
 class Undecodable(ValueError):
@@ -231,8 +253,12 @@ def decode_strict(encoded: bytes) -> Any:
     That is: a byte order mark, bad UTF-8, duplicate keys, NaN and infinities (also as 1e400), integers and
     nesting over the limits, anything after the value.
     """
-    if encoded.startswith(b"\xef\xbb\xbf"):
-        raise StrictError("it begins with a byte order mark.", 0)
+    if not encoded.strip(b"\0"):
+        # A power cut leaves zeros where a program did not sync.
+        raise StrictError("it holds nothing but zeros." if encoded else "it is empty.", 0)
+    for mark, name in _MARKS.items():
+        if encoded.startswith(mark):
+            raise StrictError(f"it begins with a byte order mark ({name}).", 0)
     try:
         text = encoded.decode()
     except UnicodeDecodeError as error:
@@ -241,12 +267,32 @@ def decode_strict(encoded: bytes) -> Any:
         value = json.loads(text, object_pairs_hook=_unique)
         check(value)
     except json.JSONDecodeError as error:
-        raise StrictError("it is not JSON, or it was cut off.", len(text[: error.pos].encode())) from None
+        reason, position = _not_json(text, error.pos)
+        raise StrictError(reason, len(text[:position].encode())) from None
     except (ValueError, RecursionError):
         # A key twice, an integer of too many digits, or what `check` refuses.
         reason, position = _locate(text)
         raise StrictError(reason, len(text[:position].encode())) from None
     return value
+
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_MARKS = {BYTE_ORDER_MARK: "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+
+
+def _not_json(text: str, position: int) -> tuple[str, int]:
+    """Tell what a text is that is not one JSON value, and where that shows."""
+    if not text.strip():
+        return "it is empty.", 0
+    with suppress(ValueError, RecursionError):
+        start = len(text) - len(text.lstrip())
+        _, end = json.JSONDecoder().raw_decode(text, start)
+        rest = text[end:].lstrip()
+        if rest and "\n" in text[end : len(text) - len(rest)]:
+            json.JSONDecoder().raw_decode(rest)
+            return "it has one JSON value a line: it is JSONL, and no document.", len(text) - len(rest)
+        return "something stands behind its JSON.", position
+    return "it is not JSON, or it was cut off.", position
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -340,11 +340,14 @@ class Session:
     def _patch(self, current: Content, wanted: Content) -> None:
         now: dict[str, Any] = {}
         then: dict[str, Any] = {}
+        # A caller's key may hold both halves of a surrogate pair. It stays that key.
+        own = {json_codec.joined(name): name for name in self.data}
         for name in dict.fromkeys(name for name, _ in (*current, *wanted)):
             one, other = current.get(name), wanted.get(name)
             if one != other:
-                now |= {} if one is None else {name: decode(one)}
-                then |= {} if other is None else {name: decode_like(one, now.get(name), other)}
+                key = own.get(name, name)
+                now |= {} if one is None else {key: decode(one)}
+                then |= {} if other is None else {key: decode_like(one, now.get(key), other)}
         stay = {name: value for name, value in self.data.items() if name not in now}
         patch(self.data, stay | now, stay | then)
 

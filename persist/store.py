@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
 
 from persist import errors, json_codec, maintenance, streams, turn
-from persist.arguments import require_flags, require_key, require_limit, require_text, require_texts, seconds
+from persist.arguments import expanded, require_flags, require_key, require_limit, require_text, require_texts, seconds
 from persist.event_log import Event, EventFiles
 from persist.follow import Cursor, Following
 from persist.head import Head
@@ -27,6 +27,7 @@ from persist.turn import Message
 from persist.working_copy import WorkingCopy
 
 Result = TypeVar("Result")
+_MODES = (0o600, 0o640, 0o660)
 _UNREADABLE = (errors.SessionNotFound, errors.CorruptSession, errors.UnsupportedFormat, errors.LockTimeout, OSError)
 
 
@@ -56,7 +57,7 @@ class Store:
     """A directory of sessions, shared by any number of threads and processes of one machine.
 
     Args:
-        path: the directory; made (mode 0700) if it is missing.
+        path: the directory; made (mode 0700) if it is missing. A leading ``~`` or ``~user`` is a home directory.
         timeout_s: seconds that a verb waits for a session's lock before it raises `LockTimeout`; 0 is now or never.
             Every verb that waits takes a `timeout_s` of its own.
         journal: which sessions have a journal beside their document, so that a commit costs what it changes:
@@ -70,13 +71,19 @@ class Store:
             ones, and keeps those of the younger half. None keeps all. 64 MiB are some 800,000 tokens. An event that is
             larger than half of it stays until the next ones come.
         cache_bytes: how much memory the store may use for what it knows of large sessions.
-        allow_network: True accepts a network file system, where no guarantee holds.
+        unsafe_filesystem: True accepts any file system without a look. On one of another machine, or that a virtual
+            machine or a container shares with its host, no guarantee holds. One that is not known is tried with a lock,
+            and a `RuntimeWarning` tells of it.
+        mode: that of the files that this store makes. 0o660 shares them with a group, and 0o640 lets the group read.
+            Directories that it makes have 0o700, 0o2770 or 0o2750, and files get the group of their directory. The
+            umask counts for nothing. Every store on the directory needs the same one. A directory that is there must
+            have its mode already.
         create: False opens a directory that must be there, and makes nothing in it until something is written.
 
     Raises:
         InvalidArgument: an argument is not what it must be.
         Unreadable: the disk, or its permissions, refused.
-        InvalidArgument: the directory is on nfs, cifs, 9p or ceph.
+        InvalidArgument: the directory is on a file system where locks or fsync do not hold: nfs, cifs, virtiofs, say.
 
     Example:
         >>> import persist, tempfile
@@ -100,10 +107,11 @@ class Store:
         keep_events_s: float = 300.0,
         keep_events_bytes: int | None = 64 * 1024 * 1024,
         cache_bytes: int = 64 * 1024 * 1024,
-        allow_network: bool = False,
+        unsafe_filesystem: bool = False,
+        mode: int = 0o600,
         create: bool = True,
     ) -> None:
-        require_flags(allow_network=allow_network, create=create)
+        require_flags(unsafe_filesystem=unsafe_filesystem, create=create)
         directory = _directory(path, create=create)
         if journal not in get_args(commit.Mode):
             raise errors.InvalidArgument(what="journal", expected=" | ".join(get_args(commit.Mode)), got=repr(journal))
@@ -112,16 +120,20 @@ class Store:
         for field in policies.keys() & {HEADER, *turn.IDLE, *ALWAYS_APART}:
             # To take one side of a list would drop what the other has appended.
             raise errors.reserved(field, "It has a rule of its own: leave it out of Store(merge=…).")
-        self._policies = dict(policies)
+        self._policies = {json_codec.joined(field): policy for field, policy in policies.items()}
         if type(cache_bytes) is not int or cache_bytes < 0:
             expected = "a number of bytes from 0 up"
             raise errors.InvalidArgument(what="cache_bytes", got=repr(cache_bytes), expected=expected)
         if keep_events_bytes is not None and (type(keep_events_bytes) is not int or keep_events_bytes < 4096):
             expected = "a number of bytes from 4096 up, or None"
             raise errors.InvalidArgument(what="keep_events_bytes", got=repr(keep_events_bytes), expected=expected)
-        kept: dict[str, Any] = {"cache_bytes": cache_bytes, "allow_network": allow_network}
+        if type(mode) is not int or mode not in _MODES:
+            expected = " | ".join(map("0o{:o}".format, _MODES))
+            got = f"0o{mode:o}" if type(mode) is int else repr(mode)
+            raise errors.InvalidArgument(what="mode", got=got, expected=expected)
+        kept: dict[str, Any] = {"cache_bytes": cache_bytes, "unsafe_filesystem": unsafe_filesystem}
         timeout_s, keep_events_s = seconds("timeout_s", timeout_s), seconds("keep_events_s", keep_events_s)
-        files = SessionFiles(directory, commit.Options(journal), timeout_s=timeout_s, create=create, **kept)
+        files = SessionFiles(directory, commit.Options(journal, mode), timeout_s=timeout_s, create=create, **kept)
         self._backend = Backend(files, EventFiles(files, keep_events_s, keep_events_bytes))
         self._options: dict[str, Any] = {
             "timeout_s": timeout_s,
@@ -129,6 +141,7 @@ class Store:
             "merge": self._policies,
             "keep_events_s": keep_events_s,
             "keep_events_bytes": keep_events_bytes,
+            "mode": mode,
             **kept,
         }
         self._is_closed = False
@@ -218,7 +231,7 @@ class Store:
         """
         require_limit(limit, may_be_none=False)
         require_text("field", field)
-        return self._open().files.read_last(session_id, field, limit)
+        return self._open().files.read_last(session_id, json_codec.joined(field), limit)
 
     def exists(self, session_id: str) -> bool:
         """Tell whether there is such a session. Takes no lock."""
@@ -280,6 +293,35 @@ class Store:
             content = copy.content
         return self._created(new_id, content, timeout_s)
 
+    def replace(
+        self, session_id: str, data: dict[str, Any], *, if_version: str | None = None, timeout_s: float | None = None
+    ) -> Session:
+        """Put other data in the place of a session's, which may be damaged. Durable and visible on return.
+
+        A session that can be read keeps its history of versions. One that cannot be read begins anew, and what stood
+        there is gone: copy the file first if it may be of use. A later `save` of an object that was loaded before is
+        refused.
+
+        Args:
+            if_version: the version that the caller has seen. None replaces only a session that cannot be read.
+
+        Raises:
+            SessionNotFound: create it.
+            SessionExists: it can be read, and no version was named.
+            VersionMismatch: it has another version.
+            SessionBusy: a live stream owns it; wait, or cancel it.
+            UnsupportedFormat: another version of persist may read it.
+            InvalidArgument, NotJSON: an argument cannot be kept; nothing was written.
+            CorruptSession: a version was named, and the session cannot be read.
+            LockTimeout, LockError, CommitFailed, CommitUnknown: see the errors.
+        """
+        require_texts(if_version=if_version)
+        content = encoded(data)
+        refuse_changed_stream_fields(empty(), content)
+        with self._locked(session_id, timeout_s) as tx:
+            committed = streams.replace(self._backend, tx, content, if_version)
+        return self._session(session_id, committed, is_durable=True)
+
     def delete(
         self, session_id: str, *, if_version: str | None = None, force: bool = False, timeout_s: float | None = None
     ) -> None:
@@ -293,7 +335,8 @@ class Store:
             SessionNotFound: there is none.
             VersionMismatch: it has another version.
             SessionBusy: a live stream owns it; wait, cancel it, or force.
-            LockTimeout, LockError, CorruptSession: see the errors.
+            CorruptSession: it is damaged: force, or `replace` it.
+            LockTimeout, LockError: see the errors.
         """
         require_flags(force=force)
         require_texts(if_version=if_version)
@@ -681,7 +724,7 @@ def _directory(path: object, *, create: bool) -> str:
     directory = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
     if type(directory) is not str or not directory or "\0" in directory:
         raise errors.InvalidArgument(what="a store's path", expected="a directory's name", got=repr(path))
-    name, directory = directory, os.path.realpath(directory)
+    name, directory = directory, os.path.realpath(expanded(directory))
     try:
         found = "a directory" if stat.S_ISDIR(os.stat(directory).st_mode) else "a file"
     except (FileNotFoundError, NotADirectoryError):

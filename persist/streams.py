@@ -33,10 +33,10 @@ from persist.storage import disk, layout, lease
 from persist.storage.cache import Replica
 from persist.storage.content import ALWAYS_APART, Content, Id
 from persist.storage.diff import Change
-from persist.storage.document import Head, Header
+from persist.storage.document import Head, Header, first_header
 from persist.storage.transaction import SessionFiles, Transaction
 from persist.transaction import Transaction as Block
-from persist.transaction import refuse_changed_stream_fields
+from persist.transaction import refuse_changed_stream_fields, require_version
 from persist.working_copy import Changed, WorkingCopy
 
 Result = TypeVar("Result")
@@ -149,7 +149,7 @@ def start(
             with tx.refusals():
                 backend.events.forget(session_id, stream_id)
                 backend.files.make_leases()
-                taken = lease.take(path, json_codec.encode(description))
+                taken = lease.take(path, json_codec.encode(description), backend.files.options.file_mode)
             if taken is None:
                 raise _unusable(stream_id, "a stream of that id is alive")
             try:
@@ -325,6 +325,50 @@ def delete(backend: Backend, tx: Transaction, *, force: bool = False) -> None:
     for stream_id in backend.files.stream_ids(tx.session_id):
         _remove_lease(tx, stream_id)
     backend.events.remove_session(tx.session_id)
+
+
+def replace(backend: Backend, tx: Transaction, content: Content, if_version: str | None) -> Replica:
+    """Put another content in the place of a session's. See `Store.replace`."""
+    try:
+        before = tx.read()
+        with backend.files.looking_at(tx.session_id):
+            # Somebody may have sealed what is no JSON.
+            before.content.decode()
+    except errors.CorruptSession:
+        if if_version is not None:
+            # Nobody knows its version.
+            raise
+        return _replace_damaged(backend, tx, content)
+    if if_version is None:
+        remedy = "It can be read: name the version that you have seen, with if_version=."
+        raise errors.SessionExists(session_id=tx.session_id, path=tx.paths.document, remedy=remedy)
+    require_version(WorkingCopy(before, tx), tx.session_id, if_version)
+    require_free(tx)
+    stale_id = active_in(before.content)
+    epoch = before.header.epoch + (stale_id is not None)
+    after = tx.commit(before.header.next(epoch=epoch, owner=None), content)
+    if stale_id is not None:
+        backend.events.end(tx.session_id, stale_id, "died")
+        _remove_lease(tx, stale_id)
+    return after
+
+
+def _replace_damaged(backend: Backend, tx: Transaction, content: Content) -> Replica:
+    """Begin a session anew. Its document does not tell whether a stream runs, so all its leases are tried."""
+    stream_ids = backend.files.stream_ids(tx.session_id)
+    for stream_id in stream_ids:
+        with _trying_lease(tx, stream_id) as is_dead:
+            if not is_dead:
+                raise _busy(tx, first_header(), stream_id)
+    tx.require_known()
+    with tx.refusals():
+        # First, so that nothing is emitted behind what a follower takes for the end.
+        backend.events.fence_session(tx.session_id)
+    after = tx.replace_damaged(content)
+    for stream_id in stream_ids:
+        _remove_lease(tx, stream_id)
+    backend.events.remove_session(tx.session_id)
+    return after
 
 
 def require_free(tx: Transaction, why: str = "") -> None:

@@ -128,6 +128,7 @@ class WorkingCopy:
         Raises:
             InvalidArgument: the value is no list.
         """
+        name = name if name.isascii() else json_codec.joined(name)
         found = self._lists.get(name)
         if found is not None and name not in self._values:
             return found
@@ -257,18 +258,22 @@ class Fields(MutableMapping[str, Any]):
         self._copy = copy
 
     def __contains__(self, name: object) -> bool:
-        return type(name) is str and name not in ALWAYS_APART and self._copy._has(name)
+        if type(name) is not str or name in ALWAYS_APART:
+            return False
+        return self._copy._has(name if name.isascii() else json_codec.joined(name))
 
     def __getitem__(self, name: str) -> Any:
         if name not in self:
             raise KeyError(name)
-        return self._copy._plain(name)
+        return self._copy._plain(name if name.isascii() else json_codec.joined(name))
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name == HEADER or name in ALWAYS_APART:
             remedy = "Choose another name for the field." if name == HEADER else f"Use list({name!r})."
             raise reserved(name, remedy)
         self._copy.require_open()
+        # A name that is no string is refused with the value.
+        name = json_codec.joined(name) if type(name) is str and not name.isascii() else name
         self._copy._taken.add(name)
         handed_out = self._copy._lists.pop(name, None)
         if handed_out is not None:
@@ -280,6 +285,7 @@ class Fields(MutableMapping[str, Any]):
         if name not in self:
             raise KeyError(name)
         self._copy.require_open()
+        name = json_codec.joined(name)
         handed_out = self._copy._lists.pop(name, None)
         if handed_out is not None:
             handed_out.become([])
@@ -418,7 +424,7 @@ class WorkingList(MutableSequence[Any]):
         """Return the place of the last item whose `key` has this value, or None."""
         if key != "id":
             require_key(key, may_be_none=False)
-        wanted = value if type(value) is str else as_id(value)
+        wanted = value if type(value) is str and value.isascii() else as_id(value)
         if wanted is None:
             return None
         for place in range(len(self.tail) - 1, -1, -1):

@@ -57,6 +57,13 @@ STATUSES: dict[Any, int] = {
 }
 
 
+class AsciiJSON(JSONResponse):
+    """JSON in ASCII: half an emoji, where a model has cut one in two, has no UTF-8."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
 class Chat:
     """The routes, and the turns of this process.
 
@@ -78,13 +85,13 @@ class Chat:
             turn.cancel()
         await asyncio.gather(*self._turns, return_exceptions=True)
 
-    async def session(self, request: Request) -> JSONResponse:
+    async def session(self, request: Request) -> AsciiJSON:
         session = await self._store.load(request.path_params["session_id"])
         if session.active_stream_id is not None and not await session.clear_stale_stream():
             await session.refresh()  # it is alive, or the session moved on since it was loaded: show what is true now
-        return JSONResponse(session.data)
+        return AsciiJSON(session.data)
 
-    async def chat(self, request: Request) -> JSONResponse:
+    async def chat(self, request: Request) -> AsciiJSON:
         session_id, prompt = request.path_params["session_id"], (await request.body()).decode("utf-8", "replace")
         with suppress(persist.SessionExists):
             await self._store.create(session_id, {"messages": []})
@@ -92,7 +99,7 @@ class Chat:
         turn = asyncio.create_task(self._run_turn(stream, prompt))
         self._turns.add(turn)
         turn.add_done_callback(self._turns.discard)
-        return JSONResponse({"stream_id": stream.id}, 202)
+        return AsciiJSON({"stream_id": stream.id}, 202)
 
     async def _run_turn(self, stream: persist.aio.Stream, prompt: str) -> None:
         words = ["You said:", *prompt.split()]  # this model only echoes
@@ -112,8 +119,8 @@ class Chat:
         following = await self._store.follow(**request.path_params, after=offset_in(request))
         return EventSourceResponse(told(following), ping=5)  # a sign of life for proxies
 
-    async def cancel(self, request: Request) -> JSONResponse:
-        return JSONResponse({"cancelled": await self._store.cancel(**request.path_params)})
+    async def cancel(self, request: Request) -> AsciiJSON:
+        return AsciiJSON({"cancelled": await self._store.cancel(**request.path_params)})
 
 
 async def told(following: persist.aio.Following) -> AsyncIterator[dict[str, Any]]:
@@ -132,10 +139,10 @@ def offset_in(request: Request) -> int:
     return int(offset)
 
 
-async def refuse(_request: Request, error: Exception) -> JSONResponse:
+async def refuse(_request: Request, error: Exception) -> AsciiJSON:
     # Not with the error's text, which names files.
     running = {"stream_id": error.stream_id} if isinstance(error, persist.SessionBusy) else {}
-    return JSONResponse({"error": type(error).__name__, **running}, STATUSES[type(error)])
+    return AsciiJSON({"error": type(error).__name__, **running}, STATUSES[type(error)])
 
 
 def main() -> None:

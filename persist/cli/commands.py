@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +17,11 @@ import click
 from rich.text import Text
 
 from persist import __version__
+from persist.arguments import expanded
 from persist.cli.output import console, print_json, print_table, printable, tolerate_any_terminal
 from persist.errors import CorruptSession, PersistError, SessionNotFound
+from persist.json_codec import BYTE_ORDER_MARK, StrictError, decode_strict
+from persist.storage.content import HEADER
 from persist.storage.layout import LEASES, journal_of, name_of
 from persist.store import Store
 from persist.streams import StreamInfo
@@ -73,15 +77,25 @@ class StoreGroup(click.Group):
             return super().invoke(ctx)
 
 
-def _open_store(_ctx: click.Context, _argument: click.Parameter, path: Path) -> Store:
+def _open_store(ctx: click.Context, _argument: click.Parameter, path: Path) -> Store:
     """Open a store that is there already: `Store` would make its directory, and looking at one must never do that."""
+    path = Path(expanded(str(path)))
     if not path.is_dir():
         raise click.BadParameter(f"{printable(str(path))} is not a directory.")
     if not (path / LEASES).is_dir() and not any(path.glob("*.json")):
         raise click.BadParameter(
             f"{printable(str(path))} is not a store: it has neither sessions (*.json) nor {LEASES}."
         )
-    return Store(path, create=False)
+    is_unsafe = bool(ctx.find_root().params.get("unsafe_filesystem"))
+    return Store(path, create=False, mode=_mode_in(path), unsafe_filesystem=is_unsafe)
+
+
+def _mode_in(directory: Path) -> int:
+    """Return the mode that the files of a store have: a directory that a group shares says so (`Store(mode=…)`)."""
+    mode = directory.stat().st_mode
+    if not mode & stat.S_ISGID or mode & 0o050 != 0o050:
+        return 0o600
+    return 0o660 if mode & 0o020 else 0o640
 
 
 store_argument = click.argument("store", type=click.Path(path_type=Path), callback=_open_store)
@@ -91,7 +105,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 
 @click.group(cls=StoreGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="persist")
-def persist() -> None:
+@click.option("--unsafe-filesystem", is_flag=True, help="Accept any file system, also one where no lock holds.")
+def persist(unsafe_filesystem: bool) -> None:
     """Look at a store of chat sessions, and mend it."""
 
 
@@ -181,7 +196,7 @@ def show(store: Store, session_id: str, as_json: bool) -> None:
     facts = {"revision": session.revision, "created_at": session.created_at.isoformat()}
     facts |= {"updated_at": session.updated_at.isoformat(), "active_stream_id": session.active_stream_id}
     if as_json:
-        print_json({"id": session.id, **facts, "data": session.data})
+        print_json({"id": session.id, "version": session.version, **facts, "data": session.data})
         return
     out = console()
     title = session.data.get("title")
@@ -338,6 +353,49 @@ def accept(store: Store, session_id: str, drop_journal: bool, as_json: bool) -> 
     for path in kept:
         what = "Its journal was given up" if drop_journal else "Not all of its journal could be taken"
         click.echo(f"{what}; a copy is kept in {path}.")
+
+
+@persist.command(epilog="Example: persist replace var/sessions s-42 mended.json")
+@store_argument
+@session_argument
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--if-version", help="Replace a session that can be read, if it has this version (persist show --json).")
+@json_option
+def replace(store: Store, session_id: str, file: Path, if_version: str | None, as_json: bool) -> None:
+    """Put the JSON object in FILE in the place of a session that cannot be read.
+
+    What stood there is gone: copy it first if it may be of use. A session whose stream is alive is left alone.
+    """
+    try:
+        data = decode_strict(file.read_bytes().removeprefix(BYTE_ORDER_MARK))
+    except StrictError as error:
+        raise StoreFailure(f"{printable(str(file))}, byte {error.offset}: {error.reason} Mend it, and retry.") from None
+    if type(data) is not dict:
+        raise StoreFailure(f"{printable(str(file))} is JSON, but not an object. Give a document.")
+    header = data.pop(HEADER, None)
+    if type(header) is dict and header.get("journal") is not None:
+        raise StoreFailure(
+            f"{printable(str(file))} has later commits in a journal: put both files back as they were, with cp."
+        )
+    session = store.replace(session_id, data, if_version=if_version)
+    if as_json:
+        print_json({"id": session.id, "revision": session.revision, "version": session.version})
+    else:
+        click.echo(f"{printable(session.id)} is replaced, at revision {session.revision}.")
+
+
+@persist.command(epilog="Example: persist delete var/sessions s-42 --force")
+@store_argument
+@session_argument
+@click.option("--force", is_flag=True, help="Also if it is damaged, and also while a live stream owns it.")
+@json_option
+def delete(store: Store, session_id: str, force: bool, as_json: bool) -> None:
+    """Remove a session, with its journal and its events."""
+    store.delete(session_id, force=force)
+    if as_json:
+        print_json({"id": session_id})
+    else:
+        click.echo(f"{printable(session_id)} is deleted.")
 
 
 def _damaged_journals(store: Store, session_id: str) -> set[Path]:

@@ -47,12 +47,14 @@ class Options:
 
     Attributes:
         mode: which sessions have a journal.
+        file_mode: that of the files that are made.
         fold_bytes: in the place of the rule above, for tests.
         room_bytes: a journal of so many bytes gets room for as many more at a time.
         verifies_folds: whether each fold compares the replica with a replay from disk, for tests.
     """
 
     mode: Mode = "auto"
+    file_mode: int = disk.PRIVATE
     fold_bytes: float | None = None
     room_bytes: int = journal.ROOM_BYTES
     verifies_folds: bool = False
@@ -320,10 +322,10 @@ def _publish(
             # 2. The new journal, and its name. Else a power cut could leave a document whose journal is missing.
             if name is not None:
                 made.append(paths.journal(name))
-                write_new(made[-1], journal.opening(name))
+                write_new(made[-1], journal.opening(name), place.options.file_mode)
                 disk.sync_directory(paths.directory, directory)
             # 3. The new document, under another name.
-            written = write_new(paths.temp, document.to_bytes(header, content))
+            written = write_new(paths.temp, document.to_bytes(header, content), place.options.file_mode)
             # 4. The mark, for the living: a process with an old replica meets a tear, whatever becomes of the rest.
             if mark is not None:
                 put_mark(paths.journal(mark.name), mark.end)
@@ -380,14 +382,14 @@ def _version_of(path: str, written: disk.Version) -> disk.Version:
     return (0, 0, 0, 0)
 
 
-def write_new(path: str, text: bytes) -> disk.Version:
+def write_new(path: str, text: bytes, mode: int = disk.PRIVATE) -> disk.Version:
     """Write a new file. Its content is durable on return."""
     try:
-        fd = disk.create(path)
+        fd = disk.create(path, mode)
     except FileExistsError:
         # The lock is held, so the writer of the old one is dead.
         disk.unlink(path)
-        fd = disk.create(path)
+        fd = disk.create(path, mode)
     try:
         disk.write(fd, text)
         disk.sync(fd)
@@ -426,6 +428,34 @@ def verify(place: Place, before: Replica) -> None:
 # --- the end of a session --------------------------------------------------------------------------------------------
 
 
+def replace_damaged(place: Place, header: Header, content: Content, journals: Sequence[tuple[str, str]]) -> Replica:
+    """Write a new document in the place of one that cannot be read. Durable on return.
+
+    Args:
+        journals: all files that bear the name of a journal of the session, with their hex.
+    """
+    place.require_known()
+    place.is_visible = place.is_marked = False
+    with place.refusals():
+        _mark_all(path for path, _ in journals)
+    # The new header names one of them, as if it had been folded. There is seldom another one. So what a crash leaves
+    # of it is known to be left over.
+    before = Replica(header.but(journal=journals[-1][1] if journals else None), content, (0, 0, 0, 0))
+    after = write_document(place, before, header, content)
+    _remove(path for path, _ in journals)
+    return after
+
+
+def _mark_all(journals: Iterable[str]) -> None:
+    """Spoil journals of which nothing is known, as far as the disk lets them be.
+
+    A damaged session must not stay because its journal is damaged, too.
+    """
+    for path in journals:
+        with contextlib.suppress(OSError):
+            put_mark(path, journal.end_of(path))
+
+
 def delete(place: Place, before: Replica | None, journals: Sequence[str]) -> None:
     """Remove a session. Durable on return.
 
@@ -442,10 +472,8 @@ def delete(place: Place, before: Replica | None, journals: Sequence[str]) -> Non
         try:
             if (mark := _tail_to_mark(before)) is not None:
                 put_mark(paths.journal(mark.name), mark.end)
-            # A damaged session must not stay because its journal is damaged, too.
-            for path in journals if before is None else ():
-                with contextlib.suppress(OSError):
-                    put_mark(path, journal.end_of(path))
+            if before is None:
+                _mark_all(journals)
             disk.unlink(paths.document)
             try:
                 disk.sync_directory(paths.directory, directory)

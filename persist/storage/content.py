@@ -41,7 +41,9 @@ Id = str | int
 
 def as_id(value: object) -> Id | None:
     """Return a value if items can be found by it, else None. True is no id."""
-    return value if type(value) in (str, int) else None  # type: ignore[return-value]
+    if type(value) is str:
+        return value if value.isascii() else json_codec.joined(value)
+    return value if type(value) is int else None
 
 
 @cache
@@ -396,9 +398,15 @@ def encode_values(data: dict[str, Any], known: Content) -> Iterator[tuple[str, V
     """
     if HEADER in data:
         raise reserved(HEADER, "Choose another name for the field.")
-    for name, value in data.items():
-        if type(name) is not str:
-            raise NotJSON(path=(), reason=f"a key is {type(name).__name__}, and JSON has only string keys")
+    halves: set[str] = set()
+    for key, value in data.items():
+        if type(key) is not str:
+            raise NotJSON(path=(), reason=f"a key is {type(key).__name__}, and JSON has only string keys")
+        name = key if key.isascii() else json_codec.joined(key)
+        if name != key:
+            if name in data or name in halves:
+                raise json_codec.twins(())
+            halves.add(name)
         before = known.fields.get(name) or known.apart.get(name)
         if type(value) is list and (name in ALWAYS_APART or isinstance(before, Items) or len(value) > _FEW):
             yield name, _encoded_items(name, value, before)
@@ -423,7 +431,12 @@ def as_before(found: bytes, value: Any, before: bytes | None) -> bytes:
     """Return the JSON from before, if it differs from a value's JSON in the order of keys only. Else return that."""
     if before is None or len(found) != len(before) or found == before:
         return found
-    return before if json_codec.same(json_codec.decode(before), value) else found
+    there = json_codec.decode(before)
+    # A caller's value may hold both halves of a surrogate pair, where the file has the character.
+    is_same = json_codec.same(there, value) or (
+        not found.isascii() and json_codec.same(there, json_codec.decode(found))
+    )
+    return before if is_same else found
 
 
 def _encoded_items(name: str, items: list[Any], before: Value | None) -> Items:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ import msgspec
 
 from persist import json_codec
 from persist.errors import CorruptSession, InvalidArgument, PersistError, SessionNotFound, Unreadable, shown
-from persist.storage import disk, document, journal, layout
+from persist.storage import disk, document, file_system, journal, layout
 from persist.storage.cache import Cache, Replica
 from persist.storage.commit import Options
 from persist.storage.document import Head, Header
@@ -53,7 +53,7 @@ class SessionDirectory:
     """The sessions of one directory, as files, and what can be seen of them without a lock."""
 
     def __init__(
-        self, path: str, options: Options, *, timeout_s: float, cache_bytes: int, allow_network: bool, create: bool
+        self, path: str, options: Options, *, timeout_s: float, cache_bytes: int, unsafe_filesystem: bool, create: bool
     ) -> None:
         self.layout = layout.Layout(path)
         self.options = options
@@ -68,15 +68,50 @@ class SessionDirectory:
         self.unknown: dict[str, str] = {}
         try:
             if create:
-                disk.make_directory(self.layout.directory)
+                disk.make_directory(self.layout.directory, options.file_mode)
                 with contextlib.suppress(FileExistsError):
-                    disk.mkdir(self.layout.leases)
-            disk.check_file_system(self.layout.directory, allow_network=allow_network)
+                    disk.mkdir(self.layout.leases, options.file_mode)
+            #: The device and the inode of the directory that was opened. Of some file systems only the device counts.
+            status = os.stat(self.layout.directory)
+            self._identity = status.st_dev, status.st_ino
+            self._has_stable_inode = not unsafe_filesystem and file_system.check(
+                self.layout.directory, self._identity[0]
+            )
+            if options.file_mode != disk.PRIVATE:
+                for each in (self.layout.directory, self.layout.leases, self.layout.events):
+                    _require_shared(each, options.file_mode)
+            self._has_leases = create or disk.exists(self.layout.leases)
             self.ignores_case = disk.ignores_case(self.layout.directory, layout.LEASES)
         except PersistError:
             raise
         except OSError as error:
             raise Unreadable.because(self.layout.directory, error) from error
+
+    def require_same(self, *, is_missing: bool = True) -> None:
+        """Raise `Unreadable` if the directory is gone, or is another one than was opened.
+
+        A lost mount leaves an empty directory behind, which must not look like a store without sessions. This is asked
+        where something is missing, and by each verb that reads files anew. A replica and a head that were kept are
+        compared with the document's inode anyway.
+
+        Args:
+            is_missing: whether something was not found in it.
+        """
+        directory = self.layout.directory
+        try:
+            device, inode = disk.identity_of(directory)
+            is_same = device == self._identity[0] and (inode == self._identity[1] or not self._has_stable_inode)
+            # A directory that was made anew may have the inode of the one before. It lacks what a store has.
+            if is_same and is_missing and self._has_leases and not disk.exists(self.layout.leases):
+                is_same = bool(disk.names(directory))
+        except FileNotFoundError as error:
+            raise Unreadable(path=directory, reason="it is gone", errno=error.errno) from None
+        except OSError as error:
+            raise Unreadable.because(directory, error) from error
+        if not is_same:
+            reason = "it is another directory than the one that this store has opened"
+            remedy = "Mount that one, or put it back. For the one that is there now open a new persist.Store()."
+            raise Unreadable(path=directory, reason=reason, remedy=remedy)
 
     def make_durable(self) -> None:
         """Make the directory's own name durable, once, so that no commit in it is lost with it."""
@@ -87,7 +122,7 @@ class SessionDirectory:
 
     def make_leases(self) -> None:
         """Make the directory of the leases. Its name is durable on return, so that a sweep finds what is in it."""
-        disk.make_directory(self.layout.leases)
+        disk.make_directory(self.layout.leases, self.options.file_mode)
         disk.check_directory(self.layout.leases)
         if not self.has_durable_leases:
             disk.sync_directory(self.layout.directory)
@@ -98,11 +133,15 @@ class SessionDirectory:
     def exists(self, session_id: str) -> bool:
         """Tell whether there is a document of that session, readable or not."""
         with self.looking_at(session_id) as paths:
-            return disk.exists(paths.document)
+            if disk.exists(paths.document):
+                return True
+            self.require_same()
+            return False
 
     def read_now(self, session_id: str) -> Replica:
         """Read the committed session. Raise `Overtaken` if the journal is not there that the document names."""
         with self.looking_at(session_id) as paths:
+            self.require_same(is_missing=False)
             found = document.read(paths.document, session_id, paths.file_id)
             if (name := found.header.journal) is None:
                 return Replica(found.header, found.content, found.version)
@@ -117,6 +156,7 @@ class SessionDirectory:
         if kept is not None and kept.is_last(self.paths_of(session_id)):
             return kept.head
         with self.looking_at(session_id) as paths:
+            self.require_same(is_missing=False)
             found, version = document.read_head(paths.document, session_id, paths.file_id)
             if (name := found.header.journal) is None:
                 return found
@@ -136,6 +176,7 @@ class SessionDirectory:
             InvalidArgument: the value is no list.
         """
         with self.looking_at(session_id) as paths:
+            self.require_same(is_missing=False)
             with document.ending(paths.document, paths.file_id) as found:
                 if found is None:
                     content = self.read_now(session_id).content
@@ -159,7 +200,12 @@ class SessionDirectory:
     def looking_at(self, session_id: str) -> Translating[layout.SessionPaths]:
         """Give the session's paths to a block, of which the errors become typed ones (see `raise_typed`)."""
         paths = self.paths_of(session_id)
-        return Translating(partial(raise_typed, session_id=session_id, path=paths.document), paths)
+        return Translating(partial(self._raise_typed, session_id=session_id, path=paths.document), paths)
+
+    def _raise_typed(self, error: BaseException, session_id: str, path: str) -> None:
+        if isinstance(error, FileNotFoundError):
+            self.require_same()
+        raise_typed(error, session_id, path)
 
     # --- all sessions ---
 
@@ -196,8 +242,7 @@ class SessionDirectory:
             if directory is not None:
                 disk.check_directory(directory)
             found = disk.names(directory or self.layout.directory)
-            if not found and not disk.exists(self.layout.directory):
-                raise FileNotFoundError(errno.ENOENT, "it is gone")
+            self.require_same(is_missing=not found)
             return found
         except PersistError:
             raise
@@ -214,6 +259,23 @@ class SessionDirectory:
             found = layout.journal_of(file_name, copies=copies)
             if found is not None and found[0] == mine:
                 yield os.path.join(self.layout.directory, file_name), found[1]
+
+
+def _require_shared(path: str, file_mode: int) -> None:
+    """Raise `InvalidArgument` if a directory of a store keeps a group out that shares its files."""
+    if os.name != "posix" or not disk.exists(path):
+        return
+    found, wanted = stat.S_IMODE(os.stat(path).st_mode), disk.directory_mode(file_mode)
+    if wanted & 0o070 & ~found:
+        remedy = (
+            f"To share what is there: chgrp -R GROUP of the store, then chmod {wanted:o} of the directories, "
+            f"and chmod {file_mode:o} of the files."
+        )
+        facts = {
+            "got": f"of mode {found:04o}",
+            "expected": f"of mode {wanted:o}, which Store(mode=0o{file_mode:o}) needs",
+        }
+        raise InvalidArgument(what=f"the directory {path}", path=path, remedy=remedy, **facts)
 
 
 def raise_typed(error: BaseException, session_id: str, path: str) -> None:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import stat
 import sys
 import time
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 
-from persist.errors import InvalidArgument, unsafe
+from persist.errors import unsafe
 
 if sys.platform == "darwin":
     import fcntl
@@ -31,14 +30,25 @@ _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_NOINHERIT", 0)
 REPLACE_ATTEMPTS = 50 if os.name == "nt" else 1
 REPLACE_PAUSE_S = 0.02
 
-MOUNTS = Path("/proc/self/mountinfo")
-_NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "afs", "lustre", "gpfs", "glusterfs"})
 _WRITE_CHUNK = 64 * 1024 * 1024
 
 
-def open_plain(path: StrPath, flags: int) -> int:
-    """Open a plain file, mode 0600 if it is created; raise `Unreadable` for anything else that bears the name."""
-    return open_known(path, flags)[0]
+#: The mode of a file that its owner alone may use.
+PRIVATE = 0o600
+_GROUP = 0o070
+#: For so long a file may be there that another user of the group has made, and not shared yet.
+_SHARING_S, _SHARING_PAUSE_S = 0.1, 0.001
+
+
+def directory_mode(file_mode: int) -> int:
+    """Return the mode of a directory with such files. Where a group shares them, they get the directory's group."""
+    group = file_mode & _GROUP
+    return 0o2700 | group | 0o010 if group else 0o700
+
+
+def open_plain(path: StrPath, flags: int, mode: int = PRIVATE) -> int:
+    """Open a plain file, and give it `mode` if it is created; raise `Unreadable` for anything else of that name."""
+    return open_known(path, flags, mode=mode)[0]
 
 
 def open_unseen(path: StrPath, flags: int) -> int:
@@ -66,20 +76,30 @@ def require_plain(fd: int, path: StrPath) -> None:
         raise unsafe(path, _what_is(path))
 
 
-def open_known(path: StrPath, flags: int) -> tuple[int, os.stat_result]:
-    """As `open_plain`; tell also which file it is."""
+def open_known(
+    path: StrPath, flags: int, before_create: Callable[[], None] | None = None, mode: int = PRIVATE
+) -> tuple[int, os.stat_result]:
+    """As `open_plain`; tell also which file it is. `before_create` is called before a missing file is made."""
     # To open it and to make it are apart, so that it is known which was done.
     is_either = flags & (os.O_CREAT | os.O_EXCL) == os.O_CREAT
     if is_either:
         flags &= ~os.O_CREAT
+    patience_s = _SHARING_S if mode & _GROUP else 0.0
     while True:
         try:
-            fd = os.open(path, flags | _FLAGS | _BINARY, 0o600)
+            fd = os.open(path, flags | _FLAGS | _BINARY, mode)
             break
         except OSError as error:
+            if error.errno == errno.EACCES and patience_s > 0:
+                # Between the open and the chmod of another user the file has that user's umask.
+                patience_s -= _SHARING_PAUSE_S
+                time.sleep(_SHARING_PAUSE_S)
+                continue
             # Somebody else may be quicker, and may have removed it again; a link that leads nowhere stays (Windows).
             expected = errno.EEXIST if flags & os.O_EXCL else errno.ENOENT
             if is_either and error.errno == expected and not (flags & os.O_EXCL and os.path.islink(path)):
+                if before_create is not None and error.errno == errno.ENOENT:
+                    before_create()
                 flags ^= os.O_CREAT | os.O_EXCL
                 continue
             _refuse_unsafe(path, error)
@@ -89,26 +109,32 @@ def open_known(path: StrPath, flags: int) -> tuple[int, os.stat_result]:
         if not stat.S_ISREG(status.st_mode):
             raise unsafe(path, _what_is(path))
         if flags & os.O_EXCL:
-            _give_to_owner_of_directory(path, fd)
+            _share(path, mode, fd)
     except BaseException:
         os.close(fd)
         raise
     return fd, status
 
 
-def _give_to_owner_of_directory(path: StrPath, fd: int | None = None) -> None:
-    """When run as root, give new files to the directory's owner.
+def _share(path: StrPath, mode: int, fd: int | None = None) -> None:
+    """Give a new file to the group that shares its directory. When run as root, give it to the directory's owner.
 
-    One `sudo persist clear-stale` must not lock the server out.
+    One `sudo persist clear-stale` must not lock the server out. The mode is set whatever the umask is.
     """
-    if not hasattr(os, "geteuid") or os.geteuid() != 0:
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    if not hasattr(os, "geteuid") or not (is_root or mode & _GROUP):
         return
     owner, own = os.stat(os.path.dirname(path)), os.lstat(path) if fd is None else os.fstat(fd)
-    if (own.st_uid, own.st_gid) != (owner.st_uid, owner.st_gid):
-        if fd is None:
-            os.lchown(path, owner.st_uid, owner.st_gid)
-        else:
-            os.fchown(fd, owner.st_uid, owner.st_gid)
+    uid = owner.st_uid if is_root else own.st_uid
+    if (own.st_uid, own.st_gid) != (uid, owner.st_gid):
+        # A user who is no member of the group cannot give it anything.
+        with contextlib.suppress(*([] if is_root else [PermissionError])):
+            if fd is None:
+                os.lchown(path, uid, owner.st_gid)
+            else:
+                os.fchown(fd, uid, owner.st_gid)
+    if mode & _GROUP:
+        os.chmod(path if fd is None else fd, mode)
 
 
 def _what_is(path: StrPath) -> str:
@@ -215,6 +241,12 @@ def bears_name(file: os.stat_result, path: StrPath) -> bool:
     return found.st_ino == file.st_ino and found.st_dev == file.st_dev
 
 
+def identity_of(directory: StrPath) -> tuple[int, int]:
+    """Return the device and the inode of a directory, behind symbolic links."""
+    status = os.stat(directory)
+    return status.st_dev, status.st_ino
+
+
 def version_of(file: StrPath | int) -> Version:
     """The version of a file, by its name or its descriptor."""
     status = os.fstat(file) if isinstance(file, int) else os.lstat(file)
@@ -231,9 +263,9 @@ def exists(path: StrPath) -> bool:
     return True
 
 
-def create(path: StrPath) -> int:
-    """Create a file that must not exist, mode 0600, open for writing."""
-    return open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+def create(path: StrPath, mode: int = PRIVATE) -> int:
+    """Create a file that must not exist, open for writing."""
+    return open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
 
 
 def write(fd: int, content: bytes) -> None:
@@ -386,14 +418,14 @@ def names(directory: StrPath) -> list[str]:
         return []
 
 
-def mkdir(path: StrPath) -> None:
-    """Make one directory, mode 0700. Its name is durable once the directory above it is synced."""
+def mkdir(path: StrPath, file_mode: int = PRIVATE) -> None:
+    """Make one directory for files of a mode. Its name is durable once the directory above it is synced."""
     os.mkdir(path, mode=0o700)
-    _give_to_owner_of_directory(path)
+    _share(path, directory_mode(file_mode))
 
 
-def make_directory(path: StrPath) -> None:
-    """Make a directory, mode 0700, and what is missing above it; durable on return."""
+def make_directory(path: StrPath, file_mode: int = PRIVATE) -> None:
+    """Make a directory for files of a mode, and what is missing above it; durable on return."""
     missing = []
     while not _is_there(path):
         missing.append(path)
@@ -404,7 +436,7 @@ def make_directory(path: StrPath) -> None:
             sync_directory(os.path.dirname(path))
     for directory in reversed(missing):
         with contextlib.suppress(FileExistsError):
-            mkdir(directory)
+            mkdir(directory, file_mode)
         sync_directory(os.path.dirname(directory))
 
 
@@ -424,43 +456,3 @@ def ignores_case(directory: str, name: str) -> bool:
     except FileNotFoundError:
         return False
     return os.path.samestat(os.stat(os.path.join(directory, name)), other)
-
-
-#: Device -> the kind of its file system. The table of a machine with many containers is long.
-_kinds: dict[int, str] = {}
-
-
-def check_file_system(directory: str, *, allow_network: bool) -> None:
-    """Refuse a network file system, warn about FUSE. Known on Linux only; elsewhere nothing is checked."""
-    device = os.stat(directory).st_dev
-    if device not in _kinds:
-        _kinds[device] = file_system(directory)
-    kind = _kinds[device]
-    if kind in _NETWORK and not allow_network:
-        facts = {"got": f"on {kind}", "expected": "on a file system whose locks and fsync hold"}
-        remedy = "Use a local disk, or pass allow_network=True and lose the guarantees."
-        raise InvalidArgument(what=f"the store {directory}", path=directory, remedy=remedy, **facts)
-    if kind.startswith("fuse"):
-        text = f"{directory} is on {kind}: persist cannot know whether its locks and fsync hold."
-        warnings.warn(text, RuntimeWarning, stacklevel=4)
-
-
-def file_system(directory: StrPath) -> str:
-    """The kind of file system that holds `directory`, by the mount table ("ext4", "nfs4", …), or "unknown"."""
-    try:
-        table = MOUNTS.read_text(errors="surrogateescape").splitlines()
-    except OSError:
-        return "unknown"
-    here = os.path.realpath(directory)
-    best, kind = -1, "unknown"
-    for line in table:
-        before, _, after = line.partition(" - ")
-        point = re.sub(r"\\(\d{3})", _unescaped, before.split(" ")[4])
-        # A later line covers an earlier one on the same mount point.
-        if len(point) >= best and (here + "/").startswith(point.rstrip("/") + "/"):
-            best, kind = len(point), after.split(" ")[0]
-    return kind
-
-
-def _unescaped(code: re.Match[str]) -> str:
-    return chr(int(code[1], 8))

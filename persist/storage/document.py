@@ -394,7 +394,7 @@ class _Reader(msgspec.Struct, frozen=True):
         except json_codec.StrictError as error:
             raise self._corrupt(error.reason, error.offset) from None
         if type(data) is not dict:
-            raise self._corrupt("it is JSON, but not an object.", 0, "If it is no session, move it out of the store.")
+            raise self._corrupt("it is JSON, but not an object.", 0, "If it is no session, move it out.")
         return data
 
     def _mismatch(self, content: bytes) -> CorruptSession:
@@ -467,7 +467,8 @@ def read_edited(path: disk.StrPath, session_id: str, file_id: str | None = None)
     It must be strict JSON. What is left of its header is kept if it makes sense. Else the session begins anew.
     """
     content, version = disk.read_version(path, READ_LIMIT)
-    data = _Reader(path, session_id, file_id).strict(content)
+    # A text editor may have put a byte order mark there. It says nothing that UTF-8 needs.
+    data = _Reader(path, session_id, file_id).strict(content.removeprefix(json_codec.BYTE_ORDER_MARK))
     values = data.pop(HEADER, None)
     found = encoded(data)
     try:

@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 from filelock import lock_descriptor, unlock_descriptor
 
@@ -38,13 +38,19 @@ class HeldFile:
 
     __slots__ = ("_file", "_is_locked", "fd", "is_dropped", "path", "pid")
 
-    def __init__(self, path: disk.StrPath, flags: int = os.O_RDWR | os.O_CREAT) -> None:
+    def __init__(
+        self,
+        path: disk.StrPath,
+        flags: int = os.O_RDWR | os.O_CREAT,
+        before_create: Callable[[], None] | None = None,
+        mode: int = disk.PRIVATE,
+    ) -> None:
         self.fd = -1
         self.path = path
         self.pid = os.getpid()
         self._is_locked = self.is_dropped = False
         with table:
-            self.fd, self._file = disk.open_known(path, flags)
+            self.fd, self._file = disk.open_known(path, flags, before_create, mode)
             _descriptors.add(self.fd)
 
     @property
@@ -96,25 +102,49 @@ def is_stuck() -> bool:
     return True
 
 
-def try_hold(path: disk.StrPath, *, create: bool, exclusive: bool = False, append: bool = False) -> HeldFile | None:
+def try_hold(
+    path: disk.StrPath, *, create: bool, exclusive: bool = False, append: bool = False, mode: int = disk.PRIVATE
+) -> HeldFile | None:
     """Open and lock a file, without waiting.
 
     Args:
         create: make the file if it is missing; else a missing file raises `FileNotFoundError`.
         exclusive: with `create`, a file that exists raises `FileExistsError`.
         append: what is written goes to the end of the file, wherever that is by then.
+        mode: that of a file that is made.
 
     Returns:
         The held file, or None if somebody else holds it, or if its holder removed it in the meantime.
     """
     flags = os.O_RDWR | (os.O_CREAT if create else 0) | (os.O_EXCL if exclusive else 0) | (os.O_APPEND if append else 0)
-    held, is_locked = HeldFile(path, flags), False
+    held, is_locked = HeldFile(path, flags, mode=mode), False
     try:
         is_locked = held.try_lock()
         return held if is_locked else None
     finally:
         if not is_locked:
             held.close()
+
+
+def is_exclusive(path: disk.StrPath) -> bool | None:
+    """Tell whether a lock on a file keeps a second one out. None if no lock can be had at all.
+
+    `table` stays free meanwhile, because a file system that does not answer would stop everybody.
+    """
+    with ExitStack() as opened:
+        one = disk.open_plain(path, os.O_RDWR)
+        opened.callback(disk.close, one)
+        other = disk.open_plain(path, os.O_RDWR)
+        opened.callback(disk.close, other)
+        try:
+            if not lock_descriptor(one, blocking=False):
+                return None
+        except (OSError, NotImplementedError):
+            return None
+        with suppress(OSError):
+            return not lock_descriptor(other, blocking=False)
+        # It is another answer than "somebody else holds it".
+        return None
 
 
 def _forget_in_child() -> None:

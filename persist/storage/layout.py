@@ -6,6 +6,7 @@
       s-42.json.tmp                  only inside a commit. Found later under the lock it is a left-over
       s-42.<16 hex>.journal          the commits since the document was written, if the session is large
       s-42.<16 hex>.journal.damaged  a journal that `persist accept` could not take whole
+      .probe.<16 hex>                for an instant, while a file system that is not known is tried
       .leases/s-42.<stream id>       locked by the process that runs the stream
       .events/s-42.<stream id>       the stream's events, one a line
       .events/s-42.<stream id>.tmp   only while its oldest events are dropped
@@ -171,6 +172,11 @@ class Layout:
 def copy_of(journal: str) -> str:
     """Return where a damaged journal is kept, when it is replaced."""
     return f"{journal}{_DAMAGED}"
+
+
+def probe_of(directory: str, name: str) -> str:
+    """Return a file on which a lock is tried. It is no session's."""
+    return os.path.join(directory, f".probe.{name}")
 
 
 def temp_of(events: str) -> str:

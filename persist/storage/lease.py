@@ -20,7 +20,7 @@ from persist.storage.held import HeldFile, try_hold
 Lease = HeldFile
 
 
-def take(path: str, description: bytes) -> Lease | None:
+def take(path: str, description: bytes, mode: int = disk.PRIVATE) -> Lease | None:
     """Create and lock a lease; None if a lease of that name is held.
 
     On return the lease's name is durable, so that a sweep after a power cut finds the session that it leads to.
@@ -31,7 +31,7 @@ def take(path: str, description: bytes) -> Lease | None:
         disk.unlink(path)
     held = None
     try:
-        held = try_hold(path, create=True, exclusive=True)
+        held = try_hold(path, create=True, exclusive=True, mode=mode)
         if held is None:
             return None
         disk.write(held.fd, description)

@@ -14,13 +14,14 @@ import random
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from weakref import ref
 
 from persist.errors import CommitFailed, LockTimeout, PersistError, Unreadable, nested
 from persist.log import log
-from persist.storage import turnstile
+from persist.storage import disk, turnstile
 from persist.storage.clock import now_s
 from persist.storage.held import HeldFile, table
 
@@ -87,15 +88,32 @@ class Hold:
         waiting: the calls for which the thread takes the lock, in the place of `timeout_s`. None for an ordinary verb.
         thread: the native id of the thread that asked for it, 0 before that.
         given: locked while that waits for other threads.
+        before_create: called before a missing lock file is made.
+        mode: that of a lock file that is made.
     """
 
-    __slots__ = ("__weakref__", "_file", "_me", "_pid", "given", "path", "session_id", "thread", "timeout_s", "waiting")
+    __slots__ = (
+        "__weakref__",
+        "_file",
+        "_me",
+        "_pid",
+        "before_create",
+        "given",
+        "mode",
+        "path",
+        "session_id",
+        "thread",
+        "timeout_s",
+        "waiting",
+    )
 
     def __init__(self, path: str, session_id: str, timeout_s: float) -> None:
         self.path = path
         self.session_id = session_id
         self.timeout_s = timeout_s
         self.waiting: Waiting | None = None
+        self.before_create: Callable[[], None] | None = None
+        self.mode = disk.PRIVATE
         self.given = threading.Lock()
         self.thread = 0
         self._file: HeldFile | None = None
@@ -135,7 +153,7 @@ class Hold:
             must_wait = self.given.locked()
             if must_wait and not self._wait_for_threads(start):
                 raise self._timeout(start, **_described_thread(_first_in(self.path)))
-            self._file = HeldFile(self.path)
+            self._file = HeldFile(self.path, before_create=self.before_create, mode=self.mode)
             if turnstile.is_taken(self._file.fd) or not self._file.try_lock():
                 self._wait_for_processes(start)
                 must_wait = True
@@ -200,7 +218,7 @@ class Hold:
                     # Its holder removed it, together with its turnstile.
                     has_turn = False
                     self._file.close()
-                    self._file = HeldFile(self.path)
+                    self._file = HeldFile(self.path, before_create=self.before_create, mode=self.mode)
                 has_turn = has_turn or turnstile.take(self._file.fd)
                 if (has_turn or waited_s > PATIENCE_S) and self._file.try_lock():
                     return

@@ -86,6 +86,7 @@ def _with_records(
         raise CorruptSession(session_id=place.session_id, path=place.paths.document, reason=reason, remedy=remedy)
     if lost:
         # For somebody who can make something of it. A copy of an earlier attempt may be half a copy.
-        write_new(layout.copy_of(str(log.path)), disk.read(log.path, journal.READ_LIMIT))
+        copy = disk.read(log.path, journal.READ_LIMIT)
+        write_new(layout.copy_of(str(log.path)), copy, place.options.file_mode)
     # No revision is used again.
     return before, header.but(revision=header.revision + lost), content

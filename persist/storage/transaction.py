@@ -26,7 +26,7 @@ from persist.storage.cache import Replica
 from persist.storage.content import Content
 from persist.storage.diff import Change
 from persist.storage.directory import SessionDirectory, is_left_over, mislabelled, missing_journal, raise_typed
-from persist.storage.document import Head, Header
+from persist.storage.document import Head, Header, first_header
 from persist.storage.held import HeldFile, is_stuck
 from persist.storage.journal import Overtaken
 from persist.storage.layout import SessionPaths
@@ -90,7 +90,10 @@ class Transaction(commit.Place):
         """Tell whether the session has a document, readable or not."""
         self.require_lock()
         with self.refusals():
-            return disk.exists(self.paths.document)
+            if disk.exists(self.paths.document):
+                return True
+            self._files.require_same()
+            return False
 
     def read(self) -> Replica:
         """Return the committed session. Changes of the caller go through `commit` only.
@@ -107,6 +110,8 @@ class Transaction(commit.Place):
                 found = self._caught_up(kept) if kept is not None and kept.version == version else None
                 self._replica = found or self._read_anew()
             except (OSError, json_codec.Undecodable) as error:
+                if isinstance(error, FileNotFoundError):
+                    self._files.require_same()
                 raise_typed(error, self.session_id, self.paths.document)
                 raise
         return self._replica
@@ -263,9 +268,21 @@ class Transaction(commit.Place):
         after = commit.write_document(self, before, header.next(), content)
         return self._written(None, after)
 
+    def replace_damaged(self, content: Content) -> Replica:
+        """Begin the session anew, in the place of a document that cannot be read. Durable on return."""
+        self.require_lock()
+        self._forget()
+        self._files.cache.take(self.session_id)
+        with self.refusals():
+            self._files.make_durable()
+            journals = list(self._files.journals(self.session_id))
+        header = first_header(self.session_id if self.paths.file_id else None)
+        return self._written(None, commit.replace_damaged(self, header, content, journals))
+
     def delete(self) -> None:
         """Remove the session, also one that cannot be read. Durable on return."""
         self.require_lock()
+        self._files.require_same()
         with contextlib.suppress(PersistError):
             self.read()
         before, self._replica, self._is_there = self._replica, None, False
@@ -319,6 +336,7 @@ class SessionFiles(SessionDirectory):
         timeout_s = self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
         locked = Locked(paths.lock, session_id, timeout_s)
         locked.files, locked.paths, locked.tx = self, paths, None
+        locked.before_create, locked.mode = self.require_same, self.options.file_mode
         return locked
 
 

@@ -15,7 +15,7 @@ import persist
 from benchmarks import contest, large, looks, plots, processes, processor, resources, small, stale
 from benchmarks.measure import Effort, apart
 from benchmarks.tables import Findings, Target, print_table, print_targets
-from persist.storage import disk
+from persist.storage.file_system import mount_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +74,7 @@ def run(directory: Path, plots_to: Path, *, is_quick: bool) -> int:
     """Measure all in a directory, print the tables, draw the plots, and return how many targets were missed."""
     plan, started = QUICK if is_quick else FULL, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="bench-", dir=directory) as scratch:
-        print(
-            f"persist {persist.__version__}, Python {sys.version.split()[0]}, on {disk.file_system(directory)}", end=""
-        )
+        print(f"persist {persist.__version__}, Python {sys.version.split()[0]}, on {mount_of(directory)}", end="")
         print(f", {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}", flush=True)
         targets = _measure(Path(scratch), plan, plots_to, is_quick=is_quick)
     missed = print_targets(targets)

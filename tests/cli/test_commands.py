@@ -39,6 +39,7 @@ COMMANDS = (
     ("show", "s-42"),
     ("accept", "s-42"),
     ("compact", "s-42"),
+    ("delete", "s-42"),
 )
 
 
@@ -239,6 +240,7 @@ def test_show_json_is_the_whole_document(run: Run, store: persist.Store) -> None
     shown = json_of(run("show", store.path, "s-42", "--json"))
     assert shown == {
         "id": "s-42",
+        "version": session.version,
         "revision": 1,
         "created_at": session.created_at.isoformat(),
         "updated_at": session.updated_at.isoformat(),

@@ -25,7 +25,7 @@ from harness.sweeps import SweepFailed, sweep
 
 import persist
 from persist import maintenance
-from persist.storage import disk, held
+from persist.storage import file_system, held
 from persist.storage.cache import Cache
 
 M1 = {"id": "m1", "role": "user", "content": "Why?"}
@@ -307,6 +307,21 @@ def accept_that_drops_a_journal(scene: Scene) -> Run:
     path = scene.store.path / "s.json"
     path.write_bytes(path.read_bytes().replace(b"New chat", b"Old chat"))
     return lambda: scene.store.accept("s", drop_journal=True).data
+
+
+@operation()
+def replace_of_a_version(scene: Scene) -> Run:
+    scene.stale()
+    version = scene.store.head("s").version
+    return lambda: scene.store.replace("s", DATA, if_version=version).data
+
+
+@operation()
+def replace_of_a_damaged_session(scene: Scene) -> Run:
+    scene.store.append("s", "messages", M2)
+    path = scene.store.path / "s.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    return lambda: scene.store.replace("s", DATA).data
 
 
 @operation()
@@ -826,10 +841,11 @@ def tried(operation: Operation, fault: Fault | FullDisk) -> Trial:
 
 
 @pytest.fixture(autouse=True)
-def short_mount_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_mount_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every trial opens stores; reading a machine's whole mount table each time would be a fifth of the time."""
-    monkeypatch.setattr(disk, "MOUNTS", Path(os.devnull))
-    monkeypatch.setattr(disk, "_kinds", {})
+    (tmp_path / "mountinfo").write_text("36 25 0:32 / / rw - ext4 /dev/vda rw\n")
+    monkeypatch.setattr(file_system, "MOUNTS", tmp_path / "mountinfo")
+    monkeypatch.setattr(file_system, "_judged", {})
 
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)

@@ -151,7 +151,7 @@ class Recorder:
         return os.path.relpath(path, self.root)
 
     def open_known(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def open_known(path: Path, flags: int) -> Any:
+        def open_known(path: Path, flags: int, before_create: Any = None) -> Any:
             name, is_new = self._name(path), not os.path.lexists(path)
             answer = real(path, flags)
             if is_new:

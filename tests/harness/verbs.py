@@ -73,6 +73,7 @@ VERBS: dict[str, Verb] = {
     "clear": lambda _, session: session.clear_stale_stream(),
     "sweep": lambda store, _: sweep(store, every_session=True),
     "accept": lambda store, _: store.accept("s").data,
+    "replace": lambda store, session: store.replace("s", {"messages": []}, if_version=session.version),
     "delete": lambda store, _: store.delete("s"),
     "delete of a version": lambda store, session: store.delete("s", if_version=session.version),
     "delete by force": lambda store, _: store.delete("s", force=True),

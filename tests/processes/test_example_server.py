@@ -243,6 +243,18 @@ def test_a_server_that_is_told_to_stop_ends_its_turns(
     assert all(message["interrupted"] for message in session.data["messages"])
 
 
+@pytest.mark.parametrize("text", ["\ud83d", "😀\ud83d !", "\ude00\ud83d"], ids=ascii)
+def test_half_an_emoji_is_answered(serve: Callable[[], Server], store: Store, text: str) -> None:
+    """HAZARDS F14: a lone surrogate in a session is no 500, in any answer that shows it."""
+    server = serve()
+    store.create("s", {"title": text, text: text, "messages": [{"id": "m", "role": "user", "content": text}]})
+    server.start("s", f"so {text}")
+    until(lambda: server.session("s")["active_stream_id"] is None, "the end of the turn")
+    shown = server.session("s")
+    assert [message["content"] for message in shown["messages"]] == [text, f"so {text}", f"You said: so {text}"]
+    assert shown[text] == server.listed("s")["title"] == text
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status"),
     [

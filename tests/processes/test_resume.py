@@ -344,6 +344,37 @@ def test_cancel_through_the_other_worker_ends_the_stream(serve_example: Serve) -
     assert b.start("again") != stream_id
 
 
+@pytest.mark.parametrize("text", ["\ud83d", "😀\ud83d !", "\ude00\ud83d"], ids=ascii)
+def test_half_an_emoji_leaves_the_example(serve_example: Serve, store: persist.Store, text: str) -> None:
+    """HAZARDS F14: a session with a lone surrogate is no 500, and neither is an event.
+
+    It fails with `JSONResponse` in the place of the JSON in ASCII.
+    """
+    (server,) = serve_example(1)
+    prompt = {"id": "m", "role": "user", "content": text}
+    with store.start_stream("s-1", prompt, create=True, fields={text: text}) as stream:
+        stream.emit({"token": text}, {text: 1})
+        stream.finish({"id": "a", "role": "assistant", "content": text})
+    status, shown = server.request("GET", "/session/s-1")
+    assert (status, shown[text]) == (200, text)
+    assert [message["content"] for message in shown["messages"]] == [text, text]
+    assert tokens(list(server.follow(stream.id))) == [{"token": text}, {text: 1}]
+
+
+@pytest.mark.parametrize(
+    "halves", ["\ud83d\ude00", "\ud83c\uddf3\ud83c\uddf1", "so \ud83d\udc4d\ud83c\udffd"], ids=ascii
+)
+def test_an_emoji_in_two_events_is_whole_for_a_client(serve: Serve, store: persist.Store, halves: str) -> None:
+    """HAZARDS F14: each token is an event of its own; a client that joins them has the answer that was saved."""
+    (server,) = serve(1)
+    with store.start_stream("s-1", {"role": "user", "content": "?"}) as stream:
+        for token in halves:
+            stream.emit({"token": token})
+        stream.finish({"id": "a", "role": "assistant", "content": halves})
+    heard = "".join(event["token"] for event in tokens(list(server.follow(stream.id))))
+    assert json.loads(json.dumps(heard)) == store.load("s-1").data["messages"][-1]["content"]
+
+
 def test_cursor_of_the_example_names_its_stream(serve_example: Serve) -> None:
     """D5: "<stream id>:<offset>", or the offset alone, also as `?after=`.
 

@@ -487,7 +487,7 @@ def test_nan_in_the_place_of_null_reads_as_null() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [(1,), {1}, math.nan, {1: 2}, "\ud83d\ude00", b"x", 10**4300], ids=lambda v: type(v).__name__
+    "wrong", [(1,), {1}, math.nan, {1: 2}, {"\ud83d\ude00": 1, "😀": 2}, b"x", 10**4300], ids=lambda v: type(v).__name__
 )
 @pytest.mark.parametrize("place", [0, 150, 299, 300])
 def test_what_json_would_change_is_refused_wherever_it_comes(wrong: Any, place: int) -> None:

@@ -1,4 +1,4 @@
-"""Every byte that goes to disk: what is opened, how writes are completed, which file systems are trusted."""
+"""Every byte that goes to disk: what is opened, and how writes are completed."""
 
 from __future__ import annotations
 
@@ -13,105 +13,6 @@ import pytest
 
 import persist
 from persist.storage import disk
-
-# --- the mount table --------------------------------------------------------------------------------------------------
-
-
-def mount(point: str, kind: str, options: str = "shared:1") -> str:
-    return f"36 25 0:32 / {point} rw,relatime {options} - {kind} source rw"
-
-
-@pytest.fixture
-def mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Put lines in place of the kernel's mount table."""
-
-    def use(*lines: str) -> None:
-        table = tmp_path / "mountinfo"
-        table.write_text("".join(f"{line}\n" for line in lines))
-        monkeypatch.setattr(disk, "MOUNTS", table)
-        monkeypatch.setattr(disk, "_kinds", {})
-
-    return use
-
-
-Mounts = Callable[..., None]
-
-
-def test_the_longest_mount_point_holds_the_directory(mounts: Mounts) -> None:
-    """A mount further down covers the one above, in whatever order they are listed; a like name beside it does not."""
-    mounts(mount("/mnt/a/b", "xfs"), mount("/", "ext4"), mount("/mnt/a", "nfs4"), mount("/mnt/a/bc", "tmpfs"))
-    assert disk.file_system(Path("/mnt/a/b")) == "xfs"
-    assert disk.file_system(Path("/mnt/a/b/deep/er")) == "xfs"
-    assert disk.file_system(Path("/mnt/a/other")) == "nfs4"
-    assert disk.file_system(Path("/mnt/a/bcd")) == "nfs4"
-    assert disk.file_system(Path("/mnt")) == "ext4"
-    assert disk.file_system(Path("/")) == "ext4"
-
-
-def test_a_later_mount_covers_an_earlier_one_at_the_same_place(mounts: Mounts) -> None:
-    """What was mounted over is out of reach."""
-    mounts(mount("/", "ext4"), mount("/mnt/a", "ext4"), mount("/mnt/a", "nfs"))
-    assert disk.file_system(Path("/mnt/a/x")) == "nfs"
-
-
-def test_a_mount_points_escapes_are_read(mounts: Mounts) -> None:
-    """The kernel writes space, tab, newline and backslash as octal numbers."""
-    mounts(mount("/", "ext4"), mount(r"/mnt/a\040b", "cifs"), mount(r"/mnt/c\011d\012e\134f", "ceph"))
-    assert disk.file_system(Path("/mnt/a b/x")) == "cifs"
-    assert disk.file_system(Path("/mnt/c\td\ne\\f/x")) == "ceph"
-
-
-def test_an_escaped_backslash_is_read_once(mounts: Mounts) -> None:
-    """A name that looks like an escape stays what it is."""
-    mounts(mount("/", "ext4"), mount(r"/mnt/a\134040b", "nfs"))
-    assert disk.file_system(Path(r"/mnt/a\040b/x")) == "nfs"
-
-
-@pytest.mark.parametrize("options", ["", "shared:1 master:2", "shared:1 propagate_from:3"])
-def test_any_number_of_optional_fields_may_stand_before_the_kind(mounts: Mounts, options: str) -> None:
-    """The kind follows the lone hyphen, wherever that is (proc_pid_mountinfo(5))."""
-    mounts(mount("/", "btrfs", options).replace("  ", " "))
-    assert disk.file_system(Path("/srv")) == "btrfs"
-
-
-def test_no_mount_table_is_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is none (not Linux, a bare container), nothing is refused."""
-    monkeypatch.setattr(disk, "MOUNTS", tmp_path / "missing")
-    assert disk.file_system(tmp_path) == "unknown"
-    persist.Store(tmp_path / "sessions").create("s")
-
-
-def test_a_symbolic_link_leads_to_the_file_system_of_its_target(mounts: Mounts, tmp_path: Path) -> None:
-    """The link's own place says nothing."""
-    (tmp_path / "far").mkdir()
-    (tmp_path / "near").symlink_to(tmp_path / "far")
-    mounts(mount("/", "ext4"), mount(str(tmp_path / "far"), "nfs"))
-    assert disk.file_system(tmp_path / "near") == "nfs"
-
-
-@pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "smb3", "9p", "ceph"])
-def test_a_network_file_system_is_refused_unless_asked_for(kind: str, mounts: Mounts, directory: Path) -> None:
-    """Its locks do not hold; `allow_network=True` is the caller's own word."""
-    mounts(mount("/", kind))
-    with pytest.raises(persist.InvalidArgument) as caught:
-        persist.Store(directory)
-    assert f"on {kind};" in str(caught.value)
-    assert caught.value.path == directory
-    store = persist.Store(directory, allow_network=True)
-    store.create("s", {"a": 1})
-    assert store.load("s").data == {"a": 1}
-
-
-@pytest.mark.parametrize("kind", ["fuse", "fuse.sshfs", "fuseblk"])
-def test_a_fuse_file_system_is_warned_about_where_the_store_is_opened(
-    kind: str, mounts: Mounts, directory: Path
-) -> None:
-    """Nobody can know; the warning points at the caller's line."""
-    mounts(mount("/", kind))
-    with pytest.warns(RuntimeWarning, match=f"is on {kind}") as caught:
-        persist.Store(directory)
-    assert caught[0].filename == __file__
-
 
 # --- names that are not plain files -----------------------------------------------------------------------------------
 
@@ -180,6 +81,27 @@ def test_a_created_file_is_private_whatever_the_umask(tmp_path: Path) -> None:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o600
     assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a", "a/b")] == [0o700, 0o700]
+
+
+@pytest.mark.parametrize(("mode", "is_waited_for"), [(0o660, True), (0o640, True), (0o600, False)])
+def test_a_file_that_another_user_is_about_to_share_is_waited_for(
+    mode: int, is_waited_for: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the open and the chmod of its maker it has that one's umask. A private store has no such neighbour."""
+    (tmp_path / "x").touch()
+    opened, refusals = os.open, iter([PermissionError(errno.EACCES, "not yet")] * 3)
+
+    def shared_soon(path: Path, flags: int, mode: int) -> int:
+        if (refusal := next(refusals, None)) is not None:
+            raise refusal
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", shared_soon)
+    if is_waited_for:
+        os.close(disk.open_plain(tmp_path / "x", os.O_RDWR | os.O_CREAT, mode))
+        refusals = iter([PermissionError(errno.EACCES, "never")] * 100_000)
+    with pytest.raises(PermissionError):
+        disk.open_plain(tmp_path / "x", os.O_RDWR | os.O_CREAT, mode)
 
 
 @pytest.mark.parametrize("kind", FOUND)

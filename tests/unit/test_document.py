@@ -670,7 +670,7 @@ def test_a_foreign_document_that_its_program_rewrites_is_another_one(store: pers
 @pytest.mark.parametrize(
     ("content", "reason", "offset"),
     [
-        (b"", "cut off", 0),
+        (b"", "it is empty", 0),
         (b'{"a":1', "cut off", 6),
         (b"[1]", "not an object", 0),
         (b"null", "not an object", 0),

@@ -454,7 +454,7 @@ def test_names_that_belong_to_others_are_refused(store: persist.Store) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [(1,), {1}, float("nan"), {1: 2}, "\ud83d\ude00"], ids=lambda value: type(value).__name__
+    "wrong", [(1,), {1}, float("nan"), {1: 2}, {"\ud83d\ude00": 1, "😀": 2}], ids=lambda value: type(value).__name__
 )
 def test_what_json_would_change_is_refused_with_its_place(wrong: Any, store: persist.Store) -> None:
     """An item is named by its place in the list, a field by its name. Nothing is written."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutation.catalogue.suites import CONTENT, DIFF, DOCUMENT, UNREAD
+from mutation.catalogue.suites import CONTENT, DIFF, DOCUMENT, HALVES, UNREAD
 from mutation.edits import (
     Edit,
     condition,
@@ -27,6 +27,55 @@ def _of(name: str, function: str, edit: Edit, select: str, *also: Change) -> Mut
 
 
 MUTANTS = (
+    # --- halves of surrogate pairs ---
+    Mutant(
+        "the join of two halves",
+        "json_codec.py",
+        "joined",
+        condition("text.isascii() or _PAIR.search(text) is None", "True"),
+        HALVES,
+        "halves_are_joined",
+    ),
+    Mutant(
+        "halves: two keys that become one",
+        "json_codec.py",
+        "_encode_surrogates",
+        condition("len({*map(joined, value)}) < len(value)", "False"),
+        HALVES,
+        "two_keys",
+    ),
+    Mutant(
+        "halves: two names that become one",
+        MODULE,
+        "encode_values",
+        condition("name in data or name in halves", "False"),
+        HALVES,
+        "two_keys",
+    ),
+    Mutant(
+        "halves: another order of keys",
+        MODULE,
+        "as_before",
+        drop_operand("not found.isascii() and json_codec.same(there, json_codec.decode(found))"),
+        HALVES,
+        "another_order",
+    ),
+    Mutant(
+        "halves: the id that is looked for",
+        MODULE,
+        "as_id",
+        replace_expression("json_codec.joined(value)", "value"),
+        HALVES,
+        "finds_by_either_form",
+    ),
+    Mutant(
+        "halves: the caller's own key",
+        "session.py",
+        "Session._patch",
+        replace_expression("own.get(name, name)", "name"),
+        HALVES,
+        "merge_beside_halves",
+    ),
     Mutant(
         "the new list that a split returns",
         MODULE,
@@ -123,7 +172,7 @@ MUTANTS = (
         "one_size",
     ),
     # --- what is no exact JSON ---
-    _of("the look at the keys of the data", "encode_values", condition("type(name) is not str", "False"), "no_key"),
+    _of("the look at the keys of the data", "encode_values", condition("type(key) is not str", "False"), "no_key"),
     _of(
         "the check of an item that differs",
         "_encoded_value",

@@ -241,10 +241,10 @@ MUTANTS = (
         SALVAGE,
         "_with_records",
         replace_statement(
-            "write_new(layout.copy_of(str(log.path)), disk.read(log.path, journal.READ_LIMIT))",
+            "write_new(layout.copy_of(str(log.path)), copy, place.options.file_mode)",
             """
             if not disk.exists(layout.copy_of(str(log.path))):
-                write_new(layout.copy_of(str(log.path)), disk.read(log.path, journal.READ_LIMIT))
+                write_new(layout.copy_of(str(log.path)), copy, place.options.file_mode)
             """,
         ),
         JOURNAL_DAMAGE,

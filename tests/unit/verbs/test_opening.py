@@ -1,0 +1,58 @@
+"""Opening a store: which directory a path names."""
+
+from __future__ import annotations
+
+import pwd
+from pathlib import Path
+
+import pytest
+from cli.conftest import runner_of
+
+import persist
+import persist.aio
+from persist.cli.commands import persist as command
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("below", ["chats", "a/b/c", "~", "x~y", "with space"])
+def test_a_tilde_is_the_home_directory(home: Path, below: str) -> None:
+    """HAZARDS F18: for text and `Path`, sync and async, and for the commands. Nothing is made elsewhere."""
+    store = persist.Store(f"~/{below}")
+    store.create("s", {"title": "at home"})
+    assert store.path == home / below
+    assert persist.Store(Path("~") / below, create=False).ids() == ["s"]
+    assert persist.aio.Store(f"~/{below}").path == home / below
+    assert "at home" in runner_of(command)("ls", f"~/{below}").stdout
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_user_and_a_tilde_are_that_users_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``~user`` needs the system's table of users."""
+    entry = pwd.getpwuid(0)
+    other = pwd.struct_passwd((*entry[:5], str(home / "other"), entry[6]))
+    monkeypatch.setattr(pwd, "getpwnam", {"other": other}.__getitem__)
+    assert persist.Store("~other/chats").path == home / "other" / "chats"
+
+
+@pytest.mark.parametrize("path", ["~nobody-has-this-name", "~nobody-has-this-name/chats", "~no one/x"])
+def test_an_unknown_home_is_refused(home: Path, path: str) -> None:
+    """A directory whose name begins with a tilde is never made by accident. On purpose it is."""
+    with pytest.raises(persist.InvalidArgument, match=r"put \./ before it"):
+        persist.Store(path)
+    assert runner_of(command)("ls", path).exit_code == 3
+    assert list(Path.cwd().iterdir()) == []
+    assert persist.Store(f"./{path}").path == Path.cwd() / path
+
+
+@pytest.mark.parametrize("path", ["chats/~", "a~", "./~", "x/~root/y"])
+def test_a_tilde_elsewhere_is_a_name(home: Path, path: str) -> None:
+    """Only a leading one is a home."""
+    assert persist.Store(path).path == Path.cwd() / path
