@@ -607,10 +607,11 @@ class Store:
     # --- care ---
 
     def check(self) -> list[maintenance.Problem]:
-        """Read every session whole, and name what is damaged, stale, left over or no session. Changes nothing.
+        """Read every session whole, and name what is damaged, stale, left over or foreign. No session is changed.
 
-        Takes the lock only of sessions that name a stream. While others write, a commit under way may show as a
-        left-over.
+        What looks wrong is judged under its session's lock, so nothing of a commit or a delete under way is named. The
+        lock of any other session is not taken. A lock file without a session goes, as with every verb. Whoever wants to
+        know whether all is well leaves the problems of the kind "foreign" out: files that are not of `persist`.
         """
         return maintenance.check(self._open())
 

@@ -248,15 +248,23 @@ def _life(info: StreamInfo) -> str:
 def check(ctx: click.Context, store: Store, as_json: bool) -> None:
     """Name what is damaged, stale or left over.
 
-    Reads every session whole, and changes nothing. If there is anything to name, the exit status is 1.
+    Reads every session whole, and changes none. What looks wrong is judged under its session's lock, so a server that
+    is running is no problem. If there is anything wrong, the exit status is 1. Files that are not of persist are named,
+    and are no problem either.
     """
-    problems = store.check()
+    found = store.check()
+    foreign = [each for each in found if each.kind == "foreign"]
+    problems = [each for each in found if each.kind != "foreign"]
     if as_json:
-        print_json({"problems": [asdict(problem) | {"path": str(problem.path)} for problem in problems]})
-    elif problems:
+        shown = {"problems": problems, "foreign": foreign}
+        print_json({key: [asdict(each) | {"path": str(each.path)} for each in those] for key, those in shown.items()})
+        ctx.exit(PROBLEMS_FOUND if problems else 0)
+    if problems:
         print_table(("session", "problem", "what"), [(p.session_id, p.kind, p.message) for p in problems])
     else:
         click.echo(f"{len(store.ids())} sessions: no problem found.")
+    for each in foreign:
+        click.echo(f"foreign: {printable(each.message)}")
     if problems:
         ctx.exit(PROBLEMS_FOUND)
 

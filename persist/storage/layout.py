@@ -134,8 +134,12 @@ class SessionPaths:
     def of(cls, directory: str, session_id: str) -> SessionPaths:
         """Return the paths of a session in a directory."""
         name = name_of(check_session_id(session_id))
+        return cls.named(directory, name, session_id if is_hashed(name) else None)
+
+    @classmethod
+    def named(cls, directory: str, name: str, file_id: str | None) -> SessionPaths:
+        """Return the paths of the session whose files bear a name."""
         document = os.path.join(directory, f"{name}{DOCUMENT}")
-        file_id = session_id if is_hashed(name) else None
         leases, events = os.path.join(directory, LEASES), os.path.join(directory, EVENTS, f"{name}.")
         return cls(directory, name, file_id, document, f"{document}{_LOCK}", f"{document}{TEMP}", leases, events)
 
@@ -166,6 +170,10 @@ class Layout:
             # A value that is no string may have no hash.
             check_session_id(session_id)
             raise
+
+    def named(self, name: str, session_id: str | None) -> SessionPaths:
+        """Return the paths of the session whose files bear a name. Its id may be unknown."""
+        return SessionPaths.named(self.directory, name, session_id if is_hashed(name) else None)
 
 
 def copy_of(journal: str) -> str:
@@ -199,6 +207,14 @@ def journal_of(file_name: str, *, copies: bool = False) -> tuple[str, str] | Non
     """Return the session's name and the journal's hex of a file name, or None. `copies` of damaged ones count, too."""
     shape = _JOURNAL.fullmatch(file_name.removesuffix(_DAMAGED) if copies else file_name)
     return (shape["name"], shape["journal"]) if shape and is_ours(shape["name"]) else None
+
+
+def is_foreign(file_name: str) -> bool:
+    """Tell whether a file in a store's directory is not of `persist`."""
+    if file_name in (LEASES, EVENTS):
+        return False
+    found = name_of_document(file_name) or name_of_leftover(file_name) or journal_of(file_name, copies=True)
+    return found is None
 
 
 def stream_of(file_name: str) -> tuple[str, str] | None:

@@ -12,6 +12,7 @@ from cli.conftest import Run, json_of
 from conftest import ActorFactory
 
 import persist
+from persist.cli.output import printable
 
 USER = {"id": "m1", "role": "user", "content": "hi"}
 HOSTILE = "\x1b]0;owned\x07\x1b[2Jevil\u202eltr\nsecond line\t\ud800"
@@ -323,6 +324,23 @@ def test_check_names_damage_and_left_overs(run: Run, store: persist.Store) -> No
         ("left-over", str(store.path / "s-42.json.tmp")),
     ]
     assert run("check", store.path).stdout.count("\n") == 3
+
+
+@pytest.mark.parametrize("name", ["_index.json", "s-42.jsonl", "s-42.json~", ".s-42.json.swp", "\x1b[2J.txt"])
+def test_check_of_a_store_with_foreign_files_is_no_failure(run: Run, store: persist.Store, name: str) -> None:
+    """A file that is not of persist is named once, and the exit status is 0. Beside damage it is 1."""
+    store.create("s-42", {"messages": [USER]})
+    (store.path / name).write_text("mine")
+    result = run("check", store.path)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("1 sessions: no problem found.\nforeign: ")
+    assert result.stdout.count("foreign: ") == 1
+    assert printable(name) in result.stdout
+    found = json_of(run("check", store.path, "--json"))
+    assert (found["problems"], [each["path"] for each in found["foreign"]]) == ([], [str(store.path / name)])
+    damage(store.path, "s-42")
+    for option in ((), ("--json",)):
+        assert run("check", store.path, *option).exit_code == 1
 
 
 def test_accept_takes_an_edit_by_hand(run: Run, store: persist.Store) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 AIO = ("tests/processes/test_aio.py",)
 AIO_WAITING = ("tests/processes/test_aio_waiting.py",)
+CHECK = ("tests/unit/verbs/test_check.py",)
 CLOCKS = ("tests/processes/test_clocks.py",)
 CRASH_STATES = ("tests/crash/test_crash_states.py",)
 EVENTS = ("tests/processes/test_events.py", "tests/unit/test_events.py")
