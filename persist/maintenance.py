@@ -74,7 +74,7 @@ def checking(backend: streams.Backend) -> Iterator[Step[list[Problem]]]:
     """Check one session after the other. The last step has the foreign files."""
     files = backend.files
     sessions, foreign = _listed(files)
-    for done, (name, its) in enumerate(sorted(sessions.items())):
+    for done, (name, its) in enumerate(sorted(sessions.items()), 1):
         yield Step(done, len(sessions), list(_problems(backend, name, its)))
     yield Step(len(sessions), len(sessions), [_foreign(files, name) for name in sorted(foreign)])
 

@@ -578,31 +578,45 @@ class Store:
             What it cleared, and the errors of the sessions that it could not look at: one of these keeps it from no
             other one.
         """
+        sweep = Sweep([], {})
+        for step in self._sweeping(every_session=every_session, timeout_s=timeout_s):
+            sweep.cleared.extend(step.found.cleared)
+            sweep.failures.update(step.found.failures)
+        return sweep
+
+    def _sweeping(
+        self, *, every_session: bool = False, timeout_s: float | None = None
+    ) -> Iterator[maintenance.Step[Sweep]]:
+        """Sweep one session after the other: each step is what has come of one."""
         require_flags(every_session=every_session)
         backend, timeout_s = self._open(), None if timeout_s is None else seconds("timeout_s", timeout_s)
         files = backend.files
-        cleared: list[ClearedStream] = []
-        failures: dict[str, Exception] = {}
-        for session_id, stream_id in files.leases():
+        leases, others = files.leases(), files.session_ids() if every_session else []
+        total = len(leases) + len(others)
+        for done, (session_id, stream_id) in enumerate(leases, 1):
+            found = Sweep([], {})
             try:
                 if streams.sweep_lease(backend, session_id, stream_id, timeout_s=timeout_s):
-                    cleared.append(ClearedStream(session_id, stream_id))
+                    found.cleared.append(ClearedStream(session_id, stream_id))
             except (errors.PersistError, OSError) as error:
-                failures[session_id] = error
-        for session_id in files.session_ids() if every_session else []:
+                found.failures[session_id] = error
+            yield maintenance.Step(done, total, found)
+        for done, session_id in enumerate(others, len(leases) + 1):
+            found = Sweep([], {})
             try:
                 active = streams.active_in(files.read_head(session_id))
-                if active is None:
-                    continue
-                if streams.clear_stale(backend, session_id, active, timeout_s=timeout_s) is not None:
-                    cleared.append(ClearedStream(session_id, str(active)))
+                is_active = active is not None
+                if is_active and streams.clear_stale(backend, session_id, active, timeout_s=timeout_s) is not None:
+                    found.cleared.append(ClearedStream(session_id, str(active)))
             except (errors.PersistError, OSError) as error:
-                failures[session_id] = error
+                found.failures[session_id] = error
+            yield maintenance.Step(done, total, found)
+        found = Sweep([], {})
         try:
             backend.events.sweep()
         except errors.PersistError as error:
-            failures["*"] = error
-        return Sweep(cleared, failures)
+            found.failures["*"] = error
+        yield maintenance.Step(total, total, found)
 
     # --- care ---
 

@@ -139,8 +139,9 @@ class SessionPaths:
     @classmethod
     def named(cls, directory: str, name: str, file_id: str | None) -> SessionPaths:
         """Return the paths of the session whose files bear a name."""
-        document = os.path.join(directory, f"{name}{DOCUMENT}")
-        leases, events = os.path.join(directory, LEASES), os.path.join(directory, EVENTS, f"{name}.")
+        # Not by `os.path.join`, which takes most of the time of a list of 50,000 sessions.
+        inside = directory if directory.endswith(os.sep) else f"{directory}{os.sep}"
+        document, leases, events = f"{inside}{name}{DOCUMENT}", f"{inside}{LEASES}", f"{inside}{EVENTS}{os.sep}{name}."
         return cls(directory, name, file_id, document, f"{document}{_LOCK}", f"{document}{TEMP}", leases, events)
 
     def journal(self, journal: str) -> str:

@@ -316,15 +316,15 @@ class SessionFiles(SessionDirectory):
             LockTimeout, LockError, CommitFailed: see `lock.Hold`. On entering the block.
         """
         paths = self.paths_of(session_id) if self.ignores_case else self.layout.session(session_id)
-        return self._locked(paths, session_id, timeout_s)
-
-    def transaction_on(self, name: str, session_id: str | None, timeout_s: float | None = None) -> Locked:
-        """As `transaction`, of the session whose files bear a name. A file that is damaged may not tell its id."""
-        return self._locked(self.layout.named(name, session_id), session_id or name, timeout_s)
-
-    def _locked(self, paths: SessionPaths, session_id: str, timeout_s: float | None) -> Locked:
         timeout_s = self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
         locked = Locked(paths.lock, session_id, timeout_s)
+        locked.files, locked.paths, locked.tx = self, paths, None
+        return locked
+
+    def transaction_on(self, name: str, session_id: str | None) -> Locked:
+        """As `transaction`, of the session whose files bear a name. A file that is damaged may not tell its id."""
+        paths = self.layout.named(name, session_id)
+        locked = Locked(paths.lock, session_id or name, self.timeout_s)
         locked.files, locked.paths, locked.tx = self, paths, None
         return locked
 

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from mutation.catalogue.suites import CHECK, HAZARDS
-from mutation.edits import drop_operand, drop_statement
+from mutation.catalogue.suites import CHECK, HAZARDS, LOOKS
+from mutation.edits import condition, drop_handler, drop_operand, drop_statement
 from mutation.mutant import Mutant
 
 MUTANTS = (
     Mutant("the exclusive temporary file", "storage/disk.py", "create", drop_operand("os.O_EXCL"), HAZARDS, "b5"),
+    Mutant(
+        "cli: a reader that leaves is no failure",
+        "cli/commands.py",
+        "errors_as_messages",
+        drop_handler("BrokenPipeError"),
+        LOOKS,
+        "seen_enough",
+    ),
+    Mutant(
+        "cli: Ctrl-C ends between two sessions",
+        "cli/progress.py",
+        "Watched._watch_for_sigint",
+        condition("not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler", "True"),
+        LOOKS,
+        "ctrl_c_ends_between",
+    ),
     Mutant(
         "check: a temporary file that is there under the lock",
         "maintenance.py",
