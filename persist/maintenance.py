@@ -74,8 +74,10 @@ def checking(backend: streams.Backend) -> Iterator[Step[list[Problem]]]:
     """Check one session after the other. The last step has the foreign files."""
     files = backend.files
     sessions, foreign = _listed(files)
+    # The streams in a copy are as they were committed. They end when it is put back.
+    has_streams = not disk.exists(files.layout.backup)
     for done, (name, its) in enumerate(sorted(sessions.items()), 1):
-        yield Step(done, len(sessions), list(_problems(backend, name, its)))
+        yield Step(done, len(sessions), list(_problems(backend, name, its, has_streams=has_streams)))
     yield Step(len(sessions), len(sessions), [_foreign(files, name) for name in sorted(foreign)])
 
 
@@ -96,7 +98,7 @@ def _listed(files: SessionDirectory) -> tuple[dict[str, _Files], list[str]]:
     return sessions, foreign
 
 
-def _problems(backend: streams.Backend, name: str, its: _Files) -> Iterator[Problem]:
+def _problems(backend: streams.Backend, name: str, its: _Files, *, has_streams: bool) -> Iterator[Problem]:
     """Tell what is wrong with a session. What looks wrong at first is looked at again under the lock."""
     files = backend.files
     first = session_id = files.id_of(name)
@@ -104,7 +106,7 @@ def _problems(backend: streams.Backend, name: str, its: _Files) -> Iterator[Prob
     if session_id is not None and its.has_document:
         try:
             found = files.read(session_id)
-            is_suspect = its.has_temp or turn.active_stream(WorkingCopy(found).fields) is not None
+            is_suspect = its.has_temp or (has_streams and turn.active_stream(WorkingCopy(found).fields) is not None)
             if not is_suspect and all(journal == found.header.journal for _, journal in its.journals):
                 return
         except (errors.PersistError, OSError) as error:
@@ -117,7 +119,7 @@ def _problems(backend: streams.Backend, name: str, its: _Files) -> Iterator[Prob
             # It has been waited for once.
             raise suspicion
         with files.transaction_on(name, first) as tx:
-            yield from _judged(backend, tx, name, first, its)
+            yield from _judged(backend, tx, name, first, its, has_streams=has_streams)
     except errors.LockTimeout as error:
         yield Problem(session_id, "locked", document, str(error))
     except (errors.PersistError, OSError) as error:
@@ -127,7 +129,7 @@ def _problems(backend: streams.Backend, name: str, its: _Files) -> Iterator[Prob
 
 
 def _judged(
-    backend: streams.Backend, tx: Transaction, name: str, session_id: str | None, its: _Files
+    backend: streams.Backend, tx: Transaction, name: str, session_id: str | None, its: _Files, *, has_streams: bool
 ) -> Iterator[Problem]:
     """Tell what is wrong with a session whose lock is held. So no commit, fold or delete is under way."""
     files, paths, header = backend.files, tx.paths, None
@@ -143,7 +145,7 @@ def _judged(
         else:
             try:
                 header = tx.undisturbed(files.read_now).header
-                if (stale := _stale(files, tx)) is not None:
+                if has_streams and (stale := _stale(files, tx)) is not None:
                     yield stale
             except errors.SessionNotFound:
                 # A program that heeds no lock has removed it just now.

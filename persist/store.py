@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
 
-from persist import errors, json_codec, maintenance, streams, turn
+from persist import backup, errors, json_codec, maintenance, streams, turn
 from persist.arguments import require_flags, require_key, require_limit, require_text, require_texts, seconds
 from persist.event_log import Event, EventFiles
 from persist.follow import Cursor, Following
@@ -628,6 +628,44 @@ class Store:
         know whether all is well leaves the problems of the kind "foreign" out: files that are not of `persist`.
         """
         return maintenance.check(self._open())
+
+    def backup(
+        self, dest: str | os.PathLike[str], *, prune: bool = False, timeout_s: float | None = None
+    ) -> backup.Backup:
+        """Copy all sessions into a directory, or bring an earlier copy up to date. The copies are durable on return.
+
+        Each session is read under its lock, and is copied as one whole document, without a journal. So servers may go
+        on. The copy is a store itself. What has the same version there already is not written again. A running stream
+        is copied as it is committed: where the copy is put back, the stream is dead, and a sweep clears it. Events,
+        left-overs and foreign files are not copied.
+
+        Args:
+            dest: a new directory, an empty one, or an earlier backup of this store. It is made (mode 0700).
+            prune: remove the copies of sessions that the store has no more. Without it they stay.
+            timeout_s: how long to wait for each lock, in the place of the store's.
+
+        Returns:
+            What was copied, and the errors of the sessions that could not be: one of these keeps it from no other one.
+
+        Raises:
+            InvalidArgument: `dest` is something else, the copy of another store, say, or is in use as a store. Or the
+                store is empty, and copies are to be removed.
+            LockError: another backup writes to it, or this thread holds a session's lock.
+            CommitFailed: the disk of `dest` refused. What is copied stands: mend that, and repeat it.
+            PersistError: that disk failed at the end, so nobody knows what is durable there.
+            Unreadable: the disk, or its permissions, refused.
+
+        Example:
+            >>> import persist, tempfile
+            >>> store = persist.Store(tempfile.mkdtemp())
+            >>> session = store.create("s-42", {"messages": []})
+            >>> copies = tempfile.mkdtemp()
+            >>> store.backup(copies).copied, store.backup(copies).unchanged
+            (['s-42'], ['s-42'])
+            >>> persist.Store(copies).load("s-42").data
+            {'messages': []}
+        """
+        return backup.backup(self._open(), dest, prune=prune, timeout_s=timeout_s)
 
     def compact(self, session_id: str, *, alone: bool = False, timeout_s: float | None = None) -> bool:
         """Fold a session's journal into its document; it keeps its version. What crashes have left of it is removed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from persist import __version__, maintenance, turn
+from persist.backup import Backup, backing_up
 from persist.cli.output import (
     Style,
     forget_output,
@@ -60,6 +61,7 @@ Examples:
   persist show var/sessions s-42
   persist clear-stale var/sessions
   persist check var/sessions --json | jq '.problems[].path'
+  persist backup var/sessions /backup/sessions
 """
 
 
@@ -364,6 +366,43 @@ def check(ctx: click.Context, store: Store, as_json: bool) -> None:
         print_pieces(f"foreign: {printable(each.message)}\n" for each in foreign)
     if steps.was_stopped:
         _leave_stopped(ctx, steps, "Nothing was changed. Start it again to look at all.")
+    _leave(ctx)
+
+
+# --- copies ---
+
+
+@persist.command(epilog="Example: persist backup var/sessions /backup/sessions")
+@store_argument
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--prune", is_flag=True, help="Remove the copies of sessions that the store has no more.")
+@json_option
+@click.pass_context
+def backup(ctx: click.Context, store: Store, dest: Path, prune: bool, as_json: bool) -> None:
+    """Copy all sessions into DEST, while servers go on.
+
+    DEST is a new directory, or an earlier backup of this store, in which only what changed is written. Each session is
+    copied whole, under its lock, without a journal. Sessions that cannot be read are named, the others are copied, and
+    the exit status is 1. The copies of sessions that are gone stay, but for --prune.
+    """
+    steps = Watched(backing_up(store._open(), dest, prune=prune), "copied or found unchanged")
+    done = Backup(dest)
+    for each in steps:
+        done.add(each)
+    failures = done.failures
+    ctx.meta[_STATUS] = ENDED_BY_SIGINT if steps.was_stopped else PROBLEMS_FOUND if failures else 0
+    if as_json:
+        reasons = {session_id: str(error) for session_id, error in failures.items()}
+        print_json(asdict(replace(done, failures={})) | {"path": str(done.path), "failures": reasons})
+    else:
+        shown = f"{len(done.copied):,} sessions copied, {len(done.unchanged):,} unchanged"
+        shown += f", {len(done.removed):,} removed" if done.removed else ""
+        shown += f", {len(done.gone):,} gone from the store, whose copies stay (--prune)" if done.gone else ""
+        click.echo(f"{shown}.")
+        for error in failures.values():
+            click.echo(f"Error: {printable(str(error))}", err=True)
+    if steps.was_stopped:
+        _leave_stopped(ctx, steps, "What is copied is whole. Start it again for the rest.")
     _leave(ctx)
 
 

@@ -6,6 +6,7 @@
       s-42.json.tmp                  only inside a commit. Found later under the lock it is a left-over
       s-42.<16 hex>.journal          the commits since the document was written, if the session is large
       s-42.<16 hex>.journal.damaged  a journal that `persist accept` could not take whole
+      .backup                        only in a backup: which store it is of
       .leases/s-42.<stream id>       locked by the process that runs the stream
       .events/s-42.<stream id>       the stream's events, one a line
       .events/s-42.<stream id>.tmp   only while its oldest events are dropped
@@ -30,6 +31,8 @@ from persist.errors import InvalidArgument, shown
 
 LEASES = ".leases"
 EVENTS = ".events"
+#: Marks a directory of copies, and says of which store.
+BACKUP = ".backup"
 DOCUMENT = ".json"
 _LOCK = ".lock"
 TEMP = ".tmp"
@@ -161,6 +164,7 @@ class Layout:
         self.directory = directory
         self.leases = os.path.join(directory, LEASES)
         self.events = os.path.join(directory, EVENTS)
+        self.backup = os.path.join(directory, BACKUP)
         self._session = lru_cache(maxsize=1024, typed=True)(partial(SessionPaths.of, directory))
 
     def session(self, session_id: str) -> SessionPaths:
@@ -212,7 +216,7 @@ def journal_of(file_name: str, *, copies: bool = False) -> tuple[str, str] | Non
 
 def is_foreign(file_name: str) -> bool:
     """Tell whether a file in a store's directory is not of `persist`."""
-    if file_name in (LEASES, EVENTS):
+    if file_name in (LEASES, EVENTS, BACKUP):
         return False
     found = name_of_document(file_name) or name_of_leftover(file_name) or journal_of(file_name, copies=True)
     return found is None

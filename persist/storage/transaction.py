@@ -321,10 +321,11 @@ class SessionFiles(SessionDirectory):
         locked.files, locked.paths, locked.tx = self, paths, None
         return locked
 
-    def transaction_on(self, name: str, session_id: str | None) -> Locked:
+    def transaction_on(self, name: str, session_id: str | None, timeout_s: float | None = None) -> Locked:
         """As `transaction`, of the session whose files bear a name. A file that is damaged may not tell its id."""
         paths = self.layout.named(name, session_id)
-        locked = Locked(paths.lock, session_id or name, self.timeout_s)
+        timeout_s = self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
+        locked = Locked(paths.lock, session_id or name, timeout_s)
         locked.files, locked.paths, locked.tx = self, paths, None
         return locked
 

@@ -308,18 +308,20 @@ LONG: list[tuple[tuple[str, ...], str]] = [
     (("check",), "3 of 9 sessions checked. Nothing was changed."),
     (("clear-stale", "--every-session"), "3 of 9 sessions looked at. 3 streams were cleared."),
     (("accept", *(f"n{number}" for number in range(9))), "sessions accepted or named."),
+    (("backup", "COPY"), "3 of 9 sessions copied or found unchanged. What is copied is whole."),
 ]
 
 
 @pytest.mark.parametrize("option", [(), ("--json",)], ids=["text", "json"])
 @pytest.mark.parametrize(("words", "said"), LONG, ids=lambda each: each[0])
 def test_ctrl_c_ends_between_two_sessions(
-    run: Run, store: persist.Store, words: tuple[str, ...], said: str, option: tuple[str, ...]
+    run: Run, store: persist.Store, tmp_path: Path, words: tuple[str, ...], said: str, option: tuple[str, ...]
 ) -> None:
     """Exit status 130, what was done is said and stands, and the command can be started again.
 
     Fails if Ctrl-C raises in the middle of a session: then nobody knows what was done.
     """
+    words = tuple(str(tmp_path / "copy") if word == "COPY" else word for word in words)
     for number in range(9):
         (store.path / f"n{number}.json").write_text('{"active_stream_id": "x", "messages": []}')
     done = interrupted(words[0], store.path, *words[1:], *option)

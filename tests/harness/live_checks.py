@@ -72,7 +72,8 @@ def _work(store: persist.Store, session_id: str, word: str) -> None:
 
 
 @contextmanager
-def _servers(directory: Path, number: int) -> Iterator[list[subprocess.Popen[str]]]:
+def servers_on(directory: Path, number: int) -> Iterator[list[subprocess.Popen[str]]]:
+    """Run servers on a directory for a block, and kill them."""
     command = [sys.executable, "-m", "harness.live_checks", "--serve", str(directory)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))}
     servers = [
@@ -96,7 +97,7 @@ def check_live(directory: Path, checks: int, *, servers: int = 2, keep_going: bo
     """Check a store so often while servers work on it."""
     checked = Checked()
     store = persist.Store(directory, timeout_s=20)
-    with _servers(directory, servers) as processes:
+    with servers_on(directory, servers) as processes:
         while not store.ids():
             time.sleep(0.01)
         while checked.checks < checks and (keep_going or not checked.false_words):

@@ -1,12 +1,16 @@
-"""`check` beside servers that commit, delete and create: it names nothing that is sound (HAZARDS F11)."""
+"""`check` and `backup` beside servers that commit, delete and create.
+
+The one names nothing that is sound (HAZARDS F11), and the other copies nothing that is not.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from actors import eventually
 from conftest import ActorFactory
-from harness.live_checks import SESSIONS, check_live
+from harness.live_checks import SESSIONS, check_live, servers_on
 
 import persist
 
@@ -45,3 +49,39 @@ def test_session_in_the_middle_of_a_commit_is_locked(
     writer.go()
     writer.result()
     assert store.check() == []
+
+
+@pytest.mark.parametrize("prune", [False, True], ids=["keep", "prune"])
+def test_backup_of_live_servers_is_sound(directory: Path, tmp_path: Path, prune: bool) -> None:
+    """Each of them, whatever the servers do: every copy is whole, and is a commit that was made."""
+    store, copy = persist.Store(directory, timeout_s=20), tmp_path / "copy"
+    copied = 0
+    with servers_on(directory, 2):
+        eventually(lambda: len(store.ids()) == len(SESSIONS))
+        for _ in range(20):
+            done = store.backup(copy, prune=prune)
+            copied += len(done.copied)
+            assert done.failures == {}
+            assert persist.Store(copy, create=False).check() == []
+            assert not list(copy.glob("*.journal"))
+    assert copied > len(SESSIONS), "the servers went on meanwhile"
+
+
+@pytest.mark.parametrize("step", ["create", "write", "sync", "replace"])
+def test_backup_that_is_killed_leaves_a_sound_copy(
+    store: persist.Store, actor: ActorFactory, tmp_path: Path, step: str
+) -> None:
+    """The next one tidies up and goes on."""
+    for session_id in ("a", "b"):
+        store.create(session_id, {"messages": []})
+    copy = tmp_path / "copy"
+    store.backup(copy)
+    for session_id in ("a", "b", "new"):
+        store.append(session_id, "messages", {"id": "later"}, create=True)
+    victim = actor()
+    victim.start_and_pause(f"store.backup({str(copy)!r})", step)
+    victim.kill()
+    assert {problem.kind for problem in persist.Store(copy, create=False).check()} <= {"left-over"}
+    done = store.backup(copy)
+    assert done.copied == ["a", "b", "new"]
+    assert persist.Store(copy, create=False).check() == []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mutation.catalogue.suites import CHECK, HAZARDS, LOOKS
-from mutation.edits import condition, drop_handler, drop_operand, drop_statement
+from mutation.catalogue.suites import BACKUP, CHECK, HAZARDS, LOOKS
+from mutation.edits import condition, drop_call, drop_handler, drop_operand, drop_statement
 from mutation.mutant import Mutant
 
 MUTANTS = (
@@ -23,6 +23,38 @@ MUTANTS = (
         condition("not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler", "True"),
         LOOKS,
         "ctrl_c_ends_between",
+    ),
+    Mutant(
+        "backup: the lease of a running stream",
+        "backup.py",
+        "_Copies.write",
+        condition("layout.is_stream_id(stream_id)", "False"),
+        BACKUP,
+        "dead_and_is_cleared",
+    ),
+    Mutant(
+        "backup: the mark that names the store",
+        "backup.py",
+        "_Copies._check_mark",
+        condition("version != FORMAT or store != self._source", "False"),
+        BACKUP,
+        "with_other_files",
+    ),
+    Mutant(
+        "backup: an empty store prunes nothing",
+        "backup.py",
+        "backing_up",
+        condition("prune and gone and not names", "False"),
+        BACKUP,
+        "empty_store",
+    ),
+    Mutant(
+        "backup: the sync of the directory",
+        "backup.py",
+        "_Copies.__exit__",
+        drop_call("disk.sync_directory"),
+        BACKUP,
+        "synced_behind",
     ),
     Mutant(
         "check: a temporary file that is there under the lock",
