@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "backup": "Backup",
     "errors": (
         "AlreadyStarted CommitFailed CommitUnknown CorruptSession EmitFailed EventsNotFound InvalidArgument LockError "
         "LockTimeout MergeConflict NotJSON Owner PersistError SessionBusy SessionDeleted SessionExists SessionNotFound "

@@ -1,4 +1,5 @@
 from persist import errors as errors
+from persist.backup import Backup as Backup
 from persist.errors import AlreadyStarted as AlreadyStarted
 from persist.errors import CommitFailed as CommitFailed
 from persist.errors import CommitUnknown as CommitUnknown

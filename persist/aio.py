@@ -520,5 +520,6 @@ class Store(_Awaited[persist.Store]):
     streams = _looking(persist.Store.streams)
     clear_stale_streams = _looking(persist.Store.clear_stale_streams)
     check = _looking(persist.Store.check)
+    backup = _looking(persist.Store.backup)
     compact = _writing(persist.Store.compact)
     accept = _giving_session(_writing(persist.Store.accept))

@@ -1,23 +1,35 @@
-"""Maintenance: what is damaged, stale or left over in a directory of sessions."""
+"""Maintenance: what is damaged, stale or left over in a directory of sessions.
+
+The first look at a session takes no lock. It may meet a commit, a delete or a fold of a live server half-way. So only
+what looks wrong is looked at again, under the session's lock, and that look decides (HAZARDS F11).
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from persist import errors, streams, turn
-from persist.storage import document, layout
+from persist.storage import disk, layout
 from persist.storage.directory import SessionDirectory, is_left_over
+from persist.storage.document import Header
+from persist.storage.transaction import Transaction
 from persist.working_copy import WorkingCopy
+
+Found = TypeVar("Found")
+#: The order of the problems of a store: those of documents first, and what is not of `persist` last.
+_ORDER = ("left-over", "orphaned", "foreign")
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """Something that `Store.check` has found.
 
-    `kind` is "corrupt", "unsupported", "unreadable", "locked", "stale", "left-over", "orphaned" or "ignored".
+    `kind` is "corrupt", "unsupported", "unreadable", "locked", "stale", "left-over", "orphaned" or "foreign". A foreign
+    file is not of `persist`, and no fault of the store. Its `session_id` is its name, without ".json".
     """
 
     session_id: str
@@ -26,99 +38,189 @@ class Problem:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class Step(Generic[Found]):
+    """A step of a look at many sessions: `done` of `total` are done, and what the last one gave is `found`."""
+
+    done: int
+    total: int
+    found: Found
+
+
+@dataclass(slots=True)
+class _Files:
+    """The files that bear a session's name, as the directory was listed. `journals` are those with their hex."""
+
+    has_document: bool = False
+    has_lock: bool = False
+    has_temp: bool = False
+    journals: list[tuple[str, str]] = field(default_factory=list)
+
+
 def check(backend: streams.Backend) -> list[Problem]:
     """Return what is wrong in a store. See `Store.check`."""
+    return in_order(problem for step in checking(backend) for problem in step.found)
+
+
+def in_order(problems: Iterator[Problem]) -> list[Problem]:
+    """Sort problems: those of documents by their sessions, then what is left over, then what is foreign."""
+    return sorted(
+        problems,
+        key=lambda each: (_ORDER.index(each.kind) + 1 if each.kind in _ORDER else 0, each.session_id, each.path),
+    )
+
+
+def checking(backend: streams.Backend) -> Iterator[Step[list[Problem]]]:
+    """Check one session after the other. The last step has the foreign files."""
     files = backend.files
-    problems = [problem for session_id in files.session_ids() if (problem := _problem(backend, session_id))]
-    for session_id, path, is_harmless in _left_behind(files):
-        if is_harmless:
-            remedy = f"the next commit to {session_id!r} removes or uses it"
-            if files.exists(session_id):
-                # A commit that only adds to a journal does not.
-                remedy = f"{layout.command('compact', files.layout.directory, session_id)} removes it"
-            kind, what = "left-over", f"is left over from a crash, and harmless; {remedy}."
-        else:
-            name = os.path.basename(files.layout.session(session_id).document)
-            kind, what = "orphaned", f"holds commits of another {name} than is there. Put that one back, or remove the "
-            what += "journal with them."
-        problems.append(Problem(session_id, kind, path, f"{path} {what}"))
-    for path in sorted(Path(files.layout.directory, name) for name in files.names() if name.endswith(".json")):
-        document_name = layout.name_of_document(path.name)
-        if document_name is None:
-            remedy = f"For a session of that id its name is {_name_for(path.stem)}. Rename it, or move it away."
-            what = f"{path} is no session, since {path.stem!r} names none: it is ignored. {remedy}"
-            problems.append(Problem(path.stem, "ignored", path, what))
-        elif files.id_of(document_name) is None:
-            what = f"{path} holds no session id whose hash its name is. Restore it from a backup, or move it away."
-            problems.append(Problem(document_name, "corrupt", path, what))
-    return problems
+    sessions, foreign = _listed(files)
+    # The streams in a copy are as they were committed. They end when it is put back.
+    has_streams = not disk.exists(files.layout.backup)
+    for done, (name, its) in enumerate(sorted(sessions.items()), 1):
+        yield Step(done, len(sessions), list(_problems(backend, name, its, has_streams=has_streams)))
+    yield Step(len(sessions), len(sessions), [_foreign(files, name) for name in sorted(foreign)])
 
 
-def _left_behind(files: SessionDirectory) -> list[tuple[str, Path, bool]]:
-    """Return what no document needs: (session id, path, whether it is harmless), sorted.
-
-    A commit under way shows as one.
-    """
-    found: list[tuple[str, Path, bool]] = []
-    names = files.names()
-    for file_name in names:
-        path = Path(files.layout.directory, file_name)
-        left = layout.name_of_leftover(file_name)
-        if left is not None:
-            name, is_temp = left
-            if is_temp or f"{name}.json" not in names:
-                found.append((files.id_of(name) or name, path, True))
-        journal = layout.journal_of(file_name)
-        if journal is not None:
-            session_id = files.id_of(journal[0]) or journal[0]
-            if session_id == journal[0] and layout.is_hashed(session_id) and f"{session_id}.json" in names:
-                # Nobody knows what the document would say of it.
-                continue
-            header = None
-            try:
-                with files.looking_at(session_id) as paths:
-                    header = document.read_head(paths.document, session_id)[0].header
-            except errors.SessionNotFound:
-                pass
-            except errors.PersistError:
-                # The document may name it, and the problem that it has is told already.
-                continue
-            with contextlib.suppress(OSError):
-                if header is None or header.journal != journal[1]:
-                    found.append((session_id, path, is_left_over(path, journal[1], header)))
-    return sorted(found, key=lambda each: (not each[2], each))
+def _listed(files: SessionDirectory) -> tuple[dict[str, _Files], list[str]]:
+    """Return the files of each session's name, and the names of those that are not of `persist`."""
+    sessions: dict[str, _Files] = {}
+    foreign = []
+    for file_name in files.names():
+        if (name := layout.name_of_document(file_name)) is not None:
+            sessions.setdefault(name, _Files()).has_document = True
+        elif (left := layout.name_of_leftover(file_name)) is not None:
+            its = sessions.setdefault(left[0], _Files())
+            its.has_temp, its.has_lock = its.has_temp or left[1], its.has_lock or not left[1]
+        elif (journal := layout.journal_of(file_name)) is not None:
+            sessions.setdefault(journal[0], _Files()).journals.append((file_name, journal[1]))
+        elif layout.is_foreign(file_name):
+            foreign.append(file_name)
+    return sessions, foreign
 
 
-def _problem(backend: streams.Backend, session_id: str) -> Problem | None:
+def _problems(backend: streams.Backend, name: str, its: _Files, *, has_streams: bool) -> Iterator[Problem]:
+    """Tell what is wrong with a session. What looks wrong at first is looked at again under the lock."""
     files = backend.files
-    path = files.layout.session(session_id).document
+    first = session_id = files.id_of(name)
+    suspicion: Exception | None = None
+    if session_id is not None and its.has_document:
+        try:
+            found = files.read(session_id)
+            is_suspect = its.has_temp or (has_streams and turn.active_stream(WorkingCopy(found).fields) is not None)
+            if not is_suspect and all(journal == found.header.journal for _, journal in its.journals):
+                return
+        except (errors.PersistError, OSError) as error:
+            suspicion = error
+    if session_id is None:
+        session_id = name
+    document = Path(files.layout.named(name, None).document)
     try:
-        active = turn.active_stream(WorkingCopy(files.read(session_id)).fields)
-        if active is None:
-            return None
-        with files.transaction(session_id) as tx:
-            info = streams.look_at(tx)
-        if info is None or info.is_live:
-            return None
-        # A sweep goes by the leases; another program's streams have none.
-        option = "" if (session_id, info.stream_id) in files.leases() else " --every-session"
-        remedy = f"Clear it with 'persist clear-stale {files.layout.directory}{option}'."
-        kind, message = "stale", f"Stream {info.stream_id} of session {session_id!r} is dead. {remedy}"
-    except errors.CorruptSession as error:
-        kind, message = "corrupt", str(error)
-    except errors.UnsupportedFormat as error:
-        kind, message = "unsupported", str(error)
+        if isinstance(suspicion, errors.LockTimeout):
+            # It has been waited for once.
+            raise suspicion
+        with files.transaction_on(name, first) as tx:
+            yield from _judged(backend, tx, name, first, its, has_streams=has_streams)
     except errors.LockTimeout as error:
-        kind, message = "locked", str(error)
-    except OSError as error:
-        kind, message = "unreadable", str(error)
-    except errors.SessionNotFound:
+        yield Problem(session_id, "locked", document, str(error))
+    except (errors.PersistError, OSError) as error:
+        # The disk refuses the lock, of a store that can only be read, say. A lone lock file is nothing.
+        if its.has_document or its.has_temp or its.journals:
+            yield _of_document(session_id, document, suspicion or error)
+
+
+def _judged(
+    backend: streams.Backend, tx: Transaction, name: str, session_id: str | None, its: _Files, *, has_streams: bool
+) -> Iterator[Problem]:
+    """Tell what is wrong with a session whose lock is held. So no commit, fold or delete is under way."""
+    files, paths, header = backend.files, tx.paths, None
+    has_document = tx.exists()
+    if has_document:
+        if session_id is None and (session_id := files.id_of(name)) is not None:
+            # It was made between the two looks, and it is whole: its header names its id.
+            return
+        if session_id is None:
+            what = f"{paths.document} holds no session id whose hash its name is. "
+            what += "Restore it from a backup, or move it away."
+            yield Problem(name, "corrupt", Path(paths.document), what)
+        else:
+            try:
+                header = tx.undisturbed(files.read_now).header
+                if has_streams and (stale := _stale(files, tx)) is not None:
+                    yield stale
+            except errors.SessionNotFound:
+                # A program that heeds no lock has removed it just now.
+                has_document = False
+            except (errors.PersistError, OSError) as error:
+                yield _of_document(session_id, Path(paths.document), error)
+    shown = session_id or name
+    if its.has_temp and disk.exists(paths.temp):
+        yield _left_over(files, shown, Path(paths.temp), has_document=has_document)
+    for file_name, journal in its.journals:
+        path = Path(paths.directory, file_name)
+        if has_document and (header is None or header.journal == journal):
+            # A document that cannot be read may name it, and that problem is told already.
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            yield _journal(files, shown, path, journal, header, has_document=has_document)
+    # A lock file without a session is no problem. It holds nothing, and it is gone when this lock is given up.
+
+
+def _stale(files: SessionDirectory, tx: Transaction) -> Problem | None:
+    info = streams.look_at(tx)
+    if info is None or info.is_live:
         return None
-    return Problem(session_id, kind, Path(path), message)
+    # A sweep goes by the leases; another program's streams have none.
+    has_lease = layout.is_stream_id(info.stream_id) and disk.exists(tx.paths.lease(info.stream_id))
+    option = "" if has_lease else " --every-session"
+    remedy = f"Clear it with 'persist clear-stale {files.layout.directory}{option}'."
+    message = f"Stream {info.stream_id} of session {tx.session_id!r} is dead. {remedy}"
+    return Problem(tx.session_id, "stale", Path(tx.paths.document), message)
+
+
+def _of_document(session_id: str, path: Path, error: Exception) -> Problem:
+    if isinstance(error, errors.CorruptSession):
+        return Problem(session_id, "corrupt", path, str(error))
+    return Problem(
+        session_id, "unsupported" if isinstance(error, errors.UnsupportedFormat) else "unreadable", path, str(error)
+    )
+
+
+def _left_over(files: SessionDirectory, session_id: str, path: Path, *, has_document: bool) -> Problem:
+    remedy = f"the next commit to {session_id!r} removes or uses it"
+    if has_document:
+        # A commit that only adds to a journal does not.
+        remedy = f"{layout.command('compact', files.layout.directory, session_id)} removes it"
+    return Problem(session_id, "left-over", path, f"{path} is left over from a crash, and harmless; {remedy}.")
+
+
+def _journal(
+    files: SessionDirectory, session_id: str, path: Path, name: str, header: Header | None, *, has_document: bool
+) -> Problem:
+    """Tell what a journal is that no document names. Raise `FileNotFoundError` if it is gone."""
+    disk.version_of(path)
+    try:
+        is_harmless = is_left_over(path, name, header)
+    except errors.Unreadable as error:
+        return Problem(session_id, "unreadable", path, str(error))
+    if is_harmless:
+        return _left_over(files, session_id, path, has_document=has_document)
+    what = f"{path} holds commits of another {layout.name_of(session_id)}.json than is there. "
+    what += "Put that one back, or remove the journal with them."
+    return Problem(session_id, "orphaned", path, what)
+
+
+def _foreign(files: SessionDirectory, file_name: str) -> Problem:
+    path = Path(files.layout.directory, file_name)
+    what = f"{path} is not of persist, which leaves it alone."
+    stem = file_name.removesuffix(layout.DOCUMENT)
+    if stem != file_name:
+        what = f"{path} is no session, since {stem!r} names none: persist leaves it alone. "
+        what += f"For a session of that id its name is {_name_for(stem)}."
+    return Problem(stem, "foreign", path, what)
 
 
 def _name_for(session_id: str) -> str:
     try:
-        return f"{layout.name_of(layout.check_session_id(session_id))}.json"
+        return f"{layout.name_of(layout.check_session_id(session_id))}{layout.DOCUMENT}"
     except errors.InvalidArgument:
         return "another one"

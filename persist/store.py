@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
 
-from persist import errors, json_codec, maintenance, streams, turn
+from persist import backup, errors, json_codec, maintenance, streams, turn
 from persist.arguments import expanded, require_flags, require_key, require_limit, require_text, require_texts, seconds
 from persist.event_log import Event, EventFiles
 from persist.follow import Cursor, Following
@@ -621,41 +621,94 @@ class Store:
             What it cleared, and the errors of the sessions that it could not look at: one of these keeps it from no
             other one.
         """
+        sweep = Sweep([], {})
+        for step in self._sweeping(every_session=every_session, timeout_s=timeout_s):
+            sweep.cleared.extend(step.found.cleared)
+            sweep.failures.update(step.found.failures)
+        return sweep
+
+    def _sweeping(
+        self, *, every_session: bool = False, timeout_s: float | None = None
+    ) -> Iterator[maintenance.Step[Sweep]]:
+        """Sweep one session after the other: each step is what has come of one."""
         require_flags(every_session=every_session)
         backend, timeout_s = self._open(), None if timeout_s is None else seconds("timeout_s", timeout_s)
         files = backend.files
-        cleared: list[ClearedStream] = []
-        failures: dict[str, Exception] = {}
-        for session_id, stream_id in files.leases():
+        leases, others = files.leases(), files.session_ids() if every_session else []
+        total = len(leases) + len(others)
+        for done, (session_id, stream_id) in enumerate(leases, 1):
+            found = Sweep([], {})
             try:
                 if streams.sweep_lease(backend, session_id, stream_id, timeout_s=timeout_s):
-                    cleared.append(ClearedStream(session_id, stream_id))
+                    found.cleared.append(ClearedStream(session_id, stream_id))
             except (errors.PersistError, OSError) as error:
-                failures[session_id] = error
-        for session_id in files.session_ids() if every_session else []:
+                found.failures[session_id] = error
+            yield maintenance.Step(done, total, found)
+        for done, session_id in enumerate(others, len(leases) + 1):
+            found = Sweep([], {})
             try:
                 active = streams.active_in(files.read_head(session_id))
-                if active is None:
-                    continue
-                if streams.clear_stale(backend, session_id, active, timeout_s=timeout_s) is not None:
-                    cleared.append(ClearedStream(session_id, str(active)))
+                is_active = active is not None
+                if is_active and streams.clear_stale(backend, session_id, active, timeout_s=timeout_s) is not None:
+                    found.cleared.append(ClearedStream(session_id, str(active)))
             except (errors.PersistError, OSError) as error:
-                failures[session_id] = error
+                found.failures[session_id] = error
+            yield maintenance.Step(done, total, found)
+        found = Sweep([], {})
         try:
             backend.events.sweep()
         except errors.PersistError as error:
-            failures["*"] = error
-        return Sweep(cleared, failures)
+            found.failures["*"] = error
+        yield maintenance.Step(total, total, found)
 
     # --- care ---
 
     def check(self) -> list[maintenance.Problem]:
-        """Read every session whole, and name what is damaged, stale, left over or no session. Changes nothing.
+        """Read every session whole, and name what is damaged, stale, left over or foreign. No session is changed.
 
-        Takes the lock only of sessions that name a stream. While others write, a commit under way may show as a
-        left-over.
+        What looks wrong is judged under its session's lock, so nothing of a commit or a delete under way is named. The
+        lock of any other session is not taken. A lock file without a session goes, as with every verb. Whoever wants to
+        know whether all is well leaves the problems of the kind "foreign" out: files that are not of `persist`.
         """
         return maintenance.check(self._open())
+
+    def backup(
+        self, dest: str | os.PathLike[str], *, prune: bool = False, timeout_s: float | None = None
+    ) -> backup.Backup:
+        """Copy all sessions into a directory, or bring an earlier copy up to date. The copies are durable on return.
+
+        Each session is read under its lock, and is copied as one whole document, without a journal. So servers may go
+        on. The copy is a store itself. What has the same version there already is not written again. A running stream
+        is copied as it is committed: where the copy is put back, the stream is dead, and a sweep clears it. Events,
+        left-overs and foreign files are not copied.
+
+        Args:
+            dest: a new directory, an empty one, or an earlier backup of this store. It is made (mode 0700).
+            prune: remove the copies of sessions that the store has no more. Without it they stay.
+            timeout_s: how long to wait for each lock, in the place of the store's.
+
+        Returns:
+            What was copied, and the errors of the sessions that could not be: one of these keeps it from no other one.
+
+        Raises:
+            InvalidArgument: `dest` is something else, the copy of another store, say, or is in use as a store. Or the
+                store is empty, and copies are to be removed.
+            LockError: another backup writes to it, or this thread holds a session's lock.
+            CommitFailed: the disk of `dest` refused. What is copied stands: mend that, and repeat it.
+            PersistError: that disk failed at the end, so nobody knows what is durable there.
+            Unreadable: the disk, or its permissions, refused.
+
+        Example:
+            >>> import persist, tempfile
+            >>> store = persist.Store(tempfile.mkdtemp())
+            >>> session = store.create("s-42", {"messages": []})
+            >>> copies = tempfile.mkdtemp()
+            >>> store.backup(copies).copied, store.backup(copies).unchanged
+            (['s-42'], ['s-42'])
+            >>> persist.Store(copies).load("s-42").data
+            {'messages': []}
+        """
+        return backup.backup(self._open(), dest, prune=prune, timeout_s=timeout_s)
 
     def compact(self, session_id: str, *, alone: bool = False, timeout_s: float | None = None) -> bool:
         """Fold a session's journal into its document; it keeps its version. What crashes have left of it is removed.

@@ -3,7 +3,7 @@
 
 Any number of it may run on one directory.
 
-    scripts/example_async_server.py --directory var/chats --port 8080
+    scripts/example_async_server.py --store var/chats --port 8080
 
     POST /chat/{session_id}   (the prompt)    -> 202 {"stream_id"}, or 409 with that of the turn that runs;
                                                  makes the session
@@ -34,6 +34,7 @@ import asyncio
 import json
 import re
 import socket
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -148,16 +149,23 @@ async def refuse(_request: Request, error: Exception) -> AsciiJSON:
 def main() -> None:
     parser = argparse.ArgumentParser(description="A small asynchronous chat server on persist.", allow_abbrev=False)
     parser.add_argument(
-        "--directory", type=Path, required=True, help="directory of the sessions; made if it is missing"
+        "--store", "--directory", type=Path, required=True, help="directory of the sessions; made if it is missing"
     )
     parser.add_argument("--port", type=int, default=0, help="0, the default, takes any free port")
     parser.add_argument("--delay-s", type=float, default=0.05, help="seconds that the model takes for a word")
     options = parser.parse_args()
+    if not 0 <= options.port <= 65_535:
+        parser.error("argument --port: must be from 0 to 65535")
+    if not 0 <= options.delay_s <= threading.TIMEOUT_MAX:
+        parser.error("argument --delay-s: must be at least 0")
     try:
-        chat = Chat(persist.aio.Store(options.directory), options.delay_s)
-        listening = socket.create_server(("127.0.0.1", options.port))
-    except (persist.PersistError, OSError, OverflowError) as error:
+        chat = Chat(persist.aio.Store(options.store), options.delay_s)
+    except (persist.PersistError, OSError) as error:
         sys.exit(str(error))
+    try:
+        listening = socket.create_server(("127.0.0.1", options.port))
+    except OSError as error:
+        sys.exit(f"Cannot listen on port {options.port}: {error}")
     routes = [Route("/session/{session_id}", chat.session), Route("/chat/{session_id}", chat.chat, methods=["POST"])]
     of_stream = "/{session_id}/{stream_id}"
     routes += [Route("/events" + of_stream, chat.events), Route("/cancel" + of_stream, chat.cancel, methods=["POST"])]

@@ -260,7 +260,9 @@ def _clear_what_dead_servers_left(store: persist.Store) -> None:
 def main() -> None:
     """Serve until SIGTERM or SIGINT; running turns are then failed, not lost."""
     parser = argparse.ArgumentParser(description="A small chat server on persist.", allow_abbrev=False)
-    parser.add_argument("--store", type=Path, required=True, help="directory of the sessions; made if it is missing")
+    parser.add_argument(
+        "--store", "--directory", type=Path, required=True, help="directory of the sessions; made if it is missing"
+    )
     parser.add_argument("--port", type=int, default=0, help="0, the default, takes any free port")
     parser.add_argument("--delay-s", type=float, default=0.05, help="seconds that the model takes for a word")
     options = parser.parse_args()

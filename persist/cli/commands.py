@@ -2,35 +2,53 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import stat
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.text import Text
 
-from persist import __version__
+from persist import __version__, maintenance, turn
 from persist.arguments import expanded
-from persist.cli.output import console, print_json, print_table, printable, tolerate_any_terminal
+from persist.backup import Backup, backing_up
+from persist.cli.output import (
+    Style,
+    forget_output,
+    json_list,
+    json_record,
+    json_value,
+    page,
+    print_json,
+    print_pieces,
+    print_table,
+    printable,
+    styles,
+    tolerate_any_terminal,
+)
+from persist.cli.progress import ENDED_BY_SIGINT, Watched
 from persist.errors import CorruptSession, PersistError, SessionNotFound
-from persist.json_codec import BYTE_ORDER_MARK, StrictError, decode_strict
-from persist.storage.content import HEADER
+from persist.json_codec import BYTE_ORDER_MARK, StrictError, Undecodable, decode, decode_strict
+from persist.storage.cache import Replica
+from persist.storage.content import HEADER, Items
+from persist.storage.content import decode as decode_value
+from persist.storage.directory import mislabelled
 from persist.storage.layout import LEASES, journal_of, name_of
-from persist.store import Store
-from persist.streams import StreamInfo
+from persist.store import ClearedStream, Store
+from persist.streams import StreamInfo, active_in
 
 PROBLEMS_FOUND = 1
 STORE_ERROR = 3
-# As a shell reports a program that SIGPIPE has ended.
-ENDED_BY_SIGPIPE = 141
+#: The exit status that a command has come to, also if the reader of its output leaves before the end.
+_STATUS = "persist.status"
 _TITLE_SHOWN = 60
+#: So much of a long text is made printable at a time.
+_PIECE_CHARACTERS = 64 * 1024
 
 _EPILOG = """\b
 Exit status:
@@ -38,6 +56,7 @@ Exit status:
   1  problems were found: damaged sessions, left-overs
   2  the command line is wrong
   3  the store refused; its reason is on the standard error
+  130  Ctrl-C: what was done until then stands
 
 \b
 Examples:
@@ -45,6 +64,7 @@ Examples:
   persist show var/sessions s-42
   persist clear-stale var/sessions
   persist check var/sessions --json | jq '.problems[].path'
+  persist backup var/sessions /backup/sessions
 """
 
 
@@ -56,14 +76,17 @@ class StoreFailure(click.ClickException):
 
 @contextmanager
 def errors_as_messages() -> Iterator[None]:
-    """Turn a `PersistError` or `OSError` into a `StoreFailure`, and a closed pipe into the exit status of SIGPIPE."""
+    """Turn a `PersistError` or `OSError` into a `StoreFailure`, and Ctrl-C into an exit status."""
     tolerate_any_terminal()
     try:
         yield
     except BrokenPipeError:
-        # The reader has seen enough (`persist ls … | head`). Else Python would complain when it flushes at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(ENDED_BY_SIGPIPE) from None
+        # The reader has seen enough (`persist ls … | head`), and that is no failure.
+        forget_output()
+        raise SystemExit(click.get_current_context().meta.get(_STATUS, 0)) from None
+    except KeyboardInterrupt:
+        click.echo("Stopped.", err=True)
+        raise SystemExit(ENDED_BY_SIGINT) from None
     except (PersistError, OSError) as error:
         raise StoreFailure(printable(str(error), keep="\n")) from error
 
@@ -75,6 +98,16 @@ class StoreGroup(click.Group):
         """Run a command."""
         with errors_as_messages():
             return super().invoke(ctx)
+
+
+def _leave(ctx: click.Context) -> None:
+    """End a command with the exit status that it has come to."""
+    ctx.exit(ctx.meta.get(_STATUS, 0))
+
+
+def _leave_stopped(ctx: click.Context, steps: Watched[Any], further: str) -> None:
+    steps.tell_stop(further)
+    ctx.exit(ENDED_BY_SIGINT)
 
 
 def _open_store(ctx: click.Context, _argument: click.Parameter, path: Path) -> Store:
@@ -131,6 +164,9 @@ class Entry:
         return self.id, _clipped(self.title or ""), self.revision, self.messages, self.updated_at, self.stream
 
 
+_ENTRY = tuple(each.name for each in fields(Entry))
+
+
 @persist.command(epilog="Example: persist ls var/sessions --json | jq -r '.[] | select(.stream == \"stale\") | .id'")
 @store_argument
 @json_option
@@ -142,13 +178,29 @@ def ls(ctx: click.Context, store: Store, as_json: bool) -> None:
     that cannot be read is shown with its error, and the exit status is 1. Damage among the messages is found by
     `check`.
     """
-    entries = [entry for session_id in store.ids() if (entry := _entry(store, session_id)) is not None]
+    entries = _entries(ctx, store)
     if as_json:
-        print_json([asdict(entry) for entry in entries])
+        print_pieces(_json_entries(entries))
     else:
-        print_table(("id", "title", "revision", "messages", "updated", "stream"), [entry.row() for entry in entries])
-    if any(entry.error for entry in entries):
-        ctx.exit(PROBLEMS_FOUND)
+        print_table(("id", "title", "revision", "messages", "updated", "stream"), (entry.row() for entry in entries))
+    _leave(ctx)
+
+
+def _entries(ctx: click.Context, store: Store) -> Iterator[Entry]:
+    for session_id in store.ids():
+        entry = _entry(store, session_id)
+        if entry is not None:
+            if entry.error is not None:
+                ctx.meta[_STATUS] = PROBLEMS_FOUND
+            yield entry
+
+
+def _json_entries(entries: Iterator[Entry]) -> Iterator[str]:
+    before = "[\n  "
+    for entry in entries:
+        yield before + json_record({name: getattr(entry, name) for name in _ENTRY}, 2)
+        before = ",\n  "
+    yield "\n]\n" if before[0] == "," else "[]\n"
 
 
 def _clipped(title: str) -> str:
@@ -157,20 +209,22 @@ def _clipped(title: str) -> str:
 
 def _entry(store: Store, session_id: str) -> Entry | None:
     try:
-        head = store.head(session_id)
+        # Not a `Head`, which decodes all fields: with 50,000 sessions that is heard.
+        head = store._open().files.read_head(session_id)
     except SessionNotFound:
         return None
     except (PersistError, OSError) as error:
         return Entry(session_id, error=str(error))
     # A title that is too large for a head is not shown.
-    title = dict(head.fields).get("title")
+    title = decode(head.fields["title"]) if "title" in head.fields else None
+    messages = head.counts.get(turn.MESSAGES, 0)
     return Entry(
         session_id,
         title if isinstance(title, str) else None,
-        head.revision,
-        head.counts.get("messages", 0),
-        _time(head.updated_at),
-        "none" if head.active_stream_id is None else _state(store, session_id),
+        head.header.revision,
+        messages if messages is not None else 0,
+        _time(head.header.updated_at),
+        "none" if active_in(head) is None else _state(store, session_id),
     )
 
 
@@ -191,39 +245,82 @@ def _state(store: Store, session_id: str) -> str:
 @session_argument
 @json_option
 def show(store: Store, session_id: str, as_json: bool) -> None:
-    """Print a conversation. Control characters in it are escaped."""
-    session = store.load(session_id)
-    facts = {"revision": session.revision, "created_at": session.created_at.isoformat()}
-    facts |= {"updated_at": session.updated_at.isoformat(), "active_stream_id": session.active_stream_id}
-    if as_json:
-        print_json({"id": session.id, "version": session.version, **facts, "data": session.data})
-        return
-    out = console()
-    title = session.data.get("title")
-    out.print(Text(printable(title if isinstance(title, str) else session.id), style="bold"))
+    """Print a conversation. Control characters in it are escaped.
+
+    On a terminal a pager shows it: $PAGER, or less. A large one is printed as it is decoded.
+    """
+    files = store._open().files
+    found = files.read(session_id)
+    facts = {
+        "revision": found.header.revision,
+        "created_at": found.header.created_at.isoformat(),
+        "updated_at": found.header.updated_at.isoformat(),
+        "active_stream_id": active_in(found.content),
+    }
+    try:
+        page(_json_of_session(session_id, facts, found) if as_json else _conversation(session_id, facts, found))
+    except Undecodable:
+        # Somebody has sealed what is no JSON. It is met where it stands, after the items before it.
+        raise mislabelled(files.layout.session(session_id).document, session_id) from None
+
+
+def _json_of_session(session_id: str, facts: dict[str, Any], found: Replica) -> Iterator[str]:
+    """Yield the JSON of a session piece by piece: item by item where a list stands apart."""
+    yield "{"
+    for name, value in {"id": session_id, **facts}.items():
+        yield f"\n  {json.dumps(name)}: {json_value(value, 2)},"
+    before = '\n  "data": {'
+    for field, content in found.content:
+        yield f"{before}\n    {json.dumps(field)}: "
+        before = ","
+        if isinstance(content, Items):
+            yield from json_list(map(decode, content), 4)
+        else:
+            yield json_value(decode_value(content), 4)
+    yield "\n  }\n}\n" if before == "," else f"{before}}}\n}}\n"
+
+
+def _conversation(session_id: str, facts: dict[str, Any], found: Replica) -> Iterator[str]:
+    style = styles()
+    title = found.content.fields.get("title")
+    shown = None if title is None else decode(title)
+    yield style(printable(shown if isinstance(shown, str) else session_id), bold=True) + "\n"
     for name, value in facts.items():
-        out.print(Text(f"{name}: {printable(str(value))}", style="dim"))
-    messages = session.data.get("messages")
-    for message in messages if isinstance(messages, list) else []:
-        out.print(_message(message))
+        yield style(f"{name}: {printable(str(value))}", dim=True) + "\n"
+    messages = found.content.apart.get(turn.MESSAGES)
+    if isinstance(messages, Items):
+        for message in messages:
+            yield from _message(decode(message), style)
 
 
-def _message(message: Any) -> Text:
-    if not isinstance(message, dict):
-        return Text("\n" + _plain(message))
-    text = Text(f"\n{_plain(message.get('role'))}", style="bold")
-    text.append(f"  {_plain(message.get('id'))}\n", style="dim not bold")
-    text.append(_plain(message.get("content"), keep="\n\t"), style="not bold")
-    for key, value in message.items():
-        if key not in ("role", "id", "content"):
-            text.append(f"\n{printable(key)}: {_plain(value)}", style="dim not bold")
-    return text
+def _message(message: Any, style: Style) -> Iterator[str]:
+    yield "\n"
+    if isinstance(message, dict):
+        yield style(_plain(message.get("role")), bold=True)
+        yield style(f"  {_plain(message.get('id'))}", dim=True) + "\n"
+        yield from _pieces(message.get("content"), keep="\n\t")
+        for key, value in message.items():
+            if key not in ("role", "id", "content"):
+                yield style(f"\n{printable(key)}: {_plain(value)}", dim=True)
+    else:
+        yield from _pieces(message)
+    yield "\n"
 
 
-def _plain(value: Any, *, keep: str = "") -> str:
+def _pieces(value: Any, *, keep: str = "") -> Iterator[str]:
+    text = _text(value)
+    for start in range(0, len(text), _PIECE_CHARACTERS):
+        yield printable(text[start : start + _PIECE_CHARACTERS], keep=keep)
+
+
+def _plain(value: Any) -> str:
+    return printable(_text(value))
+
+
+def _text(value: Any) -> str:
     if value is None:
         return ""
-    return printable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), keep=keep)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 @persist.command(epilog="Example: persist streams var/sessions")
@@ -263,17 +360,64 @@ def _life(info: StreamInfo) -> str:
 def check(ctx: click.Context, store: Store, as_json: bool) -> None:
     """Name what is damaged, stale or left over.
 
-    Reads every session whole, and changes nothing. If there is anything to name, the exit status is 1.
+    Reads every session whole, and changes none. What looks wrong is judged under its session's lock, so a server that
+    is running is no problem. If there is anything wrong, the exit status is 1. Files that are not of persist are named,
+    and are no problem either.
     """
-    problems = store.check()
+    steps = Watched(maintenance.checking(store._open()), "checked")
+    found = maintenance.in_order(problem for problems in steps for problem in problems)
+    foreign = [each for each in found if each.kind == "foreign"]
+    problems = [each for each in found if each.kind != "foreign"]
+    ctx.meta[_STATUS] = ENDED_BY_SIGINT if steps.was_stopped else PROBLEMS_FOUND if problems else 0
     if as_json:
-        print_json({"problems": [asdict(problem) | {"path": str(problem.path)} for problem in problems]})
+        shown = {"problems": problems, "foreign": foreign}
+        print_json({key: [asdict(each) | {"path": str(each.path)} for each in those] for key, those in shown.items()})
     elif problems:
         print_table(("session", "problem", "what"), [(p.session_id, p.kind, p.message) for p in problems])
-    else:
+    elif not steps.was_stopped:
         click.echo(f"{len(store.ids())} sessions: no problem found.")
-    if problems:
-        ctx.exit(PROBLEMS_FOUND)
+    if not as_json:
+        print_pieces(f"foreign: {printable(each.message)}\n" for each in foreign)
+    if steps.was_stopped:
+        _leave_stopped(ctx, steps, "Nothing was changed. Start it again to look at all.")
+    _leave(ctx)
+
+
+# --- copies ---
+
+
+@persist.command(epilog="Example: persist backup var/sessions /backup/sessions")
+@store_argument
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option("--prune", is_flag=True, help="Remove the copies of sessions that the store has no more.")
+@json_option
+@click.pass_context
+def backup(ctx: click.Context, store: Store, dest: Path, prune: bool, as_json: bool) -> None:
+    """Copy all sessions into DEST, while servers go on.
+
+    DEST is a new directory, or an earlier backup of this store, in which only what changed is written. Each session is
+    copied whole, under its lock, without a journal. Sessions that cannot be read are named, the others are copied, and
+    the exit status is 1. The copies of sessions that are gone stay, but for --prune.
+    """
+    steps = Watched(backing_up(store._open(), dest, prune=prune), "copied or found unchanged")
+    done = Backup(dest)
+    for each in steps:
+        done.add(each)
+    failures = done.failures
+    ctx.meta[_STATUS] = ENDED_BY_SIGINT if steps.was_stopped else PROBLEMS_FOUND if failures else 0
+    if as_json:
+        reasons = {session_id: str(error) for session_id, error in failures.items()}
+        print_json(asdict(dataclasses.replace(done, failures={})) | {"path": str(done.path), "failures": reasons})
+    else:
+        shown = f"{len(done.copied):,} sessions copied, {len(done.unchanged):,} unchanged"
+        shown += f", {len(done.removed):,} removed" if done.removed else ""
+        shown += f", {len(done.gone):,} gone from the store, whose copies stay (--prune)" if done.gone else ""
+        click.echo(f"{shown}.")
+        for error in failures.values():
+            click.echo(f"Error: {printable(str(error))}", err=True)
+    if steps.was_stopped:
+        _leave_stopped(ctx, steps, "What is copied is whole. Start it again for the rest.")
+    _leave(ctx)
 
 
 # --- mending ---
@@ -292,22 +436,27 @@ def clear_stale(ctx: click.Context, store: Store, every_session: bool, as_json: 
     Prompt and partial answer are kept; live streams are left alone. Sessions that cannot be looked at are named, and
     the exit status is 1.
     """
-    sweep = store.clear_stale_streams(every_session=every_session)
-    cleared, failures = sweep.cleared, sweep.failures
+    steps = Watched(store._sweeping(every_session=every_session), "looked at")
+    cleared, failures = list[ClearedStream](), dict[str, Exception]()
+    for done in steps:
+        cleared += done.cleared
+        failures |= done.failures
+    ctx.meta[_STATUS] = ENDED_BY_SIGINT if steps.was_stopped else PROBLEMS_FOUND if failures else 0
     if as_json:
         reasons = {session_id: str(error) for session_id, error in failures.items()}
         print_json({"cleared": [asdict(each) for each in cleared], "failures": reasons})
     else:
         if cleared:
             print_table(("session", "cleared stream"), [(each.session_id, each.stream_id) for each in cleared])
-        else:
+        elif not steps.was_stopped:
             click.echo(
                 "No dead stream found." + ("" if every_session else " Those of other programs: --every-session.")
             )
         for error in failures.values():
             click.echo(f"Error: {printable(str(error))}", err=True)
-    if failures:
-        ctx.exit(PROBLEMS_FOUND)
+    if steps.was_stopped:
+        _leave_stopped(ctx, steps, f"{len(cleared):,} streams were cleared. Start it again for the rest.")
+    _leave(ctx)
 
 
 @persist.command(epilog="Example: persist compact var/sessions s-42")
@@ -329,30 +478,85 @@ def compact(store: Store, session_id: str, as_json: bool) -> None:
 
 @persist.command(epilog="Example: persist accept var/sessions s-42")
 @store_argument
-@session_argument
+@click.argument("session_ids", metavar="ID...", nargs=-1, required=True)
 @click.option("--drop-journal", is_flag=True, help="Give the commits in the journal up; it is kept as *.damaged.")
 @json_option
-def accept(store: Store, session_id: str, drop_journal: bool, as_json: bool) -> None:
-    """Take a document that was edited by hand.
+@click.pass_context
+def accept(ctx: click.Context, store: Store, session_ids: tuple[str, ...], drop_journal: bool, as_json: bool) -> None:
+    """Take documents that were edited by hand.
 
-    It gets new checksums. One that is sound is left alone. Of a journal that cannot be taken whole, a copy is kept.
+    Each gets new checksums. One that is sound is left alone. Of a journal that cannot be taken whole, a copy is kept.
+    Of several, one that cannot be taken is named, the others are taken, and the exit status is 3. With --json, several
+    make a list.
     """
+    if len(session_ids) == 1:
+        taken = _accept(store, session_ids[0], drop_journal=drop_journal)
+        if as_json:
+            print_json(taken.as_json())
+        else:
+            print_pieces(f"{line}\n" for line in taken.lines())
+        return
+    steps = Watched(_accepting(store, session_ids, drop_journal=drop_journal), "accepted or named")
+    shown: list[dict[str, Any]] = []
+    for done in steps:
+        if isinstance(done, Accepted):
+            shown.append(done.as_json())
+            if not as_json:
+                print_pieces(f"{line}\n" for line in done.lines())
+        else:
+            shown.append({"id": done[0], "error": str(done[1])})
+            ctx.meta[_STATUS] = STORE_ERROR
+            click.echo(f"Error: {printable(str(done[1]))}", err=True)
+    if as_json:
+        print_json(shown)
+    if steps.was_stopped:
+        _leave_stopped(ctx, steps, "Start it again for the rest: those that are sound are left alone.")
+    _leave(ctx)
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A session that was accepted, and the copies that were kept of its journal."""
+
+    id: str
+    revision: int
+    trouble: CorruptSession | None
+    kept: list[Path]
+    drop_journal: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return {"id": self.id, "revision": self.revision, "was_sound": self.trouble is None}
+
+    def lines(self) -> Iterator[str]:
+        shown = printable(self.id)
+        if self.trouble is None and not self.drop_journal:
+            yield f"{shown} is sound, at revision {self.revision}: there was nothing to accept."
+            return
+        wrong = "Nothing was wrong." if self.trouble is None else f"What was wrong: {self.trouble.reason}"
+        yield f"{shown} is accepted at revision {self.revision}. {wrong}"
+        for path in self.kept:
+            what = "Its journal was given up" if self.drop_journal else "Not all of its journal could be taken"
+            yield f"{what}; a copy is kept in {path}."
+
+
+def _accept(store: Store, session_id: str, *, drop_journal: bool) -> Accepted:
     trouble = _trouble(store, session_id)
     kept_before = _damaged_journals(store, session_id)
     session = store.accept(session_id, drop_journal=drop_journal)
     kept = sorted(_damaged_journals(store, session_id) - kept_before)
-    if as_json:
-        print_json({"id": session.id, "revision": session.revision, "was_sound": trouble is None})
-        return
-    shown = printable(session.id)
-    if trouble is None and not drop_journal:
-        click.echo(f"{shown} is sound, at revision {session.revision}: there was nothing to accept.")
-        return
-    wrong = "Nothing was wrong." if trouble is None else f"What was wrong: {trouble.reason}"
-    click.echo(f"{shown} is accepted at revision {session.revision}. {wrong}")
-    for path in kept:
-        what = "Its journal was given up" if drop_journal else "Not all of its journal could be taken"
-        click.echo(f"{what}; a copy is kept in {path}.")
+    return Accepted(session.id, session.revision, trouble, kept, drop_journal)
+
+
+def _accepting(
+    store: Store, session_ids: tuple[str, ...], *, drop_journal: bool
+) -> Iterator[maintenance.Step[Accepted | tuple[str, Exception]]]:
+    for done, session_id in enumerate(session_ids, 1):
+        found: Accepted | tuple[str, Exception]
+        try:
+            found = _accept(store, session_id, drop_journal=drop_journal)
+        except (PersistError, OSError) as error:
+            found = session_id, error
+        yield maintenance.Step(done, len(session_ids), found)
 
 
 @persist.command(epilog="Example: persist replace var/sessions s-42 mended.json")

@@ -131,6 +131,20 @@ class Items:
     def __len__(self) -> int:
         return self.count
 
+    def __iter__(self) -> Iterator[bytes]:
+        """Yield the items. A text is not split before the first one: 100 MB begin at once."""
+        text, text_count, items, length = self._parts
+        if text_count:
+            whole, start = bytes(text[2:-2]), 0
+            for _ in range(text_count - 1):
+                end = whole.find(SEPARATOR, start)
+                if end < 0:
+                    raise json_codec.Undecodable("a list has not as many items as its header says")
+                yield whole[start:end]
+                start = end + len(SEPARATOR)
+            yield whole[start:]
+        yield from items[:length]
+
     def __getitem__(self, place: int) -> bytes:
         _, text_count, items, length = self._parts
         if not 0 <= place < text_count + length:

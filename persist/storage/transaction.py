@@ -339,6 +339,14 @@ class SessionFiles(SessionDirectory):
         locked.before_create, locked.mode = self.require_same, self.options.file_mode
         return locked
 
+    def transaction_on(self, name: str, session_id: str | None, timeout_s: float | None = None) -> Locked:
+        """As `transaction`, of the session whose files bear a name. A file that is damaged may not tell its id."""
+        paths = self.layout.named(name, session_id)
+        timeout_s = self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
+        locked = Locked(paths.lock, session_id or name, timeout_s)
+        locked.files, locked.paths, locked.tx = self, paths, None
+        return locked
+
 
 class Locked(lock.Hold):
     """The hold of a session's lock for a block, which gets its transaction."""

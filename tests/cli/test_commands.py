@@ -12,6 +12,7 @@ from cli.conftest import Run, json_of
 from conftest import ActorFactory
 
 import persist
+from persist.cli.output import printable
 
 USER = {"id": "m1", "role": "user", "content": "hi"}
 HOSTILE = "\x1b]0;owned\x07\x1b[2Jevil\u202eltr\nsecond line\t\ud800"
@@ -40,6 +41,7 @@ COMMANDS = (
     ("accept", "s-42"),
     ("compact", "s-42"),
     ("delete", "s-42"),
+    ("backup", "copy"),
 )
 
 
@@ -327,6 +329,23 @@ def test_check_names_damage_and_left_overs(run: Run, store: persist.Store) -> No
     assert run("check", store.path).stdout.count("\n") == 3
 
 
+@pytest.mark.parametrize("name", ["_index.json", "s-42.jsonl", "s-42.json~", ".s-42.json.swp", "\x1b[2J.txt"])
+def test_check_of_a_store_with_foreign_files_is_no_failure(run: Run, store: persist.Store, name: str) -> None:
+    """A file that is not of persist is named once, and the exit status is 0. Beside damage it is 1."""
+    store.create("s-42", {"messages": [USER]})
+    (store.path / name).write_text("mine")
+    result = run("check", store.path)
+    assert result.exit_code == 0
+    assert result.stdout.startswith("1 sessions: no problem found.\nforeign: ")
+    assert result.stdout.count("foreign: ") == 1
+    assert printable(name) in result.stdout
+    found = json_of(run("check", store.path, "--json"))
+    assert (found["problems"], [each["path"] for each in found["foreign"]]) == ([], [str(store.path / name)])
+    damage(store.path, "s-42")
+    for option in ((), ("--json",)):
+        assert run("check", store.path, *option).exit_code == 1
+
+
 def test_accept_takes_an_edit_by_hand(run: Run, store: persist.Store) -> None:
     """After `accept` the edited document is sound, with the edit in it, at the next revision."""
     store.create("s-42", {"messages": [USER]})
@@ -353,6 +372,46 @@ def test_accept_refuses_what_is_no_json(run: Run, store: persist.Store) -> None:
     before = path.read_bytes()
     assert run("accept", store.path, "s-42").exit_code == 3
     assert path.read_bytes() == before
+
+
+# --- backup ---
+
+
+def test_backup_says_what_it_did(run: Run, store: persist.Store, tmp_path: Path) -> None:
+    """Copied, unchanged, gone, removed; what cannot be read is named, and the exit status is 1."""
+    copy = tmp_path / "copy"
+    for session_id in ("a", "b", "\x1b[2J"):
+        store.create(session_id, {"hello": "hi", "messages": []})
+    result = run("backup", store.path, copy)
+    assert (result.exit_code, result.stdout) == (0, "3 sessions copied, 0 unchanged.\n")
+    store.delete("\x1b[2J")
+    damage(store.path, "a")
+    store.create("c")
+    result = run("backup", store.path, copy)
+    assert result.exit_code == 1
+    assert result.stdout == "1 sessions copied, 1 unchanged, 1 gone from the store, whose copies stay (--prune).\n"
+    assert "Session 'a' is damaged" in result.stderr
+    result = run("backup", store.path, copy, "--prune", "--json")
+    assert result.exit_code == 1
+    found = json_of(result)
+    assert "Session 'a' is damaged" in found.pop("failures")["a"]
+    assert found == {"path": str(copy), "copied": [], "unchanged": ["b", "c"], "gone": [], "removed": ["\x1b[2J"]}
+    assert run("check", copy).stdout == "3 sessions: no problem found.\n"
+    assert run("ls", copy).exit_code == 0
+
+
+@pytest.mark.parametrize("dest", ["", "sub", "../other"])
+def test_backup_to_a_place_that_is_no_backup_is_refused(
+    run: Run, store: persist.Store, tmp_path: Path, dest: str
+) -> None:
+    """The store itself, a directory in it, or one with other files: exit status 3, and nothing is changed."""
+    store.create("a")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.json").write_text("mine")
+    result = run("backup", store.path, store.path / dest)
+    assert (result.exit_code, "an earlier backup of this store" in result.stderr) == (3, True)
+    assert (tmp_path / "other" / "a.json").read_text() == "mine"
+    assert sorted(path.name for path in store.path.iterdir()) == [".leases", "a.json", "a.json.lock"]
 
 
 # --- compact ---

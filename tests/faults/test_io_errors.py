@@ -759,8 +759,8 @@ class Trial:
 
     def _strays(self) -> set[str]:
         directory = self._scene.store.path
-        left = maintenance._left_behind(self._scene.store._backend.files)
-        journals = {path.name for _, path, _ in left if path.suffix == ".journal"}
+        left = maintenance.check(self._scene.store._backend)
+        journals = {each.path.name for each in left if each.path.suffix == ".journal"}
         return journals | {path.name for pattern in ("*.tmp", ".leases/*") for path in directory.glob(pattern)}
 
     def _try_again(self) -> None:

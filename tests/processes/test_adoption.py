@@ -97,7 +97,7 @@ def test_check_names_files_that_are_no_sessions(store: persist.Store) -> None:
     for name in ("five.v1", "_index", "with space", "con"):
         write_old(store.path, name)
     assert [(problem.session_id, problem.kind) for problem in store.check()] == [
-        (name, "ignored") for name in ("_index", "con", "five.v1", "with space")
+        (name, "foreign") for name in ("_index", "con", "five.v1", "with space")
     ]
 
 

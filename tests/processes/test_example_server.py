@@ -280,3 +280,39 @@ def test_a_refused_request_says_why(
     code, reply = serve().request(method, path, body)
     assert code == status
     assert reply["error"]
+
+
+ASYNC_SCRIPT = SCRIPT.with_name("example_async_server.py")
+
+
+def refused(script: Path, *arguments: object) -> tuple[int, str]:
+    """Run a server with arguments that it does not take; return its exit status and what it said."""
+    command = [sys.executable, str(script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    # The usage, which stands before, is wrapped by the length of the name.
+    return done.returncode, done.stderr.splitlines()[-1].replace(script.name, "server")
+
+
+def test_both_servers_take_the_same_options() -> None:
+    """What starts the one starts the other. Their helps tell the same options."""
+    helps = []
+    for script in (SCRIPT, ASYNC_SCRIPT):
+        command = [sys.executable, str(script), "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=True)
+        helps.append(done.stdout.partition("options:")[2])
+    assert helps[0] == helps[1]
+    assert "--store" in helps[0]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [(), ("--port", 70_000), ("--port", -1), ("--delay-s", -1), ("--delay-s", "nan"), ("--store",), ("--sto", "x")],
+    ids=str,
+)
+def test_both_servers_refuse_the_same_options(tmp_path: Path, wrong: tuple[object, ...]) -> None:
+    """With the same words, and nothing is made."""
+    arguments = ("--store", tmp_path / "chats", *wrong) if wrong and wrong[0] not in ("--store", "--sto") else wrong
+    first, second = (refused(script, *arguments) for script in (SCRIPT, ASYNC_SCRIPT))
+    assert first == second
+    assert first[0] == 2
+    assert list(tmp_path.iterdir()) == []

@@ -376,7 +376,7 @@ def test_foreign_files_are_named_and_left_alone(store: persist.Store) -> None:
         (store.path / name).write_text('{"a": 1}')
     assert store.ids() == []
     assert [(problem.kind, problem.path.name) for problem in store.check()] == [
-        ("ignored", name) for name in ("_index.json", "a b.json", "a%2fb.json", "con.json")
+        ("foreign", name) for name in ("_index.json", "a b.json", "a%2fb.json", "con.json")
     ]
     for session_id in ("_index", "a/b", "con", "a b", "a%2fb"):
         assert not store.exists(session_id)

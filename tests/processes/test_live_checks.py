@@ -1,0 +1,87 @@
+"""`check` and `backup` beside servers that commit, delete and create.
+
+The one names nothing that is sound (HAZARDS F11), and the other copies nothing that is not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from actors import eventually
+from conftest import ActorFactory
+from harness.live_checks import SESSIONS, check_live, servers_on
+
+import persist
+
+CHECKS = 400
+
+
+def test_live_servers_are_no_problem(scratch: Path) -> None:
+    """Two servers save, fold, run turns, delete and create anew. No check names anything. `scripts/checks` is the
+    long form.
+
+    Without the lock 11 % of the checks name something: judge by the listing alone (`disk.exists(paths.temp)` out), or
+    leave the look for a journal that is gone out (`disk.version_of(path)`), and this fails.
+    """
+    checked = check_live(scratch / "sessions", CHECKS)
+    assert checked.false_words == []
+    assert (checked.checks, checked.commits > 4 * len(SESSIONS)) == (CHECKS, True)
+
+
+@pytest.mark.parametrize("session_id", ["s-1", "user:7/chat", "long " * 50, "é"])
+@pytest.mark.parametrize("step", ["replace", "unlink"])
+def test_session_in_the_middle_of_a_commit_is_locked(
+    store: persist.Store, actor: ActorFactory, step: str, session_id: str
+) -> None:
+    """Its temporary file and its journals are nobody's left-overs while its writer lives. If the lock is not free in
+    time, that is what the check says.
+
+    Fails if what is found is judged without the lock.
+    """
+    store.create(session_id, {"messages": []})
+    writer = actor(journal="always")
+    writer.do(f"store.append({session_id!r}, 'messages', 1)")
+    writer.do("store._backend.files.options.fold_bytes = 1")
+    writer.start_and_pause(f"store.append({session_id!r}, 'messages', 2)", step)
+    impatient = persist.Store(store.path, timeout_s=0.05)
+    assert [(problem.session_id, problem.kind) for problem in impatient.check()] == [(session_id, "locked")]
+    writer.go()
+    writer.result()
+    assert store.check() == []
+
+
+@pytest.mark.parametrize("prune", [False, True], ids=["keep", "prune"])
+def test_backup_of_live_servers_is_sound(directory: Path, tmp_path: Path, prune: bool) -> None:
+    """Each of them, whatever the servers do: every copy is whole, and is a commit that was made."""
+    store, copy = persist.Store(directory, timeout_s=20), tmp_path / "copy"
+    copied = 0
+    with servers_on(directory, 2):
+        eventually(lambda: len(store.ids()) == len(SESSIONS))
+        for _ in range(20):
+            done = store.backup(copy, prune=prune)
+            copied += len(done.copied)
+            assert done.failures == {}
+            assert persist.Store(copy, create=False).check() == []
+            assert not list(copy.glob("*.journal"))
+    assert copied > len(SESSIONS), "the servers went on meanwhile"
+
+
+@pytest.mark.parametrize("step", ["create", "write", "sync", "replace"])
+def test_backup_that_is_killed_leaves_a_sound_copy(
+    store: persist.Store, actor: ActorFactory, tmp_path: Path, step: str
+) -> None:
+    """The next one tidies up and goes on."""
+    for session_id in ("a", "b"):
+        store.create(session_id, {"messages": []})
+    copy = tmp_path / "copy"
+    store.backup(copy)
+    for session_id in ("a", "b", "new"):
+        store.append(session_id, "messages", {"id": "later"}, create=True)
+    victim = actor()
+    victim.start_and_pause(f"store.backup({str(copy)!r})", step)
+    victim.kill()
+    assert {problem.kind for problem in persist.Store(copy, create=False).check()} <= {"left-over"}
+    done = store.backup(copy)
+    assert done.copied == ["a", "b", "new"]
+    assert persist.Store(copy, create=False).check() == []

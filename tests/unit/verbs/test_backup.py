@@ -1,0 +1,380 @@
+"""`backup` copies a live store, session by session, as whole documents that are a store of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.chats import PROMPT, everything
+from harness.faults import Fault, injecting
+
+import persist
+from persist import aio
+from persist.backup import backing_up
+from persist.storage import disk, layout
+
+IDS = ["s", "user:7/chat", "long " * 50, "con", "日本"]
+
+
+@pytest.fixture
+def copies(tmp_path: Path) -> Path:
+    """Where the copies go. It is not there yet."""
+    return tmp_path / "above" / "copies"
+
+
+@pytest.fixture
+def full(store: persist.Store) -> persist.Store:
+    """Sessions of every kind: small, with a journal, with a stream that runs, and of another program."""
+    log = persist.Store(store.path, journal="always")
+    for number, session_id in enumerate(IDS):
+        (log if number % 2 else store).create(session_id, {"title": session_id, "messages": [PROMPT]})
+        store.append(session_id, "messages", {"id": "m2", "n": number})
+    store.create("large", {"messages": [{"id": f"m{n}", "content": "x" * 100} for n in range(2000)]})
+    store.append("large", "messages", {"id": "last"})
+    (store.path / "other.json").write_text('{"title": "of another program", "n": 1.50}')
+    (store.path / "_index.json").write_text("{}")
+    return store
+
+
+def content_of(store: persist.Store) -> dict[str, Any]:
+    """What a reader sees: the data and the version of each session."""
+    return {each: (store.load(each).data, store.load(each).version) for each in store.ids()}
+
+
+def documents(directory: Path) -> dict[str, tuple[int, bytes]]:
+    return {path.name: (path.stat().st_ino, path.read_bytes()) for path in directory.glob("*.json")}
+
+
+# --- what a copy is ---
+
+
+def test_copy_is_a_store_that_check_finds_sound(full: persist.Store, copies: Path) -> None:
+    """Every session, at its version, without a journal, a lock or a hard link; nothing of other programs."""
+    done = full.backup(copies)
+    assert (done.path, done.copied, done.failures) == (copies, sorted(full.ids(), key=layout.name_of), {})
+    copy = persist.Store(copies, create=False)
+    assert content_of(copy) == content_of(full)
+    assert copy.check() == []
+    names = {path.name for path in copies.iterdir()}
+    assert names == {*(f"{layout.name_of(each)}.json" for each in full.ids()), ".leases", ".backup"}
+    assert {path.stat().st_nlink for path in copies.glob("*.json")} == {1}
+    assert {path.stat().st_mode & 0o777 for path in copies.glob("*.json")} == {0o600}
+    assert [copy.head(each).updated_at for each in copy.ids()] == [full.head(each).updated_at for each in full.ids()]
+
+
+@pytest.mark.parametrize("session_id", [*IDS, "large", "other"], ids=ascii)
+def test_only_what_changed_is_written_again(full: persist.Store, copies: Path, session_id: str) -> None:
+    """An earlier backup is brought up to date. Every other file keeps its inode."""
+    full.backup(copies)
+    before = documents(copies)
+    assert full.backup(copies).copied == []
+    assert documents(copies) == before
+    full.update(session_id, lambda tx: tx.fields.update(title="new"))
+    done = full.backup(copies)
+    assert (done.copied, len(done.unchanged)) == ([session_id], len(full.ids()) - 1)
+    changed = {name for name, each in documents(copies).items() if each != before[name]}
+    assert changed == {f"{layout.name_of(session_id)}.json"}
+    assert content_of(persist.Store(copies)) == content_of(full)
+
+
+def test_copy_stays_as_it_was(full: persist.Store, copies: Path) -> None:
+    """What is committed to the store later does not reach the copy, as it does through a hard link of a journal."""
+    full.backup(copies)
+    before, kept = documents(copies), content_of(persist.Store(copies))
+    for session_id in full.ids():
+        full.append(session_id, "messages", {"id": "later"})
+    assert documents(copies) == before
+    assert content_of(persist.Store(copies)) == kept
+
+
+def test_linked_files_are_no_copy(store: persist.Store, tmp_path: Path) -> None:
+    """Why: a journal is written in place, so `cp -al` goes on with the store, until a fold spoils it."""
+    log = persist.Store(store.path, journal="always")
+    log.create("s", {"messages": []})
+    shutil.copytree(store.path, tmp_path / "linked", copy_function=os.link)
+    log.append("s", "messages", "later")
+    assert persist.Store(tmp_path / "linked").load("s").data["messages"] == ["later"]
+
+
+def test_backup_over_linked_files_writes_no_file_of_the_store(full: persist.Store, copies: Path) -> None:
+    """Where somebody has put links into a backup, they are replaced and never written to."""
+    full.backup(copies)
+    for path in copies.glob("*.json"):
+        path.unlink()
+        os.link(full.path / path.name, path)
+    full.update("s", lambda tx: tx.fields.update(title="new"))
+    full.update("large", lambda tx: tx.data.update(title="new"))
+    before = everything(full.path)
+    full.backup(copies)
+    assert everything(full.path) == before
+    assert {problem.kind for problem in full.check()} == {"foreign"}
+
+
+# --- streams ---
+
+
+@pytest.mark.parametrize("session_id", IDS, ids=ascii)
+def test_copy_of_a_running_stream_is_dead_and_is_cleared(
+    store: persist.Store, copies: Path, tmp_path: Path, session_id: str
+) -> None:
+    """It is copied as it is committed. Put back, the stream is dead: an ordinary sweep finds it and keeps prompt and
+    partial. Fails if the copy has no lease.
+    """
+    store.create(session_id, {"messages": []})
+    with store.start_stream(session_id, PROMPT) as stream:
+        stream.checkpoint({"role": "assistant", "content": "Be"})
+        store.backup(copies)
+        stream.finish({"role": "assistant", "content": "Because."})
+    copy = persist.Store(copies)
+    assert copy.load(session_id).active_stream_id == stream.id
+    assert copy.check() == [], "that is as it should be"
+    shutil.copytree(copies, tmp_path / "restored", ignore=shutil.ignore_patterns(".backup"))
+    restored = persist.Store(tmp_path / "restored")
+    assert [problem.kind for problem in restored.check()] == ["stale"]
+    assert [(each.session_id, each.stream_id) for each in restored.clear_stale_streams().cleared] == [
+        (session_id, stream.id)
+    ]
+    assert [message["content"] for message in restored.load(session_id).data["messages"]] == ["Why?", "Be"]
+    assert restored.check() == []
+    assert list((tmp_path / "restored" / ".leases").iterdir()) == []
+    # The next backup is of a session without a stream.
+    assert store.backup(copies).copied == [session_id]
+    assert list((copies / ".leases").iterdir()) == []
+
+
+def test_copy_is_put_back_as_a_file(full: persist.Store, copies: Path) -> None:
+    """Without the session's journal, the copy in its place: the session is at the version of the copy."""
+    kept = full.load("large").version
+    full.backup(copies)
+    full.update("large", lambda tx: tx.data.clear())
+    for path in full.path.glob("large.*"):
+        path.unlink()
+    shutil.copy(copies / "large.json", full.path)
+    assert full.load("large").data["messages"][-1] == {"id": "last"}
+    assert full.load("large").version == kept
+    full.append("large", "messages", {"id": "after"}, timeout_s=1)
+    assert [problem for problem in full.check() if problem.kind != "foreign"] == []
+
+
+# --- what is gone ---
+
+
+def test_copies_of_deleted_sessions_stay_until_they_are_pruned(full: persist.Store, copies: Path) -> None:
+    """A delete by mistake must not reach the copy. `prune` removes them, and nothing else."""
+    with full.start_stream("s", PROMPT | {"id": "running"}):
+        full.backup(copies)
+        full.delete("s", force=True)
+    full.delete("long " * 50)
+    assert full.backup(copies).gone == ["long " * 50, "s"]
+    assert {"s", "long " * 50} < set(persist.Store(copies).ids())
+    done = full.backup(copies, prune=True)
+    assert (done.removed, done.gone) == (["long " * 50, "s"], [])
+    assert content_of(persist.Store(copies)) == content_of(full)
+    assert list((copies / ".leases").iterdir()) == []
+
+
+def test_empty_store_prunes_nothing(full: persist.Store, copies: Path) -> None:
+    """The disk of the store may not be mounted (HAZARDS F18)."""
+    full.backup(copies)
+    before = everything(copies)
+    for path in full.path.glob("*.json"):
+        path.unlink()
+    with pytest.raises(persist.InvalidArgument, match="without a session"):
+        full.backup(copies, prune=True)
+    assert everything(copies) == before
+    assert len(full.backup(copies).gone) == len(IDS) + 2
+    shutil.rmtree(full.path)
+    with pytest.raises(persist.Unreadable):
+        full.backup(copies, prune=True)
+
+
+# --- what cannot be read ---
+
+
+def put_a_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def put_a_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/null")
+
+
+SPOILT: dict[str, Callable[[Path], object]] = {
+    "damaged": lambda path: path.write_bytes(path.read_bytes().replace(b"Why?", b"Who?")),
+    "no JSON": lambda path: path.write_text("{"),
+    "empty": lambda path: path.write_text(""),
+    "a newer format": lambda path: path.write_text('{"_persist":{"format":9,"checksum":"x"}}'),
+    "a directory": put_a_directory,
+    "a link": put_a_link,
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILT.values(), ids=SPOILT)
+@pytest.mark.parametrize("session_id", ["s", "long " * 50], ids=["plain", "hashed"])
+def test_session_that_cannot_be_read_is_named_and_its_old_copy_stays(
+    full: persist.Store, copies: Path, session_id: str, spoil: Callable[[Path], object]
+) -> None:
+    """The others are copied. Also with `prune`, what is damaged is not gone."""
+    full.backup(copies)
+    before = documents(copies)
+    full.append(session_id, "messages", {"id": "later"})
+    path = full.path / f"{layout.name_of(session_id)}.json"
+    spoil(path)
+    full.append("con", "messages", {"id": "later"})
+    done = full.backup(copies, prune=True)
+    assert (done.copied, done.removed, done.gone) == (["con"], [], [])
+    assert list(done.failures) in ([session_id], [path.stem])
+    assert all(isinstance(error, persist.PersistError) for error in done.failures.values())
+    assert documents(copies)[path.name] == before[path.name]
+
+
+def test_session_that_is_locked_for_long_is_named(full: persist.Store, copies: Path) -> None:
+    """Within the time-out that the call names. Another thread holds the lock. In a block of its own, a thread asks for
+    no second lock.
+    """
+    full.backup(copies)
+    full.append("s", "messages", {"id": "later"})
+    has_it, may_end = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with full.transaction("s"):
+            has_it.set()
+            may_end.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert has_it.wait(60)
+    found = full.backup(copies, timeout_s=0).failures
+    may_end.set()
+    thread.join()
+    assert [(each, type(error)) for each, error in found.items()] == [("s", persist.LockTimeout)]
+    with full.transaction("con"), pytest.raises(persist.LockError, match="asked for"):
+        full.backup(copies)
+    assert full.backup(copies).copied == ["s"]
+
+
+# --- where copies may go ---
+
+
+def test_directory_with_other_files_is_refused(full: persist.Store, tmp_path: Path) -> None:
+    """Also another store, and the copy of another store: their sessions would be replaced. Nothing is changed."""
+    other = persist.Store(tmp_path / "other")
+    other.create("s", {"title": "mine"})
+    other.backup(tmp_path / "its copy")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    before = everything(tmp_path)
+    for wrong in ("other", "its copy", "home", "file"):
+        with pytest.raises(persist.InvalidArgument):
+            full.backup(tmp_path / wrong, prune=True)
+    for inside in (full.path, full.path / "copies", full.path / "a" / "b", full.path / ".." / full.path.name):
+        with pytest.raises(persist.InvalidArgument, match="the store itself"):
+            full.backup(inside)
+    for unusable in ("", 5, None, "a\0b", b"bytes"):
+        with pytest.raises(persist.InvalidArgument, match="path"):
+            full.backup(unusable)  # type: ignore[arg-type]
+    assert everything(tmp_path) == before
+
+
+def test_backup_in_use_as_a_store_is_refused(full: persist.Store, copies: Path) -> None:
+    """Commits that were made in it stand in journals, and would be lost."""
+    full.backup(copies)
+    persist.Store(copies, journal="always").append("s", "messages", {"id": "there"})
+    with pytest.raises(persist.InvalidArgument, match="in use as a store"):
+        full.backup(copies)
+
+
+def test_moved_store_is_told_how_to_go_on(full: persist.Store, copies: Path) -> None:
+    """The copies name the store by its path."""
+    full.backup(copies)
+    moved = persist.Store(full.path.rename(full.path.with_name("moved")))
+    with pytest.raises(persist.InvalidArgument, match=r"write its path into .*\.backup"):
+        moved.backup(copies)
+    (copies / ".backup").write_text(json.dumps({"persist_backup": 1, "store": str(moved.path)}))
+    assert moved.backup(copies).copied == []
+
+
+def test_two_backups_into_one_directory_are_refused(full: persist.Store, copies: Path) -> None:
+    """One at a time, of whatever process."""
+    steps = backing_up(full._open(), copies)
+    next(steps)
+    with pytest.raises(persist.LockError, match="Another backup"):
+        full.backup(copies)
+    steps.close()
+    assert len(full.backup(copies).unchanged) == 1
+
+
+# --- refusals and crashes ---
+
+
+@pytest.mark.parametrize("step", ["create", "write", "sync", "replace"])
+def test_disk_that_refuses_leaves_the_old_copies(full: persist.Store, copies: Path, step: str) -> None:
+    """No half of a copy has the name of one, and the next backup makes up for it."""
+    full.backup(copies)
+    before = documents(copies)
+    full.append("s", "messages", {"id": "later"})
+
+    def refuse(*_arguments: object) -> None:
+        raise OSError(errno.EIO, "refused")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(persist.CommitFailed, match="back up again") as caught:
+        patch.setattr(disk, step, refuse)
+        full.backup(copies)
+    assert (caught.value.session_id, caught.value.path) == ("s", copies / "s.json")
+    assert documents(copies) == before
+    assert persist.Store(copies).check() == []
+    assert full.backup(copies).copied == ["s"]
+
+
+def noting(done: list[tuple[str, str]], name: str, real: Callable[..., Any], *arguments: Any) -> Any:
+    """Note a call with its last argument, and make it."""
+    done.append((name, str(arguments[-1])))
+    return real(*arguments)
+
+
+def test_directory_is_synced_behind_the_last_copy(full: persist.Store, copies: Path) -> None:
+    """A rename is durable when its directory is. If that fails, nobody knows, and it is said."""
+    done: list[tuple[str, str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("replace", "sync_directory"):
+            real: Callable[..., Any] = getattr(disk, name)
+            patch.setattr(disk, name, partial(noting, done, name, real))
+        full.backup(copies)
+    assert done[-1] == ("sync_directory", str(copies))
+    assert done[-2] == ("sync_directory", str(copies / ".leases"))
+    with (
+        injecting(Fault("fsync", 1, errno.EIO, is_persistent=True)),
+        pytest.raises(persist.PersistError, match="unknown whether the copies"),
+    ):
+        full.backup(copies)
+
+
+def test_backup_can_be_stopped_and_started_again(full: persist.Store, copies: Path) -> None:
+    """After each step: what is copied is whole, and the next one goes on from there."""
+    for steps_done in range(1, len(full.ids()) + 1):
+        steps = backing_up(full._open(), copies)
+        for _ in range(steps_done):
+            step = next(steps)
+        steps.close()
+        assert step.total == len(full.ids())
+        assert len(persist.Store(copies, create=False).ids()) == steps_done
+        assert persist.Store(copies, create=False).check() == []
+    assert full.backup(copies).copied == []
+
+
+def test_backup_is_awaited(full: persist.Store, copies: Path) -> None:
+    """As the other verbs that look at many sessions."""
+    done = asyncio.run(aio.Store(full).backup(copies, prune=True))
+    assert done.copied == sorted(full.ids(), key=layout.name_of)

@@ -1,0 +1,142 @@
+"""What `check` names: what is wrong when it looks under the lock, whatever the directory listed before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness.chats import everything
+
+import persist
+from persist.storage import disk, journal, layout
+
+IDS = ["s", "user:7/chat", "long " * 50, "con", "日本"]
+OTHER_HEX = "7" * 16
+
+
+def journaled(store: persist.Store) -> persist.Store:
+    return persist.Store(store.path, journal="always")
+
+
+def delete(store: persist.Store, session_id: str) -> None:
+    store.delete(session_id)
+
+
+def make_anew(store: persist.Store, session_id: str) -> None:
+    store.delete(session_id)
+    journaled(store).create(session_id, {"messages": [1]})
+
+
+def fold(store: persist.Store, session_id: str) -> None:
+    store.compact(session_id, alone=True)
+
+
+def fold_and_go_on(store: persist.Store, session_id: str) -> None:
+    store.compact(session_id, alone=True)
+    folding = journaled(store)
+    folding._backend.files.options.fold_bytes = 1
+    for number in range(3):
+        folding.append(session_id, "messages", number)
+
+
+@pytest.mark.parametrize("session_id", IDS, ids=ascii)
+@pytest.mark.parametrize("change", [delete, make_anew, fold, fold_and_go_on])
+def test_what_changed_since_the_listing_is_no_problem(
+    store: persist.Store, monkeypatch: pytest.MonkeyPatch, change: Callable[[persist.Store, str], None], session_id: str
+) -> None:
+    """A delete, a new session of that id and a fold come between the listing and the look (HAZARDS F11).
+
+    The listing also holds a temporary file, which was there for a moment. Fails if a file that is gone counts: with
+    `disk.exists(paths.temp)` or `disk.version_of(path)` out.
+    """
+    log = journaled(store)
+    log.create(session_id, {"messages": []})
+    log.append(session_id, "messages", 0)
+    temp = Path(layout.SessionPaths.of(str(store.path), session_id).temp)
+    listed = [*disk.names(str(store.path)), temp.name]
+    change(store, session_id)
+    monkeypatch.setattr(disk, "names", lambda directory: [*listed])
+    before = everything(store.path)
+    assert store.check() == []
+    assert everything(store.path) == before
+
+
+@pytest.mark.parametrize("session_id", IDS, ids=ascii)
+def test_what_is_there_under_the_lock_is_named(store: persist.Store, session_id: str) -> None:
+    """A crash has left a temporary file and journals of a session, and nobody holds its lock."""
+    store.create(session_id, {"messages": []})
+    paths = layout.SessionPaths.of(str(store.path), session_id)
+    Path(paths.temp).write_bytes(b"half")
+    Path(paths.journal(OTHER_HEX)).write_bytes(journal.opening(OTHER_HEX))
+    before = everything(store.path)
+    assert [(problem.session_id, problem.kind) for problem in store.check()] == [(session_id, "left-over")] * 2
+    assert everything(store.path) == before
+    store.compact(session_id)
+    assert store.check() == []
+
+
+@pytest.mark.parametrize("session_id", IDS, ids=ascii)
+def test_what_is_left_of_no_session_is_named(store: persist.Store, session_id: str) -> None:
+    """The document is gone, and a journal with a commit is there: its delete was cut off. A lone lock file is nothing:
+    it goes when the check gives its lock up.
+    """
+    log = journaled(store)
+    log.create(session_id, {"messages": []})
+    log.append(session_id, "messages", 0)
+    paths = layout.SessionPaths.of(str(store.path), session_id)
+    Path(paths.document).unlink()
+    assert [problem.kind for problem in store.check()] == ["orphaned"]
+    for path in store.path.glob("*.journal"):
+        path.unlink()
+    Path(paths.lock).touch()
+    assert store.check() == []
+    assert [path.name for path in store.path.iterdir()] == [".leases"]
+
+
+FOREIGN = ["_index.json", "s.jsonl", "s.json~", ".s.json.swp", "#s.json#", "s.json.bak", "s.json.lock.lock", "4913"]
+FOREIGN += ["notes.txt", "con.json", "a b.json", "s.0123.journal", ".DS_Store", "s.journal.damaged", "\udcff.json"]
+
+
+@pytest.mark.parametrize("name", FOREIGN, ids=ascii)
+def test_foreign_file_is_named_once(store: persist.Store, name: str) -> None:
+    """An index, a log, an editor's file: each is named once, as foreign, beside sessions that are sound."""
+    for session_id in ("s", "t"):
+        journaled(store).create(session_id, {"messages": []})
+    path = store.path / name
+    path.write_text("{not even JSON")
+    assert [(problem.kind, problem.path) for problem in store.check()] == [("foreign", path)]
+    path.unlink()
+    path.mkdir()
+    assert [(problem.kind, problem.path) for problem in store.check()] == [("foreign", path)]
+
+
+def test_files_of_persist_are_not_foreign(store: persist.Store) -> None:
+    """A damaged journal that was kept, the leases and the events are ours."""
+    log = journaled(store)
+    log.create("s", {"messages": []})
+    log.append("s", "messages", 0)
+    log.accept("s", drop_journal=True)
+    with store.start_stream("s") as stream:
+        stream.emit(1)
+        stream.finish()
+    assert {path.suffix for path in store.path.iterdir()} >= {".damaged", ".json", ".lock"}
+    assert (store.path / layout.EVENTS).is_dir()
+    assert store.check() == []
+
+
+def test_document_is_judged_under_its_lock(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first look finds damaged, and the look under the lock finds sound, is sound.
+
+    Fails if the first look decides.
+    """
+    store.create("s", {"messages": []})
+
+    def half_way(session_id: str) -> object:
+        raise persist.CorruptSession(session_id=session_id, path="s.json", reason="it is half-way")
+
+    monkeypatch.setattr(store._backend.files, "read", half_way, raising=True)
+    assert store.check() == []
+    path = store.path / "s.json"
+    path.write_bytes(path.read_bytes().replace(b"messages", b"messengers"))
+    assert [problem.kind for problem in store.check()] == ["corrupt"]
