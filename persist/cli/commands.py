@@ -258,7 +258,8 @@ def show(store: Store, session_id: str, as_json: bool) -> None:
         "active_stream_id": active_in(found.content),
     }
     try:
-        page(_json_of_session(session_id, facts, found) if as_json else _conversation(session_id, facts, found))
+        named = {"version": found.header.version, **facts}
+        page(_json_of_session(session_id, named, found) if as_json else _conversation(session_id, facts, found))
     except Undecodable:
         # Somebody has sealed what is no JSON. It is met where it stands, after the items before it.
         raise mislabelled(files.layout.session(session_id).document, session_id) from None

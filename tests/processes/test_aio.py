@@ -304,7 +304,7 @@ async def test_failure_of_a_cancelled_write_is_not_lost(
     aio: persist.aio.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who is cancelled gets the cancellation, with the error of the verb as its cause."""
-    gate = Gate(monkeypatch, "exists")
+    gate = Gate(monkeypatch, "version_of")
     task = asyncio.create_task(aio.append("missing", "messages", {"content": "kept"}))
     await gate.wait()
     task.cancel()

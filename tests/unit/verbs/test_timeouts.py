@@ -56,6 +56,8 @@ def test_every_verb_that_waits_takes_a_timeout(store: persist.Store) -> None:
                 caught.setdefault(name, []).append(error.value)
             assert store.streams(timeout_s=0) == [], "the stream of a locked session is left out"
             assert type(store.clear_stale_streams(timeout_s=0).failures["s"]) is persist.LockTimeout
+            copied = store.backup(store.path.parent / "copy", timeout_s=0)
+            assert type(copied.failures["s"]) is persist.LockTimeout
             caught["sweep"] = []
 
         with store.transaction("s"):
@@ -79,9 +81,9 @@ def test_the_list_of_waiting_verbs_is_complete() -> None:
         for name, verb in vars(kind).items()
         if not name.startswith("_") and callable(verb) and "timeout_s" in inspect.signature(verb).parameters
     }
-    mine = {name.removeprefix("stream.") for name in WAITING} | {"streams", "clear_stale_streams"}
+    mine = {name.removeprefix("stream.") for name in WAITING} | {"streams", "clear_stale_streams", "backup"}
     assert {name.removeprefix("stream.") for name in takes_timeout} == mine
-    assert len(takes_timeout) == len(WAITING) + 2
+    assert len(takes_timeout) == len(WAITING) + 3
 
 
 @pytest.mark.parametrize("wrong", [-1, math.nan, math.inf, "5", True, [1]], ids=repr)
