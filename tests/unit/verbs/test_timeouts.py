@@ -78,9 +78,9 @@ def test_the_list_of_waiting_verbs_is_complete() -> None:
         for name, verb in vars(kind).items()
         if not name.startswith("_") and callable(verb) and "timeout_s" in inspect.signature(verb).parameters
     }
-    mine = {name.removeprefix("stream.") for name in WAITING} | {"streams", "clear_stale_streams"}
+    mine = {name.removeprefix("stream.") for name in WAITING} | {"streams", "clear_stale_streams", "backup"}
     assert {name.removeprefix("stream.") for name in takes_timeout} == mine
-    assert len(takes_timeout) == len(WAITING) + 2
+    assert len(takes_timeout) == len(WAITING) + 3
 
 
 @pytest.mark.parametrize("wrong", [-1, math.nan, math.inf, "5", True, [1]], ids=repr)
