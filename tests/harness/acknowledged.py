@@ -408,7 +408,8 @@ def settle(store: persist.Store, figures: Figures) -> None:
     try:
         sweep(store)
         for problem in store.check():
-            if problem.kind == "left-over":
+            # A journal without a document is that of a delete which was cut off.
+            if problem.kind == "left-over" or not store.exists(problem.session_id):
                 _try_again(store, problem.session_id)
         for session_id in store.ids():
             if store.head(session_id).active_stream_id is not None:
