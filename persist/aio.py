@@ -46,7 +46,7 @@ import persist
 from persist import event_log, follow, streams, watch
 from persist.calls import Threads
 from persist.merge import Policy, Preference
-from persist.session import require_save_options
+from persist.session import Overtaken, require_save_options
 from persist.storage.cache import Replica
 from persist.storage.commit import Mode
 from persist.translating import conflicts_in
@@ -162,16 +162,18 @@ class Session(_Awaited[persist.Session]):
         require_save_options(touch, on_conflict)
         session, timeout_s = self._sync, self._threads.timeout_s(timeout_s)
         async with self._alone(timeout_s) as waited_s:
-            await self._find_cut_off()
-            mine = session._encode()
-            await self._threads.run(
-                partial(session._write_apart, mine, touch, on_conflict, timeout_s),
-                session.id,
-                timeout_s=timeout_s,
-                waited_s=waited_s,
-                apply=session._take_written,
-            )
-            return session.version
+            while True:
+                await self._find_cut_off()
+                base, mine = session._base, session._encode()
+                with suppress(Overtaken):
+                    await self._threads.run(
+                        partial(session._write_apart, base, mine, touch, on_conflict, timeout_s),
+                        session.id,
+                        timeout_s=timeout_s,
+                        waited_s=waited_s,
+                        apply=session._take_written,
+                    )
+                    return session.version
 
     async def refresh(self) -> None:
         """See `persist.Session.refresh`."""
@@ -218,9 +220,11 @@ class Session(_Awaited[persist.Session]):
         if self._turn_in is not loop:
             # A lock of asyncio belongs to the loop in which a task has waited for it.
             self._turn, self._turn_in = asyncio.Lock(), loop
+        # Another loop may put its own lock there meanwhile.
+        turn = self._turn
         try:
             async with asyncio.timeout(timeout_s):
-                await self._turn.acquire()
+                await turn.acquire()
         except TimeoutError:
             facts: dict[str, Any] = {"path": self._sync._backend.files.layout.session(self.id).lock}
             facts |= {
@@ -232,7 +236,7 @@ class Session(_Awaited[persist.Session]):
         try:
             yield loop.time() - since
         finally:
-            self._turn.release()
+            turn.release()
 
 
 class Stream(_Awaited[persist.Stream]):
@@ -273,11 +277,11 @@ class Stream(_Awaited[persist.Stream]):
         leave = partial(self._sync.__exit__, kind, error, trace)
         try:
             await self._threads.run(leave, self.session_id, is_cleaning_up=True)
-        except Exception as failure:
-            if self._sync._lease.is_held:
-                # The session was not free in time, so the twin does not know that its block was left.
-                await self._threads.run(self._sync._close, is_quick=True, is_cleaning_up=True)
-            if error is None:
+        except BaseException as failure:
+            # The session was not free in time, so the twin does not know that its block was left. A cancellation may
+            # say so, too. The lease is given up in any case, and that waits for nobody.
+            self._sync._close()
+            if error is None or not isinstance(failure, Exception):
                 raise
             error.add_note(f"Stream {self.id} could not be marked as interrupted either: {failure}")
 

@@ -15,7 +15,7 @@ def require_flags(**flags: object) -> None:
     """
     for name, value in flags.items():
         if type(value) is not bool:
-            raise InvalidArgument(what=name, expected="True or False", got=repr(value))
+            raise InvalidArgument(what=name, expected="True or False", got=shown(value))
 
 
 def require_texts(**texts: object) -> None:
@@ -35,7 +35,7 @@ def require_limit(limit: object, *, may_be_none: bool = True) -> None:
     """Raise `InvalidArgument` for what is neither a whole number from 0 up nor None."""
     if not (limit is None and may_be_none) and (type(limit) is not int or limit < 0):
         expected = "a whole number from 0 up" + (", or None" if may_be_none else "")
-        raise InvalidArgument(what="limit", expected=expected, got=repr(limit))
+        raise InvalidArgument(what="limit", expected=expected, got=shown(limit))
 
 
 def require_key(key: object, *, may_be_none: bool = True) -> None:
@@ -44,7 +44,7 @@ def require_key(key: object, *, may_be_none: bool = True) -> None:
         return
     if not (type(key) is str and key and key.isprintable() and not {'"', "\\"} & {*key}):
         expected = "the name of a key, without quotes and backslashes" + (", or None" if may_be_none else "")
-        raise InvalidArgument(what="key", expected=expected, got=repr(key))
+        raise InvalidArgument(what="key", expected=expected, got=shown(key))
 
 
 def expanded(path: str) -> str:
@@ -66,4 +66,4 @@ def seconds(what: str, value: object) -> float:
     """Return a number of seconds as a float."""
     if type(value) in (int, float) and math.isfinite(value) and value >= 0:  # type: ignore[arg-type,operator]
         return float(value)  # type: ignore[arg-type]
-    raise InvalidArgument(what=what, expected="a number of seconds from 0 up", got=repr(value))
+    raise InvalidArgument(what=what, expected="a number of seconds from 0 up", got=shown(value))

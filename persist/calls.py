@@ -214,12 +214,13 @@ class _Pools:
             RuntimeError: there can be no more threads. The call will not be run.
         """
         queue, threads = self._quick if is_quick else self._looks
-        with self._mutex:
-            queue.put(call)
         try:
+            with self._mutex:
+                queue.put(call)
             threads.submit(_run_first, queue)
-        except RuntimeError:
-            if queue.leave(call):
+        except BaseException as error:
+            # Also after Ctrl-C: a call that is left behind would be run in the place of a later one.
+            if queue.leave(call) or not isinstance(error, RuntimeError):
                 raise
         return queue
 
@@ -229,25 +230,32 @@ class _Pools:
         Raises:
             RuntimeError: there can be no more threads. The call will not be run.
         """
-        with self._mutex:
-            queue = self._queues.get(session_id)
-            has_thread = queue is not None
-            if queue is None:
-                queue = self._queues[session_id] = Queue(self._mutex, session_id)
-            queue.put(call)
-        if not has_thread:
-            try:
+        queue = None
+        try:
+            with self._mutex:
+                queue = self._queues.get(session_id)
+                has_thread = queue is not None
+                if queue is None:
+                    queue = self._queues[session_id] = Queue(self._mutex, session_id)
+                queue.put(call)
+            if not has_thread:
                 self._sessions.submit(self._serve, queue)
-            except RuntimeError as error:
-                # Calls of other loops may wait in it by now. They are refused, too, because no thread will come.
-                with self._mutex:
+            return queue
+        except BaseException as error:
+            if queue is None:
+                raise
+            # There is no thread, or Ctrl-C came in between. Calls of other loops may wait in this queue by now. They
+            # are refused, too, because no thread will come.
+            with self._mutex:
+                if self._queues.get(session_id) is queue:
                     del self._queues[session_id]
-                is_refused = queue.leave(call)
-                while (other := queue.pop()) is not None:
-                    other.fail(error)
-                if is_refused:
-                    raise
-        return queue
+            is_refused = queue.leave(call)
+            refusal = error if isinstance(error, RuntimeError) else RuntimeError("The session's thread did not start.")
+            while (other := queue.pop()) is not None:
+                other.fail(refusal)
+            if is_refused or not isinstance(error, RuntimeError):
+                raise
+            return queue
 
     def _serve(self, queue: Queue) -> None:
         """Run the calls of a session, one in each hold of its lock, until none waits."""
@@ -364,13 +372,16 @@ class Threads:
                     call.stop_timer()
                     raise
                 cancellation = error
-            except GeneratorExit:
-                # The task was dropped with its loop.
+            except BaseException:
+                # The task was dropped with its loop, or Ctrl-C ends that.
                 queue.leave(call)
                 raise
         call.stop_timer()
         if call.error is None and apply is not None:
-            call.result = apply(call.result)
+            try:
+                call.result = apply(call.result)
+            except BaseException as error:
+                call.error = error
         if cancellation is None:
             return call.take_result()
         if call.error is None and undo is not None:

@@ -60,6 +60,10 @@ class _Written(msgspec.Struct, frozen=True, eq=False):
     changes: tuple[diff.Change, ...]
 
 
+class Overtaken(Exception):
+    """What was encoded for a save is based on a state that the object has left."""
+
+
 class _Alone:
     """A block that one thread at a time is in. Once dropped, it is left: Ctrl-C may come between any two steps."""
 
@@ -205,13 +209,18 @@ class Session:
         refuse_changed_stream_fields(self._base.content, mine)
         return mine
 
-    def _write_apart(self, mine: Content, touch: bool, prefer: Preference, timeout_s: float) -> _Written:
+    def _write_apart(self, base: _Base, mine: Content, touch: bool, prefer: Preference, timeout_s: float) -> _Written:
         """Do the part of a save that another thread may do for an event loop. It does not touch `data`.
 
-        The loop's thread encodes `mine` before, and shows the result by `_take_written`.
+        The loop's thread encodes `mine` before, on that base, and shows the result by `_take_written`.
+
+        Raises:
+            Overtaken: a save of this object by another loop came between.
         """
         try:
             with self._backend.files.transaction(self.id, timeout_s) as tx:
+                if self._base is not base:
+                    raise Overtaken
                 self._refuse_other(tx.read())
                 committed = self._write(tx, mine, touch, prefer)
                 changes = diff.between(mine, committed.content)
@@ -316,8 +325,8 @@ class Session:
         try:
             # Edits made since, by another task of an event loop, stay.
             self._merge_in(committed, mine, is_durable=is_durable)
-        except errors.MergeConflict:
-            # The edit contradicts theirs. It stays, and the next save reports it.
+        except errors.PersistError:
+            # Such an edit contradicts theirs, or it is no JSON. It stays, and the next save reports it.
             self._base = structs.replace(self._base, content=mine, is_whole=False, tried=None)
 
     def _merge_in(self, there: Replica, base: Content, *, is_durable: bool) -> None:
@@ -493,6 +502,14 @@ class Session:
             content = with_stream_fields_of(there.content, base.content)
             known = structs.replace(base, content=content, is_whole=False)
             self._show(current, with_stream_fields_of(there.content, current), known)
+        except errors.PersistError:
+            # An edit is no JSON. It stays, and the next save reports it.
+            for name in turn.IDLE:
+                self.data.pop(name, None)
+                if (value := there.content.get(name)) is not None:
+                    self.data[name] = decode(value)
+            content = with_stream_fields_of(there.content, base.content)
+            self._base = structs.replace(base, content=content, is_whole=False, tried=None)
 
     def _deleted(self) -> errors.SessionDeleted:
         return errors.SessionDeleted(session_id=self.id, path=self._backend.files.layout.session(self.id).document)

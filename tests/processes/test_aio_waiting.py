@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -609,3 +610,133 @@ async def test_child_that_a_function_of_update_forks_runs_no_call_of_its_parent(
     await asyncio.gather(update, *behind)
     await asyncio.to_thread(os.waitpid, children[0], 0)
     assert contents(store) == ["x"] * 10
+
+
+# --- what eyes from outside have found --------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_a_stream_that_is_left_in_vain_is_given_up_also_by_a_cancellation(
+    aio: persist.aio.Store, actor: ActorFactory
+) -> None:
+    """The way out meets a held session, and a cancellation while it waits: the session is not stuck for that.
+
+    Fails if only an error, and not a cancellation, makes the way out give the lease up.
+    """
+    quick = persist.aio.Store(persist.Store(aio._sync.path, timeout_s=0.3))
+    holder = actor()
+
+    async def turn() -> None:
+        async with quick.start_stream("s-1", {"role": "user", "content": "?"}) as stream:
+            kept.append(stream)
+            is_running.set()
+            holder.do("block = store.transaction('s-1'); block.__enter__(); None")
+            raise ValueError("the model refused")
+
+    kept: list[persist.aio.Stream] = []
+    is_running = asyncio.Event()
+    task = asyncio.create_task(turn())
+    await is_running.wait()
+    await asyncio.sleep(0.1)
+    task.cancel()
+    with pytest.raises((asyncio.CancelledError, ValueError)):
+        await task
+    holder.do("block.__exit__(None, None, None)")
+    info = await aio.stream("s-1")
+    assert info is not None
+    assert not info.is_live
+
+
+@pytest.mark.parametrize("verb", ["save", "clear_stale_stream"])
+@in_loop
+async def test_an_edit_that_is_no_json_is_for_the_next_save(aio: persist.aio.Store, verb: str) -> None:
+    """`data` may change while a verb runs. What is no JSON then is refused by the next save, and not by this one.
+
+    Fails if the verb says "nothing was written" of what it has committed.
+    """
+    session, other = await aio.load("s-1"), await aio.load("s-1")
+    if verb == "clear_stale_stream":
+        stream = await aio.start_stream("s-1", {"role": "user", "content": "?"})
+        stream._sync._close()
+        session = await aio.load("s-1")
+    other.data["theirs"] = 1
+    await other.refresh()
+    await other.save()
+    session.data["mine"] = 1
+    call = asyncio.create_task(getattr(session, verb)())
+    await asyncio.sleep(0)
+    session.data["when"] = {1}
+    await call
+    assert session.active_stream_id is None
+    with pytest.raises(persist.NotJSON):
+        await session.save()
+    del session.data["when"]
+    await session.save()
+    there = (await aio.load("s-1")).data
+    assert (there["mine"], there["theirs"]) == (1, 1)
+    assert session.data == there
+
+
+def test_an_interrupt_leaves_no_session_without_its_thread(
+    aio: persist.aio.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between the queue and its thread: what was interrupted is not done later, and the next call is.
+
+    Fails if the queue stays there, and every later call of its session waits in vain.
+    """
+    for is_quick in (False, True):
+        with monkeypatch.context() as patched:
+
+            def interrupted(*_: Any) -> None:
+                raise KeyboardInterrupt
+
+            patched.setattr(ThreadPoolExecutor, "submit", interrupted)
+            work = aio.head("s-1") if is_quick else aio.append("s-1", "messages", {"content": "interrupted"})
+            with pytest.raises(KeyboardInterrupt):
+                asyncio.run(work)
+        asyncio.run(aio.append("s-1", "messages", {"content": "next"}, timeout_s=2.0))
+        assert asyncio.run(aio.head("s-1")).counts["messages"] == len(contents(aio._sync))
+    assert contents(aio._sync) == ["next", "next"]
+
+
+def test_a_save_that_another_loop_left_behind_counts_once(aio: persist.aio.Store) -> None:
+    """A loop that was left in mid-save has a save on its way. The next one of that object goes on from there.
+
+    Fails if the second save merges with what the object knew before the first one.
+    """
+    store = persist.aio.Store(persist.Store(aio._sync.path, merge={"tokens": "sum"}))
+    asyncio.run(store.create("s-3", {"tokens": 0}))
+    one, two = asyncio.new_event_loop(), asyncio.new_event_loop()
+    session = one.run_until_complete(store.load("s-3"))
+    session.data["tokens"] = 5
+    with aio._sync.transaction("s-3"):
+        left = one.create_task(session.save())
+        one.call_later(0.05, one.stop)
+        one.run_forever()
+        further = two.create_task(session.save())
+        two.run_until_complete(asyncio.sleep(0.05))
+    two.run_until_complete(further)
+    assert store._sync.load("s-3").data["tokens"] == 5
+    one.run_until_complete(left)
+    one.close()
+    two.close()
+
+
+def set_title(title: str, tx: persist.Transaction) -> None:
+    tx.fields["title"] = title
+
+
+@in_loop
+async def test_a_cancelled_refresh_that_conflicts_is_cancelled(aio: persist.aio.Store) -> None:
+    """The cancellation is what the caller waits for. The conflict is its cause. Fails if it takes the place of that."""
+    session = await aio.load("s-1")
+    async with asyncio.timeout(DEADLINE_S):
+        for number in range(20):
+            await aio.update("s-1", partial(set_title, f"theirs {number}"))
+            session.data["title"] = "mine"
+            task = asyncio.create_task(session.refresh())
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
