@@ -151,9 +151,9 @@ class Recorder:
         return os.path.relpath(path, self.root)
 
     def open_known(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def open_known(path: Path, flags: int, before_create: Any = None) -> Any:
+        def open_known(path: Path, flags: int, *more: Any, **options: Any) -> Any:
             name, is_new = self._name(path), not os.path.lexists(path)
-            answer = real(path, flags)
+            answer = real(path, flags, *more, **options)
             if is_new:
                 self._file_of[name] = next(self._next)
                 self._note(Step("create", name, self._file_of[name]))
@@ -219,8 +219,8 @@ class Recorder:
         return close
 
     def mkdir(self, real: Callable[..., None]) -> Callable[..., None]:
-        def mkdir(path: Path) -> None:
-            real(path)
+        def mkdir(path: Path, *mode: int) -> None:
+            real(path, *mode)
             self._note(Step("mkdir", self._name(path), next(self._next)))
 
         return mkdir
