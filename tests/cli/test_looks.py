@@ -83,7 +83,8 @@ def test_json_that_is_printed_as_it_comes_is_the_same(run: Run, store: persist.S
     if isinstance(data.get("messages"), list):
         log.append("s-42", "messages", {"id": "last"})
         session.refresh()
-    facts = {"revision": session.revision, "created_at": session.created_at.isoformat()}
+    facts = {"version": session.version, "revision": session.revision}
+    facts |= {"created_at": session.created_at.isoformat()}
     facts |= {"updated_at": session.updated_at.isoformat(), "active_stream_id": None}
     shown = {"id": "s-42", **facts, "data": session.data}
     assert run("show", store.path, "s-42", "--json").stdout == json.dumps(shown, indent=2) + "\n"

@@ -104,11 +104,11 @@ def test_a_test_that_runs_again_without_xdist_has_its_fixture(project: Projects)
 #: The temporary directory is on a network disk, in every process of the run.
 NETWORK = """
     import os, pathlib
-    from persist.storage import disk
+    from persist.storage import file_system
     table = pathlib.Path(os.environ["JOURNAL"] + ".mounts")
     lines = ["1 0 0:1 / / rw - ext4 /dev/x rw", f"2 1 0:2 / {os.environ['TMPDIR']} rw - nfs4 server:/x rw"]
     table.write_text("".join(line + os.linesep for line in lines))
-    disk.MOUNTS = table
+    file_system.MOUNTS = table
 """
 USERS = """
     def test_of_ours(persist_lock, persist_store):

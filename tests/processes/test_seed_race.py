@@ -80,11 +80,11 @@ class TestTwoThreads:
         at_write, go = threading.Event(), threading.Event()
         real = disk.create
 
-        def pause(path: Path) -> int:
+        def pause(path: Path, *mode: int) -> int:
             if threading.current_thread().name == "reader":
                 at_write.set()
                 assert go.wait(DEADLINE_S)
-            return real(path)
+            return real(path, *mode)
 
         monkeypatch.setattr(disk, "create", pause)
         outcome: list[bool] = []

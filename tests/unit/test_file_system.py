@@ -327,7 +327,7 @@ def test_a_device_is_judged_once(mounts: Mounts, store: persist.Store, monkeypat
     persist.Store(store.path)
     monkeypatch.setattr(file_system, "MOUNTS", Path("/nowhere"))
     functions, calls = counted(lambda: persist.Store(store.path))
-    assert functions <= 64
+    assert functions <= 80, "some of them are of the path's depth"
     assert "open" not in calls
 
 

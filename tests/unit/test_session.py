@@ -1013,6 +1013,7 @@ CLOSED_VERBS: list[Verb] = [
     lambda store: store.check(),
     lambda store: store.accept("s"),
     lambda store: store.compact("s"),
+    lambda store: store.backup(store.path.parent / "copy"),
 ]
 
 
