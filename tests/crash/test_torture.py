@@ -95,9 +95,9 @@ TRUSTS_ITS_REPLICA = (
 )
 OLD_JOURNAL_GOES_FIRST = (
     "storage/commit.py",
-    "            written = write_new(paths.temp, document.to_bytes(header, content))\n",
+    "            written = write_new(paths.temp, document.to_bytes(header, content), place.options.file_mode)\n",
     "            _remove(map(paths.journal, journals))\n"
-    "            written = write_new(paths.temp, document.to_bytes(header, content))\n",
+    "            written = write_new(paths.temp, document.to_bytes(header, content), place.options.file_mode)\n",
 )
 HEAD_IS_LEFT_OUT = (
     "storage/commit.py",
