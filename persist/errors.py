@@ -164,7 +164,7 @@ class NotJSON(PersistError, ValueError):
     """A value that JSON cannot give back exactly as it was. Nothing was written."""
 
     template = "{where} cannot be kept as JSON: {reason}"
-    remedy = "Nothing was written: mend it and save() again."
+    remedy = "Nothing was written: mend it, and call save(), or whichever verb it was, again."
     path: ValuePath  # type: ignore[assignment]
 
     def __init__(self, **facts: Any) -> None:
@@ -190,7 +190,10 @@ class MergeConflict(PersistError):
     """
 
     template = "Session {session_id!r}: {where} {clash}; nothing was written."
-    remedy = "Call session.refresh() after setting your edit aside, or save(on_conflict='mine' or 'theirs')."
+    remedy = (
+        "Put the error's `base` back at its `path` in session.data, session.refresh(), and make the edit anew; or "
+        "save(on_conflict='mine' or 'theirs')."
+    )
     path: ValuePath  # type: ignore[assignment]
 
     def __init__(self, **facts: Any) -> None:
@@ -263,7 +266,7 @@ class SessionBusy(PersistError):
     template = (
         "Session {session_id!r} is busy: stream {stream_id} is run by {run_by} and still alive ({path} is locked).{why}"
     )
-    remedy = "Wait for it, or end it with store.cancel()."
+    remedy = "Wait for it, or ask it to end with store.cancel(); cancel(force=True) takes the session from it."
     defaults: ClassVar = {"why": ""}
 
     def __init__(self, **facts: Any) -> None:
@@ -332,7 +335,7 @@ class Unreadable(PersistError, OSError):
     """
 
     template = "{path} cannot be read: {reason}. Nothing was changed."
-    remedy = "Mend that and retry; store.check() looks at all."
+    remedy = "Mend that and retry."
     defaults: ClassVar = {"errno": None}
 
     @classmethod

@@ -183,7 +183,7 @@ class Session:
             The version that `data` is now.
 
         Raises:
-            MergeConflict: both sides changed one place; `refresh` after setting your edit aside, or name a side. Both
+            MergeConflict: both sides changed one place; put `base` back, `refresh`, and edit anew, or name a side. Both
                 moved the same items of a list, or one put something else in the place of a list: name a side or not.
             SessionDeleted: the session was deleted or replaced since it was loaded; load or create it again.
             NotJSON, InvalidArgument: a value has no exact JSON form; it is named.

@@ -160,7 +160,7 @@ class Entry:
 
     def row(self) -> tuple[object, ...]:
         if self.error is not None:
-            return self.id, f"UNREADABLE: {self.error}", "", "", "", ""
+            return self.id, "UNREADABLE: see 'persist check'", "", "", "", ""
         return self.id, _clipped(self.title or ""), self.revision, self.messages, self.updated_at, self.stream
 
 

@@ -148,7 +148,7 @@ def test_ls_shows_a_damaged_session_and_goes_on(run: Run, store: persist.Store) 
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
     assert [line.split("\t")[0] for line in lines] == ["id", "a", "b", "c"]
-    assert "UNREADABLE: Session 'b' is damaged" in lines[2]
+    assert "UNREADABLE: see 'persist check'" in lines[2]
 
 
 def test_ls_guesses_nothing_of_a_session_that_is_locked(run: Run, store: persist.Store) -> None:
