@@ -28,7 +28,7 @@ _MARKER_BYTES = 64 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """What a backup has done.
+    """The result of a backup.
 
     Attributes:
         path: the directory with the copies.

@@ -1,6 +1,6 @@
 """The log of the library, `logging.getLogger("persist")`: what becomes of files and streams, by their ids.
 
-    DEBUG    a fold; a wait for a lock of over 50 ms; a replica that caught up with the commits of others
+    DEBUG    a fold; a wait for a lock of over 50 ms, or in vain; a replica that caught up with the commits of others
     INFO     a stale stream that was cleared; a torn tail that was folded away
     WARNING  a commit whose outcome is unknown; a disk that refused; a journal that is older than what was read of it
 

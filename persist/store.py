@@ -41,7 +41,7 @@ class ClearedStream:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What a sweep has done.
+    """The result of a sweep.
 
     Attributes:
         cleared: the streams that it has cleared.
@@ -478,7 +478,7 @@ class Store:
         touch: bool,
         timeout_s: float | None,
     ) -> str:
-        # What most callers give needs no look one by one.
+        # The arguments of most callers need no look one by one.
         if type(field) is not str or field in turn.IDLE or key != "id" or create is not False or touch is not True:
             _require_list(field, key, touch, create)
         with self._locked(session_id, timeout_s) as tx:

@@ -32,7 +32,7 @@ from persist.errors import PersistError
 _STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 #: So much text is printed at a time. The first block is small.
 _BLOCK_CHARACTERS = 32 * 1024
-#: What is ready is not kept back for longer.
+#: Text that is ready is not kept back for longer.
 _BLOCK_S = 0.1
 #: A table with more rows is not drawn, because rich looks at all of them first.
 _MOST_DRAWN = 200
@@ -101,7 +101,7 @@ def _blocks(pieces: Iterable[str]) -> Iterator[str]:
                 waiting.clear()
                 size, since, limit = 0, time.monotonic(), _BLOCK_CHARACTERS
     except (PersistError, ValueError):
-        # What was ready before the error is shown before it.
+        # Text that was ready before the error is shown before it.
         yield "".join(waiting)
         raise
     yield "".join(waiting)

@@ -17,7 +17,7 @@ from persist.maintenance import Step
 Found = TypeVar("Found")
 #: As a shell reports a program that SIGINT has ended.
 ENDED_BY_SIGINT = 130
-#: What ends sooner shows no progress.
+#: Work that ends sooner shows no progress.
 _QUIET_S = 0.5
 _EVERY_S = 0.1
 

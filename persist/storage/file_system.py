@@ -45,8 +45,8 @@ _GOOD = frozenset(
         *("tmpfs", "ramfs", "rootfs", "overlay", "ecryptfs", "lxfs", "wslfs", "apfs", "hfs", "ufs"),
     )
 )
-#: Those of other machines, those that a virtual machine or a container shares with its host, and those that show an
-#: object store as files. On some flock excludes nobody (docker/for-mac #7004, kata-containers #3408). On others it
+#: File systems of other machines, shares of a virtual machine or a container with its host, and object stores that are
+#: shown as files. On some flock excludes nobody (docker/for-mac #7004, kata-containers #3408). On others it
 #: excludes on one machine only, or a rename is a copy.
 _BAD = frozenset(
     (
@@ -79,7 +79,7 @@ class Mount:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the file system is known as, its kind first.
+        """The names of the file system, its kind first.
 
         The kind of a FUSE file system may say nothing. Then its source or an option names the program behind it. WSL
         shows the drives of Windows as 9p with ``aname=drvfs``.
@@ -99,7 +99,7 @@ class Mount:
 
     @property
     def verdict(self) -> Verdict:
-        """What is known of it, without a try."""
+        """The verdict on it, without a try."""
         options = {*self._options}
         if not _BAD.isdisjoint(self.names) or not _BAD_OPTIONS.isdisjoint(options):
             return "bad"

@@ -231,7 +231,7 @@ class Hold:
                 turnstile.leave(self._file.fd)
 
     def _timeout(self, start: float, **facts: Any) -> LockTimeout:
-        log.debug("Session %r: waited %.3f s for its lock, in vain", self.session_id, now_s() - start)
+        log.debug("Session %r: waited in vain for its lock, %.3f s", self.session_id, now_s() - start)
         facts |= {"path": self.path, "timeout_s": self.timeout_s, "waited_s": now_s() - start}
         return LockTimeout(session_id=self.session_id, **facts)
 

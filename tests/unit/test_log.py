@@ -83,6 +83,18 @@ def wait_for_a_thread(scene: Scene) -> None:
     waiter.join()
 
 
+def wait_in_vain(scene: Scene) -> None:
+    with scene.store.transaction("s"):
+        waiter = threading.Thread(target=refused, args=(scene,))
+        waiter.start()
+        waiter.join()
+
+
+def refused(scene: Scene) -> None:
+    with pytest.raises(persist.LockTimeout):
+        scene.store.append("s", "messages", {"content": CANARY}, timeout_s=0.01)
+
+
 def stale_stream(scene: Scene) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
@@ -141,6 +153,7 @@ CASES: dict[str, tuple[Callable[[Scene], None], int, str]] = {
     "fold of a large journal": (fold_of_a_large_journal, logging.DEBUG, "Session 's': folded a journal of "),
     "catch-up": (catch_up, logging.DEBUG, "Session 's': caught up with its journal, at byte "),
     "long wait": (wait_for_a_thread, logging.DEBUG, "Session 's': waited 0."),
+    "wait in vain": (wait_in_vain, logging.DEBUG, "Session 's': waited in vain for its lock"),
     "stale stream": (stale_stream, logging.INFO, "Session 's': its stream t1 was cleared, which had died"),
     "foreign stream": (stream_of_another_program, logging.INFO, "Session 'old': its stream of another program was "),
     "torn tail": (torn_tail, logging.INFO, "Session 's': folded a torn tail away, at byte "),
