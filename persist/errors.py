@@ -112,7 +112,7 @@ class SessionNotFound(PersistError, KeyError):
     """There is no such session. Create it with `Store.create`."""
 
     template = "No session {session_id!r}: {path} does not exist."
-    remedy = "store.ids() lists the sessions; store.create() makes one."
+    remedy = "store.ids() or 'persist ls' lists the sessions; store.create() makes one."
 
 
 class SessionExists(PersistError):
@@ -121,7 +121,7 @@ class SessionExists(PersistError):
     """
 
     template = "Session {session_id!r} exists already: {path}."
-    remedy = "Load it with store.load(), or choose another id."
+    remedy = "Look at it with store.load() or 'persist show', or choose another id."
 
 
 class SessionDeleted(PersistError):
@@ -220,7 +220,7 @@ class VersionMismatch(MergeConflict):
         "Session {session_id!r} is at version {theirs}, not at {mine}, which the edit was made for; "
         "nothing was written."
     )
-    remedy = "Look again with store.load(), and repeat the edit."
+    remedy = "Look again with store.load() or 'persist show', and repeat the edit."
 
 
 class LockError(PersistError, RuntimeError):

@@ -11,8 +11,9 @@
      one side has follows, theirs first. So two appends are both kept, and equal items without ids that both append
      are one.
   5. If one side put as many items in the place of a run, and the other only added around it, both changes stand.
-  6. If both sides only removed, both removals stand. All other runs are conflicts. With a preference the preferred
-     side's run stands without what the other side removed, and then what the other side added.
+  6. If both sides only removed, both removals stand. All other runs are conflicts. With a preference, edits of
+     different items of a run stand where they were made; else the preferred side's run stands without what the other
+     side removed, and then what the other side added.
   7. At last every item is counted, and its number must be what both changes make. So an item that one side moved and
      the other side moved or removed is a conflict, whatever the preference.
 
@@ -283,10 +284,13 @@ def _merge_run(base: list[Label], mine: list[Label], theirs: list[Label], prefer
         for at in range(len(other) - len(base) + 1):
             if len(side) == len(base) and other[at : at + len(base)] == base:
                 return other[:at] + side + other[at + len(base) :]
+    edits = list(zip(base, mine, theirs, strict=False))
+    if prefer != "error" and len(base) == len(mine) == len(theirs) and all(b in (m, t) for b, m, t in edits):
+        return [t if m == b else m for b, m, t in edits]
     side, other = (mine, theirs) if prefer == "mine" else (theirs, mine)
     was, one, two = Counter(base), Counter(side), Counter(other)
     if prefer == "error" and not one | two <= was:
-        raise _Clash("one side added where the other removed")
+        raise _Clash("both sides changed the same items, or items side by side")
     left, added = one - ((was & one) - two), two - (was | one)
     return [
         name for names, counts in ((side, left), (other, added)) for name, n in _numbered(names) if n < counts[name]

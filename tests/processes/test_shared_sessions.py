@@ -5,6 +5,7 @@ An object is for one thread at a time. Its save and its refresh exclude each oth
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -597,6 +598,63 @@ def test_interrupt_at_any_line_doubles_nothing(verb: str, scratch: Path, *, is_a
             break
     assert place > 200
     assert is_told is (verb == "save")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupt_at_any_line_of_a_finish_leaves_one_answer(scratch: Path) -> None:
+    """Ctrl-C wherever it hits in `finish`. When it is called again, the answer stands there once, or it is told that
+    the stream has ended. Either way the next turn can start, once the block is left.
+    """
+    prompt, answer = {"id": "p", "role": "user", "content": "?"}, {"id": "a", "role": "assistant", "content": "!"}
+    place, is_over, lost = 0, False, 0
+    while not is_over:
+        place += 1
+        store = persist.Store(scratch / f"{place}", timeout_s=0.0)
+        store.create("s-1", {"messages": []})
+        stream = store.start_stream("s-1", prompt)
+        stream.checkpoint({**answer, "content": "…"})
+        is_over = not interrupted(partial(stream.finish, answer), place)
+        with stream, contextlib.suppress(persist.StreamLost):
+            stream.finish(answer)
+            lost -= 1
+        lost += 1
+        for each in (store, persist.Store(store.path)):
+            assert each.load("s-1").data["messages"] == [prompt, answer], f"after line {place}"
+            assert each.load("s-1").active_stream_id is None
+        store.start_stream("s-1").finish()
+        shutil.rmtree(store.path)
+    assert place > 100
+    assert 1 < lost < place
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("is_streaming", [False, True], ids=["store", "stream"])
+def test_interrupt_at_any_line_of_a_transaction_is_all_or_nothing(scratch: Path, *, is_streaming: bool) -> None:
+    """Ctrl-C wherever it hits in a transaction: all that the block did is there, or nothing, and the lock is free."""
+
+    def change(tx: persist.Transaction) -> None:
+        tx.fields["title"] = "mine"
+        tx.list("messages").append({"content": "mine"})
+        tx.data["log"] = ["mine"]
+
+    place, is_over, kept = 0, False, 0
+    while not is_over:
+        place += 1
+        store = persist.Store(scratch / f"{place}", timeout_s=0.0)
+        before = store.create("s-1", {"title": "", "messages": [], "log": []}).data
+        stream = store.start_stream("s-1")
+        verb = partial(stream.update, change) if is_streaming else partial(store.update, "s-1", change)
+        is_over = not interrupted(verb, place)
+        data = store.load("s-1").data
+        assert data == persist.Store(store.path).load("s-1").data, f"after line {place}"
+        found = data["title"], data["messages"], data["log"]
+        assert found in (("", [], []), ("mine", [{"content": "mine"}], ["mine"])), f"after line {place}"
+        kept += data["title"] != before["title"]
+        store.append("s-1", "log", "free")
+        stream.finish()
+        shutil.rmtree(store.path)
+    assert place > 100
+    assert 1 < kept < place
 
 
 def test_session_made_anew_is_not_cleared_by_an_old_object(store: persist.Store) -> None:

@@ -384,7 +384,7 @@ def test_changes_that_do_not_contradict_are_both_kept(
 
 
 TWO_VALUES = "two different values"
-BESIDE = "one side added where the other removed"
+BESIDE = "both sides changed the same items, or items side by side"
 ONE_ID = "one id, two contents"
 MOVED = "one side moved what the other moved or removed"
 
@@ -481,6 +481,15 @@ def test_a_preference_settles_a_conflict_and_nothing_else(base: Document, mine: 
     mine, theirs = {**mine, "m": 1}, {**theirs, "t": 1}
     assert same(merge(base, mine, theirs, prefer="mine"), {**mine, "t": 1})
     assert same(merge(base, mine, theirs, prefer="theirs"), {**theirs, "m": 1})
+
+
+@pytest.mark.parametrize("prefer", ["mine", "theirs"])
+def test_preferred_edits_side_by_side_stand_where_they_were_made(prefer: Any) -> None:
+    """Without ids, two edits of neighbours are one run. A preference takes both, and in their order."""
+    base, first, second = ["a", "b", "c", "d"], ["A", "b", "C", "d"], ["a", "B", "c", "d"]
+    for mine, theirs in ((first, second), (second, first)):
+        merged = merge({"l": base}, {"l": mine}, {"l": theirs}, prefer=prefer)
+        assert merged["l"] == ["A", "B", "C", "d"]
 
 
 @pytest.mark.parametrize(
