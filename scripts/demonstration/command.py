@@ -57,7 +57,7 @@ def run(ctx: click.Context, directory: Path | None, as_json: bool) -> None:
 def _empty_directory(directory: Path | None) -> Path:
     if directory is None:
         disk = Path("/var/tmp")
-        return Path(tempfile.mkdtemp(prefix="persist-run-", dir=disk if disk.is_dir() else None))
+        return Path(tempfile.mkdtemp(prefix="persist-demonstration-", dir=disk if disk.is_dir() else None))
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise click.UsageError(f"--directory: {directory} must be new, or an empty directory.")
     directory.mkdir(parents=True, exist_ok=True)
