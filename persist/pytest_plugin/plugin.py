@@ -189,6 +189,11 @@ class Controller:
     @functools.cached_property
     def _run(self) -> Run | None:
         """The run, as this process sees it. None if its directory is of no use: the tests that met that have failed."""
+        # In a thread, because Ctrl-C in the middle of an import leaves modules half-made, asyncio for one. Then the
+        # end of the run could not import them either.
+        importing = threading.Thread(target=_import_for_the_run)
+        importing.start()
+        importing.join()
         from persist.errors import PersistError
         from persist.pytest_plugin.run import Run
 
@@ -269,6 +274,10 @@ class Controller:
                 terminalreporter.write_line(problem)
         if self._is_used:
             terminalreporter.write_line(f"persist: what this run shared is kept in {self.directory}")
+
+
+def _import_for_the_run() -> None:
+    from persist.pytest_plugin import ending, uses  # noqa: F401
 
 
 #: So many directories of runs that failed are kept.

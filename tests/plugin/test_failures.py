@@ -252,6 +252,44 @@ def test_ends_come_once_after_an_interrupt(project: Projects) -> None:
     assert done.journal[-1] == "drop main"
 
 
+#: The controller imports asyncio for the run, as it does with filelock 3.30, and Ctrl-C comes in the middle of that.
+INTERRUPTING = """
+    import os, signal, sys
+
+    class Interrupting:
+        is_done = False
+
+        def find_spec(self, name, path=None, target=None):
+            if name == "persist.streams":
+                import asyncio
+            if name == "asyncio.events" and not self.is_done:
+                self.is_done = True
+                os.kill(os.getpid(), signal.SIGINT)
+
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "asyncio"]:
+            del sys.modules[name]
+        sys.meta_path.insert(0, Interrupting())
+"""
+
+
+def test_ends_come_after_an_interrupt_in_an_import(project: Projects) -> None:
+    """Ctrl-C while the controller imports what it needs for the run: both ends come.
+
+    Fails with the import in the main thread, because it leaves asyncio half-made.
+    """
+    test = """
+        from journal_of import when
+        def test(database, client):
+            when("never")
+    """
+    done = project(conftest=ENDS + INTERRUPTING, **in_both(test)).run(*BOTH)
+
+    assert done.status == 2, done.printed
+    assert done.times("stop server") == done.times("start server") == 1, done.printed
+    assert done.journal[-1] == "drop main"
+
+
 def test_ends_come_once_after_an_interrupt_without_xdist(project: Projects) -> None:
     """The only process, interrupted in a test, finishes what it has made."""
     test = """

@@ -15,7 +15,7 @@ import pytest
 
 import persist
 
-PROJECT = Path(persist.__file__).parents[1] / "pyproject.toml"
+PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 def modules_after(code: str) -> set[str]:
