@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from persist import errors, json_codec, streams
-from persist.arguments import require_flags
+from persist.arguments import expanded, require_flags
 from persist.maintenance import Step
 from persist.storage import commit, disk, document, layout
 from persist.storage.cache import Replica
@@ -74,8 +74,9 @@ def backing_up(
     in_store = set(names)
     with _Copies(directory, files.layout.directory) as copies:
         gone = [name for name in copies.names if name not in in_store]
-        if prune and gone and not names:
-            got, expected = "without a session", "one with a session, where copies are to be removed"
+        if prune and gone and len(gone) == len(copies.names):
+            # The disk of the store may not be mounted. Then a server may have begun a new store in its place.
+            got, expected = "without any of the sessions that have a copy", "one with some of them, to remove copies"
             raise errors.InvalidArgument(what=f"the store {files.layout.directory}", got=got, expected=expected)
         total = len(names) + len(gone)
         for done, name in enumerate(names, 1):
@@ -158,17 +159,17 @@ class _Copies:
             raise
         except OSError as error:
             self._close()
-            raise errors.Unreadable.because(self.directory, error) from error
+            reason = f"The backup's directory {self.directory} cannot be used: {error.strerror}."
+            remedy = "Mend that, and repeat the backup."
+            raise errors.PersistError(reason=reason, remedy=remedy, path=self.directory) from error
         return self
 
     def _open(self) -> None:
         disk.make_directory(self.directory)
         names = disk.names(self.directory)
         if names and layout.BACKUP not in names:
-            raise _unfit(self.directory, "one with other files", "Choose another directory.")
-        if any(layout.journal_of(name) for name in names):
-            # Commits that were made here would be lost.
-            raise _unfit(self.directory, "a backup that is in use as a store", "Back up into another directory.")
+            got = "one with other files, or a backup that was written to as a store"
+            raise _unfit(self.directory, got, "Choose another directory.")
         marker = os.path.join(self.directory, layout.BACKUP)
         self._held = try_hold(marker, create=True)
         if self._held is None:
@@ -256,6 +257,7 @@ class _Copies:
         Raises:
             CommitFailed: the disk refused.
         """
+        self._require_mark()
         paths = self._layout.named(name, session_id)
         text = document.to_bytes(found.header.but(journal=None, folded=None), found.content)
         stream_id = streams.active_in(found.content)
@@ -284,6 +286,7 @@ class _Copies:
         Raises:
             CommitFailed: the disk refused.
         """
+        self._require_mark()
         paths = self._layout.named(name, None)
         try:
             disk.unlink(paths.document)
@@ -294,6 +297,11 @@ class _Copies:
             raise errors.CommitFailed(
                 session_id=session_id, path=paths.document, reason=reason, errno=error.errno
             ) from error
+
+    def _require_mark(self) -> None:
+        """Raise `InvalidArgument` if somebody writes to this directory as to a store, which takes the mark away."""
+        if self._held is None or not self._held.bears_name():
+            raise _unfit(self.directory, "a backup that is in use as a store", "Back up into another directory.")
 
     def _remove_leases(self, paths: layout.SessionPaths, *, keep: set[str]) -> None:
         for stream_id in self._leases.get(paths.name, set()) - keep:
@@ -313,7 +321,7 @@ def _directory(backend: streams.Backend, dest: object) -> str:
     path = os.fspath(dest) if isinstance(dest, (str, os.PathLike)) else None
     if type(path) is not str or not path or "\0" in path:
         raise errors.InvalidArgument(what="a backup's path", expected="a directory's name", got=repr(dest))
-    path, store = os.path.realpath(path), backend.files.layout.directory
+    path, store = os.path.realpath(expanded(path)), backend.files.layout.directory
     if path == store or path.startswith(os.path.join(store, "")):
         raise _unfit(path, "the store itself, or within it", "Choose a directory beside it, or on another disk.")
     if os.path.exists(path) and not os.path.isdir(path):

@@ -230,7 +230,7 @@ class LockError(PersistError, RuntimeError):
         kind: ``"nested"``: this thread holds a session's lock, and asked for a second one, which could deadlock; also
             a verb of an object in the middle of a `save` or `refresh` of the same one, in a signal handler or a
             finaliser. ``"not held"``: something of a transaction was used after its block, or in a forked child.
-            ``"timeout"``: see `LockTimeout`.
+            ``"timeout"``: see `LockTimeout`. ``"refused"``: this user may read the store and not lock a session of it.
     """
 
 
@@ -239,6 +239,14 @@ def nested(session_id: str, held: str) -> LockError:
     reason = f"This thread holds the lock of session {held!r} and asked for that of {session_id!r}."
     remedy = "Leave the transaction() or update() first; in a signal handler or a finaliser, try again later."
     return LockError(kind="nested", session_id=session_id, held=held, reason=reason, remedy=remedy)
+
+
+def refused(session_id: str, path: str, error: OSError) -> LockError:
+    """Return the error of a user who may not take a lock."""
+    reason = f"The lock of session {session_id!r} may not be taken here: {error.strerror} at {path}."
+    remedy = "Run this as the owner of the store, or as a user of the group that writes to it."
+    facts = {"path": path, "errno": error.errno}
+    return LockError(kind="refused", session_id=session_id, reason=reason, remedy=remedy, **facts)
 
 
 def not_held(session_id: str) -> LockError:

@@ -152,8 +152,10 @@ class Cursor:
             with self._backend.files.transaction(self.session_id, timeout_s=self._look_timeout_s) as tx:
                 info = streams.look_at(tx)
             self._look_timeout_s = LOOK_TIMEOUT_S
-        except (errors.LockTimeout, errors.CommitFailed, errors.Unreadable):
-            # Somebody works on the session, or there is no descriptor left just now: ask again soon.
+        except (errors.LockError, errors.CommitFailed, errors.Unreadable) as error:
+            if isinstance(error, errors.LockError) and error.kind not in ("timeout", "refused"):
+                raise
+            # Somebody works on the session, there is no descriptor left just now, or this user may only read.
             self._look_timeout_s = min(self._look_timeout_s * 2, LAST_LOOK_TIMEOUT_S)
             self._hush(0.5)
             return None

@@ -106,7 +106,9 @@ def _problems(backend: streams.Backend, name: str, its: _Files, *, has_streams: 
     if session_id is not None and its.has_document:
         try:
             found = files.read(session_id)
-            is_suspect = its.has_temp or (has_streams and turn.active_stream(WorkingCopy(found).fields) is not None)
+            is_odd = its.has_lock and not disk.is_plain(files.layout.named(name, None).lock)
+            has_stream = has_streams and turn.active_stream(WorkingCopy(found).fields) is not None
+            is_suspect = is_odd or its.has_temp or has_stream
             if not is_suspect and all(journal == found.header.journal for _, journal in its.journals):
                 return
         except (errors.PersistError, OSError) as error:
@@ -122,6 +124,12 @@ def _problems(backend: streams.Backend, name: str, its: _Files, *, has_streams: 
             yield from _judged(backend, tx, name, first, its, has_streams=has_streams)
     except errors.LockTimeout as error:
         yield Problem(session_id, "locked", document, str(error))
+    except errors.LockError as error:
+        # A user who may only read sees streams and left-overs, and cannot judge them. What cannot be read is told.
+        if suspicion is not None:
+            yield _of_document(session_id, document, suspicion)
+        elif not its.has_document and (its.has_temp or its.journals):
+            yield Problem(session_id, "locked", document, str(error))
     except (errors.PersistError, OSError) as error:
         # The disk refuses the lock, of a store that can only be read, say. A lone lock file is nothing.
         if its.has_document or its.has_temp or its.journals:
@@ -154,7 +162,11 @@ def _judged(
                 yield _of_document(session_id, Path(paths.document), error)
     shown = session_id or name
     if its.has_temp and disk.exists(paths.temp):
-        yield _left_over(files, shown, Path(paths.temp), has_document=has_document)
+        temp = Path(paths.temp)
+        if disk.is_plain(temp):
+            yield _left_over(files, shown, temp, has_document=has_document)
+        else:
+            yield Problem(shown, "unreadable", temp, str(errors.unsafe(temp, "something else")))
     for file_name, journal in its.journals:
         path = Path(paths.directory, file_name)
         if has_document and (header is None or header.journal == journal):

@@ -570,6 +570,7 @@ def replace(store: Store, session_id: str, file: Path, if_version: str | None, a
     """Put the JSON object in FILE in the place of a session that cannot be read.
 
     What stood there is gone: copy it first if it may be of use. A session whose stream is alive is left alone.
+    The fields of a stream that ran, such as active_stream_id, are left out.
     """
     try:
         data = decode_strict(file.read_bytes().removeprefix(BYTE_ORDER_MARK))
@@ -582,6 +583,9 @@ def replace(store: Store, session_id: str, file: Path, if_version: str | None, a
         raise StoreFailure(
             f"{printable(str(file))} has later commits in a journal: put both files back as they were, with cp."
         )
+    # A mended copy may name the stream that ran. It is not taken over.
+    for field in turn.IDLE:
+        data.pop(field, None)
     session = store.replace(session_id, data, if_version=if_version)
     if as_json:
         print_json({"id": session.id, "revision": session.revision, "version": session.version})

@@ -123,7 +123,7 @@ class Participant:
 
         run = Run(self.store("run"), self._worker or "main")
         if self._worker is None:
-            end_on_sigterm()
+            end_on_signals()
         return run
 
     @functools.cached_property
@@ -234,7 +234,7 @@ class Controller:
 
             publish_live(self._run, sorted(self._live))
             self._published = set(self._live)
-            end_on_sigterm()
+            end_on_signals()
 
     # --- the end ---
 
@@ -297,17 +297,20 @@ def keep(directory: Path) -> None:
             shutil.rmtree(path.parent, ignore_errors=True)
 
 
-def end_on_sigterm() -> None:
-    """Let SIGTERM end the run as an interrupt does, with its teardowns, unless somebody else has asked for the signal.
+def end_on_signals() -> None:
+    """Let SIGTERM, and SIGHUP of a terminal that was closed, end the run as an interrupt does, with its teardowns.
 
-    Only a run that shares something does that.
+    Not if somebody else has asked for the signal. Only a run that shares something does that.
     """
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _exit)
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, _exit)
 
 
-def _exit(*_: object) -> None:
-    pytest.exit("terminated by SIGTERM", returncode=128 + signal.SIGTERM)
+def _exit(number: int, *_: object) -> None:
+    pytest.exit(f"terminated by {signal.Signals(number).name}", returncode=128 + number)
 
 
 _PARTICIPANT = pytest.StashKey[Participant]()

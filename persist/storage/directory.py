@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import stat
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -69,6 +68,7 @@ class SessionDirectory:
         try:
             if create:
                 disk.make_directory(self.layout.directory, options.file_mode)
+                _require_shared(self.layout.directory, options.file_mode)
                 with contextlib.suppress(FileExistsError):
                     disk.mkdir(self.layout.leases, options.file_mode)
             #: The device and the inode of the directory that was opened. Of some file systems only the device counts.
@@ -77,9 +77,8 @@ class SessionDirectory:
             self._has_stable_inode = not unsafe_filesystem and file_system.check(
                 self.layout.directory, self._identity[0]
             )
-            if options.file_mode != disk.PRIVATE:
-                for each in (self.layout.directory, self.layout.leases, self.layout.events):
-                    _require_shared(each, options.file_mode)
+            for each in (self.layout.directory, self.layout.leases, self.layout.events):
+                _require_shared(each, options.file_mode)
             self._has_leases = create or disk.exists(self.layout.leases)
             self.ignores_case = disk.ignores_case(self.layout.directory, layout.LEASES)
         except PersistError:
@@ -114,8 +113,13 @@ class SessionDirectory:
             raise Unreadable(path=directory, reason=reason, remedy=remedy)
 
     def make_durable(self) -> None:
-        """Make the directory's own name durable, once, so that no commit in it is lost with it."""
+        """Make the directory's own name durable, once, so that no commit in it is lost with it.
+
+        A backup that is written to is a store from then on. It loses its mark, so that the next backup leaves it alone.
+        """
         if not self.is_durable:
+            if disk.unlink(self.layout.backup):
+                disk.sync_directory(self.layout.directory)
             with contextlib.suppress(PermissionError):
                 disk.sync_directory(os.path.dirname(self.layout.directory))
             self.is_durable = True
@@ -263,9 +267,10 @@ class SessionDirectory:
 
 def _require_shared(path: str, file_mode: int) -> None:
     """Raise `InvalidArgument` if a directory of a store keeps a group out that shares its files."""
-    if os.name != "posix" or not disk.exists(path):
+    if file_mode == disk.PRIVATE or os.name != "posix" or not disk.exists(path):
         return
-    found, wanted = stat.S_IMODE(os.stat(path).st_mode), disk.directory_mode(file_mode)
+    wanted = disk.directory_mode(file_mode)
+    found = disk.awaited_mode(path, wanted & 0o070)
     if wanted & 0o070 & ~found:
         remedy = (
             f"To share what is there: chgrp -R GROUP of the store, then chmod {wanted:o} of the directories, "
@@ -305,7 +310,7 @@ def _last_values(head: Head, last: Callable[[str, int], list[bytes]], name: str,
         return list(map(json_codec.decode, last(name, limit)))
     value = json_codec.decode(head.fields[name]) if name in head.fields else None if name in head.counts else []
     if type(value) is not list:
-        got = "a large value of another kind" if name in head.counts else type(value).__name__
+        got = "a value of another kind" if name in head.counts else type(value).__name__
         raise InvalidArgument(what=f"field {name!r} of the document", expected="a list", got=got)
     return value[max(0, len(value) - limit) :]
 

@@ -36,7 +36,7 @@ _WRITE_CHUNK = 64 * 1024 * 1024
 #: The mode of a file that its owner alone may use.
 PRIVATE = 0o600
 _GROUP = 0o070
-#: For so long a file may be there that another user of the group has made, and not shared yet.
+#: For so long a file or a directory may be there that another user has made, and not shared yet.
 _SHARING_S, _SHARING_PAUSE_S = 0.1, 0.001
 
 
@@ -84,7 +84,8 @@ def open_known(
     is_either = flags & (os.O_CREAT | os.O_EXCL) == os.O_CREAT
     if is_either:
         flags &= ~os.O_CREAT
-    patience_s = _SHARING_S if mode & _GROUP else 0.0
+    # A file that is made on demand may have been made by root, who gives it to the directory's owner an instant later.
+    patience_s = _SHARING_S if is_either or mode & _GROUP else 0.0
     while True:
         try:
             fd = os.open(path, flags | _FLAGS | _BINARY, mode)
@@ -263,6 +264,14 @@ def exists(path: StrPath) -> bool:
     return True
 
 
+def is_plain(path: StrPath) -> bool:
+    """Tell whether a name is that of a plain file, or of none."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return True
+
+
 def create(path: StrPath, mode: int = PRIVATE) -> int:
     """Create a file that must not exist, open for writing."""
     return open_plain(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -422,6 +431,17 @@ def mkdir(path: StrPath, file_mode: int = PRIVATE) -> None:
     """Make one directory for files of a mode. Its name is durable once the directory above it is synced."""
     os.mkdir(path, mode=0o700)
     _share(path, directory_mode(file_mode))
+
+
+def awaited_mode(path: StrPath, wanted: int) -> int:
+    """Return the mode of a directory. One that lacks wanted bits may have been made an instant ago, and gets them."""
+    patience_s = _SHARING_S
+    while True:
+        found = stat.S_IMODE(os.stat(path).st_mode)
+        if not wanted & ~found or patience_s <= 0:
+            return found
+        patience_s -= _SHARING_PAUSE_S
+        time.sleep(_SHARING_PAUSE_S)
 
 
 def make_directory(path: StrPath, file_mode: int = PRIVATE) -> None:

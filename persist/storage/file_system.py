@@ -51,7 +51,7 @@ _GOOD = frozenset(
 _BAD = frozenset(
     (
         *("nfs", "nfs4", "cifs", "smb", "smb2", "smb3", "smbfs", "ncpfs", "afs", "coda", "davfs", "davfs2", "webdav"),
-        *("ceph", "ceph-fuse", "lustre", "gpfs", "glusterfs", "beegfs", "fhgfs", "orangefs", "pvfs2", "moosefs"),
+        *("ceph", "ceph-fuse", "lustre", "gpfs", "glusterfs", "beegfs", "fhgfs", "orangefs", "pvfs2", "moosefs", "mfs"),
         *("lizardfs", "juicefs"),
         *("9p", "virtiofs", "fakeowner", "grpcfuse", "osxfs", "vboxsf", "prl_fs", "prlfs", "drvfs"),
         *("vmhgfs", "vmhgfs-fuse", "hgfs"),
@@ -207,15 +207,21 @@ def mount_of(directory: disk.StrPath) -> Mount:
         table = MOUNTS.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return Mount()
+    number = disk.identity_of(directory)[0]
+    device = f"{os.major(number)}:{os.minor(number)}"
     here = os.path.realpath(directory)
-    longest, found = -1, Mount()
+    best, found = (False, -1), Mount()
     for line in table:
         before, _, after = line.partition(" - ")
-        point = _unescaped(before.split(" ")[4])
-        # A later line covers an earlier one on the same mount point.
-        if len(point) >= longest and (here + "/").startswith(point.rstrip("/") + "/"):
-            kind, source, options = (*map(_unescaped, after.split(" ")), "", "")[:3]
-            longest, found = len(point), Mount(kind, source, options)
+        _, _, numbers, _, escaped = before.split(" ")[:5]
+        point = _unescaped(escaped)
+        if (here + "/").startswith(point.rstrip("/") + "/"):
+            # A mount may be hidden under a later one on a directory above it. The device tells, but not on btrfs,
+            # whose subvolumes have devices that the table does not know. A later line covers an earlier one.
+            rank = numbers == device, len(point)
+            if rank >= best:
+                kind, source, options = (*map(_unescaped, after.split(" ")), "", "")[:3]
+                best, found = rank, Mount(kind, source, options)
     return found
 
 

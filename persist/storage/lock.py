@@ -9,6 +9,7 @@ processes: the process that waits next stands in the turnstile, and the others l
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import threading
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from weakref import ref
 
-from persist.errors import CommitFailed, LockTimeout, PersistError, Unreadable, nested
+from persist.errors import CommitFailed, LockTimeout, PersistError, Unreadable, nested, refused
 from persist.log import log
 from persist.storage import disk, turnstile
 from persist.storage.clock import now_s
@@ -32,6 +33,8 @@ _POLL_FIRST_S = 0.002
 _MOST_EAGER_AFTER_S = 0.03
 #: For so long the process in the turnstile is waited for: it may be stopped (a paused container).
 PATIENCE_S = 0.05
+#: With these errors the system refuses a lock file to a user who may only read the store.
+_MAY_ONLY_READ = (errno.EACCES, errno.EPERM, errno.EROFS)
 #: A longer wait is logged.
 LONG_WAIT_S = 0.05
 #: A hold that waits for other threads looks so often at a deadline that may change.
@@ -166,6 +169,8 @@ class Hold:
                 raise
             if isinstance(error, FileNotFoundError):
                 raise Unreadable(path=os.path.dirname(self.path), reason="it is gone", errno=error.errno) from None
+            if error.errno in _MAY_ONLY_READ:
+                raise refused(self.session_id, self.path, error) from error
             reason = error.strerror or type(error).__name__
             facts: dict[str, Any] = {"path": self.path, "reason": reason, "errno": error.errno}
             log.warning("Session %r: the disk refused at %s: %s", self.session_id, self.path, reason)

@@ -275,6 +275,10 @@ def test_the_command_takes_a_document_from_a_backup(store: persist.Store, tmp_pa
         (store.path / "s.json").write_bytes(b"")
         assert run("replace", store.path, "s", backup).exit_code == 0
         assert store.load("s").data == GOOD
+    backup.write_text(json.dumps({**GOOD, "active_stream_id": "x", "pending_user_message": "?"}))
+    (store.path / "s.json").write_bytes(b"")
+    assert run("replace", store.path, "s", backup).exit_code == 0
+    assert store.load("s").data == GOOD
     journaled = persist.Store(store.path, journal="always")
     journaled.create("j", GOOD)
     backup.write_bytes((store.path / "j.json").read_bytes())

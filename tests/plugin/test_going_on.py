@@ -240,12 +240,16 @@ WAITS = """
 
 
 @pytest.mark.parametrize("workers", [(), ("-n1",)], ids=["alone", "xdist"])
-def test_sigterm_runs_the_teardowns(project: Projects, workers: tuple[str, ...]) -> None:
-    """As a supervisor or a CI ends a run. Fails without `end_on_sigterm`: the process is gone at once."""
-    done = project(conftest=ENDS, test_a=WAITS).run(*workers, interrupt_at="waits", by=signal.SIGTERM)
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGHUP], ids=lambda by: by.name)
+def test_signals_run_the_teardowns(project: Projects, workers: tuple[str, ...], by: signal.Signals) -> None:
+    """As a supervisor, a CI or a closed terminal ends a run.
+
+    Fails without `end_on_signals`: the process is gone at once.
+    """
+    done = project(conftest=ENDS, test_a=WAITS).run(*workers, interrupt_at="waits", by=by)
     assert done.journal[-1] == "drop", done.printed
-    assert done.status == 128 + signal.SIGTERM, done.printed
-    assert "SIGTERM" in done.printed
+    assert done.status == 128 + by, done.printed
+    assert by.name in done.printed
 
 
 def test_sigterm_is_left_to_a_run_that_shares_nothing(project: Projects) -> None:

@@ -9,6 +9,8 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -133,8 +135,53 @@ def test_readers_of_a_group_read(base: Path) -> None:
     assert as_user(ANNA, lambda: talk(path, "anna", mode=0o640), umask=0o077) == ""
     assert as_user(BEN, lambda: persist.Store(path, mode=0o640, create=False).load("large")) == ""
     refused = as_user(BEN, lambda: persist.Store(path, mode=0o640, create=False).append("small", "messages", {}))
-    assert "CommitFailed" in refused
+    assert "LockError" in refused
     assert "Permission denied" in refused
+
+
+def look_as_a_reader(path: Path, stream_id: str) -> None:
+    """Look at a session whose stream runs. Nothing may be said of it that is not so."""
+    store = persist.Store(path, mode=0o640, create=False)
+    assert store.check() == []
+    following = store.follow("busy", stream_id)
+    assert [next(following).data for _ in range(2)] == [1, 2]
+    for look in (store.streams, lambda: store.stream("busy")):
+        with pytest.raises(persist.LockError, match="may not be taken here: Permission denied") as caught:
+            look()
+        assert caught.value.kind == "refused"
+
+
+def test_readers_of_a_group_are_told_nothing_false(base: Path) -> None:
+    """Whether a stream lives can be known under the lock only, which a reader may not take.
+
+    Fails if that is taken for a damage of the session, or for a session without a stream.
+    """
+    path = base / "chats"
+
+    def run_a_turn() -> None:
+        store = persist.Store(path, mode=0o640)
+        store.create("busy", {"messages": []})
+        with store.start_stream("busy") as stream:
+            stream.emit(1, 2)
+            (base / "stream").write_text(stream.id)
+            deadline = time.monotonic() + 60
+            while not (base / "done").exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+
+    told: list[str] = []
+    owner = threading.Thread(target=lambda: told.append(as_user(ANNA, run_a_turn, umask=0o022)))
+    owner.start()
+    try:
+        deadline = time.monotonic() + 60
+        while not (base / "stream").exists() or not (base / "stream").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert as_user(BEN, partial(look_as_a_reader, path, (base / "stream").read_text())) == ""
+    finally:
+        (base / "done").touch()
+        owner.join()
+    assert told == [""]
 
 
 def test_a_directory_that_keeps_the_group_out_is_refused(base: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,8 +22,16 @@ from persist.storage.file_system import Mount, mount_of
 # --- the mount table --------------------------------------------------------------------------------------------------
 
 
-def mount(point: str, kind: str, *, fields: str = "shared:1", source: str = "source", options: str = "rw") -> str:
-    return f"36 25 0:32 / {point} rw,relatime {fields} - {kind} {source} {options}"
+def mount(
+    point: str,
+    kind: str,
+    *,
+    fields: str = "shared:1",
+    source: str = "source",
+    options: str = "rw",
+    device: str = "0:9999",
+) -> str:
+    return f"36 25 {device} / {point} rw,relatime {fields} - {kind} {source} {options}"
 
 
 @pytest.fixture
@@ -42,7 +51,27 @@ Mounts = Callable[..., None]
 
 
 def kind_of(path: str | Path) -> str:
-    return mount_of(Path(path)).kind
+    """The kind of the mount of a directory, which need not be there."""
+    with pytest.MonkeyPatch.context() as patched:
+        if not Path(path).exists():
+            patched.setattr(disk, "identity_of", lambda _path: (0, 0))
+        return mount_of(Path(path)).kind
+
+
+def test_a_mount_that_is_hidden_holds_nothing(mounts: Mounts, tmp_path: Path) -> None:
+    """Under a later mount on a directory above it a mount is out of reach. The device tells which one holds a path.
+
+    Fails by the longest mount point alone, which takes the hidden one.
+    """
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    number = inner.stat().st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    hidden, covering = mount(str(inner), "ext4"), mount(str(tmp_path), "nfs4", device=device)
+    mounts(mount("/", "ext4"), hidden, covering)
+    assert mount_of(inner).kind == "nfs4"
+    mounts(mount("/", "ext4"), mount(str(tmp_path), "btrfs"), mount(str(inner), "btrfs"))
+    assert mount_of(inner).kind == "btrfs"
 
 
 def test_the_longest_mount_point_holds_the_directory(mounts: Mounts) -> None:

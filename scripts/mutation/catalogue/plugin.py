@@ -129,9 +129,9 @@ MUTANTS = (
     Mutant(
         "plugin: the end by a supervisor",
         HOOKS,
-        "end_on_sigterm",
+        "end_on_signals",
         return_now(),
         GOING_ON,
-        "sigterm_runs",
+        "signals_run",
     ),
 )

@@ -23,6 +23,7 @@ from mutation.edits import (
     replace_call,
     replace_expression,
     replace_statement,
+    return_now,
 )
 from mutation.mutant import Mutant
 
@@ -202,9 +203,25 @@ MUTANTS = (
         "backup: an empty store prunes nothing",
         "backup.py",
         "backing_up",
-        condition("prune and gone and not names", "False"),
+        condition("prune and gone and len(gone) == len(copies.names)", "False"),
         BACKUP,
         "empty_store",
+    ),
+    Mutant(
+        "backup: one that is written to is a store",
+        "storage/directory.py",
+        "SessionDirectory.make_durable",
+        condition("disk.unlink(self.layout.backup)", "False"),
+        BACKUP,
+        "in_use_as_a_store",
+    ),
+    Mutant(
+        "backup: the look at the mark before each copy",
+        "backup.py",
+        "_Copies._require_mark",
+        return_now(),
+        BACKUP,
+        "becomes_a_store",
     ),
     Mutant(
         "backup: the sync of the directory",

@@ -188,8 +188,13 @@ def test_empty_store_prunes_nothing(full: persist.Store, copies: Path) -> None:
     before = everything(copies)
     for path in full.path.glob("*.json"):
         path.unlink()
-    with pytest.raises(persist.InvalidArgument, match="without a session"):
+    with pytest.raises(persist.InvalidArgument, match="without any of the sessions"):
         full.backup(copies, prune=True)
+    # A server has begun a new store in the place of the one that is not mounted.
+    full.create("new", {"messages": []})
+    with pytest.raises(persist.InvalidArgument, match="without any of the sessions"):
+        full.backup(copies, prune=True)
+    full.delete("new")
     assert everything(copies) == before
     assert len(full.backup(copies).gone) == len(IDS) + 2
     shutil.rmtree(full.path)
@@ -289,11 +294,40 @@ def test_directory_with_other_files_is_refused(full: persist.Store, tmp_path: Pa
 
 
 def test_backup_in_use_as_a_store_is_refused(full: persist.Store, copies: Path) -> None:
-    """Commits that were made in it stand in journals, and would be lost."""
+    """A server that was pointed at the backup loses nothing to the next one.
+
+    Fails unless the first commit takes the mark away: then the copies, and the live stream, are written over.
+    """
     full.backup(copies)
-    persist.Store(copies, journal="always").append("s", "messages", {"id": "there"})
+    there = persist.Store(copies)
+    there.create("only-there", {"messages": []})
+    with there.start_stream("s", PROMPT) as stream:
+        before = content_of(there)
+        with pytest.raises(persist.InvalidArgument, match="was written to as a store"):
+            full.backup(copies, prune=True)
+        assert content_of(there) == before
+        stream.finish()
+
+
+def test_backup_that_becomes_a_store_is_left_alone_from_then_on(full: persist.Store, copies: Path) -> None:
+    """Also by a backup that has begun before. Fails without the look at the mark before each copy."""
+    full.backup(copies)
+    full.append("large", "messages", {"id": "newer"})
+    steps = backing_up(full._open(), copies)
+    next(steps)
+    there = persist.Store(copies)
+    there.append("large", "messages", {"id": "there"})
+    before = content_of(there)
     with pytest.raises(persist.InvalidArgument, match="in use as a store"):
-        full.backup(copies)
+        list(steps)
+    assert content_of(there) == before
+
+
+def test_backup_into_the_home_directory(full: persist.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`~` is the home directory, as for a store."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert full.backup("~/copies").path == tmp_path / "home" / "copies"
+    assert persist.Store(tmp_path / "home" / "copies").exists("s")
 
 
 def test_moved_store_is_told_how_to_go_on(full: persist.Store, copies: Path) -> None:

@@ -140,3 +140,18 @@ def test_document_is_judged_under_its_lock(store: persist.Store, monkeypatch: py
     path = store.path / "s.json"
     path.write_bytes(path.read_bytes().replace(b"messages", b"messengers"))
     assert [problem.kind for problem in store.check()] == ["corrupt"]
+
+
+@pytest.mark.parametrize("name", ["s.json.lock", "s.json.tmp"])
+def test_file_of_a_session_that_is_none_is_named(store: persist.Store, name: str) -> None:
+    """Where a lock or a temporary file should stand, a directory keeps every writer out. It is no left-over."""
+    store.create("s", {"messages": []})
+    (store.path / name).unlink(missing_ok=True)
+    (store.path / name).mkdir()
+    (problem,) = store.check()
+    assert (problem.session_id, problem.kind) == ("s", "unreadable")
+    assert str(store.path / name) in problem.message
+    assert "Move it away" in problem.message
+    if name.endswith("lock"):
+        with pytest.raises(persist.Unreadable):
+            store.append("s", "messages", {"id": "m"})
