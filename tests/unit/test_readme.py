@@ -1,4 +1,7 @@
-"""The README and the pages of docs/ are run: each Python block in an empty directory, in order, with what it prints."""
+"""The examples of the README and of docs/: each Python block runs in an empty directory, in order.
+
+It prints what the page shows under it.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def blocks_of(page: Path) -> list[tuple[str, str]]:
-    """The Python blocks that can be run as they stand, each with the text that is shown under it."""
+    """Return the Python blocks that can be run as they stand, each with the text that is shown under it."""
     text = page.read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", text, re.DOTALL)
     return [(code, shown) for code, shown in blocks if "import persist" in code]
@@ -37,7 +40,7 @@ def test_examples_print_what_the_page_says(tmp_path: Path, page: Path) -> None:
 
 
 def test_readme_has_examples_to_run() -> None:
-    """The test above looks at something."""
+    """The README has examples, so the test above looks at something."""
     assert len(blocks_of(README)) >= 2
 
 
@@ -63,6 +66,6 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("name", ["scripts/run", "scripts/test", "scripts/mutants", "scripts/bench"])
 def test_scripts_that_the_documentation_names_exist(name: str) -> None:
-    """What the README and its pages tell to run can be run."""
+    """Each script that the README and its pages name can be run."""
     assert any(name in page.read_text(encoding="utf-8") for page in (README, *PAGES))
     assert (ROOT / name).stat().st_mode & 0o111
