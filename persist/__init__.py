@@ -5,8 +5,8 @@
     store = persist.Store("var/sessions")
     session = store.create("s-42", {"title": "New chat", "messages": []})
 
-The names below are loaded at their first use, so that ``import persist`` costs next to nothing. Their types stand in
-`__init__.pyi`.
+Each name below is loaded at its first use, so that ``import persist`` costs next to nothing. `__init__.pyi` holds the
+types.
 """
 
 from __future__ import annotations
@@ -48,4 +48,5 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-# No `__dir__`: tools that look at every name of every loaded module (freezegun does) would load all of the package.
+# There is no `__dir__`, because a tool that looks at every name of every loaded module (freezegun does) would load the
+# whole package.

@@ -11,18 +11,18 @@
         ...
 
 Each verb is one hop to a thread, so that the loop never waits for a disk or a lock. The calls that wait for a session
-stand in a queue, and one thread waits for all of them (see `calls`). So hundreds of tasks that wait for one session
-hold up no other session.
+are in a queue, and one thread waits for all of them (see `calls`). So hundreds of tasks that wait for one session do
+not block any other session.
 
-A task that is cancelled while its call waits is let go at once, and nothing is written later. A call that has begun is
-carried to its end, and the cancellation comes through after that. So nothing is written behind the back of a task that
-believes it has stopped. The stream that a cancelled `start_stream` obtained is failed before. Leaving a stream's
-``async with`` is carried out in any case, within the store's `timeout_s`.
+If a task is cancelled while its call waits, the task ends at once, and nothing is written later. A call that has begun
+runs to its end, and the cancellation is raised after that. So nothing is written after a task believes that it has
+stopped. The stream that a cancelled `start_stream` obtained is failed before. Leaving a stream's ``async with`` is
+carried out in any case, within the store's `timeout_s`.
 
-A verb's arguments belong to the verb until it returns. `Session.save` is the exception: it writes `data` as it was when
-it was called, so tasks may edit `data` meanwhile. Such an edit is for the next save.
+A verb's arguments belong to the verb until it returns. `Session.save` is the exception. It writes `data` as it was when
+it was called, so tasks may edit `data` meanwhile. The next save writes such an edit.
 
-There is no `transaction`, since nothing may be awaited while a lock is held: `update(id, function)` takes its place.
+There is no `transaction`, because nothing may be awaited while a lock is held. `update(id, function)` takes its place.
 The function is a plain one, and runs in a thread.
 """
 
@@ -60,7 +60,7 @@ P = ParamSpec("P")
 
 
 def _reading(verb: Callable[Concatenate[Any, P], Result]) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, Result]]:
-    """Return a verb that is awaited, and waits for no session."""
+    """Return the awaited form of a verb that waits for no session."""
 
     @functools.wraps(verb)
     async def hop(self: _Awaited[Any], /, *args: P.args, **kwargs: P.kwargs) -> Result:
@@ -71,7 +71,7 @@ def _reading(verb: Callable[Concatenate[Any, P], Result]) -> Callable[Concatenat
 
 
 def _looking(verb: Callable[Concatenate[Any, P], Result]) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, Result]]:
-    """Return a verb that is awaited, and waits for sessions of its own choice."""
+    """Return the awaited form of a verb that waits for sessions of its own choice."""
 
     @functools.wraps(verb)
     async def hop(self: _Awaited[Any], /, *args: P.args, **kwargs: P.kwargs) -> Result:
@@ -84,7 +84,10 @@ def _looking(verb: Callable[Concatenate[Any, P], Result]) -> Callable[Concatenat
 def _writing(
     verb: Callable[Concatenate[Any, P], Result], *, at: int = 0
 ) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, Result]]:
-    """Return a verb that is awaited, and waits for one session: the store's argument at the place `at`."""
+    """Return the awaited form of a verb that waits for one session.
+
+    Of a store's verb, the argument at the place `at` is the session's id.
+    """
     *_, name = list(inspect.signature(verb).parameters)[: at + 2]
 
     @functools.wraps(verb)
@@ -101,7 +104,7 @@ def _writing(
 def _giving_session(
     hop: Callable[Concatenate[Any, P], Coroutine[Any, Any, persist.Session]],
 ) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, Session]]:
-    """Return an awaited verb that gives a session."""
+    """Return an awaited verb whose result is a session."""
 
     @functools.wraps(hop)
     async def give(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> Session:
@@ -129,10 +132,10 @@ class _Awaited(Generic[Twin]):
 
 
 class Session(_Awaited[persist.Session]):
-    """A session as it was loaded; `data` is a plain dict. See `persist.Session`.
+    """A session as it was loaded. `data` is a plain dict. See `persist.Session`.
 
     Tasks may edit `data` at any time, because only the loop's thread reads and changes it. `save` writes the state that
-    it found when it began, and a later edit is saved by the next one. The verbs of one object follow one another.
+    it found when it began, and the next save writes a later edit. The verbs of one object run one after the other.
     """
 
     def __init__(self, sync: persist.Session, threads: Threads) -> None:
@@ -141,7 +144,7 @@ class Session(_Awaited[persist.Session]):
         self._turn_in: asyncio.AbstractEventLoop | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # The twin refuses what would be lost at the next save.
+        # The twin refuses an attribute that would be lost at the next save.
         if name in ("_sync", "_threads", "_session_id", "_turn", "_turn_in"):
             super().__setattr__(name, value)
         else:
@@ -198,12 +201,12 @@ class Session(_Awaited[persist.Session]):
             return is_cleared
 
     async def _find_cut_off(self) -> None:
-        """Find out what became of a save whose outcome was unknown, because that changes `data`."""
+        """Learn the outcome of a save that was cut off, because that changes `data`."""
         if self._sync._base.tried is not None:
             await self._read(self._sync._recognise)
 
     async def _read(self, show: Callable[[Replica], None]) -> None:
-        """Read the session in a thread, and show it in the loop's."""
+        """Read the session in a thread, and show it in the loop's thread."""
         session = self._sync
 
         def bring(there: Replica) -> None:
@@ -240,7 +243,7 @@ class Session(_Awaited[persist.Session]):
 
 
 class Stream(_Awaited[persist.Stream]):
-    """A running turn that owns its session; leaving its ``async with`` without `finish` is `fail`.
+    """A running turn that owns its session. Leaving its ``async with`` without `finish` is `fail`.
 
     See `persist.Stream`.
     """
@@ -254,7 +257,7 @@ class Stream(_Awaited[persist.Stream]):
 
     async def emit(self, *events: Any, durable: bool = False, timeout_s: float | None = None) -> int:
         """See `persist.Stream.emit`."""
-        # The first one looks at the session.
+        # The first emission looks at the session, and may wait for it.
         is_quick = self._sync._events.is_open
         emit = partial(self._sync.emit, *events, durable=durable, timeout_s=timeout_s)
         session_id = None if is_quick else self.session_id
@@ -278,8 +281,8 @@ class Stream(_Awaited[persist.Stream]):
         try:
             await self._threads.run(leave, self.session_id, is_cleaning_up=True)
         except BaseException as failure:
-            # The session was not free in time, so the twin does not know that its block was left. A cancellation may
-            # say so, too. The lease is given up in any case, and that waits for nobody.
+            # The session was not free in time, so the twin does not know that its block was left. The exception may be
+            # a cancellation, too. The lease is given up in any case, and that waits for nobody.
             self._sync._close()
             if error is None or not isinstance(failure, Exception):
                 raise
@@ -326,7 +329,7 @@ def _starting(
 
 
 class _News:
-    """An event that any thread may set, in the loop that made it; also from a signal handler."""
+    """An event of the loop that made it. Any thread may set it, also from a signal handler."""
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
@@ -334,7 +337,7 @@ class _News:
         self._loop = asyncio.get_running_loop()
 
     def set(self) -> None:
-        """Wake the one who waits. Several calls may be one: look at what changed after `wait` has returned."""
+        """Wake the waiter. Several calls may wake it only once, so it must look for changes after `wait`."""
         if not self._is_on_its_way:
             self._is_on_its_way = True
             # RuntimeError: the loop has ended, and nobody waits.
@@ -342,7 +345,7 @@ class _News:
                 self._loop.call_soon_threadsafe(self._event.set)
 
     async def wait(self, timeout_s: float | None = None) -> None:
-        """Return when it is set, or after some seconds; it is unset then."""
+        """Return when the event is set, or after some seconds. Then the event is unset."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._event.wait()
@@ -353,15 +356,15 @@ class _News:
 class Following:
     """The events of a stream as they come: ``async for event in store.follow(…)``. See `persist.Following`.
 
-    Await it, or enter it, to open it, and to hear what is wrong with a cursor (what `persist.Store.follow` raises);
-    else its first step does that. A step that is cancelled (by a time-out, say) loses nothing: the next one goes on
-    from there.
+    Await it or enter it to open it. Then it raises the errors of `persist.Store.follow`, for a wrong cursor say.
+    Otherwise its first step opens it. A step that is cancelled (by a time-out, say) loses nothing, because the next
+    step goes on from there.
     """
 
     def __init__(self, store: Store, session_id: str, stream_id: str, after: int | Literal["end"]) -> None:
         self.session_id = session_id
         self.stream_id = stream_id
-        #: With ``after="end"`` it is known once this is open.
+        #: With ``after="end"`` the offset is known once this is open.
         self.offset = 0 if after == "end" else after
         self._look = partial(store._sync._cursor, session_id, stream_id, after)
         self._threads = store._threads
@@ -373,7 +376,7 @@ class Following:
 
     @property
     def ended(self) -> event_log.Ended | None:
-        """How the stream has ended; None while there is more to come."""
+        """How the stream has ended, or None while there is more to come."""
         return None if self._pending or self._cursor is None else self._cursor.ended
 
     def __await__(self) -> Generator[Any, Any, Self]:
@@ -390,7 +393,7 @@ class Following:
         return self
 
     async def __anext__(self) -> event_log.Event:
-        # Other tasks run between two events, also where all are there already.
+        # Other tasks run between two events, even if all events are there already.
         await asyncio.sleep(0)
         if not self._pending and not self._is_closed:
             await self._wait(await self._opened())
@@ -424,8 +427,8 @@ class Following:
                 await self._take(cursor)
 
     async def _take(self, cursor: follow.Cursor) -> None:
-        # The thread puts what it took into its place, so that nothing is lost if this task is cancelled. The file stays
-        # open while the thread reads it.
+        # The thread itself stores the events that it took, so that nothing is lost if this task is cancelled. The file
+        # stays open while the thread reads it.
         self._is_taking = True
         try:
             await self._threads.run(lambda: self._pending.extend(cursor.take()), is_quick=not cursor.is_quiet)
@@ -441,7 +444,7 @@ class Following:
             self._open.close()
 
     async def aclose(self) -> None:
-        """As `close`; what `contextlib.aclosing` calls."""
+        """Stop following, as `close` does. `contextlib.aclosing` calls this."""
         self.close()
 
 
@@ -467,9 +470,9 @@ class _Options(TypedDict, total=False):
 
 
 class Store(_Awaited[persist.Store]):
-    """A directory of sessions; takes what `persist.Store` takes, or such a store.
+    """A directory of sessions. It takes the arguments of `persist.Store`, or such a store.
 
-    Opening it touches the disk for some milliseconds: do it before the loop serves.
+    Opening it touches the disk for some milliseconds. Open it before the loop serves.
     """
 
     def __init__(self, path: str | os.PathLike[str] | persist.Store, **options: Unpack[_Options]) -> None:
@@ -482,7 +485,7 @@ class Store(_Awaited[persist.Store]):
     path: Path = _mirrored("path")
 
     def close(self) -> None:
-        """Refuse further verbs with `StoreClosed`; streams that run go on until they end."""
+        """Refuse further verbs with `StoreClosed`. Running streams go on until they end."""
         self._sync.close()
 
     async def __aenter__(self) -> Self:
@@ -515,7 +518,7 @@ class Store(_Awaited[persist.Store]):
         return Stream(stream, self._threads)
 
     def follow(self, session_id: str, stream_id: str, *, after: int | Literal["end"] = 0) -> Following:
-        """See `persist.Store.follow`. Use it as ``async for event in store.follow(…)``; await it to open it at once."""
+        """See `persist.Store.follow`. Use it as ``async for event in store.follow(…)``. Await it to open it at once."""
         return Following(self, session_id, stream_id, after)
 
     events = _looking(persist.Store.events)

@@ -1,4 +1,4 @@
-"""Arguments: what a caller gave is what a verb can work with, or a typed error says so before anything is done."""
+"""Arguments: the checks of a caller's values. A typed error says what is wrong before the verb does anything."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from persist.errors import InvalidArgument, shown
 def require_flags(**flags: object) -> None:
     """Raise `InvalidArgument` for an option that is neither True nor False.
 
-    A "false" from a query string, say, is true.
+    Without this check, a "false" from a query string would count as true.
     """
     for name, value in flags.items():
         if type(value) is not bool:
@@ -19,27 +19,27 @@ def require_flags(**flags: object) -> None:
 
 
 def require_texts(**texts: object) -> None:
-    """Raise `InvalidArgument` for what is neither a string nor None."""
+    """Raise `InvalidArgument` for a value that is neither a string nor None."""
     for name, value in texts.items():
         if value is not None and type(value) is not str:
             raise InvalidArgument(what=name, expected="a string, or None", got=type(value).__name__)
 
 
 def require_text(what: str, value: object) -> None:
-    """Raise `InvalidArgument` for what is no string."""
+    """Raise `InvalidArgument` for a value that is no string."""
     if type(value) is not str:
         raise InvalidArgument(what=what, expected="a string", got=type(value).__name__)
 
 
 def require_limit(limit: object, *, may_be_none: bool = True) -> None:
-    """Raise `InvalidArgument` for what is neither a whole number from 0 up nor None."""
+    """Raise `InvalidArgument` for a value that is neither a whole number from 0 up nor None."""
     if not (limit is None and may_be_none) and (type(limit) is not int or limit < 0):
         expected = "a whole number from 0 up" + (", or None" if may_be_none else "")
         raise InvalidArgument(what="limit", expected=expected, got=shown(limit))
 
 
 def require_key(key: object, *, may_be_none: bool = True) -> None:
-    """Raise `InvalidArgument` for what is neither the name of a key nor None."""
+    """Raise `InvalidArgument` for a value that is neither the name of a key nor None."""
     if key is None and may_be_none:
         return
     if not (type(key) is str and key and key.isprintable() and not {'"', "\\"} & {*key}):
@@ -51,7 +51,7 @@ def expanded(path: str) -> str:
     """Return a path with the home directory in the place of a leading ``~`` or ``~user``, as a shell does.
 
     Raises:
-        InvalidArgument: nobody knows that home directory. A directory of that name is ``./~user``.
+        InvalidArgument: the home directory is unknown. For a directory of that name, write ``./~user``.
     """
     found = os.path.expanduser(path) if path.startswith("~") else path
     if found.startswith("~"):

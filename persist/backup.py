@@ -1,8 +1,8 @@
 """Backup: a copy of a live store, session by session, as whole documents without journals.
 
-Each session is read under its lock, so a copy is one commit of it. It is written to another inode and renamed, so in
-every instant the old copy or the new one stands there. No file of the copy is a hard link of the store's: a journal is
-written in place, and a link to it would go on changing.
+Each session is read under its lock, so a copy is one commit of it. The copy is written to another inode and renamed, so
+at every instant the old copy or the new one is there. No file of the copy is a hard link to a file of the store,
+because a journal is written in place, and a link to it would go on changing.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Backup:
         path: the directory with the copies.
         copied: the sessions that were written.
         unchanged: the sessions whose copy was of the same version already.
-        gone: the sessions that the store has no more, and whose copies stay.
-        removed: those whose copies were removed, because the backup was to do so.
-        failures: of each session that could not be copied, the error, by the session's id, or by the name of its files
-            if that tells no id. An earlier copy of it stays.
+        gone: the sessions that the store no longer has, and whose copies stay.
+        removed: the sessions whose copies were removed, because the backup was asked to.
+        failures: the errors of the sessions that could not be copied, by the session's id. If the name of the files
+            tells no id, that name is the key. An earlier copy of such a session stays.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class Backup:
     failures: dict[str, Exception] = field(default_factory=dict)
 
     def add(self, other: Backup) -> None:
-        """Add what a further step has done."""
+        """Add the result of a further step."""
         self.copied.extend(other.copied)
         self.unchanged.extend(other.unchanged)
         self.gone.extend(other.gone)
@@ -67,7 +67,10 @@ def backup(backend: streams.Backend, dest: str | os.PathLike[str], *, prune: boo
 def backing_up(
     backend: streams.Backend, dest: str | os.PathLike[str], *, prune: bool = False, timeout_s: float | None = None
 ) -> Generator[Step[Backup], None, None]:
-    """Copy one session after the other. Each step is what has come of one. Closed early, what is copied is whole."""
+    """Copy one session after the other. Each step holds the result of one.
+
+    If the generator is closed early, every copy that was made is whole.
+    """
     require_flags(prune=prune)
     directory, files = _directory(backend, dest), backend.files
     names = sorted(filter(None, map(layout.name_of_document, files.names())))
@@ -83,7 +86,7 @@ def backing_up(
             yield Step(done, total, _copy(backend, copies, name, timeout_s))
         for done, name in enumerate(gone, len(names) + 1):
             found = Backup(Path(directory))
-            # A session may have been made since the listing.
+            # The session may have been created since the listing.
             if not disk.exists(files.layout.named(name, None).document):
                 session_id = copies.id_of(name)
                 if prune:
@@ -93,21 +96,21 @@ def backing_up(
 
 
 def _copy(backend: streams.Backend, copies: _Copies, name: str, timeout_s: float | None) -> Backup:
-    """Copy a session if its copy is of another version."""
+    """Copy a session, unless its copy has the same version."""
     files, found = backend.files, Backup(Path(copies.directory))
     session_id = files.id_of(name)
     there = copies.version_of(name, session_id)
     try:
         copies.require_own_name(name, session_id or name)
         if there is not None and session_id is not None:
-            # Without the lock: a head is of one commit.
+            # This needs no lock, because a head belongs to one commit.
             with contextlib.suppress(errors.CorruptSession, errors.Unreadable):
                 if files.read_head(session_id).header.version == there:
                     found.unchanged.append(session_id)
                     return found
         with files.transaction_on(name, session_id, timeout_s) as tx:
             if session_id is None and tx.exists():
-                # As the first look at a damaged header.
+                # The first look at the header took no lock, so it is repeated.
                 session_id = files.id_of(name)
             if session_id is None:
                 if tx.exists():
@@ -117,11 +120,11 @@ def _copy(backend: streams.Backend, copies: _Copies, name: str, timeout_s: float
             known_id = session_id
             replica = tx.undisturbed(lambda _: files.read_now(known_id))
     except errors.SessionNotFound:
-        # It was deleted in between.
+        # The session was deleted in between.
         return found
     except (errors.PersistError, OSError) as error:
         if isinstance(error, errors.LockError) and not isinstance(error, errors.LockTimeout):
-            # This thread holds a lock itself.
+            # This thread itself holds a session's lock.
             raise
         found.failures[session_id or name] = error
         return found
@@ -131,10 +134,10 @@ def _copy(backend: streams.Backend, copies: _Copies, name: str, timeout_s: float
 
 
 class _Copies:
-    """The directory of a backup, which only one process writes to at a time: for a block.
+    """The directory of a backup, for a block. Only one process writes to it at a time.
 
-    Its mark is a file that names the store. No directory without it is written to, because a backup removes and
-    replaces what bears the name of a session.
+    Its mark is a file that names the store. No directory without the mark is written to, because a backup removes and
+    replaces the files that bear the name of a session.
 
     Attributes:
         names: the names of the sessions that have a copy.
@@ -148,7 +151,7 @@ class _Copies:
         self._held: HeldFile | None = None
         #: The leases, by the name of their session.
         self._leases: dict[str, set[str]] = {}
-        #: Where case does not count, the names that are written, in lower case.
+        #: On a disk that ignores case, the names that are written, by their lower case. Otherwise None.
         self._folded: dict[str, str] | None = None
 
     def __enter__(self) -> _Copies:
@@ -185,7 +188,7 @@ class _Copies:
         for name in names:
             left = layout.name_of_leftover(name)
             if left is not None and left[1]:
-                # Of a backup that was killed.
+                # A backup that was killed has left it.
                 disk.unlink(os.path.join(self.directory, name))
         self.names = sorted(filter(None, map(layout.name_of_document, names)))
 
@@ -235,7 +238,7 @@ class _Copies:
         return name
 
     def version_of(self, name: str, session_id: str | None) -> str | None:
-        """Return the version of a copy. None if there is none, or if it cannot be read."""
+        """Return the version of a copy, or None if there is no copy, or if it cannot be read."""
         if session_id is None:
             return None
         paths = self._layout.named(name, session_id)
@@ -245,7 +248,7 @@ class _Copies:
             return None
 
     def require_own_name(self, name: str, session_id: str) -> None:
-        """Raise `InvalidArgument` where the disk of the copies takes a name for that of another copy."""
+        """Raise `InvalidArgument` if the disk of the copies takes the name for the name of another copy."""
         if self._folded is not None and self._folded.setdefault(name.lower(), name) != name:
             expected = f"another name than {self._folded[name.lower()]!r} on that disk, which heeds no case"
             what = f"the copy of session {session_id!r}"
@@ -262,7 +265,7 @@ class _Copies:
         text = document.to_bytes(found.header.but(journal=None, folded=None), found.content)
         stream_id = streams.active_in(found.content)
         try:
-            # Before the document that needs it. By it a sweep of the restored copy finds the stream.
+            # The lease comes before the document that needs it. By it a sweep of the restored copy finds the stream.
             leases: set[str] = set()
             if layout.is_stream_id(stream_id):
                 leases.add(stream_id)
@@ -310,14 +313,14 @@ class _Copies:
 
 
 def _lease(header: Header, session_id: str, stream_id: str) -> bytes:
-    """Return what a lease of that stream says. Nobody holds it, so the stream is dead."""
+    """Return the content of a lease of that stream. Nobody holds the lease, so the stream is dead."""
     owner = streams.owner_of(header, stream_id)
     facts = {} if owner is None else {"pid": owner.pid, "started_at": owner.started_at}
     return json_codec.encode({**facts, "session_id": session_id})
 
 
 def _directory(backend: streams.Backend, dest: object) -> str:
-    """Return the real path of a backup's directory, which need not be there yet."""
+    """Return the real path of a backup's directory, which need not exist yet."""
     path = os.fspath(dest) if isinstance(dest, (str, os.PathLike)) else None
     if type(path) is not str or not path or "\0" in path:
         raise errors.InvalidArgument(what="a backup's path", expected="a directory's name", got=repr(dest))

@@ -1,11 +1,11 @@
-"""Calls of event loops: each session has a queue, and one thread waits for the session, whatever number of calls wait.
+"""The calls of event loops. Each session has a queue, and one thread waits for it, however many calls wait.
 
     call = function + time-out, put into the queue of its session by a task
     thread of the queue: lock the session -> take the first call out of the queue -> run it -> free the lock
 
-A call waits as long as it stands in the queue. It is taken out once: by the thread, and then it has begun, or by its
-task, which was cancelled or has waited for too long. So a task that only waits is let go at once, and nothing is done
-for it later. A call that has begun is carried to its end, and its task waits for that.
+A call waits as long as it is in the queue. It is taken out only once. If the thread takes it out, the call has begun.
+Otherwise its task takes it out, because the task was cancelled or has waited for too long. So a task that only waits
+can end at once, and nothing is done for it later. A call that has begun runs to its end, and its task waits for that.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from persist.errors import LockTimeout
 from persist.storage import lock
 from persist.storage.transaction import SessionFiles
 
-#: Threads of a store. So many calls read at the same time.
+#: How many calls of a store read at the same time, each in its thread.
 QUICK_THREADS = 16
-#: So many sessions are waited for and written at the same time.
+#: How many sessions are waited for and written at the same time.
 SESSION_THREADS = 128
-#: So many calls at the same time look at sessions of their own choice, as a sweep does.
+#: How many calls look at sessions of their own choice at the same time, as a sweep does.
 LOOK_THREADS = 128
-#: A call is late only after its session was tried once, because a machine may be too busy for that in time. This much
-#: later it is late in any case, because all threads may be taken.
+#: A call is late only after its session was tried once, because a busy machine may not try it in time. `_FIRST_TRY_S`
+#: later it is late in any case, because all threads may be taken. `_ASK_AGAIN_S` is the pause between two looks.
 _FIRST_TRY_S, _ASK_AGAIN_S = 1.0, 0.01
-#: For so long a description of a session's holder counts as new.
+#: How long a description of a session's holder counts as new.
 _DESCRIBED_FOR_S = 0.05
 
 
 class Call:
-    """A function that a task wants to have run by a thread.
+    """A function that a thread runs for a task.
 
     Attributes:
         is_done: whether it has ended, with `result` or with `error`. Only the thread of the loop sets and reads it.
-        deadline: until when it waits for its session, by the clock of the locks.
+        deadline: the end of its wait for the session, by the clock of the locks.
         timer: ends the wait in time.
     """
 
@@ -101,7 +101,7 @@ class Call:
             self._waker.set_result(None)
 
     def wait(self) -> asyncio.Future[None]:
-        """Return what the task awaits. It is new each time, because a cancellation of the task cancels it, too."""
+        """Return a future for the task to await. It is new each time, because a cancelled task cancels it, too."""
         self._waker = self._loop.create_future()
         return self._waker
 
@@ -121,7 +121,7 @@ class Call:
             del error
 
     def timed_out(self, session_id: str, path: Any, described: dict[str, str]) -> LockTimeout:
-        """Return the error of a call that has waited for too long. `described` tells who holds the session."""
+        """Return the error for a call that has waited for too long. `described` tells who holds the session."""
         waited_s = self.timeout_s - lock.Waiting.left_s(self.deadline)
         facts: dict[str, Any] = {"path": path, "timeout_s": self.timeout_s, "waited_s": waited_s}
         return LockTimeout(session_id=session_id, **facts, **described)
@@ -138,7 +138,7 @@ class Queue:
     __slots__ = ("_calls", "_described", "_mutex", "_pid", "session_id", "waiting")
 
     def __init__(self, mutex: threading.Lock, session_id: str | None = None) -> None:
-        # It finds its first entry in constant time, also after thousands were removed. A dict does not.
+        # An OrderedDict finds its first entry in constant time, even after thousands were removed. A dict does not.
         self._calls: OrderedDict[Call, None] = OrderedDict()
         self._described: tuple[float, dict[str, str]] = -1.0, {}
         self._mutex = mutex
@@ -151,12 +151,15 @@ class Queue:
         return not self._calls
 
     def put(self, call: Call) -> None:
-        """Let a call wait. The caller holds the mutex."""
+        """Add a call to the queue. The caller holds the mutex."""
         self._calls[call] = None
         call.deadline = self.waiting.extend(call.timeout_s - call.waited_s)
 
     def pop(self) -> Call | None:
-        """Begin the first call. None if no call waits, or if this is a forked child of the process where they wait."""
+        """Take out the first call, which begins with that.
+
+        None if no call waits, or if this is a forked child of the process where the calls wait.
+        """
         if self._pid != os.getpid():
             return None
         with self._mutex:
@@ -173,7 +176,7 @@ class Queue:
             return True
 
     def refuse(self, error: BaseException) -> None:
-        """End what cannot be begun: the calls that are late, or after another error the first call."""
+        """End the calls that cannot begin: after a time-out the calls that are late, after another error the first."""
         if not isinstance(error, LockTimeout):
             first = self.pop()
             if first is not None:
@@ -199,7 +202,7 @@ class _Pools:
     def __init__(self, files: SessionFiles) -> None:
         self.pid = os.getpid()
         self._files = files
-        #: Guards all queues. Nobody waits for anything else meanwhile.
+        #: Guards all queues. A thread that holds it waits for nothing else.
         self._mutex = threading.Lock()
         #: The queues that have a thread.
         self._queues: dict[str, Queue] = {}
@@ -211,7 +214,7 @@ class _Pools:
         """Let a call wait for a thread.
 
         Raises:
-            RuntimeError: there can be no more threads. The call will not be run.
+            RuntimeError: no more threads can be started. The call will not run.
         """
         queue, threads = self._quick if is_quick else self._looks
         try:
@@ -219,7 +222,7 @@ class _Pools:
                 queue.put(call)
             threads.submit(_run_first, queue)
         except BaseException as error:
-            # Also after Ctrl-C: a call that is left behind would be run in the place of a later one.
+            # Also after Ctrl-C, because a call that is left behind would run in the place of a later one.
             if queue.leave(call) or not isinstance(error, RuntimeError):
                 raise
         return queue
@@ -228,7 +231,7 @@ class _Pools:
         """Let a call wait for its session.
 
         Raises:
-            RuntimeError: there can be no more threads. The call will not be run.
+            RuntimeError: no more threads can be started. The call will not run.
         """
         queue = None
         try:
@@ -269,7 +272,7 @@ class _Pools:
                     queue.waiting.has_tried = queue.waiting.is_lent = True
                     call = queue.pop()
                     if call is not None:
-                        # Its verb takes the lock over, and frees it.
+                        # The verb of the call takes over the lock, and frees it.
                         call.run()
             except BaseException as error:
                 if call is None:
@@ -277,7 +280,7 @@ class _Pools:
                 else:
                     call.error = error
             finally:
-                # The session is free again, so the next call has not been tried.
+                # The session is free again, and it was not tried yet for the next call.
                 queue.waiting.has_tried = queue.waiting.is_lent = False
             if call is not None:
                 call.end()
@@ -288,7 +291,7 @@ class _Pools:
             # A function of `update` has forked, and its thread goes on in the child.
             return False
         with self._mutex:
-            # Another one stands there if this queue's thread could not be started at first.
+            # Another queue is there if this queue's thread could not be started at first.
             is_current = self._queues.get(queue.session_id) is queue
             if is_current and queue.is_empty():
                 del self._queues[queue.session_id]
@@ -303,9 +306,9 @@ def _run_first(queue: Queue) -> None:
 
 
 class Threads:
-    """Runs the verbs of a store in threads of their own, away from the threads that the application uses.
+    """The threads that run the verbs of a store, apart from the threads that the application uses.
 
-    Reads, sessions and looks have threads apart, so that a session that is held for long holds up no other work.
+    Reads, sessions and looks have threads of their own, so that a session that is locked for long blocks no other work.
     """
 
     def __init__(self, files: SessionFiles) -> None:
@@ -338,21 +341,22 @@ class Threads:
     ) -> Any:
         """Call a function in a thread, and return its result.
 
-        A task that is cancelled before the function has begun is let go at once. A function that has begun is carried
-        to its end, and the cancellation comes through after that.
+        A task that is cancelled before the function has begun ends at once. A function that has begun runs to its end,
+        and the cancellation is raised after that.
 
         Args:
             session_id: the session whose lock the function takes. None if it takes no lock, or several.
-            timeout_s: how long the call waits for its session, in the place of the store's time-out.
-            waited_s: how much of that time is over.
-            apply: called with the result, in the loop's thread, also if the task was cancelled. It returns the result.
+            timeout_s: seconds that the call waits for its session, in the place of the store's time-out.
+            waited_s: seconds of that time that have passed already.
+            apply: called with the result, in the loop's thread, also if the task was cancelled. `run` returns the value
+                that it returns.
             undo: awaited with the result, if the task was cancelled and will not get the result.
             is_quick: whether the function waits for no session.
-            is_cleaning_up: whether the function must be called also if the task is cancelled before.
+            is_cleaning_up: whether the function must run even if the task is cancelled before.
 
         Raises:
             LockTimeout: the session was not free in time.
-            RuntimeError: there can be no more threads.
+            RuntimeError: no more threads can be started.
         """
         pools, loop = self._here(), asyncio.get_running_loop()
         timeout_s = self.timeout_s(timeout_s)
@@ -362,7 +366,7 @@ class Threads:
             queue = pools.put_in_session(call, session_id)
             call.timer = loop.call_later(timeout_s - waited_s, self._expire, queue, call)
         else:
-            # The verb refuses what is no id.
+            # The verb itself refuses a value that is no id.
             queue = pools.put(call, is_quick=is_quick)
         while not call.is_done:
             try:
@@ -373,7 +377,7 @@ class Threads:
                     raise
                 cancellation = error
             except BaseException:
-                # The task was dropped with its loop, or Ctrl-C ends that.
+                # The task was dropped with its loop, or Ctrl-C ends the loop.
                 queue.leave(call)
                 raise
         call.stop_timer()

@@ -12,7 +12,7 @@ from persist.turn import IDLE
 
 
 def with_stream_fields_of(theirs: Content, content: Content) -> Content:
-    """Return the same content, but with the stream fields as they are, or are missing, in `theirs`."""
+    """Return the content with the stream fields of `theirs`. A stream field that `theirs` lacks is left out."""
     kept = [(name, value) for name, value in content if name not in IDLE]
     return placed([*kept, *((name, value) for name, value in theirs if name in IDLE)])
 
@@ -22,7 +22,8 @@ def merge_contents(
 ) -> Content:
     """Merge three contents. Only values that both sides changed are decoded.
 
-    The stream fields are those of the disk, whatever the caller prefers: None over a live stream is #1533 itself.
+    The result has the stream fields of the disk, whatever the caller prefers, because None over a live stream is #1533
+    itself.
     """
     base, mine = (with_stream_fields_of(theirs, side) for side in (base, mine))
     merged: dict[str, Value] = {}
@@ -39,7 +40,7 @@ def merge_contents(
         found = merge(before, ours, others, policies, prefer=prefer)
         dropped, three = others if prefer == "mine" else ours, {"base": before, "mine": ours, "theirs": others}
         for name in ALWAYS_APART:
-            # To prefer what is no list would drop what the other side has added to it.
+            # If the preferred value is no list, it would drop the items that the other side has added.
             if type(dropped.get(name)) is list and type(found.get(name)) is not list:
                 reason = "one side has changed this list, and the other put something else in its place"
                 values = {side: data.get(name, MISSING) for side, data in three.items()}
@@ -49,7 +50,7 @@ def merge_contents(
 
 
 def _decoded(content: Content, names: list[str], like: Content, decoded: dict[str, Any]) -> dict[str, Any]:
-    """Decode some values. Items that `like` has, too, become the objects of `decoded`, so that they compare fast."""
+    """Decode some values. Items that `like` has, too, reuse the objects of `decoded`, so that they compare fast."""
     found = {name: value for name in names if (value := content.get(name)) is not None}
     return {name: decode_like(like.get(name), decoded.get(name), value) for name, value in found.items()}
 
@@ -57,7 +58,7 @@ def _decoded(content: Content, names: list[str], like: Content, decoded: dict[st
 def decode_like(first: Value | None, decoded: Any, value: Value) -> Any:
     """Decode a value.
 
-    Of a list, the items that `first` has at its beginning and end become the objects of `decoded`.
+    In a list, the items that it shares with the beginning and the end of `first` reuse the objects of `decoded`.
     """
     if not isinstance(first, Items) or not isinstance(value, Items):
         return decode(value)

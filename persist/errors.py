@@ -1,7 +1,7 @@
-"""Every error of `persist`: what happened, which file, what to do.
+"""The errors of `persist`. Each says what happened, to which file, and what to do.
 
 An error carries its facts as attributes and survives pickling, so that a worker process can hand it to its
-parent. Its message never holds the content of a document; ids, field names, paths and numbers are all it says.
+parent. Its message never holds the content of a document. It holds only ids, field names, paths and numbers.
 
     PersistError
     ├── SessionNotFound (KeyError)     SessionExists                  SessionDeleted     StoreClosed (RuntimeError)
@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-#: Where a value stands in a document: keys and list positions from the top, for example ``("messages", 3, "content")``.
+#: The place of a value in a document: keys and list positions from the top, ``("messages", 3, "content")`` for example.
 ValuePath = tuple["str | int", ...]
 
 
 def show_path(path: Sequence[str | int]) -> str:
-    """Write a path into a document as Python would: ``data['messages'][3]``; a very deep one by its two ends."""
+    """Return a path in a document as Python code: ``data['messages'][3]``. A very deep path shows only its two ends."""
     steps = [f"[{step!r}]" for step in path]
     return "data" + "".join(steps if len(steps) <= 10 else [*steps[:4], "…", *steps[-2:]])
 
@@ -51,13 +51,13 @@ class PersistError(Exception):
     """The base of every error that `persist` raises on purpose.
 
     A subclass takes its facts as keywords. Each becomes an attribute and fills its place in `template`. Facts that may
-    be left out stand in `defaults`. The message is what happened (`template`), and then what to do (`remedy`).
+    be left out have a value in `defaults`. The message says what happened (`template`), and then what to do (`remedy`).
     """
 
     template = "{reason}"
     defaults: ClassVar[Mapping[str, Any]] = {}
 
-    # The facts of all errors. An error has the ones that it was made with.
+    # The facts of all errors. An error has only the ones that it was made with.
     session_id: str
     stream_id: str
     path: Path
@@ -89,11 +89,11 @@ class PersistError(Exception):
         facts = {**self.defaults, **facts}
         if type(facts.get("path")) is str:
             facts["path"] = Path(facts["path"])
-        # A remedy that was given may hold braces, of a path say.
+        # A remedy that was given is no template, because it may hold braces, of a path say.
         facts["remedy"] = facts.get("remedy") or type(self).remedy.format(**facts)
         super().__init__(f"{self.template.format(**facts)} {facts['remedy']}".strip())
         self._facts: Mapping[str, Any] = facts
-        # After the base's own __init__: OSError's would set errno back to None.
+        # After the base's own __init__, because OSError's sets errno back to None.
         for name, value in facts.items():
             setattr(self, name, value)
 
@@ -116,8 +116,9 @@ class SessionNotFound(PersistError, KeyError):
 
 
 class SessionExists(PersistError):
-    """`create` or `duplicate` met a session of that id, or `replace` one that can be read. Load it, or choose another
-    id.
+    """Raised when `create` or `duplicate` meets a session of that id, or `replace` meets one that can be read.
+
+    Load it, or choose another id.
     """
 
     template = "Session {session_id!r} exists already: {path}."
@@ -125,7 +126,7 @@ class SessionExists(PersistError):
 
 
 class SessionDeleted(PersistError):
-    """The object's session was deleted, re-created or replaced since it was loaded: its save would revive a ghost."""
+    """The object's session was deleted, re-created or replaced since it was loaded. A save would revive it."""
 
     template = "Session {session_id!r} was deleted or replaced since it was loaded ({path}); nothing was saved."
     remedy = "Load it again, or make a new one with store.create()."
@@ -139,10 +140,10 @@ class StoreClosed(PersistError, RuntimeError):
 
 
 class InvalidArgument(PersistError, ValueError):
-    """An argument, an id, or a field of the document is not what the verb can work with. Nothing was done.
+    """The verb cannot work with an argument, an id, or a field of the document. Nothing was done.
 
-    Also a field that belongs to `persist` itself (`field` names it), and a directory on a file system where locks do
-    not hold.
+    It is also raised for a field that belongs to `persist` itself (`field` names it), and for a directory on a file
+    system where locks do not hold.
     """
 
     template = "{what} is {got}; it must be {expected}."
@@ -155,7 +156,7 @@ def shown(value: object) -> str:
 
 
 def reserved(field: str, remedy: str) -> InvalidArgument:
-    """Return the error of a field that belongs to the stream verbs, or to `persist`, and was set by hand."""
+    """Return the error for a field that was set by hand, but belongs to the stream verbs or to `persist`."""
     facts = {"got": "persist's own", "expected": "left alone, and nothing was written"}
     return InvalidArgument(what=f"field {shown(field)}", field=field, remedy=remedy, **facts)
 
@@ -183,10 +184,10 @@ class TooLarge(PersistError, ValueError):
 
 
 class MergeConflict(PersistError):
-    """Two writers changed the same place in different ways, or one cannot have what it asks for. Nothing was written.
+    """Two writers changed the same place in different ways, or a change does not fit the committed state.
 
-    `base`, `mine` and `theirs` are the three values at `path`; `persist.MISSING` stands for "not there".
-    They are attributes only: the message never shows them.
+    Nothing was written. `base`, `mine` and `theirs` are the three values at `path`. `persist.MISSING` stands for "not
+    there". They are attributes only, and the message never shows them.
     """
 
     template = "Session {session_id!r}: {where} {clash}; nothing was written."
@@ -207,14 +208,14 @@ class MergeConflict(PersistError):
 
 
 def id_taken(path: ValuePath, *, key: str, mine: Any, theirs: Any) -> MergeConflict:
-    """Return the conflict of an item with one that has the same id, and other content."""
+    """Return the conflict of a new item with one that has the same id and other content."""
     remedy = f"Give the new one an {key} of its own, or repeat the verb with the same content."
     told = {"clash": f"has the same {key}, and other content", "reason": f"its {key} is taken by other content"}
     return MergeConflict(path=path, mine=mine, theirs=theirs, remedy=remedy, **told)
 
 
 class VersionMismatch(MergeConflict):
-    """An edit named the version it had seen (`if_version=`), and the session has another one. Nothing was written."""
+    """The session has another version than the one that the edit named (`if_version=`). Nothing was written."""
 
     template = (
         "Session {session_id!r} is at version {theirs}, not at {mine}, which the edit was made for; "
@@ -227,22 +228,22 @@ class LockError(PersistError, RuntimeError):
     """A session's lock cannot be had, or is not held any more. Nothing was written by this call.
 
     Attributes:
-        kind: ``"nested"``: this thread holds a session's lock, and asked for a second one, which could deadlock; also
-            a verb of an object in the middle of a `save` or `refresh` of the same one, in a signal handler or a
-            finaliser. ``"not held"``: something of a transaction was used after its block, or in a forked child.
-            ``"timeout"``: see `LockTimeout`. ``"refused"``: this user may read the store and not lock a session of it.
+        kind: ``"nested"`` if this thread holds a session's lock and asked for a second one, which could deadlock. Also
+            if a signal handler or a finaliser called a verb of an object in the middle of its `save` or `refresh`.
+            ``"not held"`` if something of a transaction was used after its block, or in a forked child.
+            ``"timeout"``: see `LockTimeout`. ``"refused"`` if this user may read the store but not lock its sessions.
     """
 
 
 def nested(session_id: str, held: str) -> LockError:
-    """Return the error of a thread that asked for a lock within another one."""
+    """Return the error for a thread that asked for a lock while it holds another one."""
     reason = f"This thread holds the lock of session {held!r} and asked for that of {session_id!r}."
     remedy = "Leave the transaction() or update() first; in a signal handler or a finaliser, try again later."
     return LockError(kind="nested", session_id=session_id, held=held, reason=reason, remedy=remedy)
 
 
 def refused(session_id: str, path: str, error: OSError) -> LockError:
-    """Return the error of a user who may not take a lock."""
+    """Return the error for a user who may not take a lock."""
     reason = f"The lock of session {session_id!r} may not be taken here: {error.strerror} at {path}."
     remedy = "Run this as the owner of the store, or as a user of the group that writes to it."
     facts = {"path": path, "errno": error.errno}
@@ -250,7 +251,7 @@ def refused(session_id: str, path: str, error: OSError) -> LockError:
 
 
 def not_held(session_id: str) -> LockError:
-    """Return the error of what was used after the lock was given up."""
+    """Return the error for a use after the lock was given up."""
     reason = f"The lock of session {session_id!r} is not held here any more: the block has ended"
     remedy = "Begin a new transaction() for what is still to be done."
     reason += ", and nothing was written by this call."
@@ -282,9 +283,9 @@ class SessionBusy(PersistError):
 
 
 class AlreadyStarted(PersistError):
-    """A start that was to be once met its own prompt (`start_stream(once=True)`): running, or answered.
+    """The prompt of `start_stream(once=True)` runs already, or has its answer.
 
-    `stream_id` is the stream that runs it, or None; `answer` is the message that answers it, or None.
+    `stream_id` is the stream that runs the prompt, or None. `answer` is the message that answers it, or None.
     """
 
     template = "Session {session_id!r} has that prompt already, and {what}; nothing was started."
@@ -293,19 +294,19 @@ class AlreadyStarted(PersistError):
 
 
 class StreamLost(PersistError):
-    """This stream no longer owns its session; what it tried to write was not written."""
+    """This stream no longer owns its session. The write that it tried was not made."""
 
     template = "Stream {stream_id} no longer owns session {session_id!r} ({reason}); nothing was written."
     remedy = "End the turn: store.load() shows what was kept of it."
 
 
 class EventsNotFound(PersistError, KeyError):
-    """There are no such events: of a stream that never ran, or whose events have expired; or where a cursor points.
+    """There are no such events. The stream never ran, its events have expired, or the cursor points outside of them.
 
     Attributes:
-        count: of a cursor behind the last event, how many events there are. It is another stream's cursor, or a power
-            cut took the events that it has seen. Else None.
-        first: of a cursor before what is kept, the offset of the first event that is left. Else None.
+        count: the number of events, if the cursor is behind the last one. Then it is another stream's cursor, or a
+            power cut took the events that it has seen. Otherwise None.
+        first: the offset of the first event that is left, if the cursor is before it. Otherwise None.
     """
 
     template = "No events of stream {stream_id!r} of session {session_id!r} there: {reason}"
@@ -327,7 +328,7 @@ class EventsNotFound(PersistError, KeyError):
 
 
 class EmitFailed(PersistError, OSError):
-    """The disk refused events, or to make them durable. Those that were emitted before stand; the stream goes on."""
+    """The disk refused events, or refused to make them durable. Earlier events stand, and the stream goes on."""
 
     template = "Events of stream {stream_id!r} were not all emitted, or not made durable: {reason} at {path}."
     remedy = "Mend that; store.events() tells which ones stand, before you emit() the others again."
@@ -337,7 +338,7 @@ class EmitFailed(PersistError, OSError):
 
 
 class Unreadable(PersistError, OSError):
-    """The disk, or its permissions, refused a look, or a name of the store is no plain file of its own.
+    """The disk or its permissions refused a look, or a name in the store is not the plain file that it must be.
 
     Nothing was changed, and no symbolic link was followed.
     """
@@ -348,12 +349,12 @@ class Unreadable(PersistError, OSError):
 
     @classmethod
     def because(cls, path: Path | str, error: OSError) -> Unreadable:
-        """From what the system said."""
+        """Return the error that stands for an error of the system."""
         return cls(path=path, reason=error.strerror or type(error).__name__, errno=error.errno)
 
 
 def unsafe(path: Path | str, found: str, wanted: str = "a plain file") -> Unreadable:
-    """Return the error of a name that is a symbolic link, a directory, a FIFO or a device."""
+    """Return the error for a name that is a symbolic link, a directory, a FIFO or a device."""
     reason = f"it is {found}, where persist keeps {wanted}"
     return Unreadable(path=path, reason=reason, remedy="Move it away, and retry.", found=found)
 
@@ -361,12 +362,12 @@ def unsafe(path: Path | str, found: str, wanted: str = "a plain file") -> Unread
 class CorruptSession(PersistError):
     """The file is not a document that can be trusted. It was not changed.
 
-    `offset` is the position of the first bad byte, where one is known.
+    `offset` is the position of the first bad byte, if it is known.
     """
 
     template = "Session {session_id!r} is damaged: {path}{at} {reason}"
     remedy = "Restore it from a backup, or mend the file by hand and take it with store.accept() or 'persist accept'."
-    #: These work whatever is wrong.
+    #: These ways work for every kind of damage.
     ways_out = (
         "To give it up: store.replace(id, data) or 'persist replace' puts another document there, "
         "and store.delete(id, force=True) or 'persist delete --force' removes it."
@@ -382,9 +383,9 @@ class CorruptSession(PersistError):
 
 
 class UnsupportedFormat(PersistError):
-    """The file has a format that this version does not read: of a newer `persist`, or of its first edition (1 and 2).
+    """The file has a format that this version does not read.
 
-    It was not changed.
+    It is the format of a newer `persist`, or of its first edition (1 and 2). The file was not changed.
     """
 
     template = "Session {session_id!r}: {path} has format {found}, and this version knows {known}."
@@ -395,16 +396,16 @@ class UnsupportedFormat(PersistError):
 
 
 class CommitFailed(PersistError, OSError):
-    """The disk refused the commit before anything became visible: the old revision stands."""
+    """The disk refused the commit before anything became visible. The old revision stands."""
 
     template = "Session {session_id!r} was not saved: {reason} at {path}. The old revision stands."
     remedy = "Mend that and retry; store.load() shows what is there."
 
 
 class CommitUnknown(PersistError, OSError):
-    """The disk failed while a commit was being made durable: it may or may not survive a power cut.
+    """The disk failed while a commit was being made durable. The commit may or may not survive a power cut.
 
-    The store takes no further write to this session; open a new one after looking at the disk.
+    The store takes no further write to this session. Look at the disk, and then open a new store.
     """
 
     template = (

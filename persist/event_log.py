@@ -1,32 +1,34 @@
-"""Events: what a running stream says while it runs, readable by any process while it is written.
+"""The events of a running stream. Any process can read them while they are written.
 
     {"offset":1,"event":{"type":"token","text":"Be"}}
     {"offset":2,"event":{"type":"token","text":"cause."}}
     {"end":"finished"}
 
-One file a stream, `.events/<session id>.<stream id>`, which is only ever appended to. Whoever needs it first makes it:
-the stream with its first event, or a reader who waits for that. What a reader takes for an event is a whole line with
-the next offset; all else (a line that was torn by a crash, what a power cut left behind a hole) is passed over, so
-offsets have no gaps.
+Each stream has one file, `.events/<session id>.<stream id>`, which is only ever appended to. The stream creates it with
+its first event, unless a reader that waits for that event has created it before. A reader takes a whole line with the
+next offset for an event. It passes over everything else: a line that a crash has torn, or bytes that a power cut left
+behind a hole. So offsets have no gaps.
 
-The end line is the fence. Whoever ends the stream appends it, under the session's lock; nothing behind it counts.
-Appends do not mix (O_APPEND), and after each the writer looks where it ended: further on than its own bytes reach,
-somebody else has ended the stream. So, but for the first one, a write needs no lock and no look at the document.
+The end line is the fence. The process that ends the stream appends it, under the session's lock. Nothing behind it
+counts. Appends do not mix (O_APPEND). After each append the writer looks at its position in the file. If that is
+further on than its own bytes reach, somebody else has ended the stream. So a write needs no lock and no look at the
+document, except for the first one.
 
-Each emission is one write to the kernel and not batched in memory: it takes some microseconds, and what was emitted is
-seen at once, also after `kill -9`. It is not synced, so a power cut may take the last events, but for
+Each emission is one write to the kernel and is not batched in memory. It takes some microseconds. Readers see its
+events at once, also after `kill -9`. It is not synced, so a power cut may take the last events, except with
 `durable=True`.
 
 A file that outgrows `Store(keep_events_bytes=…)` loses its oldest events. Under the session's lock, where nobody else
-can end the stream, the writer puts the younger half into a new file, gives that the name, and marks the old one:
+can end the stream, the writer puts the younger half into a new file. Then it gives that file the name, and marks the
+old file:
 
     {"first":501}                                    the new file's first line
     {"offset":501,"event":{"type":"token"}}
     {"moved":true}                                   the old file's last line
 
 A reader of the old file has every event up to the mark, and goes on in the new file. A writer that is killed before the
-mark has written nothing to the new file. Where the disk refuses the mark, a reader sees after a silence that its file
-has lost the name.
+mark has emitted nothing to the new file. If the disk refuses the mark, a reader sees after a silence that its file has
+lost the name.
 """
 
 from __future__ import annotations
@@ -50,8 +52,9 @@ from persist.storage import disk, layout
 from persist.storage.directory import SessionDirectory
 from persist.storage.held import HeldFile, try_hold
 
-#: How a stream has ended. "died": its process was gone; "deleted": its session was removed; "unknown": the line that
-#: says it was not written, since the disk was full or the process was killed in that instant.
+#: How a stream has ended. "died" means that its process was gone. "deleted" means that its session was removed.
+#: "unknown" means that the end line was not written, because the disk was full or the process was killed in that
+#: instant.
 Ended = Literal["finished", "failed", "cancelled", "died", "deleted", "unknown"]
 
 _LINE = re.compile(rb'\{"offset":(\d{1,18}),"event":(.+)\}', re.DOTALL)
@@ -60,14 +63,14 @@ _FIRST = re.compile(rb'\{"first":(\d{1,18})\}')
 _MOVED = b'{"moved":true}'
 _LONGEST_FIRST = _LONGEST_END = 64
 _CHUNK_BYTES = 256 * 1024
-#: As much as an event loop may take in at a time: below a millisecond.
+#: How much an event loop may read at a time. That takes less than a millisecond.
 _CACHED_CHUNK_BYTES = 32 * 1024
 _MOST_PIECES = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event of a stream. `offset` counts from 1, without gaps; with the stream's id it makes a cursor."""
+    """One event of a stream. `offset` counts from 1, without gaps. With the stream's id it makes a cursor."""
 
     offset: int
     data: Any
@@ -77,14 +80,14 @@ class Event:
 
 
 class Fenced(Exception):
-    """Somebody else has ended the stream; what was appended after that does not count."""
+    """Raised when somebody else has ended the stream. Events that were appended after that do not count."""
 
 
 class EventWriter:
-    """Appends the events of a stream that this process runs; safe for its threads.
+    """The writer of the events of a stream that this process runs. The threads of the process may share it.
 
-    The file is open and locked from `open` on. Nobody asks for that lock: it comes with what `HeldFile` does for a
-    descriptor in forks and at the end.
+    The file is open and locked from `open` on. Nobody asks for that lock. It comes with `HeldFile`, which takes care of
+    the descriptor in forks and at the end.
     """
 
     def __init__(
@@ -97,13 +100,14 @@ class EventWriter:
         self._mode = mode
         self._session_id = session_id
         self._stream_id = stream_id
-        # Re-entrant: a signal handler that emits while its own thread does must get an error, and not wait for ever.
+        # Re-entrant, because a signal handler that emits while its own thread does must get an error, and not wait for
+        # ever.
         self._guard = threading.RLock()
         self._is_busy = False
         self._held: HeldFile | None = None
         self._count = 0
         self._end = 0
-        #: Whether a write broke off, so that it is not known what stands there.
+        #: Whether a write broke off, so that the end of the file is not known.
         self._is_torn = False
         self._is_name_durable = False
         #: Whether events were emitted that a power cut must not take.
@@ -115,8 +119,9 @@ class EventWriter:
         return self._held is not None
 
     def open(self) -> None:
-        """Make the file or open it, under the session's lock: who takes the session away must find it, to put the end
-        there.
+        """Create the file or open it, under the session's lock.
+
+        A process that takes the session away must find the file, because it puts the end line there.
         """
         with self._writing():
             if self._held is None:
@@ -128,12 +133,12 @@ class EventWriter:
                     raise BlockingIOError(errno.EWOULDBLOCK, "another program has locked it")
 
     def append(self, events: Sequence[bytes], *, durable: bool) -> int:
-        """Append events, each the JSON of one, and return the offset of the last.
+        """Append encoded events, and return the offset of the last one.
 
         Raises:
             EmitFailed: the disk refused.
             Fenced: the stream has been ended.
-            LockError: this thread is in the middle of it, and a signal handler asks again.
+            LockError: this thread is in the middle of an append, and its signal handler asks again.
         """
         with self._writing():
             if self._held is None or not self._held.is_held:
@@ -141,8 +146,8 @@ class EventWriter:
             fd, mark = self._held.fd, b""
             if self._is_torn:
                 self._take_stock(fd)
-                # Not only a newline: a line that lacks nothing but that would become an event, in the place of the next
-                # one.
+                # Not only a newline, because a line that lacks nothing else would then become an event, in the place of
+                # the next one.
                 mark = b"?\n"
             lines = [b'{"offset":%d,"event":%b}\n' % line for line in enumerate(events, self._count + 1)]
             written = b"".join([mark, *lines])
@@ -162,15 +167,15 @@ class EventWriter:
         return offset
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         with self._guard:
             if self._held is not None:
                 self._held.close()
 
     def drop_oldest(self) -> None:
-        """Keep the younger half of the bound, under the session's lock, which its owner holds.
+        """Drop all events but the younger half of the bound. The caller is the owner, and holds the session's lock.
 
-        A line that is longer than that stays until there are younger ones.
+        A line that is longer than the half stays until there are younger ones.
 
         Raises:
             EmitFailed: the disk refused. The file is as it was.
@@ -201,7 +206,7 @@ class EventWriter:
                     disk.sync(new.fd)
                 disk.replace(temp, self._path)
             finally:
-                # By what the disk says, because an exception of a signal may have come behind the rename.
+                # The disk tells whether the rename happened, because a signal's exception may have come behind it.
                 new.path = self._path
                 if new.bears_name():
                     self._held, self._end, self._is_name_durable = new, len(content), False
@@ -240,10 +245,13 @@ class EventWriter:
                 self._is_busy = False
 
     def _take_stock(self, fd: int) -> None:
-        """After a write that broke off: some of its events may stand there, and the last line may be torn."""
+        """Count the events in the file again after a write that broke off.
+
+        Some events of that write may be there, and the last line may be torn.
+        """
         try:
             with EventReader(self._path) as reader:
-                # Asked for before the events: an end line that comes behind them must show as one.
+                # The size comes before the events, so that the next write notices an end line that comes behind them.
                 self._end = reader.size()
                 while reader.read():
                     pass
@@ -267,8 +275,8 @@ class EventWriter:
                 disk.sync_directory(directory.parent)
                 self._is_name_durable = True
             self._has_durable = True
-            # A file system that is shut down in this very instant may have answered OK (ext4, measured); it opens
-            # nothing.
+            # A file system that is shut down in this very instant may have answered OK (ext4, measured). An open tells,
+            # because such a file system opens nothing.
             disk.close(disk.open_plain(self._path, os.O_RDONLY))
         except FileNotFoundError:
             raise Fenced from None
@@ -282,7 +290,7 @@ class EventWriter:
 
 @contextlib.contextmanager
 def _reading(path: disk.StrPath) -> Iterator[None]:
-    """Turn the disk's own errors in a block into `Unreadable`, but for a file that is not there."""
+    """Turn the disk's own errors in a block into `Unreadable`, except for a missing file."""
     try:
         yield
     except (errors.PersistError, FileNotFoundError):
@@ -292,10 +300,11 @@ def _reading(path: disk.StrPath) -> Iterator[None]:
 
 
 class EventReader:
-    """Reads the events of one stream from an offset on, again and again while they are written.
+    """The reader of one stream's events from an offset on. It reads again and again while they are written.
 
-    `count` is the offset of the last event that was passed; `ended` how the stream has ended, once its end line was
-    read. `first` is the offset of the first event that is left; `is_overtaken` whether one before it was asked for.
+    `count` is the offset of the last event that was passed. `ended` tells how the stream has ended, once its end line
+    was read. `first` is the offset of the first event that is left. `is_overtaken` tells whether an event before that
+    was asked for.
     """
 
     def __init__(self, path: str, after: int = 0) -> None:
@@ -324,15 +333,15 @@ class EventReader:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            # The events that were read stay, whatever becomes of the descriptor.
+            # The events that were read stay valid, even if the close fails.
             with contextlib.suppress(OSError):
                 disk.close(fd)
 
     def size(self) -> int:
-        """The size of the file now, in bytes."""
+        """Return the size of the file now, in bytes."""
         return os.fstat(self._fd).st_size
 
     @property
@@ -341,18 +350,19 @@ class EventReader:
         return self._is_moved or self.size() > self._position
 
     def begin_here(self) -> None:
-        """Ask only for the events behind those that were passed."""
+        """Ask only for the events behind the passed ones."""
         self._after = self.count
 
     def look_at_name(self) -> None:
-        """Learn whether another file bears the name, where the mark is missing that says so."""
+        """Learn whether another file bears the name, because the mark that says so may be missing."""
         with _reading(self._path), contextlib.suppress(FileNotFoundError):
             self._is_moved = disk.version_of(self._path)[0] != os.fstat(self._fd).st_ino
 
     def _move(self) -> None:
         """Go on in the file that bears the name by now, if it is the successor of this one.
 
-        After a power cut a marked file may bear the name still. A file without a first line is another stream's.
+        After a power cut a marked file may still bear the name. A file without the line ``{"first":…}`` belongs to
+        another stream.
         """
         with _reading(self._path):
             fd = disk.open_plain(self._path, os.O_RDONLY)
@@ -368,10 +378,10 @@ class EventReader:
                 disk.close(fd)
 
     def read(self, until: int | None = None) -> list[Event]:
-        """The events that came since the last call, or the first of them; none if there are none now.
+        """Return the events that came since the last call, or the first of them. Return none if there are none now.
 
         Args:
-            until: the size of the file up to which to look for the first one.
+            until: the place in the file up to which to look for the first one.
         """
         found: list[Event] = []
         while not found and self.ended is None and (until is None or self._position < until):
@@ -385,7 +395,7 @@ class EventReader:
         return found
 
     def read_cached(self) -> list[Event] | None:
-        """As `read`, a little at a time; None where that would wait for the disk, or for a large event."""
+        """Read as `read` does, a little at a time. None if that would wait for the disk, or for a large event."""
         if self.ended is not None:
             return []
         if self._is_moved or len(self._torn) > _MOST_PIECES:
@@ -414,7 +424,7 @@ class EventReader:
             self.count = max(self.count, self.first - 1)
 
     def _take(self, line: bytes) -> Event | None:
-        """The event of a line, if it counts and is asked for."""
+        """Return the event of a line, if it counts and is asked for."""
         if self.ended is not None:
             return None
         shape = _LINE.fullmatch(line)
@@ -427,7 +437,7 @@ class EventReader:
         if int(shape[1]) != self.count + 1:
             return None
         try:
-            # Also where it is not asked for: a torn line may have the shape of a whole one.
+            # Decoded even if it is not asked for, because a torn line may have the shape of a whole one.
             event = Event(self.count + 1, json_codec.decode(shape[2]))
         except (ValueError, RecursionError):
             return None
@@ -438,14 +448,14 @@ class EventReader:
 # --- all streams of a store ------------------------------------------------------------------------------------------
 
 
-#: So many ended streams are remembered, to be removed by a later finish. A sweep finds all others.
+#: How many ended streams are remembered, so that a later finish removes their events. A sweep finds all others.
 _MOST_REMEMBERED = 1024
-#: So many expired files are removed by one finish.
+#: How many expired files one finish removes.
 _MOST_REMOVED = 2
 
 
 class EventFiles:
-    """The events of all streams of one store: makes, ends and removes their files.
+    """The events of all streams of one store. It creates, ends and removes their files.
 
     No thread waits for their expiry. A start removes the expired files of its session, a finish removes up to two in
     the store, and a sweep and `close` remove all.
@@ -455,22 +465,22 @@ class EventFiles:
         self._files = files
         self._keep_s = keep_s
         self._keep_bytes = math.inf if keep_bytes is None else keep_bytes
-        #: The files of streams that ended here, in that order.
+        #: The files of streams that ended here, in the order of their ends.
         self._ended: deque[str] = deque(maxlen=_MOST_REMEMBERED)
 
     def path(self, session_id: str, stream_id: str) -> str:
-        """Return where the events of a stream stand, if it has any."""
+        """Return the path of the events of a stream, if it has any."""
         return self._files.layout.session(session_id).events(layout.check_stream_id(stream_id))
 
     def writer(self, session_id: str, stream_id: str) -> EventWriter:
-        """Return a writer for the process that runs the stream. It makes nothing before the first event."""
+        """Return a writer for the process that runs the stream. It creates nothing before the first event."""
         path, mode = self.path(session_id, stream_id), self._files.options.file_mode
         return EventWriter(path, session_id, stream_id, self._keep_bytes, mode)
 
     # The methods below are called under the session's lock.
 
     def make(self, session_id: str, stream_id: str) -> None:
-        """Make an empty file, for a reader who comes before the first event."""
+        """Create an empty file, for a reader that comes before the first event."""
         path = self.path(session_id, stream_id)
         mode = self._files.options.file_mode
         disk.make_directory(self._files.layout.events, mode)
@@ -478,9 +488,9 @@ class EventFiles:
         disk.close(disk.open_plain(path, os.O_RDWR | os.O_CREAT, mode))
 
     def fence(self, session_id: str, stream_id: object, ended: Ended) -> bool:
-        """Append the end line, if the stream has events and none yet. Tell whether it has any.
+        """Append the end line, if the stream has a file of events and no end line yet. Tell whether it has that file.
 
-        On return, what the stream still emits lands nowhere.
+        After that, events that the stream still emits count nowhere.
         """
         if not layout.is_stream_id(stream_id):
             return False
@@ -491,7 +501,7 @@ class EventFiles:
         return True
 
     def end(self, session_id: str, stream_id: object, ended: Ended) -> None:
-        """End the events of a stream that has ended. If the disk refuses, a follower finds out by the document."""
+        """End the events of a stream that has ended. If the disk refuses, the document tells a follower of the end."""
         try:
             if self.fence(session_id, stream_id, ended):
                 self._ended.append(self.path(session_id, str(stream_id)))
@@ -501,7 +511,7 @@ class EventFiles:
             self._remove_ended(_MOST_REMOVED)
 
     def forget(self, session_id: str, stream_id: str) -> None:
-        """Remove the events of an earlier stream of that id, and what has expired in that session."""
+        """Remove the events of an earlier stream of that id, and the expired events of that session."""
         disk.check_directory(self._files.layout.events)
         disk.unlink(self.path(session_id, stream_id))
         for path in self._paths(session_id):
@@ -511,30 +521,30 @@ class EventFiles:
     def fence_session(self, session_id: str) -> None:
         """End the events of all streams of a session that is about to be deleted.
 
-        A full disk must not keep it from that.
+        A full disk must not prevent the deletion.
         """
         for path in self._paths(session_id):
             with contextlib.suppress(OSError):
                 _append_end(path, "deleted")
 
     def remove_session(self, session_id: str) -> None:
-        """Remove the events of all streams of a deleted session. What the disk refuses stays until a sweep."""
+        """Remove the events of all streams of a deleted session. Files that the disk refuses stay until a sweep."""
         with contextlib.suppress(OSError):
             for path in self._paths(session_id):
                 disk.remove_quietly(path)
 
     def sweep(self) -> None:
-        """Remove all that has expired."""
+        """Remove all expired events."""
         for path in self._paths():
             with contextlib.suppress(OSError):
                 self._remove_expired(path)
 
     def close(self) -> None:
-        """Remove what has expired of the streams that ended here."""
+        """Remove the expired events of the streams that ended here."""
         self._remove_ended(_MOST_REMEMBERED)
 
     def _remove_ended(self, most: int) -> None:
-        """Remove the events of streams that ended first, as far as they have expired."""
+        """Remove the expired events of the streams that ended first."""
         # IndexError: none is left.
         with contextlib.suppress(IndexError, OSError):
             for _ in range(most):
@@ -556,7 +566,7 @@ class EventFiles:
             # A test tool may have moved the clock of this process. The file bears a time of the kernel's clock.
             age_s = disk.kernel_time(self._files.layout.events) - modified_at
         if age_s < 0:
-            # The clock was set back. From now on the file ages as any other one. Else it would stay for ever.
+            # The clock was set back. From now on the file ages like any other file. Else it would stay for ever.
             disk.set_modified_now(path)
         if age_s < self._keep_s:
             return False
@@ -564,7 +574,7 @@ class EventFiles:
         return True
 
     def _paths(self, session_id: str | None = None) -> list[str]:
-        """Return the events files of a session, or of all, and the temporary ones that a crash has left."""
+        """Return the events files of a session, or of all sessions, and the temporary files that a crash has left."""
         wanted = None if session_id is None else self._files.layout.session(session_id).name
         directory = self._files.layout.events
         with _reading(directory):
@@ -574,7 +584,7 @@ class EventFiles:
 
 
 def _append_end(path: str, ended: Ended) -> None:
-    """Append the end line, if it is not there, and wake the followers."""
+    """Append the end line, if there is none, and wake the followers."""
     disk.check_directory(os.path.dirname(path))
     fd = disk.open_plain(path, os.O_RDWR | os.O_APPEND)
     try:

@@ -1,11 +1,11 @@
-"""Following a stream: its events as they come, in any process, until it ends, however it ends.
+"""The following of a stream: its events as they come, in any process, until it ends, however it ends.
 
-A cursor is a stream's id and the offset of the last event that was seen. Whoever lost its connection comes back with
-it, to any worker, and misses nothing and sees nothing twice. One that cannot be right is answered with an error at
-once.
+A cursor is a stream's id and the offset of the last event that was seen. A client that lost its connection comes back
+with its cursor, to any worker. It misses nothing, and sees nothing twice. A cursor that cannot be right gets an error
+at once.
 
-Whoever waits is woken when the file grows (see `watch`). Whether the owner lives is asked only after a silence:
-under the session's lock, where the question disturbs nobody.
+A waiting follower is woken when the file grows (see `watch`). Only after a silence does it ask whether the owner lives.
+It asks under the session's lock, where the question disturbs nobody.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from persist.event_log import Ended, Event, EventReader
 from persist.storage import layout
 from persist.storage.clock import now_s
 
-#: After how much silence it asks whether the owner lives, and how often then.
+#: The silence after which a follower asks whether the owner lives, and the pause before it asks again.
 LOOK_S = 0.4
-#: How long that question may wait for the session's lock: events that come meanwhile wait with it. Twice as long each
-#: time that it was too short: who waits for less than the others take before it never comes to its turn.
+#: How long that question may wait for the session's lock. Events that come meanwhile wait with it. It doubles each time
+#: that it was too short, because a follower that waits for less time than those before it take never has its turn.
 LOOK_TIMEOUT_S, LAST_LOOK_TIMEOUT_S = 0.02, 0.64
 
 
 class Cursor:
     """A place in the events of one stream.
 
-    `take` is what is new; `ended` how the stream has ended, once all was taken.
+    `take` returns the new events. `ended` tells how the stream has ended, once all events were taken.
     """
 
     def __init__(self, backend: streams.Backend, session_id: str, stream_id: str, after: int | Literal["end"]) -> None:
@@ -63,7 +63,8 @@ class Cursor:
     def _open(self) -> EventReader:
         with suppress(FileNotFoundError):
             return EventReader(self.path, self.after)
-        # The stream may be about to say its first word: then whoever ends it must find where to say that.
+        # The stream may be about to emit its first event. Then the process that ends it must find a file for the end
+        # line.
         with self._backend.files.transaction(self.session_id) as tx:
             if streams.active_in(tx.head()) == self.stream_id:
                 with tx.refusals():
@@ -83,7 +84,7 @@ class Cursor:
             raise self._not_found(first=self._reader.first)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._reader.close()
 
     @property
@@ -93,7 +94,7 @@ class Cursor:
 
     @property
     def quiet_left_s(self) -> float:
-        """For how many seconds there is nothing to do, if nothing is written."""
+        """The seconds in which there is nothing to do, if nothing is written."""
         return max(0.0, self._look_at - now_s()) + 0.001
 
     @property
@@ -102,12 +103,12 @@ class Cursor:
         return now_s() > self._look_at
 
     def _hush(self, share: float = 1.0) -> None:
-        """Begin a silence, or a share of one. No two last equally long, so that not all followers ask at once."""
+        """Begin a silence, or a share of one. No two have the same length, so that not all followers ask at once."""
         self._look_at = now_s() + share * LOOK_S * random.uniform(0.75, 1.0)
 
     def take(self) -> list[Event]:
-        """The events that are new; none if there are none yet, or if the stream has ended."""
-        # The events that the owner wrote before the question are read after it.
+        """Return the new events. There are none if none came yet, or if the stream has ended."""
+        # The question comes first, so that events that the owner wrote before it are read.
         unsaid = None
         if self.is_quiet and not self._reader.has_more:
             unsaid = self._ended_unsaid()
@@ -115,12 +116,12 @@ class Cursor:
         try:
             found, self._first = self._first or self._reader.read(), []
         except FileNotFoundError:
-            # It was moved, and what it was moved to is gone already.
+            # The events were moved to another file, and that file is gone already.
             raise self._not_found() from None
         return self._taken(found, unsaid)
 
     def take_cached(self) -> list[Event] | None:
-        """As `take`, for an event loop: None where that would wait for the disk or for a lock."""
+        """Take as `take` does, for an event loop. None if that would wait for the disk or for a lock."""
         if self._first or self.is_quiet:
             return None
         found = self._reader.read_cached()
@@ -135,10 +136,10 @@ class Cursor:
         return found
 
     def take_all(self) -> list[Event]:
-        """All that is written by now, without asking whether the stream is still there; closes the cursor."""
+        """Return all events that are written by now, and close the cursor. It does not ask whether the owner lives."""
         found, until = self._first, self._reader.size()
         try:
-            # Up to where it stands now: a fast stream could be followed for ever.
+            # Only up to the size that the file has now, because a fast stream could be followed for ever.
             while new := self._reader.read(until):
                 found += new
         finally:
@@ -146,7 +147,7 @@ class Cursor:
         return found
 
     def _ended_unsaid(self) -> Ended | None:
-        """Ask how a stream has ended whose end line is not there; None if it goes on."""
+        """Ask how a stream without an end line has ended. None if it goes on."""
         self._hush()
         try:
             with self._backend.files.transaction(self.session_id, timeout_s=self._look_timeout_s) as tx:
@@ -155,7 +156,8 @@ class Cursor:
         except (errors.LockError, errors.CommitFailed, errors.Unreadable) as error:
             if isinstance(error, errors.LockError) and error.kind not in ("timeout", "refused"):
                 raise
-            # Somebody works on the session, there is no descriptor left just now, or this user may only read.
+            # Somebody works on the session, there is no descriptor left just now, or this user may only read. So it
+            # asks again soon.
             self._look_timeout_s = min(self._look_timeout_s * 2, LAST_LOOK_TIMEOUT_S)
             self._hush(0.5)
             return None
@@ -172,14 +174,14 @@ def _unlock(lock: threading.Lock) -> None:
 
 
 class Following:
-    """The events of a stream as they come; made by `Store.follow`. Iterate it; the loop ends with the stream.
+    """The events of a stream as they come, made by `Store.follow`. A loop over it ends with the stream.
 
     After the loop, `ended` tells how: ``"finished"``, ``"failed"``, ``"cancelled"``, ``"died"`` (its process is gone,
-    noticed within a second), ``"deleted"``, or ``"unknown"`` (the line that says how was lost, with a full disk say).
-    `offset` is that of the last event that was handed out: with it, and the stream's id, anybody can go on from here.
-    A loop that is so slow that its next event was dropped (`Store(keep_events_bytes=…)`) gets `EventsNotFound`.
+    noticed within a second), ``"deleted"``, or ``"unknown"`` (the end line was lost, with a full disk say). `offset` is
+    the offset of the last event that was handed out. With it and the stream's id, anybody can go on from here. A loop
+    that is so slow that its next event was dropped (`Store(keep_events_bytes=…)`) gets `EventsNotFound`.
 
-    Not for several threads at once. Leave a loop early with `close`, or use it in a ``with``.
+    It is not for several threads at once. Leave a loop early with `close`, or use it in a ``with``.
     """
 
     def __init__(self, cursor: Cursor) -> None:
@@ -188,8 +190,8 @@ class Following:
         self.offset = cursor.after
         self._cursor = cursor
         self._pending: deque[Event] = deque()
-        # Locked while there is no news. No threading.Event: a signal handler that emits could meet its own thread
-        # inside.
+        # Locked while there is no news. It is no threading.Event, because a signal handler that emits could meet its
+        # own thread inside.
         self._no_news = threading.Lock()
         self._no_news.acquire()
         self._is_closed = False
@@ -203,7 +205,7 @@ class Following:
 
     @property
     def ended(self) -> Ended | None:
-        """How the stream has ended; None while there is more to come."""
+        """How the stream has ended, or None while there is more to come."""
         return None if self._pending else self._cursor.ended
 
     def __iter__(self) -> Iterator[Event]:

@@ -12,7 +12,7 @@ from persist.storage import document
 
 
 class HeadFields(Mapping[str, Any]):
-    """The fields of a head. What stands apart is not among them: to ask for it raises a `KeyError` that says so."""
+    """The fields of a head, without the values that stand apart. Asking for such a value raises a clear `KeyError`."""
 
     __slots__ = ("_apart", "_fields")
 
@@ -43,11 +43,11 @@ class HeadFields(Mapping[str, Any]):
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The small fields of a session, as committed. It has no `save`: a part must never be written as the whole.
+    """The small fields of a session, as committed. It has no `save`, because a part must never replace the whole.
 
     Attributes:
-        version: what tells this commit from every other one.
-        fields: the small fields. What stands apart is left out: ``messages``, ``tool_calls``, and what is large.
+        version: an opaque string that no other commit has.
+        fields: the small fields. Values that stand apart are left out: ``messages``, ``tool_calls``, and large values.
         counts: the number of items of every list.
     """
 
@@ -62,7 +62,7 @@ class Head:
 
     @classmethod
     def of(cls, session_id: str, found: document.Head) -> Head:
-        """Return the head of a session, from what storage has read."""
+        """Return the head of a session, from the header and fields that storage has read."""
         header, fields = found.header, found.decode_fields()
         counts = {name: len(value) for name, value in fields.items() if type(value) is list}
         counts |= {name: count for name, count in found.counts.items() if count is not None}

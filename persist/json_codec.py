@@ -1,13 +1,16 @@
-"""Strict JSON: what goes in comes out, type for type, or it does not go in.
+"""Strict JSON: a value comes back as it was, type for type, or it is refused.
 
-msgspec does the work. It is fast, but quietly turns sets, bytes and dates into other things and NaN into null; so
-`check` refuses, before encoding, each value that would not come back as it was. What msgspec cannot hold (a lone
-surrogate) goes through the standard library. The two halves of a surrogate pair mean one
-character, and become it: a model's tokens may cut an emoji in two, and a caller that puts them together has both halves
-side by side. `decode` trusts its input; `decode_strict` is for files that no checksum vouches for.
+msgspec does the work. It is fast, but it quietly turns sets, bytes and dates into other things, and NaN into null. So
+`check` refuses, before encoding, each value that would not come back as it was. The standard library encodes the
+values that msgspec cannot hold (a lone surrogate).
 
-Limits: 200 levels of nesting, integers up to 4,300 digits; a document has at most 512 MiB, and an
-item 10 million values, which also ends the check of a list that contains itself many times over.
+The two halves of a surrogate pair mean one character, and become it. A model's tokens may cut an emoji in two. A caller
+that puts the tokens together then has both halves side by side.
+
+`decode` trusts its input. `decode_strict` is for files that no checksum vouches for.
+
+The limits are 200 levels of nesting, and integers up to 4,300 digits. A document has at most 512 MiB. An item has at
+most 10 million values, which also ends the check of a list that contains itself many times over.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ MAX_VALUES = 10_000_000
 MAX_BYTES = 512 * 1024 * 1024
 
 _MAX_INT = 10**MAX_DIGITS
-# An integer of fewer bits surely has few enough digits; the exact comparison is for the others.
+# An integer of fewer bits surely has few enough digits. Only the others need the exact comparison.
 _SAFE_BITS = 14_000
 
 _encoder = msgspec.json.Encoder()
@@ -57,19 +60,19 @@ def same(one: Any, other: Any) -> bool:
 
 
 def canonical(value: Any) -> bytes:
-    """Return a text that two JSON values share exactly where `same` holds for them."""
+    """Return a text of a JSON value. Two values have the same text if `same` holds for them, and only then."""
     try:
         return _encode_canonical(value)
     except UnicodeEncodeError:
-        # A lone surrogate, which no other value's text holds.
+        # The value holds a lone surrogate. No text of msgspec holds one, so the texts stay distinct.
         return json.dumps(value, sort_keys=True, ensure_ascii=False).encode(errors="surrogatepass")
 
 
 def check(value: Any, path: ValuePath = ()) -> None:
     """Raise `NotJSON`, naming the place, unless `value` would come back from JSON exactly as it is.
 
-    Exact types only: a subclass (an enum, an OrderedDict) would come back as its base. Iterative, so that no
-    nesting of the value can exhaust Python's stack.
+    Only exact types pass, because a subclass (an enum, an OrderedDict) would come back as its base. The check is
+    iterative, so that no nesting of the value can exhaust Python's stack.
     """
     pending = [(value, path)] if _is_container(value, path) else []
     budget = MAX_VALUES
@@ -82,7 +85,7 @@ def check(value: Any, path: ValuePath = ()) -> None:
             if not _KEYS.issuperset(map(type, container)):
                 other = next(type(key) for key in container if type(key) is not str)
                 raise NotJSON(path=here, reason=f"a key is {_name(other)}, and JSON has only string keys")
-            # Most messages hold nothing but strings: one call tells.
+            # Most messages hold only strings, and one call finds that out.
             if PLAIN.issuperset(map(type, container.values())):
                 continue
             children: Iterable[tuple[str | int, Any]] = list(container.items())
@@ -91,13 +94,13 @@ def check(value: Any, path: ValuePath = ()) -> None:
         pending += [(child, (*here, key)) for key, child in children if _is_container(child, here, key)]
 
 
-#: The types of values that have one JSON each, and hold no other value.
+#: The types whose values have exactly one JSON form, and hold no other value.
 PLAIN = frozenset({str, bool, type(None)})
 _KEYS = frozenset({str})
 
 
 def _is_container(value: Any, *path: Any) -> bool:
-    """Tell a dict or list from a leaf; refuse what is neither. `path` is a path and, for a child, its key."""
+    """Tell a dict or list from a leaf, and refuse any other value. `path` is a path and, for a child, its key."""
     kind = type(value)
     if kind is dict or kind is list:
         return True
@@ -133,7 +136,7 @@ def _advice(kind: type) -> str:
 
 def encode_exact(value: Any, path: ValuePath = ()) -> bytes:
     """Check and encode a value."""
-    # Most messages hold nothing but strings: they need no walk, and no call of `encode`.
+    # Most messages hold only strings. They need no walk, and no call of `encode`.
     if type(value) is not dict or not {*map(type, value)} <= _KEYS or not {*map(type, value.values())} <= PLAIN:
         check(value, path)
     try:
@@ -143,7 +146,7 @@ def encode_exact(value: Any, path: ValuePath = ()) -> bytes:
 
 
 def encode_unchecked(value: Any) -> bytes | None:
-    """Encode a value that may have no exact JSON form: None if it has none at all."""
+    """Encode a value that may have no exact JSON form. Return None if it has no JSON form at all."""
     try:
         return _encode(value)
     except (TypeError, ValueError, RecursionError, OverflowError, msgspec.MsgspecError):
@@ -165,9 +168,10 @@ def encode_lines_unchecked(items: list[Any]) -> bytes | None:
 
 
 def encode(value: Any, path: ValuePath = ()) -> bytes:
-    """Encode a value that `check` has accepted, without spaces; `path` is where it stands, for the error.
+    """Encode a value that `check` has accepted, without spaces.
 
-    The same value always gives the same bytes, and equal bytes mean equal values of equal types.
+    The same value always gives the same bytes, and equal bytes mean equal values of equal types. An error names `path`,
+    the place of the value.
     """
     try:
         return _encode(value)
@@ -177,7 +181,7 @@ def encode(value: Any, path: ValuePath = ()) -> bytes:
 
 @lru_cache(maxsize=1024)
 def encode_key(name: str) -> bytes:
-    """Encode the name of a top-level value, and the colon behind it. Sessions have the same ones again and again."""
+    """Encode the name of a top-level value, and the colon behind it. Cached, because sessions have the same names."""
     return encode(name, (name,)) + b":"
 
 
@@ -185,16 +189,16 @@ _PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 
 def joined(text: str) -> str:
-    """Join the halves of each surrogate pair to the character that they mean. A lone half stays as it is."""
+    """Join the halves of each surrogate pair into the character that they mean. A lone half stays as it is."""
     if text.isascii() or _PAIR.search(text) is None:
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
 
 
 def _encode_surrogates(value: Any, path: ValuePath) -> bytes:
-    """Encode a value with a surrogate in it. All else in it has the bytes that it has elsewhere.
+    """Encode a value with a surrogate in it. Every other part of it has its usual bytes.
 
-    So a value has the same bytes as the one that is read back, in which the halves of pairs are joined.
+    So the value has the same bytes as the value that is read back, in which the halves of pairs are joined.
     """
     if isinstance(value, list | tuple):
         return b"[%b]" % b",".join([encode(item, path) for item in value])
@@ -210,7 +214,7 @@ def _encode_surrogates(value: Any, path: ValuePath) -> bytes:
 
 
 def twins(path: ValuePath) -> NotJSON:
-    """Return the error of an object that would have a key twice."""
+    """Return the error for an object that would have a key twice."""
     return NotJSON(path=path, reason="two keys in it are one, when the halves of surrogate pairs are joined")
 
 
@@ -225,7 +229,7 @@ def decode(encoded: bytes | memoryview) -> Any:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     try:
-        # A lone surrogate, which msgspec does not read. If it is real damage, this raises in its turn.
+        # It may be a lone surrogate, which msgspec does not read. Real damage raises here, too.
         return json.loads(bytes(encoded).decode(), parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise Undecodable(type(error).__name__) from None
@@ -239,7 +243,7 @@ def _finite(literal: str) -> float:
 
 
 class StrictError(ValueError):
-    """Foreign JSON that cannot be taken as it is; `offset` is in bytes."""
+    """Foreign JSON that cannot be taken as it is. `offset` counts bytes."""
 
     def __init__(self, reason: str, offset: int) -> None:
         super().__init__(reason)
@@ -248,10 +252,10 @@ class StrictError(ValueError):
 
 
 def decode_strict(encoded: bytes) -> Any:
-    """Decode JSON from another program; raise `StrictError` for what one reader would take and another would not.
+    """Decode JSON from another program. Raise `StrictError` if one reader would take it and another would not.
 
-    That is: a byte order mark, bad UTF-8, duplicate keys, NaN and infinities (also as 1e400), integers and
-    nesting over the limits, anything after the value.
+    It refuses a byte order mark, bad UTF-8, duplicate keys, NaN and infinities (also as 1e400), integers and nesting
+    over the limits, and anything after the value.
     """
     if not encoded.strip(b"\0"):
         # A power cut leaves zeros where a program did not sync.
@@ -270,7 +274,7 @@ def decode_strict(encoded: bytes) -> Any:
         reason, position = _not_json(text, error.pos)
         raise StrictError(reason, len(text[:position].encode())) from None
     except (ValueError, RecursionError):
-        # A key twice, an integer of too many digits, or what `check` refuses.
+        # A key twice, an integer of too many digits, or a value that `check` refuses.
         reason, position = _locate(text)
         raise StrictError(reason, len(text[:position].encode())) from None
     return value
@@ -281,7 +285,7 @@ _MARKS = {BYTE_ORDER_MARK: "UTF-8", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"
 
 
 def _not_json(text: str, position: int) -> tuple[str, int]:
-    """Tell what a text is that is not one JSON value, and where that shows."""
+    """Tell why a text is not one JSON value, and where that shows."""
     if not text.strip():
         return "it is empty.", 0
     with suppress(ValueError, RecursionError):
@@ -306,7 +310,7 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"(?:\s*:)?|[{}\[\]]|-?Infinity|NaN|-?\d+(?
 
 
 def _locate(text: str) -> tuple[str, int]:
-    """Find what was refused: neither the parser's hook nor `check` knows where that stands in the text."""
+    """Find the refused value, because neither the parser's hook nor `check` knows its place in the text."""
     keys: list[set[str]] = []
     for token in _TOKEN.finditer(text):
         literal, start = token[0], token.start()

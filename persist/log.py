@@ -1,10 +1,10 @@
-"""The log of the library, `logging.getLogger("persist")`: what becomes of files and streams, by their ids.
+"""The log of the library, `logging.getLogger("persist")`. It names files and streams by their ids.
 
     DEBUG    a fold; a wait for a lock of over 50 ms, or in vain; a replica that caught up with the commits of others
     INFO     a stale stream that was cleared; a torn tail that was folded away
     WARNING  a commit whose outcome is unknown; a disk that refused; a journal that is older than what was read of it
 
-Content never stands in it. No verb logs anything on its usual path.
+The log never holds the content of a document. No verb logs anything on its usual path.
 """
 
 from __future__ import annotations
@@ -12,5 +12,5 @@ from __future__ import annotations
 import logging
 
 log = logging.getLogger("persist")
-# A program that sets up no logging sees nothing of it.
+# A program that sets up no logging sees nothing of this log.
 log.addHandler(logging.NullHandler())

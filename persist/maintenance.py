@@ -1,7 +1,7 @@
-"""Maintenance: what is damaged, stale or left over in a directory of sessions.
+"""Maintenance: the search for damage, stale streams and left-over files in a directory of sessions.
 
-The first look at a session takes no lock. It may meet a commit, a delete or a fold of a live server half-way. So only
-what looks wrong is looked at again, under the session's lock, and that look decides (HAZARDS F11).
+The first look at a session takes no lock. It may meet a commit, a delete or a fold of a live server half-way. So a
+session that looks wrong is looked at again, under its lock, and that look decides (HAZARDS F11).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from persist.storage.transaction import Transaction
 from persist.working_copy import WorkingCopy
 
 Found = TypeVar("Found")
-#: The order of the problems of a store: those of documents first, and what is not of `persist` last.
+#: The order of the problems of a store. The problems of documents come first, and foreign files come last.
 _ORDER = ("left-over", "orphaned", "foreign")
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that `Store.check` has found.
+    """A problem that `Store.check` has found.
 
     `kind` is "corrupt", "unsupported", "unreadable", "locked", "stale", "left-over", "orphaned" or "foreign". A foreign
     file is not of `persist`, and no fault of the store. Its `session_id` is its name, without ".json".
@@ -40,7 +40,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Step(Generic[Found]):
-    """A step of a look at many sessions: `done` of `total` are done, and what the last one gave is `found`."""
+    """A step of a look at many sessions. `done` of `total` are done, and `found` is the result of the last one."""
 
     done: int
     total: int
@@ -49,7 +49,7 @@ class Step(Generic[Found]):
 
 @dataclass(slots=True)
 class _Files:
-    """The files that bear a session's name, as the directory was listed. `journals` are those with their hex."""
+    """The files that bear a session's name, as the directory was listed. `journals` holds file names with their hex."""
 
     has_document: bool = False
     has_lock: bool = False
@@ -58,12 +58,12 @@ class _Files:
 
 
 def check(backend: streams.Backend) -> list[Problem]:
-    """Return what is wrong in a store. See `Store.check`."""
+    """Return the problems of a store. See `Store.check`."""
     return in_order(problem for step in checking(backend) for problem in step.found)
 
 
 def in_order(problems: Iterator[Problem]) -> list[Problem]:
-    """Sort problems: those of documents by their sessions, then what is left over, then what is foreign."""
+    """Sort problems: those of documents by their sessions, then left-over files, orphaned journals, foreign files."""
     return sorted(
         problems,
         key=lambda each: (_ORDER.index(each.kind) + 1 if each.kind in _ORDER else 0, each.session_id, each.path),
@@ -74,7 +74,7 @@ def checking(backend: streams.Backend) -> Iterator[Step[list[Problem]]]:
     """Check one session after the other. The last step has the foreign files."""
     files = backend.files
     sessions, foreign = _listed(files)
-    # The streams in a copy are as they were committed. They end when it is put back.
+    # The streams in a backup are as they were committed. They end when it is put back.
     has_streams = not disk.exists(files.layout.backup)
     for done, (name, its) in enumerate(sorted(sessions.items()), 1):
         yield Step(done, len(sessions), list(_problems(backend, name, its, has_streams=has_streams)))
@@ -82,7 +82,7 @@ def checking(backend: streams.Backend) -> Iterator[Step[list[Problem]]]:
 
 
 def _listed(files: SessionDirectory) -> tuple[dict[str, _Files], list[str]]:
-    """Return the files of each session's name, and the names of those that are not of `persist`."""
+    """Return the files of each session's name, and the names of the files that are not of `persist`."""
     sessions: dict[str, _Files] = {}
     foreign = []
     for file_name in files.names():
@@ -99,7 +99,7 @@ def _listed(files: SessionDirectory) -> tuple[dict[str, _Files], list[str]]:
 
 
 def _problems(backend: streams.Backend, name: str, its: _Files, *, has_streams: bool) -> Iterator[Problem]:
-    """Tell what is wrong with a session. What looks wrong at first is looked at again under the lock."""
+    """Yield the problems of a session. If it looks wrong at first, it is looked at again under the lock."""
     files = backend.files
     first = session_id = files.id_of(name)
     suspicion: Exception | None = None
@@ -118,7 +118,7 @@ def _problems(backend: streams.Backend, name: str, its: _Files, *, has_streams: 
     document = Path(files.layout.named(name, None).document)
     try:
         if isinstance(suspicion, errors.LockTimeout):
-            # It has been waited for once.
+            # The first look has waited for the lock already.
             raise suspicion
         with files.transaction_on(name, first) as tx:
             yield from _judged(backend, tx, name, first, its, has_streams=has_streams)
@@ -131,7 +131,7 @@ def _problems(backend: streams.Backend, name: str, its: _Files, *, has_streams: 
         elif not its.has_document and (its.has_temp or its.journals):
             yield Problem(session_id, "locked", document, str(error))
     except (errors.PersistError, OSError) as error:
-        # The disk refuses the lock, of a store that can only be read, say. A lone lock file is nothing.
+        # The disk refuses the lock, in a store that can only be read, say. A lone lock file is no problem.
         if its.has_document or its.has_temp or its.journals:
             yield _of_document(session_id, document, suspicion or error)
 
@@ -139,12 +139,12 @@ def _problems(backend: streams.Backend, name: str, its: _Files, *, has_streams: 
 def _judged(
     backend: streams.Backend, tx: Transaction, name: str, session_id: str | None, its: _Files, *, has_streams: bool
 ) -> Iterator[Problem]:
-    """Tell what is wrong with a session whose lock is held. So no commit, fold or delete is under way."""
+    """Yield the problems of a session whose lock is held. So no commit, fold or delete is under way."""
     files, paths, header = backend.files, tx.paths, None
     has_document = tx.exists()
     if has_document:
         if session_id is None and (session_id := files.id_of(name)) is not None:
-            # It was made between the two looks, and it is whole: its header names its id.
+            # The session was created between the two looks. It is whole, because its header names its id.
             return
         if session_id is None:
             what = f"{paths.document} holds no session id whose hash its name is. "
@@ -170,7 +170,7 @@ def _judged(
     for file_name, journal in its.journals:
         path = Path(paths.directory, file_name)
         if has_document and (header is None or header.journal == journal):
-            # A document that cannot be read may name it, and that problem is told already.
+            # A document that cannot be read may name this journal, and that problem is told already.
             continue
         with contextlib.suppress(FileNotFoundError):
             yield _journal(files, shown, path, journal, header, has_document=has_document)
@@ -181,7 +181,7 @@ def _stale(files: SessionDirectory, tx: Transaction) -> Problem | None:
     info = streams.look_at(tx)
     if info is None or info.is_live:
         return None
-    # A sweep goes by the leases; another program's streams have none.
+    # A sweep looks at the leases, and another program's streams have none.
     has_lease = layout.is_stream_id(info.stream_id) and disk.exists(tx.paths.lease(info.stream_id))
     option = "" if has_lease else " --every-session"
     remedy = f"Clear it with 'persist clear-stale {files.layout.directory}{option}'."
@@ -200,7 +200,7 @@ def _of_document(session_id: str, path: Path, error: Exception) -> Problem:
 def _left_over(files: SessionDirectory, session_id: str, path: Path, *, has_document: bool) -> Problem:
     remedy = f"the next commit to {session_id!r} removes or uses it"
     if has_document:
-        # A commit that only adds to a journal does not.
+        # A commit that only adds to a journal does not remove it.
         remedy = f"{layout.command('compact', files.layout.directory, session_id)} removes it"
     return Problem(session_id, "left-over", path, f"{path} is left over from a crash, and harmless; {remedy}.")
 
@@ -208,7 +208,7 @@ def _left_over(files: SessionDirectory, session_id: str, path: Path, *, has_docu
 def _journal(
     files: SessionDirectory, session_id: str, path: Path, name: str, header: Header | None, *, has_document: bool
 ) -> Problem:
-    """Tell what a journal is that no document names. Raise `FileNotFoundError` if it is gone."""
+    """Return the problem of a journal that no document names. Raise `FileNotFoundError` if it is gone."""
     disk.version_of(path)
     try:
         is_harmless = is_left_over(path, name, header)

@@ -1,32 +1,40 @@
-"""Three-way merge of JSON values: what each side changed since the base, and nothing else. Pure functions, no I/O.
+"""The three-way merge of JSON values. It makes the changes of both sides since the base, and nothing else.
 
-- Objects merge key by key, recursively; a deletion is a change like any other.
+All functions are pure, without I/O.
+
+- Objects merge key by key, recursively. A deletion is a change like any other.
 - Arrays merge item by item:
 
   1. An ``id`` counts only if no array has it twice and the items' ``role`` agrees. Such an item merges key by key,
      wherever it stands. Two new items of one id that differ are a conflict.
-  2. Any other item is a single value. It is never merged inside, nor taken for an edit of another item.
-  3. The items that both sides keep cut the arrays into runs. A run that one side left alone becomes the other side's.
-  4. If both sides begin and end a run alike, with at least as many items as the run had, these stand once. What only
-     one side has follows, theirs first. So two appends are both kept, and equal items without ids that both append
-     are one.
-  5. If one side put as many items in the place of a run, and the other only added around it, both changes stand.
-  6. If both sides only removed, both removals stand. All other runs are conflicts. With a preference, edits of
-     different items of a run stand where they were made; else the preferred side's run stands without what the other
-     side removed, and then what the other side added.
-  7. At last every item is counted, and its number must be what both changes make. So an item that one side moved and
-     the other side moved or removed is a conflict, whatever the preference.
+  2. Any other item is a single value. It is never merged inside, and never taken for an edit of another item.
+  3. The items that both sides keep cut the arrays into runs. If one side left a run alone, the other side's run stands.
+  4. Both sides may begin and end a run alike, with at least as many items as the run had. Then these items stand once.
+     The items that only one side has stand between them, theirs first. So two appends are both kept. Equal items
+     without ids that both sides append stand once.
+  5. If one side put as many items in the place of a run, and the other side only added items around the run, both
+     changes stand.
+  6. If both sides only removed items, both removals stand. Any other run is a conflict. With a preference, edits of
+     different items of a run stand where they were made. Otherwise the preferred side's run stands, without the items
+     that the other side removed. The items that the other side added follow.
+  7. At last every item is counted. Its number must be the one that both changes make. So it is a conflict, whatever the
+     preference, if one side moved an item and the other side moved or removed it.
 
-- Anything else: changed on one side wins; changed on both to different values is a conflict.
+- For any other value, a change on one side wins. Changes on both sides to different values are a conflict.
 
-Equality is of JSON type and value: ``True``, ``1`` and ``1.0`` differ, and so do ``0.0`` and ``-0.0``.
+Two values are equal if their JSON types and values are equal. ``True``, ``1`` and ``1.0`` differ, and so do ``0.0`` and
+``-0.0``.
 
 A conflict raises `MergeConflict`, unless `prefer` says whose value to take. A policy settles one top-level field in its
 own way: ``sum`` adds both changes, ``max`` keeps the greater, ``mine`` and ``theirs`` take that side.
 
-The laws (tested as properties): ``merge(b, m, b) == m``; ``merge(b, b, t) == t``; edits that do not overlap commute,
-but for the order of two appended blocks; nothing that a side added is lost or doubled; nothing that a side removed
-comes back; no text comes under another item's ``role``.
+The laws, which are tested as properties:
+
+- ``merge(b, m, b) == m`` and ``merge(b, b, t) == t``.
+- Edits that do not overlap commute, except for the order of two appended blocks.
+- Nothing that a side added is lost or doubled.
+- Nothing that a side removed comes back.
+- No text comes under another item's ``role``.
 """
 
 from __future__ import annotations
@@ -48,7 +56,7 @@ Preference = Literal["error", "mine", "theirs"]
 
 
 class _Missing:
-    """Stands for "no such key" where None is a value."""
+    """The value that stands for "no such key", because None is a value of its own."""
 
     def __repr__(self) -> str:
         return "MISSING"
@@ -64,7 +72,7 @@ MISSING: Final = _Missing()
 
 
 def check_policies(policies: object) -> None:
-    """Raise `InvalidArgument` unless `policies` maps fields to some of the four policies."""
+    """Raise `InvalidArgument` unless `policies` maps fields to the known policies."""
     if not isinstance(policies, Mapping):
         raise InvalidArgument(what="merge", expected="a mapping of fields to policies", got=type(policies).__name__)
     for field, policy in policies.items():
@@ -85,15 +93,15 @@ def merge(
 ) -> dict[str, Any]:
     """Return `theirs` with the changes that `mine` made to `base`.
 
-    The result shares structure with its arguments; none of them is changed.
+    The result shares structure with the arguments. None of them is changed.
 
     Args:
-        policies: top-level field -> policy, asked when both sides changed that field.
-        prefer: whose value stands at a conflict; ``"error"`` raises.
+        policies: top-level field -> policy. A policy counts when both sides changed its field.
+        prefer: the side whose value stands at a conflict. ``"error"`` raises.
 
     Raises:
-        MergeConflict: both sides changed one place in different ways, and `prefer` is ``"error"``; or, whatever it is,
-            one side moved items of an array that the other moved or removed.
+        MergeConflict: both sides changed one place in different ways, and `prefer` is ``"error"``. Or, whatever
+            `prefer` is, one side moved items of an array that the other side moved or removed.
     """
     return _Merger(prefer, policies or {}).object((), base, mine, theirs)
 
@@ -103,7 +111,7 @@ def _is_number(value: Any) -> bool:
 
 
 class _Merger:
-    """One merge: it carries the caller's wishes down the recursion. `b`, `m`, `t` are base, mine and theirs."""
+    """One merge. It carries the caller's wishes down the recursion. `b`, `m` and `t` are base, mine and theirs."""
 
     def __init__(self, prefer: Preference, policies: Mapping[str, Policy]) -> None:
         self.prefer = prefer
@@ -115,7 +123,7 @@ class _Merger:
         return m if self.prefer == "mine" else t
 
     def settled(self, key: Any, b: Any, m: Any, t: Any) -> Any:
-        """A field that has a policy, and that both sides changed."""
+        """Settle a field that has a policy, and that both sides changed."""
         policy = self.policies[key]
         if policy == "mine":
             return m
@@ -132,7 +140,7 @@ class _Merger:
         return self.conflict((key,), f"policy {policy!r} cannot combine these values", b, m, t)
 
     def value(self, path: ValuePath, b: Any, m: Any, t: Any) -> Any:
-        """Any place of a document; MISSING stands for "not there", on either way."""
+        """Merge any place of a document. `MISSING` stands for "not there", as an argument and as the result."""
         if same(b, m):
             return t
         if same(b, t):
@@ -148,10 +156,10 @@ class _Merger:
         return self.conflict(path, "two different values", b, m, t)
 
     def object(self, path: ValuePath, b: Any, m: dict[str, Any], t: dict[str, Any]) -> dict[str, Any]:
-        """Key by key."""
+        """Merge objects key by key."""
         base = {} if b is MISSING else b
         merged = {}
-        # Mine first: `patch` brings the result into mine, where a new key can only come last.
+        # Mine first, because `patch` brings the result into mine, where a new key can only come last.
         for key in (*m, *(key for key in t if key not in m)):
             three = base.get(key, MISSING), m.get(key, MISSING), t.get(key, MISSING)
             value = self.value((*path, key), *three)
@@ -160,7 +168,7 @@ class _Merger:
         return merged
 
     def array(self, path: ValuePath, b: Any, m: list[Any], t: list[Any]) -> list[Any]:
-        """Item by item: first the versions of each id, then the order of all items."""
+        """Merge arrays item by item: first the versions of each id, then the order of all items."""
         lists = ([] if b is MISSING else b), m, t
         lead = same_objects(*lists)
         rests = [items[lead:] for items in lists]
@@ -180,11 +188,11 @@ class _Merger:
         try:
             return m[:lead] + [items[name] for name in _merge_labels(*labels, prefer=self.prefer)]
         except _Clash as clash:
-            # Never one side's whole array, whatever is preferred: it lacks what the other has added.
+            # No preference takes one side's whole array, because it lacks the items that the other side has added.
             raise MergeConflict(path=path, reason=str(clash), base=b, mine=m, theirs=t) from None
 
     def item(self, path: ValuePath, b: Any, m: Any, t: Any) -> Any:
-        """An item that has an id. Two new ones are never mixed, because neither side has seen the other's."""
+        """Merge an item that has an id. Two new items are never mixed, because neither side has seen the other's."""
         if b is MISSING and MISSING not in (m, t) and not same(m, t):
             return self.conflict(path, "one id, two contents", b, m, t)
         return self.value(path, b, m, t)
@@ -194,17 +202,17 @@ class _Clash(Exception):
     """The two sides' edits of one array contradict each other."""
 
 
-#: An item's id, or its JSON as bytes: items are compared by it.
+#: The label by which items are compared: an item's id, or its JSON as bytes.
 Label = str | int | bytes
 
 
 def same_objects(first: list[Any], *others: list[Any]) -> int:
-    """How many objects stand at the beginning of all lists: they need not be compared."""
+    """Count the objects at the beginning that are the same in all lists. They need no comparison."""
     return min(sum(takewhile(bool, map(is_, first, other))) for other in others)
 
 
 def label(item: Any) -> Label:
-    """Return what an item is compared by: its id, or else its JSON."""
+    """Return the label of an item: its id, or its JSON if it has none."""
     own = _id(item)
     return canonical(item) if own is None else own
 
@@ -238,11 +246,12 @@ def _labels(*lists: list[Any], before: Iterable[Any] = ()) -> list[list[Label]]:
 
 
 def _merge_labels(base: list[Label], mine: list[Label], theirs: list[Label], *, prefer: Preference) -> list[Label]:
-    """Merge the runs between the items that both sides keep, and count every item at last."""
+    """Merge the runs between the items that both sides keep, and count every item at the end."""
     lead, tail = _ends(mine, theirs)
     rests = {*mine[lead : len(mine) - tail], *theirs[lead : len(theirs) - tail]}
     kept = []
-    # If both sides made the same of the whole base and then added, all is one run: equal items could match wrongly.
+    # If both sides changed the whole base alike and then added items, all is one run. Else equal items could match
+    # wrongly.
     if lead + tail < len(base) or not rests.isdisjoint(base):
         in_mine, in_theirs = dict(align(base, mine)), dict(align(base, theirs))
         kept = [(i, j, in_theirs[i]) for i, j in in_mine.items() if i in in_theirs]
@@ -270,16 +279,16 @@ def _merge_labels(base: list[Label], mine: list[Label], theirs: list[Label], *, 
 
 
 def _merge_run(base: list[Label], mine: list[Label], theirs: list[Label], prefer: Preference) -> list[Label]:
-    """Merge what stands between two items that both sides keep."""
+    """Merge the run between two items that both sides keep."""
     if mine == base:
         return theirs
     if theirs in (base, mine):
         return mine
-    # Both put the same in the place of the base. What only one of them added follows, theirs first.
+    # Both sides put the same items in the place of the base. The items that only one side has stand between them.
     lead, tail = _ends(mine, theirs)
     if lead + tail >= len(base):
         return theirs[: len(theirs) - tail] + mine[lead:]
-    # One put as many items in the place of the base, and the other only added around it.
+    # One side put as many items in the place of the base, and the other side only added items around it.
     for side, other in ((mine, theirs), (theirs, mine)):
         for at in range(len(other) - len(base) + 1):
             if len(side) == len(base) and other[at : at + len(base)] == base:
@@ -298,17 +307,17 @@ def _merge_run(base: list[Label], mine: list[Label], theirs: list[Label], prefer
 
 
 def _ends(one: Sequence[Label], other: Sequence[Label]) -> tuple[int, int]:
-    """Count the items that two lists share at the beginning, and those at the end of their rests."""
+    """Count the items that two lists share at the beginning, and the items that their rests share at the end."""
     lead = sum(takewhile(bool, map(eq, one, other)))
     return lead, sum(takewhile(bool, map(eq, reversed(one[lead:]), reversed(other[lead:]))))
 
 
 def align(base: Sequence[Label], side: Sequence[Label]) -> list[tuple[int, int]]:
-    """Match the labels of two arrays: pairs of positions, rising in both.
+    """Match the labels of two arrays. Return pairs of positions, which rise in both.
 
-    Equal beginnings and ends first (nearly every change is an append), then the longest rising run of labels that both
-    sides have. The n-th occurrence of a label matches the n-th only, so labels are unique and the run is found in
-    O(n log n); a general diff takes quadratic time on repeated items.
+    Equal beginnings and ends match first, because nearly every change is an append. Then comes the longest rising run
+    of labels that both sides have. The n-th occurrence of a label matches only the n-th one. So labels are unique, and
+    the run is found in O(n log n). A general diff takes quadratic time on repeated items.
     """
     lead, tail = _ends(base, side)
     places = {name: i for i, name in enumerate(_numbered(base[lead : len(base) - tail]), lead)}
@@ -320,15 +329,15 @@ def align(base: Sequence[Label], side: Sequence[Label]) -> list[tuple[int, int]]
 
 
 def _numbered(labels: Sequence[Label]) -> list[tuple[Label, int]]:
-    """Return each label with the number of times that it came before."""
+    """Return each label with the number of its earlier occurrences."""
     seen: defaultdict[Label, Iterator[int]] = defaultdict(count)
     return [(name, next(seen[name])) for name in labels]
 
 
 def _longest_rising(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The longest run of pairs whose first members rise (the second ones rise already): patience sorting."""
+    """Return the longest run of pairs whose first members rise, by patience sorting. The second ones rise already."""
     tops: list[int] = []
-    #: For each pile the longest run that ends with its top: its last pair, and the run before that.
+    #: For each pile, the longest run that ends with its top: the last pair of that run, and the run before it.
     runs: list[Any] = []
     for i, j in pairs:
         pile = bisect_left(tops, i)

@@ -1,4 +1,4 @@
-"""Bring a result into live objects, in place.
+"""The patch, which brings a result into live objects, in place.
 
 Callers hold references into a document (``messages = session.data["messages"]``). After a patch they still hold the
 document's own objects.
@@ -18,19 +18,19 @@ def patch(target: dict[str, Any], known: dict[str, Any], wanted: dict[str, Any])
 
     Args:
         target: the document.
-        known: a copy of it as it is now. Parts that are to stay may be shared with `wanted`.
-        wanted: what it shall be. Parts of it become parts of `target`.
+        known: a copy of `target` as it is now. It may share the parts that stay with `wanted`.
+        wanted: the new state. Parts of it become parts of `target`.
     """
     _Patch(target).object(target, known, wanted)
 
 
 def _shared_in(document: Any) -> set[int]:
-    """The ids of the objects and arrays that stand at more than one place of a document."""
+    """Return the ids of the objects and arrays that stand at more than one place of a document."""
     seen: set[int] = set()
     shared: set[int] = set()
     level = [document]
     while level:
-        # A level at a time, because a call for each message of a long session would hold an event loop up.
+        # One level at a time, because a call for each message of a long session would block an event loop.
         fresh = dict(zip(map(id, level), level, strict=True))
         if len(fresh) < len(level):
             shared |= {each for each, times in Counter(map(id, level)).items() if times > 1}
@@ -49,36 +49,36 @@ def _shared_in(document: Any) -> set[int]:
 
 
 class _Patch:
-    """One patch.
+    """One patch of one document.
 
-    An object that stands at two places of the target is not changed in place: the other place is not meant.
+    It does not change an object in place that stands at two places of the target, because the other place must stay.
     """
 
     def __init__(self, target: dict[str, Any]) -> None:
         self._shared = _shared_in(target)
 
     def value(self, target: Any, known: Any, wanted: Any) -> Any:
-        """Return the value for the place of `target`: `target` itself, changed in place, if that can be."""
+        """Return the value for the place of `target`. It is `target` itself, changed in place, if that is possible."""
         if same(known, wanted):
             return target
         if id(target) in self._shared or not type(target) is type(known) is type(wanted) in (dict, list):
             return wanted
         if not known.keys() <= target.keys() if type(target) is dict else len(target) < len(known):
-            # The caller's value has the same JSON and is another one, with numbers as keys, say.
+            # The caller's value has the same JSON but is another Python value, with numbers as keys, say.
             return wanted
         change = self.object if type(target) is dict else self.array
         change(target, known, wanted)
         return target
 
     def object(self, target: dict[str, Any], known: dict[str, Any], wanted: dict[str, Any]) -> None:
-        """Key by key."""
+        """Patch an object key by key."""
         for key in known.keys() - wanted.keys():
             del target[key]
         for key, value in wanted.items():
             target[key] = self.value(target[key], known[key], value) if key in known else value
 
     def array(self, target: list[Any], known: list[Any], wanted: list[Any]) -> None:
-        """Slice by slice, between the items that stay."""
+        """Patch an array slice by slice, between the items that stay."""
         # From the end to the front, so that the places before the one being changed stay valid.
         i, j = len(known), len(wanted)
         lead = same_objects(known, wanted)

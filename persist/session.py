@@ -1,4 +1,4 @@
-"""Session: one conversation in memory, and what it was on disk when it was last loaded or saved."""
+"""The session: one conversation in memory, and its state on disk at the last load or save."""
 
 from __future__ import annotations
 
@@ -29,14 +29,17 @@ _PREFERENCES = get_args(Preference)
 
 
 class _Base(msgspec.Struct, frozen=True, eq=False):
-    """The state of the disk that an object knows. One value, so an exception finds all of it old, or all of it new.
+    """The state of the disk that an object knows.
+
+    It is one value, so that an exception leaves all of it old, or all of it new.
 
     Attributes:
-        header: that of the commit that `data` is based on.
+        header: the header of the commit that `data` is based on.
         content: the merge base.
         is_durable: whether this object has made that commit durable.
-        is_whole: whether the merge base is the content of that commit. It is not while an edit contradicts a later one.
-        tried: the id of a commit that was begun and not seen to end, with the content that was to be saved.
+        is_whole: whether the merge base is the content of that commit. It is not, while an edit contradicts a later
+            commit.
+        tried: the id of a commit that was begun and whose end was not seen, with the content that was to be saved.
     """
 
     header: Header
@@ -50,9 +53,9 @@ class _Written(msgspec.Struct, frozen=True, eq=False):
     """A save that another thread has written.
 
     Attributes:
-        committed: the session.
+        committed: the session after the save.
         mine: the state of `data` that was saved.
-        changes: what others have committed before, of the values that stand apart.
+        changes: the changes that others have committed before, in the values that stand apart.
     """
 
     committed: Replica
@@ -61,11 +64,11 @@ class _Written(msgspec.Struct, frozen=True, eq=False):
 
 
 class Overtaken(Exception):
-    """What was encoded for a save is based on a state that the object has left."""
+    """Raised when the content that was encoded for a save is based on a state that the object has left."""
 
 
 class _Alone:
-    """A block that one thread at a time is in. Once dropped, it is left: Ctrl-C may come between any two steps."""
+    """A block for one thread at a time. Dropping it leaves it, because Ctrl-C may come between any two steps."""
 
     __slots__ = ("_guard",)
 
@@ -76,7 +79,7 @@ class _Alone:
         self._guard.acquire()
 
     def __exit__(self, *_error: object) -> None:
-        # Nobody enters twice, so what this thread owns is this block's.
+        # No thread enters twice, so a guard that this thread owns is this block's.
         if self._guard._is_owned():  # type: ignore[attr-defined]
             self._guard.release()
 
@@ -84,15 +87,15 @@ class _Alone:
 
 
 class Session:
-    """One conversation, loaded. Change `data` in place, then `save`.
+    """A loaded conversation. Change `data` in place, then call `save`.
 
     Attributes:
         id: the session's id.
-        data: the document, a plain dict: ``json.dumps`` works on it, and nested edits count.
+        data: the document as a plain dict. ``json.dumps`` works on it, and nested edits count.
 
     Concurrency: any number of objects, threads and processes may have one session loaded. One object is for one thread
     at a time, like a database session. `save` and `refresh` of one object exclude each other. A save writes the
-    state of `data` that it has encoded, and a later edit is saved by the next one.
+    state of `data` that it has encoded, and the next save writes a later edit.
     """
 
     __slots__ = ("__weakref__", "_backend", "_base", "_guard", "_pid", "_policies", "data", "id")
@@ -106,13 +109,13 @@ class Session:
         self._backend = backend
         self._policies = policies
         self._base = _Base(found.header, found.content, is_durable)
-        # Taken inside the session's lock, never around it. It knows its thread, so that a signal handler gets an error
-        # instead of waiting for the thread that it interrupted.
+        # The guard is taken inside the session's lock, never around it. It knows its thread, so that a signal handler
+        # gets an error instead of waiting for the thread that it interrupted.
         self._guard = threading.RLock()
         self._pid = os.getpid()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # `session.title = …` on an object that takes any attribute would be lost at the next save, without a word.
+        # If the object took any attribute, `session.title = …` would be lost at the next save, without a word.
         if name not in self.__slots__:
             raise AttributeError(
                 f"A Session has no attribute {name!r} to set; the fields of its document are session.data[…]."
@@ -126,14 +129,14 @@ class Session:
         raise TypeError("A Session stays in its process: hand its id over, and load it there.")
 
     def _alone(self) -> _Alone:
-        """Return what keeps the verbs of other threads out of this object, for a block.
+        """Return a block that keeps the verbs of other threads out of this object.
 
         Raises:
-            LockError: this thread is inside already, and a signal handler or a finaliser asks again.
+            LockError: this thread is inside already, and its signal handler or a finaliser asks again.
         """
         if self._pid != os.getpid():
-            # This child was forked while another thread may have been inside. That thread is not here: its verb is as
-            # one that was cut off.
+            # Another thread may have been inside when this child was forked. That thread does not exist here, so its
+            # verb counts as one that was cut off.
             self._guard, self._pid = threading.RLock(), os.getpid()
         if self._guard._is_owned():  # type: ignore[attr-defined]
             raise errors.nested(self.id, held=self.id)
@@ -141,7 +144,7 @@ class Session:
 
     @property
     def revision(self) -> int:
-        """The revision that `data` is based on; 0 for a file that `persist` has not written yet."""
+        """The revision that `data` is based on, or 0 for a file that `persist` has not written yet."""
         return self._base.header.revision
 
     @property
@@ -151,12 +154,12 @@ class Session:
 
     @property
     def created_at(self) -> datetime:
-        """When the session was created (aware, UTC)."""
+        """The time when the session was created (aware, UTC)."""
         return self._base.header.created_at
 
     @property
     def updated_at(self) -> datetime:
-        """When it was last changed (aware, UTC); repairs and ``touch=False`` do not count."""
+        """The time of the last change (aware, UTC). Repairs and changes with ``touch=False`` do not count."""
         return self._base.header.updated_at
 
     @property
@@ -167,28 +170,31 @@ class Session:
     # --- saving ---
 
     def save(self, *, touch: bool = True, on_conflict: Preference = "error", timeout_s: float | None = None) -> str:
-        """Write what this object changed; what others committed meanwhile is kept, and stands in `data` afterwards.
+        """Write the changes of this object, and keep the commits that others made meanwhile.
 
-        Durable and visible on return. If nothing was changed, nothing is written. `data` and every object in it that is
-        still there stay the same objects. After an error, memory and disk are as they were before.
+        Afterwards `data` shows the changes of others, too. The commit is durable and visible on return. If nothing was
+        changed, nothing is written. `data` and every object in it that is still there stay the same objects. After an
+        error, memory and disk are as they were before.
 
         Args:
             touch: False keeps `updated_at`.
-            on_conflict: whose value stands where both sides changed one place: ``"mine"``, ``"theirs"``, or
-                ``"error"``. Where one side removed an item beside which the other added one, both stand then. So do two
-                edits of an item that has no id of its own.
-            timeout_s: how long to wait for the session's lock, in the place of the store's.
+            on_conflict: the side whose value stands if both sides changed one place: ``"mine"`` or ``"theirs"``.
+                ``"error"`` raises. With a side, two cases are no conflict, and both changes stand. In the first case,
+                one side removed an item, and the other side added one beside it. In the second case, both sides edited
+                an item that has no id of its own.
+            timeout_s: seconds to wait for the session's lock, in the place of the store's `timeout_s`.
 
         Returns:
-            The version that `data` is now.
+            The version that `data` is based on now.
 
         Raises:
-            MergeConflict: both sides changed one place; put `base` back, `refresh`, and edit anew, or name a side. Both
-                moved the same items of a list, or one put something else in the place of a list: name a side or not.
-            SessionDeleted: the session was deleted or replaced since it was loaded; load or create it again.
-            NotJSON, InvalidArgument: a value has no exact JSON form; it is named.
-            InvalidArgument: a stream field was changed by hand; use the stream verbs.
-            MergeConflict: committed messages would vanish in the middle of a turn; use `Store.transaction`.
+            MergeConflict: both sides changed one place. Put `base` back, `refresh`, and edit anew, or name a side. Two
+                cases raise it even if a side is named. Both sides moved the same items of a list, or one side put
+                something else in the place of a list.
+            SessionDeleted: the session was deleted or replaced since it was loaded. Load or create it again.
+            NotJSON, InvalidArgument: a value has no exact JSON form. The error names it.
+            InvalidArgument: a stream field was changed by hand. Use the stream verbs.
+            MergeConflict: committed messages would vanish in the middle of a turn. Use `Store.transaction`.
             LockTimeout, LockError, CommitFailed, CommitUnknown, CorruptSession: see the errors.
 
         Concurrency: holds the session's lock for read, merge and write, across threads and processes.
@@ -204,7 +210,7 @@ class Session:
             raise self._deleted() from None
 
     def _encode(self) -> Content:
-        """Encode `data` as it is now. A save writes that."""
+        """Encode `data` as it is now. A save writes this state."""
         mine = encoded(self.data, self._base.content)
         refuse_changed_stream_fields(self._base.content, mine)
         return mine
@@ -212,7 +218,8 @@ class Session:
     def _write_apart(self, base: _Base, mine: Content, touch: bool, prefer: Preference, timeout_s: float) -> _Written:
         """Do the part of a save that another thread may do for an event loop. It does not touch `data`.
 
-        The loop's thread encodes `mine` before, on that base, and shows the result by `_take_written`.
+        Before that, the loop's thread encodes `mine` on the same base. Afterwards it shows the result with
+        `_take_written`.
 
         Raises:
             Overtaken: a save of this object by another loop came between.
@@ -229,17 +236,20 @@ class Session:
             raise self._deleted() from None
 
     def _take_written(self, written: _Written) -> None:
-        """Bring into `data` what others have committed before a save that another thread has written."""
+        """Bring the earlier commits of others into `data`, after another thread has written a save."""
         committed, mine, changes = written.committed, written.mine, written.changes
         is_added = committed.content.fields == mine.fields and all(
             each.is_splice and not each.remove for each in changes
         )
-        # Added items take no look at the rest, which would hold the loop up.
+        # Added items need no look at the rest, which would block the loop.
         if not (is_added and changes and self._show_changes(mine, committed, changes)):
             self._take(committed, mine, is_durable=True)
 
     def _write(self, tx: Transaction, mine: Content, touch: bool, prefer: Preference) -> Replica:
-        """Commit what `mine` changed of the merge base. Return what is committed then. It does not touch `data`."""
+        """Commit the changes that `mine` made to the merge base, and return the committed session.
+
+        It does not touch `data`.
+        """
         there, base = tx.read(), self._base
         is_current = base.is_whole and there.header.commit == base.header.commit
         if mine == base.content:
@@ -249,7 +259,7 @@ class Session:
         else:
             merged = merge_contents(base.content, mine, there.content, self._policies, prefer)
         if merged != there.content:
-            # The own base shares with `mine` what was not changed.
+            # This object's base shares the unchanged values with `mine`, so they need no comparison.
             changes = diff.between(base.content if is_current else there.content, merged)
             self._refuse_removal(there, merged, changes)
             streams.refuse_twins(there.header, there.content, merged)
@@ -274,9 +284,9 @@ class Session:
             raise self._deleted()
 
     def _recognise(self, there: Replica) -> None:
-        """Refuse another session of the same id, and find out what became of a save that was cut off.
+        """Refuse another session of the same id, and learn the outcome of a save that was cut off.
 
-        What it appended without an id must not be appended again.
+        The items that such a save appended without an id must not be appended again.
         """
         self._refuse_other(there)
         base = self._base
@@ -293,7 +303,7 @@ class Session:
             raise errors.MergeConflict(path=(), reason="a save was cut off", clash=clash, remedy=remedy)
 
     def _refuse_removal(self, there: Replica, merged: Content, changes: tuple[diff.Change, ...]) -> None:
-        """Refuse to remove messages in the middle of a turn: there it is an accident (hermes-webui #4205)."""
+        """Refuse to remove messages in the middle of a turn, because there it is an accident (hermes-webui #4205)."""
         stream_id = streams.active_in(there.content)
         if stream_id is None or all(each.is_splice and not each.remove for each in changes):
             return
@@ -315,33 +325,33 @@ class Session:
     # --- taking what others committed ---
 
     def _take(self, committed: Replica, mine: Content, *, is_durable: bool) -> None:
-        """Bring what others committed into `data`, in place.
+        """Bring the commits of others into `data`, in place.
 
-        `mine` is the state of `data` that was compared with it.
+        `mine` is the state of `data` that was compared with the committed one.
         """
         if committed.content == mine:
             self._base = _Base(committed.header, committed.content, is_durable)
             return
         try:
-            # Edits made since, by another task of an event loop, stay.
+            # Edits that another task of an event loop has made since stay.
             self._merge_in(committed, mine, is_durable=is_durable)
         except errors.PersistError:
-            # Such an edit contradicts theirs, or it is no JSON. It stays, and the next save reports it.
+            # Such an edit contradicts the commits of others, or it is no JSON. It stays, and the next save reports it.
             self._base = structs.replace(self._base, content=mine, is_whole=False, tried=None)
 
     def _merge_in(self, there: Replica, base: Content, *, is_durable: bool) -> None:
-        """Bring what differs between `base` and what is committed into `data`."""
+        """Bring the differences between `base` and the committed state into `data`."""
         current = encoded(self.data, base)
         wanted = merge_contents(base, current, there.content, self._policies, "error")
         self._show(current, wanted, _Base(there.header, there.content, is_durable))
 
     def _show(self, current: Content, wanted: Content, known: _Base) -> None:
-        """Change `data` from what it holds now to what is wanted, in place. It is based on `known` then."""
+        """Change `data` in place, from the current state to the wanted one. Then it is based on `known`."""
         try:
             self._patch(current, wanted)
             self._base = known
         except BaseException:
-            # Ctrl-C. The rest is shown, too: the next verb would take what was shown for an edit.
+            # After Ctrl-C the rest is shown, too. Else the next verb would take the part that was shown for an edit.
             self._patch(encoded(self.data, current), wanted)
             self._base = known
             raise
@@ -361,17 +371,18 @@ class Session:
         patch(self.data, stay | now, stay | then)
 
     def refresh(self) -> None:
-        """Take the committed state into `data`; unsaved edits are merged in and stay unsaved. Takes no lock.
+        """Bring the committed state into `data`. Unsaved edits are merged in and stay unsaved. Takes no lock.
 
         Raises:
-            MergeConflict: an unsaved edit contradicts the committed state; nothing was changed. Set it aside first.
-            SessionDeleted: the session was deleted or replaced; load or create it again.
-            LockError: a signal handler asks for it, or a finaliser, in the middle of a save or refresh of this object.
+            MergeConflict: an unsaved edit contradicts the committed state. Nothing was changed. Set the edit aside
+                first.
+            SessionDeleted: the session was deleted or replaced. Load or create it again.
+            LockError: a signal handler or a finaliser asks for it in the middle of a save or refresh of this object.
             CorruptSession: the file is damaged.
         """
         while True:
             before = self._base
-            # Outside the guard: where folds follow one another, it takes the lock.
+            # Outside the guard, because the read takes the session's lock where folds follow one another.
             there = self._read()
             with self._backend.files.looking_at(self.id), self._alone(), conflicts_in(self.id):
                 if self._base is before:
@@ -379,7 +390,7 @@ class Session:
                     return
 
     def _refresh(self, there: Replica) -> None:
-        """Bring what was read into `data`, in place."""
+        """Bring the state that was read into `data`, in place."""
         self._recognise(there)
         if there.header.commit != self._base.header.commit:
             self._merge_in(there, self._base.content, is_durable=False)
@@ -402,24 +413,25 @@ class Session:
     def clear_stale_stream(self, *, timeout_s: float | None = None) -> bool:
         """Clear this session's stream if it is dead: the compare-and-clear of hermes-webui #1533, across processes.
 
-        The stream that this object shows is compared with the one **on disk, under the session's lock**, and its lease
-        is asked in the same hold. Prompt and partial answer stay in ``messages``, marked ``interrupted``; the stream
-        fields are reset; `updated_at` is kept.
+        The stream that this object shows is compared with the one **on disk, under the session's lock**. Its lease is
+        tried in the same hold of the lock. Prompt and partial answer stay in ``messages``, marked ``interrupted``. The
+        stream fields are reset, and `updated_at` is kept.
 
         Args:
-            timeout_s: how long to wait for the session's lock, in the place of the store's.
+            timeout_s: seconds to wait for the session's lock, in the place of the store's `timeout_s`.
 
         Returns:
-            True if it was cleared: durably, and `data` shows it. A message that was marked is a new object there. False
-            if there is no stream, if it is alive, or if the session has moved on since it was loaded.
+            True if the stream was cleared. The clear is durable, and `data` shows it. A message that was marked is a
+            new object there. False if there is no stream, if it is alive, or if the session has moved on since it was
+            loaded.
 
         Raises:
             LockTimeout, LockError, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
-        # In the middle of another verb it is refused before anything is cleared.
+        # A call in the middle of another verb is refused here, before anything is cleared.
         self._alone()
         if self._base.tried is not None:
-            # The fate of a save that was cut off shows only before the clear.
+            # The outcome of a save that was cut off can be seen only before the clear.
             there = self._read()
             with self._alone():
                 self._recognise(there)
@@ -444,7 +456,7 @@ class Session:
             return None
 
     def _show_cleared(self, cleared: streams.Cleared) -> None:
-        """Show what the clear has committed. An unsaved edit that contradicts it stays, but for the stream fields."""
+        """Bring a committed clear into `data`. An unsaved edit that contradicts it stays, but not in stream fields."""
         there = cleared.after
         self._recognise(there)
         is_shown = False
@@ -452,19 +464,19 @@ class Session:
             is_base = self._base.is_whole and self._base.header.commit == cleared.before.header.commit
             is_shown = is_base and self._show_changes(self._base.content, cleared.after, cleared.changes)
         finally:
-            # Also after Ctrl-C: the next verb would take for an edit what was shown of it.
+            # Also after Ctrl-C, because the next verb would take a half-shown clear for an edit.
             if not is_shown:
                 self._show_merged(there)
 
     def _show_changes(self, base: Content, after: Replica, changes: tuple[diff.Change, ...]) -> bool:
-        """Show what was committed on top of `base`, without a look at the rest of `data`.
+        """Bring a commit on top of `base` into `data`, without a look at the rest of `data`.
 
         Args:
-            base: what `data` holds, but for unsaved edits.
-            changes: what turned the values of `base` that stand apart into those of `after`.
+            base: the content of `data` without unsaved edits.
+            changes: the changes from `base` to `after`, in the values that stand apart.
 
         Returns:
-            Whether that was done. It is not where an unsaved edit has touched what was changed.
+            Whether that was done. It is not done if an unsaved edit has touched a value that the commit changed.
         """
         wanted, data = after.content, self.data
         names = [name for name in {**base.fields, **wanted.fields} if base.fields.get(name) != wanted.fields.get(name)]
@@ -479,7 +491,7 @@ class Session:
             old, new = items.last(len(items) - change.at)[: change.remove], list(map(bytes, change.insert))
             if json_codec.encode_all_unchecked(live[change.at : stop]) != old:
                 return False
-            # A message that was changed is another object then: this one may stand elsewhere in `data`, too.
+            # A changed message becomes another object, because this one may stand elsewhere in `data`, too.
             shown = [
                 live[change.at + at] if old[at : at + 1] == [item] else json_codec.decode(item)
                 for at, item in enumerate(new)
@@ -516,7 +528,7 @@ class Session:
 
 
 def require_save_options(touch: bool, on_conflict: Preference) -> None:
-    """Raise `InvalidArgument` for options of a save that it cannot take."""
+    """Raise `InvalidArgument` for invalid options of a save."""
     if on_conflict not in _PREFERENCES:
         got = errors.shown(on_conflict)
         raise errors.InvalidArgument(what="on_conflict", got=got, expected=" | ".join(_PREFERENCES))

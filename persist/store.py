@@ -1,4 +1,4 @@
-"""Store: the verbs. Each is one transaction on one session, or a look that takes no lock."""
+"""The store and its verbs. Each verb is one transaction on one session, or a look that takes no lock."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Sweep:
 
     Attributes:
         cleared: the streams that it has cleared.
-        failures: of each session that it could not look at, the error, by the session's id; ``"*"`` for the directory
-            of the events. Mend those, and sweep again.
+        failures: the errors of the sessions that it could not look at, by the session's id. ``"*"`` stands for the
+            directory of the events. Remove the causes, and sweep again.
     """
 
     cleared: list[ClearedStream]
@@ -57,33 +57,33 @@ class Store:
     """A directory of sessions, shared by any number of threads and processes of one machine.
 
     Args:
-        path: the directory; made (mode 0700) if it is missing. A leading ``~`` or ``~user`` is a home directory.
-        timeout_s: seconds that a verb waits for a session's lock before it raises `LockTimeout`; 0 is now or never.
+        path: the directory. A missing one is created (mode 0700). A leading ``~`` or ``~user`` is a home directory.
+        timeout_s: seconds that a verb waits for a session's lock before it raises `LockTimeout`. 0 tries only once.
             Every verb that waits takes a `timeout_s` of its own.
-        journal: which sessions have a journal beside their document, so that a commit costs what it changes:
-            ``"auto"``, those above 64 KiB; ``"always"``, all; ``"never"``, none. It is for what this store writes:
-            every store reads all.
-        merge: top-level field -> "sum" | "max" | "mine" | "theirs": how `Session.save` settles a field that both sides
-            changed, instead of raising `MergeConflict`. Not for ``messages`` and ``tool_calls``, nor for the stream
-            fields.
-        keep_events_s: seconds that a stream's events stay after its end, for those who come back late.
-        keep_events_bytes: how large the events of a stream may grow, at least 4 KiB. Beyond that it drops the oldest
-            ones, and keeps those of the younger half. None keeps all. 64 MiB are some 800,000 tokens. An event that is
-            larger than half of it stays until the next ones come.
-        cache_bytes: how much memory the store may use for what it knows of large sessions.
-        unsafe_filesystem: True accepts any file system without a look. On one of another machine, or that a virtual
-            machine or a container shares with its host, no guarantee holds. One that is not known is tried with a lock,
-            and a `RuntimeWarning` tells of it.
-        mode: that of the files that this store makes. 0o660 shares them with a group, and 0o640 lets the group read.
-            Directories that it makes have 0o700, 0o2770 or 0o2750, and files get the group of their directory. The
-            umask counts for nothing. Every store on the directory needs the same one. A directory that is there must
-            have its mode already.
-        create: False opens a directory that must be there, and makes nothing in it until something is written.
+        journal: the sessions that have a journal beside their document, so that the cost of a commit depends only on
+            the change. ``"auto"`` means those above 64 KiB, ``"always"`` means all, and ``"never"`` means none. It
+            holds for the writes of this store. Every store reads all sessions.
+        merge: top-level field -> "sum" | "max" | "mine" | "theirs". This policy tells `Session.save` how to settle a
+            field that both sides changed, instead of raising `MergeConflict`. ``messages``, ``tool_calls`` and the
+            stream fields cannot have a policy.
+        keep_events_s: seconds that a stream's events stay after its end, for followers that come back late.
+        keep_events_bytes: how large the events of a stream may grow, at least 4 KiB. Beyond that the stream drops the
+            oldest events, and keeps those of the younger half. None keeps all. 64 MiB are some 800,000 tokens. An event
+            that is larger than half of the limit stays until the next ones come.
+        cache_bytes: how much memory the store may use for its replicas of large sessions.
+        unsafe_filesystem: True accepts any file system without a check. No guarantee holds on a file system of another
+            machine, nor on one that a virtual machine or a container shares with its host. With False, a file system
+            that is not known is tried with a lock, and a `RuntimeWarning` tells of it.
+        mode: the mode of the files that this store creates. 0o660 shares them with a group, and 0o640 lets the group
+            read. The directories that it creates have 0o700, 0o2770 or 0o2750, and files get the group of their
+            directory. The umask counts for nothing. Every store on the directory needs the same mode. A directory that
+            exists must have its mode already.
+        create: False opens a directory that must exist, and creates nothing in it until something is written.
 
     Raises:
         InvalidArgument: an argument is not what it must be.
-        Unreadable: the disk, or its permissions, refused.
-        InvalidArgument: the directory is on a file system where locks or fsync do not hold: nfs, cifs, virtiofs, say.
+        Unreadable: the disk or its permissions refused.
+        InvalidArgument: the directory is on a file system where locks or fsync do not hold (nfs, cifs, virtiofs, say).
 
     Example:
         >>> import persist, tempfile
@@ -118,7 +118,7 @@ class Store:
         policies = {} if merge is None else merge
         check_policies(policies)
         for field in policies.keys() & {HEADER, *turn.IDLE, *ALWAYS_APART}:
-            # To take one side of a list would drop what the other has appended.
+            # A policy that takes one side of a list would drop the items that the other side has appended.
             raise errors.reserved(field, "It has a rule of its own: leave it out of Store(merge=…).")
         self._policies = {json_codec.joined(field): policy for field, policy in policies.items()}
         if type(cache_bytes) is not int or cache_bytes < 0:
@@ -147,7 +147,7 @@ class Store:
         self._is_closed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # For multiprocessing: the other process opens the same directory for itself.
+        # For multiprocessing. The other process opens the same directory for itself.
         return functools.partial(Store, **self._options), (self.path,)
 
     def __repr__(self) -> str:
@@ -165,10 +165,9 @@ class Store:
         return Path(self._backend.files.layout.directory)
 
     def close(self) -> None:
-        """Refuse further verbs with `StoreClosed`. Streams that run go on, and sessions that are loaded can still be
-        saved.
+        """Refuse further verbs with `StoreClosed`.
 
-        Events that have expired are removed.
+        Running streams go on, and loaded sessions can still be saved. Events that have expired are removed.
         """
         self._is_closed = True
         self._backend.events.close()
@@ -193,10 +192,10 @@ class Store:
         """Return a session as it was last committed. Takes no lock and never writes.
 
         Raises:
-            SessionNotFound: create it first.
-            CorruptSession, UnsupportedFormat, Unreadable: the file cannot be trusted; it was not changed.
-            InvalidArgument: an id is any text of 1 to 512 characters.
-            Unreadable: the disk, or its permissions, refused.
+            SessionNotFound: there is no such session. Create it first.
+            CorruptSession, UnsupportedFormat, Unreadable: the file cannot be trusted. It was not changed.
+            InvalidArgument: the id is not valid. An id is any text of 1 to 512 characters.
+            Unreadable: the disk or its permissions refused.
         """
         return self._session(session_id, self._open().files.read(session_id), is_durable=False)
 
@@ -208,10 +207,10 @@ class Store:
         return Head.of(session_id, self._open().files.read_head(session_id))
 
     def heads(self, *, prefix: str = "", after: str | None = None, limit: int | None = None) -> Iterator[Head]:
-        """Yield the heads of sessions, by their ids; see `ids` for the arguments. Takes no lock.
+        """Yield the heads of sessions, in the order of their ids. See `ids` for the arguments. Takes no lock.
 
-        Each is read when it is asked for. A session that is gone by then, or cannot be read, is left out: one damaged
-        file must not hide the others. `check` names it.
+        Each head is read when it is asked for. A session that is gone by then, or cannot be read, is left out, because
+        one damaged file must not hide the others. `check` names it.
         """
         files = self._open().files
         for session_id in self.ids(prefix=prefix, after=after, limit=limit):
@@ -219,11 +218,11 @@ class Store:
                 yield Head.of(session_id, files.read_head(session_id))
 
     def tail(self, session_id: str, *, limit: int = 20, field: str = turn.MESSAGES) -> list[Any]:
-        """Return the last items of a list, and read no more than that takes. Takes no lock and never writes.
+        """Return the last items of a list, and read no more than needed. Takes no lock and never writes.
 
         Args:
-            limit: at most so many, the last one last.
-            field: a top-level list. One that is missing has no items.
+            limit: how many items to return at most. The last item comes last.
+            field: a top-level list. A missing list has no items.
 
         Raises:
             InvalidArgument: the field is no list.
@@ -241,9 +240,9 @@ class Store:
         """Return session ids, sorted. Takes no lock.
 
         Args:
-            prefix: only those that begin with it: end it with a separator.
-            after: only those behind it: the last id of the page before.
-            limit: at most so many.
+            prefix: return only ids that begin with it. End it with a separator.
+            after: return only ids behind it. It is the last id of the page before.
+            limit: how many ids to return at most.
         """
         require_text("prefix", prefix)
         require_texts(after=after)
@@ -254,11 +253,11 @@ class Store:
     # --- writing ---
 
     def create(self, session_id: str, data: dict[str, Any] | None = None, *, timeout_s: float | None = None) -> Session:
-        """Make a session. Durable and visible on return.
+        """Create a session. It is durable and visible on return.
 
         Raises:
-            SessionExists: load it, or choose another id.
-            InvalidArgument, NotJSON: an argument cannot be kept; nothing was written.
+            SessionExists: there is one of that id. Load it, or choose another id.
+            InvalidArgument, NotJSON: an argument cannot be kept. Nothing was written.
             LockTimeout, LockError, CommitFailed, CommitUnknown: see the errors.
         """
         content = encoded({} if data is None else data)
@@ -268,7 +267,8 @@ class Store:
     def _created(self, session_id: str, content: Content, timeout_s: float | None) -> Session:
         with self._locked(session_id, timeout_s) as tx:
             if tx.exists():
-                # A caller that asks again takes this for success. The first answer may have been lost in a crash.
+                # A caller that repeats a create takes this error for success, because a crash may have lost the first
+                # answer. So the session must be durable.
                 with suppress(errors.CorruptSession, errors.UnsupportedFormat, errors.Unreadable):
                     tx.confirm()
                 raise errors.SessionExists(session_id=session_id, path=tx.paths.document)
@@ -278,7 +278,7 @@ class Store:
     def duplicate(self, session_id: str, new_id: str, *, timeout_s: float | None = None) -> Session:
         """Copy a committed session to a new id, without its stream: no stream fields, no partial answer.
 
-        Raises: as `load` for the first, as `create` for the second.
+        Raises: as `load` for the first id, and as `create` for the second.
         """
         files = self._open().files
         found = files.read(session_id)
@@ -287,7 +287,7 @@ class Store:
             stream_id = turn.active_stream(copy.fields)
             owner = streams.owner_of(found.header, stream_id)
             if owner is None and stream_id is not None:
-                # Another program's turn: its prompt may stand in the stream fields only.
+                # It is another program's turn. Its prompt may stand in the stream fields only.
                 turn.interrupt_foreign(copy)
             turn.leave_out(copy, owner.answer_id if owner else None)
             content = copy.content
@@ -296,22 +296,22 @@ class Store:
     def replace(
         self, session_id: str, data: dict[str, Any], *, if_version: str | None = None, timeout_s: float | None = None
     ) -> Session:
-        """Put other data in the place of a session's, which may be damaged. Durable and visible on return.
+        """Replace the data of a session, which may be damaged. Durable and visible on return.
 
-        A session that can be read keeps its history of versions. One that cannot be read begins anew, and what stood
-        there is gone: copy the file first if it may be of use. A later `save` of an object that was loaded before is
-        refused.
+        A session that can be read keeps its history of versions. A session that cannot be read begins anew. Its old
+        content is gone, and a later `save` of an object that was loaded before is refused. Copy the file first if it
+        may be of use.
 
         Args:
             if_version: the version that the caller has seen. None replaces only a session that cannot be read.
 
         Raises:
-            SessionNotFound: create it.
+            SessionNotFound: there is no such session. Create it.
             SessionExists: it can be read, and no version was named.
             VersionMismatch: it has another version.
-            SessionBusy: a live stream owns it; wait, or cancel it.
+            SessionBusy: a live stream owns it. Wait, or cancel the stream.
             UnsupportedFormat: another version of persist may read it.
-            InvalidArgument, NotJSON: an argument cannot be kept; nothing was written.
+            InvalidArgument, NotJSON: an argument cannot be kept. Nothing was written.
             CorruptSession: a version was named, and the session cannot be read.
             LockTimeout, LockError, CommitFailed, CommitUnknown: see the errors.
         """
@@ -325,17 +325,17 @@ class Store:
     def delete(
         self, session_id: str, *, if_version: str | None = None, force: bool = False, timeout_s: float | None = None
     ) -> None:
-        """Remove a session; durable on return. A later `save` of an object that was loaded before is refused.
+        """Remove a session. Durable on return. A later `save` of an object that was loaded before is refused.
 
         Args:
-            if_version: the version that the caller has seen: any other one is left alone.
-            force: also while a live stream owns it (the stream gets `StreamLost`), and also if the file is damaged.
+            if_version: the version that the caller has seen. A session with any other version is left alone.
+            force: remove it even while a live stream owns it (the stream gets `StreamLost`), or if the file is damaged.
 
         Raises:
-            SessionNotFound: there is none.
+            SessionNotFound: there is no such session.
             VersionMismatch: it has another version.
-            SessionBusy: a live stream owns it; wait, cancel it, or force.
-            CorruptSession: it is damaged: force, or `replace` it.
+            SessionBusy: a live stream owns it. Wait, cancel the stream, or use `force`.
+            CorruptSession: it is damaged. Use `force`, or `replace` it.
             LockTimeout, LockError: see the errors.
         """
         require_flags(force=force)
@@ -355,24 +355,24 @@ class Store:
         touch: bool = True,
         timeout_s: float | None = None,
     ) -> Iterator[Transaction]:
-        """Change a session exactly: the lock is held from the read to the write, for the whole block.
+        """Change a session exactly. The lock is held from the read to the write, for the whole block.
 
-        What the block changes is one commit, durable when the block has ended. It costs what it changes. A block that
-        raises writes nothing, and so does one that changes nothing. Keep it short: others wait. Messages that it
-        removes are removed, also in the middle of a turn.
+        The changes of the block are one commit, which is durable when the block has ended. Its cost depends only on the
+        change. A block that raises writes nothing. A block that changes nothing writes nothing, either. Keep the block
+        short, because others wait. Messages that it removes are gone, also in the middle of a turn.
 
         Args:
-            if_version: the version that the edit was decided on: `Session.version`, `Head.version`, or what a verb has
-                returned. Name it for an edit that removes something. None takes any.
-            create: begin with an empty session where there is none, which is made also if the block changes nothing.
-                It is for the first write of a request, and not beside `if_version`.
+            if_version: the version for which the edit was decided: `Session.version`, `Head.version`, or the result of
+                a verb. Name it for an edit that removes something. None takes any version.
+            create: begin with an empty session if there is none. It is created even if the block changes nothing. This
+                is for the first write of a request. It does nothing together with `if_version`.
             touch: False keeps `updated_at`.
-            timeout_s: how long to wait for the lock, in the place of the store's; 0 is now or never.
+            timeout_s: seconds to wait for the lock, in the place of the store's `timeout_s`. 0 tries only once.
 
         Raises:
-            SessionNotFound, LockTimeout, LockError, CorruptSession, VersionMismatch: before the block.
-            NotJSON, InvalidArgument, SessionBusy, CommitFailed, CommitUnknown: after it; nothing was written, unless it
-                says "unknown".
+            SessionNotFound, LockTimeout, LockError, CorruptSession, VersionMismatch: raised before the block.
+            NotJSON, InvalidArgument, SessionBusy, CommitFailed, CommitUnknown: raised after the block. Nothing was
+                written, unless the error says "unknown".
         """
         require_flags(touch=touch, create=create)
         require_texts(if_version=if_version)
@@ -401,11 +401,11 @@ class Store:
         """Call a function in a `transaction`, commit what it changed, and return its result.
 
         Args:
-            function: changes the transaction in place; if it raises, nothing is written.
+            function: changes the transaction in place. If it raises, nothing is written.
 
         Raises:
-            InvalidArgument: the function is asynchronous, or it changed nothing and returned a new dict that has keys
-                of the document: it would be lost.
+            InvalidArgument: the function is asynchronous. Or it changed nothing and returned a new dict that has keys
+                of the document, which would be lost.
             Otherwise as `transaction`.
         """
         options: dict[str, Any] = {"if_version": if_version, "create": create, "touch": touch, "timeout_s": timeout_s}
@@ -423,10 +423,10 @@ class Store:
         touch: bool = True,
         timeout_s: float | None = None,
     ) -> str:
-        """Add an item to a list of the document; durable and visible on return. See `extend`.
+        """Add an item to a list of the document. Durable and visible on return. See `extend`.
 
         Raises:
-            InvalidArgument: a list is no message: use `extend` for several.
+            InvalidArgument: the item is a list, which is no message. Use `extend` for several messages.
             Otherwise as `extend`.
         """
         if type(item) is list and field in ALWAYS_APART:
@@ -445,24 +445,24 @@ class Store:
         touch: bool = True,
         timeout_s: float | None = None,
     ) -> str:
-        """Add items to a list of the document, in one commit; durable and visible on return.
+        """Add items to a list of the document, in one commit. Durable and visible on return.
 
-        It is idempotent: an item whose `key` has the value that an item there has, with the same content, is taken as
-        added already. So a caller may repeat it after an error. Items without that key are added each time.
+        The verb is idempotent, so a caller may repeat it after an error. An item counts as added already if the list
+        has an item with the same value of `key` and the same content. Items without that key are added each time.
 
         Args:
-            field: a top-level field, ``"messages"`` say. A missing list is made.
+            field: a top-level field, ``"messages"`` say. A missing list is created.
             items: any JSON values.
-            key: the name of the key that tells items apart. None adds all of them, whatever is there.
-            create: make an empty session first where there is none. It is for the first write of a request.
+            key: the name of the key that tells items apart. None adds all items, whatever the list holds.
+            create: create an empty session first if there is none. This is for the first write of a request.
             touch: False keeps `updated_at`.
-            timeout_s: how long to wait for the lock, in the place of the store's; 0 is now or never.
+            timeout_s: seconds to wait for the lock, in the place of the store's `timeout_s`. 0 tries only once.
 
         Returns:
             The version that holds the items.
 
         Raises:
-            MergeConflict: an item of that key is there, with other content.
+            MergeConflict: the list has an item with the same value of `key`, and other content.
             NotJSON, InvalidArgument: an item or the field cannot be used.
             SessionNotFound, LockTimeout, LockError, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
@@ -478,7 +478,7 @@ class Store:
         touch: bool,
         timeout_s: float | None,
     ) -> str:
-        # The arguments of most callers need no look one by one.
+        # The usual arguments need no check one by one.
         if type(field) is not str or field in turn.IDLE or key != "id" or create is not False or touch is not True:
             _require_list(field, key, touch, create)
         with self._locked(session_id, timeout_s) as tx:
@@ -502,27 +502,27 @@ class Store:
         once: bool = False,
         timeout_s: float | None = None,
     ) -> Stream:
-        """Claim a session for a turn of the model. On return the claim, its liveness and the prompt are durable and
-        visible.
+        """Claim a session for a turn of the model.
 
-        A stale stream is cleared on the way. Use the result in a ``with``: leaving it without `finish` is `fail`.
+        On return the claim, its lease and the prompt are durable and visible. A stale stream is cleared on the way. Use
+        the result in a ``with``. Leaving the block without `finish` is `fail`.
 
         Args:
-            message: the prompt; without an ``id`` it gets ``<stream id>.prompt``. One whose ``id`` is in ``messages``
-                already is taken up again: that of a turn that was interrupted, say. One that has its answer, too, but
-                for `once`. None starts a turn without a prompt.
-            stream_id: an id of your own, never used before in this session; by default a random one.
+            message: the prompt. Without an ``id`` it gets ``<stream id>.prompt``. If its ``id`` is in ``messages``
+                already, that prompt is taken up again, for example the prompt of an interrupted turn. Without `once`, a
+                prompt that has its answer is taken up again, too. None starts a turn without a prompt.
+            stream_id: an id of your own, never used before in this session. The default is a random one.
             fields: top-level fields to set in the same commit: the model that answers, say.
-            create: begin with an empty session where there is none.
-            once: start nothing for a prompt that runs, or that has its answer. The prompt needs an ``id``. So a request
-                may be sent twice. The answer gets the prompt's id as ``answers``, by which it is found again.
-            timeout_s: how long to wait for the lock, in the place of the store's; 0 is now or never.
+            create: begin with an empty session if there is none.
+            once: start nothing for a prompt that runs already, or that has its answer. So a request may be sent twice.
+                The prompt needs an ``id``. The answer gets the prompt's id as ``answers``, and is found by it again.
+            timeout_s: seconds to wait for the lock, in the place of the store's `timeout_s`. 0 tries only once.
 
         Raises:
-            AlreadyStarted: with `once`: its `stream_id` runs the prompt, or its `answer` is there.
-            SessionBusy: a live stream owns the session; it names the owner.
+            AlreadyStarted: with `once`, a stream runs the prompt (`stream_id`), or the prompt has an answer (`answer`).
+            SessionBusy: a live stream owns the session. The error names the owner.
             InvalidArgument, NotJSON: an argument cannot be used.
-            MergeConflict: a message of that ``id`` is there, with other content.
+            MergeConflict: the session has a message of that ``id``, with other content.
             SessionNotFound, LockTimeout, LockError, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
         require_flags(create=create, once=once)
@@ -530,15 +530,14 @@ class Store:
         return streams.start(self._open(), session_id, message, stream_id, **options)
 
     def cancel(self, session_id: str, stream_id: str, *, force: bool = False, timeout_s: float | None = None) -> bool:
-        """Ask a stream, of whatever process, to end. The request is durable; the owner sees `Stream.is_cancelled`.
+        """Ask a stream of any process to end. The request is durable, and the owner sees it in `Stream.is_cancelled`.
 
-        A stream whose process is dead is cleared at once. Asking twice is asking once.
+        A stream whose process is dead is cleared at once. A second request changes nothing.
 
         Args:
-            stream_id: the stream that is meant; if it is not the session's active one, nothing happens.
-            force: take the session away now: prompt and partial stay, marked ``interrupted``; the owner gets
-                `StreamLost`.
-                If the disk refuses then, the stream goes on, but its events have ended: repeat it.
+            stream_id: the stream that is meant. If it is not the session's active stream, nothing happens.
+            force: take the session away now. Prompt and partial stay, marked ``interrupted``. The owner gets
+                `StreamLost`. If the disk refuses then, the stream goes on, but its events have ended. Repeat the call.
 
         Returns:
             True if that stream was the active one.
@@ -553,20 +552,21 @@ class Store:
     def follow(self, session_id: str, stream_id: str, *, after: int | Literal["end"] = 0) -> Following:
         """Follow a stream's events as they come, from any process, until it ends.
 
-        Iterate the result; its `ended` then tells how the stream has ended. Events of this process come at once, those
-        of others within some 10 ms. The death of the process that runs the stream is noticed within a second.
+        Iterate the result. Afterwards its `ended` tells how the stream has ended. Events of this process come at once,
+        and those of other processes within some 10 ms. The death of the process that runs the stream is noticed within
+        a second.
 
         Args:
             stream_id: a session's `active_stream_id`, say.
-            after: the offset of the last event that was seen; 0 begins with the first. ``"end"`` begins behind the last
-                one that is there now, whose offset is then the result's `offset`.
+            after: the offset of the last event that was seen. 0 begins with the first event. ``"end"`` begins behind
+                the last event that is there now. The result's `offset` is the offset of that event.
 
         Raises:
-            EventsNotFound: it never ran, it ended without an event, or its events have expired; load the session
-                instead. Or the event behind `after` was dropped (`Store(keep_events_bytes=…)`): load the session, and
-                go on with ``after=error.first - 1`` or ``"end"``. A step of a slow loop may raise it, too. Or the
-                stream has fewer events than `after`: the cursor is another stream's. Begin at 0.
-            InvalidArgument: a malformed cursor.
+            EventsNotFound: the stream never ran, it ended without an event, or its events have expired. Load the
+                session instead. Or the event behind `after` was dropped (`Store(keep_events_bytes=…)`). Load the
+                session, and go on with ``after=error.first - 1`` or ``"end"``. A step of a slow loop may raise this,
+                too. Or the stream has fewer events than `after`, because the cursor is another stream's. Begin at 0.
+            InvalidArgument: the cursor is malformed.
             SessionNotFound, LockTimeout, CorruptSession: see the errors.
         """
         return Following(self._cursor(session_id, stream_id, after))
@@ -583,11 +583,11 @@ class Store:
         return self._cursor(session_id, stream_id, after).take_all()
 
     def stream(self, session_id: str, *, timeout_s: float | None = None) -> StreamInfo | None:
-        """Tell who runs the session's active stream, and whether that process lives; None if no stream is active.
+        """Tell who runs the session's active stream, and whether that process lives. None if no stream is active.
 
-        A stream that another program left, without a lease, shows as dead. Takes the session's lock.
+        A stream that another program left without a lease shows as dead. Takes the session's lock.
 
-        Raises: as `load`; LockTimeout, LockError.
+        Raises: as `load`, and LockTimeout, LockError.
         """
         with self._locked(session_id, timeout_s) as tx:
             return streams.look_at(tx)
@@ -595,31 +595,31 @@ class Store:
     def streams(self, *, timeout_s: float | None = None) -> list[StreamInfo]:
         """List the active streams, and for each whether it lives. Takes the lock of one session at a time.
 
-        Only streams that were started through `persist` are listed; see `clear_stale_streams` for others. The streams
-        of a session that cannot be read, or is locked for too long, are left out: `check` names it.
+        Only streams that were started through `persist` are listed. See `clear_stale_streams` for others. The streams
+        of a session that cannot be read, or that is locked for too long, are left out. `check` names such a session.
         """
         backend, timeout_s = self._open(), None if timeout_s is None else seconds("timeout_s", timeout_s)
         found = []
         for session_id in dict.fromkeys(session_id for session_id, _ in backend.files.leases()):
-            # One damaged session must not hide the streams of the others; `check` names it.
+            # One damaged session must not hide the streams of the others. `check` names it.
             with suppress(*_UNREADABLE):
                 with backend.files.transaction(session_id, timeout_s) as tx:
                     found.append(streams.look_at(tx))
         return [info for info in found if info is not None]
 
     def clear_stale_streams(self, *, every_session: bool = False, timeout_s: float | None = None) -> Sweep:
-        """Clear every stream whose process is dead; for the start of a server, or now and then.
+        """Clear every stream whose process is dead. Call it at the start of a server, or now and then.
 
-        Opens only the sessions that have a lease, however many others there are; one lock at a time. Left-over leases
-        are removed, and events of streams that have ended go away when their time is over.
+        It opens only the sessions that have a lease, however many others there are. It takes one lock at a time.
+        Left-over leases are removed. Events of streams that have ended are removed when their time is over.
 
         Args:
-            every_session: look into all sessions: also finds streams that another program left without a lease.
-            timeout_s: how long to wait for each lock, in the place of the store's.
+            every_session: look into all sessions. This also finds streams that another program left without a lease.
+            timeout_s: seconds to wait for each lock, in the place of the store's `timeout_s`.
 
         Returns:
-            What it cleared, and the errors of the sessions that it could not look at: one of these keeps it from no
-            other one.
+            The streams that were cleared, and the errors of the sessions that could not be looked at. Such an error
+            does not keep the sweep from the other sessions.
         """
         sweep = Sweep([], {})
         for step in self._sweeping(every_session=every_session, timeout_s=timeout_s):
@@ -630,7 +630,7 @@ class Store:
     def _sweeping(
         self, *, every_session: bool = False, timeout_s: float | None = None
     ) -> Iterator[maintenance.Step[Sweep]]:
-        """Sweep one session after the other: each step is what has come of one."""
+        """Sweep one session after the other. Each step holds the result of one."""
         require_flags(every_session=every_session)
         backend, timeout_s = self._open(), None if timeout_s is None else seconds("timeout_s", timeout_s)
         files = backend.files
@@ -664,11 +664,11 @@ class Store:
     # --- care ---
 
     def check(self) -> list[maintenance.Problem]:
-        """Read every session whole, and name what is damaged, stale, left over or foreign. No session is changed.
+        """Read every session whole, and name all that is damaged, stale, left over or foreign. No session is changed.
 
-        What looks wrong is judged under its session's lock, so nothing of a commit or a delete under way is named. The
-        lock of any other session is not taken. A lock file without a session goes, as with every verb. Whoever wants to
-        know whether all is well leaves the problems of the kind "foreign" out: files that are not of `persist`.
+        A session that looks wrong is judged under its lock, so a commit or a delete under way is no problem. The other
+        sessions are not locked. A lock file without a session is removed, as with every verb. To know whether all is
+        well, ignore the problems of the kind "foreign", because those files are not of `persist`.
         """
         return maintenance.check(self._open())
 
@@ -678,25 +678,26 @@ class Store:
         """Copy all sessions into a directory, or bring an earlier copy up to date. The copies are durable on return.
 
         Each session is read under its lock, and is copied as one whole document, without a journal. So servers may go
-        on. The copy is a store itself. What has the same version there already is not written again. A running stream
-        is copied as it is committed: where the copy is put back, the stream is dead, and a sweep clears it. Events,
-        left-overs and foreign files are not copied.
+        on. The copy is a store itself. A session whose copy has the same version already is not written again. A
+        running stream is copied as it is committed. Where the copy is put back, the stream is dead, and a sweep clears
+        it. Events, left-overs and foreign files are not copied.
 
         Args:
-            dest: a new directory, an empty one, or an earlier backup of this store. It is made (mode 0700).
-            prune: remove the copies of sessions that the store has no more. Without it they stay.
-            timeout_s: how long to wait for each lock, in the place of the store's.
+            dest: a new directory, an empty one, or an earlier backup of this store. It is created (mode 0700).
+            prune: remove the copies of sessions that the store no longer has. Without it they stay.
+            timeout_s: seconds to wait for each lock, in the place of the store's `timeout_s`.
 
         Returns:
-            What was copied, and the errors of the sessions that could not be: one of these keeps it from no other one.
+            The sessions that were copied, and the errors of the sessions that could not be copied. Such an error does
+            not keep the backup from the other sessions.
 
         Raises:
-            InvalidArgument: `dest` is something else, the copy of another store, say, or is in use as a store. Or the
-                store is empty, and copies are to be removed.
+            InvalidArgument: `dest` is something else (the copy of another store, say), or it is in use as a store. Or
+                the store is empty, and copies are to be removed.
             LockError: another backup writes to it, or this thread holds a session's lock.
-            CommitFailed: the disk of `dest` refused. What is copied stands: mend that, and repeat it.
-            PersistError: that disk failed at the end, so nobody knows what is durable there.
-            Unreadable: the disk, or its permissions, refused.
+            CommitFailed: the disk of `dest` refused. The copies that were made stand. Remove the cause, and repeat it.
+            PersistError: the disk of `dest` failed at the end, so nobody knows which copies are durable.
+            Unreadable: the disk or its permissions refused.
 
         Example:
             >>> import persist, tempfile
@@ -711,13 +712,13 @@ class Store:
         return backup.backup(self._open(), dest, prune=prune, timeout_s=timeout_s)
 
     def compact(self, session_id: str, *, alone: bool = False, timeout_s: float | None = None) -> bool:
-        """Fold a session's journal into its document; it keeps its version. What crashes have left of it is removed.
+        """Fold a session's journal into its document. The session keeps its version. Left-overs of crashes are removed.
 
-        That happens by itself when a journal has outgrown its document.
+        A journal folds by itself when it has outgrown its document.
 
         Args:
             alone: leave no journal, so that the file alone is the session, to be edited or copied. The next commit to a
-                large one makes a new journal.
+                large session makes a new journal.
 
         Returns:
             Whether there was anything to fold.
@@ -730,18 +731,18 @@ class Store:
             return tx.compact(alone=alone)
 
     def accept(self, session_id: str, *, drop_journal: bool = False, timeout_s: float | None = None) -> Session:
-        """Take a document as it is after an edit by hand: it gets new checksums and the next revision.
+        """Accept a document as it is after an edit by hand. It gets new checksums and the next revision.
 
-        A session that is sound is left alone. Of a journal that is damaged, what stands before the damage is taken; a
-        copy of it is kept beside it, with ".damaged" behind its name. Where the journal is gone, nobody knows how many
-        revisions were in it: the next one is far above them all. Before you edit a session that has a journal, fold it
-        with ``compact(session_id, alone=True)``.
+        A session that is sound is left alone. From a damaged journal, the records before the damage are taken. A copy
+        of the journal is kept beside it, with ".damaged" behind its name. If the journal is gone, nobody knows how many
+        revisions were in it, so the next revision is far above them all. Before you edit a session that has a journal,
+        fold it with ``compact(session_id, alone=True)``.
 
         Args:
-            drop_journal: give the commits in the journal up. It is kept, with ".damaged" behind its name.
+            drop_journal: give up the commits in the journal. The journal is kept, with ".damaged" behind its name.
 
         Raises:
-            CorruptSession: it is not strict JSON, or what its journal says does not fit it any more; mend it first.
+            CorruptSession: the document is not strict JSON, or its journal does not fit it any more. Repair it first.
             Otherwise as `transaction`.
         """
         require_flags(drop_journal=drop_journal)
@@ -770,9 +771,10 @@ def _encoded_items(field: str, items: Iterable[Any]) -> list[bytes]:
 
 
 def _directory(path: object, *, create: bool) -> str:
-    """Return the real path of a store's directory, which need not be there yet.
+    """Return the real path of a store's directory, which need not exist yet.
 
-    The real one: two names of one directory must share their in-process locks, and a chdir must not move the store.
+    It is the real path, because two names of one directory must share their in-process locks, and because a chdir must
+    not move the store.
     """
     directory = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
     if type(directory) is not str or not directory or "\0" in directory:

@@ -1,11 +1,15 @@
-"""Streams: who runs a turn of the model on a session, and what becomes of the turn when it ends.
+"""Streams: the ownership of a session by a running turn of the model, and the end of the turn.
 
 A stream owns its session from `start` to `finish`, `fail` or the death of its process. Its claim (owner, prompt and
 `active_stream_id` in the document) and the proof that it lives (its lease) become visible in one hold of the session's
-lock, and every later write of the stream compares incarnation, stream id and epoch in the same hold as it writes. So
-there is no instant at which a stream that is starting looks dead (hermes-webui #5053), at which a clear can hit a
-successor (#1533), or at which a stream that lost its session can still write to it (#2154). What a turn does to the
-data is in `turn`.
+lock. Every later write of the stream compares incarnation, stream id and epoch, in the same hold in which it writes.
+So at no instant can one of these happen:
+
+- A stream that is starting looks dead (hermes-webui #5053).
+- A clear hits a successor (#1533).
+- A stream that lost its session still writes to it (#2154).
+
+The module `turn` has the changes that a turn makes to the data.
 """
 
 from __future__ import annotations
@@ -136,11 +140,12 @@ def start(
             if stream_id == stale_id:
                 raise _unusable(stream_id, "it is the id of the stream that died")
             if stale_id is not None or copy.fields.get("pending_user_message"):
-                # Without a stream, too: of an old server that was stopped, they may be the prompt's only copy.
+                # Also without a stream, because the fields that a stopped old server left may hold the prompt's only
+                # copy.
                 _interrupt(copy, stale_id)
             _set_fields(copy, fields)
             turn.begin(copy, stream_id, prompt)
-            changed = copy.changed()  # raises what it has to, before anything is done
+            changed = copy.changed()  # raises its errors before anything is done
             command = Path(sys.argv[0] or sys.executable).name if sys.argv else "python"
             process = os.getpid(), socket.gethostname(), command, datetime.now(UTC).isoformat()
             owner = StreamOwner(stream_id, *process, None if prompt is None else prompt["id"], once=once)
@@ -156,8 +161,8 @@ def start(
                 committed = copy.commit(copy.next_header(epoch=copy.header.epoch + 1, owner=owner.to_header()), changed)
                 stream = Stream(backend, session_id, committed.header, stream_id, taken)
             except BaseException as error:
-                # A failed launch must not keep its claim (hermes-webui #6869). Where the claim may be visible all the
-                # same, the lease file stays behind, unlocked: by it a sweep finds the session.
+                # A failed launch must not keep its claim (hermes-webui #6869). If the claim may be visible all the
+                # same, the lease file stays behind, unlocked, so that a sweep finds the session by it.
                 if isinstance(error, errors.PersistError) and not tx.is_visible:
                     _remove_lease(tx, stream_id)
                 taken.close()
@@ -181,9 +186,10 @@ def _set_fields(copy: WorkingCopy, fields: Mapping[str, Any] | None) -> None:
 
 
 def _refuse_started(tx: Transaction, copy: WorkingCopy, prompt: turn.Message, *, live_id: str | None) -> None:
-    """Raise `AlreadyStarted` if a live stream runs this prompt, or if it has its answer.
+    """Raise `AlreadyStarted` if a live stream runs this prompt, or if the prompt has its answer.
 
-    `live_id` is the live stream of the session. A dead one of this prompt has no answer: its partial is none.
+    `live_id` is the live stream of the session. A dead stream of this prompt has no answer, because a partial answer
+    does not count.
     """
     owner = owner_of(copy.header, active_in(copy.committed))
     partial_id = None if owner is None else owner.answer_id
@@ -216,8 +222,8 @@ class Cleared(msgspec.Struct, frozen=True, eq=False):
     """A clear that was committed.
 
     Attributes:
-        before, after: the session.
-        changes: what turned the values that stand apart in the one into those of the other.
+        before, after: the session before and after the clear.
+        changes: the changes from `before` to `after`, in the values that stand apart.
     """
 
     before: Replica
@@ -236,10 +242,11 @@ def clear_stale(
     """Clear `stream_id` from its session if it is still the active stream and is dead. `updated_at` is kept.
 
     Args:
-        incarnation: that of the object which asks. A session made anew under the same id is another one.
+        incarnation: the incarnation that the asking object knows. A session that was created anew under the same id
+            has another one.
 
     Returns:
-        What was committed. None if another stream or none is active, or if this one is alive.
+        The committed clear. None if another stream or none is active, or if this one is alive.
     """
     with backend.files.transaction(session_id, timeout_s) as tx:
         copy = WorkingCopy(tx.read(), tx)
@@ -255,11 +262,14 @@ def _is_same(active: Any, stream_id: object) -> bool:
 
 
 def _take_away(backend: Backend, tx: Transaction, copy: WorkingCopy, stream_id: Any, ended: Ended) -> Cleared:
-    """End the active stream without its owner: dead, or overruled by a forced cancel. The epoch fences an owner off."""
+    """End the active stream without its owner, which is dead, or overruled by a forced cancel.
+
+    The new epoch fences off an owner that lives.
+    """
     before = tx.read()
     _interrupt(copy, stream_id)
     if ended != "died":
-        # Before: an owner that lives may emit at any moment, and asks for no lock.
+        # Before the commit, because an owner that lives may emit at any moment, and takes no lock.
         with tx.refusals():
             backend.events.fence(tx.session_id, stream_id, ended)
     changed = copy.changed() or (before.content, ())
@@ -315,11 +325,11 @@ def delete(backend: Backend, tx: Transaction, *, force: bool = False) -> None:
     if not tx.exists():
         raise errors.SessionNotFound(session_id=tx.session_id, path=tx.paths.document)
     if not force:
-        # Forced, also a document that cannot be read.
+        # With `force`, a document that cannot be read is deleted, too.
         require_free(tx)
     tx.require_known()
     with tx.refusals():
-        # First, so that nothing is emitted behind what a follower takes for the end.
+        # First, so that nothing is emitted behind the place that a follower takes for the end.
         backend.events.fence_session(tx.session_id)
     tx.delete()
     for stream_id in backend.files.stream_ids(tx.session_id):
@@ -328,15 +338,15 @@ def delete(backend: Backend, tx: Transaction, *, force: bool = False) -> None:
 
 
 def replace(backend: Backend, tx: Transaction, content: Content, if_version: str | None) -> Replica:
-    """Put another content in the place of a session's. See `Store.replace`."""
+    """Replace the content of a session. See `Store.replace`."""
     try:
         before = tx.read()
         with backend.files.looking_at(tx.session_id):
-            # Somebody may have sealed what is no JSON.
+            # Somebody may have sealed a value that is no JSON.
             before.content.decode()
     except errors.CorruptSession:
         if if_version is not None:
-            # Nobody knows its version.
+            # Nobody knows the version of a damaged session.
             raise
         return _replace_damaged(backend, tx, content)
     if if_version is None:
@@ -362,7 +372,7 @@ def _replace_damaged(backend: Backend, tx: Transaction, content: Content) -> Rep
                 raise _busy(tx, first_header(), stream_id)
     tx.require_known()
     with tx.refusals():
-        # First, so that nothing is emitted behind what a follower takes for the end.
+        # First, so that nothing is emitted behind the place that a follower takes for the end.
         backend.events.fence_session(tx.session_id)
     after = tx.replace_damaged(content)
     for stream_id in stream_ids:
@@ -372,7 +382,7 @@ def _replace_damaged(backend: Backend, tx: Transaction, content: Content) -> Rep
 
 
 def require_free(tx: Transaction, why: str = "") -> None:
-    """Raise `SessionBusy` if a live stream owns the session. Under the lock none can start."""
+    """Raise `SessionBusy` if a live stream owns the session. Under the lock no stream can start."""
     if not tx.exists():
         return
     active = active_in(tx.read().content)
@@ -382,7 +392,7 @@ def require_free(tx: Transaction, why: str = "") -> None:
 
 
 def checked(tx: Transaction, copy: WorkingCopy) -> Changed | None:
-    """Return what a block has changed. It may change all but what belongs to the stream verbs.
+    """Return the changes of a block. It may change everything except the fields that belong to the stream verbs.
 
     Raises:
         InvalidArgument: it has changed a stream field.
@@ -397,16 +407,18 @@ def checked(tx: Transaction, copy: WorkingCopy) -> Changed | None:
         gone = owner is not None and turn.has(before, owner.answer_id) and not turn.has(after, owner.answer_id)
         if gone:
             require_free(tx, " The block would remove the stream's partial answer.")
-        # The block is the caller's own code, and may have taken its time.
+        # The block is the caller's own code. Another program may have replaced the document while it ran.
         tx.require_unchanged()
     return changed
 
 
 def refuse_twins(header: Header, before: Content, after: Content) -> StreamOwner | None:
-    """Refuse a second message with the id of the running turn's prompt or partial answer: its next write would hit it.
+    """Refuse a second message with the id of the running turn's prompt or partial answer.
+
+    The next write of the turn would hit that message.
 
     Returns:
-        The owner of the turn, None if no turn runs.
+        The owner of the turn, or None if no turn runs.
 
     Raises:
         MergeConflict: there is such a message in `after`, and none in `before`.
@@ -429,7 +441,7 @@ def refuse_twins(header: Header, before: Content, after: Content) -> StreamOwner
 
 @dataclass(frozen=True, slots=True)
 class StreamInfo:
-    """The state of a session's active stream. `last_commit_at` is when the session was last written to."""
+    """The state of a session's active stream. `last_commit_at` is the session's `updated_at`."""
 
     session_id: str
     stream_id: str
@@ -440,7 +452,7 @@ class StreamInfo:
 
 
 def look_at(tx: Transaction) -> StreamInfo | None:
-    """Tell whether a session's active stream is alive. None if it has none."""
+    """Return the state of a session's active stream, or None if it has none."""
     head = tx.head()
     stream_id = active_in(head)
     if stream_id is None:
@@ -452,7 +464,7 @@ def look_at(tx: Transaction) -> StreamInfo | None:
 
 
 def active_in(head: Head | Content) -> Any:
-    """Return the stream that a session's fields name, or None."""
+    """Return the id of the stream that a session's fields name, or None."""
     value = head.fields.get(turn.ACTIVE)
     return None if value is None else json_codec.decode(value) or None
 
@@ -464,7 +476,7 @@ def _busy(tx: Transaction, header: Header, stream_id: Any, why: str = "") -> err
 
 
 def _checked(message: Any) -> turn.Message:
-    """Return a copy that nobody else can change."""
+    """Return a copy of a message that nobody else can change. Raise an error for an invalid message."""
     if type(message) is not dict:
         raise errors.InvalidArgument(what="a message", expected="a plain dict", got=type(message).__name__)
     own: turn.Message = json_codec.decode(json_codec.encode_exact(message))
@@ -475,19 +487,20 @@ def _checked(message: Any) -> turn.Message:
 
 
 class Stream:
-    """A running turn that owns its session; made by `Store.start_stream`, best used as a context manager.
+    """A running turn that owns its session, made by `Store.start_stream`. It is best used as a context manager.
 
-    Leaving the block without `finish` is `fail`. Leaving it always gives the lease up, so that the session is never
-    stuck. Every verb raises `StreamLost` once the session belongs to somebody else (a forced cancel, a delete), or the
-    stream has ended.
+    Leaving the block without `finish` is `fail`. Leaving it always gives up the lease, so that the session is never
+    stuck. Every verb raises `StreamLost` once the session belongs to somebody else (a forced cancel, a delete), or once
+    the stream has ended.
 
-    Dropped without an end, it is stale, and says so in a `ResourceWarning`, once. At the end of the interpreter it says
-    nothing: the kernel gives the lease up, and the next start or sweep marks the turn as interrupted.
+    A stream that is dropped without an end is stale, and says so in a `ResourceWarning`, once. At the end of the
+    interpreter it says nothing. The kernel gives up the lease, and the next start or sweep marks the turn as
+    interrupted.
 
     Attributes:
         id: the stream's id.
-        session_id: that of the session it owns.
-        epoch: its fencing token; grows with every stream of the session.
+        session_id: the id of the session that it owns.
+        epoch: its fencing token, which grows with every stream of the session.
 
     Concurrency: each verb is one commit under the session's lock, from any thread of the process that started the
     stream. In a forked child every verb raises `StreamLost`, and leaving the block does nothing.
@@ -509,9 +522,9 @@ class Stream:
         raise TypeError("A Stream belongs to the process that started it; it cannot be handed to another.")
 
     def is_cancelled(self) -> bool:
-        """Tell whether somebody, in any process, has asked this stream to end, or it has lost its session.
+        """Tell whether somebody, in any process, has asked this stream to end, or whether it has lost its session.
 
-        Reads the head of the document: tens of microseconds, no lock.
+        It reads the head of the document, which takes tens of microseconds and no lock.
         """
         try:
             head = self._backend.files.read_head(self.session_id)
@@ -520,17 +533,17 @@ class Stream:
             return True
 
     def checkpoint(self, message: turn.Message, *, timeout_s: float | None = None) -> None:
-        """Make the answer so far durable; it replaces the stream's one partial message.
+        """Make the answer so far durable. It replaces the stream's one partial message.
 
         Args:
-            message: the partial answer; without an ``id`` it is ``<stream id>.answer``.
-            timeout_s: how long to wait for the session's lock, in the place of the store's.
+            message: the partial answer. Without an ``id`` it gets ``<stream id>.answer``.
+            timeout_s: seconds to wait for the session's lock, in the place of the store's `timeout_s`.
 
         Raises:
-            StreamLost: the session is no longer this stream's: end the turn.
+            StreamLost: the session is no longer this stream's. End the turn.
             NotJSON, InvalidArgument: the message cannot be kept.
             MergeConflict: another message has its id.
-            CommitFailed, CommitUnknown, LockTimeout: see the errors; the turn may go on.
+            CommitFailed, CommitUnknown, LockTimeout: see the errors. The turn may go on.
         """
         answer = turn.with_id(_checked(message), f"{self.id}.answer")
         with self._owned(timeout_s) as (_, copy, owner):
@@ -555,7 +568,7 @@ class Stream:
         Messages that are added at the end go before the partial answer, as `append` puts them.
 
         Raises:
-            StreamLost: the session is no longer this stream's: the block is not entered.
+            StreamLost: the session is no longer this stream's. The block is not entered.
             SessionBusy: the block removes the partial answer, or the session.
             Otherwise as `Store.transaction`.
         """
@@ -574,23 +587,24 @@ class Stream:
             return block.result_of(function)
 
     def emit(self, *events: Any, durable: bool = False, timeout_s: float | None = None) -> int:
-        """Add events for those who follow the stream (`Store.follow`), in this process and in others; they see them at
-        once.
+        """Add events for the followers of the stream (`Store.follow`), in this process and in others.
 
-        Costs a few microseconds and takes no lock, but for the first time. What was emitted outlives this process. Each
-        time that the events outgrow `Store(keep_events_bytes=…)`, an emission drops the oldest ones, under the lock.
+        The followers see the events at once. A call costs a few microseconds and takes no lock, except for the first
+        call. The events outlive this process. Each time that they outgrow `Store(keep_events_bytes=…)`, an emission
+        drops the oldest ones, under the lock.
 
         Args:
-            events: JSON values; several in one call are one write.
-            durable: return only when they would survive a power cut, too.
-            timeout_s: how long the first call may wait for the session's lock, in the place of the store's.
+            events: JSON values. Several values in one call are one write.
+            durable: return only when the events would survive a power cut, too.
+            timeout_s: seconds that the first call may wait for the session's lock, in the place of the store's
+                `timeout_s`.
 
         Returns:
-            The offset of the last one; the first event of a stream has offset 1.
+            The offset of the last event. The first event of a stream has offset 1.
 
         Raises:
-            StreamLost: the session is no longer this stream's; the events were emitted nowhere. End the turn.
-            NotJSON: an event cannot be kept; none was emitted.
+            StreamLost: the session is no longer this stream's. The events were emitted nowhere. End the turn.
+            NotJSON: an event cannot be kept. No event was emitted.
             EmitFailed: the disk refused.
             LockTimeout, LockError, CommitFailed, Unreadable, CorruptSession: at the first event, which looks at the
                 session.
@@ -620,7 +634,7 @@ class Stream:
     def _drop_oldest_events(self) -> None:
         """Keep the events within their bound, if nobody holds the session just now.
 
-        What was emitted stands. So whatever keeps this from being done is no error, and a later emission tries again.
+        The emitted events stand. So a failure here is no error, and a later emission tries again.
         """
         try:
             with self._backend.files.transaction(self.session_id, 0) as tx:
@@ -641,7 +655,7 @@ class Stream:
         """End the turn with its answer, in one commit: the message, and the stream fields cleared.
 
         Args:
-            message: the whole answer, in place of the partial; None keeps the last checkpoint as it is.
+            message: the whole answer, in the place of the partial. None keeps the last checkpoint as it is.
             fields: top-level fields to set in the same commit: the tokens that it took, say.
 
         Raises: as `checkpoint`.
@@ -658,7 +672,7 @@ class Stream:
             self._end(copy, "finished")
 
     def fail(self, *, timeout_s: float | None = None) -> None:
-        """End the turn without an answer: prompt and partial stay in `messages`, marked ``interrupted``.
+        """End the turn without an answer. Prompt and partial stay in `messages`, marked ``interrupted``.
 
         Raises: as `checkpoint`.
         """
@@ -680,12 +694,12 @@ class Stream:
                 yield tx, copy, owner
         except errors.SessionNotFound:
             if is_inside:
-                # The caller's own block has looked for another session.
+                # The error comes from the caller's own block, which has looked for another session.
                 raise
             raise self._lost("the session was deleted") from None
 
     def _commit(self, copy: WorkingCopy, owner: StreamOwner, answer_id: Id | None) -> None:
-        """Commit what was changed, or make durable what is there."""
+        """Commit the changes. If there are none, make the committed state durable."""
         changed = copy.changed()
         if changed is None and answer_id == owner.answer_id:
             copy.commit_changes(None)
@@ -693,7 +707,7 @@ class Stream:
             copy.commit(copy.header.next(owner=owner.to_header(answer_id=answer_id)), changed)
 
     def _end(self, copy: WorkingCopy, ended: Ended) -> None:
-        """Commit the end of the turn, and give the lease up in the same hold of the lock."""
+        """Commit the end of the turn, and give up the lease in the same hold of the lock."""
         copy.commit(copy.header.next(owner=None))
         self._backend.events.end(self.session_id, self.id, ended)
         disk.remove_quietly(self._lease.path)
@@ -704,7 +718,7 @@ class Stream:
         self._events.close()
 
     def _require_ownership(self, header: Header, active_stream_id: object) -> StreamOwner:
-        """The fence: compared in the same lock hold as the write that follows."""
+        """Return the owner, or raise `StreamLost`. A write makes this check, the fence, in its own hold of the lock."""
         if header.incarnation != self._incarnation:
             raise self._lost("the session was deleted and made anew")
         owner = owner_of(header, self.id)

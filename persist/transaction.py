@@ -1,4 +1,4 @@
-"""The transaction: a block that changes one session. All of it is one commit, which costs what it changes."""
+"""The transaction: a block that changes one session. It is one commit, whose cost depends only on the change."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Result = TypeVar("Result")
 
 
 class Transaction:
-    """A session while a block changes it: what `Store.transaction` hands out, and what `Store.update` calls with.
+    """A session while a block changes it. `Store.transaction` hands it out, and `Store.update` passes it on.
 
-    It reads what it is asked for, and what it handed out is what is committed, when the block ends. A block that raises
-    writes nothing.
+    It reads only the values that the block asks for. When the block ends, it commits the values that it handed out, as
+    they are then. A block that raises writes nothing.
 
     Attributes:
-        version: in the block the version that was read, None for a session that is about to be made; after the block
-            the one that was committed.
+        version: in the block, the version that was read, or None for a session that is about to be created. After the
+            block, the version that was committed.
     """
 
     __slots__ = ("_copy", "_may_delete", "is_deleted", "version")
@@ -40,11 +40,11 @@ class Transaction:
 
     @property
     def fields(self) -> Fields:
-        """Every top-level value but ``messages`` and ``tool_calls``, as a mapping that is changed in place."""
+        """Every top-level value except ``messages`` and ``tool_calls``, as a mapping that is changed in place."""
         return self._open().fields
 
     def list(self, name: str) -> WorkingList:
-        """Return a top-level list, to be changed in place. A missing one is made by its first item.
+        """Return a top-level list, to be changed in place. The first item creates a missing list.
 
         Raises:
             InvalidArgument: the value is no list.
@@ -54,11 +54,14 @@ class Transaction:
 
     @property
     def data(self) -> dict[str, Any]:
-        """The whole document as a plain dict. Once asked for, it is what is committed. It costs the whole session."""
+        """The whole document as a plain dict.
+
+        From its first use on, the commit takes this dict. The cost grows with the whole session then.
+        """
         return self._open().data
 
     def delete(self) -> None:
-        """Remove the session when the block ends, with whatever the block has changed.
+        """Remove the session when the block ends, together with all changes of the block.
 
         Raises:
             SessionBusy: a live stream owns it.
@@ -77,15 +80,15 @@ class Transaction:
         """Call a function with this transaction, and return its result.
 
         Raises:
-            InvalidArgument: it is no plain function, or it returned what it was to write, and wrote nothing.
+            InvalidArgument: it is no plain function. Or it returned a new document, and changed nothing.
         """
         if not callable(function):
             raise InvalidArgument(what="function", expected="callable", got=type(function).__name__)
         result = function(self)
         if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
-            # Its body has not run, or not to the end.
+            # The body of such a function has not run, or not to its end.
             raise InvalidArgument(what="function", expected="a plain function", got="an async one or a generator")
-        # One that answers a request, with other keys, is no document.
+        # A dict with other keys is no document. It may be the answer to a request.
         is_document = isinstance(result, dict) and any(name in result for name in self._copy.names())
         is_new = is_document and not self._copy.has_handed_out(result)
         if is_new and not self.is_deleted and self._copy.changed() is None:
@@ -96,7 +99,7 @@ class Transaction:
 
 
 def require_version(copy: WorkingCopy, session_id: str, if_version: str | None) -> None:
-    """Raise `VersionMismatch` unless the session has the version that the caller has seen. None has seen none."""
+    """Raise `VersionMismatch` unless the session has the version that the caller has seen. None accepts any version."""
     if if_version is not None and copy.version != if_version:
         facts: dict[str, Any] = {"base": if_version, "mine": if_version, "theirs": copy.version}
         reason = "the session has moved on"
@@ -104,7 +107,7 @@ def require_version(copy: WorkingCopy, session_id: str, if_version: str | None) 
 
 
 def refuse_changed_stream_fields(before: Content, after: Content) -> None:
-    """Raise `InvalidArgument` if an edit touched what belongs to the stream verbs."""
+    """Raise `InvalidArgument` if an edit touched a field that belongs to the stream verbs."""
     for name, idle in IDLE.items():
         field = before.fields.get(name)
         if field is after.fields.get(name) and (field or not (name in before.apart or name in after.apart)):

@@ -1,4 +1,4 @@
-"""Blocks of which some errors become others: typed ones, or ones that know their session."""
+"""Blocks that turn some errors into others: into typed ones, or into ones that name their session."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Value = TypeVar("Value")
 
 
 class Translating(Generic[Value]):
-    """A block of which some errors become others. A generator's block (contextlib) would cost five times as much.
+    """A block that turns some errors into others. A generator's block (contextlib) would cost five times as much.
 
     Args:
-        translate: raises another error in the place of one, or returns.
-        value: what the block is given.
+        translate: gets an error. It raises another one in its place, or returns.
+        value: the value that the block gets.
     """
 
     __slots__ = ("_translate", "_value")
@@ -36,7 +36,7 @@ class Translating(Generic[Value]):
 
 
 def conflicts_in(session_id: str) -> Translating[None]:
-    """Name the session in a `MergeConflict` of the block: the pure functions below do not know it."""
+    """Return a block that names the session in a `MergeConflict`, because the pure functions in it do not know it."""
 
     def name_session(error: BaseException) -> None:
         if isinstance(error, MergeConflict):

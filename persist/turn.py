@@ -1,7 +1,7 @@
-"""Turns: what a turn of the model changes. Pure functions: they change the working copy that they are given.
+"""Turns: the changes that a turn of the model makes. The functions change only the working copy that they are given.
 
-A turn in `messages`: the prompt, then what the stream appends, then its one partial answer, which each checkpoint
-replaces and the finish completes. Nothing here removes a prompt.
+A turn in `messages` is the prompt, then the messages that the stream appends, then its one partial answer. Each
+checkpoint replaces the partial answer, and the finish completes it. Nothing here removes a prompt.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ IDLE: dict[str, Any] = {
 }
 MESSAGES = "messages"
 INTERRUPTED = "interrupted"
-#: The key by which the answer of a turn that was started once says whose it is.
+#: The key by which an answer names its prompt, if its turn was started with `once`.
 ANSWERS = "answers"
 
 
@@ -55,12 +55,12 @@ def add_once(
     before: int | None = None,
     field: str = MESSAGES,
 ) -> None:
-    """Add items, each as its JSON, to a list, but those that are there.
+    """Add encoded items to a list, except those that it has already.
 
-    The same `key` with other content is a `MergeConflict`.
+    An item with the same `key` and other content is a `MergeConflict`.
 
     Args:
-        before: the place of the item before which they go; the end without it.
+        before: the place of the item before which they go. None adds them at the end.
     """
     fresh: list[bytes] = []
     own: dict[Id, int] = {}
@@ -105,13 +105,13 @@ def put_prompt(messages: WorkingList, prompt: Message) -> None:
 
 
 def put_answer(messages: WorkingList, answer: Message, current_id: Id | None) -> Id | None:
-    """Put the answer where the turn's partial stands, or at the end. There is never a second one.
+    """Put the answer in the place of the turn's partial, or at the end. There is never a second one.
 
-    An answer whose id an interrupted turn has left takes that one's place, as a prompt does. A finished turn's answer
-    stays that turn's.
+    If an interrupted turn has left an answer of the same id, the answer takes its place, as a prompt does. The answer
+    of a finished turn stays that turn's.
 
     Returns:
-        The id of the turn's own answer, None if an earlier turn has given it.
+        The id of the turn's own answer, or None if an earlier turn has given it.
     """
     place = messages.place_of(current_id)
     twin = messages.place_of(answer["id"])
@@ -150,7 +150,7 @@ def is_last(messages: WorkingList, answer_id: Id | None) -> bool:
 
 
 def put_last(messages: WorkingList, answer_id: Id | None) -> None:
-    """Put a turn's partial answer behind what was added since."""
+    """Put a turn's partial answer behind the messages that were added since."""
     place = messages.place_of(answer_id)
     if place is not None and place < len(messages) - 1:
         messages.append(messages.pop(place))
@@ -159,8 +159,9 @@ def put_last(messages: WorkingList, answer_id: Id | None) -> None:
 def answer_to(messages: WorkingList, prompt: Message, partial_id: Id | None = None) -> tuple[bool, Message | None]:
     """Tell whether the turn of a prompt has finished, and return the message that answers it, if there is one.
 
-    The answer of a turn that was started once says whose it is. A prompt that says so of itself has none. Otherwise it
-    is the last answer before the next prompt. `partial_id` is that of a turn which has not finished: it is none.
+    The answer of a turn that was started with `once` names its prompt. If a prompt names itself, its turn has finished
+    without an answer. Otherwise the answer is the last one before the next prompt. `partial_id` is the id of the
+    partial answer of a turn that has not finished. That answer does not count.
 
     Raises:
         MergeConflict: another message has the prompt's id.
@@ -185,7 +186,7 @@ def _require_same_prompt(there: Message, prompt: Message, place: int) -> None:
 
 
 def mark_answer(messages: WorkingList, answer_id: Id | None, prompt_id: Id | None) -> None:
-    """Note in a turn's answer whose it is, or in the prompt that the turn has finished without one."""
+    """Name the prompt in a turn's answer. Name it in the prompt itself if the turn has finished without an answer."""
     place = next((at for each in (answer_id, prompt_id) if (at := messages.place_of(each)) is not None), None)
     if place is not None:
         messages[place][ANSWERS] = prompt_id
@@ -213,9 +214,10 @@ def end(document: WorkingCopy) -> None:
 
 
 def interrupt(document: WorkingCopy, prompt_id: Id | None, answer_id: Id | None) -> None:
-    """End a turn that has no answer: prompt and partial stay, marked once.
+    """End a turn that has no answer. Prompt and partial stay, marked once.
 
-    A turn can be ended whatever somebody has made of `messages`: what is no list has nothing to mark.
+    A turn can be ended even if somebody has made another value of `messages`. A value that is no list has nothing to
+    mark.
     """
     if document.has_list(MESSAGES):
         messages = document.list(MESSAGES)
@@ -227,10 +229,10 @@ def interrupt(document: WorkingCopy, prompt_id: Id | None, answer_id: Id | None)
 
 
 def interrupt_foreign(document: WorkingCopy) -> None:
-    """End a turn that another program started, of which only the stream fields tell.
+    """End a turn that another program started. Only the stream fields tell of such a turn.
 
-    The prompt there may be its only copy (hermes-webui #1471). Where it stands among the messages already, it is not
-    added again: since the last answer, or in the turn which that answer ended.
+    The prompt in these fields may be its only copy (hermes-webui #1471). It is not added again if it is among the
+    messages already, since the last answer or in the turn that the last answer ended.
     """
     fields = document.fields
     content = fields.get("pending_user_message")
@@ -252,7 +254,7 @@ def interrupt_foreign(document: WorkingCopy) -> None:
 
 
 def _find_pending(messages: WorkingList, content: Any) -> tuple[int | None, bool]:
-    """Return where a pending prompt stands, and whether the last answer stands behind it."""
+    """Return the place of a pending prompt, and whether the last answer stands behind it."""
     is_answered, has_ended = False, False
     for place in range(len(messages) - 1, -1, -1):
         message = messages[place]

@@ -1,11 +1,11 @@
-"""Waiting for files to grow: who waits, and the one thread of this process that looks.
+"""The wait for files to grow: its waiters, and the one thread of this process that looks at the files.
 
-What this process writes itself wakes those who wait at once. For what others write, one thread looks at the size of
-each file that somebody waits for, every 10 ms; it ends when nobody does. So a hundred who wait for one file cost one
-look at a time, and a server that nobody listens to costs nothing.
+A write of this process wakes the waiters at once. For the writes of other processes, one thread looks at the size of
+each file that has a waiter, every 10 ms. The thread ends when nobody waits. So a hundred waiters of one file cost one
+look at a time, and a server without listeners costs nothing.
 
-The functions that wake are called from any thread, also from a signal handler in the middle of another such call: they
-must neither wait nor take a lock that is not re-entrant.
+The wake functions are called from any thread, also from a signal handler in the middle of another such call. They must
+not wait, and they must not take a lock that is not re-entrant.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-#: How often the files are looked at.
+#: The pause between two looks at the files.
 POLL_S = 0.01
 
 Wake = Callable[[], None]
 
 _waiting: dict[str, tuple[Wake, ...]] = {}
-# Re-entrant: the garbage collector may end a dropped wait in the thread that is inside just now.
+# Re-entrant, because the garbage collector may end a dropped wait in the thread that is inside just now.
 _guard = threading.RLock()
 _looking: threading.Thread | None = None
 
 
 @contextmanager
 def waking(path: str, wake: Wake) -> Iterator[None]:
-    """Have `wake` called whenever somebody, in whatever process, has appended to a file; for a block."""
+    """Call `wake` during a block, whenever any process has appended to a file."""
     try:
         with _guard:
             _waiting[path] = (*_waiting.get(path, ()), wake)
@@ -40,14 +40,15 @@ def waking(path: str, wake: Wake) -> Iterator[None]:
         # At the end of the interpreter nobody waits, and a thread that was stopped inside the guard never leaves it.
         if not sys.is_finalizing():
             with _guard:
-                # Replaced in one step: another thread may be about to wake the others. In a forked child nobody waits.
+                # Replaced in one step, because another thread may be about to wake the others. In a forked child the
+                # entry is missing.
                 _waiting[path] = tuple(each for each in _waiting.get(path, ()) if each is not wake)
                 if not _waiting[path]:
                     del _waiting[path]
 
 
 def wake(path: str) -> None:
-    """Wake those who wait for a file, in this process."""
+    """Wake the waiters of a file, in this process."""
     for each in _waiting.get(path, ()):
         each()
 
@@ -56,7 +57,7 @@ def _look_from_now_on() -> None:
     global _looking  # noqa: PLW0603 - one thread a process
     if _looking is None:
         thread = threading.Thread(target=_look, name="persist-events", daemon=True)
-        # It waits for the guard, which the caller holds, before it looks whether somebody waits.
+        # The thread waits for the guard, which the caller holds, before it looks for waiters.
         thread.start()
         _looking = thread
 
@@ -73,7 +74,7 @@ def _look() -> None:
                 return
         before, sizes = sizes, {path: _size(path) for path in paths}
         for path, size in sizes.items():
-            # The first look, too: it may have grown since the one who waits has read it.
+            # Also at the first look, because the file may have grown since its waiter has read it.
             if before.get(path) != size:
                 wake(path)
 

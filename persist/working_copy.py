@@ -5,9 +5,9 @@
         copy.list("messages").append(message)
         copy.commit(copy.header.next())
 
-It decodes what it is asked for, and it records what was changed. So a verb costs what it touches. What it handed out is
-what it commits: a dict or list that a caller got from it is encoded again at the commit. Each value is one object,
-whichever way it is asked for.
+The working copy decodes only the values that it is asked for, and it records the changes. So the cost of a verb depends
+only on the values that it touches. A dict or list that a caller got from the copy is encoded again at the commit. So
+changes in place are committed, too. Each value is one object, whichever way it is asked for.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from persist.storage.transaction import Transaction
 
 _ALWAYS_APART = frozenset(ALWAYS_APART)
 
-#: A content, and what turns the values that stand apart in the committed one into its own.
+#: A content, and the changes that lead to it from the committed one, in the values that stand apart.
 Changed = tuple[Content, tuple[diff.Change, ...]]
 
 
@@ -50,12 +50,12 @@ class WorkingCopy:
     """A session under its lock, to be changed and committed.
 
     Args:
-        found: what is committed.
-        tx: the transaction that found it, None for a copy that is not committed.
-        is_new: nothing is committed yet, and `found` is how the session begins.
+        found: the committed session.
+        tx: the transaction that found it, or None for a copy that is not committed.
+        is_new: nothing is committed yet, and `found` is the session's first state.
 
     Attributes:
-        header: that of the committed revision.
+        header: the header of the committed revision.
     """
 
     def __init__(self, found: Replica, tx: Transaction | None = None, *, is_new: bool = False) -> None:
@@ -63,15 +63,15 @@ class WorkingCopy:
         self._is_new = is_new
         self._tx = tx
         self._content = found.content
-        # The names of the values that are not as they were committed any more. Each is a list to be changed, or a plain
-        # value, which was handed out or set and may have been changed in place since, or it is gone.
+        # The names of the values that may differ from the committed ones. Such a value is a list to be changed, or a
+        # plain value, or it is gone. A plain value was handed out or set, and may have been changed in place since.
         self._taken: set[str] = set()
         self._lists: dict[str, WorkingList] = {}
         self._values: dict[str, Any] = {}
 
     @classmethod
     def of(cls, tx: Transaction, *, create: bool = False) -> Self:
-        """Return a copy of what is committed. With `create`, also of a session that is about to be made.
+        """Return a copy of the committed session. With `create`, also of a session that is about to be created.
 
         Raises: as `Transaction.read`.
         """
@@ -87,43 +87,43 @@ class WorkingCopy:
 
     @property
     def version(self) -> str | None:
-        """The version that is committed, None for a session that is about to be made."""
+        """The version that is committed, or None for a session that is about to be created."""
         return None if self._is_new else self.header.version
 
     def next_header(self, *, touch: bool = True, **changes: Any) -> Header:
-        """Return the header of the commit."""
+        """Return the header of the commit that comes next."""
         return self.header.but(**changes) if self._is_new else self.header.next(touch=touch, **changes)
 
     @property
     def fields(self) -> Fields:
-        """The top-level values but ``messages`` and ``tool_calls``, as a mapping to be changed."""
+        """The top-level values except ``messages`` and ``tool_calls``, as a mapping to be changed."""
         return Fields(self)
 
     def _untouched(self, name: str) -> Value | None:
-        """Return a value that is as it was committed, None for any other one."""
+        """Return a value that is as it was committed, or None for any other value."""
         return None if name in self._taken else self._content.get(name)
 
     def set_fields(self, values: Mapping[str, Any]) -> None:
-        """Set fields that no caller has been handed."""
+        """Set fields whose values were not handed to a caller."""
         for name, value in values.items():
             self._taken.add(name)
             self._lists.pop(name, None)
             self._values[name] = value
 
     def require_open(self) -> None:
-        """Raise `LockError` after the block: a change would be lost without a word."""
+        """Raise `LockError` after the block, because a change would then be lost without a word."""
         if self._tx is not None:
             self._tx.require_lock()
 
     @property
     def data(self) -> dict[str, Any]:
-        """The whole document as a plain dict, as it is by now. Once asked for, it is what is committed."""
+        """The whole document as a plain dict, as it is by now. From its first use on, the commit takes this dict."""
         for name in self.names():
             self._plain(name)
         return self._values
 
     def list(self, name: str) -> WorkingList:
-        """Return a top-level list, to be changed in place. A missing one is made by the first item.
+        """Return a top-level list, to be changed in place. The first item creates a missing list.
 
         Raises:
             InvalidArgument: the value is no list.
@@ -155,7 +155,7 @@ class WorkingCopy:
         return value is None or isinstance(value, Items) or value[:1] == b"["
 
     def has_handed_out(self, value: object) -> bool:
-        """Tell whether this very object is, or stands in, something that a caller got from this copy."""
+        """Tell whether a caller got this very object from this copy, by itself or within another one."""
         pending = [self._values, *(items.tail for items in self._lists.values())]
         while pending:
             each = pending.pop()
@@ -185,7 +185,7 @@ class WorkingCopy:
         return tuple(filter(self._has, names))
 
     def _plain(self, name: str) -> Any:
-        """Hand out a value as a plain one."""
+        """Hand out a value as a plain Python value."""
         if (value := self._untouched(name)) is not None:
             self._taken.add(name)
             self._values[name] = decode(value)
@@ -194,10 +194,11 @@ class WorkingCopy:
         return self._values[name]
 
     def changed(self) -> Changed | None:
-        """Return the content as it is now, and what was changed in the values that stand apart. None if nothing was
-        changed.
+        """Return the content as it is now, and its changes in the values that stand apart.
 
-        Raises: what `encoded` raises for what cannot be kept.
+        None if nothing was changed.
+
+        Raises: as `encoded`, for a value that cannot be kept.
         """
         before, now, made = self._content, dict[str, Value](), dict[str, tuple[diff.Change, ...]]()
         for name, items in self._lists.items():
@@ -208,7 +209,7 @@ class WorkingCopy:
                 if changes or (name not in made and self._has(name)):
                     now[name] = changed
         if not self._values and self._taken == made.keys() and now.keys() <= _ALWAYS_APART:
-            # No value can have moved.
+            # No value can have moved between the fields and the values that stand apart.
             if not now:
                 return None
             after = Content(before.fields, {**before.apart, **now})
@@ -232,16 +233,16 @@ class WorkingCopy:
         return self._content if changed is None else changed[0]
 
     def commit(self, header: Header, changed: Changed | None = None) -> Replica:
-        """Commit the content as it is now under the `next_header`, also if nothing was changed in it.
+        """Commit the content as it is now under the `next_header`, even if nothing was changed in it.
 
-        `changed` is that, if the caller knows it.
+        `changed` is the result of the method `changed`, if the caller has it already.
         """
         assert self._tx is not None
         content, changes = changed or self.changed() or (self._content, ())
         return self._tx.commit(header, content, changes)
 
     def commit_changes(self, changed: Changed | None, *, touch: bool = True) -> Replica:
-        """Commit what `changed` returned. If that is None, make durable what was read."""
+        """Commit the result of the method `changed`. If that is None, make the state that was read durable."""
         assert self._tx is not None
         if self._is_new:
             return self.commit(self.header, changed)
@@ -252,7 +253,7 @@ class WorkingCopy:
 
 
 class Fields(MutableMapping[str, Any]):
-    """The top-level values of a working copy but ``messages`` and ``tool_calls``, each decoded when it is asked for."""
+    """The top-level values of a working copy, without ``messages`` and ``tool_calls``. Each is decoded on demand."""
 
     def __init__(self, copy: WorkingCopy) -> None:
         self._copy = copy
@@ -272,12 +273,13 @@ class Fields(MutableMapping[str, Any]):
             remedy = "Choose another name for the field." if name == HEADER else f"Use list({name!r})."
             raise reserved(name, remedy)
         self._copy.require_open()
-        # A name that is no string is refused with the value.
+        # A name that is no string is refused later, together with the value.
         name = json_codec.joined(name) if type(name) is str and not name.isascii() else name
         self._copy._taken.add(name)
         handed_out = self._copy._lists.pop(name, None)
         if handed_out is not None:
-            # The block that was handed the list goes on with the new value. One that is no list takes no change.
+            # The old list, which the block may still hold, becomes the new value. If that is no list, the old list
+            # takes no further change.
             handed_out.become(value if type(value) is list else [])
         self._copy._values[name] = value
 
@@ -305,11 +307,12 @@ class Fields(MutableMapping[str, Any]):
 class WorkingList(MutableSequence[Any]):
     """A list of a session while a block changes it: a `MutableSequence`, with `find`.
 
-    It reads what it is asked for. What it was asked for is written with the commit, if it was changed.
+    It reads only the items that it is asked for. Such an item is written with the commit, if it was changed.
     """
 
-    # It keeps some items of the committed list, and behind them a tail of its own. An entry of the tail is an item's
-    # JSON as long as nobody asked for it, else a Python value. The tail may be a plain list of the caller's.
+    # The list keeps the first items of the committed list, and behind them a tail of its own. An entry of the tail is
+    # an item's JSON as long as nobody has asked for it. After that it is a Python value. The tail may be a plain list
+    # of the caller's.
 
     def __init__(
         self, name: str, base: Items, tail: list[Any] | None = None, *, tx: Transaction | None, values: dict[str, Any]
@@ -323,14 +326,14 @@ class WorkingList(MutableSequence[Any]):
         self._is_plain = tail is not None
 
     def whole(self) -> list[Any]:
-        """Return all items as a plain list, which this working list goes on to change in place."""
+        """Return all items as a plain list. From now on this working list changes that list in place."""
         self._in_tail(0)
         self.tail[:] = list(map(self._decoded, self.tail))
         self.base, self._is_plain = Items([]), True
         return self.tail
 
     def become(self, items: list[Any]) -> None:
-        """Go on as a plain list, which is changed in place."""
+        """Become a view of a plain list, which is changed in place."""
         self.base, self._kept, self.tail, self._is_plain = Items([]), 0, items, True
 
     def __repr__(self) -> str:
@@ -347,7 +350,7 @@ class WorkingList(MutableSequence[Any]):
         return range(length)[place]
 
     def _in_tail(self, place: int) -> int:
-        """Return the place of an item in the tail, which grows to the front for that."""
+        """Return the place of an item in the tail. The tail grows to the front for that."""
         if place < self._kept:
             self.tail[:0] = self.base.last(self.base.count - place)[: self._kept - place]
             self._kept = place
@@ -370,7 +373,7 @@ class WorkingList(MutableSequence[Any]):
         return json_codec.decode(item) if type(item) is bytes and not self._is_plain else item
 
     def peek(self, place: int) -> Any:
-        """Return the item at a place, to be looked at only: the tail does not grow for that."""
+        """Return the item at a place, for reading only. The tail does not grow for that."""
         if place >= self._kept:
             return self._decoded(self.tail[place - self._kept])
         return json_codec.decode(self.base[place])
@@ -411,7 +414,7 @@ class WorkingList(MutableSequence[Any]):
         self.tail.insert(self._in_tail(place), item)
 
     def put_json(self, place: int | None, lines: list[bytes]) -> None:
-        """Put items before the one at a place, or at the end, each as its JSON."""
+        """Put encoded items before the one at a place, or at the end."""
         at = len(self.tail) if place is None else self._in_tail(place)
         self.tail[at:at] = map(json_codec.decode, lines) if self._is_plain else lines
 
@@ -433,7 +436,8 @@ class WorkingList(MutableSequence[Any]):
         place_there = self.base.find(wanted, key)
         if place_there is None or place_there < self._kept:
             return place_there
-        # It stood in what is the tail by now. An earlier item may have the same id.
+        # The item that was found belongs to the tail by now, and was changed or removed there. An earlier item may have
+        # the same id.
         return next(
             (
                 at
@@ -444,7 +448,7 @@ class WorkingList(MutableSequence[Any]):
         )
 
     def changes(self) -> tuple[tuple[diff.Change, ...], Items]:
-        """Return what turns the committed list into this one, and the list that it makes."""
+        """Return the changes that turn the committed list into this one, and the resulting list."""
         after: list[bytes] = []
         for place, item in enumerate(self.tail, self._kept):
             after.append(item if type(item) is bytes else json_codec.encode_exact(item, (self._name, place)))

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A small asynchronous chat server on `persist.aio` and Starlette, to copy from.
 
-Any number of it may run on one directory.
+Any number of servers may run on one directory.
 
     scripts/example_async_server.py --store var/chats --port 8080
 
@@ -11,7 +11,7 @@ Any number of it may run on one directory.
     POST /cancel/{session_id}/{stream_id}     -> {"cancelled"}
     GET  /session/{session_id}                -> the session; clears a stale stream first
 
-The first line it prints is its address. It knows no users: keep it on 127.0.0.1.
+The first line that the server prints is its address. It knows no users, so keep it on 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__" and importlib.util.find_spec("persist") is None:
-    # In a checkout any Python will do to start it: it goes on in the project's own environment. Leave this out of a
-    # copy.
+    # In a checkout any Python can start this, because it goes on in the project's own environment. Leave this block out
+    # of a copy.
     root = Path(__file__).resolve().parent.parent
     subprocess.run([root / "scripts" / "setup-venv"], check=True)
     os.execl(root / ".venv/bin/python", root / ".venv/bin/python", __file__, *sys.argv[1:])
@@ -59,7 +59,7 @@ STATUSES: dict[Any, int] = {
 
 
 class AsciiJSON(JSONResponse):
-    """JSON in ASCII: half an emoji, where a model has cut one in two, has no UTF-8."""
+    """A response as JSON in ASCII, because half an emoji has no UTF-8, and a model may have cut one in two."""
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
@@ -68,7 +68,7 @@ class AsciiJSON(JSONResponse):
 class Chat:
     """The routes, and the turns of this process.
 
-    Which stream lives is asked of the store, where it holds for all processes.
+    The store knows which stream lives. Its answer holds for all processes.
     """
 
     def __init__(self, store: persist.aio.Store, delay_s: float) -> None:
@@ -77,8 +77,9 @@ class Chat:
 
     @asynccontextmanager
     async def lifespan(self, _app: Starlette) -> AsyncIterator[None]:
-        """Clear what dead servers left, and end with the turns: prompt and partial answer are kept, marked as
-        interrupted.
+        """Clear the streams of dead servers, and end the turns when the server ends.
+
+        The prompt and the partial answer of a turn are kept, and marked as interrupted.
         """
         await self._store.clear_stale_streams()
         yield
@@ -89,7 +90,7 @@ class Chat:
     async def session(self, request: Request) -> AsciiJSON:
         session = await self._store.load(request.path_params["session_id"])
         if session.active_stream_id is not None and not await session.clear_stale_stream():
-            await session.refresh()  # it is alive, or the session moved on since it was loaded: show what is true now
+            await session.refresh()  # it is alive, or the session moved on since it was loaded
         return AsciiJSON(session.data)
 
     async def chat(self, request: Request) -> AsciiJSON:
@@ -111,12 +112,12 @@ class Chat:
                     if await stream.is_cancelled():
                         return  # without finish(): prompt and partial answer are kept, marked as interrupted
                     await stream.emit({"token": word})
-                    if count % 20 == 0:  # what is behind it is not in the session, if this process is killed
+                    if count % 20 == 0:  # if this process is killed, the session lacks the words after it
                         await stream.checkpoint({"role": "assistant", "content": " ".join(words[:count])})
                 await stream.finish({"role": "assistant", "content": " ".join(words)})
 
     async def events(self, request: Request) -> EventSourceResponse:
-        # Opened here, so that what is wrong with a cursor is said before the response begins.
+        # The events are opened here, so that an error in the cursor is raised before the response begins.
         following = await self._store.follow(**request.path_params, after=offset_in(request))
         return EventSourceResponse(told(following), ping=5)  # a sign of life for proxies
 
@@ -132,7 +133,7 @@ async def told(following: persist.aio.Following) -> AsyncIterator[dict[str, Any]
 
 
 def offset_in(request: Request) -> int:
-    # A browser sends the header when it reconnects, and cannot when the page was loaded anew.
+    # A browser sends the header when it reconnects. It cannot send the header when the page was loaded anew.
     cursor = request.headers.get("Last-Event-ID", request.query_params.get("after", "0"))
     offset = cursor.removeprefix(f"{request.path_params['stream_id']}:")
     if not re.fullmatch("[0-9]{1,18}", offset):
@@ -141,7 +142,7 @@ def offset_in(request: Request) -> int:
 
 
 async def refuse(_request: Request, error: Exception) -> AsciiJSON:
-    # Not with the error's text, which names files.
+    # The reply leaves out the error's text, because it names files.
     running = {"stream_id": error.stream_id} if isinstance(error, persist.SessionBusy) else {}
     return AsciiJSON({"error": type(error).__name__, **running}, STATUSES[type(error)])
 

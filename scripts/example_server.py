@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A small chat server on `persist` and the standard library, to copy from. Two of it may run on one directory.
+"""A small chat server on `persist` and the standard library, to copy from. Two servers may run on one directory.
 
     scripts/example_server.py --store var/chats --port 8080
 
@@ -10,7 +10,7 @@
     GET  /api/chat/stream/status?session_id=                     -> {"active", "stream_id", "cancelled", "owner"}
     POST /api/chat/cancel         {"session_id", "stream_id"}    -> {"cancelled"}
 
-The first line it prints is its address. It knows no users: keep it on 127.0.0.1.
+The first line that the server prints is its address. It knows no users, so keep it on 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__" and importlib.util.find_spec("persist") is None:
-    # In a checkout any Python will do to start it: it goes on in the project's own environment. Leave this out of a
-    # copy.
+    # In a checkout any Python can start this, because it goes on in the project's own environment. Leave this block out
+    # of a copy.
     root = Path(__file__).resolve().parent.parent
     subprocess.run([root / "scripts" / "setup-venv"], check=True)
     os.execl(root / ".venv/bin/python", root / ".venv/bin/python", __file__, *sys.argv[1:])
@@ -55,10 +55,10 @@ def answer_to(prompt: str) -> Iterator[str]:
 
 
 class Chat:
-    """What the server does, without HTTP: each method answers one route.
+    """The server without HTTP: each method answers one route.
 
-    There is no registry of streams and no lock here. Which stream runs, and whether its process lives, is asked of the
-    store, where the answer holds for every server on the directory.
+    There is no registry of streams and no lock here. The store knows which stream runs, and whether its process lives.
+    The store's answer holds for every server on the directory.
     """
 
     def __init__(self, store: persist.Store, *, delay_s: float) -> None:
@@ -67,7 +67,7 @@ class Chat:
         self._stopping = threading.Event()
 
     def stop(self) -> None:
-        """Let every running turn fail: prompt and partial answer are kept, marked as interrupted."""
+        """Let every running turn fail. Its prompt and partial answer are kept, and marked as interrupted."""
         self._stopping.set()
 
     def new_session(self) -> Reply:
@@ -77,12 +77,12 @@ class Chat:
     def session(self, session_id: str) -> Reply:
         session = self._store.load(session_id)
         if session.active_stream_id is not None and not session.clear_stale_stream():
-            # It is alive, or the session moved on since it was loaded: show what is true now.
+            # The stream is alive, or the session moved on since it was loaded. Show what is true now.
             session.refresh()
         return {"session": _shown(session)}
 
     def sessions(self) -> Reply:
-        # `active_stream_id` in a head may be that of a dead stream; only `streams()` asks whether it lives.
+        # The `active_stream_id` in a head may be that of a dead stream. Only `streams()` asks whether it lives.
         live = {info.session_id: info.stream_id for info in self._store.streams() if info.is_live}
         rows = []
         for session_id in self._store.ids():
@@ -108,10 +108,11 @@ class Chat:
             raise BadRequest("The message is empty.")
         with contextlib.ExitStack() as failing:
             stream = failing.enter_context(self._store.start_stream(session_id, {"role": "user", "content": message}))
-            # A request's thread is a daemon and would pass that on; for a turn the interpreter shall wait at its exit.
+            # A request's thread is a daemon and would pass that on. But the interpreter must wait for a turn at its
+            # exit.
             threading.Thread(target=self._run_turn, args=(stream, message), daemon=False).start()
-            # From here on the thread ends the turn. Had it not started, leaving this block would have failed the
-            # stream.
+            # From here on the thread ends the turn. If the thread had not started, leaving this block would have failed
+            # the stream.
             failing.pop_all()
         return {"stream_id": stream.id}
 
@@ -122,7 +123,7 @@ class Chat:
                 if self._stopping.wait(self._delay_s) or stream.is_cancelled():
                     return  # without finish(): the turn has failed
                 text += word
-                # One commit each; with a fast model, a few times a second is enough.
+                # Each checkpoint is a commit. With a fast model, a few times a second are enough.
                 stream.checkpoint({"role": "assistant", "content": text})
             stream.finish({"role": "assistant", "content": text})
 
@@ -147,11 +148,11 @@ def _shown(session: persist.Session) -> Reply:
 
 
 class BadRequest(ValueError):
-    """The request lacks something, or is not what it should be."""
+    """Raised when a request lacks something, or is not what it should be."""
 
 
 class NoSuchRoute(LookupError):
-    """Nothing is served under this method and path."""
+    """Raised when nothing is served under this method and path."""
 
 
 #: Method and path -> the method of `Chat` that answers, and the fields that it takes.
@@ -164,7 +165,7 @@ ROUTES: Mapping[str, tuple[Callable[..., Reply], Sequence[str]]] = {
     "POST /api/chat/cancel": (Chat.cancel, ("session_id", "stream_id")),
 }
 
-#: The first kind that fits an error gives its status; any other error is 500.
+#: The first kind that fits an error gives its status. Any other error is 500.
 STATUSES: Sequence[tuple[type[Exception], int]] = (
     (persist.SessionNotFound, 404),
     (NoSuchRoute, 404),
@@ -185,7 +186,7 @@ class ChatServer(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Turns a request into a call of `Chat`, and what comes of it into JSON."""
+    """A handler that turns a request into a call of `Chat`, and the outcome into JSON."""
 
     server: ChatServer
     timeout = 30.0
@@ -200,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self._send(200, self._answer(read_fields()))
         except ConnectionError:
-            self.close_connection = True  # the client has gone; a turn that it started goes on
+            self.close_connection = True  # the client has gone, but a turn that it started goes on
         except Exception as error:
             status = next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
             if status == 500:
@@ -244,7 +245,7 @@ def _shown_error(error: Exception, status: int) -> Reply:
         return {"error": f"There is no session {error.session_id!r}."}
     if isinstance(error, persist.SessionBusy):
         return {"error": str(error), "stream_id": error.stream_id, "owner": error.owner and asdict(error.owner)}
-    # What went wrong inside is for the log, not for the client.
+    # An error inside the server is for the log, not for the client.
     return {"error": str(error) if status < 500 else type(error).__name__}
 
 
@@ -258,7 +259,7 @@ def _clear_what_dead_servers_left(store: persist.Store) -> None:
 
 
 def main() -> None:
-    """Serve until SIGTERM or SIGINT; running turns are then failed, not lost."""
+    """Serve until SIGTERM or SIGINT. The running turns then fail, but they are not lost."""
     parser = argparse.ArgumentParser(description="A small chat server on persist.", allow_abbrev=False)
     parser.add_argument(
         "--store", "--directory", type=Path, required=True, help="directory of the sessions; made if it is missing"

@@ -1,8 +1,8 @@
 """Actors: real server processes that a test leads step by step.
 
-An actor runs the code that it is sent, in a process of its own with a `Store` of its own, and sends back the value of
-the last expression or the exception. It can be made to pause where it is about to do one thing to the disk, so that a
-race has one known order instead of a lucky one; it is never mocked.
+An actor runs the code that it is sent, in a process of its own with a `Store` of its own. It sends back the value of
+the last expression, or the exception. A test can make an actor pause just before it does one thing to the disk, so that
+a race has one known order instead of a lucky one. An actor is never mocked.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any, cast
 
-# Far above what anything takes on an idle machine; a busy one must not look like a bug.
+# Far above the time that any step takes on an idle machine, because a busy machine must not look like a bug.
 DEADLINE_S = 120.0
 
 
 def eventually(claim: Callable[[], bool]) -> None:
-    """Return when a claim about the state has become true; fail when it has not within the deadline."""
+    """Return when a claim about the state has become true. Fail if it has not within the deadline."""
     deadline = time.monotonic() + DEADLINE_S
     while not claim():
         assert time.monotonic() < deadline, "it did not become true"
@@ -33,7 +33,7 @@ class Actor:
     """A process with ``store`` (a `persist.Store`) and ``persist`` in reach of the code it runs."""
 
     def __init__(self, directory: Path, *, prefix: Sequence[str] = (), **store_options: Any) -> None:
-        """Start it; `prefix` is a command that starts commands, such as ``unshare``."""
+        """Start the process. `prefix` is a command that starts commands, such as ``unshare``."""
         here, there = Pipe()
         self._connection = here
         command = [
@@ -55,11 +55,11 @@ class Actor:
         return self.process.pid
 
     def start(self, code: str) -> None:
-        """Send code; `result` gives its value."""
+        """Send code. `result` returns its value."""
         self._connection.send(code)
 
     def result(self) -> Any:
-        """The value of the code's last expression, or its exception, raised here."""
+        """Return the value of the code's last expression, or raise its exception here."""
         kind, value = self._receive()
         if kind == "raised":
             raise value
@@ -71,7 +71,10 @@ class Actor:
         return self.result()
 
     def start_and_pause(self, code: str, step: str) -> None:
-        """Send code, and return when it is about to do `step` (a function of `persist.storage.disk`); `go` lets it."""
+        """Send code, and return when the actor is about to do `step`, a function of `persist.storage.disk`.
+
+        `go` lets the actor do the step.
+        """
         self.do(f"pause_at({step!r})")
         self.start(code)
         assert self._receive() == ("paused", step)
@@ -84,7 +87,7 @@ class Actor:
         return cast("tuple[str, Any]", self._connection.recv())
 
     def kill(self) -> None:
-        """SIGKILL; return when the process is gone."""
+        """Kill the process with SIGKILL, and return when it is gone."""
         self.process.send_signal(signal.SIGKILL)
         self.process.wait(DEADLINE_S)
 
@@ -125,7 +128,7 @@ def _pausing(connection: Connection[Any, Any]) -> Callable[[str], None]:
 def _main(descriptor: str, directory: str, options: str, switch_interval_s: str) -> None:
     import persist
 
-    # As often as the test does.
+    # Switch threads as often as the test does.
     sys.setswitchinterval(float(switch_interval_s))
     connection: Connection[Any, Any] = Connection(int(descriptor))
     store = persist.Store(directory, **ast.literal_eval(options))

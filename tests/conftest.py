@@ -1,4 +1,7 @@
-"""What all tests share: a directory for sessions, a store on it, and actors (other processes) on the same directory."""
+"""Fixtures of all tests: a directory for sessions, a store on it, and actors on the same directory.
+
+An actor is another process.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ import persist
 
 ActorFactory = Callable[..., Actor]
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and all that they start: for that, too, is
-# inherited.
+# A shell that starts the tests in the background makes them ignore Ctrl-C. All processes that the tests start inherit
+# that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -29,7 +32,10 @@ def directory(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def scratch() -> Iterator[Path]:
-    """A directory in memory where there is one: for tests of what survives in a model, or of order, not of the disk."""
+    """Yield a directory in memory where there is one.
+
+    It is for tests of order, and for tests of what survives in a model. They do not test the disk.
+    """
     with quick_directory() as directory:
         yield directory
 
@@ -41,7 +47,7 @@ def store(directory: Path) -> persist.Store:
 
 @pytest.fixture(params=[None, 1e-6], ids=["as-always", "switching-all-the-time"])
 def switching(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run a test with threads twice: also while the interpreter switches between them as often as it can.
+    """Run a test with threads twice: as always, and with the interpreter switching between them as often as it can.
 
     The actors that the test starts do so, too.
     """
@@ -53,7 +59,10 @@ def switching(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def actor(directory: Path) -> Iterator[ActorFactory]:
-    """Start another server process on the same directory; all of them are gone after the test."""
+    """Provide a function that starts another server process on the same directory.
+
+    All of these processes are gone after the test.
+    """
     actors: list[Actor] = []
 
     def start(**options: Any) -> Actor:

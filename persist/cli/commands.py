@@ -44,10 +44,11 @@ from persist.streams import StreamInfo, active_in
 
 PROBLEMS_FOUND = 1
 STORE_ERROR = 3
-#: The exit status that a command has come to, also if the reader of its output leaves before the end.
+#: The key of a command's exit status in the context's `meta`. The status holds also if the reader of the output leaves
+#: before the end.
 _STATUS = "persist.status"
 _TITLE_SHOWN = 60
-#: So much of a long text is made printable at a time.
+#: A long text is made printable in pieces of this length.
 _PIECE_CHARACTERS = 64 * 1024
 
 _EPILOG = """\b
@@ -69,7 +70,7 @@ Examples:
 
 
 class StoreFailure(click.ClickException):
-    """A refusal of the store: its message, without a traceback, and exit status 3."""
+    """A refusal by the store. It ends with its message, without a traceback, and with exit status 3."""
 
     exit_code = STORE_ERROR
 
@@ -111,7 +112,10 @@ def _leave_stopped(ctx: click.Context, steps: Watched[Any], further: str) -> Non
 
 
 def _open_store(ctx: click.Context, _argument: click.Parameter, path: Path) -> Store:
-    """Open a store that is there already: `Store` would make its directory, and looking at one must never do that."""
+    """Open a store that exists.
+
+    A look must never make the directory, as `Store` does by default.
+    """
     path = Path(expanded(str(path)))
     if not path.is_dir():
         raise click.BadParameter(f"{printable(str(path))} is not a directory.")
@@ -124,7 +128,10 @@ def _open_store(ctx: click.Context, _argument: click.Parameter, path: Path) -> S
 
 
 def _mode_in(directory: Path) -> int:
-    """Return the mode that the files of a store have: a directory that a group shares says so (`Store(mode=…)`)."""
+    """Return the mode of a store's files (`Store(mode=…)`).
+
+    The mode of the directory shows whether a group shares the store.
+    """
     mode = directory.stat().st_mode
     if not mode & stat.S_ISGID or mode & 0o050 != 0o050:
         return 0o600
@@ -148,7 +155,10 @@ def persist(unsafe_filesystem: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A session in the list. `stream` is "none", "live", "stale", or "unknown" if a session could not be asked."""
+    """A session in the list.
+
+    `stream` is "none", "live", "stale", or "unknown" if the state of the stream could not be read.
+    """
 
     id: str
     title: str | None = None
@@ -174,9 +184,9 @@ _ENTRY = tuple(each.name for each in fields(Entry))
 def ls(ctx: click.Context, store: Store, as_json: bool) -> None:
     """List the sessions.
 
-    Each with its stream: none, live, stale (its process is dead), or unknown (its lock was not to be had). A session
-    that cannot be read is shown with its error, and the exit status is 1. Damage among the messages is found by
-    `check`.
+    Each row shows the state of the session's stream: none, live, stale (its process is dead), or unknown (its lock
+    could not be taken). A session that cannot be read is shown with its error, and the exit status is then 1. `check`
+    finds damage among the messages.
     """
     entries = _entries(ctx, store)
     if as_json:
@@ -209,7 +219,7 @@ def _clipped(title: str) -> str:
 
 def _entry(store: Store, session_id: str) -> Entry | None:
     try:
-        # Not a `Head`, which decodes all fields: with 50,000 sessions that is heard.
+        # Not a `Head`, because a `Head` decodes all fields. With 50,000 sessions the user would notice that.
         head = store._open().files.read_head(session_id)
     except SessionNotFound:
         return None
@@ -229,11 +239,11 @@ def _entry(store: Store, session_id: str) -> Entry | None:
 
 
 def _state(store: Store, session_id: str) -> str:
-    """How it stands with a session's stream now; it may have ended since."""
+    """Return the state of a session's stream now. The stream may have ended since the head was read."""
     try:
         info = store.stream(session_id)
     except (PersistError, OSError):
-        # A locked session must not hide the others, and what is not known is not guessed.
+        # A locked session must not hide the others. The command does not guess a state that it does not know.
         return "unknown"
     if info is None:
         return "none"
@@ -247,7 +257,7 @@ def _state(store: Store, session_id: str) -> str:
 def show(store: Store, session_id: str, as_json: bool) -> None:
     """Print a conversation. Control characters in it are escaped.
 
-    On a terminal a pager shows it: $PAGER, or less. A large one is printed as it is decoded.
+    On a terminal a pager shows it: $PAGER, or less. A large conversation is printed while it is decoded.
     """
     files = store._open().files
     found = files.read(session_id)
@@ -261,12 +271,13 @@ def show(store: Store, session_id: str, as_json: bool) -> None:
         named = {"version": found.header.version, **facts}
         page(_json_of_session(session_id, named, found) if as_json else _conversation(session_id, facts, found))
     except Undecodable:
-        # Somebody has sealed what is no JSON. It is met where it stands, after the items before it.
+        # The checksums match, but a part of the document is not JSON. The error comes only at that part, after the
+        # items before it are printed.
         raise mislabelled(files.layout.session(session_id).document, session_id) from None
 
 
 def _json_of_session(session_id: str, facts: dict[str, Any], found: Replica) -> Iterator[str]:
-    """Yield the JSON of a session piece by piece: item by item where a list stands apart."""
+    """Yield the JSON of a session piece by piece. A list that is kept apart comes item by item."""
     yield "{"
     for name, value in {"id": session_id, **facts}.items():
         yield f"\n  {json.dumps(name)}: {json_value(value, 2)},"
@@ -330,8 +341,8 @@ def _text(value: Any) -> str:
 def streams(store: Store, as_json: bool) -> None:
     """List the active streams.
 
-    Each with its owner, and whether it lives. A live stream without a recent commit may hang: `persist` cannot tell,
-    and leaves it alone.
+    Each row shows the stream's owner, and whether the stream lives. A live stream without a recent commit may hang.
+    `persist` cannot tell, and leaves it alone.
     """
     found = store.streams()
     if as_json:
@@ -359,11 +370,11 @@ def _life(info: StreamInfo) -> str:
 @json_option
 @click.pass_context
 def check(ctx: click.Context, store: Store, as_json: bool) -> None:
-    """Name what is damaged, stale or left over.
+    """Name everything that is damaged, stale or left over.
 
-    Reads every session whole, and changes none. What looks wrong is judged under its session's lock, so a server that
-    is running is no problem. If there is anything wrong, the exit status is 1. Files that are not of persist are named,
-    and are no problem either.
+    The command reads every session whole, and changes none. It looks at a suspect session again under the session's
+    lock, so a running server is no problem. If anything is wrong, the exit status is 1. Files that are not of persist
+    are named, but they are no problem.
     """
     steps = Watched(maintenance.checking(store._open()), "checked")
     found = maintenance.in_order(problem for problems in steps for problem in problems)
@@ -396,9 +407,10 @@ def check(ctx: click.Context, store: Store, as_json: bool) -> None:
 def backup(ctx: click.Context, store: Store, dest: Path, prune: bool, as_json: bool) -> None:
     """Copy all sessions into DEST, while servers go on.
 
-    DEST is a new directory, or an earlier backup of this store, in which only what changed is written. Each session is
-    copied whole, under its lock, without a journal. Sessions that cannot be read are named, the others are copied, and
-    the exit status is 1. The copies of sessions that are gone stay, but for --prune.
+    DEST is a new directory, or an earlier backup of this store. In an earlier backup, only the changes are written.
+    Each session is copied whole, under its lock, without a journal. If a session cannot be read, the command names it
+    and copies the others, and the exit status is 1. Without --prune, the copies of sessions that are gone from the
+    store stay.
     """
     steps = Watched(backing_up(store._open(), dest, prune=prune), "copied or found unchanged")
     done = Backup(dest)
@@ -434,8 +446,8 @@ def backup(ctx: click.Context, store: Store, dest: Path, prune: bool, as_json: b
 def clear_stale(ctx: click.Context, store: Store, every_session: bool, as_json: bool) -> None:
     """Clear the streams whose process is dead.
 
-    Prompt and partial answer are kept; live streams are left alone. Sessions that cannot be looked at are named, and
-    the exit status is 1.
+    The prompt and the partial answer are kept. Live streams are left alone. If a session cannot be looked at, the
+    command names it, and the exit status is 1.
     """
     steps = Watched(store._sweeping(every_session=every_session), "looked at")
     cleared, failures = list[ClearedStream](), dict[str, Exception]()
@@ -467,7 +479,7 @@ def clear_stale(ctx: click.Context, store: Store, every_session: bool, as_json: 
 def compact(store: Store, session_id: str, as_json: bool) -> None:
     """Fold a session's journal into its document.
 
-    Then the file alone is the session, until its next commit: do it before you edit or copy it.
+    After that, the document alone is the session, until the next commit. Do this before you edit or copy the file.
     """
     was_folded = store.compact(session_id, alone=True)
     if as_json:
@@ -484,11 +496,11 @@ def compact(store: Store, session_id: str, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def accept(ctx: click.Context, store: Store, session_ids: tuple[str, ...], drop_journal: bool, as_json: bool) -> None:
-    """Take documents that were edited by hand.
+    """Accept documents that were edited by hand.
 
-    Each gets new checksums. One that is sound is left alone. Of a journal that cannot be taken whole, a copy is kept.
-    Of several, one that cannot be taken is named, the others are taken, and the exit status is 3. With --json, several
-    make a list.
+    Each document gets new checksums. A sound document is left alone. If a journal cannot be taken whole, a copy of it
+    is kept. If you name several sessions and one cannot be accepted, the command names it and accepts the others, and
+    the exit status is 3. With --json, several sessions are printed as a list.
     """
     if len(session_ids) == 1:
         taken = _accept(store, session_ids[0], drop_journal=drop_journal)
@@ -517,7 +529,7 @@ def accept(ctx: click.Context, store: Store, session_ids: tuple[str, ...], drop_
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A session that was accepted, and the copies that were kept of its journal."""
+    """An accepted session, and the copies that were kept of its journal."""
 
     id: str
     revision: int
@@ -567,9 +579,9 @@ def _accepting(
 @click.option("--if-version", help="Replace a session that can be read, if it has this version (persist show --json).")
 @json_option
 def replace(store: Store, session_id: str, file: Path, if_version: str | None, as_json: bool) -> None:
-    """Put the JSON object in FILE in the place of a session that cannot be read.
+    """Put the JSON object in FILE in place of a session that cannot be read.
 
-    What stood there is gone: copy it first if it may be of use. A session whose stream is alive is left alone.
+    The old content is lost. Copy it first if it may be of use. A session whose stream is alive is left alone.
     The fields of a stream that ran, such as active_stream_id, are left out.
     """
     try:

@@ -1,4 +1,4 @@
-"""The entry point `persist`: the commands, or the news that what they need is not installed."""
+"""The entry point `persist`: it runs the commands, or says how to mend the installation."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """The output of the commands: tables on a terminal, plain lines for pipes, JSON for programs.
 
-Documents hold what strangers wrote. Nothing of it may steer the terminal, so every text passes through `printable`.
+Documents hold text that strangers wrote. This text must not steer the terminal, so every text passes through
+`printable`.
 
-A list of 50,000 sessions and a session of 100 MB are printed as they are read, in blocks. So the first lines come at
-once, and a reader that has seen enough (`| head`) ends the work.
+A list of 50,000 sessions and a session of 100 MB are printed in blocks, as they are read. So the first lines come at
+once. A reader that has seen enough (`| head`) ends the work.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ from rich.text import Text
 
 from persist.errors import PersistError
 
-# Control characters, the separators of lines and paragraphs, and what no terminal can show: half of a surrogate pair.
-# And marks that reorder the text around them: a title could pass for another one. Joiners (Cf, too) are kept, because
-# emoji need them.
+# Control characters, the separators of lines and paragraphs, and halves of surrogate pairs, which no terminal can show.
+# Also marks that reorder the text around them, because they could make one title look like another. Joiners have the
+# same category (Cf), but they are kept, because emoji need them.
 _STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-#: So much text is printed at a time. The first block is small.
+#: The size of a printed block. The first block is smaller.
 _BLOCK_CHARACTERS = 32 * 1024
-#: Text that is ready is not kept back for longer.
+#: The longest time that finished text is kept back.
 _BLOCK_S = 0.1
 #: A table with more rows is not drawn, because rich looks at all of them first.
 _MOST_DRAWN = 200
-#: As `git` has it for `less`: leave at once what fits on the screen, show colours, and do not clear the screen.
+#: The options that `git` gives `less`: leave at once if all fits on the screen, show colours, do not clear the screen.
 _LESS = "FRX"
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    r"""Escape what steers a terminal (control characters, reordering marks) and what no terminal can show (surrogates).
+    r"""Escape characters that steer a terminal (controls, reordering marks) or that no terminal can show (surrogates).
 
     >>> printable("a\x1b[31mb\n", keep="\n")
     'a\\x1b[31mb\n'
@@ -54,21 +55,19 @@ def _escaped(character: str) -> str:
 
 
 def console() -> Console:
-    """A console on the standard output that prints text as it is: no markup, no highlighting,
-    no wrapping of its own.
-    """
+    """Return a console on the standard output that prints text as it is: no markup, highlighting or wrapping."""
     return Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def tolerate_any_terminal() -> None:
-    """Let a character that the output's encoding does not know be printed as an escape, instead of raising."""
+    """Let the outputs print an escape for a character that their encoding lacks, instead of raising an error."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def forget_output() -> None:
-    """Print nothing more, after the reader of the output has left. Else Python would complain at its end."""
+    """Discard all further output, because its reader has left. Otherwise Python would complain when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -101,18 +100,21 @@ def _blocks(pieces: Iterable[str]) -> Iterator[str]:
                 waiting.clear()
                 size, since, limit = 0, time.monotonic(), _BLOCK_CHARACTERS
     except (PersistError, ValueError):
-        # Text that was ready before the error is shown before it.
+        # The text that was ready before the error is printed before it.
         yield "".join(waiting)
         raise
     yield "".join(waiting)
 
 
-#: Gives a text a style: ``style(text, bold=True)``.
+#: A function that gives a text a style: ``style(text, bold=True)``.
 Style = Callable[..., str]
 
 
 def styles() -> Style:
-    """Return what styles a text, if the output is a terminal, or is to be taken for one (FORCE_COLOR)."""
+    """Return a function that styles a text.
+
+    It leaves the text plain if the output is no terminal, and does not count as one either (FORCE_COLOR).
+    """
     out = console()
     return click.style if out.is_terminal and not out.no_color else _plain
 
@@ -139,14 +141,14 @@ def json_list(items: Iterable[Any], indent: int = 0) -> Iterator[str]:
 
 
 def json_value(value: Any, indent: int = 0) -> str:
-    """Return the JSON of a value that stands behind so many blanks."""
+    """Return the JSON of a value. All lines but the first are indented by `indent` blanks more."""
     text = json.dumps(value, indent=2)
-    # Within a string there is no newline.
+    # A JSON string never holds a newline itself.
     return text.replace("\n", f"\n{' ' * indent}") if indent else text
 
 
 def json_record(values: Mapping[str, Any], indent: int) -> str:
-    """As `json_value`, of an object of plain values. It takes a fifth of the time."""
+    """Return the JSON of an object of plain values, as `json_value` does, in a fifth of the time."""
     blanks, lines = "\n" + " " * (indent + 2), []
     for name, value in values.items():
         text = "null" if value is None else encode_basestring_ascii(value) if type(value) is str else json.dumps(value)
@@ -158,9 +160,9 @@ def json_record(values: Mapping[str, Any], indent: int) -> str:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table on a terminal; elsewhere a line a row, its cells parted by tabs, with a heading.
+    """Print a table on a terminal. Elsewhere print a heading and one line for each row, its cells parted by tabs.
 
-    A table with many rows is printed as the rows come. Then the first ones say how wide a column is.
+    A table with many rows is printed as the rows come. Then the first rows set the widths of the columns.
     """
     cells = ([printable(str(cell)) for cell in row] for row in rows)
     if not console().is_terminal:
@@ -188,5 +190,5 @@ def _draw(columns: Sequence[str], rows: list[list[str]]) -> None:
     out = Console()
     with out.capture() as drawn:
         out.print(table)
-    # Not by rich itself, which takes a reader that has left for a failure.
+    # rich does not print the table itself, because it treats a reader that has left as a failure.
     click.echo(drawn.get(), nl=False, color=True)

@@ -1,4 +1,4 @@
-"""A look at many sessions, as a terminal shows it: how far it is, and Ctrl-C, which ends it between two sessions."""
+"""The progress of a command over many sessions, and Ctrl-C, which ends the command between two sessions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import click
 from persist.maintenance import Step
 
 Found = TypeVar("Found")
-#: As a shell reports a program that SIGINT has ended.
+#: The exit status that a shell reports for a program that SIGINT has ended.
 ENDED_BY_SIGINT = 130
 #: Work that ends sooner shows no progress.
 _QUIET_S = 0.5
@@ -25,12 +25,12 @@ _EVERY_S = 0.1
 class Watched(Generic[Found]):
     """The steps of a look at many sessions, shown on the standard error if that is a terminal.
 
-    The first Ctrl-C ends the steps after the session at hand, so what was done is known and whole. The second one ends
-    the program at once.
+    The first Ctrl-C ends the steps after the current session, so the work that was done is known and whole. The second
+    Ctrl-C ends the program at once.
 
     Args:
-        steps: closed at the end, so that what they have to tidy up is done.
-        done: what becomes of a session, "checked" say.
+        steps: the steps. They are closed at the end, so that they can tidy up.
+        done: the word for a session that is done, such as "checked".
 
     Attributes:
         was_stopped: whether Ctrl-C has ended the steps before their own end.
@@ -57,7 +57,7 @@ class Watched(Generic[Found]):
                     due, is_shown = now + _EVERY_S, True
                     click.echo(f"\r{self}", nl=False, err=True)
         except KeyboardInterrupt:
-            # The second one. Whether the session at hand is done is not known.
+            # This is the second Ctrl-C. Nobody knows whether the current session is done.
             self.was_stopped = True
         finally:
             if is_shown:
@@ -72,13 +72,13 @@ class Watched(Generic[Found]):
         return f"{self._done:,} of {self._total:,} sessions {self._what}"
 
     def tell_stop(self, further: str) -> None:
-        """Say on the standard error what was done until Ctrl-C."""
+        """Print on the standard error how much was done before Ctrl-C."""
         click.echo(f"Stopped: {self}. {further}", err=True)
 
     def _watch_for_sigint(self) -> Any:
-        """Return the handler that there was, or None if Ctrl-C is left alone."""
+        """Install a handler for Ctrl-C, and return the one before it. Return None if Ctrl-C is left alone."""
         is_main = threading.current_thread() is threading.main_thread()
-        # A shell that starts a program in the background has it ignore Ctrl-C.
+        # A program that a shell starts in the background ignores Ctrl-C.
         if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             return None
 

@@ -1,4 +1,4 @@
-"""The pytest plugin: what the processes of one test run share.
+"""The pytest plugin: the things that the processes of one test run share.
 
     from persist.pytest_plugin import shared_fixture
 

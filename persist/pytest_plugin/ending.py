@@ -1,4 +1,7 @@
-"""The end of a run, in the controller: when all workers are gone, each teardown runs once, the last made first."""
+"""The end of a run, in the controller.
+
+When all workers are gone, each teardown runs once. The value that was made last is torn down first.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,10 @@ _WORKER_END_S = 3.0
 
 
 def end(run: Run) -> list[str]:
-    """Run what is left to tear down. Return what went wrong, as texts for the summary.
+    """Run the remaining teardowns, and return the errors as texts for the summary.
 
-    Each is marked as ended before it runs: an interrupt, and a second call, go on with the rest and repeat nothing.
+    Each value is marked as ended before its teardown runs. So a second call, after an interrupt for example, goes on
+    with the rest and repeats nothing.
     """
     problems = []
     for session_id, data in sorted(run.sessions(KIND), key=_number, reverse=True):
@@ -47,7 +51,10 @@ def end(run: Run) -> list[str]:
 
 
 def outlive(gateways: Iterable[Any]) -> list[str]:
-    """Wait for the worker processes to be gone; kill those that are not soon. Return what keeps the run from ending."""
+    """Wait for the worker processes to end, and kill those that do not end soon.
+
+    Return a text for each process that keeps the run from ending.
+    """
     left = []
     for gateway in gateways:
         # execnet has no public name for the process behind a gateway.
@@ -86,8 +93,8 @@ def _torn_down(data: Data, value: Any) -> Iterator[str]:
 def function_at(address: Record) -> Callable[..., Any]:
     """Import a function by its address.
 
-    A worker finds test modules and conftest files by what pytest puts into ``sys.path`` while it collects, and several
-    conftest files may share one name. So the module must come from the right file, wherever that takes it from.
+    A worker finds test modules and conftest files through the paths that pytest puts into ``sys.path`` while it
+    collects. Several conftest files may share one name. So the module must come from the file that the address names.
     """
     found: Any = _module(address["module"], address["file"])
     for name in address["qualname"].split("."):
@@ -119,7 +126,7 @@ def _is_from(module: ModuleType, file: str) -> bool:
 
 @contextmanager
 def _on_path(name: str, file: str | None) -> Iterator[None]:
-    """Find what the module itself imports where pytest would have put it on the path."""
+    """Put the module's root on the path for a block, as pytest does, so that the module's own imports are found."""
     depth = name.count(".") + (file is not None and Path(file).name == "__init__.py")
     roots = [] if file is None else [str(Path(file).resolve().parents[depth])]
     sys.path[:0] = roots

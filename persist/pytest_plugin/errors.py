@@ -6,7 +6,7 @@ from persist.errors import PersistError
 
 
 class FactoryFailed(PersistError):
-    """The factory raised, in whichever process came first. It ran once; everybody who asks for its value gets this."""
+    """Raised in every process that asks for a value whose factory has raised. The factory ran once."""
 
     template = (
         "The factory of {key!r} raised {kind} in {worker}. It ran once and is not run again in this test run. "
@@ -18,12 +18,13 @@ class FactoryFailed(PersistError):
 
 
 class SharedTimeout(PersistError, TimeoutError):
-    """Another test, or another worker, kept what this one waited for, for too long.
+    """Raised when another test or worker keeps a thing for longer than this one can wait.
 
     Attributes:
         key: the key of a shared value, or the name of a lock.
-        holder: who produces or holds it; of a shared fixture that was finished, the workers that had not ended.
-        since_s: for how many seconds by then, 0 where that is not known.
+        holder: the process that produces or holds it. For a shared fixture that was finished, the workers that had not
+            ended.
+        since_s: for how many seconds the holder had it by then, or 0 where that is not known.
         waited_s: how many seconds this process has waited.
     """
 
@@ -33,6 +34,6 @@ class SharedTimeout(PersistError, TimeoutError):
 
 
 class NotShared(PersistError, RuntimeError):
-    """This worker cannot reach what the others share, or the directory for that is of no use."""
+    """Raised when this worker cannot reach the directory that the others share, or cannot use it."""
 
     template = "This worker shares no directory with the others: {reason}."

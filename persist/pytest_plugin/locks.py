@@ -1,4 +1,4 @@
-"""A named lock between the tests of all workers; its holder may die, and take as long as it likes."""
+"""A named lock between the tests of all workers. Its holder may die, and may hold it as long as it likes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TEST = "test"
 def hold(run: Run, name: str, timeout_s: float) -> Iterator[None]:
     """Hold the lock `name` for a block.
 
-    A stream's lease and not a session's lock: this one may be held for minutes, and other verbs may be used meanwhile.
+    It is a stream's lease and not a session's lock. So a test may hold it for minutes, and use other verbs meanwhile.
     """
     __tracebackhide__ = True
     session_id = run.session("lock", name)

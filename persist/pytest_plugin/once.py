@@ -2,9 +2,11 @@
 
     persist_once("database", make_database, teardown=drop_database)
 
-Whoever comes first claims the key's session and runs the factory; the others poll until its record is there, or until
-the claim is free because its process died: then the next one takes over. A look at the record before the claim saves
-the claim; the look after it decides, since another process may have finished in between.
+The first process claims the key's session and runs the factory. The others poll until the session holds a record. If
+the first process dies, its claim becomes free, and the next process takes over.
+
+Each process looks for the record before the claim and after it. The first look avoids a needless claim. The second
+look decides, because another process may have finished in between.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ _NOWHERE = ModuleType("nowhere")
 
 
 def origin_of(function: Function) -> str:
-    """Where a function comes from, the same text in every process: "make_database (tests/conftest.py:12)"."""
+    """Return a function's origin, the same text in every process: "make_database (tests/conftest.py:12)"."""
     plain = getattr(function, "func", function)
     code = getattr(getattr(plain, "__func__", plain), "__code__", None)
     name = getattr(plain, "__qualname__", type(plain).__qualname__)
@@ -37,15 +39,15 @@ def origin_of(function: Function) -> str:
 
 
 def address_of(teardown: Function | None) -> Record | None:
-    """Where another process finds a teardown; it must be an importable function.
+    """Return the address where another process finds a teardown, which must be an importable function.
 
     Raises:
-        InvalidArgument: a lambda, a local function, a method or a partial: only this process has it.
+        InvalidArgument: it is a lambda, a local function, a method or a partial, which only this process has.
     """
     if teardown is None:
         return None
     module, qualname = getattr(teardown, "__module__", None) or "", getattr(teardown, "__qualname__", "")
-    # Its own globals besides: of several conftest files of one name, only one is in sys.modules.
+    # Its own globals are searched, too, because of several conftest files of one name only one is in sys.modules.
     for namespace in (vars(sys.modules.get(module, _NOWHERE)), getattr(teardown, "__globals__", {})):
         if module != "__main__" and _found_in(namespace, qualname) is teardown:
             return {"module": module, "qualname": qualname, "file": namespace.get("__file__")}
@@ -65,7 +67,7 @@ class Once:
     """One key of a run.
 
     Args:
-        origin: what the factory is; another one under the same key is `InvalidArgument`.
+        origin: where the factory comes from. Another origin under the same key raises `InvalidArgument`.
         style: "value", or "yield" if the producer has something to finish at the end.
     """
 
@@ -79,7 +81,7 @@ class Once:
         self.session_id = run.session(KIND, key, **facts)
 
     def value(self, factory: Callable[[], Any], timeout_s: float) -> Any:
-        """Return the value, a fresh copy; produce it if nobody has."""
+        """Return a fresh copy of the value. Produce the value if no process has."""
         __tracebackhide__ = True
         wait, cause = Wait(timeout_s), None
         while (record := self.record()) is None:
@@ -93,7 +95,10 @@ class Once:
         return outcome.result(record, self.key, cause)
 
     def record(self) -> Record | None:
-        """How the factory's run has ended; None if it has not run, or if what it made was finished since."""
+        """Return the outcome of the factory's run.
+
+        Return None if it has not run, or if its value was finished since.
+        """
         records = self.run.store.load(self.session_id).data.get("messages", [])
         return None if not records or records[-1]["kind"] == ENDED else dict(records[-1])
 
@@ -110,14 +115,14 @@ class Once:
             return error
         finally:
             del producing[self.session_id]
-        # The number tells in which order things were made. It is drawn late: what this factory asked for comes before
-        # it.
+        # The numbers tell in which order the values were made. This number is drawn late, because the values that this
+        # factory asked for come before its own.
         number = self.run.count("made")
         stream.finish({"kind": VALUE, "worker": self.run.worker, "number": number, "value": value})
         return None
 
     def _require_json(self, value: Any) -> None:
-        """Refuse a value that no other process can get, and tear it down: nobody else will."""
+        """Refuse a value that no other process can get, and tear it down, because no other process will."""
         try:
             json_codec.check(value)
         except BaseException as error:
@@ -129,7 +134,7 @@ class Once:
             raise
 
     def end(self, error: BaseException | None = None) -> None:
-        """Note that what was made is finished: whoever comes later makes it anew."""
+        """Record that the value is finished. A process that comes later makes it anew."""
         mark_ended(self.run, self.session_id, error)
 
     # --- waiting ---
@@ -138,8 +143,8 @@ class Once:
         __tracebackhide__ = True
         producing = self.run.held.streams
         if producing:
-            # Seen by whoever waits for that one: written before the look, so that of two that wait for each other one
-            # sees it.
+            # The processes that wait for this one read the edge. It is written before the look, so that of two
+            # processes that wait for each other one sees the other's edge.
             mine, stream_id = next(reversed(producing.items()))
             edge = f"{stream_id} {self.session_id}"
             self.run.store.update(mine, lambda tx: tx.fields.update({_WAITS_FOR: edge}))
@@ -164,7 +169,7 @@ class Once:
                 remedy = "Let one do without the other."
                 raise LockError(kind="nested", held=names, reason=reason, remedy=remedy)
             if following in chain:
-                return  # a cycle of others: theirs to report
+                return  # a cycle of others, who report it
             chain.append(following)
 
     def _waits_for(self, session_id: str) -> str | None:
@@ -174,7 +179,7 @@ class Once:
 
 
 def mark_ended(run: Run, session_id: str, error: BaseException | None = None) -> None:
-    """Note that what a key's factory made is finished, and what its end said."""
+    """Record that the value of a key is finished, and the error of its end if there was one."""
     said = None if error is None else outcome.text_of(error)
     number = len(run.store.load(session_id).data["messages"])
     run.store.append(session_id, "messages", {"id": f"ended-{number}", "kind": ENDED, "error": said})

@@ -1,7 +1,7 @@
-"""How the one run of a factory has ended, as a record that every process can read and act on.
+"""The outcome of the one run of a factory, as a record that every process can read and act on.
 
-A record is a message of the key's session: it is written in the commit that ends the producer's stream, so there is no
-instant at which a value is there without its end, or the end without a value.
+A record is a message of the key's session. The commit that ends the producer's stream writes it. So a value never
+exists without the end of its production, nor the end without a value.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from persist.pytest_plugin.errors import FactoryFailed
 Record = dict[str, Any]
 
 VALUE, ENDED = "value", "ended"
-#: The exceptions that a factory may end with besides a value or an error. An expected failure is a failure, too, so it
+#: The exceptions that a factory may end with, besides a value or an error. An expected failure is also a failure, so it
 #: comes first.
 _VERDICTS: dict[str, tuple[type[BaseException], Callable[..., Any]]] = {
     "skip": (pytest.skip.Exception, pytest.skip),
@@ -25,12 +25,12 @@ _VERDICTS: dict[str, tuple[type[BaseException], Callable[..., Any]]] = {
     "fail": (pytest.fail.Exception, pytest.fail),
 }
 _OURS = "persist.pytest_plugin."
-#: These end the process, or the run, and say nothing about the value: the next process may try.
+#: These end the process or the run, and say nothing about the value. So the next process may try.
 NO_OUTCOME = (KeyboardInterrupt, GeneratorExit, pytest.exit.Exception)
 
 
 def of_error(error: BaseException, worker: str) -> Record:
-    """The record of a factory that raised."""
+    """Return the record of a factory that raised."""
     for kind, (exception, _) in _VERDICTS.items():
         if isinstance(error, exception):
             return {"kind": kind, "worker": worker, "reason": str(getattr(error, "msg", error))}
@@ -39,7 +39,7 @@ def of_error(error: BaseException, worker: str) -> Record:
 
 
 def text_of(error: BaseException) -> str:
-    """The traceback of an error as Python prints it, without the frames of this package that called the function."""
+    """Return an error's traceback as Python prints it, without the frames of this package that called the function."""
     trace = error.__traceback__
     while (
         trace is not None
@@ -51,7 +51,7 @@ def text_of(error: BaseException) -> str:
 
 
 def result(record: Record, key: str, cause: BaseException | None) -> Any:
-    """Return the value that a record holds, or raise what it tells of."""
+    """Return the value that a record holds, or raise the outcome that it records."""
     __tracebackhide__ = True
     kind = record["kind"]
     if kind == VALUE:

@@ -1,20 +1,21 @@
-"""The plugin for the tests of one run, in however many processes it runs: the fixtures, the decorator and the hooks.
+"""The pytest plugin for the tests of one run, in however many processes: the fixtures, the decorator and the hooks.
 
     from persist.pytest_plugin import shared_fixture
 
     @shared_fixture
-    def database():                        # runs once per run, in whichever worker comes first;
+    def database():                        # runs once per run, in the first worker that needs it
         url = start_database()
-        yield {"url": url}                 # every worker gets this JSON value;
-        stop_database(url)                 # goes on when all the others are done with it
+        yield {"url": url}                 # every worker gets this JSON value
+        stop_database(url)                 # runs when all the others are done with it
 
-Works the same without pytest-xdist. Nothing of `persist` is imported, and nothing made on disk, before a fixture is
-used.
+The plugin works the same without pytest-xdist. Before a fixture is used, it imports nothing of `persist`, and makes
+nothing on the disk.
 
-The run's directory has a name of its own, drawn by the controller and handed to the workers. xdist's ``testrun_uid``
-would not do: ``--testrunuid`` may name the same one again. It is removed when the run has passed, and kept otherwise.
+The controller draws a new name for the run's directory, and hands it to the workers. xdist's ``testrun_uid`` cannot be
+the name, because ``--testrunuid`` may give the same one again. The directory is removed after a run that passed, and
+kept otherwise.
 
-PYTEST_DONT_REWRITE: there is no test in here, and a conftest.py may import it before it registers it.
+PYTEST_DONT_REWRITE: there is no test in here, and a conftest.py may import this module before pytest registers it.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ if TYPE_CHECKING:
 
 
 _KEY = "persist_directory"
-#: Many workers on few cores may queue for one session. What waits for a value has a time-out of its own above.
+#: Long, because many workers on few cores may queue for one session. A wait for a value has a time-out of its own above
+#: this one.
 _STORE_LOCK_TIMEOUT_S = 60.0
 
 
@@ -77,8 +79,8 @@ class Participant:
     """A process that runs tests: a worker, or the only process.
 
     Args:
-        directory: the run's; None if this process cannot reach it.
-        worker: its name, or None if it is the only process.
+        directory: the run's directory, or None if this process cannot reach it.
+        worker: the worker's name, or None if this is the only process.
     """
 
     def __init__(self, directory: Path | None, worker: str | None) -> None:
@@ -100,7 +102,8 @@ class Participant:
         """Open a store of the run's directory.
 
         Raises:
-            NotShared: locks do not work there, say. It fails the test that asks for it, and not the run.
+            NotShared: the store cannot be opened, because locks do not work there for example. This fails the test that
+                asks for the store, and not the run.
         """
         from persist.errors import PersistError
         from persist.pytest_plugin.errors import NotShared
@@ -128,29 +131,29 @@ class Participant:
 
     @functools.cached_property
     def uses(self) -> Uses:
-        """The yield-style fixtures in use here."""
+        """The yield-style fixtures that this process uses."""
         from persist.pytest_plugin.uses import Uses
 
         return Uses(self.run, is_alone=self._worker is None)
 
     @property
     def _is_involved(self) -> bool:
-        """Whether others may wait for a word of this process."""
+        """Whether other processes may wait for an announcement of this one."""
         return "uses" in self.__dict__ or (
             self._worker is not None and self._directory is not None and self._directory.exists()
         )
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_teardown(self, nextitem: pytest.Item | None) -> None:
-        """Know whether the fixtures that end now end for good."""
+        """Note whether a test follows. If none does, the fixtures that end now end for good."""
         if "uses" in self.__dict__:
             self.uses.is_ending = nextitem is None
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_sessionfinish(self, exitstatus: int) -> Generator[None, object, object]:
-        """Say to the others, at the end, that nothing is used here any more."""
-        # Inside xdist's wrapper, which tells the controller that this worker has finished, and around pytest's own
-        # teardown of the fixtures that are left.
+        """Tell the others at the end that this process uses nothing any more."""
+        # This runs inside xdist's wrapper, which tells the controller that this worker has finished. It runs around
+        # pytest's own teardown of the remaining fixtures.
         if "uses" in self.__dict__:
             self.uses.is_ending = True
             self.uses.is_hurried = exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
@@ -162,7 +165,7 @@ class Participant:
 
 
 class Controller:
-    """The process that outlives the others: it says where they meet and who is there, and ends the run.
+    """The process that outlives the others. It says where they meet and which workers live, and it ends the run.
 
     Without xdist it is the only process, and a `Participant` besides.
     """
@@ -177,7 +180,7 @@ class Controller:
 
     @functools.cached_property
     def directory(self) -> Path:
-        """The run's directory; nobody has made it yet."""
+        """The path of the run's directory. The directory itself may not be there yet."""
         root = os.environ.get("PERSIST_TEST_DIR") or self._config.getini("persist_test_dir")
         root = root or os.environ.get("PYTEST_DEBUG_TEMPROOT") or tempfile.gettempdir()
         return Path(root).expanduser().resolve() / f"persist-run-{os.urandom(16).hex()}"
@@ -188,7 +191,10 @@ class Controller:
 
     @functools.cached_property
     def _run(self) -> Run | None:
-        """The run, as this process sees it. None if its directory is of no use: the tests that met that have failed."""
+        """The run, as this process sees it.
+
+        None if its directory is of no use. The tests that met that have failed.
+        """
         # In a thread, because Ctrl-C in the middle of an import leaves modules half-made, asyncio for one. Then the
         # end of the run could not import them either.
         importing = threading.Thread(target=_import_for_the_run)
@@ -203,7 +209,7 @@ class Controller:
             return None
 
     def pytest_report_header(self, config: pytest.Config) -> list[str]:
-        """Tell with ``-v`` where the run's directory is."""
+        """Print with ``-v`` where the run's directory is."""
         return [f"persist: what this run shares: {self.directory}"] if config.get_verbosity() > 0 else []
 
     # --- the workers ---
@@ -219,13 +225,12 @@ class Controller:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        """Tell those who wait for others that one is gone."""
+        """Tell the waiting processes that a worker is gone."""
         self._live.discard(node.gateway.id)
         self._publish()
 
     def pytest_runtest_logreport(self) -> None:
-        # The worker that makes the directory does so in a test, and its report comes before that worker waits for
-        # others.
+        # A worker makes the directory in a test, and the report of this test comes before the worker waits for others.
         self._publish()
 
     def _publish(self) -> None:
@@ -240,8 +245,9 @@ class Controller:
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
-        """End the run when its workers are gone: the teardowns, and the directory if all went well."""
-        # Around xdist's own, which waits for the workers' ends; inside the terminal's, which prints the summary.
+        """End the run when its workers are gone. Run the teardowns, and remove the directory if all went well."""
+        # This runs around xdist's own hook, which waits for the workers' ends. It runs inside the terminal's hook,
+        # which prints the summary.
         try:
             return (yield)
         finally:
@@ -255,19 +261,19 @@ class Controller:
                     keep(self.directory)
 
     def pytest_unconfigure(self) -> None:
-        # For an end that was cut short, by a second interrupt say.
+        # An interrupt may have cut the end short. Then the rest of it runs here.
         self._end()
 
     def _end(self) -> None:
         if self._is_used and not self._has_ended:
             from persist.pytest_plugin.ending import end, outlive
 
-            # xdist's own end is cut short by a second interrupt: then workers may still be in their tests.
+            # A second interrupt cuts xdist's own end short. Then workers may still be in their tests.
             self._problems += outlive(self._gateways) or ([] if self._run is None else end(self._run))
             self._has_ended = True
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Print what went wrong at the end, and where the directory is kept."""
+        """Print the errors of the end, and where the directory is kept."""
         if self._problems:
             terminalreporter.write_sep("=", "persist: errors at the end of the run", red=True)
             for problem in self._problems:
@@ -280,15 +286,15 @@ def _import_for_the_run() -> None:
     from persist.pytest_plugin import ending, uses  # noqa: F401
 
 
-#: So many directories of runs that failed are kept.
+#: The number of directories of failed runs that are kept.
 _MOST_KEPT = 3
 _ENDED = "ended"
 
 
 def keep(directory: Path) -> None:
-    """Keep the directory of a run that has failed, and remove those of the oldest ones.
+    """Keep the directory of a failed run, and remove the directories of the oldest failed runs.
 
-    Those of runs that were killed have no end, and stay.
+    The directory of a run that was killed has no end mark, and stays.
     """
     with suppress(OSError):
         directory.joinpath(_ENDED).touch()
@@ -298,9 +304,9 @@ def keep(directory: Path) -> None:
 
 
 def end_on_signals() -> None:
-    """Let SIGTERM, and SIGHUP of a terminal that was closed, end the run as an interrupt does, with its teardowns.
+    """Let SIGTERM, and SIGHUP of a closed terminal, end the run as an interrupt does, with its teardowns.
 
-    Not if somebody else has asked for the signal. Only a run that shares something does that.
+    A signal that has a handler already keeps it. Only a run that shares something does that.
     """
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGTERM", "SIGHUP"):
@@ -326,7 +332,8 @@ def pytest_configure(config: pytest.Config) -> None:
     worker_input: dict[str, Any] | None = getattr(config, "workerinput", None)
     if worker_input is None:
         controller = Controller(config)
-        # First: a wrapper that is registered later stands inside, so that the participant ends before the run does.
+        # The controller comes first, because a wrapper that is registered later runs inside it. So the participant ends
+        # before the run does.
         config.pluginmanager.register(controller, "persist-controller")
         participant: Participant = _Alone(controller)
     else:
@@ -337,7 +344,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class _Alone(Participant):
-    """The only process. Its directory has no name before somebody asks: that would look for a place on the disk."""
+    """The only process. It names its directory at the first use, because naming it looks for a place on the disk."""
 
     def __init__(self, controller: Controller) -> None:
         super().__init__(None, None)
@@ -364,21 +371,22 @@ def _participant(request: pytest.FixtureRequest) -> Participant:
 def persist_once(request: pytest.FixtureRequest) -> PersistOnce:
     """Produce a JSON value once per test run: ``persist_once(key, factory, teardown=None, timeout_s=300.0)``.
 
-    Whichever process comes first runs the factory; all others wait for its value, and each call gets a copy of its own.
-    If that process dies meanwhile, the next one takes over. What the factory raises (also `pytest.skip` and
-    `pytest.fail`) is raised everywhere, after that one run.
+    The first process runs the factory. All others wait for its value, and each call gets a copy of its own. If that
+    process dies meanwhile, the next one takes over. If the factory raises an error (also by `pytest.skip` or
+    `pytest.fail`), the error is raised everywhere, after that one run.
 
     Args:
-        teardown: a function of the value, at the top of a module: it runs once, at the end of the run, in the process
-            that started pytest, when all workers are gone; also after a crash of a worker, after ``-x`` and after an
-            interrupt.
+        teardown: a function of the value, at the top of a module. It runs once, at the end of the run, in the process
+            that started pytest, when all workers are gone. It also runs after a crash of a worker, after ``-x`` and
+            after an interrupt.
         timeout_s: seconds to wait for another process that is producing the value.
 
     Raises:
-        FactoryFailed: the factory raised; with the traceback of its one run.
-        SharedTimeout: another process is still producing it; it names which one, and for how long.
-        InvalidArgument: the key stands for another factory or teardown. LockError: the factory asks for its own value.
+        FactoryFailed: the factory raised. The error holds the traceback of that one run.
+        SharedTimeout: another process is still producing the value. The error names the process, and for how long.
+        InvalidArgument: the key stands for another factory or teardown.
         InvalidArgument: the teardown cannot be imported.
+        LockError: the factory asks for its own value.
     """
     participant = _participant(request)
 
@@ -404,13 +412,13 @@ def persist_once(request: pytest.FixtureRequest) -> PersistOnce:
 
 @pytest.fixture(scope="session")
 def persist_store(request: pytest.FixtureRequest) -> Store:
-    """A `persist.Store` that all workers of this run share. It begins empty, and goes with the run."""
+    """Return a `persist.Store` that all workers of this run share. It begins empty, and is removed with the run."""
     return _participant(request).store("store")
 
 
 @pytest.fixture
 def tmp_persist_store(tmp_path: Path) -> Store:
-    """A `persist.Store` of this test alone."""
+    """Return a `persist.Store` of this test alone."""
     from persist.store import Store
 
     return Store(tmp_path / "persist-store", timeout_s=_STORE_LOCK_TIMEOUT_S)
@@ -418,11 +426,11 @@ def tmp_persist_store(tmp_path: Path) -> Store:
 
 @pytest.fixture(scope="session")
 def persist_lock(request: pytest.FixtureRequest) -> PersistLock:
-    """Keep tests of all workers apart: ``with persist_lock("printer"):``. Freed by the kernel if its holder dies.
+    """Keep tests of all workers apart: ``with persist_lock("printer"):``. The kernel frees the lock if its holder dies.
 
     Raises:
-        SharedTimeout: not free within ``timeout_s`` (60 seconds); it names the holder and its test.
-        LockError: this thread holds it already.
+        SharedTimeout: the lock is not free within ``timeout_s`` (60 seconds). The error names the holder and its test.
+        LockError: this thread holds the lock already.
     """
     participant = _participant(request)
 
@@ -436,7 +444,10 @@ def persist_lock(request: pytest.FixtureRequest) -> PersistLock:
 
 @pytest.fixture(scope="session")
 def persist_counter(request: pytest.FixtureRequest) -> PersistCounter:
-    """Draw numbers that no other test of this run gets: ``20_000 + persist_counter("port")``; from ``start`` (0) up."""
+    """Draw numbers that no other test of this run gets: ``20_000 + persist_counter("port")``.
+
+    The numbers go up from ``start`` (0).
+    """
     participant = _participant(request)
 
     def count(name: str, *, start: int = 0) -> int:
@@ -479,19 +490,21 @@ def shared_fixture(
 ) -> Any:
     """Make a session fixture whose function runs once per test run, in place of ``@pytest.fixture(scope="session")``.
 
-    Its value is JSON, and each worker has a copy of its own. A function with a ``yield`` goes on where it ran, as its
-    worker ends, when the other workers have ended or are done with the fixture. If its worker dies, what follows the
-    ``yield`` cannot run; the summary says so. A `teardown` runs in the controller, and survives that.
+    The value is JSON, and each worker has a copy of its own. A function with a ``yield`` resumes in the worker that ran
+    it. It resumes when this worker is ending, and the other workers have ended or are done with the fixture. If this
+    worker dies, the code after the ``yield`` cannot run, and the summary says so. A `teardown` runs in the controller,
+    so it survives the death of a worker.
 
     Args:
-        scope: "session", which it is anyway.
-        params, autouse, ids, name: as for `pytest.fixture`. Parameters must be JSON values: they are part of the key.
-        teardown: as for `persist_once`; not together with a ``yield``.
+        scope: "session", which is the default and the only choice.
+        params, autouse, ids, name: as for `pytest.fixture`. Parameters must be JSON values, because they are part of
+            the key.
+        teardown: as for `persist_once`. It cannot be combined with a ``yield``.
         timeout_s: seconds to wait for another worker that is producing the value.
-        end_timeout_s: seconds that what follows a ``yield`` waits for the other workers; then it runs all the same.
+        end_timeout_s: seconds that the code after a ``yield`` waits for the other workers. Then it runs all the same.
 
     Raises:
-        TypeError: no plain function: an asynchronous one, or a class method.
+        TypeError: the function is no plain function, but an asynchronous one, or a class method.
         Besides, in the tests: as `persist_once`.
     """
     if options.pop("scope", "session") != "session":
@@ -559,7 +572,7 @@ def _call(
 
 
 def _needing_request(shared: Function, function: Function) -> Function:
-    """Let pytest see the arguments of the function, by which it finds the fixtures to set up, and the request."""
+    """Show pytest the arguments of the function, by which it finds the fixtures to set up, and the request."""
     signature = inspect.signature(function)
     request = inspect.Parameter("request", inspect.Parameter.KEYWORD_ONLY)
     others = [parameter for parameter in signature.parameters.values() if parameter.name != "request"]
@@ -568,8 +581,9 @@ def _needing_request(shared: Function, function: Function) -> Function:
 
 
 def _place(function: Function, request: pytest.FixtureRequest) -> str:
-    """The key that tells apart the fixtures that pytest makes of one function: by other names, in other modules, in
-    derived classes.
+    """Return the part of the key that tells apart the fixtures that pytest makes of one function.
+
+    They have other names, or are in other modules or in derived classes.
     """
     definition = request._fixturedef  # type: ignore[attr-defined]
     name, base = definition.argname, definition.baseid
@@ -581,7 +595,10 @@ def _place(function: Function, request: pytest.FixtureRequest) -> str:
 
 
 def _dependencies(request: pytest.FixtureRequest) -> str:
-    """Which of its possible values each fixture has that this one is made of: another one makes another value."""
+    """Return a text with the parameter of each fixture that this fixture is made of.
+
+    Another parameter there makes another value here.
+    """
     chosen: dict[str, str] = {}
     pending = list(request._fixturedef.argnames)  # type: ignore[attr-defined]
     indices = getattr(getattr(request._pyfuncitem, "callspec", None), "indices", {})
@@ -597,7 +614,10 @@ def _dependencies(request: pytest.FixtureRequest) -> str:
 
 
 def _fixture_key(function: Function, request: pytest.FixtureRequest) -> str:
-    """The same in every worker, and another one for every fixture and parameter, like a node id."""
+    """Return the key of a fixture.
+
+    It is the same in every worker, and another one for every fixture and parameter, like a node id.
+    """
     key = f"{function.__code__.co_filename}::{function.__qualname__}{_place(function, request)}{_dependencies(request)}"
     if not hasattr(request, "param"):
         return key

@@ -1,8 +1,9 @@
 """Run: the store in which the processes of one test run meet.
 
-Each thing that is shared is a session of it, whose id is made of the thing's name. Whoever produces a value or holds a
-named lock runs a stream of that session: so at most one process does at a time, everybody can see which one, and the
-kernel tells when it is dead. The streams' ids begin with the worker's name, for the messages.
+Each shared thing is a session of this store, and the session's id is made of the thing's name. A process that produces
+a value or holds a named lock runs a stream of that session. So at most one process does this at a time, and all others
+can see which one. The kernel tells when that process is dead. The streams' ids begin with the worker's name, so that
+messages can name the worker.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ Data = dict[str, Any]
 
 
 class Run:
-    """One process's view of what its test run shares.
+    """One process's view of the things that its test run shares.
 
     Args:
         store: belongs to this run alone.
-        worker: how this process is called, "gw0" say.
+        worker: the name of this process, such as "gw0".
     """
 
     def __init__(self, store: Store, worker: str) -> None:
@@ -42,10 +43,10 @@ class Run:
         self.held = Held()
 
     def session(self, kind: str, name: str, **facts: Any) -> str:
-        """Return the id of the session for a named thing; make it with those facts if it is new.
+        """Return the id of the session for a named thing. Make the session with these facts if it is new.
 
         Raises:
-            InvalidArgument: it is there, with other facts.
+            InvalidArgument: the session is there, with other facts.
         """
         if type(name) is not str:
             raise InvalidArgument(what=f"a name in {kind!r}", got=type(name).__name__, expected="a string")
@@ -72,14 +73,14 @@ class Run:
                 self.store.create(session_id, facts)
 
     def try_stream(self, session_id: str) -> Stream | SessionBusy:
-        """Claim a session for this process, or tell who has it."""
+        """Claim a session for this process, or return the error that names its present holder."""
         try:
             return self.store.start_stream(session_id, stream_id=f"{self.worker}-{os.urandom(4).hex()}")
         except SessionBusy as busy:
             return busy
 
     def count(self, name: str, start: int = 0) -> int:
-        """Return a number that no other call of this run gets: `start`, and upwards."""
+        """Return a number that no other call of this run gets. The numbers go up from `start`."""
         if type(start) is not int:
             raise TypeError(f"A counter starts at an integer, not at {start!r}.")
         session_id = self.session("count", name, start=start)
@@ -92,7 +93,7 @@ class Run:
         return self.store.update(session_id, take)
 
     def sessions(self, kind: str) -> list[tuple[str, Data]]:
-        """The sessions of one kind: (id, data)."""
+        """Return the sessions of one kind, each as (id, data)."""
         return [(each, self.store.load(each).data) for each in self.store.ids(prefix=f"{kind}-")]
 
 
@@ -123,7 +124,7 @@ class Wait:
         self._deadline = min(self._deadline, now_s() + timeout_s)
 
     def pause(self, late: Exception | Callable[[], Exception]) -> None:
-        """Sleep for a moment; raise `late`, or what it makes, if the time is over."""
+        """Sleep for a moment. If the time is over, raise `late`, or the error that it makes."""
         __tracebackhide__ = True
         if now_s() >= self._deadline:
             raise late if isinstance(late, Exception) else late()
@@ -131,7 +132,7 @@ class Wait:
 
 
 def describe(busy: SessionBusy) -> tuple[str, float]:
-    """Return the process that runs the stream in the way, and for how many seconds: ("gw0 (pid 812)", 3.2)."""
+    """Return the process whose stream is in the way, and how many seconds it has run: ("gw0 (pid 812)", 3.2)."""
     worker = busy.stream_id.rpartition("-")[0]
     if busy.owner is None:
         return worker, 0.0

@@ -1,17 +1,18 @@
-"""Uses: the yield-style fixtures that one process uses, and how each is finished when nobody needs it any more.
+"""Uses: the yield-style fixtures that one process uses, and how each is finished when no process needs it any more.
 
-The producer keeps the generator, and goes on with it when every other worker is done with the fixture: has ended, or is
-ending and has torn down what it built on it. Who the workers are is told by the controller, to which the kernel reports
-a death (the end of a pipe); what an ending worker still uses it tells itself. Both stand in one session:
+The producer keeps the generator. It resumes the generator when every other worker is done with the fixture. A worker is
+done when it has ended, or when it is ending and has torn down everything that it built on the fixture. The controller
+announces who the workers are, because the kernel reports a death to it (the end of a pipe). An ending worker itself
+announces what it still uses. One session holds both:
 
     {"live": ["gw0", "gw1"], "ending": {"gw1": ["once-…"]}, "ended": ["once-…"]}
 
-A process that said that it is ending may go on: plugins that run a failed test again do so after its teardown. It takes
-its word back, and a fixture that is being finished by then is made anew after that. So the look whether others need a
-fixture, and the word that it is ended, are one transaction.
+A process that has announced its end may go on, because plugins that run a failed test again do so after its teardown.
+The process then takes the announcement back. If another process is already finishing the fixture, the fixture is made
+anew after that. So one transaction looks whether others need a fixture, and marks it as ended if none does.
 
-Nobody waits for ever: pytest tears down in the reverse order of setting up, and a use comes after its production, so
-each wait is for something produced later. A process that is ending says so before it waits.
+No process waits for ever. pytest tears down in the reverse order of setting up, and a use comes after its production.
+So each wait is for something that was produced later. A process that is ending announces that before it waits.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from persist.pytest_plugin.once import Once
 from persist.pytest_plugin.run import Run, Wait
 from persist.transaction import Transaction
 
-#: After an interrupt xdist gives a worker some ten seconds, and half of them are gone when it hears of it.
+#: The longest wait after an interrupt. xdist gives a worker some ten seconds, and half of them are gone when the worker
+#: hears of it.
 HURRY_S = 2.0
 WORKERS = "workers"
 
 
 class Use:
-    """A yield-style fixture as this process uses it; in the process that produced it, with its generator."""
+    """A yield-style fixture that this process uses. The process that produced the fixture also keeps its generator."""
 
     def __init__(self, once: Once, end_timeout_s: float) -> None:
         self.once = once
@@ -41,7 +43,7 @@ class Use:
         self.generator: Generator[Any, None, None] | None = None
 
     def start(self, make: Callable[[], Generator[Any, None, None]]) -> Any:
-        """The factory of its value: go to the ``yield``."""
+        """Run the fixture up to its ``yield``, and return the value. This is the factory of the value."""
         generator = make()
         try:
             value = next(generator)
@@ -51,7 +53,7 @@ class Use:
         try:
             json_codec.check(value)
         except BaseException as error:
-            # No other process can get it. What stands behind the ``yield`` takes it down.
+            # No other process can get this value. So the code after the ``yield`` takes it down now.
             failed, self.generator = self._rest(), None
             if failed is not None:
                 error.add_note(f"Its end failed, too: {failed!r}")
@@ -59,13 +61,13 @@ class Use:
         return value
 
     def abandon(self) -> None:
-        """Close what was started, and never became a value."""
+        """Close a generator that was started but never gave the run its value."""
         if self.generator is not None:
             self.generator.close()
             self.generator = None
 
     def resume(self, late: BaseException | None, *, on_record: bool) -> None:
-        """Go on behind the ``yield``, to the end; then raise what went wrong there, or else `late`."""
+        """Run the code after the ``yield``. Then raise its error, or else `late`."""
         error = self._rest() or late
         self.generator = None
         self.once.end(error if on_record else None)
@@ -86,11 +88,11 @@ class Use:
 
 
 class Uses:
-    """All of them in this process.
+    """All yield-style fixtures that this process uses.
 
     Attributes:
-        is_ending: no test follows.
-        is_hurried: the run was interrupted: the others have little time, and so have we.
+        is_ending: whether no test follows.
+        is_hurried: whether the run was interrupted, so that this process and the others have little time.
     """
 
     def __init__(self, run: Run, *, is_alone: bool) -> None:
@@ -117,7 +119,7 @@ class Uses:
             raise
 
     def _go_on(self, use: Use, timeout_s: float) -> None:
-        """Take back that this process is ending, and wait for the end of the fixture if that has begun."""
+        """Take back that this process is ending. If another process is finishing the fixture, wait until it has."""
         __tracebackhide__ = True
         self.is_ending = False
         if self._is_alone or not self._has_announced:
@@ -145,17 +147,18 @@ class Uses:
             self._run.store.update(WORKERS, put)
 
     def release(self, use: Use) -> None:
-        """The fixture is torn down in this process.
+        """Take note that pytest has torn the fixture down in this process.
 
-        In the middle of the run, another parameter's turn say, it may come back here and be in use elsewhere: it stays.
+        If no test follows, the fixture is finished now. In the middle of the run, pytest tears it down for another
+        parameter's turn, for example. Then the fixture stays, because it may come back here, and others may use it.
         """
         if self.is_ending:
             self._end(use.once.session_id, on_record=False)
 
     def end(self) -> None:
-        """Finish what is left when all tests and fixtures of this process are done.
+        """Finish the remaining fixtures, when all tests and fixtures of this process are done.
 
-        Errors go on record, for the controller to report: no test has them.
+        Errors go on record for the controller to report, because no test can report them.
         """
         self._announce()
         for session_id in reversed(list(self._uses)):
@@ -176,7 +179,7 @@ class Uses:
         self._run.store.update(WORKERS, lambda tx: tx.data.setdefault("ending", {}).update({self._run.worker: uses}))
 
     def _await_others(self, use: Use) -> BaseException | None:
-        """Wait until the others are done; return, and do not raise, what ended the wait too early."""
+        """Wait until the others are done. Return the error that ended the wait too early, and do not raise it."""
         wait, interrupt, parent = Wait(use.end_timeout_s), None, os.getppid()
         # Without its parent, the controller, a worker has no run to wait for.
         while (others := self._others(use.once.session_id)) and os.getppid() == parent:
@@ -197,7 +200,7 @@ class Uses:
         return interrupt
 
     def _others(self, session_id: str) -> list[str]:
-        """Return the workers that may still use it. If there is none, it is ended from now on."""
+        """Return the workers that may still use the fixture. If there are none, mark the fixture as ended."""
         if self._is_alone:
             return []
 
@@ -215,6 +218,6 @@ class Uses:
 
 
 def publish_live(run: Run, live: list[str]) -> None:
-    """The controller's word on who is there."""
+    """Publish which workers are alive. The controller calls this."""
     run.make(WORKERS)
     run.store.update(WORKERS, lambda tx: tx.fields.update(live=live))

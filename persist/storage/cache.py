@@ -1,7 +1,7 @@
-"""The cache: a process keeps replicas of sessions with a journal from one verb to the next, within bounds.
+"""The cache: replicas of sessions with a journal, which a process keeps from one verb to the next, within bounds.
 
-A replica is validated under the session's lock, each time, by the document's version and by the bytes at its journal's
-end. A verb takes the replica out, and puts it back as its last step. So an exception on the way drops it.
+Each verb validates the replica under the session's lock. It compares the document's version and the bytes at the
+journal's end. A verb takes the replica out, and puts it back as its last step. So an exception on the way drops it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from persist.storage.document import Header
 from persist.storage.held import table
 from persist.storage.journal import Tail
 
-#: About what an item costs beside its bytes, its id and the place of that included (measured).
+#: An item costs about so many bytes beside its JSON (measured). Its id and the id's place are included.
 _BYTES_AN_ITEM = 160
-#: The fields included, of which most sessions have few.
+#: A session costs so many bytes beside the values that stand apart. Its fields are included: most sessions have few.
 _BYTES_A_SESSION = 4096
 
 
@@ -26,8 +26,8 @@ class Replica(msgspec.Struct, eq=False):
     """A session as one commit left it.
 
     Attributes:
-        header, content: of that commit.
-        version: that of the document.
+        header, content: the header and the content of that commit.
+        version: the version of the document's file.
         tail: the end of its journal, or None if it has none.
         is_synced: whether this process has made the names and the document durable. The writer may have died before.
     """
@@ -40,9 +40,9 @@ class Replica(msgspec.Struct, eq=False):
 
 
 class Cache:
-    """The replicas of a store's sessions that were used last.
+    """The most recently used replicas of a store's sessions.
 
-    Its steps happen under `table`, which a fork waits for.
+    Each change happens under `table`, and a fork waits for that.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -51,7 +51,7 @@ class Cache:
         self._total_bytes = 0
 
     def take(self, session_id: str) -> Replica | None:
-        """Hand out a replica, which leaves the cache."""
+        """Remove a session's replica from the cache, and return it. Return None if there is none."""
         with table:
             found = self._replicas.pop(session_id, None)
             if found is None:
@@ -60,11 +60,11 @@ class Cache:
             return found[0]
 
     def has(self, session_id: str) -> bool:
-        """Tell whether there is a replica, valid or not."""
+        """Tell whether the cache has a replica of a session, valid or not."""
         return session_id in self._replicas
 
     def put(self, session_id: str, replica: Replica) -> None:
-        """Keep a replica, and drop those that were used longest ago."""
+        """Keep a replica. Drop the least recently used ones if the cache is above its limit."""
         cost = _BYTES_A_SESSION
         for value in replica.content.apart.values():
             cost += value.size_bytes + _BYTES_AN_ITEM * value.count if isinstance(value, Items) else len(value)
@@ -76,5 +76,5 @@ class Cache:
                 _, (_, freed) = self._replicas.popitem(last=False)
                 self._total_bytes -= freed
             if not self._replicas:
-                # An exception of a signal may have come between two steps.
+                # A signal's exception may have come between two steps, and left a wrong sum.
                 self._total_bytes = 0

@@ -1,11 +1,11 @@
 """The commit: how a change of a session becomes durable and visible.
 
 A commit to a session with a journal appends one record and syncs it (`append_record`). Any other commit writes the
-whole document (`write_document`): so does the fold of a journal that has outgrown its document.
+whole document (`write_document`). So does the fold of a journal that has outgrown its document.
 
 After a failed fsync the kernel may have dropped the data and still show it. A second fsync then answers OK (measured).
-So that file is never synced or trusted again: the document is written once more, to another inode. If that fails too,
-while the commit was visible, nobody knows what a power cut would leave: `CommitUnknown`.
+So that file is never synced or trusted again. The store writes the document once more, to another inode. If that fails
+too while the commit is visible, nobody knows what a power cut would leave. The caller then gets `CommitUnknown`.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from persist.translating import Translating
 Mode = Literal["auto", "always", "never"]
 #: A session gets a journal above the first size, and loses it at a fold below the second.
 ENTER_BYTES, LEAVE_BYTES = 64 * 1024, 32 * 1024
-#: A journal is folded when it is larger than its document, but not before this.
+#: A journal is folded when it is larger than its document, but not below this size.
 FOLD_AT_LEAST_BYTES = 64 * 1024
-#: More than this is not written again with a record: a fold costs less.
+#: A record writes at most so many unsynced bytes again. If there are more, the commit folds, because that costs less.
 MOST_UNSYNCED_BYTES = 64 * 1024
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -47,9 +47,9 @@ class Options:
 
     Attributes:
         mode: which sessions have a journal.
-        file_mode: that of the files that are made.
-        fold_bytes: in the place of the rule above, for tests.
-        room_bytes: a journal of so many bytes gets room for as many more at a time.
+        file_mode: the mode of new files.
+        fold_bytes: a journal above this size is folded. It replaces the rule above, for tests.
+        room_bytes: a journal that has so many bytes gets room for as many more at a time.
         verifies_folds: whether each fold compares the replica with a replay from disk, for tests.
     """
 
@@ -60,17 +60,17 @@ class Options:
     verifies_folds: bool = False
 
     def wants_journal(self, header: Header, content: Content) -> bool:
-        """Tell whether the session is to have a journal from its next document on."""
+        """Tell whether the session's next document gets a journal."""
         limit = LEAVE_BYTES if header.journal else ENTER_BYTES
         return self.mode == "always" or (self.mode == "auto" and content.size_bytes > limit)
 
 
 class Place:
-    """The files of one session whose lock is held, and what is noted about them.
+    """The files of one session whose lock is held, and the facts that are noted about them.
 
     Attributes:
-        unknown: the reason of the last `CommitUnknown`, by session, shared by all verbs of a store.
-        is_visible: whether the last commit became visible, also if an exception came after that.
+        unknown: session id -> the reason of its last `CommitUnknown`. All verbs of a store share it.
+        is_visible: whether the last commit became visible, even if an exception came after that.
         is_marked: whether the current journal bears the mark that takes it out of use.
     """
 
@@ -86,11 +86,11 @@ class Place:
         return journal.Journal(self.paths.journal(name), self.session_id, name)
 
     def refusals(self) -> Translating[None]:
-        """Turn the disk's own errors in the block into `CommitFailed`: nothing of the commit is visible yet."""
+        """Turn the disk's own errors in the block into `CommitFailed`, because nothing of the commit is visible yet."""
         return Translating(partial(_refuse, self), None)
 
     def require_known(self) -> None:
-        """Raise `CommitUnknown` after a commit of unknown outcome: nothing more is written or acknowledged."""
+        """Raise `CommitUnknown` after a commit of unknown outcome, so that nothing more is written or acknowledged."""
         reason = self.unknown.get(self.session_id)
         if reason is not None:
             raise CommitUnknown(session_id=self.session_id, path=self.paths.document, reason=reason, errno=None)
@@ -102,14 +102,14 @@ def _refuse(place: Place, error: BaseException) -> None:
 
 
 def _failure(place: Place, kind: type[PersistError], error: OSError) -> PersistError:
-    """Return a typed error that says what the disk said."""
+    """Return a typed error with the disk's reason, and log that reason."""
     reason = error.strerror or type(error).__name__
     log.warning("Session %r: the disk refused at %s: %s", place.session_id, place.paths.document, reason)
     return kind(session_id=place.session_id, path=place.paths.document, reason=reason, errno=error.errno)
 
 
 def _doubt(place: Place, error: OSError) -> None:
-    """Note that nobody knows whether the last commit is durable. Until that is mended, no verb writes."""
+    """Note that nobody knows whether the last commit is durable. No verb writes until the document is written anew."""
     reason = place.unknown[place.session_id] = error.strerror or type(error).__name__
     log.warning("Session %r: it is unknown whether its last commit is durable: %s", place.session_id, reason)
 
@@ -117,11 +117,11 @@ def _doubt(place: Place, error: OSError) -> None:
 def commit(
     place: Place, before: Replica | None, header: Header, content: Content, changes: tuple[Change, ...], fd: int
 ) -> Replica:
-    """Make a commit on top of what is there. Durable and visible on return.
+    """Make a commit on top of the current one. It is durable and visible on return.
 
     Args:
-        before: what is there, None for a new session.
-        changes: what turns the values that stand apart in `before` into those of `content`.
+        before: the current replica, None for a new session.
+        changes: the changes that turn the values that stand apart in `before` into those of `content`.
         fd: the journal, open for reading and writing, or -1 if there is none.
 
     Raises:
@@ -135,11 +135,11 @@ def commit(
     if before is None or before.tail is None:
         return write_document(place, before, header, content)
     tail, options = before.tail, place.options
-    # A journal is as large as its document at most. A record is never appended behind a torn tail.
+    # A journal that is larger than its document is folded. A record is never appended behind a torn tail.
     limit = max(FOLD_AT_LEAST_BYTES, before.version[1]) if options.fold_bytes is None else options.fold_bytes
     must_fold = options.mode == "never" or tail.is_torn or tail.end > limit or len(tail.unsynced) > MOST_UNSYNCED_BYTES
     if not must_fold and not before.is_synced:
-        # A document that cannot be made durable is written anew.
+        # If the document cannot be made durable, it is written anew below.
         with contextlib.suppress(OSError):
             _settle(place, before)
     if must_fold or not before.is_synced:
@@ -165,7 +165,10 @@ def tell_fold(place: Place, tail: Tail) -> None:
 
 
 def _settle(place: Place, found: Replica) -> None:
-    """Make the document and its name durable, once a replica: their writer may have died before it did."""
+    """Make the document and its name durable, once for each replica.
+
+    The process that wrote them may have died before it did so.
+    """
     if not found.is_synced:
         disk.sync_file(place.paths.document)
         disk.sync_directory(place.paths.directory)
@@ -182,7 +185,7 @@ def append_record(
     old = before.header
     is_same_fields = content.fields is before.content.fields or content.fields == before.content.fields
     is_same_head = is_same_fields and header.epoch == old.epoch and header.owner == old.owner
-    # As `Content.counts`. On this path each call counts: see tests/unit/test_costs.py.
+    # The same as `Content.counts`, but inline, because on this path each call counts (see tests/unit/test_costs.py).
     counts: dict[str, int | None] = {}
     for name, value in content.apart.items():
         counts[name] = value.count if isinstance(value, Items) else None
@@ -203,18 +206,17 @@ def append_record(
     try:
         room, end = place.options.room_bytes, tail.end + len(line)
         if end > tail.room_end and len(line) <= room <= tail.end:
-            # Another process may have made some.
+            # Another process may have made room.
             tail.room_end = disk.size_of(fd)
             if end > tail.room_end:
-                # On a full disk there may still be room for the record itself.
+                # An error is ignored, because a full disk may still have room for the record itself.
                 with contextlib.suppress(OSError):
                     disk.write_at(fd, bytes(room), tail.end)
                     tail.room_end = tail.end + room
-        # 3. What nobody is known to have synced is written again: its writer may have seen its fdatasync fail, and have
-        # died.
+        # 3. The unsynced bytes are written again. Their writer may have seen its fdatasync fail, and have died.
         disk.write_at(fd, tail.unsynced + line, tail.synced if tail.unsynced else tail.end)
     except OSError as error:
-        # So that the next commit need not fold a torn tail away, for which a full disk has no room.
+        # Otherwise the next commit would have to fold a torn tail away, and a full disk has no room for a fold.
         with contextlib.suppress(OSError):
             disk.truncate(fd, tail.end)
         raise _failure(place, CommitFailed, error) from error
@@ -223,12 +225,12 @@ def append_record(
     try:
         disk.sync_data(fd)
     except OSError as error:
-        # Another process must not append to what may be lost below. Whoever finds the mark folds.
+        # Another process must not append behind bytes that may be lost. A writer that finds the mark folds.
         with contextlib.suppress(OSError):
             disk.write_at(fd, journal.MARK, end)
         place.is_marked = True
         return _write_anew(place, before, header, content, error)
-    # 5. Only now the replica moves on.
+    # 5. Only now does the replica move on.
     tail.after, tail.commit = line[8:16].decode(), record.commit
     if not is_same_head:
         tail.head_at = tail.end
@@ -247,7 +249,7 @@ def _write_anew(place: Place, before: Replica, header: Header, content: Content,
 
 
 def confirm(place: Place, found: Replica, fd: int) -> Replica:
-    """Make durable what was read, so that a verb may acknowledge it without a commit.
+    """Make the revision that was read durable, so that a verb may acknowledge it without a commit.
 
     The writer may have died between its write and its sync, or its fdatasync may have failed.
     """
@@ -260,7 +262,7 @@ def confirm(place: Place, found: Replica, fd: int) -> Replica:
             disk.sync_data(fd)
             tail.synced, tail.unsynced = tail.end, b""
         return found
-    # The bytes that the kernel still shows prove nothing. The content that was checked before is written again.
+    # The bytes that the kernel still shows prove nothing. So the content that was checked before is written again.
     except disk.SyncFailed as error:
         return _write_anew(place, found, found.header, found.content, error)
     except OSError:
@@ -273,20 +275,20 @@ def confirm(place: Place, found: Replica, fd: int) -> Replica:
 def write_document(
     place: Place, before: Replica | None, header: Header, content: Content, *, alone: bool = False
 ) -> Replica:
-    """Write the whole document. In every instant the old one or the new one stands there, durably.
+    """Write the whole document. At every moment the old document or the new one is there, durably.
 
     Args:
-        before: what is there. Its journal is taken out of use.
-        alone: without a journal.
+        before: the current replica. Its journal is taken out of use.
+        alone: write the document without a journal.
     """
     mark = None if place.is_marked else _tail_to_mark(before)
     is_journaled = not alone and place.options.wants_journal(header, content)
     journals = list(filter(None, (before.header.folded, before.header.journal))) if before else []
     try:
         if len(journals) > 1 and disk.exists(left_over := place.paths.journal(journals[0])):
-            # A fold that was cut off did not remove it. It goes before the rename, because no header names it after
-            # that. The first sync is there because a power cut could bring the document back that needs it. The
-            # second one is done with a new journal's name otherwise.
+            # A fold that was cut off did not remove this journal. It goes before the rename, because no header names it
+            # after that. The first sync is there because a power cut could bring back the document that needs this
+            # journal. A new journal makes the second sync needless, because the sync of its name covers it.
             disk.sync_directory(place.paths.directory)
             _remove([left_over])
             if not is_journaled:
@@ -299,7 +301,7 @@ def write_document(
             raise _failure(place, CommitFailed, error) from error
         if place.is_visible:
             _doubt(place, error)
-    # After a failed fsync once more, to other inodes.
+    # After a failed fsync the document is written once more, to other inodes.
     try:
         return _publish(place, header, content, journals, mark, is_journaled=is_journaled)
     except OSError as error:
@@ -311,22 +313,27 @@ def write_document(
 def _publish(
     place: Place, header: Header, content: Content, journals: list[str], mark: Tail | None, *, is_journaled: bool
 ) -> Replica:
-    """Write the document once. `journals` names the journals that no longer count after that, the current one last."""
+    """Write the document once.
+
+    `journals` names the journals that no longer count after that, the current one last.
+    """
     name = token_hex(8) if is_journaled else None
     header = header.but(journal=name, folded=journals[-1] if journals else None)
     paths, made = place.paths, [place.paths.temp]
-    # 1. While nothing is visible: without a free descriptor after the rename, nobody would know its outcome.
+    # 1. The directory is opened while nothing is visible. If no descriptor were free after the rename, nobody would
+    # know its outcome.
     directory = disk.open_directory(paths.directory)
     try:
         try:
-            # 2. The new journal, and its name. Else a power cut could leave a document whose journal is missing.
+            # 2. The new journal, and its name. Otherwise a power cut could leave a document without its journal.
             if name is not None:
                 made.append(paths.journal(name))
                 write_new(made[-1], journal.opening(name), place.options.file_mode)
                 disk.sync_directory(paths.directory, directory)
             # 3. The new document, under another name.
             written = write_new(paths.temp, document.to_bytes(header, content), place.options.file_mode)
-            # 4. The mark, for the living: a process with an old replica meets a tear, whatever becomes of the rest.
+            # 4. The mark, for processes that are alive. One with an old replica finds a torn tail, even if a later step
+            # fails.
             if mark is not None:
                 put_mark(paths.journal(mark.name), mark.end)
                 place.is_marked = True
@@ -342,7 +349,7 @@ def _publish(
             _remove(made)
             raise
         place.is_visible = True
-        # 6. Durable.
+        # 6. The rename becomes durable.
         try:
             disk.sync_directory(paths.directory, directory)
         except OSError as error:
@@ -351,7 +358,7 @@ def _publish(
             raise disk.SyncFailed(error.errno, error.strerror or type(error).__name__) from error
     finally:
         disk.close_directory(directory)
-    # 7. What no longer counts goes last, as far as the disk lets it go.
+    # 7. The journals that no longer count go last, as far as the disk allows it.
     if journals:
         _remove(map(paths.journal, journals))
     place.unknown.pop(place.session_id, None)
@@ -361,19 +368,19 @@ def _publish(
 
 
 def _tail_to_mark(before: Replica | None) -> Tail | None:
-    """Return the end of the journal that must be marked before it goes out of use, if there is one.
+    """Return the end of the journal that must be marked before it goes out of use, or None.
 
-    Behind a torn tail nobody appends anyway. A mark in a sector that a power cut has left as zeros would look like
-    damage: no crash leaves a sector half.
+    A torn tail gets no mark, because nobody appends behind it anyway. In a sector that a power cut has left as zeros, a
+    mark would look like damage, because no crash leaves half a sector.
     """
     tail = None if before is None else before.tail
     return None if tail is None or tail.is_torn else tail
 
 
 def _version_of(path: str, written: disk.Version) -> disk.Version:
-    """Return the version of a document that was renamed, which sets its ctime.
+    """Return the version of a document after its rename, because the rename sets its ctime.
 
-    One that fits no file if it is not there.
+    If the document is not there any more, return a version that fits no file.
     """
     with contextlib.suppress(OSError):
         version = disk.version_of(path)
@@ -387,7 +394,7 @@ def write_new(path: str, text: bytes, mode: int = disk.PRIVATE) -> disk.Version:
     try:
         fd = disk.create(path, mode)
     except FileExistsError:
-        # The lock is held, so the writer of the old one is dead.
+        # The lock is held, so the writer of the old file is dead.
         disk.unlink(path)
         fd = disk.create(path, mode)
     try:
@@ -399,7 +406,7 @@ def write_new(path: str, text: bytes, mode: int = disk.PRIVATE) -> disk.Version:
 
 
 def put_mark(path: str, end: int) -> None:
-    """Spoil a journal behind its end, for the processes that hold a replica of it."""
+    """Write the mark behind a journal's end, for the processes that hold a replica of it."""
     fd = disk.open_unseen(path, os.O_RDWR)
     try:
         disk.write_at(fd, journal.MARK, end)
@@ -429,17 +436,17 @@ def verify(place: Place, before: Replica) -> None:
 
 
 def replace_damaged(place: Place, header: Header, content: Content, journals: Sequence[tuple[str, str]]) -> Replica:
-    """Write a new document in the place of one that cannot be read. Durable on return.
+    """Write a new document in the place of one that cannot be read. It is durable on return.
 
     Args:
-        journals: all files that bear the name of a journal of the session, with their hex.
+        journals: all files that are named like a journal of the session, with the hex in their names.
     """
     place.require_known()
     place.is_visible = place.is_marked = False
     with place.refusals():
         _mark_all(path for path, _ in journals)
-    # The new header names one of them, as if it had been folded. There is seldom another one. So what a crash leaves
-    # of it is known to be left over.
+    # The new header names one of the journals, as if it had been folded. So if a crash leaves that journal behind, it
+    # is known to be a left-over. There is seldom another one.
     before = Replica(header.but(journal=journals[-1][1] if journals else None), content, (0, 0, 0, 0))
     after = write_document(place, before, header, content)
     _remove(path for path, _ in journals)
@@ -447,7 +454,7 @@ def replace_damaged(place: Place, header: Header, content: Content, journals: Se
 
 
 def _mark_all(journals: Iterable[str]) -> None:
-    """Spoil journals of which nothing is known, as far as the disk lets them be.
+    """Write the mark behind journals whose content is unknown, as far as the disk allows it.
 
     A damaged session must not stay because its journal is damaged, too.
     """
@@ -457,13 +464,13 @@ def _mark_all(journals: Iterable[str]) -> None:
 
 
 def delete(place: Place, before: Replica | None, journals: Sequence[str]) -> None:
-    """Remove a session. Durable on return.
+    """Remove a session. The removal is durable on return.
 
-    The document goes first: what a crash leaves after that is no session.
+    The document goes first, because the files that a crash leaves after that are no session.
 
     Args:
-        before: what is there, None for a document that cannot be read.
-        journals: all files that bear the name of a journal of the session.
+        before: the current replica, None for a document that cannot be read.
+        journals: all files that are named like a journal of the session.
     """
     place.require_known()
     paths = place.paths

@@ -1,10 +1,10 @@
 """The content of a session: its top-level values, each as encoded JSON.
 
 Small values are the *fields*. They stand together at the start of a document, so that a reader of a head needs nothing
-else. The other values stand *apart*: a list that stands apart is kept as `Items`, one encoded item each.
+else. The other values stand *apart*. A list that stands apart is kept as `Items`, and each item is encoded separately.
 
-Where a value stands follows from the values alone, so that a process that applied a record and a process that replays
-it agree. The same data has the same content, up to the order of its keys.
+The place of a value depends on the values alone. So a process that applied a record agrees with a process that replays
+it. The same data has the same content, up to the order of its keys.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ ALWAYS_APART = ("messages", "tool_calls")
 ALWAYS_FIELD = "active_stream_id"
 #: A larger value stands apart.
 APART_BYTES = 4 * 1024
-#: The fields are not larger together: the largest one leaves until that is so.
+#: All fields together have at most so many bytes. Above that the largest ones stand apart, too.
 FIELDS_BYTES = 32 * 1024
 SEPARATOR = b",\n"
-#: A change this close to the end of a list keeps the list's ids up to date. Any other change makes them anew.
+#: A change within so many items of a list's end brings the places of the ids up to date. After any other change they
+#: are made anew.
 _NEAR_END = 64
 
 
@@ -48,7 +49,7 @@ def as_id(value: object) -> Id | None:
 
 @cache
 def _id_readers(key: str) -> tuple[Callable[[bytes], Any], Callable[[bytes | memoryview], list[Any]]]:
-    """Return what reads the value of a key: of one item, and of each item of a list."""
+    """Return two decoders for the value of a key: for one item, and for each item of a list."""
     kind = msgspec.defstruct("_Keyed", [("value", Any, msgspec.field(name=key, default=None))])
     return msgspec.json.Decoder(kind).decode, msgspec.json.Decoder(list[kind]).decode  # type: ignore[valid-type]
 
@@ -65,7 +66,10 @@ def id_in(item: bytes, key: str) -> Id | None:
 
 
 class _Places:
-    """Where the items stand, by the value of a key: of each value the last one. `repeated` stand more than once."""
+    """The places of items by the value of a key.
+
+    `found` holds the last place of each value. `repeated` holds the values that stand more than once.
+    """
 
     __slots__ = ("found", "repeated")
 
@@ -79,7 +83,7 @@ class _Places:
             self.put(ids, 0)
 
     def put(self, ids: Iterable[Any], start: int) -> None:
-        """Put the places of ids, from `start` on."""
+        """Add the places of ids. The first id stands at `start`."""
         for place, value in enumerate(ids, start):
             if type(value) is str or type(value) is int:
                 if value in self.found:
@@ -88,16 +92,16 @@ class _Places:
 
 
 _NO_TEXT = memoryview(b"")
-#: So much is read from the end of a text before it is split.
+#: So many bytes at the end of a text are searched for the last items, before the whole text is split.
 _ENDING_BYTES = 32 * 1024
 
 
 class Items:
     """The encoded items of a list, as a value: a change makes other `Items`, and this one stays as it is.
 
-    The items that were read from a document stay one text, until somebody needs them one by one. Behind the text stands
-    a list, of which the first `length` entries belong to this value. An append extends that list in place, because no
-    older value looks behind its own length. So a replica and a merge base share what they have in common.
+    The items that were read from a document stay one text, until a caller needs them one by one. Behind the text stands
+    a list. The first `length` entries of the list belong to this value. An append extends the list in place, because no
+    older value looks beyond its own length. So a replica and a merge base share their common items.
 
     Change a value only under its session's lock, because an append looks at the list before it extends it.
     """
@@ -115,9 +119,9 @@ class Items:
     ) -> None:
         if length is None:
             length = len(items)
-        #: One attribute, so that a thread that splits the text replaces all of them in one step.
+        #: One attribute, so that a thread that splits the text replaces all four values in one step.
         self._parts = (text, text_count, items, length)
-        #: By the name of the key.
+        #: The name of a key -> the places of the items by its value.
         self._places: dict[str, _Places] = {}
         self.count = text_count + length
         #: The length of its JSON in a document, brackets and newlines included.
@@ -132,7 +136,7 @@ class Items:
         return self.count
 
     def __iter__(self) -> Iterator[bytes]:
-        """Yield the items. A text is not split before the first one: 100 MB begin at once."""
+        """Yield the items. The text is not split first, so that the items of 100 MB begin at once."""
         text, text_count, items, length = self._parts
         if text_count:
             whole, start = bytes(text[2:-2]), 0
@@ -162,7 +166,7 @@ class Items:
     __hash__ = None  # type: ignore[assignment]
 
     def split(self) -> list[bytes]:
-        """Return all items, one by one, in a new list: another thread may extend the shared one at any time."""
+        """Return all items in a new list, because another thread may extend the shared list at any time."""
         text, text_count, items, length = self._parts
         if text_count:
             split = bytes(text[2:-2]).split(SEPARATOR)
@@ -174,18 +178,18 @@ class Items:
         return items[:length]
 
     def last(self, count: int) -> list[bytes]:
-        """Return the last items, without splitting the text if they stand behind it or at its end."""
+        """Return the last items. If they stand behind the text or at its end, do not split the text."""
         text, _, items, length = self._parts
         if count <= length:
             return items[length - count : length]
-        # The first of them is cut off.
+        # The first piece is left out, because it may be cut off.
         ending = bytes(text[2:-2][-_ENDING_BYTES:]).split(SEPARATOR)[1:]
         if count <= len(ending) + length:
             return ending[len(ending) + length - count :] + items[:length]
         return self.split()[len(self) - count :]
 
     def behind_common_text(self, other: Items) -> tuple[int, list[bytes], list[bytes]]:
-        """Return both lists' items, without those of a text that they share, and how many items that has."""
+        """Return how many items the lists share as one text, and the other items of both lists."""
         text, text_count, items, length = self._parts
         other_text, _, other_items, other_length = other._parts
         if text is other_text:
@@ -193,15 +197,15 @@ class Items:
         return 0, self.split(), other.split()
 
     def in_text(self) -> tuple[memoryview, list[bytes]]:
-        """Return the text that was not split, brackets included, and the items behind it."""
+        """Return the text that is not split, brackets included, and the items behind it."""
         text, _, items, length = self._parts
         return text, items[:length]
 
     def spliced(self, at: int, remove: int, insert: list[bytes], *, in_place: bool = True) -> Items:
-        """Return these items with some replaced: `remove` from the place `at` on go, and `insert` comes there.
+        """Return these items with `insert` in the place of `remove` items, from the place `at` on.
 
         Args:
-            in_place: whether an append may extend the shared list. That is for who holds the session's lock.
+            in_place: whether an append may extend the shared list. The caller must hold the session's lock for that.
 
         Raises:
             ValueError: there are no such items.
@@ -253,16 +257,16 @@ class Items:
         return self._places[key]
 
     def _hand_over_places(self, after: Items, at: int) -> None:
-        """Give the places to the changed value, as far as that costs what the change costs. This one reads them anew.
+        """Hand the places over to the changed value, if that costs no more than the change itself.
 
-        `at` is where the change begins.
+        This value reads its places anew when it needs them. `at` is where the change begins.
         """
         handed_over, self._places = self._places, {}
         if self.count - at > _NEAR_END:
             return
         for key, places in handed_over.items():
             gone = {id_in(item, key) for item in self.last(self.count - at)} - {None}
-            # Another item has this id, and nobody knows its place.
+            # Otherwise another item has one of these ids, and nobody knows its place.
             if places.repeated.isdisjoint(gone):
                 for each in gone:
                     places.found.pop(each, None)  # type: ignore[arg-type]
@@ -291,14 +295,14 @@ Value = bytes | Items
 
 
 class Content(msgspec.Struct, frozen=True):
-    """A session's top-level values: the fields, and what stands apart. See `placed`."""
+    """A session's top-level values: the fields, and the values that stand apart. See `placed`."""
 
     fields: Mapping[str, bytes]
     apart: Mapping[str, Value]
 
     @property
     def counts(self) -> dict[str, int | None]:
-        """Of each value that stands apart, the number of a list's items, or None."""
+        """The values that stand apart, by name: the number of items of a list, None for any other value."""
         counts: dict[str, int | None] = {}
         for name, value in self.apart.items():
             counts[name] = value.count if isinstance(value, Items) else None
@@ -306,7 +310,7 @@ class Content(msgspec.Struct, frozen=True):
 
     @property
     def size_bytes(self) -> int:
-        """The size of the values, and about the size of a document that holds them."""
+        """The size of the values, which is about the size of a document that holds them."""
         total = 0
         for values in (self.fields, self.apart):
             for name, value in values.items():
@@ -332,7 +336,7 @@ class Content(msgspec.Struct, frozen=True):
 
 
 def _json_bytes(value: Items) -> int:
-    """Return the length of `as_json`. So a list has one size, whichever form it has."""
+    """Return the length of `as_json`, so that a list has the same size in both forms."""
     return max(2, value.size_bytes - value.count - 1)
 
 
@@ -352,7 +356,7 @@ def empty() -> Content:
 
 
 def placed(values: Iterable[tuple[str, Value]]) -> Content:
-    """Return the content that these values make: decide of each where it stands.
+    """Return the content that these values make. Decide for each value whether it is a field or stands apart.
 
     Raises:
         TooLarge: they would make a document that is too large to be read back.
@@ -379,12 +383,12 @@ def placed(values: Iterable[tuple[str, Value]]) -> Content:
 
 
 def too_large() -> TooLarge:
-    """Return the error of values that make a document which is too large to be read back."""
+    """Return the error for values that make a document which is too large to be read back."""
     return TooLarge(limit=json_codec.MAX_BYTES)
 
 
 def items_of(value: bytes) -> Value:
-    """Return a value that stands apart: a list as items."""
+    """Return a value as it stands apart: a list becomes `Items`, and any other value stays as it is."""
     return Items(list(map(json_codec.encode, json_codec.decode(value)))) if value[:1] == b"[" else value
 
 
@@ -392,7 +396,7 @@ def encoded(data: Any, like: Content | None = None) -> Content:
     """Encode a session's data.
 
     Args:
-        like: a content of which most is the same. See `encode_values`.
+        like: a content that is mostly the same. See `encode_values`.
 
     Raises:
         NotJSON: a value has no exact JSON form. The error names its path.
@@ -407,8 +411,8 @@ def encoded(data: Any, like: Content | None = None) -> Content:
 def encode_values(data: dict[str, Any], known: Content) -> Iterator[tuple[str, Value]]:
     """Encode top-level values.
 
-    A value whose JSON is the known one was checked when that was made. So only the others are checked here, and the
-    others that hold the same data as before, in another order of keys, keep their JSON.
+    If a value's JSON equals the known JSON, the value was checked when the known JSON was made. So only the other
+    values are checked here. A value that holds the same data as before in another order of keys keeps its JSON.
     """
     if HEADER in data:
         raise reserved(HEADER, "Choose another name for the field.")
@@ -442,7 +446,10 @@ def _encoded_value(value: Any, before: bytes | None, path: ValuePath) -> bytes:
 
 
 def as_before(found: bytes, value: Any, before: bytes | None) -> bytes:
-    """Return the JSON from before, if it differs from a value's JSON in the order of keys only. Else return that."""
+    """Return `before` if `found` differs from it only in the order of keys, else `found`.
+
+    `found` is the JSON of `value`, and `before` is the JSON that was known before.
+    """
     if before is None or len(found) != len(before) or found == before:
         return found
     there = json_codec.decode(before)
@@ -461,7 +468,7 @@ def _encoded_items(name: str, items: list[Any], before: Value | None) -> Items:
     if found == old:
         return known
     if found is None:
-        # Some item takes another encoder, or none does.
+        # Some item needs another encoder, or no encoder takes it.
         first, removed, count = 0, len(old), len(items) - at
     else:
         first, gone, added = window(old, found)
@@ -478,7 +485,7 @@ _BLOCK = 128
 
 
 def _unchanged(known: Items, items: list[Any]) -> int:
-    """Return how many items at the beginning have the JSON that is known of them, in whole blocks."""
+    """Return how many items at the beginning still have their known JSON, counted in whole blocks."""
     text, behind = known.in_text()
     in_text = len(known) - len(behind)
     place, offset = 0, 2
@@ -498,7 +505,7 @@ def _unchanged(known: Items, items: list[Any]) -> int:
 
 
 def window(before: list[bytes], after: list[bytes]) -> tuple[int, list[bytes], list[bytes]]:
-    """Return how many items are equal at the beginning, and both lists' items between that and their equal end."""
+    """Return how many items are equal at the beginning, and both lists' items between the equal beginning and end."""
     shorter = min(len(before), len(after))
     if before[:shorter] == after[:shorter]:
         return shorter, before[shorter:], after[shorter:]

@@ -1,6 +1,6 @@
-"""Changes: what a commit does to the values that stand apart, and how two contents are compared without decoding them.
+"""Changes that a commit makes to the values that stand apart, and the comparison of contents without decoding them.
 
-Positions count items. They are those of the moment when the change is applied, after the changes before it.
+Positions count items. A position holds for the moment when its change is applied, after the changes before it.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import msgspec
 from persist.merge import align
 from persist.storage.content import Content, Items, Value, as_json, items_of, window
 
-#: Where more than this was removed, the items between the first difference and the last one are compared, too.
+#: If more bytes than this were removed, the items between the first and the last difference are compared, too.
 _ONE_SPLICE_BYTES = 16 * 1024
 
 
 class Change(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """One change of one value that stands apart. Exactly one of three: items replaced, the value set, the value gone.
+    """One change of one value that stands apart: it replaces items, or sets the value, or takes the value away.
 
     Attributes:
         name: the value's name.
         at: the place of the first item that is changed.
         remove: how many items go from there.
         insert: the items that come in their place, each as its JSON.
-        value: what the value is from now on, as its JSON.
+        value: the new value as a whole, as its JSON.
         is_gone: the value no longer stands apart.
     """
 
@@ -43,7 +43,7 @@ class Change(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fie
 
 
 class DoesNotFit(ValueError):
-    """A change names what is not there."""
+    """A change names a list or items that are not there."""
 
 
 def splice(name: str, at: int, remove: int, insert: Iterable[bytes]) -> Change:
@@ -52,7 +52,7 @@ def splice(name: str, at: int, remove: int, insert: Iterable[bytes]) -> Change:
 
 
 def apply(apart: dict[str, Value], change: Change) -> None:
-    """Make a change. Raise `DoesNotFit` if that cannot be."""
+    """Apply a change to the values that stand apart. Raise `DoesNotFit` if it does not fit them."""
     if change.is_gone:
         apart.pop(change.name, None)
     elif not isinstance(change.value, msgspec.UnsetType):
@@ -70,9 +70,9 @@ def apply(apart: dict[str, Value], change: Change) -> None:
 def between(
     before: Content, after: Content, known: Mapping[str, tuple[Change, ...]] = MappingProxyType({})
 ) -> tuple[Change, ...]:
-    """Return the changes that turn what stands apart in one content into what stands apart in the other.
+    """Return the changes that turn the values that stand apart in one content into those of the other.
 
-    `known` are those of some lists, which are not compared then.
+    `known` holds the changes of some lists, by name. Those lists are not compared.
     """
     changes: list[Change] = [Change(name, is_gone=True) for name in before.apart if name not in after.apart]
     for name, new in after.apart.items():
@@ -90,10 +90,10 @@ def between(
 
 
 def splices(name: str, before: list[bytes], after: list[bytes], offset: int = 0) -> Iterator[Change]:
-    """Return the splices that turn one list into the other, the last one first, so that no place moves.
+    """Yield the splices that turn one list into the other. The last one comes first, so that no place moves.
 
     Args:
-        offset: the place of the first item of both in their list.
+        offset: the place in the whole list where both `before` and `after` begin.
     """
     first, removed, added = window(before, after)
     first += offset

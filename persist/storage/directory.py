@@ -1,4 +1,7 @@
-"""Readers of a directory of sessions take no lock: they see some committed revision of each, never half of one."""
+"""A directory of sessions, as its readers see it.
+
+Readers take no lock. They see some committed revision of each session, never half of one.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,15 @@ from persist.storage.commit import Options
 from persist.storage.document import Head, Header
 from persist.translating import Translating
 
-#: So many heads of sessions with a journal are kept, each of at most so many bytes of fields.
+#: So many heads of sessions with a journal are kept, each with at most so many bytes of fields.
 _MOST_HEADS, _KEPT_BYTES = 1024, 4096
 
 
 class _KeptHead(msgspec.Struct, frozen=True, eq=False):
-    """A head as it was read, of a session with a journal.
+    """The head of a session with a journal, as it was read.
 
-    It is the last one by the rule by which a replica is (see `cache`). A document without a journal has nothing in it
-    that would tell it from a later one of the same size, inode and time.
+    The rule that validates a replica validates this head, too (see `cache`). The head of a document without a journal
+    is not kept, because nothing in it would tell it from a later one of the same size, inode and time.
     """
 
     version: disk.Version
@@ -35,7 +38,7 @@ class _KeptHead(msgspec.Struct, frozen=True, eq=False):
     head: Head
 
     def is_last(self, paths: layout.SessionPaths) -> bool:
-        """Tell whether nothing was committed since. Also if that cannot be told, it is not."""
+        """Tell whether nothing was committed since. If that cannot be told, the answer is False."""
         try:
             if disk.version_of(paths.document) != self.version:
                 return False
@@ -49,7 +52,7 @@ class _KeptHead(msgspec.Struct, frozen=True, eq=False):
 
 
 class SessionDirectory:
-    """The sessions of one directory, as files, and what can be seen of them without a lock."""
+    """The sessions of one directory, as files, and the reads that need no lock."""
 
     def __init__(
         self, path: str, options: Options, *, timeout_s: float, cache_bytes: int, unsafe_filesystem: bool, create: bool
@@ -58,12 +61,12 @@ class SessionDirectory:
         self.options = options
         self.timeout_s = timeout_s
         self.cache = Cache(cache_bytes)
-        #: Whether this process has made the directory's own name durable, and that of the leases' directory. Another
-        #: process may have made them a moment ago.
+        #: Whether this process has made the directory's own name durable, and the name of the leases' directory.
+        #: Another process may have created the directories a moment ago.
         self.is_durable = self.has_durable_leases = False
-        #: By session. Never changed in place, so that no reader needs a lock.
+        #: Session id -> its head. A head is never changed in place, so that no reader needs a lock.
         self._heads: dict[str, _KeptHead] = {}
-        #: By session, why nobody knows whether its last commit is durable.
+        #: Session id -> the reason why nobody knows whether its last commit is durable.
         self.unknown: dict[str, str] = {}
         try:
             if create:
@@ -71,7 +74,7 @@ class SessionDirectory:
                 _require_shared(self.layout.directory, options.file_mode)
                 with contextlib.suppress(FileExistsError):
                     disk.mkdir(self.layout.leases, options.file_mode)
-            #: The device and the inode of the directory that was opened. Of some file systems only the device counts.
+            #: The device and the inode of the directory that was opened. On some file systems only the device counts.
             status = os.stat(self.layout.directory)
             self._identity = status.st_dev, status.st_ino
             self._has_stable_inode = not unsafe_filesystem and file_system.check(
@@ -87,20 +90,20 @@ class SessionDirectory:
             raise Unreadable.because(self.layout.directory, error) from error
 
     def require_same(self, *, is_missing: bool = True) -> None:
-        """Raise `Unreadable` if the directory is gone, or is another one than was opened.
+        """Raise `Unreadable` if the directory is gone, or is not the directory that was opened.
 
-        A lost mount leaves an empty directory behind, which must not look like a store without sessions. This is asked
-        where something is missing, and by each verb that reads files anew. A replica and a head that were kept are
-        compared with the document's inode anyway.
+        A lost mount leaves an empty directory behind, which must not look like a store without sessions. This check
+        runs when a file is missing, and in each verb that reads files anew. A kept replica or head does not need it,
+        because it is compared with the document's inode anyway.
 
         Args:
-            is_missing: whether something was not found in it.
+            is_missing: whether a file was not found in the directory.
         """
         directory = self.layout.directory
         try:
             device, inode = disk.identity_of(directory)
             is_same = device == self._identity[0] and (inode == self._identity[1] or not self._has_stable_inode)
-            # A directory that was made anew may have the inode of the one before. It lacks what a store has.
+            # A directory that was made anew may have the inode of the one before. It lacks the files of a store.
             if is_same and is_missing and self._has_leases and not disk.exists(self.layout.leases):
                 is_same = bool(disk.names(directory))
         except FileNotFoundError as error:
@@ -125,7 +128,7 @@ class SessionDirectory:
             self.is_durable = True
 
     def make_leases(self) -> None:
-        """Make the directory of the leases. Its name is durable on return, so that a sweep finds what is in it."""
+        """Make the directory of the leases. Its name is durable on return, so that a sweep finds the leases in it."""
         disk.make_directory(self.layout.leases, self.options.file_mode)
         disk.check_directory(self.layout.leases)
         if not self.has_durable_leases:
@@ -143,7 +146,7 @@ class SessionDirectory:
             return False
 
     def read_now(self, session_id: str) -> Replica:
-        """Read the committed session. Raise `Overtaken` if the journal is not there that the document names."""
+        """Read the committed session. Raise `Overtaken` if the journal that the document names is not there."""
         with self.looking_at(session_id) as paths:
             self.require_same(is_missing=False)
             found = document.read(paths.document, session_id, paths.file_id)
@@ -155,7 +158,7 @@ class SessionDirectory:
             return Replica(header, content, found.version, tail)
 
     def read_head_now(self, session_id: str) -> Head:
-        """Read the committed header and fields. Raise `Overtaken` as `read_now`."""
+        """Read the committed header and fields. Raise `Overtaken` as `read_now` does."""
         kept = self._heads.get(session_id) if type(session_id) is str else None
         if kept is not None and kept.is_last(self.paths_of(session_id)):
             return kept.head
@@ -174,7 +177,9 @@ class SessionDirectory:
         return head
 
     def read_last_now(self, session_id: str, name: str, limit: int) -> list[Any]:
-        """Read the last items of a list, and no more than that takes. Raise `Overtaken` as `read_now`.
+        """Read the last items of a list, and no more of the files than that takes.
+
+        It raises `Overtaken` as `read_now` does.
 
         Raises:
             InvalidArgument: the value is no list.
@@ -195,14 +200,14 @@ class SessionDirectory:
                     )
 
     def paths_of(self, session_id: str) -> layout.SessionPaths:
-        """Return the paths of a session. One that the file system takes for another one is refused."""
+        """Return the paths of a session. Refuse an id that the file system takes for another one."""
         paths = self.layout.session(session_id)
         if self.ignores_case:
             _refuse_other_case(self.layout.directory, session_id, os.path.basename(paths.document))
         return paths
 
     def looking_at(self, session_id: str) -> Translating[layout.SessionPaths]:
-        """Give the session's paths to a block, of which the errors become typed ones (see `raise_typed`)."""
+        """Give the session's paths to a block, and turn the block's errors into typed ones (see `raise_typed`)."""
         paths = self.paths_of(session_id)
         return Translating(partial(self._raise_typed, session_id=session_id, path=paths.document), paths)
 
@@ -219,11 +224,11 @@ class SessionDirectory:
         return sorted(filter(None, map(self.id_of, names)))
 
     def id_of(self, name: str) -> str | None:
-        """Return the session id of a name. That of a hashed one stands in the document, or in a lease."""
+        """Return the session id of a name, or None. A document or a lease holds the id of a hashed name."""
         return layout.id_of(name) or _hashed_id(os.path.join(self.layout.directory, f"{name}.json"), name)
 
     def leases(self) -> list[tuple[str, str]]:
-        """Return the (session id, stream id) of all lease files, sorted, also of dead streams."""
+        """Return the (session id, stream id) of all lease files, sorted. Dead streams are included."""
         found = filter(None, map(layout.stream_of, self.names(self.layout.leases)))
         ids = (
             (self.id_of(name) or _hashed_id(os.path.join(self.layout.leases, f"{name}.{stream_id}"), name), stream_id)
@@ -232,16 +237,20 @@ class SessionDirectory:
         return sorted((session_id, stream_id) for session_id, stream_id in ids if session_id is not None)
 
     def stream_ids(self, session_id: str) -> list[str]:
-        """Return the ids of the streams whose leases bear a session's name, as far as the disk tells."""
+        """Return the ids of the streams whose leases bear a session's name, or none if the disk refuses."""
         mine = self.layout.session(session_id).name
         with contextlib.suppress(OSError):
-            # Behind a symbolic link stand the files of somebody else, and a delete removes what this names.
+            # `names` refuses a symbolic link. Somebody else's files stand behind it, and a delete removes the files of
+            # these streams.
             found = filter(None, map(layout.stream_of, self.names(self.layout.leases)))
             return [stream_id for name, stream_id in found if name == mine]
         return []
 
     def names(self, directory: str | None = None) -> list[str]:
-        """Return the names of all files, unsorted. None of a directory that is missing, but for the store's own."""
+        """Return the names of all files of a directory, unsorted.
+
+        A missing directory has none. Only the store's own directory must be there.
+        """
         try:
             if directory is not None:
                 disk.check_directory(directory)
@@ -254,9 +263,9 @@ class SessionDirectory:
             raise Unreadable.because(directory or self.layout.directory, error) from error
 
     def journals(self, session_id: str, *, copies: bool = False) -> Iterator[tuple[str, str]]:
-        """Yield the files that bear the name of a journal of a session, with their hex.
+        """Yield the files that are named like a journal of a session, with the hex in their names.
 
-        `copies` of damaged ones, too.
+        With `copies`, yield the copies of damaged journals, too.
         """
         mine = self.layout.session(session_id).name
         for file_name in disk.names(self.layout.directory):
@@ -284,9 +293,9 @@ def _require_shared(path: str, file_mode: int) -> None:
 
 
 def raise_typed(error: BaseException, session_id: str, path: str) -> None:
-    """Raise a typed error in the place of the disk's own about a document.
+    """Raise a typed error in the place of the disk's own error about a document.
 
-    So is what cannot be decoded, although its checksum is right: somebody has sealed it.
+    The same goes for a document that cannot be decoded although its checksum is right, because somebody has sealed it.
     """
     if isinstance(error, FileNotFoundError):
         raise SessionNotFound(session_id=session_id, path=path) from None
@@ -297,7 +306,7 @@ def raise_typed(error: BaseException, session_id: str, path: str) -> None:
 
 
 def _refuse_other_case(directory: str, session_id: str, mine: str) -> None:
-    """Raise `InvalidArgument` if a file has that name but for upper and lower case."""
+    """Raise `InvalidArgument` if another file's name differs from `mine` only in upper and lower case."""
     for name in disk.names(directory):
         if name != mine and name.lower() == mine.lower():
             expected = f"another name than {name.removesuffix('.json')!r} on this file system, which heeds no case"
@@ -305,7 +314,7 @@ def _refuse_other_case(directory: str, session_id: str, mine: str) -> None:
 
 
 def _last_values(head: Head, last: Callable[[str, int], list[bytes]], name: str, limit: int) -> list[Any]:
-    """Return the last items of a list. `last` knows those of a list that stands apart."""
+    """Return the last items of a list. If the list stands apart, `last` reads them."""
     if head.counts.get(name) is not None:
         return list(map(json_codec.decode, last(name, limit)))
     value = json_codec.decode(head.fields[name]) if name in head.fields else None if name in head.counts else []
@@ -316,7 +325,10 @@ def _last_values(head: Head, last: Callable[[str, int], list[bytes]], name: str,
 
 
 def _hashed_id(path: disk.StrPath, name: str) -> str | None:
-    """Return the id whose hash a name holds, from a document or a lease. It need not be sound: the hash vouches."""
+    """Return the id whose hash a name holds, from a document or a lease, or None.
+
+    The file need not be sound, because the hash proves the id.
+    """
     if layout.is_hashed(name):
         with contextlib.suppress(PersistError, OSError):
             for found in _ID.finditer(disk.read(path, _HEADER_BYTES)):
@@ -329,26 +341,26 @@ def _hashed_id(path: disk.StrPath, name: str) -> str | None:
 
 #: An id in the header of a document, or in a lease.
 _ID = re.compile(rb'"(?:session_)?id":\s*("(?:[^"\\]|\\.)*")')
-#: A header stands at the beginning.
+#: So many bytes are searched for an id, because a header stands at the beginning.
 _HEADER_BYTES = 64 * 1024
 
 
 def is_left_over(path: disk.StrPath, name: str, header: Header | None) -> bool:
-    """Tell of a journal whether it no longer counts beside a document: it was folded into it, or never used.
+    """Tell whether a journal no longer counts beside a document, because it was folded into it or never used.
 
-    Any other one holds commits that are nowhere else: somebody put an older document back, say.
+    Any other journal holds commits that are nowhere else. Somebody may have put an older document back, for example.
     """
     return (header is not None and header.folded == name) or journal.is_empty(path)
 
 
 def mislabelled(document_path: str, session_id: str) -> CorruptSession:
-    """Return the error of a document that somebody has sealed, although its parts are not as its header says."""
+    """Return the error for a document that somebody has sealed, although its parts are not as its header says."""
     reason = "its checksums match, but its lists are not as its header says."
     return CorruptSession(session_id=session_id, path=document_path, reason=reason)
 
 
 def missing_journal(document_path: str, session_id: str, journal_path: str) -> CorruptSession:
-    """Return the error of a document whose journal is not there."""
+    """Return the error for a document whose journal is missing."""
     reason = f"{os.path.basename(journal_path)}, which it names, is missing."
     accept = layout.command("accept", os.path.dirname(document_path), session_id)
     remedy = f"Restore both from a backup; or take the document without the commits that stood there, with {accept}."

@@ -1,8 +1,13 @@
-"""Every byte that goes to disk or comes from it: one function per step of a protocol, so that faults have one seam.
+"""All access to the disk: one function per step of a protocol, so that faults have one seam.
 
-Rules kept here: nothing is opened through a symbolic link; only plain files are opened, and a FIFO cannot block the
-opener; writes loop until all is written; a file is synced with what the platform needs (macOS: F_FULLFSYNC).
-Other modules call these as ``disk.name(...)``, so a test can replace one of them.
+Rules kept here:
+
+- Nothing is opened through a symbolic link.
+- Only plain files are opened, and a FIFO cannot block the opener.
+- Writes loop until all is written.
+- A file is synced with the call that the platform needs (macOS: F_FULLFSYNC).
+
+Other modules call these functions as ``disk.name(...)``, so a test can replace one of them.
 """
 
 from __future__ import annotations
@@ -21,12 +26,12 @@ from persist.errors import unsafe
 if sys.platform == "darwin":
     import fcntl
 
-#: The paths of a session are strings: a `Path` costs as much as the system call that it is for.
+#: The paths of a session are strings, because a `Path` costs as much as the system call that it is for.
 StrPath = str | Path
 
 _FLAGS = os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) if os.name == "posix" else 0
 _BINARY = getattr(os, "O_BINARY", 0) | getattr(os, "O_NOINHERIT", 0)
-# Windows refuses to replace a file that somebody has open (hermes-webui #5196); readers are quick, so try again.
+# Windows refuses to replace a file that somebody has open (hermes-webui #5196). Readers are quick, so try again.
 REPLACE_ATTEMPTS = 50 if os.name == "nt" else 1
 REPLACE_PAUSE_S = 0.02
 
@@ -41,21 +46,21 @@ _SHARING_S, _SHARING_PAUSE_S = 0.1, 0.001
 
 
 def directory_mode(file_mode: int) -> int:
-    """Return the mode of a directory with such files. Where a group shares them, they get the directory's group."""
+    """Return the mode of a directory for files of a mode. If a group shares them, they get the directory's group."""
     group = file_mode & _GROUP
     return 0o2700 | group | 0o010 if group else 0o700
 
 
 def open_plain(path: StrPath, flags: int, mode: int = PRIVATE) -> int:
-    """Open a plain file, and give it `mode` if it is created; raise `Unreadable` for anything else of that name."""
+    """Open a plain file, and give it `mode` if it is created. Raise `Unreadable` for anything else of that name."""
     return open_known(path, flags, mode=mode)[0]
 
 
 def open_unseen(path: StrPath, flags: int) -> int:
-    """Open a file that is there, without looking whether it is a plain one: its content says so, or `require_plain`.
+    """Open a file that exists, without a check that it is a plain one. Its content shows that, or `require_plain`.
 
-    Who looks at a file's times makes the next write to it set new ones that differ (Linux 6.13, multigrain timestamps):
-    for ext4 one more write at its fdatasync. So between two records nobody looks.
+    A look at a file's times makes the next write set new times that differ (Linux 6.13, multigrain timestamps). On ext4
+    that costs one more write at the fdatasync. So no process looks at the times between two records.
     """
     try:
         return os.open(path, flags | _FLAGS | _BINARY, 0o600)
@@ -71,7 +76,7 @@ def _refuse_unsafe(path: StrPath, error: OSError) -> None:
 
 
 def require_plain(fd: int, path: StrPath) -> None:
-    """Look at an open file; raise `Unreadable` if it is no plain one."""
+    """Raise `Unreadable` if an open file is no plain one."""
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         raise unsafe(path, _what_is(path))
 
@@ -79,8 +84,11 @@ def require_plain(fd: int, path: StrPath) -> None:
 def open_known(
     path: StrPath, flags: int, before_create: Callable[[], None] | None = None, mode: int = PRIVATE
 ) -> tuple[int, os.stat_result]:
-    """As `open_plain`; tell also which file it is. `before_create` is called before a missing file is made."""
-    # To open it and to make it are apart, so that it is known which was done.
+    """Open a file as `open_plain` does, and return its status, too.
+
+    `before_create` is called before a missing file is created.
+    """
+    # Opening and creating are separate calls, so that it is known which of the two was done.
     is_either = flags & (os.O_CREAT | os.O_EXCL) == os.O_CREAT
     if is_either:
         flags &= ~os.O_CREAT
@@ -92,11 +100,12 @@ def open_known(
             break
         except OSError as error:
             if error.errno == errno.EACCES and patience_s > 0:
-                # Between the open and the chmod of another user the file has that user's umask.
+                # Between the open and the chmod by another user, that user's umask limits the file's mode.
                 patience_s -= _SHARING_PAUSE_S
                 time.sleep(_SHARING_PAUSE_S)
                 continue
-            # Somebody else may be quicker, and may have removed it again; a link that leads nowhere stays (Windows).
+            # Another process may have created the file first, or removed it again. A link that leads nowhere stays
+            # (Windows).
             expected = errno.EEXIST if flags & os.O_EXCL else errno.ENOENT
             if is_either and error.errno == expected and not (flags & os.O_EXCL and os.path.islink(path)):
                 if before_create is not None and error.errno == errno.ENOENT:
@@ -165,7 +174,7 @@ Version = tuple[int, int, int, int]
 
 
 def version_in(status: os.stat_result) -> Version:
-    """The version of a file, by what the system said of it."""
+    """Return the version of a file, from its status."""
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
@@ -184,16 +193,16 @@ def read_version(path: StrPath, limit: int) -> tuple[bytes, Version]:
 
 
 def size_of(fd: int) -> int:
-    """The size of an open file; its times stay unseen, see `open_unseen`."""
+    """Return the size of an open file, without a look at its times (see `open_unseen`)."""
     return os.lseek(fd, 0, os.SEEK_END)
 
 
 def read_at(fd: int, limit: int, position: int) -> bytes:
-    """Return `limit` bytes of an open file, from a position on; fewer where it ends."""
+    """Return `limit` bytes of an open file, from a position on, or fewer if the file ends before."""
     content = b""
     while len(content) < limit:
         rest, place = limit - len(content), position + len(content)
-        # A descriptor that is inherited by a fork has one position for both processes. `pread` uses none.
+        # After a fork, both processes share one position of a descriptor. `pread` uses none.
         more = os.pread(fd, rest, place) if hasattr(os, "pread") else _seek_and_read(fd, rest, place)
         if not more:
             break
@@ -207,7 +216,7 @@ def _seek_and_read(fd: int, limit: int, position: int) -> bytes:
 
 
 def read_cached(fd: int, limit: int, position: int) -> bytes | None:
-    """As `read_at`, but None where that would wait for the disk, or where the platform cannot tell."""
+    """Read as `read_at` does, but return None if that would wait for the disk, or if the platform cannot tell."""
     if not hasattr(os, "RWF_NOWAIT"):
         return None
     buffer = bytearray(limit)
@@ -218,23 +227,23 @@ def read_cached(fd: int, limit: int, position: int) -> bytes | None:
 
 
 def modified_at(path: StrPath) -> float:
-    """When the file was last written, in seconds since the epoch."""
+    """Return when a file was last written, in seconds since the epoch."""
     return os.lstat(path).st_mtime
 
 
 def set_modified_now(path: StrPath) -> None:
-    """Give a file the time of now."""
+    """Set a file's times to now."""
     os.utime(path, follow_symlinks=os.name != "posix")
 
 
 def kernel_time(directory: StrPath) -> float:
-    """Return the time of the clock that stamps files, by a stamp on a directory. No tool of Python's moves it."""
+    """Return the time of the clock that stamps files, from a stamp on a directory. No Python tool moves this clock."""
     os.utime(directory, follow_symlinks=os.name != "posix")
     return modified_at(directory)
 
 
 def bears_name(file: os.stat_result, path: StrPath) -> bool:
-    """Tell whether a name leads to a file."""
+    """Tell whether a path leads to the file with this status."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -249,14 +258,14 @@ def identity_of(directory: StrPath) -> tuple[int, int]:
 
 
 def version_of(file: StrPath | int) -> Version:
-    """The version of a file, by its name or its descriptor."""
+    """Return the version of a file, by its name or its descriptor."""
     status = os.fstat(file) if isinstance(file, int) else os.lstat(file)
-    # As `version_in`, of which a call would count here: see tests/unit/test_costs.py.
+    # The same as `version_in`, but inline, because each call counts here (see tests/unit/test_costs.py).
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def exists(path: StrPath) -> bool:
-    """Tell whether the name is taken, by whatever it is; a dangling link counts."""
+    """Tell whether a name is taken, by any kind of file. A dangling link counts."""
     try:
         os.lstat(path)
     except FileNotFoundError:
@@ -278,14 +287,14 @@ def create(path: StrPath, mode: int = PRIVATE) -> int:
 
 
 def write(fd: int, content: bytes) -> None:
-    """Write all of `content`; the kernel may take it piece by piece."""
+    """Write all of `content`. The kernel may take it piece by piece."""
     rest = memoryview(content)
     while rest:
         rest = rest[os.write(fd, rest[:_WRITE_CHUNK]) :]
 
 
 def write_at(fd: int, content: bytes, position: int) -> None:
-    """As `write`, from a position on, whatever stands there."""
+    """Write all of `content` from a position on, over whatever stands there."""
     rest = memoryview(content)
     while rest:
         chunk = rest[:_WRITE_CHUNK]
@@ -299,16 +308,16 @@ def _seek_and_write(fd: int, content: memoryview, position: int) -> int:
 
 
 def truncate(fd: int, size: int) -> None:
-    """Cut an open file off."""
+    """Cut an open file off at a size."""
     os.ftruncate(fd, size)
 
 
 class SyncFailed(OSError):
-    """An fsync failed: the kernel may have dropped what it should have written, and another fsync may say OK."""
+    """An fsync failed. The kernel may have dropped the data that it should have written. Another fsync may say OK."""
 
 
 def sync(fd: int) -> None:
-    """Return when the file's content would survive a power cut; else raise `SyncFailed`."""
+    """Sync a file, so that its content survives a power cut. If the sync fails, raise `SyncFailed`."""
     try:
         if sys.platform == "darwin":
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
@@ -319,14 +328,17 @@ def sync(fd: int) -> None:
 
 
 def sync_data(fd: int) -> None:
-    """As `sync`, for a file that was appended to, and can be read: its times may be lost."""
+    """Sync the data of a file that was appended to, as `sync` does. The file's times may be lost.
+
+    The descriptor must be open for reading, too.
+    """
     if not hasattr(os, "fdatasync"):
         sync(fd)
         return
     try:
         os.fdatasync(fd)
-        # ext4 and XFS that are shut down in this very instant may answer OK and lose it (measured), but then they read
-        # nothing.
+        # If ext4 or XFS is shut down at this moment, it may answer OK and lose the data (measured). But then a read
+        # fails.
         os.pread(fd, 1, 0)
     except OSError as error:
         raise SyncFailed(error.errno, error.strerror or type(error).__name__) from error
@@ -338,7 +350,7 @@ def close(fd: int) -> None:
 
 
 def sync_file(path: StrPath) -> None:
-    """Make durable what a file holds already."""
+    """Make the present content of a file durable."""
     fd = open_plain(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         sync(fd)
@@ -347,12 +359,15 @@ def sync_file(path: StrPath) -> None:
 
 
 def open_directory(path: StrPath) -> int:
-    """Open a directory for `sync_directory`. Windows has no such thing, and needs none on NTFS: there it is -1."""
+    """Open a directory for `sync_directory`.
+
+    Windows cannot do that, and on NTFS there is no need. So the descriptor is -1 there.
+    """
     return -1 if os.name == "nt" else os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def close_directory(fd: int) -> None:
-    """Close what `open_directory` has opened."""
+    """Close a directory that `open_directory` has opened."""
     if fd >= 0:
         try:
             os.close(fd)
@@ -361,14 +376,16 @@ def close_directory(fd: int) -> None:
 
 
 def sync_directory(path: StrPath, opened: int | None = None) -> None:
-    """Return when the names in a directory would survive a power cut; `opened` is its descriptor, if there is one
-    already.
+    """Sync a directory, so that the names in it survive a power cut.
+
+    `opened` is its descriptor, if there is one already.
     """
     fd = open_directory(path) if opened is None else opened
     try:
         if fd >= 0:
             sync(fd)
-            # XFS that has shut itself down after an I/O error answers OK to the fsync of a directory, but not to this.
+            # After an I/O error XFS shuts itself down. It then answers OK to the fsync of a directory, but not to this
+            # call.
             os.fstat(fd)
     finally:
         if opened is None:
@@ -376,7 +393,7 @@ def sync_directory(path: StrPath, opened: int | None = None) -> None:
 
 
 def replace(source: StrPath, target: StrPath) -> None:
-    """Give `target` the content of `source` in one step; a reader sees the old file or the new one."""
+    """Give `target` the content of `source` in one step. A reader sees the old file or the new one."""
     for attempt in range(1, REPLACE_ATTEMPTS + 1):
         try:
             os.replace(source, target)
@@ -389,7 +406,7 @@ def replace(source: StrPath, target: StrPath) -> None:
 
 
 def unlink(path: StrPath) -> bool:
-    """Remove a name; tell whether it was there."""
+    """Remove a name, and tell whether it was there."""
     try:
         os.unlink(path)
     except FileNotFoundError:
@@ -402,7 +419,10 @@ def unlink(path: StrPath) -> bool:
 
 
 def remove_quietly(path: StrPath) -> None:
-    """Remove what no longer counts. If the disk refuses, it stays as a left-over, which a sweep or `check` finds."""
+    """Remove a file that no longer counts.
+
+    If the disk refuses, the file stays as a left-over, and a sweep or `check` finds it.
+    """
     try:
         unlink(path)
     except OSError:
@@ -410,7 +430,10 @@ def remove_quietly(path: StrPath) -> None:
 
 
 def check_directory(path: StrPath) -> None:
-    """Refuse what is no directory of its own: behind a symbolic link stand somebody else's files. Missing is fine."""
+    """Raise `Unreadable` for a path that is no directory of its own. A missing one is fine.
+
+    A symbolic link is refused, too, because somebody else's files stand behind it.
+    """
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -420,7 +443,7 @@ def check_directory(path: StrPath) -> None:
 
 
 def names(directory: StrPath) -> list[str]:
-    """The names in a directory, unsorted; none if it is not there."""
+    """Return the names in a directory, unsorted. A missing directory has none."""
     try:
         return os.listdir(directory)
     except FileNotFoundError:
@@ -445,13 +468,13 @@ def awaited_mode(path: StrPath, wanted: int) -> int:
 
 
 def make_directory(path: StrPath, file_mode: int = PRIVATE) -> None:
-    """Make a directory for files of a mode, and what is missing above it; durable on return."""
+    """Make a directory for files of a mode, and the missing directories above it. They are durable on return."""
     missing = []
     while not _is_there(path):
         missing.append(path)
         path = os.path.dirname(path)
     if missing:
-        # Another process may have made this one an instant ago, and not have synced its name yet.
+        # Another process may have made this directory a moment ago, and may not have synced its name yet.
         with contextlib.suppress(PermissionError):
             sync_directory(os.path.dirname(path))
     for directory in reversed(missing):
@@ -461,7 +484,7 @@ def make_directory(path: StrPath, file_mode: int = PRIVATE) -> None:
 
 
 def _is_there(path: StrPath) -> bool:
-    # `os.path.exists` takes a disk that refuses to answer for a missing file.
+    # `os.path.exists` would say that a file is missing if the disk refuses to answer.
     try:
         os.stat(path)
     except FileNotFoundError:
@@ -470,7 +493,7 @@ def _is_there(path: StrPath) -> bool:
 
 
 def ignores_case(directory: str, name: str) -> bool:
-    """Tell whether the file system takes `name` and its upper case for one name; `name` must exist in lower case."""
+    """Tell whether the file system takes `name` and its upper case for one name. `name` must exist in lower case."""
     try:
         other = os.stat(os.path.join(directory, name.upper()))
     except FileNotFoundError:

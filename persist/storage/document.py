@@ -11,9 +11,9 @@
     }
 
 The whole file is one JSON object. The header's `checksum` covers the rest of line 1. The header holds a checksum for
-the fields and for each part that stands apart, with its length. Every other byte is known. So a head can be trusted
-without the parts behind it. All checksums are xxh3_128 in hex. They find damage and edits by hand. They do not stop a
-forger.
+the fields and for each part that stands apart, with its length. The format fixes every other byte. So a reader can
+trust a head without the parts behind it. All checksums are xxh3_128 in hex. They find damage and edits by hand. They do
+not stop a forger.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
         revision: grows by one with each commit.
         commit: tells this commit from any other.
         epoch: the fencing token. It grows with every stream and never shrinks.
-        owner: what the layer of the streams keeps about the running stream, as JSON values, or None.
+        owner: the facts that the layer of the streams keeps about the running stream, as JSON values, or None.
         journal: the hex in the name of the session's journal, or None.
-        folded: that of the journal which was folded into this document, or None.
+        folded: the hex of the journal that was folded into this document, or None.
         session_id: the session's id, if the file's name holds a hash of it.
     """
 
@@ -78,7 +78,7 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def version(self) -> str:
-        """The name of this commit: no other one has it, of this session or of another one under its id."""
+        """The name of this commit. No other commit has it, of this session or of another session with its id."""
         return f"{self.incarnation}.{self.commit}"
 
     def but(self, **changes: Any) -> Header:
@@ -93,13 +93,13 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def first_header(session_id: str | None = None) -> Header:
-    """Return the header of a session's first commit. Its id is named if the file's name holds a hash of it."""
+    """Return the header of a session's first commit. It holds the id if the file's name holds a hash of the id."""
     now = datetime.now(UTC)
     return Header(token_hex(16), 1, token_hex(8), 0, now, now, None, None, None, session_id)
 
 
 class _Part(msgspec.Struct, omit_defaults=True):
-    """The header's facts about a part of the file. `count` is that of a list's items."""
+    """The header's facts about a part of the file. `count` is the number of a list's items."""
 
     size_bytes: Natural = msgspec.field(name="bytes")
     checksum: str
@@ -114,7 +114,7 @@ class _Parts(msgspec.Struct):
 
 
 _checksum = xxhash.xxh3_128_hexdigest
-#: What a header says of no fields.
+#: The header's facts about the fields of a session without fields.
 _NO_FIELDS = _Part(0, _checksum(b""))
 _header_in = msgspec.json.Decoder(Header).decode
 _parts_in = msgspec.json.Decoder(_Parts).decode
@@ -122,7 +122,7 @@ _members_of = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class Head(msgspec.Struct, frozen=True):
-    """The header and the fields of a commit, and what stands apart (see `Content.counts`)."""
+    """The header and the fields of a commit, and the counts of the values that stand apart (see `Content.counts`)."""
 
     header: Header
     fields: Mapping[str, bytes]
@@ -145,7 +145,7 @@ class Document(msgspec.Struct, frozen=True):
 
 
 def to_bytes(header: Header, content: Content) -> bytes:
-    """Return the file's content."""
+    """Return the bytes of a document's file."""
     fields = b",\n".join([encode_key(name) + value for name, value in content.fields.items()])
     parts = _Parts(_Part(len(fields), _checksum(fields)), {})
     lines = [fields] if fields else []
@@ -153,7 +153,7 @@ def to_bytes(header: Header, content: Content) -> bytes:
         text = _text_of(value)
         parts.parts[name] = _Part(len(text), _checksum(text), value.count if isinstance(value, Items) else None)
         lines.append(encode_key(name) + text)
-    # As text: a test tool that freezes the clock may have put a datetime of its own there.
+    # The times become text first, because a test tool that freezes the clock may have put its own datetime there.
     plain = header.but(created_at=header.created_at.isoformat(), updated_at=header.updated_at.isoformat())
     rest = b"," + json_codec.encode(msgspec.to_builtins(plain) | msgspec.to_builtins(parts))[1:]
     lines.insert(0, _OPENING % (FORMAT, _checksum(rest).encode()) + rest)
@@ -172,7 +172,7 @@ def _text_of(value: Value) -> bytes:
 
 
 def read(path: disk.StrPath, session_id: str, file_id: str | None = None) -> Document:
-    """Read a whole document and check it. Takes no lock.
+    """Read a whole document and check it. Take no lock.
 
     Args:
         file_id: the id that its header must hold, because its name holds a hash of it.
@@ -186,9 +186,10 @@ def read(path: disk.StrPath, session_id: str, file_id: str | None = None) -> Doc
 
 
 def read_head(path: disk.StrPath, session_id: str, file_id: str | None = None) -> tuple[Head, disk.Version]:
-    """Read the header and the fields of a document, and its version. What stands apart is neither read nor checked.
+    """Read the header and the fields of a document, and its version. Take no lock.
 
-    A document without a header is read whole. Takes no lock, and raises as `read` does.
+    The values that stand apart are neither read nor checked. A document without a header is read whole. The errors are
+    the same as those of `read`.
     """
     fd, status = disk.open_known(path, os.O_RDONLY)
     try:
@@ -204,7 +205,7 @@ def read_head(path: disk.StrPath, session_id: str, file_id: str | None = None) -
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """A document that is open, of which the head was read and checked. The ends of its lists are not checked."""
+    """An open document whose head was read and checked. The ends of its lists are not checked."""
 
     head: Head
     _fd: int
@@ -221,7 +222,7 @@ class Ending:
         while True:
             begin = max(start, stop - window)
             items = disk.read_at(self._fd, stop - begin, begin).split(SEPARATOR) if start < stop else []
-            # The first one may be cut off.
+            # The first item may be cut off.
             if begin == start or len(items) > count:
                 return items[max(len(items) - count, 0) :]
             window *= 4
@@ -229,7 +230,7 @@ class Ending:
 
 @contextlib.contextmanager
 def ending(path: disk.StrPath, file_id: str | None) -> Iterator[Ending | None]:
-    """Open a document for a block. None if its head is not sound, or another program has written it."""
+    """Open a document for a block. The block gets None if the head is not sound, or is another program's."""
     fd, status = disk.open_known(path, os.O_RDONLY)
     try:
         yield _read_ending(fd, file_id, status.st_size)
@@ -260,9 +261,9 @@ def _read_ending(fd: int, file_id: str | None, size_bytes: int) -> Ending | None
 
 
 def _places_of(place: int, parts: _Parts) -> dict[str, tuple[int, int]]:
-    """Return where the items of each list begin and end, behind the fields, which end at `place`."""
+    """Return where the items of each list begin and end. The fields end at `place`, and the lists stand behind them."""
     places = {}
-    # Where there are no fields, the first part follows on the comma and the newline of line 1.
+    # If there are no fields, the first part follows on the comma and the newline of line 1.
     place -= 0 if parts.fields.size_bytes else len(SEPARATOR)
     for name, part in parts.parts.items():
         start = place + len(SEPARATOR) + len(encode_key(name))
@@ -273,7 +274,7 @@ def _places_of(place: int, parts: _Parts) -> dict[str, tuple[int, int]]:
 
 
 def _checked_header(content: bytes, end: int) -> tuple[bytes, _Parts]:
-    """Return the JSON of the header, which ends there, and what it says of the rest.
+    """Return the JSON of the header and its facts about the rest of the file. The header's line ends at `end`.
 
     Raise one of `NONSENSE` if it is no header.
     """
@@ -282,7 +283,7 @@ def _checked_header(content: bytes, end: int) -> tuple[bytes, _Parts]:
     if shape is None or _checksum(memoryview(line)[shape.end() :]).encode() != shape[1]:
         raise ValueError("header")
     if not line.isascii():
-        # msgspec does not look into the keys that it passes over.
+        # The UTF-8 is checked here, because msgspec does not look into the keys that it passes over.
         line.decode()
     line = line[len(b'{"_persist":') :]
     try:
@@ -303,8 +304,8 @@ def _checked_fields(text: memoryview, part: _Part) -> dict[str, bytes]:
 
 
 def fields_of(text: bytes) -> dict[str, bytes]:
-    """Return the members of a JSON object, each as its JSON. Raise one of `NONSENSE` if it is none."""
-    # Decoded at once, so that nobody who asks for a field later meets what cannot be decoded.
+    """Return the members of a JSON object, each as its JSON. Raise one of `NONSENSE` if the text is no object."""
+    # All fields are decoded now, so that no later caller meets a field that cannot be decoded.
     decoded = json_codec.decode(text)
     try:
         values = {name: bytes(value) for name, value in _members_of(text).items()}
@@ -317,7 +318,7 @@ def fields_of(text: bytes) -> dict[str, bytes]:
 
 
 def header_of(values: Any, file_id: str | None) -> Header:
-    """Return the header of its values. Raise one of `NONSENSE` if it is none, or if it is another session's."""
+    """Return the header from its values. Raise one of `NONSENSE` if they make none, or another session's."""
     return _sound(msgspec.convert(values, Header), file_id)
 
 
@@ -333,19 +334,19 @@ def _sound(found: Header, file_id: str | None) -> Header:
         raise ValueError("id")
     if found.created_at.utcoffset() == found.updated_at.utcoffset() == timedelta(0):
         return found
-    # Somebody has sealed other times. Without an offset they are local ones.
+    # Somebody has sealed times that are not in UTC. Times without an offset are local.
     return found.but(created_at=found.created_at.astimezone(UTC), updated_at=found.updated_at.astimezone(UTC))
 
 
 class _Reader(msgspec.Struct, frozen=True):
-    """Reads one file's content. Carries what its errors name."""
+    """A reader of one file's content. It carries the facts that its errors name."""
 
     path: disk.StrPath
     session_id: str
     file_id: str | None
 
     def document(self, content: bytes, version: disk.Version) -> Document:
-        """Return the document that the content is, if its checksums vouch for it."""
+        """Return the document that a file's content makes, if its checksums match."""
         if _SHAPE.match(content) is None:
             return self._foreign(content, version)
         end = content.find(b"\n") + 1
@@ -360,14 +361,14 @@ class _Reader(msgspec.Struct, frozen=True):
             raise self._corrupt("its header makes no sense, or is another session's.") from None
 
     def _foreign(self, content: bytes, version: disk.Version) -> Document:
-        """Return a document of another program: revision 0 until its first commit here."""
+        """Return a document of another program. It has revision 0 until its first commit here."""
         other = _FORMAT.match(content)
         if other is not None:
             self._require_format(int(other[1]))
         data = self.strict(content)
         values = data.get(HEADER)
         if type(values) is dict and type(values.get("format")) is int:
-            # An editor has laid it out anew.
+            # An editor has formatted it anew.
             self._require_format(values["format"])
         first = next(iter(data.values()), None)
         # One flipped bit in the name "_persist" must not turn a document of ours into another program's.
@@ -386,7 +387,7 @@ class _Reader(msgspec.Struct, frozen=True):
             raise UnsupportedFormat(session_id=self.session_id, path=self.path, found=found, known=FORMAT)
 
     def strict(self, content: bytes) -> dict[str, Any]:
-        """Decode a document that no checksum vouches for."""
+        """Decode a document that no checksum confirms."""
         if len(content) > json_codec.MAX_BYTES:
             raise self._corrupt(f"it is larger than {json_codec.MAX_BYTES:,} bytes.", json_codec.MAX_BYTES)
         try:
@@ -421,7 +422,7 @@ class _Reader(msgspec.Struct, frozen=True):
 
 
 def _checked_content(content: bytes, place: int, parts: _Parts) -> Content:
-    """Return what stands behind the header, checked byte by byte.
+    """Return the content behind the header, checked byte by byte.
 
     Raise one of `NONSENSE` if it is not as the header says.
     """
@@ -432,7 +433,7 @@ def _checked_content(content: bytes, place: int, parts: _Parts) -> Content:
     pieces += [(name, encode_key(name), part) for name, part in parts.parts.items()]
     fields: dict[str, bytes] = {}
     apart: dict[str, Value] = {}
-    # Between two pieces stands ",\n". The first one follows on the comma and the newline of line 1.
+    # Between two pieces stands ",\n". The first piece follows on the comma and the newline of line 1.
     place -= 2 if pieces else 1
     if not pieces and content[place - 1 : place] == b",":
         raise ValueError("separator")
@@ -455,7 +456,7 @@ def _value(text: memoryview, count: int | None) -> Value:
     if count is None and ends[0][:1] != b"[":
         return bytes(text)
     is_list = ends == (b"[\n", b"\n]") if count else ends[0] == b"[]" and len(text) == 2
-    # A list without a count is none that `to_bytes` has written. Each item takes a byte at least.
+    # `to_bytes` never writes a list without a count. Each item takes a byte at least.
     if count is None or not is_list or count > len(text):
         raise ValueError("count")
     return Items.in_document(text, count)
@@ -464,10 +465,10 @@ def _value(text: memoryview, count: int | None) -> Value:
 def read_edited(path: disk.StrPath, session_id: str, file_id: str | None = None) -> Document:
     """Read a document whose checksums do not match, as `persist accept` takes it.
 
-    It must be strict JSON. What is left of its header is kept if it makes sense. Else the session begins anew.
+    It must be strict JSON. Its header is kept if it still makes sense. Otherwise the session begins anew.
     """
     content, version = disk.read_version(path, READ_LIMIT)
-    # A text editor may have put a byte order mark there. It says nothing that UTF-8 needs.
+    # A text editor may have put a byte order mark there. UTF-8 does not need it.
     data = _Reader(path, session_id, file_id).strict(content.removeprefix(json_codec.BYTE_ORDER_MARK))
     values = data.pop(HEADER, None)
     found = encoded(data)

@@ -1,7 +1,8 @@
-"""File systems: on which ones a lock keeps others out, and a sync is durable.
+"""File systems: the check that a lock keeps others out, and that a sync is durable.
 
-The kind of a file system tells, or what its mount is known for. Of any other one a probe tells whether a lock keeps a
-second one out on this machine. What the probe cannot see is a warning. Each device is judged once in a process.
+The kind of a file system decides, or a known property of its mount. On any other file system a probe tests whether a
+lock keeps a second one out on this machine. A warning names the promises that the probe cannot test. A process judges
+each device once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from persist.storage import disk, layout
 from persist.storage.held import is_exclusive
 
 MOUNTS = Path("/proc/self/mountinfo")
-#: For so long a lock of the probe may take.
+#: Seconds that a lock of the probe may take.
 PROBE_S = 2.0
 
 #: Local ones, on which flock and fsync hold.
@@ -63,7 +64,7 @@ _BAD = frozenset(
 _BAD_OPTIONS = frozenset({"localflocks", "local_lock=flock", "local_lock=all"})
 #: Options with which fsync does less than it says.
 _DOUBTFUL_OPTIONS = frozenset({"volatile", "fsync=volatile", "nobarrier", "barrier=0"})
-#: Under it Docker Desktop shows the host's directories, whatever the kind of the mount.
+#: Docker Desktop shows the host's directories under this path, whatever the kind of the mount.
 _HOST_MARK = "/run/host_mark"
 
 Verdict = Literal["good", "bad", "unknown"]
@@ -99,7 +100,7 @@ class Mount:
 
     @property
     def verdict(self) -> Verdict:
-        """The verdict on it, without a try."""
+        """The verdict on the mount, without a probe."""
         options = {*self._options}
         if not _BAD.isdisjoint(self.names) or not _BAD_OPTIONS.isdisjoint(options):
             return "bad"
@@ -110,19 +111,19 @@ class Mount:
         return f"{self.kind} ({bad[0]})" if bad else self.kind
 
 
-#: Device -> why it is refused, or "", and whether its directories keep their inode numbers. The table of a machine with
-#: many containers is long.
+#: Device -> the reason why it is refused, or "", and whether its directories keep their inode numbers. The answers are
+#: kept, because the mount table of a machine with many containers is long.
 _judged: dict[int, tuple[str, bool]] = {}
 
 
 def check(directory: str, device: int) -> bool:
     """Refuse a directory on a file system that is known to keep no promise, or that fails a probe.
 
-    A file system that passes the probe is a `RuntimeWarning`, because the probe cannot see other machines. Without a
-    mount table, as on macOS and Windows, nothing is known of any file system, and none is a warning.
+    A file system that passes the probe causes a `RuntimeWarning`, because the probe cannot see other machines. Without
+    a mount table, as on macOS and Windows, nothing is known of any file system, and none causes a warning.
 
     Args:
-        device: that of the directory.
+        device: the directory's device.
 
     Returns:
         Whether a directory keeps its inode number as long as it is there. An overlay may give it another one, and so
@@ -145,7 +146,7 @@ def check(directory: str, device: int) -> bool:
         else:
             refusal = f"on {mount}" if verdict == "bad" else ""
         is_stable = mount.kind == "unknown" or (mount.kind in _GOOD and mount.kind != "overlay")
-        # Behind the warning, which may be an error.
+        # This comes after the warning, because a warning may be raised as an error.
         if tried != "not tried":
             _judged[device] = refusal, is_stable
     if refusal:
@@ -161,7 +162,7 @@ def _warn(directory: str, mount: Mount, *, is_tried: bool) -> None:
         f"{directory} is on {mount}. {found}. persist cannot know whether locks hold between machines, and whether "
         "fsync holds. If they do, say so with unsafe_filesystem=True."
     )
-    # The line of the caller, who may have come by way of `persist.aio`.
+    # The warning names the line of the caller, whose call may have come by way of `persist.aio`.
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "persist":
         frame, level = frame.f_back, level + 1
@@ -181,7 +182,7 @@ def probe(directory: str) -> str:
         return "not tried"
     answers: list[str] = []
     try:
-        # In a thread: a server that is gone may never answer, and no lock can be interrupted.
+        # The probe runs in a thread, because a server that is gone may never answer, and no lock can be interrupted.
         thread = threading.Thread(target=_try, args=(path, answers), name="persist-probe", daemon=True)
         thread.start()
         thread.join(PROBE_S)
@@ -199,7 +200,7 @@ def _try(path: str, answers: list[str]) -> None:
 
 
 def mount_of(directory: disk.StrPath) -> Mount:
-    """Return the mount that holds a directory, by the kernel's table. Its kind is "unknown" where there is none.
+    """Return the mount that holds a directory, from the kernel's table. Its kind is "unknown" if there is no table.
 
     Source: proc_pid_mountinfo(5).
     """

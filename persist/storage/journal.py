@@ -6,9 +6,10 @@
     {"crc":"77aa0123","after":"5d9b7e01","revision":9,"updated_at":"…","synced":310,        <- one that changes fields
      "counts":{"messages":3},"head":{"epoch":1,"owner":null,"fields":{"title":"Locks"}},"commit":"…"}
 
-The file `s-42.<name>.journal` belongs to the one document whose header holds that name, which is random hex. Records
-are only ever added, under the session's lock: one a commit. Behind the last one there may be room for more. That is
-zeros, which no record holds, and which cost the disk less to write over than to add to.
+The file `s-42.<name>.journal` belongs to the one document whose header holds that name. The name is random hex. Each
+commit adds one record, under the session's lock, and no record is ever changed. Behind the last record there may be
+room for more. Room is zeros, which no record holds. To write over zeros costs the disk less than to make the file
+longer.
 
     crc       CRC-32 of the line behind it (without the newline), seeded with that of the opening
     after     the crc of the record before, or of the opening: none can be missing
@@ -20,15 +21,16 @@ zeros, which no record holds, and which cost the disk less to write over than to
     changes   see `diff.Change`
     commit    the commit's id. It is the last key, so the bytes before a known end tell whether that record stands there
 
-What does not check out at the end of the file is a torn tail if a crash can have left it: a line without its newline,
-or one with whole sectors of zeros, while no good record behind it says that this place was durable. It was never
-acknowledged, so the next writer folds it away. Anything else is damage. Damage is told, and nothing is written. A
-line with a good crc that this version does not know is of a newer version: `UnsupportedFormat`.
+The bytes behind the last good record are a torn tail if a crash can have left them. Such bytes are a line without its
+newline, or a line with whole sectors of zeros. Also, no good record behind them says that this place was durable. A
+torn tail was never acknowledged, so the next writer folds it away. Any other bytes are damage. Damage raises an error,
+and nothing is written. A line with a good crc that this version does not know comes from a newer version. It raises
+`UnsupportedFormat`.
 
 A single `?` behind the last record is a torn tail, too. A writer puts it there before it takes the journal out of use,
-and after an fdatasync that failed, so that a process with an old replica never appends to it.
+and after an fdatasync that failed. So a process with an old replica never appends to that journal.
 
-A reader takes no lock, so it may see a record while it is written. It looks again before it tells of damage.
+A reader takes no lock, so it may see a record while it is written. It looks again before it reports damage.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ _SYNCED = re.compile(rb'"synced":(\d{1,18})')
 _BEGINNING = re.compile(rb"\{|\0+|\Z")
 _SECTOR_BYTES = 512
 _FIRST_READ_BYTES = 4096
-#: A journal of so many bytes gets room for as many more at a time.
+#: A journal that has so many bytes gets room for as many more at a time.
 ROOM_BYTES = 16 * 1024
 _ENDING_BYTES = ROOM_BYTES + _FIRST_READ_BYTES
 READ_LIMIT = 16 * document.READ_LIMIT
@@ -70,9 +72,9 @@ MARK = b"?"
 
 
 class Overtaken(Exception):
-    """The journal with this path is not there: a fold came between the reads of the document and of its journal.
+    """The journal with this path is not there, because a fold came between the reads of the document and its journal.
 
-    Or a commit to it came between two reads of it.
+    It is also raised if a commit came between two reads of the journal.
     """
 
 
@@ -85,7 +87,7 @@ class Image(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Record(msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
-    """One commit. See the grammar. Its `crc` is computed when it is encoded."""
+    """One commit. See the grammar above. The `crc` is computed when the record is encoded."""
 
     crc: str
     after: str
@@ -108,7 +110,7 @@ def opening(name: str) -> bytes:
 
 
 def encode(record: Record, seed: int) -> bytes:
-    """Return the line of a record, whose crc is computed here."""
+    """Return the line of a record, with the crc that is computed here."""
     try:
         rest = msgspec.json.encode(record)[_CHECKED_FROM:]
     except UnicodeEncodeError:
@@ -125,7 +127,7 @@ def _is_whole(line: bytes, seed: int) -> bool:
 def _decoded(line: bytes) -> Record:
     """Return the record of a line whose crc is right.
 
-    Raise one of `NONSENSE` for one that this version does not know.
+    Raise one of `NONSENSE` for a record that this version does not know.
     """
     try:
         return _decoder.decode(line)
@@ -145,7 +147,7 @@ def _raw(value: Any) -> msgspec.Raw:
 
 
 def image_of(header: Header, content: Content) -> Image:
-    """Return the head that a record holds when a commit changed it."""
+    """Return the head for the record of a commit that changed the head."""
     members = [json_codec.encode_key(name) + value for name, value in content.fields.items()]
     return Image(header.epoch, header.owner, msgspec.Raw(b"{%b}" % b",".join(members)))
 
@@ -160,7 +162,7 @@ def header_after(header: Header, record: Record) -> Header:
 def content_after(content: Content, records: list[Record]) -> Content:
     """Return the content after some records. Raise one of `NONSENSE` if one does not fit.
 
-    Appends are collected and made as one, because most records do nothing else.
+    Appends are collected and made as one, because most records only append.
     """
     fields, apart = content.fields, dict(content.apart)
     grown: dict[str, list[bytes]] = {}
@@ -195,19 +197,19 @@ def _append(apart: dict[str, Value], name: str, more: list[bytes]) -> None:
 
 @dataclass(slots=True)
 class Tail:
-    """Where a journal ends, and all that it takes to append a record.
+    """The end of a journal, with all facts that an append of a record needs.
 
     Attributes:
         name: the hex in the journal's name.
         seed: the CRC of the opening.
-        after: that of the last record, in hex.
+        after: the CRC of the last record, in hex, or that of the opening.
         commit: the last record's commit id, "" for the opening.
         end: where the last record ends.
         head_at: where the last record with a head begins, 0 for none.
         synced: up to which byte the journal is known to be durable.
         unsynced: the bytes from there to the end. The next write writes them again.
         room_end: up to which byte this process knows that the file has room.
-        is_torn: whether something stands behind the end that a crash has left, or a mark.
+        is_torn: whether a torn tail or a mark stands behind the end.
     """
 
     name: str
@@ -234,9 +236,9 @@ class Tail:
         return not self.commit and not self.is_torn
 
     def is_end_of(self, fd: int) -> bool | None:
-        """Tell whether nothing stands behind this end of a journal. None if the last known record does not stand there.
+        """Tell whether nothing stands behind this end of a journal. Return None if the last known record is not there.
 
-        One read: the record's last bytes, and one byte behind them. Zeros are room, because no writer leaves a gap.
+        One read gets the record's last bytes, and one byte behind them. A zero is room, because no writer leaves a gap.
         """
         fingerprint = b'"commit":"%b"}\n' % self.commit.encode() if self.commit else opening(self.name)
         found = disk.read_at(fd, len(fingerprint) + 1, self.end - len(fingerprint))
@@ -247,7 +249,7 @@ class Tail:
 
 @dataclass(frozen=True, slots=True)
 class Journal:
-    """The journal of one session, as a file to be read. Carries what its errors name."""
+    """The journal of one session, as a file to be read. It carries the facts that its errors name."""
 
     path: disk.StrPath
     session_id: str
@@ -255,7 +257,7 @@ class Journal:
 
     @contextmanager
     def opened(self) -> Iterator[int]:
-        """Open it for a block of reads. Raise `Overtaken` if it is not there."""
+        """Open the journal for a block of reads. Raise `Overtaken` if it is not there."""
         fd = self.open()
         try:
             yield fd
@@ -263,7 +265,7 @@ class Journal:
             disk.close(fd)
 
     def open(self, flags: int = os.O_RDONLY) -> int:
-        """Open it. Raise `Overtaken` if it is not there."""
+        """Open the journal. Raise `Overtaken` if it is not there."""
         try:
             return disk.open_unseen(self.path, flags)
         except FileNotFoundError:
@@ -286,7 +288,7 @@ class Journal:
         return Tail.of(self.name)
 
     def read_new_records(self, fd: int, header: Header, tail: Tail) -> Iterator[Record]:
-        """Read the records behind a tail, which moves along.
+        """Yield the records behind a tail, and move the tail along.
 
         Raises:
             CorruptSession: the journal is damaged there.
@@ -333,14 +335,14 @@ class Journal:
         try:
             return _decoded(line)
         except NONSENSE:
-            # The crc is right, so this is what somebody wrote. An old worker must not fold it away.
+            # The crc is right, so some version wrote this record. An old worker must not fold it away.
             raise self._unsupported(f"unknown (its record at byte {offset})") from None
 
     def _unsupported(self, found: object) -> UnsupportedFormat:
         return UnsupportedFormat(session_id=self.session_id, path=self.path, found=found, known=VERSION)
 
     def damaged(self, offset: int, reason: str) -> CorruptSession:
-        """Return the error of a journal that no crash can have left like that."""
+        """Return the error for a journal that no crash can have left in this state."""
         accept = layout.command("accept", os.path.dirname(self.path), self.session_id)
         facts = {"reason": f"{reason}.", "remedy": f"Take the last good state with {accept}, or restore a backup."}
         return CorruptSession(session_id=self.session_id, path=self.path, offset=offset, **facts)
@@ -351,7 +353,7 @@ class Journal:
         return *self.catch_up(fd, header, content, tail), tail
 
     def catch_up(self, fd: int, header: Header, content: Content, tail: Tail) -> tuple[Header, Content]:
-        """Apply the records behind a tail, which moves along."""
+        """Apply the records behind a tail, and move the tail along."""
         records = list(self.read_new_records(fd, header, tail))
         if not records:
             return header, content
@@ -369,9 +371,9 @@ class Journal:
     # --- the head, without reading all records ---
 
     def read_head(self, fd: int, head: Head) -> tuple[Head, Tail]:
-        """Return the head after all records, from the last one and the one that holds the fields, and where they end.
+        """Return the head after all records, and the tail. Read only the last record and the one that holds the fields.
 
-        Of the end only is known what `Tail.is_end_of` needs.
+        The tail holds only the facts that `Tail.is_end_of` needs.
         """
         tail = self.check_opening(fd)
         line, place = self._last_line(fd, tail)
@@ -397,9 +399,9 @@ class Journal:
             raise self.damaged(place, "its last record makes no sense") from None
 
     def last_items(self, fd: int, base: document.Ending, name: str, limit: int) -> list[bytes]:
-        """Return the last items of a list that stands apart after all records. It reads no more than that takes.
+        """Return the last items of a list that stands apart after all records. Read no more than that takes.
 
-        `base` is the document, from which the records go on. Raise `Overtaken` if the list does not stand apart now.
+        `base` is the document before the records. Raise `Overtaken` if the list does not stand apart now.
         """
         tail, window = self.check_opening(fd), _ENDING_BYTES
         line, place = self._last_line(fd, tail)
@@ -407,7 +409,7 @@ class Journal:
         while True:
             start = max(tail.end, end - window)
             content = disk.read_at(fd, end - start, start)
-            # The first one is cut off.
+            # The first line is cut off, unless the read begins at the first record.
             lines = content.split(b"\n")[start > tail.end : -1]
             if not all(_is_whole(line, tail.seed) for line in lines):
                 raise self.damaged(start, "a record in it was altered")
@@ -426,9 +428,10 @@ class Journal:
             window *= 4
 
     def _last_line(self, fd: int, tail: Tail) -> tuple[bytes | None, int]:
-        """Return the last committed record, or None, and where it begins.
+        """Return the line of the last committed record, or None, and where it begins.
 
-        Checks all from the record on of which the last one says that it is durable. What follows that one may be lost.
+        The last whole record says up to which record the journal is durable. All records from that one on are checked,
+        because a crash may have lost the records behind it.
         """
         window, before = _ENDING_BYTES, None
         while True:
@@ -451,17 +454,17 @@ class Journal:
 
 
 def _last_of(records: list[Record], base: document.Ending | None, name: str, limit: int) -> list[bytes] | None:
-    """Return the last items of a list after some records. None if that takes what stands before them.
+    """Return the last items of a list after some records, or None if that takes data from before the records.
 
     Args:
         base: the document, if the records are all that follow it.
     """
     if not records and base is None:
-        # One record is longer than what was read.
+        # One record is longer than the bytes that were read.
         return None
     changes = [change for record in records for change in record.changes if change.name == name]
     counts = records[-1].counts if records else base.head.counts if base else {}
-    # The last items are known. Before them stand so many of the old ones.
+    # `known` holds the last items. Before them stand `kept` of the old items.
     kept = before = (counts.get(name) or 0) - sum(len(change.insert) - change.remove for change in changes)
     known: list[bytes] = []
     wholes = [place for place, change in enumerate(changes) if not change.is_splice]
@@ -492,9 +495,9 @@ def _last_of(records: list[Record], base: document.Ending | None, name: str, lim
 
 
 def _durable_line(content: bytes, start: int, seed: int) -> int:
-    """Return where in `content` the last line begins that its last whole record knows to be durable.
+    """Return where the last line begins in `content` that the last whole record of `content` knows to be durable.
 
-    0 if that is before `content`, which stands at `start`, or if no record says it.
+    Return 0 if that place is before `content`, which stands at `start`, or if no record names it.
     """
     stop = content.rfind(b"\n")
     while (begin := content.rfind(b"\n", 0, max(0, stop)) + 1) > 0:
@@ -520,18 +523,18 @@ def _line_at(fd: int, position: int, seed: int) -> bytes | None:
 
 
 def is_empty(path: disk.StrPath) -> bool:
-    """Tell whether a journal has no record: a fold that was cut off left it."""
+    """Tell whether a journal has no record. A fold that was cut off leaves such a journal."""
     content, (_, size, *_) = disk.read_version(path, ROOM_BYTES + _FIRST_READ_BYTES)
     return size <= len(content) and b"\n" not in _without_room(content)[:-1]
 
 
 def end_of(path: disk.StrPath) -> int:
-    """Return where the content of a journal ends, whatever it is."""
+    """Return where the content of a journal ends, even if it is damaged."""
     return len(_without_room(disk.read(path, READ_LIMIT)))
 
 
 def read_good_records(log: Journal, fd: int, header: Header) -> tuple[list[Record], Tail, int]:
-    """Return the records up to the first damage, where they end, and how many may stand from there on."""
+    """Return the records up to the first damage, the tail behind them, and how many records may follow it."""
     tail, records = log.check_opening(fd), list[Record]()
     try:
         records.extend(log.read_new_records(fd, header, tail))
@@ -543,7 +546,7 @@ def read_good_records(log: Journal, fd: int, header: Header) -> tuple[list[Recor
 
 
 def only_appends(content: Content, records: list[Record]) -> bool:
-    """Tell whether all that records do to a content is to add items at the ends of lists."""
+    """Tell whether the records only add items at the ends of a content's lists."""
     counts = content.counts
     for record in records:
         if record.head is not None:
@@ -559,7 +562,7 @@ def only_appends(content: Content, records: list[Record]) -> bool:
 
 
 def _without_room(content: bytes) -> bytes:
-    """Return what stands before the zeros at the end. `rstrip` alone looks at each byte in turn."""
+    """Return the bytes before the zeros at the end. The code counts first, because `rstrip` looks at each byte."""
     end = content.rfind(b"\n") + 1
     return content[:end] if content.count(b"\0", end) == len(content) - end else content.rstrip(b"\0")
 
@@ -569,11 +572,11 @@ def _read_from(fd: int, position: int) -> bytes:
 
 
 def _is_torn(rest: bytes, position: int, seed: int) -> bool:
-    """Tell whether a crash can have left this behind the last good record."""
+    """Tell whether a crash can have left these bytes behind the last good record."""
     line, newline, behind = rest.partition(b"\n")
     if b"\0" not in line if newline else _is_whole_but_for_its_newline(line, seed):
         return False
-    # Zeros, which no record holds, fill all of a sector that was appended, or nothing of it.
+    # No record holds zeros. So after a crash, zeros fill all of a sector that was appended, or nothing of it.
     start = -position % _SECTOR_BYTES
     sectors = [rest[:start], *(rest[at : at + _SECTOR_BYTES] for at in range(start, len(rest), _SECTOR_BYTES))]
     if any(b"\0" in sector and sector.strip(b"\0") for sector in sectors):
@@ -587,7 +590,7 @@ def _synced_of(line: bytes) -> int:
 
 
 def _is_whole_but_for_its_newline(line: bytes, seed: int) -> bool:
-    """Tell whether it begins with a record whose newline was altered."""
+    """Tell whether a line begins with a record whose newline was altered."""
     shape = _LINE.match(line)
     if shape is None:
         return False

@@ -12,10 +12,10 @@
       .events/s-42.<stream id>       the stream's events, one a line
       .events/s-42.<stream id>.tmp   only while its oldest events are dropped
 
-A session id is any text. Its file name percent-encodes what is no letter, digit, `_` or `-`, so that a name holds no
-dot. A file belongs to `persist` only if its name is what the encoding of its decoded name gives.
+A session id is any text. Its file name percent-encodes everything but letters, digits, `_` and `-`, so that a name
+holds no dot. A file belongs to `persist` only if decoding its name and encoding it again gives the same name.
 
-Nothing else in the project spells a file name out.
+No other module of the project spells a file name out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from persist.errors import InvalidArgument, shown
 
 LEASES = ".leases"
 EVENTS = ".events"
-#: Marks a directory of copies, and says of which store.
+#: This file marks a directory of copies, and names the store that was copied.
 BACKUP = ".backup"
 DOCUMENT = ".json"
 _LOCK = ".lock"
@@ -63,13 +63,13 @@ def check_session_id(session_id: object) -> str:
 
 
 def command(words: str, directory: str, session_id: str) -> str:
-    """Return a command line of ours for an error's text. An id that a shell or a terminal would misread is quoted."""
+    """Return a `persist` command line for an error's text. Quote an id that a shell or a terminal would misread."""
     quoted = shlex.quote(session_id if session_id.isprintable() else ascii(session_id)[1:-1])
     return f"'persist {words} {directory} {quoted}'"
 
 
 def _is_plain(name: str) -> bool:
-    """Tell whether a session's files bear its id as it is."""
+    """Tell whether a session's files bear its id unchanged."""
     return bool(_PLAIN.fullmatch(name)) and len(name) <= _MAX_NAME and not _DEVICES.fullmatch(name)
 
 
@@ -91,7 +91,7 @@ def is_hashed(name: str) -> bool:
 
 
 def id_of(name: str) -> str | None:
-    """Return the session id of a file's name, None for a hashed one or for none of ours."""
+    """Return the session id of a file's name, or None for a hashed name and for a name that is not of `persist`."""
     if _is_plain(name):
         return name
     if _ENCODED.fullmatch(name) is None:
@@ -117,13 +117,13 @@ def check_stream_id(stream_id: object) -> str:
 
 
 def is_stream_id(stream_id: object) -> bool:
-    """Tell whether it can name a stream. Other programs may have written anything into `active_stream_id`."""
+    """Tell whether a value can name a stream. Other programs may have written anything into `active_stream_id`."""
     return isinstance(stream_id, str) and _STREAM_ID.fullmatch(stream_id) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class SessionPaths:
-    """The files of one session. `file_id` is its id, if the files' name holds a hash of it, else None."""
+    """The paths of one session's files. `file_id` is its id, if the files' name holds a hash of it, else None."""
 
     directory: str
     name: str
@@ -143,7 +143,7 @@ class SessionPaths:
     @classmethod
     def named(cls, directory: str, name: str, file_id: str | None) -> SessionPaths:
         """Return the paths of the session whose files bear a name."""
-        # Not by `os.path.join`, which takes most of the time of a list of 50,000 sessions.
+        # `os.path.join` is not used, because it would take most of the time of a list of 50,000 sessions.
         inside = directory if directory.endswith(os.sep) else f"{directory}{os.sep}"
         document, leases, events = f"{inside}{name}{DOCUMENT}", f"{inside}{LEASES}", f"{inside}{EVENTS}{os.sep}{name}."
         return cls(directory, name, file_id, document, f"{document}{_LOCK}", f"{document}{TEMP}", leases, events)
@@ -169,11 +169,11 @@ class Layout:
         self._session = lru_cache(maxsize=1024, typed=True)(partial(SessionPaths.of, directory))
 
     def session(self, session_id: str) -> SessionPaths:
-        """Return the paths of a session. Servers come back to the same ones."""
+        """Return the paths of a session. They are cached, because servers come back to the same sessions."""
         try:
             return self._session(session_id)
         except TypeError:
-            # A value that is no string may have no hash.
+            # A value that is no string may not be hashable.
             check_session_id(session_id)
             raise
 
@@ -183,17 +183,17 @@ class Layout:
 
 
 def copy_of(journal: str) -> str:
-    """Return where a damaged journal is kept, when it is replaced."""
+    """Return the path where a damaged journal is kept when it is replaced."""
     return f"{journal}{_DAMAGED}"
 
 
 def probe_of(directory: str, name: str) -> str:
-    """Return a file on which a lock is tried. It is no session's."""
+    """Return the path of a file on which a lock is tried. It belongs to no session."""
     return os.path.join(directory, f".probe.{name}")
 
 
 def temp_of(events: str) -> str:
-    """Return where the events are put together that a file keeps, before they get its name."""
+    """Return the path where the events that a file keeps are put together, before they get the file's name."""
     return f"{events}{TEMP}"
 
 
@@ -204,8 +204,9 @@ def name_of_document(file_name: str) -> str | None:
 
 
 def name_of_leftover(file_name: str) -> tuple[str, bool] | None:
-    """Return the name of the session whose lock or temporary file this is, and whether it is the temporary one; or
-    None.
+    """Return the name of the session whose lock or temporary file this is, or None.
+
+    The name comes with the answer whether the file is the temporary one.
     """
     for suffix in (f"{DOCUMENT}{_LOCK}", f"{DOCUMENT}{TEMP}"):
         name = file_name.removesuffix(suffix)
@@ -215,13 +216,16 @@ def name_of_leftover(file_name: str) -> tuple[str, bool] | None:
 
 
 def journal_of(file_name: str, *, copies: bool = False) -> tuple[str, str] | None:
-    """Return the session's name and the journal's hex of a file name, or None. `copies` of damaged ones count, too."""
+    """Return the session's name and the journal's hex of a file name, or None.
+
+    With `copies`, the copies of damaged journals count, too.
+    """
     shape = _JOURNAL.fullmatch(file_name.removesuffix(_DAMAGED) if copies else file_name)
     return (shape["name"], shape["journal"]) if shape and is_ours(shape["name"]) else None
 
 
 def is_foreign(file_name: str) -> bool:
-    """Tell whether a file in a store's directory is not of `persist`."""
+    """Tell whether a file in a store's directory does not belong to `persist`."""
     if file_name in (LEASES, EVENTS, BACKUP):
         return False
     found = name_of_document(file_name) or name_of_leftover(file_name) or journal_of(file_name, copies=True)
@@ -231,7 +235,7 @@ def is_foreign(file_name: str) -> bool:
 def stream_of(file_name: str) -> tuple[str, str] | None:
     """Return the (session's name, stream id) of a lease's or an events file's name, or None.
 
-    The first dot parts them.
+    The first dot separates the two.
     """
     name, _, stream_id = file_name.partition(".")
     return (name, stream_id) if is_ours(name) and is_stream_id(stream_id) else None

@@ -1,11 +1,11 @@
-"""Leases: how a stream shows, for as long as it runs, that its process lives.
+"""Leases: a stream's proof, for as long as it runs, that its process lives.
 
 A lease is a small file under `.leases/`, locked by the process that runs the stream. The kernel frees the lock when
-that process ends, however it ends; so a lease that can be locked belongs to a dead stream, and one that cannot belongs
-to a live one. Nothing here is guessed from age, pid or time stamps (hermes-webui #653, #3808, #4492).
+that process ends, however it ends. So a lease that can be locked belongs to a dead stream, and a lease that cannot be
+locked belongs to a live one. Nothing here is guessed from age, pid or time stamps (hermes-webui #653, #3808, #4492).
 
-Leases are created, tried and removed only under their session's lock: two lock-free probes of a dead lease would meet,
-and each would take the other for the owner (measured: 3-42 % of the time).
+Leases are created, tried and removed only under their session's lock. Without that lock, two probes of a dead lease
+could meet, and each would take the other for the owner (measured: 3-42 % of the time).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import os
 from persist.storage import disk
 from persist.storage.held import HeldFile, try_hold
 
-#: The held lease of a stream that this process runs. Its file stays when it is closed, as that of a dead stream.
+#: The held lease of a stream that this process runs. After `close` its file stays, as the lease of a dead stream.
 Lease = HeldFile
 
 
 def take(path: str, description: bytes, mode: int = disk.PRIVATE) -> Lease | None:
-    """Create and lock a lease; None if a lease of that name is held.
+    """Create and lock a lease. Return None if a lease of that name is held.
 
-    On return the lease's name is durable, so that a sweep after a power cut finds the session that it leads to.
+    On return the lease's name is durable, so that a sweep after a power cut finds the lease's session.
     """
     with probe(path) as is_dead:
         if not is_dead:
@@ -47,9 +47,9 @@ def take(path: str, description: bytes, mode: int = disk.PRIVATE) -> Lease | Non
 
 
 class Probe:
-    """Whether a lease's stream is dead. If its lease was there, it is held until the end of the block.
+    """The answer whether a lease's stream is dead. The lease of a dead stream is held until the end of the block.
 
-    So what is concluded from its death stays true while it is acted on.
+    So the answer stays true while the caller acts on it.
     """
 
     __slots__ = ("_held", "is_dead")
@@ -67,7 +67,7 @@ class Probe:
 
 
 def probe(path: str) -> Probe:
-    """Try a lease. A missing one counts as dead, and none is created."""
+    """Try to lock a lease. A missing lease counts as dead, and is not created."""
     try:
         held = try_hold(path, create=False)
     except FileNotFoundError:

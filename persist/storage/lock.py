@@ -1,10 +1,10 @@
-"""Locks: how a thread comes to hold a session, and the only order in which anything is locked.
+"""Locks: how a thread gets the lock of a session, and the only order in which anything is locked.
 
-Order: the session's in-process mutex -> its file lock -> (its lease, only ever *tried*; see `lease`). A thread holds
-the lock of one session at a time; asking for a second one raises `LockError` instead of risking a deadlock.
+Order: the session's in-process mutex -> its file lock -> (its lease, only ever *tried*, see `lease`). A thread holds
+the lock of one session at a time. If it asks for a second one, it gets `LockError` instead of the risk of a deadlock.
 
 Threads that poll one file starve each other (p99 82 ms against 5 ms behind a first-in-first-out mutex), and so do
-processes: the process that waits next stands in the turnstile, and the others let it go first.
+processes. Therefore the process that waits next stands in the turnstile, and the others let it go first.
 """
 
 from __future__ import annotations
@@ -26,26 +26,28 @@ from persist.storage import disk, turnstile
 from persist.storage.clock import now_s
 from persist.storage.held import HeldFile, table
 
-#: How often a process in the turnstile asks for the lock. There is one.
+#: Seconds between two tries of the process in the turnstile. There is only one such process.
 _POLL_NEXT_S = 0.0001
-# Outside it, a process asks for the turnstile, the more often the longer it has waited: a newcomer must not be quicker.
+# A process outside asks for the turnstile. The longer it has waited, the more often it asks, because a newcomer must
+# not be quicker.
 _POLL_FIRST_S = 0.002
 _MOST_EAGER_AFTER_S = 0.03
-#: For so long the process in the turnstile is waited for: it may be stopped (a paused container).
+#: Seconds that others wait for the process in the turnstile, because it may be stopped (a paused container).
 PATIENCE_S = 0.05
 #: With these errors the system refuses a lock file to a user who may only read the store.
 _MAY_ONLY_READ = (errno.EACCES, errno.EPERM, errno.EROFS)
 #: A longer wait is logged.
 LONG_WAIT_S = 0.05
-#: A hold that waits for other threads looks so often at a deadline that may change.
+#: Seconds between two looks at a deadline that may change, while a hold waits for other threads.
 _LOOK_AGAIN_S = 0.05
 
 
 #: The path of a lock -> the holds of this process that want it, in the order of their arrival. It is the first one's
 #: turn. Guarded by `table`.
 _queues: dict[str, deque[ref[Hold]]] = {}
-#: Thread -> its hold, while it has a lock or waits for one. By thread and not thread-local: a block that is entered in
-#: one thread and left in another (a synchronous dependency of a web framework, say) must free the one that entered it.
+#: Thread -> its hold, while it has a lock or waits for one. This is not thread-local, because one thread may enter a
+#: block and another may leave it. A synchronous dependency of a web framework does that, for example. The end of the
+#: block must free the thread that entered it.
 _hold_of: dict[int, ref[Hold]] = {}
 
 
@@ -55,7 +57,7 @@ class Waiting:
     Attributes:
         deadline: the end of the wait. The thread looks at it again and again, so calls may come and go meanwhile.
         has_tried: whether the thread has found the lock taken, or has it.
-        is_lent: whether the thread holds the lock, and the next verb of that thread may have it.
+        is_lent: whether the thread holds the lock, and the next verb of that thread may take it over.
     """
 
     __slots__ = ("deadline", "has_tried", "is_lent")
@@ -76,23 +78,23 @@ class Waiting:
 
     @staticmethod
     def left_s(deadline: float) -> float:
-        """Return how many seconds there are until a deadline. It is negative after the deadline."""
+        """Return how many seconds are left until a deadline. The number is negative after the deadline."""
         return deadline - now_s()
 
 
 class Hold:
-    """The lock of a session, as one thread takes it and gives it up. Once dropped, it is given up.
+    """The lock of a session, as one thread takes it and gives it up. If the hold is dropped, the lock is given up.
 
     Args:
-        path: the lock file; made if missing.
+        path: the lock file. It is made if it is missing.
         timeout_s: seconds to wait in all, for other threads and for other processes.
 
     Attributes:
         waiting: the calls for which the thread takes the lock, in the place of `timeout_s`. None for an ordinary verb.
-        thread: the native id of the thread that asked for it, 0 before that.
-        given: locked while that waits for other threads.
+        thread: the native id of the thread that asked for the lock, 0 before that.
+        given: locked while that thread waits for other threads.
         before_create: called before a missing lock file is made.
-        mode: that of a lock file that is made.
+        mode: the mode of a new lock file.
     """
 
     __slots__ = (
@@ -127,16 +129,16 @@ class Hold:
         """Take the lock, and return its file.
 
         Raises:
-            LockTimeout: not free in time; it names the holder.
-            LockError: this thread holds a session's lock, or waits for one: in a signal handler, say.
-            Unreadable: its directory is gone.
+            LockTimeout: the lock is not free in time. The error names the holder.
+            LockError: this thread holds a session's lock, or waits for one, in a signal handler for example.
+            Unreadable: the lock file's directory is gone.
             CommitFailed: the lock file cannot be opened.
         """
-        # The kernel's number. `get_ident` gives that of a thread that has ended to the next one.
+        # This is the kernel's number, because `get_ident` gives the number of an ended thread to the next one.
         thread = threading.get_native_id()
         outer = _hold_of[thread]() if thread in _hold_of else None
-        # Where the table is owned, this is a signal handler (or a finaliser) in the middle of opening or closing a
-        # lock: to wait here would stop everybody.
+        # If this thread owns the table, this is a signal handler (or a finaliser) in the middle of opening or closing a
+        # lock. To wait here would stop everybody.
         if outer is not None or table._is_owned():  # type: ignore[attr-defined]
             is_lent = outer is not None and outer.waiting is not None and outer.waiting.is_lent
             if outer is not None and is_lent and not table._is_owned():  # type: ignore[attr-defined]
@@ -180,7 +182,10 @@ class Hold:
             raise
 
     def _take_over(self, lent: Hold) -> HeldFile:
-        """Take the lock that this thread holds for its next verb. If the verb wants another one first, free that."""
+        """Take over the lock that this thread holds for its next verb.
+
+        If the verb wants the lock of another session first, free the lent one.
+        """
         if lent.path != self.path:
             lent.release()
             return self.acquire()
@@ -193,14 +198,14 @@ class Hold:
         return self._file
 
     def _deadline(self, start: float) -> float:
-        """Return until when this hold waits."""
+        """Return the end of this hold's wait."""
         if self.waiting is None:
             return start + self.timeout_s
         self.waiting.has_tried = True
         return self.waiting.deadline
 
     def _wait_for_threads(self, start: float) -> bool:
-        """Wait for the threads that asked before. Tell whether it is this one's turn."""
+        """Wait for the threads that asked before. Tell whether it is this thread's turn."""
         longest_s = threading.TIMEOUT_MAX if self.waiting is None else _LOOK_AGAIN_S
         while True:
             left_s = self._deadline(start) - now_s()
@@ -210,7 +215,7 @@ class Hold:
                 return False
 
     def _wait_for_processes(self, start: float) -> None:
-        """Lock the file behind the process that is next."""
+        """Wait until the file is locked. The process in the turnstile goes first."""
         assert self._file is not None
         has_turn, waiting_since = False, now_s()
         try:
@@ -220,19 +225,19 @@ class Hold:
                 outside_s = _POLL_FIRST_S * (1.0 - waited_s / _MOST_EAGER_AFTER_S) * random.uniform(0.5, 1.0)
                 time.sleep(min(deadline - now, _POLL_NEXT_S if has_turn else max(_POLL_NEXT_S, outside_s)))
                 if not self._file.bears_name():
-                    # Its holder removed it, together with its turnstile.
+                    # The holder removed the lock file, together with its turnstile.
                     has_turn = False
                     self._file.close()
                     self._file = HeldFile(self.path, before_create=self.before_create, mode=self.mode)
                 has_turn = has_turn or turnstile.take(self._file.fd)
                 if (has_turn or waited_s > PATIENCE_S) and self._file.try_lock():
                     return
-            # Once more: it may be free by now, or the process that is next may be stopped.
+            # A last try, because the lock may be free by now, or the process that is next may be stopped.
             if not self._file.try_lock():
                 raise self._timeout(start, holder=_process_that_holds(self.path))
         finally:
             if has_turn:
-                # Not only by the close: a child may have a copy of the descriptor.
+                # The close of the file is not enough, because a child may have a copy of the descriptor.
                 turnstile.leave(self._file.fd)
 
     def _timeout(self, start: float, **facts: Any) -> LockTimeout:
@@ -241,9 +246,10 @@ class Hold:
         return LockTimeout(session_id=self.session_id, **facts)
 
     def release(self) -> None:
-        """Give the lock up, or what was taken of it."""
-        # One after the other, whatever exception a signal raises among them. The thread is last: until then a signal
-        # handler of it must not wait. A child that was forked inside the block has only its copy of the file.
+        """Give the lock up, even if `acquire` took only a part of it."""
+        # Each step is done, even if a signal raises an exception in an earlier one. The thread is freed last, because a
+        # signal handler of this thread must not wait before that. A child that was forked inside the block has only its
+        # copy of the file.
         try:
             if self._file is not None:
                 self._file.close()
@@ -255,7 +261,8 @@ class Hold:
                         if self._me in queue:
                             queue.remove(self._me)
                         if queue:
-                            # Also if this one's turn came too late, or if it was removed before, and no more was done.
+                            # This is needed also if this hold's turn came too late, or if an earlier release removed
+                            # the hold and did no more.
                             _give_to_first(queue)
                         else:
                             _queues.pop(self.path, None)
@@ -265,13 +272,13 @@ class Hold:
             self.thread = 0
 
     def __del__(self) -> None:
-        # An exception of a signal may have come between any two steps.
+        # A signal's exception may have come between any two steps.
         if getattr(self, "thread", 0):
             self.release()
 
 
 def _give_to_first(queue: deque[ref[Hold]]) -> None:
-    """Let the first hold of a queue go on, if it waits. One that is gone has given up its place."""
+    """Let the first hold of a queue go on, if it waits. A hold that is gone has given up its place."""
     while queue and (first := queue[0]()) is None:
         queue.popleft()
     if queue and first is not None and first.given.locked():
@@ -279,7 +286,7 @@ def _give_to_first(queue: deque[ref[Hold]]) -> None:
 
 
 def _process_that_holds(path: str) -> str:
-    """Name the process that holds a locked file, by the kernel's table (Linux), else "unknown"."""
+    """Name the process that holds a locked file, from the kernel's table (Linux), or return "unknown"."""
     try:
         status = os.stat(path)
         table = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
@@ -288,16 +295,16 @@ def _process_that_holds(path: str) -> str:
     # 1: FLOCK ADVISORY WRITE 812 fe:00:1234 0 EOF
     holders = {fields[5]: int(fields[4]) for fields in table if len(fields) > 5 and fields[1] == "FLOCK"}
     device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-    # Some file systems (btrfs) show another device number there than stat() does: then the inode has to do.
+    # Some file systems (btrfs) show another device number there than stat() does. Then the inode has to be enough.
     same_inode = [pid for file, pid in holders.items() if file.rpartition(":")[2] == str(status.st_ino)]
     pid = holders.get(f"{device}:{status.st_ino}", same_inode[0] if same_inode else None)
     return "unknown" if pid is None else describe_process(pid)
 
 
 def describe_holder(path: str, waiting: Waiting) -> dict[str, str]:
-    """Tell who holds the lock for which a thread waits, and what can be done: the facts of a `LockTimeout`.
+    """Return the holder of the lock for which a thread waits, and a remedy, as the facts of a `LockTimeout`.
 
-    The caller is another thread, so the thread may have the lock by now.
+    The caller is another thread, so the waiting thread may have the lock by now.
     """
     first = _first_in(path)
     if first is None or first.waiting is waiting:

@@ -13,18 +13,19 @@ from persist.storage.commit import Place, write_new
 from persist.storage.content import Content
 from persist.storage.document import NONSENSE, Header
 
-#: No journal holds as many records: each has a hundred bytes at least.
+#: No journal holds so many records, because each record has at least a hundred bytes.
 _MOST_RECORDS = json_codec.MAX_BYTES // 100
 
 
 def salvage(place: Place, *, drop_journal: bool) -> tuple[Replica, Header, Content]:
-    """Read a session as `accept` takes it. A copy of each journal that is not taken whole is kept.
+    """Read a session as `accept` takes it. Keep a copy of a journal that is not taken whole.
 
     Returns:
-        What is there, with the journal that the next document takes out of use, and what that document is to hold.
+        The present replica, and the header and the content for the next document. That document takes the replica's
+        journal out of use.
 
     Args:
-        drop_journal: give the commits in the journal up, whatever they are.
+        drop_journal: give up the commits in the journal, whatever they are.
 
     Raises:
         CorruptSession: the document is no JSON object, or its journal does not fit the edit.
@@ -40,7 +41,7 @@ def salvage(place: Place, *, drop_journal: bool) -> tuple[Replica, Header, Conte
         with log.opened() as fd:
             return _with_records(place, log, fd, before, drop_journal=drop_journal)
     except journal.Overtaken:
-        # Nobody knows how many commits are gone. What was loaded before is of another life of the session.
+        # Nobody knows how many commits are gone. So objects that were loaded before belong to another incarnation.
         header = edited.header.but(incarnation=token_hex(16), revision=edited.header.revision + _MOST_RECORDS)
         return before, header, edited.content
 
@@ -62,7 +63,7 @@ def _with_records(
         document.read(place.paths.document, place.session_id, place.paths.file_id)
         is_fit = True
     except CorruptSession:
-        # It was edited. Then only appends are sure to go on from it.
+        # The document was edited. Then only appends are sure to fit it.
         is_fit = journal.only_appends(content, records)
     if is_fit and not drop_journal:
         try:
@@ -85,8 +86,9 @@ def _with_records(
         )
         raise CorruptSession(session_id=place.session_id, path=place.paths.document, reason=reason, remedy=remedy)
     if lost:
-        # For somebody who can make something of it. A copy of an earlier attempt may be half a copy.
+        # The copy is for somebody who can make use of it. A copy of an earlier attempt is replaced, because it may be
+        # half a copy.
         copy = disk.read(log.path, journal.READ_LIMIT)
         write_new(layout.copy_of(str(log.path)), copy, place.options.file_mode)
-    # No revision is used again.
+    # The revisions of lost records are skipped, so that no revision is used again.
     return before, header.but(revision=header.revision + lost), content

@@ -1,10 +1,12 @@
-"""The transaction *is* the lock: whatever needs a session's lock is a method of what only the lock gives.
+"""The transaction *is* the lock: each operation that needs a session's lock is a method of the transaction.
+
+Only the lock gives a transaction:
 
     with files.transaction("s-42") as tx:
         found = tx.read()
         tx.commit(found.header.next(), content)
 
-Readers need no lock: they see the old revision or the new one.
+Readers need no lock, because they see the old revision or the new one.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class Transaction(commit.Place):
             raise not_held(self.session_id)
 
     def end(self) -> None:
-        """End the transaction. Its last holder removes a lock file without a session."""
+        """End the transaction. If there is no session, remove its lock file."""
         held, replica, fd, self._held, self._fd = self._held, self._replica, self._fd, None, -1
         if fd >= 0:
             try:
@@ -72,7 +74,7 @@ class Transaction(commit.Place):
         if replica is not None and replica.tail is not None:
             self._files.cache.put(self.session_id, replica)
         if not self._is_there and held is not None and held.is_held:
-            # Nothing that goes wrong here may hide what the verb has to say.
+            # An error here must not hide the verb's own result or error.
             with contextlib.suppress(OSError):
                 if not disk.exists(self.paths.document):
                     disk.unlink(self.paths.lock)
@@ -96,9 +98,11 @@ class Transaction(commit.Place):
             return False
 
     def read(self) -> Replica:
-        """Return the committed session. Changes of the caller go through `commit` only.
+        """Return the committed session. The caller changes it only through `commit`.
 
-        Raises: as `document.read`; SessionNotFound.
+        Raises:
+            SessionNotFound: there is none.
+            CorruptSession, UnsupportedFormat, Unreadable: as `document.read`.
         """
         if self._held is None:
             self.require_lock()
@@ -117,7 +121,7 @@ class Transaction(commit.Place):
         return self._replica
 
     def _caught_up(self, kept: Replica) -> Replica | None:
-        """Bring a replica up to date. None if its journal does not go on from there: then nothing of it counts."""
+        """Bring a replica up to date. Return None if its journal does not go on from it, because then it is void."""
         tail = kept.tail
         assert tail is not None
         try:
@@ -132,12 +136,12 @@ class Transaction(commit.Place):
                 return kept
         except (FileNotFoundError, Overtaken, CorruptSession):
             pass
-        # Whatever is wrong is told by the files.
+        # If something is wrong, the read of the files reports it.
         self._forget()
         return None
 
     def undisturbed(self, look: Callable[[str], Found]) -> Found:
-        """Read the files. Nobody can fold while the lock is held, so a journal that is not there is missing."""
+        """Read the files. A journal that is not there is missing, because nobody can fold while the lock is held."""
         try:
             return look(self.session_id)
         except Overtaken as error:
@@ -164,7 +168,8 @@ class Transaction(commit.Place):
     def require_unchanged(self) -> None:
         """Raise `CommitFailed` if another program has replaced the document since it was read.
 
-        It is for a caller whose own code has run since. Such a program heeds no lock.
+        The other program ignores the lock. The check is for a verb in which the caller's own code has run since the
+        read.
         """
         self.require_lock()
         with self.refusals():
@@ -173,10 +178,11 @@ class Transaction(commit.Place):
                 raise OSError(None, "it was replaced, while its lock was held, by a program that did not hold that")
 
     def commit(self, header: Header, content: Content, changes: tuple[Change, ...] | None = None) -> Replica:
-        """Write a revision. Durable and visible on return.
+        """Write a revision. It is durable and visible on return.
 
         Args:
-            changes: what turns the values that stand apart into those of `content`. Without it they are compared.
+            changes: the changes that turn the values that stand apart into those of `content`. If it is None, the
+                values are compared.
 
         Raises:
             CommitFailed: the disk refused. The old revision stands.
@@ -207,7 +213,7 @@ class Transaction(commit.Place):
         return after
 
     def confirm(self) -> None:
-        """Make durable what was read, before a verb acknowledges it without a commit."""
+        """Make the revision that was read durable, before a verb acknowledges it without a commit."""
         self.require_lock()
         if not self._files.is_durable:
             with self.refusals():
@@ -219,7 +225,7 @@ class Transaction(commit.Place):
     def compact(self, *, alone: bool = False) -> bool:
         """Fold the journal into the document. Durable on return. Tell whether there was anything to fold.
 
-        `alone` leaves the session without a journal until its next commit. What crashes left behind is removed.
+        `alone` leaves the session without a journal until its next commit. Files that crashes left behind are removed.
         """
         self.require_lock()
         self.require_known()
@@ -243,7 +249,7 @@ class Transaction(commit.Place):
         return is_needed
 
     def accept(self, *, drop_journal: bool = False) -> Replica:
-        """Take a session as it is after an edit by hand, or after damage. One that is sound is left alone.
+        """Take a session as it is after an edit by hand, or after damage. Leave a sound session alone.
 
         Raises:
             CorruptSession: the document is no JSON object, or its journal does not fit the edit.
@@ -252,7 +258,7 @@ class Transaction(commit.Place):
         self.require_known()
         with self.refusals():
             self._files.make_durable()
-        # By what the files say. A replica may go back to before the damage.
+        # Only the files count here, because a replica may go back to before the damage.
         self._forget()
         self._files.cache.take(self.session_id)
         try:
@@ -287,7 +293,8 @@ class Transaction(commit.Place):
             self.read()
         before, self._replica, self._is_there = self._replica, None, False
         with self.refusals():
-            # While it can still be refused: a journal that is left behind holds all that was said.
+            # The journals are listed while the delete can still be refused. A journal that is left behind would still
+            # hold the messages of the session.
             journals = [path for path, _ in self._files.journals(self.session_id, copies=True)]
         commit.delete(self, before, journals)
 
@@ -296,19 +303,19 @@ class SessionFiles(SessionDirectory):
     """The sessions of one directory, as files, and the way to change them: a transaction."""
 
     def read(self, session_id: str) -> Replica:
-        """Read the committed session. Takes no lock: some committed revision, never half of one."""
+        """Read the committed session, without a lock: some committed revision, never half of one."""
         return self._not_overtaken(session_id, self.read_now)
 
     def read_head(self, session_id: str) -> Head:
-        """Read the committed header and fields. Takes no lock."""
+        """Read the committed header and fields, without a lock."""
         return self._not_overtaken(session_id, self.read_head_now)
 
     def read_last(self, session_id: str, name: str, limit: int) -> list[Any]:
-        """Read the last items of a list. Takes no lock."""
+        """Read the last items of a list, without a lock."""
         return self._not_overtaken(session_id, lambda session_id: self.read_last_now(session_id, name, limit))
 
     def _not_overtaken(self, session_id: str, look: Callable[[str], Found]) -> Found:
-        """Start over when a fold comes between document and journal. If it is always so, keep everybody out."""
+        """Read again when a fold comes between document and journal. If that happens each time, take the lock."""
         for _ in range(READ_ATTEMPTS):
             with contextlib.suppress(Overtaken):
                 return look(session_id)
@@ -316,7 +323,7 @@ class SessionFiles(SessionDirectory):
             with self.transaction(session_id) as tx:
                 return tx.undisturbed(look)
         except LockError:
-            # Within the block of another session's lock, all that can be done is to try for longer.
+            # Within the block of another session's lock, the reader can only try for longer.
             for _ in range(READ_ATTEMPTS_IN_A_LOCK):
                 time.sleep(READ_PAUSE_S)
                 with contextlib.suppress(Overtaken):
@@ -324,13 +331,13 @@ class SessionFiles(SessionDirectory):
             raise
 
     def transaction(self, session_id: str, timeout_s: float | None = None) -> Locked:
-        """Return what holds the session's lock for a block, and gives it a transaction.
+        """Return a hold of the session's lock for a block, which gets a transaction.
 
-        Of a session that turns out not to be there, no lock file is left.
+        If the session turns out not to be there, no lock file is left.
 
         Raises:
             InvalidArgument: an argument is not what it must be.
-            LockTimeout, LockError, CommitFailed: see `lock.Hold`. On entering the block.
+            LockTimeout, LockError, CommitFailed: raised on entry to the block. See `lock.Hold`.
         """
         paths = self.paths_of(session_id) if self.ignores_case else self.layout.session(session_id)
         timeout_s = self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
@@ -340,7 +347,10 @@ class SessionFiles(SessionDirectory):
         return locked
 
     def transaction_on(self, name: str, session_id: str | None, timeout_s: float | None = None) -> Locked:
-        """As `transaction`, of the session whose files bear a name. A file that is damaged may not tell its id."""
+        """Return a hold as `transaction` does, for the session whose files bear a name.
+
+        The name is needed because a damaged file may not tell its session's id.
+        """
         paths = self.layout.named(name, session_id)
         timeout_s = self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
         locked = Locked(paths.lock, session_id or name, timeout_s)
@@ -364,7 +374,7 @@ class Locked(lock.Hold):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if sys.is_finalizing() and is_stuck():
-            # The block of a generator that nobody has ended.
+            # The block belongs to a generator that nobody has ended.
             return
         try:
             if self.tx is not None:
@@ -372,14 +382,14 @@ class Locked(lock.Hold):
         finally:
             self.release()
         if isinstance(error, json_codec.Undecodable):
-            # Somebody has sealed what is no JSON, and the verb has come to it.
+            # Somebody has sealed text that is no JSON, and the verb has come to it.
             raise mislabelled(self.paths.document, self.session_id) from None
         if isinstance(error, MergeConflict) and not error.session_id:
-            # The pure functions that found it do not know the session. One that names a session was met by the
-            # caller's own block, maybe in another one.
+            # The pure functions that found the conflict do not know the session. A conflict that names a session came
+            # from the caller's own block, maybe from another session.
             raise error.in_session(self.session_id) from None
 
     def __del__(self) -> None:
-        # An exception of a signal may have kept `__exit__` from running.
+        # A signal's exception may have kept `__exit__` from running.
         if getattr(self, "thread", 0):
             self.__exit__(None, None, None)

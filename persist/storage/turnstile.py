@@ -1,12 +1,12 @@
 """The turnstile: the process that waits next for a lock, so that no process overtakes it for long.
 
 A process that frees a lock and takes it again at once is always there before the processes that poll. So a process that
-has to wait takes the turnstile first: one byte of the lock file, locked on the same descriptor. Only the process in the
-turnstile polls the lock, and while the turnstile is taken nobody else takes the lock.
+has to wait takes the turnstile first. The turnstile is one byte of the lock file, locked on the same descriptor. Only
+the process in the turnstile polls the lock, and while the turnstile is taken nobody else takes the lock.
 
-The byte stands far behind all content. Its lock is an OFD lock (man 2 fcntl): the kernel keeps it apart from the flock
-of the same file, and frees it with the descriptor. It only ever says which process is next. What excludes is the flock.
-So where OFD locks are missing (Linux alone has them), nothing is lost but the order.
+The byte stands far behind all content. Its lock is an OFD lock (man 2 fcntl). The kernel keeps it apart from the flock
+of the same file, and frees it with the descriptor. It only ever says which process is next. Only the flock excludes
+other processes. So where OFD locks are missing (Linux alone has them), only the order is lost.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ if sys.platform == "linux":
 else:
 
     def is_taken(fd: int) -> bool:
-        """Nobody is."""
+        """Return False, because there is no turnstile."""
         return False
 
     def take(fd: int) -> bool:
-        """Everybody may poll."""
+        """Return True, so that every process may poll."""
         return True
 
     def leave(fd: int) -> None:
-        """There is nothing to leave."""
+        """Do nothing, because there is no turnstile."""

@@ -1,1 +1,1 @@
-"""What `scripts/bench` is made of: the peers, the measuring in turns, the tables, the targets and the plots."""
+"""The parts of `scripts/bench`: the peers, the measuring in turns, the tables, the targets and the plots."""

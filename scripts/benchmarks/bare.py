@@ -7,18 +7,18 @@ from pathlib import Path
 
 
 def open_appending(path: Path) -> int:
-    """Open a file, made if it is missing, so that what is written goes to its end."""
+    """Open a file, made if it is missing, so that each write goes to its end."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
 
 def append(fd: int, record: bytes) -> None:
-    """The least that makes a record durable."""
+    """Do the least that makes a record durable."""
     os.write(fd, record)
     os.fdatasync(fd)
 
 
 def replace(path: Path, content: bytes) -> None:
-    """The least that durably replaces a file: temporary file, fsync, rename, fsync of the directory."""
+    """Do the least that durably replaces a file: temporary file, fsync, rename, fsync of the directory."""
     temp = path.with_name(f"{path.name}.tmp")
     fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     rest = memoryview(content)

@@ -27,7 +27,7 @@ LOAD, LOAD_FRESH = ours.APPEND.replace("append", "load"), "persist: store.load()
 HEAD, HEAD_FRESH = ours.APPEND.replace("append", "head"), "persist: store.head(), nothing journaled"
 READ = "limit: open + read of 4 KiB + close"
 
-#: Up to this size, twenty copies are appended to in turn, so that none grows far from where it began.
+#: Up to this size, messages are appended to twenty copies in turn, so that no copy grows far from its first size.
 SMALL = 100
 COPIES = 20
 
@@ -43,7 +43,7 @@ class Costs:
 
 
 class Turns:
-    """Copies of one peer, appended to in turn."""
+    """The copies of one peer, to which messages are appended in turn."""
 
     def __init__(self, copies: list[Peer]) -> None:
         self._copies = itertools.cycle(copies)
@@ -59,9 +59,9 @@ class Turns:
 
 @contextmanager
 def prepared(directory: Path, messages: int, kinds: list[type[Peer]]) -> Iterator[dict[str, list[Peer]]]:
-    """Every peer with its conversation, closed and removed at the end.
+    """Yield every peer with its conversation. Close and remove them at the end.
 
-    Without those that fail, for which a line is printed.
+    Peers that fail are left out, and a line is printed for each.
     """
     with ExitStack() as stack:
         found: dict[str, list[Peer]] = {}
@@ -72,14 +72,14 @@ def prepared(directory: Path, messages: int, kinds: list[type[Peer]]) -> Iterato
             except Exception as error:
                 if issubclass(kind, ours.Append):
                     raise
-                # Whatever another version of it trips over: the others go on.
+                # Another version of the peer may fail in any way. The other peers go on.
                 print(f"Skipped: {kind.name} at {messages:,} messages: {type(error).__name__}: {error}", flush=True)
         yield found
 
 
 @contextmanager
 def _warm(kind: type[Peer], place: Path, messages: int) -> Iterator[Peer]:
-    """A peer that has appended once."""
+    """Yield a peer that has appended once."""
     place.mkdir()
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, place)
@@ -91,7 +91,10 @@ def _warm(kind: type[Peer], place: Path, messages: int) -> Iterator[Peer]:
 
 
 def costs(directory: Path, messages: int, names: list[str], effort: Effort) -> Costs:
-    """Measure all peers of these names at one size; in a process of its own, as some of them start threads."""
+    """Measure all peers of these names at one size.
+
+    This needs a process of its own, because some of the peers start threads.
+    """
     warnings.simplefilter("ignore")
     kinds = [kind for kind in ALL if kind.name in names]
     with prepared(directory, messages, kinds) as found:
@@ -110,7 +113,10 @@ def costs(directory: Path, messages: int, names: list[str], effort: Effort) -> C
 
 
 def growth(directory: Path, sizes: tuple[int, ...], effort: Effort) -> Findings:
-    """`append` to sessions of all sizes in turns: the disk is never the same from one minute to the next."""
+    """Measure `append` to sessions of all sizes in turns.
+
+    The sizes take turns, because the disk is never the same from one minute to the next.
+    """
     names = {size: f"{size:,} messages" for size in sizes if size > SMALL}
     actions = {}
     for size, name in names.items():
@@ -148,14 +154,17 @@ def _is_loaded(peer: Peer) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """Who takes part at each size, and why others do not."""
+    """The peers that take part at each size, and why others do not."""
 
     names: dict[int, list[str]]
     skipped: list[str]
 
 
 def field(sizes: tuple[int, ...], is_quick: bool) -> Field:
-    """Find out who can run; in a process of its own, as it imports them all."""
+    """Find out which peers can run.
+
+    This needs a process of its own, because it imports them all.
+    """
     warnings.simplefilter("ignore")
     skipped, present = [], []
     for kind in ALL:
@@ -169,7 +178,7 @@ def field(sizes: tuple[int, ...], is_quick: bool) -> Field:
 
 
 def _too_slow(kinds: list[type[Peer]], sizes: tuple[int, ...], is_quick: bool) -> Iterator[str]:
-    """A line for all that are left out at the same sizes for the same reason."""
+    """Yield a line for all peers that are left out at the same sizes for the same reason."""
     names: dict[tuple[str, str], list[str]] = {}
     for kind in kinds:
         left_out = ", ".join(f"{size:,}" for size in sizes if size > kind.most[is_quick])
@@ -180,13 +189,13 @@ def _too_slow(kinds: list[type[Peer]], sizes: tuple[int, ...], is_quick: bool) -
 
 
 def legend() -> Table:
-    """Each peer's way, and whether it survives a power cut."""
+    """Return a table of each peer's way, and whether it survives a power cut."""
     rows = [(kind.name, kind.durable, kind.way) for kind in ALL]
     return Table("How one message is appended", ("durable", "way"), rows, ends_in_prose=True)
 
 
 def findings(found: Costs) -> Findings:
-    """The tables of one size."""
+    """Return the tables of one size."""
     heads = compared(f"The head of {found.messages:,} messages", found.heads, READ)
     return Findings([_append_table(found), _load_table(found), heads])
 
@@ -213,7 +222,7 @@ def _load_table(found: Costs) -> Table:
 
 
 def targets(found: list[Costs]) -> list[Target]:
-    """What one append, one small change and one load may cost."""
+    """Return the targets for one append, one small change and one load."""
     at = {costs.messages: costs for costs in found}
     return [*_append_targets(at), *_change_targets(at), *_load_targets(at)]
 

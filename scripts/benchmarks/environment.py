@@ -1,6 +1,6 @@
 """The benchmark's own virtual environment: persist, the peers and matplotlib.
 
-The standard library is all this needs.
+This module needs only the standard library.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def is_inside() -> bool:
 
 
 def python() -> Path:
-    """The environment's interpreter, set up if it is missing or stale."""
+    """Return the environment's interpreter. Set the environment up if it is missing or stale."""
     if sys.version_info < OLDEST:
         sys.exit(f"persist needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}.")
     stamp, wanted = PLACE / ".set-up-for", _wanted()
@@ -33,7 +33,7 @@ def python() -> Path:
 
 
 def peers() -> list[str]:
-    """The requirements of all peers; the one list of them is a dependency group of pyproject.toml."""
+    """Return the requirements of all peers. Their only list is a dependency group of pyproject.toml."""
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -1,4 +1,4 @@
-"""What a large session costs: the last of many messages, small changes beside two lists of 8 MB, many such sessions."""
+"""The cost of large sessions: the last of many messages, small changes beside two lists of 8 MB, many such sessions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from benchmarks.workload import SESSION, Message, conversation, message, new_mes
 from persist.storage import disk
 
 MESSAGES, JOURNALED = 10_000, 1_000
-#: The sizes of the sessions of which the tail is read.
+#: The sizes of the sessions whose tail is read.
 TAILED = (10_000, 100_000)
 #: As large as a message of the workload.
 RECORD = b"x" * 419 + b"\n"
 LIST_BYTES = 8 * 1024 * 1024
-#: As many as do not quite fill the cache of a store, and how large each is.
+#: A number of sessions that does not quite fill the cache of a store, and the size of each.
 SESSIONS, SESSION_BYTES = 65, 512 * 1024
 
 
@@ -44,7 +44,7 @@ def last_message(directory: Path, effort: Effort) -> Findings:
 
 
 def _of_size(directory: Path, messages: int, journaled: int) -> persist.Store:
-    """A store with a session of so many messages, of which the last ones stand in the journal, a record each."""
+    """Return a store with a session of so many messages. The last ones are in the journal, a record each."""
     store = open_store(directory)
     store.create(SESSION, conversation(messages - journaled))
     for number in range(messages - journaled, messages):
@@ -53,7 +53,7 @@ def _of_size(directory: Path, messages: int, journaled: int) -> persist.Store:
 
 
 def tails(directory: Path, effort: Effort) -> Findings:
-    """The last 20 messages, of sessions of two sizes."""
+    """Measure how the last 20 messages of sessions of two sizes are read."""
     actions = {}
     for size in TAILED:
         for count in (0, JOURNALED):
@@ -72,7 +72,7 @@ def _last_of(store: persist.Store) -> Message:
 
 
 def beside(directory: Path, effort: Effort) -> Findings:
-    """A head and small changes of a session with 8 MB of messages and 8 MB of another list of messages."""
+    """Measure a head and small changes of a session with 8 MB of messages and 8 MB of another list of messages."""
     store = open_store(directory)
     count = LIST_BYTES // len(msgspec.json.encode(message(LIST_BYTES)))
     data = conversation(count)
@@ -102,7 +102,7 @@ def _rename(store: persist.Store, title: str) -> None:
 
 
 def rotation(directory: Path, effort: Effort) -> Findings:
-    """An append to one session of 0.5 MB, and to many of them in rotation."""
+    """Measure an append to one session of 0.5 MB, and to many such sessions in rotation."""
     store = open_store(directory)
     data = conversation(SESSION_BYTES // len(msgspec.json.encode(message(SESSION_BYTES))))
     names = [f"s-{number}" for number in range(SESSIONS)]

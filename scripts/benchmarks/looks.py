@@ -1,4 +1,4 @@
-"""What a look costs: the head of a session, and opening a store."""
+"""The cost of a look: the head of a session, and opening a store."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _COUNT = "SELECT count(*) FROM messages WHERE session = ?"
 
 
 def heads(directory: Path, effort: Effort) -> Findings:
-    """The small fields of a session and the number of its messages, without the messages.
+    """Measure a look at the small fields of a session and the number of its messages, without the messages.
 
-    Cold: by a store, or a connection, that is opened for it. Warm: by one that has looked before.
+    For a cold look, a store or a connection is opened. A warm look uses one that has looked before.
     """
     store, path = open_store(directory / "store"), directory / "sessions.db"
     data = conversation(MESSAGES)
@@ -60,7 +60,7 @@ def _head_in(connection: sqlite3.Connection) -> object:
 
 
 def openings(directory: Path, effort: Effort) -> Findings:
-    """Opening a store that exists."""
+    """Measure how a store that exists is opened."""
     path = open_store(directory / "store").path
     base, database = "sqlite3.connect() and its two PRAGMAs", directory / "sessions.db"
     peers.connect(database, "FULL").close()

@@ -1,6 +1,6 @@
 """Measuring in turns: each round runs every action once, in an order drawn anew.
 
-So whatever the machine does meanwhile hits all alike, and ratios within one run can be trusted where times cannot.
+So other work of the machine hits all actions alike. Ratios within one run can be trusted where times cannot.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from multiprocessing.connection import Connection
 from statistics import median
 from typing import Any, TypeVar
 
-# Forked, not spawned: a child must start within a round. Nothing forks that has threads: see `apart`.
+# Children are forked, not spawned, because a child must start within a round. No process with threads forks: see
+# `apart`.
 FORK = multiprocessing.get_context("fork")
 
 Result = TypeVar("Result")
@@ -27,18 +28,19 @@ Result = TypeVar("Result")
 
 #: The fewest runs of a slow action, unless the time is over.
 LEAST = 5
-#: A child that has sent its result and does not end has a thread that hangs.
+#: A child that has sent its result and does not end within this time has a thread that hangs.
 END_S = 30.0
 
 
 def nothing() -> None:
-    """What an action without preparations does before it."""
+    """Do nothing. An action without preparations does this before it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What is timed, and what is not: `before` comes before each run, and what a run leaves to the disk is settled
-    after it.
+    """An action that is timed, and the work before and after it, which is not.
+
+    `before` comes before each run. If a run leaves dirt (`leaves_dirt`), the disk is synced after it.
     """
 
     run: Callable[[], object]
@@ -48,11 +50,11 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long to measure.
+    """The effort of a measurement.
 
     Attributes:
         rounds: the most runs of one action.
-        share_s: seconds for one action in all; a slow one sits out some rounds, evenly, but runs `LEAST` times.
+        share_s: seconds for one action in all. A slow action sits out some rounds, evenly, but runs `LEAST` times.
         limit_s: seconds after which no round begins.
     """
 
@@ -62,13 +64,13 @@ class Effort:
 
 
 def interleaved(actions: dict[str, Action], effort: Effort) -> dict[str, float]:
-    """The median seconds of each action."""
+    """Return the median seconds of each action."""
     strides = {name: _stride(action, effort) for name, action in actions.items()}
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     shuffle = random.Random(1533).shuffle
     deadline = time.monotonic() + effort.limit_s
     gc.collect()
-    # What others keep in memory must not make everybody's garbage collections long.
+    # The objects that others keep in memory must not make everybody's garbage collections long.
     gc.freeze()
     for turn in range(effort.rounds):
         if turn and time.monotonic() > deadline:
@@ -86,19 +88,19 @@ def _timed(action: Action) -> float:
     started = time.perf_counter()
     result = action.run()
     taken = time.perf_counter() - started
-    # To free what was read is not part of reading it.
+    # Freeing the result is not part of reading it.
     del result
     if action.leaves_dirt:
-        # The next one must not pay for it with its own sync.
+        # The next action must not pay for it with its own sync.
         os.sync()
     return taken
 
 
 def _stride(action: Action, effort: Effort) -> int:
-    """Every how many rounds an action runs; tried once, which warms it up.
+    """Return the number of rounds from one run of an action to the next.
 
-    A power of two: so the slow ones run in the same rounds, and spoil the processor's caches for quick ones in these
-    only.
+    The action is tried once, which also warms it up. The number is a power of two. So the slow actions run in the same
+    rounds, and only there spoil the processor's caches for the quick ones.
     """
     started = time.perf_counter()
     _timed(action)
@@ -108,7 +110,7 @@ def _stride(action: Action, effort: Effort) -> int:
 
 
 def apart(measure: Callable[..., Result], *arguments: Any) -> Result:
-    """Measure in a process of its own, so that no thread or memory it leaves behind is in what is measured later."""
+    """Measure in a process of its own, so that its leftover threads and memory are in no later measurement."""
     here, there = FORK.Pipe(duplex=False)
     process = FORK.Process(target=_send_result, args=(there, measure, arguments))
     process.start()
@@ -129,7 +131,7 @@ def apart(measure: Callable[..., Result], *arguments: Any) -> Result:
 
 
 def _send_result(connection: Connection, measure: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    # Ctrl-C is for the parent, who asks politely: so the children of this one are ended, too.
+    # Ctrl-C is for the parent, which then sends SIGTERM. So the children of this process are ended, too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     connection.send(measure(*arguments))

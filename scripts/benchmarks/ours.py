@@ -48,7 +48,7 @@ class AppendAlways(Append):
 
 
 class Verb(Append):
-    """Another verb than `append`; the large sizes are for the full run."""
+    """Another verb than `append`. The large sizes are for the full run."""
 
     most = (100_000, 10_000)
     too_slow = "the full run measures it"
@@ -136,7 +136,7 @@ class ClearStale(Verb):
         stream = self._store.start_stream(SESSION, PROMPT)
         self._session = self._store.load(SESSION)
         with warnings.catch_warnings():
-            # Dropped, it gives its lease up and changes nothing else: as if its process had died.
+            # A stream that is dropped gives its lease up and changes nothing else, as if its process had died.
             warnings.simplefilter("ignore", ResourceWarning)
             del stream
 

@@ -1,7 +1,7 @@
-"""The peers: for each, what an application does to append one message so that it is there for the next reader.
+"""The peers. Each does what an application does to append one message so that it is there for the next reader.
 
-Stores of whole values read the value, append to it and write it back. Libraries that know messages are asked in their
-own way. What a peer needs is imported when it is prepared, so that one that is missing keeps no other from running.
+Stores of whole values read the value, append to it and write it back. Libraries that know messages are called in their
+own way. A peer imports its packages when it is prepared, so that a missing package keeps no other peer from running.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ LIMIT = "limit: write + fdatasync"
 SQLITE = "SQLite WAL, synchronous=FULL"
 REPLACE = "limit: replace"
 
-#: Survives a power cut; may lose what it acknowledged; may lose all, as it is written over in place.
+#: How durable a peer is. YES survives a power cut. NO may lose messages that it acknowledged. IN_PLACE may lose all,
+#: because it writes over its file in place.
 YES, NO, IN_PLACE = "yes", "no", "no, in place"
 
 
@@ -35,7 +36,7 @@ class Peer(ABC):
     Attributes:
         durable: whether an append that has returned survives a power cut.
         way: how a message is appended.
-        modules: what must be installed.
+        modules: the modules that must be installed.
         most: the most messages that are measured, in a full run and in a quick one.
         too_slow: why there is such a limit.
     """
@@ -53,17 +54,17 @@ class Peer(ABC):
 
     @abstractmethod
     def prepare(self, data: dict[str, Any]) -> None:
-        """Put the conversation there, and open what stays open in a server."""
+        """Put the conversation there, and open all that stays open in a server."""
 
     def before(self) -> None:
-        """What must be done before each append, and is not timed."""
+        """Prepare an append. The preparation is not timed."""
         return
 
     @abstractmethod
     def append(self, message: Message) -> None: ...
 
     def load(self) -> object:
-        """Read the whole conversation; None where there is no such thing."""
+        """Read the whole conversation. Return None where there is no such thing."""
         return None
 
     def close(self) -> None:
@@ -113,7 +114,7 @@ class BareReplace(Rewriting):
 
 
 class SQLiteFull(Peer):
-    """A row a message."""
+    """SQLite, with a row for each message."""
 
     name = SQLITE
     way = "BEGIN IMMEDIATE, INSERT of a row, COMMIT"
@@ -175,7 +176,7 @@ class NaiveFile(Rewriting):
 
     @classmethod
     def opened(cls, directory: Path) -> NaiveFile:
-        """One that another process has prepared."""
+        """Return a peer that another process has prepared."""
         found = cls.__new__(cls)
         found._path = directory / "session.json"
         return found
@@ -268,7 +269,7 @@ class LangChain(Peer):
         history, messages = map(importlib.import_module, self.modules)
         self._human: Any = messages.HumanMessage
         self._history: Any = history.FileChatMessageHistory(str(self.directory / "history.json"))
-        # add_message() would take hours for what it writes here at once.
+        # add_message() would take hours for the messages that this writes at once.
         earlier = messages.messages_to_dict([self._message(message) for message in data["messages"]])
         self._history.file_path.write_text(json.dumps(earlier))
 
@@ -377,7 +378,7 @@ class LMDBRows(LMDBValue):
 
 class SqliteDict(Rewriting):
     name = "sqlitedict"
-    # PRAGMA synchronous=OFF, by default.
+    # The default of sqlitedict is PRAGMA synchronous=OFF.
     durable = NO
     way = "get the list (a pickle), append, set, commit()"
     modules = ("sqlitedict",)
@@ -415,7 +416,7 @@ class DjangoFile(Rewriting):
         if not settings.configured:
             settings.configure(SECRET_KEY="benchmark", USE_TZ=True)
         backend = importlib.import_module(self.modules[1])
-        # The directory is kept in the class: one for each peer.
+        # Django keeps the directory in the class, so each peer has a class of its own.
         self._store: Any = type("SessionStore", (backend.SessionStore,), {"_storage_path": str(self.directory)})
         session = self._store()
         session["messages"] = data["messages"]
@@ -453,11 +454,11 @@ OTHERS: tuple[type[Peer], ...] = (
 
 
 def why_missing(peer: type[Peer]) -> str | None:
-    """Why a peer cannot be run here; None if it can."""
+    """Return why a peer cannot be run here, or None if it can."""
     try:
         for module in peer.modules:
             importlib.import_module(module)
     except Exception as error:
-        # Whatever its import trips over: the others go on.
+        # The import may fail in any way. The other peers go on.
         return f"{type(error).__name__}: {error}"
     return None

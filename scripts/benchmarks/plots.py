@@ -16,8 +16,8 @@ Line = dict[int, float]
 
 
 def draw(directory: Path, costs: list[Costs], crowds: list[Crowd]) -> list[Path]:
-    """Draw all plots into a directory, and return the files; none without matplotlib."""
-    # What it caches stays in the environment.
+    """Draw all plots into a directory, and return the files. Draw none without matplotlib."""
+    # The files that matplotlib caches stay in the environment.
     os.environ.setdefault("MPLCONFIGDIR", str(Path(sys.prefix) / "matplotlib"))
     try:
         importlib.import_module("matplotlib").use("Agg")
@@ -48,7 +48,7 @@ def _against_size(pyplot: Any, lines: dict[str, Line], limit: str, title: str) -
     figure, axes = pyplot.subplots(figsize=(11, 6.5), layout="constrained")
     durable = {kind.name for kind in ALL if kind.durable == peers.YES}
     colours = pyplot.get_cmap("tab20").colors
-    # In the order of their last points, so that the legend reads as the lines end.
+    # The lines come in the order of their last points, so that the legend has the order of the lines' ends.
     for number, (name, line) in enumerate(sorted(lines.items(), key=lambda item: -list(item[1].values())[-1])):
         style: dict[str, Any] = {"color": colours[number % len(colours)], "marker": "o", "markersize": 4}
         style["linestyle"] = "-" if name in durable or "load" in title.lower() else ":"

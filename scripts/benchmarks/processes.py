@@ -1,4 +1,4 @@
-"""Several processes that append durably side by side: how much in all, and who goes short."""
+"""Several processes that append durably side by side: how much they do in all, and which of them goes short."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from benchmarks.measure import FORK
 from benchmarks.tables import Findings, Table, at_least, at_most
 from benchmarks.workload import Message, conversation, new_message, open_store
 
-#: So many messages a session has before.
+#: The number of messages in a session at the beginning.
 MESSAGES = 1_000
-#: The targets are for so many processes.
+#: The number of processes that the targets are for.
 MANY = 8
 #: No process may be silent for longer.
 DEADLINE_S = 90.0
@@ -41,7 +41,10 @@ ONE_NAIVE = "one session: FileLock + json + replace"
 
 @dataclass(frozen=True, slots=True)
 class Crowd:
-    """What so many processes did: commits a second, the slowest process's to the fastest's, and the worst waits."""
+    """The figures of some processes that append at once.
+
+    They are the commits a second, the slowest process's share of the fastest's, and the worst waits.
+    """
 
     name: str
     processes: int
@@ -74,7 +77,7 @@ def in_sqlite(directory: Path, session: str) -> Commit:
         try:
             peers.insert(connection, session, message)
         except sqlite3.OperationalError as error:
-            # Starved for the whole time-out; the call counts as one long wait.
+            # The call starved for the whole time-out. It counts as one long wait.
             print(f"SQLite: {error}", flush=True)
 
     return commit
@@ -102,7 +105,7 @@ CROWDS: dict[str, Callable[[Path, int], Commit]] = {
 
 
 def prepare(directory: Path, most: int) -> None:
-    """The conversations that are appended to; left as they grow."""
+    """Make the conversations to which the processes append. They are left as they grow."""
     data = conversation(MESSAGES)
     store, database = open_store(directory / "store"), peers.connect(directory / "sessions.db", "FULL")
     for number in range(most):
@@ -116,16 +119,19 @@ def prepare(directory: Path, most: int) -> None:
 
 
 def append_for(connection: Connection, directory: Path, name: str, number: int, seconds: float) -> None:
-    """In a child: append once, and then for so long, beginning when told; send how long each call took."""
+    """In a child: append once, and then append for some seconds, beginning when told.
+
+    Send how long each call took.
+    """
     commit = CROWDS[name](directory, number)
-    # Ids are counted in each process: here no two may be the same.
+    # Each process counts its own ids, but here no two may be the same.
     prefix = f"{os.getpid()}-{time.monotonic_ns()}"
 
     def commit_one() -> None:
         message = new_message()
         commit(message | {"id": f"{prefix}-{message['id']}"})
 
-    # What the first one costs, another table says.
+    # Another table shows the cost of the first append.
     commit_one()
     connection.send(True)
     connection.recv()
@@ -141,7 +147,10 @@ def append_for(connection: Connection, directory: Path, name: str, number: int, 
 
 @contextmanager
 def children(directory: Path, name: str, count: int, seconds: float) -> Iterator[list[Connection]]:
-    """So many processes that append; killed at the end of the block, if they have not ended."""
+    """Run a number of processes that append, and yield the connections to them.
+
+    A process that has not ended is killed at the end of the block.
+    """
     pipes = [FORK.Pipe() for _ in range(count)]
     processes = [
         FORK.Process(target=append_for, args=(there, directory, name, number, seconds))
@@ -168,7 +177,7 @@ def received(connection: Connection) -> list[float]:
 
 
 def crowd(directory: Path, name: str, count: int, seconds: float) -> Crowd:
-    """Let so many processes append at once."""
+    """Let a number of processes append at once."""
     with children(directory, name, count, seconds) as connections:
         for connection in connections:
             received(connection)
@@ -181,7 +190,7 @@ def crowd(directory: Path, name: str, count: int, seconds: float) -> Crowd:
 
 
 def measure(directory: Path, counts: tuple[int, ...], rounds: int, seconds: float) -> list[Crowd]:
-    """Every crowd at every size, in an order drawn anew each round: the medians."""
+    """Measure every crowd at every size, in an order drawn anew each round. Return the medians."""
     prepare(directory, max(counts))
     each = [(name, count) for name in CROWDS for count in counts]
     found: dict[tuple[str, int], list[Crowd]] = {key: [] for key in each}
@@ -202,7 +211,7 @@ def _middle(crowds: list[Crowd]) -> Crowd:
 
 
 def findings(crowds: list[Crowd]) -> Findings:
-    """The table, and the targets for most processes at once."""
+    """Return the table, and the targets for most processes at once."""
     counts = sorted({crowd.processes for crowd in crowds})
     at = {(crowd.name, crowd.processes): crowd for crowd in crowds}
     rows = [(name, *(_shown(at[name, count]) for count in counts)) for name in CROWDS]

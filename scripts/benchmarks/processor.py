@@ -1,4 +1,4 @@
-"""The processor time of an append, of the process and of the kernel for it."""
+"""The processor time of an append: the time of the process, and of the kernel for it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from benchmarks.tables import Findings, Table, at_most, ratio
 from benchmarks.workload import SESSION, conversation, message, new_message, open_store
 
 MESSAGES = 1_000
-#: So many commits are timed together: the clock of the processor time is coarse.
+#: The number of commits that are timed together, because the clock of the processor time is coarse.
 BLOCK = 20
 
 
 def processor_time(directory: Path, rounds: int) -> Findings:
-    """Blocks of appends in turns, to a session, to SQLite and to a bare file."""
+    """Measure blocks of appends in turns, to a session, to SQLite and to a bare file."""
     store = open_store(directory / "store")
     store.create(SESSION, conversation(MESSAGES))
     connection, fd = peers.connect(directory / "sessions.db", "FULL"), bare.open_appending(directory / "bare")

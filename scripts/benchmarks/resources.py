@@ -1,4 +1,4 @@
-"""Memory, bytes and the first append: what can only be seen in a process that has done nothing else.
+"""Memory, bytes and the first append: figures that only a process that has done nothing else can show.
 
 Run as ``python -m benchmarks.resources CHECK STORE SECONDS``, it prints its figures as JSON.
 """
@@ -20,7 +20,7 @@ from benchmarks.workload import SESSION, conversation, new_message, open_store
 MEBIBYTE = 1 << 20
 SCRIPTS = Path(__file__).resolve().parents[1]
 WARM_APPENDS = 100
-# So many that folds are among them, each of which rewrites the document: with fewer, the mean says nothing.
+# So many that folds are among them, because each fold rewrites the document. With fewer, the mean says nothing.
 COUNTED_APPENDS = 10_000
 COUNTING_S = 60.0
 PEEK_DEADLINE_S = 300.0
@@ -34,7 +34,10 @@ def main() -> None:
 
 
 def memory(directory: Path, limit_s: float) -> dict[str, float]:
-    """Append to the large session: its memory beside that of a process that has only appended to a small one."""
+    """Append to the large session, and return the times and the memory of that.
+
+    The memory is counted above that of a process that has only appended to a small session.
+    """
     store = open_store(directory)
     store.append("small", "messages", new_message())
     idle = _resident_bytes()
@@ -55,7 +58,7 @@ def memory(directory: Path, limit_s: float) -> dict[str, float]:
 
 
 def written(directory: Path, limit_s: float) -> dict[str, float]:
-    """Append many messages of 400 bytes, and count what was handed to the kernel for them."""
+    """Append many messages of 400 bytes, and count the bytes that were handed to the kernel for them."""
     store = open_store(directory)
     end, count, before = time.monotonic() + limit_s, 0, _bytes_written()
     while count < COUNTED_APPENDS and time.monotonic() < end:
@@ -65,7 +68,7 @@ def written(directory: Path, limit_s: float) -> dict[str, float]:
 
 
 def _append_s(store: Any) -> float:
-    # Of this process alone.
+    # The id is of this process alone.
     message = new_message() | {"id": f"{os.getpid()}-{time.monotonic_ns()}"}
     started = time.perf_counter()
     store.append(SESSION, "messages", message)
@@ -97,7 +100,7 @@ def measured(check: str, directory: Path, messages: int, limit_s: float) -> dict
 
 
 def findings(directory: Path, sizes: tuple[int, ...], limit_s: float) -> Findings:
-    """Memory and the first append at each size, and the bytes of an append at 10,000 messages."""
+    """Measure memory and the first append at each size, and the bytes of an append at 10,000 messages."""
     found = {size: measured("memory", directory / f"memory-{size}", size, limit_s) for size in sizes}
     io = measured("written", directory / "written", 10_000, COUNTING_S)
     columns = ("first append", "warm", "memory after the first", f"after {WARM_APPENDS} warm", "peak")

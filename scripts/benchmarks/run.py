@@ -1,4 +1,7 @@
-"""The whole benchmark: every part in a process of its own, its tables printed as it ends, all targets at the end."""
+"""The whole benchmark: it runs every part in a process of its own.
+
+It prints the tables of a part when the part ends, and all targets at the end.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from persist.storage.file_system import mount_of
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is measured."""
+    """The amounts that are measured."""
 
     contest: Effort
     counts: tuple[int, ...]

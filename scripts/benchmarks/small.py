@@ -1,4 +1,4 @@
-"""What a lock costs, and a commit to a small session, alone and among many neighbours."""
+"""The cost of a lock, and of a commit to a small session, alone and among many neighbours."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ MESSAGES = 9
 
 
 def copies(store: persist.Store, count: int) -> list[str]:
-    """Put a committed session there under many names: without an fsync for each, so all are settled at the end."""
+    """Put a committed session into the store under many names.
+
+    The copies are written without an fsync for each, so all of them are synced at the end.
+    """
     content = store.path.joinpath(f"{SESSION}.json").read_bytes()
     names = [f"{SESSION}-{i:05}" for i in range(count)]
     for name in names:
@@ -51,7 +54,7 @@ def _hold(path: str) -> None:
 
 
 def lock_cycles(directory: Path, effort: Effort) -> Findings:
-    """An uncontended lock and unlock."""
+    """Measure an uncontended lock and unlock."""
     ours, raw, fresh = (directory / f"{name}.lock" for name in ("ours", "raw", "fresh"))
     kept = filelock.FileLock(directory / "kept.lock")
     base, mine = "open + flock + close", "persist.storage.lock.Hold"
@@ -67,17 +70,17 @@ def lock_cycles(directory: Path, effort: Effort) -> Findings:
 
 
 def saver(session: persist.Session) -> Action:
-    """A save of one small changed field."""
+    """Return a save of one small changed field."""
     drafts = itertools.count(1)
     return Action(session.save, lambda: session.data.update(draft=next(drafts)))
 
 
 def commits(directory: Path, effort: Effort) -> Findings:
-    """Commits to a session of 4 KB."""
+    """Measure commits to a session of 4 KB."""
     store = open_store(directory)
     session = store.create(SESSION, conversation(MESSAGES))
     content = store.path.joinpath(f"{SESSION}.json").read_bytes()
-    # Twenty in turn, so that none grows far from 4 KB.
+    # Messages are appended to twenty copies in turn, so that no copy grows far from 4 KB.
     targets, peer = itertools.cycle(copies(store, 20)), store.path / "peer"
     base, save = "temp + fsync + rename + directory fsync", "session.save()"
     actions = {
@@ -91,7 +94,10 @@ def commits(directory: Path, effort: Effort) -> Findings:
 
 
 def neighbours(directory: Path, effort: Effort, count: int, runs: int) -> Findings:
-    """A save in a directory of its own, and in one with many other sessions; and the heads of all of these."""
+    """Measure a save in a directory of its own, and in one with many other sessions.
+
+    Measure the heads of all of these, too.
+    """
     alone, crowded = open_store(directory / "alone"), open_store(directory / "crowded")
     sessions = {store.path: store.create(SESSION, conversation(MESSAGES)) for store in (alone, crowded)}
     copies(crowded, count)
@@ -109,7 +115,7 @@ def neighbours(directory: Path, effort: Effort, count: int, runs: int) -> Findin
 
 
 def _seconds_a_head(store: persist.Store, sessions: int) -> float:
-    """How long each head of a whole directory takes, with its share of the listing."""
+    """Return how long each head of a whole directory takes, with its share of the listing."""
     started = time.perf_counter()
     found = sum(1 for _ in store.heads())
     seconds = time.perf_counter() - started

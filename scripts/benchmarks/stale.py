@@ -1,4 +1,4 @@
-"""How soon the stream of a dead process is cleared, by a sweep and by who waits for it."""
+"""How soon the stream of a dead process is cleared, by a sweep and by a process that waits for it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ def _own(directory: Path, session_ids: list[str], ready: Connection) -> None:
 
 @contextmanager
 def _owner_of(store: persist.Store, session_ids: list[str]) -> Iterator[BaseProcess]:
-    """A process that owns a stream on each session; killed at the end of the block, if not before."""
+    """Yield a process that owns a stream on each session.
+
+    The end of the block kills it, if it is still alive.
+    """
     here, there = FORK.Pipe(duplex=False)
     process = FORK.Process(target=_own, args=(store.path, session_ids, there))
     process.start()
@@ -63,7 +66,7 @@ def _sweep_and_count(directory: Path) -> tuple[float, int, set[str]]:
 
 
 def sweep(directory: Path, neighbours: int, count: int) -> Findings:
-    """`clear_stale_streams` over many sessions, a few of which are stale."""
+    """Measure `clear_stale_streams` over many sessions, a few of which are stale."""
     store = open_store(directory)
     store.create(SESSION, conversation(MESSAGES))
     session_ids = copies(store, neighbours)
@@ -85,8 +88,9 @@ def sweep(directory: Path, neighbours: int, count: int) -> Findings:
 
 
 def _take_over_s(store: persist.Store, *, after_wait: bool) -> float:
-    """Seconds from kill -9 of an owner, or from the return of the wait for its end,
-    until its stream is cleared here.
+    """Return the seconds until the stream of a killed owner is cleared here.
+
+    They begin at the kill -9 of the owner, or at the return of the wait for its end.
     """
     with _owner_of(store, [SESSION]) as process:
         session = store.load(SESSION)
@@ -102,7 +106,7 @@ def _take_over_s(store: persist.Store, *, after_wait: bool) -> float:
 
 
 def take_overs(directory: Path, rounds: int) -> Findings:
-    """How soon another process can clear the stream of one that was killed."""
+    """Measure how soon another process can clear the stream of one that was killed."""
     store = open_store(directory)
     store.create(SESSION, conversation(MESSAGES))
     found: dict[bool, list[float]] = {False: [], True: []}

@@ -1,4 +1,4 @@
-"""Tables: what is printed."""
+"""The tables and the targets that are printed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What was to be reached, and what was. `is_met` is None for what could not be measured."""
+    """A target: the wanted figure and the one that was found. `is_met` is None if the figure could not be measured."""
 
     what: str
     wanted: str
@@ -21,22 +21,22 @@ class Target:
 
 
 def at_most(what: str, limit: float, found: float | None, unit: str = "×") -> Target:
-    """A target that a figure must not exceed; None is what was not measured."""
+    """Return a target that a figure must not exceed. The figure is None if it was not measured."""
     shown = "-" if found is None else f"{found:.2f} {unit}"
     return Target(what, f"≤ {limit:g} {unit}", shown, None if found is None else found <= limit)
 
 
 def at_least(what: str, limit: float, found: float | None, unit: str = "×") -> Target:
-    """A target that a figure must reach."""
+    """Return a target that a figure must reach."""
     shown = "-" if found is None else f"{found:.2f} {unit}"
     return Target(what, f"≥ {limit:g} {unit}", shown, None if found is None else found >= limit)
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A title, the names of the columns behind the first, the rows, and notes below them.
+    """A title, the names of the columns after the first, the rows, and the notes below them.
 
-    Figures stand flush right; a last column of prose, flush left.
+    Figures are flush right. A last column of prose is flush left.
     """
 
     title: str
@@ -48,14 +48,14 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """What one part of the benchmark has found."""
+    """The tables and the targets of one part of the benchmark."""
 
     tables: list[Table]
     targets: list[Target] = field(default_factory=list)
 
 
 def shown(seconds: float) -> str:
-    """A time, readable."""
+    """Return a time as a readable text."""
     return f"{seconds * 1e6:.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
@@ -64,7 +64,7 @@ def ratio(value: float, base: float | None) -> str:
 
 
 def compared(title: str, seconds: dict[str, float], base: str) -> Table:
-    """A table of medians beside one of them."""
+    """Return a table of medians beside one of them."""
     rows = [(name, shown(value), ratio(value, seconds[base])) for name, value in seconds.items()]
     return Table(title, ("median", f"to {base}"), rows)
 

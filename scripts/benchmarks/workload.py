@@ -1,4 +1,4 @@
-"""What is written: conversations of messages of about 430 bytes, and stores of persist to write them to."""
+"""The workload: conversations of messages of about 430 bytes, and stores of persist to write them to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from persist.storage.commit import Mode
 
 Message = dict[str, Any]
 
-#: The session that is measured; the same name wherever one is needed.
+#: The name of the session that is measured. It is the same wherever one is needed.
 SESSION = "s"
 
 _TEXT = "A commit costs what it changes, not what the session or its neighbours weigh. " * 5
@@ -19,21 +19,21 @@ _numbers = itertools.count()
 
 
 def message(number: int) -> Message:
-    """One message of a conversation."""
+    """Return one message of a conversation."""
     return {"id": f"m{number}", "role": ("user", "assistant")[number % 2], "content": f"{number}: {_TEXT[:370]}"}
 
 
 def conversation(messages: int) -> dict[str, Any]:
-    """A session's data."""
+    """Return a session's data."""
     return {"title": "New chat", "draft": 0, "messages": [message(number) for number in range(messages)]}
 
 
 def new_message() -> Message:
-    """A message that no conversation has yet."""
+    """Return a message that no conversation has yet."""
     number = next(_numbers)
     return message(number) | {"id": f"new-{number}"}
 
 
 def open_store(path: Path, journal: Mode = "auto") -> persist.Store:
-    """A store whose waits are long enough for any crowd."""
+    """Return a store whose waits are long enough for any crowd."""
     return persist.Store(path, timeout_s=60.0, journal=journal)

@@ -1,4 +1,4 @@
-"""The command `scripts/run`: the four parts, one after the other, and the table of each."""
+"""The command `scripts/run`: it runs the four parts one after the other, and prints the table of each."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _NAME_WIDTH, _COLUMN_WIDTH = 42, 20
 def run(ctx: click.Context, directory: Path | None, as_json: bool) -> None:
     """Show what happens to conversations in JSON files, and what persist does instead.
 
-    Each of four parts runs real code of both kinds. It takes about 20 seconds. The exit status is 1 if anything that
-    persist promises did not hold. The files stay, for a look.
+    Each of the four parts runs real code of both kinds. The command takes about 20 seconds. The exit status is 1 if
+    anything that persist promises did not hold. The files stay, so that you can look at them.
     """
     directory = _empty_directory(directory)
     started, parts = time.monotonic(), list[Part]()
@@ -66,7 +66,7 @@ def _empty_directory(directory: Path | None) -> Path:
 
 @contextmanager
 def _progress_line(number: int) -> Iterator[Progress]:
-    """Say on the terminal how far a part is. The line is gone at its end."""
+    """Show on the terminal how far a part is. Remove the line at the end of the part."""
 
     def show(share: float) -> None:
         if sys.stderr.isatty():

@@ -25,7 +25,7 @@ def add_naively(directory: Path, message: Message) -> None:
 
 
 def add(directory: Path, message: Message) -> None:
-    """Do the same with `persist`: only the save is another one."""
+    """Add a message with `persist`. Only the save is another one."""
     session = persist.Store(directory, timeout_s=_PATIENCE_S).load(SESSION)
     session.data["messages"].append(message)
     session.save()
@@ -45,7 +45,7 @@ def _crowd(directory: Path, way: Callable[[Path, Message], None]) -> tuple[int, 
         writer.start()
     for writer in writers:
         writer.join()
-    # Both are plain JSON. Small sessions of persist have no other file.
+    # Both files are plain JSON. A small session of persist has no other file.
     kept = {message["id"] for message in naive.load(directory / f"{SESSION}.json")["messages"]}
     return len(kept), sum(bool(writer.exitcode) for writer in writers)
 

@@ -21,18 +21,18 @@ KILLS = 20
 SESSION = "killed"
 _WORD_S = 0.001
 _WORDS_A_CHECKPOINT = 5
-#: The worker dies when its follower has seen so many words.
+#: The worker dies when its follower has seen this many words, drawn from this range.
 _SEEN = (20, 60)
 _PATIENCE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What is left of one turn.
+    """The remains of one turn.
 
     Attributes:
-        prompt, partial: the question, and what was answered of it, stand among the messages.
-        resumed: a follower went on at another worker, and saw each word once.
+        prompt, partial: whether the question, and the answer so far, are among the messages.
+        resumed: whether a follower went on at another worker, and saw each word once.
         next_turn_s: seconds from the kill to the start of the next turn. None if the session stays busy.
     """
 
@@ -47,7 +47,7 @@ def _question(number: int) -> dict[str, Any]:
 
 
 def _words() -> Iterator[str]:
-    """What a model says, as it comes."""
+    """Yield the words of a model, as they come."""
     for number in range(1_000_000):
         time.sleep(_WORD_S)
         yield f"word{number} "
@@ -57,7 +57,7 @@ def _words() -> Iterator[str]:
 
 
 def _work_naively(path: Path, number: int, follower: Connection) -> None:
-    """Run a turn as many servers do: what is said stays in memory until its end."""
+    """Run a turn as many servers do. The answer stays in memory until its end."""
     document = naive.load(path)
     document["active_stream_id"] = f"stream-{number}"
     document["pending_user_message"] = _question(number)["content"]
@@ -72,7 +72,7 @@ def _work_naively(path: Path, number: int, follower: Connection) -> None:
 
 
 def kill_naively(directory: Path, number: int, seen: int) -> Outcome:
-    """Kill a naive worker, and look what another one finds."""
+    """Kill a naive worker, and look at the file that another worker finds."""
     path = directory / f"{SESSION}-{number}.json"
     naive.save(path, {"messages": [], "active_stream_id": None, "pending_user_message": None})
     follower, end = CONTEXT.Pipe(duplex=False)
@@ -87,7 +87,7 @@ def kill_naively(directory: Path, number: int, seen: int) -> Outcome:
     return Outcome(
         prompt=_question(number)["content"] in contents,
         partial=any(content.startswith("".join(words[:_WORDS_A_CHECKPOINT])) for content in contents),
-        # The words behind the last one that was seen died with the worker.
+        # The words after the last one that was seen died with the worker.
         resumed=False,
         # Nothing tells a dead stream from a live one that is slow.
         next_turn_s=None if document["active_stream_id"] else 0.0,
@@ -98,7 +98,7 @@ def kill_naively(directory: Path, number: int, seen: int) -> Outcome:
 
 
 def _work(directory: Path, number: int, told: Connection) -> None:
-    """Run a turn with `persist`. Report what is promised, when it is."""
+    """Run a turn with `persist`. Report each promise when `persist` has made it."""
     store = persist.Store(directory)
     with store.start_stream(SESSION, _question(number)) as stream:
         told.send(("started", stream.id))
@@ -121,7 +121,7 @@ def kill(store: persist.Store, number: int, seen: int) -> Outcome:
     end.close()
     stream_id = reports.recv()[1]
     with store.follow(SESSION, stream_id) as following:
-        # Then its connection is lost.
+        # After these events the follower loses its connection.
         events = [next(following) for _ in range(seen)]
     worker.kill()
     killed_at = time.perf_counter()
@@ -157,9 +157,9 @@ def _next_turn(store: persist.Store) -> persist.Stream:
 
 
 def _promised(reports: Connection, worker: BaseProcess) -> dict[str, Any]:
-    """Return the last word of each kind that a dead worker has sent."""
+    """Return the last report of each kind that a dead worker has sent."""
     promised: dict[str, Any] = {"checkpoint": "", "emitted": 0}
-    # It may have died in the middle of a report.
+    # The worker may have died in the middle of a report.
     with suppress(EOFError, OSError):
         while True:
             promised.update([reports.recv()])

@@ -42,7 +42,7 @@ def save(path: Path, document: Document, *, durable: bool = False) -> None:
 
 
 class Server:
-    """A server process with a registry of the streams that it runs, and the helper that the seed was about."""
+    """A server process with a registry of the streams that it runs, and the function that this project began with."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -61,7 +61,7 @@ class Server:
     def clear_stale_stream(self) -> None:
         """Clear the stream of a server that has died.
 
-        The look and the write stand apart: the stream that starts between them is cleared, although it lives.
+        The look and the write are two steps. A stream that starts between them is cleared, although it lives.
         """
         document = load(self.path)
         with self._lock:

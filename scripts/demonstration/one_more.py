@@ -1,4 +1,4 @@
-"""One more message in a long conversation, durable."""
+"""One more durable message in a long conversation."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run(directory: Path, progress: Progress) -> Part:
             OURS: lambda message: store.append(SESSION, "messages", message),
         }
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        # In turns, because a disk is not always as fast.
+        # The ways run in turns, because a disk is not always equally fast.
         for round_number in range(ROUNDS):
             for name, way in ways.items():
                 for number in range(TIMES):

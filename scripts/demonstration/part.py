@@ -1,4 +1,4 @@
-"""What a part of the demonstration is given, and what it returns."""
+"""The parts of the demonstration: their arguments and their results."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: Child processes are started anew. They share nothing with this one but the files.
+#: Child processes are started anew, so that they share nothing with this one but the files.
 CONTEXT = multiprocessing.get_context("spawn")
 
-#: Told how much of a part is done, from 0 to 1.
+#: A function that is told how much of a part is done, from 0 to 1.
 Progress = Callable[[float], None]
 
 Message = dict[str, Any]
@@ -21,9 +21,9 @@ class Part:
     """One part that has been run.
 
     Attributes:
-        title: what was tried.
-        ways: what was tried on: the heads of the columns.
-        rows: what was counted or measured, as text for each way.
+        title: the thing that was tried.
+        ways: the ways in which it was tried. They are the heads of the columns.
+        rows: each figure that was counted or measured, as text for each way.
         figures: the same as numbers.
         broken: each promise of `persist` that did not hold.
     """

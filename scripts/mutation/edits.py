@@ -23,7 +23,7 @@ IT = "IT"
 
 
 class DoesNotApply(Exception):
-    """A mutant fits the package no longer; the message says why."""
+    """Raised when a mutant does not fit the package any more. The message says why."""
 
 
 # --- statements ------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def _is_same(node: ast.AST, wanted: ast.AST) -> bool:
 
 
 def _normal(node: ast.AST) -> str:
-    """A text that is equal for equal code. An assignment's target equals the same name where it is read."""
+    """Return a text that is equal for equal code. An assignment's target equals the same name where it is read."""
     node = copy.deepcopy(node)
     for each in ast.walk(node):
         if isinstance(each, ast.Name | ast.Attribute | ast.Subscript | ast.Starred | ast.List | ast.Tuple):
@@ -199,7 +199,7 @@ def _calls(node: ast.expr, name: str) -> bool:
 
 
 def _filled(replacement: ast.expr, it: ast.expr) -> ast.expr:
-    """A copy of the replacement in which `IT` is filled in."""
+    """Return a copy of the replacement in which `IT` is filled in."""
 
     def filled(node: ast.expr) -> ast.expr | None:
         return copy.deepcopy(it) if isinstance(node, ast.Name) and node.id == IT else None
@@ -209,7 +209,10 @@ def _filled(replacement: ast.expr, it: ast.expr) -> ast.expr:
 
 
 class _Rewriting(ast.NodeTransformer):
-    """Asks `change` about each node of a kind, and puts its answer in the node's place. None leaves the node alone."""
+    """A transformer that asks `change` about each node of a kind, and puts its answer in the node's place.
+
+    None leaves the node alone.
+    """
 
     def __init__(
         self, kind: type[ast.expr] | type[ast.stmt], change: Callable[..., ast.expr | list[ast.stmt] | None]

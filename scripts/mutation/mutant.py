@@ -1,4 +1,4 @@
-"""What a mutant is, and how its edits change the modules of the package."""
+"""The mutants, and how their edits change the modules of the package."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mutation.edits import DoesNotApply, Edit, Function
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One edit of one function; the attributes are those of `Mutant`."""
+    """One edit of one function. The attributes are those of `Mutant`."""
 
     module: str
     function: str
@@ -29,8 +29,8 @@ class Mutant:
 
     Attributes:
         name: the mechanism, as it reads behind "without".
-        module: a file of the package, ``"storage/lock.py"`` say.
-        function: its qualified name in that module, ``"FifoMutex.release"`` or ``"outer.inner"`` say. A module may
+        module: a file of the package, such as ``"storage/lock.py"``.
+        function: its qualified name in that module, such as ``"FifoMutex.release"`` or ``"outer.inner"``. A module may
             define it once for each platform. Then the edit must apply to at least one of the definitions.
         edit: removes the mechanism. It adds nothing that raises.
         tests: the test files that must notice.
@@ -52,7 +52,7 @@ class Mutant:
 
 
 def mutated_modules(package: Path, mutant: Mutant) -> dict[str, str]:
-    """The new source of each module that the mutant changes.
+    """Return the new source of each module that the mutant changes.
 
     Raises:
         DoesNotApply: an edit finds no place in its function, or the result would fail whatever the tests guard.
@@ -103,7 +103,7 @@ def _apply(tree: ast.Module, change: Change) -> None:
 
 
 def _functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, Function]]:
-    """All functions of a module, with their qualified names."""
+    """Yield all functions of a module, with their qualified names."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, Function):
             yield prefix + child.name, child
@@ -112,7 +112,7 @@ def _functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, Function]
 
 
 def _require_sound(before: Function, after: Function) -> None:
-    """Refuse an edit that changes nothing, and one that makes the function raise: any test would notice that."""
+    """Refuse an edit that changes nothing, or that makes the function raise, because any test would notice that."""
     if ast.unparse(after) == ast.unparse(before):
         raise DoesNotApply("the edit changes nothing")
     if _all(after, ast.Raise, ast.Assert) - _all(before, ast.Raise, ast.Assert):
@@ -122,12 +122,12 @@ def _require_sound(before: Function, after: Function) -> None:
 
 
 def _all(function: Function, *kinds: type[ast.AST]) -> Counter[str]:
-    """The nodes of some kinds, as texts, and how often each is there."""
+    """Return the nodes of some kinds, as texts, and how often each is there."""
     return Counter(ast.unparse(node) for node in ast.walk(function) if isinstance(node, kinds))
 
 
 def _undefined(source: str) -> set[str]:
-    """The global names that a module uses, but neither defines nor finds among the built-in ones."""
+    """Return the global names that a module uses, but neither defines nor finds among the built-in ones."""
     top = symtable.symtable(source, "module", "exec")
     own = {each.get_name() for each in top.get_symbols() if each.is_assigned() or each.is_imported()}
     return set(_globals_used_in(top)) - own - vars(builtins).keys()

@@ -62,7 +62,7 @@ def survives(mutant: Mutant) -> bool:
 
 
 def faults(mutant: Mutant) -> Iterator[str]:
-    """Why the mutant cannot be tried: the package or the tests have changed since it was written."""
+    """Yield why the mutant cannot be tried. The package or the tests have changed since it was written."""
     try:
         mutated_modules(PACKAGE, mutant)
     except DoesNotApply as reason:
@@ -71,7 +71,10 @@ def faults(mutant: Mutant) -> Iterator[str]:
 
 
 def check(mutants: list[Mutant]) -> int:
-    """Apply every edit to a copy in memory, and print what does not apply; return how many mutants can be tried."""
+    """Apply every edit to a copy in memory, and print each edit that does not apply.
+
+    Return how many mutants can be tried.
+    """
     sound = 0
     for mutant in mutants:
         found = list(faults(mutant))
@@ -82,7 +85,7 @@ def check(mutants: list[Mutant]) -> int:
 
 
 def parse() -> argparse.Namespace:
-    """The command line; `options.chosen` are the mutants that it names, or all."""
+    """Return the command line. `options.chosen` are the mutants that it names, or all."""
     description = "Take one mechanism out of persist at a time, and see the tests that guard it fail."
     parser = argparse.ArgumentParser(prog="mutants", description=description, allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME", help="a mutant's name, as --list gives it; all without one")

@@ -18,11 +18,12 @@ _SCRIPTS = Path(__file__).resolve().parent.parent
 
 
 class Child:
-    """A process that runs a module of this package: its reports, and the turn that it is in.
+    """A process that runs a module of this package, its reports, and the turn that it is in.
 
     Attributes:
         heard_at: when its last report came, on the monotonic clock.
-        last_start: the report of the last turn that it has started, and whether it is in that turn still.
+        last_start: the report of the last turn that it has started.
+        is_in_turn: whether it is still in that turn.
     """
 
     def __init__(self, name: str, module: str, arguments: list[str], scratch: Path) -> None:
@@ -34,7 +35,8 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            # An interrupt from the terminal goes to the supervisor alone, which ends its children itself.
+            # An interrupt from the terminal must reach the supervisor alone, because the supervisor ends its children
+            # itself.
             start_new_session=True,
         )
         self._unread = b""
@@ -43,16 +45,16 @@ class Child:
         self.is_in_turn = False
 
     def fileno(self) -> int:
-        """The pipe of its reports, for a selector."""
+        """Return the pipe of its reports, for a selector."""
         assert self.process.stdout is not None
         return self.process.stdout.fileno()
 
     def read(self) -> list[Report] | None:
-        """Wait for reports and return them; None when the process has ended and all its reports were read."""
+        """Wait for reports and return them. Return None when the process has ended and all its reports were read."""
         received = os.read(self.fileno(), _READ_BYTES)
         if not received:
             return None
-        # A read may end inside a line: the rest comes with the next one.
+        # A read may end inside a line. The rest comes with the next read.
         *lines, self._unread = (self._unread + received).split(b"\n")
         reports = [parse(line) for line in lines]
         for report in reports:
@@ -67,16 +69,16 @@ class Child:
             self.is_in_turn = False
 
     def ask_to_end(self) -> None:
-        """Close its standard input: by that the sweeper ends."""
+        """Close its standard input. The sweeper ends at that."""
         assert self.process.stdin is not None
         self.process.stdin.close()
 
     def kill(self) -> None:
-        """SIGKILL; its last reports are still to be read."""
+        """Send it SIGKILL. Its last reports must still be read."""
         self.process.send_signal(signal.SIGKILL)
 
     def bury(self) -> tuple[int, str]:
-        """Wait for its end; return its exit status, and what it wrote to its standard error."""
+        """Wait for its end. Return its exit status, and what it wrote to its standard error."""
         status = self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
@@ -87,6 +89,6 @@ class Child:
 
 
 def _python_path() -> str:
-    """Where the child finds this package: it is not installed."""
+    """Return the path where the child finds this package, because the package is not installed."""
     inherited = os.environ.get("PYTHONPATH")
     return str(_SCRIPTS) if not inherited else f"{inherited}{os.pathsep}{_SCRIPTS}"

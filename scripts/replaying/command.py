@@ -67,12 +67,12 @@ def replay(
 ) -> None:
     """Play conversations, kill servers, compare.
 
-    The conversations are played as live turns, through several server processes, into one store; some of these are
-    killed in mid-turn and replaced. At the end every session is compared with its transcript.
+    The conversations are played as live turns, through several server processes, into one store. Some of these
+    processes are killed in mid-turn and replaced. At the end every session is compared with its transcript.
 
     TRANSCRIPTS is a file, or a directory of *.json files, each with
     {"title": ..., "messages": [{"role": ..., "content": ...}, ...]}. Without it the sample conversations are played.
-    With more kills than they allow, they are played again, in rounds.
+    If there are more kills than the conversations allow, they are played again, in rounds.
 
     The exit status is 1 if anything is lost, doubled, changed or stuck, or if a process failed.
 
@@ -106,7 +106,7 @@ def replay(
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM end a replay as Ctrl-C does: with no process and no temporary store left."""
+    """Let SIGTERM end a replay as Ctrl-C does, with no process and no temporary store left."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Conversations: transcripts read from files, parted into turns, and which turn of one is open in a document."""
+"""Conversations: transcripts from files, parted into turns, and the turn that is open in a document."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any, cast
 from persist import json_codec
 from persist.turn import ACTIVE, INTERRUPTED, Message
 
-#: Where a document keeps the title that each turn has set, under `Turn.key`.
+#: The field where a document keeps the title that each turn has set, under `Turn.key`.
 TITLES = "titles"
 
 
 class BadTranscript(ValueError):
-    """A file that should hold a conversation does not. The message names the file and what is wrong with it."""
+    """Raised when a file does not hold a conversation. The message names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Turn:
 
     @property
     def answer(self) -> Message | None:
-        """The message that ends the turn and is streamed; None if it ends otherwise, with a tool's output say."""
+        """The message that ends the turn and is streamed. None if the turn ends with a tool's output, for example."""
         last = self.replies[-1] if self.replies else {}
         return last if last.get("role") == "assistant" else None
 
@@ -54,17 +54,20 @@ class Conversation:
 
     @classmethod
     def of(cls, session_id: str, transcript: Mapping[str, Any]) -> Conversation:
-        """Take a transcript: ``{"title": …, "messages": [{"role": …, "content": …}, …]}``; other keys are ignored."""
+        """Return a transcript as a conversation.
+
+        A transcript is ``{"title": …, "messages": [{"role": …, "content": …}, …]}``. Other keys are ignored.
+        """
         messages = tuple(_with_id(i, message) for i, message in enumerate(transcript["messages"]))
         return cls(session_id, str(transcript.get("title", session_id)), messages)
 
     def in_round(self, number: int) -> Conversation:
-        """The same conversation under another session id: every round plays into sessions of its own."""
+        """Return the conversation under another session id, because every round plays into sessions of its own."""
         return self if number == 1 else replace(self, session_id=f"{self.session_id}-r{number}")
 
     @property
     def opening(self) -> tuple[Message, ...]:
-        """What stands before the first prompt: system messages."""
+        """The messages before the first prompt: system messages."""
         return self.messages[: self._prompt_places()[0]]
 
     @property
@@ -80,19 +83,19 @@ class Conversation:
         return [i for i, message in enumerate(self.messages) if message["role"] == "user"] + [len(self.messages)]
 
     def title_after(self, turn: Turn) -> str:
-        """The title that the turn gives to the session."""
+        """Return the title that the turn gives to the session."""
         return f"{self.title} ({turn.number} of {len(self.turns)})"
 
     def count_in(self, data: Mapping[str, Any]) -> int:
-        """How many of the messages a document has, from the first on without a gap."""
+        """Return how many of the messages a document has, from the first on without a gap."""
         there = {message["id"] for message in data["messages"]}
         return next((i for i, message in enumerate(self.messages) if message["id"] not in there), len(self.messages))
 
     def open_turn(self, data: Mapping[str, Any]) -> Turn | None:
-        """Decide from a committed document which turn comes next; None if all are done.
+        """Return the turn that comes next according to a committed document, or None if all are done.
 
-        A turn is open if it lacks a message or was interrupted. While a stream is active, so is the last turn that was
-        begun: its messages may all be there, but it has not been finished.
+        A turn is open if it lacks a message or was interrupted. While a stream is active, the last turn that was begun
+        is open, too. All its messages may be there, but it has not been finished.
         """
         there = {message["id"]: message for message in data["messages"]}
         begun = None
@@ -110,7 +113,7 @@ def _with_id(i: int, message: Message) -> Message:
 
 
 def samples() -> list[Conversation]:
-    """The conversations that come with the package."""
+    """Return the conversations that come with the package."""
     return read(Path(__file__).parent / "samples")
 
 
@@ -128,11 +131,11 @@ def read(path: Path) -> list[Conversation]:
 
 
 def _session_ids(paths: list[Path]) -> Iterator[str]:
-    """A session id for each file: its name, in the characters that an id may have."""
+    """Yield a session id for each file: its name, in the characters that an id may have."""
     taken: set[str] = set()
     for number, path in enumerate(paths, 1):
         plain = re.sub(r"[^A-Za-z0-9_-]", "-", path.stem)[:100]
-        # Not as the second round of another conversation would be called.
+        # The id must not be the name of another conversation's second round.
         plain = re.sub(r"(-r\d+)$", r"\1_", plain)
         is_usable = plain not in taken and plain[:1].isalnum()
         taken.add(name := plain if is_usable else f"s{number}-{plain}")

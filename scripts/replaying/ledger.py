@@ -1,4 +1,4 @@
-"""Ledger: what the workers have been promised, and the figures of a replay."""
+"""Ledger: the promises that the workers were given, and the figures of a replay."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from replaying.reports import COMMITS, Report
 
 @dataclass(slots=True)
 class Ledger:
-    """All that was reported: a promise by the store, to be compared with its files.
+    """All reports. Each is a promise by the store, and is compared with its files at the end.
 
     Attributes:
         messages: (session id, message id) of every message whose verb has returned -> a revision that holds it.
-        seen: session id -> (revision, number of messages) of every look at it, in the course of the replay. A message
-            that is lost is missing at the end, or it was missing once: the next worker would send it again and hide the
-            loss.
+        seen: session id -> (revision, number of messages) of every look at it, in the course of the replay. A lost
+            message is missing at the end, or it was missing once. In that case the next worker would send it again and
+            hide the loss.
         titles: (session id, prompt id) of the turn -> the revision at which its title was seen to be durable.
-        unsure: (session id, prompt id) of turns whose worker was killed: it may have saved a title and not told us.
+        unsure: (session id, prompt id) of turns whose worker was killed. It may have saved a title and not reported it.
         commits_s: seconds that each commit took.
-        cleared: the stale streams that were cleared on purpose; `taken_over`: those that a new stream found.
+        cleared: the stale streams that were cleared on purpose.
+        taken_over: the stale streams that a new stream found.
     """
 
     messages: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -62,13 +63,14 @@ class Ledger:
 
     @property
     def stale_cleared(self) -> int:
-        """How many dead streams were cleared: by a sweep, by a load, or by the start of the next one.
+        """The number of dead streams that were cleared: by a sweep, by a load, or by the start of the next one.
 
-        Fewer than kills: a worker that was killed after the commit of its `finish` and before its report left none.
+        It may be smaller than the number of kills. A worker that was killed after the commit of its `finish` and before
+        its report left no stream.
         """
         return len(self.cleared | (self.taken_over & self.killed))
 
     def commit_ms(self, quantile: float) -> float:
-        """The time that this part of all commits stayed below, in milliseconds."""
+        """Return the time below which this part of all commits stayed, in milliseconds."""
         ranked = sorted(self.commits_s)
         return 1000 * ranked[min(int(quantile * len(ranked)), len(ranked) - 1)] if ranked else 0.0

@@ -1,4 +1,4 @@
-"""Outcome: play a plan, compare the store with what was played, and put it into figures."""
+"""Outcome: a plan is played, the store is compared with what was played, and the result is put into figures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from replaying.verdict import Finding, compare
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The figures of a replay; `findings` is what is wrong in the store, `failures` which processes failed and how."""
+    """The figures of a replay. `findings` are the faults in the store, `failures` the processes that failed and how."""
 
     rounds: int
     sessions: int
@@ -63,7 +63,7 @@ def replay(plan: Plan, on_progress: Callable[[Progress], None] = lambda _: None)
 
 def _judge(store: Store, supervisor: Supervisor, playing_s: float) -> Outcome:
     ledger, played = supervisor.ledger, supervisor.played
-    # The comparison names what is damaged.
+    # The failures of this sweep are left out, because the comparison names each damaged session.
     ledger.cleared.update(cleared.stream_id for cleared in store.clear_stale_streams().cleared)
     _commit_over_left_overs(store)
     return Outcome(
@@ -87,8 +87,9 @@ def _judge(store: Store, supervisor: Supervisor, playing_s: float) -> Outcome:
 
 
 def _commit_over_left_overs(store: Store) -> None:
-    """A kill inside a session's last commit leaves a temporary file, which the next commit removes:
-    make that commit.
+    """Commit to each session that has a left-over temporary file, because its next commit removes the file.
+
+    A kill inside a session's last commit leaves such a file.
     """
     for problem in store.check():
         if problem.kind == "left-over" and store.exists(problem.session_id):

@@ -1,7 +1,7 @@
-"""Reports: what a played server tells its supervisor, one line each, after the verb has returned.
+"""Reports: the lines that a played server sends to its supervisor, one after each verb that has returned.
 
-A report is an acknowledgement: what it says was durable when it was sent, so it must be found at the end, whatever is
-killed.
+A report is an acknowledgement. The thing that it reports was durable when it was sent. So this thing must be found at
+the end, whatever is killed.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Report:
         verb: a commit ("create", "append", "start", "checkpoint", "finish", "title"), a look ("seen"), or something to
             count ("busy", "conflict", "cleared", "taken-over").
         session_id: the session it happened to.
-        item: the message's id; of a title, that of its turn's prompt; of a stream that was cleared or taken over, its
-            id.
+        item: the message's id. For a title, the id of its turn's prompt. For a stream that was cleared or taken over,
+            the stream's id.
         stream_id: the stream that did it, if one did.
         took_s: seconds that the commit took, seen by its caller.
-        revision: one that holds what was committed; of a look, the one that was seen.
-        count: of a look, how many messages of the transcript were there, from the first on without a gap.
-        has_merged: of a title, whether others had committed since its object was loaded.
+        revision: one that holds the commit. For a look, the revision that was seen.
+        count: for a look, how many messages of the transcript were there, from the first on without a gap.
+        has_merged: for a title, whether others had committed since its object was loaded.
     """
 
     verb: str
@@ -42,7 +42,7 @@ class Report:
 
     def send(self) -> None:
         """Write the report to the standard output, which is the supervisor's pipe."""
-        # One write of less than PIPE_BUF is atomic: threads need no lock, and a kill tears no line.
+        # One write of less than PIPE_BUF is atomic. So threads need no lock, and a kill tears no line.
         os.write(_STDOUT, json_codec.encode(astuple(self)) + b"\n")
 
 

@@ -1,7 +1,7 @@
 """Supervise: start the server processes of a replay, kill some of them in the middle of a turn, and replace them.
 
-Rounds: in each, every conversation is played into a session of its own. One round is enough for a few kills; the next
-one begins, with the same conversations under new session ids, while kills are left.
+In each round, every conversation is played into a session of its own. One round is enough for a few kills. While kills
+are left, the next round begins, with the same conversations under new session ids.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from replaying.conversations import Conversation
 from replaying.ledger import Ledger
 from replaying.reports import COMMITS, Report
 
-# A turn is killed with this chance at most: conversations must also come to their end.
+# A turn is killed with this chance at most, because conversations must also come to their end.
 _MOST_KILLED = 0.5
 _FIRST_GUESS_OF_A_TURN_S = 0.02
 _TICK_S = 0.1
@@ -29,9 +29,9 @@ _TICK_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to play into which directory.
+    """The plan of a replay: the conversations, and the directory into which they are played.
 
-    `timeout_s` is how long a worker may be silent, and the store without a commit.
+    `timeout_s` is how long a worker may be silent, and how long the store may be without a commit.
     """
 
     conversations: list[Conversation]
@@ -53,7 +53,7 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PlannedKill:
-    """A worker that is to be killed at a time, if it is still in the same turn."""
+    """A worker that is killed at a time, if it is still in the same turn."""
 
     at: float
     worker: Child
@@ -61,10 +61,10 @@ class PlannedKill:
 
 
 class Supervisor:
-    """Plays rounds until all kills are done.
+    """The supervisor, which plays rounds until all kills are done.
 
     Attributes:
-        ledger: what was reported.
+        ledger: the reports of all processes.
         played: the conversations of all rounds.
         failures: the processes that ended by themselves or hung, with what they wrote to their standard error.
     """
@@ -178,9 +178,9 @@ class Supervisor:
     # --- kills ---
 
     def _plan_kill(self, worker: Child, start: Report) -> None:
-        """Kill the turn that has begun, at a random instant of it.
+        """Plan to kill the turn that has begun, at a random instant of it, or let it live.
 
-        Kills are spread evenly over the turns that are left.
+        The kills are spread evenly over the turns that are left.
         """
         turns_left = max(self._turns - len(self._turns_done), 1)
         chance = min(self._kills_left / turns_left, _MOST_KILLED)
@@ -200,7 +200,7 @@ class Supervisor:
         worker.kill()
         while (reports := worker.read()) is not None:
             self._take(worker, reports)
-        # It may have ended the turn, or begun another one, before the signal came.
+        # The worker may have ended the turn, or begun another one, before the signal came.
         assert worker.last_start is not None
         for turn in (start, worker.last_start):
             self.ledger.unsure.add((turn.session_id, turn.item or ""))

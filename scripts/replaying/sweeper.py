@@ -16,7 +16,7 @@ INTERVAL_S = 0.02
 
 
 def sweep(store: Store) -> None:
-    """Clear what is stale now, and report it."""
+    """Clear the streams that are stale now, and report them."""
     for cleared in store.clear_stale_streams().cleared:
         Report("cleared", cleared.session_id, cleared.stream_id).send()
 

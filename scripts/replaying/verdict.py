@@ -1,4 +1,4 @@
-"""Verdict: a store after a replay, compared with the transcripts and with what was acknowledged."""
+"""Verdict: a store after a replay, compared with the transcripts and with the acknowledgements."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Kind = Literal["lost", "doubled", "changed", "disordered", "stray", "stuck", "da
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is not as it must be: of which kind, in which session, and what it is."""
+    """One fault: its kind, its session, and what it is."""
 
     kind: Kind
     session_id: str
@@ -29,10 +29,11 @@ class Finding:
 
 
 def compare(store: Store, played: list[Conversation], ledger: Ledger) -> list[Finding]:
-    """Name every difference between the store and what was played into it; an empty list is the proof.
+    """Name every difference between the store and the conversations that were played into it.
 
-    Every message stands there exactly once, in order and unchanged (interrupted partials are set aside); what was
-    acknowledged is there; no stream, lease or temporary file is left; and `Store.check` finds nothing.
+    An empty list is the proof. It means that every message is there exactly once, in order and unchanged (interrupted
+    partials are set aside). Everything that was acknowledged is there. No stream, lease or temporary file is left, and
+    `Store.check` finds nothing.
     """
     findings = [finding for conversation in played for finding in _compare_session(store, conversation, ledger)]
     findings += [Finding("damaged", problem.session_id, problem.message) for problem in store.check()]
@@ -104,7 +105,7 @@ def _compare_titles(conversation: Conversation, data: dict[str, Any], ledger: Le
 
 
 def _possible_titles(conversation: Conversation, ledger: Ledger) -> set[str]:
-    """The title that was acknowledged last, or one that a worker may have saved just before it was killed."""
+    """Return the title that was acknowledged last, and those that a worker may have saved just before it was killed."""
     acknowledged = [turn for turn in conversation.turns if _place(conversation, turn) in ledger.titles]
     last = max(acknowledged, key=lambda turn: ledger.titles[_place(conversation, turn)], default=None)
     unsure = {

@@ -2,12 +2,12 @@
 
     python -m replaying.worker STORE CONVERSATIONS SEED
 
-It is killed at any instant and keeps nothing in memory that matters: what comes next is decided from the documents
-alone. Several workers meet on a session: one gets the stream, the others `SessionBusy`. While a turn runs, a thread of
-the same worker sets the title through a `Session` that was loaded before the turn, as chat servers do in the background
-(hermes-webui #3987).
+The worker is killed at any instant. It keeps nothing in memory that matters, because it decides from the documents
+alone what comes next. Several workers meet on a session. One of them gets the stream, and the others get `SessionBusy`.
+While a turn runs, a thread of the same worker sets the title. It uses a `Session` that was loaded before the turn, as
+chat servers do in the background (hermes-webui #3987).
 
-Imports stay light: a replacement must be there in an instant.
+Imports stay light, because a replacement must be there in an instant.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from replaying.reports import Report
 Result = TypeVar("Result")
 
 WORDS_PER_CHECKPOINT = 12
-# Workers choose among the first so many unfinished sessions: few enough to meet often.
+# Workers choose among this many unfinished sessions, the first ones. They are few, so that workers meet often.
 SESSIONS_IN_PLAY = 8
 LOCK_TIMEOUT_S = 30.0
 _LONGEST_BACKOFF_S = 0.02
@@ -76,7 +76,10 @@ def _load_or_create(store: Store, conversation: Conversation) -> Session:
 
 
 def _clear_as_a_server_does(session: Session) -> None:
-    """A session that is loaded for a response is freed of a dead stream first; otherwise the next start does it."""
+    """Clear a dead stream of a session, as a server does when it loads the session for a response.
+
+    Otherwise the next start clears it.
+    """
     stream_id = session.active_stream_id
     if session.clear_stale_stream():
         Report("cleared", session.id, stream_id).send()
@@ -93,7 +96,7 @@ def _timed(
     started = time.perf_counter()
     result = commit()
     took_s = time.perf_counter() - started
-    # It may be a later revision than that of the commit, never an earlier one.
+    # It may be a later revision than that of the commit, but never an earlier one.
     revision = 0 if item is None else store.head(session_id).revision
     Report(verb, session_id, item, stream_id, took_s, revision).send()
     return result
@@ -135,7 +138,7 @@ class Play:
         self._commit(stream, "finish", None if answer is None else answer["id"], partial(stream.finish, answer))
 
     def _type_out(self, stream: Stream, answer: Message) -> bool:
-        """Checkpoint the answer as it grows; False if somebody has cancelled the stream."""
+        """Checkpoint the answer as it grows. Return False if somebody has cancelled the stream."""
         content = answer.get("content")
         words = re.findall(r"\s*\S+", content) if isinstance(content, str) else []
         for count in range(WORDS_PER_CHECKPOINT, len(words), WORDS_PER_CHECKPOINT):
@@ -150,7 +153,7 @@ class Play:
 
 
 class TitleThread(threading.Thread):
-    """Sets the title in the middle of a turn, through an object that was loaded before it."""
+    """A thread that sets the title in the middle of a turn, through an object that was loaded before the turn."""
 
     def __init__(self, store: Store, session: Session, turn: Turn, title: str) -> None:
         super().__init__(name=f"title of {session.id}", daemon=True)
@@ -161,11 +164,11 @@ class TitleThread(threading.Thread):
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Save until the title stands there; an error is kept for `join_or_raise`."""
+        """Save until the title is there. An error is kept for `join_or_raise`."""
         try:
             while not self._try_to_save():
                 self._session = self._store.load(self._session.id)
-        except BaseException as error:  # handed to whoever joins
+        except BaseException as error:  # `join_or_raise` raises it
             self._error = error
 
     def _try_to_save(self) -> bool:
@@ -180,7 +183,8 @@ class TitleThread(threading.Thread):
             return False
         took_s = time.perf_counter() - started
         if session.data["title"] != self._title:
-            # The object had this title already, so it was no edit, and a later turn's title stands: now it is one.
+            # The object had this title already, so the save was no edit, and a later turn's title is there. The next
+            # save is an edit.
             return False
         has_merged = session.revision > seen + 1
         Report(
@@ -189,14 +193,14 @@ class TitleThread(threading.Thread):
         return True
 
     def join_or_raise(self) -> None:
-        """Wait for the title; an error of the thread is raised here."""
+        """Wait for the title. Raise an error of the thread here."""
         self.join()
         if self._error is not None:
             raise self._error
 
 
 def main(directory: str, conversations: str, seed: str) -> None:
-    """Play; the arguments are those of the command line."""
+    """Play, with the arguments of the command line."""
     listed = json_codec.decode(Path(conversations).read_bytes())
     play(
         Store(directory, timeout_s=LOCK_TIMEOUT_S),

@@ -1,4 +1,4 @@
-"""What the tests of the command line share: a way to run it, and a replay that was played to its end once."""
+"""Fixtures that the tests of the command line share: ways to run it, and a replay that was played to its end once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Run = Callable[..., Result]
 
 
 def runner_of(command: Command) -> Run:
-    """Run a command with these arguments, its output not being a terminal."""
+    """Return a function that runs a command with these arguments, with an output that is not a terminal."""
 
     def run_command(*arguments: object, **environment: str) -> Result:
         return CliRunner(env={"FORCE_COLOR": None, **environment}).invoke(
@@ -34,13 +34,13 @@ def runner_of(command: Command) -> Run:
 
 @pytest.fixture
 def run() -> Run:
-    """Run `persist`."""
+    """Return a function that runs `persist`."""
     return runner_of(persist)
 
 
 @pytest.fixture
 def replay() -> Run:
-    """Run `scripts/replay`."""
+    """Return a function that runs `scripts/replay`."""
     return runner_of(replay_command)
 
 
@@ -50,7 +50,7 @@ def json_of(result: Result) -> Any:
 
 @dataclass(frozen=True)
 class Played:
-    """A replay's store, what was played into it, and what was acknowledged."""
+    """A replay's store, the conversations that were played into it, and the ledger of what was acknowledged."""
 
     directory: Path
     conversations: list[Conversation]
@@ -59,9 +59,9 @@ class Played:
 
 @pytest.fixture(scope="session")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
-    """A replay of the sample conversations.
+    """Play the sample conversations, once for all tests.
 
-    Without kills, so that every commit was acknowledged; tests damage copies of it.
+    There are no kills, so every commit was acknowledged. Tests damage copies of the store.
     """
     directory = tmp_path_factory.mktemp("replay") / "store"
     directory.mkdir()

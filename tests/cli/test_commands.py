@@ -1,4 +1,4 @@
-"""The commands that look at a store and mend it: what they print, and their exit status."""
+"""The commands that look at a store and repair it: what they print, and their exit status."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ COMMANDS = (
 def test_missing_directory_is_a_usage_error_and_is_not_made(
     run: Run, directory: Path, command: tuple[str, ...]
 ) -> None:
-    """Looking at a store that does not exist exits with 2 and creates nothing."""
+    """A command on a store that does not exist exits with 2 and creates nothing."""
     result = run(command[0], directory, *command[1:])
     assert result.exit_code == 2
     assert f"{directory} is not a directory" in result.stderr
@@ -75,7 +75,7 @@ def test_error_of_the_store_is_a_message_and_status_3(run: Run, store: persist.S
 
 
 def test_installed_command_exits_with_the_documented_status(store: persist.Store) -> None:
-    """The real `persist` process: 0 for a sound store, 1 for a damaged one, 2 for a wrong line, 3 for a refusal."""
+    """The real `persist` exits with 0 for a sound store, 1 for a damaged one, 2 for bad usage and 3 for a refusal."""
     store.create("s-42", {"messages": [USER]})
     script = "from persist.cli import main; main()"
 
@@ -113,9 +113,7 @@ def test_help_shows_examples_and_exit_status(run: Run) -> None:
 
 
 def test_ls_shows_each_session_and_who_runs_on_it(run: Run, store: persist.Store, actor: ActorFactory) -> None:
-    """`ls` gives title, revision and number of messages, and tells an idle session,
-    a live stream and a dead one apart.
-    """
+    """`ls` shows title, revision and number of messages, and whether a stream is absent, live or stale."""
     for session_id in ("idle", "live", "stale"):
         store.create(
             session_id, {"title": session_id.upper(), "messages": [{"id": "m0", "role": "system", "content": ""}]}
@@ -134,13 +132,13 @@ def test_ls_shows_each_session_and_who_runs_on_it(run: Run, store: persist.Store
 
 
 def test_ls_shows_a_stream_without_a_lease_as_stale(run: Run, tmp_path: Path) -> None:
-    """An `active_stream_id` that another program has left has no lease: it is stale (hermes-webui #2157)."""
+    """An `active_stream_id` that another program has left has no lease, so it is stale (hermes-webui #2157)."""
     (tmp_path / "s-42.json").write_text('{"active_stream_id": "x", "messages": []}')
     assert [entry["stream"] for entry in json_of(run("ls", tmp_path, "--json"))] == ["stale"]
 
 
 def test_ls_shows_a_damaged_session_and_goes_on(run: Run, store: persist.Store) -> None:
-    """One damaged document does not hide the others; it is named, and the exit status is 1."""
+    """One damaged document does not hide the others. It is named, and the exit status is 1."""
     for session_id in ("a", "b", "c"):
         store.create(session_id, {"hello": "hi", "messages": []})
     damage(store.path, "b")
@@ -152,7 +150,7 @@ def test_ls_shows_a_damaged_session_and_goes_on(run: Run, store: persist.Store) 
 
 
 def test_ls_guesses_nothing_of_a_session_that_is_locked(run: Run, store: persist.Store) -> None:
-    """Its stream may live: it is unknown, and not stale."""
+    """The stream of a locked session is unknown, and not stale, because it may live."""
     store.create("s-42", {"messages": []})
     with store.start_stream("s-42") as stream:
         with store.transaction("s-42"):
@@ -163,7 +161,7 @@ def test_ls_guesses_nothing_of_a_session_that_is_locked(run: Run, store: persist
 
 
 def test_ls_goes_on_when_a_damaged_session_has_a_stream(run: Run, store: persist.Store) -> None:
-    """A damaged session whose stream cannot be asked leaves the list readable; what is not known is not guessed."""
+    """A damaged session whose stream cannot be looked at leaves the list readable, and its stream is not guessed."""
     for session_id in ("a", "b"):
         store.create(session_id, {"hello": "hi", "messages": []})
     with store.start_stream("a") as stream:
@@ -179,7 +177,7 @@ def test_ls_goes_on_when_a_damaged_session_has_a_stream(run: Run, store: persist
 
 
 def test_plain_ls_has_one_line_a_session(run: Run, store: persist.Store) -> None:
-    """For a pipe, a session is one line of cells parted by tabs, whatever its title holds."""
+    """A session is one line of cells for a pipe, with tabs between them, whatever its title holds."""
     store.create("s-42", {"title": HOSTILE, "messages": []})
     lines = run("ls", store.path).stdout.splitlines()
     assert len(lines) == 2
@@ -212,7 +210,7 @@ def test_table_on_a_terminal_takes_no_markup_from_a_title(run: Run, store: persi
 
 
 def test_show_prints_messages_in_order_with_their_lines(run: Run, store: persist.Store) -> None:
-    """`show` prints every message readably: line breaks kept, tool calls as JSON, content of any type."""
+    """`show` prints every message readably, with its line breaks, tool calls as JSON, and content of any type."""
     messages = [
         {"id": "m1", "role": "user", "content": "two\nlines"},
         {"id": "m2", "role": "assistant", "content": None, "tool_calls": [{"name": "look"}]},
@@ -252,7 +250,7 @@ def test_show_json_is_the_whole_document(run: Run, store: persist.Store) -> None
 
 
 def test_streams_tells_live_asked_to_end_and_stale(run: Run, store: persist.Store, actor: ActorFactory) -> None:
-    """`streams` names each stream with its owner, and tells live, asked to end, and dead."""
+    """`streams` names each stream with its owner, and tells whether it lives, was asked to end, or is stale."""
     for session_id in ("asked", "live", "stale"):
         store.create(session_id, {"messages": []})
     dead = actor()
@@ -279,7 +277,7 @@ def test_streams_tells_live_asked_to_end_and_stale(run: Run, store: persist.Stor
 
 
 def test_clear_stale_clears_the_dead_and_leaves_the_living(run: Run, store: persist.Store, actor: ActorFactory) -> None:
-    """`clear-stale` names what it cleared; a live stream goes on undisturbed."""
+    """`clear-stale` names what it cleared. A live stream goes on undisturbed."""
     for session_id in ("live", "stale"):
         store.create(session_id, {"messages": []})
     stream_id = leave_a_dead_stream(actor(), "stale")
@@ -300,7 +298,7 @@ def test_clear_stale_finds_foreign_streams_only_in_every_session(run: Run, tmp_p
 
 
 def test_clear_stale_reports_sessions_it_could_not_look_at(run: Run, store: persist.Store, actor: ActorFactory) -> None:
-    """A damaged session does not stop the sweep: the others are cleared, it is named, and the exit status is 1."""
+    """A damaged session does not stop the sweep. The others are cleared, it is named, and the exit status is 1."""
     for session_id in ("a", "b"):
         store.create(session_id, {"messages": []})
     leave_a_dead_stream(actor(), "a")
@@ -314,7 +312,7 @@ def test_clear_stale_reports_sessions_it_could_not_look_at(run: Run, store: pers
 
 
 def test_check_names_damage_and_left_overs(run: Run, store: persist.Store) -> None:
-    """`check` exits with 0 on a sound store; with 1, naming each file, once something is damaged or left over."""
+    """`check` exits with 0 on a sound store. It exits with 1 and names each file that is damaged or left over."""
     store.create("s-42", {"messages": [USER]})
     sound = run("check", store.path)
     assert (sound.exit_code, sound.stdout) == (0, "1 sessions: no problem found.\n")
@@ -358,14 +356,14 @@ def test_accept_takes_an_edit_by_hand(run: Run, store: persist.Store) -> None:
 
 
 def test_accept_of_a_sound_session_says_so(run: Run, store: persist.Store) -> None:
-    """Nothing is claimed that was not done."""
+    """`accept` of a sound session says that there was nothing to accept."""
     store.create("s-42", {"messages": [USER]})
     assert "sound, at revision 1: there was nothing to accept" in run("accept", store.path, "s-42").stdout
     assert store.load("s-42").revision == 1
 
 
 def test_accept_refuses_what_is_no_json(run: Run, store: persist.Store) -> None:
-    """A truncated document cannot be accepted: exit status 3, and the file is as it was."""
+    """A truncated document cannot be accepted: the exit status is 3, and the file stays as it was."""
     store.create("s-42", {"messages": [USER]})
     path = store.path / "s-42.json"
     path.write_bytes(path.read_bytes()[:-4])
@@ -378,7 +376,10 @@ def test_accept_refuses_what_is_no_json(run: Run, store: persist.Store) -> None:
 
 
 def test_backup_says_what_it_did(run: Run, store: persist.Store, tmp_path: Path) -> None:
-    """Copied, unchanged, gone, removed; what cannot be read is named, and the exit status is 1."""
+    """`backup` counts the sessions that are copied, unchanged, gone and removed.
+
+    It names a session that cannot be read, and then the exit status is 1.
+    """
     copy = tmp_path / "copy"
     for session_id in ("a", "b", "\x1b[2J"):
         store.create(session_id, {"hello": "hi", "messages": []})
@@ -404,7 +405,10 @@ def test_backup_says_what_it_did(run: Run, store: persist.Store, tmp_path: Path)
 def test_backup_to_a_place_that_is_no_backup_is_refused(
     run: Run, store: persist.Store, tmp_path: Path, dest: str
 ) -> None:
-    """The store itself, a directory in it, or one with other files: exit status 3, and nothing is changed."""
+    """A backup to the store itself, a directory in it, or one with other files is refused, and changes nothing.
+
+    The exit status is 3.
+    """
     store.create("a")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "a.json").write_text("mine")
@@ -418,7 +422,7 @@ def test_backup_to_a_place_that_is_no_backup_is_refused(
 
 
 def test_compact_folds_the_journal_and_says_so(run: Run, store: persist.Store) -> None:
-    """After `compact` the file alone is the session, at its revision; with nothing to fold it says that."""
+    """After `compact` the file alone is the session, at its revision. If there was nothing to fold, it says so."""
     always = persist.Store(store.path, journal="always")
     always.create("s-42", {"messages": [USER] * 500 + ["x" * 70_000]})
     always.append("s-42", "messages", "last")
@@ -436,7 +440,7 @@ def test_compact_folds_the_journal_and_says_so(run: Run, store: persist.Store) -
 
 
 def test_compact_of_a_missing_session_is_status_3(run: Run, store: persist.Store) -> None:
-    """And of a damaged one: it says what to do, and folds nothing."""
+    """A fold of a missing or damaged session exits with 3 and folds nothing. For damage it says what to do."""
     assert run("compact", store.path, "nobody").exit_code == 3
     always = persist.Store(store.path, journal="always")
     always.create("s-42", {"messages": [USER]})
@@ -447,7 +451,7 @@ def test_compact_of_a_missing_session_is_status_3(run: Run, store: persist.Store
 
 
 def test_accept_of_a_damaged_journal_keeps_a_copy(run: Run, store: persist.Store) -> None:
-    """`accept` takes what stands before the damage; the damaged journal is kept beside the session."""
+    """`accept` takes the commits before the damage. The damaged journal is kept beside the session."""
     always = persist.Store(store.path, journal="always")
     always.create("s-42", {"messages": [USER]})
     always.append("s-42", "messages", "good")
@@ -465,7 +469,7 @@ def test_accept_of_a_damaged_journal_keeps_a_copy(run: Run, store: persist.Store
 
 @pytest.fixture
 def edited(store: persist.Store) -> Path:
-    """A session whose document was edited by hand, in a way that its journal does not fit. Its journal."""
+    """Make a session whose document was edited by hand so that its journal does not fit it. Return its journal."""
     always = persist.Store(store.path, journal="always")
     always.create("s-42", {"title": "t", "messages": [USER]})
     always.update("s-42", lambda tx: tx.data["messages"].insert(0, "first"))
@@ -475,7 +479,7 @@ def edited(store: persist.Store) -> Path:
 
 
 def test_accept_that_would_lose_commits_names_the_ways_out(run: Run, store: persist.Store, edited: Path) -> None:
-    """Where the journal does not fit the edit, nothing is guessed and nothing is written. Exit status 3."""
+    """An accept of an edit that the journal does not fit guesses and writes nothing. The exit status is 3."""
     before = {path.name: path.read_bytes() for path in store.path.glob("s-42*")}
     result = run("accept", store.path, "s-42")
     assert result.exit_code == 3
@@ -488,7 +492,7 @@ def test_accept_that_would_lose_commits_names_the_ways_out(run: Run, store: pers
 def test_accept_without_the_journal_keeps_it_aside(
     run: Run, store: persist.Store, edited: Path, option: tuple[str, ...]
 ) -> None:
-    """`accept --drop-journal` takes the document as it is, and says where the commits stand that it gave up."""
+    """`accept --drop-journal` takes the document as it is, and says where the dropped commits are kept."""
     written = edited.read_bytes()
     result = run("accept", "--drop-journal", store.path, "s-42", *option)
     assert result.exit_code == 0, result.stderr
@@ -506,7 +510,7 @@ def test_accept_without_the_journal_keeps_it_aside(
 
 
 def test_accept_without_the_journal_of_a_sound_session_says_what_it_did(run: Run, store: persist.Store) -> None:
-    """It gives commits up, so it does not say that there was nothing to accept."""
+    """A drop of the journal loses commits, so the command does not say that there was nothing to accept."""
     always = persist.Store(store.path, journal="always")
     always.create("s-42", {"messages": [USER]})
     always.append("s-42", "messages", "later")

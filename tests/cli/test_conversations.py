@@ -1,4 +1,4 @@
-"""Conversations: how a transcript is parted into turns, and which turn a document leaves open."""
+"""Conversations: how a transcript is divided into turns, and which turn a document leaves open."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def document(conversation: Conversation, count: int, **fields: Any) -> dict[str,
 
 
 def test_turns_cover_the_transcript(conversation: Conversation) -> None:
-    """Opening, prompts and replies are the whole transcript, in its order; message i has the id ``m<i>``."""
+    """Opening, prompts and replies are the whole transcript, in its order. Message i has the id ``m<i>``."""
     played = list(conversation.opening)
     for turn in conversation.turns:
         played += [turn.prompt, *turn.steps] + ([turn.answer] if turn.answer else [])
@@ -43,13 +43,13 @@ def test_only_an_assistant_message_at_the_end_is_streamed(conversation: Conversa
 def test_open_turn_is_the_first_that_lacks_a_message(
     conversation: Conversation, count: int, number: int | None
 ) -> None:
-    """What comes next is decided from the document alone."""
+    """The document alone decides which turn comes next."""
     turn = conversation.open_turn(document(conversation, count))
     assert (turn.number if turn else None) == number
 
 
 def test_interrupted_turn_is_open_again(conversation: Conversation) -> None:
-    """A turn whose messages are all there, but which was interrupted before its end, is taken up again."""
+    """A turn that was interrupted before its end is taken up again, even if all its messages are stored."""
     data = document(conversation, 8)
     data["messages"][5]["interrupted"] = True
     turn = conversation.open_turn(data)
@@ -58,7 +58,7 @@ def test_interrupted_turn_is_open_again(conversation: Conversation) -> None:
 
 
 def test_turn_of_an_active_stream_is_open(conversation: Conversation) -> None:
-    """While its stream is active, the last turn that was begun is not over, even if all its messages are there."""
+    """The last turn that was begun is open while its stream is active, even if all its messages are stored."""
     turn = conversation.open_turn(document(conversation, len(ROLES), active_stream_id="x"))
     assert turn is not None
     assert turn.number == 4
@@ -73,8 +73,9 @@ def test_rounds_never_share_a_session(tmp_path: Path) -> None:
 
 
 def test_samples_have_what_real_conversations_have() -> None:
-    """The samples hold tool calls, a turn that ends with a tool, several scripts, emoji, control characters,
-    long text.
+    """The samples hold all that real conversations hold.
+
+    They have tool calls, a turn that ends with a tool, several scripts, emoji, control characters and long text.
     """
     messages = [message for conversation in samples() for message in conversation.messages]
     text = "".join(str(message["content"]) for message in messages)

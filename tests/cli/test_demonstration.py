@@ -1,4 +1,4 @@
-"""`scripts/run`: what it shows is run for real, and it says so if `persist` does not hold."""
+"""`scripts/run` shows real runs, and says so if `persist` does not hold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TIMEOUT_S = 300
 
 
 def test_demonstration_holds(tmp_path: Path) -> None:
-    """All four parts, as a person runs them: `persist` keeps everything, and the files are there for a look."""
+    """In all four parts, run as a person runs them, `persist` keeps everything, and the files are there for a look."""
     directory = tmp_path / "files"
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "run", "--json", "--directory", directory],
@@ -42,7 +42,7 @@ def test_demonstration_holds(tmp_path: Path) -> None:
     assert [message["role"] for message in messages] == ["user", "assistant"] * 20
 
 
-#: Part, and what of the package it finds missing.
+#: Each row has the part, the mechanism that is taken out of the package, and the words of the part.
 PLANTED = [
     (
         "crowd",
@@ -96,7 +96,7 @@ def failing(_directory: Path, _progress: object) -> Part:
 def test_promise_that_did_not_hold_is_the_exit_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
-    """One broken promise in one part: the status is 1, and the output names it."""
+    """One broken promise in one part makes the status 1, and the output names it."""
     monkeypatch.setattr(command, "PARTS", (failing,))
     result = CliRunner().invoke(command.run, [*options, "--directory", str(tmp_path / "files")])
     assert result.exit_code == command.BROKEN
@@ -105,7 +105,7 @@ def test_promise_that_did_not_hold_is_the_exit_status(
 
 
 def test_directory_with_files_is_refused(tmp_path: Path) -> None:
-    """What stands there is not mixed with what the demonstration writes."""
+    """A directory with files is refused, because the demonstration does not mix its files with others."""
     (tmp_path / "mine").write_text("")
     result = CliRunner().invoke(command.run, ["--directory", str(tmp_path)])
     assert result.exit_code == 2
@@ -114,7 +114,7 @@ def test_directory_with_files_is_refused(tmp_path: Path) -> None:
 
 
 def test_naive_code_loses_what_it_is_said_to_lose(tmp_path: Path) -> None:
-    """The other column is real: a message of another process, and a live turn, go by the order of three calls."""
+    """The naive code loses a message of another process, and orphans a live turn, by the order of three calls."""
     path = tmp_path / f"{crowd.SESSION}.json"
     naive.save(path, {"messages": [], "active_stream_id": "dead"})
     stale = naive.load(path)

@@ -1,4 +1,4 @@
-"""What a person waits for: lists and conversations come as they are read, and Ctrl-C ends what takes long."""
+"""Long looks: lists and conversations are printed as they are read, and Ctrl-C ends a long command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from persist.cli import commands, output, progress
 from persist.maintenance import Step
 from persist.storage.content import Items
 
-# -P: not the package of the directory in which the tests are run, but the one that they import.
+# -P: the package is the one that the tests import, not the one in the directory in which they run.
 COMMAND = [sys.executable, "-P", "-W", "error", "-m", "persist"]
 DEADLINE_S = 60
 MESSAGES = [{"id": f"m{n}", "role": "user", "content": f"message {n} " * 40} for n in range(3000)]
@@ -29,7 +29,7 @@ MESSAGES = [{"id": f"m{n}", "role": "user", "content": f"message {n} " * 40} for
 
 @pytest.fixture
 def talk(store: persist.Store) -> persist.Store:
-    """A session of 1.5 MB, with a journal."""
+    """Make a session of 1.5 MB, with a journal."""
     store.create("s-42", {"title": "Talk", "messages": MESSAGES})
     store.append("s-42", "messages", {"id": "last", "role": "user", "content": "the end"})
     return store
@@ -42,7 +42,7 @@ def talk(store: persist.Store) -> persist.Store:
 def test_show_begins_before_it_has_decoded_the_session(
     talk: persist.Store, monkeypatch: pytest.MonkeyPatch, as_json: bool
 ) -> None:
-    """The first message is there when one is decoded: a session of 100 MB starts at once.
+    """The first message is printed when one is decoded, so a session of 100 MB starts at once.
 
     Fails if `Items` are split or decoded whole, or if `show` goes back to `Store.load`.
     """
@@ -77,7 +77,7 @@ DOCUMENTS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("data", DOCUMENTS, ids=range(len(DOCUMENTS)))
 def test_json_that_is_printed_as_it_comes_is_the_same(run: Run, store: persist.Store, data: dict[str, Any]) -> None:
-    """Byte by byte what `json.dumps` writes with ``indent=2``, where a list stands apart, too, and with a journal."""
+    """The JSON is byte by byte that of `json.dumps` with ``indent=2``, also with separate lists and with a journal."""
     log = persist.Store(store.path, journal="always")
     session = log.create("s-42", data)
     if isinstance(data.get("messages"), list):
@@ -91,7 +91,7 @@ def test_json_that_is_printed_as_it_comes_is_the_same(run: Run, store: persist.S
 
 
 def test_json_of_ls_is_the_same(run: Run, store: persist.Store) -> None:
-    """Also of no session, and of one that cannot be read."""
+    """The JSON of `ls` is that of `json.dumps`, also without sessions, and with one that cannot be read."""
     assert run("ls", store.path, "--json").stdout == "[]\n"
     for session_id, title in (("a", "\x1b\u2028é"), ("user:7/b", None), ("c", {"no": "text"})):
         store.create(session_id, {"title": title, "messages": [1, 2]})
@@ -109,7 +109,7 @@ def test_json_of_ls_is_the_same(run: Run, store: persist.Store) -> None:
 def test_item_that_somebody_has_sealed_is_an_error_behind_those_before_it(
     talk: persist.Store, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is no JSON is met where it stands: exit status 3, and the file is named."""
+    """An item that is not JSON is an error after the items before it: exit status 3, and the file is named."""
     items_of: Callable[[Any], Iterator[bytes]] = Items.__iter__
 
     def spoilt(self: Any) -> Iterator[bytes]:
@@ -122,7 +122,10 @@ def test_item_that_somebody_has_sealed_is_an_error_behind_those_before_it(
 
 
 def test_each_character_that_steers_is_escaped() -> None:
-    """Of all of Unicode: control characters, separators of lines, halves of pairs and marks that reorder."""
+    """Every character that steers a terminal is escaped, in all of Unicode.
+
+    These are control characters, separators of lines, halves of pairs and marks that reorder.
+    """
     steers = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
     for character in map(chr, range(sys.maxunicode + 1)):
         is_harmless = character not in steers and unicodedata.category(character) not in {"Cc", "Cs", "Zl", "Zp"}
@@ -134,7 +137,7 @@ def test_each_character_that_steers_is_escaped() -> None:
 
 
 def lines_until_enough(*words: object) -> tuple[int, str]:
-    """Run a command, read a few bytes, leave, and return its exit status and what it said on the standard error."""
+    """Run a command, read a few bytes and leave. Return its exit status and its standard error."""
     with subprocess.Popen([*COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
@@ -159,7 +162,7 @@ def test_reader_that_has_seen_enough_is_no_failure(
 
 
 def test_reader_that_leaves_does_not_hide_problems(store: persist.Store) -> None:
-    """The exit status of `check` is that of what it found, whoever reads on."""
+    """`check` exits with the status of what it found, even if its reader leaves."""
     for number in range(2000):
         (store.path / f"n{number}.json").write_text("{")
     assert lines_until_enough("check", store.path) == (1, "")
@@ -176,14 +179,14 @@ pathlib.Path(sys.argv[1]).write_bytes(sys.stdin.buffer.read(%s))
 
 
 def on_terminal(*words: object, **environment: str) -> tuple[int, str]:
-    """Run a command on a terminal; return its exit status and all that it showed."""
+    """Run a command on a terminal, and return its exit status and all that it showed."""
     mine, its = pty.openpty()
     variables = {**os.environ, "TERM": "xterm", **environment}
     variables.pop("LESS", None)
     process = subprocess.Popen([*COMMAND, *map(str, words)], stdin=its, stdout=its, stderr=its, env=variables)
     os.close(its)
     shown = b""
-    # At the end of the other side a terminal of Linux says EIO.
+    # A Linux terminal gives EIO when the other side has ended.
     try:
         while more := os.read(mine, 65536):
             shown += more
@@ -196,7 +199,10 @@ def on_terminal(*words: object, **environment: str) -> tuple[int, str]:
 @pytest.mark.parametrize("words", [("show", "s-42"), ("show", "s-42", "--json")])
 @pytest.mark.parametrize("limit", ["", "100"], ids=["all", "quits-early"])
 def test_show_pages_on_a_terminal(talk: persist.Store, tmp_path: Path, words: tuple[str, ...], limit: str) -> None:
-    """As `git log` does: by $PAGER. A pager that quits ends the command, with 0. Fails without the pager."""
+    """`show` pages through $PAGER, as `git log` does.
+
+    A pager that quits ends the command, with 0. Fails without the pager.
+    """
     pager, paged = tmp_path / "pager.py", tmp_path / "paged"
     pager.write_text(PAGER % limit)
     status, shown = on_terminal(words[0], talk.path, *words[1:], PAGER=f"{sys.executable} {pager} {paged}")
@@ -207,7 +213,7 @@ def test_show_pages_on_a_terminal(talk: persist.Store, tmp_path: Path, words: tu
 
 
 def test_pipe_gets_the_stream(talk: persist.Store, tmp_path: Path) -> None:
-    """No pager is started for a pipe."""
+    """A pipe gets the output without a pager."""
     done = subprocess.run(
         [*COMMAND, "show", str(talk.path), "s-42"],
         env=os.environ | {"PAGER": f"touch {tmp_path / 'paged'}"},
@@ -220,7 +226,7 @@ def test_pipe_gets_the_stream(talk: persist.Store, tmp_path: Path) -> None:
 
 
 def test_long_table_on_a_terminal_is_printed_as_it_comes(run: Run, store: persist.Store) -> None:
-    """With more rows than are drawn, the columns still stand below each other."""
+    """The columns of a table with more rows than are drawn still stand below each other."""
     for number in range(output._MOST_DRAWN + 50):
         (store.path / f"n{number:03}.json").write_text(json.dumps({"title": "日本" if number % 2 else "[red]"}))
     lines = run("ls", store.path, FORCE_COLOR="1").stdout.splitlines()
@@ -259,7 +265,7 @@ def three(interrupted_at: int = -1) -> Iterator[Step[int]]:
 def test_progress_is_shown_on_a_terminal_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What takes long says how far it is, and takes that back at its end. A log file gets none of it."""
+    """A long command shows its progress on a terminal, and removes it at its end. A log file gets none of it."""
     monkeypatch.setattr(progress, "_QUIET_S", 0.0)
     monkeypatch.setattr(progress, "_EVERY_S", 0.0)
     assert list(progress.Watched(three(), "checked")) == [1, 2, 3]
@@ -272,13 +278,13 @@ def test_progress_is_shown_on_a_terminal_only(
 
 
 def test_second_ctrl_c_ends_at_once() -> None:
-    """What was done before is still known."""
+    """The steps before the interrupt are still known."""
     steps = progress.Watched(three(interrupted_at=3), "checked")
     assert list(steps) == [1, 2]
     assert (steps.was_stopped, str(steps)) == (True, "2 of 3 sessions checked")
 
 
-#: The command is interrupted in the middle of its third session.
+#: SIGINT comes in the middle of the command's third session.
 INTERRUPTED = """
 import os, signal, sys
 from persist import maintenance, store
@@ -318,9 +324,9 @@ LONG: list[tuple[tuple[str, ...], str]] = [
 def test_ctrl_c_ends_between_two_sessions(
     run: Run, store: persist.Store, tmp_path: Path, words: tuple[str, ...], said: str, option: tuple[str, ...]
 ) -> None:
-    """Exit status 130, what was done is said and stands, and the command can be started again.
+    """After Ctrl-C the exit status is 130, finished work is told and stays, and the command can be started again.
 
-    Fails if Ctrl-C raises in the middle of a session: then nobody knows what was done.
+    Fails if Ctrl-C raises in the middle of a session, because then it is unknown what was done.
     """
     words = tuple(str(tmp_path / "copy") if word == "COPY" else word for word in words)
     for number in range(9):
@@ -336,7 +342,7 @@ def test_ctrl_c_ends_between_two_sessions(
 
 
 def test_accept_takes_several_and_names_those_that_it_cannot(run: Run, store: persist.Store) -> None:
-    """The others are taken all the same; the exit status is 3."""
+    """`accept` takes the other sessions if one cannot be accepted, and the exit status is 3."""
     for session_id in ("a", "b", "c", "d"):
         store.create(session_id, {"title": "before", "messages": []})
     for session_id in ("a", "c", "d"):

@@ -23,7 +23,10 @@ TALK = Conversation.of(
 
 
 def test_replay_survives_kills_without_a_loss(replay: Run, directory: Path) -> None:
-    """The samples, two workers, three kills: nothing lost, doubled or stuck, and the documents are the transcripts."""
+    """A replay of the samples, with two workers and three kills, loses, doubles and blocks nothing.
+
+    The documents are the transcripts.
+    """
     result = replay("--workers", 2, "--kills", 3, "--store", directory, "--seed", 7, "--json")
     found = json_of(result)
     assert (result.exit_code, found["findings"], found["failures"]) == (0, [], [])
@@ -64,7 +67,7 @@ def test_plain_output_names_every_figure(replay: Run, tmp_path: Path) -> None:
 
 
 def test_directory_of_transcripts_is_read_and_other_files_are_skipped(replay: Run, tmp_path: Path) -> None:
-    """Of a directory only ``*.json`` is played; a file's name becomes a session id."""
+    """Only ``*.json`` files of a directory are played. A file's name becomes a session id."""
     transcripts = tmp_path / "transcripts"
     transcripts.mkdir()
     (transcripts / "SOURCES.md").write_text("not JSON")
@@ -86,7 +89,10 @@ def test_directory_of_transcripts_is_read_and_other_files_are_skipped(replay: Ru
     ],
 )
 def test_bad_transcript_is_a_usage_error(replay: Run, tmp_path: Path, content: bytes, reason: str) -> None:
-    """A *.json file that is no transcript exits with 2 and names the file and what is wrong; nothing is played."""
+    """A *.json file that is not a transcript gives status 2, and the error names the file and what is wrong.
+
+    Nothing is played.
+    """
     (tmp_path / "bad.json").write_bytes(content)
     result = replay(tmp_path, "--store", tmp_path / "store")
     assert result.exit_code == 2
@@ -96,7 +102,7 @@ def test_bad_transcript_is_a_usage_error(replay: Run, tmp_path: Path, content: b
 
 
 def test_replay_takes_no_store_that_is_in_use(replay: Run, store: persist.Store) -> None:
-    """A replay plays only into a new or empty directory: it must not mix with real sessions."""
+    """A replay plays only into a new or empty directory, because it must not mix with real sessions."""
     store.create("s-42")
     result = replay("--store", store.path)
     assert result.exit_code == 2
@@ -104,14 +110,14 @@ def test_replay_takes_no_store_that_is_in_use(replay: Run, store: persist.Store)
 
 
 def test_kills_without_a_turn_are_a_usage_error(replay: Run, tmp_path: Path) -> None:
-    """Without a user message there is no turn to kill in: the replay says so instead of going on for ever."""
+    """Without a user message there is no turn to kill in, and the replay says so instead of going on for ever."""
     path = tmp_path / "only-system.json"
     path.write_text('{"messages": [{"role": "system", "content": "Be kind."}]}')
     assert replay(path, "--kills", 1).exit_code == 2
 
 
 def test_title_is_saved_after_a_conflict(store: persist.Store, capfd: pytest.CaptureFixture[str]) -> None:
-    """A title that somebody else has changed meanwhile is a conflict.
+    """A title that another writer has changed meanwhile is a conflict.
 
     The thread loads the session again, and reports both.
     """
@@ -128,9 +134,7 @@ def test_title_is_saved_after_a_conflict(store: persist.Store, capfd: pytest.Cap
 
 
 def test_title_is_merged_with_what_was_committed_since(store: persist.Store, capfd: pytest.CaptureFixture[str]) -> None:
-    """A save through an object loaded before other commits keeps them,
-    and is counted as merged (hermes-webui #3987).
-    """
+    """A save through an object from before other commits keeps them, and counts as merged (hermes-webui #3987)."""
     loaded = store.create("talk", {"title": "Talk", TITLES: {}, "messages": []})
     store.append("talk", "messages", TALK.messages[0])
     thread = TitleThread(store, loaded, TALK.turns[0], "Talk (1 of 1)")
@@ -143,9 +147,9 @@ def test_title_is_merged_with_what_was_committed_since(store: persist.Store, cap
 
 
 def test_title_that_was_no_edit_is_saved_again(store: persist.Store, capfd: pytest.CaptureFixture[str]) -> None:
-    """An object that had the title already does not edit it.
+    """A title that the object had already is not an edit.
 
-    What is reported as saved must stand there all the same.
+    A title that is reported as saved must be stored all the same.
     """
     loaded = store.create("talk", {"title": "Talk (1 of 1)", TITLES: {"turn-1": "Talk (1 of 1)"}, "messages": []})
     with store.transaction("talk") as tx:
@@ -160,9 +164,7 @@ def test_title_that_was_no_edit_is_saved_again(store: persist.Store, capfd: pyte
 
 
 def test_worker_that_ends_by_itself_is_a_failure_with_its_reason(store: persist.Store) -> None:
-    """A worker that dies of an error is named with what it wrote to its standard error,
-    and the outcome is not clean.
-    """
+    """A worker that dies of an error is named with its standard error, and the outcome is not clean."""
     store.create("talk", {"messages": []})
     (store.path / "talk.json").write_text("{")
     result = outcome.replay(Plan([TALK], store.path, workers=1))
@@ -172,7 +174,7 @@ def test_worker_that_ends_by_itself_is_a_failure_with_its_reason(store: persist.
 
 
 def test_session_that_stays_busy_is_noticed(store: persist.Store) -> None:
-    """A stream that never ends does not hang the replay: it fails after `timeout_s` and names the stuck session."""
+    """A stream that never ends does not hang the replay, which fails after `timeout_s` and names the stuck session."""
     store.create("talk", {"title": "Talk", TITLES: {}, "messages": []})
     with store.start_stream("talk") as stream:
         result = outcome.replay(Plan([TALK], store.path, workers=2, timeout_s=1.0))
@@ -183,7 +185,7 @@ def test_session_that_stays_busy_is_noticed(store: persist.Store) -> None:
 
 
 def test_worker_that_hangs_is_noticed(store: persist.Store) -> None:
-    """A worker that waits for a lock which nobody gives back is ended after `timeout_s`, and is a failure."""
+    """A worker that waits for a lock for ever is ended after `timeout_s`, and is a failure."""
     store.create("talk", {"title": "Talk", TITLES: {}, "messages": []})
     is_held, may_go = threading.Event(), threading.Event()
 

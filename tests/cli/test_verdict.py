@@ -23,7 +23,7 @@ SESSION = "allotment-irrigation"
 
 @pytest.fixture
 def judge(played: Played, directory: Path) -> Judge:
-    """Compare a copy of the played store, which the test has damaged, with what was played."""
+    """Return a function that compares a copy of the played store, which the test has damaged, with what was played."""
     shutil.copytree(played.directory, directory)
 
     def compare_copy(ledger: Ledger = played.ledger) -> list[tuple[str, str, str]]:
@@ -38,12 +38,12 @@ def place_of(data: dict[str, Any], message_id: str) -> int:
 
 
 def test_undamaged_store_has_no_findings(judge: Judge) -> None:
-    """A replay that went well is found clean: the other tests fail for their damage, not for the comparison."""
+    """A replay that went well is found clean, so the other tests fail for their damage, not for the comparison."""
     assert judge() == []
 
 
 def test_dropped_message_is_lost(judge: Judge, store: persist.Store) -> None:
-    """A message that is not there is lost, and was acknowledged."""
+    """A missing message that was acknowledged is lost."""
     with store.transaction(SESSION) as tx:
         data = tx.data
         del data["messages"][place_of(data, "m3")]
@@ -51,8 +51,9 @@ def test_dropped_message_is_lost(judge: Judge, store: persist.Store) -> None:
 
 
 def test_message_that_was_missing_once_is_lost(judge: Judge, played: Played) -> None:
-    """An acknowledged message that a worker did not find is lost, even if it was sent again and stands there at the
-    end.
+    """An acknowledged message that a worker did not find is lost.
+
+    This holds even if it was sent again and is stored at the end.
     """
     ledger = replace(
         played.ledger, messages={(SESSION, "m9"): 20, (SESSION, "m10"): 21}, seen={SESSION: [(20, 10), (23, 10)]}
@@ -66,7 +67,7 @@ def test_look_before_an_acknowledgement_proves_nothing(judge: Judge, played: Pla
 
 
 def test_message_that_stands_there_twice_is_doubled(judge: Judge, store: persist.Store) -> None:
-    """The same id twice is one doubled message, also if its copies stand side by side."""
+    """The same id twice is one doubled message, even if its copies stand side by side."""
     with store.transaction(SESSION) as tx:
         data = tx.data
         place = place_of(data, "m5")
@@ -91,7 +92,7 @@ def test_prompt_that_stayed_interrupted_is_named(judge: Judge, store: persist.St
 
 
 def test_swapped_messages_are_disordered(judge: Judge, store: persist.Store) -> None:
-    """Messages in another order than the transcript's are named, even if none is missing."""
+    """Messages in another order than that of the transcript are named, even if none is missing."""
     with store.transaction(SESSION) as tx:
         data = tx.data
         messages, one, other = data["messages"], place_of(data, "m3"), place_of(data, "m4")
@@ -100,7 +101,7 @@ def test_swapped_messages_are_disordered(judge: Judge, store: persist.Store) -> 
 
 
 def test_partial_that_is_not_marked_is_a_stray(judge: Judge, store: persist.Store) -> None:
-    """Only partials that are marked as interrupted are set aside; any other message that was not sent is named."""
+    """Only partials that are marked as interrupted are set aside. Any other message that was not sent is named."""
     with store.transaction(SESSION) as tx:
         data = tx.data
         data["messages"].append({"id": "x.answer", "role": "assistant", "content": "half an ans", "interrupted": True})
@@ -109,7 +110,7 @@ def test_partial_that_is_not_marked_is_a_stray(judge: Judge, store: persist.Stor
 
 
 def test_acknowledged_title_of_a_turn_is_lost(judge: Judge, store: persist.Store) -> None:
-    """What the background thread was told is saved must be there (hermes-webui #3987 the other way round)."""
+    """A title that the background thread was told is saved must be stored (hermes-webui #3987 the other way round)."""
     with store.transaction(SESSION) as tx:
         data = tx.data
         del data[TITLES]["turn-2"]
@@ -117,7 +118,7 @@ def test_acknowledged_title_of_a_turn_is_lost(judge: Judge, store: persist.Store
 
 
 def test_older_title_is_a_lost_title(judge: Judge, store: persist.Store, played: Played) -> None:
-    """The title that was acknowledged last stands; an older one in its place means that a save was lost."""
+    """The title that was acknowledged last must be stored. An older one in its place means that a save was lost."""
     conversation = next(each for each in played.conversations if each.session_id == SESSION)
     with store.transaction(SESSION) as tx:
         data = tx.data
@@ -126,7 +127,7 @@ def test_older_title_is_a_lost_title(judge: Judge, store: persist.Store, played:
 
 
 def test_title_of_a_killed_worker_may_stand(judge: Judge, store: persist.Store, played: Played) -> None:
-    """A worker that was killed may have saved its title without being told so: that title is no loss."""
+    """A killed worker may have saved its title without being told so, and that title is no loss."""
     conversation = next(each for each in played.conversations if each.session_id == SESSION)
     turn = conversation.turns[0]
     with store.transaction(SESSION) as tx:

@@ -1,9 +1,8 @@
-"""Every disk that a power cut may leave of every verb: old or new revision, and nothing else; what was acknowledged,
-new.
+"""Every disk that a power cut may leave of every verb: the old or the new revision, and nothing else.
 
-That the suite would notice: each single sync of each trace is left out, and each two neighbouring steps are swapped,
-and the suite must find fault with the result; `is_spare` and `is_harmless` say where it need not, and why.
-`scripts/crash-states` prints how many states there are.
+A change that was acknowledged must be there. Other tests here prove that the suite would notice a fault. They leave out
+each single sync of each trace and swap each two neighbouring steps, and the suite must find fault with the result.
+`is_spare` and `is_harmless` say where it need not, and why. `scripts/crash-states` prints how many states there are.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ by_name = pytest.mark.parametrize("scenario", [*SCENARIOS, *JOURNALED], ids=lamb
 
 @by_name
 def test_every_crash_state_is_old_or_new(scenario: Play, scratch: Path) -> None:
-    """Nothing lost, nothing torn, nobody stuck: in every state that a power cut may leave of this verb."""
+    """Nothing is lost, nothing is torn and nobody is stuck, in every state that a power cut may leave of this verb."""
     case = scenario.play(scratch)
     assert case.trace.steps, "nothing was recorded"
     assert len(list(states(case.trace))) > 1
@@ -57,8 +56,9 @@ def test_every_crash_state_is_old_or_new(scenario: Play, scratch: Path) -> None:
 
 @by_name
 def test_every_sync_is_needed(scenario: Play, scratch: Path) -> None:
-    """Leave out any single sync of the trace, and a state shows an acknowledged commit lost, a torn one or a stuck
-    session.
+    """If any single sync of the trace is left out, a state shows a fault.
+
+    The fault is an acknowledged commit that is lost, a torn commit, or a stuck session.
     """
     case = scenario.play(scratch)
     syncs = [i for i, step in enumerate(case.trace.steps) if step.kind.startswith("sync")]
@@ -72,9 +72,10 @@ def test_every_sync_is_needed(scenario: Play, scratch: Path) -> None:
 
 @by_name
 def test_the_order_is_needed(scenario: Play, scratch: Path) -> None:
-    """Swap any two neighbouring steps of which one is a sync or a rename, and a state shows it; see `is_harmless`.
+    """If two neighbouring steps are swapped of which one is a sync or a rename, a state shows it. See `is_harmless`.
 
-    Marks are left out: they speak to living processes only. That they come before the rename shows in test_abandoned.
+    Marks are left out, because they speak to living processes only. `test_old_replicas` shows that they come before the
+    rename.
     """
     case = scenario.play(scratch)
     trace = Trace(case.trace.before, tuple(step for step in case.trace.steps if not is_mark(step)))
@@ -88,7 +89,7 @@ def test_the_order_is_needed(scenario: Play, scratch: Path) -> None:
 
 @pytest.mark.parametrize("sync_kind", ["sync", "sync directory"])
 def test_what_is_found_is_made_durable_before_it_is_acknowledged(scratch: Path, sync_kind: str) -> None:
-    """An idempotent append to a file that another program wrote and never synced: both of its syncs are needed."""
+    """An idempotent append to a file that another program wrote and never synced needs both of its syncs."""
     store = persist.Store(scratch / "recorded")
     content = b'{"messages":[{"id":"m3","role":"user","content":"more"}]}'
     (store.path / "s-1.json").write_bytes(content)
@@ -105,10 +106,10 @@ def test_what_is_found_is_made_durable_before_it_is_acknowledged(scratch: Path, 
 def test_a_record_whose_sync_failed_is_written_again(
     scenario: Scenario, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That the states above would show it: with a sync alone, an acknowledged commit is lost.
+    """The states above would show a missing write: with a sync alone, an acknowledged commit is lost.
 
-    Its writer saw its fdatasync fail, and was killed. The kernel may have dropped the record, so a later sync proves
-    nothing of it. A fold is sound either way, because it writes the whole document.
+    The writer of the record saw its fdatasync fail, and was killed. The kernel may have dropped the record, so a later
+    sync proves nothing of it. A fold is sound either way, because it writes the whole document.
     """
     monkeypatch.setattr(Journal, "read_new_records", without_unsynced(Journal.read_new_records))
     case = scenario.play(scratch)
@@ -137,7 +138,7 @@ really_commit = Transaction.commit
 def commit_in_two(
     tx: Transaction, header: Header, content: Content, changes: tuple[Change, ...] | None = None
 ) -> Replica:
-    """As `Transaction.commit`, but what stands apart in a commit of its own, before the fields."""
+    """Commit as `Transaction.commit` does, but commit the values that stand apart first, and then the fields."""
     before = {} if tx._replica is None else tx._replica.content.fields
     really_commit(tx, header, Content(before, content.apart), changes)
     return really_commit(tx, header.next(), content, ())
@@ -153,7 +154,7 @@ def commit_in_two(
 )
 @pytest.mark.parametrize("kind", ["", "journal: "], ids=["document", "journal"])
 def test_a_verb_of_two_commits_is_seen(kind: str, name: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That the states above would show it: between the two, a list has changed and the fields have not."""
+    """The states above would show a verb of two commits: between the two, a list has changed, and the fields not."""
     monkeypatch.setattr(Transaction, "commit", commit_in_two)
     case = BY_NAME[kind + name].play(scratch)
     assert any(fault.startswith("neither old nor new") for fault in faults(case, case.trace, scratch, deep=False))
@@ -161,7 +162,7 @@ def test_a_verb_of_two_commits_is_seen(kind: str, name: str, scratch: Path, monk
 
 @pytest.mark.parametrize("name", ["extend", "extend that creates", "journal: extend", "journal: extend that creates"])
 def test_a_pair_that_is_two_commits_is_seen(name: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That the states above would show it: between the two, one of the pair is there."""
+    """The states above would show a pair of two commits: between the two, one of the pair is there."""
     real = persist.Store.extend
 
     def one_by_one(store: persist.Store, session_id: str, field: str, items: list[Any], **options: Any) -> str:
@@ -176,7 +177,7 @@ def test_a_pair_that_is_two_commits_is_seen(name: str, scratch: Path, monkeypatc
     "name", [name for name in BY_NAME if re.match("(journal: )?(extend|transaction|start).*killed", name)]
 )
 def test_an_answer_without_a_sync_is_seen(name: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That the states above would show it: what a killed writer left is acknowledged, and lost."""
+    """The states above would show a missing sync: the commit of a killed writer is acknowledged, and lost."""
     monkeypatch.setattr(Transaction, "confirm", lambda _tx: None)
     case = BY_NAME[name].play(scratch)
     found = list(faults(case, case.trace, scratch, deep=False))
@@ -188,7 +189,7 @@ def test_an_answer_without_a_sync_is_seen(name: str, scratch: Path, monkeypatch:
 
 
 def test_a_sync_after_a_failed_one_makes_only_later_writes_durable() -> None:
-    """The model itself: what a failed sync has given up stays given up, until it is written again."""
+    """The model itself: a sector that a failed sync has given up stays given up, until it is written again."""
     first, second = b"x" * SECTOR_BYTES, b"y" * SECTOR_BYTES
     steps = (
         Step("write", "f", 0, content=first),
@@ -203,7 +204,7 @@ def test_a_sync_after_a_failed_one_makes_only_later_writes_durable() -> None:
 
 
 def test_a_file_that_was_cut_off_may_have_either_length() -> None:
-    """The model itself: until a sync, the old length or the new one."""
+    """The model itself: until a sync, a file that was cut off has the old length or the new one."""
     long, short = b"x" * 2 * SECTOR_BYTES, b"x" * SECTOR_BYTES
     trace = Trace({"f": long}, (Step("truncate", "f", 0, position=SECTOR_BYTES),))
     assert {state["f"] for state, returned in states(trace) if returned} == {long, short}
@@ -226,7 +227,7 @@ KERNEL_CALLS = {
 
 @by_name
 def test_no_call_goes_past_the_recorder(scenario: Play, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is recorded is all that is done: each call of the kernel that matters is a step of the trace."""
+    """Everything that is done is recorded: each call of the kernel that matters is a step of the trace."""
     calls: Counter[str] = Counter()
     is_recording = False
 
@@ -277,7 +278,7 @@ def test_what_was_made_in_a_lost_directory_is_lost() -> None:
 
 @pytest.mark.parametrize("sectors", [MOST_SECTORS, 20])
 def test_a_torn_file_is_left_in_every_extreme_way(sectors: int) -> None:
-    """Few sectors are lost in all 2**n ways; many in the extreme ways and a sample, the same one each time."""
+    """Few sectors are lost in all 2**n ways. Many are lost in the extreme ways and a sample, the same one each time."""
     content = b"x" * SECTOR_BYTES * sectors
     trace = Trace({"f": b""}, (Step("write", "f", 0, content=content),))
     found = {kept_sectors(state["f"] or b"") for state, _ in states(trace)}
@@ -296,7 +297,7 @@ def kept_sectors(content: bytes) -> tuple[bool, ...]:
 
 
 def is_spare(trace: Trace, index: int) -> bool:
-    """A step that this trace could do without; each is needed in another one."""
+    """Tell whether this trace could do without a step. Each such step is needed in another trace."""
     steps, step = trace.steps, trace.steps[index]
     return (
         (step.kind == "sync" and not _has_news(steps[:index], step.file))
@@ -307,7 +308,10 @@ def is_spare(trace: Trace, index: int) -> bool:
 
 
 def _is_written_again(trace: Trace, index: int) -> bool:
-    """What a killed writer has written is written once more: its sync may have failed. Here it was not tried."""
+    """Tell whether a write repeats the record of a killed writer, where the writer's sync was not tried.
+
+    The record is written once more, because its sync may have failed.
+    """
     step = trace.steps[index]
     has_failed = any(each.kind == "failed sync" and each.file == step.file for each in trace.steps[:index])
     before, after = (written_to(step.file, Trace(trace.before, trace.steps[:end])) for end in (index, index + 1))
@@ -315,20 +319,20 @@ def _is_written_again(trace: Trace, index: int) -> bool:
 
 
 def _has_news(steps: Sequence[Step], file: int) -> bool:
-    """Whether a file was written to since it was synced.
+    """Tell whether a file was written to since it was synced.
 
-    `confirm` and the first record of a process sync also what its writer has synced, maybe under another name: they
-    cannot know. Their need shows with the files of another program, above.
+    `confirm` and the first record of a process also sync data that its writer has synced, maybe under another name,
+    because they cannot know. The tests above with the files of another program show that these syncs are needed.
     """
     kinds = [step.kind for step in steps if step.file == file and step.kind in ("write", "sync")]
     return kinds[-1:] == ["write"]
 
 
 def _is_spare_sync_of_directory(steps: Sequence[Step], index: int) -> bool:
-    """Nothing was made in it, or it is synced twice before any rename.
+    """Tell whether nothing was made in a directory, or whether it is synced twice before any rename.
 
-    `Store` syncs what another process may just have made, also where it has made and synced it itself. Each of the two
-    syncs is needed where it is alone: in "first start", and in the scenarios "not yet synced".
+    `Store` syncs names that another process may just have made, also where it has made and synced them itself. Each of
+    the two syncs is needed where it is alone: in "first start", and in the scenarios "not yet synced".
     """
     step = steps[index]
     # The name of a lock file need not be durable.
@@ -340,12 +344,16 @@ def _is_spare_sync_of_directory(steps: Sequence[Step], index: int) -> bool:
 
 
 def _removes_a_journal(step: Step) -> bool:
-    """Of several, the last one is that of the document which was replaced; no document names those that go before."""
+    """Tell whether a step removes a journal.
+
+    Of several such steps, the last one removes the journal of the document that was replaced. No document names the
+    earlier ones.
+    """
     return step.kind == "unlink" and step.path.endswith(".journal")
 
 
 def is_mark(step: Step) -> bool:
-    """What takes a journal out of use, or a file of events."""
+    """Tell whether a step takes a journal, or a file of events, out of use."""
     return step.kind == "write" and step.content in (MARK, b'{"moved":true}\n')
 
 
@@ -354,7 +362,7 @@ def _is_journal(step: Step) -> bool:
 
 
 def is_harmless(one: Step, two: Step) -> bool:
-    """Two steps whose order cannot matter, or that cannot come in another order."""
+    """Tell whether the order of two steps cannot matter, or cannot be another one."""
     kinds = {one.kind, two.kind}
     if "create" in kinds and one.file == two.file:
         return True  # nothing can be written to a file before it is made
@@ -371,10 +379,10 @@ def is_harmless(one: Step, two: Step) -> bool:
     if any(step.path.endswith(".lock") for step in (one, two)):
         return True  # a lock file has no content, and a missing one is made
     if any(step.kind == "write" and step.directory.endswith(".leases") for step in (one, two)):
-        return True  # what a lease says is for people; what counts is its name, and the kernel's lock
+        return True  # a lease's text is for people, and only its name and the kernel's lock count
     are_events = [step.directory == ".events" for step in (one, two)]
     if all(are_events) and kinds == {"sync", "sync directory"}:
         return True  # an event is acknowledged after both
     if any(are_events) and kinds == {"write", "sync directory"} and one.directory != two.directory:
-        return True  # an end line is no part of the commit; who misses it asks the document
+        return True  # an end line is no part of the commit, and a reader that misses it asks the document
     return not {"sync", "sync directory", "rename"} & kinds

@@ -1,7 +1,4 @@
-"""What a power cut leaves of a journal: of a record that was never acknowledged, any part.
-
-Of all others, everything.
-"""
+"""A power cut leaves any part of a journal's record that was never acknowledged, and all of every other record."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from persist.storage.journal import opening
 
 
 def journal_of(state: Disk | persist.Store) -> str:
-    """The name of the one journal."""
+    """Return the name of the one journal."""
     names = read_disk(state.path) if isinstance(state, persist.Store) else state
     [name] = [name for name in names if name.endswith(".journal")]
     return name
@@ -37,16 +34,16 @@ def size_of(store: persist.Store) -> int:
 
 
 def padding(scratch: Path, item: dict[str, str], *, end: int) -> str:
-    """What makes a record with this item end at such a byte of a sector."""
+    """Return the text that makes a record with this item end at such a byte of a sector."""
     store = journaled_store(scratch / "measured")
     store.append("s-1", "messages", item)
     return "x" * ((end - size_of(store)) % SECTOR_BYTES)
 
 
 def torn_states(store: persist.Store, item: dict[str, str]) -> tuple[list[Disk], Disk, Disk]:
-    """Every way in which the record of an item may be left, if its writer was killed.
+    """Return every disk that holds a torn record of an item, because its writer was killed.
 
-    And the disk before it and after it.
+    Return also the disk before the record and the disk after it.
     """
     trace = record(store.path, lambda: store.append("s-1", "messages", item))
     [write] = [step for step in trace.steps if step.kind == "write"]
@@ -58,11 +55,10 @@ def torn_states(store: persist.Store, item: dict[str, str]) -> tuple[list[Disk],
     return [state for state in left if (state[journal] or b"").rstrip(b"\0") not in whole], before, after
 
 
-# Where the record ends: anywhere; with its newline alone in a sector; with a sector.
+# The record ends anywhere, or with its newline alone in a sector, or with a sector.
 @pytest.mark.parametrize("end", [300, 1, 0], ids=lambda end: f"ends at {end}")
 def test_a_torn_tail_is_no_record_and_the_next_writer_folds_it_away(scratch: Path, end: int) -> None:
-    """Nothing torn, nothing lost: whatever is left of a record, the session is as before it, and what is appended next
-    stays.
+    """Nothing is torn or lost, whatever is left of a record: the session is as before it, and the next append stays.
 
     Fails if a torn tail is not folded away (`tail.is_torn` taken out of `_must_fold`), and if the fold puts its mark
     into the torn tail (`_needs_mark`).
@@ -93,7 +89,7 @@ def test_a_torn_tail_does_not_keep_what_stands_before_it_from_being_acknowledged
             store = ALWAYS.open(scratch / "torn")
             old = documents(store)
             trace = record(store.path, lambda store=store: append(store))  # type: ignore[misc]
-            # The first one is of the store's own name.
+            # The first sync is that of the store's own name.
             assert [step.kind for step in trace.steps] == ["sync directory", "sync", "sync directory", "write", "sync"]
             assert read_disk(store.path) == state
             case = Case(trace, old, documents(store), mode=ALWAYS)
@@ -102,7 +98,7 @@ def test_a_torn_tail_does_not_keep_what_stands_before_it_from_being_acknowledged
 
 
 def test_two_records_of_which_neither_was_acknowledged_may_be_torn(scratch: Path) -> None:
-    """A killed writer's record and the next one's, cut before any sync: in no state is the session taken for damaged.
+    """The records of a killed writer and of the next one are cut before any sync, and no state is taken for damaged.
 
     Fails if a bad line with a good one behind it is always taken for damage.
     """
@@ -123,7 +119,7 @@ def test_two_records_of_which_neither_was_acknowledged_may_be_torn(scratch: Path
 def test_what_another_program_has_copied_is_made_durable(
     scratch: Path, kind: str, suffix: str, is_idempotent: bool
 ) -> None:
-    """A session that was restored from a backup, and never synced: each of the first commit's syncs is needed.
+    """After the restore of a backup that was never synced, each of the first commit's syncs is needed.
 
     Fails without `commit._settle` in a commit and in `confirm`, which syncs the document and the directory, and without
     either of these two syncs.
@@ -142,21 +138,24 @@ def test_what_another_program_has_copied_is_made_durable(
     around = {name: content for name, content in trace.before.items() if name not in backup}
     trace = Trace(around, tuple(renumbered(step, list(trace.before), list(around)) for step in (*copied, *trace.steps)))
     new = documents(store)
-    # Of the journal, that of the new record: it makes durable what stands before it, too.
+    # For the journal, this is the sync of the new record. It makes the earlier records durable, too.
     *_, place = (i for i, step in enumerate(trace.steps) if step.kind == kind and step.path.endswith(suffix))
     assert shown(trace, scratch) == [new]
     assert shown(trace.without(place), scratch) != [new]
 
 
 def renumbered(step: Step, before: list[str], around: list[str]) -> Step:
-    """The same, where the copied files count as made by the trace: files that were there are known by their place."""
+    """Return the same step, where the copied files count as made by the trace.
+
+    Files that were there are known by their place.
+    """
     name = before[step.file] if 0 <= step.file < len(before) else None
     number = around.index(name) if name in around else step.file + len(before)
     return replace(step, file=step.file if step.file < 0 else number)
 
 
 def shown(trace: Trace, scratch: Path) -> list[object]:
-    """What the session may be after the verb has returned and the power was cut; each once."""
+    """Return all that the session may be after the verb has returned and the power was cut, each once."""
     found: list[object] = []
     for state, returned in states(trace):
         if returned:
@@ -167,7 +166,7 @@ def shown(trace: Trace, scratch: Path) -> list[object]:
 
 
 def test_without_its_first_sync_of_the_directory_a_fold_loses_the_session(scratch: Path) -> None:
-    """The new journal's name must be durable before the rename: else a document may be left whose journal is missing.
+    """The new journal's name must be durable before the rename. Otherwise a document may be left without its journal.
 
     Fails if `commit._publish` does not sync the directory.
     """
@@ -187,10 +186,10 @@ def test_without_its_first_sync_of_the_directory_a_fold_loses_the_session(scratc
 
 
 def test_an_acknowledged_record_stands_in_a_journal_that_bears_its_name_durably(scratch: Path) -> None:
-    """A fold was killed between its rename and its last sync; who appends to the new journal makes its name durable
-    first.
+    """A process that appends to a new journal makes its name durable first, because the fold may not have done so.
 
-    Fails without `commit._is_settled`: after the cut the old document is there, with the old journal.
+    The fold was killed between its rename and its last sync. Fails without `commit._is_settled`: after the cut the old
+    document is there, with the old journal.
     """
     case = journaled("append", append, recorded, lambda store: store.compact("s-1"), is_cold=True).play(scratch)
     after_rename = [step.kind for step in case.trace.steps].index("rename") + 1
@@ -202,7 +201,10 @@ def test_an_acknowledged_record_stands_in_a_journal_that_bears_its_name_durably(
 
 
 def test_the_journal_of_another_document_is_not_taken_for_this_one(scratch: Path) -> None:
-    """Nothing is read from it, and nothing recorded in it. Fails if `Journal.check_opening` takes any opening."""
+    """The store reads nothing from another document's journal, and records nothing in it.
+
+    Fails if `Journal.check_opening` takes any opening.
+    """
     store = journaled_store(scratch / "sessions")
     another = ALWAYS.open(scratch / "another")
     another.create("s-1", {"messages": []})
@@ -217,7 +219,7 @@ def test_the_journal_of_another_document_is_not_taken_for_this_one(scratch: Path
 
 
 def test_what_a_process_knows_of_a_journal_is_compared_with_it(scratch: Path) -> None:
-    """A backup was restored under a running server: its next record follows what is there, not what it knew.
+    """After a backup was restored under a running server, its next record follows the file, not the server's memory.
 
     Fails if the record that a process knew as the last is not looked for (`ends_at`).
     """
@@ -233,7 +235,7 @@ def test_what_a_process_knows_of_a_journal_is_compared_with_it(scratch: Path) ->
 
 @pytest.mark.parametrize("is_cold", [False, True], ids=["warm", "cold"])
 def test_however_many_folds_were_cut_off_compact_leaves_nothing_over(scratch: Path, is_cold: bool) -> None:
-    """Each of them has left a journal that no document names; all of them are gone."""
+    """Each cut-off fold has left a journal that no document names. `compact` removes all of them."""
     store = journaled_store(scratch / "sessions")
     for number in range(2, 9):
         name = f"{number:016x}"
@@ -246,7 +248,7 @@ def test_however_many_folds_were_cut_off_compact_leaves_nothing_over(scratch: Pa
 
 
 def test_a_record_is_one_write_and_one_fdatasync(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A warm append is two calls that reach the disk, and nothing but the record is synced."""
+    """A warm append makes two calls that reach the disk, and syncs nothing but the record."""
     store = journaled_store(scratch / "sessions")
     calls: list[int] = []
     real = os.fdatasync

@@ -21,7 +21,7 @@ by_removal = pytest.mark.parametrize("refuses_removal", [False, True], ids=["jou
 def endings(
     deeds: tuple[Deed, Deed], scratch: Path, *, refuses_removal: bool, of_both: bool = False
 ) -> dict[tuple[Kill | None, Kill | None], Ending]:
-    """What comes of two deeds, whenever the first process is killed, or both are."""
+    """Return the outcome of two deeds for each kill of the first process, or for each kill of both."""
     whole = play(deeds, scratch, refuses_removal=refuses_removal)
     found: dict[tuple[Kill | None, Kill | None], Ending] = {(None, None): whole}
     for kill in whole.first.kills_at_effects if of_both else whole.first.kills:
@@ -43,7 +43,7 @@ def faults(found: dict[tuple[Kill | None, Kill | None], Ending]) -> dict[tuple[K
 def test_an_old_replica_loses_nothing_whenever_the_first_process_is_killed(
     scratch: Path, first: Deed, second: Deed, refuses_removal: bool
 ) -> None:
-    """Nothing lost: the first process is killed at every disk call, and the second one comes to its end."""
+    """Nothing is lost if the first process is killed at any disk call, and the second one comes to its end."""
     found = endings((first, second), scratch, refuses_removal=refuses_removal)
     assert len(found) > 10
     assert faults(found) == {}
@@ -54,7 +54,7 @@ def test_an_old_replica_loses_nothing_whenever_the_first_process_is_killed(
 def test_an_old_replica_loses_nothing_whenever_both_processes_are_killed(
     scratch: Path, first: Deed, second: Deed
 ) -> None:
-    """Nothing lost: each is killed at every call that changes the disk, and every pair of these is played."""
+    """Nothing is lost if each process is killed at any call that changes the disk. Every pair of these is played."""
     found = endings((first, second), scratch, refuses_removal=False, of_both=True)
     assert len(found) > 5
     assert faults(found) == {}
@@ -64,7 +64,7 @@ def test_an_old_replica_loses_nothing_whenever_both_processes_are_killed(
 def test_without_the_mark_an_old_replica_loses_commits(
     scratch: Path, first: Deed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That the test above would notice: each way to take a journal out of use needs its mark."""
+    """The test above would notice a missing mark: each way to take a journal out of use needs its mark."""
     monkeypatch.setattr(commit, "put_mark", lambda *_: None)
     found = faults_of_any(first, scratch)
     assert any(fault.startswith("acknowledged and lost") for fault in found)
@@ -75,7 +75,7 @@ def test_without_the_mark_an_old_replica_loses_commits(
 def test_a_mark_that_comes_after_the_rename_is_too_late(
     scratch: Path, first: Deed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that is killed between the two leaves a journal that is out of use and has no mark."""
+    """A process that is killed between rename and mark leaves a journal that is out of use and has no mark."""
     marks: list[tuple[Any, ...]] = []
     real_mark, real_replace = commit.put_mark, disk.replace
 
@@ -93,7 +93,7 @@ def test_a_mark_that_comes_after_the_rename_is_too_late(
 
 
 def faults_of_any(first: Deed, scratch: Path) -> list[str]:
-    """The faults of a first deed, with journals that stay; at most those of one second deed."""
+    """Return the faults of a first deed, with journals that stay. They are at most those of one second deed."""
     for second in SECOND:
         found = faults(endings((first, second), scratch, refuses_removal=True))
         if found:

@@ -1,7 +1,6 @@
-"""Power cuts on real file systems lose nothing that was acknowledged; and the harness sees what is lost with a step
-left out.
+"""Power cuts on real file systems lose nothing that was acknowledged. The harness sees the loss if a step is left out.
 
-Skipped, with the reason, where this machine does not let a file system be made, mounted and shut down.
+The tests are skipped, with the reason, where this machine does not let a file system be made, mounted and shut down.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ NO_SYNC_OF_A_DELETE = (
     "            disk.unlink(paths.document)\n            try:\n                pass\n",
 )
 NO_SECOND_LOOK = ("storage/disk.py", "            os.fstat(fd)\n", "")
-# Of journals.
+# Mutations of journals.
 NO_SYNC_OF_A_RECORD = ("storage/disk.py", "        os.fdatasync(fd)\n", "")
 NOT_WRITTEN_AGAIN = (
     "storage/commit.py",
@@ -90,9 +89,9 @@ def test_no_acknowledged_commit_is_lost_by_a_power_cut(file_system: str, journal
     [
         pytest.param("ext4-noauto", "never", NO_FILE_SYNC, {"torn"}, id="no-file-sync"),
         pytest.param("ext4-noauto", "never", NO_DIRECTORY_SYNC, {"lost"}, id="no-directory-sync"),
-        # A session that comes back.
+        # Here a torn finding is a session that comes back.
         pytest.param("ext4-noauto", "never", NO_SYNC_OF_A_DELETE, {"torn"}, id="no-sync-of-a-delete"),
-        # Torn: a delete that was acknowledged.
+        # Here a torn finding is a delete that was acknowledged.
         pytest.param("xfs", "never", NO_SECOND_LOOK, {"lost", "torn"}, id="believes-an-xfs-that-is-shut-down"),
         pytest.param("ext4", "mixed", FIELDS_THROWN_AWAY, {"lost"}, id="a-save-drops-small-fields"),
         pytest.param("ext4", "always", NO_SYNC_OF_A_RECORD, {"lost"}, id="no-sync-of-a-record"),
@@ -112,7 +111,10 @@ def test_the_power_cuts_see_a_missing_step(
 
 @pytest.mark.parametrize("options", [[], ["--warm"]], ids=["cold", "warm"])
 def test_an_acknowledged_append_covers_a_record_whose_sync_failed(options: list[str]) -> None:
-    """Nothing lost: its writer was killed, and the kernel has dropped it; the next append makes both durable."""
+    """Nothing is lost of a record that the kernel has dropped after its writer was killed.
+
+    The next append makes both records durable.
+    """
     done = failed_sync(PACKAGE_PARENT, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "both are there\n"
@@ -120,7 +122,7 @@ def test_an_acknowledged_append_covers_a_record_whose_sync_failed(options: list[
 
 @pytest.mark.parametrize("options", [[], ["--warm"]], ids=["cold", "warm"])
 def test_the_power_cut_sees_a_record_that_is_synced_and_not_written_again(tmp_path: Path, options: list[str]) -> None:
-    """With a sync alone, the record is lost that the kernel has dropped, and with it the acknowledged one."""
+    """With a sync alone, the record that the kernel has dropped is lost, and with it the acknowledged one."""
     write_mutated_package(NOT_WRITTEN_AGAIN, tmp_path)
     done = failed_sync(tmp_path, *options)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -137,7 +139,7 @@ def failed_sync(package_parent: Path, *options: str) -> subprocess.CompletedProc
 @pytest.mark.parametrize(
     ("mutation", "cuts", "patience_s", "verdict"),
     [
-        # The first author imports the package anew: those that hang come after it.
+        # The first author imports the package anew. The authors that hang come after it.
         pytest.param(HANGS, 2, 1, "idle: no commit for 1 s", id="every-verb-hangs"),
         pytest.param(STREAMS_HANG, 1, 2, "idle: ['own'] have done nothing", id="one-role-hangs"),
     ],
@@ -145,7 +147,7 @@ def failed_sync(package_parent: Path, *options: str) -> subprocess.CompletedProc
 def test_a_run_in_which_too_little_is_done_does_not_pass(
     tmp_path: Path, mutation: Mutation, cuts: int, patience_s: int, verdict: str
 ) -> None:
-    """A cut follows a commit, and each kind of process gets something done, though it be after the last cut."""
+    """A cut follows a commit, and each kind of process gets something done, even if only after the last cut."""
     write_mutated_package(mutation, tmp_path)
     done = powercut("ext4", cuts, tmp_path, f"--patience={patience_s}")
     assert done.returncode == 1, done.stdout + done.stderr
@@ -153,7 +155,7 @@ def test_a_run_in_which_too_little_is_done_does_not_pass(
 
 
 def test_what_was_raised_before_a_cut_counts_and_what_came_of_it_does_not(tmp_path: Path) -> None:
-    """Also an error that was heard of only after the cut: it tells when it was raised."""
+    """An error before a cut counts, also if it was heard of only after the cut: it tells when it was raised."""
     watch = Watch(tmp_path, Figures(), Plan())
     watch.crew.raised += [Raised(1.0, "an error"), Raised(3.0, "the disk is gone")]
     watch.blame(until_s=2.0)
@@ -171,11 +173,11 @@ def test_the_power_cuts_see_an_error_that_no_cut_has_caused(tmp_path: Path) -> N
 
 
 def test_an_interrupted_run_does_not_pass() -> None:
-    """Ctrl-C ends it with the figures of the file system at hand, and no other one is begun."""
+    """Ctrl-C ends the run with the figures of the file system at hand, and no other one is begun."""
     command = [*PYTHON, "-m", "harness.powercut"]
     with subprocess.Popen(command, env=environment(PACKAGE_PARENT), stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
-        # From its first line on it takes Ctrl-C for a question.
+        # From its first line on, the run takes Ctrl-C as a request to end.
         said = running.stdout.readline()
         running.send_signal(signal.SIGINT)
         said += running.communicate(timeout=DEADLINE_S)[0]

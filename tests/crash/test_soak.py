@@ -1,4 +1,4 @@
-"""Soak, in short; `scripts/soak` is the long form. And the soak sees what is lost when a mechanism is out."""
+"""The short form of the soak, whose long form is `scripts/soak`. It also sees the loss if a mechanism is taken out."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ NOT_CLOSED = ("storage/transaction.py", "                disk.close(fd)\n", "   
     ],
 )
 def test_thousands_of_commits_leave_nothing_behind(scratch: Path, journaling: Journaling) -> None:
-    """6,000 commits of every kind: the same descriptors, flat memory, no stray file, and each session holds what it
-    must.
+    """6,000 commits of every kind leave the same descriptors, flat memory and no stray file.
+
+    Each session holds what it must.
     """
     soaked = soak(scratch / "sessions", 6_000, journaling)
     assert soaked.commits >= 6_000

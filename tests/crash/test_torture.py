@@ -1,4 +1,4 @@
-"""kill -9 at random instants loses nothing; and the torture sees what is lost when a mechanism is out."""
+"""kill -9 at random instants loses nothing. The torture sees the loss if a mechanism is taken out."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ONE_BY_ONE = (
     "            version = self._add(session_id, field, [line], key, create, touch, timeout_s)\n"
     "        return version\n",
 )
-# What stands apart in a commit of its own, before the fields.
+# The values that stand apart are in a commit of their own, before the fields.
 COMMIT_IN_TWO = (
     "storage/transaction.py",
     "        after = commit.commit(self, before, header, content, changes or (), self._fd)\n",
@@ -82,7 +82,7 @@ UNCOUNTED = ("merge.py", "total = t + (m - (b or 0))", "total = max(t, m)")
 UNMARKED = ("turn.py", "messages[place][INTERRUPTED] = True", "pass")
 NOT_MIRRORED = ("turn.py", '["pending_user_message"] = prompt.get("content")', '["pending_user_message"] = ""')
 
-# Of journals.
+# Mutations of journals.
 TRUSTS_ITS_END = (
     "storage/journal.py",
     '        return found[len(fingerprint) :] in (b"", b"\\0")\n',
@@ -123,7 +123,7 @@ def torture(kills: int, package_parent: Path, scratch: Path, *more: str) -> subp
 def test_nothing_acknowledged_is_lost_torn_or_doubled_by_kills(
     tmp_path: Path, journal: str, fold: str, passed: set[str]
 ) -> None:
-    """After each kill every acknowledged item is there once, in its writer's order; at the end no file is stray."""
+    """After each kill every acknowledged item is there once, in its writer's order. At the end no file is stray."""
     done = torture(30, PACKAGE_PARENT, tmp_path, f"--journal={journal}", f"--fold={fold}")
     assert done.returncode == 0, done.stdout + done.stderr
     figures = {
@@ -141,22 +141,22 @@ def test_nothing_acknowledged_is_lost_torn_or_doubled_by_kills(
         pytest.param(NOT_WRITTEN, 150, {"lost"}, id="acknowledged-and-not-written"),
         pytest.param(NOT_IDEMPOTENT, 150, {"doubled"}, id="append-is-not-idempotent"),
         pytest.param(ONE_BY_ONE, 150, {"torn"}, id="pair-in-two-commits"),
-        # Lost is a visit whose message is there.
+        # The lost finding is a visit whose message is there.
         pytest.param(COMMIT_IN_TWO, 150, {"torn", "lost"}, id="transaction-in-two-commits"),
         pytest.param(ANY_VERSION, 150, {"lost"}, id="delete-of-any-version"),
         pytest.param(CREATES_ANEW, 150, {"lost"}, id="create-where-a-session-is"),
-        # Raised by the client that was to be told the answer. Lost is what the second start writes over.
+        # The client that was to be told the answer raises. The lost finding is overwritten by the second start.
         pytest.param(NOT_ONCE, 300, {"raised", "lost", "torn"}, id="answered-prompt-is-started-again"),
-        # Raised by the reader of a half.
+        # The reader of a half raises.
         pytest.param(IN_PLACE, 150, {"torn", "raised"}, id="written-in-place"),
         pytest.param(TEMPS_OF_THEIR_OWN, 40, {"stray"}, id="temps-that-nobody-removes"),
-        # Raised by the owner, as StreamLost; lost is the stream that the document must show.
+        # The owner raises StreamLost. The lost finding is the stream that the document must show.
         pytest.param(NO_LEASE, 150, {"raised", "lost"}, id="live-streams-are-cleared"),
-        # Torn, where a title goes together with what nobody has acknowledged yet.
+        # The finding is torn where a title goes together with a change that nobody has acknowledged yet.
         pytest.param(FIELDS_THROWN_AWAY, 40, {"lost", "torn"}, id="a-save-drops-small-fields"),
         pytest.param(OLD_TITLE, 150, {"lost"}, id="a-save-brings-an-old-title-back"),
         pytest.param(UNCOUNTED, 150, {"lost"}, id="one-of-two-visits-is-not-counted"),
-        # Torn, where it was for others to mark the turn of a dead process.
+        # The finding is torn where others had to mark the turn of a dead process.
         pytest.param(UNMARKED, 40, {"lost", "torn"}, id="no-mark-on-an-interrupted-turn"),
         pytest.param(NOT_MIRRORED, 40, {"lost"}, id="a-prompt-missing-from-the-stream-fields"),
     ],
@@ -173,18 +173,18 @@ def test_the_torture_sees_a_planted_bug(tmp_path: Path, mutation: Mutation, kill
 @pytest.mark.parametrize(
     ("mutation", "fold", "verdicts"),
     [
-        # A record is written over, or two stand behind the same one: damage, to whoever comes next.
+        # A record is written over, or two records stand behind the same one. The next process finds damage.
         pytest.param(TRUSTS_ITS_END, "normal", {"lost", "torn", "raised"}, id="does-not-look-behind-the-end-it-knows"),
         pytest.param(TRUSTS_ITS_REPLICA, "1", {"lost", "torn", "raised"}, id="does-not-look-at-the-files"),
         pytest.param(OLD_JOURNAL_GOES_FIRST, "1", {"torn", "raised"}, id="the-old-journal-goes-before-the-rename"),
-        # Raised by a fold, which compares the replica with the files.
+        # A fold raises, because it compares the replica with the files.
         pytest.param(HEAD_IS_LEFT_OUT, "normal", {"lost", "raised"}, id="small-fields-missing-from-a-record"),
     ],
 )
 def test_the_torture_sees_a_bug_planted_in_the_journal(
     tmp_path: Path, mutation: Mutation, fold: str, verdicts: set[str]
 ) -> None:
-    """With every session journaled; as above."""
+    """With every session journaled and one mechanism taken out, the torture ends with that verdict."""
     write_mutated_package(mutation, tmp_path)
     done = torture(150, tmp_path, tmp_path, "--journal=always", f"--fold={fold}")
     assert done.returncode == 1, done.stdout + done.stderr
@@ -202,8 +202,9 @@ def test_the_torture_sees_a_bug_planted_in_the_journal(
 def test_a_run_in_which_too_little_is_done_does_not_pass(
     tmp_path: Path, mutation: Mutation, patience_s: int, verdict: str
 ) -> None:
-    """What was never acknowledged cannot be lost: each kill follows a commit, and each kind of process gets something
-    done.
+    """Each kill follows a commit, and each kind of process gets something done.
+
+    Otherwise the run would pass, because a change that was never acknowledged cannot be lost.
     """
     write_mutated_package(mutation, tmp_path)
     done = torture(20, tmp_path, tmp_path, f"--patience={patience_s}")
@@ -212,11 +213,11 @@ def test_a_run_in_which_too_little_is_done_does_not_pass(
 
 
 def test_an_interrupted_run_does_not_pass(tmp_path: Path) -> None:
-    """Ctrl-C ends it with its figures, and with the status of a program that SIGINT has ended."""
+    """Ctrl-C ends the run with its figures, and with the status of a program that SIGINT has ended."""
     command = [*PYTHON, "-m", "harness.torture", f"--directory={tmp_path}"]
     with subprocess.Popen(command, env=environment(PACKAGE_PARENT), stdout=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
-        # From its first line on it takes Ctrl-C for a question.
+        # From its first line on, the run takes Ctrl-C as a request to end.
         said = running.stdout.readline()
         running.send_signal(signal.SIGINT)
         said += running.communicate(timeout=DEADLINE_S)[0]

@@ -1,6 +1,6 @@
 """The short form of `scripts/fuzz`: real documents, spoilt at random, are refused or read as what they say.
 
-And the fuzzing sees a check that is missing.
+The fuzzing also notices a check that is missing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from persist.storage import document, journal
 
 DEADLINE_S = 60
 
-# Derandomised, as in tests/unit: a build must not fail by luck. scripts/fuzz looks further.
+# Derandomised, as in tests/unit, because a build must not fail by luck. scripts/fuzz looks further.
 SETTINGS = settings(
     deadline=None, derandomize=True, database=None, max_examples=400, suppress_health_check=list(HealthCheck)
 )
@@ -56,8 +56,9 @@ def bench() -> Iterator[Bench]:
 
 
 def test_the_oracle_accepts_what_was_not_spoilt(bench: Bench) -> None:
-    """Real documents pass, and sealing one that is right changes nothing:
-    else every verdict below would be worthless.
+    """The oracle accepts real documents, and sealing one that is right changes nothing.
+
+    Otherwise every verdict below would be worthless.
     """
     for content in bench.documents:
         assert seal(content) == seal(content, fits=True) == content
@@ -65,9 +66,7 @@ def test_the_oracle_accepts_what_was_not_spoilt(bench: Bench) -> None:
 
 
 def test_the_oracle_notices_a_wrong_document(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that answers something else than a document says is caught,
-    and one that answers where it must refuse.
-    """
+    """The oracle catches a reader that answers anything but what a document says, or that does not refuse."""
     [content] = [content for content in bench.documents if b'"title":"t"' in content and b'"big"' in content]
     spoilt = content.replace(b'"title":"t"', b'"title":"u"')
     assert spoilt != content
@@ -81,9 +80,9 @@ def test_the_oracle_notices_a_wrong_document(bench: Bench, monkeypatch: pytest.M
 
 
 def test_a_document_of_another_program_needs_no_checksum(bench: Bench) -> None:
-    """What has no header is judged by what it says.
+    """A document without a header needs no checksum, because only its content counts.
 
-    With a header's name, or with its parts under another name, it is not.
+    A document with a header's name, or with a header's parts under another name, is not trusted.
     """
     foreign = b'{"title":"t","messages":[]}'
     header = b'{"checksum":"","incarnation":"","parts":{}}'
@@ -104,7 +103,7 @@ NO_HEADER_CHECKSUM = (
     "    if shape is None or _checksum(memoryview(line)[shape.end() :]).encode() != shape[1]:\n",
     "    if shape is None:\n",
 )
-# A damaged document that is strict JSON still.
+# The result is a damaged document that is still strict JSON.
 HALF_A_CHECKSUM = (
     "storage/document.py",
     "            raise self._mismatch(content) from None\n",
@@ -127,7 +126,7 @@ NO_HEAD_CHECKSUM = (
     ],
 )
 def test_the_fuzzing_sees_a_missing_check(tmp_path: Path, mutation: Mutation, reader: str) -> None:
-    """With one check taken out of a copy of the package, some mutants show a document that was to be refused."""
+    """With one check taken out of a copy of the package, some mutants show a document that must be refused."""
     write_mutated_package(mutation, tmp_path)
     done = run_harness("fuzzing", ["--minutes=0.15", f"--directory={tmp_path}"], tmp_path, DEADLINE_S)
     assert done.returncode == 1, done.stdout + done.stderr
@@ -143,24 +142,27 @@ def _put(bench: Bench, content: bytes) -> Path:
 @SETTINGS
 @given(dice=st.randoms(use_true_random=False))
 def test_a_spoilt_document_is_refused_or_read_as_it_is(bench: Bench, dice: random.Random) -> None:
-    """Typed error, or what an independent parse of the bytes says; also where an attacker has sealed it anew."""
+    """A spoilt document gives a typed error, or what an independent parse of its bytes says.
+
+    This also holds for a document that an attacker has sealed anew.
+    """
     content, is_sealed = mutant(dice, bench.documents)
     assert bench.oracle.complaint(content, is_sealed=is_sealed) is None
 
 
-# Found by scripts/fuzz, once: each was read as something else than its bytes say, or gave no typed error.
+# scripts/fuzz found each of these once: it was read as something else than its bytes say, or gave no typed error.
 def fitting(content: bytes) -> bytes:
     """Seal a document with its own lengths and counts."""
     return seal(content, fits=True)
 
 
 def with_fields_of(content: bytes, size: bytes) -> bytes:
-    """Say something else of the length of the fields, sealed."""
+    """Seal the document with another length of its fields in the header."""
     return seal(re.sub(rb'"fields":\{"bytes":\d+', b'"fields":{"bytes":' + size, content))
 
 
 def with_count_of(content: bytes, count: int) -> bytes:
-    """Say something else of the number of the messages, sealed."""
+    """Seal the document with another number of messages in the header."""
     return seal(re.sub(rb'"count":\d+', b'"count":%d' % count, fitting(content), count=1))
 
 
@@ -172,7 +174,7 @@ def without_checksum_of_fields(content: bytes) -> bytes:
     return seal(re.sub(rb'("fields":\{"bytes":0),"checksum":"\w+"', rb"\1", without_fields(content)))
 
 
-#: Made of a document with a title, lists and a large text.
+#: Each function spoils a document with a title, lists and a large text.
 FOUND: dict[str, Callable[[bytes], bytes]] = {
     "fields that end in mid-field": lambda content: with_fields_of(content, b"12"),
     "fields that hold a list": lambda content: with_fields_of(content, b"%d" % len(content.partition(b"\n")[2][:-9])),
@@ -204,7 +206,10 @@ FOUND: dict[str, Callable[[bytes], bytes]] = {
 
 
 def test_a_comma_behind_the_header_of_an_empty_session_is_damage(bench: Bench) -> None:
-    """No checksum covers the end of line 1. Fails if it is only looked at where fields or lists follow."""
+    """A comma after the header of an empty session is damage, although no checksum covers the end of line 1.
+
+    Fails if the reader only looks at it where fields or lists follow.
+    """
     [empty] = [content for content in bench.documents if b'"parts":{}}\n}\n' in content]
     spoilt = empty.replace(b'"parts":{}}\n', b'"parts":{}},\n')
     _put(bench, spoilt)
@@ -215,7 +220,10 @@ def test_a_comma_behind_the_header_of_an_empty_session_is_damage(bench: Bench) -
 
 @pytest.mark.parametrize("spoil", FOUND.values(), ids=FOUND)
 def test_a_sealed_document_that_is_not_as_it_says_is_refused(bench: Bench, spoil: Callable[[bytes], bytes]) -> None:
-    """Its checksums are right. Its header lies of where something ends, or what stands there is no JSON."""
+    """A sealed document is refused if its header lies about where a value ends, or if such a value is not JSON.
+
+    Its checksums are right.
+    """
     [whole] = [content for content in bench.documents if b'"big":' in content]
     hostile = spoil(whole)
     assert hostile not in (whole, without_fields(whole))
@@ -235,7 +243,7 @@ def journaled() -> Iterator[JournalOracle]:
 
 
 def test_the_oracle_of_journals_accepts_what_was_not_spoilt(journaled: JournalOracle) -> None:
-    """A real journal passes, whole and cut between records, and sealing it changes nothing."""
+    """The oracle accepts a real journal, whole and cut between records, and sealing it changes nothing."""
     for content in journals(journaled):
         assert seal_journal(content) == content
         assert journaled.complaint(content) is None
@@ -244,7 +252,7 @@ def test_the_oracle_of_journals_accepts_what_was_not_spoilt(journaled: JournalOr
 def test_the_oracle_of_journals_notices_another_state(
     journaled: JournalOracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A state that no record says is caught. What a sealed record says is none."""
+    """The oracle catches a state that no record gives. The state that a sealed record gives is right."""
     content = journaled.content
     spoilt = seal_journal(content.replace("Täßchen".encode(), b"Tassen!!!"))
     assert spoilt != content
@@ -267,9 +275,7 @@ NO_CRC = (
 
 
 def test_the_fuzzing_of_journals_sees_a_missing_check(tmp_path: Path) -> None:
-    """With the CRC taken out of a copy of the package, some seconds of mutants show a state that was never
-    committed.
-    """
+    """With the CRC taken out of a copy of the package, some seconds of mutants show a state that nobody committed."""
     write_mutated_package(NO_CRC, tmp_path)
     options = ["--journals", "--minutes=0.06", f"--directory={tmp_path}"]
     done = run_harness("fuzzing", options, tmp_path, DEADLINE_S)
@@ -280,7 +286,10 @@ def test_the_fuzzing_of_journals_sees_a_missing_check(tmp_path: Path) -> None:
 @settings(SETTINGS, max_examples=150)
 @given(dice=st.randoms(use_true_random=False))
 def test_a_spoilt_journal_is_refused_or_shows_a_committed_state(journaled: JournalOracle, dice: random.Random) -> None:
-    """Typed error, or a state that was committed, for readers, writers and `accept`; sealed anew, no untyped error."""
+    """Readers, writers and `accept` give a typed error or a committed state.
+
+    A journal sealed anew gives no untyped error.
+    """
     content, is_sealed = mutant(dice, journals(journaled), journaled.seal)
     assert journaled.complaint(content, is_sealed=is_sealed) is None
 
@@ -292,7 +301,7 @@ SECTOR = 512
 
 @pytest.fixture
 def older_and_newer(store: persist.Store) -> tuple[bytes, bytes]:
-    """Two revisions of one document, of eight sectors and some bytes."""
+    """Return two revisions of one document, of eight sectors and some bytes."""
     store.create("s", {"title": "t", "messages": [{"id": f"m{n}", "content": "Why? " * 20} for n in range(32)]})
     path = store.path / "s.json"
     older = path.read_bytes()
@@ -307,7 +316,7 @@ def sectors(content: bytes) -> list[bytes]:
 
 
 def sector_damage(older: bytes, newer: bytes) -> Iterator[bytes]:
-    """What a disk that loses, misdirects or reorders sectors leaves of `newer`."""
+    """Yield what a disk that loses, misdirects or reorders sectors leaves of `newer`."""
     own, stale = sectors(newer), sectors(older)
     for first in range(len(own)):
         for last in range(first + 1, len(own) + 1):
@@ -320,8 +329,9 @@ def sector_damage(older: bytes, newer: bytes) -> Iterator[bytes]:
 def test_lost_swapped_and_outdated_sectors_are_refused(
     store: persist.Store, older_and_newer: tuple[bytes, bytes]
 ) -> None:
-    """Any run of sectors zeroed or from the revision before, any two exchanged:
-    no document comes of it but a real one.
+    """A document is refused if any run of its sectors is zeroed or outdated, or if any two are exchanged.
+
+    The outdated sectors are from the revision before.
     """
     older, newer = older_and_newer
     tried = 0

@@ -1,7 +1,7 @@
-"""Hostile names: what stands under a name of the store need not be the file that `persist` put there.
+"""Hostile names: the file under a name of the store need not be the one that `persist` put there.
 
-A store's directory is private (0700), so only its owner and root can plant anything; but a directory that was unpacked,
-shared or restored may hold links, and a server must neither hang on them nor reach through them.
+A store's directory is private (0700), so only its owner and root can plant anything. But a directory that was unpacked,
+shared or restored may hold links. A server must neither hang on them nor reach through them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def base() -> Iterator[Path]:
 
 
 class Victims:
-    """Files and directories outside the store; `state` shows every trace that a hand would leave on them."""
+    """Files and directories outside the store. `state` returns every trace that a change would leave on them."""
 
     def __init__(self, base: Path) -> None:
         self._base = base / "outside"
@@ -41,7 +41,7 @@ class Victims:
         self.file = self._base / "file"
         self.directory.mkdir(parents=True)
         self.file.write_text(SECRET)
-        # Their names are those of leases, as far as a sweep can tell.
+        # A sweep takes these names for those of leases.
         for name in ("resolv.conf", "s.t1", "s.t2"):
             (self.directory / name).write_text("needed")
 
@@ -51,7 +51,8 @@ class Victims:
     def _state(self, path: Path) -> tuple[object, ...]:
         status = path.lstat()
         content = path.read_bytes() if path.is_file() else b""
-        # A directory's time shows what was made and removed in it; a file's link count may fall, it is not its content.
+        # A directory's time shows what was made and removed in it. A file's link count may fall, because it is not
+        # content.
         return status.st_ino, status.st_mode, status.st_uid, status.st_size, status.st_mtime_ns, content
 
 
@@ -95,13 +96,13 @@ NAMES = (
     ".events/s.t1",
     ".events",
 )
-#: To what is appended in place, a hard link cannot be told from the file itself: a backup may hold one.
+#: A hard link to a file that grows in place cannot be told from the file itself. A backup may hold one.
 APPENDED = (JOURNAL, ".events/s.t1")
 PLANTED = [(name, kind) for name in NAMES for kind in KINDS if kind != "hard link" or name not in APPENDED]
 
 
 def play(verb: Verb, name: str, kind: str, base: Path) -> None:
-    """Play a verb on a store in which one name is planted; judge what it did."""
+    """Play a verb on a store in which one name is planted, and judge what it did."""
     victims = Victims(base)
     is_journaled = name.startswith(JOURNAL)
     store = persist.Store(base / "sessions", timeout_s=1.0, journal="always" if is_journaled else "auto")
@@ -133,7 +134,7 @@ def play(verb: Verb, name: str, kind: str, base: Path) -> None:
 
 @pytest.mark.parametrize(("name", "kind"), PLANTED)
 def test_what_is_planted_under_a_name_is_refused_or_replaced_and_never_reached_through(name: str, kind: str) -> None:
-    """Every verb answers at once; no target is read, written, truncated, unlinked or given another owner."""
+    """Every verb answers at once. It does not read, write, truncate or unlink a link's target, or change its owner."""
     wrong = []
     for verb_name, verb in VERBS.items():
         with quick_directory() as base:
@@ -152,7 +153,7 @@ def test_what_is_planted_under_a_name_is_refused_or_replaced_and_never_reached_t
 
 @pytest.mark.parametrize("kind", ["FIFO", "socket", "device", "hard link", "link to a file", "link to itself"])
 def test_what_is_no_directory_is_no_store(kind: str, base: Path) -> None:
-    """Opening it is an error that names it, at once; nothing is made."""
+    """Opening a path that is not a directory is an error that names it, at once, and makes nothing."""
     victims = Victims(base)
     KINDS[kind](base / "sessions", victims)
     before = victims.state()
@@ -162,7 +163,7 @@ def test_what_is_no_directory_is_no_store(kind: str, base: Path) -> None:
 
 
 def test_a_link_to_a_store_is_that_store(base: Path) -> None:
-    """The one link that is followed is the one that the caller named; both names share locks."""
+    """The store follows only the link that the caller named, and both names share locks."""
     there = persist.Store(base / "there")
     there.create("s")
     (base / "here").symlink_to(base / "there")
@@ -174,8 +175,11 @@ def test_a_link_to_a_store_is_that_store(base: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777])
 def test_a_store_in_a_world_writable_directory_is_private_itself(mode: int, base: Path) -> None:
-    """Others cannot look or reach in. They can move it away, where the parent has no sticky bit: then it is an error,
-    and a new one that they put in its place is another store, whose sessions no older object saves into."""
+    """Other users cannot look or reach into a store in a world-writable directory.
+
+    They can move it away if the parent has no sticky bit. Then every verb is an error. A new store that they put in its
+    place is another one, and no older object saves into its sessions.
+    """
     parent = base / "shared"
     parent.mkdir()
     parent.chmod(mode)
@@ -201,7 +205,10 @@ def test_a_store_in_a_world_writable_directory_is_private_itself(mode: int, base
 
 @pytest.fixture
 def nobody(base: Path) -> Iterator[Actor]:
-    """A process that began as root and is now nobody, with a store that is nobody's; root holds its session "s"."""
+    """Start a process as root, and make it nobody, with a store that is nobody's.
+
+    Root holds its session "s".
+    """
     base.chmod(0o755)
     directory = base / "sessions"
     store = persist.Store(directory)
@@ -211,7 +218,7 @@ def nobody(base: Path) -> Iterator[Actor]:
     for path in (directory, *directory.rglob("*")):
         os.chown(path, NOBODY, NOBODY)
     actor = Actor(directory, timeout_s=1.0)
-    # What is imported late must be imported while its files can be read.
+    # A module that is imported late must be imported while its files can be read.
     actor.do("store.load('s'); store.check(); store.create('warm'); store.start_stream('warm').finish()")
     for path in (directory, *directory.rglob("*")):
         os.chown(path, NOBODY, NOBODY)
@@ -251,7 +258,10 @@ FOREIGN = {
 @pytest.mark.skipif(sys.platform != "linux", reason="an actor hands a descriptor over, and changes its user")
 @pytest.mark.parametrize("name", FOREIGN)
 def test_what_belongs_to_another_user_is_an_error_that_names_it(name: str, nobody: Actor, base: Path) -> None:
-    """No traceback from deep inside: the file is in the message, so that whoever runs the server can mend its owner."""
+    """The error names a file of another user, so that the operator can correct its owner.
+
+    It is no traceback from deep inside.
+    """
     path = base / "sessions" / name
     os.chown(path, 0, 0)
     before = (base / "sessions/s.json").read_bytes()
@@ -270,7 +280,10 @@ def test_what_belongs_to_another_user_is_an_error_that_names_it(name: str, nobod
 @pytest.mark.parametrize("name", ["s.json", "s.json.lock", "s.json.tmp", ".leases/s.t1", ".leases/s.t2"])
 @pytest.mark.parametrize("kind", ["hard link", "link to a file"])
 def test_root_gives_nothing_away_in_a_directory_of_another_user(name: str, kind: str) -> None:
-    """Who owns the directory could plant a link to a file of root's: no verb that root runs may hand that file over."""
+    """No verb that root runs may give a file of root's to another user.
+
+    The owner of the directory could plant a link to such a file.
+    """
     for verb_name, verb in VERBS.items():
         with quick_directory() as base:
             (base / "sessions").mkdir()

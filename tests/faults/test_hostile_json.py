@@ -1,7 +1,7 @@
 """Hostile JSON under a session's name: each verb answers with a typed error, or works.
 
-Many of these files are *sealed*: their checksums are right, as whoever can write the file can make them. A checksum
-guards against accidents; what stands behind it must still not bring a server down.
+Many of these files are *sealed*: their checksums are right, because anyone who can write the file can make them. A
+checksum only guards against accidents, so the content under a right one must not bring a server down either.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def store() -> Iterator[persist.Store]:
 
 @pytest.fixture
 def good(store: persist.Store) -> bytes:
-    """A document with messages, and with a stream whose process is dead."""
+    """Return a document with messages, and with a stream whose process is dead."""
     store.create("s", {"title": "t", "messages": [M1]})
     stream = store.start_stream("s", {"role": "user", "content": "And?"}, stream_id="t1")
     stream.checkpoint({"role": "assistant", "content": "Th"})
@@ -47,7 +47,7 @@ def document(store: persist.Store) -> Path:
 
 
 def with_header(content: bytes, **lies: Any) -> bytes:
-    """The same document with another header, sealed."""
+    """Return the same document with another header, sealed."""
     line, _, body = content.partition(b"\n")
     header = json.loads(line.rstrip(b",") + b"}")["_persist"]
     header = {key: value for key, value in (header | lies).items() if value is not ABSENT}
@@ -55,20 +55,20 @@ def with_header(content: bytes, **lies: Any) -> bytes:
 
 
 def with_body(content: bytes, body: bytes) -> bytes:
-    """The same header over other fields, sealed. The lengths are right."""
+    """Return the same header over other fields, sealed. The lengths are right."""
     nothing = {"bytes": 0, "checksum": ""}
     return seal(with_header(content.partition(b"\n")[0] + b"\n" + body, fields=nothing, parts={}), fits=True)
 
 
 def with_part(content: bytes, **lies: Any) -> bytes:
-    """The same document, whose header says something else of its messages, sealed."""
+    """Return the same document, sealed, with a header that lies about its messages."""
     header = json.loads(content.partition(b"\n")[0].rstrip(b",") + b"}")["_persist"]
     part = {key: value for key, value in (header["parts"]["messages"] | lies).items() if value is not ABSENT}
     return with_header(content, parts={"messages": part})
 
 
 def untyped(store: persist.Store, good: bytes, hostile: bytes) -> list[str]:
-    """Play every verb on the hostile file, in a new copy each; say which gave what no caller expects."""
+    """Play every verb on the hostile file, in a new copy each, and return those that gave an untyped error."""
     found = []
     for name, verb in VERBS.items():
         document(store).write_bytes(good)
@@ -137,14 +137,14 @@ LIES: dict[str, list[dict[str, Any]]] = {
 def test_a_sealed_header_that_lies_is_answered_with_a_typed_error(
     lies: list[dict[str, Any]], store: persist.Store, good: bytes
 ) -> None:
-    """No verb stumbles over a value of the wrong type, sign or size, or over one that is missing."""
+    """No verb fails on a header's value of the wrong type, sign or size, or on a missing one."""
     found = [(lie, wrong) for lie in lies if (wrong := untyped(store, good, with_header(good, **lie)))]
     report(found)
 
 
 @pytest.mark.parametrize("key", ["bytes", "count", "checksum"])
 def test_a_sealed_part_that_lies_is_answered_with_a_typed_error(key: str, store: persist.Store, good: bytes) -> None:
-    """No verb stumbles over a list that is shorter, longer or something else than its header says."""
+    """No verb fails on a list that is shorter, longer or something else than its header says."""
     cases = [{key: value} for value in (*LENGTHS, 3, 4, ABSENT)]
     report([(lie, wrong) for lie in cases if (wrong := untyped(store, good, with_part(good, **lie)))])
 
@@ -203,7 +203,11 @@ for _value in STREAM_FIELDS:
 def test_a_sealed_body_of_hostile_json_is_answered_with_a_typed_error(
     body: bytes, store: persist.Store, good: bytes
 ) -> None:
-    """Depth, repeated keys, numbers out of range, bytes that are no text, stream fields of any type."""
+    """A sealed body of hostile JSON gives a typed error, or is read.
+
+    The bodies have deep nesting, repeated keys, numbers out of range, bytes that are not text, and stream fields of any
+    type.
+    """
     report([("", wrong)] if (wrong := untyped(store, good, with_body(good, body))) else [])
 
 
@@ -211,7 +215,7 @@ def test_a_sealed_body_of_hostile_json_is_answered_with_a_typed_error(
 def test_hostile_json_of_another_program_is_answered_with_a_typed_error(
     body: bytes, store: persist.Store, good: bytes
 ) -> None:
-    """The same without a header: as another program would leave it."""
+    """The same bodies without a header, as another program would leave them, give a typed error, or are read."""
     report([("", wrong)] if (wrong := untyped(store, good, b"{" + body)) else [])
 
 
@@ -219,7 +223,7 @@ def test_hostile_json_of_another_program_is_answered_with_a_typed_error(
 def test_another_encoding_is_not_guessed_at(encoding: str, store: persist.Store, good: bytes) -> None:
     """JSON is UTF-8 without a mark (RFC 8259, 8.1).
 
-    Whatever is right under another reading is refused, not translated.
+    Content that is right in another encoding is refused, not translated.
     """
     content = json.dumps({"title": "Täßchen", "messages": []}, ensure_ascii=False).encode(encoding)
     document(store).write_bytes(content)
@@ -232,7 +236,7 @@ def test_another_encoding_is_not_guessed_at(encoding: str, store: persist.Store,
     "key", ["__proto__", "__class__", "constructor", "__dict__", "_persist ", "_PERSIST", "checksum", "id"]
 )
 def test_a_key_that_means_something_elsewhere_is_data(key: str, store: persist.Store) -> None:
-    """Nothing in the document names an attribute, a class or a file."""
+    """No key of a document names an attribute, a class or a file."""
     data: dict[str, Any] = {key: {"__init__": 1, "polluted": True}, "messages": [{"id": "m1", key: key}]}
     store.create("s", data)
     store.append("s", "messages", {"id": "m2"})
@@ -246,7 +250,7 @@ def test_a_key_that_means_something_elsewhere_is_data(key: str, store: persist.S
 def test_a_sealed_document_over_the_limit_is_refused(
     store: persist.Store, good: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By its size: no more than the limit is ever in memory."""
+    """A sealed document over the limit is refused by its size, so no more than the limit is ever in memory."""
     big = with_body(good, b'"a":"' + b"x" * 10_000 + b'"\n}\n')
     monkeypatch.setattr("persist.json_codec.MAX_BYTES", 2_000)
     monkeypatch.setattr(documents, "READ_LIMIT", 4_000)
@@ -260,7 +264,7 @@ def test_a_file_without_end_is_read_up_to_the_limit(
 ) -> None:
     """A sparse file of a terabyte costs its owner nothing, and its reader no more than the limit.
 
-    A head whose own bytes are whole may still be shown: it does not read what follows.
+    A head whose own bytes are whole may still be shown, because it does not read what follows.
     """
     monkeypatch.setattr(documents, "READ_LIMIT", 100_000)
     monkeypatch.setattr("persist.json_codec.MAX_BYTES", 50_000)
@@ -280,7 +284,7 @@ NO_IDS: tuple[Any, ...] = (
     *("", "a" * 513, "a" * 100_000, "\ud800", "s\udfff", "\ud83d\ude00"),
     *(None, 5, 1.5, True, b"s", ["s"], ("s",), {"s": 1}, object(), Path("s"), float("nan")),
 )
-#: Each is an id, and none of them is a path.
+#: Each of these is an id, and none is a path.
 ODD_IDS = (
     *(".", "..", "../s", "/etc/passwd", "a/b", "a\\b", "s\x00", "s\n", "\ns", "-s", "_s", ".s", "s.json", "s.t1"),
     *("s.json.lock", "s.0123456789abcdef.journal", ".leases", ".events", "é", "ｓ", "s ", "S", "a" * 181, "😀" * 512),
@@ -314,7 +318,7 @@ ID_VERBS: dict[str, Callable[[persist.Store, Any], object]] = {
 def test_what_is_no_session_id_is_refused_before_the_disk_is_touched(
     verb: Callable[[persist.Store, Any], object], store: persist.Store, good: bytes
 ) -> None:
-    """What is no text of 1 to 512 characters names no session. Nothing appears and nothing goes away."""
+    """A value that is not a text of 1 to 512 characters names no session. The verb neither makes nor removes a file."""
     before = sorted(store.path.parent.rglob("*"))
     for hostile in NO_IDS:
         with pytest.raises(persist.InvalidArgument):
@@ -349,7 +353,7 @@ def test_an_odd_session_id_names_no_file_but_its_own(odd: str, store: persist.St
 
 
 def test_a_hostile_stream_id_is_refused_or_is_no_stream(store: persist.Store, good: bytes) -> None:
-    """To start one is `InvalidArgument`; to cancel one is to cancel none."""
+    """A start with a hostile stream id raises `InvalidArgument`, and a cancel with one cancels nothing."""
     before = sorted(store.path.parent.rglob("*"))
     for hostile in (*NO_IDS, *ODD_IDS, "a" * 65):
         if hostile is not None and hostile not in ("CON", "nul", "com1", "S"):

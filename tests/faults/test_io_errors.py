@@ -1,8 +1,8 @@
 """Every I/O error at every place: each verb, with each of its kernel calls failing, once and for good.
 
-One rule judges them all: **an error means that nothing was written, unless it is `CommitUnknown`; no error means that
-it is on disk.** Beside it: memory stays as it was, lock and lease are free, no descriptor and no file is left over, and
-what failed works as soon as the disk does.
+One rule judges them all. **An error means that nothing was written, unless it is `CommitUnknown`. No error means that
+the commit is on disk.** Besides, memory stays as it was, and lock and lease are free. No descriptor and no file is left
+over. The failed verb works as soon as the disk does.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ View = dict[str, object]
 
 @dataclass
 class Scene:
-    """A store as an operation finds it, and what of it stands in memory."""
+    """A store as an operation finds it, and its objects in memory."""
 
     store: persist.Store
     watched: list[persist.Session] = field(default_factory=list)
@@ -58,14 +58,14 @@ class Scene:
         return session
 
     def stream(self, session_id: str = "s", stream_id: str = "t1") -> persist.Stream:
-        """A stream with a partial answer."""
+        """Start a stream with a partial."""
         stream = self.store.start_stream(session_id, PROMPT, stream_id=stream_id)
         stream.checkpoint(ANSWER | {"content": "Th"})
         self.held.append(stream)
         return stream
 
     def stale(self, session_id: str = "s", stream_id: str = "t1") -> None:
-        """A stream whose lease is free, as that of a dead process."""
+        """Start a stream and free its lease, as the death of its process would."""
         self.stream(session_id, stream_id)._lease.close()
 
     def memory(self) -> list[tuple[int, Any]]:
@@ -78,19 +78,19 @@ class Scene:
 
 @dataclass(frozen=True)
 class Operation:
-    """A verb and the scene it is played in. `stage` sets the scene and returns the verb."""
+    """A verb and the scene in which it is played. `stage` sets the scene and returns the verb."""
 
     name: str
     stage: Callable[[Scene], Run]
     is_look: bool = False
-    #: Its documentation says that it leaves out, or names, what cannot be read, instead of raising.
+    #: The documentation of the verb says that it leaves out, or names, what cannot be read, instead of raising.
     is_partial: bool = False
-    #: Leaving a block cannot be tried again: the lease is given up, and the session is stale.
+    #: Leaving a block cannot be tried again, because the lease is given up and the session is stale.
     is_final: bool = False
-    #: How its store writes, and the one that made the session, if that is another way.
+    #: The way in which the store of the verb writes, and that of the store that made the session, if it differs.
     mode: Mode = AUTO
     made: Mode | None = None
-    #: It is that of a process that has never seen the session.
+    #: The store is that of a process that has never seen the session.
     is_cold: bool = False
 
     @property
@@ -361,7 +361,10 @@ def start_once_of_what_a_stale_stream_has_asked(scene: Scene) -> Run:
 
 
 def start_again(scene: Scene) -> object:
-    """What is told of a prompt that runs, or is answered."""
+    """Start the prompt once more.
+
+    Return the stream id and the answer that the error tells if it runs or is answered.
+    """
     try:
         scene.held.append(scene.store.start_stream("s", PROMPT, stream_id="t2", once=True))
     except persist.AlreadyStarted as told:
@@ -559,7 +562,7 @@ def check(scene: Scene) -> Run:
 
 
 def in_other_ways() -> Iterator[Operation]:
-    """Records, folds, and entering and leaving the journal."""
+    """Yield the operations with records and folds, and those that enter or leave the journal."""
     whole = dict(OPERATIONS)
     for each in whole.values():
         if each.name not in ("open_store", "open_new_store", "exists", "ids"):
@@ -604,7 +607,10 @@ def shown(info: persist.StreamInfo | None) -> object:
 
 
 def view(store: persist.Store) -> View:
-    """What is committed, as far as it does not change from run to run; an unreadable document shows as its error."""
+    """Return the committed state, without the parts that change from run to run.
+
+    An unreadable document shows as its error.
+    """
     return {session_id: _document(store, session_id) for session_id in store.ids()}
 
 
@@ -621,7 +627,7 @@ def _document(store: persist.Store, session_id: str) -> object:
 
 @dataclass(frozen=True)
 class Ends:
-    """The two states that a disk may be in after an operation, and what the operation returns."""
+    """The two states in which a disk may be after an operation, and what the operation returns."""
 
     old: View
     new: View
@@ -633,7 +639,7 @@ A_VERSION = "the version of a session"
 
 @cache
 def ends_of(operation: Operation) -> Ends:
-    """What the operation does where nothing fails."""
+    """Return the states and the result of the operation if nothing fails."""
     with quick_directory() as directory:
         scene, run = staged(operation, directory)
         old = view(scene.store)
@@ -645,7 +651,10 @@ def ends_of(operation: Operation) -> Ends:
 
 
 def told(store: persist.Store, result: object) -> object:
-    """What an operation has returned. Versions differ from run to run: one is right if it is on the disk."""
+    """Return the result of an operation in a form that can be compared.
+
+    Versions differ from run to run. A version is right if it is on the disk.
+    """
     found = {head.version for head in store.heads()}
     return (A_VERSION if result in found else "a version of nothing") if type(result) is str else result
 
@@ -655,7 +664,7 @@ def staged(operation: Operation, directory: Path) -> tuple[Scene, Run]:
     scene = Scene(opened(made, directory / "sessions"))
     scene.store.create("s", DATA)
     if made.journal == "always":
-        # A journal that is not empty.
+        # The journal must not be empty.
         scene.store.update("s", lambda tx: tx.data.update(n=1))
     run = operation.stage(scene)
     set_mode(operation.mode, scene.store)
@@ -672,14 +681,14 @@ def opened(mode: Mode, path: Path) -> persist.Store:
 
 def set_mode(mode: Mode, store: persist.Store) -> None:
     mode.set(store)
-    # What a check of the harness reads must not be what fails.
+    # The reads of the harness's own check must not fail.
     store._backend.files.options.verifies_folds = False
 
 
 class Trial:
     """One operation with one fault.
 
-    `complaints` says what it did wrong; none are made where the fault was not reached.
+    `complaints` names the wrong results. There are none if the operation does not reach the fault.
     """
 
     def __init__(self, operation: Operation, fault: Fault | FullDisk, directory: Path) -> None:
@@ -690,7 +699,7 @@ class Trial:
         memory, strays = self._scene.memory(), self._strays()
         self._raised, result = self._play()
         if self.is_reached:
-            # A new store, as another process has one: what it reads is what there is.
+            # A new store, like that of another process, reads what is really there.
             self._fresh = opened(operation.mode, self._scene.store.path)
             self._now = view(self._fresh)
             self._judge(result)
@@ -698,14 +707,14 @@ class Trial:
             self._look_for_strays(strays)
             self._try_again()
             self._scene.close()
-            # The errors differ in how they are told; what they leave behind is looked at for one of them.
+            # The errors only differ in their texts, so what they leave behind is looked at for one of them.
             if fault.errno == errno.EIO:
                 self._use_it_again()
         self._scene.close()
         self._reclaim(descriptors() - before)
 
     def _play(self) -> tuple[Exception | None, object]:
-        # A stream that an error dropped says so; that it left no lease behind is looked at below.
+        # A stream that an error dropped gives a warning. Below, the trial checks that it left no lease behind.
         with injecting(self._fault) as injection, warnings.catch_warnings(action="ignore", category=ResourceWarning):
             try:
                 return None, self._run()
@@ -720,7 +729,7 @@ class Trial:
             self.complaints.append(f"{self._operation.name}, {self._fault}: {complaint} ({self._raised!r})")
 
     def _judge(self, result: object) -> None:
-        """The rule."""
+        """Apply the rule of this module."""
         ends, raised = self._ends, self._raised
         changed = {
             session_id for session_id in ends.old | ends.new if self._now.get(session_id) != ends.old.get(session_id)
@@ -731,8 +740,8 @@ class Trial:
         )
         if raised is None:
             self._expect(self._now == ends.new, "returned, and its effect is not on disk")
-            # What could not be synced is in doubt for good; only a new file, synced and entered in its directory, is
-            # not.
+            # A file or directory whose sync failed is in doubt for good. Only a new file, synced and entered in its
+            # directory, is not in doubt.
             is_durable = self._fault.call not in SYNCS or self._passed_since >= 2 or self._operation.is_look
             self._expect(is_durable, "returned, and it is not durable")
             is_short = self._operation.is_partial and self._fault.errno != SHORT
@@ -749,7 +758,7 @@ class Trial:
         self._expect(not is_unknown or bool(changed) or ends.old == ends.new, "CommitUnknown, and nothing was done")
 
     def _look_for_strays(self, before: set[str]) -> None:
-        """What was left over before may still be there; nothing may be added, unless it could not be unlinked."""
+        """Require that no file is added, unless it could not be unlinked. Older left-overs may still be there."""
         failures = [self._raised, *getattr(self._raised, "failures", {}).values()]
         if "unlink" in self._fault.functions or any(isinstance(error, persist.CommitUnknown) for error in failures):
             return
@@ -786,7 +795,7 @@ class Trial:
             self._expect(told(self._fresh, result) == self._ends.result, f"the second try returned {result!r}")
 
     def _use_it_again(self) -> None:
-        """Whatever has happened, a new store works, and no session is stuck."""
+        """Require that a new store works, and that no session is stuck, whatever has happened."""
         store = self._fresh
         failure = self._write(store, "s")
         self._expect(failure is None, f"a new store does not work: {failure!r}")
@@ -795,7 +804,8 @@ class Trial:
             for session_id in store.ids():
                 store.start_stream(session_id).finish()
                 store.compact(session_id)
-            # A deletion that was cut off leaves its journal: it is told of, since nobody knows that it was one.
+            # A deletion that was cut off leaves its journal. `check` names it, because it cannot know that this was a
+            # deletion.
             left = [
                 each
                 for each in store.check()
@@ -823,11 +833,11 @@ class Trial:
 
 
 def trials(operation: Operation, call: str) -> Iterator[Trial]:
-    """One trial for each fault of a call, at each of its places that the operation comes to."""
+    """Yield one trial for each fault of a call, at each of its places that the operation reaches."""
     for place in range(1, MOST_PLACES):
         for fault in faults(call, place):
             if operation.is_variant and call not in SYNCS and fault.errno not in (errno.EIO, *PARTIAL):
-                continue  # how the other errors are told was seen where the session has no journal
+                continue  # the other errors are covered where the session has no journal
             trial = tried(operation, fault)
             if not trial.is_reached:
                 return
@@ -842,7 +852,10 @@ def tried(operation: Operation, fault: Fault | FullDisk) -> Trial:
 
 @pytest.fixture(autouse=True)
 def short_mount_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every trial opens stores; reading a machine's whole mount table each time would be a fifth of the time."""
+    """Give the trials a short mount table.
+
+    Every trial opens stores, and reading a machine's whole table each time would take a fifth of the time.
+    """
     (tmp_path / "mountinfo").write_text("36 25 0:32 / / rw - ext4 /dev/vda rw\n")
     monkeypatch.setattr(file_system, "MOUNTS", tmp_path / "mountinfo")
     monkeypatch.setattr(file_system, "_judged", {})
@@ -850,7 +863,7 @@ def short_mount_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 def test_every_error_at_every_place_is_told_and_harms_nothing(operation: Operation) -> None:
-    """Nothing lost, nothing torn, nothing held, nothing leaked: whichever call fails, once or for good."""
+    """Nothing is lost, torn, held or leaked, whichever call fails, once or for good."""
     found = [trial for call in ERRORS for trial in trials(operation, call)]
     assert found, "no fault was reached: nothing was proved"
     complaints = [complaint for trial in found for complaint in trial.complaints]
@@ -860,7 +873,7 @@ def test_every_error_at_every_place_is_told_and_harms_nothing(operation: Operati
 
 # --- a full disk ------------------------------------------------------------------------------------------------------
 
-#: Less than a record, and than any other piece that is written, but for the mark of one byte.
+#: This is less than a record, and less than any other piece that is written, except the mark of one byte.
 STEP_BYTES = 29
 FILLING = (
     "create",
@@ -894,9 +907,9 @@ FILLING = (
 
 @pytest.mark.parametrize("name", FILLING)
 def test_disk_that_gets_full_at_any_byte_harms_nothing(name: str) -> None:
-    """The verb is done whole, or the old revision stands. The same verb works as soon as there is room.
+    """On a disk that gets full at any byte the verb is done whole, or the old revision stands.
 
-    Fails if what was written of a journal or a document stays behind.
+    The same verb works as soon as there is room. Fails if written parts of a journal or a document stay behind.
     """
     found, room = list[Trial](), 0
     while not found or found[-1].is_reached:

@@ -1,8 +1,7 @@
-"""A damaged journal: what a crash can have left is folded away by the next writer; anything else is told, nothing
-written.
+"""Damaged journals: the next writer folds away what a crash can leave, and any other damage is an error.
 
-Each test damages the files of a session whose every committed state is known. They fail without their mechanisms: the
-CRC of a record, the rule of the altered newline, that of whole sectors, and `synced`.
+The error writes nothing. Each test damages the files of a session whose every committed state is known. The tests fail
+without their mechanisms: the CRC of a record, the rule of the altered newline, that of whole sectors, and `synced`.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ SECTOR = 512
 
 @dataclass
 class History:
-    """A session with a journal; its `content`, and what the session was after each commit.
+    """A session with a journal, the journal's `content`, and the session's state after each commit.
 
     Attributes:
         states: by revision, the data, and the end of the journal.
-        room: so many zeros stand behind what `put` writes.
+        room: the number of zeros that `put` writes after the content.
     """
 
     directory: Path
@@ -45,7 +44,7 @@ class History:
     room: int = 0
 
     def store(self, mode: str = "always") -> persist.Store:
-        """One that knows nothing yet, as another process has it."""
+        """Return a store that knows nothing yet, like that of another process."""
         return persist.Store(self.directory, journal=mode)  # type: ignore[arg-type]
 
     def note(self) -> None:
@@ -58,7 +57,7 @@ class History:
         return journal_of(self.store())
 
     def assert_committed(self, session: persist.Session) -> int:
-        """It is a state that was committed; return its revision."""
+        """Require that the session has a committed state, and return its revision."""
         assert session.revision in self.states
         assert session.data == self.states[session.revision][0]
         return session.revision
@@ -69,7 +68,10 @@ class History:
 
 @pytest.fixture(scope="module")
 def history() -> Iterator[History]:
-    """A few records: an append, a change of the head, a turn with a partial and its end, and a save in the middle."""
+    """Make a journal of a few records.
+
+    They are an append, a change of the head, a turn with a partial and its end, and a save in the middle.
+    """
     with quick_directory() as directory:
         found = History(directory)
         store = found.store()
@@ -94,7 +96,7 @@ def history() -> Iterator[History]:
 
 @pytest.fixture(params=[0, 3 * SECTOR], ids=["dense", "with room"])
 def damaged(history: History, request: pytest.FixtureRequest) -> Iterator[History]:
-    """The same, to be damaged; whole again for the next test."""
+    """Return the history for a test to damage, and make it whole again for the next test."""
     files = {path: path.read_bytes() for path in history.directory.glob("s.*") if path.is_file()}
     history.room = request.param
     history.put(history.content)
@@ -106,7 +108,7 @@ def damaged(history: History, request: pytest.FixtureRequest) -> Iterator[Histor
 
 
 def outcome(verb: Callable[[], Any]) -> Any:
-    """What a verb returns, or the kind of its error; others than these are none that damage may lead to."""
+    """Return the result of a verb, or the kind of its error. Damage may lead to no other errors than these."""
     try:
         return verb()
     except (persist.CorruptSession, persist.UnsupportedFormat) as error:
@@ -145,7 +147,7 @@ def append_new(store: persist.Store) -> object:
 
 
 def append_again(store: persist.Store) -> object:
-    """What is there already: it would be acknowledged without a commit."""
+    """Append an item that is stored already, which would be acknowledged without a commit."""
     return store.append("s", "messages", {"id": "m2", "content": "é J @ *" * 3})
 
 
@@ -174,7 +176,7 @@ def delete(store: persist.Store) -> object:
 
 
 def test_every_truncation_shows_a_committed_revision(damaged: History) -> None:
-    """Cut off at any byte, a journal is what its whole records say; load and head agree."""
+    """A journal that is cut off at any byte shows the state of its whole records, and load and head agree."""
     content, store = damaged.content, damaged.store()
     first_end = damaged.states[1][1]
     path = damaged.path
@@ -182,7 +184,7 @@ def test_every_truncation_shows_a_committed_revision(damaged: History) -> None:
         damaged.put(content[:length], path)
         loaded = outcome(lambda: store.load("s"))
         if length < first_end:
-            # The opening is durable before the document names it: no crash takes it away.
+            # The opening is durable before the document names it, so no crash removes it.
             assert loaded is outcome(lambda: store.head("s")) is persist.CorruptSession
             continue
         expected = max(revision for revision, (_, end) in damaged.states.items() if end <= length)
@@ -193,7 +195,7 @@ def test_every_truncation_shows_a_committed_revision(damaged: History) -> None:
 def test_next_writer_folds_a_torn_tail_away(damaged: History) -> None:
     """After a cut in mid-record the next commit, of whichever verb, makes a new document.
 
-    Nothing is cut off in place.
+    The journal is not truncated in place.
     """
     content, path = damaged.content, damaged.path
     document = damaged.directory / "s.json"
@@ -217,7 +219,7 @@ def test_next_writer_folds_a_torn_tail_away(damaged: History) -> None:
 
 
 def test_writer_that_knows_the_session_folds_a_torn_tail_too(damaged: History) -> None:
-    """Another process dies in the middle of its record: the one that goes on sees it at its next commit."""
+    """A process that knows the session sees the torn tail of a dead process at its next commit, and folds it away."""
     store = damaged.store()
     store.append("s", "messages", {"id": "warm"})
     damaged.put(damaged.path.read_bytes().rstrip(b"\0") + b'{"crc":"0000')
@@ -230,7 +232,7 @@ def test_writer_that_knows_the_session_folds_a_torn_tail_too(damaged: History) -
 
 
 def flips(content: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Each content in which one bit is another, from a place on, and where."""
+    """Yield each content in which one bit differs, from a place on, and that place."""
     for place in range(start, len(content)):
         for bit in range(8):
             flipped = bytearray(content)
@@ -239,10 +241,10 @@ def flips(content: bytes, start: int = 0) -> Iterator[tuple[int, bytes]]:
 
 
 def test_no_flipped_bit_of_a_whole_journal_goes_unnoticed(damaged: History) -> None:
-    """Any bit of the opening, of a record, of a newline, the last one's too: an error, never an older or another state.
+    """A flip of any bit of a whole journal is an error, and never shows an older or another state.
 
-    No crash flips a bit, and what a crash can leave does not come of one: so there is no position at all where an older
-    revision would be shown.
+    This includes the opening, each record and each newline, also the last one. No crash flips a bit, and no flip gives
+    what a crash can leave. So there is no position at all where an older revision would be shown.
     """
     content, store, path = damaged.content, damaged.store(), damaged.path
     shown = set()
@@ -257,7 +259,10 @@ def test_no_flipped_bit_of_a_whole_journal_goes_unnoticed(damaged: History) -> N
 
 
 def test_flipped_bit_keeps_writers_out(damaged: History) -> None:
-    """Whatever verb comes first: the error, and not a byte is written. Each byte, one bit of each."""
+    """Every verb raises the error, and not a byte is written, whichever verb comes first.
+
+    One bit of each byte is tried.
+    """
     content, path = damaged.content, damaged.path
     files = sorted(each.name for each in damaged.directory.iterdir())
     for place, flipped in list(flips(content))[::13]:
@@ -270,10 +275,13 @@ def test_flipped_bit_keeps_writers_out(damaged: History) -> None:
 
 
 def test_head_of_a_journal_whose_last_record_was_altered_is_told(damaged: History) -> None:
-    """A head never shows an older revision than was acknowledged: damage of the last record is an error for it, too."""
+    """A head never shows an older revision than was acknowledged.
+
+    So damage of the last record is an error for it, too.
+    """
     content, store, path = damaged.content, damaged.store(), damaged.path
     last = damaged.states[max(damaged.states) - 1][1]
-    # From the record before the last one on; what stands before that is not read.
+    # A head reads from the record before the last one on, and does not read earlier ones.
     for place, flipped in flips(content, damaged.states[max(damaged.states) - 2][1]):
         damaged.put(flipped, path)
         found = outcome(lambda: store.head("s"))
@@ -283,7 +291,7 @@ def test_head_of_a_journal_whose_last_record_was_altered_is_told(damaged: Histor
 
 
 def test_flipped_bit_of_a_torn_journal_shows_no_other_state(damaged: History) -> None:
-    """With a torn tail, a flip in the tail leaves it torn or makes it damage; one before it is damage."""
+    """With a torn tail, a flip in the tail leaves it torn or makes it damage. A flip before the tail is damage."""
     content = damaged.content
     whole = damaged.states[5][1]
     store, path = damaged.store(), damaged.path
@@ -298,7 +306,10 @@ def test_flipped_bit_of_a_torn_journal_shows_no_other_state(damaged: History) ->
 
 
 def test_head_that_is_not_where_a_record_says_is_told(damaged: History) -> None:
-    """Where the last record says that the head stands is a whole record without one: no head is made up."""
+    """A head is an error if the record at the place that the last record names has no head.
+
+    The record there is whole. No head is made up.
+    """
     opening, lines = parted(damaged.content)
     first = record_of(lines[0])
     assert "head" not in first
@@ -308,9 +319,10 @@ def test_head_that_is_not_where_a_record_says_is_told(damaged: History) -> None:
 
 
 def test_head_of_a_journal_that_lost_lines_is_told(damaged: History) -> None:
-    """A record that knew more to be durable than stands before it: a head never falls back to the document's own.
+    """A head of a journal that lost lines is an error, and never falls back to the document's own head.
 
-    Fails without the look at where the last record itself begins.
+    A record there knew more to be durable than stands before it. Fails without the look at where the last record itself
+    begins.
     """
     opening, lines = parted(damaged.content)
     for gone in range(len(lines) - 1):
@@ -321,7 +333,7 @@ def test_head_of_a_journal_that_lost_lines_is_told(damaged: History) -> None:
 
 
 def test_tail_of_a_journal_whose_records_do_not_follow_one_another_is_told(damaged: History) -> None:
-    """Whole records, of which one was lost or two have changed places: no list is made up of them.
+    """No list is read from whole records of which one was lost or two have changed places.
 
     Fails without the look at what each record follows on.
     """
@@ -330,14 +342,17 @@ def test_tail_of_a_journal_whose_records_do_not_follow_one_another_is_told(damag
         one, two, *behind = lines[place:]
         for rest in ([two, one, *behind], [two, *behind]):
             damaged.put(b"".join([opening, *lines[:place], *rest]))
-            # It reads as many records as it takes, and these are all.
+            # A tail reads as many records as it needs, and here it needs all.
             for verb in (tail, load):
                 with pytest.raises(persist.CorruptSession):
                     verb(damaged.store())
 
 
 def test_head_whose_fields_stand_where_no_fields_are_is_told(damaged: History) -> None:
-    """The place of the last record with a head holds another whole record. Fails if the document's fields are shown."""
+    """A head is an error if another whole record stands at the place of the last record with a head.
+
+    Fails if the document's fields are shown.
+    """
     opening, lines = parted(damaged.content)
     first = record_of(lines[0])
     second = first | {"revision": first["revision"] + 1, "changes": [], "head_at": len(opening)}
@@ -347,7 +362,10 @@ def test_head_whose_fields_stand_where_no_fields_are_is_told(damaged: History) -
 
 
 def test_field_that_is_called_like_a_list_is_told(damaged: History) -> None:
-    """A record with a field and a list of one name, with the right CRC: neither a load nor a head picks one of them."""
+    """A record with a field and a list of one name is an error, although its CRC is right.
+
+    Neither a load nor a head picks one of them.
+    """
     opening, lines = parted(damaged.content)
     *before, last = map(record_of, lines)
     last["head"] = {"epoch": 0, "owner": None, "fields": {"title": "t", "messages": [1]}}
@@ -359,7 +377,10 @@ def test_field_that_is_called_like_a_list_is_told(damaged: History) -> None:
 
 
 def test_head_of_a_last_record_that_says_nothing_of_what_is_durable_comes_to_an_end(damaged: History) -> None:
-    """Its crc is right, so it is a newer version's. Fails if the head looks for an older one for ever."""
+    """A head is refused if its last record does not say what is durable.
+
+    Its crc is right, so a newer version wrote it. Fails if the head looks for an older one for ever.
+    """
     opening, lines = parted(damaged.content)
     last = record_of(lines[-1])
     del last["synced"]
@@ -372,7 +393,7 @@ def test_head_of_a_last_record_that_says_nothing_of_what_is_durable_comes_to_an_
 
 
 def long_record(history: History, size: int) -> tuple[bytes, int]:
-    """A journal whose last record is so many bytes long, and where that begins."""
+    """Return a journal whose last record is `size` bytes long, and where that record begins."""
     content = history.content
     opening, lines = parted(content)
     last = record_of(lines[-1])
@@ -389,8 +410,9 @@ def long_record(history: History, size: int) -> tuple[bytes, int]:
 
 
 def test_lost_sectors_of_the_last_record_are_a_torn_tail(damaged: History) -> None:
-    """A power cut leaves zeros in any of the sectors that were appended, all of one or nothing of it:
-    the state before.
+    """A power cut that leaves zeros in any of the appended sectors leaves a torn tail, and the state before.
+
+    Each sector is written whole, or not at all.
     """
     content, start = long_record(damaged, 4 * SECTOR)
     edges = [start, *range(start + -start % SECTOR, len(content), SECTOR), len(content)]
@@ -405,7 +427,7 @@ def test_lost_sectors_of_the_last_record_are_a_torn_tail(damaged: History) -> No
 
 
 def test_newline_in_a_lost_sector_of_its_own_is_a_torn_tail(damaged: History) -> None:
-    """Where only the newline of a record had come into a new sector, and that was lost, a crash has done it."""
+    """A lost newline is a torn tail if it stands alone in a new sector, because a crash can lose that sector."""
     size = 2 * SECTOR + -len(damaged.content) % SECTOR + 1
     content, _ = long_record(damaged, size)
     assert len(content) % SECTOR == 1
@@ -416,10 +438,10 @@ def test_newline_in_a_lost_sector_of_its_own_is_a_torn_tail(damaged: History) ->
 
 
 def test_newline_in_a_sector_that_is_lost_with_the_beginning_of_another_record_is_a_torn_tail(damaged: History) -> None:
-    """Two writers died before their syncs, and of the first one's record only the newline stood in the sector that was
-    lost.
+    """A lost sector with one record's newline and the start of another record is a torn tail.
 
-    Fails if a whole record is taken for altered where zeros stand in the place of its newline.
+    Two writers died before their syncs. Fails if a whole record is taken for altered where zeros stand in the place of
+    its newline.
     """
     content, _ = long_record(damaged, 2 * SECTOR + -len(damaged.content) % SECTOR + 1)
     opening, lines = parted(content)
@@ -437,7 +459,7 @@ def test_newline_in_a_sector_that_is_lost_with_the_beginning_of_another_record_i
 
 
 def test_zeros_in_a_part_of_a_sector_are_damage(damaged: History) -> None:
-    """Less than a sector is not lost by a power cut."""
+    """Zeros in a part of a sector are damage, because a power cut loses no less than a sector."""
     content, start = long_record(damaged, 4 * SECTOR)
     first = start + -start % SECTOR
     for begin, end in ((first + 1, first + SECTOR), (first, first + SECTOR - 1), (first + 7, first + 8)):
@@ -447,7 +469,7 @@ def test_zeros_in_a_part_of_a_sector_are_damage(damaged: History) -> None:
 
 
 def two_records(history: History, synced: int) -> tuple[bytes, int, int]:
-    """A journal with a long record, and another one behind it that says how far the file was durable."""
+    """Return a journal with a long record, and another one after it that says how far the file was durable."""
     content, start = long_record(history, 4 * SECTOR)
     opening, lines = parted(content)
     records = list(map(record_of, lines))
@@ -457,8 +479,9 @@ def two_records(history: History, synced: int) -> tuple[bytes, int, int]:
 
 
 def test_lost_record_before_one_that_knew_it_durable_is_damage(damaged: History) -> None:
-    """A record that was acknowledged, as a later one says, is never folded away: the damage is told, and nothing
-    written.
+    """A lost record that a later one knew to be durable is damage, because it was acknowledged.
+
+    It is never folded away. The damage is an error, and nothing is written.
     """
     _, start, end = two_records(damaged, 0)
     first = start + -start % SECTOR
@@ -475,8 +498,9 @@ def test_lost_record_before_one_that_knew_it_durable_is_damage(damaged: History)
 
 
 def test_two_records_that_nobody_acknowledged_are_a_torn_tail(damaged: History) -> None:
-    """Two writers died before their syncs: the first one's lost sectors do not make the second one's record proof of
-    it.
+    """Two records whose writers died before their syncs are a torn tail if the first one has lost sectors.
+
+    The second record does not prove that the first one was durable.
     """
     for synced in (0, max(end for _, end in damaged.states.values())):
         content, start, _ = two_records(damaged, synced)
@@ -569,9 +593,9 @@ NONSENSE: dict[str, bytes] = {
 @pytest.mark.parametrize("is_last", [True, False], ids=["last", "not last"])
 @pytest.mark.parametrize("nonsense", NONSENSE.values(), ids=NONSENSE)
 def test_sealed_nonsense_gives_typed_errors_only(damaged: History, nonsense: bytes, is_last: bool) -> None:
-    """A record that somebody made up, with the right CRC: each verb answers as ever, or with a typed error.
+    """A made-up record with the right CRC leads each verb to its usual answer, or to a typed error.
 
-    None hangs.
+    No verb hangs.
     """
     opening, lines = parted(damaged.path.read_bytes())
     *before, last = lines
@@ -599,7 +623,10 @@ def answer_or_typed_error(verb: Verb, store: persist.Store) -> object:
 
 
 def test_accept_takes_the_last_good_state_and_keeps_a_copy(damaged: History) -> None:
-    """Of a damaged journal, all before the damage is taken, at a new revision; what was damaged is kept beside it."""
+    """An accept of a damaged journal takes the state before the damage, at a new revision.
+
+    The damaged journal is kept beside the session.
+    """
     content, path = damaged.content, damaged.path
     place = damaged.states[4][1] + 100
     spoilt = content[:place] + b"?" + content[place + 1 :]
@@ -619,7 +646,7 @@ def test_accept_takes_the_last_good_state_and_keeps_a_copy(damaged: History) -> 
 
 
 def test_accept_of_a_sound_session_with_a_journal_changes_nothing(damaged: History) -> None:
-    """Neither the document nor the journal."""
+    """An accept of a sound session changes neither the document nor the journal."""
     before = {path: path.read_bytes() for path in damaged.directory.glob("s.*") if path.is_file()}
     assert damaged.store().accept("s").revision == max(damaged.states)
     assert {path: path.read_bytes() for path in damaged.directory.glob("s.*") if path.is_file()} == before
@@ -634,7 +661,7 @@ def edit_by_hand(history: History, change: Callable[[dict[str, Any]], object]) -
 
 
 def test_accept_of_an_edited_document_keeps_what_its_journal_added(tmp_path: Path) -> None:
-    """An edit by hand of a message: the messages that the journal added since come behind it."""
+    """An accept of a message that was edited by hand keeps the messages that the journal added after it."""
     store = persist.Store(tmp_path, journal="always")
     store.create("s", {"messages": [{"id": "a", "content": "typo"}]})
     store.append("s", "messages", {"id": "b"})
@@ -647,7 +674,10 @@ def test_accept_of_an_edited_document_keeps_what_its_journal_added(tmp_path: Pat
 
 
 def test_accept_of_a_document_in_which_the_places_are_others_is_refused(tmp_path: Path) -> None:
-    """A message that was added by hand: where the journal's own belongs is not guessed."""
+    """An accept is refused if a message was added by hand.
+
+    The places of the journal's messages in that document are not guessed.
+    """
     store = persist.Store(tmp_path, journal="always")
     store.create("s", {"messages": [{"id": "a"}]})
     store.append("s", "messages", {"id": "b"})
@@ -667,8 +697,9 @@ HEADERS: dict[str, tuple[bytes, bytes]] = {
 
 @pytest.mark.parametrize(("old", "new"), HEADERS.values(), ids=HEADERS)
 def test_accept_of_a_damaged_header_destroys_no_journal(tmp_path: Path, old: bytes, new: bytes) -> None:
-    """The commits in it are nowhere else. After the accept and the next commits the session shows them, or it or a copy
-    of it is there.
+    """An accept of a damaged header destroys no commit of the journal, because they are stored nowhere else.
+
+    After the accept and the next commits the session shows them, or the journal or a copy of it still exists.
     """
     store = persist.Store(tmp_path, journal="always")
     store.create("s", {"messages": []})
@@ -689,7 +720,10 @@ def test_accept_of_a_damaged_header_destroys_no_journal(tmp_path: Path, old: byt
 
 
 def test_accept_that_is_refused_names_the_three_ways_out(damaged: History) -> None:
-    """Undo the edit, fold and edit again, or give the journal up. Each of them works."""
+    """The error of a refused accept names three ways out, and each of them works.
+
+    They are to undo the edit, to fold and edit again, or to give the journal up.
+    """
     document, path = damaged.directory / "s.json", damaged.path
     whole, journal = document.read_bytes(), path.read_bytes()
     with pytest.raises(persist.CorruptSession) as caught:
@@ -716,9 +750,9 @@ def test_accept_that_is_refused_names_the_three_ways_out(damaged: History) -> No
 
 @pytest.mark.parametrize("spoil", ["nothing", "edit", "damage", "first line"])
 def test_journal_that_is_given_up_is_kept(damaged: History, spoil: str) -> None:
-    """`accept(drop_journal=True)` takes the document, at a revision that nobody has had, and keeps the journal's bytes.
+    """`accept(drop_journal=True)` takes the document, at a new revision, and keeps the journal's bytes.
 
-    The copy is durable before the document is replaced. Fails if the journal goes without a copy, or before it.
+    The copy is durable before the document is replaced. Fails if the journal is removed without a copy, or before it.
     """
     path, document, expected = damaged.path, damaged.directory / "s.json", dict(damaged.states[1][0])
     if spoil == "edit":
@@ -743,9 +777,9 @@ def test_journal_that_is_given_up_is_kept(damaged: History, spoil: str) -> None:
 
 
 def test_mark_of_an_accept_stands_behind_all_that_a_process_may_know(damaged: History) -> None:
-    """A process may know an end behind the damage. Fails if the mark stands behind the good records only.
+    """The mark of an accept stands after all that a process may know, because it may know an end after the damage.
 
-    The disk refuses the rename, so the journal is still in use.
+    The disk refuses the rename, so the journal is still in use. Fails if the mark stands only after the good records.
     """
     place = damaged.states[3][1] + 60
     spoilt = damaged.content[:place] + b"!" + damaged.content[place + 1 :]
@@ -773,8 +807,9 @@ def test_mark_of_an_accept_stands_behind_all_that_a_process_may_know(damaged: Hi
 def test_accept_of_an_edited_document_that_its_journal_does_not_fit_is_refused(
     damaged: History, change: Callable[[dict[str, Any]], object]
 ) -> None:
-    """Where the journal's places are not those of the document any more, nothing is guessed: the error, and no byte
-    changed.
+    """An accept is an error, and changes no byte, if the journal's places are no longer those of the document.
+
+    Nothing is guessed.
     """
     edit_by_hand(damaged, change)
     before = {path: path.read_bytes() for path in damaged.directory.glob("s.*") if path.is_file()}
@@ -784,7 +819,7 @@ def test_accept_of_an_edited_document_that_its_journal_does_not_fit_is_refused(
 
 
 def test_copy_of_a_damaged_journal_is_always_whole(damaged: History, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk in the middle of the copy refuses the accept; the one after that keeps all of it."""
+    """A full disk in the middle of the copy refuses the accept. The next accept copies the whole journal."""
     content, path = damaged.content, damaged.path
     spoilt = content[:-30] + b"?" + content[-29:]
     damaged.put(spoilt)
@@ -807,10 +842,9 @@ def test_copy_of_a_damaged_journal_is_always_whole(damaged: History, monkeypatch
 
 @pytest.mark.parametrize("verb", [append_new, append_again, rename, start_stream, fold], ids=lambda verb: verb.__name__)
 def test_process_that_knows_a_session_sees_that_its_document_was_edited(damaged: History, verb: Verb) -> None:
-    """It need not read the document for a commit: but once somebody has written to it, what is there is looked at
-    first.
+    """A process that knows the session looks at the document before a commit if it was written to.
 
-    Else commits would be acknowledged which nobody could load. Fails without the look at `kept.version`.
+    Otherwise it would acknowledge commits that no process can load. Fails without the look at `kept.version`.
     """
     store = damaged.store()
     store.append("s", "messages", {"id": "warm"})
@@ -823,7 +857,7 @@ def test_process_that_knows_a_session_sees_that_its_document_was_edited(damaged:
 
 
 def test_document_that_was_only_touched_is_read_once(damaged: History) -> None:
-    """A backup tool, or `touch`: the document is found to be sound, and is not read again."""
+    """A document that was only touched, by a backup tool or `touch`, is found to be sound, and is not read again."""
     store = damaged.store()
     store.append("s", "messages", {"id": "warm"})
     os.utime(damaged.directory / "s.json", ns=(1, 1))
@@ -841,16 +875,16 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @pytest.mark.parametrize("error", FULL, ids=errno.errorcode.get)
 def test_fold_that_does_not_fit_on_the_disk_waits(tmp_path: Path, error: int) -> None:
-    """A session can still be written to, and its stream be ended, while there is room for a record: it is folded later.
+    """A session can be written to, and its stream ended, while there is room for a record. It is folded later.
 
-    Fails if a fold that is refused is the end of its commit.
+    Fails if a refused fold makes its commit fail.
     """
     store = persist.Store(tmp_path, journal="always")
     store.create("s", {"messages": [{"id": "m1"}]})
     stream = store.start_stream("s", {"id": "p", "content": "Why?"})
     store._backend.files.options.fold_bytes = 1
     path = journal_of(store)
-    # Documents are written, records go to a place in a file.
+    # Only documents are written with `write`. Records go to a place in a file.
     with injecting(Fault("write", 1, error, is_persistent=True)) as injection:
         store.append("s", "messages", {"id": "a"})
         stream.finish({"id": "b", "content": "Because."})
@@ -871,7 +905,7 @@ def test_fold_that_does_not_fit_on_the_disk_waits(tmp_path: Path, error: int) ->
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EROFS], ids=errno.errorcode.get)
 def test_fold_that_fails_otherwise_fails_its_commit(tmp_path: Path, error: int) -> None:
-    """A disk that is broken is not written to in another way."""
+    """A fold that fails for another reason fails its commit, because a broken disk is not written to in another way."""
     store = persist.Store(tmp_path, journal="always")
     store.create("s", {"messages": [{"id": "m1"}]})
     store.append("s", "messages", {"id": "a"})
@@ -882,9 +916,9 @@ def test_fold_that_fails_otherwise_fails_its_commit(tmp_path: Path, error: int) 
 
 
 def test_record_that_did_not_fit_leaves_no_torn_tail(tmp_path: Path) -> None:
-    """A full disk cuts a record off: the next one needs no fold, for which there may be no room either.
+    """A record that a full disk cuts off is removed again, so the next one needs no fold.
 
-    Fails if what was written of the record stays.
+    There may be no room for a fold either. Fails if the written part of the record stays.
     """
     store = persist.Store(tmp_path, journal="always")
     store.create("s", {"messages": [{"id": "m1"}]})
@@ -903,8 +937,7 @@ def test_record_that_did_not_fit_leaves_no_torn_tail(tmp_path: Path) -> None:
 
 
 def test_head_shows_no_record_behind_one_that_was_lost(tmp_path: Path) -> None:
-    """Two records that nobody acknowledged, of which a power cut kept the second: head and load show what was before
-    both.
+    """Head and load show the state before two unacknowledged records of which a power cut kept only the second.
 
     Fails if a head takes the last whole record without going back to what a writer knew to be durable.
     """
@@ -912,7 +945,7 @@ def test_head_shows_no_record_behind_one_that_was_lost(tmp_path: Path) -> None:
     one.create("s", {"messages": []})
     journal_path = journal_of(one)
     one.append("s", "messages", {"content": "x" * 2000})
-    # The second one is killed before its sync, too, and so has told nobody that anything is durable.
+    # The second writer is killed before its sync, too, so no record says that anything is durable.
     persist.Store(tmp_path, journal="always").append("s", "messages", {"content": "y"})
     assert [record_of(line)["synced"] for line in parted(journal_path.read_bytes())[1]] == [48, 48]
     content = bytearray(journal_path.read_bytes())
@@ -926,9 +959,10 @@ def test_head_shows_no_record_behind_one_that_was_lost(tmp_path: Path) -> None:
 
 
 def test_journal_that_could_not_be_synced_is_appended_to_by_nobody(tmp_path: Path) -> None:
-    """After a failed fsync the kernel may have lost the record: another process writes the whole session to a new file.
+    """After a failed fsync another process writes the whole session to a new file.
 
-    Fails if the writer whose sync failed leaves no torn tail behind: the other one would build on what may be lost.
+    The kernel may have lost the record. Fails if the writer whose sync failed leaves no torn tail behind, because the
+    other one would build on what may be lost.
     """
     one, other = (persist.Store(tmp_path, journal="always") for _ in range(2))
     one.create("s", {"messages": []})
@@ -948,8 +982,9 @@ def test_journal_that_could_not_be_synced_is_appended_to_by_nobody(tmp_path: Pat
 
 
 def test_journal_whose_document_is_away_is_left_alone(tmp_path: Path) -> None:
-    """An editor, or a backup that is being restored, may put it back in the next instant: `check` tells, nobody removes
-    it.
+    """`check` names a journal without its document, and no verb removes it.
+
+    An editor, or a backup that is being restored, may put the document back in the next instant.
     """
     store = persist.Store(tmp_path / "sessions", journal="always")
     store.create("s", {"messages": []})
@@ -964,9 +999,9 @@ def test_journal_whose_document_is_away_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_older_document_that_was_put_back_harms_no_newer_journal(tmp_path: Path) -> None:
-    """The journal of the newer one is told of, and stays, whatever is committed to the older one.
+    """`check` names the journal of a newer document, and the journal stays, whatever is committed to the older one.
 
-    A delete removes all.
+    A delete removes all files.
     """
     store = persist.Store(tmp_path, journal="always")
     store.create("s", {"messages": []})

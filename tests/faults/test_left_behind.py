@@ -1,6 +1,6 @@
-"""What cannot be removed, and a journal that cannot be marked: nothing is lost, and the next verb works.
+"""Files that cannot be removed, and a journal that cannot be marked: nothing is lost, and the next verb works.
 
-Every call to the kernel is real. A test refuses those that remove a file, or the one that writes the mark.
+Every call to the kernel is real. A test refuses the calls that remove a file, or the one that writes the mark.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REFUSALS = (errno.EIO, errno.EACCES, errno.EROFS)
 
 
 def staged(directory: Path) -> persist.Store:
-    """A session with a journal of one record."""
+    """Make a session with a journal of one record."""
     store = persist.Store(directory, journal="always")
     store.create("s", DATA)
     store.append("s", "messages", {"id": "m2"})
@@ -49,9 +49,10 @@ def fold_at_once(store: persist.Store) -> persist.Store:
 
 @pytest.mark.parametrize("error", REFUSALS, ids=errno.errorcode.get)
 def test_old_journal_that_cannot_be_removed_does_no_harm(directory: Path, error: int) -> None:
-    """The fold is done all the same. The old journal is told of, and goes with the next fold that may remove it.
+    """A fold succeeds even if the old journal cannot be removed.
 
-    Fails if the error of the removal becomes that of the commit, or if the next fold forgets the old journal.
+    `check` names the old journal, and the next fold that may remove it does so. Fails if the error of the removal
+    becomes that of the commit, or if the next fold forgets the old journal.
     """
     store = staged(directory)
     other = persist.Store(directory, journal="always")
@@ -72,7 +73,7 @@ def test_old_journal_that_cannot_be_removed_does_no_harm(directory: Path, error:
 
 
 def test_old_journal_that_nobody_could_remove_goes_with_a_compact(directory: Path) -> None:
-    """`check` names the verb that removes it. Fails if that verb does not."""
+    """`check` names the verb that removes an old journal. Fails if that verb does not remove it."""
     store = staged(directory)
     old = journal_of(store)
     with refusing(lambda call, _: errno.EIO if call.name == "unlink" else None):
@@ -86,7 +87,7 @@ def test_old_journal_that_nobody_could_remove_goes_with_a_compact(directory: Pat
 
 @pytest.mark.parametrize("error", REFUSALS, ids=errno.errorcode.get)
 def test_temporary_file_that_cannot_be_removed_stops_documents_and_no_record(directory: Path, error: int) -> None:
-    """A commit that needs its name fails with a typed error as long as it stays. Others go on.
+    """A commit that needs the name of a temporary file fails with a typed error while that file stays. Others go on.
 
     Fails if the next document is written into the old file, or if the error is not typed.
     """
@@ -113,7 +114,10 @@ def test_temporary_file_that_cannot_be_removed_stops_documents_and_no_record(dir
 
 
 def test_files_of_a_deleted_session_that_cannot_be_removed_revive_nothing(directory: Path) -> None:
-    """The document goes first. What is left is told of, and a session of the same id begins anew."""
+    """A delete removes the document first, so files that cannot be removed revive nothing.
+
+    `check` names the files that are left, and a session of the same id begins anew.
+    """
     store = staged(directory)
     old = journal_of(store)
     with refusing(lambda call, _: errno.EIO if call.name == "unlink" and call.path != store.path / "s.json" else None):
@@ -139,7 +143,7 @@ def damaged(store: persist.Store) -> None:
 
 
 def nothing(_store: persist.Store) -> None:
-    """The session is sound."""
+    """Leave the session sound."""
 
 
 def leave_by_an_append(store: persist.Store) -> object:
@@ -147,7 +151,7 @@ def leave_by_an_append(store: persist.Store) -> object:
 
 
 Step = Callable[[persist.Store], object]
-#: What is done to the files first, the verb, and the messages after it.
+#: Each row has the change of the files, the verb, and the messages after it.
 MARKING: dict[str, tuple[Step, Step, list[str] | None]] = {
     "fold by an append": (
         nothing,
@@ -175,8 +179,8 @@ MARKING: dict[str, tuple[Step, Step, list[str] | None]] = {
 def test_journal_that_cannot_be_marked_stays_in_use(directory: Path, name: str, error: int) -> None:
     """A journal goes out of use only with its mark, because a process may hold an old replica of it.
 
-    The verb fails, nothing is lost, and it works as soon as the disk does. Fails if the mark is left out, or if its
-    error is passed over.
+    Without the mark the verb fails and nothing is lost, and it works as soon as the disk does. Fails if the mark is
+    left out, or if its error is ignored.
     """
     prepare, verb, after = MARKING[name]
     store = staged(directory)
@@ -200,7 +204,10 @@ def test_journal_that_cannot_be_marked_stays_in_use(directory: Path, name: str, 
 
 
 def test_mark_that_has_no_room_on_a_full_disk_lets_a_record_have_it(directory: Path) -> None:
-    """The session can be written to as long as there is room for a record. Fails if the refused fold is the end."""
+    """A session takes a record as long as there is room for it, even if the mark of a fold has no room.
+
+    Fails if the commit fails with the refused fold.
+    """
     store = staged(directory)
     path, inode = journal_of(store), (directory / "s.json").stat().st_ino
 
@@ -222,9 +229,10 @@ def test_mark_that_has_no_room_on_a_full_disk_lets_a_record_have_it(directory: P
 
 @pytest.mark.parametrize("journal", ["never", "always"])
 def test_full_disk_keeps_nobody_from_deleting(directory: Path, journal: Any) -> None:
-    """To delete is how one makes room. A journal needs one byte for its mark, and has it where it has room for more.
+    """A session can be deleted on a full disk, because a delete makes room.
 
-    Fails if a delete creates or lengthens a file.
+    A journal needs one byte for its mark, and has it where it has room for more. Fails if a delete creates or lengthens
+    a file.
     """
     store = persist.Store(directory, journal=journal)
     store._backend.files.options.room_bytes = 600

@@ -1,4 +1,4 @@
-"""What is acknowledged is durable: a sync that fails after the rename, and what a dead process left unsynced.
+"""Acknowledged commits are durable, even if a sync fails after the rename, or if a dead process left them unsynced.
 
 Every call to the kernel is real. A test refuses one of them, and looks at those that follow.
 """
@@ -71,9 +71,10 @@ def staged(directory: Path, mode: str, name: str) -> persist.Store:
 
 @pytest.mark.parametrize("name", RENAMING)
 def test_directory_whose_sync_fails_after_the_rename_is_written_to_once_more(directory: Path, name: str) -> None:
-    """The commit is visible and not durable, so the document is written again, to another inode, and synced.
+    """If the directory's sync fails, the document is written again, to another inode, and synced.
 
-    Fails if the verb returns without the second try, or if it reports a commit that can be seen as failed.
+    The commit is visible and not durable before that. Fails if the verb returns without the second try, or if it
+    reports a visible commit as failed.
     """
     mode, verb, wanted = RENAMING[name]
     store = staged(directory, mode, name)
@@ -93,9 +94,10 @@ def test_directory_whose_sync_fails_after_the_rename_is_written_to_once_more(dir
 
 @pytest.mark.parametrize("name", RENAMING)
 def test_directory_whose_syncs_all_fail_after_the_rename_is_an_unknown_commit(directory: Path, name: str) -> None:
-    """The error says that nobody knows. The store writes and acknowledges nothing until a new one has looked.
+    """If all syncs of the directory fail, the verb raises CommitUnknown.
 
-    Fails if the second failure is taken for "nothing was written", or is forgotten.
+    The store writes and acknowledges nothing until a new one has looked. Fails if the second failure is taken for
+    "nothing was written", or is forgotten.
     """
     mode, verb, wanted = RENAMING[name]
     store = staged(directory, mode, name)
@@ -123,7 +125,7 @@ KILLED_AT_ITS_SYNC = "import signal\nos.fdatasync = lambda fd: os.kill(os.getpid
 
 
 def append_and_die(actor: Actor, item: dict[str, str]) -> None:
-    """Append a record in another process, which dies in its fdatasync. Nobody knows what became of the pages."""
+    """Append a record in another process, which dies in its fdatasync, so that the fate of its pages is unknown."""
     actor.start(f"{KILLED_AT_ITS_SYNC}store.append('s', 'messages', {item!r})")
     actor.process.wait(60)
 
@@ -139,9 +141,9 @@ def journaled(directory: Path) -> persist.Store:
 def test_record_that_a_dead_process_did_not_sync_is_written_again_with_the_next_one(
     directory: Path, actor: ActorFactory, is_warm: bool
 ) -> None:
-    """An fdatasync alone proves nothing after one that failed elsewhere, so both records are one write.
+    """A record that a dead process did not sync is written again, in one write with the next record.
 
-    Fails without `tail.unsynced` in that write.
+    An fdatasync alone proves nothing after one that failed elsewhere. Fails without `tail.unsynced` in that write.
     """
     store = journaled(directory)
     end = len(journal_of(store).read_bytes())
@@ -154,7 +156,7 @@ def test_record_that_a_dead_process_did_not_sync_is_written_again_with_the_next_
         store.append("s", "messages", M3)
     [written] = [call for call in calls if call.name == "pwrite"]
     start = end - (written.position or 0)
-    # A process that did not write the record before that one cannot know that it is durable either.
+    # A process that did not write the earlier record cannot know that it is durable either.
     assert start == 0 or (not is_warm and written.position == record_of(left)["synced"])
     assert written.content[start : start + len(left)] == left
     assert record_of(written.content[start + len(left) :])["changes"] == [{"in": "messages", "at": 3, "insert": [M3]}]
@@ -169,11 +171,11 @@ def test_record_that_a_dead_process_did_not_sync_is_written_again_with_the_next_
 
 
 def test_much_that_a_dead_process_did_not_sync_is_folded(directory: Path, actor: ActorFactory) -> None:
-    """Above 64 KiB a new document costs less than writing all of it again. Fails without the limit."""
+    """Above 64 KiB of unsynced records a new document costs less than writing them again. Fails without the limit."""
     store = journaled(directory)
     old = journal_of(store)
     append_and_die(actor(journal="always"), M2 | {"content": "x" * MOST_UNSYNCED_BYTES})
-    # Large enough that the size of the journal alone is no reason.
+    # This bound is so large that the size of the journal alone is no reason to fold.
     store._backend.files.options.fold_bytes = float("inf")
     with refusing() as calls:
         store.append("s", "messages", M3)
@@ -231,16 +233,16 @@ Verb = Callable[[persist.Store], object]
 
 @pytest.fixture(params=["journaled", "alone"])
 def unsynced(request: pytest.FixtureRequest, directory: Path, actor: ActorFactory) -> persist.Store:
-    """A session whose last commit was made by a process that died before its syncs.
+    """Make a session whose last commit was made by a process that died before its syncs.
 
-    The store that asks is new. Somebody asked its stream to end already.
+    Return a new store. A cancel of the session's stream has been requested already.
     """
     mode: Mode = "always" if request.param == "journaled" else "never"
     other = actor(journal=mode)
     other.do(f"store.create('s', {DATA!r})\nstream = store.start_stream('s', stream_id='t1')")
     other.do("store.cancel('s', 't1')")
     if request.param == "journaled":
-        # The stream's process lives, so that a cancel is asked for once more.
+        # The stream's process lives, so a second cancel is a request again.
         append_and_die(actor(journal=mode), M2)
     else:
         dying = actor(journal=mode)
@@ -261,9 +263,9 @@ def unsynced(request: pytest.FixtureRequest, directory: Path, actor: ActorFactor
 def test_acknowledgement_without_a_write_makes_all_of_it_durable_first(
     unsynced: persist.Store, acknowledge: Verb
 ) -> None:
-    """The caller takes the answer for a commit. So document, directory and what is unsynced in the journal are synced.
+    """An acknowledgement without a write syncs the document, the directory and the unsynced part of the journal first.
 
-    Fails without `confirm`, and if it forgets one of the three.
+    The caller takes the answer for a commit. Fails without `confirm`, and if it forgets one of the three.
     """
     store, document = unsynced, unsynced.path / "s.json"
     before = document.read_bytes()
@@ -288,7 +290,7 @@ def test_acknowledgement_without_a_write_makes_all_of_it_durable_first(
 def test_acknowledgement_is_refused_where_nothing_can_be_made_durable(
     unsynced: persist.Store, acknowledge: Verb
 ) -> None:
-    """Where no sync works, nobody is told that it is there. Fails if an error of those syncs is passed over."""
+    """No verb acknowledges a commit if no sync works. Fails if an error of those syncs is ignored."""
 
     def refuse(call: Call, _before: list[Call]) -> int | None:
         return errno.EIO if call.name in ("fsync", "fdatasync") else None
@@ -303,9 +305,10 @@ def test_acknowledgement_is_refused_where_nothing_can_be_made_durable(
 
 @pytest.mark.parametrize("place", [0, 1], ids=["document", "directory"])
 def test_document_whose_sync_failed_is_written_anew_before_it_is_acknowledged(directory: Path, place: int) -> None:
-    """After a failed fsync that inode is never trusted again. What was synced once is not synced again.
+    """A document whose fsync failed is written anew, because its inode is never trusted again.
 
-    Fails if the sync is only tried once more, or if the store takes the first one for done.
+    A file that was synced once is not synced again. Fails if the sync is only tried once more, or if the store takes
+    the first one for done.
     """
     journaled(directory)
     store, document = persist.Store(directory, journal="always"), directory / "s.json"

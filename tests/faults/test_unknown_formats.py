@@ -1,6 +1,6 @@
-"""What another version has written: each verb says so, and nothing on disk changes.
+"""Files of another version: each verb refuses them by name, and nothing on disk changes.
 
-During a rolling upgrade an old worker meets what a newer one writes. It must never fold that away.
+During a rolling upgrade an old worker reads what a newer one writes. It must never fold that away.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def edit(store: persist.Store, _session: persist.Session) -> None:
 
 
 Verb = Callable[[persist.Store, persist.Session], object]
-#: None of them may write. A delete by force is how one gets rid of it.
+#: None of these verbs may write. Only a delete by force removes the session.
 VERBS: dict[str, Verb] = {
     "load": lambda store, _: store.load("s"),
     "head": lambda store, _: store.head("s"),
@@ -55,7 +55,7 @@ VERBS: dict[str, Verb] = {
 }
 
 
-#: They use the store of their object, which may know the journal.
+#: These verbs use the store of their object, which may know the journal.
 OF_A_SESSION = ("refresh", "save", "save of nothing")
 
 
@@ -66,7 +66,7 @@ def files(store: persist.Store) -> dict[str, bytes]:
 
 # --- records ----------------------------------------------------------------------------------------------------------
 
-#: What a newer version may write into a record. None stands for a key that it leaves out.
+#: Each entry is what a newer version may write into a record. None stands for a key that it leaves out.
 NEWER: dict[str, Record] = {
     "an unknown field": {"later": 1},
     "an unknown kind of change": {"changes": [{"in": "messages", "mark": {"at": 0}}]},
@@ -84,7 +84,10 @@ NEWER: dict[str, Record] = {
 
 
 def newer_journal(store: persist.Store, what: Record, *, torn: bytes = b"") -> None:
-    """Let a newer version append a record, with the right crc. What it leaves unsynced may stand behind it."""
+    """Append a record as a newer version does, with the right crc.
+
+    `torn` is what that version leaves unsynced after it.
+    """
     path = journal_of(store)
     opening, lines = parted(path.read_bytes())
     records = [record_of(line) for line in lines]
@@ -104,9 +107,10 @@ def staged(directory: Path) -> tuple[persist.Store, persist.Session]:
 @pytest.mark.parametrize("torn", [b"", b"?", b'{"crc":"0000'], ids=["whole", "marked", "torn"])
 @pytest.mark.parametrize("what", NEWER.values(), ids=NEWER)
 def test_record_of_a_newer_version_is_no_torn_tail(directory: Path, what: Record, torn: bytes) -> None:
-    """Its crc is right, so somebody was told that it is committed. A warm process and a cold one refuse it alike.
+    """A record of a newer version is no torn tail: its crc is right, so its commit was acknowledged.
 
-    Fails if a record that does not decode is taken for torn, or for damaged.
+    A warm process and a cold one refuse it alike. Fails if a record that does not decode is taken for torn, or for
+    damaged.
     """
     store, session = staged(directory)
     newer_journal(store, what, torn=torn)
@@ -123,7 +127,10 @@ def test_record_of_a_newer_version_is_no_torn_tail(directory: Path, what: Record
 
 
 def test_journal_of_a_newer_version_is_refused(directory: Path) -> None:
-    """The version stands in its first line. Fails if another opening is taken for damage, which an accept drops."""
+    """A journal of a newer version, which its first line names, is refused.
+
+    Fails if another first line is taken for damage, which an accept drops.
+    """
     store, session = staged(directory)
     path = journal_of(store)
     path.write_bytes(path.read_bytes().replace(b'"persist_journal":3', b'"persist_journal":4', 1))
@@ -138,7 +145,7 @@ def test_journal_of_a_newer_version_is_refused(directory: Path) -> None:
 
 # --- documents --------------------------------------------------------------------------------------------------------
 
-#: As the first edition wrote them, and as a later one may.
+#: The first edition wrote these documents, or a later one may write them.
 OTHERS: dict[str, tuple[int, bytes]] = {
     "first edition": (
         1,
@@ -157,13 +164,16 @@ OTHERS: dict[str, tuple[int, bytes]] = {
 }
 
 
-#: A later format may be no JSON behind its first line. No editor lays that out anew.
+#: A later format need not be JSON after its first line. No editor can format that.
 LAID_OUT = [(name, False) for name in OTHERS] + [(name, True) for name in OTHERS if "no JSON" not in name]
 
 
 @pytest.mark.parametrize(("name", "is_laid_out"), LAID_OUT)
 def test_document_of_another_format_is_refused_and_left_alone(directory: Path, name: str, is_laid_out: bool) -> None:
-    """Its journal, too. Fails if an accept takes it for an edit, or a writer for another program's document."""
+    """A document of another format is refused and left alone, and so is its journal.
+
+    Fails if an accept takes it for an edit, or a writer for another program's document.
+    """
     known, content = OTHERS[name]
     if is_laid_out:
         content = json.dumps(json.loads(content), indent=2).encode()
@@ -184,7 +194,7 @@ def test_document_of_another_format_is_refused_and_left_alone(directory: Path, n
     assert files(store) == before
 
 
-#: A worker of a later release: it reads documents of format 3 and 4, and writes 4.
+#: A worker of a later release reads documents of format 3 and 4, and writes 4.
 LATER = """
 import re
 from persist.storage import document
@@ -194,9 +204,9 @@ document._SHAPE = re.compile(document._SHAPE.pattern.replace(b'"format":3', b'"f
 
 
 def test_old_and_new_workers_go_on_side_by_side(store: persist.Store, actor: ActorFactory) -> None:
-    """In a rolling upgrade the old worker loses one session after the other, and no message of anybody is lost.
+    """In a rolling upgrade the old worker loses one session after the other, but nobody's message is lost.
 
-    Fails if the old worker takes what it does not know for damage, for a tear, or for no session.
+    Fails if the old worker takes an unknown format for damage, for a torn tail, or for a missing session.
     """
     old, new = actor(), actor()
     new.do(LATER)

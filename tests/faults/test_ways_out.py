@@ -30,7 +30,7 @@ PLAIN = json.dumps(GOOD).encode()
 LINES = b"".join(json.dumps(each).encode() + b"\n" for each in GOOD["messages"] * 3)
 
 Spoil = Callable[[bytes], bytes]
-#: What is wrong with a file -> how it comes about, and what its error says.
+#: Each entry has a way to damage a file, and the text of its error.
 DAMAGE: dict[str, tuple[Spoil, str]] = {
     "empty": (lambda _: b"", "it is empty"),
     "blank": (lambda _: b" \n\n", "it is empty"),
@@ -60,7 +60,7 @@ each_damage = pytest.mark.parametrize(("spoil", "told"), DAMAGE.values(), ids=DA
 
 @pytest.fixture(params=["auto", "always"])
 def damaged(request: pytest.FixtureRequest, directory: Path) -> Callable[[Spoil], persist.Store]:
-    """Spoil the document of "s", in a store with journals or without them."""
+    """Return a function that damages the document of "s", in a store with journals or without them."""
 
     def spoil(how: Spoil) -> persist.Store:
         store = persist.Store(directory, journal=request.param)
@@ -72,7 +72,7 @@ def damaged(request: pytest.FixtureRequest, directory: Path) -> Callable[[Spoil]
     return spoil
 
 
-#: A head and a tail do not read the messages, so such damage among them goes unnoticed there.
+#: A head and a tail do not read the messages, so they do not notice such damage there.
 UNSEEN_BY_A_HEAD = ("cut off", "checksum does not match")
 VERBS: dict[str, Callable[[persist.Store], object]] = {
     "load": lambda store: store.load("s"),
@@ -92,7 +92,10 @@ VERBS: dict[str, Callable[[persist.Store], object]] = {
 def test_every_verb_says_what_is_wrong_and_names_the_ways_out(
     spoil: Spoil, told: str, damaged: Callable[[Spoil], persist.Store]
 ) -> None:
-    """HAZARDS F15: the library's verbs and the commands. The error survives pickling as it is."""
+    """HAZARDS F15: every verb names the damage and the ways out, in the library and as commands.
+
+    The error survives pickling unchanged.
+    """
     store = damaged(spoil)
     before = (store.path / "s.json").read_bytes()
     for name, verb in VERBS.items():
@@ -113,7 +116,7 @@ def test_every_verb_says_what_is_wrong_and_names_the_ways_out(
 def test_whatever_is_wrong_it_can_be_deleted(
     spoil: Spoil, told: str, damaged: Callable[[Spoil], persist.Store], is_command: bool
 ) -> None:
-    """HAZARDS F15: nothing of the session stays, and its id can be used again."""
+    """HAZARDS F15: a delete leaves no file of the session, and its id can be used again."""
     store = damaged(spoil)
     if is_command:
         refused = runner_of(command)("delete", store.path, "s")
@@ -131,7 +134,7 @@ def test_whatever_is_wrong_it_can_be_deleted(
 def test_whatever_is_wrong_it_can_be_replaced(
     spoil: Spoil, told: str, damaged: Callable[[Spoil], persist.Store], is_command: bool, tmp_path: Path
 ) -> None:
-    """HAZARDS F15: the session begins anew. An object of before is refused, and nothing is left over."""
+    """HAZARDS F15: the session begins anew. An older object is refused, and nothing is left over."""
     store = damaged(lambda text: text)
     old = store.load("s")
     (store.path / "s.json").write_bytes(spoil((store.path / "s.json").read_bytes()))
@@ -151,7 +154,7 @@ def test_whatever_is_wrong_it_can_be_replaced(
 
 
 def test_a_damaged_journal_goes_with_its_session(store: persist.Store) -> None:
-    """Also for a process that knows the old journal: it meets the mark, or the new document."""
+    """A replace removes a damaged journal, also for a process that knows it: it finds the mark, or the new document."""
     journaled, other = persist.Store(store.path, journal="always"), persist.Store(store.path, journal="always")
     journaled.create("s", GOOD)
     for number in range(3):
@@ -173,7 +176,7 @@ def test_a_damaged_journal_goes_with_its_session(store: persist.Store) -> None:
 
 @pytest.mark.parametrize("kind", ["BOM", "BOM before a header", "a flipped bit", "edited", "another header"])
 def test_an_edit_by_hand_can_be_accepted(kind: str, damaged: Callable[[Spoil], persist.Store]) -> None:
-    """A text editor's byte order mark is no reason to refuse what is strict JSON behind it."""
+    """An accept takes an edit by hand, also with the byte order mark of a text editor before strict JSON."""
     store = damaged(DAMAGE[kind][0])
     accepted = store.accept("s")
     assert [message["id"] for message in accepted.data["messages"]] == ["m1"]
@@ -183,7 +186,10 @@ def test_an_edit_by_hand_can_be_accepted(kind: str, damaged: Callable[[Spoil], p
 
 @pytest.mark.parametrize("content", [b'{"_persist":{"format":99,"checksum":"0"}}', b'{"_persist":{"format":2}}'])
 def test_a_document_of_another_version_is_deleted_and_not_replaced(content: bytes, store: persist.Store) -> None:
-    """It may be whole for the version that wrote it. The error names both ways."""
+    """A document of another version can be deleted and not replaced, because it may be whole for that version.
+
+    The error names both ways out: to load it with that version, or to delete it.
+    """
     (store.path / "s.json").write_bytes(content)
     with pytest.raises(persist.UnsupportedFormat, match=r"store\.delete\(id, force=True\)"):
         store.replace("s", NEW)
@@ -196,7 +202,7 @@ def test_a_document_of_another_version_is_deleted_and_not_replaced(content: byte
 
 
 def test_a_session_that_can_be_read_is_replaced_by_its_version_only(store: persist.Store) -> None:
-    """Whoever has not seen what is there cannot mean to throw it away."""
+    """A session that can be read is replaced only by its version, because the caller must have seen what is lost."""
     session = store.create("s", GOOD)
     with pytest.raises(persist.SessionExists, match="if_version="):
         store.replace("s", NEW)
@@ -217,9 +223,10 @@ def test_a_session_that_can_be_read_is_replaced_by_its_version_only(store: persi
 
 @pytest.mark.parametrize("is_damaged", [False, True])
 def test_nothing_is_replaced_under_a_live_stream(is_damaged: bool, store: persist.Store, actor: ActorFactory) -> None:
-    """In another process. A damaged document does not tell of it: its lease does.
+    """A session with a live stream in another process is not replaced.
 
-    Fails without the look at the leases: the stream's next words would land nowhere.
+    A damaged document does not name the stream, but its lease does. Fails without the look at the leases: the stream's
+    next words would be stored nowhere.
     """
     store.create("s", GOOD)
     other = actor()
@@ -253,7 +260,7 @@ def test_a_stream_of_before_is_fenced_off(store: persist.Store) -> None:
 
 
 def test_the_command_refuses_a_file_that_is_no_document(store: persist.Store, tmp_path: Path) -> None:
-    """It says what is wrong with that file, and leaves the session alone."""
+    """The command says what is wrong with the given file, and leaves the session alone."""
     (store.path / "s.json").write_bytes(b"")
     run = runner_of(command)
     for content, told in ((b"", "is empty"), (LINES, "JSONL"), (b"[1]", "not an object"), (b"{", "cut off")):
@@ -265,7 +272,10 @@ def test_the_command_refuses_a_file_that_is_no_document(store: persist.Store, tm
 
 
 def test_the_command_takes_a_document_from_a_backup(store: persist.Store, tmp_path: Path) -> None:
-    """Its header goes, unless a journal holds later commits. A byte order mark goes, too."""
+    """The command drops the header of a document from a backup, unless a journal holds later commits.
+
+    It drops a byte order mark, too.
+    """
     store.create("s", GOOD)
     whole = (store.path / "s.json").read_bytes()
     backup = tmp_path / "backup.json"
@@ -291,7 +301,7 @@ def test_the_command_takes_a_document_from_a_backup(store: persist.Store, tmp_pa
 
 
 def test_a_live_stream_is_deleted_by_force_only(store: persist.Store) -> None:
-    """`persist delete` says who runs it."""
+    """`persist delete` needs force for a live stream, and names the stream."""
     run = runner_of(command)
     with store.start_stream("s", create=True) as stream:
         refused = run("delete", store.path, "s")
@@ -391,7 +401,7 @@ LOST_VERBS: dict[str, Callable[[persist.Store, persist.Session], object]] = {
 def test_a_directory_that_was_lost_is_an_error_of_every_verb(
     lose: Callable[[Path], None], data: dict[str, Any], is_known: bool, directory: Path
 ) -> None:
-    """HAZARDS F18: a lost mount is no empty store, and nothing is written into what is there in its place.
+    """HAZARDS F18: a lost mount is no empty store, and nothing is written into the directory in its place.
 
     Fails without the look at the directory: a store that looked empty would be filled anew.
     """
@@ -414,7 +424,7 @@ def test_a_directory_that_was_lost_is_an_error_of_every_verb(
         if lose is mounted_over and directory.is_mount():
             subprocess.run(["umount", directory], check=True)
     if lose is mounted_over:
-        # It is there again.
+        # The directory is there again.
         assert session.save() == store.head("s").version
 
 
@@ -427,7 +437,10 @@ def refused(verb: Callable[[persist.Store, persist.Session], object], store: Any
 
 
 def test_leases_that_somebody_removed_are_no_lost_directory(store: persist.Store) -> None:
-    """They are made again. The directory is the one that was opened, with its sessions."""
+    """Leases that were removed are made again, and the directory does not count as lost.
+
+    It is the one that was opened, with its sessions.
+    """
     store.create("s", GOOD)
     (store.path / ".leases").rmdir()
     assert store.ids() == ["s"]
@@ -440,7 +453,10 @@ def test_leases_that_somebody_removed_are_no_lost_directory(store: persist.Store
 def test_on_an_overlay_another_inode_is_no_lost_directory(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An overlay may give a directory another inode number when it has forgotten it. Its device counts."""
+    """On an overlay another inode number is no lost directory, because the overlay may have forgotten the old one.
+
+    The device number counts.
+    """
     (tmp_path / "table").write_text("36 25 0:32 / / rw - overlay overlay rw\n")
     monkeypatch.setattr(file_system, "MOUNTS", tmp_path / "table")
     monkeypatch.setattr(file_system, "_judged", {})

@@ -1,3 +1,1 @@
-"""What the proofs are made of: each module serves a short form in the tests and, most of them,
-a long form in scripts/.
-"""
+"""The parts of the proofs. Each module serves a short form in the tests, and most modules a long form in scripts/."""

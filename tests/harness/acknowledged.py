@@ -1,10 +1,10 @@
-"""What writers were promised, and whether the documents show it.
+"""The promises that writers were given, and the check that the documents keep them.
 
-An author is one process that writes; every message has its author's name in its id, and so have a session's title and
-its stream. What an author has in a session is a `State`, and each of its verbs is a `Change` that leads from one state
-to the next. An author reports a change before it calls the verb, and reports the acknowledgement after the verb has
-returned. So at any time a document must show, for each author, the state that was acknowledged last, or a later one
-that was begun: nothing else. The stream of an author that is dead may have been ended for it.
+An author is one process that writes. Every message has its author's name in its id, and so have a session's title and
+its stream. The content that an author has in a session is a `State`. Each of its verbs is a `Change` that leads from
+one state to the next. An author reports a change before it calls the verb, and reports the acknowledgement after the
+verb has returned. So at any time a document must show, for each author, the state that was acknowledged last, or a
+later one that was begun. It must show nothing else. The stream of a dead author may have been ended for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import persist
 from harness.journaling import load_of
 from harness.sweeps import sweep
 
-#: What no verb may raise here. A fold that finds its replica other than its files raises `AssertionError`.
+#: The errors that no verb may raise here. A fold raises `AssertionError` if its replica differs from its files.
 FAULTS = (persist.PersistError, AssertionError)
 Document = dict[str, Any]
 Message = tuple[str, str]
@@ -46,11 +46,11 @@ class Kept(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What a session has of one author.
+    """The content that one author has in a session.
 
-    `messages` are in the session's order, `title` is the one that this author has given it, `stream` is what runs there
-    (its id and its prompt), `mark` is what this author has set in the head, and `note` is what it has set there with
-    another change.
+    `messages` are in the session's order. `title` is the title that this author has given the session. `stream` is the
+    stream that runs there (its id and its prompt). `mark` is the value that this author has set in the head. `note` is
+    the value that it has set there with another change.
     """
 
     messages: tuple[Kept, ...] = ()
@@ -65,7 +65,7 @@ State = Shown | None
 
 
 class Change(NamedTuple):
-    """What a verb does to its author's state.
+    """The effect of a verb on its author's state.
 
     `kind` is "create" (a session with these messages and this title), "append" (may be tried again), "add", "insert"
     (ahead of the message with the id `ahead_of`, if it is there), "put" (in the place of the message with this id, or
@@ -83,7 +83,7 @@ class Change(NamedTuple):
 
 
 def after(state: State, change: Change) -> State:
-    """The state that a change leads to."""
+    """Return the state that a change leads to."""
     if change.kind == "delete":
         return None
     shown = state or Shown()
@@ -117,7 +117,7 @@ def _with(before: tuple[Kept, ...], change: Change) -> tuple[Kept, ...]:
 
 
 def interrupted(state: State) -> State:
-    """The same, with its stream ended for it: prompt and partial answer stay, marked."""
+    """Return the state after its stream has ended without its answer: prompt and partial answer stay, marked."""
     if state is None or state.stream is None:
         return state
     own = (state.stream[0] + PROMPT, state.stream[0] + ANSWER)
@@ -126,32 +126,33 @@ def interrupted(state: State) -> State:
 
 
 def author_of(message_id: str) -> str:
-    """The author whose name an id begins with: ids are ``<author>-<number>…``."""
+    """Return the author whose name an id begins with: ids are ``<author>-<number>…``."""
     return message_id.partition("-")[0]
 
 
 def title_of(name: str, load_bytes: int) -> str:
-    """The title that says what its session carries; the two are only committed together."""
+    """Return a title that tells how many bytes its session carries. The two are only committed together."""
     return f"{name}+{load_bytes}"
 
 
 def load_bytes_of(title: str) -> int:
-    """What a session with this title carries."""
+    """Return how many bytes a session with this title carries."""
     return int(title.rpartition("+")[2])
 
 
 def titled(data: Document, title: str) -> Document:
-    """Give a document this title, and what that says it carries."""
+    """Give a document this title, and as many bytes to carry as the title tells."""
     data.update(title=title, tool_calls=load_of(load_bytes_of(title)))
     return data
 
 
 @dataclass
 class Figures:
-    """What a run has counted. Everything from `lost` on is a broken promise, or, if `idle`, a run that shows nothing.
+    """The counts of a run.
 
-    `entered` and `left` say how often a session was seen to have a journal that had none before, and the other way
-    round. `worked` names the roles that have brought something to its end.
+    Everything from `lost` on is a broken promise, except `idle`, which is a run that shows nothing. `entered` counts
+    how often a session was seen to have a journal that had none before. `left` counts the opposite. `worked` names the
+    roles that have brought something to its end.
     """
 
     crashes: int = 0
@@ -181,7 +182,7 @@ class Figures:
         self.findings.append(f"{kind}: {what}")
 
     def shown(self, crashes: str) -> str:
-        """One line; `crashes` is what this harness calls them."""
+        """Return the counts in one line. `crashes` is the word of this harness for its crashes."""
         names = ("begun", "acknowledged", "events", "looks", "entered", "left")
         faults = ("lost", "torn", "doubled", "stuck", "stray", "raised", "idle")
         return ", ".join(
@@ -191,7 +192,7 @@ class Figures:
 
 @dataclass
 class History:
-    """An author's states in one session, from the one that was acknowledged before the last look on."""
+    """An author's states in one session, beginning with the one that was acknowledged before the last look."""
 
     states: list[State]
     promised: int = 0
@@ -201,13 +202,13 @@ class History:
         self.promised = 0
 
     def go_on_from(self, state: State, change: Change | None = None) -> None:
-        """Take what was found for the truth."""
+        """Accept the state that was found as the truth."""
         self.states = [state] if change is None else [state, after(state, change)]
         self.promised = 0
 
 
 class Ledger:
-    """What every author has begun and what was acknowledged, for each session that is watched."""
+    """The changes that every author has begun, and those that were acknowledged, for each watched session."""
 
     def __init__(self) -> None:
         #: The offset of the last event that each stream has emitted, by session and stream.
@@ -235,37 +236,41 @@ class Ledger:
         history.promised = len(history.states) - 1
 
     def refuse(self, author: str) -> None:
-        """The verb raised an error that says that nothing was written."""
+        """Undo the begun change, because the verb raised an error that says that nothing was written."""
         self._histories[self._pending.pop(author).session_id][author].states.pop()
 
     def bury(self, author: str) -> Change | None:
-        """The author is dead. Return the change whose outcome nobody knows; the next look will show it."""
+        """Note that the author is dead. Return the change whose outcome nobody knows.
+
+        The next look shows that outcome.
+        """
         self._dead.add(author)
         return self._pending.pop(author, None)
 
     def confirm(self, author: str, change: Change) -> None:
-        """The last change of a dead author was tried again, and is acknowledged now."""
+        """Acknowledge the last change of a dead author, because it was tried again and has succeeded."""
         self._pending[author] = change
         self.acknowledge(author)
 
     def forget_the_past(self) -> None:
-        """What is read from now on must show what is acknowledged by now."""
+        """Require that all later reads show the changes that are acknowledged by now."""
         for by_author in self._histories.values():
             for history in by_author.values():
                 history.forget_the_past()
 
     def is_gone(self, session_id: str) -> bool:
-        """Whether all its authors know it to be deleted."""
+        """Tell whether all authors of a session know that it is deleted."""
         return all(history.states == [None] for history in self._histories[session_id].values())
 
     def forget(self, session_id: str) -> None:
-        """Watch a session no longer."""
+        """Stop watching a session."""
         del self._histories[session_id]
         del self._visits_missing[session_id]
 
     def compare_events(self, store: persist.Store, emitted: dict[tuple[str, str], int], figures: Figures) -> None:
-        """Every event that was emitted by then must be there, once, in order,
-        for as long as its stream has not ended.
+        """Check that every event that was emitted by then is there, once, in order.
+
+        This holds for as long as the event's stream has not ended.
         """
         for (session_id, stream_id), offset in emitted.items():
             try:
@@ -281,7 +286,7 @@ class Ledger:
                 figures.found("torn", f"{session_id}, {stream_id}: other events than were emitted")
 
     def compare(self, session_id: str, document: Document | None, figures: Figures) -> None:
-        """Hold what was read against what was promised; what is found of a dead author is final."""
+        """Compare the document that was read with the promises. The state that is found of a dead author is final."""
         found = {} if document is None else shown_by_author(document)
         if document is not None:
             self._compare_whole(session_id, document, figures)
@@ -290,13 +295,16 @@ class Ledger:
             allowed = [*history.states, *map(interrupted, history.states)] if author in self._dead else history.states
             if state not in allowed:
                 _name_fault(figures, f"{session_id}, {author}", allowed, state)
-                # So that a fault is counted once.
+                # Go on from the state that was found, so that a fault is counted once.
                 history.go_on_from(state, self._pending_in(session_id, author))
             if author in self._dead:
                 history.go_on_from(state)
 
     def _compare_whole(self, session_id: str, document: Document, figures: Figures) -> None:
-        """What must be right whoever has written: each id once, what is committed together, no remains of a stream."""
+        """Check what must hold for all authors together.
+
+        Each id is there once. Changes that are committed together stand together. Nothing remains of an ended stream.
+        """
         ids = [message["id"] for message in document["messages"]]
         twice = [each for each, count in Counter(ids).items() if count > 1]
         if twice:
@@ -320,7 +328,7 @@ class Ledger:
 
 
 def _compare_pairs(ids: list[str], session_id: str, figures: Figures) -> None:
-    """A pair is never split: neither by a kill, nor by what others commit."""
+    """Check that no pair is split, neither by a kill nor by the commits of others."""
     for one, two in itertools.pairwise([None, *ids, None]):
         wanted = one.removesuffix(FIRST) + SECOND if one is not None and one.endswith(FIRST) else None
         found = two if two is not None and two.endswith(SECOND) else None
@@ -333,7 +341,10 @@ def _events(stream_id: str, count: int) -> list[tuple[int, str]]:
 
 
 def _events_of(store: persist.Store, session_id: str, stream_id: str) -> list[persist.Event] | None:
-    """The events of a stream; None if it has ended: whoever ends it removes them, and the document tells."""
+    """Return the events of a stream, or None if it has ended.
+
+    The process that ends a stream removes its events, and the document tells of the end.
+    """
     try:
         return store.events(session_id, stream_id)
     except (persist.EventsNotFound, persist.SessionNotFound):
@@ -342,7 +353,7 @@ def _events_of(store: persist.Store, session_id: str, stream_id: str) -> list[pe
 
 
 def shown_by_author(document: Document) -> dict[str, Shown]:
-    """What a document has of each author that has left anything in it."""
+    """Return the content that each author has in a document. Authors who have left nothing in it are missing."""
     messages: defaultdict[str, list[Kept]] = defaultdict(list)
     for message in document["messages"]:
         kept = Kept(message["id"], message["content"], message.get("interrupted", False))
@@ -386,7 +397,7 @@ def _values(states: list[State], name: str) -> list[object]:
 
 
 def read_all(store: persist.Store, session_ids: Iterable[str], figures: Figures) -> dict[str, Document | None]:
-    """The documents of sessions, each read whole and by its head; None for one that is not there.
+    """Return the documents of sessions, each read whole and by its head, or None for a missing session.
 
     Damage is a finding.
     """
@@ -404,11 +415,11 @@ def read_all(store: persist.Store, session_ids: Iterable[str], figures: Figures)
 
 
 def settle(store: persist.Store, figures: Figures) -> None:
-    """What the servers do after a crash: sweep, and try again what was cut off. Then no trace may be left."""
+    """Do what servers do after a crash: sweep, and repeat the verbs that were cut off. Then no trace may be left."""
     try:
         sweep(store)
         for problem in store.check():
-            # A journal without a document is that of a delete which was cut off.
+            # A journal without a document comes from a delete that was cut off.
             if problem.kind == "left-over" or not store.exists(problem.session_id):
                 _try_again(store, problem.session_id)
         for session_id in store.ids():
@@ -423,7 +434,7 @@ def settle(store: persist.Store, figures: Figures) -> None:
 
 
 def _try_again(store: persist.Store, session_id: str) -> None:
-    """Whatever verb was cut off there, trying it again removes its left-overs."""
+    """Commit to the session again, which removes the left-overs of any verb that was cut off there."""
     if store.exists(session_id):
         store.update(session_id, _mark_as_settled)
         store.compact(session_id)
@@ -434,13 +445,13 @@ def _try_again(store: persist.Store, session_id: str) -> None:
 
 
 def _mark_as_settled(tx: persist.Transaction) -> None:
-    """A change that no author is asked for."""
+    """Make a change that belongs to no author."""
     data = tx.data
     data["settled"] = data.get("settled", 0) + 1
 
 
 def stray_files(directory: Path) -> Iterable[str]:
-    """Every name in a store at rest that is neither a document nor the lock or the journal of one."""
+    """Yield every name in a store at rest that is neither a document nor the lock or the journal of one."""
     names = {path.name for path in directory.iterdir()}
     documents = {name for name in names if name.endswith(".json")}
     known = documents | {f"{name}.lock" for name in documents} | {".leases", ".events"}

@@ -1,7 +1,7 @@
 """The processes that work on a store until they are killed, and the pipes by which they say what they do.
 
-They are forked from a process that has imported everything and has no threads: a victim costs about two milliseconds
-instead of a start of the interpreter.
+They are forked from a process that has imported everything and has no threads. So a process costs about two
+milliseconds instead of a start of the interpreter.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ from harness.acknowledged import (
 from harness.journaling import LOAD_BYTES, Journaling
 
 LOCK_TIMEOUT_S = 30.0
-# A few dozen reports: then an author waits for the parent to listen. Else the more there is to look at, the more is
-# written meanwhile, and so the more there is to look at the next time.
+# Room for a few dozen reports. When the pipe is full, an author waits for the parent to listen. Otherwise a long look
+# would let the authors write more, and so the next look would take even longer.
 PIPE_BYTES = 4096
-# Those that only look leave the processor to those that write.
+# Processes that only look leave the processor to those that write.
 PAUSE_S = 0.001
 HEADS_A_LOOK = 5
-# More than a reader of a head takes at a time. With many of them no session would stay small.
+# More than a reader of a head takes at a time. The share is small, because with many such messages no session would
+# stay small.
 LONG, LONG_SHARE = "Once upon a time, there was a lock. " * 250, 0.01
 WORDS = ("Why?", "Grüße, 世界 🌍.", "The stream owns the session. " * 4, '{"quoted": "text"}\n' * 3)
 
@@ -56,14 +57,15 @@ Role = Callable[["Author", Sequence[str]], None]
 
 
 class Author:
-    """In the child: the store, and the way to report what is done to it."""
+    """The child's side: its store, and its way to report the changes that it makes."""
 
     def __init__(self, name: str, directory: Path, pipe: int, seed: int, journaling: Journaling) -> None:
         self.name = name
         self.random = random.Random(f"{seed}/{name}")
         self._pipe = pipe
         self._numbers = itertools.count()
-        # Two saves may count a visit at a time. Events of a stream that has ended are of no interest here.
+        # Two saves may count a visit at the same time, so the counts are summed. Events of a stream that has ended are
+        # of no interest here.
         options = {"timeout_s": LOCK_TIMEOUT_S, "merge": {"visits": "sum"}, "keep_events_s": 0}
         self.store = journaling.drawn(self.random).open(directory, **options)
 
@@ -93,7 +95,10 @@ class Author:
 
 
 def as_document(message: Message) -> Document:
-    """Of a role that neither asks nor answers, because a prompt's answer is looked for up to the next prompt."""
+    """Return a message as an item of a document.
+
+    Its role neither asks nor answers, because a prompt's answer is looked for up to the next prompt.
+    """
     return {"id": message[0], "role": "tool", "content": message[1]}
 
 
@@ -121,7 +126,7 @@ def _append(author: Author, session_id: str) -> Message:
 
 
 def _append_twice(author: Author, session_id: str) -> None:
-    """As a client does that has not got its answer."""
+    """Append a message twice, as a client does that has not got its answer."""
     message = _append(author, session_id)
     with author.reporting(Change("keep", session_id)):
         author.store.append(session_id, "messages", as_document(message))
@@ -133,7 +138,7 @@ def _pair(author: Author) -> tuple[Message, Message]:
 
 
 def _extend(author: Author, session_id: str) -> None:
-    """Both or neither. Half of the time as a client does that has not got its answer."""
+    """Append a pair: both or neither. Half of the time, do it again, as a client does that has not got its answer."""
     pair, create = _pair(author), author.random.random() < 0.5
     with author.reporting(Change("extend", session_id, pair)):
         author.store.extend(session_id, "messages", [*map(as_document, pair)], create=create)
@@ -143,7 +148,7 @@ def _extend(author: Author, session_id: str) -> None:
 
 
 def _several(author: Author, session_id: str) -> None:
-    """A pair, a message with its visit, and a note: all or nothing."""
+    """Commit a pair, a message with its visit, and a note: all or nothing."""
     pair, message, note = _pair(author), author.message(VISIT), author.new_id()
     create = author.random.random() < 0.5
     with author.reporting(Change("add", session_id, (*pair, message), note=note)):
@@ -176,7 +181,7 @@ def _update(author: Author, session_id: str) -> None:
 
 
 def _mark(author: Author, session_id: str) -> None:
-    """A change of the head only."""
+    """Change the head only."""
     mark = author.new_id()
     with author.reporting(Change("mark", session_id, title=mark)):
         author.store.update(session_id, lambda tx: tx.data.setdefault("marks", {}).update({author.name: mark}))
@@ -225,13 +230,16 @@ def _turn(author: Author, session_id: str) -> None:
                 stream.finish({"role": "assistant", "content": "whole"}, fields={NOTE + author.name: note})
             _ask_again(author, session_id, asked, None, "whole")
         else:
-            # Leaving its block is what ends it.
+            # The stream ends because its block is left.
             with author.reporting(Change("fail", session_id)), stream:
                 pass
 
 
 def _ask_again(author: Author, session_id: str, asked: Document, runs: str | None, answer: str | None) -> None:
-    """As a client does that has not got its answer: nothing is started, and it is told what has become of the first."""
+    """Ask again, as a client does that has not got its answer.
+
+    The store must start nothing, and must tell the client what has become of the first request.
+    """
     try:
         with author.reporting(Change("keep", session_id)):
             try:
@@ -247,7 +255,7 @@ def _ask_again(author: Author, session_id: str, asked: Document, runs: str | Non
 
 
 def _several_in_turn(author: Author, stream: persist.Stream) -> None:
-    """A pair, a message with its visit, and a note, ahead of the partial answer: all or nothing."""
+    """Commit a pair, a message with its visit, and a note, ahead of the partial answer: all or nothing."""
     pair, message, note = _pair(author), author.message(VISIT), author.new_id()
     answer_id = stream.id + ANSWER
     with author.reporting(Change("insert", stream.session_id, (*pair, message), answer_id, note=note)):
@@ -261,14 +269,17 @@ def _several_in_turn(author: Author, stream: persist.Stream) -> None:
 
 
 def _emit(author: Author, stream: persist.Stream) -> None:
-    """Two events, of which the second is synced, and the first with it."""
+    """Emit two events. The second one is synced, and the first one with it."""
     first = stream.emit(f"{stream.id} 1")
     assert stream.emit(f"{stream.id} 2", durable=True) == first + 1
     author.report("emitted", stream.session_id, stream.id, first + 1)
 
 
 def garden(author: Author, _shared: Sequence[str]) -> None:
-    """Make sessions, rename them, which makes some large and others small, copy them, and delete them again."""
+    """Make sessions, rename them, copy them, and delete them again.
+
+    A rename makes some sessions large and others small.
+    """
     while True:
         session_id, copy_id = author.new_id(), author.new_id()
         first, title = author.message(), _title(author)
@@ -296,7 +307,7 @@ def garden(author: Author, _shared: Sequence[str]) -> None:
 
 
 def _delete(author: Author, session_id: str) -> None:
-    """In one of three ways. Nobody else has written to it since its version was looked at."""
+    """Delete a session in one of three ways. Nobody else has written to it since its version was looked at."""
     version = author.store.head(session_id).version
     with author.reporting(Change("delete", session_id)):
         match author.random.randrange(3):
@@ -345,7 +356,10 @@ def look(author: Author, shared: Sequence[str]) -> None:
 
 
 def _look_at(store: persist.Store, session_id: str, seen: int) -> int:
-    """Revisions must never go back, and head and document of one revision are the same. Return the last revision."""
+    """Look at a session several times. Return the last revision.
+
+    Revisions must never go back. The head and the document of one revision must be the same.
+    """
     before, heads = store.load(session_id), [store.head(session_id) for _ in range(HEADS_A_LOOK)]
     [among_all], last = store.heads(prefix=session_id), store.tail(session_id, limit=3)
     heads.append(among_all)
@@ -374,7 +388,10 @@ def _head_of(session: persist.Session) -> tuple[Document, dict[str, int]]:
 
 
 def _stands_apart(name: str, value: Any) -> bool:
-    """The rule of the document, spelt out once more. A long prompt stands apart in its stream field, too."""
+    """Tell whether a value stands apart: the rule of the document, spelt out once more.
+
+    A long prompt stands apart in its stream field, too.
+    """
     size_bytes = len(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
     return name in ("messages", "tool_calls") or size_bytes > 4 * 1024
 
@@ -394,17 +411,17 @@ class Hand:
 
 
 class Raised(NamedTuple):
-    """An error that a process has ended by, and when (`time.monotonic`, which all processes of a machine share)."""
+    """An error that has ended a process, and its time (`time.monotonic`, which all processes of a machine share)."""
 
     at_s: float
     said: str
 
 
 class Crew:
-    """In the parent: starts processes, takes their reports down in the ledger, and kills them.
+    """The parent's side: it starts processes, takes their reports down in the ledger, and kills them.
 
     Attributes:
-        raised: what the processes have raised.
+        raised: the errors that the processes have raised.
     """
 
     def __init__(self, ledger: Ledger, figures: Figures, seed: int, journaling: Journaling) -> None:
@@ -436,7 +453,7 @@ class Crew:
         return hand
 
     def listen(self, seconds: float = 0.0) -> None:
-        """Take reports down for so long; 0 takes what is there."""
+        """Take reports down for so many seconds. With 0, take only those that have arrived."""
         until = time.monotonic() + seconds
         while True:
             for key, _ in self._selector.select(max(0.0, until - time.monotonic())):
@@ -445,7 +462,10 @@ class Crew:
                 return
 
     def kill(self, hand: Hand) -> Change | None:
-        """SIGKILL; on return the process is gone and all that it said is taken down. Return what it was cut off in."""
+        """Kill a process with SIGKILL. Return the change that was cut off.
+
+        When this returns, the process is gone and all its reports are taken down.
+        """
         os.kill(hand.pid, signal.SIGKILL)
         os.waitpid(hand.pid, 0)
         while self._hear(hand):
@@ -462,7 +482,7 @@ class Crew:
             self.kill(hand)
 
     def _hear(self, hand: Hand) -> bool:
-        """Take down what has arrived from one process; False at its end."""
+        """Take down what has arrived from one process. Return False at its end."""
         try:
             content = os.read(hand.pipe, 1 << 16)
         except BlockingIOError:
@@ -501,14 +521,14 @@ class Crew:
 
 
 def _live(role: Role, author: Callable[[], Author], pipe: int, shared: Sequence[str]) -> NoReturn:
-    """The life of a child: it ends by a kill, by an error that it reports, or because its parent is gone."""
+    """Run the life of a child. It ends by a kill, by an error that it reports, or because its parent is gone."""
     try:
         try:
             role(author(), shared)
         except Exception as error:
             said = f"{role.__name__}: {type(error).__name__}: {error}"[:1000]
             os.write(pipe, json.dumps(["raise", time.monotonic(), said]).encode() + b"\n")
-            # Its end is for the parent to make; a parent that is gone shows as an error of the pipe.
+            # The parent ends this process. A parent that is gone shows as an error of the pipe.
             end_of_parent = select.poll()
             end_of_parent.register(pipe, 0)
             end_of_parent.poll()

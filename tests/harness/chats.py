@@ -1,4 +1,4 @@
-"""A short chat, which the tests of the verbs begin with, and all files of a store, to see that nothing was written."""
+"""A short chat, with which the tests of the verbs begin, and a view of all files, to see that nothing was written."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ def ids_of(store: persist.Store, session_id: str = "s") -> list[Any]:
 
 
 def everything(directory: Path) -> dict[str, tuple[int, bytes]]:
-    """Every file below a directory with its inode and bytes: what "nothing was written" means. Locks hold no data."""
+    """Return every file below a directory with its inode and bytes, to see whether anything was written.
+
+    Locks are left out, because they hold no data.
+    """
     files = [path for path in directory.rglob("*") if path.is_file() and path.suffix != ".lock"]
     return {str(path.relative_to(directory)): (path.stat().st_ino, path.read_bytes()) for path in files}

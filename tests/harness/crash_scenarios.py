@@ -1,7 +1,7 @@
-"""What is played and checked for each crash state: the verbs, and what must hold after a reboot.
+"""The verbs that are played for each crash state, and the checks of what must hold after a reboot.
 
-Each state is opened by a fresh store: no process is left, so every stream is dead. It must show the old or the new
-document; a sweep must free the session; the next writes must work and clean up. The sweep's own crash states are
+A fresh store opens each state. No process is left, so every stream is dead. The store must show the old or the new
+document. A sweep must free the session. The next writes must work and clean up. The sweep's own crash states are
 checked in their turn.
 """
 
@@ -37,9 +37,7 @@ Verb = Callable[[persist.Store, Any], Any]
 
 @dataclass(frozen=True)
 class Mode:
-    """How a store writes: which sessions have a journal, how large one may grow, and from when on it gets room for
-    more.
-    """
+    """The way a store writes: which sessions have a journal, how large it may grow, and when it gets room for more."""
 
     journal: Journal = "auto"
     fold_bytes: float | None = None
@@ -61,13 +59,14 @@ AUTO = Mode()
 
 @dataclass(frozen=True)
 class Scenario:
-    """A verb, and what must be there before it. What `prepare` returns is handed to `verb`.
+    """A verb, and the state that it needs. `verb` receives the result of `prepare`.
 
     Attributes:
-        interrupted: the commit of another process, which was killed when it had just become visible.
-        fails_sync: that one was killed when the sync of its record had failed.
-        is_cold: the verb is that of a process that has never seen the session.
-        mode, prepared: how the verb's store writes, and that of those before, if that is another way.
+        interrupted: the commit of another process, which was killed when the commit had just become visible.
+        fails_sync: that process was killed when the sync of its record had failed.
+        is_cold: the verb's process has never seen the session.
+        mode: how the verb's store writes.
+        prepared: how the stores before it write, if that is another way.
     """
 
     name: str
@@ -108,7 +107,8 @@ class Scenario:
 class Opening:
     """A use of a store whose directories are missing, or were made an instant ago and not synced.
 
-    Both functions are given its path, which ends in "var/sessions"; what `prepare` leaves there is durable.
+    Both functions receive the path of the store, which ends in "var/sessions". Everything that `prepare` leaves there
+    is durable.
     """
 
     name: str
@@ -146,7 +146,7 @@ def emitting(store: persist.Store) -> persist.Stream:
 
 
 def emitting_too_much(store: persist.Store) -> persist.Stream:
-    """Its durable events have outgrown a bound of 4 KiB."""
+    """Return a stream whose durable events have outgrown a bound of 4 KiB."""
     stream = running(store)
     stream.emit(*[f"{number:0100}" for number in range(60)], durable=True)
     stream._events._most_bytes, stream._events.is_full = 4096, True
@@ -154,7 +154,7 @@ def emitting_too_much(store: persist.Store) -> persist.Stream:
 
 
 def emit_where_another_process_makes_the_directory(store: persist.Store, stream: persist.Stream) -> None:
-    """It has made it, and is just about to sync the store's."""
+    """Emit an event when another process has made `.events`, and is just about to sync the store's directory."""
     disk.mkdir(store.path / ".events")
     stream.emit("a", durable=True)
 
@@ -187,7 +187,7 @@ def foreign(store: persist.Store) -> None:
 
 
 def create_again(store: persist.Store, _subject: object = None) -> None:
-    """As a client does that has not got its answer: that the session exists is success."""
+    """Create a session as a client does that has not got its answer: the session's existence is success."""
     with suppress(persist.SessionExists):
         store.create("s-2", {"title": "new"})
 
@@ -203,7 +203,7 @@ def left_over_temp(store: persist.Store) -> persist.Session:
 
 
 def nothing(path: Path) -> None:
-    """Neither the directory nor the one above it."""
+    """Make neither the directory nor the one above it."""
 
 
 def directory_above(path: Path) -> None:
@@ -220,24 +220,30 @@ def create_first(path: Path) -> None:
 
 
 def create_where_another_process_makes_the_directory_above(path: Path) -> None:
-    """It is just about to sync the one above that."""
+    """Create a session when another process has made the directory above.
+
+    That process is just about to sync the directory above that one.
+    """
     disk.mkdir(path.parent)
     create_first(path)
 
 
 def create_where_another_process_makes_the_directory(path: Path) -> None:
-    """It has made it, and is just about to sync the one above."""
+    """Create a session when another process has made the directory.
+
+    That process is just about to sync the directory above.
+    """
     disk.mkdir(path)
     create_first(path)
 
 
 def first_start(path: Path) -> None:
-    """Nothing of the store is there but the documents."""
+    """Start a stream where nothing of the store is there but the documents."""
     start_and_die(persist.Store(path, create=False))
 
 
 def start_where_another_process_makes_the_leases(path: Path) -> None:
-    """It has made their directory, and is just about to sync the store's."""
+    """Start a stream when another process has made `.leases`, and is just about to sync the store's directory."""
     disk.mkdir(path / ".leases")
     start_and_die(persist.Store(path))
 
@@ -259,7 +265,7 @@ def extend_and_create(store: persist.Store, _subject: object = None) -> None:
 
 
 def change_much(store: persist.Store, _subject: object = None) -> None:
-    """Several changes at several places, in one commit."""
+    """Make several changes at several places, in one commit."""
     with store.transaction("s-1") as tx:
         tx.list("messages").extend(PAIR)
         del tx.list("messages")[0]
@@ -275,7 +281,7 @@ def change_and_create(store: persist.Store, _subject: object = None) -> None:
 
 
 def change_nothing(store: persist.Store, _subject: object = None) -> None:
-    """What is committed is acknowledged all the same."""
+    """Change nothing in a transaction. The commit that it reads is acknowledged all the same."""
     with store.transaction("s-1") as tx:
         assert tx.list("messages")[-1]
 
@@ -291,7 +297,7 @@ def delete_what_was_seen(store: persist.Store, version: str) -> None:
 
 
 def seen(store: persist.Store) -> str:
-    """The version of a session, which a client has seen."""
+    """Return the version of a session, which a client has seen."""
     return store.head("s-1").version
 
 
@@ -308,7 +314,7 @@ def start_and_create(store: persist.Store, _subject: object = None) -> None:
 
 
 def asked(store: persist.Store) -> None:
-    """The prompt without its answer."""
+    """Append the prompt without its answer."""
     store.append("s-1", "messages", PROMPT)
 
 
@@ -317,7 +323,7 @@ def answer(store: persist.Store) -> None:
 
 
 def start_what_is_answered(store: persist.Store, _subject: object = None) -> None:
-    """The answer is what the client is told, so it must stay."""
+    """Start an answered prompt again. The client is told the answer, so the answer must stay."""
     with suppress(persist.AlreadyStarted):
         start_and_die(store, once=True)
 
@@ -421,16 +427,16 @@ SCENARIOS: list[Scenario | Opening] = [
 # --- from a scenario to its trace -------------------------------------------------------------------------------------
 
 
-#: What each session shows: its data and whether its stream was asked to end, or the bytes of a file that is damaged.
+#: The view of each session: its data and whether its stream was asked to end, or the bytes of a file that is damaged.
 Documents = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a scenario did to the disk, with the documents before and after it. The store is at `place` on that disk.
+    """The steps of a scenario on the disk, with the documents before and after them.
 
-    `between` is what a killed writer has left visible, and nobody acknowledged. `kept` are copies of damaged files:
-    they must be there before what they were made of is replaced.
+    The store is at `place` on that disk. `between` holds the documents that a killed writer has left visible, and that
+    nobody acknowledged. `kept` holds copies of damaged files. A copy must be there before its original is replaced.
     """
 
     trace: Trace
@@ -461,7 +467,7 @@ def _document(store: persist.Store, session_id: str) -> Any:
 
 
 def _damaged(store: persist.Store, session_id: str) -> bytes:
-    """What the files of a session hold that cannot be read: the document, and the journal that it names."""
+    """Return the bytes of a session that cannot be read: the document, and the journal that it names."""
     content = (store.path / f"{session_id}.json").read_bytes()
     named = re.search(rb'"journal":"([0-9a-f]{16})"', content.partition(b"\n")[0])
     journal = store.path / f"{session_id}.{named[1].decode()}.journal" if named else None
@@ -469,20 +475,20 @@ def _damaged(store: persist.Store, session_id: str) -> bytes:
 
 
 def _unmarked(journal: bytes) -> bytes:
-    """A journal without its room and its mark, which says nothing of what the session holds."""
+    """Return a journal without its room and its mark, which say nothing of what the session holds."""
     return journal.rstrip(b"\0").removesuffix(MARK)
 
 
 def _copies(store: persist.Store) -> Disk:
-    """The copies of damaged journals. That of a second attempt may hold the mark of the first."""
+    """Return the copies of damaged journals, unmarked. The copy of a second attempt may hold the mark of the first."""
     found = {name: content for name, content in read_disk(store.path).items() if name.endswith(".damaged")}
     return {name: _unmarked(content or b"") for name, content in found.items()}
 
 
 def events_of(store: persist.Store, session_id: str) -> list[Any]:
-    """The last events of all streams of a session. The oldest may be dropped, or not yet.
+    """Return the last events of all streams of a session. The oldest may be dropped, or not yet.
 
-    How they ended is not durable, and not needed: the document says it.
+    The end of a stream is not durable in its file. It is not needed there, because the document tells it.
     """
     paths = sorted(path for path in (store.path / ".events").glob(f"{session_id}.*") if path.suffix != ".tmp")
     found = []
@@ -496,7 +502,7 @@ def events_of(store: persist.Store, session_id: str) -> list[Any]:
 
 
 def faults(case: Case, trace: Trace, scratch: Path, *, deep: bool = True) -> Iterator[str]:
-    """What is wrong with the crash states of a trace; nothing, if the protocol is right."""
+    """Yield what is wrong with the crash states of a trace: nothing, if the protocol is right."""
     for state, returned in states(trace):
         with disk_of(state, scratch / "state") as root:
             yield from _faults_of(case, root, returned, deep=deep)
@@ -504,7 +510,7 @@ def faults(case: Case, trace: Trace, scratch: Path, *, deep: bool = True) -> Ite
 
 @contextmanager
 def disk_of(state: Disk, root: Path) -> Iterator[Path]:
-    """A state, written out for a block."""
+    """Write a state out for the block."""
     write_disk(root, state)
     try:
         yield root
@@ -520,7 +526,7 @@ def _faults_of(case: Case, root: Path, returned: bool, *, deep: bool) -> Iterato
         return
     try:
         if any(isinstance(document, bytes) for document in found.values()):
-            # Edited by hand, or damaged, and as it was.
+            # The document was edited by hand or damaged, and is still as it was.
             found = _accepted(store)
             yield from _outcome_faults(case, found, returned=True)
         if found == case.new and not case.kept.items() <= _copies(store).items():
@@ -538,13 +544,13 @@ def _accepted(store: persist.Store) -> Documents:
 
 
 def _outcome_faults(case: Case, found: Documents, returned: bool) -> Iterator[str]:
-    """Old or new, and nothing else; what was acknowledged, new."""
+    """Check that the documents are old or new, and nothing else. An acknowledged change must be new."""
     if found != case.new and (returned or found not in (case.old, case.between)):
         yield f"acknowledged and lost: {found}" if returned else f"neither old nor new: {found}"
 
 
 def _recovery_faults(case: Case, store: persist.Store, found: Documents, *, deep: bool) -> Iterator[str]:
-    """The sweep frees every session, once, keeps every message, and is crash-safe itself."""
+    """Check that the sweep frees every session, once, keeps every message, and is crash-safe itself."""
     before = read_disk(store.path)
     with recording(store.path) as recorder:
         sweep(store)
@@ -562,9 +568,9 @@ def _recovery_faults(case: Case, store: persist.Store, found: Documents, *, deep
 
 
 def _sweep_faults(case: Case, scratch: Path) -> Iterator[str]:
-    """What a cut in the middle of the sweep leaves.
+    """Check the states that a cut in the middle of the sweep leaves.
 
-    How one writes on from there is looked at where the sweep is the verb.
+    Writes from there on are checked where the sweep is the verb.
     """
     for state, returned in states(case.trace):
         with disk_of(state, scratch) as root:
@@ -582,9 +588,10 @@ def _plain(data: Any) -> list[Any]:
 
 
 def _next_write_faults(store: persist.Store, *, was_deleted: bool) -> Iterator[str]:
-    """Whatever was left, the next writes work and leave nothing over.
+    """Check that the next writes work and leave nothing over, whatever was left.
 
-    But for the journal of a session whose deletion was cut off: it is told of, since nobody knows that it was one.
+    There is one exception: the journal of a session whose deletion was cut off. `check` reports it, because nobody
+    knows that it comes from a deletion.
     """
     if was_deleted:
         for path in [each.path for each in store.check() if each.kind == "orphaned" and each.session_id == "s-1"]:
@@ -603,13 +610,16 @@ def _next_write_faults(store: persist.Store, *, was_deleted: bool) -> Iterator[s
 
 
 def _waits_for_fold(store: persist.Store, problem: persist.Problem) -> bool:
-    """What a fold that was cut off has left is harmless. A commit that only appends a record does not look for it."""
+    """Tell whether a problem is a left-over of a fold that was cut off. Such a left-over is harmless.
+
+    A commit that only appends a record does not look for it.
+    """
     is_journaled = store._backend.files.read(problem.session_id).header.journal is not None
     return problem.kind == "left-over" and (is_journaled or problem.path.suffix == ".journal")
 
 
 def _fold_faults(store: persist.Store) -> Iterator[str]:
-    """A fold changes nothing that is seen, and leaves nothing over."""
+    """Check that a fold changes nothing that is seen, and leaves nothing over."""
     before = documents(store)
     for session_id in before:
         store.compact(session_id)

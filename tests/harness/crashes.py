@@ -1,22 +1,22 @@
-"""Crash states: what a power cut may leave of a verb's disk operations, enumerated (in the manner of ALICE, OSDI 2014).
+"""Crash states: the disks that a power cut may leave of a verb, enumerated (in the manner of ALICE, OSDI 2014).
 
 `record` runs a verb for real and writes down its steps: files and directories made, bytes written, files and
 directories synced, names moved and removed. `states` gives every disk that a cut after any of the steps may leave,
-under what POSIX promises and no more:
+under the promises of POSIX and no others:
 
-- a name that was made, moved or removed survives for certain only after its directory was synced; until then each
-  such step survives or not, whatever became of the others (a rename survives as a whole);
-- where the name of a directory is lost, all that was made in it is lost, synced or not;
-- what was written survives for certain only after the file was synced; until then each sector of 512 bytes has its new
-  content, or zeros, or the file is shorter; a file that was cut off has its old length or the new one;
-- a sync that failed makes nothing durable, and the kernel forgets what it should have written: a later sync makes
-  durable what was written after the failed one, and nothing else;
-- what was synced stays.
+- A name that was made, moved or removed survives for certain only after its directory was synced. Until then each such
+  step survives or not, whatever became of the others. A rename survives as a whole.
+- Where the name of a directory is lost, everything that was made in it is lost, synced or not.
+- Written bytes survive for certain only after the file was synced. Until then each sector of 512 bytes has its new
+  content, or zeros, or the file is shorter. A file that was cut off has its old length or the new one.
+- A sync that failed makes nothing durable, and the kernel forgets what it should have written. A later sync makes
+  durable what was written after the failed one, and nothing else.
+- Synced content stays.
 
-A file of n unsynced sectors may be left in 2**n ways. Up to `MOST_SECTORS` they are all enumerated; above that, the
-extreme ways and a sample stand for them, the same ones each time, and `is_sampled` says so.
+A file of n unsynced sectors may be left in 2**n ways. Up to `MOST_SECTORS` sectors, all ways are enumerated. Above
+that, the extreme ways and a sample stand for them. They are the same ones each time, and `is_sampled` says so.
 
-A real file system reorders less. What holds here holds there.
+A real file system reorders less. So a protocol that holds here holds there.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ from persist.storage import disk
 from persist.storage.journal import MARK
 
 SECTOR_BYTES = 512
-#: A file of more unsynced sectors than this is sampled: 64 ways are quickly opened, 2**20 are not.
+#: A file of more unsynced sectors than this is sampled, because 64 ways are quickly opened, and 2**20 are not.
 MOST_SECTORS = 6
 SAMPLE_SIZE = 64
 SAMPLE_SEED = 1
 
-#: What a file holds; None for a directory.
+#: The content of a file. None stands for a directory.
 Content = bytes | None
-#: A disk: what stands under each name, by its path below the recorded directory. A directory comes before what is in
-#: it.
+#: A disk: the content under each name. The name is a path below the recorded directory. A directory comes before the
+#: files in it.
 Disk = dict[str, Content]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a protocol. `file` tells files apart that bear one name after another.
+    """One step of a protocol. `file` tells files apart that bear the same name, one after another.
 
-    What is written goes to `position`, or to the end. A file is cut off at `position`.
+    A write goes to `position`, or to the end. A file is cut off at `position`.
     """
 
     kind: str
@@ -75,7 +75,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Trace:
-    """What stood on the disk, durably, and the steps that were taken from there."""
+    """The durable content of a disk, and the steps that were taken from there."""
 
     before: Disk
     steps: tuple[Step, ...]
@@ -92,11 +92,11 @@ class Trace:
 
 
 class Killed(BaseException):
-    """The writer is killed."""
+    """Raised where the writer is killed."""
 
 
 class Recorder:
-    """Writes down what the functions of `persist.storage.disk` do below a directory, while they do it."""
+    """A recorder of what the functions of `persist.storage.disk` do below a directory, while they do it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -110,20 +110,21 @@ class Recorder:
         """Run a writer that is killed when its commit has just become visible, and is not durable yet.
 
         Args:
-            fails_sync: it is killed when the sync of its record has failed.
+            fails_sync: kill it when the sync of its record has failed.
         """
         count = len(self.steps)
         self._kills, self._fails_sync = True, fails_sync
         with suppress(Killed):
             writer()
         if not self._is_killed:
-            # It became visible at no step, or the writer has nothing to do.
+            # The commit became visible at no step, or the writer has nothing to do.
             del self.steps[count:]
         self._kills = self._fails_sync = self._is_killed = False
 
     def _is_visible(self, step: Step) -> bool:
-        """Whether a commit shows from this step on: a document is renamed,
-        or a journal that was there gets a record.
+        """Tell whether a commit shows from this step on.
+
+        That is the rename of a document, or a record in a journal that was there before.
         """
         made = {each.file for each in self.steps if each.kind == "create"}
         is_record = step.kind == "write" and step.path.endswith(".journal") and step.file not in made
@@ -132,7 +133,7 @@ class Recorder:
 
     def _note(self, step: Step) -> None:
         if self._is_killed:
-            # What is tidied up on the way out of here, a process that is killed leaves as it is.
+            # A killed process leaves everything as it is. So the clean-up on the way out of here does not count.
             return
         self.steps.append(step)
         is_end = step.kind == "failed sync" if self._fails_sync else self._is_visible(step)
@@ -144,7 +145,7 @@ class Recorder:
         files = ("open_known", "open_unseen", "write", "write_at", "truncate", "sync", "close")
         for name in (*files, "mkdir", "sync_directory", "replace", "unlink"):
             patch.setattr(disk, name, getattr(self, name)(getattr(disk, name)))
-        # Of a file that is only appended to, it makes as much durable.
+        # For a file that is only appended to, it makes as much durable as `sync`.
         patch.setattr(disk, "sync_data", self.sync_data(disk.sync_data))
 
     def _name(self, path: Path) -> str:
@@ -165,7 +166,10 @@ class Recorder:
     open_unseen = open_known
 
     def _file(self, fd: int) -> tuple[str, int]:
-        """The name and the number of an open file; one that was opened before has the name that the system knows."""
+        """Return the name and the number of an open file.
+
+        A file that was opened before the recording has the name that the system knows.
+        """
         if fd not in self._open:
             name = self._name(Path(f"/proc/self/fd/{fd}").readlink())
             self._open[fd] = (name, self._file_of[name])
@@ -241,7 +245,7 @@ class Recorder:
             real(source, target)
             file = self._file_of.pop(self._name(source))
             if self._name(target) in self._file_of:
-                # So does the system call a file that is open, and has lost its name.
+                # The system, too, gives this name to an open file that has lost its own.
                 self._file_of[f"{self._name(target)} (deleted)"] = self._file_of[self._name(target)]
             self._file_of[self._name(target)] = file
             self._note(Step("rename", self._name(source), file, self._name(target)))
@@ -268,7 +272,7 @@ def recording(root: Path) -> Iterator[Recorder]:
 
 
 def record(root: Path, verb: Callable[[], Any]) -> Trace:
-    """Run a verb and return its trace; what is on the disk now counts as durable."""
+    """Run a verb and return its trace. Everything that is on the disk now counts as durable."""
     before = read_disk(root)
     with recording(root) as recorder:
         verb()
@@ -294,9 +298,9 @@ def write_disk(root: Path, state: Disk) -> None:
 
 
 def states(trace: Trace) -> Iterator[tuple[Disk, bool]]:
-    """Every disk that a cut may leave, once each, and whether the verb had returned by then.
+    """Yield every disk that a cut may leave, once each, and whether the verb had returned by then.
 
-    The end of the trace is when the verb returns; a disk that may be left before and after counts as after.
+    The verb returns at the end of the trace. A disk that may be left before and after its return counts as after.
     """
     seen: dict[frozenset[tuple[str, Content]], bool] = {}
     for cut in range(len(trace.steps), -1, -1):
@@ -315,7 +319,7 @@ def is_sampled(trace: Trace) -> bool:
 
 
 def _after(trace: Trace, cut: int) -> Iterator[Disk]:
-    """The disks that a cut after `cut` steps may leave."""
+    """Yield the disks that a cut after `cut` steps may leave."""
     steps = trace.steps[:cut]
     durable, written = _files_after(trace.before, steps)
     for names in _names_after(trace.before, steps):
@@ -325,12 +329,12 @@ def _after(trace: Trace, cut: int) -> Iterator[Disk]:
 
 
 def written_to(file: int, trace: Trace) -> Content:
-    """What a file holds at the end of a trace, as long as the power stays on."""
+    """Return the content of a file at the end of a trace, as long as the power stays on."""
     return _files_after(trace.before, trace.steps)[1][file]
 
 
 def _files_after(before: Disk, steps: Iterable[Step]) -> tuple[dict[int, Content], dict[int, Content]]:
-    """What each file holds for certain, and what was written to it."""
+    """Return the content that each file holds for certain, and the content that was written to it."""
     durable = dict(enumerate(before.values()))
     written = dict(durable)
     # The sectors that a failed sync has given up, until they are written again.
@@ -363,7 +367,7 @@ def _differing_sectors(one: bytes, other: bytes) -> set[int]:
 
 
 def _synced(durable: Content, written: Content, given_up: set[int]) -> Content:
-    """What a file holds for certain after a sync: what was written, but for what the kernel has forgotten."""
+    """Return the content that a file holds for certain after a sync: all writes that the kernel has not forgotten."""
     if durable is None or written is None or not given_up:
         return written
     content = bytearray(written)
@@ -375,7 +379,7 @@ def _synced(durable: Content, written: Content, given_up: set[int]) -> Content:
 
 
 def _with(content: bytes, step: Step) -> bytes:
-    """What a file holds after a write, or when it was cut off."""
+    """Return the content of a file after a write, or after it was cut off."""
     position = len(content) if step.position is None else step.position
     if step.kind == "truncate":
         return content[:position].ljust(position, b"\0")
@@ -383,8 +387,9 @@ def _with(content: bytes, step: Step) -> bytes:
 
 
 def _names_after(before: Disk, steps: Iterable[Step]) -> Iterator[dict[str, int]]:
-    """The names that may be left, and the file that each stands for:
-    one dictionary for each choice of what survives.
+    """Yield the names that may be left, and the file that each stands for.
+
+    There is one dictionary for each choice of steps that survive.
     """
     certain = {name: number for number, name in enumerate(before)}
     pending: list[Step] = []
@@ -403,7 +408,7 @@ def _names_after(before: Disk, steps: Iterable[Step]) -> Iterator[dict[str, int]
 
 
 def _reachable(names: dict[str, int]) -> dict[str, int]:
-    """Without what stands in a directory whose own name is lost."""
+    """Leave out the names in a directory whose own name is lost."""
     return {
         name: file for name, file in names.items() if all(str(above) in names for above in PurePath(name).parents[:-1])
     }
@@ -420,8 +425,9 @@ def _apply(step: Step, entries: dict[str, int]) -> None:
 
 
 def _contents(durable: Content, written: Content) -> list[Content]:
-    """What a file may hold that was written to and not synced: what was durable stays,
-    also in a sector that is lost.
+    """Return each content that a file may have after writes that were not synced.
+
+    Durable bytes stay, also in a sector whose new content is lost.
     """
     if durable == written or written is None or durable is None:
         return [written]
@@ -434,7 +440,7 @@ def _contents(durable: Content, written: Content) -> list[Content]:
         lost = set(itertools.compress(changed, (not kept for kept in pattern)))
         torn.append(b"".join(old[number] if number in lost else sector for number, sector in enumerate(new)))
     shorter = [written[:at] for at in places if at >= len(durable)]
-    # Cut off, and the new length is lost.
+    # The file was cut off, and its new length is lost.
     longer = [each + durable[len(written) :] for each in torn if len(durable) > len(written)]
     return list(dict.fromkeys([durable, *torn, *shorter, *longer]))
 
@@ -444,7 +450,10 @@ Pattern = tuple[bool, ...]
 
 
 def _patterns(sectors: int) -> Iterable[Pattern]:
-    """Every way to keep some sectors and lose the others; of many sectors, the extreme ways and a sample."""
+    """Return every way to keep some sectors and lose the others.
+
+    Of many sectors, return the extreme ways and a sample.
+    """
     if sectors <= MOST_SECTORS:
         return itertools.product((True, False), repeat=sectors)
     chance = random.Random(SAMPLE_SEED)
@@ -453,7 +462,7 @@ def _patterns(sectors: int) -> Iterable[Pattern]:
 
 
 def _extreme_patterns(sectors: int) -> Iterator[Pattern]:
-    """All kept, all lost, each single one lost, each single one kept, each prefix kept."""
+    """Yield these ways: all kept, all lost, each single one lost, each single one kept, each prefix kept."""
     for place in range(sectors):
         yield tuple(each != place for each in range(sectors))
         yield tuple(each == place for each in range(sectors))

@@ -1,9 +1,10 @@
 """A record whose fdatasync failed on a real file system, the next process's append, and then a power cut.
 
-The image of an ext4 file system lies in a tmpfs that is full. A page of the image that the record goes to is taken
-away. So the kernel gets an I/O error there, answers it to fdatasync, and drops what it should have written. The writer
-is killed. Then there is room again, and another process appends. Its append is acknowledged, so both records must be
-there after the power cut: a process that appends behind a record that it did not sync itself writes that one again.
+The image of an ext4 file system lies in a tmpfs that is full. The harness takes away a page of the image that the
+record goes to. So the kernel gets an I/O error there, reports it to fdatasync, and drops what it should have written.
+The writer is killed. Then there is room again, and another process appends. Its append is acknowledged, so both records
+must be there after the power cut. They are there because a process that appends behind a record that it did not sync
+itself writes that record again.
 """
 
 from __future__ import annotations
@@ -37,14 +38,14 @@ from persist.storage.cache import Replica
 _FIBMAP, _KEEP_SIZE_AND_PUNCH_HOLE, _MNT_DETACH = 1, 3, 2
 #: The journal gets room at this size, and no record makes the file longer after that.
 MODE = Mode("always", float("inf"), room_bytes=8 * BLOCK_BYTES)
-#: As much as the tmpfs has for others than the image.
+#: The room of the tmpfs that is not for the image.
 SPARE_BYTES = 1 << 20
 DONE, NOT_FAILED = 0, 3
 
 
 @contextmanager
 def tmpfs_of(size_bytes: int) -> Iterator[Path]:
-    """A tmpfs of a size, for the block."""
+    """Mount a tmpfs of a given size for the block."""
     with quick_directory() as scratch:
         call("mount", b"none", bytes(scratch), b"tmpfs", 0, f"size={size_bytes}".encode())
         try:
@@ -61,7 +62,7 @@ class FullDisk:
         self._filler = image.with_name("filler")
 
     def take_away(self, blocks: list[int]) -> None:
-        """Take blocks away from the image, and give their room to somebody else."""
+        """Take blocks away from the image, and give their room to another file."""
         with self._image.open("r+b") as file:
             for block in blocks:
                 punch(file.fileno(), block * BLOCK_BYTES)
@@ -70,7 +71,7 @@ class FullDisk:
                 pass
 
     def give_back(self) -> None:
-        """There is room again."""
+        """Make room again."""
         self._filler.unlink()
 
 
@@ -82,7 +83,7 @@ def punch(fd: int, position: int) -> None:
 
 
 def block_of(path: Path, position: int) -> int:
-    """The block of the file system that holds a place of a file."""
+    """Return the block of the file system that holds a place of a file."""
     with path.open("rb") as file:
         asked = struct.pack("i", position // BLOCK_BYTES)
         [block] = struct.unpack("i", fcntl.ioctl(file, _FIBMAP, asked))
@@ -117,7 +118,7 @@ def with_room(store: persist.Store) -> int:
 
 
 def in_a_child(what: Callable[[], None]) -> int:
-    """Do something in a process of its own; return its exit status, or less than 0 if a signal has ended it."""
+    """Do something in a process of its own. Return its exit status, or less than 0 if a signal has ended it."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -144,7 +145,7 @@ def append_and_die(path: Path) -> None:
 
 
 def run(*, is_warm: bool) -> str | None:
-    """Play it once; return what is wrong, or None."""
+    """Play the scenario once. Return what is wrong, or None."""
     file_system = FILE_SYSTEMS["ext4"]
     size_bytes = file_system.megabytes << 20
     with tmpfs_of(size_bytes + SPARE_BYTES) as scratch:
@@ -152,7 +153,7 @@ def run(*, is_warm: bool) -> str | None:
         with image.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, size_bytes)
         with disk_of(file_system, image) as device:
-            # What mkfs has discarded.
+            # Allocate the blocks again that mkfs has discarded.
             with image.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, size_bytes)
             path, full = device.mount_point / "sessions", FullDisk(image)
@@ -160,7 +161,8 @@ def run(*, is_warm: bool) -> str | None:
             start = with_room(writer)
             os.sync()
             [journal] = path.glob("s.*.journal")
-            # Whole blocks of the record, behind the one in which it begins: what stands there already must stay.
+            # Take whole blocks of the record, behind the one in which it begins, because the older bytes there must
+            # stay.
             first = -(-start // BLOCK_BYTES) * BLOCK_BYTES
             full.take_away([block_of(journal, first)])
             status = in_a_child(lambda: append_and_die(path))

@@ -1,8 +1,8 @@
 """Faults: one kernel call of a verb fails, at one place or from there on, and everything around it is real.
 
-What is replaced are the functions of `os` (and `fcntl.flock`) themselves, for the calling thread only: so no call is
-missed, whoever makes it. A failing `close` really closes first, as Linux does: the number is free afterwards, whatever
-is answered.
+The functions of `os` (and `fcntl.flock`) themselves are replaced, for the calling thread only. So no call is missed,
+whoever makes it. A failing `close` really closes first, as Linux does. The number is free afterwards, whatever the call
+answers.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-#: Instead of an errno: `read`, `pread`, `write` and `pwrite` do a part of what they were asked for.
+#: In the place of an errno: `read`, `pread`, `write` and `pwrite` do a part of what they were asked for.
 SHORT = 0
-#: The disk fills up in the middle of a write: a part of it is done, and what comes next is refused.
+#: The disk fills up in the middle of a write: a part of it is done, and the next call is refused.
 TORN = -1
 
 _EVERYWHERE = (errno.EIO, errno.EINTR)
@@ -47,19 +47,22 @@ ERRORS: dict[str, tuple[int, ...]] = {
     "fstat": _EVERYWHERE,
     "lstat": (*_EVERYWHERE, errno.EACCES),
     "stat": (*_EVERYWHERE, errno.EACCES),
-    # Not EACCES: there it means that somebody else holds the lock.
+    # Not EACCES, because from `flock` it means that another process holds the lock.
     "flock": (*_EVERYWHERE, errno.ENOLCK),
-    # The disk is gone: from one call on, whatever that is, each that would reach it fails.
+    # The disk is gone: from one call on, each call that would reach the disk fails, whatever it is.
     "any": (errno.EIO,),
 }
-#: What makes something durable: those that pass are counted for each other.
+#: The calls that make data durable. When one of them fails, the later calls of the other are counted.
 SYNCS = ("fsync", "fdatasync")
 _REACHES_THE_DISK = tuple(name for name in ERRORS if name not in ("close", "lseek", "flock", "any"))
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The `place`-th call of a kernel function fails, counted from 1; if it is persistent, every later one does too."""
+    """A failure of the `place`-th call of a kernel function, counted from 1.
+
+    If the fault is persistent, every later call fails, too.
+    """
 
     call: str
     place: int
@@ -72,7 +75,7 @@ class Fault:
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """Functions that do not fail, but of which it is of interest whether they are called."""
+        """The functions that do not fail, but whose calls are counted."""
         return tuple(name for name in SYNCS if self.call in SYNCS and name != self.call)
 
     def __str__(self) -> str:
@@ -81,7 +84,7 @@ class Fault:
 
 
 def faults(call: str, place: int) -> list[Fault]:
-    """Every fault of one call at one place."""
+    """Return every fault of one call at one place."""
     kinds = (True,) if call == "any" else (False, True)
     return [Fault(call, place, error, is_persistent) for error in ERRORS[call] for is_persistent in kinds]
 
@@ -90,7 +93,7 @@ def faults(call: str, place: int) -> list[Fault]:
 class FullDisk:
     """A disk that has room for so many bytes more. A new file or directory takes one of them.
 
-    What is removed makes no room, but for what is cut off a file. To write over what is there takes none.
+    A removed file makes no room, but bytes that are cut off a file do. To write over bytes takes no room.
     """
 
     room_bytes: int
@@ -112,7 +115,7 @@ class FullDisk:
 class Injection:
     """A fault at work.
 
-    `hits` counts the calls that it made fail, `passed_since` those that passed after the last of them.
+    `hits` counts the calls that it made fail. `passed_since` counts the calls that passed after the last of them.
     """
 
     def __init__(self, fault: Fault) -> None:
@@ -160,7 +163,7 @@ class Injection:
 
 
 class Filling(Injection):
-    """A disk at work that gets full. `hits` counts the calls that it refused, or did in part."""
+    """A disk at work that gets full. `hits` counts the calls that it refused or did in part."""
 
     def __init__(self, fault: FullDisk) -> None:
         super().__init__(Fault("write", 1, errno.ENOSPC, is_persistent=True))
@@ -233,10 +236,10 @@ class Call:
     """A call that changes the disk, or makes it durable.
 
     Attributes:
-        name: that of the function of `os`.
-        path: the file or directory. Of a rename, the new name.
-        content: what is written.
-        position: where, if the call names it.
+        name: the name of the function of `os`.
+        path: the file or directory. For a rename, the new name.
+        content: the bytes that are written.
+        position: the place of a write, if the call names it.
     """
 
     name: str
@@ -245,19 +248,19 @@ class Call:
     position: int | None = None
 
 
-#: Given a call and those before it, return the errno that the kernel is to answer, or None.
+#: Takes a call and the calls before it. Returns the errno that the kernel is to answer, or None.
 Refuse = Callable[[Call, list[Call]], int | None]
 _CHANGING = ("open", "mkdir", "write", "pwrite", "ftruncate", "fsync", "fdatasync", "replace", "unlink")
 
 
 def refuse_nothing(_call: Call, _before: list[Call]) -> int | None:
-    """Only look on."""
+    """Refuse no call, only look on."""
     return None
 
 
 @contextmanager
 def refusing(refuse: Refuse = refuse_nothing) -> Iterator[list[Call]]:
-    """Let this thread's calls fail for which `refuse` names an errno. Yields all calls, also those that failed."""
+    """Make this thread's calls fail for which `refuse` names an errno. Yield all calls, also those that failed."""
     thread, calls = threading.get_ident(), list[Call]()
     real = {name: getattr(os, name) for name in _CHANGING}
 
@@ -294,8 +297,8 @@ def _call_of(name: str, *arguments: Any) -> Call:
 
 
 def descriptors() -> set[int]:
-    """The descriptors that this process has open."""
-    # The one that listdir() itself had open is in its answer, and closed by now.
+    """Return the descriptors that this process has open."""
+    # The answer of listdir() holds the descriptor that it had open itself, which is closed by now.
     return {fd for fd in map(int, os.listdir("/proc/self/fd")) if _is_open(fd)}
 
 
@@ -309,14 +312,17 @@ def _is_open(fd: int) -> bool:
 
 @contextmanager
 def quick_directory() -> Iterator[Path]:
-    """A directory in memory, where there is one: what is proved here does not depend on a disk, and is asked often."""
+    """Yield a directory in memory, where there is one.
+
+    The proofs that use it do not depend on a disk, and use it often.
+    """
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(prefix="persist-", dir=memory if memory.is_dir() else None) as name:
         yield Path(name)
 
 
 def make_socket(path: Path) -> None:
-    """Make a socket. Its path is at most 107 bytes long, so it is bound by a short, relative name."""
+    """Make a socket. It is bound by a short, relative name, because the path of a socket is at most 107 bytes long."""
     before = Path.cwd()
     os.chdir(path.parent)
     try:

@@ -1,8 +1,9 @@
 """Fuzzing of the readers: real documents and journals, spoilt at random, and what a reader may make of each.
 
-The oracle: a typed error, or exactly what an independent parse of the bytes gives. It must be an error wherever a
-checksum, computed here once more, is wrong. A document or a journal may be *sealed*: its checksums are made right
-again, as an attacker would, or a program that only copies the format. Then the bytes count, whatever they say.
+The oracle accepts a typed error, or exactly what an independent parse of the bytes gives. It must be an error wherever
+a checksum, computed here once more, is wrong. A document or a journal may be *sealed*: its checksums are made right
+again, as an attacker would make them, or a program that only copies the format. Then the bytes count, whatever they
+say.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from harness.runs import duration, existing_directory
 from persist.storage import document
 from persist.storage.document import Header
 
-# Spelt out here, not taken from the reader: an error in its own idea of the format must show.
+# Spelt out here, not taken from the reader, because an error in the reader's own idea of the format must show.
 _SHAPE = re.compile(rb'\{"_persist":\{"format":3,"checksum":"([0-9a-f]{32})"')
 _HEADER_FROM = len(b'{"_persist":')
 _PART = re.compile(rb'("(?:[^"\\]|\\.)*"):\{"bytes":(\d{1,12}),"checksum":"([^"]*)"(?:,"count":(\d{1,12}))?\}')
@@ -40,7 +41,7 @@ _CRC_BYTES = len(b'{"crc":"00000000",')
 _APART = ("messages", "tool_calls")
 _APART_BYTES = 4096
 
-#: What a mutation likes to put somewhere.
+#: The texts that a mutation puts somewhere.
 TOKENS = (
     *(
         b"{",
@@ -91,8 +92,10 @@ TOKENS = (
 
 
 def originals(directory: Path) -> list[bytes]:
-    """Return real documents: empty, small, with values of all kinds that stand apart, with a live stream, with a
-    journal, and one that another program wrote.
+    """Return real documents.
+
+    They are: an empty one, a small one, some with values of all kinds that stand apart, one with a live stream, one
+    with a journal, and one that another program wrote.
     """
     store = persist.Store(directory / "originals")
     message = {"id": "m1", "role": "user", "content": "hi\nthere 😀", "meta": {"n": [1, -1.5e-7, None, True]}}
@@ -122,7 +125,7 @@ def seal(content: bytes, *, fits: bool = False) -> bytes:
     """Make all checksums of a document right, if it has places for them.
 
     Args:
-        fits: make the lengths and the counts right, too. Else the header is believed, whatever it says.
+        fits: make the lengths and the counts right, too. Otherwise the header is believed, whatever it says.
     """
     shape, end = _SHAPE.match(content), content.find(b"\n")
     if shape is None or end < 0:
@@ -154,7 +157,7 @@ def _with_parts_sealed(line: bytes, body: bytes, *, fits: bool) -> bytes:
         sealed = b'%b:{"bytes":%d,"checksum":"%b"' % (part[1], size, _checksum(text))
         pieces += [line[done : part.start()], sealed, b"" if part[4] is None else b',"count":%d' % count, b"}"]
         done = part.end()
-        # Fields of no bytes stand nowhere.
+        # Fields of no bytes stand nowhere, so nothing separates them from the next part.
         place = start + size + (2 if size or number else 0)
     return b"".join([*pieces, line[done:]])
 
@@ -202,7 +205,7 @@ def overwrite(content: bytes, dice: Dice, _others: list[bytes]) -> bytes:
 
 
 def replace_value(content: bytes, dice: Dice, _others: list[bytes]) -> bytes:
-    """Another value in the place of one: the JSON stays whole, and says something else."""
+    """Put another value in the place of one. The JSON stays whole, and says something else."""
     values = list(re.finditer(rb'(?<=[:\[,])("(?:[^"\\]|\\.)*"|-?\d[\d.eE+-]*|null|true|false|\{\}|\[\])', content))
     if not values:
         return content
@@ -238,7 +241,7 @@ Seal = Callable[[bytes, Dice], bytes]
 
 
 def seal_somehow(content: bytes, dice: Dice) -> bytes:
-    """Seal a document with the lengths that it tells, or with those that it has."""
+    """Seal a document with the lengths that its header tells, or with its real lengths."""
     return seal(content, fits=dice.random() < 0.7)
 
 
@@ -256,17 +259,17 @@ def mutant(dice: Dice, documents: list[bytes], seal: Seal = seal_somehow) -> tup
 TYPED = (persist.CorruptSession, persist.UnsupportedFormat)
 # `persist accept` may meet a field of the header's name, or a value that is too large.
 TYPED_EDITED = (*TYPED, persist.NotJSON, persist.InvalidArgument)
-# A writer may meet a message of the new one's id, or messages that are no list.
+# A writer may meet a message that has the id of the new one, or messages that are no list.
 TYPED_WRITING = (*TYPED_EDITED, persist.MergeConflict, persist.InvalidArgument)
 NEW = {"id": "new", "content": "?"}
-#: So many items are read of the end of a list.
+#: The number of items that are read from the end of a list.
 TAIL = 2
 Answer = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Complaint:
-    """A reader, and what it answered wrong. `kind` groups what has one cause."""
+    """A reader, and its wrong answer. `kind` groups the answers that have one cause."""
 
     reader: str
     kind: str
@@ -274,7 +277,7 @@ class Complaint:
 
 
 class Oracle:
-    """Judges what a store and its readers make of a document."""
+    """A judge of what a store and its readers make of a document."""
 
     seal: Seal = staticmethod(seal_somehow)
 
@@ -283,7 +286,7 @@ class Oracle:
         self.path = self.store.path / "s.json"
 
     def complaint(self, content: bytes, *, is_sealed: bool = False) -> Complaint | None:
-        """Put the content there and read it in every way. Say what was answered wrong, or None."""
+        """Put the content there and read it in every way. Return what was answered wrong, or None."""
         store, path = self.store, self.path
         readers: dict[str, tuple[Callable[[], str | None], tuple[type[Exception], ...]]] = {
             "read": (lambda: _of_header(document.read(path, "s").header), TYPED),
@@ -318,9 +321,9 @@ OTHER_DOCUMENT = "another document than the bytes say"
 
 
 def trusted(content: bytes) -> Answer | None:
-    """Return the data that a reader may make of it, with the header left out. None if it must refuse.
+    """Return the data that a reader may make of the content, with the header left out. None if it must refuse.
 
-    That is what all checksums vouch for. With no trace of a header it is the strict JSON of another program.
+    All checksums vouch for that data. Content with no trace of a header is the strict JSON of another program.
     """
     header = _header_of(content)
     if header is not None:
@@ -330,7 +333,10 @@ def trusted(content: bytes) -> Answer | None:
 
 
 def trusted_head(content: bytes) -> Answer | None:
-    """Return the fields that the checksums of header and fields vouch for, whatever stands behind them. Or None."""
+    """Return the fields that the checksums of header and fields vouch for, or None.
+
+    The content behind the fields does not matter.
+    """
     header = _header_of(content)
     if header is None:
         data = trusted(content)
@@ -378,7 +384,10 @@ def _dumped(value: Any) -> bytes:
 
 
 def _bears_header(data: Answer) -> bool:
-    """Also one whose name was spoilt: a document of ours must not turn into another program's by a flipped bit."""
+    """Tell whether data bears a header, also one whose name was spoilt.
+
+    A document of ours must not turn into another program's by a flipped bit.
+    """
     first = next(iter(data.values()), None)
     return "_persist" in data or (type(first) is dict and {"checksum", "incarnation", "parts"} <= first.keys())
 
@@ -400,7 +409,7 @@ def _of_data(data: Answer, content: bytes) -> str | None:
 
 
 def _of_head(found: persist.Head, content: bytes) -> str | None:
-    # Damage of what stands apart goes unnoticed by a head.
+    # A head does not notice damage of the values that stand apart.
     expected = trusted_head(content)
     if expected is None:
         return NOT_VOUCHED_FOR
@@ -412,11 +421,11 @@ def _of_head(found: persist.Head, content: bytes) -> str | None:
 
 def _of_tail(found: list[Any], content: bytes, *, is_sealed: bool) -> str | None:
     if is_sealed:
-        # What is forged elsewhere goes unnoticed.
+        # A tail does not notice what is forged elsewhere.
         return None
     if trusted_head(content) is None:
         return NOT_VOUCHED_FOR
-    # The checksum of a list is that of the whole. So damage of it goes unnoticed by a tail.
+    # The checksum of a list is that of the whole list. So a tail does not notice damage of it.
     expected = trusted(content)
     return None if expected is None or same(found, expected.get("messages", [])[-TAIL:]) else OTHER_DOCUMENT
 
@@ -432,7 +441,7 @@ def _of_append(store: persist.Store, content: bytes, *, is_sealed: bool) -> str 
     store.append("s", "messages", NEW)
     expected = trusted(content)
     if expected is None:
-        # An append does not look at all that somebody has sealed. A load does, before it and after it.
+        # An append does not read everything that somebody has sealed. A load does, before the append and after it.
         try:
             store.load("s")
         except persist.CorruptSession:
@@ -448,7 +457,7 @@ def _nothing(_answer: object) -> None:
 
 
 def _of_header(header: Header) -> str | None:
-    """Every verb counts on these types."""
+    """Check the types of a header, because every verb counts on them."""
     is_right = (
         type(header.incarnation) is str
         and type(header.commit) is str
@@ -465,7 +474,7 @@ def _of_header(header: Header) -> str | None:
 
 
 def _parsed(content: bytes, *, is_strict: bool) -> Answer | None:
-    """Return what the standard library says, with the header left out. None for what is no object."""
+    """Return what the standard library parses, with the header left out. None for content that is no object."""
     data = _object(content, is_strict=is_strict)
     return None if data is None else {key: value for key, value in data.items() if key != "_persist"}
 
@@ -507,7 +516,7 @@ class State:
         return self.fields | self.apart
 
     def after(self, record: Answer) -> State:
-        """Make the changes of a record. Raise `ValueError` if that cannot be."""
+        """Return the state after the changes of a record. Raise `ValueError` if they cannot be made."""
         head = record.get("head")
         fields, apart = self.fields if head is None else head["fields"], dict(self.apart)
         for change in record.get("changes", []):
@@ -528,12 +537,12 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What an independent reader makes of a journal: the state after the records that follow one another.
+    """The reading of a journal by an independent reader: the state after the records that follow one another.
 
     Attributes:
         heads: the fields that the document or any record says there are.
         last: the last record whose CRC is right, wherever it stands. None if there is none.
-        is_whole: whether no record with the right CRC follows on the state that makes no sense there.
+        is_whole: false if a record with the right CRC follows on the state, and makes no sense there.
     """
 
     state: State
@@ -554,7 +563,7 @@ def replay(content: bytes, state: State) -> Replay:
             is_next = False
             continue
         try:
-            # What cannot be decoded may be gone by the last record. If it is not, no reader may show it.
+            # Bytes that cannot be decoded may be gone by the last record. If they are not, no reader may show them.
             record = json.loads(line.decode(errors="replace"), strict=False, parse_int=_int)
             last = record
             if record.get("head"):
@@ -570,12 +579,12 @@ def replay(content: bytes, state: State) -> Replay:
 
 
 def _int(literal: str) -> int | str:
-    """Decode an integer. One of too many digits becomes a text, which no reader shows in its place."""
+    """Decode an integer. An integer of too many digits becomes a text, which no reader shows in its place."""
     return int(literal) if len(literal) <= sys.get_int_max_str_digits() else literal
 
 
 class JournalOracle(Oracle):
-    """Judges what a store makes of a session whose journal is spoilt."""
+    """A judge of what a store makes of a session whose journal is spoilt."""
 
     seal: Seal = staticmethod(lambda content, _dice: seal_journal(content))
 
@@ -617,7 +626,7 @@ class JournalOracle(Oracle):
     def complaint(self, content: bytes, *, is_sealed: bool = False) -> Complaint | None:
         """Put the journal beside its document, and do each verb to the session.
 
-        Say what was answered wrong, or None.
+        Return what was answered wrong, or None.
         """
         expected = replay(content, self._created)
         verbs: dict[str, Callable[[persist.Store], str | None]] = {
@@ -650,7 +659,10 @@ class JournalOracle(Oracle):
         return None if is_right else OTHER_STATE
 
     def _of_head(self, head: persist.Head, expected: Replay, *, is_sealed: bool) -> str | None:
-        """A head reads the last record, and the one that it names for the fields. Damage before them goes unnoticed."""
+        """Check a head. It reads the last record, and the record that the last one names for the fields.
+
+        Damage before these records goes unnoticed.
+        """
         last = self._created.revision if expected.last is None else expected.last["revision"]
         if not is_sealed:
             is_right = head.revision in (last, expected.state.revision) and any(
@@ -662,7 +674,7 @@ class JournalOracle(Oracle):
         return None if is_right else "a head that no record says"
 
     def _of_tail(self, found: list[Any], expected: Replay, *, is_sealed: bool) -> str | None:
-        """A tail reads as many of the last records as it takes. Damage before them goes unnoticed."""
+        """Check a tail. It reads as many of the last records as it needs. Damage before them goes unnoticed."""
         if is_sealed:
             return None
         last = self._created.revision if expected.last is None else expected.last["revision"]
@@ -685,7 +697,8 @@ class JournalOracle(Oracle):
         return self._of_session(self._store().load("s"), expected)
 
     def _of_accepted(self, session: persist.Session, expected: Replay, *, is_sealed: bool) -> str | None:
-        # What stands before the first damage. In a sealed one that may be what no reader could take either.
+        # An accepted session holds what stands before the first damage. In a sealed journal that may be content that no
+        # reader could take either.
         is_right = is_sealed or same(session.data, expected.state.data)
         is_right = is_right and same(self._store().load("s").data, session.data)
         return None if is_right else OTHER_STATE
@@ -699,7 +712,7 @@ OTHER_STATE = "a state that was never committed"
 
 
 def journals(oracle: JournalOracle) -> list[bytes]:
-    """Return its journal, whole and in parts."""
+    """Return the oracle's journal, whole and in parts."""
     opening, *lines = oracle.content.splitlines(keepends=True)
     return [oracle.content, b"".join([opening, *lines[:2]]), opening]
 
@@ -710,7 +723,7 @@ Kind = tuple[str, str, str]
 
 
 class Tally:
-    """What was tried, and an example of each kind of wrong answer."""
+    """The number of contents that were tried, and an example of each kind of wrong answer."""
 
     def __init__(self, oracle: Oracle, examples: Path) -> None:
         self.tried = 0
@@ -734,7 +747,7 @@ class Tally:
             print(f"WRONG: {', '.join(kind)}: {complaint.detail}\n       {example}", flush=True)
 
     def report(self, seconds: float) -> int:
-        """Print the figures; return the exit status."""
+        """Print the figures. Return the exit status."""
         wrong = f"{self.found.total():,} wrong answers of {len(self.found)} kinds"
         print(f"{self.tried:,} documents in {seconds:.0f} s, {wrong}")
         for kind, count in self.found.most_common():
@@ -747,7 +760,7 @@ Search = Callable[[Tally, list[bytes], float, int], int]
 
 
 def at_random(tally: Tally, documents: list[bytes], seconds: float, seed: int) -> int:
-    """Try mutants until the time is over; the seed of each follows from its number."""
+    """Try mutants until the time is over. The seed of each follows from its number."""
     started = time.monotonic()
     while time.monotonic() < started + seconds:
         content, is_sealed = mutant(random.Random(seed + tally.tried), documents, tally.oracle.seal)

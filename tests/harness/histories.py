@@ -1,9 +1,9 @@
-"""Concurrency histories: threads of several processes work on a few sessions, some are killed, and each operation is
-recorded.
+"""Concurrency histories: threads of several processes work on a few sessions, and each operation is recorded.
 
-Run as a program, this module is one of these processes. What a process called, and what it was told, goes line by line
-into a file for each thread, so that it outlives the process: an operation without an answer is one whose outcome is
-unknown. The instants are of CLOCK_MONOTONIC, which the processes of a machine share.
+Some processes are killed. Run as a program, this module is one of the processes. Each call of a process, and the answer
+that it was given, goes line by line into a file for each thread. So the record outlives the process, and an operation
+without an answer is one whose outcome is unknown. The instants are of CLOCK_MONOTONIC, which the processes of a machine
+share.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ KINDS = ("list", "register", "owner", "life")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is done in one round.
+    """The amount of work in one round.
 
     All threads walk through the groups (a session of each kind) at about the same time.
     """
@@ -79,7 +79,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Report:
-    """What a run did, and what no order of its operations explains."""
+    """The counts of a run, and the answers that no order of its operations explains."""
 
     operations: int = 0
     kills: int = 0
@@ -88,7 +88,7 @@ class Report:
     anomalies: list[tuple[str, Anomaly]] = field(default_factory=list)
 
     def add(self, other: Report) -> None:
-        """Count another round in."""
+        """Add the counts of another round."""
         self.operations += other.operations
         self.kills += other.kills
         self.unknown += other.unknown
@@ -111,7 +111,7 @@ class Record:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
 
     def __call__(self, session_id: str, kind: str, argument: Any, action: Callable[[], Any]) -> Any:
-        """Do it, and write down what was called, when, and what came of it: the answer, or the error, which goes on."""
+        """Do an action. Write down the call, its instants, and its answer or its error. The error is raised again."""
         self._write(time.monotonic_ns(), session_id, kind, argument)
         try:
             result = action()
@@ -145,7 +145,7 @@ class Client:
             self._enter(number * plan.groups // plan.operations_of_a_thread)
             kind = self._random.choice(KINDS)
             actions = READS if self._random.random() < plan.reads else WRITES
-            # What an operation raised stands in its record; the thread goes on.
+            # The record holds what an operation raised, and the thread goes on.
             with suppress(persist.PersistError):
                 self._random.choice(actions[kind])(self, f"{kind}-{self._group}")
         self._enter(-1)
@@ -163,7 +163,7 @@ class Client:
         return f"{self._name}-{self._count}"
 
     def _load(self, session_id: str, shown: Callable[[persist.Session], Any]) -> persist.Session:
-        """Load a session; the record says what it showed."""
+        """Load a session. The record tells what it showed."""
         loaded: list[persist.Session] = []
 
         def load() -> Any:
@@ -174,7 +174,7 @@ class Client:
         return loaded[0]
 
     def _earlier(self, session_id: str) -> persist.Session:
-        """A list that this thread has had for a while: its revision is an old one."""
+        """Return a list that this thread has had for a while, so that its revision is an old one."""
         if session_id not in self._loaded:
             self._loaded[session_id] = self.load_list(session_id)
         return self._loaded[session_id]
@@ -207,11 +207,11 @@ class Client:
         self._record(session_id, "tail", None, last)
 
     def compact_list(self, session_id: str) -> None:
-        """A fold keeps the version."""
+        """Fold a list. A fold keeps the version."""
         self._compact(session_id, "count", lambda: self._counted(session_id))
 
     def _compact(self, session_id: str, kind: str, look: Callable[[], Any]) -> None:
-        """A fold shows nothing, and must change nothing of what is seen after it."""
+        """Fold a session. A fold shows nothing, and must change nothing of what is seen after it."""
 
         def fold() -> Any:
             self._store.compact(session_id)
@@ -228,7 +228,7 @@ class Client:
         self._record(session_id, "append", item, append)
 
     def extend(self, session_id: str) -> None:
-        """Half of the time as a client does that has not got its answer."""
+        """Append a pair. Half of the time, do it again, as a client does that has not got its answer."""
         pair = self._new(), self._new()
 
         def extend() -> str:
@@ -239,7 +239,7 @@ class Client:
             self._record(session_id, "at", None, extend)
 
     def look_by_transaction(self, session_id: str) -> None:
-        """One that changes nothing tells what stands."""
+        """Ask for the version by a transaction that changes nothing."""
 
         def look() -> str | None:
             with self._store.transaction(session_id) as tx:
@@ -262,7 +262,7 @@ class Client:
         self._record(session_id, "append_if", (version, item), append)
 
     def _earlier_version(self, session_id: str) -> str:
-        """Mostly the one of just now. Some other time that of an object which this thread has had for a while."""
+        """Return the current version, mostly. Else return that of an object which this thread has had for a while."""
         if self._random.random() < 0.7:
             return str(self._record(session_id, "count", None, lambda: self._counted(session_id))[1])
         return self._earlier(session_id).version
@@ -307,7 +307,7 @@ class Client:
         return seen
 
     def write(self, session_id: str) -> None:
-        """Also what the session carries besides: it becomes a large one, or a small one."""
+        """Write a value and a load, which makes the session a large one or a small one."""
         value, load = self._new(), self._load_drawn()
 
         def edit() -> str | None:
@@ -354,7 +354,7 @@ class Client:
                 is_hit = tx.fields["value"] == expected
                 if is_hit:
                     tx.fields["value"] = value
-            # Where nothing was written, that of what was read.
+            # Where nothing was written, it is the version that was read.
             return is_hit, tx.version
 
         self._record(session_id, "swap", (expected, value), swap)
@@ -418,12 +418,15 @@ class Client:
         self._prompt = prompt
 
     def _begin(self, session_id: str, stream_id: str, prompt: dict[str, str], *, once: bool) -> persist.Stream:
-        """The field is set with the claim."""
+        """Start a stream. The field is set with the claim."""
         options: dict[str, Any] = {"fields": {"owner": stream_id}, "once": once, "create": once}
         return self._store.start_stream(session_id, prompt, stream_id=stream_id, **options)
 
     def start_again(self, session_id: str) -> None:
-        """As a client does that has not got its answer. Where its stream was taken away, it is started anew."""
+        """Start a prompt again, as a client does that has not got its answer.
+
+        If its stream was taken away, the prompt is started anew.
+        """
         first, stream_id = self._stream, self._new()
         if first is None:
             self.start(session_id)
@@ -440,7 +443,7 @@ class Client:
 
         self._record(session_id, "again", (stream_id, first.id), start)
         if self._stream is not first:
-            # It gives its lease up.
+            # The first stream gives its lease up.
             with first:
                 pass
 
@@ -469,7 +472,7 @@ class Client:
 
         def leave() -> bool:
             try:
-                # The block gives up the lease also of a stream that has lost its session.
+                # The block gives up the lease, also if the stream has lost its session.
                 with stream:
                     end()
             except persist.StreamLost:
@@ -496,7 +499,7 @@ class Client:
     # lives
 
     def load_life(self, session_id: str) -> str | None:
-        """Return its version."""
+        """Load a session. Return its version, or None if there is no session."""
 
         def load() -> Versioned | None:
             try:
@@ -623,7 +626,7 @@ class Client:
         self._record(session_id, "delete_if", version, delete)
 
     def compact_life(self, session_id: str) -> None:
-        """A fold keeps the version."""
+        """Fold a session. A fold keeps the version."""
 
         def fold() -> tuple[int, str] | None:
             try:
@@ -641,7 +644,7 @@ def _items(session: persist.Session) -> Prefix:
 
 
 def _owner(seen: persist.Session | persist.Head) -> str | None:
-    """The active stream. It has set its field with its claim."""
+    """Return the active stream. The field that it has set with its claim must name it, too."""
     data = seen.data if isinstance(seen, persist.Session) else seen.fields
     active = seen.active_stream_id
     return active if active is None or data.get("owner") == active else f"{active}, and the field {data.get('owner')}"
@@ -719,7 +722,8 @@ def _work(directory: Path, number: int, starts: list[int], plan: Plan) -> None:
     threads = [threading.Thread(target=work, args=each, daemon=True) for each in enumerate(starts)]
     for thread in threads:
         thread.start()
-    # The records are open, so the parent sees that this process is ready; the end of its input lets it go.
+    # The records are open, so the parent sees that this process is ready. The parent ends the input of this process to
+    # let it go.
     sys.stdin.read()
     barrier.wait()
     for thread in threads:
@@ -736,7 +740,7 @@ def _record_path(directory: Path, number: int, index: int) -> Path:
 
 
 class _Worker:
-    """One process of a round; `starts` are the numbers of the operations that its threads begin with."""
+    """One process of a round. `starts` are the numbers of the operations that its threads begin with."""
 
     def __init__(self, directory: Path, number: int, starts: list[int], plan: Plan, package: Path) -> None:
         self.number = number
@@ -753,7 +757,7 @@ class _Worker:
 
     @property
     def is_running(self) -> bool:
-        """Whether it is at work still; one that failed fails the run."""
+        """Whether it is still at work. A process that failed fails the run."""
         status = self.process.poll()
         assert status in (None, 0), f"worker {self.number} ended with status {status}; what it says stands above"
         return status is None
@@ -763,7 +767,7 @@ class _Worker:
         self.process.stdin.close()
 
     def close(self) -> None:
-        """See to it that the process is gone."""
+        """Make sure that the process is gone."""
         self.go()
         self.process.kill()
         self.process.wait()
@@ -772,8 +776,9 @@ class _Worker:
         return sum(record.stat().st_size for record in self.records if record.exists())
 
     def kill(self) -> None:
-        """SIGKILL. It died between the two instants noted: what it had begun has taken effect by the second one, or
-        never.
+        """Kill the process with SIGKILL, and note the instants before and after.
+
+        The process died between the two. An operation that it had begun has taken effect by the second one, or never.
         """
         called = time.monotonic_ns()
         self.process.kill()
@@ -781,11 +786,14 @@ class _Worker:
         self.died = called, time.monotonic_ns()
 
     def calls(self) -> list[int]:
-        """How far the threads have come."""
+        """Return how far each thread has come."""
         return [first + len(list(_calls(path))) for first, path in zip(self.starts, self.records, strict=True)]
 
     def operations(self) -> Iterator[tuple[str, Operation]]:
-        """What it called, with the sessions; what was not answered has an unknown outcome."""
+        """Yield each operation that the process called, with its session.
+
+        An operation that was not answered has an unknown outcome.
+        """
         gone = self.died[1] if self.died else time.monotonic_ns()
         for path in self.records:
             for called, session_id, kind, argument, answer in _calls(path):
@@ -794,19 +802,19 @@ class _Worker:
                 if how == "raised":
                     yield session_id, replace(operation, kind="raised", argument=(kind, result))
                 if how == "told":
-                    # What a save has brought into memory is told below.
+                    # The state that a save has brought into memory is told below.
                     made = result[2] if kind == "append" and type(result) is list else result
                     operation = replace(operation, result=_tuple(made))
                 yield session_id, operation
                 if how == "told" and kind == "append" and type(result) is list:
-                    # A save brings the committed state into memory: it is a read as well.
+                    # A save brings the committed state into memory, so it is a read as well.
                     yield session_id, replace(operation, kind="read", result=_tuple(result))
 
 
 def _calls(path: Path) -> Iterator[tuple[int, str, str, Any, Any]]:
-    """The calls of a record, each with its answer or None.
+    """Yield the calls of a record, each with its answer or None.
 
-    A kill may have torn the last line: it counts as not written.
+    A kill may have torn the last line. Such a line counts as not written.
     """
     lines = [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
     is_answer = [line[1] in ("told", "raised") for line in lines] + [False]
@@ -831,10 +839,13 @@ class _Round:
         (directory / "records").mkdir(parents=True)
 
     def _planned_kills(self) -> list[list[int]]:
-        """For each place of a worker, after how many bytes of records its processes are killed, the last one first."""
+        """Return, for each place of a worker, after how many bytes of records its processes are killed.
+
+        The last kill comes first.
+        """
         plan = self._plan
         kills: list[list[int]] = [[] for _ in range(plan.processes)]
-        # An operation writes 100 bytes or so: these come early enough to be reached.
+        # An operation writes about 100 bytes. So these kills come early enough to be reached.
         least = plan.operations_of_a_thread * plan.threads * 80
         for number in range(plan.kills):
             place = kills[number % plan.processes]
@@ -847,7 +858,7 @@ class _Round:
         return worker
 
     def run(self) -> list[_Worker]:
-        """Let the processes work until all is done; return them, the killed ones too."""
+        """Let the processes work until all is done. Return them, the killed ones too."""
         try:
             places = [self._start([0] * self._plan.threads) for _ in range(self._plan.processes)]
             while not all(worker.is_ready and worker.is_running for worker in places):
@@ -863,7 +874,7 @@ class _Round:
                 worker.close()
 
     def _kill_if_due(self, worker: _Worker, kills: list[int]) -> _Worker:
-        """Kill it if it has come so far; return who works in its place."""
+        """Kill a worker if it has come so far. Return the worker that is in its place then."""
         if not kills or worker.written_bytes() < kills[-1] or not worker.is_running:
             return worker
         kills.pop()
@@ -886,7 +897,7 @@ def run_round(directory: Path, plan: Plan, *, package: Path = ROOT) -> Report:
     started = time.monotonic()
     store = plan.journaling.drawn(random.Random(plan.seed)).open(directory / "sessions")
     for session_id in plan.session_ids:
-        # Every other one is large.
+        # Every other session is large.
         load = load_of(int(session_id.rpartition("-")[2]) % 2 * LOAD_BYTES)
         store.create(session_id, {"messages": [], "value": None, "tool_calls": load})
     workers = _Round(directory, plan, package).run()

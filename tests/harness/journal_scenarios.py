@@ -1,4 +1,7 @@
-"""The same for sessions with a journal: records, folds, entering and leaving it; of a size that can be enumerated."""
+"""Crash scenarios of sessions with a journal: records, folds, entering and leaving it.
+
+They are of a size that can be enumerated.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ __all__ = ["ALWAYS", "ANOTHER", "AUTO", "ENDLESS", "FOLDING", "JOURNALED", "LEAV
 ALWAYS, ENDLESS, NEVER = Mode("always"), Mode("always", math.inf), Mode("never")
 #: A journal gets room for more almost at once.
 ROOMY = Mode("always", room_bytes=640)
-#: A fold at every commit; and one that finds a document which is too small for a journal.
+#: `FOLDING` folds at every commit. So does `LEAVING`, which finds a document that is too small for a journal.
 FOLDING, LEAVING = Mode("always", 1), Mode("auto", 1)
 
 
@@ -82,12 +85,12 @@ def recorded_and_asked(store: persist.Store) -> None:
 
 
 def recorded(store: persist.Store) -> None:
-    """A journal that is not empty."""
+    """Append a record, so that the journal is not empty."""
     store.append("s-1", "messages", {"id": "m2", "content": "recorded"})
 
 
 def folded(store: persist.Store) -> None:
-    """One that has followed on another one."""
+    """Make a journal that has followed on another one."""
     recorded(store)
     store.compact("s-1")
     store.append("s-1", "messages", {"id": "m2b", "content": "recorded"})
@@ -109,18 +112,18 @@ def change_a_small_field(store: persist.Store, _subject: object = None) -> None:
     store.update("s-1", lambda tx: tx.data.update(title="t" * 400))
 
 
-#: A value of this size stands among the fields, and one that is larger by `MORE` stands apart.
+#: A value of the size of `NEARLY` stands among the fields. A value that is larger by `MORE` stands apart.
 NEARLY, MORE = "n" * 4000, "n" * 200
 
 
 def noted(store: persist.Store) -> None:
-    """A value among the fields that nearly stands apart, and a list."""
+    """Add a value among the fields that nearly stands apart, and a list."""
     recorded(store)
     store.update("s-1", lambda tx: tx.data.update(notes=NEARLY, log=[NEARLY]))
 
 
 def long_noted(store: persist.Store) -> None:
-    """Both stand apart."""
+    """Let both of them stand apart."""
     noted(store)
     note_more(store)
     log_more(store)
@@ -144,7 +147,7 @@ def log_less(store: persist.Store, _subject: object = None) -> None:
 
 
 def noted_and_back(store: persist.Store) -> None:
-    """One value has come to stand apart, and gone back among the fields."""
+    """Let a value come to stand apart, and go back among the fields."""
     long_noted(store)
     note_less(store)
 
@@ -237,7 +240,8 @@ FOLDS = [
     journaled("accept after an edit by hand", lambda store, _: store.accept("s-1"), recorded_and_edited_by_hand),
     journaled("accept of a damaged journal", lambda store, _: store.accept("s-1"), recorded_and_damaged),
 ]
-#: Another process was killed when its record could be read, or the document that its fold had written.
+#: Another process was killed when its record could be read, or when the document that its fold had written could be
+#: read.
 KILLED = [
     journaled("append of what a killed writer recorded", append, recorded, append),
     journaled("append of what a killed writer recorded, cold", append, recorded, append, is_cold=True),
@@ -282,7 +286,10 @@ UNSYNCED = [
 
 
 def after_more(prepare: Callable[[persist.Store], Any]) -> Callable[[persist.Store], Any]:
-    """So that the journal is long enough to get room. The record of a killed writer lies in two sectors, then."""
+    """Append so much before `prepare` that the journal is long enough to get room.
+
+    The record of a killed writer then lies in two sectors.
+    """
 
     def prepared(store: persist.Store) -> Any:
         for number in range(3):
@@ -293,7 +300,7 @@ def after_more(prepare: Callable[[persist.Store], Any]) -> Callable[[persist.Sto
 
 
 def with_room(scenario: Scenario) -> Scenario:
-    """The same, into the room that a journal has, or beyond it."""
+    """Return the same scenario, with records that go into the room of a journal, or beyond it."""
     name = scenario.name.replace("journal:", "room:")
     content = {"title": "t", "messages": [{"id": "m1", "content": "hi"}]}
     return replace(scenario, name=name, content=content, prepare=after_more(scenario.prepare), mode=ROOMY)

@@ -1,6 +1,6 @@
-"""How the stores of a harness write: which sessions get a journal, and when it is folded.
+"""The way the stores of a harness write: which sessions get a journal, and when it is folded.
 
-Both are preferences of who writes. So the stores of one run may differ: each takes over what another has left.
+Both are preferences of the writer. So the stores of one run may differ, and each takes over what another has left.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ LOAD_BYTES = ENTER_BYTES + 4096
 
 @dataclass(frozen=True, slots=True)
 class Journaling:
-    """What is preferred: one of `MODES` and one of `FOLDS`; "mixed" lets each store draw its own."""
+    """A preference: one of `MODES` and one of `FOLDS`. "mixed" lets each store draw its own."""
 
     mode: Mode | Literal["mixed"] = MIXED
     fold: str = MIXED
 
     def drawn(self, random: random.Random) -> Journaling:
-        """With nothing left open."""
+        """Return a preference with nothing left open."""
         mode = random.choice(MODES) if self.mode == MIXED else self.mode
         fold = random.choice(list(FOLDS)) if self.fold == MIXED else self.fold
         return Journaling(mode, fold)
 
     def open(self, directory: Path, **options: Any) -> persist.Store:
-        """A store that writes so. Nothing may be left open."""
+        """Open a store that writes in this way. Nothing may be left open in the preference."""
         if self.mode == MIXED:
             raise ValueError("draw first")
         store = persist.Store(directory, journal=self.mode, **options)
         written = store._backend.files.options
         written.fold_bytes = FOLDS[self.fold]
-        # Journals are short here. Else none would ever get room.
+        # Journals are short here, so none would get room at its normal size.
         written.room_bytes = ROOM_BYTES_OF[self.fold]
         written.verifies_folds = True
         return store
 
     def all(self) -> list[Journaling]:
-        """Each that may be drawn."""
+        """Return each preference that may be drawn."""
         modes = MODES if self.mode == MIXED else (self.mode,)
         folds = FOLDS if self.fold == MIXED else [self.fold]
         return [Journaling(mode, fold) for mode in modes for fold in folds]
@@ -72,10 +72,10 @@ def add_journaling(parser: argparse.ArgumentParser) -> None:
 
 
 def journaling_of(options: argparse.Namespace) -> Journaling:
-    """What `add_journaling` has asked for."""
+    """Return the preference that the options of `add_journaling` ask for."""
     return Journaling(options.journal, options.fold)
 
 
 def load_of(size_bytes: int) -> list[dict[str, str]]:
-    """The `tool_calls` of a session that is to carry so much."""
+    """Return the `tool_calls` of a session that is to carry so many bytes."""
     return [{"output": "x" * size_bytes}] if size_bytes else []

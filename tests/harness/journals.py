@@ -1,4 +1,4 @@
-"""Journals, for tests: the grammar once more, spelt out, and how many bytes a verb reads and writes."""
+"""Journals, for tests: the grammar, spelt out once more, and the bytes that a verb reads and writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import persist
 from persist.storage import disk
 
-# Not taken from `persist.storage.journal`: an error in its own idea of the grammar must show.
+# Not taken from `persist.storage.journal`, because an error in its own idea of the grammar must show.
 _OPENING = re.compile(rb'\{"persist_journal":3,"name":"([0-9a-f]{16})"\}\n')
 _NAME = re.compile(rb'"journal":(?:null|"([0-9a-f]{16})")')
 _CRC = re.compile(rb'\{"crc":"([0-9a-f]{8})",')
@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 
 def journal_of(store: persist.Store, session_id: str = "s") -> Path:
-    """The one journal of a session; fails if it has none, or several."""
+    """Return the one journal of a session. Fail if it has none, or several."""
     [path] = store.path.glob(f"{session_id}.*.journal")
     return path
 
@@ -39,28 +39,31 @@ def has_journal(store: persist.Store, session_id: str = "s") -> bool:
 
 
 def parted(content: bytes) -> tuple[bytes, list[bytes]]:
-    """The opening and the records of a whole journal, each with its newline; without the room for more behind them."""
+    """Return the opening and the records of a whole journal, each with its newline.
+
+    The room for more behind them is left out.
+    """
     first, *lines = content.rstrip(b"\0").splitlines(keepends=True)
     assert _OPENING.fullmatch(first)
     return first, lines
 
 
 def record_of(line: bytes) -> Record:
-    """What a record says, without its CRC."""
+    """Return the content of a record, without its CRC."""
     record: Record = json.loads(line)
     del record["crc"]
     return record
 
 
 def line_of(opening: bytes, rest: bytes) -> bytes:
-    """A record sealed: `rest` is its JSON, without the brace that opens it."""
+    """Return a sealed record. `rest` is its JSON, without the brace that opens it."""
     return b'{"crc":"%08x",' % zlib.crc32(rest, zlib.crc32(opening)) + rest + b"\n"
 
 
 def sealed(opening: bytes, records: Sequence[Record | bytes]) -> bytes:
-    """A journal of these records, with every CRC right, and each `after` that of the record before.
+    """Return a journal of these records, with every CRC right, and each `after` that of the record before.
 
-    A record of bytes is JSON already, brace and all; it is sealed as it is.
+    A record of bytes is JSON already, brace and all, and is sealed as it is.
     """
     content, after = opening, b"%08x" % zlib.crc32(opening)
     for record in records:
@@ -74,7 +77,7 @@ def _json(value: Any) -> bytes:
 
 
 def chain_is_right(content: bytes) -> bool:
-    """Whether each record has its own CRC, and that of the one before."""
+    """Tell whether each record has its own CRC, and the CRC of the one before."""
     opening, lines = parted(content)
     seed = zlib.crc32(opening)
     after = f"{seed:08x}"
@@ -95,7 +98,7 @@ def chain_is_right(content: bytes) -> bool:
 
 @dataclass(slots=True)
 class Traffic:
-    """What was read and written through `persist.storage.disk`, in bytes."""
+    """The bytes that were read and written through `persist.storage.disk`."""
 
     read: int = 0
     written: int = 0
@@ -103,7 +106,7 @@ class Traffic:
 
 @contextmanager
 def traffic() -> Iterator[Traffic]:
-    """Count the bytes that go through the seam, for a block."""
+    """Count the bytes that go through `persist.storage.disk` in the block."""
     counted = Traffic()
     names = ("read", "read_version", "read_at", "write", "write_at")
     real: dict[str, Callable[..., Any]] = {name: getattr(disk, name) for name in names}

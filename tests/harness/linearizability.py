@@ -1,14 +1,14 @@
-"""Checkers of concurrency histories. Pure functions: a history of operations goes in, anomalies come out.
+"""Checkers of concurrency histories. They are pure functions: operations go in, anomalies come out.
 
 A history is linearizable if every operation can be given one instant between its call and its return, so that the
-operations, one after another at these instants, answer just what they answered. Two checkers, because one is fast and
-one is general:
+operations, one after another at these instants, answer just what they answered. There are two checkers, because one is
+fast and one is general:
 
-- `check_list`: a list that is only appended to. The final list itself tells the order of the appends, and a read's
-  length tells where it stands among them (the idea of Elle, Kingsbury and Alvaro, VLDB 2020), so one sweep over the
-  history is enough.
-- `check_object`: any object with a sequential specification. It searches for an order, as Wing and Gong do (JPDC 1993),
-  and remembers the configurations it has met, as Lowe does ("Testing for linearizability", 2017); `register` and
+- `check_list` checks a list that is only appended to. The final list itself tells the order of the appends, and a
+  read's length tells where it stands among them (the idea of Elle, Kingsbury and Alvaro, VLDB 2020). So one sweep over
+  the history is enough.
+- `check_object` checks any object with a sequential specification. It searches for an order, as Wing and Gong do (JPDC
+  1993). It remembers the configurations it has met, as Lowe does ("Testing for linearizability", 2017). `register` and
   `ownership` are such specifications.
 
 The outcome of an operation whose process was killed is `UNKNOWN`: it took effect before the process was gone, or never.
@@ -34,7 +34,7 @@ UNKNOWN: Final = _Unknown()
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """What one process asked, between which two instants (of one clock), and what it was told."""
+    """A call of one process, the two instants around it (of one clock), and its answer."""
 
     process: int
     kind: str
@@ -63,9 +63,10 @@ class Anomaly:
 
 
 class Prefix(NamedTuple):
-    """What a read of a list saw: how many items, and which. A digest, because a million whole lists would not fit.
+    """The content that a read of a list saw: how many items, and which.
 
-    `version` names the commit that it saw, None if that was not told.
+    The items are a digest, because a million whole lists would not fit. `version` names the commit that the read saw.
+    It is None if the read was not told.
     """
 
     length: int
@@ -74,16 +75,16 @@ class Prefix(NamedTuple):
 
     @classmethod
     def of(cls, items: Iterable[str], version: str | None = None) -> Prefix:
-        """The prefix that is all of `items`."""
+        """Return the prefix that is all of `items`."""
         length = digest = 0
         for item in items:
             length, digest = length + 1, zlib.crc32(f"{item}\n".encode(), digest)
         return cls(length, digest, version)
 
 
-#: What adds to the list, if it takes effect.
+#: The operations that add to the list, if they take effect.
 APPENDS = ("append", "append_if", "extend")
-#: A tail has so many items, unless the list has no more.
+#: The number of items of a tail, unless the list has fewer.
 TAIL = 5
 
 
@@ -91,16 +92,16 @@ def check_list(history: Sequence[Operation], final: Sequence[str]) -> list[Anoma
     """Check a history of a list that is only appended to, so that each commit makes it longer.
 
     `append(item)` and `extend((one, two))` tell the version that they made, or None. `append_if((version, item))`
-    appends if the version is that one, and tells whether it did, and the version that stands then. `read()` tells a
+    appends if the version is that one. It tells whether it did, and the version that stands then. `read()` tells a
     `Prefix`. `count()` tells the number of items and the version, `tail()` the last items, and `at()` the version.
 
     Args:
         final: the items of the list after the last operation.
 
     Returns:
-        What is wrong: "lost append", "doubled append", "invented item", "split pair", "wrong items", "version of two
+        The anomalies: "lost append", "doubled append", "invented item", "split pair", "wrong items", "version of two
         commits", "commit of two versions", "append to another version", "right version refused", "reordered appends",
-        "stale read", "read from the future"; nothing if the history is linearizable.
+        "stale read", "read from the future". There are none if the history is linearizable.
     """
     places: dict[str, int] = {}
     for index, item in enumerate(final):
@@ -117,7 +118,7 @@ def check_list(history: Sequence[Operation], final: Sequence[str]) -> list[Anoma
 
 
 def _added(operation: Operation) -> tuple[str, ...]:
-    """The items that an operation adds to the list, if it takes effect."""
+    """Return the items that an operation adds to the list, if it takes effect."""
     match operation.kind, operation.argument, operation.result:
         case "append_if", _, (False, _):
             return ()
@@ -157,7 +158,7 @@ def _wrong_items(history: Sequence[Operation], final: Sequence[str], places: dic
 
 
 def _length_seen(operation: Operation, places: dict[str, int], lengths: dict[str, int]) -> int | None:
-    """How long the list was that a look has seen. None for what is no look, or does not tell it."""
+    """Return how long the list was that a look has seen. None if the operation is no look, or does not tell it."""
     match operation.kind, operation.result:
         case (("read" | "count"), (int(length), *_)):
             return length
@@ -171,7 +172,7 @@ def _length_seen(operation: Operation, places: dict[str, int], lengths: dict[str
 
 
 def _length_made(operation: Operation, places: dict[str, int]) -> int | None:
-    """How long the list was behind what an operation has added. None if it did not add anything."""
+    """Return how long the list was just behind the items that an operation has added. None if it added nothing."""
     added = _added(operation)
     return places[added[-1]] + 1 if added and added[-1] in places else None
 
@@ -188,7 +189,7 @@ def _version_told(operation: Operation) -> str | None:
 
 
 def _versions_of_lengths(history: Sequence[Operation], places: dict[str, int]) -> Iterator[tuple[str, int]]:
-    """Each version that was told, with the length of the list that it names."""
+    """Yield each version that was told, with the length of the list that it names."""
     for operation in history:
         version = _version_told(operation)
         length = _length_made(operation, places)
@@ -218,7 +219,10 @@ def _wrong_versions(history: Sequence[Operation], places: dict[str, int]) -> Ite
 def _wrong_conditions(
     history: Sequence[Operation], places: dict[str, int], lengths: dict[str, int]
 ) -> Iterator[Anomaly]:
-    """A change for a version is made to that one, and to no other; and it is made if that one stands."""
+    """Check that a change for a version is made to that version, and to no other.
+
+    Check also that it is made if that version stands.
+    """
     for operation in history:
         if operation.kind == "append_if":
             version, item = operation.argument
@@ -229,14 +233,14 @@ def _wrong_conditions(
 
 
 def _split_pairs(history: Sequence[Operation], places: dict[str, int]) -> Iterator[Anomaly]:
-    """The two items of a pair stand one behind the other, and nobody sees the first one alone."""
+    """Check that the two items of a pair stand one behind the other, and that nobody sees the first one alone."""
     halves: dict[int, Operation] = {}
     for operation in history:
         if operation.kind == "extend":
             found = [places[item] for item in operation.argument if item in places]
             if operation.argument[0] in places:
                 halves[found[0] + 1] = operation
-            # Half of one that was answered is a lost append.
+            # Half of a pair that was answered is a lost append.
             is_half = len(found) == 1 and operation.result is UNKNOWN
             if is_half or (len(found) == 2 and found[1] != found[0] + 1):
                 yield Anomaly("split pair", f"{operation}: its items stand at {found}")
@@ -248,8 +252,9 @@ def _split_pairs(history: Sequence[Operation], places: dict[str, int]) -> Iterat
 def _placed(
     history: Sequence[Operation], places: dict[str, int], lengths: dict[str, int]
 ) -> list[tuple[int, Operation]]:
-    """Each operation with its place in the one order that the final list allows: looks between the appends, which are
-    odd.
+    """Return each operation with its place in the one order that the final list allows.
+
+    Appends have odd places, and looks stand between them.
     """
     placed = []
     for operation in history:
@@ -262,7 +267,7 @@ def _placed(
 
 
 def _against_time(placed: list[tuple[int, Operation]]) -> Iterator[Anomaly]:
-    """The operations that stand before one which had returned when they were called: for each, one witness."""
+    """Find the operations that stand before one which had returned when they were called. Name one witness for each."""
     placed = sorted(placed, key=lambda entry: entry[0], reverse=True)
     start = 0
     witness: Operation | None = None
@@ -270,7 +275,7 @@ def _against_time(placed: list[tuple[int, Operation]]) -> Iterator[Anomaly]:
         end = start
         while end < len(placed) and placed[end][0] == placed[start][0]:
             end += 1
-        # Those that share a place are reads of one state: their order among themselves does not matter.
+        # Operations that share a place are reads of one state, so their order among themselves does not matter.
         same_place = [operation for _, operation in placed[start:end]]
         for operation in same_place:
             if witness is not None and witness.returned < operation.called:
@@ -288,16 +293,16 @@ def _name_of_inversion(earlier: Operation, later: Operation) -> str:
 # --- any object with a sequential specification -----------------------------------------------------------------------
 
 State = TypeVar("State", bound=Hashable)
-#: From a state and an operation to the state after it and the answer it must give.
+#: Takes a state and an operation. Returns the state after it and the answer it must give.
 Specification = Callable[[State, Operation], tuple[State, Any]]
 
 
 def check_object(history: Iterable[Operation], initial: State, specification: Specification[State]) -> list[Anomaly]:
-    """Search for an order of the operations that explains every answer; "not linearizable" if there is none.
+    """Search for an order of the operations that explains every answer.
 
-    A configuration is what was put in order already (all operations before `low`, and those whose bits are set after
-    it) and the state that they leave. The same configuration reached twice has the same future, so it is looked at
-    once.
+    The anomaly is "not linearizable" if there is none. A configuration is the operations that are in order already, and
+    the state that they leave. These are all operations before `low`, and those whose bits are set after it. The same
+    configuration reached twice has the same future, so it is looked at once.
     """
     operations = sorted(history, key=lambda operation: operation.called)
     start = (0, 0, initial)
@@ -319,7 +324,7 @@ def check_object(history: Iterable[Operation], initial: State, specification: Sp
 
 
 def _next(operations: Sequence[Operation], low: int, ordered: int) -> Iterator[int]:
-    """The operations that may come next: called before any other that is left has returned."""
+    """Yield the operations that may come next: called before any other that is left has returned."""
     earliest_return = math.inf
     for index in range(low, len(operations)):
         if not ordered >> (index - low) & 1:
@@ -338,13 +343,13 @@ def _states_after(state: State, operation: Operation, specification: Specificati
 
 
 def _advance(low: int, ordered: int) -> tuple[int, int]:
-    """Drop the leading run of set bits: the window then stays as small as the number of concurrent operations."""
+    """Drop the leading run of set bits, so that the window stays as small as the number of concurrent operations."""
     run = (~ordered & (ordered + 1)).bit_length() - 1
     return low + run, ordered >> run
 
 
 class Versioned(NamedTuple):
-    """A register: a value, the number of the write that put it there, and the version by which that write is named.
+    """A register: a value, the number of the write that put it there, and the version that names that write.
 
     The version of a write whose process was killed is None until somebody is told it. Before the first write there is
     no register.
@@ -359,11 +364,11 @@ class Versioned(NamedTuple):
         return self.revision > 0
 
     def after(self, value: Any, version: str | None) -> Versioned:
-        """The register after the next write."""
+        """Return the register after the next write."""
         return Versioned(self.revision + 1, version, value)
 
     def named(self, version: str | None) -> Versioned:
-        """The same, by the version that somebody was told, if nobody was told one before."""
+        """Return the register with the version that somebody was told, if nobody was told one before."""
         return self if self.version is not None or not self.is_there else self._replace(version=version)
 
 
@@ -372,16 +377,16 @@ ABSENT = Versioned(0, None, None)
 
 
 def register(state: Versioned, operation: Operation) -> tuple[Versioned, Any]:
-    """The specification of a register, which can be created and deleted.
+    """Apply the specification of a register, which can be created and deleted.
 
     Looks tell None where there is none: `read()` tells revision, version and value, `look()` revision and version, and
     `value()` the value. `exists()` tells whether there is one.
 
     `write(value)` tells its version, and makes the register if there is none. `create(value)` does so only if there is
-    none, and tells False else. `swap((expected, value))` writes if the value is the expected one, `put((version,
+    none, and otherwise tells False. `swap((expected, value))` writes if the value is the expected one, `put((version,
     value))` if the version is that one. Both tell whether they did, and the version that stands then, or None for it.
-    `delete()` tells whether there was one. `delete_if(version)` tells whether it was that one, and the version that
-    stands, if it was another one.
+    `delete()` tells whether there was one. `delete_if(version)` tells whether it was that one. If it was another one,
+    it also tells the version that stands.
     """
     version = _version_in(operation)
     match operation.kind, operation.argument:
@@ -413,7 +418,7 @@ def register(state: Versioned, operation: Operation) -> tuple[Versioned, Any]:
 
 
 def _version_in(operation: Operation) -> str | None:
-    """The version that an operation on a register was told."""
+    """Return the version that an operation on a register was told."""
     match operation.kind, operation.result:
         case (("read" | "look"), (_, str(version), *_)):
             return version
@@ -425,9 +430,9 @@ def _version_in(operation: Operation) -> str | None:
 
 
 def check_versions(history: Iterable[Operation]) -> list[Anomaly]:
-    """Check of a register's history that no version names two writes: "version of two commits".
+    """Check that no version in a register's history names two writes: "version of two commits".
 
-    That no write has two versions is a matter of the register's order. Each value is written once.
+    Each value is written once. The check of the register's order shows whether a write has two versions.
     """
     values: dict[str, set[Any]] = defaultdict(set)
     for operation in history:
@@ -446,7 +451,7 @@ def check_versions(history: Iterable[Operation]) -> list[Anomaly]:
 
 
 class Owned(NamedTuple):
-    """Which stream owns a session, whose it is, and which processes are dead."""
+    """The stream that owns a session, the process of that stream, and the processes that are dead."""
 
     stream_id: str | None = None
     process: int | None = None
@@ -462,13 +467,13 @@ class Owned(NamedTuple):
 
 
 def ownership(state: Owned, operation: Operation) -> tuple[Owned, Any]:
-    """The specification of a session's stream; the argument is a stream id.
+    """Apply the specification of a session's stream. The argument is a stream id.
 
-    `read()` tells the active stream; `start` tells None, or the stream that is in the way; `held` (a transaction of the
-    stream), `end` (finish or fail), `cancel` and `force` tell whether that stream owned the session; `asked` tells
-    whether it was cancelled or has lost the session; `clear` tells whether it was the owner, and dead. `again((stream,
-    first))` starts the prompt of the first one once more, unless that runs: it tells what has become of it, and the
-    stream that runs then. `die`: all at once, what this process owns is stale.
+    `read()` tells the active stream. `start` tells None, or the stream that is in the way. `held` (a transaction of the
+    stream), `end` (finish or fail), `cancel` and `force` tell whether that stream owned the session. `asked` tells
+    whether the stream was cancelled or has lost the session. `clear` tells whether it was the owner, and dead.
+    `again((stream, first))` starts the prompt of the first stream once more, unless that stream runs. It tells what has
+    become of the prompt, and the stream that runs then. `die` makes everything that this process owns stale at once.
     """
     stream_id = operation.argument
     is_owner = stream_id is not None and state.stream_id == stream_id

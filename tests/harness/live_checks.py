@@ -1,7 +1,7 @@
 """Check a store again and again while servers commit, delete and create: no check may name anything (HAZARDS F11).
 
-Each server is a process. It saves every few milliseconds, folds journals, runs turns, and deletes and creates sessions
-anew. All that is there is sound, so whatever a check names is a false word.
+Each server is a process. It saves every few milliseconds, folds journals, runs turns, and deletes sessions and creates
+them anew. Everything in the store is sound, so a problem that a check names is a false word.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from harness.runs import INTERRUPTED, existing_directory, positive
 TESTS = Path(__file__).parents[1]
 #: The last one has a file whose name holds a hash of the id.
 SESSIONS = ("plain", "user:7/chat", "turns", "long " * 50)
-#: A server waits for so long after each round.
+#: The time for which a server waits after each round.
 PAUSE_S = 0.002
 SHOWN = 20
 
 
 @dataclass
 class Checked:
-    """What came of the checks. `commits` is what the servers did meanwhile."""
+    """The outcome of the checks. `commits` counts the work of the servers meanwhile."""
 
     checks: int = 0
     commits: int = 0
@@ -94,7 +94,7 @@ def servers_on(directory: Path, number: int) -> Iterator[list[subprocess.Popen[s
 
 
 def check_live(directory: Path, checks: int, *, servers: int = 2, keep_going: bool = False) -> Checked:
-    """Check a store so often while servers work on it."""
+    """Check a store `checks` times while servers work on it."""
     checked = Checked()
     store = persist.Store(directory, timeout_s=20)
     with servers_on(directory, servers) as processes:
@@ -111,7 +111,7 @@ def check_live(directory: Path, checks: int, *, servers: int = 2, keep_going: bo
             assert process.stdout is not None
             checked.commits += len(SESSIONS) * int(process.stdout.read())
             assert process.wait(20) == 0
-    # Of sound servers nothing is left over either, once they have ended.
+    # Sound servers leave nothing over either, once they have ended.
     checked.false_words += store.check()
     return checked
 

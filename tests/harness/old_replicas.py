@@ -1,10 +1,10 @@
 """A process that holds an old replica, while others take its journal out of use and are killed in the middle of that.
 
 One process holds a replica of a session. A second one folds the journal, leaves journal mode, deletes the session or
-accepts it, and is killed at one of its disk calls. A third one folds, or deletes and makes anew. It may be killed, too.
-The document then bears the inode and the times that the replica knows: that is forced here, because chance alone would
-bring it about too rarely. Now the holder appends. Nothing acknowledged may be lost, and the append must not land in a
-journal that is out of use.
+accepts it, and is killed at one of its disk calls. A third one folds, or deletes the session and makes it anew. It may
+be killed, too. Then the document bears the inode and the times that the replica knows. The harness forces this, because
+chance alone would bring it about too rarely. Now the holder appends. Nothing acknowledged may be lost, and the append
+must not land in a journal that is out of use.
 
 A process is a store of its own here, because replicas belong to a store.
 """
@@ -28,26 +28,26 @@ from harness.crashes import Killed
 from harness.journal_scenarios import ENDLESS, FOLDING, NEVER
 from persist.storage import disk
 
-#: What a process asks of the disk. `close` is not among them: the kernel closes what a dead process has open.
+#: The disk calls of a process. `close` is not among them, because the kernel closes what a dead process has open.
 CALLS = (
     *("open_known", "open_unseen", "open_directory", "read", "read_version", "read_at", "version_of", "exists"),
     *("write", "write_at", "truncate", "sync", "sync_data", "sync_directory", "replace", "unlink", "mkdir", "names"),
 )
 WRITES = ("write", "write_at")
-#: After any other call the disk is as it was before.
+#: The calls that change the disk. After any other call it is as it was before.
 EFFECTS = (*WRITES, "truncate", "replace", "unlink", "mkdir", "open_known")
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """A process is killed before its disk call of that number, or in the middle of it, if it is a write."""
+    """A kill of a process before its disk call of that number, or in the middle of that call, if it is a write."""
 
     place: int
     is_halfway: bool = False
 
 
 class Process:
-    """What asks the disk from one `running` on. It may be killed there."""
+    """A process whose disk calls are noted from one `running` on. It may be killed at one of them."""
 
     def __init__(self, kill: Kill | None = None) -> None:
         self.calls: list[str] = []
@@ -62,7 +62,7 @@ class Process:
 
     @property
     def kills_at_effects(self) -> list[Kill]:
-        """Those that leave different disks."""
+        """The kills that leave different disks."""
         return [kill for kill in self.kills if self.calls[kill.place] in EFFECTS]
 
     def asks(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,7 +114,7 @@ def edit_by_hand(store: persist.Store) -> None:
 
 
 def damage(store: persist.Store) -> None:
-    """The first record, which the holder of the replica has read before."""
+    """Damage the first record, which the holder of the replica has read before."""
     _replace_in_journal(store, b'"id":"m2"', b'"id":"mx"')
 
 
@@ -139,13 +139,14 @@ def fold(store: persist.Store) -> None:
 
 @dataclass(frozen=True)
 class Deed:
-    """What a process does to the session.
+    """An action of a process on the session.
 
     Attributes:
-        verb, mode: what it does, and how its store writes.
-        adds: the id of a message that is acknowledged with it.
-        prepare: what is done to the files before.
-        keeps: which of the known messages it must keep.
+        verb: the action itself.
+        mode: how the store of the process writes.
+        adds: the id of a message that is acknowledged with the action.
+        prepare: the change that is made to the files before.
+        keeps: the known messages that the action must keep.
     """
 
     name: str
@@ -159,7 +160,7 @@ class Deed:
         return self.name
 
 
-#: How a journal goes out of use.
+#: The ways in which a journal goes out of use.
 FIRST = [
     Deed("fold", fold),
     Deed("append that folds", append("a"), FOLDING, adds="a"),
@@ -172,7 +173,7 @@ FIRST = [
     Deed("accept of a damaged opening", lambda store: store.accept("s-1"), prepare=damage_the_opening, keeps=("m1",)),
     Deed("accept without the journal", lambda store: store.accept("s-1", drop_journal=True), keeps=("m1",)),
 ]
-#: What another process does then, to what the first one has left.
+#: The actions of another process then, on the files that the first one has left.
 SECOND = [
     Deed("then a fold", fold),
     Deed("then an append that folds", append("c"), FOLDING, adds="c"),
@@ -182,11 +183,11 @@ SECOND = [
 
 @dataclass(frozen=True)
 class Ending:
-    """What came of two deeds.
+    """The outcome of two deeds.
 
     Attributes:
         first, second: the two processes that did them.
-        faults: what is wrong after the holder's append.
+        faults: everything that is wrong after the holder's append.
     """
 
     first: Process
@@ -205,7 +206,7 @@ def play(
 
     Args:
         kills: where each process is killed.
-        refuses_removal: the disk does not let go of any journal.
+        refuses_removal: the disk refuses to remove any journal.
     """
     with disk_of({}, scratch / "sessions") as path, pytest.MonkeyPatch.context() as patch:
         holder = _holder(path)
@@ -217,7 +218,7 @@ def play(
 
 
 def _holder(path: Path) -> persist.Store:
-    """A process that holds a replica: of one message in the document, and of two in the journal."""
+    """Return a store that holds a replica: of one message in the document, and of two in the journal."""
     holder = ENDLESS.open(path)
     holder.create("s-1", {"title": "t", "messages": [message("m1")]})
     for each in KNOWN[1:]:
@@ -235,7 +236,7 @@ def _keeping_journals(real: Callable[[Path], bool]) -> Callable[[Path], bool]:
 
 
 class _Look:
-    """What was acknowledged, and whether it is there."""
+    """A look at the messages that were acknowledged, and whether they are there."""
 
     def __init__(self, first: Deed, holder: persist.Store, path: Path) -> None:
         self._first = first
@@ -265,7 +266,7 @@ class _Look:
             # The first deed was a delete.
             return False
         except persist.CorruptSession:
-            # As long as nobody has accepted it.
+            # The session stays damaged as long as nobody has accepted it.
             if not self._is_damaged:
                 raise
             return False
@@ -292,7 +293,7 @@ class _Look:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(disk, "version_of", self._known_version(disk.version_of))
             is_added = self._append("b1", self._holder)
-        # What is appended behind damage is given up with it.
+        # An append behind damage is given up with the damage.
         if is_added and not (was_damaged and len(self._first.keeps) < len(KNOWN)):
             self._added.append("b1")
         for each, content in self._journals().items():
@@ -308,7 +309,7 @@ class _Look:
         yield from self._lost()
 
     def _known_version(self, real: Callable[[Any], disk.Version]) -> Callable[[Any], disk.Version]:
-        """The document bears the inode and the times again that the replica knows."""
+        """Give the document the inode and the times again that the replica knows."""
 
         def version_of(file: Any) -> disk.Version:
             found = real(file)
@@ -320,7 +321,7 @@ class _Look:
         return {path.name: path.read_bytes() for path in self._path.glob("*.journal")}
 
     def _named(self) -> str | None:
-        """The journal that the document names."""
+        """Return the journal that the document names."""
         document = self._path / "s-1.json"
         found = re.search(rb'"journal":"([0-9a-f]{16})"', document.read_bytes()) if document.exists() else None
         return f"s-1.{found[1].decode()}.journal" if found else None
@@ -339,5 +340,5 @@ class _Look:
             yield f"acknowledged and lost: {missing}"
 
     def _late(self) -> list[str]:
-        """What was added after the session was made anew."""
+        """Return the messages that were added after the session was made anew."""
         return [each for each in self._added if each in ("b1", "d", "b2")]

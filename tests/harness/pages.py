@@ -76,7 +76,8 @@ def is_printed(shown: str, printed: str) -> bool:
 
 def play(page: Path, directory: Path) -> list[str]:
     """Run the blocks of a page in a directory. Return what went wrong, by the lines of the page."""
-    command = [sys.executable, "-P", "-W", "error", "-m", "harness.pages", json.dumps(list(map(asdict, blocks_of(page))))]
+    blocks = json.dumps([asdict(block) for block in blocks_of(page)])
+    command = [sys.executable, "-P", "-W", "error", "-m", "harness.pages", blocks]
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     done = subprocess.run(
         command,

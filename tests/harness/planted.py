@@ -21,14 +21,14 @@ Mutation = tuple[str, str, str]
 """A file of the package, a piece of its text, and what to put there."""
 
 
-# What both the torture and the power cuts must notice.
+# A bug that both the torture and the power cuts must notice.
 FIELDS_THROWN_AWAY = (
     "session.py",
     "        mine = encoded(self.data, self._base.content)\n",
     "        kept = {key: value for key, value in self.data.items() if key not in ('title', 'visits')}\n"
     "        mine = encoded(kept, self._base.content)\n",
 )
-# What both the torture and the soak must notice.
+# A bug that both the torture and the soak must notice.
 NOT_WRITTEN = (
     "store.py",
     "            return copy.commit_changes(changed, touch=touch).header.version\n",
@@ -36,7 +36,7 @@ NOT_WRITTEN = (
     "                return copy.header.version\n"
     "            return copy.commit_changes(changed, touch=touch).header.version\n",
 )
-# In its children only: what the harness does itself goes well.
+# A bug that hangs in the children only, so that the harness's own calls go well.
 HANGS = (
     "storage/transaction.py",
     "\nclass SessionFiles(SessionDirectory):\n",
@@ -62,14 +62,17 @@ def write_mutated_package(mutation: Mutation, parent: Path) -> None:
 
 
 def environment(package_parent: Path) -> dict[str, str]:
-    """The environment of a process of a harness that is to use the package under `package_parent`."""
+    """Return the environment of a harness process that is to use the package under `package_parent`."""
     return os.environ | {"PYTHONPATH": f"{package_parent}{os.pathsep}{TESTS}", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def run_harness(
     name: str, options: Iterable[str], package_parent: Path, timeout_s: float
 ) -> subprocess.CompletedProcess[str]:
-    """Run ``harness.<name>`` on the package under `package_parent`: it forks, which a process with threads must not."""
+    """Run ``harness.<name>`` in a process of its own, on the package under `package_parent`.
+
+    A harness forks, which a process with threads must not do.
+    """
     command = [*PYTHON, "-m", f"harness.{name}", *options]
     return subprocess.run(
         command, env=environment(package_parent), capture_output=True, text=True, timeout=timeout_s, check=False

@@ -1,12 +1,11 @@
-"""Power cuts: writers on a real file system of their own, whose power is cut in mid-commit by the kernel's own shutdown
-call.
+"""Power cuts: writers on a real file system of their own, whose power is cut in mid-commit.
 
-A sparse image behind a loop device is mounted in a private mount namespace. `FS_IOC_SHUTDOWN` without a flush of the
-log stops the file system at once: what had not reached the image by then is gone, as after a power cut, and mounting it
-again recovers by the journal. Then every session is held against what was acknowledged over a pipe *after* the verb had
-returned.
+The kernel's own shutdown call cuts the power. A sparse image behind a loop device is mounted in a private mount
+namespace. `FS_IOC_SHUTDOWN` without a flush of the log stops the file system at once. Everything that had not reached
+the image by then is gone, as after a power cut, and mounting it again recovers by the journal. Then the harness
+compares every session with the acknowledgements that came over a pipe *after* the verb had returned.
 
-What it does not show: a device that loses or reorders what it has acknowledged itself.
+The harness does not show one thing: a device that loses or reorders what it has acknowledged itself.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from harness.watch import Watch
 WRITERS: tuple[Role, ...] = (write, own, garden)
 MOST_OTHERS = 2
 LONGEST_WORK_S = 0.02
-# The first to write to a directory makes it: its name, too, must survive.
+# The first author to write to a directory makes it, and its name, too, must survive.
 CUTS_A_DIRECTORY = 12
 NOTHING_RUN = 2
 
@@ -65,11 +64,11 @@ FILE_SYSTEMS = {
 
 
 class Refused(Exception):
-    """This machine does not allow it; the message says what was refused, and by what error."""
+    """Raised when this machine does not allow power cuts. The message says what was refused, and by what error."""
 
 
 class NotRecovered(Exception):
-    """After a cut the file system could not be mounted again; the message says by what error."""
+    """Raised when the file system could not be mounted again after a cut. The message says by what error."""
 
 
 class Disk:
@@ -82,8 +81,9 @@ class Disk:
         self._is_mounted = False
 
     def mount(self) -> None:
-        """Mount the image by a new device: what a device has in its cache must not outlive a power cut, nor hide its
-        damage.
+        """Mount the image by a new device.
+
+        The cache of a device must not outlive a power cut, nor hide its damage.
         """
         kind, options = self._file_system.kind.encode(), self._file_system.options.encode()
         with _loop_device(self._image) as device:
@@ -91,7 +91,7 @@ class Disk:
         self._is_mounted = True
 
     def cut(self) -> None:
-        """From here on nothing more reaches the image."""
+        """Cut the power: from here on nothing more reaches the image."""
         fd = os.open(self.mount_point, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.ioctl(fd, _FS_IOC_SHUTDOWN, _NO_LOG_FLUSH)
@@ -109,7 +109,7 @@ class Disk:
     def close(self) -> None:
         """Unmount it if it is mounted: after a failed `recover` it may be either.
 
-        What still uses it keeps it until it ends.
+        A process that still uses the mount keeps it until that process ends.
         """
         if self._is_mounted:
             self._unmount(_MNT_DETACH)
@@ -137,7 +137,10 @@ def _run(*command: str) -> None:
 
 
 def enter_private_namespace() -> None:
-    """What is mounted from here on is seen by this process and its children only, and goes with the last of them."""
+    """Enter a mount namespace that only this process and its children see.
+
+    Everything that is mounted from here on goes with the last of them.
+    """
     if sys.platform != "linux":
         raise Refused("FS_IOC_SHUTDOWN and mount namespaces are Linux only")
     if os.geteuid() != 0:
@@ -151,7 +154,7 @@ def enter_private_namespace() -> None:
 
 @contextmanager
 def _loop_device(image: Path) -> Iterator[str]:
-    """A device that lasts until it is neither open nor mounted any more; it is open for the block."""
+    """Open a device for the block. It lasts until it is neither open nor mounted any more."""
     with open("/dev/loop-control", "r+b", buffering=0) as control, image.open("r+b") as file:
         # The kernel's struct loop_config: fd, block_size, and far behind them lo_flags.
         config = struct.pack("II52xI240x", file.fileno(), 0, _LO_FLAGS_AUTOCLEAR)
@@ -161,7 +164,7 @@ def _loop_device(image: Path) -> Iterator[str]:
                 try:
                     fcntl.ioctl(opened, _LOOP_CONFIGURE, config)
                 except OSError as error:
-                    # Somebody else was faster.
+                    # Another process has taken this device.
                     if error.errno == errno.EBUSY:
                         continue
                     raise
@@ -171,7 +174,7 @@ def _loop_device(image: Path) -> Iterator[str]:
 
 @contextmanager
 def disk_of(file_system: FileSystem, image: Path | None = None) -> Iterator[Disk]:
-    """A new file system, mounted for the block; however this process ends, no device and no mount is left.
+    """Mount a new file system for the block. However this process ends, no device and no mount is left.
 
     Args:
         image: a file to make it in, as large as it is to be.
@@ -196,7 +199,7 @@ def disk_of(file_system: FileSystem, image: Path | None = None) -> Iterator[Disk
 
 
 class PowerCuts(Run):
-    """One run on one disk; `run` returns its figures."""
+    """One run on one disk. `run` returns its figures."""
 
     crashes = "cuts"
 
@@ -216,7 +219,10 @@ class PowerCuts(Run):
         return self.figures
 
     def _cut_often(self, watch: Watch) -> None:
-        """The first author makes the directory; whoever comes later finds what the cuts have left."""
+        """Cut the power several times over one directory.
+
+        The first author makes the directory. The later authors find what the cuts have left.
+        """
         watch.start(garden)
         self._cut(watch)
         for _ in range(CUTS_A_DIRECTORY - 1):
@@ -238,14 +244,14 @@ class PowerCuts(Run):
         cut_at_s = time.monotonic()
         self._disk.cut()
         # A real power cut stops the processes, too. Here they live on for a moment, as after an I/O error that shuts
-        # the file system down: every verb may raise then, and what one acknowledges counts all the same.
+        # the file system down. Every verb may raise then, and an acknowledgement counts all the same.
         watch.crew.kill_all()
         self.figures.crashes += 1
         watch.blame(until_s=cut_at_s)
         self._disk.recover()
         watch.open()
         watch.look()
-        # Else what the cut has left is for the next authors to find, and for the next cut to hit.
+        # Otherwise the next authors find what the cut has left, and the next cut hits it.
         if self._random.random() < 0.5:
             watch.settle()
         watch.retire()
@@ -260,7 +266,10 @@ class PowerCuts(Run):
 
 
 def run_on(name: str, plan: Plan) -> int:
-    """Run on one kind of file system and print the figures. Return the exit status; the machine may not allow it."""
+    """Run on one kind of file system and print the figures.
+
+    Return the exit status, which is `NOTHING_RUN` if the machine does not allow power cuts.
+    """
     try:
         with disk_of(FILE_SYSTEMS[name]) as disk:
             return _run_and_tell(name, PowerCuts(disk, plan))

@@ -16,8 +16,8 @@ from typing import Any
 PLUGIN = "persist.pytest_plugin"
 TIMEOUT_S = 60.0
 
-#: Every project can note what happens, in whatever process: one line, one write. `when` waits for what others have
-#: noted.
+#: Every project can note what happens, in any process. A note is one line and one write. `when` waits for the notes of
+#: others.
 JOURNAL = """
     import os, time
     def note(*words):
@@ -42,7 +42,7 @@ JOURNAL = """
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a run has printed and noted, and what it left in the directory for temporary files."""
+    """The output of a run, its notes, and the files that it left in the directory for temporary files."""
 
     status: int
     printed: str
@@ -53,9 +53,9 @@ class Outcome:
         return sum(word in line for line in self.journal)
 
     def counts(self, **expected: int) -> bool:
-        """Whether the last line tells so many ``passed``, ``failed``, ``errors``, ``skipped``.
+        """Tell whether the last line has so many ``passed``, ``failed``, ``errors``, ``skipped``.
 
-        Of what is not named, none.
+        A count that is not named must be zero.
         """
         last = [line for line in self.printed.splitlines() if re.search(r" in [\d.:]+s", line)][-1]
         found = {word.rstrip("s"): int(number) for number, word in re.findall(r"(\d+) ([a-z]+)", last)}
@@ -80,10 +80,12 @@ class Project:
     def start(
         self, *arguments: str, autoload: bool = False, plugin: str = PLUGIN, **environment: str
     ) -> subprocess.Popen[str]:
-        """Start pytest on it, with this plugin, with xdist if it is asked for, and without what else is installed.
+        """Start pytest on the project, with this plugin, and with xdist if the arguments ask for it.
+
+        Other installed plugins are not loaded.
 
         Args:
-            autoload: load what is installed, instead.
+            autoload: load the installed plugins instead.
         """
         self._journal.unlink(missing_ok=True)
         xdist = ["-p", "xdist.plugin"] if any(argument.startswith("-n") for argument in arguments) else []
@@ -122,12 +124,12 @@ class Project:
     def run(
         self, *arguments: str, interrupt_at: str = "", by: signal.Signals = signal.SIGINT, **options: Any
     ) -> Outcome:
-        """Run pytest on it to the end.
+        """Run pytest on the project to the end.
 
-        Interrupt the process that was started, by a signal, when somebody has noted `interrupt_at`.
+        If `interrupt_at` is given, send a signal to the process that was started when somebody has noted that word.
         """
-        # An interrupt in the middle of an import leaves the module's file for the garbage collector: that is Python's
-        # own.
+        # An interrupt in the middle of an import leaves the module's file for the garbage collector. Python itself does
+        # so.
         tolerated = ("-W", "ignore::pytest.PytestUnraisableExceptionWarning") if interrupt_at else ()
         with self.start(*arguments, *tolerated, **options) as process:
             if interrupt_at:

@@ -1,4 +1,4 @@
-"""What the long runs share: the types of their arguments, and a run of many crashes on a store."""
+"""The common parts of the long runs: the types of their arguments, and a run of many crashes on a store."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from harness.journaling import Journaling, add_journaling, journaling_of
 
 SECONDS_A_LINE = 10.0
 MOST_FINDINGS_SHOWN = 20
-# As a shell reports a program that SIGINT has ended.
+# A shell reports this status for a program that SIGINT has ended.
 INTERRUPTED = 130
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
-# With none of what it counts a run would pass without having looked: that is a mistake in its arguments, not a result.
+# A run that counts nothing would pass without having looked. That is a mistake in its arguments, not a result.
 
 
 def positive(text: str) -> int:
-    """How many of something, at least one."""
+    """Parse a number of things, at least one."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {number}")
@@ -35,7 +35,7 @@ def positive(text: str) -> int:
 
 
 def not_negative(text: str) -> int:
-    """How many of something that may also be left out."""
+    """Parse a number of things that may also be left out."""
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, not {number}")
@@ -43,7 +43,7 @@ def not_negative(text: str) -> int:
 
 
 def duration(text: str) -> float:
-    """A time that is longer than none."""
+    """Parse a time that is longer than none."""
     number = float(text)
     if not number > 0:
         raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
@@ -51,7 +51,7 @@ def duration(text: str) -> float:
 
 
 def share(text: str) -> float:
-    """A part of a whole."""
+    """Parse a part of a whole."""
     number = float(text)
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
@@ -59,7 +59,7 @@ def share(text: str) -> float:
 
 
 def existing_directory(text: str) -> Path:
-    """A directory to work in. It is not made: whoever has misspelt it would find gigabytes in a strange place."""
+    """Parse a directory to work in. It is not made, because a misspelt name would put gigabytes in a strange place."""
     directory = Path(text)
     if not directory.is_dir():
         raise argparse.ArgumentTypeError(f"there is no directory {text!r}")
@@ -71,9 +71,10 @@ def existing_directory(text: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How often to crash. `keep_going` counts all faults instead of ending at the first.
+    """The number of crashes, and the settings of a run.
 
-    `patience_s` is how long a healthy store may take, at the worst, to commit anything at all.
+    `keep_going` counts all faults instead of ending at the first. `patience_s` is how long a healthy store may take, at
+    the worst, to commit anything at all.
     """
 
     crashes: int = 10_000
@@ -85,10 +86,10 @@ class Plan:
 
 
 class Run:
-    """What the runs have in common; a subclass makes the crashes.
+    """The common parts of the runs. A subclass makes the crashes.
 
     Attributes:
-        crashes: what it calls them in what it prints.
+        crashes: the word for the crashes in what the run prints.
     """
 
     crashes: str
@@ -110,7 +111,7 @@ class Run:
             print(self.figures.shown(self.crashes), flush=True)
 
     def tell_result(self, prefix: str = "") -> int:
-        """Print what was found, and the figures; return the exit status. A run that was cut short has not passed."""
+        """Print the findings and the figures. Return the exit status. A run that was cut short has not passed."""
         for finding in self.figures.findings[:MOST_FINDINGS_SHOWN]:
             print(f"{prefix}{finding}")
         is_interrupted = self._plan.is_interrupted()
@@ -124,7 +125,7 @@ class Run:
 def arguments_of(
     parser: argparse.ArgumentParser, given: list[str] | None, crashes: str
 ) -> tuple[argparse.Namespace, Plan]:
-    """Parse a command line, to which the options of every run are added; prints the seed.
+    """Parse a command line, to which the options of every run are added. Print the seed.
 
     Ctrl-C ends the run from here on.
     """
@@ -150,8 +151,9 @@ def arguments_of(
 
 
 def ask_on_interrupt() -> Callable[[], bool]:
-    """From here on Ctrl-C only makes the result say True, so that a run ends after the crash at hand,
-    with its figures.
+    """Make Ctrl-C do only one thing from here on: the returned function says True.
+
+    So a run ends after the crash at hand, with its figures.
     """
     asked = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: asked.set())

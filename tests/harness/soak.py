@@ -1,4 +1,4 @@
-"""Soak: many commits of every kind in one process; descriptors, memory and files must stay as they were.
+"""Soak: many commits of every kind in one process. Descriptors, memory and files must stay as they were.
 
 At the end every session must hold what was committed to it, and nothing else.
 """
@@ -26,7 +26,7 @@ from harness.runs import existing_directory, positive
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 SESSIONS = 20
 KEPT_MESSAGES = 10
-# Caches and the allocator's arenas fill up first: that takes until each store has met each session, large and small.
+# Caches and the allocator's arenas fill up first. That takes until each store has met each session, large and small.
 # With this bound some large sessions leave the cache again.
 CACHE_BYTES = 512 * 1024
 WARM_UP, WARM_UP_COMMITS, MOST_WARM_UP = 0.2, 12_000, 0.6
@@ -34,7 +34,7 @@ WARM_UP, WARM_UP_COMMITS, MOST_WARM_UP = 0.2, 12_000, 0.6
 
 @dataclass(frozen=True, slots=True)
 class Soaked:
-    """What a soak found. `grown_bytes` is the resident memory at the end less that after the warm-up.
+    """The findings of a soak. `grown_bytes` is the resident memory at the end less that after the warm-up.
 
     `wrong` names the sessions that do not hold what was committed to them.
     """
@@ -63,7 +63,7 @@ class Soaked:
 
 @dataclass(slots=True)
 class Expected:
-    """What a session must hold."""
+    """The content that a session must hold."""
 
     n: int = 0
     load_bytes: int = 0
@@ -83,10 +83,10 @@ class Expected:
 def soak(directory: Path, commits: int, journaling: Journaling) -> Soaked:
     """Make at least so many commits, over sessions that come and go, and look at what is left of them.
 
-    What `journaling` leaves open is left to the stores: there is one for each way, and they take turns.
+    The stores fill in what `journaling` leaves open: there is one store for each way, and they take turns.
     """
     stores = [each.open(directory, cache_bytes=CACHE_BYTES) for each in journaling.all()]
-    # What others in this process have dropped must not be closed while we count.
+    # Objects that others in this process have dropped must not be closed while we count.
     gc.collect()
     before, warm, done = len(descriptors()), 0, 0
     expected: dict[str, Expected] = {}
@@ -114,7 +114,7 @@ def _wrong_sessions(store: persist.Store, expected: dict[str, Expected]) -> Iter
 
 
 def _one_round(store: persist.Store, session_id: str, name: str, expected: dict[str, Expected]) -> int:
-    """Every kind of commit once, on one session; returns how many commits it made."""
+    """Make every kind of commit once, on one session. Return the number of commits."""
     if session_id not in expected:
         with store.transaction(session_id, create=True) as tx:
             tx.data.update({"messages": [], "tool_calls": [], "n": 0})
@@ -156,7 +156,7 @@ def _count(tx: persist.Transaction) -> None:
 
 
 def _turn(store: persist.Store, session_id: str, name: str, *, is_finished: bool) -> list[dict[str, Any]]:
-    """One turn; returns the messages that it must leave."""
+    """Run one turn. Return the messages that it must leave."""
     prompt, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": f"{name} Be"}
     tool = {"id": f"{name}-tool", "role": "tool", "content": name}
     with store.start_stream(session_id, prompt, stream_id=f"{name}-t") as stream:
@@ -174,7 +174,8 @@ def _turn(store: persist.Store, session_id: str, name: str, *, is_finished: bool
 
 def _resident_bytes() -> int:
     gc.collect()
-    # What large documents have left free must not count: how much of it the allocator keeps is chance.
+    # Memory that large documents have left free must not count, because it is chance how much of it the allocator
+    # keeps.
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES

@@ -1,4 +1,4 @@
-"""A sweep that has to look at every session: what it could not look at is an error here."""
+"""A sweep that has to look at every session: a session that it could not look at is an error here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import persist
 
 
 class SweepFailed(persist.PersistError):
-    """A sweep could not look at some sessions."""
+    """Raised when a sweep could not look at some sessions."""
 
     template = "Cleared {cleared}, and could not look at {failures}."
     cleared: list[persist.ClearedStream]
@@ -16,7 +16,7 @@ class SweepFailed(persist.PersistError):
 
 
 def sweep(store: persist.Store, **options: Any) -> list[persist.ClearedStream]:
-    """Clear what is stale. Raise `SweepFailed` if a session could not be looked at."""
+    """Clear stale streams. Raise `SweepFailed` if a session could not be looked at."""
     found = store.clear_stale_streams(**options)
     if found.failures:
         raise SweepFailed(cleared=found.cleared, failures=found.failures)

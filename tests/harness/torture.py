@@ -1,8 +1,8 @@
-"""kill -9 at random instants: writers, stream owners, gardeners, sweepers and readers on one store, killed and
-replaced.
+"""kill -9 at random instants: processes of every role on one store are killed and replaced.
 
-After each kill every session is read and held against what was acknowledged over a pipe *after* the verb had returned;
-an append that was cut off is tried again. At the end nothing may be left but documents and their locks.
+The roles are writers, stream owners, gardeners, sweepers and readers. After each kill the harness reads every session
+and compares it with the acknowledgements that came over a pipe *after* the verb had returned. An append that was cut
+off is tried again. At the end nothing may be left but documents and their locks.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from harness.watch import Watch
 
 ROLES = (write, own, garden, write, own, sweep, look, write)
 LONGEST_PAUSE_S = 0.02
-# How often the parent forgets all that it knows of the sessions, and may write in another way from then on.
+# The share of kills after which the parent forgets all that it knows of the sessions. From then on it may write in
+# another way.
 ANEW = 0.1
 
 
 class Torture(Run):
-    """One run among so many processes; `run` returns its figures."""
+    """One run among so many processes. `run` returns its figures."""
 
     crashes = "kills"
 

@@ -1,4 +1,4 @@
-"""Every verb on the session "s", each as one call: for tests that put something hostile in their way."""
+"""Every verb on the session "s", each as one call, for tests that put something hostile in its way."""
 
 from __future__ import annotations
 
@@ -82,7 +82,10 @@ VERBS: dict[str, Verb] = {
 
 
 def within_deadline(step: Callable[[], object]) -> object:
-    """Run it in a thread of its own, and return or raise what it does: what hangs must fail the test, not stop it."""
+    """Run a step in a thread of its own, and return or raise what it does.
+
+    A step that hangs must fail the test, not stop it.
+    """
     outcome: list[tuple[object, BaseException | None]] = []
 
     def run() -> None:

@@ -1,5 +1,6 @@
-"""Watching a store on which authors work and die: read it after each crash, retire what has grown,
-judge it at the end.
+"""A watch over a store on which authors work and die.
+
+It reads the store after each crash, retires the sessions that have grown, and judges the store at the end.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ MADE_HERE = "shared"
 class Watch:
     """A store directory, the crew that works on it, and the ledger of what it was promised.
 
-    Sessions stay small, so that reading all of them after each crash is cheap: one that has grown is replaced for the
-    authors that start from then on, and deleted when the last author that knows it is dead.
+    Sessions stay small, so that reading all of them after each crash is cheap. A session that has grown is replaced for
+    the authors that start from then on. It is deleted when the last author that knows it is dead.
     """
 
     def __init__(self, directory: Path, figures: Figures, plan: Plan) -> None:
@@ -61,7 +62,7 @@ class Watch:
         return self.crew.start(role, self._directory, self.shared)
 
     def share(self) -> None:
-        """See to it that there are enough sessions to share, and rename one.
+        """Make sure that there are enough sessions to share, and rename one.
 
         That may make it a large one, or small again.
         """
@@ -77,7 +78,7 @@ class Watch:
 
     def _rename(self, session_id: str, name: str) -> None:
         try:
-            # Nobody else renames what is shared.
+            # Nobody else renames a shared session.
             title_before = self.store.head(session_id).fields.get("title")
         except persist.PersistError as error:
             self.figures.found("raised", f"head: {error}")
@@ -107,8 +108,9 @@ class Watch:
             self.figures.found("raised", f"{change.kind}: {error}")
 
     def await_commit(self) -> bool:
-        """Wait until something was acknowledged since the last look: what nobody was promised cannot be lost by a
-        crash.
+        """Wait until something was acknowledged since the last look.
+
+        A crash cannot lose what nobody was promised.
         """
         has_come = self._await(lambda: self.figures.acknowledged > self._acknowledged_before)
         if not has_come:
@@ -116,9 +118,9 @@ class Watch:
         return has_come
 
     def require_work_of(self, roles: Iterable[Role]) -> None:
-        """Each role must have done something in this run.
+        """Require that each role has done something in this run.
 
-        One that was always killed too early has the time for it now.
+        A role that was always killed too early has the time for it now.
         """
         missing = {role.__name__: role for role in roles if role.__name__ not in self.figures.worked}
         for role in set(missing.values()) - {hand.role for hand in self.crew.hands}:
@@ -128,7 +130,7 @@ class Watch:
             self.figures.found("idle", f"{idle} have done nothing, not even in {self._plan.patience_s:g} s", len(idle))
 
     def _await(self, is_so: Callable[[], bool]) -> bool:
-        """Listen until it is so. An error of the crew and Ctrl-C end it, too: they have a verdict of their own."""
+        """Listen until it is so. An error of the crew and Ctrl-C end it, too, because each has a verdict of its own."""
         until = time.monotonic() + self._plan.patience_s
         while not (is_so() or self.crew.raised or self._plan.is_interrupted()):
             if time.monotonic() >= until:
@@ -137,7 +139,7 @@ class Watch:
         return True
 
     def try_again(self, author: str, change: Change | None) -> None:
-        """Do once more, with the same items, an append whose outcome nobody knows: then they must be there, once."""
+        """Repeat an append whose outcome nobody knows, with the same items. Then they must be there, once."""
         if change is None or change.kind not in ("append", "extend"):
             return
         try:
@@ -147,13 +149,13 @@ class Watch:
             self.figures.found("raised", f"an append, tried again: {error}")
 
     def look(self) -> None:
-        """Read every session, and hold it against what was acknowledged before."""
+        """Read every session, and compare it with the changes that were acknowledged before."""
         self.crew.listen()
         self._acknowledged_before = self.figures.acknowledged
         self.ledger.forget_the_past()
         self.ledger.compare_events(self.store, dict(self.ledger.emitted), self.figures)
         found = read_all(self.store, self.ledger.session_ids, self.figures)
-        # What was begun while we read may show already.
+        # Changes that were begun while we read may show already.
         self.crew.listen()
         for session_id, document in found.items():
             self.ledger.compare(session_id, document, self.figures)
@@ -177,14 +179,14 @@ class Watch:
                     self.store.delete(session_id, force=not self.figures.is_sound)
 
     def blame(self, until_s: float = math.inf) -> None:
-        """What the crew has raised has no excuse, unless it was raised after that time (`time.monotonic`)."""
+        """Count the errors that the crew has raised, except those after `until_s` (`time.monotonic`)."""
         for raised in self.crew.raised:
             if raised.at_s <= until_s:
                 self.figures.found("raised", raised.said)
         self.crew.raised.clear()
 
     def settle(self) -> None:
-        """With no author alive: sweep and repair as servers do, and look for traces."""
+        """Sweep and repair as servers do, with no author alive, and look for traces."""
         settle(self.store, self.figures)
 
 

@@ -1,7 +1,7 @@
 """Worlds: the same random verbs done to stores of different kinds, which must answer alike and hold alike.
 
-All that is drawn comes from a world's own dice. Two worlds with the same seed do the same steps as long as they are in
-the same state; once they are not, they are compared, and differ.
+Everything that is drawn comes from a world's own dice. Two worlds with the same seed do the same steps as long as they
+are in the same state. Once they are not, they are compared, and differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from persist.storage.content import ALWAYS_APART, encoded
 from persist.turn import IDLE
 
 Data = dict[str, Any]
-#: Ids that are two and look like one, that msgspec does not read, and that are none.
+#: Ids that are two and look like one, ids that msgspec does not read, and values that are no ids.
 IDS = ("a", "b", "é", "\ud800", 1, "1", 1.0, True, None, "one.answer", "one.prompt", "two.answer", "long" * 30)
 CONTENTS = ("x", "y", "é\n", "\ud800", {"crc": "00000000"}, "z" * 2000)
 STREAMS = ("one", "two", "three")
@@ -32,7 +32,7 @@ class World:
         self._dice = random.Random(seed)
         self._streams: list[persist.Stream] = []
         self._objects: list[persist.Session] = []
-        # Twice: it is done more often.
+        # A verb that stands here twice is done more often.
         self._verbs: tuple[Callable[[], Any], ...] = (
             *(self._append, self._append, self._append, self._start, self._start, self._checkpoint, self._checkpoint),
             *(self._extend, self._extend, self._append_to_turn, self._transaction_of_turn, self._transaction_of_turn),
@@ -56,12 +56,12 @@ class World:
         return self._dice.choice(self._stores)
 
     def step(self) -> tuple[str, Any]:
-        """Do one verb; return its name, and what came of it."""
+        """Do one verb. Return its name, and what came of it."""
         verb = self._dice.choice(self._verbs)
         try:
             return verb.__name__, verb()
         except persist.VersionMismatch as error:
-            # The versions themselves are drawn by chance, in each world for itself.
+            # Each world draws its versions by chance.
             return verb.__name__, (type(error), error.path)
         except persist.MergeConflict as error:
             return verb.__name__, (type(error), error.path, error.mine, error.theirs)
@@ -93,7 +93,7 @@ class World:
         return self._at(self._store.append("s", field, self._item(), touch=self._dice.random() < 0.7))
 
     def _at(self, version: str | None) -> int:
-        """The revision that has this version, which a verb has returned just now."""
+        """Return the revision that has this version, which a verb has returned just now."""
         head = self._store.head("s")
         assert head.version == version
         return head.revision
@@ -117,14 +117,14 @@ class World:
         return name
 
     def _stream(self) -> persist.Stream:
-        # Mostly the one that owns the session; older ones have lost it.
+        # Mostly the stream that owns the session. Older streams have lost it.
         return self._dice.choice([*self._streams[:-1], *self._streams[-1:] * 4])
 
     def _answer(self) -> Data:
         return self._message() | ({"id": self._dice.choice(IDS)} if self._dice.random() < 0.3 else {})
 
     def _checkpoint(self) -> Any:
-        # One that repeats the last one is no commit.
+        # A checkpoint that repeats the last one is no commit.
         more = self._dice.choice([{}, {"n": self._dice.random()}])
         return self._stream().checkpoint(self._answer() | more) if self._streams else None
 
@@ -147,7 +147,7 @@ class World:
         return stream.finish() if how == 1 else stream.fail()
 
     def _drop(self) -> Any:
-        """Its process dies."""
+        """Drop a stream, as if its process died."""
         if self._streams:
             self._streams.pop()._close()
 
@@ -226,7 +226,7 @@ class World:
         if what < 0.9 and type(items[place]) is dict:
             items[place]["seen"] = self._dice.random()
         wanted = self._dice.choice(IDS)
-        # What is no id finds nothing.
+        # A value that is no id finds nothing.
         return items[place], items.find(wanted), items.place_of(wanted)  # type: ignore[arg-type]
 
     def _load(self) -> Any:
@@ -247,7 +247,7 @@ class World:
         return session.revision
 
     def _compact(self) -> Any:
-        # Whether there was anything to fold is where the worlds differ.
+        # The answer is left out, because the worlds differ in whether there was anything to fold.
         self._store.compact("s")
 
     def _make_anew(self) -> Any:
@@ -266,7 +266,7 @@ class World:
     # --- state ---
 
     def state(self) -> object:
-        """All that a session says of itself, but for times and what is drawn by chance elsewhere."""
+        """Return all that a session says of itself, except times and what is drawn by chance elsewhere."""
         shown = [self._shown(store) for store in self._stores]
         assert all(each == shown[0] for each in shown)
         return shown[0]
@@ -291,9 +291,10 @@ class World:
         fields = [
             (name, value if name != "pending_started_at" else value is None) for name, value in session.data.items()
         ]
-        # The order in which the stream fields came is nobody's concern.
+        # The order in which the stream fields came does not matter.
         stream_fields = sorted(pair for pair in fields if pair[0] in IDLE and pair[0] != "pending_attachments")
-        # Top-level keys have no order: a replay finds the values that stand apart in another one than their writer.
+        # Top-level keys have no order, because a replay finds the values that stand apart in another order than their
+        # writer.
         plain = sorted((pair for pair in fields if pair[0] not in IDLE), key=lambda pair: pair[0])
         attachments = session.data.get("pending_attachments")
         return plain, stream_fields, attachments, session.revision, head.counts, header.epoch, owner, streams

@@ -1,4 +1,4 @@
-"""A project of a few files to each test."""
+"""The fixture that gives each test a project of a few files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from harness.projects import Project
 
 @pytest.fixture
 def project() -> Iterator[Callable[..., Project]]:
-    """Write a project: file name without ``.py`` -> text.
+    """Return a function that writes a project from file names without ``.py`` and their texts.
 
-    In memory where that is possible: no promise here is of a disk.
+    The project is in memory where that is possible, because no promise here concerns a disk.
     """
     with quick_directory() as directory:
 

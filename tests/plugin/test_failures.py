@@ -1,4 +1,4 @@
-"""What goes wrong in one worker: everybody hears of it, nobody repeats it, and the ends come all the same."""
+"""Failures in one worker: every worker hears of them, none repeats them, and the teardowns run all the same."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ def in_both(text: str) -> dict[str, str]:
 
 
 def test_failing_factory_runs_once_and_is_told_everywhere(project: Projects) -> None:
-    """An error, a skip, a failure and a value that is no JSON: one run each, and the same end in both workers.
+    """A factory that fails runs once, and both workers get the same error, skip or failure.
 
-    Fails if `Once._produce` does not record what was raised: then each worker runs the factory.
+    It may raise, skip, fail, or return a value that is not JSON. Fails if `Once._produce` does not record what was
+    raised: then each worker runs the factory.
     """
     conftest = """
         import pytest
@@ -86,11 +87,10 @@ def test_failing_factory_runs_once_and_is_told_everywhere(project: Projects) -> 
 
 
 def test_crash_in_the_factory_is_taken_over(project: Projects) -> None:
-    """A worker that dies in mid-factory is noticed by the kernel: the next one makes the value; the teardown still runs
-    once.
+    """The next worker makes the value if a worker dies in mid-factory, and the teardown still runs once.
 
-    Fails without the claim's lease (the next one would wait until its time is over), and without the run's end in the
-    controller.
+    The kernel shows the death. Fails without the claim's lease, because the next worker would wait until its time is
+    over. Fails without the run's end in the controller.
     """
     test = """
         import os
@@ -128,10 +128,9 @@ def test_crash_in_the_factory_is_taken_over(project: Projects) -> None:
 
 
 def test_producer_that_died_is_reported_and_teardowns_run(project: Projects) -> None:
-    """A worker that dies with a yield-style fixture cannot finish it: the summary says so; teardowns run, the last made
-    first.
+    """The summary names a yield-style fixture whose worker died, and the teardowns run, the last made first.
 
-    Fails without `ending.end` in the controller.
+    Such a fixture cannot be finished. Fails without `ending.end` in the controller.
     """
     conftest = """
         from journal_of import note, when, worker
@@ -207,7 +206,7 @@ ENDS = """
 
 
 def test_ends_come_once_after_the_first_failure(project: Projects) -> None:
-    """With ``-x`` too, the ends come once, and after the worker that still ran its test."""
+    """With ``-x`` the teardowns run once, too, and after the worker that still ran its test."""
     first = """
         from journal_of import when
         def test(database, client):
@@ -232,9 +231,9 @@ def test_ends_come_once_after_the_first_failure(project: Projects) -> None:
 
 
 def test_ends_come_once_after_an_interrupt(project: Projects) -> None:
-    """After Ctrl-C in the process that was started, both ends come once; nothing hangs.
+    """After Ctrl-C in the process that was started, both teardowns run once, and nothing hangs.
 
-    The interrupt reaches the controller alone; xdist then ends its workers.
+    The interrupt reaches the controller alone, and xdist then ends its workers.
     """
     test = """
         from journal_of import note, when
@@ -305,7 +304,7 @@ def test_ends_come_once_after_an_interrupt_without_xdist(project: Projects) -> N
 
 
 def test_failing_ends_are_reported_and_the_others_run(project: Projects) -> None:
-    """An error in a teardown makes the run fail and stands in the summary; the teardowns of the others run.
+    """An error in a teardown makes the run fail and stands in the summary, and the other teardowns run.
 
     They are found in a test module and in two conftest files of one name, which the controller has not all imported.
     Fails without the file in `ending.function_at`.

@@ -1,6 +1,6 @@
-"""What other plugins, disks and supervisors do to a run: tests that run again, directories without locks, SIGTERM.
+"""Interference of other plugins, disks and supervisors: tests that run again, directories without locks, SIGTERM.
 
-A fixture may fail for it, and never the run.
+It may make a fixture fail, but never the run.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BOTH = ("-n2", "--dist=loadfile")
 
 # --- tests that run again after their teardown -----------------------------------------------------------------------
 
-#: As flaky and pytest-rerunfailures do it: the whole protocol of a failed test once more, teardown included.
+#: flaky and pytest-rerunfailures do it in this way: they repeat the whole protocol of a failed test, with its teardown.
 RERUNS = """
     from _pytest.runner import runtestprotocol
     from journal_of import note
@@ -52,9 +52,10 @@ SERVER = """
     "before_stop", ["when('again'); time.sleep(0.5)", "pass"], ids=["while it is finished", "after it was finished"]
 )
 def test_a_test_that_runs_again_after_the_last_teardown_has_its_fixture(project: Projects, before_stop: str) -> None:
-    """F12 (box/flaky #128): the worker said that it was ending, and takes it back. The fixture is there, or made anew.
+    """F12 (box/flaky #128): a test that runs again after the last teardown has its fixture, as it was or made anew.
 
-    Fails without `Uses._go_on`: the server is stopped under the second run.
+    The worker said that it was ending, and takes it back. Fails without `Uses._go_on`: the server is stopped under the
+    second run.
     """
     producer = """
         from journal_of import note, when
@@ -85,7 +86,7 @@ def test_a_test_that_runs_again_after_the_last_teardown_has_its_fixture(project:
 
 
 def test_a_test_that_runs_again_without_xdist_has_its_fixture(project: Projects) -> None:
-    """The only process makes it anew."""
+    """The only process makes the fixture anew for a test that runs again."""
     flaky = """
         import pathlib
         from journal_of import noted
@@ -118,9 +119,9 @@ USERS = """
 
 @pytest.mark.parametrize("workers", [(), BOTH], ids=["alone", "xdist"])
 def test_a_directory_without_locks_fails_the_tests_that_use_it(project: Projects, workers: tuple[str, ...]) -> None:
-    """F13 (dask PR 1543): the run goes on, and the message says how to name another directory.
+    """F13 (dask PR 1543): the run goes on in a directory without locks, and the message says how to name another one.
 
-    Fails if the controller opens the directory without a look at what that says.
+    Fails if the controller opens the directory and does not handle the error.
     """
     done = project(conftest=NETWORK, test_a=USERS, test_b=USERS).run(*workers)
     assert done.counts(passed=2, errors=2), done.printed
@@ -133,7 +134,7 @@ def test_a_directory_without_locks_fails_the_tests_that_use_it(project: Projects
 @pytest.mark.parametrize("workers", [(), BOTH], ids=["alone", "xdist"])
 @pytest.mark.parametrize("way", ["environment", "ini"])
 def test_another_directory_can_be_named(project: Projects, workers: tuple[str, ...], way: str) -> None:
-    """By the environment or by the ini file, as the message says."""
+    """The environment or the ini file can name another directory, as the message says."""
     made = project(conftest=NETWORK, test_a=USERS)
     local = made.directory / "local disk"
     local.mkdir()
@@ -148,7 +149,10 @@ def test_another_directory_can_be_named(project: Projects, workers: tuple[str, .
 
 @pytest.mark.parametrize("directory", ["missing/below", "a-file"])
 def test_a_named_directory_that_cannot_be_made_fails_the_tests_alone(project: Projects, directory: str) -> None:
-    """A name below a file, say: the tests that use it fail, with the reason."""
+    """A named directory that cannot be made fails only the tests that use it, with the reason.
+
+    It may be below a file, for example.
+    """
     made = project(test_a=USERS)
     (made.directory / "a-file").touch()
     (made.directory / "missing").touch()
@@ -162,7 +166,10 @@ def test_a_named_directory_that_cannot_be_made_fails_the_tests_alone(project: Pr
 
 @pytest.mark.parametrize("value", ["{1, 2}", "float('nan')", "object()", "b'x'"])
 def test_a_value_that_is_no_json_is_refused_and_torn_down(project: Projects, value: str) -> None:
-    """What the factory has started is stopped, at once: nobody else could. Fails if it is only refused."""
+    """A value that is not JSON is refused, and its teardown runs at once, because no other process could run it.
+
+    Fails if the value is only refused.
+    """
     conftest = f"""
         from journal_of import note
         from persist.pytest_plugin import shared_fixture
@@ -198,7 +205,10 @@ def test_a_value_that_is_no_json_is_refused_and_torn_down(project: Projects, val
 
 
 def test_directories_of_failed_runs_are_kept_three_at_most(project: Projects) -> None:
-    """The last three; and what belongs to others, or to a run without an end, is left alone. Fails without `keep`."""
+    """Only the directories of the last three failed runs are kept. Fails without `keep`.
+
+    Directories of others, or of a run without an end, are left alone.
+    """
     test = """
         def test(persist_store):
             persist_store.create("s")
@@ -253,7 +263,10 @@ def test_signals_run_the_teardowns(project: Projects, workers: tuple[str, ...], 
 
 
 def test_sigterm_is_left_to_a_run_that_shares_nothing(project: Projects) -> None:
-    """It ends as any process does. Fails if the handler is there before something is shared."""
+    """SIGTERM ends a run that shares nothing as it ends any process.
+
+    Fails if the handler is set before the run shares a value.
+    """
     test = """
         import signal
         from journal_of import note, when

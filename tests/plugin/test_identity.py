@@ -1,4 +1,4 @@
-"""Which value is whose: fixtures of one function, and of other parameters never get each other's value."""
+"""The identity of values: fixtures of one function, and of other parameters, never get each other's value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Projects = Callable[..., Project]
 
 @pytest.mark.parametrize("workers", [[], ["-n2"]], ids=["alone", "two workers"])
 def test_each_fixture_has_its_own_value(project: Projects, workers: list[str]) -> None:
-    """Made of a parametrized fixture; of one function under two names.
+    """Each fixture has its own value, if it depends on a parametrized one, or shares its function with another name.
 
     Fails (with the value of the other one) if the key is the function's name and its own parameter alone.
     """
@@ -63,7 +63,7 @@ def test_each_fixture_has_its_own_value(project: Projects, workers: list[str]) -
 
 @pytest.mark.parametrize("option", [["-p", "no:persist.pytest_plugin"], []], ids=["switched off", "never loaded"])
 def test_plugin_that_is_not_loaded_is_named(project: Projects, option: list[str]) -> None:
-    """Whoever uses a shared fixture without the plugin is told how to load it, and not of a missing key."""
+    """A shared fixture without the plugin is an error that says how to load it, and not one of a missing key."""
     test = """
         from persist.pytest_plugin import shared_fixture
 
@@ -79,7 +79,10 @@ def test_plugin_that_is_not_loaded_is_named(project: Projects, option: list[str]
 
 
 def test_options_of_a_shared_fixture_are_checked() -> None:
-    """What `pytest.fixture` takes and a shared fixture cannot is refused in its own words; its scope may be said."""
+    """An option of `pytest.fixture` that a shared fixture cannot take is refused in its own words.
+
+    The scope may be given if it is the session's.
+    """
     assert shared_fixture(scope="session")(lambda: 1) is not None
     for options, words in (
         ({"scope": "module"}, "lasts for the whole run"),
@@ -92,7 +95,7 @@ def test_options_of_a_shared_fixture_are_checked() -> None:
 
 
 def test_exit_in_a_teardown_is_an_error(project: Projects) -> None:
-    """`pytest.exit` there ends neither the other teardowns nor the run as if all were well."""
+    """`pytest.exit` in a teardown is an error of the run, and does not stop the other teardowns."""
     test = """
         import pytest
         from journal_of import note
@@ -112,9 +115,9 @@ def test_exit_in_a_teardown_is_an_error(project: Projects) -> None:
 
 
 def test_second_interrupt_tears_nothing_down_under_a_living_worker(project: Projects) -> None:
-    """Ctrl-C twice cuts xdist's own end short: what the workers use goes only when their processes are gone.
+    """After Ctrl-C twice the teardowns run only when the workers' processes are gone.
 
-    Fails if the controller does not look whether they are.
+    The second one cuts xdist's own end short. Fails if the controller does not look whether they are gone.
     """
     test = """
         import os, signal

@@ -1,4 +1,4 @@
-"""The promises that hold in every mode of running tests: one run of a small project for each."""
+"""The promises that hold in every mode of running tests, with one run of a small project for each mode."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_makes_once_and_ends_once(project: Callable[..., Project], mode: str) -> None:
-    """A value is made once, whoever asks at the same time; ends come once, after the last use; nothing is left.
+    """A value is made once, however many workers ask at once, and its teardown runs once, after the last use.
 
-    The factory waits until every worker has asked. Fails without the wait in `Uses._end`, and without the end and the
-    removal in the controller.
+    Nothing is left behind. The factory waits until every worker has asked. Fails without the wait in `Uses._end`, and
+    without the end and the removal in the controller.
     """
     workers, arguments = MODES[mode]
     files = {f"test_{letter}": TEST for letter in "abcd"}

@@ -1,4 +1,4 @@
-"""Runs that use none of it, and where the state of those that do is."""
+"""Runs that use nothing of the plugin, and the place of the state of those that do."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Projects = Callable[..., Project]
 
 
 def test_unused_it_imports_nothing_and_makes_nothing(project: Projects) -> None:
-    """A run that uses no fixture of it imports no store, no filelock, no msgspec, and leaves the disk alone.
+    """A run that uses no fixture of the plugin imports no store, no filelock and no msgspec, and leaves the disk alone.
 
-    Workers, too.
+    This holds for workers, too.
     """
     conftest = """
         import sys
@@ -47,7 +47,7 @@ def test_unused_it_imports_nothing_and_makes_nothing(project: Projects) -> None:
 
 
 def test_import_costs_nothing_beside_pytest() -> None:
-    """Loading the plugin loads its own two modules and the package's: nothing that pytest has not loaded."""
+    """Loading the plugin loads only its own two modules and the package's, beside those that pytest has loaded."""
     program = """
 import sys, pytest
 before = set(sys.modules)
@@ -61,9 +61,9 @@ print(*sorted(set(sys.modules) - before))
 
 
 def test_state_belongs_to_one_run(project: Projects) -> None:
-    """Two runs with the same ``--testrunuid`` and base directory share nothing: each makes its own value.
+    """Two runs with the same ``--testrunuid`` and base directory share nothing, and each makes its own value.
 
-    Kept on failure.
+    The state is kept on failure.
 
     Fails if the run's directory is named by the uid.
     """
@@ -86,9 +86,10 @@ def test_state_belongs_to_one_run(project: Projects) -> None:
 
 
 def test_installed_plugin_registers_itself(project: Projects) -> None:
-    """The entry point of the distribution is all that a user needs; the decorator's module may be imported before.
+    """The plugin registers itself by the entry point of the distribution, and a user needs nothing else.
 
-    Where the distribution is not installed with it, a stand-in for its metadata is.
+    The decorator's module may be imported before. If the distribution is not installed with the entry point, the test
+    makes stand-in metadata.
     """
     made = project(
         test_a="""

@@ -1,4 +1,4 @@
-"""What a user may get wrong, each with an answer that says so; and what one process does alone."""
+"""Mistakes of a user, each with an answer that names it, and the behaviour of one process alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Projects = Callable[..., Project]
 
 
 def test_mistakes_are_told(project: Projects) -> None:
-    """One project with every mistake, in one process: each fails with its own words, at once."""
+    """Every mistake of this project, in one process, fails at once with its own words."""
     test = """
         import functools
         import pytest, persist
@@ -105,7 +105,7 @@ def test_controller_without_the_plugin_is_told(project: Projects) -> None:
 
 
 def test_asynchronous_and_doubly_ended_fixtures_are_refused() -> None:
-    """What cannot work is refused where it is written."""
+    """A fixture that cannot work is refused where it is written."""
 
     async def later() -> int:
         return 1
@@ -122,7 +122,7 @@ def test_asynchronous_and_doubly_ended_fixtures_are_refused() -> None:
 
 
 class LateRun(Run):
-    """Another process produces the value in the instant before this one's claim."""
+    """A run for which another process produces the value in the instant before its own claim."""
 
     other: Callable[[], Any] | None = None
 
@@ -134,7 +134,7 @@ class LateRun(Run):
 
 
 def test_value_made_just_before_the_claim_is_taken(scratch: Path) -> None:
-    """Between the look and the claim another process may finish: the claim is followed by a second look.
+    """A second look follows the claim, because another process may finish between the first look and the claim.
 
     Fails without that look in `Once.value`.
     """
@@ -144,7 +144,7 @@ def test_value_made_just_before_the_claim_is_taken(scratch: Path) -> None:
 
 
 class WatchedRun(Run):
-    """Counts how often it has asked for a claim."""
+    """A run that counts how often it has asked for a claim."""
 
     asked = 0
 
@@ -154,7 +154,7 @@ class WatchedRun(Run):
         return answer
 
     def await_asking(self, times: int, unless: list[str]) -> None:
-        """Wait until it has asked so often, unless something has happened."""
+        """Wait until the run has asked so often, unless something has happened."""
         deadline = time.monotonic() + 20.0
         while self.asked < times and not unless:
             assert time.monotonic() < deadline
@@ -162,9 +162,10 @@ class WatchedRun(Run):
 
 
 def test_whoever_asks_meanwhile_waits(scratch: Path) -> None:
-    """While one produces, another that asks gets no claim, and then the value of the first.
+    """A process that asks while another one produces gets no claim, and then the value of the first.
 
-    The first factory ends when the other has asked twice. Fails if `Run.try_stream` takes a claim from its holder.
+    The first factory ends when the other process has asked twice. Fails if `Run.try_stream` takes a claim from its
+    holder.
     """
     first, second = Run(Store(scratch / "run"), "gw0"), WatchedRun(Store(scratch / "run"), "gw1")
     made: list[str] = []
@@ -190,9 +191,9 @@ def test_whoever_asks_meanwhile_waits(scratch: Path) -> None:
 
 
 def test_named_lock_keeps_others_out(scratch: Path) -> None:
-    """While one holds a named lock, another that asks stays outside.
+    """A process that asks for a named lock stays outside while another one holds it.
 
-    Fails if `Run.try_stream` takes it from its holder.
+    Fails if `Run.try_stream` takes the lock from its holder.
     """
     first, second = Run(Store(scratch / "run"), "gw0"), WatchedRun(Store(scratch / "run"), "gw1")
     entered: list[str] = []
@@ -211,7 +212,7 @@ def test_named_lock_keeps_others_out(scratch: Path) -> None:
 
 
 def test_numbers_are_drawn_once(scratch: Path) -> None:
-    """Four that count at once draw 120 different numbers. Fails if the counter is read and written in two steps."""
+    """Four threads that count at once draw 120 different numbers. Fails if a count reads and writes in two steps."""
     barrier, drawn = threading.Barrier(4, timeout=20.0), list[int]()
 
     def draw(worker: str) -> None:
@@ -231,14 +232,14 @@ _torn_down: list[str] = []
 
 
 def tear_down(value: str) -> None:
-    """Is interrupted at the first of the two."""
+    """Note the value, and raise an interrupt at the first of the two."""
     _torn_down.append(value)
     if _torn_down == ["second"]:
         raise KeyboardInterrupt
 
 
 def test_interrupted_end_goes_on_and_repeats_nothing(scratch: Path) -> None:
-    """A second Ctrl-C, in a teardown: the next call, at the end of the process, does the rest.
+    """After a second Ctrl-C, in a teardown, the next call, at the end of the process, does the rest.
 
     Fails without `mark_ended`.
     """
@@ -254,7 +255,7 @@ def test_interrupted_end_goes_on_and_repeats_nothing(scratch: Path) -> None:
 
 
 def test_finished_value_is_made_anew(scratch: Path) -> None:
-    """A worker that comes after the end, in place of one that crashed say, does not get what is finished."""
+    """A worker that comes after the end, for example in place of one that crashed, does not get a finished value."""
     run = Run(Store(scratch / "run"), "gw0")
     once = Once(run, "key", "here", style="yield")
     assert once.value(lambda: "first", 5.0) == "first"
@@ -263,7 +264,7 @@ def test_finished_value_is_made_anew(scratch: Path) -> None:
 
 
 def test_interrupted_factory_may_run_again(scratch: Path) -> None:
-    """Ctrl-C in a factory says nothing about the value: it is not recorded, and the claim is free."""
+    """Ctrl-C in a factory is not recorded, because it says nothing about the value, and the claim is free."""
     run = Run(Store(scratch / "run"), "gw0")
 
     def interrupted() -> None:
@@ -276,7 +277,7 @@ def test_interrupted_factory_may_run_again(scratch: Path) -> None:
 
 @pytest.mark.parametrize("name", [1, None, ["a"]])
 def test_names_are_strings(scratch: Path, name: Any) -> None:
-    """A key, a lock's and a counter's name is a string."""
+    """The name of a key, a lock or a counter is a string."""
     with pytest.raises(persist.InvalidArgument, match="must be a string"):
         Run(Store(scratch / "run"), "gw0").session("once", name)
 

@@ -12,7 +12,7 @@ BOTH = ("-n2", "--dist", "loadscope")
 
 
 def test_waiting_too_long_names_who_and_how_long(project: Projects) -> None:
-    """A time-out tells which process produces, or holds the lock, since when, and in which test."""
+    """A time-out names the process that produces, or holds the lock, since when, and in which test."""
     first = """
         from journal_of import note, when
         def make():
@@ -48,7 +48,7 @@ def test_waiting_too_long_names_who_and_how_long(project: Projects) -> None:
 
 
 def test_keys_that_wait_for_each_other_are_refused(project: Projects) -> None:
-    """Two factories in two workers that ask for each other's value fail at once, and do not wait for the time-out.
+    """Two factories in two workers that ask for each other's value fail at once, without waiting for the time-out.
 
     Fails without the edges that `Once._await` writes.
     """
@@ -77,9 +77,9 @@ def test_keys_that_wait_for_each_other_are_refused(project: Projects) -> None:
 
 
 def test_finish_waits_for_a_worker_that_has_not_used_it_yet(project: Projects) -> None:
-    """What follows a ``yield`` waits for workers that come to the fixture later, and for those that never do.
+    """The code after a ``yield`` waits for workers that come to the fixture later, and for those that never do.
 
-    The late one comes when its producer is tearing down already; its pause only gives a finish that does not wait the
+    The late one comes when its producer is tearing down already. Its pause only gives a finish that does not wait the
     time to be wrong. Fails without the wait in `Uses._end`.
     """
     conftest = """
@@ -127,7 +127,7 @@ def test_finish_waits_for_a_worker_that_has_not_used_it_yet(project: Projects) -
 
 
 def test_finish_that_waits_too_long_names_the_others(project: Projects) -> None:
-    """When `end_timeout_s` is over, the fixture is finished under the others, and the error names them."""
+    """When `end_timeout_s` is over, the fixture is finished although others still use it, and the error names them."""
     conftest = """
         from journal_of import note
         from persist.pytest_plugin import shared_fixture
@@ -153,7 +153,7 @@ def test_finish_that_waits_too_long_names_the_others(project: Projects) -> None:
 
 
 def test_each_parameter_is_made_and_finished_once(project: Projects) -> None:
-    """A parameter's turn ends in one worker while another still uses it: it is finished at the end, once.
+    """A parameter whose turn ends in one worker, while another worker still uses it, is finished once, at the end.
 
     Fails if `Uses.release` finishes it in the middle of the run.
     """

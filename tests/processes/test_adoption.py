@@ -1,4 +1,4 @@
-"""Files of another program: what an old server has left, and what looks and repairs do to it."""
+"""Files of another program: what an old server leaves behind, and what reads and repairs do to it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ def write_old(directory: Path, name: str = "old", **changes: Any) -> Path:
 
 
 def test_prompt_that_stands_in_messages_already_keeps_its_attachments(store: persist.Store) -> None:
-    """The pending fields may hold the only copy of the attachments: they move to the prompt, once."""
+    """The attachments move from the pending fields to the prompt, once.
+
+    The pending fields may hold the only copy of them.
+    """
     write_old(store.path)
     assert len(store.clear_stale_streams(every_session=True).cleared) == 1
     assert store.load("old").data["messages"] == [
@@ -42,7 +45,10 @@ def test_prompt_that_stands_in_messages_already_keeps_its_attachments(store: per
 
 
 def test_answered_prompt_of_the_same_words_is_not_taken_for_the_pending_one(store: persist.Store) -> None:
-    """Two prompts may read alike: one of a turn before the last one is not the pending one, which is added."""
+    """A prompt of an earlier turn is not taken for the pending prompt, even if both have the same text.
+
+    The pending prompt is added.
+    """
     answered = [
         *({"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}),
         *({"role": "user", "content": "More?"}, {"role": "assistant", "content": "No."}),
@@ -55,7 +61,7 @@ def test_answered_prompt_of_the_same_words_is_not_taken_for_the_pending_one(stor
 
 
 def test_prompt_that_the_last_answer_has_answered_is_not_added_again(store: persist.Store) -> None:
-    """The other program was killed behind the answer, before it cleared its fields. The turn is as it was."""
+    """The turn stays as it is if the other program was killed after the answer, before it cleared its fields."""
     answered = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]
     write_old(store.path, messages=answered)
     assert store.load("old").clear_stale_stream() is True
@@ -64,7 +70,7 @@ def test_prompt_that_the_last_answer_has_answered_is_not_added_again(store: pers
 
 
 def test_prompt_with_a_tool_result_behind_it_is_marked_and_not_added_again(store: persist.Store) -> None:
-    """It need not be the last message: it is looked for since the last answer."""
+    """The pending prompt is found among all messages since the last answer. It need not be the last message."""
     answered = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
     pending = [{"role": "user", "content": "Hello?"}, {"role": "tool", "content": "found"}]
     write_old(store.path, messages=[*answered, *pending])
@@ -93,7 +99,7 @@ def test_check_names_stale_streams_without_a_lease(store: persist.Store) -> None
 
 
 def test_check_names_files_that_are_no_sessions(store: persist.Store) -> None:
-    """A JSON file whose name is no session id is not passed over in silence."""
+    """`check` names a JSON file whose name is not a session id."""
     for name in ("five.v1", "_index", "with space", "con"):
         write_old(store.path, name)
     assert [(problem.session_id, problem.kind) for problem in store.check()] == [
@@ -102,7 +108,7 @@ def test_check_names_files_that_are_no_sessions(store: persist.Store) -> None:
 
 
 def test_looking_makes_nothing(directory: Path) -> None:
-    """A store that is opened to be looked at leaves the directory as it was."""
+    """A store that is opened with `create=False` leaves the directory as it was."""
     directory.mkdir()
     write_old(directory)
     store = persist.Store(directory, create=False)
@@ -128,7 +134,7 @@ def test_what_root_makes_belongs_to_the_owner_of_the_directory(store: persist.St
 
 @needs_root
 def test_one_unreadable_file_hides_no_other(scratch: Path, actor: ActorFactory) -> None:
-    """A session that belongs to somebody else is named; the rest is looked at."""
+    """`check` names a session that belongs to another user, and looks at the other sessions all the same."""
     store = persist.Store(scratch / "sessions")
     for session_id in ("a", "b"):
         store.create(session_id)
@@ -143,7 +149,10 @@ def test_one_unreadable_file_hides_no_other(scratch: Path, actor: ActorFactory) 
 
 
 def test_store_can_be_handed_to_another_process_and_the_rest_cannot(store: persist.Store) -> None:
-    """A pickled store opens the same directory with the same options; sessions and streams say what to do instead."""
+    """A pickled store opens the same directory with the same options.
+
+    Pickling a session or a stream is an error that says what to do instead.
+    """
     session = store.create("s-1", {"messages": []})
     copy = pickle.loads(pickle.dumps(persist.Store(store.path, merge={"n": "sum"}, timeout_s=1.5)))
     assert copy.path == store.path

@@ -1,4 +1,4 @@
-"""`persist.aio`: the same verbs, a loop that is never held up, and cancellation that loses nothing."""
+"""`persist.aio`: the same verbs, an event loop that never blocks, and cancellation that loses nothing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def aio(store: persist.Store) -> Iterator[persist.aio.Store]:
 
 
 class Gate:
-    """Holds a step of the disk up until it is opened; `reached` tells that somebody stands before it."""
+    """A gate that blocks one step of the disk until it is opened.
+
+    `reached` is set when a caller waits at the gate.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
         self.reached, self.is_open = threading.Event(), threading.Event()
@@ -63,14 +66,17 @@ def contents(store: persist.Store) -> list[str]:
 
 
 def parameters(function: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
-    """The parameters behind the object itself."""
+    """Return the parameters of a method, without `self`."""
     _, *found = inspect.signature(function).parameters.values()
     return [(each.name, each.kind, each.default) for each in found]
 
 
 @pytest.mark.parametrize("kind", ["Store", "Session", "Stream"])
 def test_every_verb_is_there_with_the_same_arguments(kind: str) -> None:
-    """The same nouns and verbs, but for `transaction`: nothing is awaited under a lock."""
+    """The asyncio classes have the same nouns and verbs, with the same arguments.
+
+    Only `transaction` is missing, because nothing may be awaited under a lock.
+    """
     plain, mirror = getattr(persist, kind), getattr(persist.aio, kind)
     for name, member in vars(plain).items():
         if name.startswith("_") or name == "transaction":
@@ -105,7 +111,7 @@ async def test_verbs_do_what_their_twins_do(aio: persist.aio.Store, store: persi
 
 @in_loop
 async def test_large_sessions_cost_what_changes(aio: persist.aio.Store) -> None:
-    """`update` and `compact` do what their twins do; a verb of a large session appends to its journal."""
+    """`update` and `compact` do what their twins do. A verb of a large session appends to its journal."""
     await aio.create("s-2", {"title": "Async", "messages": ["x" * 70_000]})
     document = (aio.path / "s-2.json").read_bytes()
     assert await aio.update("s-2", lambda tx: tx.data.update(title="Large") or tx.data["title"]) == "Large"
@@ -139,7 +145,7 @@ async def test_turn_from_prompt_to_answer(aio: persist.aio.Store, store: persist
 
 @in_loop
 async def test_start_is_a_coroutine(aio: persist.aio.Store, store: persist.Store) -> None:
-    """What wants a coroutine takes it (`asyncio.create_task`, say), and it starts one stream."""
+    """`start_stream` returns a coroutine, which `asyncio.create_task` accepts, and it starts one stream."""
     starting = aio.start_stream("s-1", PROMPT)
     assert isinstance(starting, Coroutine)
     starting.close()
@@ -151,7 +157,7 @@ async def test_start_is_a_coroutine(aio: persist.aio.Store, store: persist.Store
 
 @in_loop
 async def test_turn_that_raises_is_marked(aio: persist.aio.Store, store: persist.Store) -> None:
-    """B3: leaving the block without `finish` is `fail`: the prompt stays, marked, and the session is free."""
+    """B3: leaving the block without `finish` means `fail`. The prompt stays, marked, and the session is free."""
     with pytest.raises(ZeroDivisionError):
         async with aio.start_stream("s-1", PROMPT):
             raise ZeroDivisionError
@@ -163,7 +169,7 @@ async def test_turn_that_raises_is_marked(aio: persist.aio.Store, store: persist
 
 @in_loop
 async def test_stale_stream_is_cleared(aio: persist.aio.Store, actor: ActorFactory) -> None:
-    """A7: the stream of a process that is gone."""
+    """A7: the stream of a dead process is stale, and is cleared."""
     owner = actor()
     owner.do("stream = store.start_stream('s-1')")
     session = await aio.load("s-1")
@@ -177,9 +183,9 @@ async def test_stale_stream_is_cleared(aio: persist.aio.Store, actor: ActorFacto
 
 @in_loop
 async def test_loop_runs_on_while_a_verb_waits(aio: persist.aio.Store, actor: ActorFactory) -> None:
-    """A lock that another process holds stops the task that needs it, and no other.
+    """A lock that another process holds blocks the task that needs it, and no other task.
 
-    Fails if the verb runs in the loop itself: then nothing happens until the lock is free.
+    Fails if the verb runs in the loop itself, because then nothing happens until the lock is free.
     """
     other = actor()
     other.start_and_pause("store.append('s-1', 'messages', {'content': 'theirs'})", "replace")
@@ -216,7 +222,7 @@ async def test_many_tasks_on_one_session_lose_nothing(aio: persist.aio.Store, st
 async def test_write_survives_the_cancellation_of_its_task(
     aio: persist.aio.Store, store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A verb that has begun is carried to its end; only then is its task cancelled.
+    """A verb that has begun runs to its end. Only then is its task cancelled.
 
     Fails if the task does not wait for its thread.
     """
@@ -224,7 +230,7 @@ async def test_write_survives_the_cancellation_of_its_task(
     task = asyncio.create_task(aio.append("s-1", "messages", {"content": "kept"}))
     await gate.wait()
     task.cancel()
-    # The loop goes round some times before the disk gives in.
+    # The loop makes some rounds before the disk step may go on.
     await asyncio.sleep(0.05)
     assert not task.done(), "cancelled while its thread was still writing"
     gate.is_open.set()
@@ -237,9 +243,9 @@ async def test_write_survives_the_cancellation_of_its_task(
 async def test_cancelled_start_fails_the_stream_that_it_obtained(
     aio: persist.aio.Store, store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A8: nobody gets that stream, so it may not own the session; the prompt stays, marked.
+    """A8: a stream whose start is cancelled does not own the session. The prompt stays, marked.
 
-    Fails without the undo: the session is busy until the stream is collected, and nobody knows.
+    Fails without the undo: the session is busy until the stream is collected, and no caller knows of the stream.
     """
     gate = Gate(monkeypatch, "replace")
     task = asyncio.create_task(aio.start_stream("s-1", PROMPT))
@@ -257,7 +263,7 @@ async def test_cancelled_start_fails_the_stream_that_it_obtained(
 async def test_cancellation_again_and_again_waits_for_the_write(
     aio: persist.aio.Store, store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A call that has begun is carried to its end, however often its task is cancelled.
+    """A call that has begun runs to its end, however often its task is cancelled.
 
     Fails if a call that has begun lets its task go.
     """
@@ -277,9 +283,10 @@ async def test_cancellation_again_and_again_waits_for_the_write(
 async def test_cancelled_turn_is_marked_also_if_it_is_cancelled_again_and_again(
     aio: persist.aio.Store, store: persist.Store
 ) -> None:
-    """A request that ends is cancelled in every round of the loop: leaving the stream's block is carried out.
+    """Leaving the stream's block is carried out, even if its task is cancelled in every round of the loop.
 
-    Fails if the way out of the block is let go while it waits: nobody marks the prompt.
+    A request that ends is cancelled in that way. Fails if the task leaves while the exit of the block waits: the prompt
+    is not marked.
     """
     is_running = asyncio.Event()
 
@@ -303,7 +310,7 @@ async def test_cancelled_turn_is_marked_also_if_it_is_cancelled_again_and_again(
 async def test_failure_of_a_cancelled_write_is_not_lost(
     aio: persist.aio.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who is cancelled gets the cancellation, with the error of the verb as its cause."""
+    """A cancelled caller gets the cancellation, with the error of the verb as its cause."""
     gate = Gate(monkeypatch, "version_of")
     task = asyncio.create_task(aio.append("missing", "messages", {"content": "kept"}))
     await gate.wait()
@@ -315,7 +322,7 @@ async def test_failure_of_a_cancelled_write_is_not_lost(
 
 
 def test_end_of_the_loop_waits_for_a_write(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`asyncio.run` cancels what still runs when it ends; a stream that is being started is failed, a write is kept."""
+    """A start of a stream that `asyncio.run` cancels at its end fails the stream, and its write is kept."""
     store.create("s-1", {"messages": []})
     gate = Gate(monkeypatch, "replace")
 
@@ -337,7 +344,7 @@ def test_end_of_the_loop_waits_for_a_write(store: persist.Store, monkeypatch: py
 
 @types.coroutine
 def cancelled_at(step: int, work: Coroutine[Any, Any, Any]) -> Generator[Any, Any, bool]:
-    """Drive a coroutine and cancel it at its n-th suspension; tell whether it came so far."""
+    """Drive a coroutine, cancel it at its n-th suspension, and tell whether it got that far."""
     try:
         waited_for = work.send(None)
         while True:
@@ -357,7 +364,10 @@ def cancelled_at(step: int, work: Coroutine[Any, Any, Any]) -> Generator[Any, An
 
 @in_loop
 async def test_cancellation_at_every_await_loses_nothing_and_leaks_no_lease(scratch: Path) -> None:
-    """A turn with events, a follower, checkpoints and an answer, cancelled at its n-th suspension, for every n."""
+    """A turn loses nothing and leaks no lease if it is cancelled at its n-th suspension, for every n.
+
+    The turn has events, a follower, checkpoints and an answer.
+    """
     step = 0
     came_so_far = True
     while came_so_far:
@@ -395,7 +405,7 @@ async def test_cancellation_at_every_await_loses_nothing_and_leaks_no_lease(scra
 async def test_follower_in_the_loop_sees_every_event_of_another_process(
     aio: persist.aio.Store, actor: ActorFactory
 ) -> None:
-    """In order, once, without gaps, to the end of the stream."""
+    """A follower gets the events in order, once, without gaps, to the end of the stream."""
     owner = actor()
     stream_id = owner.do("stream = store.start_stream('s-1'); stream.id")
     owner.start("for n in range(2000): stream.emit(n)\nstream.finish()")
@@ -408,7 +418,10 @@ async def test_follower_in_the_loop_sees_every_event_of_another_process(
 
 @in_loop
 async def test_follower_that_times_out_again_and_again_loses_nothing(aio: persist.aio.Store) -> None:
-    """A step that is cancelled (a heartbeat's time-out) may have read events; the next step hands them out."""
+    """A step of a follower that is cancelled loses no event, because the next step hands out what it has read.
+
+    The time-out of a heartbeat cancels steps in this way.
+    """
     async with aio.start_stream("s-1") as stream, asyncio.TaskGroup() as tasks:
 
         async def emit() -> None:
@@ -428,7 +441,7 @@ async def test_follower_that_times_out_again_and_again_loses_nothing(aio: persis
 
 @in_loop
 async def test_death_of_the_owner_ends_the_loop(aio: persist.aio.Store, actor: ActorFactory) -> None:
-    """The follower gets what was emitted, and then the news."""
+    """The follower gets the events that were emitted, and then ends with "died"."""
     owner = actor()
     stream_id = owner.do("stream = store.start_stream('s-1'); stream.emit('last words'); stream.id")
     following = aio.follow("s-1", stream_id)
@@ -441,7 +454,7 @@ async def test_death_of_the_owner_ends_the_loop(aio: persist.aio.Store, actor: A
 
 @in_loop
 async def test_bad_cursor_is_answered_at_the_first_step(aio: persist.aio.Store) -> None:
-    """D5: a clear error, never a hang."""
+    """D5: a bad cursor is a clear error, never a hang."""
     async with aio.start_stream("s-1") as stream:
         await stream.emit(1)
         for bad, error in (((stream.id, 7), persist.EventsNotFound), (("none", 0), persist.EventsNotFound)):
@@ -453,12 +466,12 @@ async def test_bad_cursor_is_answered_at_the_first_step(aio: persist.aio.Store) 
 
 @in_loop
 async def test_dropped_follower_leaves_no_descriptor(aio: persist.aio.Store) -> None:
-    """Whoever leaves the loop early need not close it."""
+    """A caller that leaves the `async for` early need not close the follower."""
     if sys.platform != "linux":
         pytest.skip("descriptors are counted on Linux only")
     async with aio.start_stream("s-1") as stream:
         await stream.emit(*range(10))
-        # What the tests before have dropped is not counted.
+        # Followers that earlier tests have dropped must not be counted.
         gc.collect()
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(20):
@@ -469,7 +482,7 @@ async def test_dropped_follower_leaves_no_descriptor(aio: persist.aio.Store) -> 
 
 
 def test_follower_of_a_loop_that_has_ended_disturbs_no_emitter(store: persist.Store) -> None:
-    """A stream outlives the loops of those who follow it."""
+    """A stream goes on after the loops of its followers have ended."""
     store.create("s-1")
     with store.start_stream("s-1") as stream:
         stream.emit("first")
@@ -490,9 +503,9 @@ def test_follower_of_a_loop_that_has_ended_disturbs_no_emitter(store: persist.St
 
 @in_loop
 async def test_streams_end_after_the_store_is_closed(aio: persist.aio.Store, store: persist.Store) -> None:
-    """A server that stops closes its store, and the turns that still run go on until they end.
+    """Closing the store lets the running turns go on until they end, and refuses new verbs.
 
-    New verbs are refused.
+    A server that stops closes its store in this way.
     """
     stream = await aio.start_stream("s-1", PROMPT)
     aio.close()
@@ -507,7 +520,10 @@ async def test_streams_end_after_the_store_is_closed(aio: persist.aio.Store, sto
 async def test_cancellation_comes_through_when_the_undo_fails(
     aio: persist.aio.Store, store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody locks the session just then: who cancelled gets the cancellation, and the stream is stale, not alive."""
+    """A caller gets the cancellation also when the undo fails, because another thread holds the session.
+
+    The stream is then stale, not alive.
+    """
     gate = Gate(monkeypatch, "replace")
     impatient = persist.aio.Store(persist.Store(store.path, timeout_s=0.01))
     caught: list[BaseException] = []
@@ -546,7 +562,7 @@ def _suppressed(call: Callable[[], object]) -> None:
 
 @in_loop
 async def test_locked_session_holds_up_no_events_of_others(aio: persist.aio.Store, store: persist.Store) -> None:
-    """More verbs than there are quick threads wait for one session; another session's stream goes on.
+    """A stream goes on while more verbs than there are quick threads wait for another session.
 
     Fails if all verbs share the threads.
     """
@@ -565,7 +581,10 @@ async def test_locked_session_holds_up_no_events_of_others(aio: persist.aio.Stor
 
 @in_loop
 async def test_closed_follower_stops(aio: persist.aio.Store) -> None:
-    """Closed before its first step, between two, and by another task while one waits: the loop ends."""
+    """A follower that is closed ends its loop.
+
+    It may be closed before its first step, between two steps, or by another task while a step waits.
+    """
     async with aio.start_stream("s-1") as stream:
         await stream.emit(1, 2)
         unopened, between, waiting_one = (aio.follow("s-1", stream.id, after=after) for after in (0, 0, 2))
@@ -585,7 +604,7 @@ async def test_closed_follower_stops(aio: persist.aio.Store) -> None:
 
 
 def test_loops_in_two_threads_share_a_store(store: persist.Store) -> None:
-    """A store belongs to no loop: two of them, each with many tasks, and one after the other."""
+    """A store belongs to no loop: two loops use it at once, each with many tasks, and a third one after them."""
     store.create("s-1", {"n": 0})
     aio = persist.aio.Store(store)
 
@@ -607,9 +626,9 @@ def test_loops_in_two_threads_share_a_store(store: persist.Store) -> None:
 
 
 def test_forked_worker_has_threads_of_its_own(store: persist.Store) -> None:
-    """Pre-fork servers: the parent has used the store, and its threads are not in the child.
+    """A forked child of a pre-fork server gets threads of its own, because the parent's threads are not in the child.
 
-    Fails (by its alarm) if shared.
+    Fails (by its alarm) if the threads are shared.
     """
     store.create("s-1", {"messages": []})
     aio = persist.aio.Store(store)
@@ -630,7 +649,7 @@ def test_forked_worker_has_threads_of_its_own(store: persist.Store) -> None:
 
 @in_loop
 async def test_large_event_passes(aio: persist.aio.Store) -> None:
-    """Megabytes in one event are read in a thread, and in one piece."""
+    """An event of several megabytes is read in a thread, and in one piece."""
     async with aio.start_stream("s-1") as stream:
         large = "x" * 3_000_000
         await stream.emit("before", large, "after")

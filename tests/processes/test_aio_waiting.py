@@ -1,4 +1,4 @@
-"""Waiting in `persist.aio`: one thread a session, time-outs in time, nothing written for a task that has left."""
+"""Waiting in `persist.aio`: one thread a session, time-outs in time, no write for a task that has left."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ import persist.aio
 from persist.storage import lock
 from persist.storage.content import encoded
 
-#: A busy machine may spoil a measurement. One good one in so many rounds is enough.
+#: A busy machine may spoil a measurement, so one good round of these is enough.
 ROUNDS = 5
 
 
@@ -41,7 +41,7 @@ def aio(store: persist.Store) -> Iterator[persist.aio.Store]:
 
 @pytest.fixture
 def holder(aio: persist.aio.Store, actor: ActorFactory) -> Actor:
-    """A process that is stopped (a paused container, say) while it holds the session s-1."""
+    """Return a process that is stopped while it holds the session s-1, like a paused container."""
     holder = actor()
     holder.do("block = store.transaction('s-1'); block.__enter__(); None")
     os.kill(holder.pid, signal.SIGSTOP)
@@ -72,9 +72,10 @@ async def append(aio: persist.aio.Store, session_id: str = "s-2") -> None:
 
 
 async def appends_beside(aio: persist.aio.Store, work: Coroutine[Any, Any, Any]) -> tuple[float, float]:
-    """Append to s-2 while some work goes on. Return the limit in seconds, and what 99 of 100 appends took at most.
+    """Append to s-2 while some work goes on.
 
-    The limit is 10 times the median of idle appends, or 20 ms.
+    Return the limit in seconds, and the longest that 99 of 100 appends took. The limit is 10 times the median of idle
+    appends, or at least 20 ms.
     """
     limit_s = max(0.02, 10 * median([await seconds_of(append(aio)) for _ in range(100)]))
     task, beside = asyncio.create_task(work), []
@@ -90,10 +91,10 @@ async def appends_beside(aio: persist.aio.Store, work: Coroutine[Any, Any, Any])
 @pytest.mark.usefixtures("holder")
 @in_loop
 async def test_hundreds_that_wait_for_one_session_hold_up_no_other(aio: persist.aio.Store) -> None:
-    """600 tasks wait for a session that a stopped process holds: another session's appends stay quick.
+    """600 tasks wait for a session that a stopped process holds, and another session's appends stay quick.
 
-    The tasks take one thread, and each gets its time-out in time. Fails if each call waits in a thread of its own: the
-    threads are all taken, and the other session waits until the first time-out.
+    The tasks take one thread, and each gets its time-out in time. Fails if each call waits in a thread of its own: all
+    threads are taken, and the other session waits until the first time-out.
     """
 
     async def wait() -> float:
@@ -119,9 +120,10 @@ async def test_hundreds_that_wait_for_one_session_hold_up_no_other(aio: persist.
 
 @in_loop
 async def test_burst_on_one_session_holds_up_no_other(scratch: Path) -> None:
-    """3,000 appends to one session at once: another session's appends stay quick, and all are there, in their order.
+    """3,000 appends to one session at once leave another session's appends quick, and all arrive in their order.
 
-    Fails if each call waits in a thread of its own: 128 threads fight for one session, and the rest is behind them.
+    Fails if each call waits in a thread of its own: 128 threads fight for one session, and the other calls wait behind
+    them.
     """
     aio = persist.aio.Store(scratch, timeout_s=DEADLINE_S)
     for session_id in ("s-1", "s-2"):
@@ -143,7 +145,7 @@ async def test_burst_on_one_session_holds_up_no_other(scratch: Path) -> None:
 
 @in_loop
 async def test_timeout_names_the_holder(aio: persist.aio.Store, holder: Actor) -> None:
-    """Like the error of the plain verb: the time-out of the call, the file and the process."""
+    """The error names what that of the plain verb names: the time-out of the call, the file and the process."""
     for timeout_s in (0.0, 0.05):
         with pytest.raises(persist.LockTimeout, match=f"pid {holder.pid}") as caught:
             await aio.append("s-1", "messages", {"content": "late"}, timeout_s=timeout_s)
@@ -153,7 +155,7 @@ async def test_timeout_names_the_holder(aio: persist.aio.Store, holder: Actor) -
 
 @in_loop
 async def test_waiting_behind_a_call_of_the_same_loop_counts(aio: persist.aio.Store, store: persist.Store) -> None:
-    """A call behind a slow `update` has its time-out from its first moment, and the error names the thread.
+    """The time-out of a call behind a slow `update` begins when the call is made, and the error names the thread.
 
     Fails if the time-out begins when the call has a thread.
     """
@@ -175,9 +177,9 @@ async def test_waiting_behind_a_call_of_the_same_loop_counts(aio: persist.aio.St
 
 @in_loop
 async def test_now_or_never_takes_a_free_session(aio: persist.aio.Store, store: persist.Store) -> None:
-    """A time-out of 0 is one try, however long it takes until a thread is there.
+    """A time-out of 0 means one try, however long the call waits for a thread.
 
-    Fails if a call is late before its session was tried.
+    Fails if a call times out before it tried to take its session.
     """
     for n in range(100):
         await aio.append("s-1", "messages", {"content": n}, timeout_s=0)
@@ -188,9 +190,9 @@ async def test_now_or_never_takes_a_free_session(aio: persist.aio.Store, store: 
 async def test_long_wait_outlives_a_short_one(
     aio: persist.aio.Store, holder: Actor, store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The thread of a session waits as long as any of the calls, whichever came first, and keeps its turn.
+    """The thread of a session waits as long as any of its calls, whichever came first, and keeps its turn.
 
-    Fails if the thread waits as long as the first call only: it comes again for each of the others.
+    Fails if the thread waits only as long as the first call, because it then waits anew for each of the others.
     """
     waits: list[float] = []
     real = lock.Hold._wait_for_processes
@@ -219,7 +221,7 @@ async def test_long_wait_outlives_a_short_one(
 async def test_cancelled_wait_ends_at_once_and_writes_nothing_later(
     aio: persist.aio.Store, holder: Actor, store: persist.Store
 ) -> None:
-    """200 times `wait_for(append, 0.5)` on a held session: told by 0.6 s, and nothing is written when it is free.
+    """200 calls of `wait_for(append, 0.5)` on a held session end by 0.6 s, and write nothing once it is free.
 
     Fails if a task that waits for its session is kept until its time-out.
     """
@@ -237,7 +239,7 @@ async def test_cancelled_wait_ends_at_once_and_writes_nothing_later(
             break
     assert max(waits) <= 0.6
     await asyncio.to_thread(let_go, holder)
-    # It would stand behind them.
+    # A late write would be made before this one.
     await aio.append("s-1", "messages", {"content": "kept"})
     assert contents(store) == ["kept"]
 
@@ -246,9 +248,9 @@ async def test_cancelled_wait_ends_at_once_and_writes_nothing_later(
 async def test_cancellation_at_any_moment_leaves_nothing_to_be_written(
     aio: persist.aio.Store, actor: ActorFactory, store: persist.Store
 ) -> None:
-    """What a cancelled task finds on the disk stays as it is: its item is there already, or it never comes.
+    """A cancelled task finds its item on the disk at once, or the item never comes.
 
-    Fails if a call that has begun lets its task go, or if a call that has not is run later.
+    Fails if a call that has begun lets its task go, or if a call that has not begun is run later.
     """
     other = actor()
     other.start("for n in range(400): store.append('s-1', 'messages', {'content': 'theirs'})")
@@ -283,12 +285,12 @@ async def test_cancellation_at_any_moment_leaves_nothing_to_be_written(
 async def test_thread_whose_tasks_have_all_left_stops_waiting(
     aio: persist.aio.Store, holder: Actor, store: persist.Store
 ) -> None:
-    """A wait that nobody wants any more ends soon, also behind another thread, and does not hold the process up.
+    """A wait that no task needs any more ends soon, even behind another thread, and does not delay the process.
 
     Fails if the thread waits for the time-out of calls that have left.
     """
     with ThreadPoolExecutor(1) as thread:
-        # It is the first of this process, and the loop's thread waits behind it.
+        # This thread waits first in this process, and the loop's thread waits behind it.
         waiting = thread.submit(lambda: store.append("s-1", "messages", {"content": "first"}))
         await asyncio.sleep(0.05)
         task = asyncio.create_task(aio.append("s-1", "messages", {"content": "late"}, timeout_s=DEADLINE_S))
@@ -307,10 +309,10 @@ async def test_thread_whose_tasks_have_all_left_stops_waiting(
 async def test_block_of_a_stream_is_left_also_where_its_session_is_held(
     store: persist.Store, actor: ActorFactory
 ) -> None:
-    """A5: the lease is given up whatever happens, so that the session is not stuck. The error of the block comes
-    through, and tells of the failure.
+    """A5: the lease is given up whatever happens, so that the session is not stuck.
 
-    Fails if a way out that does not get the lock in time forgets the lease.
+    The caller gets the error of the block, with a note on the failure. Fails if an exit that does not get the lock in
+    time forgets the lease.
     """
     store.create("s-1", {"messages": []})
     aio, other = persist.aio.Store(persist.Store(store.path, timeout_s=0.1)), actor()
@@ -329,7 +331,7 @@ async def test_block_of_a_stream_is_left_also_where_its_session_is_held(
 async def test_call_that_gets_no_thread_is_refused_and_never_made(
     aio: persist.aio.Store, store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that may start no more threads says so, and nothing is written when it may again.
+    """A process that may start no more threads raises an error, and does not make the refused call later.
 
     Fails if the queue stays behind: the next call waits for a thread that never comes.
     """
@@ -353,7 +355,7 @@ async def test_call_that_gets_no_thread_is_refused_and_never_made(
 
 @in_loop
 async def test_save_writes_what_it_found_when_it_was_called(aio: persist.aio.Store, store: persist.Store) -> None:
-    """An edit while the save waits is for the next save: nothing is read from `data` in another thread.
+    """An edit during a save's wait belongs to the next save, because no other thread reads `data`.
 
     Fails if the save encodes when it has the lock.
     """
@@ -373,9 +375,9 @@ async def test_save_writes_what_it_found_when_it_was_called(aio: persist.aio.Sto
 
 @in_loop
 async def test_saves_of_one_object_follow_one_another(aio: persist.aio.Store, store: persist.Store) -> None:
-    """Two tasks save one object at once: each edit is there once, and none contradicts the one before.
+    """Two tasks save one object at once: each edit is stored once, and none contradicts the one before.
 
-    Fails if the second save encodes before the first one is taken: its own earlier edit looks like another's.
+    Fails if the second save encodes before the first one is applied: its own earlier edit looks like another writer's.
     """
     session = await aio.load("s-1")
     for n in range(20):
@@ -393,7 +395,7 @@ async def test_saves_of_one_object_follow_one_another(aio: persist.aio.Store, st
 
 @in_loop
 async def test_waiting_for_a_save_of_the_same_object_counts(aio: persist.aio.Store, store: persist.Store) -> None:
-    """A save behind another save of its object has its time-out from its first moment.
+    """The time-out of a save behind another save of its object begins when it is called.
 
     Fails if the time-out begins with the encoding.
     """
@@ -410,10 +412,10 @@ async def test_waiting_for_a_save_of_the_same_object_counts(aio: persist.aio.Sto
 
 @in_loop
 async def test_save_brings_in_what_others_committed(aio: persist.aio.Store, store: persist.Store) -> None:
-    """Items that others added and messages that they changed stand in `data`, in the objects that tasks hold. So does
-    an edit that came while the save was written, and the next save knows it for one.
+    """A save brings the items and changes of other writers into `data`, into the objects that tasks hold.
 
-    Fails if what others changed replaces the message that a task holds.
+    An edit that came while the save was written stays in `data`, and the next save stores it. Fails if a change of
+    another writer replaces the message that a task holds.
     """
     store.append("s-1", "messages", {"id": "m1", "content": "first"})
     session = await aio.load("s-1")
@@ -442,9 +444,9 @@ async def test_save_brings_in_what_others_committed(aio: persist.aio.Store, stor
 async def test_save_whose_task_is_cancelled_is_taken(
     aio: persist.aio.Store, store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A save that has begun is carried to its end, and the object knows what was committed.
+    """A save that has begun runs to its end, and the object knows what was committed.
 
-    Fails if a cancelled save is not applied: the next one cannot tell its own commit from another's.
+    Fails if a cancelled save is not applied: the next one cannot tell its own commit from another writer's.
     """
     session = await aio.load("s-1")
     session.data["messages"].append({"content": "once"})
@@ -471,7 +473,7 @@ async def test_save_whose_task_is_cancelled_is_taken(
 
 @in_loop
 async def test_save_of_megabytes_holds_the_loop_up_while_it_encodes(aio: persist.aio.Store) -> None:
-    """The loop stands still for as long as encoding takes, and at most 10 ms more.
+    """A save blocks the loop for as long as encoding takes, and at most 10 ms more.
 
     Fails if the commit is made in the loop's thread.
     """
@@ -512,7 +514,7 @@ async def use(aio: persist.aio.Store, session_id: str) -> None:
 
 
 def test_verbs_run_under_uvloop(aio: persist.aio.Store) -> None:
-    """uvloop is another loop with the same promises; it is missing where it has no wheel (Windows)."""
+    """uvloop is another loop with the same promises. The test is skipped where it has no wheel (Windows)."""
     uvloop = pytest.importorskip("uvloop")
     runner: Callable[[Coroutine[Any, Any, None]], None] = uvloop.run
     for n in range(3):
@@ -520,9 +522,9 @@ def test_verbs_run_under_uvloop(aio: persist.aio.Store) -> None:
 
 
 def test_loops_of_several_threads_and_one_after_the_other_share_a_store(aio: persist.aio.Store) -> None:
-    """A store belongs to no loop: four loops at once, each `asyncio.run` again and again, on own and shared sessions.
+    """A store belongs to no loop: four threads call `asyncio.run` again and again, on own and shared sessions.
 
-    Fails if what one loop leaves behind is used by the next.
+    Fails if one loop uses what an earlier loop left behind.
     """
 
     def run(thread: int) -> None:
@@ -556,7 +558,7 @@ def test_object_is_used_in_one_loop_after_the_other(aio: persist.aio.Store, stor
 def test_child_of_a_waiting_process_has_queues_of_its_own(
     aio: persist.aio.Store, holder: Actor, store: persist.Store
 ) -> None:
-    """Forked while calls of the parent wait: the child's calls run, and the parent's calls are the parent's alone.
+    """A child that is forked while calls of its parent wait runs its own calls, and none of its parent's.
 
     Fails if the child puts its calls into a queue whose thread it does not have.
     """
@@ -591,7 +593,7 @@ def test_child_of_a_waiting_process_has_queues_of_its_own(
 async def test_child_that_a_function_of_update_forks_runs_no_call_of_its_parent(
     aio: persist.aio.Store, store: persist.Store
 ) -> None:
-    """The thread of the function goes on in the child, where the calls behind it are the parent's.
+    """The thread of a function that forks goes on in the child, where it makes none of the parent's waiting calls.
 
     Fails if the child serves its copy of the queue: each call is made twice.
     """
@@ -602,7 +604,7 @@ async def test_child_that_a_function_of_update_forks_runs_no_call_of_its_parent(
         if child:
             children.append(child)
         else:
-            # It ends by that, wherever it is then.
+            # The alarm ends the child, wherever it is then.
             signal.alarm(1)
 
     update = asyncio.create_task(aio.update("s-1", fork))
@@ -619,9 +621,9 @@ async def test_child_that_a_function_of_update_forks_runs_no_call_of_its_parent(
 async def test_a_stream_that_is_left_in_vain_is_given_up_also_by_a_cancellation(
     aio: persist.aio.Store, actor: ActorFactory
 ) -> None:
-    """The way out meets a held session, and a cancellation while it waits: the session is not stuck for that.
+    """A cancellation while the stream's exit waits for a held session does not leave the session stuck.
 
-    Fails if only an error, and not a cancellation, makes the way out give the lease up.
+    Fails if the exit gives up the lease only after an error, and not after a cancellation.
     """
     quick = persist.aio.Store(persist.Store(aio._sync.path, timeout_s=0.3))
     holder = actor()
@@ -650,7 +652,7 @@ async def test_a_stream_that_is_left_in_vain_is_given_up_also_by_a_cancellation(
 @pytest.mark.parametrize("verb", ["save", "clear_stale_stream"])
 @in_loop
 async def test_an_edit_that_is_no_json_is_for_the_next_save(aio: persist.aio.Store, verb: str) -> None:
-    """`data` may change while a verb runs. What is no JSON then is refused by the next save, and not by this one.
+    """`data` may change while a verb runs. An edit that is not JSON is refused by the next save, not by this one.
 
     Fails if the verb says "nothing was written" of what it has committed.
     """
@@ -680,7 +682,7 @@ async def test_an_edit_that_is_no_json_is_for_the_next_save(aio: persist.aio.Sto
 def test_an_interrupt_leaves_no_session_without_its_thread(
     aio: persist.aio.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C between the queue and its thread: what was interrupted is not done later, and the next call is.
+    """An interrupt between the queue and its thread cancels that call for good, and the next call is made.
 
     Fails if the queue stays there, and every later call of its session waits in vain.
     """
@@ -700,7 +702,7 @@ def test_an_interrupt_leaves_no_session_without_its_thread(
 
 
 def test_a_save_that_another_loop_left_behind_counts_once(aio: persist.aio.Store) -> None:
-    """A loop that was left in mid-save has a save on its way. The next one of that object goes on from there.
+    """A loop that stops in mid-save leaves the save under way, and the object's next save builds on it.
 
     Fails if the second save merges with what the object knew before the first one.
     """
@@ -728,7 +730,7 @@ def set_title(title: str, tx: persist.Transaction) -> None:
 
 @in_loop
 async def test_a_cancelled_refresh_that_conflicts_is_cancelled(aio: persist.aio.Store) -> None:
-    """The cancellation is what the caller waits for. The conflict is its cause. Fails if it takes the place of that."""
+    """The caller gets the cancellation, with the conflict as its cause. Fails if the conflict takes its place."""
     session = await aio.load("s-1")
     async with asyncio.timeout(DEADLINE_S):
         for number in range(20):

@@ -1,4 +1,4 @@
-"""Time-outs and silences under freezegun and time-machine: they pass in real time (HAZARDS F16).
+"""Time-outs and silences under freezegun and time-machine pass in real time (HAZARDS F16).
 
 The frozen process is an actor, so pytest's own clock goes on.
 """
@@ -18,7 +18,7 @@ import persist
 from persist.pytest_plugin.run import Wait
 
 START = "stream = store.start_stream('s-1', {'role': 'user', 'content': 'Why?'}); stream.id"
-#: What stops or moves the clocks of an actor.
+#: These tools stop or move the clocks of an actor.
 TOOLS = {
     "freezegun": "freezegun.freeze_time('2001-01-01', real_asyncio=True)",
     "freezegun in the future": "freezegun.freeze_time('2101-01-01', real_asyncio=True)",
@@ -35,7 +35,10 @@ def session(store: persist.Store) -> persist.Session:
 
 
 def under(tool: str, code: str) -> str:
-    """Code that an actor runs while the clocks are frozen; its last line is the name of what is sent back."""
+    """Return code that an actor runs while its clocks are frozen.
+
+    The last line of the given code is an expression. The actor returns its value.
+    """
     *lines, result = code.strip().splitlines()
     body = "\n".join(f"    {line}" for line in lines)
     return f"import freezegun, time, time_machine\nwith {tool}:\n{body}\n{result}"
@@ -45,7 +48,7 @@ def under(tool: str, code: str) -> str:
 def test_lock_timeout_comes_in_real_time(
     store: persist.Store, session: persist.Session, actor: ActorFactory, tool: str
 ) -> None:
-    """A session that another process holds: the time-out comes, after its time and not before.
+    """The time-out of a session that another process holds comes after its time, and not before.
 
     Fails with `time.monotonic` in `lock`: under freezegun it never comes, and in leaps it comes at once.
     """
@@ -68,7 +71,7 @@ error and error.waited_s, took_s
 def test_follower_notices_a_dead_owner(
     store: persist.Store, session: persist.Session, actor: ActorFactory, tool: str
 ) -> None:
-    """Events come, and after the owner's death the follower asks, and ends.
+    """A follower gets the events, notices the owner's death, and ends.
 
     Fails with `time.monotonic` in `follow`: under freezegun no silence is ever long enough.
     """
@@ -90,9 +93,10 @@ seen, followed.ended
 def test_asyncio_follower_notices_a_dead_owner(
     store: persist.Store, session: persist.Session, actor: ActorFactory, tool: str
 ) -> None:
-    """As above in an event loop. The loop has a clock of its own, which freezegun leaves alone with `real_asyncio`.
+    """A follower in an event loop gets the events, notices the owner's death, and ends.
 
-    Fails with `time.monotonic` in `follow`: the loop is told again and again that nothing is due.
+    The loop has a clock of its own, which freezegun leaves alone with `real_asyncio`. Fails with `time.monotonic` in
+    `follow`: the loop is told again and again that nothing is due.
     """
     owner, follower = actor(), actor()
     stream_id = owner.do(START)
@@ -140,10 +144,10 @@ problems = store.check()
 
 @tools
 def test_whole_conversation(store: persist.Store, actor: ActorFactory, tool: str) -> None:
-    """Every verb of a conversation does what it does otherwise, also in an event loop. The documents bear the frozen
-    time, as a test that freezes it wants.
+    """Every verb of a conversation gives its usual result, also in an event loop.
 
-    Fails under freezegun if a document's times are not written as text, because its `datetime` is a subclass.
+    The documents bear the frozen time, because a test that freezes the clock wants that. Fails under freezegun if a
+    document's times are not written as text, because its `datetime` is a subclass.
     """
     code = f"""{CONVERSATION}
 plain = seen, followed.ended, swept, head.fields['title'], head.updated_at.year, still, problems
@@ -161,7 +165,7 @@ plain, in_a_loop, store.tail('s-1', limit=1)[0]['content']
     plain, in_a_loop, last = actor().do(under(tool, code))
     assert plain == ([1, 2], "finished", persist.Sweep([], {}), "b", 2101 if "2101" in tool else 2001, [1, 2], [])
     assert (in_a_loop, last) == ([1], "So.")
-    # Another process, whose clock is right, finds nothing odd.
+    # Another process, whose clock is right, finds no problem.
     assert store.check() == []
     store.append("s-1", "messages", {"id": "m9", "role": "user", "content": "later"})
     assert store.load("s-1").data["title"] == "c"
@@ -171,9 +175,10 @@ plain, in_a_loop, store.tail('s-1', limit=1)[0]['content']
 def test_events_expire_by_the_clock_that_stamps_files(
     store: persist.Store, session: persist.Session, actor: ActorFactory, tool: str
 ) -> None:
-    """A frozen clock keeps events neither shorter nor longer, and leaves the time of a file alone.
+    """A frozen clock keeps events neither shorter nor longer, and does not change the time of a file.
 
-    Fails if the age is told by `time.time` alone: in the future the young events go, and in the past the old ones stay.
+    Fails if the age is computed from `time.time` alone: in the future young events are removed, and in the past old
+    ones stay.
     """
     with store.start_stream("s-1") as stream:
         stream.emit("young")
@@ -196,14 +201,14 @@ def test_events_expire_by_the_clock_that_stamps_files(
     ],
 )
 def test_waits_of_the_pytest_plugin_end(tool: AbstractContextManager[object]) -> None:
-    """A test that freezes the clock waits for a shared fixture no longer than it says.
+    """A test that freezes the clock waits for a shared fixture no longer than the given time.
 
     Fails with `time.monotonic` in the plugin's `run`.
     """
     with tool:
         wait = Wait(0.1)
         with pytest.raises(TimeoutError, match="late"):
-            # So many pauses take four seconds at least.
+            # 200 pauses take at least four seconds.
             for _ in range(200):
                 wait.pause(TimeoutError("late"))
         assert wait.waited_s >= 0.1

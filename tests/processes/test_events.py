@@ -1,6 +1,4 @@
-"""Events across processes: followed while they are written, ended whatever becomes of the owner, and fenced off behind
-it.
-"""
+"""Events across processes: followed while they are written, ended with their owner, and fenced off after it."""
 
 from __future__ import annotations
 
@@ -27,9 +25,9 @@ from persist.event_log import Ended
 from persist.storage import disk
 
 START = "stream = store.start_stream('s-1', {'role': 'user', 'content': 'Why?'}); stream.id"
-#: Follows to the end, and answers what was seen and how it ended.
+#: Follow to the end, and return the events and how the stream ended.
 FOLLOW = "following = store.follow('s-1', {!r}); [(event.offset, event.data) for event in following], following.ended"
-#: Follows in a thread, and asks after each millisecond of silence whether the owner lives; `looks` counts how often.
+#: Follow in a thread, and look after each millisecond of silence whether the owner lives. `looks` holds each answer.
 LOOKING = """
 import threading
 from persist import follow, streams
@@ -50,7 +48,7 @@ def session(store: persist.Store) -> persist.Session:
 
 
 def written(store: persist.Store, stream_id: str) -> list[Any]:
-    """The events of a stream of "s-1", their offsets checked."""
+    """Return the events of a stream of "s-1", and check their offsets."""
     found = store.events("s-1", stream_id)
     assert [event.offset for event in found] == list(range(1, len(found) + 1))
     return [event.data for event in found]
@@ -67,10 +65,10 @@ def numbered(data: list[Any]) -> list[tuple[int, Any]]:
 def test_followers_see_every_event_of_many_threads_once(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """4 threads emit 200 times each, also several at once, and 2 processes follow: every event once, at the offset it
-    was told.
+    """Followers see every event once, at the offset that `emit` returned.
 
-    Fails without the writer's guard, and if a reader keeps no torn line.
+    4 threads emit 200 times each, also several events at once, and 2 processes follow. Fails without the writer's
+    guard, and if a reader does not keep a torn line.
     """
     followers = [actor(), actor()]
     barrier = threading.Barrier(4)
@@ -112,10 +110,10 @@ ENDS: dict[str, tuple[str, Ended]] = {
 def test_follower_is_told_how_the_stream_ended(
     store: persist.Store, session: persist.Session, actor: ActorFactory, end: str
 ) -> None:
-    """Every end of a stream ends its followers, who came before the first event, and tells how; also without any event.
+    """Every end of a stream ends its followers and tells them how it ended, also if there were no events.
 
-    Without the end line they would ask the document, which cannot tell: "unknown". Fails, too, if only the stream makes
-    the file: the follower finds none.
+    The followers come before the first event. Without the end line they would ask the document, which can only say
+    "unknown". Fails, too, if only the stream makes the file: the follower finds none.
     """
     owner = actor()
     code, ended = ENDS[end]
@@ -131,9 +129,9 @@ def test_follower_is_told_how_the_stream_ended(
 
 
 def test_full_disk_does_not_keep_a_session_from_being_deleted(store: persist.Store, session: persist.Session) -> None:
-    """To delete is how one makes room: the end line of its events is wanted, not needed.
+    """A session can be deleted on a full disk, because a delete makes room.
 
-    Fails if that must be written.
+    Fails if the end line of its events must be written.
     """
     with store.start_stream("s-1") as stream:
         stream.emit("Be")
@@ -144,7 +142,7 @@ def test_full_disk_does_not_keep_a_session_from_being_deleted(store: persist.Sto
 
 
 def test_cleared_stream_has_died(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """Each of those who may be the first to find the stream dead says so in its events, before anybody asks."""
+    """Every verb that finds the stream dead first writes so into its events, before any follower asks."""
     clearing: tuple[Callable[[str], object], ...] = (
         lambda _: sweep(store),
         lambda _: store.load("s-1").clear_stale_stream(),
@@ -164,10 +162,9 @@ def test_cleared_stream_has_died(store: persist.Store, session: persist.Session,
 
 
 def test_killed_owner_is_noticed(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """kill -9, without a word: each follower is told "died", all that was emitted is there, and the session can start
-    again.
+    """After kill -9 each follower gets all the events and "died", and the session can start a new stream.
 
-    Fails without the look at the lease; the same if what was emitted were kept in memory for a while.
+    Fails without the look at the lease. Fails, too, if emitted events are kept in memory for a while.
     """
     follower = actor()
     for _ in range(3):
@@ -176,7 +173,7 @@ def test_killed_owner_is_noticed(store: persist.Store, session: persist.Session,
         follower.start(FOLLOW.format(stream_id))
         assert owner.do("[stream.emit(n) for n in range(1000)][-1]") == 1000
         owner.kill()
-        # On an idle machine within LOOK_S + POLL_S of the kill; `result` gives up after its deadline.
+        # An idle machine takes at most LOOK_S + POLL_S after the kill. `result` gives up after its deadline.
         assert follower.result() == (numbered(list(range(1000))), "died")
         assert written(store, stream_id) == list(range(1000))
         store.start_stream("s-1").finish()
@@ -185,13 +182,16 @@ def test_killed_owner_is_noticed(store: persist.Store, session: persist.Session,
 def test_what_was_written_before_the_look_comes_first(
     store: persist.Store, session: persist.Session, actor: ActorFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The owner says its last word and finishes when a follower is about to ask. Fails if the answer is all."""
+    """A follower gets the last event when the owner emits it and finishes just before the follower's look at the lease.
+
+    Fails if the answer of that look counts alone.
+    """
     owner = actor()
     stream_id = owner.do(START)
     real = follow.Cursor._ended_unsaid
 
     def ask(cursor: follow.Cursor) -> Ended | None:
-        # It has no lock yet, so the owner can finish.
+        # The look has no lock yet, so the owner can finish.
         owner.do("stream.emit('last'); stream.finish()")
         return real(cursor)
 
@@ -201,14 +201,14 @@ def test_what_was_written_before_the_look_comes_first(
 
 
 def test_one_look_after_a_silence_is_enough() -> None:
-    """A death is noticed in less than a second, since that is more than two silences long."""
+    """A follower notices a death in less than a second, which is more than two silences long."""
     assert follow.LOOK_S + watch.POLL_S < 0.5
 
 
 def test_killed_in_the_middle_of_an_emission(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """Killed with half of a line written: the followers see what was whole, and its end."""
+    """An owner that is killed with half of a line written leaves its followers the whole lines, and the end."""
     owner = actor()
     stream_id = owner.do(START)
     owner.do("stream.emit('whole')")
@@ -238,9 +238,9 @@ disk.write = half
 def test_silent_owner_is_not_declared_dead(
     store: persist.Store, session: persist.Session, actor: ActorFactory, is_stopped: bool
 ) -> None:
-    """An owner that says nothing, or is stopped, is asked for again and again, and lives; what it says later is seen.
+    """An owner that is silent or stopped is looked at again and again, and counts as alive. Its later events are seen.
 
-    Fails if death is concluded from silence.
+    Fails if a follower concludes death from silence.
     """
     owner, follower = actor(), actor()
     stream_id = owner.do(START)
@@ -259,9 +259,7 @@ def test_silent_owner_is_not_declared_dead(
 def test_looking_at_a_live_stream_disturbs_nobody(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """While 4 processes ask after it, nobody can start a stream beside a live one,
-    and its owner is always its owner.
-    """
+    """A live stream keeps its session and its owner while 4 processes look at it again and again."""
     owner, followers = actor(), [actor() for _ in range(4)]
     stream_id = owner.do(START)
     for each in followers:
@@ -279,9 +277,9 @@ def test_looking_at_a_live_stream_disturbs_nobody(
 def test_looking_at_a_dead_stream_disturbs_nobody(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """While 4 processes ask after a dead stream, its successor starts at the first try; 40 times.
+    """The looks of 4 processes at a dead stream never delay the start of its successor, in 40 rounds.
 
-    Fails if they ask without the session's lock: each holds the dead lease for a moment, and looks like its owner.
+    Fails if they look without the session's lock: each holds the dead lease for a moment, and looks like its owner.
     """
     followers = [actor() for _ in range(4)]
     for each in followers:
@@ -311,7 +309,7 @@ threading.Thread(target=ask, daemon=True).start()
 
 # --- the fence --------------------------------------------------------------------------------------------------------
 
-#: An operator removes the lease file, say, so that the stream looks dead while its owner lives.
+#: If an operator removes the lease file, for example, the stream looks dead while its owner lives.
 LOOKS_DEAD = "[path.unlink() for path in (store.path / '.leases').iterdir()]"
 TAKE_AWAY = {
     "forced cancel": "store.cancel('s-1', 'turn-1', force=True)",
@@ -331,8 +329,7 @@ new.emit('new')
 def test_late_emission_lands_nowhere(
     store: persist.Store, session: persist.Session, actor: ActorFactory, how: str
 ) -> None:
-    """The session is taken away when the owner is about to write an event: that event, and each later one, lands
-    nowhere.
+    """The owner loses its session just before it writes an event: that event, and each later one, is stored nowhere.
 
     Fails without the end line, and without the look at where the write ended.
     """
@@ -361,7 +358,7 @@ def test_late_emission_lands_nowhere(
 def test_first_emission_of_a_stream_that_lost_its_session_lands_nowhere(
     store: persist.Store, session: persist.Session, actor: ActorFactory, how: str, is_followed: bool
 ) -> None:
-    """Who had not emitted anything when the session was taken away finds out at its first emission, and makes no file.
+    """A stream that loses its session before its first event learns this at its first emission, and makes no file.
 
     Fails if the file is opened without the look at who owns the session.
     """
@@ -382,7 +379,7 @@ def test_first_emission_of_a_stream_that_lost_its_session_lands_nowhere(
 
 
 def test_emission_before_the_fence_counts(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """A forced cancel that is about to end the events has not ended them: what comes before its line counts."""
+    """An event that is written before the end line of a forced cancel counts, even if the cancel has begun."""
     owner, other = actor(), actor()
     stream_id = owner.do(START)
     owner.do("stream.emit(1)")
@@ -398,7 +395,7 @@ def test_emission_before_the_fence_counts(store: persist.Store, session: persist
 def test_fence_stands_before_the_session_is_free(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """A forced cancel ends the events before it publishes its commit. Fails if it does so after."""
+    """A forced cancel ends the events before it publishes its commit. Fails if it does so afterwards."""
     owner, other = actor(), actor()
     stream_id = owner.do(START)
     owner.do("stream.emit(1)")
@@ -415,7 +412,7 @@ def test_first_emission_under_way_when_the_session_is_taken_away(
 ) -> None:
     """The owner makes its file under the session's lock, so that a forced cancel cannot miss it.
 
-    Whichever comes first then, an emission that is acknowledged is there, and one that is refused is not. Fails if the
+    Whichever comes first then, an emission that is acknowledged is stored, and one that is refused is not. Fails if the
     file is made without the lock.
     """
     owner, hasty, other = actor(), actor(timeout_s=0.0), actor()
@@ -438,9 +435,7 @@ def test_first_emission_under_way_when_the_session_is_taken_away(
 
 @pytest.mark.usefixtures("switching")
 def test_emission_beside_finish(store: persist.Store, session: persist.Session) -> None:
-    """A thread emits while another one finishes, 20 times: what was acknowledged is there,
-    and what was refused is not.
-    """
+    """A thread emits while another one finishes, 20 times: acknowledged events are stored, and refused ones are not."""
     for _ in range(20):
         barrier = threading.Barrier(2)
         acknowledged: list[int] = []
@@ -469,7 +464,7 @@ def test_emission_beside_finish(store: persist.Store, session: persist.Session) 
 
 
 def test_forked_child_emits_nothing(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """In a forked child `emit` is StreamLost, also where the parent's file is open; the parent goes on.
+    """`emit` raises StreamLost in a forked child, even where the parent's file is open. The parent goes on.
 
     Fails without the look at the process id.
     """
@@ -495,10 +490,10 @@ child_said
 
 
 def test_id_that_is_used_again_begins_anew(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """The events of an earlier stream of that id are not the new one's, also if its session's delete could not remove
-    them.
+    """A new stream with an id that was used before starts without the events of the earlier stream.
 
-    Fails if the file is not removed at the start of a stream.
+    This also holds if the delete of the session could not remove them. Fails if the file is not removed at the start of
+    a stream.
     """
     other = actor()
     for n in range(3):
@@ -523,8 +518,9 @@ def test_id_that_is_used_again_begins_anew(store: persist.Store, session: persis
 def test_cursor_that_cannot_be_right_is_refused_at_once(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """Ahead, of a wrong type, malformed, of another session or stream: an error that names it, from `follow` and
-    `events`.
+    """`follow` and `events` refuse a wrong cursor with an error that names it.
+
+    The cursor may be ahead, of a wrong type, malformed, or of another session or stream.
     """
     store.create("s-2", {"messages": []})
     owner = actor()
@@ -561,7 +557,7 @@ def test_cursor_that_cannot_be_right_is_refused_at_once(
 def test_cursor_at_the_last_event_waits_for_the_next(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """Nothing is new, and nothing wrong: the follower waits, and goes on. Of a stream that has ended, it ends."""
+    """A follower at the last event waits for the next one, and ends if the stream has ended."""
     owner, follower = actor(), actor()
     stream_id = owner.do(START)
     owner.do("stream.emit(1, 2)")
@@ -574,7 +570,7 @@ def test_cursor_at_the_last_event_waits_for_the_next(
 
 
 def test_stream_that_ended_without_an_event_has_none(store: persist.Store, session: persist.Session) -> None:
-    """Nobody emitted and nobody followed: no directory was made, and there is a clear answer afterwards."""
+    """A stream that nobody emits to or follows makes no directory. A later reader gets a clear error."""
     store.start_stream("s-1").finish()
     with store.start_stream("s-1") as stream:
         pass
@@ -587,8 +583,9 @@ def test_stream_that_ended_without_an_event_has_none(store: persist.Store, sessi
 
 @pytest.mark.usefixtures("switching")
 def test_follower_may_come_and_go(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """A client that loses its connection after each event, and comes back with its cursor to any process, misses
-    nothing.
+    """A client misses nothing if it loses its connection after each event and returns to any process.
+
+    It returns with its cursor.
     """
     owner, workers = actor(), [actor(), actor()]
     stream_id = owner.do(START)
@@ -611,7 +608,7 @@ def test_follower_may_come_and_go(store: persist.Store, session: persist.Session
 
 
 def test_loop_that_was_left_goes_on_where_it_was(store: persist.Store, session: persist.Session) -> None:
-    """Breaking out of a loop, and iterating again, loses nothing; a follower that was closed has no more to say."""
+    """A follower can be iterated again after a `break` and loses nothing. A closed follower gives no more events."""
     with store.start_stream("s-1") as stream:
         stream.emit(*range(10))
         followed = store.follow("s-1", stream.id)
@@ -631,8 +628,9 @@ def test_loop_that_was_left_goes_on_where_it_was(store: persist.Store, session: 
 
 
 def test_dropped_follower_leaves_nothing_open(store: persist.Store, session: persist.Session) -> None:
-    """Closed early, dropped in the middle, refused, or read to the end: no descriptor is left,
-    and nobody to be woken.
+    """A follower leaves no descriptor and no waiter behind.
+
+    It may be closed early, dropped in the middle, refused, or read to the end.
     """
     with store.start_stream("s-1") as stream:
         stream.emit(*range(3))
@@ -664,8 +662,9 @@ def _is_as_long_as(seen: list[Any], count: int) -> bool:
 def test_follower_in_the_same_process_is_woken(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Events and the end come at once, and not with the next look at the file: nobody looks,
-    and a silence has no end.
+    """Events and the end wake a follower in the same process at once, without the next look at the file.
+
+    The test takes the looks out, and makes the silence endless.
     """
     eventually(lambda: watch._looking is None)
     monkeypatch.setattr(watch, "_look_from_now_on", lambda: None)
@@ -686,9 +685,9 @@ def test_follower_in_the_same_process_is_woken(
 def test_lock_that_is_held_for_long_ends_no_follower(
     store: persist.Store, session: persist.Session, actor: ActorFactory, directory: Path
 ) -> None:
-    """A follower that cannot ask whether the owner lives, since the session is locked, asks again.
+    """A follower that cannot look whether the owner lives, because the session is locked, tries again.
 
-    Fails if it concludes.
+    Fails if it concludes that the stream has ended.
     """
     owner, holder = actor(), actor()
     stream_id = owner.do(START)
@@ -719,9 +718,9 @@ def test_lock_that_is_held_for_long_ends_no_follower(
 
 
 def test_event_that_is_no_json_is_refused_with_all_beside_it(store: persist.Store, session: persist.Session) -> None:
-    """NotJSON: nothing of that call is emitted; the stream goes on at the next offset.
+    """A value that is not JSON raises NotJSON, and no event of that call is emitted.
 
-    Fails if each is written by itself.
+    The stream goes on at the next offset. Fails if each event is written by itself.
     """
     with store.start_stream("s-1") as stream:
         for wrong in ({1, 2}, {1: 2}, float("nan"), (1,), b"x", {"a": [object()]}):
@@ -761,9 +760,9 @@ def end_turn(store: persist.Store, session_id: str, *events: object, stream_id: 
 def test_events_go_away_some_time_after_the_end(
     store: persist.Store, session: persist.Session, actor: ActorFactory, verb: str
 ) -> None:
-    """A start in the session, a finish in the store, a sweep and `close` remove events when their time is over.
+    """A start in the session, a finish in the store, a sweep and `close` remove events whose time is over.
 
-    A reader of that instant gets all of them, and the end.
+    A reader that has them open gets all of them, and the end.
     """
     store.create("s-2", {"messages": []})
     owner = actor(keep_events_s=0)
@@ -780,7 +779,7 @@ def test_events_go_away_some_time_after_the_end(
 
 
 def test_finish_removes_two_expired_ones_at_most(directory: Path) -> None:
-    """A finish pays for two files of others, however many have expired. The oldest ends go first."""
+    """A finish removes at most two expired files of others, however many there are. The oldest ends go first."""
     store = persist.Store(directory, keep_events_s=300)
     ended = []
     for number in range(6):
@@ -795,9 +794,9 @@ def test_finish_removes_two_expired_ones_at_most(directory: Path) -> None:
 
 
 def test_events_are_kept_as_long_as_was_said(store: persist.Store, session: persist.Session, directory: Path) -> None:
-    """Before their time nothing goes, neither by the end of a later stream nor by a sweep.
+    """Neither the end of a later stream nor a sweep removes events before their time.
 
-    After it a sweep removes them.
+    A sweep removes them after it.
     """
     for _ in range(2):
         with store.start_stream("s-1") as stream:
@@ -813,7 +812,7 @@ def test_events_are_kept_as_long_as_was_said(store: persist.Store, session: pers
 def test_sweep_after_a_crash_removes_what_nobody_else_will(
     store: persist.Store, session: persist.Session, actor: ActorFactory, directory: Path
 ) -> None:
-    """All processes are gone. The next sweep ends the dead stream's events, and each sweep removes what has expired."""
+    """The next sweep after a crash of all processes ends the dead stream's events. Each sweep removes expired ones."""
     owner = actor()
     ended = owner.do("stream = store.start_stream('s-1'); stream.emit(1); stream.finish(); stream.id")
     dead = owner.do("stream = store.start_stream('s-1'); stream.emit(1); stream.id")
@@ -832,9 +831,9 @@ def test_sweep_after_a_crash_removes_what_nobody_else_will(
 def test_events_of_a_live_stream_stay_however_old(
     store: persist.Store, session: persist.Session, actor: ActorFactory, directory: Path
 ) -> None:
-    """A stream that said its last word a year ago, and runs: a sweep leaves its events.
+    """A sweep leaves the events of a running stream, even if the last event is a year old.
 
-    Fails if it goes by age only.
+    Fails if the sweep goes by age only.
     """
     owner = actor()
     stream_id = owner.do(START)
@@ -847,9 +846,9 @@ def test_events_of_a_live_stream_stay_however_old(
 
 
 def test_time_of_an_earlier_stream_takes_no_events_of_a_live_one(directory: Path) -> None:
-    """A session made anew runs a stream of an earlier one's id when the time of that one is over: its events stay.
+    """The expiry of an earlier stream leaves the events of a running stream with the same id, in a session made anew.
 
-    Fails if a finish, a sweep or `close` removes what bears the name by then.
+    Fails if a finish, a sweep or `close` removes the file that has the name by then.
     """
     store = persist.Store(directory, keep_events_s=0)
     for session_id in ("s-1", "s-2"):
@@ -872,7 +871,7 @@ def test_time_of_an_earlier_stream_takes_no_events_of_a_live_one(directory: Path
 
 
 def test_only_the_owner_can_read_events(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """Whatever the umask: the directory is 0700 and each file 0600, whether the stream made it or a follower."""
+    """The directory is 0700 and each file 0600, whatever the umask, and whether the stream or a follower made it."""
     owner = actor()
     stream_id = owner.do("os.umask(0); stream = store.start_stream('s-1'); stream.emit(1); stream.finish(); stream.id")
     followed = owner.do("stream = store.start_stream('s-1'); store.follow('s-1', stream.id).close(); stream.id")
@@ -886,10 +885,9 @@ def test_only_the_owner_can_read_events(store: persist.Store, session: persist.S
 def test_symbolic_link_is_not_followed(
     store: persist.Store, session: persist.Session, tmp_path: Path, is_directory: bool
 ) -> None:
-    """A link at `.events`, or at a stream's file: Unreadable for who emits, follows or cancels, and its target is as it
-    was.
+    """A symbolic link at `.events`, or at a stream's file, is Unreadable for an emit, a follow or a cancel.
 
-    Fails if a reader, a writer or a remover does not check the directory.
+    Its target stays as it was. Fails if a reader, a writer or a remover does not check the directory.
     """
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -925,7 +923,7 @@ CANARY = "canary-7f3a"
 
 
 def test_no_event_appears_in_an_error(store: persist.Store, session: persist.Session) -> None:
-    """What users say is in no message, whatever goes wrong with it."""
+    """No error message holds the content of an event, whatever goes wrong with it."""
     errors: list[BaseException] = []
 
     def refused(verb: Callable[[], object]) -> None:
@@ -954,9 +952,7 @@ def test_no_event_appears_in_an_error(store: persist.Store, session: persist.Ses
 
 
 def test_signal_handler_may_emit_while_others_follow(actor: ActorFactory, session: persist.Session) -> None:
-    """A handler that emits, over and over, in a process whose threads follow: it may be refused, and nobody waits for
-    ever.
-    """
+    """A signal handler that emits while threads of its process follow may be refused, but no thread waits for ever."""
     owner = actor()
     seen = owner.do(
         """
@@ -991,7 +987,7 @@ len(store.events("s-1", stream.id)), counts
 
 
 def test_child_reads_with_a_cursor_of_its_own(store: persist.Store, session: persist.Session) -> None:
-    """A follower that is open when the process forks: parent and child each see every event.
+    """A follower that is open when the process forks gives every event to the parent, and every event to the child.
 
     Fails if they share a position.
     """
@@ -1010,9 +1006,9 @@ def test_child_reads_with_a_cursor_of_its_own(store: persist.Store, session: per
 def test_child_of_a_fork_in_the_middle_of_a_registration_can_follow(
     store: persist.Store, session: persist.Session
 ) -> None:
-    """Another thread is inside the guard of those who wait: the child has a guard of its own.
+    """A child can follow even if it was forked while another thread held the guard of the waiting followers.
 
-    Fails (by its alarm) if not.
+    The child has a guard of its own. Fails (by its alarm) if not.
     """
     with store.start_stream("s-1") as stream:
         stream.emit(1)
@@ -1022,7 +1018,7 @@ def test_child_of_a_fork_in_the_middle_of_a_registration_can_follow(
 
 
 def _forked_in_a_thread(claim: Callable[[], bool]) -> Callable[[], int]:
-    """Fork in another thread; the child exits with 0 if the claim holds there."""
+    """Fork in another thread. The child exits with 0 if the claim holds there."""
     pids: list[int] = []
 
     def fork() -> None:
@@ -1041,7 +1037,7 @@ def _forked_in_a_thread(claim: Callable[[], bool]) -> Callable[[], int]:
 def test_events_up_to_now_are_not_those_of_the_future(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`events` ends where the file ended when it was asked, however fast the stream goes on.
+    """`events` ends where the file ended when it was called, however fast the stream goes on.
 
     Fails if it chases the end.
     """
@@ -1064,9 +1060,7 @@ def test_events_up_to_now_are_not_those_of_the_future(
 def test_deletion_ends_the_events_before_the_session_is_gone(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """What the owner emits while its session is being deleted is refused,
-    so no follower misses an acknowledged event.
-    """
+    """An emission while its session is being deleted is refused, so no follower misses an acknowledged event."""
     owner, deleter = actor(), actor()
     stream_id = owner.do("stream = store.start_stream('s-1'); stream.emit(1); stream.id")
     deleter.start_and_pause("store.delete('s-1', force=True)", "unlink")
@@ -1079,7 +1073,7 @@ def test_deletion_ends_the_events_before_the_session_is_gone(
 
 
 def test_id_that_is_used_again_is_kept_for_its_own_time(store: persist.Store, session: persist.Session) -> None:
-    """The time of an earlier stream of that id does not count for the later one."""
+    """The expiry time of an earlier stream with the same id does not count for the later one."""
     keeping = persist.Store(store.path, keep_events_s=3600)
     os.utime(end_turn(keeping, "s-1", "old", stream_id="again"), (1, 1))
     path = end_turn(keeping, "s-1", "new", stream_id="again")

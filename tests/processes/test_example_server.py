@@ -1,6 +1,6 @@
 """The example server, as adopters run it: several real server processes on one directory, killed and asked over HTTP.
 
-Waiting is polling the servers' own answers, with a deadline; what is asserted is state, never that time has passed.
+The tests poll the servers' own answers, with a deadline. They assert state, never that time has passed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from persist import Store
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "example_server.py"
 DEADLINE_S = 30.0
-# Echoed a word each 20 ms, it outlasts every test.
+# The echo takes 20 ms a word, so it outlasts every test.
 LONG_PROMPT = " ".join(f"word{i}" for i in range(10_000))
 
 Found = TypeVar("Found")
 
 
 def until(look: Callable[[], Found | None], wanted: str) -> Found:
-    """Look again and again until there is something to see."""
+    """Look again and again until the look returns something."""
     deadline = time.monotonic() + DEADLINE_S
     while not (found := look()):
         assert time.monotonic() < deadline, f"not within {DEADLINE_S:g} s: {wanted}"
@@ -154,7 +154,7 @@ def test_a_stream_of_one_server_is_running_for_the_other(serve: Callable[[], Ser
 
 
 def test_loading_a_session_leaves_a_live_stream_alone(serve: Callable[[], Server]) -> None:
-    """A7: loads through another server while the stream lives clear nothing; the turn goes on."""
+    """A7: a load through another server clears no live stream, and the turn goes on."""
     a, b = serve(), serve()
     session_id, stream_id = a.begin_long_turn()
     before = partial_of(b.session(session_id)) or ""
@@ -185,8 +185,9 @@ def test_a_cancel_through_the_other_server_ends_the_turn(serve: Callable[[], Ser
 def test_a_load_through_the_other_server_clears_what_a_killed_one_left(
     serve: Callable[[], Server], store: Store
 ) -> None:
-    """#1533, B3, B7: after kill -9 a load clears the stream, loses no text, keeps `updated_at`, and lets a new turn
-    start.
+    """#1533, B3, B7: after kill -9 a load clears the stream, loses no text and keeps `updated_at`.
+
+    A new turn can start then.
     """
     a, b = serve(), serve()
     session_id, stream_id = a.begin_long_turn()
@@ -206,7 +207,7 @@ def test_a_load_through_the_other_server_clears_what_a_killed_one_left(
 
 
 def test_a_start_takes_over_from_a_killed_server(serve: Callable[[], Server]) -> None:
-    """Starting over a stale stream clears it and starts, without a load before."""
+    """A start over a stale stream clears it and starts, without a load before."""
     a, b = serve(), serve()
     session_id, stream_id = a.begin_long_turn()
     a.end(signal.SIGKILL)
@@ -220,7 +221,7 @@ def test_a_start_takes_over_from_a_killed_server(serve: Callable[[], Server]) ->
 
 
 def test_a_server_that_starts_clears_what_a_killed_one_left(serve: Callable[[], Server], store: Store) -> None:
-    """The sweep at the start is done before the first request is served."""
+    """A server sweeps at its start, before it serves the first request."""
     a = serve()
     session_id, _ = a.begin_long_turn()
     a.end(signal.SIGKILL)
@@ -234,7 +235,7 @@ def test_a_server_that_starts_clears_what_a_killed_one_left(serve: Callable[[], 
 def test_a_server_that_is_told_to_stop_ends_its_turns(
     serve: Callable[[], Server], store: Store, signal_number: signal.Signals
 ) -> None:
-    """Stopping a server fails its turns before it exits: nothing is left for anybody to clear."""
+    """A server that is stopped fails its turns before it exits, so nothing is left to be cleared."""
     server = serve()
     session_id, _ = server.begin_long_turn()
     assert server.end(signal_number) == 0
@@ -245,7 +246,7 @@ def test_a_server_that_is_told_to_stop_ends_its_turns(
 
 @pytest.mark.parametrize("text", ["\ud83d", "😀\ud83d !", "\ude00\ud83d"], ids=ascii)
 def test_half_an_emoji_is_answered(serve: Callable[[], Server], store: Store, text: str) -> None:
-    """HAZARDS F14: a lone surrogate in a session is no 500, in any answer that shows it."""
+    """HAZARDS F14: a lone surrogate in a session gives no status 500, in any answer that shows it."""
     server = serve()
     store.create("s", {"title": text, text: text, "messages": [{"id": "m", "role": "user", "content": text}]})
     server.start("s", f"so {text}")
@@ -276,7 +277,7 @@ def test_half_an_emoji_is_answered(serve: Callable[[], Server], store: Store, te
 def test_a_refused_request_says_why(
     serve: Callable[[], Server], method: str, path: str, body: str | None, status: int
 ) -> None:
-    """An error is JSON with a reason, under the status that fits it."""
+    """An error is JSON with a reason, and has a status that fits it."""
     code, reply = serve().request(method, path, body)
     assert code == status
     assert reply["error"]
@@ -286,15 +287,15 @@ ASYNC_SCRIPT = SCRIPT.with_name("example_async_server.py")
 
 
 def refused(script: Path, *arguments: object) -> tuple[int, str]:
-    """Run a server with arguments that it does not take; return its exit status and what it said."""
+    """Run a server with arguments that it does not accept, and return its exit status and its last line."""
     command = [sys.executable, str(script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
-    # The usage, which stands before, is wrapped by the length of the name.
+    # The usage stands before that line, and its wrapping depends on the length of the script's name.
     return done.returncode, done.stderr.splitlines()[-1].replace(script.name, "server")
 
 
 def test_both_servers_take_the_same_options() -> None:
-    """What starts the one starts the other. Their helps tell the same options."""
+    """Both servers accept the same options, and show the same options in their help."""
     helps = []
     for script in (SCRIPT, ASYNC_SCRIPT):
         command = [sys.executable, str(script), "--help"]
@@ -310,7 +311,7 @@ def test_both_servers_take_the_same_options() -> None:
     ids=str,
 )
 def test_both_servers_refuse_the_same_options(tmp_path: Path, wrong: tuple[object, ...]) -> None:
-    """With the same words, and nothing is made."""
+    """Both servers refuse the same options with the same words, and make nothing."""
     arguments = ("--store", tmp_path / "chats", *wrong) if wrong and wrong[0] not in ("--store", "--sto") else wrong
     first, second = (refused(script, *arguments) for script in (SCRIPT, ASYNC_SCRIPT))
     assert first == second

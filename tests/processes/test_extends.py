@@ -1,6 +1,6 @@
-"""Several items in one commit, by several processes: no batch is split, none is lost, and a retry doubles none.
+"""Several items in one commit, by several processes: no batch is split or lost, and a retry doubles none.
 
-They fail without the lock, where a batch is several commits, and where a retry does not look for the key.
+These tests fail without the lock, if a batch is several commits, or if a retry does not look for the key.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def tell(n):
 
 
 def assert_pairs(store: persist.Store, expected: int) -> None:
-    """Each pair stands there once, its second half right behind its first."""
+    """Require that each pair is stored once, with its second half directly after its first."""
     messages = store.load("s-1").data["messages"]
     firsts, seconds = messages[::2], messages[1::2]
     assert [first["n"] for first in firsts] == [second["n"] for second in seconds]
@@ -42,7 +42,7 @@ def assert_pairs(store: persist.Store, expected: int) -> None:
 
 @pytest.mark.parametrize("key", ["uuid", None])
 def test_no_pair_is_split(store: persist.Store, actor: ActorFactory, key: str | None) -> None:
-    """4 processes x 100 extends of two items: 400 pairs, none split."""
+    """4 processes x 100 extends of two items give 400 pairs, none of them split."""
     store.create("s-1", {"messages": []})
     actors = [actor(timeout_s=60.0) for _ in range(PROCESSES)]
     for number, each in enumerate(actors):
@@ -55,7 +55,10 @@ def test_no_pair_is_split(store: persist.Store, actor: ActorFactory, key: str | 
 
 
 def test_retry_after_a_kill_doubles_none(store: persist.Store, actor: ActorFactory) -> None:
-    """Each process is killed again and again; the next one repeats from the last pair that was not acknowledged."""
+    """A retry after a kill doubles no pair.
+
+    Each process is killed again and again, and the next one repeats from the last pair that was not acknowledged.
+    """
     dice = random.Random(15)
     store.create("s-1", {"messages": []})
     for number in range(PROCESSES):

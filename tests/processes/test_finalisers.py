@@ -1,4 +1,4 @@
-"""What is said, and what is waited for, when objects are dropped: in mid-run, and at the end of the interpreter.
+"""Objects that are dropped, in mid-run and at the end of the interpreter: what they print, and what they wait for.
 
 Each case is a process of its own with `-W error -X dev`, where a warning in a finaliser becomes "Exception ignored".
 """
@@ -44,8 +44,8 @@ before = open_files() if os.path.exists('/proc/self/fd') else None
 def run(
     store: persist.Store, code: str, options: tuple[str, ...] = ("-W", "error", "-X", "dev")
 ) -> tuple[str, list[str]]:
-    """Run code in a process; return what it wrote to its stderr, and the words that it wrote to its stdout."""
-    # -P: the package is the one of this test, not the one in the current directory (`scripts/mutants`).
+    """Run code in a process, and return what it wrote to stderr and the words that it wrote to stdout."""
+    # -P: the package is the one under test, not the one in the current directory (`scripts/mutants`).
     command = [sys.executable, "-P", *options, "-c", BEGIN.format(str(store.path)) + code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
     assert done.returncode == 0, done.stderr
@@ -113,10 +113,10 @@ builtins.kept = asyncio.run(main())
 
 @pytest.mark.parametrize("code", AT_EXIT.values(), ids=AT_EXIT)
 def test_the_end_of_the_interpreter_is_silent(store: persist.Store, code: str) -> None:
-    """Whatever is still there: nothing is said, and no thread that was stopped is waited for.
+    """The interpreter ends without a word, whatever objects are left, and waits for no stopped thread.
 
-    The finalisers ask `sys.is_finalizing`. Without that a stream warns, and where a daemon thread was stopped inside a
-    lock, the process never ends.
+    The finalisers ask `sys.is_finalizing`. Without that a stream warns, and the process never ends if a daemon thread
+    was stopped inside a lock.
     """
     assert run(store, code) == ("", [])
 
@@ -151,7 +151,7 @@ ids = asyncio.run(main())
 
 @pytest.mark.parametrize("code", IN_MID_RUN.values(), ids=IN_MID_RUN)
 def test_a_dropped_stream_is_one_warning(store: persist.Store, code: str) -> None:
-    """Each dropped stream is named once, with its session and without content. Its descriptors are closed.
+    """Each dropped stream gives one warning, which names its session and holds no content. Its descriptors are closed.
 
     In a cycle the finaliser of the lease may run first. Fails there if the stream asks only whether its lease is held.
     """
@@ -169,7 +169,10 @@ print(*ids)
 
 
 def test_nothing_is_said_of_a_stream_that_ended_or_of_a_copy(store: persist.Store) -> None:
-    """Finished, failed, lost and left with its block: no warning. Nor of the copy that a forked child drops."""
+    """A stream that was finished, failed, lost or left with its block gives no warning when it is dropped.
+
+    A forked child that drops its copy of a stream gives none either.
+    """
     code = """
 started(1).finish()
 started(1).fail()
@@ -192,12 +195,15 @@ stream.finish()
 
 
 def test_without_options_a_dropped_stream_is_silent_too(store: persist.Store) -> None:
-    """Python ignores a `ResourceWarning` unless told otherwise, as that of a file."""
+    """Python ignores a `ResourceWarning` by default, that of a dropped stream like that of a file."""
     assert run(store, "stream = started(1); del stream", ()) == ("", [])
 
 
 def test_the_pytest_plugin_leaves_nothing_to_say(tmp_path: Path) -> None:
-    """A run whose factory fails, and whose tests fail with a lock held, in two workers: no finaliser has a word."""
+    """A pytest run that fails leaves no warning of a finaliser.
+
+    Its factory fails, and its tests fail while they hold a lock, in two workers.
+    """
     (tmp_path / "test_project.py").write_text("""
 import pytest
 def make(): raise ValueError

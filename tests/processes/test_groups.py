@@ -1,4 +1,4 @@
-"""A store that a group of users shares: what each of them writes, the others can use.
+"""A store that a group of users shares: each user can use what the others write.
 
 Each user is a child of this process, which must be root for that.
 """
@@ -23,7 +23,7 @@ from cli.conftest import runner_of
 import persist
 from persist.cli.commands import persist as command
 
-#: Users, each with a group of his own, and the group that they share.
+#: The users, each with a group of their own, and the group that they share.
 ANNA, BEN, OTHER, GROUP = 4001, 4002, 4003, 4100
 LARGE = [{"id": f"m{number}", "role": "user", "content": "x" * 400} for number in range(300)]
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def base() -> Iterator[Path]:
-    """A directory that all users can reach. An administrator has given it to the group."""
+    """Make a directory that all users can reach, and that an administrator has given to the group."""
     path = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
     os.chown(path, ANNA, GROUP)
     path.chmod(0o2775)
@@ -43,7 +43,7 @@ def base() -> Iterator[Path]:
 
 
 def as_user(user: int, work: Callable[[], object], *, umask: int = 0o022) -> str:
-    """Do some work in a child that is a user of the group (but for `OTHER`). Return its traceback, or nothing."""
+    """Do some work in a child that is a user of the group (but for `OTHER`). Return its traceback, or an empty text."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -101,14 +101,18 @@ def talk(path: Path, name: str, **options: Any) -> None:
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o027, 0o077], ids=oct)
 @pytest.mark.parametrize(("mode", "directory_mode"), [(0o660, 0o2770), (0o640, 0o2750), (0o600, 0o700)])
 def test_every_file_has_the_mode_whatever_the_umask(base: Path, umask: int, mode: int, directory_mode: int) -> None:
-    """Documents, locks, journals and their copies, leases, events, and the temporary files that became some of them."""
+    """Every file has the mode that the store was given, whatever the umask.
+
+    The files are documents, locks, journals and their copies, leases, events, and the temporary files that became some
+    of them.
+    """
     path = base / "a" / "chats"
     assert as_user(ANNA, lambda: talk(path, "anna", mode=mode), umask=umask) == ""
     found = modes(base / "a")
     directories = {name for name in found if (base / "a" / name).is_dir()}
     kinds = (".json", ".lock", ".journal", ".damaged", ".leases", ".events")
     assert all(any(kind in name for name in found) for kind in kinds)
-    # The administrator's directory hands its setgid bit down.
+    # The administrator's directory passes its setgid bit on.
     assert {found[name] | 0o2000 for name in directories} == {directory_mode | 0o2000}
     assert {name: oct(found[name]) for name in found.keys() - directories if found[name] != mode} == {}
     assert mode == 0o600 or {each.stat().st_gid for each in path.rglob("*")} == {GROUP}
@@ -116,7 +120,7 @@ def test_every_file_has_the_mode_whatever_the_umask(base: Path, umask: int, mode
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077], ids=oct)
 def test_users_of_a_group_share_a_store(base: Path, umask: int) -> None:
-    """Each goes on with the other's sessions, clears his dead streams, and mends what he has left.
+    """Each user goes on with the other's sessions, clears the other's dead streams, and repairs what is left behind.
 
     Fails if the mode is left to the umask, or if files get the user's own group.
     """
@@ -130,7 +134,7 @@ def test_users_of_a_group_share_a_store(base: Path, umask: int) -> None:
 
 
 def test_readers_of_a_group_read(base: Path) -> None:
-    """With 0640 the owner writes, and the group looks."""
+    """With 0640 the owner writes, and the group only reads."""
     path = base / "chats"
     assert as_user(ANNA, lambda: talk(path, "anna", mode=0o640), umask=0o077) == ""
     assert as_user(BEN, lambda: persist.Store(path, mode=0o640, create=False).load("large")) == ""
@@ -185,7 +189,10 @@ def test_readers_of_a_group_are_told_nothing_false(base: Path) -> None:
 
 
 def test_a_directory_that_keeps_the_group_out_is_refused(base: Path) -> None:
-    """Else the first member of the group would meet it in the middle of a verb."""
+    """The store refuses such a directory when it opens.
+
+    Otherwise the first member of the group would fail in the middle of a verb.
+    """
     path = base / "chats"
     assert as_user(ANNA, lambda: persist.Store(path).create("s")) == ""
     told = as_user(ANNA, lambda: persist.Store(path, mode=0o660))
@@ -209,7 +216,7 @@ def test_a_directory_without_setgid_gives_its_group_all_the_same(base: Path) -> 
 
 @pytest.mark.parametrize("user", [BEN, ANNA, 0], ids=["ben", "anna", "root"])
 def test_the_commands_go_by_the_directorys_mode(base: Path, user: int) -> None:
-    """What a command has written, or root, the others can use."""
+    """The other users can use what a command has written, also if root ran it."""
     path = base / "chats"
     assert as_user(ANNA, lambda: talk(path, "anna", mode=0o660)) == ""
     (base / "new.json").write_text('{"messages": []}', encoding="utf-8")
@@ -232,7 +239,7 @@ def test_the_commands_go_by_the_directorys_mode(base: Path, user: int) -> None:
 
 @pytest.mark.parametrize("mode", [0, 0o400, 0o666, 0o644, 0o700, 0o770, -1, "660", True, None, 660])
 def test_another_mode_is_refused(directory: Path, mode: Any) -> None:
-    """A chat is nobody's business outside of the group, and 660 in decimal is another mode."""
+    """A mode that gives others access is refused, because a chat is private to the group. So is 660 in decimal."""
     with pytest.raises(persist.InvalidArgument, match="mode is"):
         persist.Store(directory, mode=mode)
     assert not directory.exists()

@@ -1,8 +1,8 @@
-"""HAZARDS: what went wrong in real chat servers, row by row, and the rule that makes it impossible here.
+"""HAZARDS: the failures of real chat servers, row by row, and the rule that makes each impossible here.
 
 Numbers after a row are issues and pull requests of nesquena/hermes-webui unless another project is named. Rows on
-rotating ids (C4), event cursors (D5), indexes (E1), journals (E3) and heads (E4) belong to parts with tests of their
-own or not yet built.
+rotating ids (C4), event cursors (D5), indexes (E1), journals (E3) and heads (E4) belong to parts that have tests of
+their own or are not yet built.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def test_a1_clear_compares_with_the_disk(store: persist.Store, session: persist.
     victim.kill()
     new = writer.do(START)
     writer.kill()
-    # Both streams are dead: only the comparison can tell that this clear was meant for the other one.
+    # Both streams are dead, so only the comparison can tell that this clear was meant for the other one.
     assert reader.do("session.clear_stale_stream()") is False
     assert store.load("s-1").active_stream_id == new
 
@@ -81,7 +81,7 @@ def test_a3_save_of_an_old_object_writes_only_its_own_change(
 ) -> None:
     """A3 (#3987): a title writer that loaded before the turn leaves the turn's messages alone.
 
-    Fails with the merge out.
+    Fails without the merge.
     """
     writer = actor()
     writer.do("old = store.load('s-1')")
@@ -95,7 +95,7 @@ def test_a3_save_of_an_old_object_writes_only_its_own_change(
 def test_a4_claim_and_liveness_appear_together(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """A4 (#5053): a stream that stands in the middle of its start is never seen as dead, at any step of its commit."""
+    """A4 (#5053): a stream in the middle of its start is never seen as dead, at any step of its commit."""
     sweeper = actor(timeout_s=0.2)
     for step in ("create", "replace", "close"):
         starter = actor()
@@ -115,7 +115,7 @@ def test_a4_claim_and_liveness_appear_together(
 def test_a5_old_worker_cannot_write_into_its_successors_turn(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """A5 (#2154): every write of a stream carries its epoch. Fails with the fence taken out."""
+    """A5 (#2154): every write of a stream carries its epoch. Fails without the fence."""
     old, new = actor(), actor()
     stream_id = old.do(START)
     store.cancel("s-1", stream_id, force=True)
@@ -127,7 +127,7 @@ def test_a5_old_worker_cannot_write_into_its_successors_turn(
 
 
 def test_a6_missing_owner_fails_closed(store: persist.Store, session: persist.Session, directory: Path) -> None:
-    """A6 (#6623): a stream whose owner record is gone may not write; the epoch only grows, whoever ends the turn."""
+    """A6 (#6623): a stream whose owner record is gone may not write. The epoch only grows, however the turn ends."""
     epochs = []
     for end in ("finish", "fail", "cancel"):
         with store.start_stream("s-1", stream_id=end) as stream:
@@ -149,7 +149,7 @@ def test_a6_missing_owner_fails_closed(store: persist.Store, session: persist.Se
 
 
 def test_a7_death_is_proven_by_the_kernel(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """A7 (#653, #3808, #4492): a live owner with old files is spared; a dead one with fresh files is cleared."""
+    """A7 (#653, #3808, #4492): a live owner with old files is spared, and a dead one with fresh files is cleared."""
     owner = actor()
     stream_id = owner.do(START)
     lease = store.path / ".leases" / f"s-1.{stream_id}"
@@ -180,7 +180,7 @@ def test_a8_failed_launch_keeps_no_claim(
 def test_a8_failed_body_rolls_the_turn_back_to_a_free_session(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """A8 (#6869): an exception in the body ends the claim; another process can start at once."""
+    """A8 (#6869): an exception in the body ends the claim, and another process can start at once."""
     owner, other = actor(), actor()
     with pytest.raises(ZeroDivisionError):
         owner.do(f"with store.start_stream('s-1', {PROMPT!r}):\n    1 / 0")
@@ -215,7 +215,7 @@ def test_a10_loads_are_never_answered_from_an_older_cache(
 def test_a11_two_processes_cannot_both_run_a_turn(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """A11 (#7201): at most one live stream across processes; see also test_streams and test_lost_updates."""
+    """A11 (#7201): at most one stream lives across processes. See also test_streams and test_lost_updates."""
     one, two = actor(), actor()
     one.do(START)
     with pytest.raises(persist.SessionBusy) as caught:
@@ -229,7 +229,7 @@ def test_a12_lock_spans_read_change_and_write(
 ) -> None:
     """A12 (QwenPaw #4232): a second read-modify-write waits until the first, held before its write, has committed.
 
-    Fails with the lock taken out, and with the lock only around the write.
+    Fails without the lock, and with the lock only around the write.
     """
     first, second = actor(), actor(timeout_s=0.2)
     add_one = "with store.transaction('s-1') as tx:\n    tx.fields['n'] = tx.fields.get('n', 0) + 1"
@@ -260,7 +260,7 @@ def test_b1_head_has_no_save(store: persist.Store, session: persist.Session) -> 
 def test_b2_empty_messages_in_mid_turn_are_refused(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """B2 (#4205): a save that would remove committed messages while a stream runs is an error; nothing is written."""
+    """B2 (#4205): a save that would remove committed messages while a stream runs is an error, and writes nothing."""
     owner = actor()
     owner.do(START)
     other = store.load("s-1")
@@ -278,7 +278,7 @@ def test_b3_prompt_partial_and_tool_results_survive_every_end(
 ) -> None:
     """B3 (#765, #1471, #893): fail, cancel and a kill keep what the turn has said so far.
 
-    The last is cleared by another.
+    Another process clears the stream after the kill.
     """
     owner = actor()
     owner.do(START)
@@ -298,7 +298,10 @@ def test_b3_prompt_partial_and_tool_results_survive_every_end(
 def test_b4_replace_is_tried_again_while_a_reader_has_the_file_open(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """B4 (#5196): Windows refuses os.replace of an open file: retried a bounded number of times, then a clear error."""
+    """B4 (#5196): os.replace of an open file, which Windows refuses, is retried a bounded number of times.
+
+    After that it is a clear error.
+    """
     real, refusals = os.replace, iter(range(3))
 
     def refuse(source: Path, target: Path) -> None:
@@ -320,9 +323,9 @@ def test_b4_replace_is_tried_again_while_a_reader_has_the_file_open(
 def test_b5_writers_never_publish_each_others_temporary_file(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """B5 (webzfs #177, php-sdk #498): a temp file is made exclusively under the lock.
+    """B5 (webzfs #177, php-sdk #498): a temporary file is made exclusively, under the lock.
 
-    A left-over is never written to.
+    A left-over file is never written to.
     """
     leftover = store.path / "s-1.json.tmp"
     leftover.write_bytes(b'{"half": ')
@@ -337,7 +340,7 @@ def test_b5_writers_never_publish_each_others_temporary_file(
 def test_b6_failed_save_raises_and_changes_no_memory(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """B6 (code review): memory changes only after the durable write; afterwards the same save works."""
+    """B6 (code review): memory changes only after the durable write. After a failure the same save works."""
     other = store.load("s-1")
     other.data["messages"].append({"id": "m2", "role": "user", "content": "theirs"})
     other.save()
@@ -359,7 +362,7 @@ def test_b6_failed_save_raises_and_changes_no_memory(
 def test_b7_repairs_keep_recency_and_lists_tell_live_from_stale(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """B7 (#2157): a clear keeps updated_at; streams() says which of two streams lives."""
+    """B7 (#2157): a clear keeps updated_at. `streams()` tells which of two streams lives."""
     store.create("s-2", {"messages": []})
     live, dead = actor(), actor()
     live.do("stream = store.start_stream('s-2')")
@@ -379,7 +382,7 @@ def test_b7_repairs_keep_recency_and_lists_tell_live_from_stale(
 def test_c1_late_save_revives_no_deleted_session(
     store: persist.Store, session: persist.Session, actor: ActorFactory, recreate: bool
 ) -> None:
-    """C1 (#5498): a save of an object whose session was deleted, or deleted and made anew, is refused."""
+    """C1 (#5498): a save is refused if its object's session was deleted, or deleted and made anew."""
     late, deleter = actor(), actor()
     late.do("old = store.load('s-1'); old.data['title'] = 'late'")
     deleter.do("store.delete('s-1')")
@@ -393,7 +396,7 @@ def test_c1_late_save_revives_no_deleted_session(
 
 
 def test_c2_intentional_shrink_stays(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """C2 (#6911, #5570): an undo is a commit like any other: an older, longer object that is saved does not undo it."""
+    """C2 (#6911, #5570): an undo is a commit like any other, so the save of an older, longer object keeps it."""
     other = actor()
     other.do("longer = store.load('s-1')")
     store.update("s-1", lambda tx: tx.data["messages"].clear(), if_version=session.version)
@@ -428,7 +431,7 @@ def test_d1_checkpoint_replaces_the_one_partial(store: persist.Store, session: p
 
 
 def test_d2_append_is_idempotent_by_id(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """D2 (#6568): a replay of the same messages, by two processes, adds nothing; other content is a conflict."""
+    """D2 (#6568): a replay of the same messages, by two processes, adds nothing. Other content is a conflict."""
     replay = "[store.append('s-1', 'messages', {'id': f'r{n}', 'role': 'user', 'content': 'x'}) for n in range(20)]"
     actors = [actor(), actor()]
     for each in actors:
@@ -443,9 +446,7 @@ def test_d2_append_is_idempotent_by_id(store: persist.Store, session: persist.Se
 def test_d3_live_worker_is_not_declared_crashed(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """D3 (#1624): a turn that has just started, and one that has just ended, are not marked by a sweeper that never
-    rests.
-    """
+    """D3 (#1624): a sweeper that never rests does not mark a turn that has just started or just ended."""
     owner, sweeper = actor(), actor()
     sweeper.do("import threading\ndone = threading.Event()\ncleared = []")
     sweeper.do(
@@ -463,7 +464,7 @@ def test_d3_live_worker_is_not_declared_crashed(
 
 
 def test_d4_recovery_is_done_once(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """D4 (#4283): of four processes that find a dead stream, one clears it; asking again changes nothing."""
+    """D4 (#4283): of four processes that find a dead stream, one clears it. A second look changes nothing."""
     owner, askers = actor(), [actor() for _ in range(4)]
     owner.do(START)
     for each in askers:
@@ -485,7 +486,7 @@ def test_d4_recovery_is_done_once(store: persist.Store, session: persist.Session
 def test_e2_no_wait_is_without_end_and_none_is_nameless(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """E2 (#7684, #1693): 20 threads behind a stuck writer all get an error that names it; unrelated sessions go on."""
+    """E2 (#7684, #1693): 20 threads behind a stuck writer all get an error that names it, and other sessions go on."""
     stuck = actor()
     stuck.start_and_pause("store.append('s-1', 'log', 1)", "create")
     impatient = persist.Store(store.path, timeout_s=0.3)
@@ -513,8 +514,9 @@ def test_e2_no_wait_is_without_end_and_none_is_nameless(
 def test_e5_save_never_pays_for_its_neighbours(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """E5 (measured): with 300 neighbours a save opens and lists exactly what it does alone (times are in
-    scripts/bench).
+    """E5 (measured): with 300 neighbours a save opens and lists exactly the same files as alone.
+
+    The times are in scripts/bench.
     """
     watched = actor()
     watched.do(

@@ -1,4 +1,4 @@
-"""Histories of concurrent operations of several processes, some of them killed, have an order that explains them.
+"""Concurrent operations of several processes, some of them killed, have an order that explains every answer.
 
 The long form is `scripts/histories`.
 """
@@ -14,7 +14,7 @@ from harness.histories import ROOT, Plan, run_round
 
 
 def broken_package(parent: Path, file: str, bug: str) -> Path:
-    """Write a copy of the package, with code behind a module's own that puts a bug into it. Return its directory."""
+    """Write a copy of the package with a bug appended to one module. Return its directory."""
     shutil.copytree(ROOT / "persist", parent / "persist", ignore=shutil.ignore_patterns("__pycache__"))
     with (parent / "persist" / file).open("a") as module:
         module.write(bug)
@@ -31,8 +31,9 @@ def broken_package(parent: Path, file: str, bug: str) -> Path:
     ],
 )
 def test_every_history_is_linearizable(scratch: Path, journal: Any, fold: str) -> None:
-    """Lists, registers, owners and lives: 2,000 operations of 3 processes with 2 threads each, 6 kills, and an order
-    for all of it.
+    """All operations on lists, registers, owners and lives have one order that explains them.
+
+    They are 2,000 operations of 3 processes with 2 threads each, and there are 6 kills.
     """
     report = run_round(scratch, Plan(operations=2_000, groups=4, kills=6, journal=journal, fold=fold))
     assert report.anomalies == []
@@ -40,7 +41,7 @@ def test_every_history_is_linearizable(scratch: Path, journal: Any, fold: str) -
     assert report.kills == 6
 
 
-# Every transaction locks a file of its own: neither threads nor processes exclude each other any more.
+# Every transaction locks a file of its own, so neither threads nor processes exclude each other any more.
 LOCK_OUT = """
 _acquire = lock.Hold.acquire
 
@@ -77,7 +78,7 @@ def _extend_one_by_one(self, session_id, field, items, **options):
 
 Store.extend = _extend_one_by_one
 """
-# Versions are no longer compared, by whichever verb.
+# No verb compares versions any more.
 ANY_VERSION = """
 require_version = lambda *_: None
 """
@@ -114,11 +115,11 @@ NO_VERSION = """
 _update = Store.update
 Store.update = lambda self, session_id, function, if_version=None: _update(self, session_id, function)
 """
-# A version tells what was written, and not which commit has written it.
+# Two commits can share a version, because it comes from half of the revision.
 VERSION_OF_THE_TIME = """
 Header.version = property(lambda self: f"{self.incarnation}.{self.revision // 2}")
 """
-# An old object is written as it is.
+# The save writes an old object without a merge.
 NO_MERGE = """
 def merge_contents(base, mine, *others):
     return mine
@@ -162,13 +163,13 @@ def _trying_lease(tx, stream_id):
     ],
 )
 def test_a_planted_bug_is_caught(scratch: Path, file: str, bug: str, expected: set[str]) -> None:
-    """The proof can fail: a package with a bug shows an anomaly that this bug causes."""
+    """A package with a bug shows an anomaly that this bug causes, so the proof can fail."""
     package = broken_package(scratch / "broken", file, bug)
     report = run_round(scratch, Plan(operations=1_800, groups=2, kills=0, reads=0.5, journal="never"), package=package)
     assert expected & report.kinds
 
 
-# Of journals.
+# Bugs of journals.
 TRUSTS_ITS_END = """
 from persist.storage.journal import Tail
 Tail.is_end_of = lambda self, fd: True
@@ -218,7 +219,7 @@ SessionDirectory.read_now = _read_now
     ],
 )
 def test_a_bug_planted_in_the_journal_is_caught(scratch: Path, file: str, bug: str, expected: set[str]) -> None:
-    """With every session journaled, by stores that fold at different times; as above."""
+    """A bug in the journal shows its anomaly, with every session journaled, by stores that fold at different times."""
     package = broken_package(scratch / "broken", file, bug)
     report = run_round(scratch, Plan(operations=1_800, groups=2, kills=0, reads=0.5, journal="always"), package=package)
     assert expected & report.kinds

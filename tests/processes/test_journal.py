@@ -1,6 +1,6 @@
-"""What a commit to a large session costs in bytes, and what a process may believe of what it knows.
+"""The bytes that a commit to a large session costs, and the limits of what a process believes without looking.
 
-They fail without their mechanisms: the replica, the looks at the document's version and at the journal's end
+These tests fail without their mechanisms: the replica, the looks at the document's version and at the journal's end
 (`Journal.ends_at`), the ids that a splice hands over, the bounds of `Cache`.
 """
 
@@ -26,7 +26,7 @@ from persist.storage.document import first_header
 from persist.storage.journal import Tail
 
 KB = 1024
-#: What a commit of a few hundred bytes may cost, at any size of the session.
+#: The bytes that a commit of a few hundred bytes may read and write, at any size of the session.
 MOST_READ, MOST_WRITTEN = 16 * KB, 4 * KB
 
 
@@ -40,7 +40,7 @@ def small(number: int) -> dict[str, Any]:
 
 @pytest.fixture
 def large(store: persist.Store) -> persist.Store:
-    """A store with a session of a megabyte, of 2,000 messages."""
+    """Return a store with a session of a megabyte, of 2,000 messages."""
     store.create("s", {"title": "New chat", "messages": [message(number) for number in range(2000)]})
     assert has_journal(store)
     return store
@@ -76,8 +76,9 @@ def titled(title: str) -> Callable[[persist.Transaction], None]:
 
 
 def test_commit_to_a_large_session_reads_and_writes_the_change(large: persist.Store) -> None:
-    """Once warm, none of these reads the document or writes it:
-    a change of a megabyte's session costs some KB at most.
+    """No verb reads or writes the document of a large session once the process has read it.
+
+    A change of a session of a megabyte costs some KB at most.
     """
     large.append("s", "messages", small(0))  # reads the ids
     assert_costs_the_change(lambda: large.append("s", "messages", small(1)))
@@ -128,7 +129,7 @@ def test_end_of_a_turn_by_others_reads_and_writes_the_change(large: persist.Stor
 
 
 def test_commits_of_others_are_followed_by_reading_them_only(large: persist.Store, actor: ActorFactory) -> None:
-    """What another process has appended since is read from the journal; the document is not."""
+    """A process reads the commits of other processes from the journal, and does not read the document."""
     other = actor()
     large.append("s", "messages", small(0))
     for number in range(1, 9, 2):
@@ -140,9 +141,7 @@ def test_commits_of_others_are_followed_by_reading_them_only(large: persist.Stor
 
 
 def test_save_writes_the_change(large: persist.Store) -> None:
-    """A save of an edited message, an appended one and a field writes these, and reads no more of a session that it
-    knows.
-    """
+    """A save writes an edited message, an appended one and a field, and reads no more of a session that it knows."""
     session = large.load("s")
     session.data["messages"].append(small(0))
     session.save()
@@ -154,7 +153,7 @@ def test_save_writes_the_change(large: persist.Store) -> None:
 
 
 def test_save_of_distant_edits_writes_them_only(large: persist.Store) -> None:
-    """Edits at both ends of a megabyte do not write what stands between them."""
+    """A save of edits at both ends of a megabyte does not write the text between them."""
     session = large.load("s")
     for place in (0, 1000, 1999):
         session.data["messages"][place]["content"] = "edited"
@@ -163,7 +162,7 @@ def test_save_of_distant_edits_writes_them_only(large: persist.Store) -> None:
 
 
 def test_many_appends_cost_little_on_average_folds_included(store: persist.Store) -> None:
-    """Over a thousand appends of 400 bytes to 400 KB, what is written is a few times what was appended."""
+    """Over 1,000 appends of 400 bytes to 400 KB, the bytes written are a few times the bytes appended."""
     store.create("s", {"messages": [message(number) for number in range(800)]})
     store.append("s", "messages", small(0))
     with traffic() as counted:
@@ -175,7 +174,10 @@ def test_many_appends_cost_little_on_average_folds_included(store: persist.Store
 
 
 def test_no_large_value_makes_another_one_dear(store: persist.Store) -> None:
-    """F5: beside a megabyte of `messages` stand one of other messages and one of text. Each verb costs its change."""
+    """F5: each verb costs its change, even if other large values stand beside `messages`.
+
+    Beside a megabyte of `messages` stand one of other messages and one of text.
+    """
     context = [message(number) for number in range(2000)]
     store.create("s", {"title": "New chat", "messages": context, "context_messages": context, "notes": "x" * 2**20})
     store.append("s", "messages", small(0))
@@ -198,9 +200,9 @@ def test_no_large_value_makes_another_one_dear(store: persist.Store) -> None:
 
 @pytest.mark.parametrize("kibibytes", [1, 60, 300])
 def test_tail_behind_a_large_record_is_that_of_the_list(large: persist.Store, kibibytes: int) -> None:
-    """The last record may be larger than what a tail reads at first, and say nothing of the list.
+    """A tail is right even if the last record is larger than its first read, and does not concern the list.
 
-    Fails if the part of a record is taken for a journal in which nothing has happened.
+    Fails if a part of a record is taken for a journal in which nothing has happened.
     """
     large.append("s", "messages", small(0))
     with large.transaction("s") as tx:
@@ -212,7 +214,7 @@ def test_tail_behind_a_large_record_is_that_of_the_list(large: persist.Store, ki
 
 
 def test_asking_whether_a_stream_was_cancelled_reads_a_head(large: persist.Store) -> None:
-    """`is_cancelled` is asked for every token: it reads some KB of a megabyte."""
+    """`is_cancelled`, which a server calls for every token, reads some KB of a megabyte."""
     with large.start_stream("s") as stream:
         assert measured(stream.is_cancelled).read < MOST_READ
         stream.finish()
@@ -224,7 +226,7 @@ def test_asking_whether_a_stream_was_cancelled_reads_a_head(large: persist.Store
 def test_session_made_anew_by_another_process_is_not_taken_for_the_known_one(
     large: persist.Store, actor: ActorFactory
 ) -> None:
-    """Same id, as many records: what was known of the session before is not believed of this one."""
+    """A process does not apply its replica to a session that was made anew, with the same id and as many records."""
     large.append("s", "messages", small(0))
     name = journal_of(large).name
     other = actor()
@@ -240,9 +242,7 @@ def test_session_made_anew_by_another_process_is_not_taken_for_the_known_one(
 
 @pytest.mark.parametrize("pattern", ["s.*", "s.*.journal"], ids=["both files", "the journal alone"])
 def test_journal_that_was_restored_from_a_backup_is_looked_at_anew(large: persist.Store, pattern: str) -> None:
-    """An administrator puts back the files of an hour ago: the next commit goes on from these,
-    not from what was known.
-    """
+    """A commit after a restore from a backup goes on from the restored files, not from the replica."""
     large.append("s", "messages", small(0))
     backup = {path: path.read_bytes() for path in large.path.glob(pattern) if path.is_file()}
     large.append("s", "messages", small(1))
@@ -255,10 +255,10 @@ def test_journal_that_was_restored_from_a_backup_is_looked_at_anew(large: persis
 
 
 def test_edit_by_hand_is_told_by_whoever_reads_the_document(large: persist.Store) -> None:
-    """A document that was edited by hand is refused by what reads it whole, and by a first look if a small field was
-    edited.
+    """A verb that reads the whole document refuses one that was edited by hand.
 
-    A process that knows the session reads it whole when it has been written to.
+    If a small field was edited, a first look refuses it, too. A process that knows the session reads the whole document
+    after it was written to.
     """
     large.append("s", "messages", small(0))
     path = large.path / "s.json"
@@ -278,7 +278,7 @@ def test_edit_by_hand_is_told_by_whoever_reads_the_document(large: persist.Store
 
 
 def test_document_that_was_written_anew_by_hand_is_told_at_once(large: persist.Store) -> None:
-    """An editor that formats the file changes its first bytes: no verb goes on as if it were the known one."""
+    """A document that an editor has formatted is refused by every verb, because its first bytes differ."""
     large.append("s", "messages", small(0))
     path = large.path / "s.json"
     path.write_text(json.dumps(json.loads(path.read_bytes()), indent=1))
@@ -291,7 +291,7 @@ def test_document_that_was_written_anew_by_hand_is_told_at_once(large: persist.S
 
 
 def test_refused_verb_leaves_no_trace_in_what_is_known(large: persist.Store) -> None:
-    """An item that is refused, an edit that raises, a version that has moved on: it is as if they had not been."""
+    """A refused item, an edit that raises and a version that has moved on leave the replica as it was."""
     first_version = large.head("s").version
     large.append("s", "messages", small(0))
 
@@ -317,7 +317,7 @@ def test_refused_verb_leaves_no_trace_in_what_is_known(large: persist.Store) -> 
 
 
 def test_evicted_knowledge_is_slower_and_never_wrong(store: persist.Store) -> None:
-    """With room for two replicas, random appends to five sessions are all there, each once."""
+    """Random appends to five sessions are all stored, each once, in a cache with room for two replicas."""
     always = persist.Store(store.path, journal="always", cache_bytes=4096)
     always._backend.files.options.verifies_folds = True
     cache, evicted = always._backend.files.cache, 0
@@ -338,13 +338,13 @@ def test_evicted_knowledge_is_slower_and_never_wrong(store: persist.Store) -> No
 
 
 def replica(count: int) -> Replica:
-    """A session of so many small messages, as a process keeps it."""
+    """Return a replica of a session of `count` small messages."""
     content = encoded({"messages": [{"id": f"m{number}", "content": "x" * 40} for number in range(count)]})
     return Replica(first_header(None), content, (0, 0, 0, 0), Tail.of("0" * 16))
 
 
 def cost_bytes(replicas: list[Replica]) -> int:
-    """What a cache counts for them."""
+    """Return the bytes that a cache counts for these replicas."""
     cache = Cache(2**40)
     for number, each in enumerate(replicas):
         cache.put(f"{number}", each)
@@ -352,7 +352,10 @@ def cost_bytes(replicas: list[Replica]) -> int:
 
 
 def test_sessions_that_were_used_last_stay_within_the_bound() -> None:
-    """The cache drops what was used longest ago, and never keeps more than it may. What it hands out is not in it."""
+    """The cache drops the replica that was used longest ago, and never keeps more than its bound.
+
+    It does not hold a replica that it has handed out.
+    """
     cache = Cache(3 * cost_bytes([replica(100)]))
     for number in range(5):
         cache.put(f"{number}", replica(100))
@@ -371,7 +374,7 @@ def test_sessions_that_were_used_last_stay_within_the_bound() -> None:
 
 @pytest.mark.parametrize("count", [1, 10_000])
 def test_bound_of_the_cache_is_about_that_of_the_memory(count: int) -> None:
-    """Small messages cost more memory than their JSON, and the ids cost some more. The bound counts it."""
+    """The bound counts the memory of small messages and of their ids, which is more than that of their JSON."""
     tracemalloc.start()
     try:
         kept = [replica(count) for _ in range(10_000 // count)]
@@ -387,7 +390,10 @@ def test_bound_of_the_cache_is_about_that_of_the_memory(count: int) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_child_and_parent_go_on_from_the_same_knowledge(actor: ActorFactory, large: persist.Store) -> None:
-    """A forked child inherits what its parent knows: both append in turn, and each sees what the other has done."""
+    """Parent and child go on from the same replica after a fork.
+
+    They append in turn, and each sees the other's appends.
+    """
     server = actor()
     server.do(f"store.append('s', 'messages', {small(0)!r})")
     ids = server.do(
@@ -412,7 +418,7 @@ def test_child_and_parent_go_on_from_the_same_knowledge(actor: ActorFactory, lar
 
 
 def test_processes_that_take_turns_lose_nothing_through_folds(store: persist.Store, actor: ActorFactory) -> None:
-    """Three processes append, rename and fold in random order, with a store of each mode among them."""
+    """Three processes append, rename and fold in random order, each with a store of another mode, and lose nothing."""
     store.create("s", {"messages": ["x" * 70_000]})
     modes = ("auto", "always", "never")
     servers = [actor(journal=mode) for mode in modes]
@@ -431,7 +437,7 @@ def test_processes_that_take_turns_lose_nothing_through_folds(store: persist.Sto
 
 
 def test_fold_leaves_what_is_known_of_the_lists(large: persist.Store) -> None:
-    """The append after a fold need not read the ids again."""
+    """An append after a fold need not read the ids again."""
     large.append("s", "messages", small(0))
     large.compact("s")
     assert parted(journal_of(large).read_bytes())[1] == []

@@ -1,4 +1,4 @@
-"""A stream whose events outgrow their bound: what is dropped, who is told, and what a crash in the middle leaves."""
+"""A stream whose events outgrow their bound: which events are dropped, who is told, and what a crash leaves."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def file_of(store: persist.Store, stream_id: str) -> Path:
 
 
 def first_of(store: persist.Store, stream_id: str) -> int:
-    """The offset of the first event that is left."""
+    """Return the offset of the first event that is left."""
     with EventReader(str(file_of(store, stream_id))) as reader:
         reader.read()
         return reader.first
 
 
 def overgrow(stream: persist.Stream, start: int = 1, count: int = 300) -> int:
-    """Emit so many events that the oldest are dropped several times; event n is n. Return the last."""
+    """Emit so many events that the oldest are dropped several times, and return the last. Event n is n."""
     for number in range(start, start + count):
         assert stream.emit(number) == number
     return start + count - 1
@@ -64,9 +64,10 @@ def overgrow(stream: persist.Stream, start: int = 1, count: int = 300) -> int:
 
 
 def test_events_that_outgrow_their_bound_lose_the_oldest(store: persist.Store, stream: persist.Stream) -> None:
-    """The file stays within its bound and one event. Half of the bound at least is left, without gaps, to the last.
+    """The file stays within its bound plus one event.
 
-    Fails if nothing is dropped, or if a new file's offsets begin at 1 again.
+    At least half of the bound is left, without gaps, to the last event. Fails if nothing is dropped, or if a new file's
+    offsets begin at 1 again.
     """
     path, sizes = file_of(store, stream.id), []
     for number in range(1, 501):
@@ -86,7 +87,7 @@ def test_events_that_outgrow_their_bound_lose_the_oldest(store: persist.Store, s
 
 
 def test_no_bound_keeps_all(directory: Path, session: persist.Session) -> None:
-    """None keeps every event; so does the default, far above what a turn says."""
+    """None keeps every event. The default keeps all these events, too, because it is far above the size of a turn."""
     for store in (persist.Store(directory, keep_events_bytes=None), persist.Store(directory)):
         with store.start_stream("s-1") as stream:
             overgrow(stream)
@@ -94,7 +95,7 @@ def test_no_bound_keeps_all(directory: Path, session: persist.Session) -> None:
 
 
 def test_event_above_the_bound_stays_until_the_next_come(store: persist.Store, stream: persist.Stream) -> None:
-    """An event that is larger than the bound can be read, and costs no other event its place for ever."""
+    """An event that is larger than the bound can be read, and does not take the place of other events for ever."""
     stream.emit("x" * 3 * BOUND)
     assert len(store.events("s-1", stream.id)) == 1
     assert not stream._events.is_full, "each emission would try again"
@@ -105,13 +106,13 @@ def test_event_above_the_bound_stays_until_the_next_come(store: persist.Store, s
 
 @pytest.mark.parametrize("wrong", [0, -1, 4095, 1e6, "1", True])
 def test_bound_that_is_none_is_refused(directory: Path, wrong: Any) -> None:
-    """Less than a page is no bound that can be kept."""
+    """A bound of less than a page is refused, because it cannot be kept."""
     with pytest.raises(persist.InvalidArgument):
         persist.Store(directory, keep_events_bytes=wrong)
 
 
 def test_bound_goes_with_a_store_that_is_handed_on(store: persist.Store, stream: persist.Stream) -> None:
-    """A pickled store, and one for event loops, keep it."""
+    """A pickled store and an asyncio store keep the bound."""
     again = pickle.loads(pickle.dumps(store))
     assert again._backend.events._keep_bytes == BOUND
     assert persist.aio.Store(store.path, keep_events_bytes=BOUND)._sync._backend.events._keep_bytes == BOUND
@@ -121,9 +122,10 @@ def test_bound_goes_with_a_store_that_is_handed_on(store: persist.Store, stream:
 
 
 def test_cursor_before_the_first_event_is_told_where_it_is(store: persist.Store, stream: persist.Stream) -> None:
-    """`follow`, `events` and their twins: the error names the first offset, with which the reader goes on.
+    """A cursor before the first event is an error that names the first offset, with which the reader goes on.
 
-    Fails if a cursor before the first event gets what is left, as if nothing was missing.
+    This holds for `follow` and for `events`. Fails if such a cursor gets the events that are left, as if nothing was
+    missing.
     """
     overgrow(stream)
     first = first_of(store, stream.id)
@@ -150,11 +152,11 @@ def test_cursor_before_the_first_event_is_told_where_it_is(store: persist.Store,
 def test_follower_goes_on_in_the_new_file(
     store: persist.Store, stream: persist.Stream, actor: ActorFactory, is_elsewhere: bool
 ) -> None:
-    """A follower that keeps up sees each event once, however often its file loses its name.
+    """A follower that keeps up sees each event once, however often its file is replaced.
 
     Fails if a follower stays with the file that it has opened.
     """
-    # The one elsewhere never looks at the name. The mark in the old file has to tell it.
+    # The follower in the other process never looks at the name, so the mark in the old file has to tell it.
     code = "from persist import follow; follow.LOOK_S = 1000; f = store.follow('s-1', {!r}); f.offset"
     follower = actor() if is_elsewhere else None
     followed = None if follower else store.follow("s-1", stream.id)
@@ -175,7 +177,7 @@ def test_follower_goes_on_in_the_new_file(
 
 
 def test_follower_that_is_overtaken_is_told(store: persist.Store, stream: persist.Stream) -> None:
-    """A loop that is too slow gets what its file holds, then the error, each time that it asks.
+    """A follower that is too slow gets the events of its file, and then the error at each further step.
 
     Fails if it goes on with the first event that is left, with a gap.
     """
@@ -195,7 +197,10 @@ def test_follower_that_is_overtaken_is_told(store: persist.Store, stream: persis
 
 
 def test_overtaken_follower_of_an_event_loop_is_told(store: persist.Store, stream: persist.Stream) -> None:
-    """As above. The loop does not open the new file itself."""
+    """A slow follower in an event loop gets the events of its file, and then the error.
+
+    The loop does not open the new file itself.
+    """
 
     async def follow() -> tuple[int, int | None]:
         followed = persist.aio.Store(store).follow("s-1", stream.id)
@@ -224,9 +229,9 @@ def test_overtaken_follower_of_an_event_loop_is_told(store: persist.Store, strea
 
 @pytest.mark.parametrize("count", [0, 3, 300])
 def test_follow_from_the_end(store: persist.Store, stream: persist.Stream, count: int) -> None:
-    """It begins behind the last event that is there, also if there is none yet, or if the oldest are gone.
+    """`after="end"` begins after the last event, even if there is none yet, or if the oldest are gone.
 
-    Fails if the events that are there come, too.
+    Fails if the follower gets earlier events, too.
     """
     overgrow(stream, count=count)
     with store.follow("s-1", stream.id, after="end") as followed:
@@ -245,9 +250,9 @@ def test_follow_from_the_end(store: persist.Store, stream: persist.Stream, count
 def test_stream_is_not_ended_while_its_file_is_replaced(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """Another process that takes the session away waits for the new file, and its end line stands there.
+    """Another process that takes the session away waits for the new file, and writes its end line there.
 
-    Fails if the file is replaced without the session's lock: then the end line goes to the old file, and a stream that
+    Fails if the file is replaced without the session's lock. Then the end line goes to the old file, and a stream that
     has lost its session emits on.
     """
     owner = actor(keep_events_bytes=BOUND)
@@ -280,9 +285,9 @@ def test_fenced_stream_replaces_nothing(store: persist.Store, session: persist.S
 
 
 def test_emission_does_not_wait_for_the_lock(store: persist.Store, stream: persist.Stream, actor: ActorFactory) -> None:
-    """While another process works on the session the file grows, and later it shrinks.
+    """The file grows while another process holds the session's lock, and shrinks later.
 
-    Fails if the emission waits for the lock, or if it is given up for good.
+    Fails if the emission waits for the lock, or if the stream never tries again to shrink the file.
     """
     other = actor()
     stream.emit(0)
@@ -322,9 +327,9 @@ for n in range(1, 301): stream.emit(n)
 def test_killed_while_the_oldest_are_dropped(
     store: persist.Store, session: persist.Session, actor: ActorFactory, step: str, when: str
 ) -> None:
-    """No event is lost to a follower that was there, and the kept ones can be read. The next sweeps leave no file.
+    """A kill during the replacement costs no follower an event, and the kept events can be read.
 
-    Fails if the new file gets its name before it is whole.
+    The next sweeps leave no file. Fails if the new file gets its name before it is whole.
     """
     owner = actor(keep_events_bytes=BOUND)
     stream_id = owner.do(START)
@@ -349,9 +354,9 @@ def test_killed_while_the_oldest_are_dropped(
 def test_follower_finds_the_new_file_without_the_mark(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """The disk refuses the mark: the follower looks at the name after a silence, and misses nothing.
+    """A follower looks at the file's name after a silence, and misses nothing if the disk refuses the mark.
 
-    Fails without that look: it waits until the stream ends.
+    Fails without that look: the follower waits until the stream ends.
     """
     owner, follower = actor(keep_events_bytes=BOUND), actor()
     stream_id = owner.do(START)
@@ -396,8 +401,9 @@ def refusing(step: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 def test_disk_that_refuses_to_drop_costs_no_event(
     store: persist.Store, stream: persist.Stream, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    """A full disk, and a name that cannot be replaced: the emission stands, nothing is left behind, and it is tried
-    again now and then, not with each emission.
+    """A disk that refuses the new file costs no event: the emission counts, and nothing is left behind.
+
+    The disk is full, or the name cannot be replaced. The stream tries again now and then, not with each emission.
     """
     stream.emit(0, durable=True)
     path = file_of(store, stream.id)
@@ -417,9 +423,9 @@ def test_disk_that_refuses_to_drop_costs_no_event(
 def test_interrupt_behind_the_rename_loses_no_event(
     store: persist.Store, stream: persist.Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C between the rename and the mark: the writer goes on in the file that bears the name.
+    """An interrupt between the rename and the mark leaves the writer in the file that bears the name.
 
-    Fails if the writer changes files only when nothing was raised: it would write on where nobody reads.
+    Fails if the writer changes files only when nothing was raised, because nobody reads the old file.
     """
     real = disk.replace
 
@@ -438,9 +444,10 @@ def test_interrupt_behind_the_rename_loses_no_event(
 
 
 def test_marked_file_that_kept_its_name_is_read_on(store: persist.Store, stream: persist.Stream) -> None:
-    """A power cut may keep the mark, and lose the rename. A reader of that file waits for its end, and finds it.
+    """A reader of a file with the mark, which still bears the name, waits for its end and finds it.
 
-    Fails if a mark alone makes a reader open the name again: it would do so for ever.
+    A power cut may keep the mark and lose the rename. Fails if a mark alone makes a reader open the name again: it
+    would do so for ever.
     """
     last = overgrow(stream)
     path = file_of(store, stream.id)

@@ -1,4 +1,4 @@
-"""Who still owns what, after every way in which a process can end, split, pause, or be told the wrong time."""
+"""Ownership after every way in which a process can end, split, pause, or be told the wrong time."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ STEPS_OF_FINISH = ["create", "write", "sync", "close", "replace", "sync_director
 def test_killed_in_the_middle_of_finish(
     store: persist.Store, session: persist.Session, actor: ActorFactory, step: str
 ) -> None:
-    """Killed at any step of its finish, a turn is whole: finished, or interrupted with its partial.
+    """A turn that is killed at any step of its finish is whole: finished, or interrupted with its partial.
 
-    And the session is free.
+    The session is free.
     """
     owner = actor()
     owner.do(START)
@@ -59,7 +59,7 @@ def test_killed_in_the_middle_of_finish(
 def test_interrupt_in_the_middle_of_finish_frees_the_session(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """Ctrl-C inside finish: it travels on, and the turn is ended on the way out."""
+    """Ctrl-C inside `finish` reaches the caller, and the exit of the block ends the turn."""
     owner = actor()
     code = """
 from persist.storage import disk
@@ -83,7 +83,7 @@ seen is not None
 
 
 def test_exec_gives_the_lease_up(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """exec: the process id lives on, but nobody runs the stream any more: it is dead, although the pid is not."""
+    """After exec the stream is dead although its process id lives, because no process runs it any more."""
     owner = actor()
     owner.do(START)
     owner.start("os.execv('/bin/sleep', ['sleep', '60'])")
@@ -94,7 +94,10 @@ def test_exec_gives_the_lease_up(store: persist.Store, session: persist.Session,
 def test_daemon_thread_at_exit_leaves_a_stale_stream_and_no_noise(
     store: persist.Store, session: persist.Session
 ) -> None:
-    """A daemon thread in mid-turn when the interpreter ends: no hang, no traceback, and the next process takes over."""
+    """A daemon thread in mid-turn neither stops nor disturbs the end of the interpreter.
+
+    The next process takes over.
+    """
     code = f"""
 import persist, threading
 store, ready = persist.Store({str(store.path)!r}), threading.Event()
@@ -117,9 +120,7 @@ ready.wait()
 
 
 def test_preforked_workers_share_a_store(store: persist.Store, actor: ActorFactory) -> None:
-    """Gunicorn with preload: a store that is opened and used in the master serves four forked workers:
-    nothing is lost.
-    """
+    """A store that a Gunicorn master opens and uses (preload) serves four forked workers, and nothing is lost."""
     store.create("s-1", {"messages": [], "n": 0})
     master = actor(timeout_s=60.0)
     code = """
@@ -159,9 +160,7 @@ for name in range(4):
 def test_fork_while_another_thread_holds_the_lock(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """Fork: a child that comes to be while a thread of its parent is inside an edit can lock as soon as that one is
-    done.
-    """
+    """A child that is forked while another thread of its parent holds the lock can lock once that thread is done."""
     other = actor(timeout_s=20.0)
     code = """
 import threading, warnings
@@ -195,9 +194,7 @@ os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 def test_multiprocessing_children_use_stores_of_their_own(
     store: persist.Store, session: persist.Session, tmp_path: Path, method: str
 ) -> None:
-    """multiprocessing, by every start method, while the parent runs a stream: children append, and do not take the
-    stream.
-    """
+    """Children of multiprocessing, by every start method, append beside a stream of the parent, and do not take it."""
     script = tmp_path / "script.py"
     script.write_text(
         f"""
@@ -231,7 +228,7 @@ if __name__ == '__main__':
 def test_wrong_clock_changes_nothing_that_matters(
     store: persist.Store, session: persist.Session, actor: ActorFactory, days: int
 ) -> None:
-    """A process whose clock is ten days off: live streams stay, dead ones go, merges and the order of messages hold."""
+    """With a clock that is ten days off, live streams stay, dead ones go, and merges and the order of messages hold."""
     wrong, right = actor(), actor()
     wrong.do(
         f"""
@@ -260,7 +257,7 @@ streams.datetime = document.datetime = Shifted
 
 
 def _containers() -> str | None:
-    """Why no container can be made here; None if it can."""
+    """Return why no container can be made here, or None if one can."""
     if shutil.which("unshare") is None:
         return "unshare is not installed"
     tried = subprocess.run([*CONTAINER, "true"], capture_output=True, text=True, check=False)
@@ -271,7 +268,7 @@ CONTAINER = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-p
 
 
 def test_two_containers_share_a_directory(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """Mount and pid namespaces: the kernel's locks hold across them; a pid means nothing, and is not asked."""
+    """The kernel's locks hold across mount and pid namespaces. A pid means nothing there, and is not used."""
     reason = _containers()
     if reason:
         pytest.skip(reason)
@@ -288,12 +285,12 @@ def test_two_containers_share_a_directory(store: persist.Store, session: persist
     owner.go()
     owner.result()
     owner.kill()
-    # What was killed is `unshare`; the kernel ends the container after it.
+    # The kill hits `unshare`, and the kernel ends the container after it.
     eventually(lambda: other.do("[c.stream_id for c in store.clear_stale_streams().cleared]") == [stream_id])
 
 
 def test_stopped_waiter_blocks_nobody(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """SIGSTOP of a process that only waits for the lock: the others go on."""
+    """SIGSTOP of a process that only waits for the lock does not block the others."""
     holder, waiter = actor(), actor(timeout_s=30.0)
     holder.start_and_pause("store.append('s-1', 'log', 1)", "create")
     waiter.start("store.append('s-1', 'log', 2)")
@@ -310,8 +307,9 @@ def test_stopped_waiter_blocks_nobody(store: persist.Store, session: persist.Ses
 
 
 def test_files_are_private_from_their_first_instant(store: persist.Store, actor: ActorFactory) -> None:
-    """Security: under umask 0 directory and leases are 0700, and every file 0600, the temporary one as soon as it
-    exists.
+    """Under umask 0 the directory and the leases are 0700, and every file is 0600, from its first instant.
+
+    This includes the temporary file.
     """
     writer = actor()
     directory = store.path.parent / "private" / "sessions"

@@ -1,6 +1,6 @@
 """`check` and `backup` beside servers that commit, delete and create.
 
-The one names nothing that is sound (HAZARDS F11), and the other copies nothing that is not.
+`check` names nothing that is sound (HAZARDS F11), and `backup` copies nothing that is not.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ CHECKS = 400
 
 
 def test_live_servers_are_no_problem(scratch: Path) -> None:
-    """Two servers save, fold, run turns, delete and create anew. No check names anything. `scripts/checks` is the
-    long form.
+    """No check names anything while two servers save, fold, run turns, delete and create anew.
 
-    Without the lock 11 % of the checks name something: judge by the listing alone (`disk.exists(paths.temp)` out), or
-    leave the look for a journal that is gone out (`disk.version_of(path)`), and this fails.
+    `scripts/checks` is the long form. Without the lock 11 % of the checks name something. The test fails if the check
+    judges by the listing alone (without `disk.exists(paths.temp)`). It also fails without the look for a journal that
+    is gone (`disk.version_of(path)`).
     """
     checked = check_live(scratch / "sessions", CHECKS)
     assert checked.false_words == []
@@ -34,10 +34,10 @@ def test_live_servers_are_no_problem(scratch: Path) -> None:
 def test_session_in_the_middle_of_a_commit_is_locked(
     store: persist.Store, actor: ActorFactory, step: str, session_id: str
 ) -> None:
-    """Its temporary file and its journals are nobody's left-overs while its writer lives. If the lock is not free in
-    time, that is what the check says.
+    """The temporary file and the journals of a living writer are not left-overs.
 
-    Fails if what is found is judged without the lock.
+    If the lock does not become free in time, the check names the session as locked. Fails if the check judges the files
+    without the lock.
     """
     store.create(session_id, {"messages": []})
     writer = actor(journal="always")
@@ -53,7 +53,7 @@ def test_session_in_the_middle_of_a_commit_is_locked(
 
 @pytest.mark.parametrize("prune", [False, True], ids=["keep", "prune"])
 def test_backup_of_live_servers_is_sound(directory: Path, tmp_path: Path, prune: bool) -> None:
-    """Each of them, whatever the servers do: every copy is whole, and is a commit that was made."""
+    """Every backup is sound, whatever the servers do: each copy is whole, and is a commit that was made."""
     store, copy = persist.Store(directory, timeout_s=20), tmp_path / "copy"
     copied = 0
     with servers_on(directory, 2):
@@ -71,7 +71,7 @@ def test_backup_of_live_servers_is_sound(directory: Path, tmp_path: Path, prune:
 def test_backup_that_is_killed_leaves_a_sound_copy(
     store: persist.Store, actor: ActorFactory, tmp_path: Path, step: str
 ) -> None:
-    """The next one tidies up and goes on."""
+    """The backup after a killed one removes what it left behind, and goes on."""
     for session_id in ("a", "b"):
         store.create(session_id, {"messages": []})
     copy = tmp_path / "copy"

@@ -1,4 +1,4 @@
-"""The session lock: who excludes whom, for how long, and what a fork or a delete does to it."""
+"""The session lock: which threads and processes it excludes, for how long, and what a fork or a delete does to it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def revision_at(directory: Path, version: str) -> int:
 def test_timeout_names_the_process_that_holds_the_lock(
     directory: Path, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """E2: the error says who, where, and for how long; nothing was written."""
+    """E2: the error names the holder, the file and the time, and nothing was written."""
     holder = actor()
     holder.start_and_pause("store.append('s-1', 'log', 1)", "create")
     impatient = persist.Store(directory, timeout_s=0.1)
@@ -75,7 +75,7 @@ def test_timeout_names_the_thread_of_this_process(directory: Path, session: pers
 
 @pytest.fixture
 def hold(tmp_path: Path) -> Callable[[float], lock.Hold]:
-    """Make a hold of one and the same lock, with a time-out in seconds."""
+    """Return a function that makes a hold of one and the same lock, with a time-out in seconds."""
     return lambda timeout_s: lock.Hold(str(tmp_path / "s-1.json.lock"), "s-1", timeout_s)
 
 
@@ -84,7 +84,7 @@ HoldFactory = Callable[[float], lock.Hold]
 
 @pytest.mark.usefixtures("switching")
 def test_waiters_are_served_in_their_order(hold: HoldFactory) -> None:
-    """First in, first out: five threads that queue up in a known order get the lock in that order."""
+    """Five threads that queue up in a known order get the lock in that order: first in, first out."""
     first = hold(0)
     first.acquire()
     served: list[int] = []
@@ -108,7 +108,7 @@ def test_waiters_are_served_in_their_order(hold: HoldFactory) -> None:
 
 
 def in_another_thread(function: Callable[[], object]) -> None:
-    """Call a function in a thread of its own, and wait for it: a thread has one hold at a time."""
+    """Call a function in a thread of its own, and wait for it, because a thread has one hold at a time."""
     thread = threading.Thread(target=function)
     thread.start()
     thread.join(DEADLINE_S)
@@ -120,7 +120,7 @@ def refused(late: lock.Hold) -> None:
 
 
 def test_waiter_that_gives_up_leaves_the_queue(hold: HoldFactory) -> None:
-    """A timed-out waiter neither takes nor blocks the lock; the next one gets it."""
+    """A waiter that times out neither takes nor blocks the lock, and the next one gets it."""
     first = hold(0)
     first.acquire()
     in_another_thread(lambda: refused(hold(0.01)))
@@ -129,14 +129,14 @@ def test_waiter_that_gives_up_leaves_the_queue(hold: HoldFactory) -> None:
 
 
 def test_lock_handed_to_a_waiter_that_gave_up_is_passed_on(hold: HoldFactory) -> None:
-    """The hand-over and the time-out may cross; the lock must not stay with nobody."""
+    """A lock that is handed over just as its waiter times out passes to the next waiter."""
     first, late, last = hold(0), hold(0), hold(DEADLINE_S)
     first.acquire()
     served: list[held.HeldFile] = []
     waiting = threading.Thread(target=lambda: served.append(last.acquire()))
 
     class Crossing:
-        """In the place of `late.given`: what is given in the instant in which its time is over."""
+        """A lock in the place of `late.given`, which is given in the instant in which the wait is over."""
 
         def __init__(self) -> None:
             self.is_taken = False
@@ -153,7 +153,7 @@ def test_lock_handed_to_a_waiter_that_gave_up_is_passed_on(hold: HoldFactory) ->
             return self.is_taken
 
         def release(self) -> None:
-            """Given too late."""
+            """Accept the lock too late."""
 
     late.given = Crossing()  # type: ignore[assignment]
     in_another_thread(lambda: refused(late))
@@ -162,7 +162,10 @@ def test_lock_handed_to_a_waiter_that_gave_up_is_passed_on(hold: HoldFactory) ->
 
 
 def test_releasing_twice_is_releasing_once(hold: HoldFactory) -> None:
-    """An exception of a signal may come anywhere: a second release must not free what another thread has taken."""
+    """A second release does not free the lock that another thread has taken since.
+
+    The exception of a signal may come anywhere.
+    """
     first, second = hold(0), hold(0)
     first.acquire()
     first.release()
@@ -172,7 +175,7 @@ def test_releasing_twice_is_releasing_once(hold: HoldFactory) -> None:
 
 
 def waiting_behind(first: lock.Hold, waiter: lock.Hold) -> threading.Thread:
-    """A thread in which a hold waits for another one."""
+    """Return a thread in which a hold waits for another one."""
     thread = threading.Thread(target=waiter.acquire)
     thread.start()
     eventually(lambda: len(lock._queues[first.path]) == 2)
@@ -180,7 +183,7 @@ def waiting_behind(first: lock.Hold, waiter: lock.Hold) -> threading.Thread:
 
 
 def test_place_that_was_given_up_by_halves_is_given_up(hold: HoldFactory) -> None:
-    """A signal may come between the two steps of a release: the next attempt wakes who waits."""
+    """A release that a signal cut between its two steps is completed by the next attempt, which wakes the waiter."""
     first, second = hold(0), hold(DEADLINE_S)
     first.acquire()
     thread = waiting_behind(first, second)
@@ -193,7 +196,7 @@ def test_place_that_was_given_up_by_halves_is_given_up(hold: HoldFactory) -> Non
 
 
 def test_hold_that_was_cut_off_before_it_waits_disturbs_nobody(hold: HoldFactory) -> None:
-    """It has a place in the queue, and waits for nothing. The verb before it must not fail for that."""
+    """A hold that has a place in the queue, but was cut off before its wait, does not make the verb before it fail."""
     first, cut_off = hold(0), hold(0)
     first.acquire()
     lock._queues[first.path].append(cut_off._me)
@@ -202,13 +205,13 @@ def test_hold_that_was_cut_off_before_it_waits_disturbs_nobody(hold: HoldFactory
 
 
 def test_hold_that_is_gone_has_given_up_its_place(hold: HoldFactory) -> None:
-    """Whatever kept its finaliser from its work: the next one, and who waits already, go on."""
+    """A hold whose finaliser never ran loses its place, and the threads behind it go on."""
     first, second, third = hold(0), hold(DEADLINE_S), hold(DEADLINE_S)
     first.acquire()
     thread = waiting_behind(first, second)
     assert first._file is not None
     first._file.close()
-    # As if its finaliser had failed: a reference to nothing stands in its place.
+    # The place looks as if the finaliser had failed, because the reference in it is dead.
     lock._queues[first.path][0] = ref(hold(0))
     another = threading.Thread(target=third.acquire)
     another.start()
@@ -221,7 +224,7 @@ def test_hold_that_is_gone_has_given_up_its_place(hold: HoldFactory) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems give numbers in another way")
 def test_thread_that_got_the_number_of_an_ended_one_holds_nothing(store: persist.Store) -> None:
-    """A block is entered in a thread that ends, and left later. Fails if threads are told apart by `get_ident`."""
+    """A block may be entered in a thread that ends, and left later. Fails if threads are told apart by `get_ident`."""
     for name in ("a", "b"):
         store.create(name, {"log": []})
     block = store.transaction("a")
@@ -253,7 +256,7 @@ def test_sessions_do_not_wait_for_each_other(directory: Path, store: persist.Sto
 
 @pytest.mark.parametrize("other", ["s-1", "s-2"])
 def test_second_lock_in_one_thread_is_refused(store: persist.Store, session: persist.Session, other: str) -> None:
-    """E2: one thread holds one session's lock; asking for a second is an error at once, not a deadlock."""
+    """E2: one thread holds one session's lock. A second one is an error at once, not a deadlock."""
     store.create("s-2", {})
     with store.transaction("s-1") as tx:
         tx.fields["kept"] = True
@@ -275,7 +278,7 @@ def test_lock_excludes_users_of_filelock(store: persist.Store, session: persist.
 def test_child_forked_inside_an_edit_holds_nothing(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """Fork: the child neither has its parent's lock nor releases it; it waits like any other process."""
+    """A forked child neither has its parent's lock nor releases it, and waits like any other process."""
     other = actor(timeout_s=0.05)
     code = """
 with store.transaction('s-1') as tx:
@@ -297,10 +300,7 @@ with store.transaction('s-1') as tx:
 def test_block_left_in_a_forked_child_writes_nothing(
     actor: ActorFactory, store: persist.Store, session: persist.Session
 ) -> None:
-    """Fork: the child runs out of the very block that it was forked in, and is refused.
-
-    The parent's edit is committed.
-    """
+    """A forked child that leaves the block in which it was forked is refused, and the parent's edit is committed."""
     other = actor()
     code = """
 status = None
@@ -323,7 +323,7 @@ os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 def test_lock_of_a_forked_parent_is_free_when_it_leaves(
     directory: Path, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """Fork: a child that lives on does not keep the lock that its parent held at the fork."""
+    """A forked child that lives on does not keep the lock that its parent held at the fork."""
     other = actor()
     code = """
 import time
@@ -343,7 +343,7 @@ child
 
 
 def test_descriptor_number_may_be_another_files_in_the_child(actor: ActorFactory, session: persist.Session) -> None:
-    """Fork: what the child has opened since under the same number is neither unlocked nor closed."""
+    """A forked child neither unlocks nor closes a file that it has opened since under the same descriptor number."""
     other = actor()
     code = """
 from persist.storage.held import try_hold
@@ -364,7 +364,7 @@ os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_methods_of_a_finished_transaction_are_refused(store: persist.Store, session: persist.Session) -> None:
-    """The transaction is the lock: outside its block nothing of it works."""
+    """The methods of a transaction are refused outside its block, because the transaction is the lock."""
     with store._backend.files.transaction("s-1") as tx:
         found = tx.read()
     for use in (
@@ -382,7 +382,7 @@ def test_methods_of_a_finished_transaction_are_refused(store: persist.Store, ses
 
 
 def test_missing_session_leaves_no_lock_file(store: persist.Store, directory: Path) -> None:
-    """A verb on a session that is not there leaves nothing behind."""
+    """A verb on a session that does not exist leaves no file behind."""
     for verb in (
         lambda: store.append("nobody", "log", 1),
         lambda: store.delete("nobody"),
@@ -398,9 +398,9 @@ def test_missing_session_leaves_no_lock_file(store: persist.Store, directory: Pa
 def test_waiters_of_a_deleted_session_agree_on_the_next_lock(
     store: persist.Store, directory: Path, actor: ActorFactory
 ) -> None:
-    """A lock file that its holder has unlinked guards no name: 3 processes create, edit and delete one id.
+    """3 processes that create, edit and delete one id agree on its lock, because an unlinked lock file guards no name.
 
-    Fails with the look at the name taken out. Each create is answered by exactly one delete, and nothing is left over.
+    Each create is answered by exactly one delete, and nothing is left over. Fails without the look at the name.
     """
     actors = [actor(timeout_s=60.0) for _ in range(3)]
     work = """
@@ -433,7 +433,7 @@ counts
 def test_lock_is_free_after_kill(
     store: persist.Store, session: persist.Session, actor: ActorFactory, directory: Path
 ) -> None:
-    """A writer that is killed in mid-commit holds nothing, and its temporary file is removed by the next commit."""
+    """A writer that is killed in mid-commit holds nothing, and the next commit removes its temporary file."""
     victim = actor()
     victim.start_and_pause("store.append('s-1', 'log', 1)", "replace")
     victim.kill()
@@ -446,7 +446,7 @@ def test_lock_is_free_after_kill(
 
 
 def test_subprocess_does_not_inherit_the_lock(store: persist.Store, session: persist.Session, directory: Path) -> None:
-    """Descriptors are close-on-exec: a program started inside an edit does not keep the session locked."""
+    """A program started inside an edit does not keep the session locked, because descriptors are close-on-exec."""
     with store.transaction("s-1") as tx:
         tx.fields["n"] = 1
         program = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
@@ -468,7 +468,10 @@ def test_edit_that_is_left_in_another_thread_frees_the_first(
 
 
 def test_signal_handler_that_uses_the_store_gets_an_error(actor: ActorFactory, session: persist.Session) -> None:
-    """E2: a handler that runs in the middle of a verb cannot wait for its own thread: LockError, never a hang."""
+    """E2: a signal handler in the middle of a verb gets LockError, never a hang.
+
+    It cannot wait for its own thread.
+    """
     other = actor(timeout_s=5.0)
     code = """
 import signal
@@ -492,7 +495,7 @@ len(answers) > 0 and set(answers) <= {'written', 'refused'}
 def test_interrupts_leak_no_lock(actor: ActorFactory, session: persist.Session, directory: Path) -> None:
     """Exceptions that a signal handler raises anywhere in a verb leave no lock and no queue behind.
 
-    Where one hits the interpreter's own way out of a block, the block is ended when it is collected.
+    If one hits the interpreter's own exit from a block, the block is ended when it is collected.
     """
     other = actor(timeout_s=5.0)
     code = """
@@ -523,21 +526,20 @@ interrupted
 def test_hard_link_to_the_lock_file_admits_nobody_else(
     store: persist.Store, session: persist.Session, directory: Path, actor: ActorFactory
 ) -> None:
-    """A backup made of hard links (`cp -al`) keeps the inode of a removed lock alive: whoever holds that one holds
-    nothing.
+    """A process that locks a removed lock file holds nothing, even if a hard link keeps the file alive.
 
-    Fails if a lock is believed that has any link left.
+    A backup made of hard links (`cp -al`) does so. Fails if a lock counts as held while its file has any link left.
     """
     backup = directory / "backup"
     backup.mkdir()
     os.link(directory / "s-1.json.lock", backup / "s-1.json.lock")
     late = actor()
-    # It has locked the file, and is about to see whether that still bears its name.
+    # The process has locked the file, and is about to see whether it still bears its name.
     late.start_and_pause("with store.transaction('s-1') as tx: tx.fields['late'] = 1", "bears_name")
     (directory / "s-1.json.lock").unlink()
     with store.transaction("s-1") as tx:
         late.go()
-        # Time to do wrong; what proves it is the document.
+        # The process gets time to do wrong. The document proves that it did not.
         late._connection.poll(0.5)
         tx.fields["n"] = 1
     late.result()
@@ -546,8 +548,9 @@ def test_hard_link_to_the_lock_file_admits_nobody_else(
 
 
 def test_signal_handler_inside_the_table_gets_an_error(store: persist.Store, session: persist.Session) -> None:
-    """A handler that comes while its thread opens or closes a lock may not wait:
-    every other thread would wait for it.
+    """A signal handler that comes while its thread opens or closes a lock may not wait.
+
+    Every other thread would wait for it.
     """
     with held.table, pytest.raises(persist.LockError):
         store.append("s-1", "messages", {"id": "m2"})
@@ -555,7 +558,7 @@ def test_signal_handler_inside_the_table_gets_an_error(store: persist.Store, ses
 
 
 def test_fork_goes_on_after_a_descriptor_that_somebody_closed(store: persist.Store, session: persist.Session) -> None:
-    """The child can lock, whatever state it found the inherited descriptors in."""
+    """A child can lock after a fork, even if one of the inherited descriptors is closed already."""
     closed = os.dup(0)
     os.close(closed)
     held._descriptors.add(closed)
@@ -578,7 +581,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 
 
 
 def is_taken(path: Path) -> bool:
-    """Whether somebody is in the turnstile of a lock file."""
+    """Return whether a process is in the turnstile of a lock file."""
     fd = os.open(path, os.O_RDWR)
     try:
         return turnstile.is_taken(fd)
@@ -588,28 +591,31 @@ def is_taken(path: Path) -> bool:
 
 @pytest.fixture
 def locked(directory: Path, session: persist.Session, actor: ActorFactory) -> Actor:
-    """Another process that holds the lock of the session until it is told to go."""
+    """Return another process, which holds the lock of the session until the test lets it go."""
     holder = actor()
     holder.start_and_pause("store.append('s-1', 'log', 'holder')", "create")
     return holder
 
 
 def in_turnstile(waiter: Actor, path: Path) -> None:
-    """Have a process wait for the session. Return when it is in the turnstile."""
+    """Let a process wait for the session. Return when it is in the turnstile."""
     waiter.start("store.append('s-1', 'log', 'waiter')")
     eventually(lambda: is_taken(path))
 
 
 @linux_only
 def test_turnstile_holds_one_and_is_free_with_its_descriptor(tmp_path: Path) -> None:
-    """Of two that come at once, one is in it. Nobody is in its own way, and a close leaves it."""
+    """Of two that come at once, one enters the turnstile.
+
+    It does not block itself, and a close leaves the turnstile.
+    """
     path = tmp_path / "x.lock"
     one, other = (os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(2))
     try:
         assert not turnstile.is_taken(one)
         assert (turnstile.take(one), turnstile.take(other)) == (True, False)
         assert (turnstile.is_taken(one), turnstile.is_taken(other)) == (False, True)
-        # Who is in it excludes nobody from the lock.
+        # A process in the turnstile excludes nobody from the lock.
         assert lock_descriptor(other, blocking=False)
         turnstile.leave(one)
         assert turnstile.take(other)
@@ -624,9 +630,9 @@ def test_turnstile_holds_one_and_is_free_with_its_descriptor(tmp_path: Path) -> 
 def test_lock_is_left_to_who_waits_for_it(
     store: persist.Store, session: persist.Session, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that comes to a free lock does not take it while another one is in the turnstile: so no one is starved.
+    """A process that comes to a free lock leaves it to the one in the turnstile, so that no process starves.
 
-    Fails without the look at the turnstile. A caller who does not wait at all takes what is free.
+    Fails without the look at the turnstile. A caller with a time-out of 0 takes a free lock.
     """
     asked: list[int] = []
     take = turnstile.take
@@ -653,39 +659,42 @@ def test_lock_is_left_to_who_waits_for_it(
 def test_process_in_the_turnstile_is_next(
     locked: Actor, store: persist.Store, directory: Path, actor: ActorFactory
 ) -> None:
-    """Nobody overtakes it, however many come. Fails if all that wait poll the lock."""
+    """The process in the turnstile gets the lock next, however many come.
+
+    Fails if all waiting processes poll the lock.
+    """
     first, *crowd = [actor() for _ in range(6)]
     for waiter in (first, *crowd):
-        # The holder holds it for long: nobody is to take that for a turnstile that does not move.
+        # The holder holds the lock for long. The crowd must not think that the turnstile has stopped moving.
         waiter.do("from persist.storage import lock; lock.PATIENCE_S = 1000.0")
     in_turnstile(first, directory / "s-1.json.lock")
     looks = "looks = []; take = lock.turnstile.take; lock.turnstile.take = lambda fd: looks.append(1) or take(fd)"
     for waiter in crowd:
         waiter.do(looks)
         waiter.start("store.append('s-1', 'log', 'crowd'), len(looks) > 1")
-    # Time to get in line. What proves the order is the document.
+    # The crowd gets time to get in line. The document proves the order.
     assert not first._connection.poll(0.2)
     locked.go()
     locked.result(), first.result()
     answers = [waiter.result() for waiter in crowd]
     assert store.load("s-1").data["log"] == ["holder", "waiter", *["crowd"] * 5]
-    # Each has made a commit of its own.
+    # Each process of the crowd has made a commit of its own.
     assert (store.head("s-1").revision, len({version for version, _ in answers})) == (8, 5)
     assert any(has_waited for _, has_waited in answers)
 
 
 @linux_only
 def test_waiter_lets_go_of_a_lock_file_that_was_removed(locked: Actor, directory: Path, actor: ActorFactory) -> None:
-    """It waits for the new file of that name, then; others who wait for the old one must find out, too.
+    """A waiter whose lock file was removed lets go of it, so that others who wait for it find out, too.
 
-    Fails if what it holds of the old file is kept while it waits for the new one.
+    It waits for the new file of that name. Fails if it keeps its locks on the old file while it waits.
     """
     path = directory / "s-1.json.lock"
     old = os.open(path, os.O_RDWR)
     try:
         waiter = actor()
         in_turnstile(waiter, path)
-        # In one step: else the waiter may be the first to make the new one.
+        # The new file appears in one step, because the waiter might otherwise make it first.
         new = held.try_hold(directory / "new.lock", create=True)
         assert new is not None
         (directory / "new.lock").replace(path)
@@ -702,20 +711,20 @@ def test_waiter_lets_go_of_a_lock_file_that_was_removed(locked: Actor, directory
 
 
 def state_of(task: Path) -> str:
-    """The state of a thread, by the kernel's table."""
+    """Return the state of a thread in the kernel's table."""
     return task.joinpath("stat").read_text().rpartition(") ")[2][0]
 
 
 @linux_only
 def test_waiter_that_is_stopped_stops_nobody(locked: Actor, directory: Path, actor: ActorFactory) -> None:
-    """A paused container or a debugger in the turnstile: who comes behind it overtakes it after a moment.
+    """A stopped process in the turnstile is overtaken after a moment.
 
-    Fails without `PATIENCE_S`.
+    It may be in a paused container or a debugger. Fails without `PATIENCE_S`.
     """
     stopped = actor()
     in_turnstile(stopped, directory / "s-1.json.lock")
     stopped.process.send_signal(signal.SIGSTOP)
-    # All its threads: one that still runs might take the lock, and be stopped with it.
+    # All its threads must have stopped. One that still runs might take the lock, and stop with it.
     eventually(lambda: all(state_of(task) == "T" for task in Path(f"/proc/{stopped.process.pid}/task").iterdir()))
     locked.go()
     locked.result()
@@ -729,7 +738,7 @@ def test_waiter_that_is_stopped_stops_nobody(locked: Actor, directory: Path, act
 
 @linux_only
 def test_waiter_that_is_killed_leaves_the_turnstile(locked: Actor, directory: Path, actor: ActorFactory) -> None:
-    """The kernel frees it."""
+    """The kernel frees the turnstile of a process that is killed."""
     killed = actor()
     in_turnstile(killed, directory / "s-1.json.lock")
     killed.kill()
@@ -743,7 +752,7 @@ def test_waiter_that_is_killed_leaves_the_turnstile(locked: Actor, directory: Pa
 def test_exception_in_the_turnstile_leaves_it(
     locked: Actor, store: persist.Store, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C right behind the step into it: neither the turnstile nor a descriptor stays behind."""
+    """Ctrl-C right after the step into the turnstile leaves neither the turnstile taken nor a descriptor open."""
     take = turnstile.take
 
     def interrupted(fd: int) -> bool:
@@ -767,7 +776,7 @@ def test_exception_in_the_turnstile_leaves_it(
 def test_waiter_that_gave_up_keeps_nothing(locked: Actor, directory: Path, actor: ActorFactory, fork: str) -> None:
     """A child that was forked while its parent was in the turnstile has no part in it, whatever it has closed.
 
-    Fails if who gives up closes the descriptor, of which the child may have a copy, and does not leave first.
+    Fails if a waiter that gives up closes the descriptor without leaving first, because the child may have a copy.
     """
     waiter = actor(timeout_s=1.0)
     code = """
@@ -811,7 +820,10 @@ child, len(errors), len(os.listdir('/proc/self/fd')) - before
 def test_who_waits_where_the_kernel_has_no_such_locks_polls(
     store: persist.Store, session: persist.Session, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file system without such locks costs the order only: the lock is looked at until it is free or time is over."""
+    """A file system without such locks costs only the order of the waiters.
+
+    A waiter looks at the lock until it is free or time is over.
+    """
     asked: list[int] = []
 
     def refuse(fd: int, *_arguments: object) -> None:

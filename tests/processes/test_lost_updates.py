@@ -1,4 +1,4 @@
-"""Nothing lost: many writers on one session, in threads and processes."""
+"""Many writers on one session, in threads and processes, lose nothing."""
 
 from __future__ import annotations
 
@@ -64,18 +64,18 @@ def run(name, threads):
 def run_all(actors: list[Actor], work: str, *, threads: int, count: int) -> None:
     for each in actors:
         each.do(f"{work}\n{THREADS}\ncount = {count}")
-    # Every actor is up and waits for its next line: this is the barrier.
+    # Every actor is up and waits for its next line. This is the barrier.
     for each in actors:
         each.start(f"run('p{each.pid}', {threads})")
     assert [each.result() for each in actors] == [[]] * len(actors)
 
 
 def assert_each_once(store: persist.Store, expected: int) -> None:
-    """Two detectors: the ids in the document, and the revisions that were counted."""
+    """Require that each message is stored once, by two measures: the ids in the document, and the counted revisions."""
     session = store.load("s-1")
     messages = session.data["messages"]
     for place, message in enumerate(messages):
-        # The second one of a pair.
+        # An assistant message is the second one of a pair.
         assert message["role"] == "user" or message["id"] == messages[place - 1]["id"] + "a"
     assert session.data.get("total", expected) == expected
     ids = [message["id"] for message in messages if message["role"] == "user"]
@@ -97,9 +97,9 @@ def assert_each_once(store: persist.Store, expected: int) -> None:
 def test_every_append_of_four_processes_is_kept(
     store: persist.Store, actor: ActorFactory, work: str, threads: int
 ) -> None:
-    """A11, A12: 4 processes x 200 appends to one session, by one and by four threads each: 800 of 800, in order.
+    """A11, A12: 4 processes make 200 appends each, by one and by four threads: 800 of 800 are kept, in order.
 
-    Fails with the lock taken out, and with the lock only around the write.
+    Fails without the lock, and with the lock only around the write.
     """
     store.create("s-1", {"title": "Busy", "messages": []})
     actors = [actor(timeout_s=60.0) for _ in range(PROCESSES)]
@@ -108,7 +108,7 @@ def test_every_append_of_four_processes_is_kept(
 
 
 def test_readers_see_only_whole_revisions_that_grow(store: persist.Store, actor: ActorFactory) -> None:
-    """Nothing torn: lock-free loads beside a writer give committed revisions, each as long as its number says."""
+    """Loads without a lock beside a writer give committed revisions, each as long as its number says, and none torn."""
     store.create("s-1", {"messages": []})
     writer, reader = actor(), actor()
     writer.do(BY_APPEND + "\ncount = 150")
@@ -145,10 +145,10 @@ ROUNDS = 70
 def test_two_processes_stamp_the_same_messages_and_lose_none(
     store: persist.Store, actor: ActorFactory, prefer: str
 ) -> None:
-    """F1: both stamp all old messages alike, which have no ids, and each appends one: no conflict, nothing lost or
-    doubled, whatever is preferred.
+    """F1: two processes that stamp all old messages alike, and append one each, lose and double nothing.
 
-    Fails if what both changed alike is taken from both sides.
+    They get no conflict, whatever is preferred. The old messages have no ids. Fails if a change that both made alike is
+    taken from both sides.
     """
     store.create("s-1", {"messages": [{"role": "user", "content": "Hello"}] * 3})
     actors = {name: actor(timeout_s=60.0) for name in "pq"}
@@ -182,10 +182,10 @@ REPLACE = "session.data['messages'][1:] = [{'role': 'user', 'content': 'And then
 def test_prompt_in_the_place_of_a_partial_is_kept(
     store: persist.Store, actor: ActorFactory, other: str, replaces_first: bool, prefer: str
 ) -> None:
-    """F1: one process drops the partial and adds a prompt, another one drops or edits the partial.
+    """F1: a prompt is kept if its process also drops the partial, and another one drops or edits the partial.
 
-    The prompt is there under its own role, and so is what was edited. Fails if a preference takes one side's list, or
-    if items without ids merge by position.
+    The prompt is stored under its own role, and so is the edited partial. Fails if a preference takes one side's list,
+    or if items without ids merge by position.
     """
     question, partial = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Beca"}
     store.create("s-1", {"messages": [question, partial]})

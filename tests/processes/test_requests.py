@@ -1,4 +1,4 @@
-"""Requests that are sent twice, and changes that were decided on a version: between processes."""
+"""Requests that are sent twice, and changes that depend on a version, between processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import persist
 
 PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
 ANSWER = {"id": "a1", "role": "assistant", "content": "Because."}
-#: As a server does with a request: it tells what it has started, what runs, or what was answered.
+#: Answer a request as a server does: with the started stream, the running one, or the stored answer.
 ONCE = f"""
 try:
     stream = store.start_stream('s-1', {PROMPT!r}, once=True, create=True, fields={{'model': 'm'}})
@@ -35,10 +35,10 @@ def ids(store: persist.Store) -> list[str]:
 
 
 def test_request_that_is_sent_to_three_processes_starts_one_turn(store: persist.Store, actor: ActorFactory) -> None:
-    """At a barrier, in a session that is not there yet: one of them starts it, and the others are told which stream
-    runs. Once it is answered, each is told the answer.
+    """Of three processes that get one request at once, one starts the turn, and the others are told its stream.
 
-    Fails if a running prompt, or an answered one, is not looked for.
+    The session does not exist before. Once the prompt is answered, each process is told the answer. Fails if a running
+    prompt, or an answered one, is not looked for.
     """
     actors = [actor() for _ in range(3)]
     for number in range(10):
@@ -59,13 +59,13 @@ def test_request_that_is_sent_to_three_processes_starts_one_turn(store: persist.
 def test_request_whose_server_has_died_is_taken_up_again(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """A prompt that was interrupted has no answer: the next one that asks runs it, and its prompt is there once."""
+    """An interrupted prompt has no answer, so the next process that gets it runs it. The prompt is stored once."""
     victim, other = actor(), actor()
     victim.do(ONCE)
     victim.do("stream.checkpoint({'role': 'assistant', 'content': 'Be'})")
     victim.kill()
     assert store.load("s-1").clear_stale_stream()
-    # Somebody's remark is no answer.
+    # A message that another writer appends is not the answer.
     store.append("s-1", "messages", {"id": "sorry", "role": "assistant", "content": "That was interrupted."})
     assert other.do(ONCE)[0] == "started"
     other.do(f"stream.finish({ANSWER!r})")
@@ -74,7 +74,7 @@ def test_request_whose_server_has_died_is_taken_up_again(
 
 
 def test_refused_start_sets_no_field(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """The fields are those of the commit that claims the session."""
+    """A refused start sets no field, because the fields belong to the commit that claims the session."""
     owner, other = actor(), actor()
     owner.do("stream = store.start_stream('s-1', {'role': 'user', 'content': 'Who?'}); stream.id")
     version = store.head("s-1").version
@@ -90,7 +90,7 @@ def test_refused_start_sets_no_field(store: persist.Store, session: persist.Sess
 def test_delete_of_a_version_spares_what_was_written_since(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """A clean-up that has seen an idle session does not remove the message that came in between."""
+    """A clean-up that has seen an idle session does not remove a message that came in between."""
     other = actor()
     seen = store.head("s-1").version
     written = other.do("store.append('s-1', 'messages', {'id': 'm2', 'content': 'wait'})")
@@ -105,7 +105,7 @@ def test_delete_of_a_version_spares_what_was_written_since(
 def test_version_of_a_session_names_none_that_was_made_anew(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """Same id, same content, same revision: it is another session all the same."""
+    """A version names no session that was made anew, even with the same id, content and revision."""
     other, seen = actor(), store.head("s-1")
     other.do(f"store.delete('s-1')\nstore.create('s-1', {session.data!r}) and None")
     assert (store.head("s-1").revision, store.load("s-1").data) == (seen.revision, session.data)
@@ -119,7 +119,7 @@ def test_version_of_a_session_names_none_that_was_made_anew(
 def test_version_of_a_session_that_is_gone_creates_none(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """`create=True` is for the first write, and a version names one that comes later."""
+    """A version together with `create=True` creates no session, because a version names a write after the first."""
     seen = session.version
     actor().do("store.delete('s-1')")
     with pytest.raises(persist.SessionNotFound), store.transaction("s-1", if_version=seen, create=True):
@@ -143,9 +143,9 @@ FIRST_WRITES = {
 def test_first_writes_of_four_processes_are_all_kept(
     store: persist.Store, actor: ActorFactory, first_write: str
 ) -> None:
-    """At a barrier, to a session that is not there: one makes it, and the others write to that one.
+    """Of four first writes at once, to a session that does not exist, one creates it and all are kept.
 
-    Fails if a session that is there is made anew.
+    Fails if a session that exists is made anew.
     """
     actors = [actor() for _ in range(4)]
     for number, each in enumerate(actors):
@@ -178,7 +178,7 @@ START = f"stream = store.start_stream('s-1', {PROMPT!r}); stream.id"
 def test_transaction_of_a_stream_that_has_lost_its_session_is_not_entered(
     store: persist.Store, session: persist.Session, actor: ActorFactory, end: str
 ) -> None:
-    """The fence is compared in the hold of the lock in which the block would write."""
+    """The fence is compared under the same lock under which the block would write."""
     owner, other = actor(), actor()
     stream_id = owner.do(START)
     owner.do(CHANGE)
@@ -195,7 +195,7 @@ def test_transaction_of_a_stream_that_has_lost_its_session_is_not_entered(
 def test_transaction_of_a_stream_puts_its_messages_before_the_partial_answer(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """As `append` does. Fails if they are left at the end."""
+    """A stream's transaction puts its messages before the partial, as `append` does. Fails if they stay at the end."""
     owner = actor()
     owner.do(START)
     owner.do("stream.checkpoint({'id': 'a1', 'role': 'assistant', 'content': 'Be'})")
@@ -209,7 +209,7 @@ def test_transaction_of_a_stream_puts_its_messages_before_the_partial_answer(
 def test_removal_of_what_a_live_stream_is_about_to_complete_is_refused(
     store: persist.Store, session: persist.Session, actor: ActorFactory, removal: str
 ) -> None:
-    """Its partial answer, or its session. Once its process is dead, that may be done."""
+    """The partial answer of a live stream, and its session, cannot be removed. Once the owner is dead they can."""
     owner, other = actor(), actor()
     owner.do(START)
     owner.do("stream.checkpoint({'id': 'a1', 'role': 'assistant', 'content': 'Be'})")
@@ -227,7 +227,7 @@ def test_removal_of_what_a_live_stream_is_about_to_complete_is_refused(
 def test_pair_that_two_processes_add_is_there_once(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """A request that went to both: each answers with the version that holds the pair."""
+    """A pair that two processes add at once is stored once, and each gets the version that holds the pair."""
     actors = [actor(), actor()]
     pair = [{"id": "u", "role": "user", "content": "?"}, {"id": "a", "role": "assistant", "content": "!"}]
     for number in range(10):

@@ -1,8 +1,8 @@
-"""Streams that any worker can resume: the server of docs/streams.md and the example, as uvicorn processes over one
-directory.
+"""Streams that any worker can resume: the server of docs/streams.md and the example, as uvicorn processes.
 
-A client that loses its connection again and again, a worker that is killed, cursors that cannot be right. Waiting is
-asking the servers, with a deadline; what is asserted is what they sent, never that time has passed.
+The processes share one directory. The tests have a client that loses its connection again and again, a worker that is
+killed, and cursors that cannot be right. They poll the servers, with a deadline. They assert what the servers sent,
+never that time has passed.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import persist
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "scripts" / "example_async_server.py"
-#: Echoed a word each 100 ms or 10 ms, it outlasts every test.
+#: The echo takes 100 ms or 10 ms a word, so it outlasts every test.
 LONG_PROMPT = " ".join(f"word{i}" for i in range(100_000))
 
 
 def app_of_the_page() -> str:
-    """The code blocks of docs/streams.md, which are one file."""
+    """Return the code blocks of docs/streams.md, which are one file."""
     page = (ROOT / "docs" / "streams.md").read_text(encoding="utf-8")
     return "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
 
@@ -43,7 +43,7 @@ def app_of_the_page() -> str:
 
 @dataclass(frozen=True)
 class Sent:
-    """One Server-Sent Event: its id is a cursor, and it has a name only if the stream has ended."""
+    """A Server-Sent Event. Its id is a cursor, and it has a name only if the stream has ended."""
 
     id: str
     name: str
@@ -51,7 +51,10 @@ class Sent:
 
 
 class Followed:
-    """A connection that follows a stream; iterate it to its end, which must come in time, or `close` it before."""
+    """A connection that follows a stream.
+
+    Iterate it to its end, which must come in time, or `close` it before.
+    """
 
     def __init__(self, port: int, path: str, cursor: str | None) -> None:
         self._deadline = time.monotonic() + DEADLINE_S
@@ -77,7 +80,7 @@ class Followed:
         self._connection.close()
 
     def body(self) -> Any:
-        """The answer of one that was refused."""
+        """Return the body of a refusal."""
         try:
             return json.loads(self._response.read())
         finally:
@@ -108,10 +111,10 @@ class Server:
         return Followed(self.port, f"/events/{session_id}/{stream_id}", cursor)
 
     def event_files_open(self) -> int:
-        """How many descriptors of the server are on events."""
+        """Return how many descriptors of the server are open on events."""
         names = []
         for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
-            # It may be closed in between.
+            # The descriptor may be closed in between.
             with suppress(FileNotFoundError):
                 names.append(link.readlink())
         return sum(name.parent.name == ".events" for name in names)
@@ -126,7 +129,7 @@ def tokens(sent: list[Sent]) -> list[Any]:
 
 
 def first_of(followed: Followed, count: int) -> list[Sent]:
-    """The next events, fewer if it ends; then the connection is dropped."""
+    """Return the next events, or fewer if the stream ends, and drop the connection."""
     found: list[Sent] = []
     for each in followed:
         found.append(each)
@@ -143,7 +146,7 @@ Serve = Callable[..., list[Server]]
 
 @pytest.fixture
 def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """The server processes of a test; all of them are gone after it."""
+    """Collect the server processes of a test, and kill all of them after it."""
     started: list[subprocess.Popen[bytes]] = []
     yield started
     for process in started:
@@ -152,7 +155,7 @@ def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def serving(log: Path, process: subprocess.Popen[bytes]) -> Server:
-    """The server that writes this log, once it has named its address in it and answers there."""
+    """Return the server that writes this log, once its address stands there."""
     found: list[int] = []
 
     def answers() -> bool:
@@ -184,7 +187,7 @@ def store(tmp_path: Path) -> persist.Store:
 
 @pytest.fixture
 def serve(tmp_path: Path, store: persist.Store, start_up: Callable[[list[str], int], list[Server]]) -> Serve:
-    """Start workers of the page's `app.py`, on a store with the session "s-1"."""
+    """Return a function that starts workers of the page's `app.py`, on a store with the session "s-1"."""
     store.create("s-1", {"messages": []})
     (tmp_path / "app.py").write_text(app_of_the_page(), encoding="utf-8")
     command = [sys.executable, "-W", "error", "-m", "uvicorn", "app:app", "--port", "0", "--no-access-log"]
@@ -193,7 +196,7 @@ def serve(tmp_path: Path, store: persist.Store, start_up: Callable[[list[str], i
 
 @pytest.fixture
 def serve_example(store: persist.Store, start_up: Callable[[list[str], int], list[Server]]) -> Serve:
-    """Start workers of the example script."""
+    """Return a function that starts workers of the example script."""
     command = [sys.executable, "-W", "error", str(EXAMPLE), "--directory", str(store.path), "--delay-s", "0.01"]
     return lambda count: start_up(command, count)
 
@@ -204,10 +207,11 @@ def serve_example(store: persist.Store, start_up: Callable[[list[str], int], lis
 def test_client_that_loses_its_connection_again_and_again_sees_every_event_once(
     serve: Serve, store: persist.Store
 ) -> None:
-    """A turn in worker A, followed through B over 20 connections: each event once and in order, then the end.
+    """A client that follows worker A's turn through B over 20 connections gets each event once, in order, and the end.
 
-    Fails if a worker knows its own streams only, or does not go on from `Last-Event-ID`. What a dropped connection had
-    open is closed: fails if a follower that is cut off is kept (left to the garbage collector, as a rule).
+    Fails if a worker knows only its own streams, or does not go on from `Last-Event-ID`. A dropped connection closes
+    the files that it had open. Fails, too, if a follower that is cut off is kept (left to the garbage collector, as a
+    rule).
     """
     a, b = serve(2)
     words = [f"word{i}" for i in range(40)]
@@ -233,11 +237,10 @@ def test_client_that_loses_its_connection_again_and_again_sees_every_event_once(
 def test_follower_is_told_that_the_worker_was_killed(
     serve: Serve, store: persist.Store, is_started_at_once: bool
 ) -> None:
-    """`kill -9` of A in mid-stream: B's follower gets all that was emitted, and "died"; B starts a turn; the prompt is
-    kept.
+    """After `kill -9` of A in mid-stream, B's follower gets all events and "died".
 
-    Fails (at the deadline) if nobody asks whether the owner lives, and, started at once, if the take-over does not end
-    the events of the dead.
+    B starts a turn, and the prompt is kept. Fails (at the deadline) if no follower looks whether the owner lives. If B
+    starts at once, fails if the take-over does not end the events of the dead stream.
     """
     a, b = serve(2)
     stream_id = a.start(LONG_PROMPT)
@@ -260,9 +263,9 @@ def test_follower_is_told_that_the_worker_was_killed(
 
 
 def test_cursor_that_cannot_be_right_is_refused(serve: Serve, store: persist.Store) -> None:
-    """D5: ahead, of another stream, malformed: an answer at once that says so, and no stream that hangs.
+    """D5: a cursor that is ahead, malformed or of another stream gets an error at once, and no stream that hangs.
 
-    Fails without the look at the cursor before the response, which could not be refused any more.
+    Fails without the look at the cursor before the response, because a response that has begun cannot be refused.
     """
     (server,) = serve(1)
     stream_id = server.start("one two three")
@@ -282,7 +285,7 @@ def test_cursor_that_cannot_be_right_is_refused(serve: Serve, store: persist.Sto
     assert answer(server.follow(".x")) == (400, "InvalidArgument")
     assert answer(server.follow(stream_id, session_id=".x")) == (404, "SessionNotFound")
     assert answer(server.follow(stream_id, session_id="x" * 513)) == (400, "InvalidArgument")
-    # That of the last event is right: there is nothing more but the end.
+    # A cursor at the last event is right. Only the end follows.
     assert list(server.follow(stream_id, "3")) == [Sent("", "finished", "3")]
 
 
@@ -291,7 +294,10 @@ def answer(followed: Followed) -> tuple[int, str]:
 
 
 def test_second_turn_is_refused_by_every_worker(serve: Serve, store: persist.Store) -> None:
-    """A11: one live stream a session, across workers: 409 while it runs; 404 without a session. Nothing is written."""
+    """A11: one live stream a session, across workers: 409 while it runs, and 404 without a session.
+
+    Nothing is written.
+    """
     a, b = serve(2)
     stream_id = a.start(LONG_PROMPT)
     refused = [worker.request("POST", "/chat/s-1", "me too") for worker in (a, b)]
@@ -302,9 +308,9 @@ def test_second_turn_is_refused_by_every_worker(serve: Serve, store: persist.Sto
 
 
 def test_worker_that_is_told_to_stop_finishes_its_turn(serve: Serve, store: persist.Store) -> None:
-    """SIGTERM: the turn goes on to its end, without a client, too.
+    """A worker that gets SIGTERM finishes its turn, even without a client.
 
-    Fails if it is a task that the server does not know.
+    Fails if the turn is a task that the server does not know.
     """
     (server,) = serve(1)
     stream_id = server.start("one two three four five")
@@ -320,9 +326,9 @@ def test_worker_that_is_told_to_stop_finishes_its_turn(serve: Serve, store: pers
 
 
 def test_cancel_through_the_other_worker_ends_the_stream(serve_example: Serve) -> None:
-    """A cancel at B reaches the turn in A, and both workers' followers are told; until then a second turn is refused.
+    """A cancel at B reaches the turn in A, and both workers' followers are told. Until then a second turn is refused.
 
-    Fails if the turn does not ask whether it is cancelled.
+    Fails if the turn does not check whether it is cancelled.
     """
     a, b = serve_example(2)
     stream_id = a.start(LONG_PROMPT)
@@ -346,9 +352,9 @@ def test_cancel_through_the_other_worker_ends_the_stream(serve_example: Serve) -
 
 @pytest.mark.parametrize("text", ["\ud83d", "😀\ud83d !", "\ude00\ud83d"], ids=ascii)
 def test_half_an_emoji_leaves_the_example(serve_example: Serve, store: persist.Store, text: str) -> None:
-    """HAZARDS F14: a session with a lone surrogate is no 500, and neither is an event.
+    """HAZARDS F14: neither a session nor an event with a lone surrogate gives a status 500.
 
-    It fails with `JSONResponse` in the place of the JSON in ASCII.
+    Fails with `JSONResponse` in the place of the JSON in ASCII.
     """
     (server,) = serve_example(1)
     prompt = {"id": "m", "role": "user", "content": text}
@@ -365,7 +371,7 @@ def test_half_an_emoji_leaves_the_example(serve_example: Serve, store: persist.S
     "halves", ["\ud83d\ude00", "\ud83c\uddf3\ud83c\uddf1", "so \ud83d\udc4d\ud83c\udffd"], ids=ascii
 )
 def test_an_emoji_in_two_events_is_whole_for_a_client(serve: Serve, store: persist.Store, halves: str) -> None:
-    """HAZARDS F14: each token is an event of its own; a client that joins them has the answer that was saved."""
+    """HAZARDS F14: each token is an event of its own, and a client that joins them has the answer that was saved."""
     (server,) = serve(1)
     with store.start_stream("s-1", {"role": "user", "content": "?"}) as stream:
         for token in halves:
@@ -376,9 +382,9 @@ def test_an_emoji_in_two_events_is_whole_for_a_client(serve: Serve, store: persi
 
 
 def test_cursor_of_the_example_names_its_stream(serve_example: Serve) -> None:
-    """D5: "<stream id>:<offset>", or the offset alone, also as `?after=`.
+    """D5: a cursor is "<stream id>:<offset>", or the offset alone, also as `?after=`.
 
-    That of another stream is refused, not guessed at.
+    A cursor of another stream is refused, not guessed at.
     """
     (server,) = serve_example(1)
     stream_id = server.start("one two")
@@ -403,9 +409,9 @@ def test_cursor_of_the_example_names_its_stream(serve_example: Serve) -> None:
 def test_server_that_stops_leaves_no_stream_behind(
     serve_example: Serve, store: persist.Store, signal_number: signal.Signals, ended: str
 ) -> None:
-    """Told to stop, a server fails its turns before it is gone; killed, the next one clears them when it starts.
+    """A server that is told to stop fails its turns before it exits. The next server clears those of a killed one.
 
-    Fails without the cancel in its lifespan, and without the sweep.
+    The next server does this when it starts. Fails without the cancel in its lifespan, and without the sweep.
     """
     (server,) = serve_example(1)
     stream_id = server.start(LONG_PROMPT)
@@ -414,7 +420,7 @@ def test_server_that_stops_leaves_no_stream_behind(
     if signal_number == signal.SIGKILL:
         assert store.load("s-1").active_stream_id == stream_id
         serve_example(1)
-        # The address is printed before the sweep; the first answer comes after it.
+        # The address is printed before the sweep. The first answer comes after it.
     eventually(lambda: store.load("s-1").active_stream_id is None)
     session = store.load("s-1")
     assert [message["interrupted"] for message in session.data["messages"]] == [True, True]

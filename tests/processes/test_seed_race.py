@@ -1,9 +1,13 @@
-"""The starting case, hermes-webui #1533: a clear that was decided for a dead stream must not hit the stream that came
-after.
+"""The starting case, hermes-webui #1533: a clear that was decided for a dead stream must spare the stream after it.
 
-The three steps of the issue: the reader finds stream X dead and decides to clear it; the writer starts stream Y; the
-reader writes ``active_stream_id = None``. Each order is forced by a barrier, never by sleeping. `scripts/mutants` takes
-out the lock, the re-read and the cross-process liveness, one at a time, and sees these tests fail.
+The issue has three steps:
+
+1. The reader finds stream X dead and decides to clear it.
+2. The writer starts stream Y.
+3. The reader writes ``active_stream_id = None``.
+
+A barrier forces each order, never a sleep. `scripts/mutants` takes out the lock, the re-read and the cross-process
+liveness, one at a time, and sees these tests fail.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ PROMPT = {"role": "user", "content": "Why?"}
 
 @pytest.fixture
 def dead_stream(store: persist.Store, actor: ActorFactory) -> str:
-    """Session s-1, whose stream X was run by a process that has been killed."""
+    """Make session s-1, whose stream X was run by a process that has been killed. Return the stream's id."""
     store.create("s-1", {"title": "Seed", "messages": []})
     victim = actor()
     stream_id: str = victim.do("stream = store.start_stream('s-1', {'role': 'user', 'content': 'First?'}); stream.id")
@@ -34,7 +38,7 @@ def dead_stream(store: persist.Store, actor: ActorFactory) -> str:
 
 
 def start_or_wait(start: Callable[[], str], let_reader_go: Callable[[], None]) -> str:
-    """Start a stream while the reader stands between its decision and its write; the lock makes that wait."""
+    """Start a stream while the reader stands between its decision and its write. The lock makes the start wait."""
     try:
         stream_id = start()
     except persist.LockTimeout:
@@ -47,9 +51,9 @@ def start_or_wait(start: Callable[[], str], let_reader_go: Callable[[], None]) -
 @pytest.mark.usefixtures("switching")
 class TestTwoThreads:
     def test_clear_decided_before_a_new_stream_spares_it(self, store: persist.Store, dead_stream: str) -> None:
-        """A1, two threads: decided for X, resumed after Y has started, the clear returns False and Y stays.
+        """A1, two threads: a clear decided for X, and resumed after Y has started, returns False, and Y stays.
 
-        Fails with the re-read taken out.
+        Fails without the re-read.
         """
         looked, started = threading.Barrier(2), threading.Event()
         outcome: list[bool] = []
@@ -75,7 +79,7 @@ class TestTwoThreads:
     ) -> None:
         """A1, two threads: while the clear stands between its re-read and its write, a start waits, and then stays.
 
-        Fails with the lock taken out.
+        Fails without the lock.
         """
         at_write, go = threading.Event(), threading.Event()
         real = disk.create
@@ -111,9 +115,9 @@ class TestTwoProcesses:
     def test_clear_decided_before_a_new_stream_spares_it(
         self, store: persist.Store, actor: ActorFactory, dead_stream: str
     ) -> None:
-        """A1, two processes: decided for X, resumed after Y has started, the clear returns False and Y stays.
+        """A1, two processes: a clear decided for X, and resumed after Y has started, returns False, and Y stays.
 
-        Fails with the re-read taken out.
+        Fails without the re-read.
         """
         reader, writer = actor(), actor()
         assert reader.do("session = store.load('s-1'); session.active_stream_id") == dead_stream
@@ -127,7 +131,7 @@ class TestTwoProcesses:
     ) -> None:
         """A1, two processes: while the clear stands between its re-read and its write, a start waits, and then stays.
 
-        Fails with the lock taken out.
+        Fails without the lock.
         """
         reader, writer = actor(), actor(**SHORT)
         reader.start_and_pause("store.load('s-1').clear_stale_stream()", "create")
@@ -149,9 +153,9 @@ class TestTwoProcesses:
     def test_stream_that_lives_in_another_process_is_left_alone(
         self, store: persist.Store, actor: ActorFactory
     ) -> None:
-        """A1, A11: a process that knows nothing of a stream but the file still sees that it lives.
+        """A1, A11: a process that knows only the file of a stream still sees that the stream lives.
 
-        Fails with liveness known only in the process that asks.
+        Fails if liveness is known only in the process that asks.
         """
         store.create("s-1", {"messages": []})
         owner, reader = actor(), actor()
@@ -165,7 +169,7 @@ class TestSeedBehaviour:
     """The five behaviours of hermes-webui's `_clear_stale_stream_state` that must not regress."""
 
     def test_clear_resets_every_pending_field(self, store: persist.Store, dead_stream: str) -> None:
-        """A clear resets all four stream fields, in memory and on disk, and says so."""
+        """A clear resets all four stream fields, in memory and on disk, and returns True."""
         session = store.load("s-1")
         assert session.data["pending_user_message"] == "First?"
         assert session.clear_stale_stream() is True
@@ -179,7 +183,7 @@ class TestSeedBehaviour:
             assert {field: data[field] for field in idle} == idle
 
     def test_clear_keeps_updated_at(self, store: persist.Store, dead_stream: str) -> None:
-        """A clear is a repair: the session keeps its place in a list sorted by recency."""
+        """A clear is a repair, so the session keeps its place in a list sorted by recency."""
         before = store.load("s-1")
         session = store.load("s-1")
         assert session.clear_stale_stream() is True
@@ -187,7 +191,7 @@ class TestSeedBehaviour:
         assert session.revision == before.revision + 1
 
     def test_loading_for_a_response_can_clear_first(self, store: persist.Store, dead_stream: str) -> None:
-        """Load, clear, answer: the answer is made of the same object, shows no stream, and has the prompt."""
+        """A server can load, clear and answer with the same object, which shows no stream and has the prompt."""
         session = store.load("s-1")
         session.clear_stale_stream()
         assert session.active_stream_id is None
@@ -196,7 +200,7 @@ class TestSeedBehaviour:
         session.save()
 
     def test_start_over_a_stale_stream_clears_it_and_starts(self, store: persist.Store, dead_stream: str) -> None:
-        """A dead stream does not stand in the way of the next one, and its prompt is kept."""
+        """A dead stream does not block the next one, and its prompt is kept."""
         with store.start_stream("s-1", PROMPT) as stream:
             data = store.load("s-1").data
             assert data["active_stream_id"] == stream.id != dead_stream
@@ -218,14 +222,14 @@ class TestSeedBehaviour:
 
 
 def test_session_without_a_stream_is_not_touched(store: persist.Store, directory: Path) -> None:
-    """No stream: False, and the file is not even opened for it."""
+    """A clear of a session without a stream returns False, and does not even open the file."""
     session = store.create("s-1", {"messages": []})
     (directory / "s-1.json").unlink()
     assert session.clear_stale_stream() is False
 
 
 def test_actor_reports_what_it_raised(actor: ActorFactory) -> None:
-    """The harness itself: an error of another process arrives here with its attributes."""
+    """An error of an actor arrives in the test with its attributes. This tests the harness itself."""
     other: Actor = actor()
     with pytest.raises(persist.SessionNotFound) as caught:
         other.do("store.load('nobody')")

@@ -1,6 +1,6 @@
-"""One Session object: exceptions that cut its verbs off, threads whose verbs meet, and what others commit.
+"""One Session object: exceptions that cut its verbs off, threads whose verbs meet, and commits of others.
 
-An object is for one thread at a time. Its save and its refresh exclude each other, and that is all.
+An object is for one thread at a time. Its save and its refresh exclude each other, and no more is promised.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def contents(store: persist.Store) -> list[str]:
 
 
 def in_threads(*works: Callable[[], object]) -> None:
-    """Run them at once, from a barrier; an exception of one is raised here."""
+    """Run functions at once, from a barrier. Raise the first exception of one here."""
     barrier, errors = threading.Barrier(len(works)), list[BaseException]()
 
     def run(work: Callable[[], object]) -> None:
@@ -63,7 +63,7 @@ def in_threads(*works: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize("prefer", ["error", "mine"])
 def test_save_never_writes_none_over_a_live_stream(store: persist.Store, session: persist.Session, prefer: Any) -> None:
-    """A1 (#1533) by other means: whatever a save prefers at conflicts, stream fields come from the disk."""
+    """A1 (#1533) by other means: a save takes the stream fields from the disk, whatever it prefers at conflicts."""
     session.data["active_stream_id"] = None
     session.data["title"] = "mine"
     with store.start_stream("s-1") as stream:
@@ -77,13 +77,13 @@ def test_save_never_writes_none_over_a_live_stream(store: persist.Store, session
 
 
 def test_stream_fields_take_no_merge_policy(store: persist.Store) -> None:
-    """A policy could say "mine" for ever; so there is none for them."""
+    """A merge policy for a stream field is refused, because it could say "mine" for ever."""
     with pytest.raises(persist.InvalidArgument):
         persist.Store(store.path, merge={"active_stream_id": "mine"})
 
 
 def test_save_that_prefers_mine_keeps_the_running_turn(store: persist.Store, session: persist.Session) -> None:
-    """B2, B3: a truncation that others made, and a turn that runs on it, are not undone by preferring mine."""
+    """B2, B3: a save that prefers "mine" undoes neither another writer's truncation nor the turn that runs on it."""
     session.data["messages"].append({"id": "note", "content": "note"})
     store.update("s-1", lambda tx: tx.data["messages"].clear(), if_version=session.version)
     with store.start_stream("s-1", {"role": "user", "content": "Why?"}) as stream:
@@ -93,7 +93,7 @@ def test_save_that_prefers_mine_keeps_the_running_turn(store: persist.Store, ses
 
 
 def test_messages_cannot_be_made_something_else_in_a_turn(store: persist.Store) -> None:
-    """A turn can always be ended: `messages` stays a list while it runs, and even if it does not."""
+    """A turn can always be ended, because `messages` stays a list while it runs, and even if it does not."""
     session = store.create("s-2", {"messages": []})
     stream = store.start_stream("s-2")
     session.refresh()
@@ -107,7 +107,10 @@ def test_messages_cannot_be_made_something_else_in_a_turn(store: persist.Store) 
 
 
 def test_stale_id_cannot_be_taken_again(store: persist.Store) -> None:
-    """A stream that took the id of the dead one would remove its own lease, and two could live."""
+    """The id of a stale stream cannot be taken again.
+
+    A stream that took it would remove its own lease, and two streams could live.
+    """
     (store.path / "s-3.json").write_text('{"messages": [], "active_stream_id": "X", "pending_user_message": null}')
     with pytest.raises(persist.InvalidArgument):
         store.start_stream("s-3", stream_id="X")
@@ -119,7 +122,10 @@ def test_stale_id_cannot_be_taken_again(store: persist.Store) -> None:
 def test_owner_of_an_older_epoch_is_fenced_off_though_its_id_is_used_again(
     store: persist.Store, session: persist.Session
 ) -> None:
-    """A5: ids may be brought by the caller and repeat; the epoch does not. Fails with the epoch not compared."""
+    """A5: the caller may bring stream ids, which may repeat, but the epoch never does.
+
+    Fails if the epoch is not compared.
+    """
     old = store.start_stream("s-1", {"id": "p1", "content": "1"}, stream_id="run")
     store.cancel("s-1", "run", force=True)
     with store.start_stream("s-1", {"id": "p2", "content": "2"}, stream_id="run") as new:
@@ -135,7 +141,10 @@ def test_owner_of_an_older_epoch_is_fenced_off_though_its_id_is_used_again(
 
 
 def test_object_that_stands_at_two_places_reverts_nobody(store: persist.Store, session: persist.Session) -> None:
-    """A3: after another writer has edited one of the places, a save without an edit writes nothing."""
+    """A3: an object that stands at two places in `data` reverts no edit of another writer.
+
+    After another writer has edited one of the places, a save without an edit writes nothing.
+    """
     shared = {"id": "m2", "content": "a"}
     session.data["messages"].append(shared)
     session.data["first"] = shared
@@ -151,7 +160,7 @@ def test_object_that_stands_at_two_places_reverts_nobody(store: persist.Store, s
 
 
 def test_clear_keeps_unsaved_edits(store: persist.Store, session: persist.Session) -> None:
-    """A clear brings the committed state into memory, and unsaved edits with it; one that contradicts it too."""
+    """A clear brings the committed state into memory and keeps unsaved edits, even one that contradicts the clear."""
     stream = store.start_stream("s-1", {"id": "p", "content": "Why?"})
     session.refresh()
     stream._lease.close()
@@ -166,8 +175,10 @@ def test_clear_keeps_unsaved_edits(store: persist.Store, session: persist.Sessio
 
 
 def test_mixed_base_is_not_taken_for_the_content_of_its_commit(tmp_path: Path) -> None:
-    """After a clear that an edit contradicts, the merge base is of two commits. An older copy of the session may have
-    been put back since. Fails where the changes are found against that base: the record would not fit the files.
+    """A save does not find its changes against the mixed base that a clear leaves beside a contradicting edit.
+
+    That base is of two commits, and an older copy of the session may have been put back since. Fails if the changes are
+    found against it, because the record would not fit the files.
     """
     store = persist.Store(tmp_path / "sessions", journal="always")
     store.create("s", {"messages": [{"id": "m1"}]})
@@ -191,7 +202,10 @@ def test_mixed_base_is_not_taken_for_the_content_of_its_commit(tmp_path: Path) -
 
 
 def test_clear_shows_what_it_changed_and_looks_at_nothing_else(store: persist.Store, session: persist.Session) -> None:
-    """It costs what it changes. Fails where all of `data` is encoded to show it: that refuses the set."""
+    """A clear shows only what it changed, and so costs only that.
+
+    Fails if all of `data` is encoded to show it, because the set in it is refused.
+    """
     stream = store.start_stream("s-1", {"id": "p", "content": "Why?"})
     session.refresh()
     stream._lease.close()
@@ -202,7 +216,7 @@ def test_clear_shows_what_it_changed_and_looks_at_nothing_else(store: persist.St
     assert (session.active_stream_id, session.data["pending_user_message"]) == (None, None)
     assert session.data["messages"][0] is first
     assert session.data["messages"][-1] == {"id": "p", "content": "Why?", "interrupted": True}
-    # An object of `data` that stands at another place, too, was not meant there.
+    # The clear does not change an object of `data` at a place that it did not mean.
     assert session.data["pinned"] == {"id": "p", "content": "Why?"}
     del session.data["draft"], session.data["pinned"]
     assert session.data == store.load("s-1").data
@@ -214,7 +228,7 @@ def test_clear_shows_what_it_changed_and_looks_at_nothing_else(store: persist.St
 def test_clear_shows_the_stream_gone_even_beside_a_contradiction(
     store: persist.Store, session: persist.Session
 ) -> None:
-    """The stream fields are from the disk; the edit that contradicts the clear is reported by the next save."""
+    """A clear takes the stream fields from the disk. The next save reports an edit that contradicts the clear."""
     stream = store.start_stream("s-1", {"id": "p", "content": "Why?"})
     session.refresh()
     stream._lease.close()
@@ -234,7 +248,7 @@ def interrupt(*_arguments: object, **_named: object) -> None:
 
 
 def interrupt_behind(patched: pytest.MonkeyPatch, step: str) -> None:
-    """Ctrl-C comes while a step is with the disk, and what was asked of it is done."""
+    """Make Ctrl-C come while a step is with the disk, which still carries out the step."""
     real = getattr(disk, step)
 
     def cut(*arguments: Any, **named: Any) -> None:
@@ -245,7 +259,7 @@ def interrupt_behind(patched: pytest.MonkeyPatch, step: str) -> None:
 
 
 def cut_off(session: persist.Session, step: str, *, is_done: bool) -> None:
-    """Save, and have Ctrl-C come at a step of the disk, or behind it."""
+    """Save, and make Ctrl-C come at a step of the disk, or after it."""
     with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
         if is_done:
             interrupt_behind(patched, step)
@@ -258,7 +272,7 @@ STEPS = [
     *[("never", step) for step in ("create", "write", "sync", "replace", "sync_directory")],
     *[("always", step) for step in ("write_at", "sync_data")],
 ]
-#: Behind which the commit is there.
+#: After these steps the commit is visible.
 IS_VISIBLE = {("never", "replace"), ("never", "sync_directory"), ("always", "write_at"), ("always", "sync_data")}
 VERBS: dict[str, Callable[[persist.Session], object]] = {
     "save": persist.Session.save,
@@ -274,7 +288,7 @@ def journal(request: pytest.FixtureRequest) -> Mode:
 
 
 def appending(directory: Path, journal: Mode) -> persist.Session:
-    """A session with a dead stream, and an object of it with an edit that counts twice if it is made twice."""
+    """Return an object of a session with a dead stream, whose edit counts twice if it is made twice."""
     store = persist.Store(directory, journal=journal, merge={"n": "sum"})
     store.create("s-1", {"n": 5, "messages": [{"content": "hi"}]})
     stream = store.start_stream("s-1")
@@ -291,7 +305,7 @@ def appending(directory: Path, journal: Mode) -> persist.Session:
 def test_save_that_was_cut_off_counts_once(
     directory: Path, journal: Mode, step: str, verb: str, *, is_done: bool
 ) -> None:
-    """Ctrl-C at any step of a save, any next verb, and the same save again: the edit stands there once.
+    """An edit counts once after Ctrl-C at any step of its save, any next verb, and the same save again.
 
     The disk is at the old revision or at the new one, and the lock is free. Fails if the object does not look for its
     own commit.
@@ -320,7 +334,7 @@ def test_save_that_was_cut_off_counts_once(
 def test_save_that_was_cut_off_under_the_commit_of_another_is_told(
     directory: Path, journal: Mode, step: str, verb: str, *, is_done: bool
 ) -> None:
-    """Nobody can tell whether the edit is there, so every verb says to load anew, and writes nothing.
+    """Every verb says to load anew, and writes nothing, if another commit hides whether the cut-off save was made.
 
     Fails if the object takes what it finds for its base, or merges its edit into it again.
     """
@@ -345,7 +359,7 @@ def test_save_that_was_cut_off_under_the_commit_of_another_is_told(
 
 
 def test_edits_made_after_a_save_was_cut_off_are_saved_by_the_next(directory: Path, journal: Mode) -> None:
-    """What the object tried is told from what was edited since: the one stands there once, the other is dirty."""
+    """The object tells its cut-off save from later edits: it stores the first once, and saves the others."""
     session = appending(directory, journal)
     cut_off(session, "replace" if journal == "never" else "sync_data", is_done=True)
     session.data["messages"].append({"content": "since"})
@@ -359,7 +373,7 @@ def test_edits_made_after_a_save_was_cut_off_are_saved_by_the_next(directory: Pa
 def test_save_that_was_refused_may_be_repeated_under_the_commit_of_another(
     directory: Path, journal: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`CommitFailed` says that nothing was written. So the same save merges, although another has committed since."""
+    """`CommitFailed` says that nothing was written. So the same save merges, even if another commit has come since."""
     session = appending(directory, journal)
     with monkeypatch.context() as patched, pytest.raises(persist.CommitFailed):
         patched.setattr(disk, "write_at" if journal == "always" else "write", full_disk)
@@ -376,7 +390,7 @@ def full_disk(*_arguments: object) -> None:
 
 
 def edit_behind(patched: pytest.MonkeyPatch, step: str, edit: Callable[[], object]) -> None:
-    """Edit in the middle of a save, as another task of an event loop does: it has encoded what it writes."""
+    """Edit in the middle of a save, after it has encoded its content, like another task of an event loop."""
     real = getattr(disk, step)
 
     def edited(*arguments: Any) -> None:
@@ -389,7 +403,7 @@ def edit_behind(patched: pytest.MonkeyPatch, step: str, edit: Callable[[], objec
 def test_edit_behind_the_encoding_is_dirty_for_the_next_save(
     directory: Path, journal: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A save writes what it has encoded, and whatever was edited since is saved by the next one."""
+    """A save writes what it has encoded, and the next save stores any later edit."""
     session = appending(directory, journal)
     other = persist.Store(directory, journal=journal)
     other.append("s-1", "messages", {"content": "theirs"})
@@ -414,7 +428,7 @@ def test_edit_behind_the_encoding_is_dirty_for_the_next_save(
 def test_edit_made_while_a_save_merges_contradicts_what_it_brings(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody else's title comes with a save, and another task sets one meanwhile: the next save says so."""
+    """The next save reports a conflict if a save brings another writer's title while another task sets one."""
     store.update("s-1", lambda tx: tx.data.update(title="theirs"))
     session.data["messages"].append({"id": "mine", "content": "mine"})
     with monkeypatch.context() as patched:
@@ -429,10 +443,10 @@ def test_edit_made_while_a_save_merges_contradicts_what_it_brings(
 def test_refresh_keeps_nobody_from_the_lock(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A thread that reads for `refresh`, for however long, does not hold up another's save of the same object.
+    """A thread that reads for `refresh`, however long, does not delay another thread's save of the same object.
 
-    Fails when the file is read inside the object's guard: where folds follow one another it waits for the lock there,
-    which the saver holds, while that waits for the guard.
+    Fails if the file is read inside the object's guard. Where folds follow one another, the reader waits there for the
+    lock, which the saver holds while it waits for the guard.
     """
     is_reading, go_on = threading.Event(), threading.Event()
     real = disk.read_version
@@ -462,7 +476,7 @@ def test_refresh_keeps_nobody_from_the_lock(
 def test_save_that_was_cut_off_is_made_durable_before_it_is_acknowledged(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The retry finds its own commit visible, and may not trust that it was synced."""
+    """The retry finds its own commit visible, and syncs it, because it cannot trust that it was synced."""
     session.data["title"] = "mine"
     cut_off(session, "sync_directory", is_done=False)
     synced: list[str] = []
@@ -480,7 +494,7 @@ def test_save_that_was_cut_off_is_made_durable_before_it_is_acknowledged(
 def test_equal_commit_of_another_is_not_taken_for_ones_own(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A save that the disk refused, then the very same change by another object, then the save again: both count.
+    """Both changes count if the disk refuses a save, another object makes the same change, and the save is repeated.
 
     Equal items without ids that both append are one item, though.
     """
@@ -500,7 +514,7 @@ def test_equal_commit_of_another_is_not_taken_for_ones_own(
 
 
 class Interrupting:
-    """Raises KeyboardInterrupt at one line of the modules below."""
+    """A tracer that raises KeyboardInterrupt at one line of the modules below."""
 
     def __init__(self, place: int) -> None:
         self.left = place
@@ -515,8 +529,8 @@ class Interrupting:
         return self
 
 
-#: What stands in others is pure, or has `with table` in it. There a tracer can raise right before a block's way out,
-#: where no signal comes through. `test_interrupts_leak_no_lock` sends signals there.
+#: The other modules are pure, or have `with table` in them. There a tracer can raise right before a block's exit, where
+#: no signal comes through. `test_interrupts_leak_no_lock` sends signals there.
 INTERRUPTED = tuple(
     f"persist/{name}.py"
     for name in ("session", "patch", "streams", "working_copy", "storage/transaction", "storage/commit")
@@ -524,7 +538,7 @@ INTERRUPTED = tuple(
 
 
 def interrupted(call: Callable[[], object], place: int) -> bool:
-    """Call, and have Ctrl-C come at the line of that number. Tell whether there was one."""
+    """Call a function, and make Ctrl-C come at the line of that number. Return whether there was one."""
     interrupting = Interrupting(place)
     before = sys.gettrace()
     try:
@@ -540,7 +554,10 @@ def interrupted(call: Callable[[], object], place: int) -> bool:
 def told_to_load_anew(
     store: persist.Store, session: persist.Session, verb: Callable[[persist.Session], object]
 ) -> persist.Session | None:
-    """Call a verb again. If the object says that nobody can tell what became of its save, do as it says."""
+    """Call a verb again.
+
+    If the object says that its save cannot be known, load anew, as it says, and return the new one.
+    """
     try:
         verb(session)
         session.refresh()
@@ -557,15 +574,14 @@ def told_to_load_anew(
     return None
 
 
-# One that comes while a generator is closed goes to nobody.
+# An interrupt while a generator is closed reaches no caller.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("is_alone", [True, False], ids=["alone", "another-commits"])
 @pytest.mark.parametrize("verb", list(VERBS))
 def test_interrupt_at_any_line_doubles_nothing(verb: str, scratch: Path, *, is_alone: bool) -> None:
-    """Ctrl-C wherever it hits in a verb. When it is called again, what was appended without an id stands
-    there once.
+    """An item without an id is stored once after Ctrl-C at any line of a verb and a second call of that verb.
 
-    After a commit of somebody else the object may say that nobody can tell, and that it is to be loaded anew.
+    After a commit of another writer the object may say that the outcome is unknown, and that it must be loaded anew.
     """
     place, is_told = 0, False
     while True:
@@ -583,7 +599,7 @@ def test_interrupt_at_any_line_doubles_nothing(verb: str, scratch: Path, *, is_a
         session.data["messages"].append({"content": "mine"})
         is_over = not interrupted(partial(VERBS[verb], session), place)
         expected = ["hi", "mine", "theirs"]
-        # It takes the lock, or fails at once.
+        # The next call takes the lock, or fails at once.
         store.stream("s-1")
         if not is_alone:
             store.append("s-1", "messages", {"content": "later"})
@@ -602,8 +618,9 @@ def test_interrupt_at_any_line_doubles_nothing(verb: str, scratch: Path, *, is_a
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_interrupt_at_any_line_of_a_finish_leaves_one_answer(scratch: Path) -> None:
-    """Ctrl-C wherever it hits in `finish`. When it is called again, the answer stands there once, or it is told that
-    the stream has ended. Either way the next turn can start, once the block is left.
+    """After Ctrl-C at any line of `finish`, and `finish` again, the answer is stored once.
+
+    The second call may also say that the stream has ended. Either way the next turn can start once the block is left.
     """
     prompt, answer = {"id": "p", "role": "user", "content": "?"}, {"id": "a", "role": "assistant", "content": "!"}
     place, is_over, lost = 0, False, 0
@@ -630,7 +647,7 @@ def test_interrupt_at_any_line_of_a_finish_leaves_one_answer(scratch: Path) -> N
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("is_streaming", [False, True], ids=["store", "stream"])
 def test_interrupt_at_any_line_of_a_transaction_is_all_or_nothing(scratch: Path, *, is_streaming: bool) -> None:
-    """Ctrl-C wherever it hits in a transaction: all that the block did is there, or nothing, and the lock is free."""
+    """After Ctrl-C at any line of a transaction all changes of the block are stored, or none, and the lock is free."""
 
     def change(tx: persist.Transaction) -> None:
         tx.fields["title"] = "mine"
@@ -658,7 +675,7 @@ def test_interrupt_at_any_line_of_a_transaction_is_all_or_nothing(scratch: Path,
 
 
 def test_session_made_anew_is_not_cleared_by_an_old_object(store: persist.Store) -> None:
-    """C1: the same id, and even the same stream id, of another incarnation are another session."""
+    """C1: a session of another incarnation is another session, even with the same id and the same stream id."""
     old = store.create("s-2", {"messages": []})
     first = store.start_stream("s-2", stream_id="run")
     old.refresh()
@@ -672,7 +689,7 @@ def test_session_made_anew_is_not_cleared_by_an_old_object(store: persist.Store)
 
 
 def test_saved_state_is_absorbed_once(store: persist.Store, session: persist.Session) -> None:
-    """A save that merged, and then a refresh: nothing of it is taken for new."""
+    """A refresh after a save that merged takes nothing of that save for new."""
     store.update("s-1", lambda tx: tx.data.update(tags=["t"]))
     session.data["messages"].append({"content": "mine"})
     session.save()
@@ -685,8 +702,9 @@ def test_saved_state_is_absorbed_once(store: persist.Store, session: persist.Ses
 def test_lack_of_descriptors_is_no_unknown_commit(
     session: persist.Session, actor: ActorFactory, directory: Path
 ) -> None:
-    """A burst of connections between the rename and the sync: the commit ends well,
-    or is refused before it is visible.
+    """A commit that lacks descriptors between the rename and the sync ends well, or is refused before it is visible.
+
+    A burst of connections may take all descriptors.
     """
     other = actor()
     other.do(
@@ -719,7 +737,7 @@ disk.replace = replace
 def test_nothing_is_acknowledged_after_an_unknown_commit(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After CommitUnknown this store neither writes nor confirms that session; a new store may look again."""
+    """After CommitUnknown this store neither writes nor confirms that session. A new store may look again."""
 
     def broken(*_arguments: object) -> None:
         raise OSError(5, "Input/output error")
@@ -744,8 +762,9 @@ def test_nothing_is_acknowledged_after_an_unknown_commit(
 def test_failed_sync_of_what_was_found_is_not_tried_again(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A second fsync may say OK with the data gone: what cannot be written anew is of unknown durability from
-    then on.
+    """A commit whose sync failed, and that cannot be written anew, stays of unknown durability.
+
+    A second fsync may say OK with the data gone.
     """
     item = {"id": "m2", "content": "visible"}
     store.append("s-1", "messages", item)
@@ -771,7 +790,7 @@ def test_failed_sync_of_what_was_found_is_not_tried_again(
 def test_what_others_committed_is_made_durable_before_it_is_acknowledged(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    """A save that finds its state on disk already syncs it: its writer may have died before it could."""
+    """A save that finds its state on disk already syncs it, because its writer may have died before it could."""
     session.save()
     store.append("s-1", "messages", {"id": "m2", "content": "theirs"})
     synced: list[str] = []
@@ -793,7 +812,7 @@ def test_what_others_committed_is_made_durable_before_it_is_acknowledged(
 def test_failed_removal_of_a_stale_lease_does_not_lock_the_session(
     store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once the claim is committed the stream exists: a left-over lease of its predecessor is no reason to lose it."""
+    """A stream exists once its claim is committed, even if the lease of its predecessor cannot be removed."""
     stale = store.start_stream("s-1")
     stale._lease.close()
     real = disk.unlink
@@ -824,7 +843,7 @@ def test_save_and_refresh_of_one_object_exclude_each_other(
     Fails without the object's guard.
     """
     for n in range(40):
-        # Between the verbs: the object is one thread's at a time.
+        # The edits come between the verbs, because the object is for one thread at a time.
         session.data["messages"].append({"content": f"mine-{n}"})
         session.data["n"] += 1
         in_threads(
@@ -869,7 +888,7 @@ def test_verb_waits_for_the_one_that_is_inside(
     threads[0].start()
     assert inside.wait(DEADLINE_S)
     threads[1].start()
-    # Time to do wrong. What proves it are the steps.
+    # The second thread gets time to do wrong. The steps prove that it did not.
     threads[1].join(0.1)
     go_on.set()
     for thread in threads:
@@ -882,7 +901,10 @@ def test_verb_waits_for_the_one_that_is_inside(
 
 @pytest.mark.usefixtures("switching")
 def test_objects_of_their_own_lose_nothing_in_threads(store: persist.Store, session: persist.Session) -> None:
-    """A3, A12: each thread saves an object of its own, and one appends. All is there once, in its writer's order."""
+    """A3, A12: threads that each save an object of their own, and one that appends, lose nothing.
+
+    All items are stored once, in their writer's order.
+    """
 
     def saver(name: str) -> None:
         own = store.load("s-1")
@@ -909,10 +931,10 @@ def test_objects_of_their_own_lose_nothing_in_threads(store: persist.Store, sess
 def test_verb_in_the_middle_of_one_is_refused(
     verb: str, inner: str, store: persist.Store, session: persist.Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a signal handler does it, or a finaliser: the outer one would go on with a base that is no longer that of
-    `data`.
+    """A verb in the middle of another verb of the object is refused, as in a signal handler or a finaliser.
 
-    Fails (messages are doubled) if the thread that is inside comes in once more.
+    The outer verb would go on with a base that is no longer that of `data`. Fails (messages are doubled) if the thread
+    that is inside comes in once more.
     """
     store.append("s-1", "messages", {"content": "other"})
     session.data["messages"].append({"content": "mine"})
@@ -934,15 +956,15 @@ def test_verb_in_the_middle_of_one_is_refused(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks are POSIX only")
-# Python 3.12 says at a fork that there is a thread: here, it is the one that is meant.
+# Python 3.12 warns at a fork that there is another thread, which is wanted here.
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 @pytest.mark.parametrize("verb", ["save", "refresh"])
 def test_child_forked_while_another_thread_is_inside_waits_for_nobody(
     verb: str, store: persist.Store, session: persist.Session
 ) -> None:
-    """E2: the child does not have that thread. What it was doing is as if it had been cut off.
+    """E2: a forked child does not wait for a thread of its parent, and treats that thread's verb as cut off.
 
-    Fails (the child is ended by its alarm) if the child waits for the lock that it inherited.
+    Fails (its alarm ends the child) if the child waits for the lock that it inherited.
     """
     session.data["messages"].append({"content": "mine"})
     inside, leave = threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""Streams across processes: one owner, told alive from dead by the kernel."""
+"""Streams across processes: one owner, and the kernel tells whether it lives."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def contents(store: persist.Store) -> list[tuple[str, bool]]:
 def test_one_of_two_processes_wins_forty_times(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """A11: two processes start a stream at a barrier, 40 rounds: one winner each; the loser is told who won.
+    """A11: two processes start a stream at a barrier, 40 rounds: each has one winner, and the loser is told who won.
 
-    Fails with the lock taken out, and with liveness known only in the process that asks.
+    Fails without the lock, and if liveness is known only in the process that asks.
     """
     actors = [actor(), actor()]
     for _ in range(40):
@@ -54,7 +54,7 @@ def test_one_of_two_processes_wins_forty_times(
 
 
 def test_another_process_clears_after_kill(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """A7: the kernel tells of a death; the first who asks after it clears, and prompt and partial stay."""
+    """A7: the kernel shows a death, the first process that looks clears the stream, and prompt and partial stay."""
     owner, other = actor(), actor()
     owner.do(START)
     owner.do("stream.checkpoint({'role': 'assistant', 'content': 'Be'})")
@@ -109,7 +109,7 @@ def test_idle_owner_is_alive_whatever_its_files_look_like(
 def test_cancel_reaches_the_owner_in_another_process(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """A cancel is a durable request that the owner sees; the turn ends as the owner ends it."""
+    """A cancel is a durable request that the owner sees. The turn ends as the owner ends it."""
     owner, other = actor(), actor()
     stream_id = owner.do(START)
     assert owner.do("stream.is_cancelled()") is False
@@ -127,7 +127,7 @@ def test_forced_cancel_fences_the_owner_off(
 ) -> None:
     """A5, A6: after a forced cancel every write of the old owner is refused, also once a new stream runs.
 
-    Fails with the fence taken out.
+    Fails without the fence.
     """
     owner, other = actor(), actor()
     stream_id = owner.do(START)
@@ -155,7 +155,7 @@ def test_forced_cancel_fences_the_owner_off(
 
 
 def test_owner_of_an_earlier_incarnation_is_fenced_off(store: persist.Store) -> None:
-    """C1: a session made anew under the same id is another one, also if its stream has the same id and epoch."""
+    """C1: a session made anew under the same id is another one, even if its stream has the same id and epoch."""
     store.create("s-2", {"messages": []})
     first = store.start_stream("s-2", stream_id="run")
     store.delete("s-2", force=True)
@@ -171,7 +171,7 @@ def test_owner_of_an_earlier_incarnation_is_fenced_off(store: persist.Store) -> 
 
 
 def test_cancel_of_another_stream_changes_nothing(store: persist.Store, session: persist.Session) -> None:
-    """Cancelling compares: a stream that is not the current one is none of its business."""
+    """A cancel of a stream that is not the current one changes nothing."""
     with store.start_stream("s-1") as stream:
         before = store.load("s-1").revision
         assert store.cancel("s-1", "another") is False
@@ -182,7 +182,7 @@ def test_cancel_of_another_stream_changes_nothing(store: persist.Store, session:
 
 
 def test_cancel_of_a_dead_stream_clears_it(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """Nobody is left to see the request, so the session is freed at once."""
+    """A cancel of a dead stream frees the session at once, because no owner is left to see the request."""
     owner = actor()
     stream_id = owner.do(START)
     owner.kill()
@@ -191,7 +191,10 @@ def test_cancel_of_a_dead_stream_clears_it(store: persist.Store, session: persis
 
 
 def test_turn_ends_with_all_its_messages_in_order(store: persist.Store, session: persist.Session) -> None:
-    """Prompt, appended messages, answer; the pending fields mirror the prompt while the turn runs."""
+    """A turn stores its prompt, its appended messages and its answer, in this order.
+
+    The pending fields mirror the prompt while the turn runs.
+    """
     prompt = {"id": "m1", "role": "user", "content": "Why?", "attachments": ["a.png"]}
     with store.start_stream("s-1", prompt) as stream:
         data = store.load("s-1").data
@@ -208,7 +211,7 @@ def test_turn_ends_with_all_its_messages_in_order(store: persist.Store, session:
 
 
 def test_finish_without_message_keeps_the_last_checkpoint(store: persist.Store, session: persist.Session) -> None:
-    """The last checkpoint is the answer if finish gives none, and it is not marked."""
+    """The last checkpoint is the answer if `finish` gives none, and it is not marked."""
     with store.start_stream("s-1", {"role": "user", "content": "Why?"}) as stream:
         stream.checkpoint({"role": "assistant", "content": "Because."})
         stream.finish()
@@ -216,7 +219,7 @@ def test_finish_without_message_keeps_the_last_checkpoint(store: persist.Store, 
 
 
 def test_interrupted_prompt_is_taken_up_again(store: persist.Store, session: persist.Session) -> None:
-    """A known prompt id is the same prompt: it is not doubled, and no longer marked."""
+    """A prompt with a known id is the same prompt, so it is not doubled, and its mark is removed."""
     prompt = {"id": "m1", "role": "user", "content": "Why?"}
     with store.start_stream("s-1", prompt):
         pass
@@ -231,7 +234,7 @@ def test_interrupted_prompt_is_taken_up_again(store: persist.Store, session: per
 def test_exception_in_the_turn_marks_it_interrupted_and_travels_on(
     store: persist.Store, session: persist.Session, directory: Path
 ) -> None:
-    """Leaving without finish is fail: everything is kept and marked, the lease is gone."""
+    """Leaving the block without `finish` means `fail`: everything is kept and marked, and the lease is gone."""
     with pytest.raises(ZeroDivisionError), store.start_stream("s-1", {"role": "user", "content": "Why?"}) as stream:
         stream.checkpoint({"role": "assistant", "content": "Be"})
         _ = 1 / 0
@@ -242,7 +245,7 @@ def test_exception_in_the_turn_marks_it_interrupted_and_travels_on(
 def test_lease_is_given_up_even_if_the_last_commit_fails(
     store: persist.Store, session: persist.Session, directory: Path
 ) -> None:
-    """With the file made unreadable the turn cannot be marked, and the exit says so.
+    """The exit raises if the turn cannot be marked, because its file is unreadable.
 
     The stream is dead all the same.
     """
@@ -255,7 +258,7 @@ def test_lease_is_given_up_even_if_the_last_commit_fails(
 
 
 def test_dropped_stream_is_stale_and_warns(store: persist.Store, session: persist.Session) -> None:
-    """Only the Stream object holds the lease: dropped, it is released with a ResourceWarning."""
+    """A dropped stream releases its lease with a ResourceWarning, because only the Stream object holds it."""
     stream = store.start_stream("s-1")
     with pytest.warns(ResourceWarning, match=stream.id):
         del stream
@@ -267,8 +270,9 @@ def test_dropped_stream_is_stale_and_warns(store: persist.Store, session: persis
 def test_forked_child_neither_owns_nor_ends_the_stream(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """Fork: in the child every verb raises StreamLost, leaving the block does nothing,
-    and the parent's lease holds on.
+    """In a forked child every verb raises StreamLost, and leaving the block does nothing.
+
+    The parent keeps the lease.
     """
     owner = actor()
     code = """
@@ -296,7 +300,7 @@ child_said, still_owned
 def test_lease_ends_with_its_process_although_a_forked_child_lives_on(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
-    """Fork: a child that outlives the owner does not keep the dead stream alive."""
+    """A forked child that outlives the owner does not keep the dead stream alive."""
     owner = actor()
     owner.do(START)
     code = """
@@ -321,7 +325,7 @@ pid
 def test_sweep_removes_leases_that_lead_nowhere(
     store: persist.Store, session: persist.Session, directory: Path
 ) -> None:
-    """A lease of a deleted session, or of a stream that has ended, is removed by the sweep and reported as nothing."""
+    """A sweep removes the lease of a deleted session, or of a stream that has ended, and does not report it."""
     for name in ("gone.abc", "s-1.abc", "not a lease"):
         (directory / ".leases" / name).write_bytes(b"{}")
     assert store.clear_stale_streams() == persist.Sweep([], {})
@@ -332,7 +336,7 @@ def test_sweep_removes_leases_that_lead_nowhere(
 def test_sweep_goes_on_past_a_damaged_session(
     store: persist.Store, session: persist.Session, actor: ActorFactory, directory: Path
 ) -> None:
-    """One damaged session hides none of the others; it returns what it cleared and what it could not."""
+    """A sweep goes on past a damaged session, and returns what it cleared and what it could not clear."""
     store.create("s-0", {"messages": []})
     owner = actor()
     for session_id in ("s-0", "s-1"):
@@ -348,7 +352,7 @@ def test_sweep_goes_on_past_a_damaged_session(
 def test_damaged_session_hides_no_other_streams(
     store: persist.Store, session: persist.Session, directory: Path
 ) -> None:
-    """`streams` lists the rest, and `check` names the damage."""
+    """`streams` lists the streams of the other sessions, and `check` names the damage."""
     store.create("s-0", {"messages": []})
     with store.start_stream("s-0") as other, store.start_stream("s-1") as stream:
         whole = (directory / "s-0.json").read_bytes()
@@ -361,7 +365,7 @@ def test_damaged_session_hides_no_other_streams(
 
 
 def test_answer_of_an_interrupted_turn_is_taken_up_again(store: persist.Store, session: persist.Session) -> None:
-    """An answer with an id of its own: the retry continues the interrupted one instead of meeting it as a conflict."""
+    """A retry continues an interrupted answer with an id of its own, and gets no conflict."""
     prompt = {"id": "m1", "role": "user", "content": "Why?"}
     with store.start_stream("s-1", prompt) as stream:
         stream.checkpoint({"id": "m2", "role": "assistant", "content": "Be"})
@@ -375,7 +379,7 @@ def test_answer_of_an_interrupted_turn_is_taken_up_again(store: persist.Store, s
 
 
 def test_sweep_of_every_session_finds_streams_without_a_lease(store: persist.Store, directory: Path) -> None:
-    """Adoption: what an old server left behind has no lease; its prompt is kept, and cleared once."""
+    """Adoption: a stream that an old server left behind has no lease. Its prompt is kept, and is cleared once."""
     (directory / "old.json").write_text(
         '{"title": "Old", "updated_at": 12.5, "active_stream_id": "a/b", "pending_user_message": "Hello?",'
         ' "pending_attachments": ["x"], "pending_started_at": 3, "messages": [{"role": "user", "content": "first"}]}'
@@ -392,7 +396,7 @@ def test_sweep_of_every_session_finds_streams_without_a_lease(store: persist.Sto
 
 
 def test_own_stream_id_is_used_once(store: persist.Store, session: persist.Session) -> None:
-    """A server may bring its own stream ids; one that was used before would mix two turns, and is refused."""
+    """A server may bring its own stream ids. An id that was used before is refused, because it would mix two turns."""
     with store.start_stream("s-1", {"role": "user", "content": "Why?"}, stream_id="run-1") as stream:
         with pytest.raises(persist.SessionBusy):
             store.start_stream("s-1", stream_id="run-1")
@@ -404,7 +408,7 @@ def test_own_stream_id_is_used_once(store: persist.Store, session: persist.Sessi
 
 
 def test_delete_of_a_busy_session_needs_force(store: persist.Store, session: persist.Session, directory: Path) -> None:
-    """A live stream protects its session; forced, the session goes with its lease, and the stream is told."""
+    """A live stream protects its session. A forced delete removes the session and its lease, and the stream is told."""
     with store.start_stream("s-1") as stream:
         with pytest.raises(persist.SessionBusy):
             store.delete("s-1")

@@ -1,7 +1,7 @@
-"""What a commit leaves for other processes: marks for those that hold an old replica, and records that are durable.
+"""Traces of a commit for other processes: marks for processes with an old replica, and durable records.
 
-Without the marks, a process whose replica fits the document by chance would lose commits. The kernel gives an inode
-number again at once, and two changes within one tick of its clock bear one time.
+Without the marks, a process whose replica fits the document by chance would lose commits. Such a chance is real,
+because the kernel reuses an inode number at once. Also, two changes within one tick of its clock have one time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from persist.storage import disk
 
 @pytest.fixture
 def one(directory: Path) -> persist.Store:
-    """A process with a replica of a session that has three records in its journal."""
+    """Return a process with a replica of a session that has three records in its journal."""
     store = opened(directory)
     store.create("s", {"messages": []})
     for number in range(1, 4):
@@ -32,7 +32,7 @@ def one(directory: Path) -> persist.Store:
 
 @pytest.fixture
 def other(one: persist.Store) -> persist.Store:
-    """Another process, which knows nothing yet."""
+    """Return another process, which knows nothing yet."""
     return opened(one.path)
 
 
@@ -101,7 +101,7 @@ def test_mark_keeps_an_old_replica_from_a_journal_out_of_use(
 
 
 def test_edit_that_keeps_size_and_time_is_seen(one: persist.Store) -> None:
-    """A tool may set a file's time back. The time of its last change of status tells, and the document is read."""
+    """A tool may set a file's time back. The time of its last status change still reveals the edit."""
     document = one.path / "s.json"
     times = document.stat()
     document.write_bytes(document.read_bytes().replace(b'"messages":[]', b'"messages":{}'))
@@ -112,7 +112,9 @@ def test_edit_that_keeps_size_and_time_is_seen(one: persist.Store) -> None:
 
 
 def test_accept_goes_by_the_files_and_not_by_a_replica(one: persist.Store) -> None:
-    """The store may know good records that were damaged since. Nobody else could load what it takes for sound."""
+    """The store may know good records that were damaged since.
+    It drops them, because no other process could load them.
+    """
     assert accept_of_damage(one) == ["a1"]
     assert ids(one) == ["a1"]
 
@@ -140,7 +142,9 @@ def writes_to_journals(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[s
 def test_records_that_nobody_is_known_to_have_synced_are_written_again(
     one: persist.Store, other: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The writer of the last record may have seen its fdatasync fail, and the kernel may have dropped the pages."""
+    """The last record is written again with the next one, because its writer may have seen its fdatasync fail.
+    The kernel may have dropped the pages then.
+    """
     content = journal_of(one).read_bytes()
     last = parted(content)[1][-1]
     with writes_to_journals(monkeypatch) as seen:
@@ -156,7 +160,7 @@ def test_records_that_nobody_is_known_to_have_synced_are_written_again(
 def test_record_that_is_confirmed_is_written_again_and_synced(
     one: persist.Store, other: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An append of a known id acknowledges what another process may have failed to sync."""
+    """An append of a known id writes and syncs the record again, because another process may have failed to sync it."""
     content = journal_of(one).read_bytes()
     last = parted(content)[1][-1]
     with writes_to_journals(monkeypatch) as seen:
@@ -226,7 +230,7 @@ def syncs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         yield seen
 
 
-#: That of the store's own name, then those of what the writer of the session may have left.
+#: The sync of the store's own name, then the syncs of what the session's writer may have left.
 SYNCS = ["sync_directory", "sync_file", "sync_directory", "sync_data"]
 
 
@@ -235,7 +239,9 @@ SYNCS = ["sync_directory", "sync_file", "sync_directory", "sync_data"]
 def test_what_is_acknowledged_without_a_commit_is_made_durable(
     one: persist.Store, monkeypatch: pytest.MonkeyPatch, verb: str, mode: Literal["always", "never"]
 ) -> None:
-    """The writer may have died before its syncs: all that it has written is synced, and once the store's own name."""
+    """A verb without a commit syncs all that the writer has written, because the writer may have died before its syncs.
+    The store's own name is synced once.
+    """
     owner = persist.Store(one.path, journal=mode)
     with owner.start_stream("s", PROMPT, stream_id="run"):
         owner.cancel("s", "run")
@@ -247,7 +253,9 @@ def test_what_is_acknowledged_without_a_commit_is_made_durable(
 
 
 def test_accept_makes_the_name_of_the_store_durable(one: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes another way to the disk than a commit, and another process may just have made the directory."""
+    """`accept` syncs the store's own name, because another process may just have made the directory.
+    It takes another way to the disk than a commit.
+    """
     path = one.path / "s.json"
     path.write_bytes(path.read_bytes().replace(b'"messages":', b'"edited":1,\n"messages":'))
     synced: list[str] = []
@@ -266,7 +274,7 @@ def test_accept_makes_the_name_of_the_store_durable(one: persist.Store, monkeypa
 def test_answer_that_a_start_acknowledges_is_made_durable(
     one: persist.Store, monkeypatch: pytest.MonkeyPatch, mode: Literal["always", "never"]
 ) -> None:
-    """`AlreadyStarted` shows an answer: a power cut must not take back what a client has seen."""
+    """`AlreadyStarted` shows an answer only after a sync: a power cut must not take back what a client has seen."""
     owner = persist.Store(one.path, journal=mode)
     owner.start_stream("s", PROMPT).finish({"role": "assistant", "content": "!"})
     revision, other = one.head("s").revision, persist.Store(one.path, journal=mode)

@@ -1,7 +1,7 @@
-"""Contents: where a value stands, what `Items` are as values, and how ids are found in them.
+"""Contents: where a value is stored, how `Items` behave as values, and how ids are found in them.
 
-They fail if an old value sees a later append, if ids are handed over past the place of a change, if an id that stood
-twice is forgotten with one of its items, or if the place of a value depends on its history.
+The tests fail if an old value sees a later append, or if ids are handed over past the place of a change. They fail if
+an id that two items have is forgotten with one of them. They fail if the place of a value depends on its history.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from persist.storage.diff import between
 from persist.storage.document import first_header, to_bytes
 from persist.working_copy import WorkingList
 
-#: Ids that look alike, that are escapes, that msgspec does not read, that are none, and that items have twice.
+#: Ids that look alike, ids with escapes, ids that msgspec does not read, values that are no ids, and ids of two items.
 IDS: Sequence[Any] = (
     "a",
     "b",
@@ -57,7 +57,7 @@ IDS: Sequence[Any] = (
     [],
     2**70,
 )
-#: What items may be told apart by: the usual key, and two others, which an item has or not.
+#: Keys that tell items apart: the usual one, and two others, which an item may have or not.
 KEYS = ("id", "call", "é é")
 ids = st.sampled_from(IDS)
 keys = st.sampled_from(KEYS)
@@ -74,7 +74,7 @@ item_lists = st.lists(items, max_size=8)
 
 
 def in_document(values: Sequence[Any]) -> Items:
-    """Items as they stand in a document: one text."""
+    """Return items as a document holds them: as one text."""
     lines = b",\n".join(map(json_codec.encode, values))
     return Items.in_document(memoryview(b"[\n%b\n]" % lines if values else b"[]"), len(values))
 
@@ -84,7 +84,7 @@ def of(values: Sequence[Any]) -> Items:
 
 
 def last_place_of(values: Sequence[Any], wanted: Any, key: str = "id") -> int | None:
-    """Return where the last item with an id stands, by the plainest way."""
+    """Return the place of the last item with an id, by the plainest way."""
     places = [
         place
         for place, item in enumerate(values)
@@ -120,14 +120,14 @@ def assert_holds(found: Items, values: list[Any], *, with_ids: bool = True) -> N
 
 @dataclass
 class Known:
-    """Items, and the plain list that they must be for ever."""
+    """Items, with the plain list that they equal for ever."""
 
     found: Items
     values: list[Any] = field(default_factory=list)
 
 
 class ItemsMachine(RuleBasedStateMachine):
-    """Splices of any of the values that there are, in any order. Every value stays what it was."""
+    """Splices of any of the values that exist, in any order. Every value stays what it was."""
 
     known = Bundle("known")
 
@@ -193,7 +193,7 @@ TestItemsAreValues = ItemsMachine.TestCase
 
 @given(item_lists, item_lists, item_lists)
 def test_two_appends_to_one_value_do_not_meet(values: list[Any], one: list[Any], other: list[Any]) -> None:
-    """A replica and a merge base share a list. Neither sees what is appended to the other, or to both."""
+    """An append to one value does not change another value that shares its list, as a replica and a merge base do."""
     base = of(values)
     first = base.spliced(len(base), 0, list(map(json_codec.encode, one)))
     second = base.spliced(len(base), 0, list(map(json_codec.encode, other)))
@@ -205,7 +205,7 @@ def test_two_appends_to_one_value_do_not_meet(values: list[Any], one: list[Any],
 
 
 def test_append_shares_the_list_and_keeps_the_text() -> None:
-    """An append costs what it appends: it splits no text, and copies no list."""
+    """An append costs only what it adds: it splits no text, and copies no list."""
     base = in_document([{"id": f"m{number}"} for number in range(1000)])
     text, _ = base.in_text()
     added = base
@@ -221,7 +221,7 @@ def test_append_shares_the_list_and_keeps_the_text() -> None:
 
 
 def test_last_items_are_cut_from_the_end_of_a_text() -> None:
-    """Also where the part that is read begins within an item, or holds too few of them."""
+    """The last items are right, also where the part that is read begins within an item, or holds too few items."""
     values = [{"id": f"m{number}", "content": "x" * 3000 * (number % 4)} for number in range(60)]
     lines = list(map(json_codec.encode, values))
     for known in (in_document(values), in_document(values[:58]).spliced(58, 0, lines[58:])):
@@ -233,7 +233,9 @@ def test_last_items_are_cut_from_the_end_of_a_text() -> None:
 
 
 def test_encoding_shares_no_list() -> None:
-    """It is done without the lock, too, while another thread may extend the list that the known items share."""
+    """The encoded content has a list of its own.
+    Encoding happens without the lock, too, while another thread may extend the list of the known items.
+    """
     known = of([1, 2])
     content_before = content.Content({}, {"messages": known})
     found = encoded({"messages": [1, 2, 3]}, content_before).apart["messages"]
@@ -246,11 +248,11 @@ def test_encoding_shares_no_list() -> None:
 plain_items = st.sampled_from([1, 12, 1.5, "a", {"id": "a"}, {"a": 1, "b": 2}, {"b": 2, "a": 1}, "\ud800", [1]])
 
 
-# A number is the beginning of another one.
+# The JSON of a number may be the beginning of another number's JSON.
 @example([1, 12, 12], [1, 1, 12], 0, False)
 @given(st.lists(plain_items, max_size=9), st.lists(plain_items, max_size=9), st.integers(0, 9), st.booleans())
 def test_blocks_compare_as_the_values_do(before: list[Any], after: list[Any], common: int, is_split: bool) -> None:
-    """However the known items are kept, and wherever a block ends: what is encoded is the data."""
+    """The encoded content is the data, in whatever form the known items are kept, and wherever a block ends."""
     behind = list(map(json_codec.encode, before[5:]))
     known = in_document(before[:5]).spliced(len(before[:5]), 0, behind)
     if is_split:
@@ -269,7 +271,7 @@ def test_blocks_compare_as_the_values_do(before: list[Any], after: list[Any], co
 @pytest.mark.parametrize(("at", "remove"), [(-1, 0), (0, -1), (4, 0), (3, 1), (0, 4), (4, -1)])
 @pytest.mark.parametrize("make", [of, in_document])
 def test_splice_of_items_that_are_not_there_is_refused(make: Any, at: int, remove: int) -> None:
-    """A `ValueError`, and the value stays as it is."""
+    """An impossible splice is a `ValueError`, and the value stays as it is."""
     found = make([1, 2, 3])
     with pytest.raises(ValueError):
         found.spliced(at, remove, [b"5"])
@@ -278,7 +280,7 @@ def test_splice_of_items_that_are_not_there_is_refused(make: Any, at: int, remov
 
 @pytest.mark.parametrize("text", [b"[\n1,\n2\n]", b"[\n1,\n2,\n3,\n4\n]", b"[\n1,2,\n3\n]", b"[\n1,\n[\n2],3\n]"])
 def test_text_that_has_not_one_item_a_line_is_refused(text: bytes) -> None:
-    """Somebody who can compute a checksum cannot have a change land on another item than was meant."""
+    """A forger who can compute a checksum cannot make a change land on another item than the intended one."""
     has_three = len(json.loads(text)) == 3
     looks: list[Callable[[Items], object]] = [
         lambda forged: forged.split(),
@@ -294,7 +296,7 @@ def test_text_that_has_not_one_item_a_line_is_refused(text: bytes) -> None:
 
 
 def test_line_with_two_items_is_refused_when_it_is_used() -> None:
-    """A text may have as many lines as its header says, and more items. No reader sees it, and no writer changes it."""
+    """A text may have as many lines as its header says, and more items. Reading it or changing its items is refused."""
     forged = Items.in_document(memoryview(b'[\n{"id":"a"},{"id":"b"},\n2,\n3\n]'), 3)
     with pytest.raises(ValueError):
         forged.decode()
@@ -308,7 +310,7 @@ def test_line_with_two_items_is_refused_when_it_is_used() -> None:
 
 
 def test_ids_of_different_types_are_different() -> None:
-    """``1``, ``"1"``, ``True`` and ``1.0`` are told apart, and what is neither string nor integer is no id."""
+    """``1``, ``"1"``, ``True`` and ``1.0`` are different. A value that is neither string nor integer is no id."""
     found = of([{"id": 1}, {"id": "1"}, {"id": True}, {"id": 1.0}, {"id": None}])
     assert [as_id(wanted) for wanted in (True, 1.0, None, ["a"], {"a": 1})] == [None] * 5
     assert [as_id(wanted) for wanted in ("a", "", 0, 2**70)] == ["a", "", 0, 2**70]
@@ -325,7 +327,7 @@ def test_id_is_found_however_it_is_spelt(spelt: bytes) -> None:
 @pytest.mark.parametrize("make", [of, in_document])
 @pytest.mark.parametrize("length", [3, content._NEAR_END - 1, content._NEAR_END, content._NEAR_END + 3, 500])
 def test_ids_are_right_after_a_change_at_any_place(make: Any, length: int) -> None:
-    """Insertion, removal and replacement at every place near both ends, with an id that stands twice."""
+    """Ids are right after an insertion, a removal or a replacement near either end, also if two items have one id."""
     values: list[Any] = [{"id": f"m{number}"} for number in range(length)]
     values[0] = values[length // 2] = values[-1] = {"id": "twice"}
     for at in {0, 1, 2, length // 2, length - 3, length - 2, length - 1, length} & set(range(length + 1)):
@@ -350,7 +352,7 @@ def test_ids_are_right_after_a_change_at_any_place(make: Any, length: int) -> No
 def test_ids_are_right_after_a_row_of_changes(
     values: list[Any], changes: list[tuple[int, int, list[Any]]], asked_for: set[str]
 ) -> None:
-    """Each value hands its ids on to the next one, those of each key that was asked for, and both still find all."""
+    """Each value hands its ids on to the next one, for each key that was asked for. Both values still find all ids."""
     found, history = of(values), []
     for wanted_at, wanted_remove, insert in changes:
         for key in asked_for:
@@ -374,7 +376,7 @@ def text_of(size_bytes: int) -> str:
 
 
 def test_value_stands_apart_above_4_kib() -> None:
-    """A value of 4 KiB is a field, and one byte more stands apart, whatever type it has."""
+    """A value of 4 KiB is a field, and a value that is one byte larger is a part, whatever type it has."""
     at, above = text_of(APART_BYTES), text_of(APART_BYTES + 1)
     found = encoded(
         {"a": at, "b": above, "c": [at[4:]], "d": [above], "e": {"k": above}, "messages": [], "tool_calls": {}}
@@ -390,7 +392,7 @@ def test_value_stands_apart_above_4_kib() -> None:
 @pytest.mark.parametrize("count", [2, 16, 17, 400])
 @pytest.mark.parametrize("above", [-2, -1, 0, 1, 2, 20, 500])
 def test_list_has_one_size_whichever_form_it_has(count: int, above: int) -> None:
-    """A list counts by its JSON without newlines: as items, as one text, and as a value among the fields."""
+    """The size of a list is its JSON without newlines, as items, as one text, and as a value among the fields."""
     data = {"notes": ["x"] * (count - 1) + [text_of(APART_BYTES - 2 - 4 * (count - 1) + above)]}
     assert len(json_codec.encode(data["notes"])) == APART_BYTES + above
     anew = encoded(data)
@@ -401,7 +403,9 @@ def test_list_has_one_size_whichever_form_it_has(count: int, above: int) -> None
 
 
 def test_largest_fields_leave_while_they_are_above_32_kib() -> None:
-    """The fields are 32 KiB at most. The largest leaves first, and of two equal ones that with the greater name."""
+    """The fields have at most 32 KiB. The largest field becomes a part first.
+    Of two equal fields, the one with the greater name does.
+    """
     exact = {f"f{number}": text_of(APART_BYTES) for number in range(FIELDS_BYTES // APART_BYTES)}
     assert encoded(exact).apart == {}
     assert encoded(exact | {"n": 1}).apart.keys() == {"f7"}
@@ -429,7 +433,7 @@ fields_of_all_sizes = st.dictionaries(
 
 @given(fields_of_all_sizes, fields_of_all_sizes)
 def test_where_a_value_stands_follows_from_the_content_alone(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """A process that changed a content and one that reads it anew agree: no history, and no order of keys, counts."""
+    """A process that changed a content agrees with one that reads it. Neither history nor the order of keys counts."""
     anew = encoded(after)
     for like in (encoded(before), encoded(after), None):
         for data in (after, dict(reversed(after.items()))):
@@ -443,7 +447,7 @@ def test_where_a_value_stands_follows_from_the_content_alone(before: dict[str, A
 
 @given(fields_of_all_sizes)
 def test_content_is_its_data(data: dict[str, Any]) -> None:
-    """What goes in comes out, wherever it stands, and the sizes are those of the JSON in a document."""
+    """A decoded content is the data that went in. The sizes are the sizes of the JSON in a document."""
     found = encoded(data)
     assert json_codec.same(found.decode(), data)
     assert {name: decode(value) for name, value in found.fields.items()} == {name: data[name] for name in found.fields}
@@ -463,7 +467,7 @@ def test_content_is_its_data(data: dict[str, Any]) -> None:
 
 
 def test_content_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit of a document is one of its values together, so that what is written can be read back."""
+    """All values of a document together have one limit, so that a document that was written can be read back."""
     monkeypatch.setattr(json_codec, "MAX_BYTES", 10_000)
     encoded({"a": text_of(3000), "b": text_of(6000)})
     with pytest.raises(TooLarge, match="more than 10,000 bytes"):
@@ -474,7 +478,7 @@ def test_content_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_nan_in_the_place_of_null_reads_as_null() -> None:
-    """Equal JSON text means unchanged. So there, and only there, a NaN is no error."""
+    """Equal JSON text means unchanged. So a NaN is no error where the earlier content has null, and only there."""
     data: dict[str, Any] = {"cost": None, "messages": [{"cost": None}], "meta": {"cost": [None]}}
     like = encoded(data)
     data["cost"] = data["messages"][0]["cost"] = data["meta"]["cost"][0] = math.nan
@@ -491,7 +495,9 @@ def test_nan_in_the_place_of_null_reads_as_null() -> None:
 )
 @pytest.mark.parametrize("place", [0, 150, 299, 300])
 def test_what_json_would_change_is_refused_wherever_it_comes(wrong: Any, place: int) -> None:
-    """Also in a list of which the most was encoded before: among the known items, in the last one, and behind it."""
+    """A value that JSON would change is refused anywhere in a list: among the known items, as the last, and behind
+    it.
+    """
     values: list[Any] = [{"content": [number]} for number in range(300)]
     for name in ("messages", "notes"):
         data = {name: values[:]}
@@ -505,7 +511,7 @@ def test_what_json_would_change_is_refused_wherever_it_comes(wrong: Any, place: 
 @pytest.mark.parametrize("key", [1, True, None, 1.5, ("a",), b"x"], ids=repr)
 @pytest.mark.parametrize("count", [3, 300])
 def test_no_key_is_taken_for_a_string(key: Any, count: int) -> None:
-    """The top-level keys are looked at as those below are, however much was encoded before."""
+    """Top-level keys are checked like keys further down, however much was encoded before."""
     values = [{"id": str(number)} for number in range(count)]
     for like in (None, encoded({"messages": values})):
         with pytest.raises(NotJSON, match="only string keys"):
@@ -514,14 +520,14 @@ def test_no_key_is_taken_for_a_string(key: Any, count: int) -> None:
 
 @pytest.mark.parametrize("key", ["title", "messages", HEADER])
 def test_key_that_is_a_subclass_of_str_is_refused(key: str) -> None:
-    """It is equal to a string, and would come back as another type."""
+    """Such a key is equal to a string, but would come back as another type."""
     kind = type("Name", (str,), {})
     with pytest.raises((NotJSON, persist.InvalidArgument)):
         encoded({kind(key): []}, encoded({"title": [], "messages": []}))
 
 
 def test_items_that_did_not_change_are_the_known_objects() -> None:
-    """An append to a large list keeps the encoded items of the earlier content: they are not checked or kept twice."""
+    """An append to a large list keeps the known encoded items, which are not checked or stored twice."""
     values = [{"id": f"m{number}", "content": "x" * 50} for number in range(500)]
     before = encoded({"messages": values})
     after = encoded({"messages": [*values, {"id": "new"}]}, before)
@@ -534,7 +540,7 @@ def test_items_that_did_not_change_are_the_known_objects() -> None:
 
 
 def test_nan_in_a_new_item_is_refused_though_its_text_stands_elsewhere() -> None:
-    """A NaN reads as null only in the place of one. Fails if the text of any known item is taken for checked."""
+    """A NaN reads as null only in the place of a null. Fails if the text of any known item counts as checked."""
     before = encoded({"messages": [{"a": None}, {"b": 1}]})
     with pytest.raises(NotJSON, match="NaN"):
         encoded({"messages": [{"a": None}, {"a": math.nan}, {"b": 1}]}, before)

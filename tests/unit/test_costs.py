@@ -1,8 +1,8 @@
-"""What a warm verb runs: Python functions and system calls, counted. So they cannot creep back unseen.
+"""The cost of a warm verb: its Python functions and system calls are counted, so that they cannot grow unseen.
 
-Counted are the calls of Python functions, those of the standard library and of filelock included, and the calls of what
-asks the kernel, but for `getpid`. Each time that a generator goes on counts as one, too. Python 3.11 counts a
-comprehension as a function, and later versions do not.
+The count takes all calls of Python functions, also in the standard library and in filelock, and all system calls but
+`getpid`. Each resumption of a generator counts as a call, too. Python 3.11 counts a comprehension as a function, and
+later versions do not.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import pytest
 
 import persist
 
-#: The modules whose functions are system calls, and those of them that are none, or that no cost is worth counting.
+#: The modules whose functions are system calls, and the functions among them that are none or cost next to nothing.
 KERNEL = {"posix", "nt", "fcntl"}
 NO_CALLS = {"getpid", "fspath"}
-#: So many that the journal has room for more.
+#: So many appends that the journal has room for more.
 WARM_UP = 60
 
 
@@ -31,7 +31,7 @@ def message(number: int) -> dict[str, Any]:
 
 @pytest.fixture
 def large(store: persist.Store) -> persist.Store:
-    """A store with a session that has a journal, which has room."""
+    """Return a store with a session that has a journal with room in it."""
     store.create("s", {"title": "t", "draft": 0, "messages": [message(number) for number in range(400)]})
     for number in range(WARM_UP):
         store.append("s", "messages", message(1_000 + number))
@@ -39,7 +39,7 @@ def large(store: persist.Store) -> persist.Store:
 
 
 def counted(verb: Callable[[], object]) -> tuple[int, list[str]]:
-    """Return how many Python functions a verb runs, and which system calls."""
+    """Return how many Python functions a verb runs, and which system calls it makes."""
     functions, calls = 0, list[str]()
 
     def count(frame: FrameType, event: str, argument: Any) -> None:
@@ -58,12 +58,12 @@ def counted(verb: Callable[[], object]) -> tuple[int, list[str]]:
     finally:
         sys.setprofile(before)
         gc.enable()
-    # The lambda of the test is none of the verb's.
+    # The lambda of the test does not count as a function of the verb.
     return functions - 1, calls
 
 
 def test_a_warm_append_runs_sixty_functions_and_fifteen_system_calls(large: persist.Store) -> None:
-    """The limits of the fast path: lock, look, write, sync, and nothing twice."""
+    """The fast path keeps its limits: lock, look, write, sync, and nothing twice."""
     item = message(5_000)
     functions, calls = counted(lambda: large.append("s", "messages", item))
     assert functions <= 60
@@ -98,7 +98,7 @@ def verbs(store: persist.Store) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "head", lambda: store.head("s")
 
 
-#: Functions and system calls of a warm verb. To be lowered when they fall, and raised only with a reason.
+#: Functions and system calls of a warm verb. Lower them when they fall, and raise them only with a reason.
 LIMITS = {
     "extend by two": (70, 15),
     "append of a known id": (70, 12),
@@ -107,14 +107,14 @@ LIMITS = {
     "stream.append": (94, 15),
     "stream.finish": (132, 20),
     "stream.fail": (128, 20),
-    # Two of them since the part that another thread may do stands apart, for event loops.
+    # Two functions more since the part that another thread may do is a function of its own, for event loops.
     "clear_stale_stream": (184, 25),
     "head": (33, 4),
 }
 
 
 def test_no_warm_verb_runs_more_than_it_did(large: persist.Store) -> None:
-    """Each verb within its row. One that needs more is slower for everybody: say why in the commit that raises it."""
+    """Each verb stays within its row. A verb that needs more is slower for everybody, so the commit says why."""
     found = {name: counted(verb) for name, verb in verbs(large)}
     assert found.keys() == LIMITS.keys()
     costs = {name: (functions, len(calls)) for name, (functions, calls) in found.items()}
@@ -123,7 +123,7 @@ def test_no_warm_verb_runs_more_than_it_did(large: persist.Store) -> None:
 
 
 def test_a_small_session_is_read_compared_and_written_once(store: persist.Store) -> None:
-    """One read, one write, one rename, two syncs: nothing is done twice."""
+    """A save of a small session makes one read, one write, one rename and two syncs. It does nothing twice."""
     store.create("s", {"title": "t", "messages": [message(number) for number in range(8)]})
     session = store.load("s")
     session.save()

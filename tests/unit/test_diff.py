@@ -1,7 +1,7 @@
-"""Changes: what is found between two contents makes one into the other, and weighs what was changed.
+"""Changes: the changes between two contents turn one into the other, and weigh as much as the edit.
 
-They fail without their mechanisms: the look for equal beginnings and ends, the order from the last splice to the first,
-the alignment of distant edits, and each refusal of `apply`.
+The tests fail without their mechanisms: the search for equal beginnings and ends, and the order from the last splice to
+the first. Others are the alignment of distant edits, and each refusal of `apply`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from persist.storage.journal import Record
 
 Document = dict[str, Any]
 
-# Strings that stand for something in a document, that msgspec does not read, or that begin or end alike.
+# Strings with a meaning in a document, strings that msgspec does not read, and strings that begin or end alike.
 words = st.sampled_from(
     ["", "x", "y", "é", "\ud800", "tool_calls", '"tool_calls":', "a\nb", "],\n", "\\", "x" * 40, "\u2028"]
 )
@@ -42,7 +42,7 @@ documents = st.dictionaries(names, values, max_size=5)
 
 @st.composite
 def edits(draw: st.DrawFn) -> tuple[Document, Document]:
-    """A document, and another one or the same after some edits of its lists."""
+    """Draw a document, and another one or the same one after some edits of its lists."""
     before = draw(documents)
     if draw(st.integers(0, 3)) == 0:
         return before, draw(documents)
@@ -59,7 +59,7 @@ def as_record(changes: tuple[Change, ...]) -> Record:
 
 
 def written(changes: tuple[Change, ...]) -> tuple[Change, ...]:
-    """As they come back from a journal."""
+    """Return the changes as they come back from a journal."""
     line = journal.encode(as_record(changes), 0)
     assert line.count(b"\n") == 1, "a record is one line"
     return journal._decoded(line[:-1]).changes
@@ -70,7 +70,7 @@ def weight(changes: tuple[Change, ...]) -> int:
 
 
 def from_document(content: Content) -> Content:
-    """The same content, with its lists as they stand in a document: texts that were not split."""
+    """Return the same content with its lists as a document holds them: as texts that were not split."""
 
     def text_of(value: Value) -> Value:
         if not isinstance(value, Items) or not len(value):
@@ -127,14 +127,16 @@ def test_what_is_between_two_documents_makes_one_the_other(pair: tuple[Document,
 def test_distant_edits_that_are_told_apart_come_to_the_same(
     pair: tuple[Document, Document], one_splice_bytes: int
 ) -> None:
-    """Also where the splices between two small lists are aligned, which is done for large ones only."""
+    """Aligned splices lead to the same content also for small lists.
+    Without the patch, only large lists are aligned.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diff, "_ONE_SPLICE_BYTES", one_splice_bytes)
         assert_inverse(*pair)
 
 
 def reordered(value: Any) -> Any:
-    """The same data with the keys of its objects in another order."""
+    """Return the same data with the keys of its objects in another order."""
     if type(value) is dict:
         return {key: reordered(value[key]) for key in reversed(value)}
     return [*map(reordered, value)] if type(value) is list else value
@@ -149,7 +151,7 @@ def reordered(value: Any) -> Any:
 @example(({"title": [{"a": 1, "b": 2}] * 20}, {"title": [{"a": 1, "b": 2}] * 19}))
 @example(({"a": {"x": 1, "y": 0.0}}, {"a": {"x": 1, "y": -0.0}}))
 def test_another_order_of_keys_is_no_change(pair: tuple[Document, Document]) -> None:
-    """Contents are equal exactly if their data is, by type and value, whatever the order of the keys."""
+    """Contents are equal exactly if their data is equal by type and value, whatever the order of the keys."""
     before, after = pair
     old = encoded(before)
     assert encoded(reordered(before), old) == old
@@ -159,7 +161,7 @@ def test_another_order_of_keys_is_no_change(pair: tuple[Document, Document]) -> 
 
 @given(edits())
 def test_content_like_another_is_the_same_as_one_of_its_own(pair: tuple[Document, Document]) -> None:
-    """Whatever JSON is taken over from an earlier state, the content is that of the data."""
+    """The content equals the data, whatever JSON is taken over from an earlier state."""
     before, after = pair
     for like in (encoded(before), from_document(encoded(before))):
         found = encoded(after, like)
@@ -177,7 +179,7 @@ def message(number: int) -> Document:
 
 @pytest.fixture(scope="module")
 def large() -> list[Document]:
-    """2,000 messages, about half a megabyte."""
+    """Return 2,000 messages, about half a megabyte."""
     return [message(number) for number in range(2000)]
 
 
@@ -194,7 +196,7 @@ def test_append_weighs_what_is_appended(large: list[Document]) -> None:
 
 
 def test_distant_edits_weigh_what_they_changed(large: list[Document]) -> None:
-    """Items changed, added and removed all over a large list cost these items, not what stands between them."""
+    """Changed, added and removed items of a large list cost only these items, not the items between them."""
     after = copy.deepcopy(large)
     after[3]["content"] = "changed"
     after.insert(700, {"id": "added"})
@@ -206,7 +208,7 @@ def test_distant_edits_weigh_what_they_changed(large: list[Document]) -> None:
 
 
 def test_distant_edits_of_items_without_ids_weigh_what_they_changed() -> None:
-    """Also where items can only be told by what they are."""
+    """Distant edits cost only the changed items, also where items have no id and are told apart by their content."""
     before = [f"line {number} {'.' * 60}" for number in range(2000)]
     after = before[:]
     after[5], after[1000], after[1995] = "one", "two", "three"
@@ -214,7 +216,7 @@ def test_distant_edits_of_items_without_ids_weigh_what_they_changed() -> None:
 
 
 def test_edits_of_both_lists_are_told_apart(large: list[Document]) -> None:
-    """Each value has its own changes, also where the items of both are the same."""
+    """Each value has its own changes, also where two values have the same items."""
     old, new = ({"messages": large, "tool_calls": calls} for calls in (large, [*large, 1]))
     assert between(encoded(old), encoded(new)) == (splice("tool_calls", len(large), 0, [b"1"]),)
 
@@ -238,7 +240,7 @@ LIST = encoded({"messages": [{"id": "a"}, "b"], "tool_calls": {"a": 1}, "title":
     ],
 )
 def test_change_of_what_is_not_there_does_not_fit(impossible: Change) -> None:
-    """A change that names a place or a value that is not there is refused, and nothing is made up."""
+    """A change that names a missing place or value is refused, and nothing is made up."""
     apart = dict(LIST.apart)
     with pytest.raises(DoesNotFit):
         diff.apply(apart, impossible)
@@ -246,7 +248,7 @@ def test_change_of_what_is_not_there_does_not_fit(impossible: Change) -> None:
 
 
 def test_change_sets_a_value_and_takes_it_away() -> None:
-    """A value that is set as a whole may be a list, whose items can be spliced then."""
+    """A value that is set as a whole may be a list. Its items can be spliced then."""
     apart = dict(LIST.apart)
     diff.apply(apart, whole("tool_calls", b'[1,{"a":"x,\\ny"}]'))
     diff.apply(apart, splice("tool_calls", 1, 1, [b"2", b"3"]))
@@ -256,6 +258,6 @@ def test_change_sets_a_value_and_takes_it_away() -> None:
 
 
 def test_change_with_a_key_that_is_not_known_is_refused() -> None:
-    """What a newer version adds to a change is not passed over: an old worker would fold it away."""
+    """A key that a newer version adds to a change is refused, because an old worker would fold it away."""
     with pytest.raises(msgspec.DecodeError):
         msgspec.json.decode(b'{"in":"messages","at":0,"later":1}', type=Change)

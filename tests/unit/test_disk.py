@@ -1,4 +1,4 @@
-"""Every byte that goes to disk: what is opened, and how writes are completed."""
+"""Every byte that goes to disk: which files are opened, and how writes are completed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from persist.storage import disk
 
 @pytest.fixture
 def odd(tmp_path: Path) -> Iterator[dict[str, Path]]:
-    """One of each kind of name that is no plain file."""
+    """Return one of each kind of name that is no plain file."""
     kinds = {name: tmp_path / name for name in ("link", "dangling", "directory", "fifo", "socket")}
     (tmp_path / "target").write_bytes(b"target")
     kinds["link"].symlink_to(tmp_path / "target")
@@ -28,7 +28,7 @@ def odd(tmp_path: Path) -> Iterator[dict[str, Path]]:
     kinds["directory"].mkdir()
     os.mkfifo(kinds["fifo"])
     with socket.socket(socket.AF_UNIX) as listener:
-        # A socket's path is at most 107 bytes long: bind by a short, relative name.
+        # A socket's path has at most 107 bytes, so bind by a short relative name.
         before = Path.cwd()
         os.chdir(tmp_path)
         try:
@@ -50,7 +50,7 @@ FOUND = {
 @pytest.mark.parametrize(("kind", "found"), FOUND.items())
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR, os.O_RDWR | os.O_CREAT], ids=["read", "write", "create"])
 def test_only_a_plain_file_is_opened(kind: str, found: str, flags: int, odd: dict[str, Path]) -> None:
-    """Anything else is `Unreadable` at once: a FIFO cannot block the opener, a link is not followed."""
+    """Anything but a plain file is `Unreadable` at once: a FIFO cannot block the opener, and a link is not followed."""
     with pytest.raises(persist.Unreadable) as caught:
         disk.open_plain(odd[kind], flags)
     assert (caught.value.path, caught.value.found) == (odd[kind], found)
@@ -58,13 +58,13 @@ def test_only_a_plain_file_is_opened(kind: str, found: str, flags: int, odd: dic
 
 
 def test_a_device_is_not_opened() -> None:
-    """``/dev/null`` is no document."""
+    """``/dev/null`` is no document, and is refused."""
     with pytest.raises(persist.Unreadable, match="/dev/null cannot be read: it is a device"):
         disk.read(Path("/dev/null"), 10)
 
 
 def test_a_refused_name_leaks_no_descriptor(odd: dict[str, Path]) -> None:
-    """What was opened to look at it is closed again."""
+    """A name that was opened only to look at it is closed again."""
     before = os.listdir("/proc/self/fd") if Path("/proc/self/fd").exists() else []
     for kind in ("directory", "fifo"):
         with pytest.raises(persist.Unreadable):
@@ -73,7 +73,7 @@ def test_a_refused_name_leaks_no_descriptor(odd: dict[str, Path]) -> None:
 
 
 def test_a_created_file_is_private_whatever_the_umask(tmp_path: Path) -> None:
-    """Mode 0600 from the first instant."""
+    """A new file has mode 0600, and a new directory 0700, from the first instant."""
     before = os.umask(0)
     try:
         os.close(disk.create(tmp_path / "file"))
@@ -128,14 +128,14 @@ def test_a_directory_that_another_user_is_about_to_share_is_waited_for(tmp_path:
 
 @pytest.mark.parametrize("kind", FOUND)
 def test_a_file_is_never_created_over_anything(kind: str, odd: dict[str, Path]) -> None:
-    """`create` means that the name was free, also of dangling links."""
+    """`create` succeeds only if the name was free. A dangling link is not free."""
     with pytest.raises(OSError):
         disk.create(odd[kind])
     assert not (odd[kind].parent / "nowhere").exists()
 
 
 def test_a_file_that_others_make_and_remove_is_made_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not there, then it is, then it is gone: that is no error, but a reason to try again."""
+    """A file that is missing, then there, then gone is no error, but a reason to try again."""
     path, opened = tmp_path / "x", os.open
     answers = iter([FileNotFoundError(errno.ENOENT, "gone"), FileExistsError(errno.EEXIST, "there")])
 
@@ -150,7 +150,7 @@ def test_a_file_that_others_make_and_remove_is_made_in_the_end(tmp_path: Path, m
 
 
 def test_a_directory_is_not_unlinked(tmp_path: Path) -> None:
-    """Where a document should be there stands a directory: it is named, and stays."""
+    """A directory in the place of a document is named in the error, and stays."""
     (tmp_path / "s.json").mkdir()
     with pytest.raises(persist.Unreadable, match="is a directory"):
         disk.unlink(tmp_path / "s.json")
@@ -161,7 +161,7 @@ def test_a_directory_is_not_unlinked(tmp_path: Path) -> None:
 
 
 def test_a_short_write_is_completed(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel may take seven bytes at a time; the document is whole."""
+    """The document is whole, although the kernel takes seven bytes at a time."""
     whole = os.write
     monkeypatch.setattr(os, "write", lambda fd, content: whole(fd, bytes(content[:7])))
     store.create("s", {"text": "äöü😀" * 100})
@@ -169,7 +169,7 @@ def test_a_short_write_is_completed(store: persist.Store, monkeypatch: pytest.Mo
 
 
 def test_a_short_read_is_completed(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel may give seven bytes at a time; the document is whole, and no limit is passed."""
+    """The document is whole, although the kernel gives seven bytes at a time. No read passes its limit."""
     store.create("s", {"text": "äöü😀" * 100})
     whole = os.read
     monkeypatch.setattr(os, "read", lambda fd, size: whole(fd, min(size, 7)))
@@ -208,7 +208,7 @@ def busy(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Busy]:
 
 
 def test_a_reader_that_has_the_file_open_is_waited_for(store: persist.Store, busy: Callable[[int], Busy]) -> None:
-    """HAZARDS B4: Windows refuses to replace an open file; readers are quick, so it is tried again."""
+    """HAZARDS B4: Windows refuses to replace an open file. The store tries again, because readers are quick."""
     session = store.create("s", {"a": 1})
     replace = busy(3)
     session.data["a"] = 2
@@ -218,7 +218,7 @@ def test_a_reader_that_has_the_file_open_is_waited_for(store: persist.Store, bus
 
 
 def test_the_waiting_has_an_end(store: persist.Store, busy: Callable[[int], Busy]) -> None:
-    """HAZARDS B4: then a clear error, the old revision stands, and nothing is left over."""
+    """HAZARDS B4: after the last attempt comes a clear error. The old revision stands, and nothing is left over."""
     session = store.create("s", {"a": 1})
     replace = busy(100)
     session.data["a"] = 2
@@ -231,7 +231,7 @@ def test_the_waiting_has_an_end(store: persist.Store, busy: Callable[[int], Busy
 
 
 def test_another_error_is_not_tried_again(store: persist.Store, tmp_path: Path, busy: Callable[[int], Busy]) -> None:
-    """Only a busy reader goes away by waiting."""
+    """Only a busy reader goes away while the store waits, so any other error is raised at once."""
     replace = busy(0)
     with pytest.raises(FileNotFoundError):
         disk.replace(tmp_path / "missing", tmp_path / "target")

@@ -1,4 +1,4 @@
-"""The document on disk: what stands in it, what is read back, and that damage is never taken for a document."""
+"""The document on disk: its layout, what a reader gets from it, and that damage is never taken for a document."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def document(store: persist.Store, session_id: str = "s") -> Path:
 
 
 def put(store: persist.Store, content: bytes | str | dict[str, Any]) -> Path:
-    """Put a document there as another program would."""
+    """Write a document as another program would."""
     store.path.mkdir(exist_ok=True)
     path = document(store)
     content = json.dumps(content) if isinstance(content, dict) else content
@@ -46,7 +46,9 @@ def put(store: persist.Store, content: bytes | str | dict[str, Any]) -> Path:
 
 
 def test_the_document_is_as_the_format_says(store: persist.Store) -> None:
-    """Header first, one key a line, small fields before bulk whatever the order in the data, one message a line."""
+    """The header comes first, then the fields, then the parts, whatever the order in the data.
+    A line has one key or message.
+    """
     store.create("s", DATA)
     header, *body = document(store).read_text().split("\n")
     assert header.startswith('{"_persist":{"format":3,"checksum":"')
@@ -84,7 +86,7 @@ SHAPES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("data", SHAPES, ids=lambda data: ascii(data)[:40])
 def test_every_shape_is_one_json_object_and_comes_back(data: dict[str, Any], store: persist.Store) -> None:
-    """The file is valid JSON for everybody, with the data beside the header; `load` and `head` agree with it."""
+    """The file is valid JSON for everybody, with the data beside the header. `load` and `head` agree with it."""
     store.create("s", data)
     found = json.loads(document(store).read_bytes())
     assert next(iter(found)) == "_persist"
@@ -95,7 +97,7 @@ def test_every_shape_is_one_json_object_and_comes_back(data: dict[str, Any], sto
 
 
 def plainly(data: dict[str, Any]) -> bytes:
-    """Return what stands behind the header, as the format has it: one value after the other."""
+    """Return the bytes behind the header, as the format has them: one value after the other."""
     content = encoded(data)
 
     def line(key: str) -> bytes:
@@ -153,7 +155,7 @@ def test_a_document_is_canonical(data: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("data", [*SHAPES, *LONG], ids=lambda data: ascii(data)[:40])
 def test_a_document_of_any_shape_is_canonical_and_comes_back(data: dict[str, Any], tmp_path: Path) -> None:
-    """The same for what hypothesis seldom meets: lone surrogates, long integers, depth, bulk that is no list."""
+    """The same holds for rare shapes: lone surrogates, long integers, depth, and a large value that is no list."""
     content = file_of(data, revision=7, epoch=2, owner={"stream_id": "t"})
     assert content.partition(b"\n")[2] == plainly(data)
     (tmp_path / "s.json").write_bytes(content)
@@ -167,7 +169,7 @@ def test_a_document_of_any_shape_is_canonical_and_comes_back(data: dict[str, Any
 
 
 def test_a_document_is_written_without_splitting_what_was_read(tmp_path: Path) -> None:
-    """A list that was read, and got more items since, is one text and the items behind it."""
+    """A list that was read and got more items is written as its one text and the items behind it."""
     messages = [{"id": f"m{number}"} for number in range(100)]
     (tmp_path / "s.json").write_bytes(file_of({"messages": messages}))
     found = format3.read(tmp_path / "s.json", "s")
@@ -182,7 +184,7 @@ def test_a_document_is_written_without_splitting_what_was_read(tmp_path: Path) -
 
 
 def test_a_line_holds_one_key_or_one_message(store: persist.Store) -> None:
-    """Line tools work: no value, however odd its text, breaks its line."""
+    """Line tools work: no value breaks its line, however odd its text."""
     store.create("s", {"text": "a\nb\u2028c\rd", "messages": ["x\ny", {"k": "\n"}]})
     lines = document(store).read_bytes().split(b"\n")
     assert len(lines) == 1 + 1 + 4 + 2
@@ -190,7 +192,9 @@ def test_a_line_holds_one_key_or_one_message(store: persist.Store) -> None:
 
 
 def test_the_header_says_what_persist_knows(store: persist.Store) -> None:
-    """Format, checksums with sizes and counts, revision, incarnation, commit, times, epoch and owner, and no more."""
+    """The header has format, checksums, sizes and counts, revision, incarnation, commit, times, epoch, owner, no
+    more.
+    """
     before = datetime.now(UTC)
     session = store.create("s", DATA)
     content = document(store).read_bytes()
@@ -209,7 +213,7 @@ def test_the_header_says_what_persist_knows(store: persist.Store) -> None:
 
 
 def test_checksums_are_those_of_the_grammar(store: persist.Store) -> None:
-    """Each part has the xxh3_128 and the length of its bytes, and the header that of the rest of its line."""
+    """Each part has the xxh3_128 and the length of its bytes. The header has the xxh3_128 of the rest of its line."""
     store.create("s", DATA | {"notes": "x" * APART_BYTES})
     content = document(store).read_bytes()
     header = json.loads(content)["_persist"]
@@ -226,7 +230,7 @@ def test_checksums_are_those_of_the_grammar(store: persist.Store) -> None:
 
 
 def test_a_commit_moves_revision_and_time_and_keeps_the_rest(store: persist.Store) -> None:
-    """Incarnation and creation stay, the revision grows by one, `updated_at` does not go back."""
+    """Incarnation and creation stay, the revision grows by one, and `updated_at` does not go back."""
     store.create("s", DATA)
     one = json.loads(document(store).read_bytes())["_persist"]
     store.append("s", "messages", {"id": "m3"})
@@ -262,7 +266,7 @@ def test_the_head_is_that_of_the_whole(head_bytes: int, store: persist.Store) ->
 
 
 def test_a_head_leaves_out_what_stands_apart(store: persist.Store) -> None:
-    """HAZARDS F5: no top-level value makes another one dear. A large one is not in the head."""
+    """HAZARDS F5: no top-level value makes a head expensive. A large value is not in the head."""
     data = {"title": "t", "notes": "x" * 5_000, "context_messages": [M1] * 100, "meta": {"k": "y" * 5_000}, "n": [1]}
     store.create("s", data)
     head = store.head("s")
@@ -273,7 +277,7 @@ def test_a_head_leaves_out_what_stands_apart(store: persist.Store) -> None:
 
 @pytest.mark.parametrize("name", ["messages", "tool_calls", "notes", "log"])
 def test_a_head_never_says_that_what_stands_apart_is_missing(name: str, store: persist.Store) -> None:
-    """`head.fields.get("notes")` of a large value is no None, but an error that names the way. A missing one is."""
+    """`head.fields.get("notes")` of a large value is an error that names the way. Of a missing value it is None."""
     store.create("s", {"title": None, "messages": [], "tool_calls": {}, "notes": "x" * 5_000, "log": [1] * 5_000})
     fields = store.head("s").fields
     for look in (fields.__getitem__, fields.get, lambda name: fields.get(name, 5)):
@@ -288,7 +292,7 @@ def test_a_head_never_says_that_what_stands_apart_is_missing(name: str, store: p
 
 
 def test_a_head_counts_every_list(store: persist.Store) -> None:
-    """Wherever it stands. What is no list has no number."""
+    """A head counts every list, wherever the document has it. A value that is no list has no count."""
     data = {"messages": [], "tool_calls": {}, "a": [], "b": [1], "c": [1] * 5_000, "d": "x" * 5_000, "e": {"k": [1]}}
     store.create("s", data)
     expected = {"messages": 0, "a": 0, "b": 1, "c": 5_000}
@@ -298,11 +302,11 @@ def test_a_head_counts_every_list(store: persist.Store) -> None:
 
 
 def test_a_head_reads_only_the_beginning_of_the_file(store: persist.Store) -> None:
-    """HAZARDS E4: small fields stand before bulk; a head of a large session reads no message."""
+    """HAZARDS E4: small fields come before large values, so a head of a large session reads no message."""
     store.create("s", {"messages": ["x" * 1_000_000], "title": "t", "notes": "y" * 1_000_000})
     with traffic() as counted:
         assert store.head("s").fields == {"title": "t"}
-    # Its journal is read, too, and is empty.
+    # The read of its journal counts, too. The journal is empty.
     assert 0 < counted.read <= 8192
 
 
@@ -314,7 +318,7 @@ SIZES = [0, 1, 30, 3_000, 4_093, 4_094, 4_095, 4_096, 20_000]
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("before", [0, 1, 5_000])
 def test_a_tail_is_the_end_of_the_list(size: int, before: int, directory: Path) -> None:
-    """Wherever its list stands, among other parts and behind fields or none, whatever a read cuts off."""
+    """A tail is right wherever its list is, among other parts and behind fields or none, whatever a read cuts off."""
     store = persist.Store(directory, journal="never")
     values = [{"content": "é" * (size // 2) + "a" * (size % 2)}, ",\n", [], "x", {"id": "m1"}]
     for fields in ({}, {"title": "t"}):
@@ -342,14 +346,14 @@ def test_a_tail_reads_only_the_end_of_its_list(directory: Path) -> None:
 
 @pytest.mark.parametrize("field", ["title", "notes", "meta", "tool_calls"])
 def test_a_tail_of_what_is_no_list_is_refused(field: str, store: persist.Store) -> None:
-    """A field, a large one, and one of the two lists that somebody has made something else of."""
+    """A tail of a field, of a large value, or of `tool_calls` that is no list is refused."""
     store.create("s", {"title": "t", "notes": "x" * 5_000, "meta": {"a": [1]}, "tool_calls": {}})
     with pytest.raises(persist.InvalidArgument, match=f"field '{field}' of the document is .*; it must be a list"):
         store.tail("s", field=field)
 
 
 def test_a_tail_of_a_foreign_document_is_read_whole(store: persist.Store) -> None:
-    """Without a header, nobody knows where its lists end. It is strict JSON, or it is refused."""
+    """Without a header, nothing says where the lists end. The document is strict JSON, or it is refused."""
     put(store, {"messages": [M1, M2], "log": [1] * 5_000, "title": "t"})
     assert store.tail("s", limit=1) == [M2]
     assert store.tail("s", limit=2, field="log") == [1, 1]
@@ -363,7 +367,7 @@ def test_a_tail_of_a_foreign_document_is_read_whole(store: persist.Store) -> Non
 
 
 def test_a_head_shows_the_active_stream(store: persist.Store) -> None:
-    """What a list of sessions needs, without the messages."""
+    """A head has what a list of sessions needs, without the messages."""
     store.create("s")
     with store.start_stream("s", {"role": "user", "content": "?"}) as stream:
         assert store.head("s").active_stream_id == stream.id
@@ -375,7 +379,7 @@ def test_a_head_shows_the_active_stream(store: persist.Store) -> None:
 
 @pytest.fixture
 def small(store: persist.Store) -> bytes:
-    """A document of about a kilobyte with an owner, epoch, stream fields, messages, and letters of 2-4 bytes."""
+    """Return a document of about a kilobyte with an owner, epoch, stream fields, messages, and letters of 2-4 bytes."""
     store.create("s", {"title": "Ein Täßchen 😀", "n": -1.5e-7, "ok": True, "messages": [M1, M2], "tool_calls": [1]})
     with store.start_stream("s", {"role": "user", "content": "Why?"}, stream_id="t1") as stream:
         content = document(store).read_bytes()
@@ -385,7 +389,7 @@ def small(store: persist.Store) -> bytes:
 
 
 def verdict(function: Callable[[], Any]) -> Any:
-    """What a reader makes of a file: its error if it is a typed one, or the document. Another error fails the test."""
+    """Return the document that a reader gets, or its error if that is a typed one. Another error fails the test."""
     try:
         return function()
     except TYPED as error:
@@ -394,7 +398,7 @@ def verdict(function: Callable[[], Any]) -> Any:
 
 @pytest.fixture
 def assert_never_wrong(store: persist.Store, small: bytes) -> Callable[[bytes], None]:
-    """Check that a load of a damaged `small` is refused, and that a head is refused or right."""
+    """Return a check that a load of a damaged `small` is refused, and that a head is refused or right."""
     path = put(store, small)
     right = format3.read_head(path, "s")[0]
 
@@ -411,7 +415,7 @@ Check = Callable[[bytes], None]
 
 
 def test_every_truncation_is_refused(small: bytes, assert_never_wrong: Check) -> None:
-    """However many bytes are missing from the end, one included, no document and no wrong head comes out."""
+    """If any number of bytes is missing from the end, even one, no document and no wrong head comes out."""
     for length in range(len(small)):
         assert_never_wrong(small[:length])
 
@@ -427,7 +431,7 @@ def test_every_flipped_bit_is_refused(small: bytes, assert_never_wrong: Check) -
 
 @pytest.mark.parametrize("tail", [b"\n", b" ", b"}", b"\x00" * 512])
 def test_bytes_behind_the_end_are_refused(small: bytes, assert_never_wrong: Check, tail: bytes) -> None:
-    """The checksum covers the whole file, not what a header says of its length."""
+    """The checksum covers the whole file, not only the length that a header names."""
     assert_never_wrong(small + tail)
 
 
@@ -441,7 +445,7 @@ def test_lines_that_changed_places_are_refused(small: bytes, assert_never_wrong:
 
 
 def test_the_header_of_one_revision_does_not_fit_the_body_of_another(store: persist.Store) -> None:
-    """Two halves of two good documents make no document."""
+    """A header and a body of two good documents make no document."""
     store.create("s", {"a": 1})
     one = document(store).read_bytes()
     store.update("s", lambda tx: tx.data.update(a=2))
@@ -454,7 +458,7 @@ def test_the_header_of_one_revision_does_not_fit_the_body_of_another(store: pers
 
 
 def test_a_damaged_document_is_not_written_by_any_verb(store: persist.Store, small: bytes) -> None:
-    """Every writer refuses it too; the file stays for whoever mends it."""
+    """Every writer refuses the document, too. The file stays for the person who mends it."""
     damaged = small.replace(b"hi", b"ho")
     session = store.load("s")
     put(store, damaged)
@@ -478,7 +482,7 @@ def test_a_damaged_document_is_not_written_by_any_verb(store: persist.Store, sma
 
 @pytest.mark.parametrize("found", [0, 1, 2, 4, 999])
 def test_a_newer_format_is_named_and_left_alone(found: int, store: persist.Store, small: bytes) -> None:
-    """This version does not guess at another's document."""
+    """A document of another format is refused and left alone, because this version does not guess."""
     other = small.replace(b'"format":3', b'"format":%d' % found)
     put(store, other)
     for look in (store.load, store.head, store.accept):
@@ -490,7 +494,7 @@ def test_a_newer_format_is_named_and_left_alone(found: int, store: persist.Store
 
 @pytest.fixture
 def large(store: persist.Store) -> bytes:
-    """A document of a third of a megabyte."""
+    """Return a document of a third of a megabyte."""
     messages = [{"id": str(n), "content": "y" * 1000} for n in range(300)]
     store.create("s", {"title": "x", "messages": messages, "meta": {"a": [1]}, "notes": "z" * 5_000})
     persist.Store(store.path, journal="never").compact("s", alone=True)
@@ -498,7 +502,7 @@ def large(store: persist.Store) -> bytes:
 
 
 def test_two_who_ask_for_the_data_share_no_object(store: persist.Store, large: bytes) -> None:
-    """What a content decodes belongs to its caller."""
+    """The decoded data belongs to the caller: two callers share no object."""
     content = format3.read(document(store), "s").content
     first, second = content.decode(), content.decode()
     first["messages"][0]["content"] = first["meta"]["a"] = "changed"
@@ -508,7 +512,7 @@ def test_two_who_ask_for_the_data_share_no_object(store: persist.Store, large: b
 
 
 def test_damage_to_a_large_document_is_refused(store: persist.Store, large: bytes) -> None:
-    """A flipped bit anywhere is found by a load. A head is refused or right."""
+    """A load finds a flipped bit anywhere. A head is refused or right."""
     path = document(store)
     right = format3.read_head(path, "s")[0]
     for position in (*range(0, 1500, 7), *range(1500, len(large), 10_011), len(large) - 2):
@@ -522,13 +526,13 @@ def test_damage_to_a_large_document_is_refused(store: persist.Store, large: byte
 
 
 def forge(store: persist.Store, fields: dict[str, bytes], apart: dict[str, Items | bytes]) -> None:
-    """Put a document there whose checksums are right, and whose parts are not what they say."""
+    """Write a document whose checksums are right, but whose parts are not what they say."""
     header = format3.first_header()
     document(store).write_bytes(format3.to_bytes(header, Content(fields, apart)))
 
 
 def test_an_object_with_the_count_of_a_list_is_refused(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a list the brackets are known, too: an object has as many members as a list has items."""
+    """An object with as many members as a list has items is refused, because a list has its brackets."""
     with monkeypatch.context() as patch:
         patch.setattr(format3, "_text_of", lambda _: b'{"a":1}')
         forge(store, {}, {"messages": as_list(b"1", 1)})
@@ -538,7 +542,7 @@ def test_an_object_with_the_count_of_a_list_is_refused(store: persist.Store, mon
 
 
 def test_a_header_that_is_no_utf8_is_refused(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in a key that nobody asks for: the file is no JSON for anybody else."""
+    """The header is refused, also for a key that no reader asks for: the file is no JSON for other programs."""
     real = json_codec.encode
 
     def encode(value: Any, path: Any = ()) -> bytes:
@@ -559,7 +563,7 @@ def as_list(text: bytes, count: int) -> Items:
 
 @pytest.mark.parametrize("extra", [b'"title":"other"', b'"_persist":{}', b'"new":1', b'"meta":{"a":[true]}'])
 def test_a_field_among_the_items_of_a_document_is_refused(extra: bytes, store: persist.Store) -> None:
-    """Somebody who can compute a checksum cannot have `load` and `head` show two values of one field."""
+    """A forger who can compute a checksum cannot make `load` and `head` show two values of one field."""
     text = b"1,\n2\n],\n" + extra + b',\n"more":[\n1'
     for count in (2, 3, 4, 5):
         forge(store, {"title": b'"x"'}, {"messages": as_list(text, count)})
@@ -578,7 +582,7 @@ def test_a_field_among_the_items_of_a_document_is_refused(extra: bytes, store: p
         with pytest.raises(persist.CorruptSession):
             store.append("s", "messages", {"id": "m1"})
         assert document(store).read_bytes() == forged
-        # Items that nobody looked at are written as they are. No reader takes them.
+        # Items that nobody looked at are written as they are. No reader accepts them.
         store.append("s", "messages", 5)
         with contextlib.suppress(persist.CorruptSession):
             store.update("s", lambda tx: tx.list("messages").insert(0, 5))
@@ -603,14 +607,16 @@ def test_a_field_among_the_items_of_a_document_is_refused(extra: bytes, store: p
 def test_parts_that_are_not_as_their_header_says_are_refused(
     apart: dict[str, Items | bytes], store: persist.Store
 ) -> None:
-    """Somebody who can compute a checksum cannot have us take a part of a document for what it is not."""
+    """A forger who can compute a checksum cannot make a reader take a part of a document for another thing."""
     forge(store, {"title": b'"x"'}, apart)
     with pytest.raises(persist.CorruptSession):
         store.load("s")
 
 
 def test_checksums_do_not_stop_a_forger(store: persist.Store) -> None:
-    """They find damage and edits by hand, as the docs say: the same tools make a document that is trusted."""
+    """Checksums find damage and edits by hand, as the docs say.
+    A forger with the same tools makes a document that is trusted.
+    """
     forge(store, {"title": b'"forged"'}, {})
     assert store.load("s").data == {"title": "forged"}
 
@@ -619,7 +625,7 @@ def test_checksums_do_not_stop_a_forger(store: persist.Store) -> None:
 
 
 def test_a_document_without_a_header_is_revision_zero(store: persist.Store) -> None:
-    """Another program's file is taken as it is, and looking at it changes nothing."""
+    """Another program's file is taken as it is, and reading it changes nothing."""
     path = put(store, {"messages": [M1], "title": "t", "updated_at": 5})
     content = path.read_bytes()
     session, head = store.load("s"), store.head("s")
@@ -634,7 +640,7 @@ def test_a_document_without_a_header_is_revision_zero(store: persist.Store) -> N
 
 
 def test_a_time_that_no_calendar_has_harms_nothing(store: persist.Store) -> None:
-    """Anybody may give a file any time: a document of another program is read all the same."""
+    """A document of another program is read whatever the time of its file."""
     path = store.path / "s.json"
     path.write_bytes(b'{"title": "t"}')
     os.utime(path, (0, 10**11))
@@ -643,7 +649,7 @@ def test_a_time_that_no_calendar_has_harms_nothing(store: persist.Store) -> None
 
 
 def test_the_first_commit_gives_it_a_header(store: persist.Store) -> None:
-    """Its own `updated_at` stays data; a save over an object loaded before is merged as ever."""
+    """Its own `updated_at` stays data. A save of an object that was loaded before is merged as usual."""
     path = put(store, {"messages": [], "updated_at": 5, "created_at": "x"})
     one, two = store.load("s"), store.load("s")
     one.data["title"] = "t"
@@ -685,7 +691,7 @@ def test_a_foreign_document_that_its_program_rewrites_is_another_one(store: pers
 def test_a_foreign_document_that_is_not_strict_json_is_refused(
     content: bytes, reason: str, offset: int, store: persist.Store
 ) -> None:
-    """The error names the file and the byte; the file is left as it is."""
+    """The error names the file and the byte, and the file is left as it is."""
     path = put(store, content)
     for look in (store.load, store.head):
         with pytest.raises(persist.CorruptSession, match=reason) as caught:
@@ -698,7 +704,7 @@ def test_a_foreign_document_that_is_not_strict_json_is_refused(
 def test_a_document_that_is_too_large_is_refused_by_its_size(
     store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Oversize is damage with an offset, not an exhausted memory."""
+    """A file that is too large is damage with an offset, and does not exhaust the memory."""
     put(store, {"a": "x" * 200})
     monkeypatch.setattr("persist.json_codec.MAX_BYTES", 100)
     with pytest.raises(persist.CorruptSession, match="larger than 100 bytes") as caught:
@@ -716,7 +722,7 @@ def edit_by_hand(store: persist.Store, before: bytes, after: bytes) -> None:
 
 
 def test_an_edit_by_hand_is_refused_and_the_error_names_the_way_out(store: persist.Store) -> None:
-    """Nobody can tell an edit from damage, so a person looks first."""
+    """An edit is refused like damage, because no program can tell them apart. A person looks first."""
     store.create("s", DATA)
     edit_by_hand(store, b"File locks", b"Locked files")
     with pytest.raises(persist.CorruptSession, match=f"'persist accept {store.path} s'") as caught:
@@ -727,7 +733,9 @@ def test_an_edit_by_hand_is_refused_and_the_error_names_the_way_out(store: persi
 
 
 def test_accept_takes_an_edited_document(store: persist.Store) -> None:
-    """It gets a new checksum and the next revision, and stays the same session: older objects can still save."""
+    """The document gets a new checksum and the next revision.
+    It stays the same session, so older objects can still save.
+    """
     older = store.create("s", DATA)
     edit_by_hand(store, b"File locks", b"Locked files")
     accepted = store.accept("s")
@@ -738,7 +746,7 @@ def test_accept_takes_an_edited_document(store: persist.Store) -> None:
 
 
 def test_accept_takes_a_document_that_an_editor_has_laid_out_anew(store: persist.Store) -> None:
-    """Indented, keys sorted: it is the same data, and a canonical file again afterwards."""
+    """A document with new indentation and sorted keys is the same data. After `accept` it is a canonical file again."""
     store.create("s", DATA)
     put(store, json.dumps(json.loads(document(store).read_bytes()), indent=2, sort_keys=True))
     with pytest.raises(persist.CorruptSession, match="persist accept"):
@@ -750,7 +758,7 @@ def test_accept_takes_a_document_that_an_editor_has_laid_out_anew(store: persist
 
 @pytest.mark.parametrize("header", [None, 5, {}, {"revision": "x"}, {"created_at": 5}, []])
 def test_accept_makes_a_new_header_where_there_is_no_sense_left_in_it(header: Any, store: persist.Store) -> None:
-    """The data counts; a header that was spoilt begins anew."""
+    """`accept` keeps the data. A spoilt header begins anew."""
     put(store, {"_persist": header, "a": 1})
     with pytest.raises(persist.CorruptSession, match="persist accept"):
         store.load("s")
@@ -759,7 +767,7 @@ def test_accept_makes_a_new_header_where_there_is_no_sense_left_in_it(header: An
 
 
 def test_accept_refuses_what_is_not_strict_json(store: persist.Store) -> None:
-    """A missing bracket is mended by hand; the file is as it was."""
+    """A missing bracket must be mended by hand, so `accept` leaves the file as it was."""
     store.create("s", DATA)
     content = document(store).read_bytes()[:-2]
     put(store, content)
@@ -770,7 +778,7 @@ def test_accept_refuses_what_is_not_strict_json(store: persist.Store) -> None:
 
 
 def test_accept_leaves_a_good_document_alone(store: persist.Store) -> None:
-    """Nothing to accept, nothing written."""
+    """If there is nothing to accept, nothing is written."""
     store.create("s", DATA)
     before = document(store).stat().st_ino, document(store).read_bytes()
     assert store.accept("s").revision == 1
@@ -805,7 +813,7 @@ def umask_of_nothing() -> Iterator[None]:
 def test_a_name_that_is_no_plain_file_is_refused_at_once(
     found: str, make: Callable[[Path], None], store: persist.Store
 ) -> None:
-    """No verb hangs on a FIFO, follows a link or removes what stands there; `check` names it."""
+    """No verb hangs on a FIFO, follows a link or removes what is there. `check` names it."""
     make(document(store))
     before = os.lstat(document(store))
     verbs: list[Callable[[], Any]] = [
@@ -837,7 +845,7 @@ def test_a_name_that_is_no_plain_file_is_refused_at_once(
 def test_a_lock_or_temporary_name_that_is_no_plain_file_is_never_followed(
     suffix: str, found: str, make: Callable[[Path], None], store: persist.Store
 ) -> None:
-    """A lock is refused, a left-over removed by its own name if it can be; what a link points at is never touched."""
+    """A lock is refused. A left-over is removed by its own name if it can be. The target of a link is never touched."""
     session = store.create("s", {"a": 1})
     name = document(store).with_name(f"s.json{suffix}")
     name.unlink(missing_ok=True)
@@ -856,7 +864,7 @@ def test_a_lock_or_temporary_name_that_is_no_plain_file_is_never_followed(
 
 
 def test_files_are_private_whatever_the_umask(umask_of_nothing: None, directory: Path) -> None:
-    """Directories 0700, files 0600: documents, locks and leases."""
+    """Directories have mode 0700, and files 0600: documents, locks and leases."""
     store = persist.Store(directory)
     store.create("s", DATA)
     with store.start_stream("s") as stream:
@@ -883,7 +891,9 @@ def test_files_are_private_whatever_the_umask(umask_of_nothing: None, directory:
     ids=str,
 )
 def test_header_that_makes_no_sense_is_refused(wrong: dict[str, Any], store: persist.Store) -> None:
-    """Also where its checksum is right: a journal's name is hex, and never leads out of the directory."""
+    """A header without sense is refused, also if its checksum is right.
+    A journal's name is hex, and never leads out of the directory.
+    """
     store.create("s", DATA)
     content = document(store).read_bytes()
     line, _, rest = content.partition(b"\n")
@@ -901,7 +911,7 @@ def test_header_that_makes_no_sense_is_refused(wrong: dict[str, Any], store: per
 
 
 def test_header_comes_back_as_it_was(tmp_path: Path) -> None:
-    """Every attribute of a header stands in the document."""
+    """Every attribute of a header is in the document."""
     header = replace_all(format3.first_header("x" * 300))
     (tmp_path / "s.json").write_bytes(format3.to_bytes(header, encoded({"a": 1})))
     assert format3.read(tmp_path / "s.json", "s").header == header

@@ -1,6 +1,6 @@
-"""Every error says what happened, which session or file, and what to do; and none of them tells what a document holds.
+"""Every error says what happened, which session or file, and what to do. None of them shows what a document holds.
 
-Each class is raised here by the public API, as its users meet it. A class without a case fails the first test.
+The public API raises each class here, as users meet it. A class without a case fails the first test.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def unsupported_file_system(scene: Scene) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """How an error comes about, what its message must contain, its facts, and the builtin that catches it too.
+    """A case: how an error comes about, what its message must contain, its facts, and the builtin that catches it, too.
 
     In `says` and `facts` a ``Path`` is relative to the store.
     """
@@ -439,7 +439,9 @@ CASES: dict[type[persist.PersistError], tuple[Case, ...]] = {
 
 
 def every_error() -> list[type[persist.PersistError]]:
-    """All classes below `PersistError` in its module, however deep; those of test runs have tests of their own."""
+    """Return all classes below `PersistError` in its module, however deep.
+    The errors of test runs have tests of their own.
+    """
     found: list[type[persist.PersistError]] = []
     pending = [persist.PersistError]
     while pending:
@@ -451,7 +453,7 @@ def every_error() -> list[type[persist.PersistError]]:
 
 
 def raised(scene: Scene, kind: type[persist.PersistError], case: int = 0) -> Any:
-    """The error as the library raises it, with its traceback."""
+    """Return the error as the library raises it, with its traceback."""
     with pytest.raises(kind) as caught:
         CASES[kind][case].provoke(scene)
     assert type(caught.value) is kind
@@ -466,7 +468,7 @@ each_case = pytest.mark.parametrize(
 
 
 def test_there_are_about_twenty_classes_and_each_has_a_case() -> None:
-    """What a caller handles alike is one class. More of them have to earn their place."""
+    """Errors that a caller handles alike are one class, so there are few classes. Each class has a case."""
     assert set(every_error()) == set(CASES)
     assert len(CASES) <= 22
 
@@ -475,7 +477,7 @@ def test_there_are_about_twenty_classes_and_each_has_a_case() -> None:
 def test_an_error_says_what_happened_where_and_what_to_do(
     kind: type[persist.PersistError], case: int, scene: Scene
 ) -> None:
-    """The message alone is enough to act on; it is what `str` shows, whatever the builtin base would show."""
+    """The message alone is enough to act on. `str` shows it, whatever the builtin base would show."""
     message = str(raised(scene, kind, case))
     for fragment in CASES[kind][case].says:
         wanted = str(scene.store.path / fragment) if isinstance(fragment, Path) else fragment
@@ -484,13 +486,13 @@ def test_an_error_says_what_happened_where_and_what_to_do(
     assert "\n" not in message
 
 
-#: A verb of the API, as a call or as a command; or what to do with the file or the value.
+#: A verb of the API, as a call or as a command, or an instruction for the file or the value.
 A_VERB = re.compile(r"\w+\(|persist [a-z]+|retry|the version of persist|an id of its own|Leave it|leave it out")
 
 
 @each_case
 def test_a_remedy_names_a_verb(kind: type[persist.PersistError], case: int, scene: Scene) -> None:
-    """What to do next is one call away. Of a wrong argument, `expected` says it."""
+    """The remedy names the next call. For a wrong argument, `expected` is the remedy."""
     error = raised(scene, kind, case)
     assert str(error).endswith(error.remedy)
     assert A_VERB.search(error.remedy) or (kind is errors.InvalidArgument and error.expected)
@@ -498,7 +500,7 @@ def test_a_remedy_names_a_verb(kind: type[persist.PersistError], case: int, scen
 
 @each_case
 def test_an_error_carries_its_facts_as_attributes(kind: type[persist.PersistError], case: int, scene: Scene) -> None:
-    """A program need not read the message."""
+    """A program need not read the message, because the facts are attributes."""
     error = raised(scene, kind, case)
     for name, value in CASES[kind][case].facts.items():
         assert getattr(error, name) == (scene.store.path / value if isinstance(value, Path) else value), name
@@ -506,14 +508,14 @@ def test_an_error_carries_its_facts_as_attributes(kind: type[persist.PersistErro
 
 @each_error
 def test_an_error_is_caught_by_its_builtin_too(kind: type[persist.PersistError]) -> None:
-    """``except TimeoutError`` and the like work; all of them are `PersistError`."""
+    """``except TimeoutError`` and the like work, and every error is a `PersistError`."""
     assert issubclass(kind, CASES[kind][0].builtin)
     assert issubclass(kind, persist.PersistError)
 
 
 @each_case
 def test_an_error_survives_pickling(kind: type[persist.PersistError], case: int, scene: Scene) -> None:
-    """A worker hands it to its parent: type, message and every attribute are the same there."""
+    """A worker can hand an error to its parent: type, message and every attribute stay the same."""
     error = raised(scene, kind, case)
     copied = pickle.loads(pickle.dumps(error))
     assert type(copied) is kind
@@ -526,13 +528,13 @@ def test_an_error_survives_pickling(kind: type[persist.PersistError], case: int,
 
 @each_case
 def test_an_error_never_shows_what_a_document_holds(kind: type[persist.PersistError], case: int, scene: Scene) -> None:
-    """Message, repr, arguments and the traceback that a log would get, causes included."""
+    """Message, repr, arguments and the traceback for a log, causes included, show no content of a document."""
     assert_silent(raised(scene, kind, case))
 
 
 @pytest.mark.parametrize("name", ["x" * 1_000_000, "\ud800" * 1_000_000, 10**4000])
 def test_a_huge_wrong_argument_makes_no_huge_message(store: persist.Store, name: Any) -> None:
-    """A megabyte that came as an id must not fill a log. The whole of it is an attribute."""
+    """A megabyte that came as an id must not fill a log. An attribute has the whole of it."""
     with pytest.raises(persist.InvalidArgument) as caught:
         store.load(name)
     assert len(str(caught.value)) < 300
@@ -541,7 +543,7 @@ def test_a_huge_wrong_argument_makes_no_huge_message(store: persist.Store, name:
 
 @each_error
 def test_an_error_is_documented(kind: type[persist.PersistError]) -> None:
-    """It has a docstring of its own and its place in the module's tree."""
+    """Each error has a docstring of its own and its place in the module's tree."""
     assert kind.__doc__ != persist.PersistError.__doc__
     assert kind.__name__ in (errors.__doc__ or "")
 
@@ -640,21 +642,21 @@ LEAKS: dict[str, Callable[[Scene], object]] = {
 
 @pytest.mark.parametrize("provoke", LEAKS.values(), ids=LEAKS)
 def test_no_way_to_an_error_shows_what_a_document_holds(provoke: Callable[[Scene], object], scene: Scene) -> None:
-    """Each of these refuses something right beside content; what is shown names the place only."""
+    """Each case refuses something right beside content. The error shows only the place."""
     with pytest.raises(persist.PersistError) as caught:
         provoke(scene)
     assert_silent(caught.value)
 
 
 def test_what_check_reports_shows_no_content(scene: Scene) -> None:
-    """A report of damage is read by more people than the document."""
+    """A report of damage shows no content, because more people read it than the document."""
     scene.damage(SECRET, SECRET.upper())
     [problem] = scene.store.check()
     assert CANARY.lower() not in repr(problem).lower()
 
 
 def test_the_canary_would_be_seen(scene: Scene) -> None:
-    """The check above does catch an error that shows content, in its message or in its cause."""
+    """The check above catches an error that shows content, in its message or in its cause."""
     with pytest.raises(AssertionError):
         assert_silent(ValueError(CANARY))
     quiet = ValueError("quiet")
@@ -667,13 +669,13 @@ def test_the_canary_would_be_seen(scene: Scene) -> None:
 
 
 def test_a_path_is_shown_as_python_would_write_it() -> None:
-    """It can be pasted behind the name of the data."""
+    """A path can be pasted behind the name of the data."""
     assert errors.show_path(()) == "data"
     assert errors.show_path(("messages", 3, "it's")) == """data['messages'][3]["it's"]"""
 
 
 def test_a_conflict_is_named_by_its_session() -> None:
-    """The pure functions do not know the session; whoever calls them names it, for every kind of conflict."""
+    """The pure functions do not know the session, so their caller adds its name to every kind of conflict."""
     conflict = errors.MergeConflict(path=("a",), reason="r", base=1, mine=2, theirs=persist.MISSING)
     with pytest.raises(errors.MergeConflict, match="'s-42'") as caught, translating.conflicts_in("s-42"):
         raise conflict
@@ -682,7 +684,7 @@ def test_a_conflict_is_named_by_its_session() -> None:
 
 
 def test_an_owner_introduces_itself() -> None:
-    """Pid, command, host and since when: what one needs to find the process."""
+    """An owner shows pid, command, host and start time: all that a person needs to find the process."""
     owner = persist.Owner(812, "web1", "uvicorn", "2026-01-01T00:00:00+00:00")
     assert str(owner) == "pid 812 (uvicorn) on web1 since 2026-01-01T00:00:00+00:00"
     assert pickle.loads(pickle.dumps(owner)) == owner
@@ -696,7 +698,7 @@ def test_a_busy_session_names_its_owner(scene: Scene) -> None:
 
 
 def test_a_refusal_names_the_version_that_is_there(scene: Scene) -> None:
-    """So that the caller can look whether it is the one that it has seen."""
+    """The error has the current version, so that the caller can compare it with the version that it has seen."""
     mismatch: persist.VersionMismatch = raised(scene, errors.VersionMismatch)
     assert mismatch.theirs == scene.load().version
     removed: persist.MergeConflict = raised(scene, errors.MergeConflict, 2)
@@ -705,7 +707,7 @@ def test_a_refusal_names_the_version_that_is_there(scene: Scene) -> None:
 
 
 def test_what_a_refusal_says_to_do_about_removed_messages_works(scene: Scene) -> None:
-    """The version of the error is the one to name, as long as nobody has written since."""
+    """The remedy works: the caller names the version of the error, as long as nobody has written since."""
     session = scene.load()
     session.data["messages"].clear()
     with scene.store.start_stream("s", stream_id="t1"):
@@ -719,7 +721,7 @@ def test_what_a_refusal_says_to_do_about_removed_messages_works(scene: Scene) ->
 
 
 def test_a_prompt_that_is_answered_comes_with_its_answer(scene: Scene) -> None:
-    """`AlreadyStarted.answer` is the message; no stream runs it, and the error says so."""
+    """`AlreadyStarted.answer` is the message. No stream runs the prompt, and the error says so."""
     with pytest.raises(persist.AlreadyStarted, match="its turn has finished") as caught:
         already_answered(scene)
     assert caught.value.stream_id is None
@@ -727,7 +729,7 @@ def test_a_prompt_that_is_answered_comes_with_its_answer(scene: Scene) -> None:
 
 
 def test_an_unknown_commit_stops_all_further_writes_of_its_session(scene: Scene) -> None:
-    """The same error again, whatever is tried; another session of the store goes on."""
+    """Any further write of the session raises the same error. Another session of the store goes on."""
     raised(scene, errors.CommitUnknown)
     scene.monkeypatch.undo()
     with pytest.raises(persist.CommitUnknown):
@@ -761,7 +763,7 @@ def test_an_unknown_commit_stops_all_further_writes_of_its_session(scene: Scene)
 def test_option_that_is_neither_true_nor_false_is_refused(
     tmp_path: Path, call: Callable[[persist.Store], object]
 ) -> None:
-    """A "false" that came with a query string is true: it must not delete a session."""
+    """A "false" from a query string is a true value in Python, so it is refused: it must not delete a session."""
     store = persist.Store(tmp_path)
     store.create("s", {"messages": [], "log": []})
     with pytest.raises(persist.InvalidArgument, match="must be True or False"):

@@ -1,4 +1,4 @@
-"""Events as a file: what a reader takes for an event, and what a writer does after each way to fail."""
+"""Events as a file: the lines that a reader takes for events, and what a writer does after each way to fail."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def line(offset: int, data: Any) -> bytes:
 
 
 def read(path: Path, after: int = 0) -> tuple[list[Any], Ended | None]:
-    """All that a reader finds, its offsets checked."""
+    """Return all that a reader finds, and check its offsets."""
     found: list[Event] = []
     with EventReader(str(path), after) as reader:
         while new := reader.read():
@@ -73,7 +73,7 @@ def emit(writer: EventWriter, *data: Any, durable: bool = False) -> int:
 
 @contextmanager
 def broken_off(after_bytes: int) -> Iterator[None]:
-    """The disk is full after so many bytes more."""
+    """Make the disk full after a number of bytes more."""
     real, left = os.write, after_bytes
 
     def write(fd: int, content: bytes) -> int:
@@ -96,8 +96,8 @@ def broken_off(after_bytes: int) -> Iterator[None]:
 def test_events_come_back_as_they_went_in(
     tmp_path_factory: pytest.TempPathFactory, data: list[Any], chunk_bytes: int
 ) -> None:
-    """Any JSON, read in chunks of any size: fails if a piece of a line that a chunk ends in is not kept for
-    the next.
+    """Any JSON comes back, read in chunks of any size.
+    Fails if a reader does not keep the piece of a line at a chunk's end.
     """
     directory = tmp_path_factory.mktemp("events")
     writer = EventWriter(str(directory / "s-1.t-1"), "s-1", "t-1")
@@ -118,7 +118,9 @@ WHOLE = b"".join(line(offset, data) for offset, data in enumerate(SAYINGS, 1)) +
 def test_truncated_file_has_a_prefix_of_the_events(
     path: Path, monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
 ) -> None:
-    """Cut at every byte: the events whose lines are whole, and never a wrong one; the end only if its line is whole."""
+    """A file that is cut at any byte has the events whose lines are whole, and never a wrong one.
+    It has the end only if the end's line is whole.
+    """
     monkeypatch.setattr(event_log, "_CHUNK_BYTES", chunk_bytes)
     for size in range(len(WHOLE) + 1):
         path.write_bytes(WHOLE[:size])
@@ -127,14 +129,15 @@ def test_truncated_file_has_a_prefix_of_the_events(
 
 
 def test_stream_that_died_in_the_middle_of_a_line_is_ended(path: Path, files: EventFiles) -> None:
-    """Cut at every byte, and then ended by another process: no event is lost or wrong, and the end is read.
+    """A file that is cut at any byte and ended by another process loses no event.
+    It has no wrong one, and shows its end.
 
-    Fails if the end line is appended to the torn one.
+    Fails if the end line is appended to the torn line.
     """
     for size in range(len(WHOLE) - len(END) + 1):
         path.write_bytes(WHOLE[:size])
         files.end("s-1", "t-1", "died")
-        # A line that lacks nothing but its newline was written whole.
+        # A line that lacks nothing but its newline counts as whole.
         whole = sum(size >= len(b"".join(WHOLE.splitlines(True)[:n])) - 1 for n in range(1, len(SAYINGS) + 1))
         assert read(path) == (SAYINGS[:whole], "died")
 
@@ -174,10 +177,9 @@ GARBAGE = [
 @pytest.mark.parametrize("garbage", GARBAGE, ids=range(len(GARBAGE)))
 @pytest.mark.parametrize("after", [0, 2])
 def test_garbage_is_passed_over(path: Path, garbage: bytes, after: int) -> None:
-    """A line that is no event, or not the next one, counts for nothing, also before the cursor, where nothing is asked
-    for.
+    """A line that is no event, or not the next one, is ignored, also before the cursor, where no event is asked for.
 
-    Fails if a line is taken by its shape alone.
+    Fails if a line is accepted by its shape alone.
     """
     path.write_bytes(line(1, "a") + garbage + b"\n" + line(2, "b") + line(3, "c") + END)
     assert read(path, after) == (["a", "b", "c"][after:], "finished")
@@ -188,14 +190,16 @@ def test_garbage_is_passed_over(path: Path, garbage: bytes, after: int) -> None:
 
 
 def test_events_behind_a_hole_do_not_count(path: Path) -> None:
-    """What a power cut left behind a hole has offsets that do not follow: the events end where the hole begins."""
+    """The events end where a hole begins.
+    The lines that a power cut left behind the hole have offsets that do not follow.
+    """
     torn = line(3, "c")
     path.write_bytes(line(1, "a") + line(2, "b") + b"\x00" * len(torn) + line(4, "d") + line(5, "e"))
     assert read(path) == (["a", "b"], None)
 
 
 def test_nothing_behind_the_end_line_counts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end line is the fence: events and other ends behind it are not there, however the file is cut into chunks."""
+    """The end line is the fence: events and other ends behind it do not count, however the file is cut into chunks."""
     path.write_bytes(line(1, "a") + END + line(2, "late") + b'{"end":"died"}\n')
     for chunk_bytes in (*range(1, 60), 4096):
         monkeypatch.setattr(event_log, "_CHUNK_BYTES", chunk_bytes)
@@ -203,7 +207,9 @@ def test_nothing_behind_the_end_line_counts(path: Path, monkeypatch: pytest.Monk
 
 
 def test_reader_who_comes_again_and_again_sees_each_event_once(path: Path) -> None:
-    """The file grows byte by byte, and the reader looks after each: every event once, as soon as its line is whole."""
+    """The reader looks after each byte that the file grows by.
+    It sees every event once, as soon as its line is whole.
+    """
     path.touch()
     found: list[Any] = []
     with EventReader(str(path)) as reader, path.open("ab", buffering=0) as file:
@@ -218,7 +224,7 @@ def test_reader_who_comes_again_and_again_sees_each_event_once(path: Path) -> No
 
 
 def test_cursor_begins_behind_its_event(path: Path) -> None:
-    """`after` events are passed, however many chunks that takes; at the end, and beyond it, there are none."""
+    """The reader skips `after` events, however many chunks that takes. At the end, and beyond it, there are none."""
     path.write_bytes(b"".join(line(n, "x" * 1000) for n in range(1, 1001)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(event_log, "_CHUNK_BYTES", 4096)
@@ -227,7 +233,7 @@ def test_cursor_begins_behind_its_event(path: Path) -> None:
 
 
 def test_huge_event_passes(path: Path, writer: EventWriter) -> None:
-    """An event of many chunks, between two small ones."""
+    """An event of many chunks comes back, between two small ones."""
     huge = "é\n" * 4_000_000
     for value in ("a", huge, "b"):
         emit(writer, value)
@@ -239,11 +245,11 @@ def test_huge_event_passes(path: Path, writer: EventWriter) -> None:
 
 @pytest.mark.parametrize("refused", [["refused"], [{"a": {"b": 1}}, [2], "3}"]], ids=["one", "several"])
 def test_write_that_broke_off_costs_no_later_event(path: Path, files: EventFiles, refused: list[Any]) -> None:
-    """The disk is full at any byte of an emission: it is refused, and the next one is kept, with the offset it was
-    told.
+    """If the disk is full at any byte of an emission, that one is refused.
+    The next one is kept with the offset that it got.
 
-    Of the refused one a part may stand there, if its lines are whole. Fails without the stock-taking; and, for a line
-    that lacks nothing but its newline, if the newline that follows makes it an event, in the place of the next one.
+    A part of the refused emission may be kept, if its lines are whole. Fails without the stock-taking. A refused line
+    may lack nothing but its newline. Fails if a later newline makes an event of it, in the place of the next one.
     """
     whole = b"".join(line(offset, data) for offset, data in enumerate(refused, 2))
     for written in range(len(whole)):
@@ -262,7 +268,7 @@ def test_write_that_broke_off_costs_no_later_event(path: Path, files: EventFiles
 
 
 def test_write_that_breaks_off_again_and_again(path: Path, files: EventFiles) -> None:
-    """Each attempt gets one byte further than the one before, until one succeeds: it is the only one that is kept."""
+    """Each attempt gets one byte further than the one before, until one succeeds. Only that one is kept."""
     size = len(line(1, "kept"))
     writer = files.writer("s-1", "t-1")
     writer.open()
@@ -275,7 +281,7 @@ def test_write_that_breaks_off_again_and_again(path: Path, files: EventFiles) ->
 
 
 def test_interrupt_behind_the_write_keeps_what_was_written(path: Path, writer: EventWriter) -> None:
-    """Ctrl-C when the bytes are down already: the event is there, and the next follows.
+    """Ctrl-C after the bytes are written keeps the event, and the next one follows.
 
     Fails without the stock-taking.
     """
@@ -297,9 +303,9 @@ def test_interrupt_behind_the_write_keeps_what_was_written(path: Path, writer: E
 
 
 def test_fenced_writer_stays_fenced(path: Path, files: EventFiles, writer: EventWriter) -> None:
-    """Once the stream has been ended, every emission says so: at once, afterwards, and when the file has gone.
+    """After the end of the stream every emission is `Fenced`: at once, later, and when the file is gone.
 
-    Fails without the look at where the write ended; the last one, if a file that is gone is blamed on the disk.
+    Fails without the check of where the write ended. The last case fails if a missing file is reported as a disk error.
     """
     emit(writer, "a")
     files.end("s-1", "t-1", "cancelled")
@@ -313,9 +319,9 @@ def test_fenced_writer_stays_fenced(path: Path, files: EventFiles, writer: Event
 
 
 def test_fence_is_seen_after_a_write_that_broke_off(path: Path, files: EventFiles, writer: EventWriter) -> None:
-    """The stream is ended, and its file even removed, between a failed emission and the next.
+    """The fence is seen although the stream is ended, or its file removed, between a failed emission and the next one.
 
-    Fails if stock is taken blindly.
+    Fails if the stock-taking does not look for the fence.
     """
     emit(writer, "a")
     with broken_off(9), pytest.raises(persist.EmitFailed):
@@ -330,9 +336,9 @@ def test_fence_is_seen_after_a_write_that_broke_off(path: Path, files: EventFile
 
 
 def test_fence_that_came_into_the_middle_of_a_write_is_one(path: Path, writer: EventWriter) -> None:
-    """The end line hit a half-written event, so that nobody can read it; the writer has seen it all the same, for good.
+    """An end line inside a half-written event cannot be read, but the writer that has seen it stays fenced for good.
 
-    Fails without the memory of it.
+    Fails if the writer forgets it.
     """
     emit(writer, "a")
     with path.open("ab") as file:
@@ -343,8 +349,8 @@ def test_fence_that_came_into_the_middle_of_a_write_is_one(path: Path, writer: E
 
 
 def test_successor_of_the_same_id_is_not_written_to(path: Path, files: EventFiles, writer: EventWriter) -> None:
-    """A failed emission, the session made anew, a stream of the same id:
-    the old writer takes no stock of the new file.
+    """After a failed emission, the session is created anew with a stream of the same id.
+    The old writer takes no stock of the new file.
     """
     emit(writer, "a")
     with broken_off(9), pytest.raises(persist.EmitFailed):
@@ -353,7 +359,7 @@ def test_successor_of_the_same_id_is_not_written_to(path: Path, files: EventFile
     files.remove_session("s-1")
     successor = files.writer("s-1", "t-1")
     successor.open()
-    # As long as the old file, so that its size does not tell them apart.
+    # The new file is as long as the old one, so that its size does not tell them apart.
     missing = os.fstat(writer._held.fd).st_size - len(line(1, ""))
     emit(successor, new := "n" * missing)
     for _ in range(2):
@@ -367,9 +373,9 @@ def test_successor_of_the_same_id_is_not_written_to(path: Path, files: EventFile
 def test_end_line_that_the_stock_taking_misses_is_a_fence(
     path: Path, files: EventFiles, writer: EventWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ended after stock was taken and before the write: the write is late.
+    """A stream that ends after the stock-taking and before the write fences the write.
 
-    Fails if the size is asked for after the events.
+    Fails if the size is read after the events.
     """
     emit(writer, "a")
     with broken_off(9), pytest.raises(persist.EmitFailed):
@@ -399,10 +405,10 @@ MOST_PLACES = 100
 @pytest.mark.parametrize("is_first", [True, False], ids=["first", "later"])
 @pytest.mark.parametrize("call", CALLS)
 def test_refused_emission_costs_nothing_else(scratch: Path, call: str, is_first: bool, durable: bool) -> None:
-    """Every error of every kernel call of `emit`: an error of persist or an acknowledgement that holds; the next one
-    works.
+    """After any error of any kernel call, `emit` raises an error of persist or keeps its promise.
+    The next emission works.
 
-    No offset is left out, no event stands there twice, and no descriptor is left open.
+    No offset is left out, no event is there twice, and no descriptor is left open.
     """
     store = persist.Store(scratch, keep_events_s=1000.0)
     store.create("s", {"messages": []})
@@ -434,7 +440,7 @@ def _emit_under(fault: Fault, store: persist.Store, *, is_first: bool, durable: 
             assert injection.hits, error
             assert isinstance(error, OSError if is_first else persist.EmitFailed), fault
             assert isinstance(error, persist.PersistError), fault
-        # Written, and not synced: it may be there.
+        # The event was written, but not synced, so it may be in the file.
         may_stand = error is not None and durable
         stream.emit("next")
         stream.emit("last")
@@ -445,9 +451,10 @@ def _emit_under(fault: Fault, store: persist.Store, *, is_first: bool, durable: 
 
 
 def test_no_durable_emission_claims_success_after_a_failed_sync(store: persist.Store) -> None:
-    """The kernel answers OK to the second fsync of data that it has dropped: nothing durable is promised any more.
+    """After a failed sync no emission promises durability.
+    The kernel answers OK to the second fsync of data that it dropped.
 
-    Fails without the memory of the failure. What is not to be durable goes on.
+    Fails if the writer forgets the failure. Emissions that need not be durable go on.
     """
     store.create("s", {"messages": []})
     with store.start_stream("s") as stream:
@@ -463,7 +470,7 @@ def test_no_durable_emission_claims_success_after_a_failed_sync(store: persist.S
 
 
 def test_short_writes_are_completed(path: Path, writer: EventWriter) -> None:
-    """The kernel takes half of what it is given: the rest follows, and nothing has failed."""
+    """The kernel takes half of each write. The writer writes the rest, and nothing fails."""
     with injecting(Fault("write", 1, SHORT, is_persistent=True)) as injection:
         assert emit(writer, "a", {"b": "c"}) == 2
     assert injection.hits > 1
@@ -476,10 +483,10 @@ def test_short_writes_are_completed(path: Path, writer: EventWriter) -> None:
 def test_durable_emission_syncs_the_file_and_once_its_name(
     path: Path, writer: EventWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A durable emission returns when the file is synced, the first one also the directories above; others sync
-    nothing.
+    """A durable emission returns when the file is synced. The first one also syncs the directories above.
+    Other emissions sync nothing.
 
-    Fails with either sync taken out.
+    Fails without either sync.
     """
     synced: list[str] = []
     real = os.fsync
@@ -506,7 +513,7 @@ def test_durable_emission_syncs_the_file_and_once_its_name(
 def test_those_who_wait_are_woken_by_every_append_and_the_end(
     path: Path, files: EventFiles, writer: EventWriter
 ) -> None:
-    """In the same process nobody waits for the next look at the file, and nobody is woken for another file's events."""
+    """A follower in the same process is woken at once, and never by events of another file."""
     calls: list[str] = []
     me = threading.get_ident()
 
@@ -526,9 +533,9 @@ def test_those_who_wait_are_woken_by_every_append_and_the_end(
 
 
 def test_garbage_collector_may_come_at_any_moment(path: Path) -> None:
-    """A dropped follower is collected by whoever allocates just then, also by one who is about to wait himself.
+    """The garbage collector may collect a dropped follower in any thread, even in one that is about to wait itself.
 
-    Fails (it waits for itself) if the guard of those who wait is not re-entrant.
+    Fails (the thread waits for itself) if the guard of the waiting followers is not re-entrant.
     """
 
     class Collecting(type(path)):  # type: ignore[misc]
@@ -558,7 +565,9 @@ def expiring(scratch: Path, keep_s: float) -> EventFiles:
 
 
 def test_sweep_removes_at_once_what_has_expired(scratch: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that sweeps, and ends, leaves no work to a thread that ends with it. There is no such thread."""
+    """A sweep removes expired files itself.
+    A thread would end with the sweeping command, so it leaves no work to one.
+    """
     removed: list[tuple[str, threading.Thread]] = []
     real = os.unlink
 
@@ -578,7 +587,7 @@ def test_sweep_removes_at_once_what_has_expired(scratch: Path, path: Path, monke
 
 
 def test_events_of_a_stream_with_a_lease_do_not_expire(scratch: Path, path: Path) -> None:
-    """A stream that is silent for long may still speak: its lease keeps its events, however old they are."""
+    """A stream that is silent for long may still emit, so its lease keeps its events, however old they are."""
     files = expiring(scratch, 1000.0)
     path.write_bytes(WHOLE)
     os.utime(path, (1, 1))
@@ -593,7 +602,7 @@ def test_events_of_a_stream_with_a_lease_do_not_expire(scratch: Path, path: Path
 
 
 def test_start_in_the_session_removes_what_has_expired_there(scratch: Path, path: Path) -> None:
-    """A session's next stream pays for the session's own files, and for nobody else's."""
+    """A session's next stream removes the expired files of this session, and no other files."""
     files = expiring(scratch, 1000.0)
     young, other = path.with_name("s-1.t-2"), path.with_name("s-2.t-1")
     for each in (path, young, other):
@@ -605,7 +614,7 @@ def test_start_in_the_session_removes_what_has_expired_there(scratch: Path, path
 
 
 def test_clock_that_was_set_back_keeps_nothing_for_ever(scratch: Path, path: Path) -> None:
-    """A file from the future goes away as long after the first sweep as it is kept at all.
+    """A file with a time in the future is kept after the first sweep for as long as any other file.
 
     Fails if its age may be negative.
     """
@@ -621,7 +630,7 @@ def test_clock_that_was_set_back_keeps_nothing_for_ever(scratch: Path, path: Pat
 
 
 def test_clock_of_a_link_is_not_set(scratch: Path, path: Path) -> None:
-    """What stands behind a link is somebody else's file: its time stays as it is."""
+    """The target of a link is another program's file, so its time stays as it is."""
     target = scratch / "target"
     target.write_bytes(b"")
     os.utime(target, (2**32, 2**32))

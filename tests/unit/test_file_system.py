@@ -1,4 +1,4 @@
-"""File systems: which are trusted, which are refused, and what a probe finds out about the others."""
+"""File systems: which ones the store trusts, which ones it refuses, and what a probe finds out about the others."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_mount_that_is_hidden_holds_nothing(mounts: Mounts, tmp_path: Path) ->
 
 
 def test_the_longest_mount_point_holds_the_directory(mounts: Mounts) -> None:
-    """A mount further down covers the one above, in whatever order they are listed; a like name beside it does not."""
+    """A mount further down covers the one above, in any order of the table. A similar name beside it does not."""
     mounts(mount("/mnt/a/b", "xfs"), mount("/", "ext4"), mount("/mnt/a", "nfs4"), mount("/mnt/a/bc", "tmpfs"))
     assert kind_of("/mnt/a/b") == "xfs"
     assert kind_of("/mnt/a/b/deep/er") == "xfs"
@@ -86,13 +86,13 @@ def test_the_longest_mount_point_holds_the_directory(mounts: Mounts) -> None:
 
 
 def test_a_later_mount_covers_an_earlier_one_at_the_same_place(mounts: Mounts) -> None:
-    """What was mounted over is out of reach."""
+    """The later of two mounts at one place counts, because the earlier one is out of reach."""
     mounts(mount("/", "ext4"), mount("/mnt/a", "ext4"), mount("/mnt/a", "nfs"))
     assert kind_of("/mnt/a/x") == "nfs"
 
 
 def test_a_mount_points_escapes_are_read(mounts: Mounts) -> None:
-    """The kernel writes space, tab, newline and backslash as octal numbers."""
+    """The table's octal numbers are read as characters: the kernel writes space, tab, newline and backslash so."""
     mounts(mount("/", "ext4"), mount(r"/mnt/a\040b", "cifs"), mount(r"/mnt/c\011d\012e\134f", "ceph"))
     assert kind_of("/mnt/a b/x") == "cifs"
     assert kind_of("/mnt/c\td\ne\\f/x") == "ceph"
@@ -112,7 +112,7 @@ def test_any_number_of_optional_fields_may_stand_before_the_kind(mounts: Mounts,
 
 
 def test_a_symbolic_link_leads_to_the_file_system_of_its_target(mounts: Mounts, tmp_path: Path) -> None:
-    """The link's own place says nothing."""
+    """A link has the file system of its target. The link's own place says nothing."""
     (tmp_path / "far").mkdir()
     (tmp_path / "near").symlink_to(tmp_path / "far")
     mounts(mount("/", "ext4"), mount(str(tmp_path / "far"), "nfs"))
@@ -129,7 +129,7 @@ GOOD = [
 
 @pytest.mark.parametrize("kind", GOOD)
 def test_a_local_file_system_is_accepted_in_silence(kind: str, mounts: Mounts, directory: Path) -> None:
-    """No warning, and no probe: a probe would be a thread and two files more."""
+    """A local file system gets no warning and no probe. A probe would cost a thread and two more files."""
     mounts(mount("/", kind))
     threads: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -139,7 +139,7 @@ def test_a_local_file_system_is_accepted_in_silence(kind: str, mounts: Mounts, d
 
 
 def test_an_overlay_of_a_container_is_accepted_in_silence(mounts: Mounts, directory: Path) -> None:
-    """It is the root of most containers."""
+    """An overlay gets no warning, because it is the root of most containers."""
     mounts(mount("/", "overlay", source="overlay", options="rw,lowerdir=/l1:/l2,upperdir=/u,workdir=/w,xino=off"))
     persist.Store(directory)
 
@@ -167,7 +167,9 @@ BAD = {
 def test_a_file_system_whose_locks_do_not_hold_is_refused(
     line: str, named: str, mounts: Mounts, directory: Path
 ) -> None:
-    """HAZARDS F8: by its kind, or by what its mount is known for. `unsafe_filesystem=True` is the caller's own word."""
+    """HAZARDS F8: a file system is refused by its kind, or by other signs of its mount.
+    `unsafe_filesystem=True` accepts it, on the caller's own word.
+    """
     mounts(line)
     with pytest.raises(persist.InvalidArgument) as caught:
         persist.Store(directory)
@@ -182,7 +184,7 @@ def test_a_file_system_whose_locks_do_not_hold_is_refused(
 
 
 def test_the_command_line_can_be_told_that_a_file_system_is_unsafe(mounts: Mounts, store: persist.Store) -> None:
-    """HAZARDS F15: whoever opened the store with `unsafe_filesystem=True` can look at it with the commands, too."""
+    """HAZARDS F15: a store that was opened with `unsafe_filesystem=True` can be looked at with the commands, too."""
     store.create("s", {"title": "hello"})
     mounts(mount("/", "virtiofs"))
     run = runner_of(command)
@@ -209,21 +211,21 @@ UNKNOWN = {
 
 @pytest.mark.parametrize("line", UNKNOWN.values(), ids=UNKNOWN)
 def test_what_a_probe_cannot_see_is_one_warning(line: str, mounts: Mounts, directory: Path) -> None:
-    """HAZARDS F8: the probe passes here. The warning comes once a device, and at the caller's line."""
+    """HAZARDS F8: a file system that passes the probe gets one warning a device. It names the caller's line."""
     mounts(line)
     with pytest.warns(
         RuntimeWarning, match=r"A lock there keeps out others of this machine.*unsafe_filesystem"
     ) as caught:
         persist.Store(directory)
     assert [warning.filename for warning in caught] == [__file__]
-    # Warnings are errors here.
+    # No second warning comes: it would be an error here.
     persist.Store(directory)
     persist.Store(directory / "another")
     assert {path.name for path in directory.iterdir()} == {".leases", "another"}
 
 
 def test_a_warning_that_is_an_error_is_one_at_each_opening(mounts: Mounts, directory: Path) -> None:
-    """A store that was refused once by `-W error` is not accepted in silence the next time."""
+    """A store that `-W error` refused once is refused again, not accepted in silence."""
     mounts(mount("/", "fuse"))
     for _ in range(3):
         with pytest.raises(RuntimeWarning, match="is on fuse"):
@@ -231,7 +233,7 @@ def test_a_warning_that_is_an_error_is_one_at_each_opening(mounts: Mounts, direc
 
 
 def test_the_warning_of_an_asynchronous_store_names_the_callers_line(mounts: Mounts, directory: Path) -> None:
-    """Also through `persist.aio` it is the caller's own file."""
+    """The warning names the caller's own file, also through `persist.aio`."""
     mounts(mount("/", "fuse.sshfs"))
     with pytest.warns(RuntimeWarning, match=r"is on fuse\.sshfs") as caught:
         persist.aio.Store(directory)
@@ -239,13 +241,13 @@ def test_the_warning_of_an_asynchronous_store_names_the_callers_line(mounts: Mou
 
 
 def test_the_callers_own_word_is_not_tried(mounts: Mounts, directory: Path) -> None:
-    """`unsafe_filesystem=True` is silent, and takes no probe."""
+    """`unsafe_filesystem=True` gives no warning and makes no probe."""
     mounts(mount("/", "fuse"))
     persist.Store(directory, unsafe_filesystem=True)
 
 
 class Locks:
-    """Locks of a file system: what the first one and the second one of the probe answer."""
+    """Locks of a file system, which give the probe's first and second lock a set answer."""
 
     def __init__(self, *answers: bool | OSError | float) -> None:
         self.answers = iter(answers)
@@ -302,13 +304,13 @@ def test_a_file_system_that_fails_the_probe_is_refused(
     locks: Callable[..., Locks],
     directory: Path,
 ) -> None:
-    """HAZARDS F8: two descriptors of one file, and the second lock must be refused at once.
+    """HAZARDS F8: of two descriptors of one file, the second lock must be refused at once.
 
-    It fails with the probe taken out, and with either of its two locks.
+    The test fails without the probe, and without either of its two locks.
     """
     mounts(mount("/", kind))
     probe = locks(*answers)
-    for _ in range(2):  # the second time by what is known: a server that hangs is asked once
+    for _ in range(2):  # the second refusal comes from memory: a server that hangs is asked once
         with pytest.raises(persist.InvalidArgument) as caught:
             persist.Store(directory)
         assert f"is on {kind}, {told};" in str(caught.value)
@@ -335,7 +337,7 @@ def test_where_no_file_can_be_made_the_locks_are_not_tried(
 def test_without_a_mount_table_the_probe_alone_decides(
     is_empty: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: Callable[..., Locks]
 ) -> None:
-    """Not Linux, or a bare container: what passes is accepted in silence, and what fails is refused."""
+    """Without a mount table (not Linux, or a bare container), the probe accepts in silence or refuses."""
     if is_empty:
         (tmp_path / "table").touch()
     monkeypatch.setattr(file_system, "MOUNTS", tmp_path / "table")
@@ -351,7 +353,7 @@ def test_without_a_mount_table_the_probe_alone_decides(
 
 
 def test_a_device_is_judged_once(mounts: Mounts, store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the table of the mounts nor a lock is looked at again: opening a store costs what it did."""
+    """A second opening reads neither the mount table nor a lock, and costs what it did."""
     mounts(mount("/", "ext4"))
     persist.Store(store.path)
     monkeypatch.setattr(file_system, "MOUNTS", Path("/nowhere"))
@@ -361,7 +363,7 @@ def test_a_device_is_judged_once(mounts: Mounts, store: persist.Store, monkeypat
 
 
 def test_a_mount_is_named_by_its_kind_and_by_what_it_is_known_for() -> None:
-    """The name in the message is the one that decided."""
+    """The message names the kind or the source, whichever decided."""
     assert str(Mount("ext4")) == "ext4"
     assert str(Mount("fuse.sshfs", "host:/srv")) == "fuse.sshfs"
     assert str(Mount("fuse", "s3fs")) == "fuse (s3fs)"

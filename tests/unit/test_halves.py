@@ -1,6 +1,6 @@
-"""Half an emoji: two halves side by side are joined when they are written, and a lone one is kept and can be shown.
+"""Half an emoji: two halves side by side are joined when they are written. A lone half is kept and can be shown.
 
-A model's tokens may cut an emoji in two. Whoever puts the tokens together has both halves in one text.
+A model's tokens may cut an emoji in two. A caller that joins the tokens has both halves in one text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from persist import json_codec
 from persist.cli.commands import persist as command
 
 HIGH, LOW = "\ud83d", "\ude00"
-#: What a caller has -> what the file has.
+#: The caller's text -> the file's text.
 TEXTS = {
     HIGH + LOW: "😀",
     f"so {HIGH}{LOW}!": "so 😀!",
@@ -51,7 +51,7 @@ def document(text: str) -> dict[str, Any]:
 def test_halves_are_joined_in_the_file_and_stay_in_the_object(
     given: str, kept: str, count: int, store: persist.Store
 ) -> None:
-    """HAZARDS F14: the file has the character. The next saves see neither a change nor a conflict."""
+    """HAZARDS F14: the file has the joined character. The next saves see neither a change nor a conflict."""
     more = [{"id": f"n{number}", "content": "x" * 300} for number in range(count)]
     store.create("s", {"messages": more})
     session = store.load("s")
@@ -70,7 +70,9 @@ def test_halves_are_joined_in_the_file_and_stay_in_the_object(
 
 @each_text
 def test_others_commits_merge_beside_halves(given: str, kept: str, store: persist.Store) -> None:
-    """What others committed comes into the object. What both hold alike is no conflict, and its key stays as it is."""
+    """Commits of others come into the object.
+    A text that both sides have, in either form, is no conflict, and keeps its key.
+    """
     session = store.create("s", document(given))
     session.data.clear()
     session.data.update(document(given))
@@ -94,7 +96,7 @@ def test_others_commits_merge_beside_halves(given: str, kept: str, store: persis
 
 @each_text
 def test_the_same_edit_in_halves_and_whole_is_no_conflict(given: str, kept: str, store: persist.Store) -> None:
-    """Two workers write one text, one of them in halves."""
+    """Two workers write one text, and one of them writes it in halves. That is no conflict."""
     store.create("s", {"title": "old", "messages": [{"id": "m1", "role": "user", "content": "old"}]})
     one, other = store.load("s"), store.load("s")
     for session, text in ((one, given), (other, kept)):
@@ -106,7 +108,7 @@ def test_the_same_edit_in_halves_and_whole_is_no_conflict(given: str, kept: str,
 
 
 def test_another_order_of_keys_beside_halves_is_no_change(store: persist.Store) -> None:
-    """Fails if the caller's value is compared with the file's as it is."""
+    """Another order of keys is no change. Fails if the caller's value is compared with the file's as it is."""
     session = store.create("s", {"meta": {"a": HIGH + LOW, "b": "é"}, "messages": [{"id": "m", "content": HIGH + LOW}]})
     session.data["meta"] = {"b": "é", "a": HIGH + LOW}
     session.data["messages"][0] = {"content": HIGH + LOW, "id": "m"}
@@ -125,7 +127,7 @@ def test_another_order_of_keys_beside_halves_is_no_change(store: persist.Store) 
     ids=["at the top", "deep", "both in halves", "in a message"],
 )
 def test_two_keys_that_become_one_are_refused(data: dict[str, Any], store: persist.Store) -> None:
-    """One of the two values would be lost."""
+    """Two keys that would become one are refused, because one of their values would be lost."""
     with pytest.raises(persist.NotJSON, match="two keys in it are one"):
         store.create("s", data)
     assert store.ids() == []
@@ -136,7 +138,7 @@ def test_two_keys_that_become_one_are_refused(data: dict[str, Any], store: persi
 
 @each_text
 def test_an_append_in_halves_is_idempotent_by_its_key(given: str, kept: str, store: persist.Store) -> None:
-    """A retry may come in halves or whole, under whatever key."""
+    """A retry may come in halves or whole, under whatever key: the item is added once."""
     store.create("s", {"messages": []})
     versions = {
         store.append("s", "messages", {"id": text, "content": other})
@@ -155,7 +157,7 @@ def test_an_append_in_halves_is_idempotent_by_its_key(given: str, kept: str, sto
 
 @each_text
 def test_a_block_finds_by_either_form(given: str, kept: str, store: persist.Store) -> None:
-    """Names of fields and lists, and the values that `find` looks for, also of what the block has added itself."""
+    """Either form finds a field, a list, or a value that `find` looks for, also among what the block has added."""
     store.create("s", document(given))
     with store.transaction("s") as tx:
         assert tx.fields[given] is tx.fields[kept]
@@ -189,7 +191,9 @@ def test_a_merge_policy_is_found_by_either_form(store: persist.Store) -> None:
 
 @each_text
 def test_a_turn_in_halves(given: str, kept: str, store: persist.Store) -> None:
-    """HAZARDS F14: prompt, events, partial answer and answer; a second start of the prompt is once."""
+    """HAZARDS F14: a turn joins the halves in its prompt, events, partial answer and answer. A second start of the
+    prompt, in the other form, starts nothing.
+    """
     prompt = {"id": given, "role": "user", "content": given}
     with store.start_stream("s", prompt, create=True, once=True, fields={given: given}) as stream:
         with pytest.raises(persist.AlreadyStarted):
@@ -219,7 +223,7 @@ def test_a_turn_in_halves(given: str, kept: str, store: persist.Store) -> None:
 
 @each_text
 def test_an_asynchronous_save_in_halves(given: str, kept: str, store: persist.Store) -> None:
-    """`persist.aio` encodes elsewhere than `Session.save` does."""
+    """An asynchronous save joins halves, too: `persist.aio` encodes in another place than `Session.save` does."""
 
     async def main() -> None:
         astore = persist.aio.Store(store)
@@ -238,7 +242,7 @@ def test_an_asynchronous_save_in_halves(given: str, kept: str, store: persist.St
 @pytest.mark.parametrize("text", LONE, ids=map(ascii, LONE))
 @pytest.mark.parametrize("count", [0, 400], ids=["small", "journaled"])
 def test_a_lone_half_is_kept(text: str, count: int, store: persist.Store) -> None:
-    """It may be joined to its other half later: nothing is replaced, and nothing lost."""
+    """A lone half is neither replaced nor lost, because it may be joined to its other half later."""
     more = [{"id": f"n{number}", "content": "x" * 300} for number in range(count)]
     session = store.create("s", {"messages": [*more, *document(text)["messages"]], "title": text, text: text})
     session.save()
@@ -270,7 +274,9 @@ COMMANDS: dict[str, Callable[[str], tuple[str, ...]]] = {
 def test_every_command_can_show_a_lone_half(
     arguments: Callable[[str], tuple[str, ...]], text: str, store: persist.Store
 ) -> None:
-    """HAZARDS F14: what the store keeps can leave it, and in whatever encoding. Another program left a stream, too."""
+    """HAZARDS F14: every command shows a text that the store keeps, in whatever encoding.
+    So it does for another program's stream.
+    """
     document = json_codec.encode(
         {
             "title": text,

@@ -1,7 +1,8 @@
-"""The journal: its grammar, what a head reads of it, which one a document has, and readers that a fold overtakes.
+"""The journal: its grammar, what a head reads of it, which journal a document has, and readers that a fold overtakes.
 
-They fail without their mechanisms: the check of the opening, of its version and its name; `after` and `revision` of a
-record; `head_at`; the start from anew of a reader that was overtaken, and the lock that it takes at last.
+The tests fail without their mechanisms. These are the check of the opening, of its version and its name, and `after`,
+`revision` and `head_at` of a record. Others are the new start of a reader that was overtaken, and the lock that such a
+reader takes at last.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ HELLO = {"id": "m1", "role": "user", "content": "hi"}
 
 @pytest.fixture
 def journaled(directory: Path) -> persist.Store:
-    """A store whose sessions all have a journal, with one session."""
+    """Return a store whose sessions all have a journal, with one session."""
     store = persist.Store(directory, journal="always", timeout_s=20.0)
     store._backend.files.options.verifies_folds = True
     store.create("s", {"title": "New chat", "messages": [HELLO]})
@@ -50,7 +51,7 @@ def append(store: persist.Store, number: int) -> str:
 
 
 def setting(field: str, value: Any) -> Callable[[persist.Transaction], None]:
-    """What `update` is given to set a field."""
+    """Return a function for `update` that sets a field."""
     return lambda tx: tx.data.update({field: value})
 
 
@@ -82,12 +83,12 @@ def test_journal_is_written_as_its_grammar_says(journaled: persist.Store) -> Non
         {"messages": 3},
     ]
     assert added_again["head_at"] == len(opening) + len(lines[0])
-    # Each commit knew that the one before was durable.
+    # Each commit knew that the previous one was durable.
     assert [each["synced"] for each in (added, renamed)] == [len(opening), len(opening) + len(lines[0])]
 
 
 def test_records_of_the_example_are_read(journaled: persist.Store) -> None:
-    """A journal written by hand, by the grammar in the docstring, is what the session is."""
+    """A journal that was written by hand, by the grammar in the docstring, gives the session."""
     path = journal_of(journaled)
     opening = path.read_bytes()
     record = {"after": "", "updated_at": "2026-01-01T00:00:00+00:00", "synced": len(opening)}
@@ -110,7 +111,7 @@ def test_records_of_the_example_are_read(journaled: persist.Store) -> None:
 
 @pytest.mark.parametrize("text", ["", "a\nb", "\ud800", "é", "\u2028", '"', "\\", "\0"])
 def test_any_text_is_one_line(journaled: persist.Store, text: str) -> None:
-    """Whatever a message or a field holds, a record is one line, without a zero byte, and comes back."""
+    """A record is one line without a zero byte, whatever a message or a field holds. It comes back unchanged."""
     journaled.append("s", "messages", {"id": text or 0, "content": text})
     journaled.update("s", lambda tx: tx.data.update(title=text))
     content = journal_of(journaled).read_bytes()
@@ -124,7 +125,7 @@ def test_any_text_is_one_line(journaled: persist.Store, text: str) -> None:
 
 
 def shown(store: persist.Store) -> tuple[object, ...]:
-    """What a head and a tail show, and what the whole session shows in their place."""
+    """Return the revision and the fields of a head, after a check of head and tail against the whole session."""
     head, session = store.head("s"), store.load("s")
     apart = encoded(session.data).apart
     counts = {name: len(value) for name, value in session.data.items() if type(value) is list}
@@ -150,7 +151,7 @@ def shown(store: persist.Store) -> tuple[object, ...]:
 
 
 def assert_tails_are_ends(store: persist.Store, data: dict[str, Any]) -> None:
-    """Check that a tail is the end of its list, however long it is, and wherever the list stands."""
+    """Check that a tail is the end of its list, however long the list is, and wherever it is stored."""
     for name, value in (data | {"missing": []}).items():
         for limit in (0, 1, 2, 3, 10, 10_000):
             if type(value) is list:
@@ -163,7 +164,7 @@ def assert_tails_are_ends(store: persist.Store, data: dict[str, Any]) -> None:
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("fold_bytes", [2000, math.inf])
 def test_head_shows_what_the_whole_session_shows(journaled: persist.Store, seed: int, fold_bytes: float) -> None:
-    """After any sequence of commits, with and without a change of the head, of every size."""
+    """A head agrees with the session after any commits of any size, with and without a change of the head."""
     journaled._backend.files.options.fold_bytes = fold_bytes
     dice = random.Random(seed)
     stream: persist.Stream | None = None
@@ -204,9 +205,9 @@ def test_head_shows_what_the_whole_session_shows(journaled: persist.Store, seed:
 
 @pytest.mark.parametrize("records", [0, 1, 500])
 def test_head_reads_no_more_of_a_long_journal(journaled: persist.Store, records: int) -> None:
-    """A head costs some reads of 4 KB, whatever the journal holds, also where the last change of the head is far back.
+    """A head costs some reads of 4 KB, whatever the journal holds, also if the head changed last far back.
 
-    One of them takes in the room for more.
+    One of these reads takes in the room for more.
     """
     journaled._backend.files.options.fold_bytes = math.inf
     journaled.update("s", lambda tx: tx.data.update(title="Locks"))
@@ -221,7 +222,9 @@ def test_head_reads_no_more_of_a_long_journal(journaled: persist.Store, records:
 
 @pytest.mark.parametrize("records", [0, 1, 500])
 def test_tail_reads_no_more_of_a_long_journal(journaled: persist.Store, records: int) -> None:
-    """A tail of what the last records have added costs a head, and those records. So does one of the document."""
+    """A tail of items that the last records added costs a head and those records.
+    So does a tail of the document's items.
+    """
     journaled._backend.files.options.fold_bytes = math.inf
     journaled.update("s", lambda tx: tx.data.update(notes=[f"{number}" * 100 for number in range(5000)]))
     journaled.compact("s")
@@ -248,7 +251,7 @@ def test_tail_goes_on_from_the_last_of_equal_changes(journaled: persist.Store) -
 
 @pytest.mark.parametrize("size_bytes", [20_000, 21_000, 100_000])
 def test_tail_of_a_long_record_is_read_whole(journaled: persist.Store, size_bytes: int) -> None:
-    """A record may be longer than what is read at a time. Fails if what is cut off is taken for no record."""
+    """A record may be longer than one read. Fails if a record that the read cuts off is taken for none."""
     journaled.append("s", "messages", {"id": "long", "content": "x" * size_bytes})
     assert [message["id"] for message in journaled.tail("s", limit=1)] == ["long"]
     assert [message["id"] for message in journaled.tail("s")] == ["m1", "long"]
@@ -258,7 +261,7 @@ def test_tail_of_a_long_record_is_read_whole(journaled: persist.Store, size_byte
 
 
 def verbs(store: persist.Store) -> list[Callable[[], object]]:
-    """The ways to read and to write the session."""
+    """Return the ways to read and to write the session."""
     return [
         lambda: store.load("s"),
         lambda: store.head("s"),
@@ -272,7 +275,7 @@ def verbs(store: persist.Store) -> list[Callable[[], object]]:
 
 
 def assert_every_verb_raises(store: persist.Store, kind: type[Exception], match: str) -> None:
-    """Of a store that does not know the session yet, whatever its mode."""
+    """Check the verbs of a store that does not know the session yet, in every mode."""
     for mode in get_args(Mode):
         for verb in verbs(persist.Store(store.path, journal=mode)):
             with pytest.raises(kind, match=match):
@@ -300,7 +303,9 @@ def test_unknown_version_is_refused_and_left_alone(journaled: persist.Store, ver
     [{"later": 1}, {"changes": [{"in": "messages", "at": 1, "insert": [1], "later": 1}]}, {"head": {"later": 1}}],
 )
 def test_record_that_a_newer_version_wrote_is_no_tear(journaled: persist.Store, more: dict[str, Any]) -> None:
-    """Its crc is right, and it holds what this version does not know: else an old worker would fold it away."""
+    """A record with a right crc and an unknown key raises `UnsupportedFormat`.
+    Otherwise an old worker would fold it away.
+    """
     append(journaled, 1)
     append(journaled, 2)
     path = journal_of(journaled)
@@ -312,14 +317,14 @@ def test_record_that_a_newer_version_wrote_is_no_tear(journaled: persist.Store, 
         journaled, persist.UnsupportedFormat, "knows 3. Load it with the version of persist that wrote it"
     )
     for verb in verbs(journaled)[3:]:
-        # Also the store that knows what stands before it.
+        # This store knows the records before it, and refuses, too.
         with pytest.raises(persist.UnsupportedFormat):
             verb()
     assert path.read_bytes() == before
 
 
 def test_journal_of_another_name_is_not_applied(journaled: persist.Store) -> None:
-    """A journal under the right name, whose opening bears another one, is as good as none: `CorruptSession`."""
+    """A journal whose opening has another name than its file is as good as none: `CorruptSession`."""
     append(journaled, 1)
     path = journal_of(journaled)
     opening, lines = parted(path.read_bytes())
@@ -331,7 +336,7 @@ def test_journal_of_another_name_is_not_applied(journaled: persist.Store) -> Non
 
 
 def test_journal_that_is_named_but_missing_is_told(journaled: persist.Store) -> None:
-    """A document whose journal is gone is `CorruptSession`. Its remedy takes the document as it is."""
+    """A document whose journal is gone is `CorruptSession`. The remedy takes the document as it is."""
     append(journaled, 1)
     journal_of(journaled).unlink()
     assert_every_verb_raises(
@@ -344,7 +349,7 @@ def test_journal_that_is_named_but_missing_is_told(journaled: persist.Store) -> 
 
 
 def test_revision_that_was_lost_with_its_journal_is_not_used_again(journaled: persist.Store) -> None:
-    """What somebody has decided on one state must not be done to another, which came to the same number."""
+    """A decision on one state must not be applied to another state that reached the same number."""
     lost = [append(journaled, number) for number in range(1, 5)]
     revision = journaled.head("s").revision
     journal_of(journaled).unlink()
@@ -359,7 +364,7 @@ def test_revision_that_was_lost_with_its_journal_is_not_used_again(journaled: pe
 
 
 def test_missing_journal_of_a_session_with_a_stream_is_told_by_every_look(journaled: persist.Store) -> None:
-    """Also where a look holds the session's lock already: the damage is named, and hides no other session's stream."""
+    """The damage is named, also if a verb already holds the session's lock. It hides no other session's stream."""
     journaled.create("t")
     with journaled.start_stream("t") as sound, journaled.start_stream("s") as stream:
         journal_of(journaled).unlink()
@@ -386,7 +391,9 @@ def test_left_over_journal_is_named_and_harmless(journaled: persist.Store) -> No
 
 
 def test_journal_with_commits_that_no_document_names_stays(journaled: persist.Store) -> None:
-    """Somebody put an older document back, say: what stands there is nowhere else. `check` names it."""
+    """Somebody may have put an older document back, so the journal stays: its commits are nowhere else.
+    `check` names it.
+    """
     for number in range(2):
         append(journaled, number)
     left = journaled.path / f"s.{'7' * 16}.journal"
@@ -416,7 +423,7 @@ def test_journal_that_was_folded_is_a_left_over(journaled: persist.Store) -> Non
 
 
 def test_symbolic_link_in_the_place_of_a_journal_is_refused(journaled: persist.Store, tmp_path: Path) -> None:
-    """What stands behind a link is somebody else's file: it is neither read nor written."""
+    """The target of a link is another program's file, so it is neither read nor written."""
     path = journal_of(journaled)
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
@@ -446,7 +453,7 @@ def test_symbolic_link_in_the_place_of_a_journal_is_refused(journaled: persist.S
     ],
 )
 def test_record_that_does_not_follow_is_damage(journaled: persist.Store, wrong: dict[str, Any]) -> None:
-    """A record whose CRC is right, but which cannot have come after the ones before, is refused by a load."""
+    """A load refuses a record that cannot follow the ones before, although its CRC is right."""
     append(journaled, 1)
     append(journaled, 2)
     path = journal_of(journaled)
@@ -460,7 +467,7 @@ def test_record_that_does_not_follow_is_damage(journaled: persist.Store, wrong: 
         journaled.load("s")
     for limit in (0, 1, 3):
         if "revision" in wrong or wrong == {"counts": {}}:
-            # Damage elsewhere goes unnoticed, and the last record says which lists there are.
+            # A tail does not notice damage elsewhere. The last record alone says which lists there are.
             assert journaled.tail("s", limit=limit) == (whole[3 - limit :] if "revision" in wrong else [])
         else:
             with pytest.raises(persist.CorruptSession, match="persist accept"):
@@ -468,7 +475,7 @@ def test_record_that_does_not_follow_is_damage(journaled: persist.Store, wrong: 
 
 
 def test_record_that_was_left_out_is_missed(journaled: persist.Store) -> None:
-    """Each record names the CRC of the one before: none can be taken out, or change places."""
+    """Each record names the CRC of the one before, so none can be taken out or change places."""
     for number in range(3):
         append(journaled, number)
     path = journal_of(journaled)
@@ -484,7 +491,9 @@ def test_record_that_was_left_out_is_missed(journaled: persist.Store) -> None:
 
 
 def test_record_behind_another_one_than_it_was_written_to_is_damage(journaled: persist.Store) -> None:
-    """Right CRC and revision, but the record before is another one of that revision: readers and writers tell."""
+    """CRC and revision are right, but the record before is another one of that revision.
+    Readers and writers refuse it.
+    """
     append(journaled, 1)
     append(journaled, 2)
     path = journal_of(journaled)
@@ -496,7 +505,7 @@ def test_record_behind_another_one_than_it_was_written_to_is_damage(journaled: p
 
 
 def test_records_of_another_journal_do_not_check_out(journaled: persist.Store) -> None:
-    """The CRC of a record begins with that of its journal's opening: lines of another journal are damage."""
+    """The CRC of a record is seeded with the CRC of its journal's opening, so lines of another journal are damage."""
     append(journaled, 1)
     journaled.create("t", {"title": "New chat", "messages": [HELLO]})
     journaled.append("t", "messages", {"id": "a1", "content": "x" * 300})
@@ -507,7 +516,7 @@ def test_records_of_another_journal_do_not_check_out(journaled: persist.Store) -
 
 
 def test_line_of_a_record_is_the_one_of_the_grammar() -> None:
-    """The CRC is of the line behind it, seeded with that of the opening. Defaults are left out."""
+    """The CRC covers the line behind it, seeded with the CRC of the opening. Defaults are left out."""
     record = Record("00000000", "0a0b0c0d", 8, "t", 55, {"messages": 3}, commit="c")
     rest = b'"after":"0a0b0c0d","revision":8,"updated_at":"t","synced":55,"counts":{"messages":3},"commit":"c"}'
     assert journal.encode(record, 7) == b'{"crc":"%08x",' % zlib.crc32(rest, 7) + rest + b"\n"
@@ -515,7 +524,7 @@ def test_line_of_a_record_is_the_one_of_the_grammar() -> None:
 
 @pytest.mark.parametrize("name", ["\ud800", "é", '"', "\n"])
 def test_any_name_can_stand_apart(journaled: persist.Store, name: str) -> None:
-    """Also one that msgspec does not write: its values are set, spliced and dropped."""
+    """A part may have any name, also one that msgspec does not write. Its values can be set, spliced and dropped."""
     large = [{"id": number, "content": "é" * 50} for number in range(100)]
     journaled.update("s", setting(name, large))
     journaled.append("s", name, {"id": "new", "content": "é\ud800", "cost": 1e22})
@@ -545,10 +554,10 @@ READERS = {
 
 @pytest.mark.parametrize("reader", READERS)
 def test_reader_that_a_fold_overtakes_starts_over(journaled: persist.Store, actor: ActorFactory, reader: str) -> None:
-    """Between a reader's look at the document and its look at the journal, the journal goes: it reads the new ones."""
+    """A reader starts over if the journal goes between its look at the document and its look at the journal."""
     append(journaled, 1)
     other: Actor = actor(journal="always")
-    # The first thing after the document was read.
+    # The actor pauses at its first step after it has read the document.
     other.start_and_pause(READERS[reader], "open_unseen")
     append(journaled, 2)
     journaled.compact("s")
@@ -561,7 +570,7 @@ def test_reader_that_a_fold_overtakes_starts_over(journaled: persist.Store, acto
 def test_reader_that_is_always_overtaken_takes_the_lock(
     journaled: persist.Store, monkeypatch: pytest.MonkeyPatch, reader: str
 ) -> None:
-    """After three times it keeps everybody out, and reads what is committed; nothing is told to be damaged."""
+    """After three attempts the reader takes the lock and reads what is committed. It reports no damage."""
     writer = persist.Store(journaled.path, journal="always", timeout_s=0.05)
     overtaken = 0
     real = journal.Journal.open
@@ -593,9 +602,9 @@ def test_reader_that_is_always_overtaken_takes_the_lock(
 def test_tail_that_a_commit_overtakes_is_that_of_one_commit(
     journaled: persist.Store, monkeypatch: pytest.MonkeyPatch, wanted: Any, *, is_apart: bool
 ) -> None:
-    """A list leaves its place between the two looks of a tail: it is never shown as an empty one.
+    """A list that moves between the two looks of a tail is never shown as an empty one.
 
-    Fails if a list that stands apart in the head is looked for among records that have moved it.
+    Fails if a list that is a part in the head is searched for among records that have moved it.
     """
     journaled.update("s", setting("notes", ["old" * 3000]))
     journaled.compact("s")
@@ -619,7 +628,7 @@ def test_tail_that_a_commit_overtakes_is_that_of_one_commit(
 
 
 def test_writer_that_waits_is_not_misled_by_a_fold(journaled: persist.Store, actor: ActorFactory) -> None:
-    """What a process knows of a journal is worth nothing once another one has folded it: it appends to the new one."""
+    """A process drops what it knows of a journal that another process has folded, and appends to the new one."""
     other = actor(journal="always")
     other.do("store.append('s', 'messages', {'id': 'o1'})")
     append(journaled, 1)
@@ -636,7 +645,7 @@ def test_writer_that_waits_is_not_misled_by_a_fold(journaled: persist.Store, act
 
 @pytest.fixture
 def roomy(journaled: persist.Store) -> persist.Store:
-    """The same, with a journal that has room for another 2 KB."""
+    """Return the same store with a journal that has room for another 2 KB."""
     journaled._backend.files.options.room_bytes = 2048
     for number in range(6):
         append(journaled, number)
@@ -646,7 +655,7 @@ def roomy(journaled: persist.Store) -> persist.Store:
 
 
 def test_records_are_written_into_the_room_that_a_journal_has(roomy: persist.Store) -> None:
-    """The file grows by room, not by records; behind them are zeros and nothing else; whoever writes uses it.
+    """The file grows by room, not by records. Behind the records are only zeros, and every writer uses that room.
 
     Fails if a writer adds to the end of the file, or makes room at each commit.
     """
@@ -681,7 +690,7 @@ def test_short_journal_and_long_record_get_no_room(journaled: persist.Store) -> 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, SHORT, TORN])
 def test_record_is_written_where_the_disk_has_no_room_for_more(roomy: persist.Store, error: int) -> None:
-    """On a full disk the last blocks are for records. Fails if an error in making room is one of the commit."""
+    """On a full disk the last blocks are for records. Fails if an error in making room fails the commit."""
     path, number = journal_of(roomy), 6
     while path.read_bytes().endswith(b"\0" * 500):
         append(roomy, number)
@@ -701,9 +710,9 @@ def test_record_is_written_where_the_disk_has_no_room_for_more(roomy: persist.St
 def test_reader_that_sees_a_record_being_written_looks_again(
     roomy: persist.Store, monkeypatch: pytest.MonkeyPatch, look: Callable[[persist.Store], int]
 ) -> None:
-    """The writer copies while the reader does: it may have the end of a record, and zeros before that. It is no damage.
+    """A reader may copy the end of a record and zeros before that, while the writer writes. That is no damage.
 
-    Fails without the second look. What stays like that is damage.
+    Fails without the second look. A record that stays so is damage.
     """
     path = journal_of(roomy)
     start = len(path.read_bytes().rstrip(b"\0"))
@@ -731,7 +740,7 @@ def test_reader_that_sees_a_record_being_written_looks_again(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc which file a descriptor has open")
 def test_nobody_looks_at_the_times_of_a_journal(roomy: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the next record must set others, which the file system has to write, too: an fdatasync takes longer.
+    """No verb asks for the times of a journal: the next record would set new ones, and its fdatasync would take longer.
 
     Fails if a journal is opened like any other file.
     """
@@ -762,7 +771,7 @@ KB = 1024
 
 
 def resize(store: persist.Store, size: int) -> None:
-    """Give the content of the session so many bytes, by one commit."""
+    """Give the content of the session this many bytes, by one commit."""
     around = encoded({"messages": [""]}).size_bytes
     store.update("s", lambda tx: tx.data.update(messages=["x" * (size - around)]))
 
@@ -802,7 +811,7 @@ def test_auto_folds_when_the_journal_outgrows_its_document(store: persist.Store)
 
 
 def test_never_leaves_at_its_next_commit(journaled: persist.Store) -> None:
-    """A store without journals folds what it finds with its own commit in it, and reads it before that."""
+    """A store without journals reads a journal that it finds, and folds it with its own next commit."""
     version = append(journaled, 1)
     never = persist.Store(journaled.path, journal="never")
     assert never.load("s").revision == never.head("s").revision == 2
@@ -817,7 +826,7 @@ def test_never_leaves_at_its_next_commit(journaled: persist.Store) -> None:
 
 
 def test_stores_of_different_modes_lose_nothing(directory: Path) -> None:
-    """Modes are preferences: whatever order they write in, all is there, once, in order."""
+    """Modes are preferences: whatever store writes next, every item is there once, in order."""
     modes = {mode: persist.Store(directory, journal=mode) for mode in get_args(Mode)}
     modes["auto"].create("s", {"messages": ["x" * 70_000]})
     dice = random.Random(3)
@@ -830,7 +839,9 @@ def test_stores_of_different_modes_lose_nothing(directory: Path) -> None:
 
 
 def test_compact_makes_the_document_the_session(journaled: persist.Store) -> None:
-    """After it the file alone is the session, at the same revision and time; another one has nothing to do."""
+    """After a compact the file alone is the session, at the same revision and time.
+    A second compact has nothing to do.
+    """
     assert journaled.compact("s") is False
     append(journaled, 1)
     before = journaled.load("s")
@@ -842,21 +853,21 @@ def test_compact_makes_the_document_the_session(journaled: persist.Store) -> Non
     after = journaled.load("s")
     assert (after.revision, after.updated_at, after.data) == (before.revision, before.updated_at, before.data)
     assert journaled.compact("s") is False
-    # It is no commit: who loaded before it has nothing to merge.
+    # A compact is no commit, so an object that was loaded before has nothing to merge.
     before.data["title"] = "mine"
     before.save()
     assert before.revision == 3
 
 
 def test_compact_of_a_small_session_leaves_journal_mode(journaled: persist.Store, store: persist.Store) -> None:
-    """Also where the journal is empty: the mode of who asks counts."""
+    """The journal goes even if it is empty, because the mode of the compacting store counts."""
     assert store.compact("s") is True
     assert not has_journal(journaled)
     assert store.compact("s") is False
 
 
 def test_delete_removes_every_journal(journaled: persist.Store) -> None:
-    """A session that is deleted leaves no journal, also none that a crash has left over, and no damaged copy."""
+    """A deleted session leaves no journal, no journal that a crash left over, and no damaged copy."""
     append(journaled, 1)
     (journaled.path / f"s.{'7' * 16}.journal").write_bytes(b"")
     (journaled.path / f"s.{'8' * 16}.journal.damaged").write_bytes(b"x")
@@ -867,7 +878,7 @@ def test_delete_removes_every_journal(journaled: persist.Store) -> None:
 
 
 def test_end_of_a_new_journal_is_known_without_reading_it(journaled: persist.Store) -> None:
-    """`Tail.of` says of a journal what its file says."""
+    """`Tail.of` describes a new journal as its file does."""
     header = document.read_head(journaled.path / "s.json", "s")[0].header
     assert header.journal is not None
     log = journal.Journal(journal_of(journaled), "s", header.journal)
@@ -884,7 +895,7 @@ def test_end_of_a_new_journal_is_known_without_reading_it(journaled: persist.Sto
 
 
 def test_end_of_a_journal_is_known_by_its_last_bytes(journaled: persist.Store) -> None:
-    """One read tells: nothing new, something new, or another record than the one that was last known."""
+    """One read tells: nothing new, something new, or another record than the last known one."""
     append(journaled, 1)
     found = journaled._backend.files.read("s")
     assert found.tail is not None
@@ -913,12 +924,12 @@ def test_end_of_a_journal_is_known_by_its_last_bytes(journaled: persist.Store) -
 
 @pytest.fixture(params=get_args(Mode))
 def any_store(request: pytest.FixtureRequest, directory: Path) -> persist.Store:
-    """A store that keeps journals, or keeps none."""
+    """Return a store that keeps journals, or keeps none."""
     return persist.Store(directory, journal=request.param)
 
 
 def test_prompt_of_another_program_is_kept_whole(any_store: persist.Store) -> None:
-    """Its mark and its attachments, too, which stand nowhere else; also where no message has been read."""
+    """The prompt keeps its mark and its attachments, which are nowhere else, also if no message has been read."""
     turn = {"active_stream_id": "old", "pending_user_message": "Why?", "pending_attachments": [{"name": "a.png"}]}
     (any_store.path / "s.json").write_text(json.dumps({"messages": []} | turn))
     any_store.update("s", setting("title", "y"))
@@ -928,7 +939,7 @@ def test_prompt_of_another_program_is_kept_whole(any_store: persist.Store) -> No
 
 
 def test_turn_without_messages_ends_without_them(any_store: persist.Store) -> None:
-    """An object that cleared the stream shows what is on disk, and what it saves can be loaded."""
+    """An object that cleared the stream shows the state on disk, and its next save can be loaded."""
     any_store.create("s", {"title": "t"})
     stream = any_store.start_stream("s", {"content": "?"})
     any_store.update("s", lambda tx: tx.data.pop("messages"))
@@ -944,7 +955,9 @@ def test_turn_without_messages_ends_without_them(any_store: persist.Store) -> No
 
 
 def test_of_two_messages_with_one_id_the_last_is_meant(any_store: persist.Store) -> None:
-    """Also where the first one was written to since the stream began; it is not known then which one is the last."""
+    """The last message is meant, also if the first one was changed since the stream began.
+    It is not known then which is last.
+    """
     twin = {"id": "p", "role": "user", "content": "q"}
     any_store.create("s", {"messages": [{"id": "m0"}, twin, {"id": "m1"}, twin, {"id": "m2"}]})
     any_store.append("s", "messages", {"id": "m3"})
@@ -962,9 +975,9 @@ def test_of_two_messages_with_one_id_the_last_is_meant(any_store: persist.Store)
 def test_append_that_was_cut_off_is_idempotent(
     journaled: persist.Store, monkeypatch: pytest.MonkeyPatch, step: str, fold_bytes: float
 ) -> None:
-    """Ctrl-C right before or behind each step of a commit: the replica is dropped, and the disk is asked.
+    """Ctrl-C right before or behind each step of a commit drops the replica, and the next verb reads the disk.
 
-    Fails if a replica is kept that is not what stands on the disk: the store would take the id for new, or for known.
+    Fails if a kept replica differs from the disk: the store would take the id for new, or for known.
     """
     append(journaled, 1)
     journaled._backend.files.options.fold_bytes = fold_bytes
@@ -996,7 +1009,7 @@ def test_append_that_was_cut_off_is_idempotent(
 def test_session_that_would_be_too_large_is_refused_before_its_fold(
     journaled: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The commit that crosses the limit is the one that is refused; the session goes on below it."""
+    """Only the commit that crosses the limit is refused. The session goes on below it."""
     monkeypatch.setattr("persist.json_codec.MAX_BYTES", 3_000)
     for number in range(6):
         append(journaled, number)
@@ -1012,7 +1025,7 @@ def test_session_that_would_be_too_large_is_refused_before_its_fold(
 
 
 def test_session_that_was_compacted_alone_is_one_file(journaled: persist.Store, tmp_path: Path) -> None:
-    """It can be copied, by whatever name; the next commit makes a journal again."""
+    """The one file can be copied under any name. The next commit makes a journal again."""
     append(journaled, 1)
     assert journaled.compact("s", alone=True)
     assert not has_journal(journaled)
@@ -1029,7 +1042,7 @@ def test_session_that_was_compacted_alone_is_one_file(journaled: persist.Store, 
 
 
 def test_edit_that_looks_at_the_messages_may_change_all(journaled: persist.Store) -> None:
-    """Small fields that were set before, and lists that are set, changed, made and dropped, are one commit."""
+    """One block may set small fields and set, change, make and drop lists. All of it is one commit."""
     with journaled.transaction("s") as tx:
         data = tx.data
         data["title"] = "Locks"
@@ -1043,7 +1056,7 @@ def test_edit_that_looks_at_the_messages_may_change_all(journaled: persist.Store
 
 
 def test_edit_that_only_looks_is_no_commit(journaled: persist.Store) -> None:
-    """Nor is one that puts back what was there."""
+    """A block that only looks is no commit. Nor is one that puts back what was there."""
     with journaled.transaction("s") as tx:
         data = tx.data
         assert data["messages"] == [HELLO]
@@ -1053,7 +1066,7 @@ def test_edit_that_only_looks_is_no_commit(journaled: persist.Store) -> None:
 
 
 def test_refused_edit_of_small_fields_writes_nothing(journaled: persist.Store) -> None:
-    """What cannot be kept, what belongs to others, and an edit that was decided on another revision."""
+    """An edit writes nothing if its value is no JSON, if its field is reserved, or if it names another version."""
     before = {path.name: path.read_bytes() for path in journaled.path.glob("s*")}
     refused: list[tuple[type[persist.PersistError], dict[str, Any]]] = [
         (persist.NotJSON, {"title": object()}),
@@ -1079,7 +1092,7 @@ def test_refused_edit_of_small_fields_writes_nothing(journaled: persist.Store) -
 @pytest.mark.parametrize("mode", ["never", "always"])
 @pytest.mark.parametrize("has_block", [True, False], ids=["transaction", "update"])
 def test_document_that_is_replaced_under_its_lock_is_an_error(directory: Path, mode: Mode, *, has_block: bool) -> None:
-    """A program that heeds no lock puts a backup back while a caller's block runs. The verb tells, and writes nothing.
+    """A program that heeds no lock puts a backup back while a caller's block runs. The verb raises, and writes nothing.
 
     Fails without `Transaction.require_unchanged`.
     """

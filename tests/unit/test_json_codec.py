@@ -1,4 +1,4 @@
-"""Strict JSON: what goes in comes out, type for type, or it does not go in."""
+"""Strict JSON: a value comes back type for type, or it is refused."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from persist import json_codec
 from persist.errors import NotJSON, ValuePath
 
-#: As many items as a long list has.
+#: The number of items of a long list.
 MANY = 300
 GREATEST = 10**json_codec.MAX_DIGITS - 1
 
 
 def exactly(value: Any) -> Any:
-    """A form of a value that is equal only where type, sign, value and order are."""
+    """Return a form of a value that is equal only if type, sign, value and order are equal."""
     if type(value) is dict:
         return [(key, exactly(item)) for key, item in value.items()]
     if type(value) is list:
@@ -73,14 +73,14 @@ values = st.recursive(
 
 @given(values)
 def test_every_value_that_is_accepted_comes_back_exactly(value: Any) -> None:
-    """Type, sign, value and order survive, whatever the shape."""
+    """Type, sign, value and order come back, whatever the shape."""
     assert exactly(round_trip(value)) == exactly(value)
 
 
 @given(st.lists(values), st.dictionaries(paired_text, values))
 @example([1e22, "é", 2**64, "\ud800"], {"\ud800": "é", "é": 1e16})
 def test_a_part_has_the_same_bytes_alone_and_in_a_whole(items: list[Any], members: dict[str, Any]) -> None:
-    """Equal values have equal bytes, whatever stands beside them: also beside half a surrogate pair.
+    """Equal values have equal bytes, whatever is beside them, even half a surrogate pair.
 
     Fails if a whole is encoded in another way than its parts, because then equal data differs.
     """
@@ -91,13 +91,13 @@ def test_a_part_has_the_same_bytes_alone_and_in_a_whole(items: list[Any], member
 
 @given(values)
 def test_what_is_written_is_json_for_everybody(value: Any) -> None:
-    """The standard library reads what `encode` writes, and reads the same."""
+    """The standard library reads the output of `encode`, and reads the same value."""
     assert exactly(json.loads(json_codec.encode(value))) == exactly(value)
 
 
 @given(values)
 def test_what_encode_writes_is_taken_by_the_strict_reader(value: Any) -> None:
-    """`decode_strict` refuses nothing that `encode` writes, and reads it as `decode` does."""
+    """`decode_strict` refuses nothing that `encode` writes, and reads it like `decode`."""
     assert exactly(json_codec.decode_strict(json_codec.encode(value))) == exactly(value)
 
 
@@ -126,7 +126,7 @@ def test_integers_of_up_to_4300_digits_come_back(number: int) -> None:
 @example(9007199254740993.0)
 @example(0.1)
 def test_every_finite_float_comes_back_bit_for_bit(number: float) -> None:
-    """The sign of zero, subnormals and the extremes are kept; a float stays a float."""
+    """The sign of zero, subnormals and the extremes come back. A float stays a float."""
     assert exactly(round_trip(number)) == exactly(number)
 
 
@@ -139,7 +139,7 @@ def test_every_finite_float_comes_back_bit_for_bit(number: float) -> None:
 @example("\u2028\u2029\ufeff\uffff\x7f")
 @example('"\\\b\f\n\r\t/')
 def test_every_text_comes_back(text: str) -> None:
-    """NUL, lone surrogates (also beside emoji), line separators and quotes are kept, as value and as key."""
+    """NUL, lone surrogates (also beside emoji), line separators and quotes come back, as value and as key."""
     assert round_trip(text) == text
     assert round_trip({text: text}) == {text: text}
 
@@ -173,7 +173,7 @@ def test_two_hundred_levels_come_back_and_one_more_is_refused(kind: str) -> None
 
 @pytest.mark.parametrize("above", [0, 150, 189, 190, 191, 192, 193, 198, 199])
 def test_the_limit_of_nesting_is_the_same_in_a_long_list(above: int) -> None:
-    """Where many values are looked at as a whole, the levels above them and inside them still count together."""
+    """Levels above and inside a long list count together, although its many values are checked as a whole."""
     for inside, is_accepted in ((json_codec.MAX_DEPTH - above - 1, True), (json_codec.MAX_DEPTH - above, False)):
         value = deep([*range(MANY), *([nested(inside)] if inside else [])], above)
         with contextlib.nullcontext() if is_accepted else pytest.raises(NotJSON, match="deeper than 200 levels"):
@@ -181,7 +181,7 @@ def test_the_limit_of_nesting_is_the_same_in_a_long_list(above: int) -> None:
 
 
 def test_the_limit_of_values_counts_those_of_a_long_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A document may have so many values and no more, however they are spread."""
+    """A document has a limit of values, however they are spread."""
     value = [[0] * MANY, {str(n): 1 for n in range(MANY)}, 5]
     monkeypatch.setattr(json_codec, "MAX_VALUES", 2 * MANY + 3)
     json_codec.check(value)
@@ -191,7 +191,7 @@ def test_the_limit_of_values_counts_those_of_a_long_list(monkeypatch: pytest.Mon
 
 
 def test_a_long_list_that_contains_itself_many_times_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looking at it as a whole ends at the limit of values, level by level, and not at that of the memory."""
+    """The check as a whole ends level by level at the limit of values, before the memory ends."""
     monkeypatch.setattr(json_codec, "MAX_VALUES", 100_000)
     endless: list[Any] = []
     endless += [endless] * MANY
@@ -278,7 +278,7 @@ def test_a_value_that_json_would_change_is_refused_by_its_path(
 
 @pytest.mark.parametrize("value", [case[0] for case in REFUSED], ids=lambda value: type(value).__name__)
 def test_what_lies_deep_behind_many_values_is_refused_by_its_path(value: Any) -> None:
-    """At any level, also below those that are looked at as a whole."""
+    """The error names the path at any level, also below the values that are checked as a whole."""
     for depth in range(12):
         with pytest.raises(NotJSON) as caught:
             json_codec.check([*range(MANY), deep(value, depth)])
@@ -311,7 +311,9 @@ def test_a_value_that_contains_itself_is_refused(kind: str) -> None:
 @example("\ud83d\ud83d\ude00\ude00")
 @example("\udbff\udfff😀")
 def test_halves_are_joined_and_all_else_comes_back(text: str) -> None:
-    """Whatever the code points: what is read back has the bytes of what was written, and is what JSON means by it."""
+    """A text of any code points comes back as JSON means it.
+    The value that is read has the same bytes as the one written.
+    """
     encoded = json_codec.encode(text)
     meant = json.loads(json.dumps(text))
     assert json_codec.decode(encoded) == meant == json_codec.joined(text)
@@ -321,7 +323,9 @@ def test_halves_are_joined_and_all_else_comes_back(text: str) -> None:
 
 @pytest.mark.parametrize("value", [{"\ud83d\ude00": 1, "😀": 2}, [{"a": {"\ud83d\ude00😀": 1, "😀\ud83d\ude00": 1}}]])
 def test_keys_that_would_be_one_are_refused(value: Any) -> None:
-    """One of the two values would be lost; the caller's path is named."""
+    """Two keys that would become one are refused, because one of the two values would be lost.
+    The error names the caller's path.
+    """
     with pytest.raises(NotJSON, match="two keys in it are one") as caught:
         json_codec.encode(value, ("title",))
     assert caught.value.path == ("title",)
@@ -329,7 +333,7 @@ def test_keys_that_would_be_one_are_refused(value: Any) -> None:
 
 @given(values)
 def test_encode_exact_is_check_and_encode(value: Any) -> None:
-    """What is kept as it is has one encoding, whether it was checked on the way or not."""
+    """A value that JSON keeps exactly has one encoding, whether it was checked on the way or not."""
     encoded = json_codec.encode_exact(value)
     assert encoded == json_codec.encode(value)
     assert json_codec.encode_unchecked(value) in (encoded, None)
@@ -346,7 +350,7 @@ def test_encode_exact_refuses_what_check_refuses(value: Any) -> None:
 
 @given(values, values)
 def test_same_tells_values_as_their_json_does(one: Any, other: Any) -> None:
-    """Two values are the same exactly if their JSON is, the order of keys aside."""
+    """Two values are the same exactly if their JSON is the same, apart from the order of keys."""
 
     def ordered(value: Any) -> Any:
         if type(value) is dict:
@@ -414,7 +418,7 @@ UNREADABLE = [
     ("cut off behind letters of three bytes", '["日本"'.encode(), NOT_JSON, 9),
     ("something after the value", b'{"a":1} x', "something stands behind", 8),
     ("two values", b"{}{}", "something stands behind", 2),
-    # Python 3.13 takes the comma for what is wrong, and not what should have followed it.
+    # Python 3.13 names the comma as the fault. Earlier versions name the place where a value should follow.
     ("a comma too many", b"[1,]", NOT_JSON, 2 if sys.version_info >= (3, 13) else 3),
     ("a key without quotes", b"{a:1}", NOT_JSON, 1),
     ("single quotes", b"['a']", NOT_JSON, 1),
@@ -433,7 +437,7 @@ UNREADABLE = [
 def test_what_two_readers_would_take_differently_is_refused_at_its_byte(
     encoded: bytes, reason: str, offset: int
 ) -> None:
-    """Damage and ambiguity in a foreign file are named with the offset, in bytes, of the first bad one."""
+    """Damage and ambiguity in a foreign file are refused with the offset, in bytes, of the first bad one."""
     with pytest.raises(json_codec.StrictError, match=reason) as caught:
         json_codec.decode_strict(encoded)
     assert caught.value.offset == offset
@@ -441,7 +445,7 @@ def test_what_two_readers_would_take_differently_is_refused_at_its_byte(
 
 @pytest.mark.parametrize("value", [None, True, 0, -1, 0.5, -0.0, "text", "", [], {}, GREATEST, "\ud800"])
 def test_a_single_value_is_a_document_for_the_strict_reader(value: Any) -> None:
-    """Scalars are JSON too; whether a document may be one is not the codec's question."""
+    """Scalars are JSON, too. The codec does not decide whether a document may be one."""
     assert exactly(json_codec.decode_strict(json_codec.encode(value))) == exactly(value)
 
 
@@ -471,7 +475,7 @@ def test_no_truncation_is_taken_for_a_whole_object(value: Any, data: st.DataObje
 
 
 def strictly(encoded: bytes) -> Any:
-    """What the strict reader makes of some bytes: the value, or its error."""
+    """Return the value that the strict reader reads from some bytes, or its error."""
     try:
         return json_codec.decode_strict(encoded)
     except json_codec.StrictError as error:
@@ -480,7 +484,7 @@ def strictly(encoded: bytes) -> Any:
 
 @given(st.binary(max_size=60) | st.text('{}[]",:\\u0aeNI-+.1 ', max_size=40).map(str.encode))
 def test_the_strict_reader_accepts_or_says_where(encoded: bytes) -> None:
-    """Any bytes whatever give a value that can be kept exactly, or a `StrictError` with an offset."""
+    """Any bytes give a value that JSON keeps exactly, or a `StrictError` with an offset."""
     outcome = strictly(encoded)
     if isinstance(outcome, json_codec.StrictError):
         assert 0 <= outcome.offset <= len(encoded)

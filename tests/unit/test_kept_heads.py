@@ -1,6 +1,6 @@
-"""A store keeps the heads of sessions with a journal, and asks the files before it gives one again.
+"""A store keeps the heads of sessions with a journal, and checks the files before it returns one again.
 
-Each case fails if a kept head is given without a look at what the case changes: the document, or the journal's end.
+Each case fails if a kept head is returned without a look at the changed file: the document, or the journal's end.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from persist.storage import disk
 
 @pytest.fixture
 def other(store: persist.Store) -> persist.Store:
-    """Another store of the same directory, as in another process."""
+    """Return another store of the same directory, as in another process."""
     return persist.Store(store.path, journal="always")
 
 
 @pytest.fixture
 def reader(other: persist.Store) -> persist.Store:
-    """A store that has read the head of a session with a record in its journal."""
+    """Return a store that has read the head of a session with a record in its journal."""
     other.create("s", {"title": "first", "messages": [{"id": "m1"}]})
     other.append("s", "messages", {"id": "m2"})
     reader = persist.Store(other.path)
@@ -79,7 +79,7 @@ def answer(look: Callable[[], Any]) -> object:
 def test_a_kept_head_is_given_only_while_it_is_the_last_one(
     reader: persist.Store, other: persist.Store, change: Callable[[persist.Store], object]
 ) -> None:
-    """After whatever another process does, a store answers as one that is opened anew."""
+    """A store answers like one that is opened anew, whatever another process has done."""
     before = reader.head("s")
     change(other)
     found = answer(lambda: reader.head("s"))
@@ -88,7 +88,7 @@ def test_a_kept_head_is_given_only_while_it_is_the_last_one(
 
 
 def test_a_kept_head_costs_one_look_at_each_file(reader: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The document is not opened again, and of the journal only the end is read. Fails if nothing is kept."""
+    """A second head does not open the document again, and reads only the journal's end. Fails if nothing is kept."""
     read = list[int]()
     real = disk.read_at
 

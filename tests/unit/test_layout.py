@@ -78,7 +78,7 @@ any_id = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=
 
 @pytest.mark.parametrize("plain", PLAIN)
 def test_plain_id_is_its_own_name(plain: str) -> None:
-    """Letters, digits, ``_`` and ``-`` stand in a name as they are. So today's ids keep their names."""
+    """A name keeps letters, digits, ``_`` and ``-`` as they are. So today's ids keep their names."""
     assert check_session_id(plain) == name_of(plain) == plain
     assert id_of(plain) == plain
     assert check_stream_id(plain[:64]) == plain[:64]
@@ -86,7 +86,7 @@ def test_plain_id_is_its_own_name(plain: str) -> None:
 
 @pytest.mark.parametrize(("session_id", "name"), AWKWARD.items(), ids=ascii)
 def test_awkward_id_is_percent_encoded(session_id: str, name: str) -> None:
-    """Every other byte, a leading ``_`` or ``-``, and the first letter of a Windows device stand as upper-case hex."""
+    """Every other byte, a leading ``_`` or ``-``, and the first letter of a Windows device become upper-case hex."""
     assert check_session_id(session_id) == session_id
     assert name_of(session_id) == name
     assert id_of(name) == session_id
@@ -105,7 +105,7 @@ def test_what_is_no_text_names_no_session(wrong: object) -> None:
 
 @pytest.mark.parametrize("wrong", [*WRONG, "-a", "_a", "a.b", "a b", "é", "a" * 65, "a\n"], ids=lambda w: ascii(w)[:20])
 def test_stream_id_is_plain(wrong: object) -> None:
-    """A stream id is 1 to 64 letters, digits, ``_`` and ``-``: it stands in a name as it is, behind a dot."""
+    """A stream id is 1 to 64 letters, digits, ``_`` and ``-``: a name holds it as it is, behind a dot."""
     with pytest.raises(InvalidArgument, match="it must be 1 to 64 of A-Z") as caught:
         check_stream_id(wrong)
     assert caught.value.stream_id is wrong
@@ -117,7 +117,7 @@ def test_stream_id_is_plain(wrong: object) -> None:
 @example("%" * 60)
 @example("%" * 61)
 def test_every_id_has_one_plain_file_name(session_id: str) -> None:
-    """It stays inside the directory, is short enough for a lease beside a stream id, and leads back to its id."""
+    """The name stays inside the directory, is short enough for a lease beside a stream id, and leads back to its id."""
     name = name_of(session_id)
     assert set(name) <= {*string.ascii_letters, *string.digits, *"_-%~"}
     assert name[0] not in "_-~"
@@ -146,7 +146,7 @@ def test_every_id_has_one_plain_file_name(session_id: str) -> None:
 @example("con", "%63on")
 @example("é", "e\u0301")
 def test_two_ids_have_two_names(one: str, other: str) -> None:
-    """No id can reach another one's files."""
+    """No id can reach the files of another one."""
     assert (name_of(one) == name_of(other)) is (one == other)
 
 
@@ -168,7 +168,7 @@ def test_name_is_ours_only_if_its_decoded_id_gives_it_back(name: str) -> None:
 
 @pytest.mark.parametrize("length", [180, 181, 512])
 def test_long_name_is_cut_and_has_a_hash(length: int) -> None:
-    """Above 180 bytes a name is its first 100 bytes, ``~`` and 32 hex digits. Equal beginnings have two names."""
+    """A name above 180 bytes becomes its first 100 bytes, ``~`` and 32 hex digits. Equal beginnings give two names."""
     one, other = "a" * (length - 1) + "b", "a" * (length - 1) + "c"
     if length == 180:
         assert (name_of(one), name_of(other)) == (one, other)
@@ -186,7 +186,7 @@ def test_long_name_is_cut_and_has_a_hash(length: int) -> None:
 
 
 def test_names_are_as_documented() -> None:
-    """These are the names of the docstring's table."""
+    """The names are those in the docstring's table."""
     here = Layout("/store")
     paths = here.session("s-42")
     assert paths.document == "/store/s-42.json"
@@ -228,7 +228,7 @@ FOREIGN = [
 
 @pytest.mark.parametrize("name", FOREIGN, ids=lambda name: ascii(name)[:24])
 def test_other_files_in_the_directory_are_no_sessions(name: str) -> None:
-    """Locks, temporary files, backups of editors and another spelling of an id do not turn up as sessions."""
+    """Locks, temporary files, backups of editors and another spelling of an id are not listed as sessions."""
     assert layout.name_of_document(name) is None
 
 
@@ -248,7 +248,7 @@ def test_other_files_in_the_directory_are_no_sessions(name: str) -> None:
     ],
 )
 def test_leftover_names_its_session(name: str, expected: tuple[str, bool] | None) -> None:
-    """Locks and temporary files are told from foreign ones."""
+    """Locks and temporary files are told apart from foreign files."""
     assert layout.name_of_leftover(name) == expected
 
 
@@ -267,7 +267,7 @@ def test_leftover_names_its_session(name: str, expected: tuple[str, bool] | None
     ],
 )
 def test_journal_names_its_session(name: str, expected: tuple[str, str] | None) -> None:
-    """A journal's name holds 16 hex digits. That of a damaged copy counts where it is asked for."""
+    """A journal's name holds 16 hex digits. The name of a damaged copy counts only where copies are asked for."""
     assert layout.journal_of(name) == expected
     assert layout.journal_of(f"{name}.damaged") is None
     assert layout.journal_of(f"{name}.damaged", copies=True) == expected
@@ -289,7 +289,7 @@ def test_journal_names_its_session(name: str, expected: tuple[str, str] | None) 
     ],
 )
 def test_lease_names_its_session_and_stream(name: str, stream: tuple[str, str] | None) -> None:
-    """The names of sessions hold no dot, so a lease's name parts in one way only."""
+    """A session's name holds no dot, so a lease's name splits in one way only."""
     assert layout.stream_of(name) == stream
 
 
@@ -301,7 +301,7 @@ LONG = ["a" * 181, "a" * 180 + "é", "/" * 300, "\U0010ffff" * 512]
 @pytest.mark.parametrize("mode", ["auto", "always"])
 @pytest.mark.parametrize("session_id", [*AWKWARD, *LONG], ids=lambda each: ascii(each)[:16])
 def test_every_verb_takes_any_text_as_an_id(directory: Path, session_id: str, mode: Any) -> None:
-    """A session, its journal, its stream and its events live under any id, and another process finds them by it."""
+    """A session, its journal, its stream and its events work under any id, and another process finds them by it."""
     store = persist.Store(directory, journal=mode)
     store.create(session_id, {"title": "t", "messages": [{"id": "m1"}]})
     store.append(session_id, "messages", {"id": "m2"})
@@ -344,7 +344,7 @@ def test_hashed_name_with_another_sessions_document_is_damage(store: persist.Sto
 
 
 def test_hashed_name_that_another_program_wrote_is_taken(store: persist.Store) -> None:
-    """A foreign document under a hashed name belongs to whoever asks for that id, and its first commit names the id."""
+    """A foreign document under a hashed name belongs to the id that is asked for. Its first commit stores the id."""
     session_id = "y" * 300
     path = store.path / f"{name_of(session_id)}.json"
     path.write_text('{"a": 1}')
@@ -357,7 +357,7 @@ def test_hashed_name_that_another_program_wrote_is_taken(store: persist.Store) -
 
 
 def test_order_and_pages_go_by_the_id(store: persist.Store) -> None:
-    """Not by the names of the files, in which an encoded character stands elsewhere."""
+    """The order goes by the ids, not by the file names, in which an encoded character sorts elsewhere."""
     ids = ["a", "a/b", "a b", "aé", "a-b", "a_b", "A", "z" * 200, "zz", "_x", "~"]
     for session_id in ids:
         store.create(session_id)
@@ -371,7 +371,7 @@ def test_order_and_pages_go_by_the_id(store: persist.Store) -> None:
 
 
 def test_foreign_files_are_named_and_left_alone(store: persist.Store) -> None:
-    """`check` names the documents under names that are none of ours. No verb touches them."""
+    """`check` names documents under names that no session can have. No verb touches them."""
     for name in ("_index.json", "a%2fb.json", "con.json", "a b.json"):
         (store.path / name).write_text('{"a": 1}')
     assert store.ids() == []
@@ -390,7 +390,7 @@ def test_foreign_files_are_named_and_left_alone(store: persist.Store) -> None:
 
 @pytest.mark.parametrize("damage", [(b'"title":"t"', b'"title":"u"'), (b'"revision"', b'"rEvision"'), (b"]", b"}")])
 def test_damaged_session_under_a_hashed_name_is_not_hidden(store: persist.Store, damage: tuple[bytes, bytes]) -> None:
-    """HAZARDS F17, E1: its id is read all the same, because the hash in the name vouches for it."""
+    """HAZARDS F17, E1: a damaged document still gives its session's id, because the hash in the name vouches for it."""
     session_id = 'quo"te\\\n' * 50
     store.create(session_id, {"title": "t", "messages": [{"id": "m1"}]})
     stream = store.start_stream(session_id, stream_id="t1")

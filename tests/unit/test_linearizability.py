@@ -1,4 +1,4 @@
-"""The checkers of histories: what they accept, and every kind of bug that they must catch."""
+"""The checkers of histories: the histories that they accept, and every kind of bug that they must catch."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class TestLists:
         ],
     )
     def test_linearizable_history_has_no_anomaly(self, history: list[Operation], final: str) -> None:
-        """What can be explained is accepted."""
+        """A history that some order explains is accepted."""
         assert check_list(history, final) == []
 
     @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ class TestLists:
         ],
     )
     def test_planted_bug_is_named(self, history: list[Operation], final: str, kind: str) -> None:
-        """Each bug has its anomaly, and no other."""
+        """Each planted bug gives its own anomaly, and no other."""
         assert kinds_in_list(history, final) == {kind}
 
 
@@ -193,7 +193,7 @@ START = Versioned(1, "START", "x")
 
 
 def looks(*answers: Any) -> list[Operation]:
-    """Looks of several kinds at one instant: `exists`, `look` and `value`."""
+    """Return looks of several kinds at one instant: `exists`, `look` and `value`."""
     return [op(kind, None, 6, 7, answer) for kind, answer in zip(("exists", "look", "value"), answers, strict=True)]
 
 
@@ -202,7 +202,7 @@ def register_anomalies(*history: Operation) -> list[str]:
 
 
 def write(value: str, called: float, returned: float = math.inf, *, answered: bool = True) -> Operation:
-    """The version of a write is its value in capitals."""
+    """Return a write whose version is its value in capitals."""
     return op("write", value, called, returned, value.upper() if answered else UNKNOWN)
 
 
@@ -269,7 +269,7 @@ class TestRegisters:
         ],
     )
     def test_linearizable_history_has_an_order(self, history: list[Operation]) -> None:
-        """What can be explained is accepted."""
+        """A history that some order explains is accepted."""
         assert register_anomalies(*history) == []
 
     @pytest.mark.parametrize(
@@ -350,20 +350,20 @@ class TestRegisters:
         assert register_anomalies(*history) == ["not linearizable"]
 
     def test_the_first_operation_that_nothing_explains_is_named(self) -> None:
-        """A long history is of no use without the place to look at."""
+        """The error names the first operation that nothing explains. A long history is useless without that place."""
         stale = seen(1, "x", 4, 5)
         [anomaly] = check_object([write("a", 0, 1), stale, seen(2, "a", 6, 7)], START, register)
         assert str(stale) in anomaly.detail
 
     def test_many_concurrent_operations_are_searched_in_bounded_time(self) -> None:
-        """Without a memory for configurations, a dozen writes that cannot explain a read would be put into 12!
-        orders.
+        """The search ends soon.
+        Without a memory for configurations, a dozen writes that cannot explain a read would be tried in 12! orders.
         """
         writes = [write("a", 0, 9) for _ in range(12)]
         assert register_anomalies(*writes, seen(13, "y", 10, 11)) == ["not linearizable"]
 
     def test_version_of_two_commits_is_named(self) -> None:
-        """Whatever the order: two writes never have one version, whoever tells of it."""
+        """Two writes never have one version, whatever the order, and whichever operation reveals the version."""
         history = [write("a", 0, 1), op("swap", ("a", "b"), 2, 3, (True, "A")), seen(3, "b", 4, 5)]
         assert [anomaly.kind for anomaly in check_versions(history)] == ["version of two commits"]
         assert check_versions([write("a", 0, 1), seen(2, "a", 2, 3), write("b", 4, 5)]) == []
@@ -371,9 +371,9 @@ class TestRegisters:
 
 @st.composite
 def histories(draw: st.DrawFn) -> list[Operation]:
-    """Operations that took effect one after another at instants of their own, with intervals drawn around these.
+    """Draw operations that took effect one after another at instants of their own, with intervals around these.
 
-    Nobody names a version that nobody was told.
+    No operation names a version that no operation was told.
     """
     state, versions = START, {START.version}
     history = []
@@ -399,9 +399,7 @@ def histories(draw: st.DrawFn) -> list[Operation]:
 
 @given(histories())
 def test_whatever_took_effect_one_after_another_is_linearizable(history: list[Operation]) -> None:
-    """No false alarm: a history made from a sequence is accepted,
-    whatever the overlap and whichever answers were lost.
-    """
+    """There is no false alarm: a history made from a sequence is accepted, whatever overlaps or loses its answer."""
     assert register_anomalies(*history) == []
     assert check_versions(history) == []
 
@@ -463,7 +461,7 @@ class TestOwners:
         ],
     )
     def test_linearizable_history_has_an_order(self, history: list[Operation]) -> None:
-        """What can be explained is accepted."""
+        """A history that some order explains is accepted."""
         assert owner_anomalies(*history) == []
 
     @pytest.mark.parametrize(
@@ -507,5 +505,5 @@ class TestOwners:
         ],
     )
     def test_planted_bug_has_no_order(self, history: list[Operation]) -> None:
-        """Two owners, a cleared live stream, a spared dead one, a missing fence: each is caught."""
+        """Two owners, a cleared live stream, a spared dead one, and a missing fence are each caught."""
         assert owner_anomalies(*history) == ["not linearizable"]

@@ -1,6 +1,6 @@
-"""The log of the library tells of what is rare, by ids, and never what a document holds.
+"""The library logs rare events by ids, and never logs what a document holds.
 
-Each case fails if its line is not logged, or at another level.
+Each case fails if its line is not logged, or is logged at another level.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CANARY = "canary-51c7"
 
 @dataclass
 class Scene:
-    """A store that keeps journals, and a session with content in every place. `logged` runs a verb."""
+    """A store that keeps journals, and a session with the canary in every place."""
 
     store: persist.Store
     monkeypatch: pytest.MonkeyPatch
@@ -167,7 +167,7 @@ CASES: dict[str, tuple[Callable[[Scene], None], int, str]] = {
 
 @pytest.mark.parametrize(("provoke", "level", "beginning"), CASES.values(), ids=CASES)
 def test_what_is_rare_is_logged(scene: Scene, provoke: Callable[[Scene], None], level: int, beginning: str) -> None:
-    """At its level, by the ids, under the one name ``persist``, and without a word of content."""
+    """A rare event is logged at its level, by its ids, under the one name ``persist``, and without any content."""
     provoke(scene)
     found = [record for record in scene.caplog.records if record.getMessage().startswith(beginning)]
     assert [(record.name, record.levelno) for record in found[:1]] == [("persist", level)]
@@ -175,7 +175,7 @@ def test_what_is_rare_is_logged(scene: Scene, provoke: Callable[[Scene], None], 
 
 
 def test_what_is_usual_is_not_logged(scene: Scene) -> None:
-    """A server that logs at DEBUG is not told of each commit."""
+    """Usual work is not logged: a server that logs at DEBUG gets no line for each commit."""
     store = scene.store
     session = store.load("s")
     session.data["title"] = "other"
@@ -192,7 +192,7 @@ def test_what_is_usual_is_not_logged(scene: Scene) -> None:
 
 
 def test_a_program_without_logging_sees_nothing(tmp_path: Path) -> None:
-    """A warning of the library is no line on standard error. Fails without the handler that does nothing."""
+    """A warning of the library prints no line on standard error. Fails without the handler that does nothing."""
     program = (
         "import sys, os, persist, persist.storage.disk as disk\n"
         "store = persist.Store(sys.argv[1])\n"

@@ -1,4 +1,6 @@
-"""Three-way merge: what each side changed since the base, and nothing else. The laws, then each rule by example."""
+"""Three-way merge: each side's changes since the base, and nothing else.
+The laws come first, then each rule by example.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def message(message_id: str, content: str) -> Document:
 
 @st.composite
 def conversations(draw: st.DrawFn) -> Document:
-    """A document with a list of messages that have ids, and one of words that have none."""
+    """Draw a document with a list of messages that have ids, and a list of words that have none."""
     contents = draw(st.lists(words, max_size=6))
     return {
         "title": draw(words),
@@ -55,7 +57,7 @@ def conversations(draw: st.DrawFn) -> Document:
 def edited_list(
     draw: st.DrawFn, items: list[Any], new_item: Callable[[st.DrawFn, int], Any], *, moves: bool = True
 ) -> list[Any]:
-    """The list after a few edits: items added, removed, replaced by another version, and moved."""
+    """Draw the list after a few edits: items added, removed, replaced by another version, and moved."""
     items = copy.deepcopy(items)
     for step in range(draw(st.integers(0, 3))):
         place = draw(st.integers(0, len(items)))
@@ -75,7 +77,9 @@ def edited_list(
 
 @st.composite
 def edited(draw: st.DrawFn, base: Document, side: str, *, moves: bool = True) -> Document:
-    """What `side` made of the document. New messages have ids of that side; new words may be the same on both sides."""
+    """Draw the document after edits of `side`. New messages have ids of that side.
+    New words may be the same on both sides.
+    """
     data = copy.deepcopy(base)
     for field in draw(st.sets(st.sampled_from(["title", "extra"]))):
         data[field] = draw(words)
@@ -108,12 +112,12 @@ def ids(data: Document) -> list[str]:
 
 
 def without_order(data: Document) -> Document:
-    """The document with its lists sorted: two appended blocks may stand in either order."""
+    """Return the document with its lists sorted, because two appended blocks may come in either order."""
     return {key: sorted(value, key=repr) if type(value) is list else value for key, value in data.items()}
 
 
 def sharing(base: list[Any], side: list[Any]) -> list[Any]:
-    """The side with the base's own objects where both begin alike, as two bodies of the same lines have them."""
+    """Return the side with the base's own objects where both begin alike, as two bodies of the same lines have them."""
     lead = next(
         (i for i, (one, other) in enumerate(zip(base, side, strict=False)) if not same(one, other)),
         min(len(base), len(side)),
@@ -133,7 +137,7 @@ def test_merging_with_an_unchanged_side_gives_the_other_side(base: Document, sid
 
 @given(st.data())
 def test_a_side_is_kept_whole_beside_a_change_of_something_else(data: st.DataObject) -> None:
-    """The first law below the top: theirs touches one other key of every object, and all of mine is still there."""
+    """The first law holds below the top: theirs touches one other key of every object, and all of mine stays."""
     base = data.draw(conversations())
     mine = data.draw(edited(base, "mine"))
     theirs = {"seen": 1, "inner": {"seen": 1, **base}}
@@ -145,16 +149,14 @@ def test_a_side_is_kept_whole_beside_a_change_of_something_else(data: st.DataObj
 def test_what_both_sides_did_alike_is_no_conflict_where_items_have_ids(
     sides: tuple[Document, Document, Document],
 ) -> None:
-    """merge(b, x, x) == x: two writers who made the same change have nothing to settle."""
+    """merge(b, x, x) == x: two writers who made the same change have no conflict."""
     base, mine, _ = ({**data, "words": []} for data in sides)
     assert same(merge(base, mine, copy.deepcopy(mine)), mine)
 
 
 @given(st.data())
 def test_edits_in_different_parts_of_a_list_are_both_kept_in_place(data: st.DataObject) -> None:
-    """One edits before an item that nobody touches, the other behind it: the result is exactly both, whoever comes
-    first.
-    """
+    """Edits before an untouched item and behind it by the two sides are both kept exactly, whichever comes first."""
 
     def new(side: str) -> Callable[[st.DrawFn, int], Any]:
         return lambda draw, step: draw(words) if draw(st.booleans()) else message(f"{side}{step}", draw(words))
@@ -173,7 +175,7 @@ def test_edits_in_different_parts_of_a_list_are_both_kept_in_place(data: st.Data
 
 @given(two_sides())
 def test_the_sides_can_be_exchanged_but_for_the_order_of_additions(sides: tuple[Document, Document, Document]) -> None:
-    """Whoever commits first, the same edits conflict or the same items stand in the result."""
+    """Whichever side commits first, the same edits conflict, or the result has the same items."""
     base, mine, theirs = sides
     one, other = outcome(base, mine, theirs), outcome(base, theirs, mine)
     if CONFLICT in (one, other):
@@ -184,7 +186,7 @@ def test_the_sides_can_be_exchanged_but_for_the_order_of_additions(sides: tuple[
 
 @given(two_sides())
 def test_no_message_is_lost_doubled_or_revived(sides: tuple[Document, Document, Document]) -> None:
-    """The ids of the result are those of both sides, without what either removed, each once."""
+    """The result has the ids of both sides, without those that either side removed, each once."""
     base, mine, theirs = sides
     merged = outcome(base, mine, theirs)
     assume(merged != CONFLICT)
@@ -194,9 +196,9 @@ def test_no_message_is_lost_doubled_or_revived(sides: tuple[Document, Document, 
 
 @given(two_sides(), st.sampled_from(["mine", "theirs"]))
 def test_no_message_is_lost_or_doubled_by_a_preference(sides: tuple[Document, Document, Document], prefer: Any) -> None:
-    """Whoever is preferred: what either side added is there, and what both kept, each once.
+    """Whichever side is preferred, the result has every id that either side added, and that both sides kept, each once.
 
-    And what both removed is not.
+    It has no id that both sides removed.
     """
     base, mine, theirs = sides
     merged = outcome(base, mine, theirs, prefer)
@@ -208,8 +210,8 @@ def test_no_message_is_lost_or_doubled_by_a_preference(sides: tuple[Document, Do
 
 @given(two_sides())
 def test_no_word_is_lost_or_revived(sides: tuple[Document, Document, Document]) -> None:
-    """Also items without ids: what is new on a side is there as often,
-    and what a side has removed altogether is gone.
+    """Items without ids are kept, too. The result has a side's new word as often as that side.
+    A word that a side has removed altogether is gone.
     """
     base, mine, theirs = sides
     merged = outcome(base, mine, theirs)
@@ -224,7 +226,7 @@ def test_no_word_is_lost_or_revived(sides: tuple[Document, Document, Document]) 
 
 @given(two_sides())
 def test_every_version_in_the_result_is_somebodys(sides: tuple[Document, Document, Document]) -> None:
-    """Where one side left a message alone, the other side's version stands."""
+    """Where one side left a message alone, the result has the other side's version."""
     base, mine, theirs = sides
     merged = outcome(base, mine, theirs)
     assume(merged != CONFLICT)
@@ -237,7 +239,7 @@ def test_every_version_in_the_result_is_somebodys(sides: tuple[Document, Documen
 
 @given(two_sides())
 def test_objects_that_the_sides_share_change_nothing(sides: tuple[Document, Document, Document]) -> None:
-    """What is the same object on all sides is not compared; the outcome is that of comparing it."""
+    """An object that all sides share is not compared. The result is the same as with a comparison."""
     base, mine, theirs = sides
     expected = outcome(*copy.deepcopy(sides))
     for field in ("messages", "words"):
@@ -251,7 +253,7 @@ def test_objects_that_the_sides_share_change_nothing(sides: tuple[Document, Docu
 
 @given(two_sides(), st.sampled_from(["error", "mine", "theirs"]))
 def test_the_arguments_of_a_merge_are_never_changed(sides: tuple[Document, Document, Document], prefer: Any) -> None:
-    """Base, mine and theirs are as before, whatever comes out."""
+    """A merge leaves base, mine and theirs as they are, whatever the result."""
     before = copy.deepcopy(sides)
     outcome(*sides, prefer)
     assert same(list(sides), list(before))
@@ -271,7 +273,7 @@ def test_a_value_is_the_same_as_itself_only(one: Any) -> None:
 
 
 def test_the_order_of_keys_is_no_part_of_a_value() -> None:
-    """Objects that differ only in the order of their keys are the same; lists are not."""
+    """Objects that differ only in the order of their keys are the same. Lists in another order are not."""
     assert same({"a": 1, "b": [1]}, {"b": [1], "a": 1})
     assert not same([1, 2], [2, 1])
 
@@ -379,7 +381,7 @@ MERGED: list[tuple[Any, ...]] = [
 def test_changes_that_do_not_contradict_are_both_kept(
     base: Document, mine: Document, theirs: Document, expected: Any
 ) -> None:
-    """Objects merge by key, lists by item; theirs stand before mine where both added."""
+    """Objects merge by key, lists by item. Where both sides added items, theirs come before mine."""
     assert outcome(base, mine, theirs) == expected
 
 
@@ -461,7 +463,7 @@ def test_a_contradiction_is_a_conflict_that_carries_its_facts(
     path: tuple[str | int, ...],
     three: tuple[Any, Any, Any],
 ) -> None:
-    """`MergeConflict` names the place and the kind, and holds the three values as attributes."""
+    """`MergeConflict` names the place and the kind, and has the three values as attributes."""
     with pytest.raises(MergeConflict) as caught:
         merge(base, mine, theirs)
     conflict = caught.value
@@ -477,7 +479,7 @@ OF_ONE_PLACE = [case for case in CONFLICTS if case[4] != BESIDE and case not in 
     ("base", "mine", "theirs"), [case[1:4] for case in OF_ONE_PLACE], ids=[case[0] for case in OF_ONE_PLACE]
 )
 def test_a_preference_settles_a_conflict_and_nothing_else(base: Document, mine: Document, theirs: Document) -> None:
-    """With ``prefer`` that side stands at the place of the conflict; the rest is merged as ever."""
+    """``prefer`` puts that side at the place of the conflict. The rest is merged as usual."""
     mine, theirs = {**mine, "m": 1}, {**theirs, "t": 1}
     assert same(merge(base, mine, theirs, prefer="mine"), {**mine, "t": 1})
     assert same(merge(base, mine, theirs, prefer="theirs"), {**theirs, "m": 1})
@@ -498,7 +500,9 @@ def test_preferred_edits_side_by_side_stand_where_they_were_made(prefer: Any) ->
     ids=["moved in mine", "moved in theirs", "removed in mine"],
 )
 def test_a_conflict_in_an_item_names_its_place_in_mine(mine: Any, theirs: Any, path: Any) -> None:
-    """The caller finds the item there, whatever was moved. An item that mine has removed is at its old place."""
+    """The error names the item's place in mine, whatever was moved.
+    An item that mine has removed is at its old place.
+    """
     with pytest.raises(MergeConflict) as caught:
         merge({"l": [A, B]}, {"l": mine}, {"l": theirs})
     assert caught.value.path == path
@@ -519,9 +523,9 @@ def test_a_conflict_in_an_item_names_its_place_in_mine(mine: Any, theirs: Any, p
 def test_a_preference_drops_nothing_that_was_added(
     base: Any, mine: Any, theirs: Any, if_mine: Any, if_theirs: Any
 ) -> None:
-    """What one side added beside what the other removed: both stand, at a conflict the preferred side's first.
+    """An item that one side adds beside a removed one is kept. At a conflict, the preferred side's items come first.
 
-    Never one side's whole list, which lacks the other's.
+    The result is never one side's whole list, which lacks the other's items.
     """
     assert merge({"l": base}, {"l": mine}, {"l": theirs}, prefer="mine") == {"l": if_mine}
     assert merge({"l": base}, {"l": mine}, {"l": theirs}, prefer="theirs") == {"l": if_theirs}
@@ -530,13 +534,13 @@ def test_a_preference_drops_nothing_that_was_added(
 @pytest.mark.parametrize("prefer", ["mine", "theirs"])
 @pytest.mark.parametrize("case", UNSETTLED, ids=lambda case: case[0])
 def test_some_conflicts_no_preference_settles(case: tuple[Any, ...], prefer: Any) -> None:
-    """To take one side would drop what the other has added; so it is a conflict all the same."""
+    """Some conflicts stay in spite of a preference, because one side alone would drop what the other has added."""
     with pytest.raises(MergeConflict, match=case[4]):
         merge(*case[1:4], prefer=prefer)
 
 
 def test_a_preference_keeps_what_does_not_conflict_in_one_message() -> None:
-    """A conflict in one key of a message does not throw away the other side's other keys."""
+    """A conflict in one key of a message does not drop the other side's other keys."""
     mine, theirs = {"l": [{**A2, "seen": 1}]}, {"l": [{**A3, "read": 1}]}
     assert merge({"l": [A]}, mine, theirs, prefer="mine") == {"l": [{**A2, "seen": 1, "read": 1}]}
     assert merge({"l": [A]}, mine, theirs, prefer="theirs") == {"l": [{**A3, "seen": 1, "read": 1}]}
@@ -599,7 +603,7 @@ def field(value: Any) -> Document:
 
 @pytest.mark.parametrize(("policy", "base", "mine", "theirs", "expected"), SETTLED, ids=short)
 def test_a_policy_settles_its_field(policy: Any, base: Any, mine: Any, theirs: Any, expected: Any) -> None:
-    """``sum`` adds both changes, ``max`` keeps the greater, ``mine`` and ``theirs`` take that side."""
+    """``sum`` adds both changes, ``max`` keeps the greater value, ``mine`` and ``theirs`` take that side."""
     assert same(merge(field(base), field(mine), field(theirs), {"f": policy}), field(expected))
 
 
@@ -621,7 +625,7 @@ UNSETTLED = [
 
 @pytest.mark.parametrize(("policy", "base", "mine", "theirs"), UNSETTLED, ids=short)
 def test_a_policy_that_cannot_combine_the_values_is_a_conflict(policy: Any, base: Any, mine: Any, theirs: Any) -> None:
-    """Wrong types and sums beyond a float are a `MergeConflict` with the three values, or go by ``prefer``."""
+    """Wrong types and sums beyond a float are a `MergeConflict` with the three values, or follow ``prefer``."""
     with pytest.raises(MergeConflict, match=f"policy '{policy}' cannot combine") as caught:
         merge(field(base), field(mine), field(theirs), {"f": policy})
     conflict = caught.value
@@ -633,7 +637,7 @@ def test_a_policy_that_cannot_combine_the_values_is_a_conflict(policy: Any, base
 @pytest.mark.parametrize("policy", ["sum", "max", "mine", "theirs"])
 @pytest.mark.parametrize("changed", [5, -5, "text", None, [1], MISSING])
 def test_a_policy_is_asked_only_where_both_sides_changed(policy: Any, changed: Any) -> None:
-    """What one side alone changed is taken as it is, whatever its type."""
+    """A change of one side alone is taken as it is, whatever its type."""
     base = {"f": 1, "other": 0}
     one, other = {**field(changed), "other": 0}, {"f": 1, "other": 1}
     expected = {**field(changed), "other": 1}
@@ -642,14 +646,14 @@ def test_a_policy_is_asked_only_where_both_sides_changed(policy: Any, changed: A
 
 
 def test_a_policy_is_for_a_field_of_the_top() -> None:
-    """A key of that name deeper down is merged as any other."""
+    """A key of that name further down is merged like any other."""
     with pytest.raises(MergeConflict):
         merge({"o": {"f": 0}}, {"o": {"f": 1}}, {"o": {"f": 2}}, {"f": "sum"})
 
 
 @pytest.mark.parametrize("policy", ["average", "", None, 1, ["sum"]])
 def test_an_unknown_policy_is_refused_at_once(policy: Any) -> None:
-    """A misspelt policy shows when the store is opened, not at the first conflict."""
+    """A misspelt policy is refused when the store is opened, not at the first conflict."""
     with pytest.raises(InvalidArgument, match=r"the merge policy of 'f' is .* must be sum \| max"):
         check_policies({"f": policy})
 
@@ -659,7 +663,7 @@ def test_an_unknown_policy_is_refused_at_once(policy: Any) -> None:
 
 @given(st.data())
 def test_a_patched_document_equals_what_was_wanted(data: st.DataObject) -> None:
-    """Whatever the edits, moves included, the target becomes the wanted document."""
+    """The target becomes the wanted document, whatever the edits, moves included."""
     target = data.draw(conversations())
     wanted = data.draw(edited(target, "mine"))
     before = copy.deepcopy(wanted)
@@ -670,14 +674,14 @@ def test_a_patched_document_equals_what_was_wanted(data: st.DataObject) -> None:
 
 @given(documents, documents)
 def test_any_document_can_be_patched_into_any_other(target: Document, wanted: Document) -> None:
-    """Also where types change, lists shrink and keys go."""
+    """A document can be patched also where types change, lists shrink and keys go."""
     patch(target, copy.deepcopy(target), wanted)
     assert same(target, wanted)
 
 
 @given(st.data())
 def test_patching_keeps_the_callers_objects(data: st.DataObject) -> None:
-    """The list stays the same list, and each message that is still there the same dict, edited or not."""
+    """The list stays the same object. Each message that stays is the same dict, edited or not."""
     target = data.draw(conversations())
     messages, by_id = target["messages"], {item["id"]: item for item in target["messages"]}
     patch(target, copy.deepcopy(target), data.draw(edited(target, "mine", moves=False)))
@@ -694,7 +698,7 @@ def test_patching_edits_items_without_ids_in_place_where_they_stand_still() -> N
 
 
 def test_object_at_two_places_is_not_changed_at_both() -> None:
-    """An edit of one place must not appear at the other, which nobody has edited."""
+    """An edit of one place must not appear at the other place, which nobody has edited."""
     shared = {"content": "a"}
     target: Document = {"first": shared, "l": [shared]}
     patch(target, copy.deepcopy(target), {"first": {"content": "a"}, "l": [{"content": "edited"}]})
@@ -705,13 +709,13 @@ def test_object_at_two_places_is_not_changed_at_both() -> None:
     ("mine", "theirs"), [(["x", 2, 3], [1, "x", 3]), (["x", 2, 3], [1, 2, 3])], ids=["both moved", "moved and removed"]
 )
 def test_move_that_looks_like_an_edit_neither_doubles_nor_revives(mine: list[Any], theirs: list[Any]) -> None:
-    """An item without an id that was moved onto another's place is counted as moved."""
+    """An item without an id that was moved to another's place counts as moved."""
     with pytest.raises(MergeConflict):
         merge({"l": [1, 2, 3, "x"]}, {"l": mine}, {"l": theirs})
 
 
 def test_what_another_thread_has_added_meanwhile_stays() -> None:
-    """The target may have moved on since its copy was taken: items appended and fields set are kept."""
+    """A patch keeps items that were appended and fields that were set since the copy of the target was taken."""
     target: Document = {"l": ["a", "b"], "d": {}}
     known = copy.deepcopy(target)
     target["l"].append("late")
@@ -726,7 +730,7 @@ def test_what_another_thread_has_added_meanwhile_stays() -> None:
 
 @given(st.lists(words, max_size=12), st.lists(words, max_size=12))
 def test_an_alignment_is_a_rising_run_of_equal_items(base: list[str], side: list[str]) -> None:
-    """Each pair holds the same label twice, and positions rise on both sides."""
+    """Each pair has equal labels, and positions rise on both sides."""
     pairs = align(base, side)
     assert all(base[i] == side[j] for i, j in pairs)
     assert all(one[0] < two[0] and one[1] < two[1] for one, two in itertools.pairwise(pairs))
@@ -734,7 +738,7 @@ def test_an_alignment_is_a_rising_run_of_equal_items(base: list[str], side: list
 
 @given(st.data())
 def test_a_subsequence_is_aligned_whole(data: st.DataObject) -> None:
-    """Where items have ids and one side only removed some, every one that is left is matched."""
+    """If items have ids and one side only removed some, every remaining item is matched."""
     base = [message(f"m{i}", "") for i in range(data.draw(st.integers(0, 12)))]
     side = [item for item in base if data.draw(st.booleans())]
     assert len(align(*labels(base, side))) == len(side)
@@ -759,7 +763,7 @@ def labels(*lists: list[Any]) -> list[list[Any]]:
 
 
 def calls_of(function: Callable[[], Any]) -> int:
-    """How many calls, of Python and of C functions, it takes: a measure of work that no busy machine can change."""
+    """Return the number of calls of Python and C functions. No busy machine can change this measure of work."""
     calls = 0
 
     def count(_frame: Any, event: str, _argument: Any) -> None:
@@ -779,7 +783,7 @@ def calls_of(function: Callable[[], Any]) -> int:
 def test_the_work_of_an_alignment_grows_with_the_list_not_with_its_square(
     shape: Callable[[int], tuple[Any, Any]],
 ) -> None:
-    """Twice the items take at most 2.5 times the calls, also where all items are alike."""
+    """Twice the items take at most 2.5 times the calls, also if all items are equal."""
     small, large = (calls_of(partial(align, *labels(*shape(n)))) for n in (500, 1000))
     assert large <= 2.5 * small
 
@@ -787,7 +791,7 @@ def test_the_work_of_an_alignment_grows_with_the_list_not_with_its_square(
 @pytest.mark.parametrize("where", [0, 0.5, 0.999])
 @pytest.mark.parametrize("has_ids", [True, False])
 def test_the_work_of_a_merge_grows_with_the_list_not_with_its_square(where: float, has_ids: bool) -> None:
-    """One side changes one message, the other appends: twice the messages take at most 2.5 times the calls."""
+    """One side changes one message, and the other appends. Twice the messages take at most 2.5 times the calls."""
 
     def work(length: int) -> int:
         base: list[Any] = [message(f"m{n}", str(n)) if has_ids else str(n) for n in range(length)]
@@ -800,8 +804,9 @@ def test_the_work_of_a_merge_grows_with_the_list_not_with_its_square(where: floa
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_twenty_thousand_items_are_merged_and_patched(shape: Callable[[int], tuple[Any, Any]]) -> None:
-    """A long conversation of like items is one merge and one patch, not a minute (hermes-webui #2592: 2,048 equal
-    rows).
+    """A conversation of many equal items takes one merge and one patch, not a minute.
+
+    hermes-webui #2592 had 2,048 equal rows.
     """
     base, side = shape(20_000)
     merged = merge({"l": base, "a": 0}, {"l": side, "a": 0}, {"l": base, "a": 1})
@@ -832,5 +837,7 @@ def test_twenty_thousand_items_are_merged_and_patched(shape: Callable[[int], tup
     ],
 )
 def test_removed_items_are_counted(base: list[Any], side: Any, removed: int) -> None:
-    """An edited item is not a removed one, nor is a moved one. No list at all has lost every item."""
+    """An edited item does not count as removed, nor does a moved one.
+    If there is no list at all, every item is removed.
+    """
     assert count_removed(base, side) == removed

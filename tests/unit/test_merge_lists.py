@@ -25,7 +25,7 @@ preferences = st.sampled_from(PREFERENCES)
 
 
 def merged(base: Items, mine: Items, theirs: Items, prefer: Any = "error") -> Items | None:
-    """The merged list, or None for a conflict."""
+    """Return the merged list, or None for a conflict."""
     try:
         result: Items = merge({"l": base}, {"l": mine}, {"l": theirs}, prefer=prefer)["l"]
     except MergeConflict:
@@ -34,12 +34,12 @@ def merged(base: Items, mine: Items, theirs: Items, prefer: Any = "error") -> It
 
 
 def lists_of(letters: Iterable[Any], longest: int) -> list[Items]:
-    """All lists over an alphabet up to a length."""
+    """Return all lists over an alphabet up to a length."""
     return [list(items) for n in range(longest + 1) for items in itertools.product(letters, repeat=n)]
 
 
 def first_seen_in_order(*lists: Items) -> bool:
-    """Tell whether the letters come in the order of the alphabet. Any other case is one of these, renamed."""
+    """Tell whether the letters come in the order of the alphabet. Any other case is one of these with other names."""
     return "abc".startswith("".join(dict.fromkeys(itertools.chain(*lists))))
 
 
@@ -55,7 +55,7 @@ def own_id(item: Any) -> Any:
 
 
 def ids_that_count(*lists: Items) -> set[Any]:
-    """The ids that stand at most once in each list, always with one role."""
+    """Return the ids that each list has at most once, always with one role."""
     counts = [Counter(map(own_id, items)) for items in lists]
     roles: dict[Any, set[str]] = {}
     for item in itertools.chain(*lists):
@@ -64,7 +64,7 @@ def ids_that_count(*lists: Items) -> set[Any]:
 
 
 def assert_sound(base: Items, mine: Items, theirs: Items, result: Items, prefer: str = "error") -> None:
-    """Every promise about a merged list: nothing added is missing, nothing doubles, no text changes its role."""
+    """Check every promise about a merged list: no added item is missing, none is doubled, no text changes its role."""
     counted = ids_that_count(base, mine, theirs)
     *sides, found = (
         [text(item) for item in items if own_id(item) not in counted] for items in (base, mine, theirs, result)
@@ -74,7 +74,7 @@ def assert_sound(base: Items, mine: Items, theirs: Items, result: Items, prefer:
         one, other, change = m[each] - b[each], t[each] - b[each], r[each] - b[each]
         both = max(one + other, -b[each])
         if one > 0 < other or one < 0 > other:
-            # It may be one change that both made, or two.
+            # The changes may be one change that both sides made, or two.
             assert change in range(min(one, other, both), max(one, other, both) + 1)
             assert abs(change) >= max(abs(one), abs(other))
         else:
@@ -89,13 +89,13 @@ def assert_sound(base: Items, mine: Items, theirs: Items, result: Items, prefer:
 
 
 def merged_versions(was: Any, ours: Any, others: Any, prefer: str) -> Items:
-    """What must stand under an id: nothing, or one item that has each key as the side has it that changed it."""
+    """Return the items that an id must have: none, or one that takes each key from the side that changed it."""
     if was == ours or ours == others:
         return [] if others is None else [others]
     if was == others:
         return [] if ours is None else [ours]
     if None in (was, ours, others):
-        # An edit against a removal, or two new items: the merge must have asked.
+        # An edit against a removal, or two new items: the merge must have used the preference.
         preferred = {"mine": ours, "theirs": others}[prefer]
         return [] if preferred is None else [preferred]
     item: dict[str, Any] = {}
@@ -112,7 +112,7 @@ def merged_versions(was: Any, ours: Any, others: Any, prefer: str) -> Items:
 
 
 def speech(item: Any) -> Any:
-    """Who says what."""
+    """Return the role and the text of a message."""
     return (text(item.get("role")), text(item.get("content"))) if type(item) is dict else item
 
 
@@ -120,10 +120,11 @@ def speech(item: Any) -> Any:
 
 
 def test_every_small_merge_of_items_without_ids_is_sound() -> None:
-    """All lists of up to three items, three of a kind included, as base, mine and theirs, and each preference.
+    """All lists of up to three items, three of a kind included, merge soundly with each preference, as all three
+    versions.
 
-    A preference keeps what stands where there is no conflict, and settles most conflicts.
-    Fails without the count at the end, and if a preference takes its side's whole run.
+    A preference changes nothing where there is no conflict, and settles most conflicts. Fails without the count at the
+    end, and if a preference takes its side's whole run.
     """
     conflicts: Counter[str] = Counter()
     for base, mine, theirs in itertools.product(lists_of("abc", 3), repeat=3):
@@ -155,7 +156,7 @@ MESSAGES = (
 
 
 def test_every_small_merge_of_messages_is_sound() -> None:
-    """All lists of up to two messages: two versions under one id, the same id under another role, and no id.
+    """All lists of up to two messages merge soundly: two versions under one id, one id under another role, and no id.
 
     Fails if an id counts that a list has twice, or that has two roles.
     """
@@ -170,7 +171,7 @@ PIVOT, NEW = "pivot", "new"
 
 
 def test_every_small_change_of_one_side_is_kept_as_it_is() -> None:
-    """The other side has added something elsewhere: the result is exactly both, whoever comes first.
+    """If the other side has added an item elsewhere, the result is exactly both changes, whichever side comes first.
 
     Fails if a run that one side left alone does not become the other side's.
     """
@@ -183,9 +184,9 @@ def test_every_small_change_of_one_side_is_kept_as_it_is() -> None:
 
 @pytest.mark.parametrize("prefer", PREFERENCES)
 def test_every_small_change_that_both_make_stands_once_before_what_each_appends(prefer: str) -> None:
-    """F1: both make the same of the old items, which have no ids, and each may append one.
+    """F1: both sides change old items without ids in the same way, and each may append an item.
 
-    Fails if the common beginning is not taken once, and, where old items are equal, if it is looked at run by run only.
+    Fails if the common beginning is not taken once. Where old items are equal, it also fails if only runs are compared.
     """
     for base, alike in itertools.product(lists_of("abc", 3), lists_of("abc", 4)):
         if len(alike) >= len(base):
@@ -202,7 +203,7 @@ roles = st.sampled_from(["user", "assistant", None])
 
 @st.composite
 def messages(draw: st.DrawFn) -> dict[str, Any]:
-    """A message with an id, without one, or with a placeholder that others have, too."""
+    """Draw a message with an id, without one, or with a placeholder that other messages have, too."""
     item: dict[str, Any] = {"role": draw(roles), "content": draw(st.sampled_from("xyz"))}
     own = draw(ids)
     return {key: value for key, value in {"id": own, **item}.items() if value is not None}
@@ -213,7 +214,7 @@ CHANGES: dict[str, list[Any]] = {"content": ["v", "w"], "role": ["user", "tool"]
 
 @st.composite
 def edits_of(draw: st.DrawFn, items: Items, new: st.SearchStrategy[Any]) -> Items:
-    """The list with items removed, given another content, role or stamp, then one moved, then some added."""
+    """Draw the list after edits: some items removed or with another content, role or stamp, one moved, some added."""
     edited = []
     for item in items:
         what = draw(st.sampled_from(["keep", "keep", "remove", "remove", *CHANGES]))
@@ -230,7 +231,8 @@ def edits_of(draw: st.DrawFn, items: Items, new: st.SearchStrategy[Any]) -> Item
 
 @given(st.data(), preferences)
 def test_any_merge_of_messages_is_sound(data: st.DataObject, prefer: str) -> None:
-    """With ids, without, with ids that stand twice and placeholders: nothing is lost or doubled, no role changes.
+    """With or without ids, with ids that a list has twice, and with placeholders, nothing is lost or doubled.
+    No role changes.
 
     Fails without the count at the end, and if an id counts that a list has twice, or that has two roles.
     """
@@ -245,8 +247,8 @@ def test_any_merge_of_messages_is_sound(data: st.DataObject, prefer: str) -> Non
 def test_what_three_writers_add_is_there_once(data: st.DataObject, prefer: str) -> None:
     """Each writer saves its edits of one base on top of what the others have saved, or gets a conflict.
 
-    What it adds has an id of its own, or none, or a placeholder that other messages have, too.
-    Fails without the count at the end, and if the placeholder counts.
+    An added message has an id of its own, or none, or a placeholder that other messages have, too. Fails without the
+    count at the end, and if the placeholder counts.
     """
     placeholder = {"id": "0", "content": "old"}
     base = [placeholder, placeholder, *data.draw(st.lists(messages(), max_size=4))]
@@ -271,7 +273,7 @@ def test_what_three_writers_add_is_there_once(data: st.DataObject, prefer: str) 
 
 @given(st.data(), preferences)
 def test_three_writers_who_stamp_the_same_messages_lose_and_double_nothing(data: st.DataObject, prefer: str) -> None:
-    """F1: all three stamp the old messages alike, and each appends its own. No conflict, whatever is preferred.
+    """F1: three writers stamp the old messages alike, and each appends its own. No preference gives a conflict.
 
     Fails if a common change is taken from both sides.
     """
@@ -302,7 +304,7 @@ PROMPT: dict[str, Any] = {"role": "user", "content": "And then?"}
 def test_prompt_beside_a_partial_that_was_dropped_or_edited_is_kept(
     own: Callable[[int], dict[str, Any]], prefer: str
 ) -> None:
-    """F1: one side drops the partial and adds a prompt. The other drops the partial, too, or goes on with it.
+    """F1: one side drops the partial and adds a prompt. The other side drops the partial, too, or goes on with it.
 
     Fails if a preference takes its side's whole list, or if items without ids merge by position.
     """

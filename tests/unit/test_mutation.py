@@ -1,4 +1,4 @@
-"""The edits of `scripts/mutants`: each removes what it names, and each says so when it no longer applies."""
+"""The edits of `scripts/mutants`: each edit removes what it names, and fails if it no longer applies."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ MODULE = '''
 
 
 def edited(directory: Path, edit: Edit, function: str = "Box.put", text: str = MODULE) -> str:
-    """The module with one function edited."""
+    """Return the module with one function edited."""
     (directory / "module.py").write_text("def suppress(*kinds): ...\n" + dedent(text))
     mutant = Mutant("the edit", "module.py", function, edit, (), "")
     return mutated_modules(directory, mutant)["module.py"]
@@ -86,7 +86,7 @@ def edited(directory: Path, edit: Edit, function: str = "Box.put", text: str = M
     ],
 )
 def test_an_edit_removes_what_it_names(tmp_path: Path, edit: Edit, gone: str, there: str) -> None:
-    """Layout does not matter, and the rest of the module stays."""
+    """An edit finds its target whatever the layout, and leaves the rest of the module alone."""
     text = edited(tmp_path, edit)
     assert gone not in text
     assert there in text
@@ -112,7 +112,7 @@ def test_an_edit_removes_what_it_names(tmp_path: Path, edit: Edit, gone: str, th
     ],
 )
 def test_an_edit_that_finds_nothing_does_not_apply(tmp_path: Path, edit: Edit) -> None:
-    """A mutant that is left behind by a rewording is told, and never passes for one that was caught."""
+    """A mutant that a rewording left behind is reported, and never counts as caught."""
     with pytest.raises(DoesNotApply):
         edited(tmp_path, edit)
 
@@ -131,7 +131,7 @@ def test_an_edit_that_finds_nothing_does_not_apply(tmp_path: Path, edit: Edit) -
     ],
 )
 def test_a_mutant_that_would_fail_by_itself_is_refused(tmp_path: Path, edit: Edit, function: str, reason: str) -> None:
-    """Any test notices a function that always raises. Such a mutant would prove nothing."""
+    """A mutant that always raises is refused: any test notices it, so it would prove nothing."""
     with pytest.raises(DoesNotApply, match=reason):
         edited(tmp_path, edit, function)
 
@@ -153,7 +153,7 @@ def test_one_of_several_definitions_may_have_the_mechanism(tmp_path: Path) -> No
 
 
 def test_every_change_of_a_mutant_is_made(tmp_path: Path) -> None:
-    """A mechanism may be in two functions. Both lose it, or the mutant does not apply."""
+    """A mechanism may be in two functions. Both functions lose it, or the mutant does not apply."""
     (tmp_path / "module.py").write_text("def one():\n    return 1\n\ndef two():\n    return 2\n")
 
     def mutant(module: str) -> Mutant:
@@ -169,7 +169,7 @@ def test_every_change_of_a_mutant_is_made(tmp_path: Path) -> None:
 def test_a_mutant_that_does_not_apply_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str]
 ) -> None:
-    """The exit status is 1, and no test is run."""
+    """A mutant that does not apply gives exit status 1, and no test runs."""
     monkeypatch.setattr(run, "PACKAGE", tmp_path)
     monkeypatch.setattr(run, "run_tests", lambda *_: pytest.fail("a test was run"))
     monkeypatch.setattr("sys.argv", ["mutants", *options, MUTANTS[0].name])
@@ -184,7 +184,7 @@ def test_names_of_mutants_are_unique() -> None:
 
 
 def test_mutants_that_the_readme_names_are_there() -> None:
-    """A mutant that has no successor may name the one that guards what is left of its mechanism."""
+    """The README may name another mutant for one without a successor: the one that guards the rest of its mechanism."""
     _, table = (run.ROOT / "scripts" / "mutation" / "README.md").read_text().split("|---|---|")
     named = set(re.findall("`([^`]+)`", table))
     assert named

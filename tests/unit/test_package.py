@@ -1,4 +1,4 @@
-"""The package as it is installed: what an import costs, which names it has, what it depends on."""
+"""The installed package: what an import costs, which names it has, and what it depends on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 def modules_after(code: str) -> set[str]:
-    """The names of all modules that a fresh interpreter has loaded after some code."""
+    """Return the names of all modules that a fresh interpreter has loaded after some code."""
     program = f"{code}\nimport sys\nprint(*sys.modules)"
     return set(
         subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
@@ -27,7 +27,7 @@ def modules_after(code: str) -> set[str]:
 
 
 def test_an_import_loads_nothing_that_it_does_not_need() -> None:
-    """``import persist`` costs next to nothing: no dependency, no room of the house."""
+    """``import persist`` costs next to nothing: it loads no dependency and none of the package's large modules."""
     heavy = {
         "filelock",
         "msgspec",
@@ -41,14 +41,14 @@ def test_an_import_loads_nothing_that_it_does_not_need() -> None:
 
 
 def test_the_pure_ground_floor_loads_no_filelock() -> None:
-    """Codec, merge, patch and errors are of use without a lock, and touch no disk."""
+    """Codec, merge, patch and errors work without a lock, and touch no disk."""
     assert not {"filelock", "persist.storage"} & modules_after(
         "import persist.json_codec, persist.merge, persist.patch, persist.errors"
     )
 
 
 def test_a_name_is_loaded_at_its_first_use() -> None:
-    """The lazy names do lead to the modules that the first test does not find."""
+    """The lazy names load the modules that the first test does not find."""
     assert {"filelock", "msgspec", "persist.store"} <= modules_after("import persist\npersist.Store")
 
 
@@ -60,13 +60,15 @@ def test_an_error_of_the_plugin_needs_no_pytest() -> None:
 
 
 def test_every_public_name_resolves() -> None:
-    """Each of ``persist.__all__`` is there, and stays the same object."""
+    """Each name in ``persist.__all__`` exists, and stays the same object."""
     for name in persist.__all__:
         assert getattr(persist, name) is getattr(persist, name)
 
 
 def test_a_tool_that_looks_at_every_name_loads_nothing() -> None:
-    """freezegun does that in each process of a test run, with the plugin loaded. Fails if `dir` lists lazy names."""
+    """A look at every name loads nothing. freezegun does that in each process of a test run with the plugin loaded.
+    Fails if `dir` lists lazy names.
+    """
     look = "import sys, persist, persist.pytest_plugin\n"
     look += "[getattr(module, name, None) for module in [*sys.modules.values()] for name in dir(module)]"
     loaded = {name for name in modules_after(look) if name.startswith("persist")}
@@ -91,7 +93,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_the_command_names_an_intruder(tmp_path: Path) -> None:
-    """Another distribution that installs into the package `persist` breaks it. Its name says what to uninstall."""
+    """The error names another distribution that installs into the package `persist`. A user can uninstall it then."""
     shutil.copytree(Path(persist.__file__).parent, tmp_path / "persist")
     (tmp_path / "persist" / "store.py").write_text("class Save: pass\n")
     info = tmp_path / "savegames-1.0.dist-info"
@@ -115,7 +117,7 @@ def test_the_module_of_the_errors_is_there_from_the_start() -> None:
 
 
 def test_every_error_is_public() -> None:
-    """Whoever must catch an error can import it from the top."""
+    """A caller can import every error from the top of the package."""
     errors = {persist.PersistError}
     while more := {sub for error in errors for sub in error.__subclasses__()} - errors:
         errors |= more
@@ -124,7 +126,7 @@ def test_every_error_is_public() -> None:
 
 
 def test_a_wrong_name_is_an_attribute_error() -> None:
-    """A misspelt name says so, and ``hasattr`` works."""
+    """A misspelt name is named in the error, and ``hasattr`` works."""
     assert not hasattr(persist, "Stroe")
     with pytest.raises(AttributeError, match="'persist' has no attribute 'Stroe'"):
         persist.Stroe  # type: ignore[attr-defined]  # noqa: B018
@@ -143,7 +145,7 @@ def test_types_are_shipped() -> None:
 
 
 def test_the_version_is_written_once() -> None:
-    """What is installed and what the package says of itself are one number."""
+    """The installed version is the version that the package gives of itself."""
     assert importlib.metadata.version("persist-sessions") == persist.__version__
 
 

@@ -1,4 +1,4 @@
-"""What attackers found: each test is the report of one fault, and fails with that fault."""
+"""Faults that attackers found: each test is the report of one fault, and fails with that fault."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_append_does_not_change_a_list_that_was_split_before() -> None:
 def test_append_of_another_thread_in_mid_refresh_loses_no_message(
     store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A3: the base that a refresh compares is as it was, whatever the store's replica takes meanwhile."""
+    """A3: a refresh compares with an unchanged merge base, even if the store's replica takes a commit meanwhile."""
     store.create("s", {"n": 0, "messages": [{"id": "m1"}, {"id": "m2"}], "tool_calls": []})
     loaded = store.load("s")
     loaded.data["n"] = 1
@@ -68,7 +68,7 @@ def test_append_of_another_thread_in_mid_refresh_loses_no_message(
 
 @pytest.mark.parametrize("filler", [{f"k{n}": "v" * 30 for n in range(1100)}, {}], ids=["many-fields", "none"])
 def test_stream_stays_in_the_head_beside_any_fields(store: persist.Store, filler: dict[str, str]) -> None:
-    """A2: the id of the running stream is a field, however many there are. So its guards see it."""
+    """A2: the id of the running stream is a field, however many fields there are. So the stream's guards see it."""
     store.create("s", {"messages": [{"id": "m0"}], **filler})
     with store.start_stream("s", {"id": "p", "role": "user", "content": "q"}) as stream:
         assert not stream.is_cancelled()
@@ -82,7 +82,7 @@ def test_stream_stays_in_the_head_beside_any_fields(store: persist.Store, filler
 
 
 def test_large_stream_id_of_another_program_is_a_field() -> None:
-    """A sweep looks into heads only. Fails if a value above 4 KiB always stands apart."""
+    """A sweep reads only heads. Fails if a value above 4 KiB always becomes a part."""
     assert ALWAYS_FIELD in encoded({ALWAYS_FIELD: "x" * 5000}).fields
     assert ALWAYS_FIELD in encoded({ALWAYS_FIELD: "x" * 2 * content.FIELDS_BYTES, "other": 1}).fields
 
@@ -112,7 +112,7 @@ def test_value_that_is_set_over_a_list_is_that_list(store: persist.Store) -> Non
 
 
 def test_answer_of_a_finished_turn_stays_that_turns(store: persist.Store) -> None:
-    """A5: a checkpoint of the same answer changes nothing, and another one under its id is refused."""
+    """A5: a checkpoint of the same answer changes nothing, and another answer under its id is refused."""
     answer = {"id": "a", "role": "assistant", "content": "done"}
     store.create("s", {"messages": []})
     with store.start_stream("s", {"id": "p", "role": "user", "content": "q"}) as stream:
@@ -125,7 +125,7 @@ def test_answer_of_a_finished_turn_stays_that_turns(store: persist.Store) -> Non
 
 
 def test_prompts_of_two_foreign_turns_under_one_id_share_no_id(store: persist.Store) -> None:
-    """D4: another program may use its stream id twice. Fails if the recovered prompt takes an id that is taken."""
+    """D4: another program may use its stream id twice. Fails if the recovered prompt gets an id that is taken."""
     store.create("s", {"messages": []})
     for prompt in ("one", "two"):
         data = {**store.load("s").data, ALWAYS_FIELD: "f1", "pending_user_message": prompt}
@@ -138,7 +138,7 @@ def test_prompts_of_two_foreign_turns_under_one_id_share_no_id(store: persist.St
 def test_follower_that_could_start_no_thread_leaves_the_next_one_awake(
     store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails if the thread that looks counts as there before it runs, or if a wait that failed stays registered."""
+    """Fails if the watching thread counts as started before it runs, or if a wait that failed stays registered."""
     store.create("s", {"messages": []})
     with store.start_stream("s") as stream:
         with monkeypatch.context() as patched:
@@ -156,7 +156,7 @@ def refuse(_thread: threading.Thread) -> None:
 
 
 def test_events_file_that_another_program_has_locked_is_no_lost_stream(store: persist.Store) -> None:
-    """Fails if a file that cannot be locked counts as the end of the stream."""
+    """Fails if an events file that cannot be locked counts as the end of the stream."""
     store.create("s", {"messages": []})
     with store.start_stream("s") as stream:
         with store.follow("s", stream.id):
@@ -172,7 +172,7 @@ def test_events_file_that_another_program_has_locked_is_no_lost_stream(store: pe
 def test_events_that_were_read_are_returned_although_a_close_fails(
     store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fails with a bare OSError if the close of a reader tells what the disk said."""
+    """Events that were read are returned. Fails with a bare OSError if a reader's close passes the disk's error on."""
     store.create("s", {"messages": []})
     with store.start_stream("s") as stream:
         stream.emit(1)
@@ -191,7 +191,7 @@ def test_events_that_were_read_are_returned_although_a_close_fails(
 def test_verb_that_was_refused_a_thread_is_not_done_later(
     store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F10: a task that was told of an error repeats the verb. Fails if the pool does it all the same, later."""
+    """F10: a task that gets an error repeats the verb. Fails if the pool runs the first call later all the same."""
     store.create("s", {"n": 0, "messages": []})
     asynchronous = persist.aio.Store(store)
 
@@ -221,7 +221,7 @@ def test_verb_that_was_refused_a_thread_is_not_done_later(
 
 
 def test_journal_of_a_document_that_was_edited_is_no_left_over(store: persist.Store) -> None:
-    """Its commits are what `accept` takes with the edit: nobody must be told to remove it."""
+    """`check` tells nobody to remove the journal, because `accept` takes its commits together with the edit."""
     journaled = persist.Store(store.path, journal="always")
     journaled.create("s", {"title": "t", "messages": []})
     journaled.append("s", "messages", {"id": "m1"})
@@ -244,7 +244,7 @@ def test_directory_that_is_gone_is_an_error_and_no_empty_store(store: persist.St
 
 
 def test_save_that_was_cut_off_names_the_one_way_out(store: persist.Store) -> None:
-    """`refresh` and a preference fail always then. Only a load helps."""
+    """The error tells the caller to load the session. `refresh` and a preference always fail then."""
     session = store.create("s", {"n": 0, "messages": []})
     session._base = structs.replace(session._base, tried=("0" * 16, session._base.content))
     store.append("s", "messages", {"id": "m1"})
@@ -254,13 +254,13 @@ def test_save_that_was_cut_off_names_the_one_way_out(store: persist.Store) -> No
 
 
 def test_hold_that_was_cut_off_while_it_was_made_is_dropped_in_silence() -> None:
-    """An exception of a signal may come before its first attribute is set."""
+    """A hold without attributes is dropped in silence: a signal's exception may come before the first one is set."""
     for kind in (lock.Hold, Locked):
         kind.__new__(kind).__del__()
 
 
 def test_start_that_is_repeated_says_that_there_is_no_answer(store: persist.Store) -> None:
-    """A turn may finish without one."""
+    """`AlreadyStarted` says so if the turn has finished without an answer."""
     store.create("s")
     prompt = {"id": "p", "role": "user", "content": "q"}
     store.start_stream("s", prompt, once=True).finish()
@@ -272,7 +272,7 @@ def test_start_that_is_repeated_says_that_there_is_no_answer(store: persist.Stor
 
 
 def test_count_of_the_cache_that_a_signal_has_spoilt_stops_no_verb(store: persist.Store) -> None:
-    """With more counted than is there, a put drops what it has, and counts anew. Fails with a bare KeyError."""
+    """If the count is too high, a put drops what the cache holds and counts anew. Fails with a bare KeyError."""
     journaled = persist.Store(store.path, journal="always", cache_bytes=0)
     journaled.create("s", {"messages": []})
     cache = journaled._backend.files.cache

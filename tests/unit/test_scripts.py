@@ -1,6 +1,6 @@
-"""The arguments of the scripts: one rule for all.
+"""The arguments of the scripts follow one rule.
 
-What is misspelt, missing or leaves nothing to do is refused at once.
+A script refuses at once an argument that is misspelt or missing, or that leaves nothing to do.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TIMEOUT_S = 30
 ALL = sorted(path for path in SCRIPTS.iterdir() if path.is_file() and path.suffix != ".md")
 IN_PYTHON = [path.name for path in ALL if path.read_text().startswith("#!/usr/bin/env python3\n")]
 
-# Any other Python hands over to the project's own environment, and would make it if it is missing.
+# A script under any other Python switches to the project's own environment, and makes it if it is missing.
 needs_the_environment = pytest.mark.skipif(
     Path(sys.prefix).resolve() != (ROOT / ".venv").resolve(), reason="scripts run in the project's own environment"
 )
@@ -43,7 +43,7 @@ def run(scratch: Path, name: str, *arguments: str) -> subprocess.CompletedProces
 @needs_the_environment
 @pytest.mark.parametrize("name", IN_PYTHON)
 def test_help_tells_the_usage_and_does_nothing(tmp_path: Path, name: str) -> None:
-    """Who asks a script what it does is told just that."""
+    """`--help` prints the usage of a script and does nothing else."""
     done = run(tmp_path, name, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert "usage" in done.stdout.lower()
@@ -51,7 +51,7 @@ def test_help_tells_the_usage_and_does_nothing(tmp_path: Path, name: str) -> Non
 
 
 def test_help_of_the_tests_needs_no_environment(tmp_path: Path) -> None:
-    """`scripts/test --help` tells its own usage and sets nothing up; it is a copy, so that it could not if it tried."""
+    """`scripts/test --help` prints its own usage and sets nothing up. The test runs a copy, which could not."""
     copy = tmp_path / "scripts" / "test"
     copy.parent.mkdir()
     shutil.copy(SCRIPTS / "test", copy)
@@ -103,19 +103,19 @@ def test_a_shortened_option_is_refused(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused(tmp_path: Path, name: str, option: str, value: str) -> None:
-    """A run that would look at nothing is no pass, and a directory is not made where somebody mistyped."""
+    """A run that would look at nothing is no pass. A mistyped directory is not made."""
     assert_refused(run(tmp_path, name, option, value), option, tmp_path)
 
 
 @needs_the_environment
 @pytest.mark.parametrize(("option", "value"), [("--port", "-1"), ("--port", "65536"), ("--delay-s", "-1")])
 def test_the_example_server_refuses_the_same_way(tmp_path: Path, option: str, value: str) -> None:
-    """It shares no code with the others, as it is there to be copied."""
+    """The example server refuses in the same way, although it shares no code: it is there to be copied."""
     assert_refused(run(tmp_path, "example_server.py", "--store=sessions", option, value), option, tmp_path)
 
 
 def test_the_example_server_finds_the_environment(tmp_path: Path) -> None:
-    """Started by a Python without the package, it goes on in the environment of its checkout."""
+    """The server goes on in the environment of its checkout if a Python without the package starts it."""
     checkout = {
         "scripts/example_server.py": (SCRIPTS / "example_server.py").read_text(),
         "scripts/setup-venv": "#!/bin/sh\n",
@@ -126,14 +126,14 @@ def test_the_example_server_finds_the_environment(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
         path.chmod(0o755)
-    # -S: without what is installed.
+    # -S leaves the installed packages out.
     command = [sys.executable, "-I", "-S", str(tmp_path / "scripts/example_server.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: ")
 
 
-# The kernel's part, played: the second mount fails, and what is not mounted cannot be unmounted.
+# The kernel's part, played: the second mount fails, and a file system that is not mounted cannot be unmounted.
 FAILING_MOUNT = """
 import contextlib, sys
 from harness import powercut
@@ -153,7 +153,7 @@ sys.exit(powercut.main(["--cuts=3", "--filesystem=ext4", "--seed=1"]))
 
 
 def test_powercut_ends_with_one_message_if_the_file_system_stays_away() -> None:
-    """A mount that fails in mid-run is told with the figures until then; the clean-up adds no error of its own."""
+    """A mount that fails in mid-run is reported with the figures until then. The clean-up adds no error of its own."""
     done = subprocess.run(
         [*PYTHON, "-c", FAILING_MOUNT],
         env=environment(ROOT),
@@ -170,20 +170,20 @@ def test_powercut_ends_with_one_message_if_the_file_system_stays_away() -> None:
 
 @needs_the_environment
 def test_every_mutant_applies(tmp_path: Path) -> None:
-    """A change of the package that leaves a mutant behind is told at once, and not when the mutants are tried next."""
+    """A change of the package that leaves a mutant behind is reported at once, not only when the mutants run next."""
     done = run(tmp_path, "mutants", "--check")
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
 def test_scripts_can_be_run_as_they_are() -> None:
-    """Each is executable."""
+    """Each script is executable."""
     assert len(ALL) > len(IN_PYTHON) > 0
     assert [path.name for path in ALL if not path.stat().st_mode & 0o111] == []
 
 
 def test_scripts_without_a_suffix_are_checked_for_style() -> None:
-    """Ruff takes a file without a suffix for Python only if it is told so."""
+    """Each script without a suffix is listed for Ruff, which checks it only then."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]
     bare = {f"scripts/{name}" for name in IN_PYTHON if not name.endswith(".py")}
     assert bare == set(settings["extend-include"])

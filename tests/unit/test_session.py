@@ -1,4 +1,4 @@
-"""Session and Store in one process: what each verb does, what it refuses, and that a refusal changes nothing."""
+"""Session and Store in one process: what each verb does and refuses, and that a refusal changes nothing."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ HELLO = {"id": "m2", "role": "assistant", "content": "hello"}
 
 @pytest.fixture
 def session(store: persist.Store) -> persist.Session:
-    """A session of two messages at revision 1."""
+    """Return a session of two messages at revision 1."""
     return store.create("s", {"title": "t", "n": 0, "messages": [dict(HI), dict(HELLO)]})
 
 
 def on_disk(store: persist.Store, session_id: str = "s") -> dict[str, Any]:
-    """The document's data, read by nobody's code but the standard library's."""
+    """Return the document's data, read by the standard library alone."""
     data: dict[str, Any] = json.loads((store.path / f"{session_id}.json").read_bytes())
     del data["_persist"]
     return data
@@ -38,7 +38,7 @@ def on_disk(store: persist.Store, session_id: str = "s") -> dict[str, Any]:
 
 
 def test_a_created_session_is_on_disk_as_given(store: persist.Store) -> None:
-    """Durable and visible on return; the caller's own dict is not the session's."""
+    """A new session is durable and visible on return. Later changes of its data leave the caller's own dict alone."""
     given: dict[str, Any] = {"title": "t", "messages": [HI]}
     session = store.create("s", given)
     session.data["messages"].append(HELLO)
@@ -58,7 +58,7 @@ def test_references_into_the_data_stay_good_after_a_save(session: persist.Sessio
 
 
 def test_references_stay_good_when_others_changed_the_session(session: persist.Session, store: persist.Store) -> None:
-    """Also where a save brings in what others committed, the caller's list and messages are the session's."""
+    """After a save that brings in the commits of others, the caller's list and messages are still the session's."""
     messages, first = session.data["messages"], session.data["messages"][0]
     store.update("s", lambda tx: tx.data["messages"][0].update(seen=True))
     store.append("s", "messages", {"id": "m3"})
@@ -81,7 +81,7 @@ def test_two_objects_edits_are_both_kept(session: persist.Session, store: persis
 
 
 def test_a_deletion_is_a_change_like_any_other(session: persist.Session, store: persist.Store) -> None:
-    """HAZARDS C2: an intentional shrink is kept, and never undone by an older object's save."""
+    """HAZARDS C2: an intentional removal is kept, and an older object's save never undoes it."""
     older = store.load("s")
     del session.data["title"]
     session.data["messages"].clear()
@@ -92,7 +92,7 @@ def test_a_deletion_is_a_change_like_any_other(session: persist.Session, store: 
 
 
 def test_a_save_that_changes_nothing_writes_nothing(session: persist.Session, store: persist.Store) -> None:
-    """HAZARDS E3: the file is the same file, and the revision stays."""
+    """HAZARDS E3: the file stays the same file, and the revision stays."""
     before = everything(store.path)
     session.save()
     store.load("s").save()
@@ -115,7 +115,7 @@ def test_a_save_that_changes_nothing_writes_nothing(session: persist.Session, st
 def test_a_save_after_a_merge_that_changes_nothing_writes_nothing(
     session: persist.Session, store: persist.Store
 ) -> None:
-    """HAZARDS E3: what a merge brought in, new keys and their order included, is no edit of this object."""
+    """HAZARDS E3: changes that a merge brought in, new keys and their order included, are no edit of this object."""
     other = store.load("s")
     session.data["mine"] = 1
     session.data["messages"][0]["mine"] = 1
@@ -132,7 +132,7 @@ def test_a_save_after_a_merge_that_changes_nothing_writes_nothing(
 def test_a_save_after_a_refresh_that_changes_nothing_writes_nothing(
     session: persist.Session, store: persist.Store
 ) -> None:
-    """HAZARDS E3: taking the committed state is no edit either, wherever its new keys stand."""
+    """HAZARDS E3: a refresh is no edit either, wherever the committed state has its new keys."""
     store.update(
         "s", lambda tx: tx.data.update({"messages": tx.data.pop("messages"), "title": tx.data.pop("title"), "new": 1})
     )
@@ -143,7 +143,7 @@ def test_a_save_after_a_refresh_that_changes_nothing_writes_nothing(
 
 
 def test_touch_false_keeps_the_time(session: persist.Session, store: persist.Store) -> None:
-    """HAZARDS B7: a repair does not move a session to the top of the list; it is a commit all the same."""
+    """HAZARDS B7: a repair does not move a session to the top of the list, but it is a commit."""
     created = session.updated_at
     session.data["n"] = 1
     session.save(touch=False)
@@ -166,7 +166,7 @@ def test_touch_false_keeps_the_time(session: persist.Session, store: persist.Sto
 
 
 def test_a_failed_save_leaves_memory_and_disk_as_they_were(session: persist.Session, store: persist.Store) -> None:
-    """HAZARDS B6: a value deep inside that is not JSON is named; the next save, without it, writes the rest."""
+    """HAZARDS B6: the error names a value deep inside that is not JSON. The next save, without it, writes the rest."""
     session.data["title"] = "new"
     session.data["messages"][1]["parts"] = [{"at": {1}}]
     memory, disk = copy.deepcopy(session.data), everything(store.path)
@@ -184,14 +184,14 @@ def test_a_failed_save_leaves_memory_and_disk_as_they_were(session: persist.Sess
 
 @pytest.fixture
 def contested(session: persist.Session, store: persist.Store) -> persist.Session:
-    """A session whose unsaved title contradicts the one on disk, with other changes on both sides."""
+    """Return a session whose unsaved title contradicts the one on disk, with other changes on both sides."""
     store.update("s", lambda tx: tx.data.update(title="theirs", theirs=1))
     session.data.update(title="mine", mine=1)
     return session
 
 
 def test_a_contradiction_is_refused_whole(contested: persist.Session, store: persist.Store) -> None:
-    """`MergeConflict` names session, place and values; neither memory nor disk has changed."""
+    """`MergeConflict` names session, place and values. Neither memory nor disk has changed."""
     memory, disk = copy.deepcopy(contested.data), everything(store.path)
     for verb in (contested.save, contested.refresh):
         with pytest.raises(persist.MergeConflict, match=r"session\.refresh\(\)") as caught:
@@ -206,7 +206,7 @@ def test_a_contradiction_is_refused_whole(contested: persist.Session, store: per
 def test_on_conflict_takes_one_side_at_the_contradiction_only(
     side: Any, contested: persist.Session, store: persist.Store
 ) -> None:
-    """The other changes of both sides are kept."""
+    """A preference keeps the other changes of both sides."""
     contested.save(on_conflict=side)
     assert on_disk(store) == {"title": side, "n": 0, "messages": [HI, HELLO], "theirs": 1, "mine": 1} == contested.data
 
@@ -216,8 +216,7 @@ def test_on_conflict_takes_one_side_at_the_contradiction_only(
 def test_on_conflict_never_drops_what_was_appended(
     side: Any, instead: Any, session: persist.Session, store: persist.Store
 ) -> None:
-    """Where one side put something else in the place of the messages, or nothing: neither is written over what came
-    meanwhile.
+    """If one side replaced or removed the messages, no preference writes that over a message that came meanwhile.
 
     Fails (the message is gone) if the preference is asked.
     """
@@ -239,7 +238,7 @@ def test_on_conflict_never_drops_what_was_appended(
 
 
 def test_on_conflict_leaves_what_only_one_side_removed(session: persist.Session, store: persist.Store) -> None:
-    """That is no conflict."""
+    """A removal that only one side made is no conflict."""
     del session.data["messages"]
     store.update("s", lambda tx: tx.data.update(title="theirs"))
     session.save(on_conflict="mine")
@@ -247,7 +246,7 @@ def test_on_conflict_leaves_what_only_one_side_removed(session: persist.Session,
 
 
 def test_setting_the_edit_aside_is_the_way_out(contested: persist.Session, store: persist.Store) -> None:
-    """What the error says to do does work."""
+    """The remedy in the error works."""
     contested.data["title"] = "t"
     contested.refresh()
     assert (contested.data["title"], contested.data["mine"]) == ("theirs", 1)
@@ -257,7 +256,7 @@ def test_setting_the_edit_aside_is_the_way_out(contested: persist.Session, store
 
 
 def test_policies_of_the_store_settle_their_fields(directory: Path) -> None:
-    """`Store(merge=…)`: tokens add up, the later time stays, each by its own rule."""
+    """`Store(merge=…)` settles each field by its own rule: tokens add up, and the later time stays."""
     store = persist.Store(directory, merge={"tokens": "sum", "seen_at": "max", "draft": "mine", "owner": "theirs"})
     store.create("s", {"tokens": 10, "seen_at": "b", "draft": "", "owner": ""})
     one, two = store.load("s"), store.load("s")
@@ -271,7 +270,7 @@ def test_policies_of_the_store_settle_their_fields(directory: Path) -> None:
 
 
 def test_a_policy_counts_every_save_once(directory: Path) -> None:
-    """Counting on from the merged value adds what was counted since, no more."""
+    """A save after a merge adds only what was counted since."""
     store = persist.Store(directory, merge={"n": "sum"})
     store.create("s", {"n": 0})
     objects = [store.load("s") for _ in range(3)]
@@ -303,7 +302,7 @@ def test_refresh_takes_the_committed_state_and_keeps_unsaved_edits(
 
 
 def test_a_value_that_is_no_json_is_refused_by_refresh_and_save(session: persist.Session, store: persist.Store) -> None:
-    """Neither can merge what it cannot compare; memory and disk stay as they are."""
+    """A value that is no JSON cannot be compared, so both verbs refuse it. Memory and disk stay as they are."""
     store.update("s", lambda tx: tx.data.update(theirs=1))
     session.data["draft"] = {1, 2}
     for verb in (session.refresh, session.save):
@@ -317,7 +316,7 @@ def test_a_value_that_is_no_json_is_refused_by_refresh_and_save(session: persist
 
 
 def test_a_late_save_of_a_deleted_session_is_refused(session: persist.Session, store: persist.Store) -> None:
-    """HAZARDS C1: no ghost comes back, changed or not, and no file is left."""
+    """HAZARDS C1: a deleted session does not come back, whether the object changed or not, and no file is left."""
     store.delete("s")
     for verb in (session.save, session.refresh):
         with pytest.raises(persist.SessionDeleted):
@@ -342,7 +341,7 @@ def test_a_late_save_into_a_session_of_the_same_id_is_refused(session: persist.S
 
 
 def test_delete_removes_every_file_of_its_session_and_no_other(session: persist.Session, store: persist.Store) -> None:
-    """The neighbour whose id begins alike stays."""
+    """A session whose id begins alike stays."""
     store.create("s-2")
     store.append("s-2", "messages", 1)
     store.append("s", "messages", 1)
@@ -359,7 +358,7 @@ STREAM_FIELDS = ["active_stream_id", "pending_user_message", "pending_attachment
 def test_stream_fields_are_changed_by_the_stream_verbs_only(
     field: str, session: persist.Session, store: persist.Store
 ) -> None:
-    """`InvalidArgument` names the field and the verb to use, whichever way it is tried."""
+    """`InvalidArgument` names the field and the verb to use, whichever verb tried to change it."""
     before = everything(store.path)
     session.data[field] = "x"
     attempts: list[Callable[[], Any]] = [
@@ -395,7 +394,7 @@ def test_stream_fields_are_changed_by_the_stream_verbs_only(
 
 
 def test_stream_fields_that_say_nothing_are_no_change(store: persist.Store) -> None:
-    """Data that comes with the idle fields, as other servers write them, is taken."""
+    """Data with the idle fields, as other servers write them, is accepted."""
     idle: dict[str, Any] = {
         "active_stream_id": None,
         "pending_user_message": None,
@@ -411,7 +410,7 @@ def test_stream_fields_that_say_nothing_are_no_change(store: persist.Store) -> N
 
 
 def test_the_headers_name_is_no_field(session: persist.Session, store: persist.Store) -> None:
-    """`_persist` is refused at the top and is an ordinary key below it."""
+    """`_persist` is refused at the top, and is an ordinary key further down."""
     before = everything(store.path)
     session.data["_persist"] = {}
     attempts: list[Callable[[], Any]] = [
@@ -439,7 +438,7 @@ class Oops(Exception):
 
 
 def test_an_edit_commits_what_its_block_leaves(session: persist.Session, store: persist.Store) -> None:
-    """Read, change and write are one: nothing between."""
+    """Read, change and write of a block are one step, and nothing comes between them."""
     with store.transaction("s") as tx:
         data = tx.data
         data["n"] += 1
@@ -448,7 +447,9 @@ def test_an_edit_commits_what_its_block_leaves(session: persist.Session, store: 
 
 
 def test_an_edit_that_raises_writes_nothing(session: persist.Session, store: persist.Store) -> None:
-    """Whatever it had changed by then; the error comes out as it is, and the lock is free again."""
+    """A block that raises writes nothing, whatever it has changed.
+    The error comes out as it is, and the lock is free again.
+    """
     before = everything(store.path)
 
     def fail(tx: persist.Transaction) -> None:
@@ -468,13 +469,13 @@ def test_an_edit_that_raises_writes_nothing(session: persist.Session, store: per
 
 
 def test_an_update_returns_what_its_function_returns(session: persist.Session, store: persist.Store) -> None:
-    """The popped message, say."""
+    """`update` returns the function's result, for example the popped message."""
     assert store.update("s", lambda tx: tx.data["messages"].pop()) == HELLO
     assert on_disk(store)["messages"] == [HI]
 
 
 def test_an_update_names_the_version_that_it_saw(session: persist.Session, store: persist.Store) -> None:
-    """HAZARDS A9: a destructive edit of an older state is a clean conflict; its function is not even called."""
+    """HAZARDS A9: a destructive edit of an older state is a clean conflict, and its function is not called."""
     version = store.append("s", "messages", {"id": "m3"})
     before = everything(store.path)
     calls: list[Any] = []
@@ -494,7 +495,7 @@ def test_an_update_names_the_version_that_it_saw(session: persist.Session, store
 
 
 def test_a_version_is_that_of_one_commit(session: persist.Session, store: persist.Store) -> None:
-    """Every verb that writes makes a new one, and all that tell it tell the same. It is never used again."""
+    """Every verb that writes makes a new version. All verbs that report it agree, and it is never used again."""
     seen = [session.version]
 
     def assert_new(version: str | None) -> None:
@@ -534,7 +535,7 @@ def test_a_version_is_that_of_one_commit(session: persist.Session, store: persis
 def test_a_version_that_was_seen_holds_across_a_fold_and_processes(
     session: persist.Session, store: persist.Store
 ) -> None:
-    """Whoever reads it may write with it, from another store, too."""
+    """A reader of the version may write with it, also through another store."""
     version = store.append("s", "log", 1)
     store.compact("s", alone=True)
     other = persist.Store(store.path, journal="never")
@@ -545,7 +546,7 @@ def test_a_version_that_was_seen_holds_across_a_fold_and_processes(
 
 
 def test_the_version_of_a_foreign_document_is_its_content(store: persist.Store) -> None:
-    """Another program has written it, so there is no commit: what it holds is what was seen."""
+    """Another program's document has no commit, so its version follows from its content."""
     path = store.path / "s.json"
     path.write_text('{"n": 1}')
     version = store.load("s").version
@@ -558,7 +559,7 @@ def test_the_version_of_a_foreign_document_is_its_content(store: persist.Store) 
 
 
 def test_a_lock_inside_a_lock_is_refused(session: persist.Session, store: persist.Store) -> None:
-    """A second session, or the same one again, is `LockError` instead of a deadlock; the outer edit still counts."""
+    """A second session, or the same one again, is `LockError` instead of a deadlock. The outer block still commits."""
     store.create("other")
     session.data["title"] = "new"
     with store.transaction("s") as tx:
@@ -592,7 +593,7 @@ NESTED: list[tuple[Verb, str]] = [
 
 
 def test_another_thread_waits_for_the_lock_and_says_who_holds_it(session: persist.Session, directory: Path) -> None:
-    """`timeout_s` bounds the wait; afterwards the lock is as good as new."""
+    """`timeout_s` bounds the wait. Afterwards the lock can be taken as usual."""
     impatient = persist.Store(directory, timeout_s=0.05)
     caught: list[persist.LockTimeout] = []
 
@@ -619,13 +620,13 @@ def test_another_thread_waits_for_the_lock_and_says_who_holds_it(session: persis
 
 @pytest.mark.parametrize("name", ["title", "messages", "pending_user_message"])
 def test_a_field_set_beside_the_data_is_refused(session: persist.Session, name: str) -> None:
-    """What users of such servers write (`session.title = …; session.save()`) must not be lost without a word."""
+    """`session.title = …; session.save()`, as users of such servers write, must not be lost in silence."""
     with pytest.raises(AttributeError, match=rf"'{name}' to set.*session\.data"):
         setattr(session, name, "x")
 
 
 def test_an_append_is_idempotent_by_id(session: persist.Session, store: persist.Store) -> None:
-    """HAZARDS D2: the same item again is a no-op, whatever the order of its keys; other content is a conflict."""
+    """HAZARDS D2: the same item again is a no-op, whatever the order of its keys. Other content is a conflict."""
     item = {"id": "m3", "role": "tool", "content": "x"}
     version = store.append("s", "messages", item)
     assert (version, store.head("s").revision) == (store.head("s").version, 2)
@@ -643,7 +644,7 @@ def test_an_append_is_idempotent_by_id(session: persist.Session, store: persist.
 def test_an_item_without_an_id_is_appended_each_time(
     field: str, item: Any, session: persist.Session, store: persist.Store
 ) -> None:
-    """Without an id nobody can tell a repetition."""
+    """An item without an id is added each time, because nothing shows a repetition."""
     one = store.extend("s", field, [item])
     two = store.extend("s", field, [item])
     assert (one != two, store.head("s").revision) == (True, 3)
@@ -657,7 +658,7 @@ def test_an_item_without_an_id_is_appended_each_time(
 
 @pytest.mark.parametrize("field", ["messages", "tool_calls"])
 def test_a_list_is_no_message(field: str, session: persist.Session, store: persist.Store) -> None:
-    """``append(id, "messages", [m1, m2])`` was meant as two messages: it would be one that no server can read."""
+    """``append(id, "messages", [m1, m2])`` means two messages. As one message, no server could read it."""
     before = everything(store.path)
     for wrong in ([], [HI], [{"id": "m3"}, {"id": "m4"}]):
         with pytest.raises(persist.InvalidArgument, match=r"must be one message: use extend\(\) for several"):
@@ -671,7 +672,7 @@ def test_a_list_is_no_message(field: str, session: persist.Session, store: persi
 
 
 def test_an_extend_is_one_commit(session: persist.Session, store: persist.Store) -> None:
-    """All items, in their order, or none of them."""
+    """An extend adds all items, in their order, or none of them."""
     version = store.extend("s", "messages", [{"id": "m3"}, "text", {"id": "m4"}])
     assert (store.head("s").version, store.head("s").revision) == (version, 2)
     assert on_disk(store)["messages"] == [HI, HELLO, {"id": "m3"}, "text", {"id": "m4"}]
@@ -687,7 +688,7 @@ def test_an_extend_is_one_commit(session: persist.Session, store: persist.Store)
 
 
 def test_an_extend_may_be_repeated_after_any_of_its_items(session: persist.Session, store: persist.Store) -> None:
-    """HAZARDS D2: what is there is taken as added, and only the rest is added, each once."""
+    """HAZARDS D2: an item that is there counts as added. Only the others are added, each once."""
     items: list[Any] = [{"id": f"n{number}", "content": "x"} for number in range(4)]
     store.append("s", "messages", items[1])
     store.extend("s", "messages", items)
@@ -701,7 +702,9 @@ def test_an_extend_may_be_repeated_after_any_of_its_items(session: persist.Sessi
 
 
 def test_a_key_tells_items_apart(session: persist.Session, store: persist.Store) -> None:
-    """Another key than ``id``, whatever the items have as that. An item without it is added each time."""
+    """Another key than ``id`` tells items apart, whatever ``id`` they have.
+    An item without that key is added each time.
+    """
     one, two = {"call": "c1", "id": "x", "n": 1}, {"call": "c2", "id": "x", "n": 2}
     version = store.extend("s", "calls", [one, two], key="call")
     assert store.append("s", "calls", one, key="call") == version
@@ -717,7 +720,7 @@ def test_a_key_tells_items_apart(session: persist.Session, store: persist.Store)
 
 
 def test_without_a_key_all_items_are_added(session: persist.Session, store: persist.Store) -> None:
-    """Whatever is there: the same once more, and others of the same id."""
+    """All items are added, also the same item once more, and others of the same id."""
     store.extend("s", "messages", [HI, {**HI, "content": "other"}, HI], key=None)
     store.append("s", "messages", HI, key=None)
     assert on_disk(store)["messages"] == [HI, HELLO, HI, {**HI, "content": "other"}, HI, HI]
@@ -727,7 +730,7 @@ def test_without_a_key_all_items_are_added(session: persist.Session, store: pers
 
 @pytest.mark.parametrize("wrong", ["text", b"bytes", {"id": "m3"}, None, 5])
 def test_what_is_not_several_items_is_refused(wrong: Any, session: persist.Session, store: persist.Store) -> None:
-    """A message that is given for a list of messages would be its keys, and a text its letters."""
+    """A message in place of a list would be its keys, and a text its letters, so both are refused."""
     before = everything(store.path)
     with pytest.raises(persist.InvalidArgument, match="must be several items, in a list"):
         store.extend("s", "messages", wrong)
@@ -735,7 +738,7 @@ def test_what_is_not_several_items_is_refused(wrong: Any, session: persist.Sessi
 
 
 def test_items_may_come_from_anywhere(session: persist.Session, store: persist.Store) -> None:
-    """They are read before the lock is taken, and are nobody else's afterwards."""
+    """Items of an iterator are read before the lock is taken. Later changes of them do not reach the session."""
     item: dict[str, Any] = {"id": "m3"}
 
     def some() -> Iterator[Any]:
@@ -760,7 +763,9 @@ def test_ids_of_different_types_are_different(
 
 
 def test_an_append_makes_a_missing_list_and_no_other(session: persist.Session, store: persist.Store) -> None:
-    """A field that is something else is `InvalidArgument`, by its name; nothing is written."""
+    """An append creates a missing list.
+    A field that is no list is an `InvalidArgument` with its name, and nothing is written.
+    """
     store.append("s", "notes", "n")
     assert on_disk(store)["notes"] == ["n"]
     before = everything(store.path)
@@ -773,7 +778,7 @@ def test_an_append_makes_a_missing_list_and_no_other(session: persist.Session, s
 
 
 def test_ids_are_paged_in_order(store: persist.Store) -> None:
-    """All pages together are all sessions, each once, though some come and go between."""
+    """All pages together have every session once, although some come and go between."""
     for name in ("b", "a", "C", "a-1", "a_1", "0"):
         store.create(name)
     assert store.ids() == sorted(["b", "a", "C", "a-1", "a_1", "0"])
@@ -790,7 +795,7 @@ def test_ids_are_paged_in_order(store: persist.Store) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "a", "a-", "a-1", "é", "b", "x" * 300, "%", "\n"])
 def test_ids_with_a_prefix_are_those_that_begin_with_it(prefix: str, store: persist.Store) -> None:
-    """Also where a file's name is another one than the id: it is the id that counts, in the pages, too."""
+    """Only the id must begin with the prefix, in the pages, too. The file's name does not count."""
     names = ["a", "a-1", "a-10", "a-2", "A", "é", "é1", "b%", "%", "x" * 300, "x" * 300 + "y", "x" * 299, "c\n"]
     for name in names:
         store.create(name, {"name": name})
@@ -808,7 +813,7 @@ def test_ids_with_a_prefix_are_those_that_begin_with_it(prefix: str, store: pers
 
 
 def test_heads_are_read_when_they_are_asked_for(store: persist.Store) -> None:
-    """What was committed since shows, and what has gone since is left out; no lock is taken."""
+    """A head shows the commits up to its own read. A session that is deleted by then is left out. No lock is taken."""
     for name in ("a", "b", "c", "d"):
         store.create(name, {"n": 0})
     with store.transaction("b"):
@@ -822,7 +827,7 @@ def test_heads_are_read_when_they_are_asked_for(store: persist.Store) -> None:
 
 
 def test_heads_leave_out_what_cannot_be_read(store: persist.Store) -> None:
-    """One damaged file must not hide the others; `check` names it."""
+    """One damaged file must not hide the others. `check` names it."""
     for name in ("a", "b", "c", "d", "e"):
         store.create(name, {"n": 0})
     (store.path / "b.json").write_bytes(b"{")
@@ -844,7 +849,9 @@ def test_strange_files_in_the_directory_are_no_sessions(store: persist.Store) ->
 
 
 def test_compact_removes_what_crashes_have_left_behind(scratch: Path) -> None:
-    """Also if there is nothing to fold: a commit that adds to a journal leaves it there. `check` says so."""
+    """A compact removes left-overs even if there is nothing to fold. A commit to a journal leaves them.
+    `check` says so.
+    """
     store = persist.Store(scratch / "sessions", journal="always")
     for session_id in ("s", "t"):
         store.create(session_id, {"messages": []})
@@ -861,7 +868,7 @@ def test_compact_removes_what_crashes_have_left_behind(scratch: Path) -> None:
 
 
 def test_exists_tells_whether_there_is_such_a_session(session: persist.Session, store: persist.Store) -> None:
-    """And leaves no trace of having asked."""
+    """`exists` tells the truth, and leaves no trace of the question."""
     assert store.exists("s")
     assert not store.exists("t")
     assert not any(path.name.startswith("t") for path in store.path.iterdir())
@@ -892,7 +899,7 @@ MISSING_VERBS: list[Verb] = [
 
 @pytest.mark.parametrize("verb", MISSING_VERBS)
 def test_a_session_that_is_not_there_is_named_and_not_made(verb: Verb, store: persist.Store) -> None:
-    """`SessionNotFound` is a KeyError too; no document and no lock file appears."""
+    """`SessionNotFound` is a KeyError, too. No document and no lock file appears."""
     with pytest.raises(persist.SessionNotFound) as caught:
         verb(store)
     assert isinstance(caught.value, KeyError)
@@ -916,7 +923,7 @@ def test_create_never_overwrites(session: persist.Session, store: persist.Store)
 
 
 def test_a_duplicate_is_a_session_of_its_own(session: persist.Session, store: persist.Store) -> None:
-    """The same data at revision 1, and no bond with the original."""
+    """A duplicate has the same data at revision 1, and no bond with the original."""
     store.update("s", lambda tx: tx.data.update(n=5))
     copied = store.duplicate("s", "copy")
     assert (copied.id, copied.revision, copied.data) == ("copy", 1, on_disk(store))
@@ -927,7 +934,9 @@ def test_a_duplicate_is_a_session_of_its_own(session: persist.Session, store: pe
 
 
 def test_a_duplicate_of_a_session_in_mid_turn_has_no_stream(session: persist.Session, store: persist.Store) -> None:
-    """Prompt and tool results are copied; stream fields and the partial answer are not, and the stream goes on."""
+    """A duplicate has the prompt and tool results, but neither stream fields nor the partial answer.
+    The stream goes on.
+    """
     with store.start_stream("s", {"id": "p", "role": "user", "content": "?"}) as stream:
         stream.append({"id": "tool", "role": "tool"})
         stream.checkpoint({"role": "assistant", "content": "part"})
@@ -945,7 +954,9 @@ def test_a_duplicate_of_a_session_in_mid_turn_has_no_stream(session: persist.Ses
 
 
 def test_a_duplicate_keeps_the_prompt_of_another_program(store: persist.Store) -> None:
-    """B3: it may stand in the stream fields alone, also where the header names an owner of an earlier stream."""
+    """B3: the prompt is kept even if only the stream fields have it.
+    So it is beside an owner of an earlier stream in the header.
+    """
     store.create("s", {"messages": []})
     stream = store.start_stream("s", stream_id="ours")
     stream._lease.close()
@@ -958,7 +969,7 @@ def test_a_duplicate_keeps_the_prompt_of_another_program(store: persist.Store) -
 
 
 def test_an_answer_never_takes_a_prompts_place(store: persist.Store) -> None:
-    """B3: an answer that has the id of an interrupted prompt is refused; the prompt stays."""
+    """B3: an answer that has the id of an interrupted prompt is refused, and the prompt stays."""
     store.create("s", {"messages": []})
     prompt = {"id": "m7", "role": "user", "content": "Why?"}
     with store.start_stream("s", prompt):
@@ -969,7 +980,7 @@ def test_an_answer_never_takes_a_prompts_place(store: persist.Store) -> None:
 
 
 def test_a_directory_that_went_away_is_named(store: persist.Store) -> None:
-    """What the disk says to a look is a `PersistError`, from every verb that lists."""
+    """A disk error of a look is a `PersistError`, from every verb that lists."""
     (store.path / ".leases").rmdir()
     store.path.rmdir()
     store.path.write_text("a file")
@@ -1018,7 +1029,7 @@ CLOSED_VERBS: list[Verb] = [
 
 
 def test_a_closed_store_takes_no_verb(session: persist.Session, store: persist.Store) -> None:
-    """Every verb is `StoreClosed`; closing twice, or by ``with``, is closing."""
+    """Every verb of a closed store is `StoreClosed`. A store may be closed twice, or by ``with``."""
     with store:
         pass
     store.close()
@@ -1030,7 +1041,7 @@ def test_a_closed_store_takes_no_verb(session: persist.Session, store: persist.S
 
 
 def test_the_list_of_closed_verbs_is_complete(store: persist.Store) -> None:
-    """A verb added later must be refused on a closed store too."""
+    """A verb that is added later must be refused on a closed store, too."""
     public = {name for name in vars(persist.Store) if not name.startswith("_")} - {"path", "close"}
     assert len(public) == len(CLOSED_VERBS)
 
@@ -1057,7 +1068,7 @@ BAD_IDS: list[Any] = ["", "a" * 513, "\ud800", "s\udfff", "\ud83d\ude00", None, 
 
 @pytest.mark.parametrize("bad", BAD_IDS, ids=lambda bad: ascii(bad)[:12])
 def test_no_verb_takes_a_bad_session_id(bad: Any, session: persist.Session, store: persist.Store) -> None:
-    """Each is `InvalidArgument`, and not a file more or less exists afterwards."""
+    """Each bad id is an `InvalidArgument`, and no file appears or disappears."""
     before = everything(store.path.parent)
     verbs: list[Callable[[], Any]] = [
         lambda: store.load(bad),
@@ -1204,7 +1215,7 @@ BAD_ARGUMENTS: dict[str, tuple[Verb, type[Exception]]] = {
 def test_a_bad_argument_is_a_typed_error_and_changes_nothing(
     verb: Verb, error: type[Exception], session: persist.Session, store: persist.Store
 ) -> None:
-    """No verb writes half of what it was asked for, and none fails in a way that has no name."""
+    """No verb writes half of its work, and every failure has a type of its own."""
     before = everything(store.path.parent)
     with pytest.raises(error):
         verb(store)
@@ -1216,7 +1227,7 @@ def test_a_bad_argument_is_a_typed_error_and_changes_nothing(
 def test_cancelling_what_no_stream_is_called_is_a_no_op(
     stream_id: Any, session: persist.Session, store: persist.Store
 ) -> None:
-    """Another stream than the current one, or none: False, nothing written."""
+    """For any other name than the current stream's, `cancel` returns False and writes nothing."""
     before = everything(store.path)
     assert store.cancel("s", stream_id) is False
     assert store.cancel("s", stream_id, force=True) is False

@@ -1,23 +1,32 @@
 """The whole API against a model: a plain dict for each session, and a few lines that say what each verb does to it.
 
-Hypothesis draws the steps. Each is done to the store and to the model, whose answers and errors must agree; after each,
-every session must read as the model says. Several `Session` objects of different ages, with unsaved edits, stay in
-play, and so do streams that are live, cancelled, fenced off or dropped.
+Hypothesis draws the steps. Each step is done to the store and to the model, whose answers and errors must agree. After
+each step, every session must read as the model says. Several `Session` objects of different ages, with unsaved edits,
+stay in play. So do streams that are live, cancelled, fenced off or dropped.
 
-The model knows how edits of different fields merge, whose value a preference or a policy takes, and that messages
-appended on both sides are both kept, theirs first. How other arrays merge is for `test_merge`: no object changes
-``tags`` and ``log``.
+The model knows how edits of different fields merge, and whose value a preference or a policy takes. It knows that
+messages appended on both sides are both kept, theirs first. `test_merge` tests how other arrays merge, so no object
+changes ``tags`` and ``log``.
 
-It knows no version, but it knows when two must be equal: each commit has one of its own, whoever tells it, and no other
-commit ever has it, of this session or of another.
+The model knows no version, but it knows when two must be equal. Each commit has a version of its own, which every verb
+reports alike. No other commit ever has it, of this session or of another.
 
-The ids have awkward characters, and values and lists cross the size above which they stand apart.
+The ids have awkward characters. Values and lists cross the size above which they become parts.
 
-It can fail, and does with any of these in the package: a transaction ignores ``touch=False``; an interrupted partial is
-not marked; a save does not move the merge base; `duplicate` keeps the partial; `cancel` ends whatever stream is active;
-``sum`` adds the base twice; `extend` takes ``id`` for every key; a stale ``if_version`` is not looked at; a start that
-is to be once does not look for the answer; a message of `Stream.transaction` stays behind the partial; the fields of a
-`finish` are a commit of their own; a version is the revision.
+The machine fails with any of these faults in the package:
+
+- A transaction ignores ``touch=False``.
+- An interrupted partial is not marked.
+- A save does not move the merge base.
+- `duplicate` keeps the partial.
+- `cancel` ends whatever stream is active.
+- ``sum`` adds the base twice.
+- `extend` takes ``id`` for every key.
+- A stale ``if_version`` is not checked.
+- A start with ``once=True`` does not look for the answer.
+- A message of `Stream.transaction` stays behind the partial.
+- The fields of a `finish` are a commit of their own.
+- A version is the revision.
 """
 
 from __future__ import annotations
@@ -54,21 +63,21 @@ from persist.turn import IDLE
 
 Data = dict[str, Any]
 
-#: One of them has every kind of awkward character, and one is so long that its file's name holds a hash.
+#: One id has every kind of awkward character, and one is so long that its file's name holds a hash.
 IDS = ("one", "_t/w o:é%\n.json", "three" * 60)
 FIELDS = ("title", "topic")
-#: Above 4 KiB a value stands apart, and leaves the head.
+#: A value above 4 KiB is a part, and leaves the head.
 LARGE = "z" * (APART_BYTES - 1)
 
 session_ids = st.sampled_from(IDS)
-#: Few values, so that both sides often choose the same one; None takes the field away.
+#: Few values, so that both sides often choose the same one. None removes the field.
 edits = st.tuples(st.sampled_from(FIELDS), st.sampled_from(["x", "y", "z", LARGE, None]))
 visits = st.integers(0, 2)
 picks = st.integers(0, 11)
 preferences = st.sampled_from(["error", "mine", "theirs"])
-#: What a block changes its session by.
+#: The ways in which a block changes its session.
 places = st.sampled_from(["fields", "lists", "data", "all"])
-#: Items that have a key or not, the same twice, and others of the same key; a few of them stand apart.
+#: Items with and without a key, equal ones, and others of the same key. A few of them make the list a part.
 ITEMS: list[Any] = [
     {"call": "a", "n": 0},
     {"call": "a", "n": 0},
@@ -84,7 +93,7 @@ ITEMS: list[Any] = [
     "text",
     5,
 ]
-#: How a block ends that does such a thing.
+#: The end of a block that does such a thing.
 ENDED = {
     "leave": "no error",
     "look": "no error",
@@ -98,15 +107,15 @@ ENDED = {
 
 
 class Conflict(Exception):
-    """The model's own."""
+    """The model's own conflict."""
 
 
 class BodyFailed(Exception):
-    """What the body of a transaction raises."""
+    """The error that the body of a transaction raises."""
 
 
 def merged(base: Data, mine: Data, theirs: Data, *, prefer: str = "error") -> Data:
-    """What a save must make of three versions."""
+    """Return the data that a save must make of three versions."""
     result = copy.deepcopy(theirs)
     for name in (*FIELDS, "visits"):
         b, m, t = (side.get(name, MISSING) for side in (base, mine, theirs))
@@ -129,12 +138,12 @@ def merged(base: Data, mine: Data, theirs: Data, *, prefer: str = "error") -> Da
 
 
 def as_text(value: Any) -> str:
-    """Return a text that tells ``1``, ``True`` and ``"1"`` apart, and not the order of keys."""
+    """Return a text that tells ``1``, ``True`` and ``"1"`` apart, but not the order of keys."""
     return json.dumps(value, sort_keys=True)
 
 
 def extended(there: list[Any], items: list[Any], key: str | None) -> list[Any]:
-    """What an extend must make of a list."""
+    """Return the list that an extend must make."""
 
     def id_of(item: Any) -> str | None:
         value = item.get(key) if type(item) is dict else None
@@ -152,9 +161,10 @@ def extended(there: list[Any], items: list[Any], key: str | None) -> list[Any]:
 
 
 def answer_to(messages: list[Data], prompt_id: str, partial_id: str | None) -> tuple[bool, Data | None]:
-    """Whether a prompt's turn has finished, and its answer: the one that says so, or the last before the next prompt.
+    """Tell whether a prompt's turn has finished, and return its answer.
 
-    A partial is no answer, nor is one of a turn that was interrupted.
+    The answer is the message that names the prompt, or the last answer before the next prompt. A partial is no answer.
+    Nor is a message of a turn that was interrupted.
     """
     ids = [message["id"] for message in messages]
     if prompt_id not in ids:
@@ -177,7 +187,7 @@ def add_visits(data: MutableMapping[str, Any], visits: int) -> None:
 
 
 def put(data: MutableMapping[str, Any], name: str, value: Any) -> None:
-    """Set a field, or take it away."""
+    """Set a field, or remove it."""
     if value is MISSING or value is None:
         data.pop(name, None)
     else:
@@ -190,7 +200,7 @@ def without_stream_fields(data: Data) -> Data:
 
 @dataclass(eq=False)
 class ModelStream:
-    """A stream, and the real one while this process runs it."""
+    """A stream, with the real one while this process runs it."""
 
     id: str
     session: ModelSession
@@ -218,13 +228,13 @@ class ModelStream:
         self.answer_id = answer["id"]
 
     def mark_answer(self) -> None:
-        """A turn that was started once says whose answer it has, or that it has none."""
+        """Mark the answer of a turn with ``once=True`` with its prompt's id. Without an answer, mark the prompt."""
         if self.once and self.prompt is not None:
             own = self.answer_id or self.prompt["id"]
             next(each for each in self.session.data["messages"] if each["id"] == own)["answers"] = self.prompt["id"]
 
     def place_of_answer(self) -> int:
-        """Where the partial stands, or the end."""
+        """Return the place of the partial, or the end."""
         ids = [message["id"] for message in self.session.data.get("messages", [])]
         return ids.index(self.answer_id) if self.answer_id in ids else len(ids)
 
@@ -233,7 +243,8 @@ class ModelStream:
 class ModelSession:
     """A committed session. `updated_at` is None until the next look, if a commit may have moved it.
 
-    `versions` are those of its revisions, as far as they were seen. It has revision 0 until it is made.
+    `versions` holds the versions of its revisions, as far as they were seen.
+    A session has revision 0 until it is created.
     """
 
     data: Data
@@ -270,7 +281,7 @@ class ModelSession:
 
 @dataclass(eq=False)
 class ModelLoaded:
-    """A `Session` object: what it was based on, and what it holds now."""
+    """A `Session` object: its merge base, and the data that it holds now."""
 
     real: persist.Session
     session: ModelSession
@@ -279,7 +290,7 @@ class ModelLoaded:
     stream_id: str | None = None
 
     def take(self, data: Data | None = None) -> None:
-        """Base it on the committed state; it then holds `data`, or that state too."""
+        """Take the committed state as the merge base. The object then holds `data`, or that state."""
         self.base = copy.deepcopy(self.session.data)
         self.data = copy.deepcopy(self.base if data is None else data)
         self.stream_id = self.session.stream.id if self.session.stream else None
@@ -303,7 +314,7 @@ class SessionMachine(RuleBasedStateMachine):
         self.sessions: dict[str, ModelSession] = {}
         self.loaded: list[ModelLoaded] = []
         self.streams: list[ModelStream] = []
-        #: Of which session and revision each version is.
+        #: The session and revision of each version.
         self.versions: dict[str, tuple[ModelSession, int]] = {}
         self.counter = self.looks = 0
 
@@ -321,7 +332,7 @@ class SessionMachine(RuleBasedStateMachine):
         return {"id": name, "role": role or ("user", "assistant", "tool")[self.counter % 3], "content": "hi"}
 
     def note(self, session: ModelSession, version: str | None, revision: int | None = None) -> None:
-        """Check the version that was told for a revision: it is the one of before, and no other commit has it."""
+        """Check a version that a verb reports: the revision had no other version before, and no other commit has it."""
         revision = session.revision if revision is None else revision
         assert version is not None
         assert self.versions.setdefault(version, (session, revision)) == (session, revision)
@@ -365,13 +376,13 @@ class SessionMachine(RuleBasedStateMachine):
         change=edits,
     )
     def write_first(self, session_id: str, how: str, change: tuple[str, Any]) -> None:
-        """The first write of a request makes a session where there is none, and is no other verb where there is one."""
+        """Write first: this creates a session where there is none, and works as usual where there is one."""
         missing = [each for each in IDS if each not in self.sessions]
         session_id = (missing or [session_id])[-1]
         session = self.sessions.get(session_id) or ModelSession({}, revision=0)
         is_new = session_id not in self.sessions
         if how == "named":
-            # Whoever has seen a version has seen a session.
+            # A caller that names a version has seen a session.
             version = self.stale_version(session, 0) if session.revision else "gone"
             with pytest.raises(persist.SessionNotFound if is_new else persist.VersionMismatch):
                 self.store.update(session_id, lambda tx: put(tx.fields, *change), create=True, if_version=version)
@@ -423,7 +434,7 @@ class SessionMachine(RuleBasedStateMachine):
         loaded.take()
         loaded.assert_agrees()
         self.loaded.append(loaded)
-        # A few objects of different ages: the oldest but one goes, so that one stays very old.
+        # Keep a few objects of different ages. The oldest but one goes, so that one object stays very old.
         del self.loaded[1:-5]
 
     @rule(pick=picks)
@@ -459,7 +470,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(pick=picks)
     def duplicate(self, pick: int) -> None:
-        """To a free id; if there is none, the copy goes again."""
+        """Duplicate to a free id. If no id is free, delete the copy again."""
         session_id, original = self.pick_session(pick)
         with pytest.raises(persist.SessionExists):
             self.store.duplicate(session_id, session_id)
@@ -480,7 +491,7 @@ class SessionMachine(RuleBasedStateMachine):
         anew=st.booleans(),
     )
     def delete(self, pick: int, how: str, force: bool, anew: bool) -> None:
-        """And perhaps create another one of the same id; few sessions stay few."""
+        """Delete a session, and perhaps create another one of the same id. Few sessions stay few."""
         session_id, session = self.pick_session(pick)
         if how == "stale version":
             with pytest.raises(persist.VersionMismatch):
@@ -525,7 +536,9 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(pick=picks, named=st.sampled_from([None, "right", "stale"]), touch=st.booleans(), where=places)
     def update(self, pick: int, named: str | None, touch: bool, where: str) -> None:
-        """A function that is called once, with what is committed; or not at all, if it names another version."""
+        """Update by a function, which is called once with the committed state.
+        It is not called if it names another version.
+        """
         session_id, session = self.pick_session(pick)
         tag, calls = self.fresh("tag"), list[str | None]()
 
@@ -553,7 +566,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(pick=picks, how=st.sampled_from(["new dict", "generator", "a list as a message", "items that are none"]))
     def refused(self, pick: int, how: str) -> None:
-        """What was surely meant in another way is `InvalidArgument`, and no commit."""
+        """Try a call that was surely meant in another way: it is an `InvalidArgument`, and no commit."""
         session_id, session = self.pick_session(pick)
         verbs: dict[str, Callable[[], object]] = {
             "new dict": lambda: self.store.update(session_id, lambda tx: {**tx.data, "title": "lost"}),
@@ -562,7 +575,7 @@ class SessionMachine(RuleBasedStateMachine):
             "items that are none": lambda: self.store.extend(session_id, "messages", self.message()),
         }
         if how == "new dict" and not self.store.load(session_id).data:
-            # It has no key of the document, so it may be any result.
+            # The dict has no key of the document, so it may be any result.
             assert verbs[how]() is not None
         else:
             with pytest.raises(persist.InvalidArgument):
@@ -594,7 +607,7 @@ class SessionMachine(RuleBasedStateMachine):
         touch=st.booleans(),
     )
     def extend(self, pick: int, items: list[Any], key: str | None, touch: bool) -> None:
-        """Items in one commit, each once by its key; or none of them."""
+        """Add items in one commit, each once by its key, or none of them."""
         session_id, session = self.pick_session(pick)
         expected = copy.deepcopy(session.data)
         try:
@@ -608,7 +621,7 @@ class SessionMachine(RuleBasedStateMachine):
         for _ in range(1 if key is None else 2):
             version = self.store.extend(session_id, "log", iter(copy.deepcopy(items)), key=key, touch=touch)
             if all(type(item) is dict and type(item.get(key)) in (str, int) for item in items):
-                # It may be repeated.
+                # Such an extend may be repeated.
                 continue
             break
         session.replace(expected, touch=touch)
@@ -616,7 +629,7 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(pick=picks, count=st.integers(1, 12), is_start=st.booleans())
     def trim(self, pick: int, count: int, is_start: bool) -> None:
-        """A list goes back below the size above which it stands apart, and an empty one stays."""
+        """Shorten a list below the size above which it is a part. An empty list stays."""
         session_id, session = self.pick_session(pick)
         expected = copy.deepcopy(session.data)
         part = slice(None, count) if is_start else slice(-count, None)
@@ -638,7 +651,7 @@ class SessionMachine(RuleBasedStateMachine):
     def transaction(
         self, pick: int, change: tuple[str, Any], visits: int, touch: bool, where: str, named: bool, how: str
     ) -> None:
-        """A block that changes fields, lists and the whole data, and is one commit or none."""
+        """Change fields, lists and the whole data in a block, which is one commit or none."""
         session_id, session = self.pick_session(pick)
         expected = copy.deepcopy(session.data)
         stream, version = session.stream, session.version if named or how == "stale" else None
@@ -672,7 +685,7 @@ class SessionMachine(RuleBasedStateMachine):
     def change_in_block(
         self, tx: persist.Transaction, expected: Data, change: tuple[str, Any], visits: int, where: str
     ) -> None:
-        """Change a transaction, and a plain dict that it must come to."""
+        """Change a transaction, and the plain dict that it must equal afterwards."""
         tag, message = self.fresh("tag"), self.message()
         if where in ("fields", "all"):
             for each in (tx.fields, expected):
@@ -700,14 +713,14 @@ class SessionMachine(RuleBasedStateMachine):
 
     @rule(pick=picks)
     def compact(self, pick: int) -> None:
-        """It is no commit; a second one finds nothing to do."""
+        """Compact a session, which is no commit. A second compact finds nothing to do."""
         session_id, _ = self.pick_session(pick)
         self.store.compact(session_id)
         assert self.store.compact(session_id) is False
 
     @rule(pick=picks, touch=st.booleans(), change=edits, is_whole=st.booleans())
     def update_fields(self, pick: int, touch: bool, change: tuple[str, Any], is_whole: bool) -> None:
-        """The result may be what was handed out: it is no new dict."""
+        """Return a value from the function that it was handed, which is no new dict."""
         session_id, session = self.pick_session(pick)
 
         def put_change(tx: persist.Transaction) -> Any:
@@ -725,7 +738,7 @@ class SessionMachine(RuleBasedStateMachine):
     def edit_by_hand_and_accept(self, pick: int, title: str) -> None:
         session_id, session = self.pick_session(pick)
         path = self.store.path / f"{layout.name_of(session_id)}.json"
-        # What stands in a journal comes on top of an edit.
+        # The records of a journal would come on top of an edit.
         self.store.compact(session_id)
         document = json.loads(path.read_bytes())
         document["title"] = title
@@ -783,7 +796,7 @@ class SessionMachine(RuleBasedStateMachine):
         else:
             version = loaded.real.save(touch=touch, on_conflict=prefer)
             if result == session.data and loaded.data != loaded.base and loaded.real.revision == session.revision + 1:
-                # Mine may have changed nothing but the order of the fields: that is a commit too.
+                # This object may have changed only the order of the fields, which is a commit, too.
                 session.committed(touch=touch)
             session.replace(result, touch=touch)
             loaded.take()
@@ -835,7 +848,7 @@ class SessionMachine(RuleBasedStateMachine):
         prefer: Literal["error", "mine", "theirs"],
         is_refresh: bool,
     ) -> None:
-        """Another one commits between the edit of an object and its save."""
+        """Commit by another writer between the edit of an object and its save."""
         loaded = self.pick_loaded(pick)
         self.change(loaded, mine, visits, appends=bool(visits))
         if not loaded.session.is_deleted:
@@ -881,7 +894,7 @@ class SessionMachine(RuleBasedStateMachine):
         try:
             loaded.take(merged(loaded.base, loaded.data, session.data))
         except Conflict:
-            # The unsaved edit stays for the next save to report; only the stream is gone.
+            # The unsaved edit stays, so the next save reports the conflict. Only the stream is gone.
             loaded.stream_id = None
         loaded.assert_agrees()
 
@@ -912,7 +925,7 @@ class SessionMachine(RuleBasedStateMachine):
         self.start_on(*self.pick_session(pick), how)
 
     def prompt_for(self, session: ModelSession, how: str) -> Data | None:
-        """A new prompt, or one that is in the session: interrupted, answered or running, if there is one."""
+        """Return a prompt of the session that is interrupted, answered or running, or None for a new one."""
         messages, stream = session.data.get("messages", []), session.stream
         partial_id = stream.answer_id if stream else None
         known: dict[str, list[Data]] = {
@@ -927,7 +940,7 @@ class SessionMachine(RuleBasedStateMachine):
             ],
         }
         for message in known.get(how, [])[:1]:
-            # As it was sent.
+            # The prompt as it was sent.
             return {name: value for name, value in message.items() if name not in ("interrupted", "answers")}
         return None
 
@@ -988,7 +1001,7 @@ class SessionMachine(RuleBasedStateMachine):
         return session.stream
 
     def running(self) -> list[ModelStream]:
-        """The streams that this process runs; some have lost their sessions."""
+        """Return the streams that this process runs. Some have lost their sessions."""
         return [stream for stream in self.streams if stream.real is not None]
 
     def pick_running(self, pick: int) -> ModelStream:
@@ -1000,7 +1013,7 @@ class SessionMachine(RuleBasedStateMachine):
         return streams[pick % len(streams)]
 
     def lost(self, stream: ModelStream) -> bool:
-        """Whether the stream has lost its session; if so, every verb must say so, and the turn is over."""
+        """Tell whether the stream has lost its session. If so, every verb must say so, and the turn is over."""
         assert stream.real is not None
         if stream.is_owner:
             return False
@@ -1066,7 +1079,9 @@ class SessionMachine(RuleBasedStateMachine):
     def transaction_of_stream(
         self, pick: int, change: tuple[str, Any], visits: int, where: str, how: str, is_update: bool
     ) -> None:
-        """The owner's own block. What it adds at the end goes before the partial, as an append of the stream does."""
+        """Run the owner's own block.
+        Messages that it adds at the end go before the partial, as by an append of the stream.
+        """
         stream = self.pick_running(pick)
         if self.lost(stream):
             return
@@ -1161,13 +1176,13 @@ class SessionMachine(RuleBasedStateMachine):
         self.drop(self.pick_running(pick))
 
     def drop(self, stream: ModelStream) -> None:
-        """Its owner forgets it: the stream is dead, as if its process were."""
+        """Make the owner forget the stream, which is dead then, as if its process were."""
         assert stream.real is not None
         known = weakref.ref(stream.real)
         with pytest.warns(ResourceWarning):
             stream.real = None
             if known() is not None:
-                # An error that was raised through it still refers to it.
+                # An error that was raised through the stream still refers to it.
                 gc.collect()
 
     @precondition(lambda self: any(session.stream for session in self.sessions.values()))
@@ -1249,7 +1264,7 @@ class SessionMachine(RuleBasedStateMachine):
         assert shown == (real.version, real.revision, real.created_at, real.updated_at, real.active_stream_id)
 
     def assert_tail_agrees(self, real: persist.Session) -> None:
-        """One of them at a time, and all of them in a row of steps."""
+        """Check one limit and one list at a time, and all of them in a row of steps."""
         limit = (0, 1, 2, 5, 20)[self.looks % 5]
         name = ("messages", "log", "messages", "log", "tags", "none", "title")[self.looks % 7]
         value = real.data.get(name, [])
@@ -1273,7 +1288,7 @@ class SessionMachine(RuleBasedStateMachine):
             for session_id, session in self.sessions.items()
             if session.stream and not session.has_live_stream
         )
-        # It reads every session whole.
+        # `check` reads every session whole.
         if self.looks % 3 == 0:
             problems = [(problem.session_id, problem.kind) for problem in self.store.check()]
             assert problems == [(each, "stale") for each in stale]
@@ -1281,9 +1296,7 @@ class SessionMachine(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("mode", ["auto", "always"])
 def test_every_verb_does_what_the_model_says(scratch: Path, mode: Mode) -> None:
-    """Whatever the order of the verbs, without a journal and with one: the answers, errors and documents are the
-    model's.
-    """
+    """The answers, errors and documents are the model's, whatever the order of the verbs, in both modes."""
 
     class Machine(SessionMachine):
         parent = scratch

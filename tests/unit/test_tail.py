@@ -1,7 +1,7 @@
-"""Tails: the last items of a list, read from the ends of the files, are those of the whole session.
+"""Tails: the last items of a list, read from the ends of the files, are the last items of the whole session.
 
-They fail if a splice before the end is taken for an append, if an item that a window cuts off is handed out, or if a
-list that was set anew is looked for in the document.
+The tests fail if a splice before the end is taken for an append. They fail if an item that a window cuts off is
+returned, or if a list that was set anew is searched for in the document.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ steps = st.lists(
 @given(st.integers(0, 40), steps)
 def test_tail_is_that_of_the_whole(count: int, steps: list[tuple[str, int, int]]) -> None:
     with quick_directory() as directory, pytest.MonkeyPatch.context() as patched:
-        # So that a few items fill a window.
+        # Small windows, so that a few items fill one.
         patched.setattr(journal, "_ENDING_BYTES", 256)
         patched.setattr(document, "_FIRST_READ_BYTES", 512)
         store = persist.Store(directory, journal="always")
@@ -83,7 +83,7 @@ def take(store: persist.Store, step: str, place: int, fresh: list[Any]) -> None:
 
 @contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many bytes each read of the block has asked for and got."""
+    """Note how many bytes each read of the block returns."""
     sizes: list[int] = []
     read_at, read = disk.read_at, disk.read_version
 
@@ -105,7 +105,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("appended", [0, 5, 500])
 def test_tail_reads_what_it_returns(store: persist.Store, monkeypatch: pytest.MonkeyPatch, appended: int) -> None:
-    """Not the session, which has a megabyte here, nor its journal. Fails where it is loaded for that."""
+    """A tail reads neither the whole session, which has a megabyte here, nor its journal.
+    Fails if the session is loaded.
+    """
     store.create("s", {"messages": [{"id": f"m{number}", "content": "x" * 500} for number in range(2000)]})
     for number in range(appended):
         store.append("s", "messages", {"id": f"n{number}", "content": "x" * 200})

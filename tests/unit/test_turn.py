@@ -1,7 +1,7 @@
-"""Turns as pure functions: what becomes of a prompt that another program left, and where added items go.
+"""Turns as pure functions: what happens to a prompt that another program left, and where added items go.
 
-They fail if a pending prompt is added beside itself, if it is taken for an older one of the same words, or if items of
-one call are not compared with one another.
+The tests fail if a pending prompt is added beside itself, or if it is taken for an older one of the same words. They
+fail if the items of one call are not compared with one another.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def interrupted(messages: Any, pending: Any = PENDING, **more: Any) -> Data:
     ],
 )
 def test_pending_prompt_that_has_no_answer_is_marked(messages: list[Any], place: int) -> None:
-    """It stands among the messages since the last answer: it is not added again, and is marked once."""
+    """A pending prompt among the messages since the last answer is not added again, and is marked once."""
     expected = copy.deepcopy(messages)
     expected[place]["interrupted"] = True
     assert interrupted(messages) == {"messages": expected}
@@ -103,14 +103,16 @@ def test_pending_prompt_that_is_answered_is_left_alone(messages: list[Any]) -> N
     ],
 )
 def test_pending_prompt_that_stands_nowhere_is_added(messages: list[Any] | None) -> None:
-    """The field may be its only copy (hermes-webui #1471). An older prompt of the same words is another one."""
+    """A prompt that only the field has is added (hermes-webui #1471).
+    An older prompt of the same words is another one.
+    """
     added = {"id": "old.prompt", "role": "user", "content": PENDING, "interrupted": True}
     assert interrupted(messages) == {"messages": [*(messages or []), added]}
 
 
 @pytest.mark.parametrize("content", [[{"type": "text", "text": "hi"}], {"a": 1}, 5, True])
 def test_pending_prompt_may_be_any_content(content: Any) -> None:
-    """It is compared as JSON: ``True`` is no ``1``."""
+    """A pending prompt is compared as JSON: ``True`` is not ``1``."""
     assert interrupted([user(content)], content)["messages"] == [user(content, interrupted=True)]
     other = {True: 1, 5: 5.0}.get(content, [content]) if not isinstance(content, (list, dict)) else [content]
     assert len(interrupted([user(other)], content)["messages"]) == 2
@@ -118,18 +120,18 @@ def test_pending_prompt_may_be_any_content(content: Any) -> None:
 
 @pytest.mark.parametrize("pending", [None, "", 0, [], {}])
 def test_nothing_pending_adds_nothing(pending: Any) -> None:
-    """The turn ends, and that is all."""
+    """If nothing is pending, the turn ends and nothing is added."""
     assert interrupted([answer()], pending) == {"messages": [answer()]}
 
 
 @pytest.mark.parametrize("messages", ["text", {"a": 1}, 5])
 def test_turn_ends_whatever_somebody_has_made_of_the_messages(messages: Any) -> None:
-    """What is no list has nothing to mark, and stays as it is."""
+    """The turn ends. A value that is no list has nothing to mark, and stays as it is."""
     assert interrupted(messages) == {"messages": messages}
 
 
 def test_attachments_move_to_the_prompt_once() -> None:
-    """They may stand in the fields only. Those that the prompt has already are its own."""
+    """Attachments that only the fields have move to the prompt. A prompt that has attachments keeps its own."""
     files = ["a.png"]
     [marked] = interrupted([user()], pending_attachments=files)["messages"]
     assert marked == user(interrupted=True, attachments=files)
@@ -140,7 +142,7 @@ def test_attachments_move_to_the_prompt_once() -> None:
 
 
 def test_id_that_is_taken_is_not_given_again() -> None:
-    """Two messages of one id would be one for everybody."""
+    """The added prompt gets no id that is taken: everybody would take two messages of one id for one."""
     found = interrupted([{"id": "old.prompt", "role": "user", "content": "And?"}])["messages"]
     assert found[1] == user(interrupted=True)
 
@@ -156,7 +158,7 @@ def added(there: list[Any], items: list[Any], **options: Any) -> list[Any]:
 
 
 def test_items_are_compared_with_one_another_too() -> None:
-    """The same twice is once. The error names where the first one of two different ones would stand."""
+    """The same item twice is added once. For two different items of one id, the error names the place of the first."""
     a, b = {"id": "a"}, {"id": "b"}
     assert added([], [a, b, dict(a), b]) == [a, b]
     for there, items, place in (
@@ -171,7 +173,7 @@ def test_items_are_compared_with_one_another_too() -> None:
 
 
 def test_items_are_added_where_they_belong() -> None:
-    """In their order, before a place of the list."""
+    """Items are added in their order, before a given place of the list."""
     assert added([1, 2], ["x", "y"], before=1) == [1, "x", "y", 2]
     assert added([1, 2], ["x", "y"], before=0) == ["x", "y", 1, 2]
     assert added([1, {"id": "a"}], [{"id": "a"}, "y"], before=1) == [1, "y", {"id": "a"}]
@@ -187,7 +189,9 @@ items_of_keys = st.one_of(
     st.lists(items_of_keys, max_size=5), st.lists(items_of_keys, max_size=5), st.sampled_from(["id", "call", "n", None])
 )
 def test_what_is_added_is_what_was_missing(there: list[Any], items: list[Any], key: str | None) -> None:
-    """By the plainest way: an item is known if the last one of its key is the same, and refused if it is another."""
+    """An item is known if the last item of its key is the same, and refused if that one differs.
+    A plain loop judges.
+    """
     expected, is_refused = list(there), False
     for item in items:
         value = item.get(key) if type(item) is dict else None

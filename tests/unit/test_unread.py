@@ -1,7 +1,7 @@
-"""Sessions with a journal come to the same as sessions without one, whatever the verbs.
+"""Sessions with a journal give the same results as sessions without one, whatever the verbs.
 
-They fail, for example, if a replica keeps an id that is gone, if a splice lands where an earlier one moved,
-if an old value sees a later append, or if a refused verb leaves a trace in what a store knows.
+The tests fail, for example, if a replica keeps an id that is gone, or if a splice lands where an earlier one moved.
+They fail if an old value sees a later append, or if a refused verb leaves a trace in what a store knows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def stores(directory: Path, number: int, fold_bytes: float | None) -> list[persi
 @pytest.mark.parametrize("number", [1, 2], ids=["one store", "two stores"])
 @pytest.mark.parametrize("fold_bytes", [None, 1, 3000, math.inf])
 def test_journal_and_no_journal_come_to_the_same(scratch: Path, fold_bytes: float | None, number: int) -> None:
-    """The same random verbs on both give the same answers, errors, documents, heads and streams.
+    """The same random verbs on both kinds give the same answers, errors, documents, heads and streams.
 
     The folds come at their normal time, at every commit, now and then, and never. Two stores take turns, so that each
     store's replica is outdated at every step. Each fold compares the replica with a replay from disk.

@@ -1,7 +1,7 @@
-"""The working copy: what it hands out is what is committed, and a verb costs what it touches.
+"""The working copy: the values that it hands out are committed, and a verb costs only what it touches.
 
-They fail if a value that was changed in place after it was handed out is not looked at again, if an id is looked for
-in the committed list only, or if an append splits or decodes what was committed.
+The tests fail if a value that was changed in place is not checked again. They fail if only the committed list is
+searched for an id, or if an append splits or decodes the committed items.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LARGE = "x" * (APART_BYTES + 1)
 
 
 def copy_of(data: Data) -> WorkingCopy:
-    """A copy that is not committed."""
+    """Return a working copy that is not committed."""
     return WorkingCopy(Replica(first_header(), encoded(data), (0, 0, 0, 0)))
 
 
@@ -82,11 +82,11 @@ def plain_find(values: list[Any], wanted: Any, key: str = "id") -> int | None:
 
 
 class ListMachine(RuleBasedStateMachine):
-    """Every method of a working list, beside the plain list that it must be."""
+    """Every method of a working list, beside the plain list that it must equal."""
 
     @initialize(values=st.lists(items, max_size=8), is_text=st.booleans())
     def begin(self, values: list[Any], is_text: bool) -> None:
-        # By way of JSON: two items may be drawn as one object.
+        # The lists go through JSON because Hypothesis may draw one object for two items.
         self.committed, self.plain = (json_codec.decode(json_codec.encode(values)) for _ in range(2))
         self.base = in_document(values) if is_text else Items(list(map(json_codec.encode, values)))
         self.list = WorkingList("messages", self.base, tx=None, values={})
@@ -166,7 +166,7 @@ class ListMachine(RuleBasedStateMachine):
             return
         assert len(self.list) == len(self.plain)
         changes, after = self.list.changes()
-        # An item that differs from the committed one in the order of its keys only keeps that one's JSON.
+        # An item that differs from the committed one only in the order of its keys keeps the committed JSON.
         assert json_codec.same(after.decode(), self.plain)
         assert after.size_bytes == Items(list(map(json_codec.encode, self.plain))).size_bytes
         if not changes:
@@ -179,7 +179,7 @@ TestWorkingListIsAList = ListMachine.TestCase
 
 @pytest.mark.parametrize("length", [10, 500])
 def test_append_does_not_split_the_text(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An append, and a find of an id that is there or not, cost no decoding and no splitting of what is committed."""
+    """An append, or a find of any id, neither decodes nor splits the committed text."""
     base = in_document([{"id": f"m{number}"} for number in range(length)])
     text, _ = base.in_text()
     working = WorkingList("messages", base, tx=None, values={})
@@ -198,7 +198,7 @@ def test_append_does_not_split_the_text(length: int, monkeypatch: pytest.MonkeyP
 
 
 def noting_decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """Note what is decoded from now on."""
+    """Note all that is decoded from now on."""
     decoded: list[bytes] = []
     real = json_codec.decode
 
@@ -211,7 +211,7 @@ def noting_decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 
 
 def test_what_stands_behind_a_change_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An item that is inserted before the end, as a tool's result before the partial answer, decodes no neighbour."""
+    """An insert before the end, as of a tool's result before the partial answer, decodes no neighbour."""
     values = [{"id": f"m{number}"} for number in range(100)]
     working = WorkingList("messages", Items(list(map(json_codec.encode, values))), tx=None, values={})
     decoded = noting_decoded(monkeypatch)
@@ -235,7 +235,7 @@ values = st.one_of(
 class CopyMachine(RuleBasedStateMachine):
     """Fields, lists and the data of one working copy, in any order, beside a plain dict.
 
-    A name may be used in several ways. What was handed out in one way is seen in the others.
+    A name may be used in several ways. A value that was handed out in one way is seen in the others.
     """
 
     @initialize(data=st.dictionaries(names | st.sampled_from(["log", *ALWAYS_APART]), values, max_size=4))
@@ -300,7 +300,7 @@ class CopyMachine(RuleBasedStateMachine):
         if self.plain.get(name) and type(self.plain[name]) is list:
             assert json_codec.same(self.copy.list(name).pop(), self.plain[name].pop())
             if not self.plain[name] and name not in self.copy.content.decode():
-                # A missing list is made by its first item.
+                # The first item makes a missing list.
                 assert name not in self.before or name in self.dropped
                 del self.plain[name]
 
@@ -316,7 +316,7 @@ TestWorkingCopyIsADocument = CopyMachine.TestCase
 
 
 def test_what_was_handed_out_is_what_is_committed(store: persist.Store) -> None:
-    """A dict or list that a caller got, and changed in place, is committed as it is at the end of the block."""
+    """A dict or list that a caller got and changed in place is committed as it is at the end of the block."""
     store.create("s", {"meta": {"a": [1]}, "notes": ["n"] * 3000, "messages": [HELLO, {"id": "m2"}]})
     with store.transaction("s") as tx:
         meta, notes, messages = tx.fields["meta"], tx.fields["notes"], tx.list("messages")
@@ -340,7 +340,9 @@ def test_what_was_handed_out_is_what_is_committed(store: persist.Store) -> None:
 
 
 def test_data_once_asked_for_is_what_is_committed(store: persist.Store) -> None:
-    """It is the whole document as a plain dict, with what was changed before it was asked for."""
+    """`tx.data` is the whole document as a plain dict, with the changes made before it was asked for.
+    Later changes of it are committed.
+    """
     store.create("s", {"title": "t", "messages": [HELLO]})
     with store.transaction("s") as tx:
         tx.fields["title"] = "new"
@@ -374,7 +376,7 @@ def test_value_that_is_asked_for_in_two_ways_is_one_value(store: persist.Store) 
 
 @pytest.mark.parametrize("mode", ["always", "never"])
 def test_list_that_was_deleted_begins_anew(directory: Path, mode: Any) -> None:
-    """What comes into its place has none of the old items."""
+    """A list that replaces a deleted one has none of the old items."""
     store = persist.Store(directory, journal=mode)
     for old, new in itertools.product(([1, 2], list(range(3000))), ("new", LARGE)):
         store.create("s", {"log": old})
@@ -390,7 +392,7 @@ def test_list_that_was_deleted_begins_anew(directory: Path, mode: Any) -> None:
 
 @pytest.mark.parametrize("wrong", [b"x", b'{"id":"m9"}', b""])
 def test_bytes_are_no_item(wrong: bytes, store: persist.Store) -> None:
-    """They are refused at once, and never pass for the JSON of an item. Else they would damage the document."""
+    """Bytes are refused at once, and never pass for the JSON of an item. Otherwise they would damage the document."""
     store.create("s", {"messages": [HELLO]})
     uses: list[Callable[[persist.Transaction], object]] = [
         lambda tx: tx.list("messages").append(wrong),
@@ -407,7 +409,9 @@ def test_bytes_are_no_item(wrong: bytes, store: persist.Store) -> None:
 
 
 def test_copy_that_was_only_looked_at_is_no_commit(store: persist.Store) -> None:
-    """Nor is one in which all was put back, or in another order of keys."""
+    """A block that changes nothing is no commit.
+    Nor is a block that puts everything back, or changes only the order of keys.
+    """
     store.create("s", {"meta": {"a": 1, "b": 2}, "messages": [HELLO]})
     with store.transaction("s") as tx:
         assert dict(tx.fields) == {"meta": {"a": 1, "b": 2}}
@@ -422,7 +426,7 @@ def test_copy_that_was_only_looked_at_is_no_commit(store: persist.Store) -> None
 
 
 def test_block_that_raises_writes_nothing(store: persist.Store) -> None:
-    """Whatever it had changed by then."""
+    """A block that raises writes nothing, whatever it has changed by then."""
     store.create("s", {"messages": [HELLO]})
     with pytest.raises(LookupError), store.transaction("s") as tx:
         tx.fields["n"] = 1
@@ -432,7 +436,7 @@ def test_block_that_raises_writes_nothing(store: persist.Store) -> None:
 
 
 def test_names_that_belong_to_others_are_refused(store: persist.Store) -> None:
-    """The header, the two lists and the stream fields: each has its own way."""
+    """The header, the two lists and the stream fields are refused as fields, because each has its own verb."""
     store.create("s", {"title": "t", "messages": [HELLO]})
     for name in ("_persist", *ALWAYS_APART):
         with pytest.raises(persist.InvalidArgument), store.transaction("s") as tx:
@@ -457,7 +461,7 @@ def test_names_that_belong_to_others_are_refused(store: persist.Store) -> None:
     "wrong", [(1,), {1}, float("nan"), {1: 2}, {"\ud83d\ude00": 1, "😀": 2}], ids=lambda value: type(value).__name__
 )
 def test_what_json_would_change_is_refused_with_its_place(wrong: Any, store: persist.Store) -> None:
-    """An item is named by its place in the list, a field by its name. Nothing is written."""
+    """The error names an item by its place in the list, and a field by its name. Nothing is written."""
     store.create("s", {"title": "t", "messages": [HELLO] * 3})
     uses: list[tuple[Callable[[persist.Transaction], object], tuple[Any, ...]]] = [
         (lambda tx: tx.list("messages").append({"a": [wrong]}), ("messages", 3)),
@@ -485,7 +489,7 @@ def changes_of(use: Callable[[WorkingCopy], object], data: Data) -> tuple[Change
 
 
 def test_changes_are_those_that_the_verb_made() -> None:
-    """A commit writes what it changes, wherever the values stand, and in the words of the verb."""
+    """A commit writes only the verb's changes, in the verb's own terms, wherever the values are stored."""
     data = {"title": "t", "notes": LARGE, "log": ["x" * 100] * 100, "messages": [HELLO] * 50}
     assert changes_of(lambda tx: tx.fields.update(title="u"), data) == ()
     [append] = changes_of(lambda tx: tx.list("log").append(1), data)
@@ -501,7 +505,7 @@ def test_changes_are_those_that_the_verb_made() -> None:
 
 
 def test_field_is_read_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever asks for one value decodes that one: a large neighbour costs nothing."""
+    """A read of one value decodes only that value, so a large neighbour costs nothing."""
     working = copy_of({"title": "t", "meta": {"a": 1}, "notes": LARGE, "messages": [HELLO] * 50})
     decoded = noting_decoded(monkeypatch)
     assert working.fields["title"] == "t"
@@ -512,7 +516,7 @@ def test_field_is_read_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_value_that_crosses_4_kib_moves_both_ways_in_a_journal(directory: Path) -> None:
-    """It leaves the fields and comes back, as a text and as a list, and a replay agrees each time."""
+    """A value leaves the fields and comes back, as a text and as a list. A replay agrees each time."""
     store = persist.Store(directory, journal="always")
     store._backend.files.options.verifies_folds = True
     store.create("s", {"title": "t", "messages": [HELLO]})
@@ -536,7 +540,7 @@ def test_value_that_crosses_4_kib_moves_both_ways_in_a_journal(directory: Path) 
 
 
 def test_damage_is_told_to_every_writer(directory: Path) -> None:
-    """Also to a verb that touches none of it: a commit on top of damage would seal it."""
+    """Every writer gets the error, even if its verb touches no damaged value. A commit on top would seal the damage."""
     store = persist.Store(directory, journal="always")
     store.create("s", {"title": "t", "messages": [HELLO]})
     path = directory / "s.json"
@@ -550,7 +554,7 @@ def test_damage_is_told_to_every_writer(directory: Path) -> None:
 
 @given(st.lists(items, max_size=6), st.lists(items, max_size=3))
 def test_find_after_edits_is_that_of_the_list(base: list[Any], more: list[Any]) -> None:
-    """An id is found behind the committed items, among them, and where it stood twice."""
+    """An id is found behind the committed items, among them, and where two items have it."""
     working = WorkingList("messages", in_document(base), tx=None, values={})
     for item in more:
         working.insert(len(working) // 2, item)
@@ -576,7 +580,7 @@ def test_find_after_edits_is_that_of_the_list(base: list[Any], more: list[Any]) 
 def test_change_after_the_block_is_refused(
     change: Callable[[persist.Transaction, WorkingList], None], tmp_path: Path
 ) -> None:
-    """F20: a change that would be lost is an error. Fails if a copy does not look whether its lock is held."""
+    """F20: a change that would be lost is an error. Fails if a copy does not check that its lock is held."""
     store = persist.Store(tmp_path / "sessions")
     store.create("s", {"messages": [HELLO], "title": "t"})
     with store.transaction("s") as tx:

@@ -1,11 +1,11 @@
-"""Mutants of the pytest plugin: each is what a test's docstring says that it fails without."""
+"""Mutants of the pytest plugin. For each, the docstring of a test says that the test fails without the mechanism."""
 
 from __future__ import annotations
 
 from mutation.edits import condition, drop_call, drop_handler, replace_call, replace_statement, return_now
 from mutation.mutant import Mutant
 
-# Where the plugin is. Its modules are named here only.
+# The place of the plugin. Only these lines name its modules.
 HOOKS = "pytest_plugin/plugin.py"
 SHARED = "pytest_plugin"
 

@@ -78,7 +78,7 @@ MUTANTS = (
         REQUESTS,
         "first_writes",
     ),
-    # What an edit changes was read before the lock was held.
+    # The edit changes a copy that was read before the lock was held.
     Mutant(
         "the re-read of an edit under the lock",
         "store.py",

@@ -1,4 +1,4 @@
-"""A store with a journal for each session, and one with none; each with a short chat."""
+"""Stores with a journal for each session, and stores without journals. Each store has a short chat."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`backup` copies a live store, session by session, as whole documents that are a store of their own."""
+"""`backup` copies a live store session by session. The copies are whole documents, and a store of their own."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ IDS = ["s", "user:7/chat", "long " * 50, "con", "日本"]
 
 @pytest.fixture
 def copies(tmp_path: Path) -> Path:
-    """Where the copies go. It is not there yet."""
+    """Return the directory for the copies, which does not exist yet."""
     return tmp_path / "above" / "copies"
 
 
 @pytest.fixture
 def full(store: persist.Store) -> persist.Store:
-    """Sessions of every kind: small, with a journal, with a stream that runs, and of another program."""
+    """Return a store with sessions of every kind: small, with a journal, with a stream, and of another program."""
     log = persist.Store(store.path, journal="always")
     for number, session_id in enumerate(IDS):
         (log if number % 2 else store).create(session_id, {"title": session_id, "messages": [PROMPT]})
@@ -46,7 +46,7 @@ def full(store: persist.Store) -> persist.Store:
 
 
 def content_of(store: persist.Store) -> dict[str, Any]:
-    """What a reader sees: the data and the version of each session."""
+    """Return the data and the version of each session, as a reader sees them."""
     return {each: (store.load(each).data, store.load(each).version) for each in store.ids()}
 
 
@@ -58,7 +58,9 @@ def documents(directory: Path) -> dict[str, tuple[int, bytes]]:
 
 
 def test_copy_is_a_store_that_check_finds_sound(full: persist.Store, copies: Path) -> None:
-    """Every session, at its version, without a journal, a lock or a hard link; nothing of other programs."""
+    """A copy has every session, at its version, without a journal, a lock or a hard link.
+    It has nothing of other programs.
+    """
     done = full.backup(copies)
     assert (done.path, done.copied, done.failures) == (copies, sorted(full.ids(), key=layout.name_of), {})
     copy = persist.Store(copies, create=False)
@@ -73,7 +75,7 @@ def test_copy_is_a_store_that_check_finds_sound(full: persist.Store, copies: Pat
 
 @pytest.mark.parametrize("session_id", [*IDS, "large", "other"], ids=ascii)
 def test_only_what_changed_is_written_again(full: persist.Store, copies: Path, session_id: str) -> None:
-    """An earlier backup is brought up to date. Every other file keeps its inode."""
+    """A second backup brings the first one up to date. Every unchanged file keeps its inode."""
     full.backup(copies)
     before = documents(copies)
     assert full.backup(copies).copied == []
@@ -87,7 +89,7 @@ def test_only_what_changed_is_written_again(full: persist.Store, copies: Path, s
 
 
 def test_copy_stays_as_it_was(full: persist.Store, copies: Path) -> None:
-    """What is committed to the store later does not reach the copy, as it does through a hard link of a journal."""
+    """Later commits of the store do not reach the copy. They would reach a hard link of a journal."""
     full.backup(copies)
     before, kept = documents(copies), content_of(persist.Store(copies))
     for session_id in full.ids():
@@ -97,7 +99,7 @@ def test_copy_stays_as_it_was(full: persist.Store, copies: Path) -> None:
 
 
 def test_linked_files_are_no_copy(store: persist.Store, tmp_path: Path) -> None:
-    """Why: a journal is written in place, so `cp -al` goes on with the store, until a fold spoils it."""
+    """Hard links are no copy: a journal is written in place, so they follow the store until a fold spoils them."""
     log = persist.Store(store.path, journal="always")
     log.create("s", {"messages": []})
     shutil.copytree(store.path, tmp_path / "linked", copy_function=os.link)
@@ -106,7 +108,7 @@ def test_linked_files_are_no_copy(store: persist.Store, tmp_path: Path) -> None:
 
 
 def test_backup_over_linked_files_writes_no_file_of_the_store(full: persist.Store, copies: Path) -> None:
-    """Where somebody has put links into a backup, they are replaced and never written to."""
+    """Links in a backup are replaced, and never written to."""
     full.backup(copies)
     for path in copies.glob("*.json"):
         path.unlink()
@@ -126,8 +128,8 @@ def test_backup_over_linked_files_writes_no_file_of_the_store(full: persist.Stor
 def test_copy_of_a_running_stream_is_dead_and_is_cleared(
     store: persist.Store, copies: Path, tmp_path: Path, session_id: str
 ) -> None:
-    """It is copied as it is committed. Put back, the stream is dead: an ordinary sweep finds it and keeps prompt and
-    partial. Fails if the copy has no lease.
+    """A running stream is copied as it is committed. Put back, the stream is dead. An ordinary sweep finds it, and
+    keeps prompt and partial. Fails if the copy has no lease.
     """
     store.create(session_id, {"messages": []})
     with store.start_stream(session_id, PROMPT) as stream:
@@ -146,13 +148,13 @@ def test_copy_of_a_running_stream_is_dead_and_is_cleared(
     assert [message["content"] for message in restored.load(session_id).data["messages"]] == ["Why?", "Be"]
     assert restored.check() == []
     assert list((tmp_path / "restored" / ".leases").iterdir()) == []
-    # The next backup is of a session without a stream.
+    # The session of the next backup has no stream.
     assert store.backup(copies).copied == [session_id]
     assert list((copies / ".leases").iterdir()) == []
 
 
 def test_copy_is_put_back_as_a_file(full: persist.Store, copies: Path) -> None:
-    """Without the session's journal, the copy in its place: the session is at the version of the copy."""
+    """A copied document in a session's place, without a journal, puts the session back at the copy's version."""
     kept = full.load("large").version
     full.backup(copies)
     full.update("large", lambda tx: tx.data.clear())
@@ -169,7 +171,7 @@ def test_copy_is_put_back_as_a_file(full: persist.Store, copies: Path) -> None:
 
 
 def test_copies_of_deleted_sessions_stay_until_they_are_pruned(full: persist.Store, copies: Path) -> None:
-    """A delete by mistake must not reach the copy. `prune` removes them, and nothing else."""
+    """A delete by mistake must not reach the copy. `prune` removes the copies of deleted sessions, and nothing else."""
     with full.start_stream("s", PROMPT | {"id": "running"}):
         full.backup(copies)
         full.delete("s", force=True)
@@ -183,7 +185,7 @@ def test_copies_of_deleted_sessions_stay_until_they_are_pruned(full: persist.Sto
 
 
 def test_empty_store_prunes_nothing(full: persist.Store, copies: Path) -> None:
-    """The disk of the store may not be mounted (HAZARDS F18)."""
+    """An empty store prunes nothing, because its disk may not be mounted (HAZARDS F18)."""
     full.backup(copies)
     before = everything(copies)
     for path in full.path.glob("*.json"):
@@ -230,7 +232,7 @@ SPOILT: dict[str, Callable[[Path], object]] = {
 def test_session_that_cannot_be_read_is_named_and_its_old_copy_stays(
     full: persist.Store, copies: Path, session_id: str, spoil: Callable[[Path], object]
 ) -> None:
-    """The others are copied. Also with `prune`, what is damaged is not gone."""
+    """The other sessions are copied. A damaged session does not count as gone, also with `prune`."""
     full.backup(copies)
     before = documents(copies)
     full.append(session_id, "messages", {"id": "later"})
@@ -245,8 +247,8 @@ def test_session_that_cannot_be_read_is_named_and_its_old_copy_stays(
 
 
 def test_session_that_is_locked_for_long_is_named(full: persist.Store, copies: Path) -> None:
-    """Within the time-out that the call names. Another thread holds the lock. In a block of its own, a thread asks for
-    no second lock.
+    """A session that another thread locks for longer than the call's timeout is named in the result. In a block of its
+    own, a thread gets an error, because it may ask for no second lock.
     """
     full.backup(copies)
     full.append("s", "messages", {"id": "later"})
@@ -273,7 +275,9 @@ def test_session_that_is_locked_for_long_is_named(full: persist.Store, copies: P
 
 
 def test_directory_with_other_files_is_refused(full: persist.Store, tmp_path: Path) -> None:
-    """Also another store, and the copy of another store: their sessions would be replaced. Nothing is changed."""
+    """A backup into a directory with other files is refused, and nothing changes. So is one into another store or its
+    copy, because their sessions would be replaced.
+    """
     other = persist.Store(tmp_path / "other")
     other.create("s", {"title": "mine"})
     other.backup(tmp_path / "its copy")
@@ -331,7 +335,7 @@ def test_backup_into_the_home_directory(full: persist.Store, tmp_path: Path, mon
 
 
 def test_moved_store_is_told_how_to_go_on(full: persist.Store, copies: Path) -> None:
-    """The copies name the store by its path."""
+    """The copies name the store by its path, so the error of a moved store says how to change that."""
     full.backup(copies)
     moved = persist.Store(full.path.rename(full.path.with_name("moved")))
     with pytest.raises(persist.InvalidArgument, match=r"write its path into .*\.backup"):
@@ -341,7 +345,7 @@ def test_moved_store_is_told_how_to_go_on(full: persist.Store, copies: Path) -> 
 
 
 def test_two_backups_into_one_directory_are_refused(full: persist.Store, copies: Path) -> None:
-    """One at a time, of whatever process."""
+    """Only one backup into a directory runs at a time, in whatever process."""
     steps = backing_up(full._open(), copies)
     next(steps)
     with pytest.raises(persist.LockError, match="Another backup"):
@@ -355,7 +359,7 @@ def test_two_backups_into_one_directory_are_refused(full: persist.Store, copies:
 
 @pytest.mark.parametrize("step", ["create", "write", "sync", "replace"])
 def test_disk_that_refuses_leaves_the_old_copies(full: persist.Store, copies: Path, step: str) -> None:
-    """No half of a copy has the name of one, and the next backup makes up for it."""
+    """No partial copy gets the name of a copy, and the next backup makes up for the failed one."""
     full.backup(copies)
     before = documents(copies)
     full.append("s", "messages", {"id": "later"})
@@ -379,7 +383,9 @@ def noting(done: list[tuple[str, str]], name: str, real: Callable[..., Any], *ar
 
 
 def test_directory_is_synced_behind_the_last_copy(full: persist.Store, copies: Path) -> None:
-    """A rename is durable when its directory is. If that fails, nobody knows, and it is said."""
+    """A rename is durable only when its directory is synced.
+    If that sync fails, the error says that the outcome is unknown.
+    """
     done: list[tuple[str, str]] = []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("replace", "sync_directory"):
@@ -396,7 +402,7 @@ def test_directory_is_synced_behind_the_last_copy(full: persist.Store, copies: P
 
 
 def test_backup_can_be_stopped_and_started_again(full: persist.Store, copies: Path) -> None:
-    """After each step: what is copied is whole, and the next one goes on from there."""
+    """A backup may be stopped after each step: its finished copies are whole, and the next backup goes on."""
     for steps_done in range(1, len(full.ids()) + 1):
         steps = backing_up(full._open(), copies)
         for _ in range(steps_done):
@@ -409,6 +415,6 @@ def test_backup_can_be_stopped_and_started_again(full: persist.Store, copies: Pa
 
 
 def test_backup_is_awaited(full: persist.Store, copies: Path) -> None:
-    """As the other verbs that look at many sessions."""
+    """`backup` can be awaited like the other verbs that look at many sessions."""
     done = asyncio.run(aio.Store(full).backup(copies, prune=True))
     assert done.copied == sorted(full.ids(), key=layout.name_of)

@@ -1,4 +1,4 @@
-"""What `check` names: what is wrong when it looks under the lock, whatever the directory listed before."""
+"""The problems that `check` names: only those that it sees under the lock, whatever the directory listed before."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def fold_and_go_on(store: persist.Store, session_id: str) -> None:
 def test_what_changed_since_the_listing_is_no_problem(
     store: persist.Store, monkeypatch: pytest.MonkeyPatch, change: Callable[[persist.Store, str], None], session_id: str
 ) -> None:
-    """A delete, a new session of that id and a fold come between the listing and the look (HAZARDS F11).
+    """A delete, a new session of that id and a fold may come between the listing and the look (HAZARDS F11).
 
-    The listing also holds a temporary file, which was there for a moment. Fails if a file that is gone counts: with
+    The listing also holds a temporary file that existed for a moment. Fails if a file that is gone counts: with
     `disk.exists(paths.temp)` or `disk.version_of(path)` out.
     """
     log = journaled(store)
@@ -64,7 +64,7 @@ def test_what_changed_since_the_listing_is_no_problem(
 
 @pytest.mark.parametrize("session_id", IDS, ids=ascii)
 def test_what_is_there_under_the_lock_is_named(store: persist.Store, session_id: str) -> None:
-    """A crash has left a temporary file and journals of a session, and nobody holds its lock."""
+    """A temporary file and journals that a crash left are named if nobody holds the session's lock."""
     store.create(session_id, {"messages": []})
     paths = layout.SessionPaths.of(str(store.path), session_id)
     Path(paths.temp).write_bytes(b"half")
@@ -78,7 +78,7 @@ def test_what_is_there_under_the_lock_is_named(store: persist.Store, session_id:
 
 @pytest.mark.parametrize("session_id", IDS, ids=ascii)
 def test_what_is_left_of_no_session_is_named(store: persist.Store, session_id: str) -> None:
-    """The document is gone, and a journal with a commit is there: its delete was cut off. A lone lock file is nothing:
+    """A journal with a commit but no document is named, because its delete was cut off. A lone lock file is no problem:
     it goes when the check gives its lock up.
     """
     log = journaled(store)
@@ -100,7 +100,7 @@ FOREIGN += ["notes.txt", "con.json", "a b.json", "s.0123.journal", ".DS_Store", 
 
 @pytest.mark.parametrize("name", FOREIGN, ids=ascii)
 def test_foreign_file_is_named_once(store: persist.Store, name: str) -> None:
-    """An index, a log, an editor's file: each is named once, as foreign, beside sessions that are sound."""
+    """An index, a log or an editor's file is named once, as foreign, beside sound sessions."""
     for session_id in ("s", "t"):
         journaled(store).create(session_id, {"messages": []})
     path = store.path / name
@@ -112,7 +112,7 @@ def test_foreign_file_is_named_once(store: persist.Store, name: str) -> None:
 
 
 def test_files_of_persist_are_not_foreign(store: persist.Store) -> None:
-    """A damaged journal that was kept, the leases and the events are ours."""
+    """A damaged journal that was kept, the leases and the events are files of persist."""
     log = journaled(store)
     log.create("s", {"messages": []})
     log.append("s", "messages", 0)
@@ -126,7 +126,7 @@ def test_files_of_persist_are_not_foreign(store: persist.Store) -> None:
 
 
 def test_document_is_judged_under_its_lock(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the first look finds damaged, and the look under the lock finds sound, is sound.
+    """A document that the first look finds damaged is sound if the look under the lock finds it sound.
 
     Fails if the first look decides.
     """

@@ -1,6 +1,6 @@
-"""The first write of a request makes a session, and a block may remove one.
+"""The first write of a request creates a session, and a block may delete one.
 
-They fail if a block that raises leaves something behind, or if a delete hits a live stream.
+The tests fail if a block that raises leaves something behind, or if a delete hits a live stream.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def test_create_begins_with_an_empty_session(store: persist.Store) -> None:
     there = store.load("s")
     assert (there.revision, there.data) == (1, {"messages": [HELLO]})
     assert tx.version == there.version
-    # And it goes on with what is there.
+    # A second write goes on with the session that is there.
     assert store.append("s", "messages", HELLO, create=True) == there.version
 
 

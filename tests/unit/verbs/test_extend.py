@@ -1,6 +1,6 @@
 """Several items are one commit, which may be repeated.
 
-They fail if a retry doubles an item, if it costs more than the first time, or if a key is forgotten.
+The tests fail if a retry doubles an item, if it costs more than the first time, or if a key is forgotten.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def test_extend_is_one_commit_and_may_be_repeated(store: persist.Store, session:
 
 
 def test_repeated_extend_reads_no_more_than_the_first(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A retry of a large batch must not hold the lock for seconds. Fails where each item of it is compared with all."""
+    """A retry of a large batch must not hold the lock for seconds. Fails if each item of it is compared with all."""
     batch = [{"id": f"m{number}", "content": "x"} for number in range(400)]
     version = store.extend("s", "messages", batch, create=True)
     count, decode = [], json_codec.decode
@@ -47,7 +47,7 @@ def test_taken_id_is_an_error_and_adds_nothing(store: persist.Store, session: pe
 
 
 def test_any_key_tells_items_apart(store: persist.Store, session: persist.Session) -> None:
-    """Each key for itself, whatever was asked for before."""
+    """Each key counts for itself, whatever key was asked for before."""
     store.extend("s", "messages", [{"uuid": "a", "id": ""}, {"uuid": "b", "id": ""}], key="uuid")
     store.extend("s", "messages", [{"uuid": "b", "id": ""}, {"uuid": "c", "id": ""}], key="uuid")
     assert [message.get("uuid") for message in store.load("s").data["messages"]] == [None, "a", "b", "c"]
@@ -62,7 +62,9 @@ def test_any_key_tells_items_apart(store: persist.Store, session: persist.Sessio
 
 
 def test_items_without_the_key_are_added_each_time(store: persist.Store, session: persist.Session) -> None:
-    """And all of them where no key counts: the ids of some programs are place-holders."""
+    """Items without the key are added each time.
+    So are all items if no key counts: the ids of some programs are place-holders.
+    """
     for _ in range(2):
         store.extend("s", "messages", [{"n": 1}, {"id": None}, "text", ["list"], True], key="id")
     assert len(ids_of_anything(store)) == 11
@@ -91,7 +93,9 @@ def test_key_is_the_name_of_a_key(store: persist.Store, session: persist.Session
 
 @pytest.mark.parametrize("field", ["messages", "tool_calls"])
 def test_list_is_no_message(store: persist.Store, session: persist.Session, field: str) -> None:
-    """Whoever appends several at once means `extend`. In another list, a list may well be an item."""
+    """A list is no message: a caller who appends several at once means `extend`.
+    In another list, a list may be an item.
+    """
     with pytest.raises(persist.InvalidArgument, match="extend"):
         store.append("s", field, [HELLO])
     assert store.load("s").version == session.version

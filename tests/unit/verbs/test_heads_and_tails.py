@@ -1,4 +1,4 @@
-"""Heads hold the small fields and say so, tails are those of lists, and one damaged file hides no other."""
+"""Heads hold the small fields and refuse the others, tails exist only of lists, and one damaged file hides no other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import persist
 
 
 def test_head_refuses_what_it_does_not_hold(store: persist.Store) -> None:
-    """None would be a lie: the value is there, and only the head does not hold it."""
+    """A head refuses a value that it does not hold. None would be a lie, because the session has the value."""
     store.create("s", {"title": "t", "small": [1, 2], "large": "x" * 5000, "rows": ["y" * 900] * 9})
     store.update("s", lambda tx: tx.fields.update(later="z" * 6000))
     head = store.head("s")

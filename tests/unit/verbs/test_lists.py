@@ -1,4 +1,4 @@
-"""The lists of a transaction are used as any list, and no change of one is lost without a word."""
+"""The lists of a transaction are used like any list, and no change of one is lost in silence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from persist.transaction import Transaction
 
 
 def test_what_the_whole_document_says_is_what_is_committed(store: persist.Store, session: persist.Session) -> None:
-    """Once it was asked for; whatever was handed out before goes on as part of it."""
+    """Once a block has asked for the whole document, that is committed.
+    Values that were handed out before are part of it.
+    """
     with store.transaction("s") as tx:
         messages = tx.list("messages")
         tags = tx.fields.setdefault("tags", [])
@@ -26,7 +28,7 @@ def test_what_the_whole_document_says_is_what_is_committed(store: persist.Store,
 
 
 def test_list_that_the_block_has_replaced_takes_nothing(store: persist.Store, session: persist.Session) -> None:
-    """What it took would be lost without a word."""
+    """A list that the block has replaced takes no item, because the item would be lost in silence."""
     with pytest.raises(persist.InvalidArgument, match="ask the transaction for it anew"), store.transaction("s") as tx:
         messages = tx.list("messages")
         tx.data["messages"] = []
@@ -39,7 +41,9 @@ def test_list_that_the_block_has_replaced_takes_nothing(store: persist.Store, se
 
 @pytest.mark.parametrize("look", [len, list, lambda messages: messages.find("m1"), lambda messages: messages == []])
 def test_value_that_is_set_over_a_missing_list_stays(store: persist.Store, look: Callable[[Any], object]) -> None:
-    """Whatever was asked of the list before. Fails where the empty list that was handed out takes its place."""
+    """A value set over a missing list stays, whatever was asked of the list before.
+    Fails if the empty list that was handed out replaces it.
+    """
     with store.transaction("s", create=True) as tx:
         todo = tx.list("todo")
         look(todo)
@@ -65,7 +69,7 @@ def test_list_of_a_field_that_is_gone_takes_nothing(
 
 
 def test_bytes_are_no_json(store: persist.Store, session: persist.Session) -> None:
-    """An item of the working copy that was not read yet is kept as bytes; what a caller puts there is not."""
+    """Bytes from a caller are refused, although the working copy keeps an item that was not read yet as bytes."""
     puts: list[Callable[[Transaction], object]] = [
         lambda tx: tx.fields.update(x=[b"{}"]),
         lambda tx: tx.data["messages"].append(b"{}"),

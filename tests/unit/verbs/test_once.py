@@ -1,6 +1,6 @@
-"""A start that is sent twice runs once, and fields are set with the start and the end of a turn.
+"""A start that is sent twice runs once. Fields are set with the start and the end of a turn.
 
-They fail if an answer is taken for that of another prompt, or if a prompt that was interrupted counts as answered.
+The tests fail if an answer is taken for the answer of another prompt, or if an interrupted prompt counts as answered.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def test_once_hands_out_the_answer(store: persist.Store, session: persist.Sessio
 
 
 def answered_once(store: persist.Store, prompt: dict[str, Any]) -> Any:
-    """Start a prompt once more, and return the answer that it has already."""
+    """Start a prompt once more, and return the answer that it already has."""
     with pytest.raises(persist.AlreadyStarted) as caught:
         store.start_stream("s", prompt, once=True)
     assert caught.value.stream_id is None
@@ -46,7 +46,7 @@ def answered_once(store: persist.Store, prompt: dict[str, Any]) -> Any:
 
 
 def test_answer_is_known_wherever_it_stands(store: persist.Store, session: persist.Session) -> None:
-    """Fails where it is looked for behind its prompt only: the model would answer the prompt again and again."""
+    """Fails if only messages behind a prompt are searched for its answer: the model would answer it again and again."""
     other = PROMPT | {"id": "p2", "content": "And?"}
     store.start_stream("s", PROMPT).fail()
     store.start_stream("s", other, once=True).finish(ANSWER | {"id": "a2"})
@@ -76,13 +76,13 @@ def test_answer_of_another_program_is_the_last_before_the_next_prompt(store: per
     store.create("s", {"messages": [*rows, {"role": "system"}, {"id": "p2", "role": "user"}, {"role": "system"}]})
     assert answered_once(store, PROMPT) == rows[3]
     store.start_stream("s", {"id": "p2", "role": "user"}, once=True).finish()
-    # A turn that has finished without an answer is not run again either.
+    # A turn that finished without an answer is not run again either.
     assert answered_once(store, {"id": "p2", "role": "user"}) is None
 
 
 @pytest.mark.parametrize("is_dead", [False, True])
 def test_partial_of_another_turn_is_no_answer(store: persist.Store, session: persist.Session, *, is_dead: bool) -> None:
-    """A turn without a prompt runs behind the prompt. Fails if what it has said so far is taken for the answer."""
+    """A turn without a prompt runs behind the prompt. Fails if its partial is taken for the prompt's answer."""
     store.append("s", "messages", PROMPT)
     with store.start_stream("s") as bare:
         bare.checkpoint({"role": "assistant", "content": "So far"})
@@ -98,7 +98,7 @@ def test_partial_of_another_turn_is_no_answer(store: persist.Store, session: per
 
 
 def test_answer_before_a_partial_of_another_turn_is_the_answer(store: persist.Store, session: persist.Session) -> None:
-    """It is given anew, say: until that has finished, the earlier one stands."""
+    """The earlier answer counts until the turn that may give it anew has finished."""
     store.start_stream("s", PROMPT).finish(ANSWER)
     with store.start_stream("s") as bare:
         bare.checkpoint({"role": "assistant", "content": "So far"})

@@ -24,7 +24,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("below", ["chats", "a/b/c", "~", "x~y", "with space"])
 def test_a_tilde_is_the_home_directory(home: Path, below: str) -> None:
-    """HAZARDS F18: for text and `Path`, sync and async, and for the commands. Nothing is made elsewhere."""
+    """HAZARDS F18: a leading tilde is the home, for text and `Path`, sync and async, and for the commands.
+    Nothing is made elsewhere.
+    """
     store = persist.Store(f"~/{below}")
     store.create("s", {"title": "at home"})
     assert store.path == home / below
@@ -35,7 +37,7 @@ def test_a_tilde_is_the_home_directory(home: Path, below: str) -> None:
 
 
 def test_a_user_and_a_tilde_are_that_users_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``~user`` needs the system's table of users."""
+    """``~user`` is the home that the system's table of users names."""
     entry = pwd.getpwuid(0)
     other = pwd.struct_passwd((*entry[:5], str(home / "other"), entry[6]))
     monkeypatch.setattr(pwd, "getpwnam", {"other": other}.__getitem__)
@@ -44,7 +46,7 @@ def test_a_user_and_a_tilde_are_that_users_home(home: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize("path", ["~nobody-has-this-name", "~nobody-has-this-name/chats", "~no one/x"])
 def test_an_unknown_home_is_refused(home: Path, path: str) -> None:
-    """A directory whose name begins with a tilde is never made by accident. On purpose it is."""
+    """A directory whose name begins with a tilde is never made by accident. With ``./`` before it, it is made."""
     with pytest.raises(persist.InvalidArgument, match=r"put \./ before it"):
         persist.Store(path)
     assert runner_of(command)("ls", path).exit_code == 3
@@ -54,5 +56,5 @@ def test_an_unknown_home_is_refused(home: Path, path: str) -> None:
 
 @pytest.mark.parametrize("path", ["chats/~", "a~", "./~", "x/~root/y"])
 def test_a_tilde_elsewhere_is_a_name(home: Path, path: str) -> None:
-    """Only a leading one is a home."""
+    """Only a leading tilde is a home."""
     assert persist.Store(path).path == Path.cwd() / path

@@ -1,4 +1,4 @@
-"""The prompt that another program has left in the stream fields is recovered, once."""
+"""A prompt that another program left in the stream fields is recovered once."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ TOOL = {"role": "tool", "content": "42"}
 @pytest.mark.parametrize(
     ("messages", "expected"),
     [
-        # It is the last message, or stands before others since the last answer.
+        # The prompt is the last message, or is followed by others since the last answer.
         ([user("q")], [user("q", interrupted=True)]),
         ([user("a"), answer("b"), user("q"), TOOL], [user("a"), answer("b"), user("q", interrupted=True), TOOL]),
         ([user("q"), user("more")], [user("q", interrupted=True), user("more")]),
-        # It is answered: it stands in the turn that the last answer ended.
+        # The prompt is answered: it is part of the turn that the last answer ended.
         ([user("q"), answer("b")], [user("q"), answer("b")]),
         ([user("q"), answer("call"), TOOL, answer("b")], [user("q"), answer("call"), TOOL, answer("b")]),
         ([user("q"), user("and"), answer("b"), TOOL], [user("q"), user("and"), answer("b"), TOOL]),
-        # It stands nowhere there: it is its only copy.
+        # The prompt is in no message there, so the field is its only copy.
         ([], [user("q", id="old.prompt", interrupted=True)]),
         (
             [user("q"), answer("b"), user("c"), answer("d")],
@@ -45,7 +45,9 @@ TOOL = {"role": "tool", "content": "42"}
 def test_pending_prompt_is_recovered_once(
     store: persist.Store, messages: list[Any], expected: list[Any], runs: int
 ) -> None:
-    """Fails where it is looked for in the last message only (hermes-webui #6366, #7682)."""
+    """A pending prompt is recovered once.
+    Fails if only the last message is searched for it (hermes-webui #6366, #7682).
+    """
     pending = {"active_stream_id": "old", "pending_user_message": "q"}
     path = store.path / "s.json"
     path.write_text(json.dumps({"messages": messages} | pending))
@@ -61,7 +63,9 @@ def test_pending_prompt_is_recovered_once(
 
 @pytest.mark.parametrize("active", [{}, {"active_stream_id": None}, {"active_stream_id": ""}])
 def test_pending_prompt_without_a_stream_is_kept_by_the_next_turn(store: persist.Store, active: Any) -> None:
-    """An old server was stopped before it had a stream. Fails where the start resets the fields without a look."""
+    """A prompt without a stream is kept: an old server was stopped before it had one.
+    Fails if the start resets the fields without a look.
+    """
     path = store.path / "s.json"
     path.write_text(json.dumps({"messages": [], "pending_user_message": "q"} | active))
     with store.start_stream("s", PROMPT) as stream:

@@ -1,6 +1,7 @@
-"""What a running stream's own block may do, and what no block may do to a running stream.
+"""A running stream's own block, what it may do, and what no block may do to a running stream.
 
-They fail if an edit of a stream that lost its session is written, or if a turn writes over a message of another writer.
+The tests fail if an edit of a stream that lost its session is written.
+They fail if a turn overwrites a message of another writer.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def test_transaction_of_a_stream_puts_messages_before_the_partial(
 
 
 def test_transaction_of_a_stream_is_fenced(store: persist.Store, session: persist.Session) -> None:
-    """A late edit of a worker that lost its session must not reach its successor's turn."""
+    """A late edit of a worker that lost its session must not reach the turn of its successor."""
     stream = store.start_stream("s", PROMPT)
     store.cancel("s", stream.id, force=True)
     version = store.head("s").version
@@ -59,14 +60,16 @@ def test_partial_answer_of_a_live_stream_stays(
         stream.checkpoint(ANSWER | {"more": 1})
         assert ids_of(store) == ["p", "a"]
         stream._close()
-    # Its process is dead by now.
+    # The stream's process counts as dead now.
     store.update("s", lambda tx: remove(tx.list("messages")))
     assert "a" not in ids_of(store)
 
 
 @pytest.mark.parametrize("twin", ["a", "p"])
 def test_message_of_a_running_turn_has_no_twin(store: persist.Store, session: persist.Session, twin: str) -> None:
-    """The turn's next write would go over the other one. Fails where nobody looks for the id."""
+    """The id of a running turn's message is refused, because the turn's next write would overwrite the other message.
+    Fails if nobody looks for the id.
+    """
     other = {"id": twin, "uuid": "u", "content": "IMPORTANT"}
     with store.start_stream("s", PROMPT) as stream:
         stream.checkpoint(ANSWER)
@@ -82,7 +85,7 @@ def test_message_of_a_running_turn_has_no_twin(store: persist.Store, session: pe
             with pytest.raises(persist.MergeConflict):
                 add()
         assert ids_of(store) == ["m1", "p", "a"]
-        # It may be edited.
+        # An edit of the turn's message is allowed.
         store.update("s", lambda tx: tx.list("messages").find(twin).update(seen=True))
         stream.finish(ANSWER | {"content": "whole"})
     assert ids_of(store) == ["m1", "p", "a"]

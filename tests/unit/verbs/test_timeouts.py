@@ -1,4 +1,4 @@
-"""Every verb that waits for a lock takes a time of its own, and refuses one that is no number of seconds."""
+"""Every verb that waits for a lock takes a timeout of its own, and refuses one that is no number of seconds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ WAITING: dict[str, Callable[[persist.Store, persist.Session, persist.Stream], ob
 
 
 def test_every_verb_that_waits_takes_a_timeout(store: persist.Store) -> None:
-    """0 is now or never, whatever the store's own timeout is. After the error each verb can be repeated."""
+    """A timeout of 0 is now or never, whatever the store's own timeout is.
+    After the error each verb can be repeated.
+    """
     store = persist.Store(store.path, timeout_s=1000.0)
     store.create("s", {"messages": []})
     store.create("other")
@@ -74,7 +76,7 @@ def test_every_verb_that_waits_takes_a_timeout(store: persist.Store) -> None:
 
 
 def test_the_list_of_waiting_verbs_is_complete() -> None:
-    """A verb that takes a timeout must heed it."""
+    """Each verb that takes a timeout is in the list, so the tests see that it heeds it."""
     takes_timeout = {
         f"{prefix}{name}"
         for prefix, kind in (("", persist.Store), ("", persist.Session), ("stream.", persist.Stream))
@@ -89,7 +91,9 @@ def test_the_list_of_waiting_verbs_is_complete() -> None:
 @pytest.mark.parametrize("wrong", [-1, math.nan, math.inf, "5", True, [1]], ids=repr)
 @pytest.mark.parametrize("name", WAITING)
 def test_a_timeout_is_a_number_of_seconds(wrong: Any, name: str, store: persist.Store) -> None:
-    """A NaN would never end, and a text is a bare `TypeError` of the clock's."""
+    """A wrong timeout is an `InvalidArgument`.
+    A NaN would wait for ever, and a text would be a bare `TypeError` of the clock.
+    """
     store.create("s", {"messages": []})
     store.create("other")
     with store.start_stream("s") as stream:
@@ -102,7 +106,7 @@ def test_a_timeout_is_a_number_of_seconds(wrong: Any, name: str, store: persist.
 
 
 class _Waiting:
-    """Calls the methods of an object with another `timeout_s`."""
+    """Proxy that calls the methods of an object with another `timeout_s`."""
 
     def __init__(self, target: object, timeout_s: Any) -> None:
         self._target, self._timeout_s = target, timeout_s

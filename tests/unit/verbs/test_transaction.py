@@ -1,8 +1,8 @@
 """The transaction: what a block may do with its session, that it is one commit or none, and that no change is lost.
 
-They fail if a session is made before its block has ended, if a delete is done within the block or beside a live stream,
-if something that a block was handed can be changed when that would be written nowhere, or if a stream's own block puts
-a message behind its partial answer.
+The tests fail if a session is made before its block has ended. They fail if a delete is done within the block or beside
+a live stream. They fail if a value that a block was handed can be changed when nobody would write the change. They fail
+if a stream's own block puts a message behind its partial answer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Oops(Exception):
 
 @pytest.fixture(params=get_args(Mode))
 def store(request: pytest.FixtureRequest, directory: Path) -> persist.Store:
-    """A store with one session of two messages, with a journal and without one."""
+    """Return a store with one session of two messages, with a journal and without one."""
     made = persist.Store(directory, journal=request.param)
     made.create("s", {"title": "t", "n": 0, "log": [1], "messages": [dict(HI), dict(HELLO)]})
     return made
@@ -45,7 +45,7 @@ def files_of(store: persist.Store, session_id: str) -> list[str]:
 
 
 def test_block_is_one_commit_of_all_that_it_changed(store: persist.Store) -> None:
-    """Nobody sees it before the block has ended, and its version is that of the commit."""
+    """Nobody sees the changes before the block has ended. The block's version is the version of the commit."""
     version = store.head("s").version
     with store.transaction("s") as tx:
         tx.fields["title"] = "u"
@@ -60,14 +60,16 @@ def test_block_is_one_commit_of_all_that_it_changed(store: persist.Store) -> Non
 
 
 def test_representation_shows_no_content(store: persist.Store) -> None:
-    """In a log, and after the block, too."""
+    """A transaction's representation shows no content, because it may go to a log.
+    It stays the same after the block.
+    """
     with store.transaction("s") as tx:
         assert repr(tx) == f"<persist.Transaction at version {tx.version}>"
     assert repr(tx) == f"<persist.Transaction at version {tx.version}>"
 
 
 def test_attribute_that_there_is_none_of_cannot_be_set(store: persist.Store) -> None:
-    """``tx.title = …`` and ``tx.data = {…}`` would be lost without a word."""
+    """``tx.title = …`` and ``tx.data = {…}`` are errors, because they would be lost in silence."""
     for name in ("title", "data", "fields"):
         with pytest.raises(AttributeError), store.transaction("s") as tx:
             setattr(tx, name, {})
@@ -86,7 +88,7 @@ def test_attribute_that_there_is_none_of_cannot_be_set(store: persist.Store) -> 
     ids=["fields", "list", "missing list", "data", "delete"],
 )
 def test_transaction_is_refused_after_its_block(use: Use, store: persist.Store) -> None:
-    """A change that nobody would write is an error. So is one in the middle of an exception that ended the block."""
+    """A use after the block is an error, because nobody would write the change. So is one after a block that raised."""
     with store.transaction("s") as tx:
         pass
     with pytest.raises(persist.LockError):
@@ -116,7 +118,9 @@ def test_transaction_is_refused_after_its_block(use: Use, store: persist.Store) 
     ids=lambda error: type(error).__name__,
 )
 def test_error_of_a_block_comes_out_as_it_is(error: BaseException, store: persist.Store) -> None:
-    """Also one that a verb of another session has raised in it: it tells nothing about this one."""
+    """A block's error comes out as it is.
+    So does an error of another session's verb, because it says nothing about this one.
+    """
 
     def fail(tx: persist.Transaction) -> None:
         tx.fields["n"] = 1
@@ -133,7 +137,7 @@ def test_error_of_a_block_comes_out_as_it_is(error: BaseException, store: persis
 
 
 def test_conflict_of_another_session_is_named_as_that(store: persist.Store) -> None:
-    """A refresh takes no lock, so a block may do it."""
+    """A conflict of another session names that session. A block may refresh one, because a refresh takes no lock."""
     store.create("other", {"n": 0})
     session = store.load("other")
     session.data["n"] = 1
@@ -180,7 +184,9 @@ EDITS: dict[str, Edit] = {
 @pytest.mark.parametrize("how", REPLACED)
 @pytest.mark.parametrize("size", [1, 3000], ids=["a field", "apart"])
 def test_list_that_the_block_has_replaced_takes_no_change(size: int, how: str, edit: str, store: persist.Store) -> None:
-    """F20: the change would be written nowhere. However large the list was, and the block with it writes nothing."""
+    """F20: a change of a replaced list is an error, because nobody would write it.
+    The size of the list does not matter, and the block writes nothing.
+    """
     log = list(range(size))
     store.update("s", lambda tx: tx.fields.update(log=log, messages_seen=1))
     with pytest.raises((persist.InvalidArgument, IndexError)) as caught, store.transaction("s") as tx:
@@ -195,7 +201,7 @@ def test_list_that_the_block_has_replaced_takes_no_change(size: int, how: str, e
 
 @pytest.mark.parametrize("size", [1, 3000], ids=["a field", "apart"])
 def test_list_that_is_asked_for_anew_is_the_new_one(size: int, store: persist.Store) -> None:
-    """What the error says to do does work."""
+    """The remedy in the error works: a list that is asked for anew is the new one."""
     store.update("s", lambda tx: tx.fields.update(log=list(range(size))))
     uses: list[Use] = [lambda tx: tx.fields.update(log=["new"]), lambda tx: tx.data.update(log=["new"])]
     for use in uses:
@@ -207,7 +213,7 @@ def test_list_that_is_asked_for_anew_is_the_new_one(size: int, store: persist.St
 
 
 def test_missing_list_that_became_a_field_takes_no_change(store: persist.Store) -> None:
-    """Also one that was empty when it was asked for."""
+    """A missing list that became a field takes no change, also if it was empty when it was asked for."""
     with pytest.raises(persist.InvalidArgument, match="'new' is one that the block has replaced"):
         with store.transaction("s") as tx:
             items = tx.list("new")
@@ -222,14 +228,14 @@ def test_missing_list_that_became_a_field_takes_no_change(store: persist.Store) 
 
 @pytest.mark.parametrize("key", ['a"b', "a\\b", "a\nb", "\ud800", "", 5, None, ["x"], b"id", True], ids=repr)
 def test_key_that_items_cannot_be_found_by_is_refused(key: Any, store: persist.Store) -> None:
-    """The same keys as those of `extend`, whether there are items or not."""
+    """`find` refuses the same keys as `extend`, whether there are items or not."""
     for name in ("messages", "log", "none"):
         with pytest.raises(persist.InvalidArgument, match="must be the name of a key, without quotes and backslashes"):
             store.update("s", lambda tx, name=name: tx.list(name).find("x", key))  # type: ignore[misc]
 
 
 def test_item_is_found_by_any_other_key(store: persist.Store) -> None:
-    """The last one of its value, to be changed in place."""
+    """`find` returns the last item with the value, to be changed in place."""
     for key in ("é", "a'b", "a b", "1", "true"):
         items = [{key: "v", "n": 1}, {key: "v", "n": 2}, {key: 1}, {"id": "v"}]
         store.update("s", lambda tx, items=items: tx.fields.update(log=items))  # type: ignore[misc]
@@ -246,7 +252,7 @@ def test_item_is_found_by_any_other_key(store: persist.Store) -> None:
 
 
 def test_session_is_made_when_its_block_has_ended(store: persist.Store) -> None:
-    """In one commit, at revision 1; before it there is no version and no session, for anybody."""
+    """A block creates its session in one commit, at revision 1. Before that, nobody sees a version or a session."""
     with store.transaction("new", create=True) as tx:
         seen = [tx.version]
         assert (dict(tx.fields), list(tx.list("messages"))) == ({}, [])
@@ -271,7 +277,9 @@ FIRST_WRITES: dict[str, tuple[Callable[[persist.Store], object], dict[str, Any]]
 
 @pytest.mark.parametrize("name", [name for name in FIRST_WRITES if name != "transaction"])
 def test_first_write_makes_the_session(name: str, store: persist.Store) -> None:
-    """Also one that writes nothing: whoever asks for it may load it then. A second one finds it."""
+    """A first write creates the session, also if it writes nothing else: the caller may load it then.
+    A second write finds it.
+    """
     verb, expected = FIRST_WRITES[name]
     verb(store)
     first = store.load("new")
@@ -307,7 +315,7 @@ def test_first_write_begins_a_stream(store: persist.Store) -> None:
     ],
 )
 def test_first_write_that_fails_makes_nothing(fail: Callable[[persist.Store], object], store: persist.Store) -> None:
-    """No document, no journal, no lease, and no lock file."""
+    """A first write that fails leaves no document, no journal, no lease and no lock file."""
     with pytest.raises((persist.PersistError, ZeroDivisionError)):
         fail(store)
     assert not store.exists("new")
@@ -320,7 +328,7 @@ def test_first_write_that_fails_makes_nothing(fail: Callable[[persist.Store], ob
 
 
 def test_delete_is_done_when_the_block_has_ended(store: persist.Store) -> None:
-    """Whatever else the block has changed; until then the session is there."""
+    """A delete takes effect when the block has ended, whatever else the block has changed."""
     session = store.load("s")
     with store.transaction("s") as tx:
         tx.fields["title"] = "u"
@@ -337,7 +345,7 @@ def test_delete_is_done_when_the_block_has_ended(store: persist.Store) -> None:
 
 
 def test_update_may_delete(store: persist.Store) -> None:
-    """It looks at the session and decides; its result comes back."""
+    """A function of `update` may look at the session and delete it. Its result is returned."""
 
     def take(tx: persist.Transaction) -> dict[str, Any]:
         title = tx.fields["title"]
@@ -352,7 +360,7 @@ def test_update_may_delete(store: persist.Store) -> None:
     "use", [lambda tx: tx.fields, lambda tx: tx.list("log"), lambda tx: tx.data, lambda tx: tx.delete()]
 )
 def test_deleted_transaction_is_used_for_nothing_else(use: Use, store: persist.Store) -> None:
-    """A change behind the delete would be lost: it is an error, and then the delete is not done either."""
+    """A change after the delete would be lost. So it is an error, and the delete does not happen either."""
     with pytest.raises(persist.InvalidArgument, match=r"left after its delete\(\)"), store.transaction("s") as tx:
         tx.delete()
         use(tx)
@@ -360,7 +368,7 @@ def test_deleted_transaction_is_used_for_nothing_else(use: Use, store: persist.S
 
 
 def test_block_that_fails_behind_its_delete_keeps_the_session(store: persist.Store) -> None:
-    """As every block that raises."""
+    """A block that raises after its delete keeps the session, like every block that raises."""
     with pytest.raises(Oops), store.transaction("s") as tx:
         tx.delete()
         raise Oops
@@ -368,7 +376,7 @@ def test_block_that_fails_behind_its_delete_keeps_the_session(store: persist.Sto
 
 
 def test_session_with_a_live_stream_is_not_deleted_by_a_block(store: persist.Store) -> None:
-    """The error comes at the delete, so that the block can go on without it. A dead stream keeps nothing."""
+    """The error comes at the delete, so that the block can go on without it. A dead stream prevents no delete."""
     with store.start_stream("s", {"id": "p", "content": "?"}) as stream:
         version = store.head("s").version
         with pytest.raises(persist.SessionBusy) as caught, store.transaction("s") as tx:
@@ -393,7 +401,7 @@ def test_session_with_a_live_stream_is_not_deleted_by_a_block(store: persist.Sto
 
 
 def test_block_may_remove_messages_but_not_the_partial_answer(store: persist.Store) -> None:
-    """What a live stream writes again would come back. Everything else is removed, also the prompt."""
+    """A block may remove any message, also the prompt, but not a live stream's partial: it would be written again."""
     removing: list[Use] = [
         lambda tx: tx.list("messages").pop(),
         lambda tx: tx.list("messages").clear(),
@@ -409,7 +417,7 @@ def test_block_may_remove_messages_but_not_the_partial_answer(store: persist.Sto
         for use in removing:
             with pytest.raises(persist.SessionBusy):
                 store.update("s", use)
-            # The stream's own block looks for the partial in the list, which may be none any more.
+            # The stream's own block looks for the partial in the messages, which may be no list any more.
             with pytest.raises((persist.SessionBusy, persist.InvalidArgument)):
                 stream.update(use)
             assert store.head("s").version == before.version
@@ -423,7 +431,9 @@ def test_block_may_remove_messages_but_not_the_partial_answer(store: persist.Sto
 
 
 def test_own_block_of_a_stream_puts_messages_before_the_partial(store: persist.Store) -> None:
-    """As its `append` does. What it puts behind a partial that was not the last one stays there."""
+    """A stream's own block adds messages before the partial, like `append`.
+    If the partial was not the last message, they stay behind it.
+    """
     with store.start_stream("s", {"id": "p", "role": "user", "content": "?"}, stream_id="t1") as stream:
         with stream.transaction() as tx:
             tx.list("messages").append({"id": "first"})
@@ -437,7 +447,7 @@ def test_own_block_of_a_stream_puts_messages_before_the_partial(store: persist.S
         expected = ["begin", "m1", "m2", "p", "first", "tool-1", "tool-2", "tool-3", "t1.answer"]
         assert [message["id"] for message in store.load("s").data["messages"]] == expected
         assert store.load("s").data["n"] == 1
-        # A message of somebody else: now the partial is in the middle.
+        # Another writer's message: now the partial is in the middle.
         store.append("s", "messages", {"id": "aside"})
         stream.update(lambda tx: tx.list("messages").append({"id": "late"}))
         stream.append({"id": "tool-4"})
@@ -447,7 +457,9 @@ def test_own_block_of_a_stream_puts_messages_before_the_partial(store: persist.S
 
 
 def test_own_block_of_a_stream_is_one_commit_or_none(store: persist.Store) -> None:
-    """A block that changes nothing writes nothing; one that raises writes nothing, and the stream goes on."""
+    """A block that changes nothing writes nothing.
+    A block that raises writes nothing either, and the stream goes on.
+    """
     with store.start_stream("s", {"id": "p", "content": "?"}) as stream:
         stream.checkpoint({"content": "Well"})
         version = store.head("s").version
@@ -470,7 +482,7 @@ def test_own_block_of_a_stream_is_one_commit_or_none(store: persist.Store) -> No
 
 
 def test_own_block_of_a_stream_that_lost_its_session_is_not_entered(store: persist.Store) -> None:
-    """However that came about. Its function is not called."""
+    """The block is not entered and its function is not called, however the stream lost its session."""
 
     def make_anew(_stream: persist.Stream) -> None:
         store.delete("s", force=True)
@@ -513,14 +525,16 @@ async def coroutine(tx: persist.Transaction) -> None:
 def test_function_that_returns_what_it_was_to_write_is_refused(
     function: Callable[[persist.Transaction], object], store: persist.Store
 ) -> None:
-    """F20: ``lambda data: {**data, "title": "u"}`` has changed nothing, and looks as if it had."""
+    """F20: ``lambda data: {**data, "title": "u"}`` is refused. It looks like a change, but it has changed nothing."""
     with pytest.raises(persist.InvalidArgument, match="one that changes the transaction in place"):
         store.update("s", function)
     assert store.head("s").revision == 1
 
 
 def test_result_of_a_function_is_whatever_it_returns(store: persist.Store) -> None:
-    """What was handed out, at any depth; a new dict beside a change; and every other value."""
+    """A function may return a value that it was handed, at any depth, a new dict beside a change, and any other
+    value.
+    """
     store.update("s", lambda tx: tx.fields.update(meta={"a": [{"b": 1}]}))
     results: list[tuple[Callable[[persist.Transaction], object], object]] = [
         (lambda tx: tx.fields["meta"], {"a": [{"b": 1}]}),
@@ -542,7 +556,7 @@ def test_result_of_a_function_is_whatever_it_returns(store: persist.Store) -> No
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 def test_function_whose_body_has_not_run_is_refused(store: persist.Store) -> None:
-    """An async one, and a generator; what is no function at all is refused before anything."""
+    """An async function or a generator is refused. A value that is no function is refused before anything else."""
 
     def generator(tx: persist.Transaction) -> Any:
         tx.fields["n"] = 1

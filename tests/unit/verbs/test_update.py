@@ -1,6 +1,7 @@
 """A block is one commit or none, and `update` is its function form.
 
-They fail if a block makes two commits, if one that raises writes, or if a result that nobody writes passes in silence.
+The tests fail if a block makes two commits, or if a block that raises writes.
+They fail if a result that nobody writes passes in silence.
 """
 
 from __future__ import annotations
@@ -81,20 +82,20 @@ def test_update_returns_what_its_function_returns(store: persist.Store, session:
 def test_new_dict_that_nobody_writes_is_an_error(
     store: persist.Store, session: persist.Session, function: Callable[[Transaction], Any]
 ) -> None:
-    """It would be lost without a word (adk-docs PR 1104)."""
+    """A new dict that is returned without a change is an error: it would be lost in silence (adk-docs PR 1104)."""
     with pytest.raises(persist.InvalidArgument, match=r"tx\.data\.update"):
         store.update("s", function)
     assert store.load("s").version == session.version
 
 
 def test_dict_that_was_handed_out_may_be_returned(store: persist.Store, session: persist.Session) -> None:
-    """So may a new one beside a change."""
+    """The function may return a dict that it was handed, or a new dict beside a change."""
     with store.transaction("s") as tx:
         tx.fields["meta"] = {"inner": {"n": 1}}
     assert store.update("s", lambda tx: tx.list("messages")[0]) == HELLO
     assert store.update("s", lambda tx: tx.fields["meta"]["inner"]) == {"n": 1}
     assert store.update("s", lambda tx: tx.data)["title"] == "New chat"
-    # One with other keys answers a request, and is no document.
+    # A dict with keys that the document does not have answers a request, and is no document.
     assert store.update("s", lambda tx: {"count": len(tx.list("messages"))}) == {"count": 1}
     assert store.update("s", lambda tx: tx.fields.update(title="Locks") or {"done": True}) == {"done": True}
     assert store.load("s").data["title"] == "Locks"

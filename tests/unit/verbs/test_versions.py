@@ -1,6 +1,6 @@
 """Versions: no two commits share one, and an edit that names an old one writes nothing.
 
-They fail if a version is used again: of a session that was made anew, or that was put back from a copy.
+The tests fail if a version of an earlier session is used again by a new one, or after a copy was put back.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import persist
 
 
 def test_every_commit_has_a_version_of_its_own(store: persist.Store) -> None:
-    """Also a checkpoint, a cancel mark and an accept. A fold keeps it."""
+    """Each commit has its own version, also a checkpoint, a cancel mark and an accept. A fold keeps the version."""
     session = store.create("s", {"title": "t" * 100, "messages": []})
     seen = [session.version]
     seen.append(store.append("s", "messages", HELLO))
@@ -56,7 +56,7 @@ def refused(store: persist.Store, version: str) -> None:
 
 
 def test_session_made_anew_has_no_version_of_the_old_one(store: persist.Store, session: persist.Session) -> None:
-    """A request that saw the old one must not clear the new one (hermes-studio #2638)."""
+    """A request that saw the old session must not clear the new one (hermes-studio #2638)."""
     store.delete("s")
     store.create("s", session.data)
     refused(store, session.version)
