@@ -114,7 +114,7 @@ def _copy(backend: streams.Backend, copies: _Copies, name: str, timeout_s: float
                 session_id = files.id_of(name)
             if session_id is None:
                 if tx.exists():
-                    reason = "holds no session id whose hash its name is."
+                    reason = "holds no session id that fits the hash in its name."
                     raise errors.CorruptSession(session_id=name, path=tx.paths.document, reason=reason)
                 return found
             known_id = session_id

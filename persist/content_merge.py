@@ -42,7 +42,7 @@ def merge_contents(
         for name in ALWAYS_APART:
             # If the preferred value is no list, it would drop the items that the other side has added.
             if type(dropped.get(name)) is list and type(found.get(name)) is not list:
-                reason = "one side has changed this list, and the other put something else in its place"
+                reason = "one side changed this list, and the other side replaced it by another value"
                 values = {side: data.get(name, MISSING) for side, data in three.items()}
                 raise MergeConflict(path=(name,), reason=reason, **values)
         merged |= encode_values(found, theirs)

@@ -165,7 +165,7 @@ class NotJSON(PersistError, ValueError):
     """A value that JSON cannot give back exactly as it was. Nothing was written."""
 
     template = "{where} cannot be kept as JSON: {reason}"
-    remedy = "Nothing was written: mend it, and call save(), or whichever verb it was, again."
+    remedy = "Nothing was written. Correct the value, and repeat the verb."
     path: ValuePath  # type: ignore[assignment]
 
     def __init__(self, **facts: Any) -> None:
@@ -176,7 +176,7 @@ class TooLarge(PersistError, ValueError):
     """The session would be too large to be read back. Nothing was written."""
 
     template = "The session would take more than {limit:,} bytes; nothing was written."
-    remedy = "Remove something of it, or go on in another one: store.create()."
+    remedy = "Remove a part of it, or continue in a new session: store.create()."
     limit: int
 
 
@@ -237,7 +237,7 @@ class LockError(PersistError, RuntimeError):
 
 def nested(session_id: str, held: str) -> LockError:
     """Return the error for a thread that asked for a lock while it holds another one."""
-    reason = f"This thread holds the lock of session {held!r} and asked for that of {session_id!r}."
+    reason = f"This thread holds the lock of session {held!r} and asked for the lock of session {session_id!r}."
     remedy = "Leave the transaction() or update() first; in a signal handler or a finaliser, try again later."
     return LockError(kind="nested", session_id=session_id, held=held, reason=reason, remedy=remedy)
 
@@ -309,7 +309,7 @@ class EventsNotFound(PersistError, KeyError):
         first: the offset of the first event that is left, if the cursor is before it. Otherwise None.
     """
 
-    template = "No events of stream {stream_id!r} of session {session_id!r} there: {reason}"
+    template = "Stream {stream_id!r} of session {session_id!r} has no such events: {reason}"
     defaults: ClassVar = {"count": None, "first": None, "after": None}
     first: int | None
 
@@ -331,7 +331,7 @@ class EmitFailed(PersistError, OSError):
     """The disk refused events, or refused to make them durable. Earlier events stand, and the stream goes on."""
 
     template = "Events of stream {stream_id!r} were not all emitted, or not made durable: {reason} at {path}."
-    remedy = "Mend that; store.events() tells which ones stand, before you emit() the others again."
+    remedy = "Remove the cause. store.events() shows the events that stand. Then emit() the others again."
 
 
 # --- files and disks -------------------------------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def _encode_surrogates(value: Any, path: ValuePath) -> bytes:
 
 def twins(path: ValuePath) -> NotJSON:
     """Return the error for an object that would have a key twice."""
-    return NotJSON(path=path, reason="two keys in it are one, when the halves of surrogate pairs are joined")
+    return NotJSON(path=path, reason="two of its keys become the same key when surrogate pairs are joined")
 
 
 class Undecodable(ValueError):
@@ -295,7 +295,7 @@ def _not_json(text: str, position: int) -> tuple[str, int]:
         if rest and "\n" in text[end : len(text) - len(rest)]:
             json.JSONDecoder().raw_decode(rest)
             return "it has one JSON value a line: it is JSONL, and no document.", len(text) - len(rest)
-        return "something stands behind its JSON.", position
+        return "there is more text behind its JSON value.", position
     return "it is not JSON, or it was cut off.", position
 
 
@@ -323,7 +323,7 @@ def _locate(text: str) -> tuple[str, int]:
         elif literal[-1] == ":":
             key = json.loads(literal[:-1])
             if key in keys[-1]:
-                return "a key stands twice in one object.", start
+                return "an object has the same key twice.", start
             keys[-1].add(key)
         elif literal[0] == '"':
             continue

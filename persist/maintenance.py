@@ -125,7 +125,7 @@ def _problems(backend: streams.Backend, name: str, its: _Files, *, has_streams: 
     except errors.LockTimeout as error:
         yield Problem(session_id, "locked", document, str(error))
     except errors.LockError as error:
-        # A user who may only read sees streams and left-overs, and cannot judge them. What cannot be read is told.
+        # A user who may only read sees streams and left-overs, and cannot judge them. Damage is told.
         if suspicion is not None:
             yield _of_document(session_id, document, suspicion)
         elif not its.has_document and (its.has_temp or its.journals):
@@ -147,7 +147,7 @@ def _judged(
             # The session was created between the two looks. It is whole, because its header names its id.
             return
         if session_id is None:
-            what = f"{paths.document} holds no session id whose hash its name is. "
+            what = f"{paths.document} holds no session id that fits the hash in its name. "
             what += "Restore it from a backup, or move it away."
             yield Problem(name, "corrupt", Path(paths.document), what)
         else:
@@ -217,7 +217,7 @@ def _journal(
     if is_harmless:
         return _left_over(files, session_id, path, has_document=has_document)
     what = f"{path} holds commits of another {layout.name_of(session_id)}.json than is there. "
-    what += "Put that one back, or remove the journal with them."
+    what += "Put that file back, or remove the journal and its commits."
     return Problem(session_id, "orphaned", path, what)
 
 

@@ -299,7 +299,7 @@ class Session:
             self._base = structs.replace(base, tried=None)
         else:
             clash = "was being saved when that was cut off, and nobody can tell whether it was committed"
-            remedy = "This object cannot go on: load the session anew, and see what is there."
+            remedy = "This object cannot be used any more: load the session anew, and look."
             raise errors.MergeConflict(path=(), reason="a save was cut off", clash=clash, remedy=remedy)
 
     def _refuse_removal(self, there: Replica, merged: Content, changes: tuple[diff.Change, ...]) -> None:

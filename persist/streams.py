@@ -124,7 +124,7 @@ def start(
     stream_id = uuid.uuid4().hex if stream_id is None else layout.check_stream_id(stream_id)
     prompt = None if message is None else turn.with_id(_checked(message), f"{stream_id}.prompt")
     if once and (message is None or message.get("id") is None):
-        what = "the prompt of a start that is to be once"
+        what = "the prompt of start_stream(once=True)"
         raise errors.InvalidArgument(what=what, got="without an id", expected="one with an id")
     with backend.files.transaction(session_id, timeout_s) as tx:
         copy = WorkingCopy.of(tx, create=create)
@@ -429,7 +429,7 @@ def refuse_twins(header: Header, before: Content, after: Content) -> StreamOwner
         if turn.has_twin(after, own) and not turn.has_twin(before, own):
             told = {
                 "reason": "a running turn has a message of this id",
-                "clash": "would have two messages of one id, which belongs to a running turn",
+                "clash": "would have a second message with an id of the running turn",
                 "remedy": "Give the new one an id of its own.",
             }
             raise errors.MergeConflict(path=(turn.MESSAGES,), mine=own, theirs=own, **told)

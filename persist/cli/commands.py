@@ -56,8 +56,8 @@ Exit status:
   0  all is well
   1  problems were found: damaged sessions, left-overs
   2  the command line is wrong
-  3  the store refused; its reason is on the standard error
-  130  Ctrl-C: what was done until then stands
+  3  the store refused (the reason is on the standard error)
+  130  Ctrl-C: the work done so far is kept
 
 \b
 Examples:
@@ -145,7 +145,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 
 @click.group(cls=StoreGroup, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="persist")
-@click.option("--unsafe-filesystem", is_flag=True, help="Accept any file system, also one where no lock holds.")
+@click.option("--unsafe-filesystem", is_flag=True, help="Accept any file system, even one where locks do not work.")
 def persist(unsafe_filesystem: bool) -> None:
     """Look at a store of chat sessions, and mend it."""
 
@@ -401,7 +401,7 @@ def check(ctx: click.Context, store: Store, as_json: bool) -> None:
 @persist.command(epilog="Example: persist backup var/sessions /backup/sessions")
 @store_argument
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--prune", is_flag=True, help="Remove the copies of sessions that the store has no more.")
+@click.option("--prune", is_flag=True, help="Remove the copies of sessions that are no longer in the store.")
 @json_option
 @click.pass_context
 def backup(ctx: click.Context, store: Store, dest: Path, prune: bool, as_json: bool) -> None:
@@ -429,7 +429,7 @@ def backup(ctx: click.Context, store: Store, dest: Path, prune: bool, as_json: b
         for error in failures.values():
             click.echo(f"Error: {printable(str(error))}", err=True)
     if steps.was_stopped:
-        _leave_stopped(ctx, steps, "What is copied is whole. Start it again for the rest.")
+        _leave_stopped(ctx, steps, "The finished copies are whole. Start it again for the rest.")
     _leave(ctx)
 
 
@@ -492,7 +492,7 @@ def compact(store: Store, session_id: str, as_json: bool) -> None:
 @persist.command(epilog="Example: persist accept var/sessions s-42")
 @store_argument
 @click.argument("session_ids", metavar="ID...", nargs=-1, required=True)
-@click.option("--drop-journal", is_flag=True, help="Give the commits in the journal up; it is kept as *.damaged.")
+@click.option("--drop-journal", is_flag=True, help="Give up the commits in the journal. It is kept as *.damaged.")
 @json_option
 @click.pass_context
 def accept(ctx: click.Context, store: Store, session_ids: tuple[str, ...], drop_journal: bool, as_json: bool) -> None:
@@ -593,7 +593,7 @@ def replace(store: Store, session_id: str, file: Path, if_version: str | None, a
     header = data.pop(HEADER, None)
     if type(header) is dict and header.get("journal") is not None:
         raise StoreFailure(
-            f"{printable(str(file))} has later commits in a journal: put both files back as they were, with cp."
+            f"{printable(str(file))} has later commits in a journal. Copy both files back with cp instead."
         )
     # A mended copy may name the stream that ran. It is not taken over.
     for field in turn.IDLE:

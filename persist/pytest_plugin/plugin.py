@@ -210,7 +210,7 @@ class Controller:
 
     def pytest_report_header(self, config: pytest.Config) -> list[str]:
         """Print with ``-v`` where the run's directory is."""
-        return [f"persist: what this run shares: {self.directory}"] if config.get_verbosity() > 0 else []
+        return [f"persist: shared directory of this run: {self.directory}"] if config.get_verbosity() > 0 else []
 
     # --- the workers ---
 
@@ -279,7 +279,7 @@ class Controller:
             for problem in self._problems:
                 terminalreporter.write_line(problem)
         if self._is_used:
-            terminalreporter.write_line(f"persist: what this run shared is kept in {self.directory}")
+            terminalreporter.write_line(f"persist: the shared directory of this run is kept: {self.directory}")
 
 
 def _import_for_the_run() -> None:
@@ -324,7 +324,7 @@ _PARTICIPANT = pytest.StashKey[Participant]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the setting in the ini file."""
-    parser.addini("persist_test_dir", "where the processes of a run meet: a directory on a local disk", default="")
+    parser.addini("persist_test_dir", "the directory on a local disk that the processes of a run share", default="")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -143,7 +143,7 @@ class Items:
             for _ in range(text_count - 1):
                 end = whole.find(SEPARATOR, start)
                 if end < 0:
-                    raise json_codec.Undecodable("a list has not as many items as its header says")
+                    raise json_codec.Undecodable("a list has another number of items than its header says")
                 yield whole[start:end]
                 start = end + len(SEPARATOR)
             yield whole[start:]
@@ -171,7 +171,7 @@ class Items:
         if text_count:
             split = bytes(text[2:-2]).split(SEPARATOR)
             if len(split) != text_count:
-                raise json_codec.Undecodable("a list has not as many items as its header says")
+                raise json_codec.Undecodable("a list has another number of items than its header says")
             items = [*split, *items[:length]]
             length = len(items)
             self._parts = (_NO_TEXT, 0, items, length)
@@ -280,7 +280,7 @@ class Items:
         text, text_count, items, length = self._parts
         found: list[Any] = json_codec.decode(text) if text_count else []
         if len(found) != text_count:
-            raise json_codec.Undecodable("a list has not as many items as its header says")
+            raise json_codec.Undecodable("a list has another number of items than its header says")
         if length:
             found += json_codec.decode(b"[%b]" % b",".join(items[:length]))
         return found

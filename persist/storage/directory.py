@@ -111,8 +111,8 @@ class SessionDirectory:
         except OSError as error:
             raise Unreadable.because(directory, error) from error
         if not is_same:
-            reason = "it is another directory than the one that this store has opened"
-            remedy = "Mount that one, or put it back. For the one that is there now open a new persist.Store()."
+            reason = "it is not the directory that this store opened"
+            remedy = "Mount the original one again, or put it back. To use the present one, open a new persist.Store()."
             raise Unreadable(path=directory, reason=reason, remedy=remedy)
 
     def make_durable(self) -> None:
@@ -355,7 +355,7 @@ def is_left_over(path: disk.StrPath, name: str, header: Header | None) -> bool:
 
 def mislabelled(document_path: str, session_id: str) -> CorruptSession:
     """Return the error for a document that somebody has sealed, although its parts are not as its header says."""
-    reason = "its checksums match, but its lists are not as its header says."
+    reason = "its checksums match, but its header describes its lists wrongly."
     return CorruptSession(session_id=session_id, path=document_path, reason=reason)
 
 

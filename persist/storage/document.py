@@ -395,7 +395,8 @@ class _Reader(msgspec.Struct, frozen=True):
         except json_codec.StrictError as error:
             raise self._corrupt(error.reason, error.offset) from None
         if type(data) is not dict:
-            raise self._corrupt("it is JSON, but not an object.", 0, "If it is no session, move it out.")
+            remedy = "If it is no session, move it out of the directory."
+            raise self._corrupt("it is JSON, but not an object.", 0, remedy)
         return data
 
     def _mismatch(self, content: bytes) -> CorruptSession:
@@ -409,7 +410,7 @@ class _Reader(msgspec.Struct, frozen=True):
         accept, compact = (
             layout.command(verb, os.path.dirname(self.path), self.session_id) for verb in ("accept", "compact")
         )
-        remedy = f"If the edit was meant, look at it and take it with {accept}."
+        remedy = f"If the edit was intended, check it, and take it with {accept}."
         if type(values) is dict and values.get("journal") is not None:
             remedy += (
                 f" There are later commits in its journal: to edit all there is, undo the edit, fold them with "

@@ -307,7 +307,7 @@ class Journal:
                     or record.synced > tail.end
                     or (record.head is None and record.head_at != tail.head_at)
                 ):
-                    raise self.damaged(tail.end, "a record in it does not follow the one before")
+                    raise self.damaged(tail.end, "a record in it does not follow the previous record")
                 tail.synced = max(tail.synced, record.synced)
                 if record.head is not None:
                     tail.head_at = tail.end
@@ -365,7 +365,7 @@ class Journal:
             if records[-1].counts != content.counts or not content.fields.keys().isdisjoint(content.apart):
                 raise diff.DoesNotFit("counts")
         except NONSENSE:
-            raise self.damaged(tail.end, "a record in it changes what is not there") from None
+            raise self.damaged(tail.end, "a record in it changes a value or an item that does not exist") from None
         return header, content
 
     # --- the head, without reading all records ---
@@ -382,12 +382,12 @@ class Journal:
         record = image = self._decoded(line, place)
         tail.end, tail.commit = place + len(line) + 1, record.commit
         if record.synced > place:
-            raise self.damaged(place, "a record in it does not follow the one before")
+            raise self.damaged(place, "a record in it does not follow the previous record")
         if record.head is None and record.head_at:
             there = _line_at(fd, record.head_at, tail.seed) if 0 < record.head_at < place else None
             image = record if there is None else self._decoded(there, record.head_at)
             if image.head is None:
-                raise self.damaged(record.head_at, "the record with the fields does not stand there")
+                raise self.damaged(record.head_at, "there is no record with the fields at this byte")
         try:
             header, fields = head.header, head.fields
             if image.head is not None:
@@ -416,13 +416,13 @@ class Journal:
             records, is_all = list(self._all_decoded(lines, start)), start == tail.end
             before = [tail.after] if is_all else [record.after for record in records[:1]]
             if [record.after for record in records] != [*before, *(record.crc for record in records)][:-1]:
-                raise self.damaged(start, "a record in it does not follow the one before")
+                raise self.damaged(start, "a record in it does not follow the previous record")
             if records and records[-1].counts.get(name) is None:
                 raise Overtaken(self.path)
             try:
                 found = _last_of(records, base if is_all else None, name, limit)
             except NONSENSE:
-                raise self.damaged(start, "a record in it changes what is not there") from None
+                raise self.damaged(start, "a record in it changes a value or an item that does not exist") from None
             if found is not None:
                 return found
             window *= 4

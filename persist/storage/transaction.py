@@ -175,7 +175,7 @@ class Transaction(commit.Place):
         with self.refusals():
             if self._replica is not None and disk.version_of(self.paths.document) != self._replica.version:
                 self._replica = None
-                raise OSError(None, "it was replaced, while its lock was held, by a program that did not hold that")
+                raise OSError(None, "another program replaced it without the lock")
 
     def commit(self, header: Header, content: Content, changes: tuple[Change, ...] | None = None) -> Replica:
         """Write a revision. It is durable and visible on return.

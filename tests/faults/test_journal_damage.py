@@ -357,7 +357,7 @@ def test_head_whose_fields_stand_where_no_fields_are_is_told(damaged: History) -
     first = record_of(lines[0])
     second = first | {"revision": first["revision"] + 1, "changes": [], "head_at": len(opening)}
     damaged.put(sealed(opening, [first, second]))
-    with pytest.raises(persist.CorruptSession, match="the record with the fields does not stand there"):
+    with pytest.raises(persist.CorruptSession, match="there is no record with the fields at this byte"):
         damaged.store().head("s")
 
 

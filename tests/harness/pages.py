@@ -5,7 +5,7 @@ The blocks of a page run in order, in one directory that is empty at first:
 - ``python`` runs in one process, in one namespace. A block whose first line is ``# name.py`` is written to that file
   and runs only if another block uses it.
 - ``sh`` runs in a shell, with the commands of the environment on its path.
-- ``text`` behind one of these is what it prints. An ellipsis stands for anything.
+- ``text`` behind one of these is what it prints (see `is_printed`).
 - ``console`` is for a person and does not run: an installation, say, or servers with ports of their own.
 - ``json`` shows a file.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -55,7 +56,7 @@ def blocks_of(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     found = list(_BLOCK.finditer(text))
     blocks = []
-    for this, following in zip(found, [*found[1:], None], strict=True):
+    for this, following in itertools.zip_longest(found, found[1:]):
         is_below = following is not None and following[1] == "text" and not text[this.end() : following.start()].strip()
         printed = following[2] if is_below and following is not None and this[1] in ("python", "sh") else ""
         blocks.append(Block(text.count("\n", 0, this.start()) + 1, this[1], this[2], printed))
@@ -69,9 +70,15 @@ def file_of(page: Path, name: str) -> str:
 
 
 def is_printed(shown: str, printed: str) -> bool:
-    """Tell whether a page shows what was printed. An ellipsis stands for anything on its line."""
-    pattern = ".*".join(map(re.escape, shown.rstrip("\n").split("…")))
-    return re.fullmatch(pattern, printed.rstrip("\n")) is not None
+    """Tell whether a page shows what was printed.
+
+    An ellipsis stands for anything on its line. On a line of its own it stands for any lines.
+    """
+    lines = [
+        r"(?:.*\n)*" if line == "…" else ".*".join(map(re.escape, line.split("…"))) + r"\n"
+        for line in shown.splitlines()
+    ]
+    return re.fullmatch("".join(lines), printed) is not None
 
 
 def play(page: Path, directory: Path) -> list[str]:

@@ -42,7 +42,7 @@ def test_unused_it_imports_nothing_and_makes_nothing(project: Projects) -> None:
         for each in ("gw0", "gw1", "main")
     ]
     assert done.kept == []
-    assert f"persist: what this run shares: {made.temporary.resolve()}/persist-run-" in done.printed
+    assert f"persist: shared directory of this run: {made.temporary.resolve()}/persist-run-" in done.printed
     assert "persist:" not in made.run().printed
 
 

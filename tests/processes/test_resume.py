@@ -1,4 +1,4 @@
-"""Streams that any worker can resume: the server of docs/streams.md and the example, as uvicorn processes.
+"""Streams that any worker can resume: the server of docs/events.md and the example, as uvicorn processes.
 
 The processes share one directory. The tests have a client that loses its connection again and again, a worker that is
 killed, and cursors that cannot be right. They poll the servers, with a deadline. They assert what the servers sent,
@@ -23,19 +23,13 @@ from typing import Any
 
 import pytest
 from actors import DEADLINE_S, eventually
+from harness.pages import README, ROOT, file_of
 
 import persist
 
-ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "scripts" / "example_async_server.py"
 #: The echo takes 100 ms or 10 ms a word, so it outlasts every test.
 LONG_PROMPT = " ".join(f"word{i}" for i in range(100_000))
-
-
-def app_of_the_page() -> str:
-    """Return the code blocks of docs/streams.md, which are one file."""
-    page = (ROOT / "docs" / "streams.md").read_text(encoding="utf-8")
-    return "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
 
 
 # --- a client ---------------------------------------------------------------------------------------------------------
@@ -95,7 +89,7 @@ class Server:
     def request(self, method: str, path: str, body: str | None = None) -> tuple[int, Any]:
         connection = HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
         try:
-            connection.request(method, path, body)
+            connection.request(method, path, body, {"Content-Type": "application/json"})
             response = connection.getresponse()
             return response.status, json.loads(response.read())
         finally:
@@ -189,7 +183,7 @@ def store(tmp_path: Path) -> persist.Store:
 def serve(tmp_path: Path, store: persist.Store, start_up: Callable[[list[str], int], list[Server]]) -> Serve:
     """Return a function that starts workers of the page's `app.py`, on a store with the session "s-1"."""
     store.create("s-1", {"messages": []})
-    (tmp_path / "app.py").write_text(app_of_the_page(), encoding="utf-8")
+    (tmp_path / "app.py").write_text(file_of(ROOT / "docs" / "events.md", "app.py"), encoding="utf-8")
     command = [sys.executable, "-W", "error", "-m", "uvicorn", "app:app", "--port", "0", "--no-access-log"]
     return lambda count: start_up(command, count)
 
@@ -199,6 +193,21 @@ def serve_example(store: persist.Store, start_up: Callable[[list[str], int], lis
     """Return a function that starts workers of the example script."""
     command = [sys.executable, "-W", "error", str(EXAMPLE), "--directory", str(store.path), "--delay-s", "0.01"]
     return lambda count: start_up(command, count)
+
+
+def test_server_of_the_readme_adds_messages(
+    tmp_path: Path, store: persist.Store, start_up: Callable[[list[str], int], list[Server]]
+) -> None:
+    """The FastAPI example: two workers add to one session, a repeated request adds nothing, another content is 409."""
+    (tmp_path / "app.py").write_text(file_of(README, "app.py"), encoding="utf-8")
+    one, two = start_up([sys.executable, "-W", "error", "-m", "uvicorn", "app:app", "--port", "0"], 2)
+    path, message = "/chats/user%3A7/messages", {"id": "m1", "role": "user", "content": "hi"}
+    first = one.request("POST", path, json.dumps(message))
+    assert first[0] == 200
+    assert two.request("POST", path, json.dumps(message)) == first
+    assert two.request("POST", path, json.dumps({**message, "content": "other"}))[0] == 409
+    assert two.request("POST", path, json.dumps({**message, "id": "m2"}))[0] == 200
+    assert [each["id"] for each in store.load("user:7").data["messages"]] == ["m1", "m2"]
 
 
 # --- the page's server ------------------------------------------------------------------------------------------------

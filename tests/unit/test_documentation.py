@@ -14,7 +14,7 @@ from harness.pages import KINDS, PAGES, README, ROOT, blocks_of, is_printed, pla
 
 import persist
 import persist.aio
-import persist.pytest_plugin
+from persist.pytest_plugin import plugin
 
 names = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 MAPS = (ROOT / "tests/README.md", ROOT / "scripts/README.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md")
@@ -37,8 +37,9 @@ def test_wrong_output_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("```python\nx = 1\n```\n\n```python\nprint(x)\n```\n\n```text\n2\n```\n\n```sh\nfalse\n```\n")
     assert [fault.partition("\n")[0] for fault in play(page, tmp_path)] == ["page.md:5: printed", "page.md:13: failed:"]
-    assert is_printed("a … c\n", "a b c\n")
+    assert is_printed("a … c\n…\nd\n", "a b c\n1\n2\nd\n")
     assert not is_printed("a … c\n", "a b d\n")
+    assert not is_printed("a\n…\n", "b\na\n")
 
 
 def test_installations_name_what_is_there() -> None:
@@ -106,9 +107,18 @@ def test_prose_keeps_its_rules() -> None:
 def public() -> list[tuple[str, object]]:
     """The public names: what the package and its modules hand out, with the verbs of each class."""
     found: list[tuple[str, object]] = []
-    for module in (persist, persist.aio, persist.pytest_plugin):
-        for name in persist.__all__ if module is persist else getattr(module, "__all__", ()):
-            found.append((f"{module.__name__}.{name}", getattr(module, name)))
+    found += [(f"persist.{name}", getattr(persist, name)) for name in persist.__all__]
+    own = inspect.getmembers(persist.aio, lambda member: getattr(member, "__module__", "") == "persist.aio")
+    found += [(f"persist.aio.{name}", member) for name, member in own if not name.startswith("_")]
+    fixtures = (
+        "shared_fixture",
+        "persist_once",
+        "persist_lock",
+        "persist_counter",
+        "persist_store",
+        "tmp_persist_store",
+    )
+    found += [(f"persist.pytest_plugin.{name}", getattr(plugin, name)) for name in fixtures]
     for name, value in list(found):
         if inspect.isclass(value):
             verbs = [(verb, member) for verb, member in vars(value).items() if not verb.startswith("_")]
