@@ -24,7 +24,7 @@ _HOMES = {
     "event_log": "Event",
     "follow": "Following",
     "merge": "MISSING",
-    "head": "Head",
+    "head": "Head Recent",
     "session": "Session",
     "maintenance": "Problem",
     "store": "ClearedStream Store Sweep",

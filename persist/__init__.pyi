@@ -26,6 +26,7 @@ from persist.errors import VersionMismatch as VersionMismatch
 from persist.event_log import Event as Event
 from persist.follow import Following as Following
 from persist.head import Head as Head
+from persist.head import Recent as Recent
 from persist.maintenance import Problem as Problem
 from persist.merge import MISSING as MISSING
 from persist.pytest_plugin.errors import FactoryFailed as FactoryFailed

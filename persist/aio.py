@@ -497,6 +497,7 @@ class Store(_Awaited[persist.Store]):
     load = _giving_session(_reading(persist.Store.load))
     head = _reading(persist.Store.head)
     heads = _reading(_heads)
+    recent = _reading(persist.Store.recent)
     tail = _reading(persist.Store.tail)
     exists = _reading(persist.Store.exists)
     ids = _reading(persist.Store.ids)

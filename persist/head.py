@@ -76,3 +76,22 @@ class Head:
             HeadFields(fields, found.counts),
             counts,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Recent:
+    """A page of sessions, most recently updated first. Iterate it: it yields the heads.
+
+    Attributes:
+        heads: the heads of the page.
+        cursor: the argument `before` of the next page. None if there is no further session.
+    """
+
+    heads: list[Head]
+    cursor: str | None
+
+    def __iter__(self) -> Iterator[Head]:
+        return iter(self.heads)
+
+    def __len__(self) -> int:
+        return len(self.heads)

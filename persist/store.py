@@ -15,10 +15,10 @@ from persist import backup, errors, json_codec, maintenance, streams, turn
 from persist.arguments import expanded, require_flags, require_key, require_limit, require_text, require_texts, seconds
 from persist.event_log import Event, EventFiles
 from persist.follow import Cursor, Following
-from persist.head import Head
+from persist.head import Head, Recent
 from persist.merge import Policy, check_policies
 from persist.session import Session
-from persist.storage import cache, commit, document
+from persist.storage import cache, commit, document, layout
 from persist.storage.content import ALWAYS_APART, HEADER, Content, empty, encoded
 from persist.storage.transaction import Locked, SessionFiles
 from persist.streams import Backend, Stream, StreamInfo
@@ -27,6 +27,8 @@ from persist.turn import Message
 from persist.working_copy import WorkingCopy
 
 Result = TypeVar("Result")
+#: When a session was last written, in negative nanoseconds, and the name of its files. See `SessionDirectory.marks`.
+Mark = tuple[int, str]
 _MODES = (0o600, 0o640, 0o660)
 _UNREADABLE = (errors.SessionNotFound, errors.CorruptSession, errors.UnsupportedFormat, errors.LockTimeout, OSError)
 
@@ -51,6 +53,23 @@ class Sweep:
 
     cleared: list[ClearedStream]
     failures: dict[str, Exception]
+
+
+def _mark_of(cursor: str | None) -> Mark | None:
+    """Return the mark that a cursor of `recent` stands for."""
+    require_texts(before=cursor)
+    if cursor is None:
+        return None
+    time, _, name = cursor.partition("-")
+    if not (time.isascii() and time.isdigit() and len(time) < 30 and layout.is_name(name)):
+        raise errors.InvalidArgument(what="before", got=errors.shown(cursor), expected="the cursor of a page, or None")
+    return -int(time), name
+
+
+def _page(heads: list[Head], last: Mark | None) -> Recent:
+    # Marks are a second apart at least. Within a page the heads tell the exact order.
+    heads.sort(key=lambda head: head.updated_at, reverse=True)
+    return Recent(heads, None if last is None else f"{-last[0]}-{last[1]}")
 
 
 class Store:
@@ -216,6 +235,58 @@ class Store:
         for session_id in self.ids(prefix=prefix, after=after, limit=limit):
             with suppress(*_UNREADABLE):
                 yield Head.of(session_id, files.read_head(session_id))
+
+    def recent(self, *, limit: int = 50, before: str | None = None, prefix: str = "") -> Recent:
+        """Return the heads of the sessions that were updated last, the last one first. Takes no lock.
+
+        There is no index, so nothing can drift. A commit marks the time of its session's lock file, at most once a
+        second, and this goes by these times. So the order is exact up to one second. A copy that was put back, a file
+        of another program, and files whose times a tool has set may be misplaced. None is hidden. Commits with
+        ``touch=False`` move nothing. A session that cannot be read is left out, as in `heads`.
+
+        It costs a look at each lock file of the store, and a read of each head that it returns.
+
+        Args:
+            limit: how many heads to return at most.
+            before: the `cursor` of the page before. None begins with the first page.
+            prefix: return only sessions whose ids begin with it.
+
+        Raises:
+            InvalidArgument: `before` is no cursor.
+            Unreadable: the directory cannot be read.
+
+        Example:
+            >>> import persist, tempfile
+            >>> store = persist.Store(tempfile.mkdtemp())
+            >>> for name in ("a", "b", "c"):
+            ...     session = store.create(name)
+            >>> page = store.recent(limit=2)
+            >>> len(page), [head.id for head in store.recent(before=page.cursor)] != []
+            (2, True)
+        """
+        require_limit(limit, may_be_none=False)
+        require_text("prefix", prefix)
+        files, place = self._open().files, _mark_of(before)
+        heads: list[Head] = []
+        last = None
+        for mark, session_id in self._marked():
+            if (place is not None and mark <= place) or not session_id.startswith(prefix):
+                continue
+            if len(heads) >= limit:
+                # There is one more, or an unreadable one, which the next page leaves out.
+                return _page(heads, last)
+            with suppress(*_UNREADABLE):
+                heads.append(Head.of(session_id, files.read_head(session_id)))
+                last = mark
+        return _page(heads, None)
+
+    def _marked(self) -> Iterator[tuple[Mark, str]]:
+        """Yield the mark of each session and its id, the last one first."""
+        files = self._open().files
+        for mark in files.marks():
+            session_id = files.id_of(mark[1]) if layout.is_name(mark[1]) else None
+            if session_id is not None:
+                yield mark, session_id
 
     def tail(self, session_id: str, *, limit: int = 20, field: str = turn.MESSAGES) -> list[Any]:
         """Return the last items of a list, and read no more than needed. Takes no lock and never writes.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -179,16 +180,19 @@ _ENTRY = tuple(each.name for each in fields(Entry))
 
 @persist.command(epilog="Example: persist ls var/sessions --json | jq -r '.[] | select(.stream == \"stale\") | .id'")
 @store_argument
+@click.option("--recent", is_flag=True, help="List the sessions that were updated last first.")
+@click.option("--limit", type=click.IntRange(0), help="List so many sessions at most.")
 @json_option
 @click.pass_context
-def ls(ctx: click.Context, store: Store, as_json: bool) -> None:
-    """List the sessions.
+def ls(ctx: click.Context, store: Store, recent: bool, limit: int | None, as_json: bool) -> None:
+    """List the sessions, in the order of their ids.
 
     Each row shows the state of the session's stream: none, live, stale (its process is dead), or unknown (its lock
     could not be taken). A session that cannot be read is shown with its error, and the exit status is then 1. `check`
     finds damage among the messages.
     """
-    entries = _entries(ctx, store)
+    ids: Iterable[str] = (session_id for _, session_id in store._marked()) if recent else store.ids()
+    entries = itertools.islice(_entries(ctx, store, ids), limit)
     if as_json:
         print_pieces(_json_entries(entries))
     else:
@@ -196,8 +200,8 @@ def ls(ctx: click.Context, store: Store, as_json: bool) -> None:
     _leave(ctx)
 
 
-def _entries(ctx: click.Context, store: Store) -> Iterator[Entry]:
-    for session_id in store.ids():
+def _entries(ctx: click.Context, store: Store, ids: Iterable[str]) -> Iterator[Entry]:
+    for session_id in ids:
         entry = _entry(store, session_id)
         if entry is not None:
             if entry.error is not None:

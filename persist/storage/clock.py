@@ -19,3 +19,7 @@ from functools import partial
 now_s: Callable[[], float] = (
     partial(time.clock_gettime, time.CLOCK_MONOTONIC) if hasattr(time, "clock_gettime") else partial(time.monotonic)
 )
+#: Nanoseconds since the epoch, by the clock that stamps files.
+file_time_ns: Callable[[], int] = (
+    partial(time.clock_gettime_ns, time.CLOCK_REALTIME) if hasattr(time, "clock_gettime") else partial(time.time_ns)
+)

@@ -6,6 +6,7 @@ Readers take no lock. They see some committed revision of each session, never ha
 from __future__ import annotations
 
 import contextlib
+import heapq
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -222,6 +223,33 @@ class SessionDirectory:
         """Return the ids of all sessions, sorted."""
         names = [name.removesuffix(layout.DOCUMENT) for name in self.names() if name.endswith(layout.DOCUMENT)]
         return sorted(filter(None, map(self.id_of, names)))
+
+    def marks(self) -> Iterator[tuple[int, str]]:
+        """Yield how long ago each session was last written, with its name: the last one first.
+
+        The number is the time in nanoseconds since the epoch, negative, so that marks sort in their order.
+
+        The time is the lock file's, which a commit marks at most once a second. A session without a lock file (a copy
+        that was put back, another program's file) has the time of its document.
+        """
+        try:
+            times, others = disk.modified_times(self.layout.directory, f"{layout.DOCUMENT}{layout.LOCK}")
+            self.require_same(is_missing=not times and not others)
+            # With 50,000 sessions the names are not decoded here. The caller decodes those that it needs.
+            names = {name.removesuffix(layout.DOCUMENT) for name in others if name.endswith(layout.DOCUMENT)}
+            found = {name: times[name] for name in names & times.keys()}
+            for name in filter(layout.is_name, names - times.keys()):
+                with contextlib.suppress(FileNotFoundError):
+                    found[name] = disk.version_of(self.layout.named(name, None).document)[2]
+        except PersistError:
+            raise
+        except OSError as error:
+            raise Unreadable.because(self.layout.directory, error) from error
+        # With 50,000 sessions a heap costs less than to sort all of them.
+        heap = [(-time_ns, name) for name, time_ns in found.items()]
+        heapq.heapify(heap)
+        while heap:
+            yield heapq.heappop(heap)
 
     def id_of(self, name: str) -> str | None:
         """Return the session id of a name, or None. A document or a lease holds the id of a hashed name."""

@@ -236,6 +236,29 @@ def set_modified_now(path: StrPath) -> None:
     os.utime(path, follow_symlinks=os.name != "posix")
 
 
+def touch(file: StrPath | int) -> None:
+    """Give an open file the time of now. Nothing is synced."""
+    os.utime(file)
+
+
+def modified_times(directory: StrPath, ending: str) -> tuple[dict[str, int], list[str]]:
+    """Return when the files with that ending were last written, in nanoseconds, and the names of all others.
+
+    No other file is looked at, because a look at a journal's times can make its next sync dearer (see `open_unseen`).
+    """
+    times: dict[str, int] = {}
+    others: list[str] = []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            name = entry.name
+            if not name.endswith(ending):
+                others.append(name)
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                times[name.removesuffix(ending)] = entry.stat(follow_symlinks=False).st_mtime_ns
+    return times, others
+
+
 def kernel_time(directory: StrPath) -> float:
     """Return the time of the clock that stamps files, from a stamp on a directory. No Python tool moves this clock."""
     os.utime(directory, follow_symlinks=os.name != "posix")

@@ -34,11 +34,12 @@ class HeldFile:
     exception may come between any two steps.
 
     Attributes:
+        status: the system's answer about the file when it was opened.
         is_dropped: whether the finaliser has closed it. In a cycle of garbage, this finaliser may run before the
             finaliser of the file's owner.
     """
 
-    __slots__ = ("_file", "_is_locked", "fd", "is_dropped", "path", "pid")
+    __slots__ = ("_is_locked", "fd", "is_dropped", "path", "pid", "status")
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class HeldFile:
         self.pid = os.getpid()
         self._is_locked = self.is_dropped = False
         with table:
-            self.fd, self._file = disk.open_known(path, flags, before_create, mode)
+            self.fd, self.status = disk.open_known(path, flags, before_create, mode)
             _descriptors.add(self.fd)
 
     @property
@@ -66,11 +67,16 @@ class HeldFile:
             self._is_locked = self._is_locked or lock_descriptor(self.fd, blocking=False)
         # A waiter may lock a file that its holder has just unlinked. The number of links would not tell that, because a
         # backup may hold a hard link.
-        return self._is_locked and disk.bears_name(self._file, self.path)
+        return self._is_locked and disk.bears_name(self.status, self.path)
 
     def bears_name(self) -> bool:
         """Tell whether the path still leads to this file."""
-        return disk.bears_name(self._file, self.path)
+        return disk.bears_name(self.status, self.path)
+
+    def touch(self) -> None:
+        """Give the file the time of now. An error is ignored, because the time is only a hint."""
+        with suppress(OSError):
+            disk.touch(self.fd if os.utime in os.supports_fd else self.path)
 
     def close(self) -> None:
         """Unlock and close the file, once. In a forked child nothing is left to close."""

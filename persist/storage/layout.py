@@ -35,7 +35,7 @@ EVENTS = ".events"
 #: This file marks a directory of copies, and names the store that was copied.
 BACKUP = ".backup"
 DOCUMENT = ".json"
-_LOCK = ".lock"
+LOCK = ".lock"
 TEMP = ".tmp"
 _DAMAGED = ".damaged"
 _JOURNAL = re.compile(r"(?P<name>[^.]+)\.(?P<journal>[0-9a-f]{16})\.journal")
@@ -146,7 +146,7 @@ class SessionPaths:
         # `os.path.join` is not used, because it would take most of the time of a list of 50,000 sessions.
         inside = directory if directory.endswith(os.sep) else f"{directory}{os.sep}"
         document, leases, events = f"{inside}{name}{DOCUMENT}", f"{inside}{LEASES}", f"{inside}{EVENTS}{os.sep}{name}."
-        return cls(directory, name, file_id, document, f"{document}{_LOCK}", f"{document}{TEMP}", leases, events)
+        return cls(directory, name, file_id, document, f"{document}{LOCK}", f"{document}{TEMP}", leases, events)
 
     def journal(self, journal: str) -> str:
         return f"{self.document.removesuffix(DOCUMENT)}.{journal}.journal"
@@ -197,6 +197,11 @@ def temp_of(events: str) -> str:
     return f"{events}{TEMP}"
 
 
+def is_name(name: str) -> bool:
+    """Tell whether a session's files may bear that name."""
+    return name_of_document(f"{name}{DOCUMENT}") is not None
+
+
 def name_of_document(file_name: str) -> str | None:
     """Return the name of the session whose document has this file name, or None."""
     name = file_name.removesuffix(DOCUMENT)
@@ -208,7 +213,7 @@ def name_of_leftover(file_name: str) -> tuple[str, bool] | None:
 
     The name comes with the answer whether the file is the temporary one.
     """
-    for suffix in (f"{DOCUMENT}{_LOCK}", f"{DOCUMENT}{TEMP}"):
+    for suffix in (f"{DOCUMENT}{LOCK}", f"{DOCUMENT}{TEMP}"):
         name = file_name.removesuffix(suffix)
         if name != file_name and is_ours(name):
             return name, suffix.endswith(TEMP)

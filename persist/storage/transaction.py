@@ -25,6 +25,7 @@ from persist.errors import CorruptSession, LockError, MergeConflict, PersistErro
 from persist.log import log
 from persist.storage import commit, diff, disk, lock
 from persist.storage.cache import Replica
+from persist.storage.clock import file_time_ns
 from persist.storage.content import Content
 from persist.storage.diff import Change
 from persist.storage.directory import SessionDirectory, is_left_over, mislabelled, missing_journal, raise_typed
@@ -38,6 +39,8 @@ Found = TypeVar("Found")
 #: How often a reader whose journal has vanished starts over before it takes the lock.
 READ_ATTEMPTS = 3
 READ_ATTEMPTS_IN_A_LOCK, READ_PAUSE_S = 20, 0.001
+#: A lock file whose time is younger gets no other one.
+_MARK_NS = 1_000_000_000
 
 
 class Transaction(commit.Place):
@@ -200,6 +203,12 @@ class Transaction(commit.Place):
             if self._fd < 0:
                 with self.refusals():
                     self._fd = disk.open_unseen(self.paths.journal(before.tail.name), os.O_RDWR)
+        if before is None or header.updated_at != before.header.updated_at:
+            # `recent` goes by the time of the lock file. The mark comes first, because a process that is killed between
+            # the two must not leave a session that looks older than it is.
+            held = self._held
+            if held is not None and not 0 <= file_time_ns() - held.status.st_mtime_ns < _MARK_NS:
+                held.touch()
         after = commit.commit(self, before, header, content, changes or (), self._fd)
         if before is not None and before.tail is after.tail:
             self._replica = after

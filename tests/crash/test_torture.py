@@ -81,6 +81,7 @@ OLD_TITLE = (
 UNCOUNTED = ("merge.py", "total = t + (m - (b or 0))", "total = max(t, m)")
 UNMARKED = ("turn.py", "messages[place][INTERRUPTED] = True", "pass")
 NOT_MIRRORED = ("turn.py", '["pending_user_message"] = prompt.get("content")', '["pending_user_message"] = ""')
+NO_MARK = ("storage/transaction.py", "                held.touch()\n", "                pass\n")
 
 # Mutations of journals.
 TRUSTS_ITS_END = (
@@ -158,6 +159,7 @@ def test_nothing_acknowledged_is_lost_torn_or_doubled_by_kills(
         pytest.param(UNCOUNTED, 150, {"lost"}, id="one-of-two-visits-is-not-counted"),
         # The finding is torn where others had to mark the turn of a dead process.
         pytest.param(UNMARKED, 40, {"lost", "torn"}, id="no-mark-on-an-interrupted-turn"),
+        pytest.param(NO_MARK, 150, {"misplaced"}, id="commits-leave-the-time-of-the-lock-alone"),
         pytest.param(NOT_MIRRORED, 40, {"lost"}, id="a-prompt-missing-from-the-stream-fields"),
     ],
 )

@@ -167,6 +167,7 @@ class Figures:
     doubled: int = 0
     stuck: int = 0
     stray: int = 0
+    misplaced: int = 0
     raised: int = 0
     idle: int = 0
     worked: set[str] = field(default_factory=set)
@@ -177,14 +178,16 @@ class Figures:
         return not self.findings
 
     def found(self, kind: str, what: str, count: int = 1) -> None:
-        """Count a broken promise of the kind "lost", "torn", "doubled", "stuck", "stray", "raised" or "idle"."""
+        """Count a broken promise of the kind "lost", "torn", "doubled", "stuck", "stray", "misplaced", "raised" or
+        "idle".
+        """
         setattr(self, kind, getattr(self, kind) + count)
         self.findings.append(f"{kind}: {what}")
 
     def shown(self, crashes: str) -> str:
         """Return the counts in one line. `crashes` is the word of this harness for its crashes."""
         names = ("begun", "acknowledged", "events", "looks", "entered", "left")
-        faults = ("lost", "torn", "doubled", "stuck", "stray", "raised", "idle")
+        faults = ("lost", "torn", "doubled", "stuck", "stray", "misplaced", "raised", "idle")
         return ", ".join(
             [f"{self.crashes:,} {crashes}", *(f"{getattr(self, name):,} {name}" for name in names + faults)]
         )
@@ -431,6 +434,26 @@ def settle(store: persist.Store, figures: Figures) -> None:
         figures.found("stuck", problem.message)
     for name in stray_files(store.path):
         figures.found("stray", name)
+
+
+#: How much older than the last commit a mark may be, and the tick of the clock that stamps files.
+MARK_NS = 1_000_000_000 + 20_000_000
+
+
+def misplaced(store: persist.Store) -> Iterator[str]:
+    """Yield what `recent` hides, makes up or places too late, compared with a full scan. No author may be alive."""
+    ids, cursor = [], None
+    while True:
+        page = store.recent(limit=7, before=cursor)
+        ids += [head.id for head in page]
+        if (cursor := page.cursor) is None:
+            break
+    if sorted(ids) != store.ids():
+        yield f"recent shows {sorted(ids)} of {store.ids()}"
+    for (negative_ns, _), session_id in store._marked():
+        updated_ns = int(store.head(session_id).updated_at.timestamp() * 1e9)
+        if -negative_ns < updated_ns - MARK_NS:
+            yield f"{session_id} was updated {(updated_ns + negative_ns) / 1e9:.3f} s after its mark"
 
 
 def _try_again(store: persist.Store, session_id: str) -> None:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness.acknowledged import Figures
+from harness.acknowledged import Figures, misplaced
 from harness.authors import Hand, garden, look, own, sweep, write
 from harness.runs import Plan, Run, arguments_of, existing_directory, positive
 from harness.watch import Watch
@@ -53,6 +53,8 @@ class Torture(Run):
         watch.blame()
         watch.look()
         watch.settle()
+        for what in misplaced(watch.store):
+            self.figures.found("misplaced", what)
         watch.look()
         return self.figures
 
