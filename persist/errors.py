@@ -165,7 +165,7 @@ class NotJSON(PersistError, ValueError):
     """A value that JSON cannot give back exactly as it was. Nothing was written."""
 
     template = "{where} cannot be kept as JSON: {reason}"
-    remedy = "Nothing was written. Correct the value, and repeat the verb."
+    remedy = "Nothing was written. Correct the value, and repeat the verb: save(), say."
     path: ValuePath  # type: ignore[assignment]
 
     def __init__(self, **facts: Any) -> None:

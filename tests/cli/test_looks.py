@@ -315,7 +315,7 @@ LONG: list[tuple[tuple[str, ...], str]] = [
     (("check",), "3 of 9 sessions checked. Nothing was changed."),
     (("clear-stale", "--every-session"), "3 of 9 sessions looked at. 3 streams were cleared."),
     (("accept", *(f"n{number}" for number in range(9))), "sessions accepted or named."),
-    (("backup", "COPY"), "3 of 9 sessions copied or found unchanged. What is copied is whole."),
+    (("backup", "COPY"), "3 of 9 sessions copied or found unchanged. The finished copies are whole."),
 ]
 
 

@@ -42,7 +42,7 @@ DAMAGE: dict[str, tuple[Spoil, str]] = {
     "JSONL of numbers": (lambda _: b"1\n2\n", "one JSON value a line: it is JSONL"),
     "JSONL that was cut off": (lambda _: LINES + b'{"id":', "one JSON value a line: it is JSONL"),
     "JSONL behind a blank line": (lambda _: b"\n" + LINES, "one JSON value a line: it is JSONL"),
-    "two documents": (lambda _: PLAIN + PLAIN, "something stands behind its JSON"),
+    "two documents": (lambda _: PLAIN + PLAIN, "there is more text behind its JSON value"),
     "a line of text behind it": (lambda _: PLAIN + b"\noops", "not JSON, or it was cut off"),
     "a list": (lambda _: json.dumps(GOOD["messages"]).encode(), "not an object"),
     "a text": (lambda _: b'"hello"', "not an object"),
@@ -53,7 +53,7 @@ DAMAGE: dict[str, tuple[Spoil, str]] = {
     "a flipped bit": (lambda text: text.replace(b"hello", b"hellp"), "checksum does not match"),
     "edited": (lambda text: text.replace(b'"t"', b'"u"'), "checksum does not match"),
     "another header": (lambda text: text.replace(b'"revision":1', b'"revision":9'), "checksum does not match"),
-    "a key twice": (lambda _: b'{"a":1,"a":2}', "a key stands twice"),
+    "a key twice": (lambda _: b'{"a":1,"a":2}', "an object has the same key twice"),
 }
 each_damage = pytest.mark.parametrize(("spoil", "told"), DAMAGE.values(), ids=DAMAGE)
 
@@ -361,7 +361,7 @@ LOSSES = (
     *(gone, moved, made_anew, empty_in_its_place, a_copy_in_its_place, another_store_in_its_place),
     *(a_link_that_leads_elsewhere, mounted_over),
 )
-LOST = r"it is gone|it is another directory than the one"
+LOST = r"it is gone|it is not the directory that this store opened"
 
 LOST_VERBS: dict[str, Callable[[persist.Store, persist.Session], object]] = {
     "ids": lambda store, _: store.ids(),

@@ -177,7 +177,7 @@ def test_producer_that_died_is_reported_and_teardowns_run(project: Projects) -> 
     assert "conftest.py::server: gw" in done.printed
     assert "died before the end: what follows its yield did not run." in done.printed
     assert [line for line in done.journal if line.startswith("drop")] == ["drop disk", "drop network"]
-    assert f"is kept in {done.kept[0]}" in done.printed
+    assert f"is kept: {done.kept[0]}" in done.printed
 
 
 ENDS = """

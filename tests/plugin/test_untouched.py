@@ -80,7 +80,7 @@ def test_state_belongs_to_one_run(project: Projects) -> None:
     first, second = made.run(*again), made.run(*again)
     assert first.journal == second.journal == ["make"]
     assert len(second.kept) == 2
-    assert f"what this run shared is kept in {first.kept[0]}" in first.printed
+    assert f"the shared directory of this run is kept: {first.kept[0]}" in first.printed
     assert (first.kept[0] / "store" / "s-1.json").exists()
     assert first.kept[0].stat().st_mode & 0o777 == 0o700
 

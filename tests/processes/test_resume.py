@@ -311,7 +311,7 @@ def test_second_turn_is_refused_by_every_worker(serve: Serve, store: persist.Sto
     stream_id = a.start(LONG_PROMPT)
     refused = [worker.request("POST", "/chat/s-1", "me too") for worker in (a, b)]
     assert refused == [(409, {"error": "SessionBusy"})] * 2
-    assert b.request("POST", "/chat/s-2", "hello") == (404, {"error": "SessionNotFound"})
+    assert b.request("GET", "/events/s-2/x", None) == (404, {"error": "SessionNotFound"})
     session = store.load("s-1")
     assert (session.active_stream_id, len(session.data["messages"])) == (stream_id, 1)
 

@@ -321,7 +321,7 @@ CASES: dict[type[persist.PersistError], tuple[Case, ...]] = {
     errors.LockError: (
         Case(
             nested_lock,
-            ("holds the lock of session 's'", "that of 'other'", "Leave the transaction() or update() first"),
+            ("holds the lock of session 's'", "the lock of session 'other'", "Leave the transaction() or update() first"),
             {"session_id": "other", "held": "s", "kind": "nested"},
             RuntimeError,
         ),
@@ -368,7 +368,7 @@ CASES: dict[type[persist.PersistError], tuple[Case, ...]] = {
     errors.EventsNotFound: (
         Case(
             lambda scene: scene.store.follow("s", "t9"),
-            ("stream 't9' of session 's'", str(EVENTS / "s.t9"), "does not exist", "Load the session"),
+            ("Stream 't9' of session 's'", str(EVENTS / "s.t9"), "does not exist", "Load the session"),
             {"session_id": "s", "stream_id": "t9", "path": EVENTS / "s.t9", "count": None},
             KeyError,
         ),

@@ -438,7 +438,7 @@ def _emit_under(fault: Fault, store: persist.Store, *, is_first: bool, durable: 
             said.append("tried")
         else:
             assert injection.hits, error
-            assert isinstance(error, OSError if is_first else persist.EmitFailed), fault
+            assert isinstance(error, (OSError, persist.LockError) if is_first else persist.EmitFailed), fault
             assert isinstance(error, persist.PersistError), fault
         # The event was written, but not synced, so it may be in the file.
         may_stand = error is not None and durable

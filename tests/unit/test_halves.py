@@ -128,7 +128,7 @@ def test_another_order_of_keys_beside_halves_is_no_change(store: persist.Store) 
 )
 def test_two_keys_that_become_one_are_refused(data: dict[str, Any], store: persist.Store) -> None:
     """Two keys that would become one are refused, because one of their values would be lost."""
-    with pytest.raises(persist.NotJSON, match="two keys in it are one"):
+    with pytest.raises(persist.NotJSON, match="two of its keys become the same"):
         store.create("s", data)
     assert store.ids() == []
 

@@ -1109,7 +1109,7 @@ def test_document_that_is_replaced_under_its_lock_is_an_error(directory: Path, m
         put_back()
         tx.data["title"] = "new"
 
-    with pytest.raises(persist.CommitFailed, match="replaced, while its lock was held"):
+    with pytest.raises(persist.CommitFailed, match="another program replaced it"):
         if has_block:
             with store.transaction("s") as tx:
                 put_back()

@@ -326,7 +326,7 @@ def test_keys_that_would_be_one_are_refused(value: Any) -> None:
     """Two keys that would become one are refused, because one of the two values would be lost.
     The error names the caller's path.
     """
-    with pytest.raises(NotJSON, match="two keys in it are one") as caught:
+    with pytest.raises(NotJSON, match="two of its keys become the same") as caught:
         json_codec.encode(value, ("title",))
     assert caught.value.path == ("title",)
 
@@ -383,7 +383,7 @@ def test_values_have_one_canonical_text_exactly_if_they_are_the_same(one: Any, o
 
 # --- files that no checksum vouches for -------------------------------------------------------------------------------
 
-TWICE = "a key stands twice"
+TWICE = "an object has the same key twice"
 NOT_JSON = "not JSON, or it was cut off"
 DEEP = "nested deeper than 200 levels"
 RANGE = "a number is out of range"
@@ -416,8 +416,8 @@ UNREADABLE = [
     ("cut off inside a string", b'{"a":"bc', NOT_JSON, 5),
     ("cut off inside a list", b"[1,2", NOT_JSON, 4),
     ("cut off behind letters of three bytes", '["日本"'.encode(), NOT_JSON, 9),
-    ("something after the value", b'{"a":1} x', "something stands behind", 8),
-    ("two values", b"{}{}", "something stands behind", 2),
+    ("something after the value", b'{"a":1} x', "there is more text behind", 8),
+    ("two values", b"{}{}", "there is more text behind", 2),
     # Python 3.13 names the comma as the fault. Earlier versions name the place where a value should follow.
     ("a comma too many", b"[1,]", NOT_JSON, 2 if sys.version_info >= (3, 13) else 3),
     ("a key without quotes", b"{a:1}", NOT_JSON, 1),
