@@ -100,9 +100,9 @@ class Store:
         create: False opens a directory that must exist, and creates nothing in it until something is written.
 
     Raises:
-        InvalidArgument: an argument is not what it must be.
+        InvalidArgument: an argument is not what it must be, or the directory is on a file system where locks or fsync
+            do not hold (nfs, cifs, virtiofs, say).
         Unreadable: the disk or its permissions refused.
-        InvalidArgument: the directory is on a file system where locks or fsync do not hold (nfs, cifs, virtiofs, say).
 
     Example:
         >>> import persist, tempfile

@@ -330,7 +330,9 @@ def raise_typed(error: BaseException, session_id: str, path: str) -> None:
     if isinstance(error, json_codec.Undecodable):
         raise mislabelled(path, session_id) from None
     if isinstance(error, OSError) and not isinstance(error, PersistError):
-        raise Unreadable.because(path, error) from error
+        # The file that refused may be the journal.
+        refused = error.filename if isinstance(error.filename, str) else path
+        raise Unreadable.because(refused, error) from error
 
 
 def _refuse_other_case(directory: str, session_id: str, mine: str) -> None:

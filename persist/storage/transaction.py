@@ -321,7 +321,12 @@ class SessionFiles(SessionDirectory):
 
     def read_last(self, session_id: str, name: str, limit: int) -> list[Any]:
         """Read the last items of a list, without a lock."""
-        return self._not_overtaken(session_id, lambda session_id: self.read_last_now(session_id, name, limit))
+        try:
+            return self._not_overtaken(session_id, lambda session_id: self.read_last_now(session_id, name, limit))
+        except CorruptSession:
+            # The end of the file was read without its checksum. The whole tells what is wrong, an edit by hand say.
+            self.read(session_id)
+            raise
 
     def _not_overtaken(self, session_id: str, look: Callable[[str], Found]) -> Found:
         """Read again when a fold comes between document and journal. If that happens each time, take the lock."""

@@ -207,4 +207,5 @@ def run(directory: Path, progress: Progress) -> Part:
 
 
 def _shown(waits: list[float]) -> str:
-    return f"after {statistics.median(waits) * 1000:.0f} ms" if waits else "never"
+    # Nothing tells others that the turn is dead, so the session stays busy.
+    return f"after {statistics.median(waits) * 1000:.0f} ms" if waits else "never: it looks busy"

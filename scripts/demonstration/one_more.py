@@ -65,7 +65,7 @@ def run(directory: Path, progress: Progress) -> Part:
     count, medians = ROUNDS * TIMES, {name: statistics.median(each) for name, each in seconds.items()}
     is_whole = store.load(SESSION).data["messages"] == [_message(number) for number in range(LENGTH + count)]
     return Part(
-        title=f"One more message in a conversation of {LENGTH:,}, on the disk when the call returns",
+        title=f"One more message in a conversation of {LENGTH:,}, and wait until it is on the disk",
         ways=tuple(ways),
         rows={f"milliseconds, median of {count}": tuple(f"{median * 1000:.2f}" for median in medians.values())},
         figures={"messages": LENGTH, "median s": medians},

@@ -85,9 +85,9 @@ def run(directory: Path, progress: Progress) -> Part:
         counts[1] += orphaned(store)
         progress(number / ROUNDS)
     return Part(
-        title=f"A stale stream is cleared while a new turn starts, {ROUNDS} times",
+        title=f"A dead turn is cleared while a new turn starts, {ROUNDS} times",
         ways=(NAIVE, OURS),
-        rows={"live turns orphaned": (str(counts[0]), str(counts[1]))},
+        rows={f"running turns that were cleared, of {ROUNDS}": (str(counts[0]), str(counts[1]))},
         figures={"rounds": ROUNDS, "orphaned": {"naive": counts[0], "persist": counts[1]}},
-        broken=[f"{counts[1]} live turns were orphaned"] if counts[1] else [],
+        broken=[f"{counts[1]} running turns were cleared"] if counts[1] else [],
     )

@@ -36,5 +36,5 @@ class Part:
 
 
 #: The column of the naive code.
-NAIVE = "load, change, write"
+NAIVE = "read, change, write"
 OURS = "persist"

@@ -56,7 +56,7 @@ PLANTED = [
         "streams.py",
         "if not _is_same(active, stream_id) or incarnation",
         "if incarnation",
-        "live turns were orphaned",
+        "running turns were cleared",
     ),
     (
         "killed",
@@ -101,7 +101,7 @@ def test_promise_that_did_not_hold_is_the_exit_status(
     result = CliRunner().invoke(command.run, [*options, "--directory", str(tmp_path / "files")])
     assert result.exit_code == command.BROKEN
     assert "1 of 800 messages were lost" in result.stdout
-    assert "held in all parts" not in result.stdout
+    assert "lost nothing" not in result.stdout
 
 
 def test_directory_with_files_is_refused(tmp_path: Path) -> None:

@@ -201,13 +201,13 @@ def test_server_of_the_readme_adds_messages(
     """The FastAPI example: two workers add to one session, a repeated request adds nothing, another content is 409."""
     (tmp_path / "app.py").write_text(file_of(README, "app.py"), encoding="utf-8")
     one, two = start_up([sys.executable, "-W", "error", "-m", "uvicorn", "app:app", "--port", "0"], 2)
-    path, message = "/chats/user%3A7/messages", {"id": "m1", "role": "user", "content": "hi"}
+    path, message = "/messages/user:7/chat", {"id": "m1", "role": "user", "content": "hi"}
     first = one.request("POST", path, json.dumps(message))
     assert first[0] == 200
     assert two.request("POST", path, json.dumps(message)) == first
     assert two.request("POST", path, json.dumps({**message, "content": "other"}))[0] == 409
     assert two.request("POST", path, json.dumps({**message, "id": "m2"}))[0] == 200
-    assert [each["id"] for each in store.load("user:7").data["messages"]] == ["m1", "m2"]
+    assert [each["id"] for each in store.load("user:7/chat").data["messages"]] == ["m1", "m2"]
 
 
 # --- the page's server ------------------------------------------------------------------------------------------------
