@@ -32,7 +32,9 @@ DEADLINE_S = 120
 NO_FILE_SYNC = ("storage/commit.py", "        disk.sync(fd)\n", "")
 NO_DIRECTORY_SYNC = (
     "storage/commit.py",
-    "        # 6. The rename becomes durable.\n        try:\n            disk.sync_directory(paths.directory, directory)\n",
+    "        # 6. The rename becomes durable.\n"
+    "        try:\n"
+    "            disk.sync_directory(paths.directory, directory)\n",
     "        try:\n            pass\n",
 )
 NO_SYNC_OF_A_DELETE = (

@@ -321,7 +321,7 @@ CASES: dict[type[persist.PersistError], tuple[Case, ...]] = {
     errors.LockError: (
         Case(
             nested_lock,
-            ("holds the lock of session 's'", "the lock of session 'other'", "Leave the transaction() or update() first"),
+            ("holds the lock of session 's'", "lock of session 'other'", "Leave the transaction() or update() first"),
             {"session_id": "other", "held": "s", "kind": "nested"},
             RuntimeError,
         ),
