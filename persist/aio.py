@@ -463,6 +463,7 @@ class _Options(TypedDict, total=False):
     merge: Mapping[str, Policy] | None
     keep_events_s: float
     keep_events_bytes: int | None
+    answer_tool_calls: bool
     cache_bytes: int
     unsafe_filesystem: bool
     mode: int
@@ -508,6 +509,7 @@ class Store(_Awaited[persist.Store]):
     update = _writing(persist.Store.update)
     append = _writing(persist.Store.append)
     extend = _writing(persist.Store.extend)
+    repair = _writing(persist.Store.repair)
 
     start_stream = _starting(persist.Store.start_stream)
 

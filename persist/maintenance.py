@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from persist import errors, streams, turn
+from persist import errors, json_codec, streams, tool_calls, turn
 from persist.storage import disk, layout
+from persist.storage.content import Content, Items
 from persist.storage.directory import SessionDirectory, is_left_over
 from persist.storage.document import Header
 from persist.storage.transaction import Transaction
@@ -22,13 +23,16 @@ from persist.working_copy import WorkingCopy
 Found = TypeVar("Found")
 #: The order of the problems of a store. The problems of documents come first, and foreign files come last.
 _ORDER = ("left-over", "orphaned", "foreign")
+#: So many ids of tool calls are shown.
+_MOST_IDS = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """A problem that `Store.check` has found.
 
-    `kind` is "corrupt", "unsupported", "unreadable", "locked", "stale", "left-over", "orphaned" or "foreign". A foreign
+    `kind` is "corrupt", "unsupported", "unreadable", "locked", "stale", "unanswered-tools", "orphaned-tools",
+    "left-over", "orphaned" or "foreign". A foreign
     file is not of `persist`, and no fault of the store. Its `session_id` is its name, without ".json".
     """
 
@@ -108,7 +112,7 @@ def _problems(backend: streams.Backend, name: str, its: _Files, *, has_streams: 
             found = files.read(session_id)
             is_odd = its.has_lock and not disk.is_plain(files.layout.named(name, None).lock)
             has_stream = has_streams and turn.active_stream(WorkingCopy(found).fields) is not None
-            is_suspect = is_odd or its.has_temp or has_stream
+            is_suspect = is_odd or its.has_temp or has_stream or bool(_tool_call_faults(found.content))
             if not is_suspect and all(journal == found.header.journal for _, journal in its.journals):
                 return
         except (errors.PersistError, OSError) as error:
@@ -153,8 +157,7 @@ def _judged(
         else:
             try:
                 header = tx.undisturbed(files.read_now).header
-                if has_streams and (stale := _stale(files, tx)) is not None:
-                    yield stale
+                yield from _of_turns(files, tx, has_streams=has_streams)
             except errors.SessionNotFound:
                 # A program that heeds no lock has removed it just now.
                 has_document = False
@@ -177,10 +180,41 @@ def _judged(
     # A lock file without a session is no problem. It holds nothing, and it is gone when this lock is given up.
 
 
-def _stale(files: SessionDirectory, tx: Transaction) -> Problem | None:
+def _tool_call_faults(content: Content) -> list[tool_calls.ToolCallFault]:
+    """Return what is wrong with the tool calls of a session. Messages without any are not decoded."""
+    messages = content.apart.get(turn.MESSAGES)
+    if not isinstance(messages, Items) or not any(map(tool_calls.may_have_calls, messages)):
+        return []
+    return tool_calls.faults(list(map(json_codec.decode, messages)))
+
+
+def _of_turns(files: SessionDirectory, tx: Transaction, *, has_streams: bool) -> Iterator[Problem]:
+    """Tell what turns have left in a session. A live one is still at work."""
     info = streams.look_at(tx)
-    if info is None or info.is_live:
-        return None
+    if info is not None and info.is_live:
+        return
+    if info is not None and has_streams:
+        yield _stale(files, tx, info)
+    yield from _unmatched(files, tx)
+
+
+def _unmatched(files: SessionDirectory, tx: Transaction) -> Iterator[Problem]:
+    """Name the tool calls without a result, and the results without a call, in a problem each."""
+    faults = _tool_call_faults(tx.read().content)
+    repair = layout.command("repair", files.layout.directory, tx.session_id)
+    texts = {
+        "unanswered": f"tool calls have no result, so a provider may refuse the conversation. {repair} answers them.",
+        "orphaned": "results of tools have no call before them. Remove them with store.transaction().",
+    }
+    for kind, text in texts.items():
+        ids = [fault.call_id or "without an id" for fault in faults if fault.kind == kind]
+        if ids:
+            some = ", ".join(ids[:_MOST_IDS]) + (", …" if len(ids) > _MOST_IDS else "")
+            message = f"Session {tx.session_id!r}: {len(ids)} {text} ({some})"
+            yield Problem(tx.session_id, f"{kind}-tools", Path(tx.paths.document), message)
+
+
+def _stale(files: SessionDirectory, tx: Transaction, info: streams.StreamInfo) -> Problem:
     # A sweep looks at the leases, and another program's streams have none.
     has_lease = layout.is_stream_id(info.stream_id) and disk.exists(tx.paths.lease(info.stream_id))
     option = "" if has_lease else " --every-session"

@@ -89,6 +89,9 @@ class Store:
         keep_events_bytes: how large the events of a stream may grow, at least 4 KiB. Beyond that the stream drops the
             oldest events, and keeps those of the younger half. None keeps all. 64 MiB are some 800,000 tokens. An event
             that is larger than half of the limit stays until the next ones come.
+        answer_tool_calls: True gives each tool call of a turn that breaks off a synthetic result, in the commit that
+            ends the turn (`fail`, a forced cancel, a clear of a stale stream). Without it the provider may refuse the
+            conversation. See `repair`.
         cache_bytes: how much memory the store may use for its replicas of large sessions.
         unsafe_filesystem: True accepts any file system without a check. No guarantee holds on a file system of another
             machine, nor on one that a virtual machine or a container shares with its host. With False, a file system
@@ -125,12 +128,13 @@ class Store:
         merge: Mapping[str, Policy] | None = None,
         keep_events_s: float = 300.0,
         keep_events_bytes: int | None = 64 * 1024 * 1024,
+        answer_tool_calls: bool = False,
         cache_bytes: int = 64 * 1024 * 1024,
         unsafe_filesystem: bool = False,
         mode: int = 0o600,
         create: bool = True,
     ) -> None:
-        require_flags(unsafe_filesystem=unsafe_filesystem, create=create)
+        require_flags(unsafe_filesystem=unsafe_filesystem, create=create, answer_tool_calls=answer_tool_calls)
         directory = _directory(path, create=create)
         if journal not in get_args(commit.Mode):
             raise errors.InvalidArgument(what="journal", expected=" | ".join(get_args(commit.Mode)), got=repr(journal))
@@ -153,7 +157,7 @@ class Store:
         kept: dict[str, Any] = {"cache_bytes": cache_bytes, "unsafe_filesystem": unsafe_filesystem}
         timeout_s, keep_events_s = seconds("timeout_s", timeout_s), seconds("keep_events_s", keep_events_s)
         files = SessionFiles(directory, commit.Options(journal, mode), timeout_s=timeout_s, create=create, **kept)
-        self._backend = Backend(files, EventFiles(files, keep_events_s, keep_events_bytes))
+        self._backend = Backend(files, EventFiles(files, keep_events_s, keep_events_bytes), answer_tool_calls)
         self._options: dict[str, Any] = {
             "timeout_s": timeout_s,
             "journal": journal,
@@ -161,6 +165,7 @@ class Store:
             "keep_events_s": keep_events_s,
             "keep_events_bytes": keep_events_bytes,
             "mode": mode,
+            "answer_tool_calls": answer_tool_calls,
             **kept,
         }
         self._is_closed = False
@@ -737,6 +742,8 @@ class Store:
     def check(self) -> list[maintenance.Problem]:
         """Read every session whole, and name all that is damaged, stale, left over or foreign. No session is changed.
 
+        Tool calls without a result, and results without a call, are named, too, unless a live stream owns the session.
+
         A session that looks wrong is judged under its lock, so a commit or a delete under way is no problem. The other
         sessions are not locked. A lock file without a session is removed, as with every verb. To know whether all is
         well, ignore the problems of the kind "foreign", because those files are not of `persist`.
@@ -764,7 +771,7 @@ class Store:
 
         Raises:
             InvalidArgument: `dest` is something else (the copy of another store, say), or it is in use as a store. Or
-                the store is empty, and copies are to be removed.
+                copies are to be removed, and the store has none of the sessions that have a copy.
             LockError: another backup writes to it, or this thread holds a session's lock.
             CommitFailed: the disk of `dest` refused. The copies that were made stand. Remove the cause, and repeat it.
             PersistError: the disk of `dest` failed at the end, so nobody knows which copies are durable.
@@ -781,6 +788,41 @@ class Store:
             {'messages': []}
         """
         return backup.backup(self._open(), dest, prune=prune, timeout_s=timeout_s)
+
+    def repair(self, session_id: str, *, field: str = turn.MESSAGES, timeout_s: float | None = None) -> int:
+        """Give each tool call that has no result a synthetic one, in one commit. Durable and visible on return.
+
+        A turn that broke off between a tool call and its result leaves a conversation that its provider refuses. The
+        calls of four shapes are known: OpenAI chat completions, OpenAI responses, Anthropic, pydantic-ai. Each gets a
+        result in its own shape, marked ``interrupted``. A real result that stands too far behind its call is moved
+        there. Arguments that broke off become an empty object, and the result tells their text. A result without a
+        call is left alone: `check` names it. A sound conversation is not changed.
+
+        Args:
+            field: the list of the messages.
+            timeout_s: seconds to wait for the lock, in the place of the store's `timeout_s`.
+
+        Returns:
+            How many calls were answered. A second repair answers none.
+
+        Raises:
+            SessionBusy: a live stream owns the session, and may still answer its calls.
+            InvalidArgument: the field is no list.
+            SessionNotFound, LockTimeout, LockError, CorruptSession, CommitFailed, CommitUnknown: see the errors.
+
+        Example:
+            >>> import persist, tempfile
+            >>> store = persist.Store(tempfile.mkdtemp())
+            >>> call = {"id": "call_1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+            >>> session = store.create("s-42", {"messages": [{"role": "assistant", "tool_calls": [call]}]})
+            >>> store.repair("s-42"), store.repair("s-42")
+            (1, 0)
+            >>> store.tail("s-42", limit=1)[0]["tool_call_id"]
+            'call_1'
+        """
+        require_text("field", field)
+        with self._locked(session_id, timeout_s) as tx:
+            return streams.repair_tool_calls(tx, json_codec.joined(field))
 
     def compact(self, session_id: str, *, alone: bool = False, timeout_s: float | None = None) -> bool:
         """Fold a session's journal into its document. The session keeps its version. Left-overs of crashes are removed.

@@ -29,7 +29,7 @@ from typing import Any, NoReturn, Self, TypeVar
 
 import msgspec
 
-from persist import errors, json_codec, turn
+from persist import errors, json_codec, tool_calls, turn
 from persist.arguments import require_flags
 from persist.event_log import Ended, EventFiles, Fenced
 from persist.log import log
@@ -52,6 +52,8 @@ class Backend:
 
     files: SessionFiles
     events: EventFiles
+    #: Whether a turn that breaks off leaves a synthetic result for each tool call that has none.
+    answer_tool_calls: bool = False
 
 
 # --- the owner in the header -----------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ def start(
             if stale_id is not None or copy.fields.get("pending_user_message"):
                 # Also without a stream, because the fields that a stopped old server left may hold the prompt's only
                 # copy.
-                _interrupt(copy, stale_id)
+                _interrupt(backend, copy, stale_id)
             _set_fields(copy, fields)
             turn.begin(copy, stream_id, prompt)
             changed = copy.changed()  # raises its errors before anything is done
@@ -267,7 +269,7 @@ def _take_away(backend: Backend, tx: Transaction, copy: WorkingCopy, stream_id: 
     The new epoch fences off an owner that lives.
     """
     before = tx.read()
-    _interrupt(copy, stream_id)
+    _interrupt(backend, copy, stream_id)
     if ended != "died":
         # Before the commit, because an owner that lives may emit at any moment, and takes no lock.
         with tx.refusals():
@@ -282,12 +284,29 @@ def _take_away(backend: Backend, tx: Transaction, copy: WorkingCopy, stream_id: 
     return Cleared(before, after, changed[1])
 
 
-def _interrupt(copy: WorkingCopy, stream_id: Any) -> None:
+def _interrupt(backend: Backend, copy: WorkingCopy, stream_id: Any) -> None:
     owner = owner_of(copy.header, stream_id)
     if owner is None:
         turn.interrupt_foreign(copy)
     else:
         turn.interrupt(copy, owner.prompt_id, owner.answer_id)
+    _answer_tool_calls(backend, copy, None if owner is None else owner.prompt_id)
+
+
+def _answer_tool_calls(backend: Backend, copy: WorkingCopy, prompt_id: Id | None) -> None:
+    """Answer the tool calls of a turn that broke off, if the store does so. Those before its prompt are left alone."""
+    if backend.answer_tool_calls and copy.has_list(turn.MESSAGES):
+        messages = copy.list(turn.MESSAGES)
+        tool_calls.repair(messages, messages.place_of(prompt_id) or 0)
+
+
+def repair_tool_calls(tx: Transaction, field: str) -> int:
+    """Answer the tool calls without a result. See `Store.repair`."""
+    require_free(tx, " A running turn may still answer its calls.")
+    copy = WorkingCopy(tx.read(), tx)
+    count = tool_calls.repair(copy.list(field))
+    copy.commit_changes(copy.changed() if count else None)
+    return count
 
 
 def sweep_lease(backend: Backend, session_id: str, stream_id: str, *, timeout_s: float | None) -> bool:
@@ -678,6 +697,7 @@ class Stream:
         """
         with self._owned(timeout_s) as (_, copy, owner):
             turn.interrupt(copy, owner.prompt_id, owner.answer_id)
+            _answer_tool_calls(self._backend, copy, owner.prompt_id)
             self._end(copy, "cancelled" if owner.cancelled else "failed")
 
     @contextmanager

@@ -493,6 +493,23 @@ def compact(store: Store, session_id: str, as_json: bool) -> None:
         click.echo(f"{printable(session_id)}: {done}.")
 
 
+@persist.command(epilog="Example: persist repair var/sessions s-42")
+@store_argument
+@session_argument
+@json_option
+def repair(store: Store, session_id: str, as_json: bool) -> None:
+    """Answer the tool calls that have no result.
+
+    A turn that broke off between a tool call and its result leaves a conversation that its provider refuses. Each such
+    call gets a synthetic result, marked as interrupted. A session whose stream is alive is left alone.
+    """
+    count = store.repair(session_id)
+    if as_json:
+        print_json({"id": session_id, "answered": count})
+    else:
+        click.echo(f"{printable(session_id)}: {count} tool calls answered.")
+
+
 @persist.command(epilog="Example: persist accept var/sessions s-42")
 @store_argument
 @click.argument("session_ids", metavar="ID...", nargs=-1, required=True)

@@ -11,6 +11,7 @@ from mutation.catalogue.suites import (
     IO_ERRORS,
     LOOKS,
     OPENING,
+    RECENT,
     WAYS_OUT,
 )
 from mutation.edits import (
@@ -206,6 +207,14 @@ MUTANTS = (
         condition("prune and gone and len(gone) == len(copies.names)", "False"),
         BACKUP,
         "empty_store",
+    ),
+    Mutant(
+        "recent: the mark of a commit",
+        "storage/transaction.py",
+        "Transaction.commit",
+        drop_call("held.touch"),
+        RECENT,
+        "last_updated or looks_older",
     ),
     Mutant(
         "backup: one that is written to is a store",

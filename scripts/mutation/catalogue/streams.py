@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutation.catalogue.suites import EVENTS, FINALISERS, HAZARDS, REQUESTS, SEED_RACE, SHARED_SESSIONS, STREAMS
+from mutation.catalogue.suites import EVENTS, FINALISERS, HAZARDS, REPAIR, REQUESTS, SEED_RACE, SHARED_SESSIONS, STREAMS
 from mutation.edits import (
     condition,
     drop_call,
@@ -37,6 +37,22 @@ COMPARE = drop_operand("not _is_same(active, stream_id)")
 FENCE = "owner is None or active_stream_id != self.id or header.epoch != self.epoch"
 
 MUTANTS = (
+    Mutant(
+        "repair: a live turn is left alone",
+        MODULE,
+        "repair_tool_calls",
+        drop_call("require_free"),
+        REPAIR,
+        "live_turn",
+    ),
+    Mutant(
+        "repair: the calls of a turn that breaks off",
+        MODULE,
+        "_answer_tool_calls",
+        condition("backend.answer_tool_calls and copy.has_list(turn.MESSAGES)", "False"),
+        REPAIR,
+        "breaks_off or killed_between",
+    ),
     Mutant(
         "the compare of a clear, between threads", MODULE, "clear_stale", COMPARE, SEED_RACE, "TwoThreads and spares"
     ),

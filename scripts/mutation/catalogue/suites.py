@@ -5,6 +5,8 @@ from __future__ import annotations
 AIO = ("tests/processes/test_aio.py",)
 AIO_WAITING = ("tests/processes/test_aio_waiting.py",)
 BACKUP = ("tests/unit/verbs/test_backup.py",)
+RECENT = ("tests/unit/verbs/test_recent.py",)
+REPAIR = ("tests/unit/verbs/test_repair.py",)
 CHECK = ("tests/unit/verbs/test_check.py",)
 CLOCKS = ("tests/processes/test_clocks.py",)
 CRASH_STATES = ("tests/crash/test_crash_states.py",)
