@@ -290,12 +290,13 @@ def _interrupt(backend: Backend, copy: WorkingCopy, stream_id: Any) -> None:
         turn.interrupt_foreign(copy)
     else:
         turn.interrupt(copy, owner.prompt_id, owner.answer_id)
-    _answer_tool_calls(backend, copy, None if owner is None else owner.prompt_id)
+    if backend.answer_tool_calls:
+        _answer_tool_calls(copy, None if owner is None else owner.prompt_id)
 
 
-def _answer_tool_calls(backend: Backend, copy: WorkingCopy, prompt_id: Id | None) -> None:
-    """Answer the tool calls of a turn that broke off, if the store does so. Those before its prompt are left alone."""
-    if backend.answer_tool_calls and copy.has_list(turn.MESSAGES):
+def _answer_tool_calls(copy: WorkingCopy, prompt_id: Id | None) -> None:
+    """Answer the tool calls of a turn that broke off. Those before its prompt are left alone."""
+    if copy.has_list(turn.MESSAGES):
         messages = copy.list(turn.MESSAGES)
         tool_calls.repair(messages, messages.place_of(prompt_id) or 0)
 
@@ -697,7 +698,8 @@ class Stream:
         """
         with self._owned(timeout_s) as (_, copy, owner):
             turn.interrupt(copy, owner.prompt_id, owner.answer_id)
-            _answer_tool_calls(self._backend, copy, owner.prompt_id)
+            if self._backend.answer_tool_calls:
+                _answer_tool_calls(copy, owner.prompt_id)
             self._end(copy, "cancelled" if owner.cancelled else "failed")
 
     @contextmanager

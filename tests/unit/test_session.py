@@ -1006,6 +1006,8 @@ CLOSED_VERBS: list[Verb] = [
     lambda store: store.ids(),
     lambda store: list(store.heads()),
     lambda store: store.tail("s"),
+    lambda store: store.recent(),
+    lambda store: store.repair("s"),
     lambda store: store.create("new"),
     lambda store: store.duplicate("s", "copy"),
     lambda store: store.replace("s", {}),

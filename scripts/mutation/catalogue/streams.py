@@ -49,7 +49,7 @@ MUTANTS = (
         "repair: the calls of a turn that breaks off",
         MODULE,
         "_answer_tool_calls",
-        condition("backend.answer_tool_calls and copy.has_list(turn.MESSAGES)", "False"),
+        condition("copy.has_list(turn.MESSAGES)", "False"),
         REPAIR,
         "breaks_off or killed_between",
     ),
