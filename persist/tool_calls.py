@@ -178,7 +178,8 @@ def faults(messages: Sequence[Any]) -> list[ToolCallFault]:
     for place, message in enumerate(messages):
         unanswered = _unanswered(messages, place, taken)
         found += [ToolCallFault("unanswered", call.call_id, place) for call in unanswered]
-        orphaned = [call_id for call_id in _results(message) if (place, call_id) not in taken]
+        # A result that names no call may be of any shape, also of one that needs no call.
+        orphaned = [call_id for call_id in _results(message) if call_id and (place, call_id) not in taken]
         found += [ToolCallFault("orphaned", call_id, place) for call_id in orphaned]
     return found
 
