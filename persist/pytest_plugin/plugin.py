@@ -412,7 +412,7 @@ def persist_once(request: pytest.FixtureRequest) -> PersistOnce:
 
 @pytest.fixture(scope="session")
 def persist_store(request: pytest.FixtureRequest) -> Store:
-    """Return a `persist.Store` that all workers of this run share. It begins empty, and is removed with the run."""
+    """Return a `persist.Store` that all workers of this run share. It begins empty, and goes with the run's directory."""
     return _participant(request).store("store")
 
 
@@ -504,7 +504,8 @@ def shared_fixture(
         end_timeout_s: seconds that the code after a ``yield`` waits for the other workers. Then it runs all the same.
 
     Raises:
-        TypeError: the function is no plain function, but an asynchronous one, or a class method.
+        TypeError: the function is no plain function, but an asynchronous one, or a class method. Or the scope is
+            another one than the session, an option is unknown, or a ``yield`` and a teardown stand together.
         Besides, in the tests: as `persist_once`.
     """
     if options.pop("scope", "session") != "session":

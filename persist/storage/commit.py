@@ -125,7 +125,6 @@ def commit(
         fd: the journal, open for reading and writing, or -1 if there is none.
 
     Raises:
-        NotJSON: the session would be too large to be read back.
         CommitFailed: the disk refused. The old revision stands.
         CommitUnknown: the commit is visible, but may not survive a power cut.
     """

@@ -205,7 +205,7 @@ def overwrite(content: bytes, dice: Dice, _others: list[bytes]) -> bytes:
 
 
 def replace_value(content: bytes, dice: Dice, _others: list[bytes]) -> bytes:
-    """Put another value in the place of one. The JSON stays whole, and says something else."""
+    """Put another value in the place of one. Some of them are no JSON."""
     values = list(re.finditer(rb'(?<=[:\[,])("(?:[^"\\]|\\.)*"|-?\d[\d.eE+-]*|null|true|false|\{\}|\[\])', content))
     if not values:
         return content

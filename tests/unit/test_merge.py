@@ -607,7 +607,7 @@ def test_a_policy_settles_its_field(policy: Any, base: Any, mine: Any, theirs: A
     assert same(merge(field(base), field(mine), field(theirs), {"f": policy}), field(expected))
 
 
-UNSETTLED = [
+NO_POLICY_HELPS = [
     ("sum", 1, "2", 3),
     ("sum", "1", 2, 3),
     ("sum", 1, 2, None),
@@ -623,7 +623,7 @@ UNSETTLED = [
 ]
 
 
-@pytest.mark.parametrize(("policy", "base", "mine", "theirs"), UNSETTLED, ids=short)
+@pytest.mark.parametrize(("policy", "base", "mine", "theirs"), NO_POLICY_HELPS, ids=short)
 def test_a_policy_that_cannot_combine_the_values_is_a_conflict(policy: Any, base: Any, mine: Any, theirs: Any) -> None:
     """Wrong types and sums beyond a float are a `MergeConflict` with the three values, or follow ``prefer``."""
     with pytest.raises(MergeConflict, match=f"policy '{policy}' cannot combine") as caught:
