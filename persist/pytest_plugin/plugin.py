@@ -412,7 +412,7 @@ def persist_once(request: pytest.FixtureRequest) -> PersistOnce:
 
 @pytest.fixture(scope="session")
 def persist_store(request: pytest.FixtureRequest) -> Store:
-    """Return a `persist.Store` that all workers of this run share. It begins empty, and goes with the run's directory."""
+    """Return a `persist.Store` that all workers of this run share. It is empty at first."""
     return _participant(request).store("store")
 
 

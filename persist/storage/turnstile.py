@@ -2,7 +2,8 @@
 
 A process that frees a lock and takes it again at once is always there before the processes that poll. So a process that
 has to wait takes the turnstile first. The turnstile is one byte of the lock file, locked on the same descriptor. Only
-the process in the turnstile polls the lock. While the turnstile is taken, nobody else takes the lock, for 50 ms at most.
+the process in the turnstile polls the lock. While the turnstile is taken, nobody else takes the lock. That lasts 50 ms
+at most.
 
 The byte stands far behind all content. Its lock is an OFD lock (man 2 fcntl). The kernel keeps it apart from the flock
 of the same file, and frees it with the descriptor. It only ever says which process is next. Only the flock excludes
