@@ -22,6 +22,7 @@ WAITING: dict[str, Callable[[persist.Store, persist.Session, persist.Stream], ob
     "append": lambda store, session, stream: store.append("s", "log", 1, timeout_s=0),
     "extend": lambda store, session, stream: store.extend("s", "log", [1], timeout_s=0),
     "replace": lambda store, session, stream: store.replace("s", {}, timeout_s=0),
+    "repair": lambda store, session, stream: store.repair("s", timeout_s=0),
     "start_stream": lambda store, session, stream: store.start_stream("s", timeout_s=0),
     "cancel": lambda store, session, stream: store.cancel("s", "t", timeout_s=0),
     "stream": lambda store, session, stream: store.stream("s", timeout_s=0),
