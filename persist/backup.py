@@ -272,6 +272,8 @@ class _Copies:
                 commit.write_new(paths.lease(stream_id), _lease(found.header, session_id, stream_id))
             try:
                 commit.write_new(paths.temp, text)
+                # By it `recent` knows the order in a store that is restored from here.
+                disk.touch(paths.temp, int(found.header.updated_at.timestamp() * 1e9))
                 disk.replace(paths.temp, paths.document)
             except BaseException:
                 disk.remove_quietly(paths.temp)

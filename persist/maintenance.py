@@ -31,7 +31,8 @@ _MOST_IDS = 5
 class Problem:
     """A problem that `Store.check` has found.
 
-    `kind` is "corrupt", "unsupported", "unreadable", "locked", "stale", "unanswered-tools", "orphaned-tools",
+    `kind` is "corrupt", "unsupported", "unreadable", "locked", "stale", "unanswered-tools", "misplaced-tools",
+    "orphaned-tools",
     "left-over", "orphaned" or "foreign". A foreign
     file is not of `persist`, and no fault of the store. Its `session_id` is its name, without ".json".
     """
@@ -185,7 +186,8 @@ def _tool_call_faults(content: Content) -> list[tool_calls.ToolCallFault]:
     messages = content.apart.get(turn.MESSAGES)
     if not isinstance(messages, Items) or not any(map(tool_calls.may_have_calls, messages)):
         return []
-    return tool_calls.faults(list(map(json_codec.decode, messages)))
+    found = tool_calls.faults(list(map(json_codec.decode, messages)))
+    return [fault for fault in found if not fault.is_pending]
 
 
 def _of_turns(files: SessionDirectory, tx: Transaction, *, has_streams: bool) -> Iterator[Problem]:
@@ -204,6 +206,7 @@ def _unmatched(files: SessionDirectory, tx: Transaction) -> Iterator[Problem]:
     repair = layout.command("repair", files.layout.directory, tx.session_id)
     texts = {
         "unanswered": f"tool calls have no result, so a provider may refuse the conversation. {repair} answers them.",
+        "misplaced": f"results of tools stand where a provider does not take them. {repair} moves or removes them.",
         "orphaned": "results of tools have no call before them. Remove them with store.transaction().",
     }
     for kind, text in texts.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,6 +30,8 @@ from persist.working_copy import WorkingCopy
 Result = TypeVar("Result")
 #: When a session was last written, in negative nanoseconds, and the name of its files. See `SessionDirectory.marks`.
 Mark = tuple[int, str]
+#: The mark behind which a page of `recent` begins.
+_CURSOR = re.compile(r"(-?[0-9]{1,20})-([\x21-\x7e]+)")
 _MODES = (0o600, 0o640, 0o660)
 _UNREADABLE = (errors.SessionNotFound, errors.CorruptSession, errors.UnsupportedFormat, errors.LockTimeout, OSError)
 
@@ -60,10 +63,10 @@ def _mark_of(cursor: str | None) -> Mark | None:
     require_texts(before=cursor)
     if cursor is None:
         return None
-    time, _, name = cursor.partition("-")
-    if not (time.isascii() and time.isdigit() and len(time) < 30 and layout.is_name(name)):
+    found = _CURSOR.fullmatch(cursor)
+    if found is None or not layout.is_name(found[2]):
         raise errors.InvalidArgument(what="before", got=errors.shown(cursor), expected="the cursor of a page, or None")
-    return -int(time), name
+    return -int(found[1]), found[2]
 
 
 def _page(heads: list[Head], last: Mark | None) -> Recent:
@@ -252,8 +255,9 @@ class Store:
         It costs a look at each lock file of the store, and a read of each head that it returns.
 
         Args:
-            limit: how many heads to return at most.
-            before: the `cursor` of the page before. None begins with the first page.
+            limit: how many heads to return at most, 1 or more.
+            before: the `cursor` of the page before. None begins with the first page. A session that is updated between
+                two pages goes to the top, so the later page does not show it.
             prefix: return only sessions whose ids begin with it.
 
         Raises:
@@ -270,12 +274,14 @@ class Store:
             (2, True)
         """
         require_limit(limit, may_be_none=False)
+        if limit == 0:
+            raise errors.InvalidArgument(what="limit", got="0", expected="a whole number from 1 up")
         require_text("prefix", prefix)
         files, place = self._open().files, _mark_of(before)
         heads: list[Head] = []
         last = None
-        for mark, session_id in self._marked():
-            if (place is not None and mark <= place) or not session_id.startswith(prefix):
+        for mark, session_id in self._marked(place):
+            if not session_id.startswith(prefix):
                 continue
             if len(heads) >= limit:
                 # There is one more, or an unreadable one, which the next page leaves out.
@@ -285,11 +291,12 @@ class Store:
                 last = mark
         return _page(heads, None)
 
-    def _marked(self) -> Iterator[tuple[Mark, str]]:
-        """Yield the mark of each session and its id, the last one first."""
+    def _marked(self, place: Mark | None = None) -> Iterator[tuple[Mark, str]]:
+        """Yield the mark of each session and its id, the last one first. `place` is the mark behind which to begin."""
         files = self._open().files
         for mark in files.marks():
-            session_id = files.id_of(mark[1]) if layout.is_name(mark[1]) else None
+            is_wanted = (place is None or mark > place) and layout.is_name(mark[1])
+            session_id = files.id_of(mark[1]) if is_wanted else None
             if session_id is not None:
                 yield mark, session_id
 
@@ -794,9 +801,10 @@ class Store:
 
         A turn that broke off between a tool call and its result leaves a conversation that its provider refuses. The
         calls of four shapes are known: OpenAI chat completions, OpenAI responses, Anthropic, pydantic-ai. Each gets a
-        result in its own shape, marked ``interrupted``. A real result that stands too far behind its call is moved
-        there. Arguments that broke off become an empty object, and the result tells their text. A result without a
-        call is left alone: `check` names it. A sound conversation is not changed.
+        result in its own shape, marked ``interrupted``. A real result that stands where its provider does not take it
+        is moved to its call. A synthetic result goes when the real one is there. Arguments that broke off become an
+        empty object, and the result tells their text. A result without a call is left alone: `check` names it. A sound
+        conversation is not changed. A call that waits for a person is answered, too, so leave such a session alone.
 
         Args:
             field: the list of the messages.

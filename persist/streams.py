@@ -41,7 +41,7 @@ from persist.storage.document import Head, Header, first_header
 from persist.storage.transaction import SessionFiles, Transaction
 from persist.transaction import Transaction as Block
 from persist.transaction import refuse_changed_stream_fields, require_version
-from persist.working_copy import Changed, WorkingCopy
+from persist.working_copy import Changed, WorkingCopy, WorkingList
 
 Result = TypeVar("Result")
 
@@ -291,14 +291,16 @@ def _interrupt(backend: Backend, copy: WorkingCopy, stream_id: Any) -> None:
     else:
         turn.interrupt(copy, owner.prompt_id, owner.answer_id)
     if backend.answer_tool_calls:
-        _answer_tool_calls(copy, None if owner is None else owner.prompt_id)
+        _settle_tool_calls(copy, None if owner is None else owner.prompt_id, tool_calls.repair)
 
 
-def _answer_tool_calls(copy: WorkingCopy, prompt_id: Id | None) -> None:
-    """Answer the tool calls of a turn that broke off. Those before its prompt are left alone."""
+def _settle_tool_calls(copy: WorkingCopy, prompt_id: Id | None, settle: Callable[[WorkingList, int], object]) -> None:
+    """Settle the tool calls of a turn that ends. The calls before its prompt are left alone: they may be pending."""
     if copy.has_list(turn.MESSAGES):
         messages = copy.list(turn.MESSAGES)
-        tool_calls.repair(messages, messages.place_of(prompt_id) or 0)
+        place = messages.place_of(prompt_id)
+        if place is not None:
+            settle(messages, place)
 
 
 def repair_tool_calls(tx: Transaction, field: str) -> int:
@@ -306,7 +308,7 @@ def repair_tool_calls(tx: Transaction, field: str) -> int:
     require_free(tx, " A running turn may still answer its calls.")
     copy = WorkingCopy(tx.read(), tx)
     count = tool_calls.repair(copy.list(field))
-    copy.commit_changes(copy.changed() if count else None)
+    copy.commit_changes(copy.changed())
     return count
 
 
@@ -687,6 +689,9 @@ class Stream:
                 answer_id = turn.put_answer(copy.list(turn.MESSAGES), answer, owner.answer_id)
             if owner.once:
                 turn.mark_answer(copy.list(turn.MESSAGES), answer_id, owner.prompt_id)
+            if self._backend.answer_tool_calls:
+                # An earlier try of this turn may have left some.
+                _settle_tool_calls(copy, owner.prompt_id, tool_calls.drop_superseded)
             _set_fields(copy, fields)
             turn.end(copy)
             self._end(copy, "finished")
@@ -699,7 +704,7 @@ class Stream:
         with self._owned(timeout_s) as (_, copy, owner):
             turn.interrupt(copy, owner.prompt_id, owner.answer_id)
             if self._backend.answer_tool_calls:
-                _answer_tool_calls(copy, owner.prompt_id)
+                _settle_tool_calls(copy, owner.prompt_id, tool_calls.repair)
             self._end(copy, "cancelled" if owner.cancelled else "failed")
 
     @contextmanager

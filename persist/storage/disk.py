@@ -236,9 +236,12 @@ def set_modified_now(path: StrPath) -> None:
     os.utime(path, follow_symlinks=os.name != "posix")
 
 
-def touch(file: StrPath | int) -> None:
-    """Give an open file the time of now. Nothing is synced."""
-    os.utime(file)
+def touch(file: StrPath | int, time_ns: int | None = None) -> None:
+    """Give a file the time of now, or another one. Nothing is synced."""
+    if time_ns is None:
+        os.utime(file)
+    else:
+        os.utime(file, ns=(time_ns, time_ns))
 
 
 def modified_times(directory: StrPath, ending: str) -> tuple[dict[str, int], list[str]]:

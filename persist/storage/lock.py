@@ -15,7 +15,6 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -93,7 +92,6 @@ class Hold:
         waiting: the calls for which the thread takes the lock, in the place of `timeout_s`. None for an ordinary verb.
         thread: the native id of the thread that asked for the lock, 0 before that.
         given: locked while that thread waits for other threads.
-        before_create: called before a missing lock file is made.
         mode: the mode of a new lock file.
     """
 
@@ -102,7 +100,6 @@ class Hold:
         "_file",
         "_me",
         "_pid",
-        "before_create",
         "given",
         "mode",
         "path",
@@ -117,13 +114,15 @@ class Hold:
         self.session_id = session_id
         self.timeout_s = timeout_s
         self.waiting: Waiting | None = None
-        self.before_create: Callable[[], None] | None = None
         self.mode = disk.PRIVATE
         self.given = threading.Lock()
         self.thread = 0
         self._file: HeldFile | None = None
         self._me = ref(self)
         self._pid = os.getpid()
+
+    def before_create(self) -> None:
+        """Do what has to be done before a missing lock file is created."""
 
     def acquire(self) -> HeldFile:
         """Take the lock, and return its file.

@@ -356,8 +356,8 @@ class SessionFiles(SessionDirectory):
         paths = self.paths_of(session_id) if self.ignores_case else self.layout.session(session_id)
         timeout_s = self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
         locked = Locked(paths.lock, session_id, timeout_s)
-        locked.files, locked.paths, locked.tx = self, paths, None
-        locked.before_create, locked.mode = self.require_same, self.options.file_mode
+        locked.files, locked.paths, locked.tx, locked.is_new = self, paths, None, False
+        locked.mode = self.options.file_mode
         return locked
 
     def transaction_on(self, name: str, session_id: str | None, timeout_s: float | None = None) -> Locked:
@@ -368,21 +368,34 @@ class SessionFiles(SessionDirectory):
         paths = self.layout.named(name, session_id)
         timeout_s = self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
         locked = Locked(paths.lock, session_id or name, timeout_s)
-        locked.files, locked.paths, locked.tx = self, paths, None
+        locked.files, locked.paths, locked.tx, locked.is_new = self, paths, None, False
         return locked
 
 
 class Locked(lock.Hold):
     """The hold of a session's lock for a block, which gets its transaction."""
 
-    __slots__ = ("files", "paths", "tx")
+    __slots__ = ("files", "is_new", "paths", "tx")
     files: SessionFiles
+    is_new: bool
     paths: SessionPaths
     tx: Transaction | None
 
+    def before_create(self) -> None:
+        """Note that the lock file is about to be created, in the directory that the store has opened."""
+        self.is_new = True
+        self.files.require_same()
+
     def __enter__(self) -> Transaction:
         self.tx = Transaction(self.files, self.paths, self.session_id, self.acquire())
+        if self.is_new:
+            self._take_time_of_document()
         return self.tx
+
+    def _take_time_of_document(self) -> None:
+        """Date a new lock file as its document, which is older. Else a mere look would bring a session to the top."""
+        with contextlib.suppress(OSError):
+            disk.touch(self.paths.lock, disk.version_of(self.paths.document)[2])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

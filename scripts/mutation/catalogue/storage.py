@@ -41,8 +41,8 @@ MUTANTS = (
     Mutant(
         "the look at the directory before a lock file is made",
         "storage/transaction.py",
-        "SessionFiles.transaction",
-        replace_expression("self.require_same", "None"),
+        "Locked.before_create",
+        drop_call("self.files.require_same"),
         WAYS_OUT,
         "lost",
     ),

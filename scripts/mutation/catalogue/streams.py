@@ -48,7 +48,7 @@ MUTANTS = (
     Mutant(
         "repair: the calls of a turn that breaks off",
         MODULE,
-        "_answer_tool_calls",
+        "_settle_tool_calls",
         condition("copy.has_list(turn.MESSAGES)", "False"),
         REPAIR,
         "breaks_off or killed_between",

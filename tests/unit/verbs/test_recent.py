@@ -75,14 +75,42 @@ def test_pages_show_each_session_once(aged: persist.Store) -> None:
 def test_limits_prefixes_and_cursors(aged: persist.Store) -> None:
     """The arguments are those of a list, and a cursor that is none is refused."""
     assert ids(aged.recent(prefix="user:7/")) == ["user:7/b"]
-    assert ids(aged.recent(limit=0)) == []
     assert ids(aged.recent(limit=5)) == NAMES
     assert aged.recent(limit=5).cursor is None
-    for cursor in ("", "x", "12", "12-_index", "-1-a", "1" * 40 + "-a", 3):
+    for cursor in ("", "x", "12", "12-_index", "--1-a", "1" * 40 + "-a", 3):
         with pytest.raises(persist.InvalidArgument):
             aged.recent(before=cursor)  # type: ignore[arg-type]
-    with pytest.raises(persist.InvalidArgument):
-        aged.recent(limit=None)  # type: ignore[arg-type]
+    for limit in (None, 0, -1):
+        with pytest.raises(persist.InvalidArgument):
+            aged.recent(limit=limit)  # type: ignore[arg-type]
+
+
+def test_time_before_the_epoch_has_a_cursor(aged: persist.Store) -> None:
+    """A clock that was never set."""
+    for name in NAMES:
+        date(aged, name, time.time() + 5 + NAMES.index(name))
+    page = aged.recent(limit=2)
+    assert ids(page) + ids(aged.recent(before=page.cursor)) == NAMES
+
+
+def test_look_at_a_restored_session_moves_nothing(aged: persist.Store, tmp_path: Path) -> None:
+    """A restored store has no lock files. The copies have the times of their sessions, and a new lock file takes them.
+
+    Fails if a lock file that a mere look creates has the time of now.
+    """
+    for name in reversed(NAMES):
+        aged.append(name, "messages", {"id": "m"})
+        time.sleep(0.01)
+    aged.backup(tmp_path / "copies")
+    (tmp_path / "copies" / ".backup").unlink()
+    restored = persist.Store(tmp_path / "copies")
+    assert ids(restored.recent()) == NAMES
+    restored.stream("日本")
+    restored.append("con", "messages", {"id": "n"}, touch=False)
+    restored.backup(tmp_path / "again")
+    assert [session_id for _, session_id in restored._marked()] == NAMES
+    restored.append("日本", "messages", {"id": "n"})
+    assert ids(restored.recent())[0] == "日本"
 
 
 def test_heads_tell_the_order_within_a_second(store: persist.Store) -> None:

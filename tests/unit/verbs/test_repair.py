@@ -24,6 +24,7 @@ PROMPT = {"id": "p", "role": "user", "content": "Look."}
 CALL = {
     "id": "c",
     "role": "assistant",
+    "content": None,
     "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
 }
 
@@ -41,7 +42,7 @@ def kinds(store: persist.Store) -> list[tuple[str, str]]:
 @shapes
 def test_repair_is_one_commit_and_is_done_once(store: persist.Store, shape: str) -> None:
     """The provider accepts the repaired conversation. A second repair commits nothing."""
-    store.create("s", {"title": "t", "messages": broken(shape)})
+    store.create("s", {"title": "t", "messages": [*broken(shape), SHAPES[shape][2]]})
     assert kinds(store) == [("s", "unanswered-tools")]
     before = store.head("s").revision
     assert store.repair("s") == 2
@@ -142,7 +143,46 @@ def test_turn_that_breaks_off_answers_its_calls(
     end(mine, stream)
     found = mine.load("s").data["messages"]
     assert [fault.place for fault in faults(found)] == ([0] if answers else [0, 2])
-    assert [message["id"] for message in found if message.get("role") == "tool"] == (["c.result.0"] if answers else [])
+    assert [message["id"] for message in found if message.get("role") == "tool"] == (
+        ["c.result.call_1"] if answers else []
+    )
+
+
+def test_retry_leaves_no_synthetic_result_behind(store: persist.Store) -> None:
+    """The turn is run again, and its answer takes the place of the partial one that had the call.
+
+    Fails if nothing takes the synthetic result away: it would be a result without a call.
+    """
+    mine = persist.Store(store.path, answer_tool_calls=True)
+    mine.create("s", {"messages": []})
+    with mine.start_stream("s", PROMPT) as stream:
+        stream.checkpoint(CALL)
+    assert len(mine.tail("s")) == 3
+    with mine.start_stream("s", PROMPT) as stream:
+        stream.finish({"id": "c", "role": "assistant", "content": "Here."})
+    assert [message["id"] for message in mine.tail("s")] == ["p", "c"]
+    assert mine.check() == []
+
+
+def test_stream_without_a_prompt_leaves_earlier_calls_alone(store: persist.Store) -> None:
+    """They may wait for a person."""
+    mine = persist.Store(store.path, answer_tool_calls=True)
+    mine.create("s", {"messages": [PROMPT, CALL]})
+    mine.start_stream("s").fail()
+    assert mine.load("s").data["messages"] == [PROMPT, CALL]
+    assert mine.check() == []
+
+
+def test_real_result_that_comes_after_a_repair_is_taken_in(store: persist.Store) -> None:
+    """The order in which they came does not matter. Nothing real is ever removed."""
+    store.create("s", {"messages": [PROMPT, CALL, {"role": "user", "content": "?"}]})
+    store.repair("s")
+    store.append("s", "messages", {"id": "r", "role": "tool", "tool_call_id": "call_1", "content": "found"})
+    assert kinds(store) == [("s", "misplaced-tools")]
+    assert store.repair("s") == 1
+    found = store.load("s").data["messages"]
+    assert [message.get("content") for message in found] == ["Look.", None, "found", "?"]
+    assert kinds(store) == []
 
 
 def test_process_that_was_killed_between_call_and_result(store: persist.Store, actor: ActorFactory) -> None:
@@ -161,7 +201,7 @@ def test_process_that_was_killed_between_call_and_result(store: persist.Store, a
 def test_repair_of_asyncio_and_of_the_command(store: persist.Store, tmp_path: Path) -> None:
     """The same, awaited and by hand."""
     for name in ("a", "b", "c"):
-        store.create(name, {"messages": broken("chat")})
+        store.create(name, {"messages": [*broken("chat"), {"role": "user", "content": "?"}]})
 
     async def repair() -> int:
         return await persist.aio.Store(store).repair("a")
