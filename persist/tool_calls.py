@@ -414,7 +414,7 @@ def _name(calls: Sequence[_Call]) -> None:
 def _answers(
     items: Sequence[Any], turn: _Turn, calls: Sequence[_Call], moved: Sequence[_Result], removed: set[int]
 ) -> dict[int, list[Message]]:
-    """Return the messages that are to be added for a turn, by their place. A result that moves is taken from its old place."""
+    """Return the messages to add for a turn, by their place. A result that moves is taken from its old place."""
     whole: list[Message] = []
     parts: list[Message] = []
     moving = {id(result.part) for result in moved}
