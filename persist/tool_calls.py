@@ -25,7 +25,7 @@ A synthetic result is marked ``interrupted``. As soon as the real one is there, 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -41,6 +41,11 @@ NOT_ANSWERED = "This tool call was interrupted, and it has no result."
 #: It is added where the arguments of a call broke off, too. They follow.
 BROKEN_ARGUMENTS = " Its arguments broke off: "
 
+#: Shapes in which neighbouring messages are one turn -> the key that tells whose, the model's value and the user's.
+_SIDES: dict[Shape, tuple[str, str, str]] = {
+    "anthropic": ("role", "assistant", "user"),
+    "pydantic": ("kind", "response", "request"),
+}
 #: The roles that a provider may know.
 _ROLES = ("user", "assistant", "tool", "system", "developer", "function")
 #: Items of the Responses API -> the items that answer them. Other kinds need more than a text for an answer.
@@ -183,15 +188,11 @@ def _result_parts(shape: Shape, message: Message, place: int, is_ours: bool) -> 
     found, is_first = [], True
     content = message.get(_KEYS[shape][2])
     for part in content if type(content) is list else []:
-        call_id = (
-            _text(part.get("tool_use_id" if shape == "anthropic" else "tool_call_id")) if type(part) is dict else ""
-        )
+        call_id = _text(part.get("tool_use_id") or part.get("tool_call_id")) if type(part) is dict else ""
         is_result = _is(part, "type", "tool_result")
         if shape == "pydantic":
             # A retry prompt without an id is about the whole answer.
-            is_result = call_id != "" and (
-                _is(part, "part_kind", "tool-return") or _is(part, "part_kind", "retry-prompt")
-            )
+            is_result = call_id != "" and part.get("part_kind") in ("tool-return", "retry-prompt")
         if is_result:
             found.append(_Result(shape, part, place, call_id, is_ours, is_first))
         else:
@@ -205,10 +206,8 @@ def _turns(messages: Sequence[Any]) -> Iterator[_Turn]:
     while place < len(messages):
         calls = _calls(messages[place], place)
         end = place + 1
-        if calls and calls[0].shape in ("anthropic", "pydantic"):
-            key, mine, theirs = (
-                ("role", "assistant", "user") if calls[0].shape == "anthropic" else ("kind", "response", "request")
-            )
+        if calls and calls[0].shape in _SIDES:
+            key, mine, theirs = _SIDES[calls[0].shape]
             while end < len(messages) and _is(messages[end], key, mine):
                 calls += [call for call in _calls(messages[end], end) if call.shape == calls[0].shape]
                 end += 1
@@ -255,66 +254,83 @@ class _Found:
     orphaned: list[_Result] = field(default_factory=list)
 
 
-def _look(messages: Sequence[Any]) -> _Found:
-    """Match calls with results. Each result answers one call."""
-    results = [result for place, message in enumerate(messages) for result in _results(message, place)]
-    by_id: dict[tuple[Shape, str], list[_Result]] = defaultdict(list)
-    by_place: dict[int, list[_Result]] = defaultdict(list)
-    for result in results:
-        by_id[result.shape, result.call_id].append(result)
-        by_place[result.place].append(result)
-    turns = list(_turns(messages))
-    uses: dict[tuple[Shape, str], int] = defaultdict(int)
-    for turn in turns:
-        for call in turn.calls:
-            uses[call.shape, call.call_id] += 1
-    found, taken = _Found(), set[int]()
-    for turn in turns:
-        window = [
-            result for place in range(turn.end, turn.stop) for result in by_place[place] if result.shape == turn.shape
-        ]
+class _Results:
+    """The results of a list of messages, by their place and by the id of their call. Each answers one call."""
+
+    def __init__(self, messages: Sequence[Any]) -> None:
+        self.all = [result for place, message in enumerate(messages) for result in _results(message, place)]
+        self._by_place: dict[int, list[_Result]] = defaultdict(list)
+        self._by_call: dict[tuple[Shape, str], list[_Result]] = defaultdict(list)
+        for result in self.all:
+            self._by_place[result.place].append(result)
+            self._by_call[result.shape, result.call_id].append(result)
+        self._taken: set[int] = set()
+
+    def take(self, result: _Result) -> None:
+        self._taken.add(id(result))
+
+    def is_free(self, result: _Result) -> bool:
+        return id(result) not in self._taken
+
+    def of(self, call: _Call) -> list[_Result]:
+        """Return the free results that name a call, wherever they stand."""
+        return list(filter(self.is_free, self._by_call[call.shape, call.call_id]))
+
+    def near(self, call: _Call, turn: _Turn) -> list[_Result]:
+        """Return the free results of a call that may stand in the window of its turn."""
         if turn.shape == "responses":
-            window = by_id[turn.shape, turn.calls[0].call_id]
-        if (
-            turn.shape == "chat"
-            and any(not result.call_id for result in window)
-            and any(call.call_id for call in turn.calls)
-        ):
-            # A framework that names its calls in a way of its own.
-            taken.update(map(id, window))
+            return self.of(call)
+        return [each for each in self.behind(turn) if each.call_id == call.call_id and self.is_free(each)]
+
+    def behind(self, turn: _Turn) -> list[_Result]:
+        """Return the results in the window of a turn."""
+        found = [result for place in range(turn.end, turn.stop) for result in self._by_place[place]]
+        return [result for result in found if result.shape == turn.shape]
+
+
+def _look(messages: Sequence[Any]) -> _Found:
+    """Match calls with results."""
+    found, results, turns = _Found(), _Results(messages), list(_turns(messages))
+    uses = Counter((call.shape, call.call_id) for turn in turns for call in turn.calls)
+    for turn in turns:
+        if turn.shape == "chat" and _names_calls_in_its_own_way(turn, results):
             continue
         for call in turn.calls:
-            there = [result for result in window if result.call_id == call.call_id and id(result) not in taken]
-            there = [result for result in there if _is_taken_at(messages, result, turn)]
-            real = next((result for result in there if not result.is_synthetic), None)
-            elsewhere = (
-                []
-                if real or not call.call_id or uses[call.shape, call.call_id] > 1
-                else by_id[call.shape, call.call_id]
-            )
-            moved = next((result for result in elsewhere if not result.is_synthetic and id(result) not in taken), None)
-            if real is None and moved is not None:
-                taken.add(id(moved))
-                found.misplaced.append((call, moved, turn))
-            elif real is None and not there:
-                found.unanswered.append((call, turn))
+            there = [each for each in results.near(call, turn) if _is_taken_at(messages, each, turn)]
+            real = [result for result in there if not result.is_synthetic]
+            # An id that several calls have tells nothing about a result that stands elsewhere.
+            is_unique = call.call_id != "" and uses[call.shape, call.call_id] == 1
+            elsewhere = [each for each in results.of(call) if not each.is_synthetic] if is_unique else []
+            if not real and elsewhere:
+                results.take(elsewhere[0])
+                found.misplaced.append((call, elsewhere[0], turn))
+            elif there:
+                results.take((real or there)[0])
             else:
-                taken.add(id(real or there[0]))
-    for result in results:
-        if id(result) not in taken and result.call_id:
+                found.unanswered.append((call, turn))
+    for result in filter(results.is_free, results.all):
+        if result.call_id:
             (found.superseded if result.is_synthetic else found.orphaned).append(result)
     return found
 
 
+def _names_calls_in_its_own_way(turn: _Turn, results: _Results) -> bool:
+    """Tell whether the calls of a turn have ids that its results do not name. Such results are left alone."""
+    window = results.behind(turn)
+    is_so = any(not result.call_id for result in window) and any(call.call_id for call in turn.calls)
+    for result in window if is_so else []:
+        results.take(result)
+    return is_so
+
+
 def _is_taken_at(messages: Sequence[Any], result: _Result, turn: _Turn) -> bool:
     """Tell whether a provider takes a result at its place: in the window, and in front of all that is no result."""
-    if turn.shape == "chat":
+    if not turn.end <= result.place < turn.stop:
+        return False
+    if turn.shape in ("chat", "responses"):
         return True
-    if turn.shape == "responses":
-        return result.place >= turn.end
-    return result.is_first and all(
-        _is_results_only(messages[place], turn.shape) for place in range(turn.end, result.place)
-    )
+    before = range(turn.end, result.place)
+    return result.is_first and all(_is_results_only(messages[place], turn.shape) for place in before)
 
 
 def _is_results_only(message: Any, shape: Shape) -> bool:
