@@ -395,7 +395,7 @@ class Locked(lock.Hold):
     def _take_time_of_document(self) -> None:
         """Date a new lock file as its document, which is older. Else a mere look would bring a session to the top."""
         with contextlib.suppress(OSError):
-            disk.touch(self.paths.lock, disk.version_of(self.paths.document)[2])
+            disk.touch(self.paths.lock, int(disk.modified_at(self.paths.document) * 1e9))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
