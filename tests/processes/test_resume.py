@@ -1,4 +1,4 @@
-"""Streams that any worker can resume: the server of docs/events.md and the example, as uvicorn processes.
+"""Streams that any worker can resume: the server of docs/guides/events.md and the example, as uvicorn processes.
 
 The processes share one directory. The tests have a client that loses its connection again and again, a worker that is
 killed, and cursors that cannot be right. They poll the servers, with a deadline. They assert what the servers sent,
@@ -183,7 +183,7 @@ def store(tmp_path: Path) -> persist.Store:
 def serve(tmp_path: Path, store: persist.Store, start_up: Callable[[list[str], int], list[Server]]) -> Serve:
     """Return a function that starts workers of the page's `app.py`, on a store with the session "s-1"."""
     store.create("s-1", {"messages": []})
-    (tmp_path / "app.py").write_text(file_of(ROOT / "docs" / "events.md", "app.py"), encoding="utf-8")
+    (tmp_path / "app.py").write_text(file_of(ROOT / "docs" / "guides" / "events.md", "app.py"), encoding="utf-8")
     command = [sys.executable, "-W", "error", "-m", "uvicorn", "app:app", "--port", "0", "--no-access-log"]
     return lambda count: start_up(command, count)
 
