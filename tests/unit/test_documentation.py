@@ -140,3 +140,10 @@ def test_public_names_have_docstrings(name: str, value: object) -> None:
 def test_public_names_are_many() -> None:
     """The test above looks at something."""
     assert len(public()) > 100
+
+
+@names
+def test_page_has_no_placeholder(page: Path) -> None:
+    """A word in capitals alone on its line stands for text that nobody has filled in."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert re.findall(r"^[A-Z]{4,}$", text, re.MULTILINE) == []
