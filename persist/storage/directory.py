@@ -235,18 +235,22 @@ class SessionDirectory:
         try:
             times, others = disk.modified_times(self.layout.directory, f"{layout.DOCUMENT}{layout.LOCK}")
             self.require_same(is_missing=not times and not others)
-            # With 50,000 sessions the names are not decoded here. The caller decodes those that it needs.
-            names = {name.removesuffix(layout.DOCUMENT) for name in others if name.endswith(layout.DOCUMENT)}
-            found = {name: times[name] for name in names & times.keys()}
-            for name in filter(layout.is_name, names - times.keys()):
-                with contextlib.suppress(FileNotFoundError):
-                    found[name] = disk.version_of(self.layout.named(name, None).document)[2]
+            # With 50,000 sessions each step counts: no name is decoded, and a heap costs less than to sort all of them.
+            # The caller decodes the names that it needs.
+            heap, ending = list[tuple[int, str]](), len(layout.DOCUMENT)
+            for file_name in others:
+                if file_name.endswith(layout.DOCUMENT):
+                    name = file_name[:-ending]
+                    time_ns = times.get(name)
+                    if time_ns is not None:
+                        heap.append((-time_ns, name))
+                    elif layout.is_name(name):
+                        with contextlib.suppress(FileNotFoundError):
+                            heap.append((-disk.version_of(self.layout.named(name, None).document)[2], name))
         except PersistError:
             raise
         except OSError as error:
             raise Unreadable.because(self.layout.directory, error) from error
-        # With 50,000 sessions a heap costs less than to sort all of them.
-        heap = [(-time_ns, name) for name, time_ns in found.items()]
         heapq.heapify(heap)
         while heap:
             yield heapq.heappop(heap)

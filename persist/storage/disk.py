@@ -251,14 +251,18 @@ def modified_times(directory: StrPath, ending: str) -> tuple[dict[str, int], lis
     """
     times: dict[str, int] = {}
     others: list[str] = []
+    length = len(ending)
     with os.scandir(directory) as entries:
         for entry in entries:
             name = entry.name
             if not name.endswith(ending):
                 others.append(name)
                 continue
-            with contextlib.suppress(FileNotFoundError):
-                times[name.removesuffix(ending)] = entry.stat(follow_symlinks=False).st_mtime_ns
+            try:
+                times[name[:-length]] = entry.stat(follow_symlinks=False).st_mtime_ns
+            except FileNotFoundError:
+                # It is gone since the listing.
+                continue
     return times, others
 
 
