@@ -234,12 +234,14 @@ class Controller:
         self._publish()
 
     def _publish(self) -> None:
-        if self._live != self._published and self._live and self._is_used and self._run is not None:
-            from persist.pytest_plugin.uses import publish_live
-
-            publish_live(self._run, sorted(self._live))
-            self._published = set(self._live)
+        if self._live != self._published and self._live and self._is_used:
+            # First, because from now on the run has something to tear down.
             end_on_signals()
+            if self._run is not None:
+                from persist.pytest_plugin.uses import publish_live
+
+                publish_live(self._run, sorted(self._live))
+                self._published = set(self._live)
 
     # --- the end ---
 

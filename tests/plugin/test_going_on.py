@@ -239,11 +239,21 @@ ENDS = """
         return 1
 """
 WAITS = """
-    import time
+    import os, signal, time
     from journal_of import note, when
+
+    def handles_signals(pid):
+        (mask,) = (line.split()[1] for line in open(f"/proc/{pid}/status") if line.startswith("SigCgt"))
+        return all(int(mask, 16) >> number - 1 & 1 for number in (signal.SIGTERM, signal.SIGHUP))
+
     def test_before(database): note("before")
     def test_waits(database):
-        time.sleep(0.5)  # the report of the test before reaches the process that was started
+        # The report of the test before reaches the process that was started. Then it handles the signals.
+        pid = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+        deadline = time.monotonic() + 30
+        while not handles_signals(pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         note("waits")
         when("never")
 """
