@@ -30,6 +30,7 @@ _HOMES = {
     "store": "ClearedStream Store Sweep",
     "streams": "Stream StreamInfo",
     "transaction": "Transaction",
+    "view": "View",
     "pytest_plugin.errors": "FactoryFailed NotShared SharedTimeout",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}

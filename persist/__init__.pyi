@@ -39,6 +39,7 @@ from persist.store import Sweep as Sweep
 from persist.streams import Stream as Stream
 from persist.streams import StreamInfo as StreamInfo
 from persist.transaction import Transaction as Transaction
+from persist.view import View as View
 
 __all__: list[str]
 __version__: str

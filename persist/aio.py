@@ -496,6 +496,7 @@ class Store(_Awaited[persist.Store]):
         self.close()
 
     load = _giving_session(_reading(persist.Store.load))
+    view = _reading(persist.Store.view)
     head = _reading(persist.Store.head)
     heads = _reading(_heads)
     recent = _reading(persist.Store.recent)

@@ -25,6 +25,7 @@ from persist.storage.transaction import Locked, SessionFiles
 from persist.streams import Backend, Stream, StreamInfo
 from persist.transaction import Transaction, refuse_changed_stream_fields, require_version
 from persist.turn import Message
+from persist.view import View
 from persist.working_copy import WorkingCopy
 
 Result = TypeVar("Result")
@@ -225,6 +226,24 @@ class Store:
             Unreadable: the disk or its permissions refused.
         """
         return self._session(session_id, self._open().files.read(session_id), is_durable=False)
+
+    def view(self, session_id: str) -> View:
+        """Return a session as it was last committed, to be read value by value. Takes no lock and never writes.
+
+        It reads the session's files whole, as `load` does, and decodes only what is asked for. `tail` and `head` read
+        less.
+
+        Raises: as `load`.
+
+        Example:
+            >>> import persist, tempfile
+            >>> store = persist.Store(tempfile.mkdtemp())
+            >>> version = store.append("s-42", "messages", {"id": "m1", "content": "hi"}, create=True)
+            >>> view = store.view("s-42")
+            >>> view.list("messages").find("m1")["content"], view.version == version
+            ('hi', True)
+        """
+        return View(self._open().files.read(session_id))
 
     def head(self, session_id: str) -> Head:
         """Return the small fields of a session, without reading its messages. Takes no lock and never writes.

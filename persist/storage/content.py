@@ -246,14 +246,18 @@ class Items:
         """Tell whether more than one item has this value."""
         return value in self._placed(key).repeated
 
+    def ids(self, key: str = "id") -> list[Any]:
+        """Return the value of each item's key. It may be any JSON value, and is None where an item has none."""
+        text, _, items, length = self._parts
+        try:
+            ids = [item.value for item in _id_readers(key)[1](text)] if text else []
+        except (msgspec.DecodeError, RecursionError):
+            ids = [id_in(item, key) for item in bytes(text[2:-2]).split(SEPARATOR)]
+        return [*ids, *(id_in(item, key) for item in items[:length])]
+
     def _placed(self, key: str) -> _Places:
         if key not in self._places:
-            text, _, items, length = self._parts
-            try:
-                ids = [item.value for item in _id_readers(key)[1](text)] if text else []
-            except (msgspec.DecodeError, RecursionError):
-                ids = [id_in(item, key) for item in bytes(text[2:-2]).split(SEPARATOR)]
-            self._places[key] = _Places([*ids, *(id_in(item, key) for item in items[:length])])
+            self._places[key] = _Places(self.ids(key))
         return self._places[key]
 
     def _hand_over_places(self, after: Items, at: int) -> None:

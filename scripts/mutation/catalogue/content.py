@@ -142,7 +142,7 @@ MUTANTS = (
     ),
     _of(
         "the ids in a text that was not split",
-        "Items._placed",
+        "Items.ids",
         replace_expression("[item.value for item in _id_readers(key)[1](text)] if text else []", "[]"),
         "however_it_is_spelt",
     ),
