@@ -111,6 +111,8 @@ class ViewedList(Sequence[Any]):
             places = range(*place.indices(count))
             if not places:
                 return []
+            if len(places) == count and places.step == 1:
+                return self._items.decode()
             first = min(places[0], places[-1])
             found = self._items.last(count - first)
             return [json_codec.decode(found[each - first]) for each in places]
