@@ -1,0 +1,1 @@
+"""Adapters: the session protocols of agent frameworks, on a store of `persist`."""
