@@ -111,8 +111,8 @@ class PersistSession:
     async def _get_compaction_snapshot(
         self, limit: int, *, prune_prefix: Callable[[TResponseInputItem], bool] | None = None
     ) -> _CompactionSnapshot | None:
-        # The SDK's own stores have this method, too. Without it the SDK clears the session, and then adds what it keeps.
-        # A crash in between would lose the conversation.
+        # The SDK's own stores have this method, too. Without it the SDK clears the session, and then adds
+        # what it keeps. A crash in between would lose the conversation.
         try:
             from agents.memory.session import _CompactionSnapshot
         except ImportError:

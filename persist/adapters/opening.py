@@ -1,4 +1,4 @@
-"""What the adapters share: how each of them gets its store."""
+"""How an adapter gets its store."""
 
 from __future__ import annotations
 

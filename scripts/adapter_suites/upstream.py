@@ -70,15 +70,17 @@ def unpacked(distribution: str, cache: Path) -> Path:
 def run(suite: Suite, cache: Path) -> bool:
     """Run one framework's tests. Tell whether all that should hold does hold."""
     print(f"== {suite.distribution} {version(suite.distribution)}: its own session tests, on persist", flush=True)
-    command = [sys.executable, "-m", "pytest", "-p", suite.plugin, "-p", "no:cacheprovider", "-q", "-n", "auto", *suite.files]
+    pytest = [sys.executable, "-m", "pytest", "-p", suite.plugin, "-p", "no:cacheprovider", "-q", "-n", "auto"]
     environment = {**os.environ, "PYTHONPATH": str(HERE), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": ""}
-    return subprocess.run(command, cwd=unpacked(suite.distribution, cache), env=environment).returncode == 0
+    sources = unpacked(suite.distribution, cache)
+    return subprocess.run([*pytest, *suite.files], cwd=sources, env=environment, check=False).returncode == 0
 
 
 def main() -> int:
     cache = Path(sys.prefix) / "sources"
     cache.mkdir(exist_ok=True)
-    return 0 if all([run(suite, cache) for suite in SUITES]) else 1
+    held = [run(suite, cache) for suite in SUITES]
+    return 0 if all(held) else 1
 
 
 if __name__ == "__main__":

@@ -1007,6 +1007,7 @@ CLOSED_VERBS: list[Verb] = [
     lambda store: list(store.heads()),
     lambda store: store.tail("s"),
     lambda store: store.recent(),
+    lambda store: store.view("s"),
     lambda store: store.repair("s"),
     lambda store: store.create("new"),
     lambda store: store.duplicate("s", "copy"),

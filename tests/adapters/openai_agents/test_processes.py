@@ -23,7 +23,7 @@ from persist.adapters.openai_agents import PersistSession
 
 WORKERS, BATCHES, KILLS = 4, 100, 2
 
-#: Adds the batches of one worker. It prints each batch that is acknowledged. A new start goes on behind the last one that is there.
+#: Adds the batches of one worker, behind those that are there. It prints each batch that is acknowledged.
 WORKER = """
 import asyncio, sys
 from persist.adapters.openai_agents import PersistSession
@@ -41,7 +41,7 @@ asyncio.run(work(sys.argv[1], sys.argv[2], int(sys.argv[3])))
 
 
 def worked(directory: Path, name: str, kills: int) -> set[int]:
-    """Run one worker to its end. Kill it some times between two lines that it prints. Return the batches that it said."""
+    """Run one worker to its end, and kill it some times before. Return the batches that it said."""
     chance, said = random.Random(name), set[int]()
     while True:
         command = [sys.executable, "-c", WORKER, str(directory), name, str(BATCHES)]
