@@ -599,3 +599,78 @@ def test_entries_that_are_sent_again_are_stored_once(store: ConversationStore) -
         assert (await loaded(store, limit=1)).messages == [entries[-1].message]
 
     asyncio.run(run())
+
+
+def test_an_entry_that_is_given_twice_is_stored_once(store: ConversationStore) -> None:
+    """A write whose entries repeat each other keeps one of each."""
+
+    async def run() -> None:
+        first = ConversationEntry(parent_id=None, message=request("a"))
+        second = ConversationEntry(parent_id=first.id, message=response("a"))
+        record = ConversationRecord(conversation_id="c", head_id=second.id)
+        await store.write_record(record, new_entries=[first, second, first, second], expected_revision=None)
+        assert await store.load_entries("c") == [first, second]
+        assert (await loaded(store, limit=1)).messages == [second.message]
+
+    asyncio.run(run())
+
+
+def test_a_write_that_is_sent_again_is_a_conflict(store: ConversationStore) -> None:
+    """A caller that did not hear of its success sends the same write again. Nothing is stored twice."""
+
+    async def run() -> None:
+        entry = ConversationEntry(parent_id=None, message=request("a"))
+        record = ConversationRecord(conversation_id="c", head_id=entry.id)
+        await store.write_record(record, new_entries=[entry], expected_revision=None)
+        with pytest.raises(ConversationConflict):
+            await store.write_record(record, new_entries=[entry], expected_revision=None)
+        assert await store.load_entries("c") == [entry]
+
+    asyncio.run(run())
+
+
+def test_a_branch_of_a_branch(store: ConversationStore) -> None:
+    """A conversation leaves a branch for a second one, and that for a third. It can go back to each, and into each."""
+
+    async def run() -> None:
+        conversation = await saved(store, "a", "b")
+        tips = []
+        for word in "xyz":
+            conversation = await store.branch(
+                "c", at=len(conversation.messages) - 1, expected_revision=conversation.revision
+            )
+            conversation.messages += [response(word), request(word)]
+            tips.append((await store.save(conversation))[-1].id)
+        assert texts(conversation.messages) == [*"aabxyzz"]
+        record = await store.read_record("c")
+        assert record is not None
+        assert len(record.branches) == 3
+        back = await store.branch("c", from_entry=tips[0], expected_revision=conversation.revision)
+        assert texts(back.messages) == [*"aabxx"]
+        fork = await store.fork("c", from_entry=tips[1], new_conversation_id="f")
+        assert texts(fork.messages) == texts((await loaded(store, "f")).messages) == [*"aabxyy"]
+        again = await store.branch("c", from_entry=tips[2], expected_revision=back.revision)
+        assert again.messages == (await loaded(store)).messages == conversation.messages
+        assert texts((await loaded(store, limit=3)).messages) == [*"yzz"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "text", ["half \ud800 a pair", "\x00", "\u2028", "x" * 3_000_000], ids=["half", "nul", "u2028", "3 MB"]
+)
+def test_any_text_comes_back(store: ConversationStore, text: str) -> None:
+    """Half a surrogate pair, control characters and long texts come back: in a message, a scope and an entry's id."""
+
+    async def run() -> None:
+        await store.save(Conversation(conversation_id="c", messages=turns(text)), scope=text)
+        assert texts((await loaded(store, scope=text)).messages) == [text, text]
+        assert texts((await loaded(store, limit=1)).messages) == [text]
+        assert [each.scope for each in await store.list_conversations(scope=text)] == [text]
+        entry = ConversationEntry(id=text, parent_id=None, message=request("a"))
+        await store.write_record(
+            ConversationRecord(conversation_id="d", head_id=text), new_entries=[entry], expected_revision=None
+        )
+        assert await store.read_history(text, limit=1) == await store.read_history(text) == [entry]
+
+    asyncio.run(run())

@@ -7,8 +7,10 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -158,6 +160,118 @@ def test_a_message_that_is_no_json_is_refused(directory: Path) -> None:
 
     asyncio.run(run())
     assert persist.Store(directory).ids() == []
+
+
+@pytest.mark.parametrize("conversation_id", ["", "a" * 513, "\ud800"], ids=["empty", "long", "half"])
+def test_an_id_that_is_no_session_id_is_refused(directory: Path, conversation_id: str) -> None:
+    """Each verb that names a conversation refuses an id that no session can have, and writes nothing."""
+
+    async def run() -> None:
+        store = PersistConversationStore(directory)
+        record = ConversationRecord(conversation_id=conversation_id, head_id=None)
+        refused: list[Coroutine[Any, Any, object]] = [
+            store.load(conversation_id),
+            store.save(Conversation(conversation_id=conversation_id, messages=turn("a"))),
+            store.write_record(record, expected_revision=None),
+            store.delete_record(conversation_id, expected_revision="r"),
+        ]
+        for verb in refused:
+            with pytest.raises(persist.InvalidArgument, match="a session id is"):
+                await verb
+
+    asyncio.run(run())
+    assert list(directory.glob("*.json*")) == []
+
+
+@pytest.mark.parametrize("conversation_id", ["a/b/../c", ".", "\x00", "CON", "é" * 512, "x\n"])
+def test_any_other_id_is_taken(directory: Path, conversation_id: str) -> None:
+    """Any other text is an id, whatever it means to a file system."""
+
+    async def run() -> None:
+        store = PersistConversationStore(directory)
+        await save(store, "a", conversation_id=conversation_id)
+        assert [each.conversation_id for each in await store.list_conversations()] == [conversation_id]
+        assert await prompts(PersistConversationStore(directory), conversation_id) == "a"
+        await store.delete(conversation_id)
+
+    asyncio.run(run())
+    assert persist.Store(directory).ids() == []
+
+
+def test_a_closed_store_refuses(directory: Path) -> None:
+    """Each verb raises `StoreClosed` after the store was closed."""
+
+    async def run() -> None:
+        given = persist.aio.Store(directory)
+        store = PersistConversationStore(given)
+        entries = await save(store, "a")
+        given.close()
+        record = ConversationRecord(conversation_id="d", head_id=None)
+        refused: list[Coroutine[Any, Any, object]] = [
+            store.load("c"),
+            store.list_conversations(),
+            store.read_entry(entries[0].id),
+            store.read_history(entries[-1].id),
+            store.read_history(entries[-1].id, limit=1),
+            store.write_record(record, expected_revision=None),
+            store.delete_record("c", expected_revision="r"),
+        ]
+        for verb in refused:
+            with pytest.raises(persist.StoreClosed):
+                await verb
+
+    asyncio.run(run())
+
+
+def test_a_cancelled_save_is_whole_or_absent(directory: Path) -> None:
+    """A save that is cancelled at any moment has stored its entries and the record, or nothing."""
+
+    async def run() -> None:
+        store = PersistConversationStore(directory)
+        await save(store, "-")
+        for number in range(60):
+            conversation = await store.load("c")
+            assert conversation is not None
+            before = len(conversation.messages)
+            conversation.messages += turn("x")
+            saving = asyncio.create_task(store.save(conversation))
+            # Each step is one turn of the event loop, so that the cancellation meets each of the save's waits.
+            for _ in range(number):
+                await asyncio.sleep(0)
+            saving.cancel()
+            await asyncio.wait([saving])
+            found = await store.load_entries("c")
+            assert found is not None
+            assert len(found) - before in ((0, 2) if saving.cancelled() else (2,))
+            assert persist.Store(directory).head("c").counts["messages"] == len(found)
+
+    asyncio.run(run())
+
+
+def test_damage_is_never_written_over(directory: Path) -> None:
+    """A save, a fork and a delete of a damaged conversation are errors, and its file stays as it is."""
+
+    async def run() -> None:
+        conversation = Conversation(conversation_id="c", messages=turn("abc") * 300)
+        await PersistConversationStore(directory).save(conversation)
+        path = directory / "c.json"
+        damaged = bytearray(path.read_bytes())
+        damaged[len(damaged) // 2] ^= 1
+        path.write_bytes(damaged)
+        store = PersistConversationStore(directory)
+        conversation.messages += turn("d")
+        refused: list[Coroutine[Any, Any, object]] = [
+            store.save(conversation),
+            store.fork("c", new_conversation_id="f"),
+            store.delete("c"),
+        ]
+        for verb in refused:
+            with pytest.raises(persist.CorruptSession):
+                await verb
+        assert path.read_bytes() == damaged
+
+    asyncio.run(run())
+    assert persist.Store(directory).ids() == ["c"]
 
 
 def test_messages_of_another_program_are_left_alone(directory: Path) -> None:
