@@ -1,7 +1,8 @@
 """The documented behaviour of a `ConversationStore`, for the in-memory store of pydantic-ai and for that of `persist`.
 
-The sdists of pydantic-ai and pydantic-ai-slim have no tests, so the documented behaviour is spelt out here. Each test
-runs against both stores.
+No package of pydantic-ai has a test of a store: not the sdist and the wheel of pydantic-ai-slim 2.68.0, and not the
+sdists of pydantic-ai 2.66.0 and pydantic-ai-harness 0.62.0. So the documented behaviour is spelt out here. Each test
+runs against both stores, so that the in-memory store is the judge.
 """
 
 from __future__ import annotations
@@ -315,7 +316,10 @@ def test_a_missing_conversation_has_no_revision(store: ConversationStore) -> Non
 
 
 def test_a_head_that_nobody_holds_is_refused(store: ConversationStore) -> None:
-    """A record whose head was released is a conflict, for a new conversation and for a stored one."""
+    """A record whose head was released is a conflict, for a new conversation and for a stored one.
+
+    It fails if the session is not searched for the head.
+    """
 
     async def run() -> None:
         fork = ConversationRecord(conversation_id="f", head_id="released", forked_from="gone", forked_at="released")
@@ -345,7 +349,10 @@ def test_a_new_conversation_meets_one_that_exists(store: ConversationStore) -> N
 
 
 def test_a_conversation_made_anew_refuses_old_copies(store: ConversationStore) -> None:
-    """A conversation that was deleted and made again has another revision. A copy from before is a conflict."""
+    """A conversation that was deleted and made again has another revision. A copy from before is a conflict.
+
+    It fails if a delete does not compare the revision.
+    """
 
     async def run() -> None:
         old = await saved(store, "a")
@@ -413,7 +420,10 @@ def test_a_list_begins_with_the_last_save(store: ConversationStore) -> None:
 
 @pytest.mark.parametrize("limit", [1, 5, 60, None])
 def test_a_list_goes_by_the_time_in_the_record(store: ConversationStore, limit: int | None) -> None:
-    """`updated_at` is the record's own, as given, and it orders the list, whatever order the writes had."""
+    """`updated_at` is the record's own, as given, and it orders the list, whatever order the writes had.
+
+    It fails if the sessions that were committed last are taken for the newest ones.
+    """
     newest = datetime(2026, 1, 1, 12, tzinfo=timezone(timedelta(hours=5, minutes=30)))
     times = [newest - timedelta(minutes=minute) for minute in range(70)]
 

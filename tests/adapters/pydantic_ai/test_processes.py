@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import random
 import signal
 import subprocess
@@ -19,12 +20,14 @@ import pytest
 
 pytest.importorskip("pydantic_ai.conversation_store", reason="needs pydantic-ai-slim")
 
+from actors import eventually
 from conftest import ActorFactory
 from pydantic_ai.conversation import Conversation
 from pydantic_ai.messages import ModelRequest, ModelResponse, TextPart, UserPromptPart
 
 import persist
 from persist.adapters.pydantic_ai import PersistConversationStore
+from persist.storage import disk, turnstile
 
 WORKERS, BATCHES, KILLS = 4, 100, 2
 
@@ -131,11 +134,21 @@ def test_killed_workers_lose_double_and_split_nothing(directory: Path) -> None:
     assert {problem.kind for problem in store.check()} <= {"left-over"}
 
 
+def is_waited_for(path: Path) -> bool:
+    """Tell whether a process waits for a lock."""
+    fd = disk.open_plain(path, os.O_RDWR)
+    try:
+        return turnstile.is_taken(fd)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells that a process waits for a lock")
 @pytest.mark.parametrize("is_new", [True, False], ids=["created", "continued"])
 def test_one_of_two_writers_wins(actor: ActorFactory, directory: Path, is_new: bool) -> None:
     """Two processes write a record for one revision, or create one conversation, at the same time. One gets a conflict.
 
-    It fails if the revision is not compared in the transaction.
+    It fails if the revision is not compared, and if it is compared before the transaction.
     """
     mine = PersistConversationStore(directory)
     expected = None
@@ -155,6 +168,8 @@ async def write(name):
     # The first process holds the lock, and has compared the revision.
     first.start_and_pause("asyncio.run(write('first'))", "replace")
     second.start("asyncio.run(write('second'))")
+    # The second process has done all that comes before the lock. Now it waits.
+    eventually(lambda: is_waited_for(directory / "c.json.lock"))
     first.go()
     first.result()
     with pytest.raises(Exception, match="was saved or deleted since") as conflict:
@@ -169,7 +184,10 @@ async def write(name):
 @pytest.mark.parametrize("step", ["write", "replace"])
 @pytest.mark.parametrize("is_new", [True, False], ids=["first-save", "later-save"])
 def test_a_save_that_is_killed_is_absent(actor: ActorFactory, directory: Path, step: str, is_new: bool) -> None:
-    """A process that is killed before its save is visible leaves nothing of it. The next save goes on."""
+    """A process that is killed before its save is visible leaves nothing of it. The next save goes on.
+
+    It fails if the record is not written in the commit of the entries.
+    """
     before = [] if is_new else ["a"]
     for word in before:
         asyncio.run(save(directory, word))

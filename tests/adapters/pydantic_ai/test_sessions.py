@@ -87,7 +87,10 @@ def test_a_session_holds_the_record_and_the_entries(directory: Path) -> None:
 
 
 def test_a_save_is_one_commit(directory: Path) -> None:
-    """The entries and the record of a save are one commit, and so are those of a fork."""
+    """The entries and the record of a save are one commit, and so are those of a fork.
+
+    It fails if the record is not written in the commit of the entries.
+    """
 
     async def run() -> None:
         store = PersistConversationStore(directory)
@@ -275,7 +278,10 @@ def test_damage_is_never_written_over(directory: Path) -> None:
 
 
 def test_messages_of_another_program_are_left_alone(directory: Path) -> None:
-    """A session that has a title takes a conversation. A session with other messages refuses one."""
+    """A session that has a title takes a conversation. A session with other messages refuses one.
+
+    It fails if a new conversation does not look for messages.
+    """
     plain = persist.Store(directory)
     plain.create("c", {"title": "New chat", "messages": []})
     plain.create("other", {"messages": [{"id": "m1", "role": "user", "content": "hi"}]})
@@ -297,7 +303,7 @@ def test_messages_of_another_program_are_left_alone(directory: Path) -> None:
 def test_a_damaged_session_hides_no_other(directory: Path) -> None:
     """A list and a search leave out what cannot be read. To load it is an error, without any of its content.
 
-    A list reads no messages, so it does not notice damage among them.
+    A list reads no messages, so it does not notice damage among them. It fails if one error ends the list.
     """
 
     async def run() -> None:
@@ -325,7 +331,10 @@ def test_a_damaged_session_hides_no_other(directory: Path) -> None:
 
 
 def test_a_history_with_a_hole_is_an_error(directory: Path) -> None:
-    """A history that lost an entry, or that leads back to itself, is never returned as if it were whole."""
+    """A history that lost an entry, or that leads back to itself, is never returned as if it were whole.
+
+    It fails if a missing entry ends the chain. It hangs if an entry is taken twice.
+    """
 
     async def run() -> None:
         store = PersistConversationStore(directory)
@@ -359,7 +368,10 @@ class Looking(persist.aio.Store):
 
 
 def test_a_window_reads_the_end_only(directory: Path) -> None:
-    """`load` with a limit does not read the whole session. After a save of another process it may."""
+    """`load` with a limit does not read the whole session. After a save of another process it may.
+
+    It fails if the last items are taken for the end of the history without a look.
+    """
 
     async def run() -> None:
         looking = Looking(directory)
@@ -413,7 +425,10 @@ def test_the_end_of_a_history_is_looked_for_in_the_records(directory: Path) -> N
 
 
 def test_a_memory_of_a_deleted_conversation_does_no_harm(directory: Path) -> None:
-    """The store saw an entry in a conversation that was deleted since. It finds the entry in a fork."""
+    """The store saw an entry in a conversation that was deleted since, and perhaps made anew. It finds it in a fork.
+
+    It fails if the conversation is not asked whether it still has the entry.
+    """
 
     async def run() -> None:
         store, other = PersistConversationStore(directory), PersistConversationStore(directory)
@@ -421,8 +436,13 @@ def test_a_memory_of_a_deleted_conversation_does_no_harm(directory: Path) -> Non
         await other.fork("c", new_conversation_id="f")
         await other.delete("c")
         assert await store.read_history(entries[-1].id) == entries
-        assert await store.read_history(entries[-1].id, limit=2) == entries[-2:]
+        # Now the store knows the fork. Its name goes to another conversation, and the entries to another fork.
+        await other.fork("f", new_conversation_id="g")
         await other.delete("f")
+        await save(other, "x", conversation_id="f")
+        assert await store.read_history(entries[-1].id) == entries
+        assert await store.read_history(entries[-1].id, limit=2) == entries[-2:]
+        await other.delete("g")
         for limit in (None, 2):
             with pytest.raises(LookupError):
                 await store.read_history(entries[-1].id, limit=limit)
@@ -506,6 +526,26 @@ def test_a_shared_history_is_copied_once(directory: Path) -> None:
     asyncio.run(run())
     ids = [each["id"] for each in persist.Store(directory).load("f").data["messages"]]
     assert len(ids) == len(set(ids)) == 5
+
+
+def test_an_entry_is_stored_once(directory: Path) -> None:
+    """Entries that a write repeats, or that are there already, do not stand in the session again.
+
+    It fails if the session is not searched for them, and if the write is not.
+    """
+
+    async def run() -> None:
+        store = PersistConversationStore(directory)
+        entries = await save(store, "a")
+        record = await store.read_record("c")
+        assert record is not None
+        more = [ConversationEntry(parent_id=entries[-1].id, message=message) for message in turn("b")[:1]]
+        after = replace(record, head_id=more[0].id, revision="r")
+        await store.write_record(after, new_entries=[*entries, *more, *more], expected_revision=record.revision)
+        assert await store.load_entries("c") == [*entries, *more]
+
+    asyncio.run(run())
+    assert persist.Store(directory).head("c").counts["messages"] == 3
 
 
 def test_a_large_conversation_keeps_its_cost(directory: Path) -> None:
