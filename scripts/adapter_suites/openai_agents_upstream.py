@@ -103,9 +103,9 @@ class SQLiteSession(PersistSession):
 
 
 for module in (agents, agents.memory, agents.memory.sqlite_session):
-    module.SQLiteSession = SQLiteSession  # type: ignore[misc, assignment]
+    setattr(module, "SQLiteSession", SQLiteSession)  # noqa: B010 - mypy takes no assignment to a module
 for extension in (agents.extensions.memory, agents.extensions.memory.async_sqlite_session):
-    extension.AsyncSQLiteSession = SQLiteSession  # type: ignore[misc, assignment]
+    setattr(extension, "AsyncSQLiteSession", SQLiteSession)  # noqa: B010
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -108,7 +108,7 @@ def test_killed_writers_lose_double_and_split_nothing(tmp_path: Path) -> None:
     saver.put({"configurable": {"thread_id": "t-1", "checkpoint_ns": ""}}, checkpoint, {}, {})
     found = saver.get_tuple(AT_C1)
     assert found is not None
-    wanted = []
+    wanted: list[Any] = []
     for name, number in [(f"w{worker}", number) for worker in range(WORKERS) for number in range(steps)]:
         wanted.append((f"{name}-{number}", "one", [name, number]))
         wanted.append((f"{name}-{number}", "two", {"name": name, "number": number}))

@@ -326,7 +326,7 @@ def test_a_subgraph_renews_no_run(directory: Path) -> None:
 
     for thread_id, checkpointer in (("t-1", None), ("t-2", True), (3, None)):
         config: Any = {"configurable": {"thread_id": thread_id}}
-        builder = StateGraph(State)
+        builder: Any = StateGraph(State)
         builder.add_node("take over", take_over)
         builder.add_node("sub", chain("s1", "s2").compile(checkpointer=checkpointer))
         builder.add_edge(START, "take over")

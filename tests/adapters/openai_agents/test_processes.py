@@ -68,7 +68,7 @@ def test_killed_workers_lose_double_and_split_nothing(tmp_path: Path) -> None:
     names = [f"w{number}" for number in range(WORKERS)]
     with ThreadPoolExecutor(WORKERS) as threads:
         acknowledged = dict(zip(names, threads.map(partial(worked, tmp_path, kills=KILLS), names), strict=True))
-    items = asyncio.run(PersistSession("s", tmp_path).get_items())
+    items: list[Any] = asyncio.run(PersistSession("s", tmp_path).get_items())
     seen: list[Any] = [item["content"].split() for item in items]
     for first, second in zip(seen[::2], seen[1::2], strict=True):
         assert (first[:2], first[2], second[2]) == (second[:2], "user", "assistant")

@@ -76,14 +76,16 @@ def test_other_values_of_the_session_stay(tmp_path: Path) -> None:
 
 
 def test_bad_arguments_write_nothing(tmp_path: Path) -> None:
-    for arguments in ((3, tmp_path), ("s", 3)):
+    bad: list[tuple[Any, Any]] = [(3, tmp_path), ("s", 3)]
+    for session_id, store in bad:
         with pytest.raises(persist.InvalidArgument):
-            PersistSession(*arguments)  # type: ignore[arg-type]
+            PersistSession(session_id, store)
     with pytest.raises(persist.InvalidArgument):
         asyncio.run(PersistSession("", tmp_path).add_items(turn(1)))
     session = PersistSession("s", tmp_path)
+    not_json: Any = {"role": "user", "content": {1, 2}}
     with pytest.raises(persist.NotJSON):
-        asyncio.run(session.add_items([turn(1)[0], {"role": "user", "content": {1, 2}}]))  # type: ignore[list-item]
+        asyncio.run(session.add_items([turn(1)[0], not_json]))
     assert persist.Store(tmp_path).ids() == []
 
 
@@ -125,10 +127,10 @@ def test_a_cancelled_add_is_whole_or_not_there(tmp_path: Path) -> None:
             if number % 3:
                 await asyncio.sleep(0.0002 * (number % 7))
             task.cancel()
-            outcome = await asyncio.gather(task, return_exceptions=True)
+            (outcome,) = await asyncio.gather(task, return_exceptions=True)
             there = await session.get_items()
             assert len(there) % 2 == 0
-            if outcome == [None]:
+            if outcome is None:
                 assert there[-2:] == turn(number)
         return await session.get_items()
 

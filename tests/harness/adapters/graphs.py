@@ -195,7 +195,7 @@ def asking(saver: Saver, durability: Durability, is_async: bool) -> Any:
     def ask(_state: State) -> Any:
         return {"xs": [f"got {interrupt('which?')}"]}
 
-    inner = StateGraph(State)
+    inner: Any = StateGraph(State)
     inner.add_node("ask", ask)
     inner.add_edge(START, "ask")
     builder = chain("a")
