@@ -46,6 +46,9 @@ from persist.view import View
 
 Write = Callable[[Transaction], None]
 
+# A value is nested in a document. This place is the deepest one, and the limit of depth counts from the top.
+_DEEPEST = ("writes", 0, "writes", 0, "json")
+
 
 class PersistSaver(BaseCheckpointSaver[str]):
     """A LangGraph checkpointer that keeps each thread in one JSON file, and refuses superseded runs.
@@ -100,7 +103,7 @@ class PersistSaver(BaseCheckpointSaver[str]):
             before: yield only checkpoints whose ids are lower than its `checkpoint_id`. Ids begin with a time.
             limit: how many to yield at most.
         """
-        keys: Mapping[str, Any] = config["configurable"] if config else {}
+        keys: Mapping[str, Any] = config.get("configurable", {}) if config else {}
         wanted = {"ns": keys.get("checkpoint_ns"), "checkpoint_id": keys.get("checkpoint_id") or None}
         wanted = {name: value for name, value in wanted.items() if value is not None}
         end = get_checkpoint_id(before) if before else None
@@ -215,6 +218,7 @@ class PersistSaver(BaseCheckpointSaver[str]):
         metadata: CheckpointMetadata,
         new_versions: ChannelVersions,
     ) -> Write:
+        admit = self._admission(config)
         ns, parent = _ns_of(config), get_checkpoint_id(config)
         versions, given = checkpoint["channel_versions"], checkpoint["channel_values"]
         bare = {name: value for name, value in checkpoint.items() if name != "channel_values"}
@@ -229,7 +233,6 @@ class PersistSaver(BaseCheckpointSaver[str]):
             }
         )
         made = {channel: self._value(given[channel]) for channel in new_versions if channel in given}
-        admit = self._admission(config)
 
         def write(tx: Transaction) -> None:
             admit(tx)
@@ -256,6 +259,7 @@ class PersistSaver(BaseCheckpointSaver[str]):
     def _put_writes(
         self, config: RunnableConfig, writes: Sequence[tuple[str, Any]], task_id: str, task_path: str
     ) -> Write:
+        admit = self._admission(config)
         ns, checkpoint_id = _ns_of(config), get_checkpoint_id(config)
         if checkpoint_id is None:
             raise InvalidArgument(what="checkpoint_id", expected="given in config['configurable']", got="missing")
@@ -266,7 +270,6 @@ class PersistSaver(BaseCheckpointSaver[str]):
             for idx, (channel, value) in enumerate(writes)
         ]
         encoded = json_codec.encode(item)
-        admit = self._admission(config)
 
         def write(tx: Transaction) -> None:
             admit(tx)
@@ -381,7 +384,7 @@ class PersistSaver(BaseCheckpointSaver[str]):
         # Another serializer may encrypt, so it must see everything.
         if type(self.serde) is JsonPlusSerializer:
             with suppress(NotJSON):
-                json_codec.check(value)
+                json_codec.check(value, _DEEPEST)
                 return {"json": value}
         kind, data = self.serde.dumps_typed(value)
         return {"type": kind, "base64": b64encode(data).decode()}
@@ -465,7 +468,7 @@ def _thread_of(config: RunnableConfig) -> str:
 
 
 def _ns_of(config: RunnableConfig) -> str:
-    ns: str = config["configurable"].get("checkpoint_ns", "")
+    ns: str = config["configurable"].get("checkpoint_ns") or ""
     return ns
 
 

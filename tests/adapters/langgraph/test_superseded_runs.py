@@ -23,6 +23,7 @@ from harness.adapters.graphs import Durability, State, adder, chain
 from langchain_core.runnables import RunnableConfig
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import RunControl
+from langgraph.types import interrupt
 
 import persist
 from persist.adapters.langgraph import PersistSaver, SupersededRun
@@ -335,3 +336,20 @@ def test_a_subgraph_renews_no_run(directory: Path) -> None:
         with pytest.raises(SupersededRun):
             graph.invoke({"xs": ["in"]}, config, durability="sync")
         assert {each.config["configurable"]["checkpoint_ns"] for each in saver.list(config)} == {""}
+
+
+@pytest.mark.parametrize("durability", DURABILITIES)
+def test_a_superseded_run_is_not_told_that_it_waits_for_an_answer(directory: Path, durability: Durability) -> None:
+    """The run is superseded, and its node asks a person. LangGraph hides that exception, but not the refusal."""
+    saver = PersistSaver(directory)
+
+    def node(_state: State) -> Any:
+        outside(lambda: graph.update_state(CONFIG, {"xs": ["update"]}, as_node="after"))
+        return {"xs": [interrupt("which?")]}
+
+    graph = with_node(node, saver)
+    chain("a").compile(checkpointer=saver).invoke({"xs": ["first"]}, CONFIG)
+    with pytest.raises(SupersededRun):
+        graph.invoke({"xs": ["in"]}, CONFIG, durability=durability)
+    assert graph.get_state(CONFIG).interrupts == ()
+    assert graph.get_state(CONFIG).values["xs"][-1] == "update"

@@ -110,7 +110,7 @@ def namespaces(saver: Saver, thread_id: str = "t-1") -> list[Any]:
         writes = sorted((channel, repr(_plain(value))) for _, channel, value in each.pending_writes or ())
         writes = [write for write in writes if "id='" not in write[1] and "id=" not in write[1]]
         values = sorted(_plain(each.checkpoint["channel_values"]).items())
-        found.append((ns, each.metadata["step"], each.metadata["source"], repr(values), writes))
+        found.append((ns, each.metadata["step"], each.metadata.get("source"), repr(values), writes))
     return sorted(found)
 
 
