@@ -18,6 +18,7 @@ from actors import DEADLINE_S, Actor, eventually
 from conftest import ActorFactory
 from filelock import FileLock, Timeout, lock_descriptor
 from harness.faults import descriptors
+from harness.turnstiles import is_waited_for
 
 import persist
 from persist.storage import held, lock, turnstile
@@ -580,15 +581,6 @@ def test_fork_goes_on_after_a_descriptor_that_somebody_closed(store: persist.Sto
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such a turnstile")
 
 
-def is_taken(path: Path) -> bool:
-    """Return whether a process is in the turnstile of a lock file."""
-    fd = os.open(path, os.O_RDWR)
-    try:
-        return turnstile.is_taken(fd)
-    finally:
-        os.close(fd)
-
-
 @pytest.fixture
 def locked(directory: Path, session: persist.Session, actor: ActorFactory) -> Actor:
     """Return another process, which holds the lock of the session until the test lets it go."""
@@ -600,7 +592,7 @@ def locked(directory: Path, session: persist.Session, actor: ActorFactory) -> Ac
 def in_turnstile(waiter: Actor, path: Path) -> None:
     """Let a process wait for the session. Return when it is in the turnstile."""
     waiter.start("store.append('s-1', 'log', 'waiter')")
-    eventually(lambda: is_taken(path))
+    eventually(lambda: is_waited_for(path))
 
 
 @linux_only
@@ -700,7 +692,7 @@ def test_waiter_lets_go_of_a_lock_file_that_was_removed(locked: Actor, directory
         (directory / "new.lock").replace(path)
         locked.go()
         locked.result()
-        eventually(lambda: is_taken(path))
+        eventually(lambda: is_waited_for(path))
         eventually(lambda: lock_descriptor(old, blocking=False))
         assert not turnstile.is_taken(old)
         assert not waiter._connection.poll()
@@ -742,7 +734,7 @@ def test_waiter_that_is_killed_leaves_the_turnstile(locked: Actor, directory: Pa
     killed = actor()
     in_turnstile(killed, directory / "s-1.json.lock")
     killed.kill()
-    assert not is_taken(directory / "s-1.json.lock")
+    assert not is_waited_for(directory / "s-1.json.lock")
     locked.go()
     locked.result()
     assert revision_at(directory, persist.Store(directory, timeout_s=0.0).append("s-1", "log", 1)) == 3
@@ -764,7 +756,7 @@ def test_exception_in_the_turnstile_leaves_it(
         patch.setattr(turnstile, "take", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.append("s-1", "log", 1)
-    assert not is_taken(directory / "s-1.json.lock")
+    assert not is_waited_for(directory / "s-1.json.lock")
     assert descriptors() == before
     locked.go()
     locked.result()
@@ -807,7 +799,7 @@ child, len(errors), len(os.listdir('/proc/self/fd')) - before
     child, timed_out, more_descriptors = waiter.do(code.replace("FORK", fork))
     try:
         assert (timed_out, more_descriptors) == (1, 0)
-        assert not is_taken(directory / "s-1.json.lock")
+        assert not is_waited_for(directory / "s-1.json.lock")
         locked.go()
         locked.result()
         assert revision_at(directory, waiter.do("store.append('s-1', 'log', 2)")) == 3

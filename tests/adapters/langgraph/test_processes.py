@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import random
-import signal
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +11,11 @@ import pytest
 
 pytest.importorskip("langgraph.graph", reason="no langgraph: scripts/test-adapters installs it")
 
+from harness.killed_workers import NAMES, WORKERS, all_worked
+
 from persist.adapters.langgraph import PersistSaver
 
-WORKERS, KILLS = 4, 1
+KILLS = 1
 CONFIG: Any = {"configurable": {"thread_id": "t-1"}}
 AT_C1: Any = {"configurable": {"thread_id": "t-1", "checkpoint_ns": "", "checkpoint_id": "c-1"}}
 
@@ -68,41 +65,14 @@ for number in range(int(sys.argv[3])):
 """
 
 
-def worked(directory: Path, name: str, *, code: str, steps: int) -> set[int]:
-    """Run one worker to its end, and kill it some times before. Return the steps that it said."""
-    chance, said, kills = random.Random(name), set[int](), KILLS
-    while True:
-        command = [sys.executable, "-c", code, str(directory), name, str(steps)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            lines_left = chance.randrange(1, steps // 2)
-            for line in process.stdout:
-                said.add(int(line))
-                lines_left -= 1
-                if lines_left == 0 and kills:
-                    time.sleep(chance.uniform(0, 0.01))
-                    process.kill()
-        if process.returncode == 0:
-            return said
-        assert process.returncode == -signal.SIGKILL
-        kills -= 1
-
-
-def all_worked(directory: Path, *, code: str, steps: int) -> None:
-    """Run all workers at once. Each of them said all of its steps."""
-    names = [f"w{number}" for number in range(WORKERS)]
-    with ThreadPoolExecutor(WORKERS) as threads:
-        said = list(threads.map(partial(worked, directory, code=code, steps=steps), names))
-    assert said == [set(range(steps))] * WORKERS
-
-
 def test_killed_writers_lose_double_and_split_nothing(tmp_path: Path) -> None:
     """4 processes store the writes of 100 tasks each, on one checkpoint that comes later. All are there, once each.
 
     It fails if `put_writes` looks for the task before its transaction, because tasks of all workers are doubled then.
     """
     steps = 100
-    all_worked(tmp_path, code=WRITER, steps=steps)
+    printed = all_worked(tmp_path, code=WRITER, steps=steps, kills=KILLS)
+    assert printed == {name: set(range(steps)) for name in NAMES}
     saver = PersistSaver(tmp_path)
     empty: dict[str, Any] = {"channel_values": {}, "channel_versions": {}, "versions_seen": {}}
     checkpoint: Any = {"v": 4, "id": "c-1", "ts": "2026-11-30T10:00:00+00:00", **empty}
@@ -111,7 +81,7 @@ def test_killed_writers_lose_double_and_split_nothing(tmp_path: Path) -> None:
     assert found is not None
     wanted: list[Any] = []
     for number in range(steps):
-        for name in [f"w{worker}" for worker in range(WORKERS)] if number % 2 else ["all"]:
+        for name in NAMES if number % 2 else ["all"]:
             task = f"{name}-{number}"
             wanted += [(task, "one", [task, number]), (task, "two", {"task": task, "number": number})]
     assert found.pending_writes == sorted(wanted, key=lambda write: write[:2])
@@ -123,7 +93,8 @@ def test_killed_talkers_lose_double_and_split_nothing(tmp_path: Path) -> None:
     It fails if `Run.admit` lets every run pass, because turns are lost then.
     """
     turns = 10
-    all_worked(tmp_path, code=TALKER, steps=turns)
+    printed = all_worked(tmp_path, code=TALKER, steps=turns, kills=KILLS)
+    assert printed == {name: set(range(turns)) for name in NAMES}
     found = PersistSaver(tmp_path).get_tuple(CONFIG)
     assert found is not None
     said = [each.split() for each in found.checkpoint["channel_values"]["said"]]

@@ -5,13 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +14,11 @@ import pytest
 
 pytest.importorskip("agents", reason="no openai-agents: scripts/test-adapters installs it")
 
+from harness.killed_workers import all_worked
+
 from persist.adapters.openai_agents import PersistSession
 
-WORKERS, BATCHES, KILLS = 4, 100, 2
+BATCHES, KILLS = 100, 2
 
 #: Adds the batches of one worker, behind those that are there. It prints each batch that is acknowledged.
 WORKER = """
@@ -40,34 +37,12 @@ asyncio.run(work(sys.argv[1], sys.argv[2], int(sys.argv[3])))
 """
 
 
-def worked(directory: Path, name: str, kills: int) -> set[int]:
-    """Run one worker to its end, and kill it some times before. Return the batches that it said."""
-    chance, said = random.Random(name), set[int]()
-    while True:
-        command = [sys.executable, "-c", WORKER, str(directory), name, str(BATCHES)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            lines_left = chance.randrange(1, 25) if kills else BATCHES
-            for line in process.stdout:
-                said.add(int(line))
-                lines_left -= 1
-                if lines_left == 0 and kills:
-                    time.sleep(chance.uniform(0, 0.004))
-                    process.kill()
-        if process.returncode == 0:
-            return said
-        assert process.returncode == -signal.SIGKILL
-        kills -= 1
-
-
 def test_killed_workers_lose_double_and_split_nothing(tmp_path: Path) -> None:
     """Without the lock around `add_items` pairs of two workers mix, and items are lost.
 
     A worker that is killed starts again, looks at what is there, and goes on with the next batch.
     """
-    names = [f"w{number}" for number in range(WORKERS)]
-    with ThreadPoolExecutor(WORKERS) as threads:
-        acknowledged = dict(zip(names, threads.map(partial(worked, tmp_path, kills=KILLS), names), strict=True))
+    acknowledged = all_worked(tmp_path, code=WORKER, steps=BATCHES, kills=KILLS)
     items: list[Any] = asyncio.run(PersistSession("s", tmp_path).get_items())
     seen: list[Any] = [item["content"].split() for item in items]
     for first, second in zip(seen[::2], seen[1::2], strict=True):

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
-import random
-import signal
-import subprocess
 import sys
-import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +15,15 @@ pytest.importorskip("pydantic_ai.conversation_store", reason="needs pydantic-ai-
 
 from actors import eventually
 from conftest import ActorFactory
+from harness.killed_workers import NAMES, WORKERS, all_worked
+from harness.turnstiles import is_waited_for
 from pydantic_ai.conversation import Conversation
 from pydantic_ai.messages import ModelRequest, ModelResponse, TextPart, UserPromptPart
 
 import persist
 from persist.adapters.pydantic_ai import PersistConversationStore
-from persist.storage import disk, turnstile
 
-WORKERS, BATCHES, KILLS = 4, 100, 2
+BATCHES, KILLS = 100, 2
 
 PREPARE = """
 import asyncio
@@ -89,28 +83,6 @@ asyncio.run(work())
 """
 
 
-def worked(directory: Path, name: str) -> set[int]:
-    """Run one worker to its end, and kill it some times before. Return the batches that it printed."""
-    chance, printed, kills = random.Random(name), set[int](), KILLS
-    code = WORKER.replace("{prepare}", PREPARE)
-    while True:
-        command = [sys.executable, "-c", code, str(directory), name, str(BATCHES)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            lines_left = chance.randrange(1, 30)
-            for line in process.stdout:
-                printed.add(int(line))
-                lines_left -= 1
-                if lines_left == 0 and kills:
-                    # At any moment of the next save, or of the load before it.
-                    time.sleep(chance.uniform(0, 0.006))
-                    process.kill()
-        if process.returncode == 0:
-            return printed
-        assert process.returncode == -signal.SIGKILL
-        kills -= 1
-
-
 def test_killed_workers_lose_double_and_split_nothing(directory: Path) -> None:
     """4 processes save 100 batches of two entries each to one conversation, and are killed on the way.
 
@@ -119,12 +91,10 @@ def test_killed_workers_lose_double_and_split_nothing(directory: Path) -> None:
 
     It fails if the revision is not compared, and if it is compared before the transaction.
     """
-    names = [f"w{number}" for number in range(WORKERS)]
-    with ThreadPoolExecutor(WORKERS) as threads:
-        printed = dict(zip(names, threads.map(partial(worked, directory), names), strict=True))
+    printed = all_worked(directory, code=WORKER.replace("{prepare}", PREPARE), steps=BATCHES, kills=KILLS)
     found = asyncio.run(words(directory))
-    assert Counter(found) == Counter(f"{name}-{number}" for name in names for number in range(BATCHES))
-    for name in names:
+    assert Counter(found) == Counter(f"{name}-{number}" for name in NAMES for number in range(BATCHES))
+    for name in NAMES:
         assert [each for each in found if each.startswith(name)] == [f"{name}-{number}" for number in range(BATCHES)]
         assert printed[name] <= set(range(BATCHES))
     store = persist.Store(directory)
@@ -132,15 +102,6 @@ def test_killed_workers_lose_double_and_split_nothing(directory: Path) -> None:
     assert store.head("c").revision == WORKERS * BATCHES
     assert store.head("c").counts["messages"] == 2 * WORKERS * BATCHES
     assert {problem.kind for problem in store.check()} <= {"left-over"}
-
-
-def is_waited_for(path: Path) -> bool:
-    """Tell whether a process waits for a lock."""
-    fd = disk.open_plain(path, os.O_RDWR)
-    try:
-        return turnstile.is_taken(fd)
-    finally:
-        os.close(fd)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells that a process waits for a lock")
