@@ -62,7 +62,9 @@ def unpacked(distribution: str, cache: Path) -> Path:
         subprocess.run([sys.executable, "-m", "pip", "download", *options, "--dest", cache, wanted], check=True)
         (archive,) = cache.glob(f"{distribution.replace('-', '_')}-{version(distribution)}.tar.gz")
         with tarfile.open(archive) as files:
-            files.extractall(place, filter="data")
+            # Python 3.11.3 and older have no filters. A later one sets the attribute, and an older one ignores it.
+            files.extraction_filter = getattr(tarfile, "data_filter", None)
+            files.extractall(place)
     (sources,) = place.iterdir()
     return sources
 
