@@ -111,10 +111,15 @@ class Call:
             self.timer.cancel()
 
     def take_result(self) -> Any:
-        """Return the result, or raise the error. The call forgets the error, because its traceback leads back here."""
+        """Return the result, or raise the error. The call forgets both.
+
+        Otherwise the thread, which may still have the call, could be the last one to drop a result. And the traceback
+        of an error leads back here.
+        """
+        result, self.result = self.result, None
         error, self.error = self.error, None
         if error is None:
-            return self.result
+            return result
         try:
             raise error
         finally:

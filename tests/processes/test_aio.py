@@ -14,6 +14,7 @@ import types
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
 from actors import DEADLINE_S
@@ -22,7 +23,7 @@ from harness.loops import cancel_again_and_again, in_loop
 
 import persist
 import persist.aio
-from persist.calls import QUICK_THREADS
+from persist.calls import QUICK_THREADS, Call
 from persist.storage import disk
 
 PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
@@ -655,3 +656,26 @@ async def test_large_event_passes(aio: persist.aio.Store) -> None:
         await stream.emit("before", large, "after")
         await stream.finish()
     assert [event.data async for event in aio.follow("s-1", stream.id)] == ["before", large, "after"]
+
+
+@in_loop
+async def test_the_thread_of_a_call_keeps_no_result(aio: persist.aio.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a verb returns is the caller's alone. It goes when the caller drops it, and not in a thread later.
+
+    The thread of the verb has told its task of the result, and is held up there. Fails if the call remembers it.
+    """
+    is_open, real = threading.Event(), Call.end
+
+    def held_up(call: Call) -> None:
+        real(call)
+        assert is_open.wait(DEADLINE_S)
+
+    monkeypatch.setattr(Call, "end", held_up)
+    try:
+        found = await aio.load("s-1")
+        kept = ref(found._sync)
+        del found
+        gc.collect()
+        assert kept() is None
+    finally:
+        is_open.set()
