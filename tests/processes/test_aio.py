@@ -660,7 +660,7 @@ async def test_large_event_passes(aio: persist.aio.Store) -> None:
 
 @in_loop
 async def test_the_thread_of_a_call_keeps_no_result(aio: persist.aio.Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a verb returns is the caller's alone. It goes when the caller drops it, and not in a thread later.
+    """The result of a verb is the caller's alone. It goes when the caller drops it, and not in a thread later.
 
     The thread of the verb has told its task of the result, and is held up there. Fails if the call remembers it.
     """
