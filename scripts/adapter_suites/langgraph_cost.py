@@ -116,6 +116,7 @@ def main() -> None:
             Row("the same with SqliteSaver", theirs.last_s / theirs.first_s, "x"),
             Row("a put after 400 steps, to SqliteSaver's", ours.last_s / theirs.last_s, "x"),
             Row("a put_writes after 400 steps, to SqliteSaver's", ours.writes_s / theirs.writes_s, "x"),
+            Row("a get_tuple after 400 steps", ours.read_s * 1e3, "ms"),
             Row("a get_tuple after 400 steps, to SqliteSaver's", ours.read_s / theirs.read_s, "x"),
             Row("the files after 400 steps, to SqliteSaver's", ours.bytes / theirs.bytes, "x"),
         ],
