@@ -13,12 +13,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from agents.memory import SessionSettings
-
 from persist import errors
-from persist.adapters.opening import AnyStore, opened
+from persist.adapters.opening import AnyStore, not_installed, opened
 from persist.arguments import require_text
 from persist.transaction import Transaction
+
+try:
+    from agents.memory import SessionSettings
+except ModuleNotFoundError as error:
+    raise not_installed("openai-agents", error) from None
 
 if TYPE_CHECKING:
     from agents.items import TResponseInputItem
@@ -69,6 +72,8 @@ class PersistSession:
         """
         if limit is None and self.session_settings is not None:
             limit = self.session_settings.limit
+        if limit is not None and type(limit) is not int:
+            raise errors.InvalidArgument(what="limit", expected="a whole number, or None", got=errors.shown(limit))
         try:
             if limit is not None and limit >= 0:
                 return await self._store.tail(self.session_id, limit=limit, field=self._field)

@@ -31,20 +31,23 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter
-from pydantic_ai.conversation_store import (
-    ConversationConflict,
-    ConversationEntry,
-    ConversationRecord,
-    ConversationStore,
-)
-
-from persist.adapters.opening import AnyStore, opened
+from persist.adapters.opening import AnyStore, not_installed, opened
 from persist.errors import CorruptSession, InvalidArgument, SessionNotFound, Unreadable, UnsupportedFormat
 from persist.head import Head
 from persist.transaction import Transaction
 from persist.turn import MESSAGES
 from persist.view import ViewedList
+
+try:
+    from pydantic import ConfigDict, TypeAdapter
+    from pydantic_ai.conversation_store import (
+        ConversationConflict,
+        ConversationEntry,
+        ConversationRecord,
+        ConversationStore,
+    )
+except ModuleNotFoundError as error:
+    raise not_installed("pydantic-ai", error) from None
 
 #: The field that holds the record.
 RECORD = "pydantic_ai"

@@ -98,8 +98,14 @@ class StoreGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
-        with errors_as_messages():
-            return super().invoke(ctx)
+        try:
+            with errors_as_messages():
+                return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            if error.option_name.startswith("--"):
+                raise
+            told = f"{error.message} Put -- before an id that begins with a dash."
+            raise click.NoSuchOption(error.option_name, told, ctx=error.ctx) from None
 
 
 def _leave(ctx: click.Context) -> None:
@@ -303,6 +309,9 @@ def _conversation(session_id: str, facts: dict[str, Any], found: Replica) -> Ite
     yield style(printable(shown if isinstance(shown, str) else session_id), bold=True) + "\n"
     for name, value in facts.items():
         yield style(f"{name}: {printable(str(value))}", dim=True) + "\n"
+    for name, count in found.content.counts.items():
+        if count and name != turn.MESSAGES:
+            yield style(f"{printable(name)}: {count} items", dim=True) + "\n"
     messages = found.content.apart.get(turn.MESSAGES)
     if isinstance(messages, Items):
         for message in messages:

@@ -15,19 +15,21 @@ from harness.pages import ROOT, file_of
 GUIDE = ROOT / "docs" / "guides" / "adapters.md"
 ANSWERS = ["Answer to: Why do files tear? 2", "Answer to: Who mends them? 4"]
 EXAMPLES = {
-    "agents": ("openai_agents_chat.py", ANSWERS),
-    "pydantic_ai": ("pydantic_ai_chat.py", ANSWERS),
-    "claude_agent_sdk": ("claude_agent_sdk_chat.py", ["1"]),
-    "langgraph": ("langgraph_chat.py", ["You asked: Why do files tear? 2", "You asked: Who mends them? 4"]),
+    "one_store.py": ("agents", ["['user:7/chat']"]),
+    "openai_agents_chat.py": ("agents", ANSWERS),
+    "pydantic_ai_chat.py": ("pydantic_ai", ANSWERS),
+    "claude_agent_sdk_chat.py": ("claude_agent_sdk", ["1"]),
+    "langgraph_chat.py": ("langgraph", ["You asked: Why do files tear? 2", "You asked: Who mends them? 4"]),
+    "langgraph_again.py": ("langgraph", []),
 }
 
 
-@pytest.mark.parametrize("framework", EXAMPLES)
-def test_the_example_of_the_guide_runs(framework: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_of_the_guide_runs(name: str, tmp_path: Path) -> None:
     """Each example prints what its conversation should hold, in a new directory."""
+    framework, lines = EXAMPLES[name]
     if find_spec(framework) is None:
         pytest.skip(f"needs {framework}")
-    name, lines = EXAMPLES[framework]
     with serving() as model:
         printed = run(file_of(GUIDE, name), tmp_path, model)
     assert printed.splitlines() == lines

@@ -233,6 +233,22 @@ def test_show_prints_messages_in_order_with_their_lines(run: Run, store: persist
     assert places == sorted(places)
 
 
+def test_show_counts_the_items_of_other_lists(run: Run, store: persist.Store) -> None:
+    """A session without messages, as the LangGraph adapter makes them, does not look empty."""
+    store.create("s-42", {"checkpoints": [{"id": n, "text": "x" * 1000} for n in range(7)], "tags": ["a"]})
+    assert "checkpoints: 7 items\n" in run("show", store.path, "s-42").output
+
+
+def test_an_id_that_looks_like_an_option_is_told_how_to_be_named(run: Run, store: persist.Store) -> None:
+    """Claude's adapter makes such ids, from the paths of projects."""
+    store.create("-srv-shop/f1d2", {"title": "Shop"})
+    refused = run("show", store.path, "-srv-shop/f1d2")
+    assert refused.exit_code == 2
+    assert "Put -- before an id that begins with a dash." in refused.output
+    assert run("show", store.path, "--", "-srv-shop/f1d2").output.startswith("Shop\n")
+    assert "dash" not in run("show", store.path, "--jsn", "s-42").output
+
+
 def test_show_json_is_the_whole_document(run: Run, store: persist.Store) -> None:
     """``show --json`` gives the data as it is, with revision and times beside it."""
     data = {"title": HOSTILE, "n": 10**30, "messages": [USER]}

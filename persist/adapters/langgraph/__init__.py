@@ -11,7 +11,12 @@ Two runs on one thread overwrite each other's steps with the savers that came be
 that others have overtaken is refused, in any thread or process. `runs` has the rules.
 """
 
-from persist.adapters.langgraph.runs import SupersededRun
-from persist.adapters.langgraph.saver import PersistSaver
+from persist.adapters.opening import not_installed
+
+try:
+    from persist.adapters.langgraph.runs import SupersededRun
+    from persist.adapters.langgraph.saver import PersistSaver
+except ModuleNotFoundError as error:
+    raise not_installed("langgraph", error) from None
 
 __all__ = ["PersistSaver", "SupersededRun"]

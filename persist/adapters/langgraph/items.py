@@ -24,6 +24,7 @@ from typing import Any
 from langgraph.checkpoint.base import writes_sort_key
 
 from persist.transaction import Transaction
+from persist.working_copy import WorkingList
 
 Item = dict[str, Any]
 
@@ -59,6 +60,26 @@ def in_order(tasks: Iterable[Item]) -> list[tuple[str, Item]]:
     """Return the writes of tasks, each with its task, in the order in which LangGraph applies them."""
     writes = [(task["task"], write) for task in tasks for write in task["writes"]]
     return sorted(writes, key=lambda each: writes_sort_key(each[1]["path"], each[0], each[1]["idx"]))
+
+
+def put_in_order(checkpoints: WorkingList, item: Item, *, is_next: bool) -> None:
+    """Add a checkpoint: at the end if its parent is there, else by its id among those of its namespace.
+
+    Ids begin with a time, so that is the same, unless the clock was set back. Without its parent it is perhaps copied
+    from another saver, whose `list` gives the last one first.
+
+    Args:
+        is_next: whether its parent is there.
+    """
+    place = len(checkpoints)
+    if not is_next:
+        for each in reversed(range(place)):
+            other = checkpoints.peek(each)
+            if other["ns"] == item["ns"]:
+                if other["checkpoint_id"] < item["checkpoint_id"]:
+                    break
+                place = each
+    checkpoints.insert(place, item)
 
 
 def keep(tx: Transaction, kept: Collection[str]) -> None:

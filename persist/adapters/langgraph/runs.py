@@ -3,6 +3,8 @@
 - The first write of a run is accepted if nothing was written to the thread since the run began to read it.
 - It puts the run's token into the session. Each later write is accepted as long as that token stands there.
 - Other writes (`update_state` outside of a run, `delete_for_runs`) are accepted, and put another token there.
+- When a run begins, the earlier runs of this process on the thread are over, because a run that was cancelled may still
+  write in the background. A run of another process takes the thread over with its first write.
 - A write that is not accepted raises `SupersededRun`, and changes nothing. A deleted thread stays deleted.
 
 So a run that was stopped, and that another process has taken over, ends with an error when it comes back. Subgraphs
@@ -13,8 +15,8 @@ from __future__ import annotations
 
 import secrets
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 from weakref import WeakValueDictionary
 
 from langchain_core.runnables import RunnableConfig
@@ -32,13 +34,21 @@ _RUNTIME, _TASK, _OUR_RUN = "__pregel_runtime", "__pregel_task_id", "__pregel_pe
 
 
 class SupersededRun(PersistError):
-    """Another run, or an update, has written to the thread since this run read it. Its write was not made.
+    """Another run, or an update, has written to the thread since this run read it. This write was not made.
 
-    Start a new run, which reads the thread again.
+    Attributes:
+        has_written: whether earlier writes of the run were made. They stay in the thread, its input among them. If it
+            is False, the thread has nothing of this run, so it can be run again with the same input.
     """
 
-    template = "This run of thread {session_id!r} is superseded: {reason}. Nothing was written."
-    remedy = "Start a new run. It reads the thread again: graph.invoke(None, config) goes on where the thread stands."
+    template = "This run of thread {session_id!r} is superseded: {reason}. This write was not made."
+    defaults: ClassVar[Mapping[str, Any]] = {"has_written": False}
+    has_written: bool
+
+
+_UNTOUCHED = "The thread has nothing of this run. Run it again with the same input."
+_TOUCHED = "Its input and its earlier steps stay in the thread. Look at graph.get_state(config) before you go on."
+_DELETED = "To begin the thread anew, run the graph again with the same input."
 
 
 class Run:
@@ -48,46 +58,59 @@ class Run:
     alive.
     """
 
-    __slots__ = ("__weakref__", "_control", "_has_written", "_token", "_version", "thread")
+    __slots__ = ("__weakref__", "_control", "_has_written", "_token", "has_predecessor", "thread", "version")
 
-    def __init__(self, thread: Thread, control: object, version: str | None) -> None:
+    def __init__(self, thread: Thread, control: object) -> None:
         self.thread = thread
+        #: Whether an earlier run of this process may be about to write.
+        self.has_predecessor = thread in _LAST
+        #: The version of the thread that the run began with. None if there was no such thread.
+        self.version: str | None = None
         # It is held, so that its `id` in `_RUNS` is no other object's.
         self._control = control
-        self._version = version
         self._token = secrets.token_hex(8)
         self._has_written = False
 
     def admit(self, tx: Transaction) -> None:
         """Sign a transaction with the run's token. Raise `SupersededRun` if others have written meanwhile."""
+        if _LAST.get(self.thread) is not self:
+            raise self._superseded("a later run of this process has begun")
         if tx.fields.get(RUN) != self._token:
             # A missing thread has no version. So it may have been written by this run, and deleted since.
-            if self._has_written or tx.version != self._version:
-                reason = "the thread was deleted" if tx.version is None else "another run or an update has written"
-                raise SupersededRun(session_id=self.thread[1], reason=reason)
+            if self._has_written or tx.version != self.version:
+                if tx.version is None:
+                    raise self._superseded("the thread was deleted", _DELETED)
+                raise self._superseded("another run or an update has written")
             tx.fields[RUN] = self._token
         self._has_written = True
+
+    def _superseded(self, reason: str, remedy: str | None = None) -> SupersededRun:
+        remedy = remedy or (_TOUCHED if self._has_written else _UNTOUCHED)
+        return SupersededRun(session_id=self.thread[1], reason=reason, remedy=remedy, has_written=self._has_written)
 
 
 #: The runs of this process, by the `id` of their control and their thread. LangGraph makes a control for each run, and
 #: hands it to the subgraphs. Two runs may have one control, if the caller gives it. Each call is one step of a dict, so
 #: no lock is needed.
 _RUNS: WeakValueDictionary[tuple[int, Thread], Run] = WeakValueDictionary()
+#: The run of this process that began last on a thread.
+_LAST: WeakValueDictionary[Thread, Run] = WeakValueDictionary()
 
 
-def begin(config: RunnableConfig, thread: Thread, version: str | None) -> None:
-    """Begin a run with its first read. Do nothing for a later read, and outside of runs.
-
-    Args:
-        version: the version that was read. None if there is no such thread.
-    """
+def begin(config: RunnableConfig, thread: Thread) -> Run | None:
+    """Begin a run just before its first read, and return it. Return None for a later read, and outside of runs."""
     keys = config["configurable"]
-    if _RUNTIME in keys:
-        control = getattr(keys[_RUNTIME], "control", None)
-        run = _run_of(keys, thread) or Run(thread, control, version)
-        keys[_OUR_RUN] = run
-        if control is not None:
-            _RUNS[id(control), thread] = run
+    if _RUNTIME not in keys:
+        return None
+    control = getattr(keys[_RUNTIME], "control", None)
+    run = _run_of(keys, thread)
+    is_new = run is None
+    if run is None:
+        run = _LAST[thread] = Run(thread, control)
+    keys[_OUR_RUN] = run
+    if control is not None:
+        _RUNS[id(control), thread] = run
+    return run if is_new else None
 
 
 def admission(config: RunnableConfig, thread: Thread) -> Callable[[Transaction], None]:

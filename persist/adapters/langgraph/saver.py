@@ -7,6 +7,7 @@ import secrets
 from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
@@ -38,6 +39,7 @@ from persist.adapters.langgraph.items import (
     item_id,
     keep,
     lineage,
+    put_in_order,
 )
 from persist.adapters.opening import AnyStore, opened
 from persist.errors import InvalidArgument, NotJSON, SessionNotFound, shown
@@ -80,7 +82,7 @@ class PersistSaver(BaseCheckpointSaver[str]):
     def get_tuple(self, config: RunnableConfig) -> CheckpointTuple | None:
         """Return the checkpoint that a config names, or the last one of its namespace. None if there is none.
 
-        The last checkpoint is the one that was committed last.
+        The last checkpoint is the one that was committed last. See `items.put_in_order`.
         """
         thread_id = _thread_of(config)
         view = self._read(thread_id, config)
@@ -154,12 +156,16 @@ class PersistSaver(BaseCheckpointSaver[str]):
 
     def _read(self, thread_id: str, config: RunnableConfig | None) -> View | None:
         """Return the thread as it was last committed, or None. The first read of a run begins the run."""
+        run = runs.begin(config, (self._path, thread_id)) if config else None
         try:
+            if run is not None and run.has_predecessor:
+                # A write of the earlier run that was admitted before is committed when the lock is free.
+                self._store.update(thread_id, lambda tx: None)
             view = self._store.view(thread_id)
         except SessionNotFound:
-            view = None
-        if config:
-            runs.begin(config, (self._path, thread_id), None if view is None else view.version)
+            return None
+        if run is not None:
+            run.version = view.version
         return view
 
     def _tuple(self, thread_id: str, view: View, item: Item) -> CheckpointTuple:
@@ -247,9 +253,9 @@ class PersistSaver(BaseCheckpointSaver[str]):
                 else:
                     value_id = kept[channel]
                 item["values"][channel] = value_id
-            place = checkpoints.place_of(item["id"])
+            known, place = place is not None, checkpoints.place_of(item["id"])
             if place is None:
-                checkpoints.append(item)
+                put_in_order(checkpoints, item, is_next=known)
             else:
                 checkpoints[place] = item
                 drop_unused_values(tx)
@@ -332,16 +338,21 @@ class PersistSaver(BaseCheckpointSaver[str]):
                 it also keeps the ancestors that the channel is rebuilt from, back to its last snapshot. ``"delete"``
                 deletes the threads.
 
+        The file has its new size on return.
+
         Concurrency: a run that has written goes on. A run that has only read is superseded.
         """
-        if strategy not in ("keep_latest", "delete"):
-            raise InvalidArgument(what="strategy", expected="'keep_latest' | 'delete'", got=shown(strategy))
-        for thread_id in thread_ids:
+        _require_strategy(strategy)
+        for thread_id in _several("thread_ids", thread_ids):
             if strategy == "delete":
                 self.delete_thread(thread_id)
                 continue
             with suppress(SessionNotFound):
-                self._store.update(str(thread_id), lambda tx: keep(tx, self._needed(tx.list(CHECKPOINTS))))
+                self._store.update(str(thread_id), self._keep_latest)
+                self._store.compact(str(thread_id))
+
+    def _keep_latest(self, tx: Transaction) -> None:
+        keep(tx, self._needed(tx.list(CHECKPOINTS)))
 
     def _needed(self, checkpoints: Iterable[Item]) -> set[str]:
         """Return the ids of the last checkpoints, and of the ancestors that their delta channels need."""
@@ -364,18 +375,21 @@ class PersistSaver(BaseCheckpointSaver[str]):
         deleted. A run that goes on in such a thread is superseded. A thread with a `DeltaChannel` may need what is
         deleted, see `BaseCheckpointSaver.prune`. It costs a look at each thread, and one commit for each that changes.
         """
-
-        def is_doomed(item: Item) -> bool:
-            return self._decoded(item["metadata"]).get("run_id") in run_ids
-
-        def forget(tx: Transaction) -> None:
-            runs.sign_anew(tx)
-            keep(tx, {item["id"] for item in tx.list(CHECKPOINTS) if not is_doomed(item)})
-
+        forget = partial(self._forget, _several("run_ids", run_ids))
         for thread_id in self._store.ids():
             with suppress(SessionNotFound):
-                if any(map(is_doomed, self._store.view(thread_id).list(CHECKPOINTS))):
+                if self._is_touched(thread_id, run_ids):
                     self._store.update(thread_id, forget)
+
+    def _is_doomed(self, item: Item, run_ids: Sequence[str]) -> bool:
+        return self._decoded(item["metadata"]).get("run_id") in run_ids
+
+    def _is_touched(self, thread_id: str, run_ids: Sequence[str]) -> bool:
+        return any(self._is_doomed(item, run_ids) for item in self._store.view(thread_id).list(CHECKPOINTS))
+
+    def _forget(self, run_ids: Sequence[str], tx: Transaction) -> None:
+        runs.sign_anew(tx)
+        keep(tx, {item["id"] for item in tx.list(CHECKPOINTS) if not self._is_doomed(item, run_ids)})
 
     # --- values as JSON ---
 
@@ -444,20 +458,32 @@ class PersistSaver(BaseCheckpointSaver[str]):
         await self._aio.update(_thread_of(config), write, create=True)
 
     async def adelete_thread(self, thread_id: str) -> None:
-        """See `delete_thread`."""
-        await asyncio.to_thread(self.delete_thread, thread_id)
+        """See `delete_thread`, and `aput`."""
+        with suppress(SessionNotFound):
+            await self._aio.delete(str(thread_id))
 
     async def acopy_thread(self, source_thread_id: str, target_thread_id: str) -> None:
-        """See `copy_thread`."""
-        await asyncio.to_thread(self.copy_thread, source_thread_id, target_thread_id)
+        """See `copy_thread`, and `aput`."""
+        await self._aio.duplicate(str(source_thread_id), str(target_thread_id))
 
     async def aprune(self, thread_ids: Sequence[str], *, strategy: str = "keep_latest") -> None:
-        """See `prune`."""
-        await asyncio.to_thread(self.prune, thread_ids, strategy=strategy)
+        """See `prune`, and `aput`."""
+        _require_strategy(strategy)
+        for thread_id in _several("thread_ids", thread_ids):
+            if strategy == "delete":
+                await self.adelete_thread(thread_id)
+                continue
+            with suppress(SessionNotFound):
+                await self._aio.update(str(thread_id), self._keep_latest)
+                await self._aio.compact(str(thread_id))
 
     async def adelete_for_runs(self, run_ids: Sequence[str]) -> None:
-        """See `delete_for_runs`."""
-        await asyncio.to_thread(self.delete_for_runs, run_ids)
+        """See `delete_for_runs`, and `aput`."""
+        forget = partial(self._forget, _several("run_ids", run_ids))
+        for thread_id in await self._aio.ids():
+            with suppress(SessionNotFound):
+                if await asyncio.to_thread(self._is_touched, thread_id, run_ids):
+                    await self._aio.update(thread_id, forget)
 
 
 def _thread_of(config: RunnableConfig) -> str:
@@ -465,6 +491,17 @@ def _thread_of(config: RunnableConfig) -> str:
     if thread_id is None:
         raise InvalidArgument(what="thread_id", expected="given in config['configurable']", got="missing")
     return str(thread_id)
+
+
+def _require_strategy(strategy: str) -> None:
+    if strategy not in ("keep_latest", "delete"):
+        raise InvalidArgument(what="strategy", expected="'keep_latest' | 'delete'", got=shown(strategy))
+
+
+def _several(what: str, ids: Sequence[str]) -> Sequence[str]:
+    if isinstance(ids, str):
+        raise InvalidArgument(what=what, expected="a list of ids", got=shown(ids))
+    return ids
 
 
 def _ns_of(config: RunnableConfig) -> str:

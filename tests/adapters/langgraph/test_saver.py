@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import pickle
+import threading
 from collections import OrderedDict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 pytest.importorskip("langgraph.checkpoint.base", reason="needs langgraph")
 
 from harness.adapters.graphs import Player, chain, growing_graph
+from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.serde.base import CipherProtocol
 from langgraph.checkpoint.serde.encrypted import EncryptedSerializer
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
@@ -406,6 +409,95 @@ def test_a_run_that_is_not_passed_on_is_told(directory: Path) -> None:
 
 def test_the_error_of_a_superseded_run_says_what_to_do() -> None:
     """It names the thread and the remedy, and can be pickled (the tests with processes do so)."""
-    error = SupersededRun(session_id="t-1", reason="the thread was deleted")
-    assert "'t-1'" in str(error)
-    assert "graph.invoke(None, config)" in str(error)
+    error = SupersededRun(session_id="t-1", reason="the thread was deleted", remedy="Run it again.", has_written=True)
+    for each in (error, pickle.loads(pickle.dumps(error))):
+        assert str(each).startswith("This run of thread 't-1' is superseded: the thread was deleted.")
+        assert (each.remedy, each.has_written) == ("Run it again.", True)
+
+
+def test_prune_gives_the_room_back(directory: Path) -> None:
+    """The file of a long thread is small again when `prune` returns.
+
+    It fails if `prune` leaves what it removed in the document, and only adds to the journal.
+    """
+    saver = PersistSaver(directory)
+    graph = chain("a").compile(checkpointer=saver)
+    for _ in range(20):
+        graph.invoke({"xs": ["x" * 2000]}, config())
+    before = sum(path.stat().st_size for path in directory.glob("t-1.*"))
+    expected = graph.get_state(config()).values
+    saver.prune(["t-1"])
+    after = sum(path.stat().st_size for path in directory.glob("t-1.*"))
+    assert after < before / 5
+    assert graph.get_state(config()).values == expected
+
+
+@pytest.mark.parametrize("call", ["prune", "delete_for_runs"])
+def test_a_text_is_no_list_of_ids(directory: Path, call: str) -> None:
+    """Its letters would be taken for ids."""
+    saver = PersistSaver(directory)
+    put(saver, config(), "c-1", {})
+    with pytest.raises(persist.InvalidArgument, match="'t-1'"):
+        getattr(saver, call)("t-1")
+    assert saver.get_tuple(config()) is not None
+
+
+@pytest.mark.parametrize("order", ["first to last", "last to first"])
+def test_a_thread_that_is_copied_from_another_saver_has_the_same_last_state(directory: Path, order: str) -> None:
+    """`list` of a saver gives the last checkpoint first, and a loop over it puts them in that order.
+
+    It fails if a checkpoint without its parent is added at the end.
+    """
+    old, new = InMemorySaver(), PersistSaver(directory)
+    graph = chain("a", "b").compile(checkpointer=old)
+    for n in range(3):
+        graph.invoke({"xs": [f"in{n}"]}, config())
+    found = list(old.list(config()))
+    for each in found if order == "last to first" else reversed(found):
+        parent: Any = each.parent_config or {"configurable": {"thread_id": "t-1", "checkpoint_ns": ""}}
+        new.put(parent, each.checkpoint, each.metadata, each.checkpoint["channel_versions"])
+    copied = chain("a", "b").compile(checkpointer=new)
+    assert copied.get_state(config()).values == graph.get_state(config()).values
+    assert [each.config for each in new.list(config())] == [each.config for each in found]
+    new.prune(["t-1"])
+    assert copied.get_state(config()).values == graph.get_state(config()).values
+
+
+def test_a_child_is_the_last_checkpoint_although_the_clock_was_set_back(directory: Path) -> None:
+    """Ids begin with a time. It fails if the checkpoints are sorted by their ids alone."""
+    saver = PersistSaver(directory)
+    put(saver, config(), "c-5", {})
+    put(saver, {"configurable": {**config()["configurable"], "checkpoint_id": "c-5"}}, "c-3", {})
+    assert next(saver.list(config())).checkpoint["id"] == "c-3"
+
+
+@pytest.mark.parametrize("call", ["adelete_thread", "aprune"])
+def test_a_cancelled_call_changes_nothing_later(directory: Path, call: str) -> None:
+    """It waits for the lock of the thread when it is cancelled. When the lock is free, nothing happens.
+
+    It fails if the call runs in a thread that goes on after the cancellation.
+    """
+    saver, store = PersistSaver(directory), persist.Store(directory)
+    put(saver, config(), "c-1", {})
+    put(saver, config(), "c-2", {})
+    is_locked, may_end = threading.Event(), threading.Event()
+
+    def hold(_tx: persist.Transaction) -> None:
+        is_locked.set()
+        assert may_end.wait(60)
+
+    holder = threading.Thread(target=store.update, args=("t-1", hold))
+    holder.start()
+    assert is_locked.wait(60)
+
+    async def cancelled() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await getattr(saver, call)("t-1" if call == "adelete_thread" else ["t-1"])
+        may_end.set()
+        holder.join()
+        # A thread that goes on would have ended by then.
+        await asyncio.get_running_loop().shutdown_default_executor()
+
+    asyncio.run(cancelled())
+    assert [each.checkpoint["id"] for each in saver.list(config())] == ["c-2", "c-1"]

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -171,6 +172,28 @@ def test_of_two_threads_that_run_one_thread_one_is_refused(
     assert graph.get_state(CONFIG).values["xs"] == finished
 
 
+@pytest.mark.parametrize("durability", ["sync", "exit"])
+def test_a_superseded_run_says_whether_its_input_is_in_the_thread(directory: Path, durability: Durability) -> None:
+    """With that a server knows whether it may send the same input again: no prompt is lost, and none is doubled.
+
+    It fails if `SupersededRun.has_written` is always True, or always False.
+    """
+    saver = PersistSaver(directory)
+
+    def node(state: State) -> Any:
+        if "quick" not in state["xs"]:
+            outside(lambda: graph.invoke({"xs": ["quick"]}, CONFIG, durability="sync"))
+        return {"xs": ["node"]}
+
+    graph = with_node(node, saver)
+    with pytest.raises(SupersededRun) as error:
+        graph.invoke({"xs": ["slow"]}, CONFIG, durability=durability)
+    there = graph.get_state(CONFIG).values["xs"]
+    assert error.value.has_written is ("slow" in there) is (durability != "exit")
+    assert ("same input" in str(error.value)) is not error.value.has_written
+    assert "quick" in there
+
+
 @pytest.mark.parametrize("durability", DURABILITIES)
 def test_of_two_tasks_that_run_one_thread_one_is_refused(directory: Path, durability: Durability) -> None:
     """The same with tasks of one loop."""
@@ -262,47 +285,77 @@ def test_a_run_cannot_bring_a_deleted_thread_back(
     assert persist.Store(directory).ids() == []
 
 
-def test_a_run_that_read_before_another_one_ended_is_refused(directory: Path) -> None:
-    """A run reads the thread, and the run that owns it goes on to its end. The first one must not write on.
+@pytest.mark.parametrize("durability", DURABILITIES)
+def test_of_two_runs_the_one_that_began_later_goes_on(directory: Path, durability: Durability) -> None:
+    """A user stops an answer, and sends the next message. A late write of the stopped run does not stop the next one.
 
-    It fails if a first write is accepted because the token is still the one that was read.
+    The first run waits in its node, and writes while the second one is between its first read and its first write. It
+    fails if a run goes on after a later one of its process has begun.
     """
     saver = PersistSaver(directory)
-    has_read, may_end, may_write = threading.Event(), threading.Event(), threading.Event()
-
-    def owner(_state: State) -> Any:
-        assert may_end.wait(60)
-        return {"xs": ["owner"]}
-
-    def late(_state: State) -> Any:
-        has_read.set()
-        assert may_write.wait(60)
-        return {"xs": ["late"]}
-
-    owned, other = with_node(owner, saver), with_node(late, saver)
+    in_first, may_write, has_ended = threading.Event(), threading.Event(), threading.Event()
     ended: list[Any] = []
 
-    def run(graph: Any, name: str, durability: Durability) -> None:
+    def first(_state: State) -> Any:
+        in_first.set()
+        assert may_write.wait(60)
+        return {"xs": ["first"]}
+
+    def second(_state: State) -> Any:
+        may_write.set()
+        assert has_ended.wait(60)
+        return {"xs": ["second"]}
+
+    def run() -> None:
         try:
-            ended.append(graph.invoke({"xs": [name]}, CONFIG, durability=durability)["xs"])
+            ended.append(with_node(first, saver).invoke({"xs": ["one"]}, CONFIG, durability=durability))
         except Exception as error:
             ended.append(error)
+        has_ended.set()
 
-    first = threading.Thread(target=run, args=(owned, "one", "sync"))
-    first.start()
-    # The owner has put its token there, and waits in its node.
-    eventually(lambda: owned.get_state(CONFIG).next == ("node",))
-    second = threading.Thread(target=run, args=(other, "two", "exit"))
-    second.start()
-    assert has_read.wait(60)
-    may_end.set()
-    first.join()
-    may_write.set()
-    second.join()
-    assert ended[0] == ["one", "before", "owner", "after"]
-    assert type(ended[1]) is SupersededRun
-    assert owned.get_state(CONFIG).values["xs"] == ended[0]
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert in_first.wait(60)
+    # With "exit" the second run has written nothing when the first one ends.
+    found = with_node(second, saver).invoke({"xs": ["two"]}, CONFIG, durability="exit")["xs"]
+    thread.join()
+    assert [type(each) for each in ended] == [SupersededRun]
+    assert found[-4:] == ["two", "before", "second", "after"]
+    assert chain("a").compile(checkpointer=saver).get_state(CONFIG).values["xs"] == found
     assert_one_chain(saver)
+
+
+def test_a_write_that_is_under_way_when_a_run_begins_is_read_by_it(directory: Path) -> None:
+    """An earlier run is about to commit. The later one reads what that commits, so its own writes are no surprise.
+
+    It fails if the first read of a run does not wait for the lock when there is an earlier run.
+    """
+    saver, store = PersistSaver(directory), persist.Store(directory)
+    in_first, may_end, is_locked = threading.Event(), threading.Event(), threading.Event()
+
+    def first(_state: State) -> Any:
+        in_first.set()
+        assert may_end.wait(60)
+        return {"xs": ["first"]}
+
+    def run() -> None:
+        with suppress(SupersededRun):
+            with_node(first, saver).invoke({"xs": ["one"]}, CONFIG, durability="sync")
+
+    def commit(tx: persist.Transaction) -> None:
+        is_locked.set()
+        time.sleep(0.5)  # for as long as a read without the lock takes
+        tx.fields["title"] = "written by the earlier run"
+
+    threads = [threading.Thread(target=run), threading.Thread(target=store.update, args=("t-1", commit))]
+    threads[0].start()
+    assert in_first.wait(60)
+    threads[1].start()
+    assert is_locked.wait(60)
+    assert chain("a").compile(checkpointer=saver).invoke({"xs": ["two"]}, CONFIG)["xs"][-2:] == ["two", "a"]
+    may_end.set()
+    for thread in threads:
+        thread.join()
 
 
 def test_a_look_renews_no_run(directory: Path) -> None:

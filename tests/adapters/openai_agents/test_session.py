@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -83,6 +83,8 @@ def test_bad_arguments_write_nothing(tmp_path: Path) -> None:
     with pytest.raises(persist.InvalidArgument):
         asyncio.run(PersistSession("", tmp_path).add_items(turn(1)))
     session = PersistSession("s", tmp_path)
+    with pytest.raises(persist.InvalidArgument, match="limit"):
+        asyncio.run(session.get_items(limit=cast(Any, "3")))
     not_json: Any = {"role": "user", "content": {1, 2}}
     with pytest.raises(persist.NotJSON):
         asyncio.run(session.add_items([turn(1)[0], not_json]))
