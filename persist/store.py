@@ -602,6 +602,7 @@ class Store:
         fields: Mapping[str, Any] | None = None,
         create: bool = False,
         once: bool = False,
+        if_version: str | None = None,
         timeout_s: float | None = None,
     ) -> Stream:
         """Claim a session for a turn of the model.
@@ -618,18 +619,21 @@ class Store:
             create: begin with an empty session if there is none.
             once: start nothing for a prompt that runs already, or that has its answer. So a request may be sent twice.
                 The prompt needs an ``id``. The answer gets the prompt's id as ``answers``, and is found by it again.
+            if_version: the version for which the turn was decided. A session of another version is left alone.
             timeout_s: seconds to wait for the lock, in the place of the store's `timeout_s`. 0 tries only once.
 
         Raises:
             AlreadyStarted: with `once`, a stream runs the prompt (`stream_id`), or the prompt has an answer (`answer`).
             SessionBusy: a live stream owns the session. The error names the owner.
+            VersionMismatch: the session has another version, and no live stream.
             InvalidArgument, NotJSON: an argument cannot be used.
             MergeConflict: the session has a message of that ``id``, with other content.
             SessionNotFound, LockTimeout, LockError, CommitFailed, CommitUnknown, CorruptSession: see the errors.
         """
         require_flags(create=create, once=once)
-        options: dict[str, Any] = {"fields": fields, "create": create, "once": once, "timeout_s": timeout_s}
-        return streams.start(self._open(), session_id, message, stream_id, **options)
+        require_texts(if_version=if_version)
+        options: dict[str, Any] = {"fields": fields, "create": create, "once": once, "if_version": if_version}
+        return streams.start(self._open(), session_id, message, stream_id, **options, timeout_s=timeout_s)
 
     def cancel(self, session_id: str, stream_id: str, *, force: bool = False, timeout_s: float | None = None) -> bool:
         """Ask a stream of any process to end. The request is durable, and the owner sees it in `Stream.is_cancelled`.

@@ -120,6 +120,7 @@ def start(
     fields: Mapping[str, Any] | None = None,
     create: bool = False,
     once: bool = False,
+    if_version: str | None = None,
     timeout_s: float | None = None,
 ) -> Stream:
     """Claim a session for a new stream. See `Store.start_stream`."""
@@ -136,6 +137,7 @@ def start(
                 _refuse_started(tx, copy, prompt, live_id=None if is_dead else stale_id)
             if not is_dead:
                 raise _busy(tx, copy.header, stale_id)
+            require_version(copy, session_id, if_version)
             messages = copy.list(turn.MESSAGES)
             if any(messages.place_of(f"{stream_id}.{part}") is not None for part in ("prompt", "answer")):
                 raise _unusable(stream_id, "a stream of this session had it before")

@@ -149,3 +149,20 @@ def test_fields_that_cannot_be_set_start_and_end_nothing(
             stream.finish(fields=fields)
         assert store.head("s").version == version
         stream.finish()
+
+
+def test_a_start_for_another_version_starts_nothing(store: persist.Store, session: persist.Session) -> None:
+    """A caller that has looked for its prompt starts only what it has seen. Fails without the comparison."""
+    seen = store.view("s").version
+    store.append("s", "messages", {"id": "later", "role": "user", "content": "?"})
+    with pytest.raises(persist.VersionMismatch):
+        store.start_stream("s", PROMPT, if_version=seen)
+    assert ids_of(store) == ["m1", "later"]
+    assert store.stream("s") is None
+    with store.start_stream("s", PROMPT, if_version=store.view("s").version) as stream:
+        # A session that is in use says so first: its version changes all the time.
+        with pytest.raises(persist.SessionBusy):
+            store.start_stream("s", PROMPT | {"id": "other"}, if_version=seen)
+        with pytest.raises(persist.InvalidArgument):
+            store.start_stream("s", PROMPT, if_version=7)  # type: ignore[arg-type]
+        stream.finish(ANSWER)
