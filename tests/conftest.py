@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from actors import Actor
+from harness import servers
 from harness.faults import quick_directory
 
 import persist
@@ -23,6 +24,12 @@ ActorFactory = Callable[..., Actor]
 # that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say at the end how to run the tests that were skipped because a program is missing."""
+    for line in servers.told(str(report.longrepr) for report in terminalreporter.stats.get("skipped", ())):
+        terminalreporter.write_line(line, yellow=True)
 
 
 @pytest.fixture

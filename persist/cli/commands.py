@@ -649,6 +649,43 @@ def delete(store: Store, session_id: str, force: bool, as_json: bool) -> None:
         click.echo(f"{printable(session_id)} is deleted.")
 
 
+# --- serving ---
+
+
+@persist.command(epilog="Example: persist serve var/sessions --workers 2 --responder openai")
+@click.argument("directory", type=click.Path(path_type=Path), default=Path("var/sessions"), metavar="[DIR]")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that serve.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
+@click.option("--port", type=click.IntRange(0, 65_535), default=8000, show_default=True, help="0 takes any free port.")
+@click.option("--responder", default="echo", show_default=True, help="Who answers: echo, openai, or module:name.")
+@click.option("--origin", "origins", multiple=True, metavar="URL", help="The address in the browser, behind a proxy.")
+def serve(directory: Path, workers: int, host: str, port: int, responder: str, origins: tuple[str, ...]) -> None:
+    """Serve the sessions in DIR (var/sessions) as a chat, with a page for the browser. DIR is made if it is missing.
+
+    openai asks the endpoint at OPENAI_BASE_URL for the model OPENAI_MODEL, with OPENAI_API_KEY. The server knows no
+    users, so keep it on this machine, or put a proxy before it that does.
+    """
+    try:
+        from persist.asgi import serving
+    except ImportError as error:
+        news = f"serving needs {error.name}: pip install '.[server]', in a checkout of persist"
+        raise click.UsageError(news) from None
+    settings = serving.Settings(expanded(str(directory)), responder, origins, serving.is_loopback(host))
+    serving.responder_named(responder)
+    # A directory that cannot be used is refused here, once, and not by each worker.
+    Store(directory).close()
+    try:
+        listening = serving.listen(host, port)
+    except OSError as error:
+        raise StoreFailure(f"{printable(host)}:{port} cannot be listened at: {error.strerror or error}.") from None
+    if not settings.is_local:
+        warning = f"Warning: {printable(host)} can be reached from other machines, and this server knows no users."
+        click.secho(f"{warning} Whoever reaches it can read, change and delete every session.", err=True, fg="yellow")
+    with listening:
+        if not serving.serve(settings, listening, workers, lambda: click.echo(serving.address_of(listening, host))):
+            raise StoreFailure("The workers could not be started. Their messages stand above.")
+
+
 def _damaged_journals(store: Store, session_id: str) -> set[Path]:
     names = (path.name for path in store.path.iterdir())
     mine = {name for name in names if (found := journal_of(name, copies=True)) and found[0] == name_of(session_id)}

@@ -40,6 +40,13 @@ def test_an_import_loads_nothing_that_it_does_not_need() -> None:
     assert not heavy & modules_after("import persist")
 
 
+def test_a_store_loads_nothing_of_the_chat_server() -> None:
+    """Neither the package nor a store, also an asynchronous one, loads what the extra `server` brings."""
+    found = modules_after("import persist, persist.aio, persist.cli.commands\npersist.Store, persist.aio.Store")
+    assert {"persist.store", "persist.aio"} <= found
+    assert not {"persist.asgi", "starlette", "sse_starlette", "uvicorn", "httpx", "markdown_it"} & found
+
+
 def test_the_pure_ground_floor_loads_no_filelock() -> None:
     """Codec, merge, patch and errors work without a lock, and touch no disk."""
     assert not {"filelock", "persist.storage"} & modules_after(
@@ -84,7 +91,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     package = {
         path.relative_to(PROJECT.parent).as_posix()
         for path in (PROJECT.parent / "persist").rglob("*")
-        if path.suffix in (".py", ".pyi") or path.name == "py.typed"
+        if path.suffix in (".py", ".pyi") or path.name == "py.typed" or path.parent.name == "page"
     }
     info = f"persist_sessions-{persist.__version__}.dist-info"
     about = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")}

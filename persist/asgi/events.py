@@ -1,0 +1,86 @@
+"""A stream's events as Server-Sent Events, from any worker, until the stream ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import SendTimeoutError
+from starlette.types import Receive, Scope, Send
+
+import persist.aio
+
+#: How a turn has ended, by the word of `persist`. Any other word means that its worker is gone, or its session.
+_HOW = {"finished": "finished", "cancelled": "stopped", "failed": "failed"}
+#: A client that takes nothing for so long is let go. It may come back with its cursor.
+SEND_TIMEOUT_S = 60.0
+#: How soon a browser connects again.
+_RETRY_MS = 1000
+
+
+def how_ended(following: persist.aio.Following) -> str:
+    """Return how a stream has ended: finished, stopped, failed or lost."""
+    return _HOW.get(following.ended or "", "lost")
+
+
+def _beat() -> ServerSentEvent:
+    return ServerSentEvent(comment="alive", sep="\n")
+
+
+class EventStream(EventSourceResponse):
+    """A response that tells events until they end or the client leaves. Then it closes the following, if any."""
+
+    def __init__(
+        self,
+        events: AsyncIterator[ServerSentEvent],
+        following: persist.aio.Following | None,
+        *,
+        heartbeat_s: float,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        options: dict[str, Any] = {"ping": heartbeat_s, "send_timeout": SEND_TIMEOUT_S, "sep": "\n"}
+        headers = {"Cache-Control": "no-cache", **(headers or {})}
+        super().__init__(events, headers=headers, ping_message_factory=_beat, **options)
+        self._following = following
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Not in the generator, because one that was never begun has no end either.
+        try:
+            with suppress(SendTimeoutError):
+                await super().__call__(scope, receive, send)
+        finally:
+            if self._following is not None:
+                self._following.close()
+
+
+def told(data: Any, *, event: str | None = None, id: int | None = None) -> ServerSentEvent:
+    """Return a Server-Sent Event whose data is JSON in ASCII."""
+    text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"))
+    return ServerSentEvent(text, event=event, id=None if id is None else str(id), sep="\n")
+
+
+async def parts(following: persist.aio.Following) -> AsyncIterator[ServerSentEvent]:
+    """Yield the parts of a stream, and at last how it ended."""
+    yield ServerSentEvent(retry=_RETRY_MS, sep="\n")
+    try:
+        async for event in following:
+            yield told(event.data, event="part", id=event.offset)
+    except persist.EventsNotFound:
+        # The client was so slow that its next event was dropped.
+        yield expired_event(following.stream_id)
+        return
+    message_id = f"{following.stream_id}.answer"
+    yield told({"how": how_ended(following), "message_id": message_id}, event="end", id=following.offset)
+
+
+async def expired(stream_id: str) -> AsyncIterator[ServerSentEvent]:
+    """Yield the only event for a cursor that has expired."""
+    yield expired_event(stream_id)
+
+
+def expired_event(stream_id: str) -> ServerSentEvent:
+    """Return the event that tells a client to load the session."""
+    return told({"stream_id": stream_id}, event="expired")

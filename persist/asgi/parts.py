@@ -1,0 +1,145 @@
+"""The parts of an answer: what a responder yields, what followers see, and how the parts add up to a stored message.
+
+A stored message keeps its text in ``content``. If there is more than text, ``parts`` has everything, in the form of the
+AI SDK's UI messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Event = dict[str, Any]
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A piece of the answer's text."""
+
+    text: str
+
+    def event(self) -> Event:
+        return {"type": "text", "text": self.text}
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """A piece of what the model thinks before it answers."""
+
+    text: str
+
+    def event(self) -> Event:
+        return {"type": "reasoning", "text": self.text}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolInput:
+    """A call of a tool. `id` is the call's, and `input` is any JSON value."""
+
+    id: str
+    name: str
+    input: Any
+
+    def event(self) -> Event:
+        return {"type": "tool-input", "id": self.id, "name": self.name, "input": self.input}
+
+
+@dataclass(frozen=True, slots=True)
+class ToolOutput:
+    """The result of the call with that id. `output` is any JSON value."""
+
+    id: str
+    output: Any
+
+    def event(self) -> Event:
+        return {"type": "tool-output", "id": self.id, "output": self.output}
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """The end of an answer that failed. The user sees the text, and what was said before is kept."""
+
+    text: str
+
+    def event(self) -> Event:
+        return {"type": "error", "text": self.text}
+
+
+Part = Text | Reasoning | ToolInput | ToolOutput | Error
+
+
+class Answer:
+    """An answer while it comes: the sum of its parts.
+
+    Attributes:
+        id: the id of the message.
+        error: the text of the error that ended it, or None.
+    """
+
+    def __init__(self, message_id: str) -> None:
+        self.id = message_id
+        self.error: str | None = None
+        self._parts: list[dict[str, Any]] = []
+        # A long answer comes in many pieces, which are joined only when somebody asks.
+        self._pieces: list[str] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._parts or self.error)
+
+    def add(self, part: Part) -> None:
+        """Add a part.
+
+        Raises:
+            TypeError: it is no part.
+        """
+        if isinstance(part, (Text, Reasoning)):
+            kind = "text" if isinstance(part, Text) else "reasoning"
+            if not self._parts or self._parts[-1]["type"] != kind:
+                self._join()
+                self._parts.append({"type": kind, "text": ""})
+            self._pieces.append(part.text)
+        elif isinstance(part, ToolInput):
+            self._join()
+            called = {"toolCallId": part.id, "state": "input-available", "input": part.input}
+            self._parts.append({"type": f"tool-{part.name}", **called})
+        elif isinstance(part, ToolOutput):
+            for each in self._parts:
+                if each.get("toolCallId") == part.id:
+                    each.update(state="output-available", output=part.output)
+        elif isinstance(part, Error):
+            self.error = part.text
+        else:
+            raise TypeError(f"A responder yields parts (persist.asgi.Text, …), and this one yielded a {type(part)}.")
+
+    def _join(self) -> None:
+        if self._pieces:
+            self._parts[-1]["text"] += "".join(self._pieces)
+            self._pieces.clear()
+
+    def message(self) -> Message:
+        """Return the message as it is stored."""
+        self._join()
+        text = "".join(each["text"] for each in self._parts if each["type"] == "text")
+        message: Message = {"id": self.id, "role": "assistant", "content": text}
+        if any(each["type"] != "text" for each in self._parts):
+            message["parts"] = [dict(each) for each in self._parts]
+        if self.error is not None:
+            message["error"] = self.error
+        return message
+
+
+def events_of(message: Message) -> Iterator[Event]:
+    """Yield the events that tell a stored message: fewer and longer ones than its turn has emitted."""
+    parts = message.get("parts") or [{"type": "text", "text": message.get("content") or ""}]
+    for part in parts:
+        kind = part["type"]
+        if kind in ("text", "reasoning"):
+            yield {"type": kind, "text": part["text"]}
+        elif kind.startswith("tool-"):
+            yield ToolInput(part["toolCallId"], kind.removeprefix("tool-"), part["input"]).event()
+            if "output" in part:
+                yield ToolOutput(part["toolCallId"], part["output"]).event()
+    if message.get("error"):
+        yield Error(message["error"]).event()

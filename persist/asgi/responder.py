@@ -1,0 +1,146 @@
+"""Responders: what answers a prompt. A responder is one async generator of parts. Two are built in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from persist.asgi.parts import Error, Message, Part, Reasoning, Text, ToolInput
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A conversation to be answered.
+
+    Attributes:
+        session_id: the session.
+        stream_id: the turn. No other turn has this id.
+        messages: the conversation so far, as it is stored. The last message is the prompt. They are copies.
+        extra: the further fields of the request.
+    """
+
+    session_id: str
+    stream_id: str
+    messages: list[Message]
+    extra: Mapping[str, Any]
+
+    @property
+    def prompt(self) -> str:
+        """The text of the prompt."""
+        return str(self.messages[-1]["content"])
+
+
+#: The roles whose messages an endpoint takes without further keys.
+_ROLES = ("system", "developer", "user", "assistant")
+#: An async generator function, say. It is cancelled when the turn is stopped.
+Responder = Callable[[Conversation], AsyncIterator[Part]]
+
+
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """A responder that says the prompt again, word by word.
+
+    Args:
+        delay_s: seconds before each word.
+    """
+
+    delay_s: float = 0.05
+
+    async def __call__(self, conversation: Conversation) -> AsyncIterator[Part]:
+        for word in re.findall(r"\s*\S+|\s+$", conversation.prompt):
+            await asyncio.sleep(self.delay_s)
+            yield Text(word)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAI:
+    """A responder that asks an endpoint of the form of OpenAI's ``/chat/completions``.
+
+    It sends the texts of the conversation. It tells the model's calls of tools, and runs none.
+
+    Args:
+        base_url: as ``https://api.openai.com/v1``. None takes `OPENAI_BASE_URL`, or else that address.
+        api_key: None takes `OPENAI_API_KEY`. An endpoint on this machine may need none.
+        model: None takes `OPENAI_MODEL`.
+        silence_s: seconds without a byte after which the answer has failed.
+    """
+
+    base_url: str | None = None
+    api_key: str | None = None
+    model: str | None = None
+    silence_s: float = 120.0
+
+    async def __call__(self, conversation: Conversation) -> AsyncIterator[Part]:
+        base_url = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        key, model = self.api_key or os.environ.get("OPENAI_API_KEY"), self.model or os.environ.get("OPENAI_MODEL")
+        if not model:
+            yield Error("The server has no model: set OPENAI_MODEL.")
+            return
+        body = {"model": model, "messages": _texts_in(conversation.messages), "stream": True}
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        url, timeout = f"{base_url.rstrip('/')}/chat/completions", httpx.Timeout(self.silence_s, connect=10.0)
+        calls: dict[int, dict[str, str]] = {}
+        try:
+            async with httpx.AsyncClient(timeout=timeout) as client:
+                async with client.stream("POST", url, json=body, headers=headers) as response:
+                    if response.status_code != httpx.codes.OK:
+                        yield Error(f"The model's server answered with status {response.status_code}.")
+                        return
+                    async for line in response.aiter_lines():
+                        for part in _parts_in(line, calls):
+                            yield part
+        except httpx.HTTPError as error:
+            yield Error(f"The model's server cannot be reached, or broke off ({type(error).__name__}).")
+            return
+        for call in calls.values():
+            yield ToolInput(call["id"], call["name"], _decoded(call["arguments"]))
+
+
+def _texts_in(messages: list[Message]) -> list[Message]:
+    """Return the messages that have a text, without keys that an endpoint may refuse."""
+    told = (each for each in messages if each.get("role") in _ROLES and each.get("content"))
+    return [{"role": each["role"], "content": each["content"]} for each in told]
+
+
+def _parts_in(line: str, calls: dict[int, dict[str, str]]) -> list[Part]:
+    """Return the parts in a line of the endpoint's stream. The pieces of tool calls are gathered in `calls`."""
+    data = line.removeprefix("data:").strip()
+    if not line.startswith("data:") or data == "[DONE]":
+        return []
+    try:
+        chunk = json.loads(data)
+        if chunk.get("error"):
+            return [Error("The model's server reported an error.")]
+        delta = chunk["choices"][0].get("delta") or {}
+    except (ValueError, LookupError, AttributeError, TypeError):
+        # The last chunk may tell the tokens only, and have no choice.
+        return []
+    thought = delta.get("reasoning_content") or delta.get("reasoning")
+    found: list[Part] = [Reasoning(thought)] if isinstance(thought, str) else []
+    if delta.get("content"):
+        found.append(Text(delta["content"]))
+    for piece in delta.get("tool_calls") or ():
+        call = calls.setdefault(piece.get("index", len(calls)), {"id": "", "name": "", "arguments": ""})
+        function = piece.get("function") or {}
+        call["id"] = call["id"] or piece.get("id") or ""
+        call["name"] += function.get("name") or ""
+        call["arguments"] += function.get("arguments") or ""
+    return found
+
+
+def _decoded(arguments: str) -> Any:
+    try:
+        return json.loads(arguments or "{}")
+    except ValueError:
+        return arguments
+
+
+echo: Responder = Echo()
+openai: Responder = OpenAI()

@@ -1,0 +1,176 @@
+"""Serving: workers of uvicorn that share one socket and one directory. A worker that dies is replaced at once."""
+
+from __future__ import annotations
+
+import importlib
+import ipaddress
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import uvicorn
+from starlette.applications import Starlette
+
+from persist.asgi.app import create_app
+from persist.asgi.responder import Responder, echo, openai
+from persist.errors import InvalidArgument
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+#: How long a worker that is told to end waits for its requests, and how long the parent waits for the worker.
+_GRACE_S, _PATIENCE_S = 5, 30.0
+#: A worker that ends sooner than this could not start. The exit status says so.
+_STARTUP_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The store and the responder of a worker, and the names that it answers to.
+
+    Attributes:
+        responder: ``echo``, ``openai``, or ``module:name``.
+        origins: the addresses under which browsers know the server, if a proxy stands before it.
+        is_local: only requests that name this machine, or one of the origins, are served.
+    """
+
+    directory: str
+    responder: str = "echo"
+    origins: tuple[str, ...] = ()
+    is_local: bool = True
+
+
+def responder_named(name: str) -> Responder:
+    """Return a built-in responder, or one of a module that can be imported from the working directory.
+
+    Raises:
+        InvalidArgument: there is none of that name.
+    """
+    built_in: dict[str, Responder] = {"echo": echo, "openai": openai}
+    if name in built_in:
+        return built_in[name]
+    module, _, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Responder = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        expected = "echo, openai, or the module:name of a responder"
+        raise InvalidArgument(what="responder", got=repr(name), expected=expected) from error
+    return found
+
+
+def app_of(settings: Settings) -> Starlette:
+    """Return the app of a worker."""
+    hosts = {*_LOOPBACK, *(urlsplit(origin).hostname or "" for origin in settings.origins)}
+    return create_app(
+        settings.directory,
+        responder_named(settings.responder),
+        allowed_origins=settings.origins,
+        allowed_hosts=hosts if settings.is_local else None,
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine can reach a host."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens. Port 0 takes any free one.
+
+    Raises:
+        OSError: the address is taken, or is not of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With the protocol named, asyncio sets TCP_NODELAY. Without it, an event may wait for 40 ms.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(2048)
+    except OSError:
+        listening.close()
+        raise
+    return listening
+
+
+def address_of(listening: socket.socket, host: str) -> str:
+    """Return the URL of a socket."""
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listening.getsockname()[1]}"
+
+
+def serve(settings: Settings, listening: socket.socket, workers: int, ready: Callable[[], None]) -> bool:
+    """Serve until SIGINT or SIGTERM. `ready` is called when the first workers have been started.
+
+    The socket is shared, so a connection that nobody has accepted yet survives the death of a worker.
+
+    Returns:
+        Whether the workers could be started.
+    """
+    # A worker has dozens of threads, and glibc would keep freed memory apart for many of them (70 MB against 53 MB).
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+    told_to_end, tell = multiprocessing.Pipe(duplex=False)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: tell.send_bytes(b"end"))
+    started = {_started(settings, listening): time.monotonic() for _ in range(workers)}
+    ready()
+    is_well = True
+    while is_well and not told_to_end.poll():
+        wait([told_to_end, *(worker.sentinel for worker in started)])
+        for worker in [each for each in started if not each.is_alive()]:
+            # A worker that somebody has killed ends with a negative status.
+            since = started.pop(worker)
+            is_well = (worker.exitcode or 0) < 0 or time.monotonic() - since > _STARTUP_S
+            worker.close()
+            if not is_well or told_to_end.poll():
+                break
+            started[_started(settings, listening)] = time.monotonic()
+    for worker in started:
+        worker.terminate()
+    for worker in started:
+        worker.join(_PATIENCE_S)
+        worker.kill()
+    return is_well
+
+
+def _started(settings: Settings, listening: socket.socket) -> SpawnProcess:
+    worker = multiprocessing.get_context("spawn").Process(target=_work, args=(settings, listening))
+    worker.start()
+    return worker
+
+
+def _work(settings: Settings, listening: socket.socket) -> None:
+    """Serve in a worker, until a signal ends it or its parent is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    config = uvicorn.Config(
+        app_of(settings),
+        log_level="warning",
+        # The client's address is of no use here, and so no header of a proxy is believed.
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    except KeyboardInterrupt:
+        pass  # the parent got the signal, too
+
+
+def _end_with(parent: int) -> None:
+    wait([parent])
+    os.kill(os.getpid(), signal.SIGTERM)

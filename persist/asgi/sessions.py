@@ -1,0 +1,262 @@
+"""The routes of sessions, turns and streams."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+import persist.aio
+from persist import turn
+from persist.asgi.events import EventStream, expired, parts
+from persist.asgi.exchange import (
+    ID,
+    Answered,
+    Authorize,
+    Refused,
+    admitted,
+    checked_id,
+    cursor_in,
+    fields_in,
+    is_admitted,
+    number_in,
+    stream_id_in,
+    text_in,
+    unknown_session,
+)
+from persist.asgi.markdown import html_of
+from persist.asgi.turns import OFFSET, STOPPED, Started, Turns
+
+TITLE_CHARACTERS = 200
+MAX_PAGE = 1000
+_LAST = 10**15 - 1
+#: How many sessions a request for a list looks at, if it may see only few of them.
+_LOOKED_AT = 1000
+
+
+class Sessions:
+    """The routes below ``api/sessions``.
+
+    Args:
+        heartbeat_s: how often a quiet stream gives a sign of life.
+    """
+
+    def __init__(
+        self, store: persist.aio.Store, turns: Turns, *, authorize: Authorize | None, heartbeat_s: float
+    ) -> None:
+        self._store, self._turns, self._authorize, self._heartbeat_s = store, turns, authorize, heartbeat_s
+
+    def routes(self) -> list[Route]:
+        one = "/api/sessions/{session_id}"
+        stream = f"{one}/streams/{{stream_id}}"
+        return [
+            _route("/api/sessions", GET=self.list_sessions, POST=self.create),
+            _route(one, GET=self.read, PATCH=self.rename, DELETE=self.delete),
+            Route(f"{one}/turns", self.start, methods=["POST"]),
+            Route(f"{one}/retry", self.retry, methods=["POST"]),
+            Route(f"{stream}/stop", self.stop, methods=["POST"]),
+            Route(f"{stream}/events", self.events, methods=["GET"]),
+        ]
+
+    # --- sessions ---
+
+    async def list_sessions(self, request: Request) -> Response:
+        limit, before = number_in(request, "limit", 50, 1, 200), request.query_params.get("before")
+        rows: list[dict[str, Any]] = []
+        looked_at = 0
+        while True:
+            page = await self._store.recent(limit=limit - len(rows), before=before)
+            for head in page:
+                if ID.fullmatch(head.id) and await is_admitted(request, head.id, self._authorize):
+                    rows += [await self._row(head)]
+            before, looked_at = page.cursor, looked_at + len(page)
+            if before is None or len(rows) >= limit or looked_at >= _LOOKED_AT:
+                return Answered({"sessions": rows, "cursor": before})
+
+    async def _row(self, head: persist.Head) -> dict[str, Any]:
+        is_live = False
+        if head.active_stream_id is not None:
+            try:
+                info = await self._store.stream(head.id)
+                is_live = info is not None and info.is_live
+            except persist.LockTimeout:
+                is_live = True  # somebody works on it
+            except persist.PersistError:
+                pass
+        title = dict(head.fields).get("title")
+        return {
+            "id": head.id,
+            "title": title if isinstance(title, str) else "",
+            "updated_at": head.updated_at.isoformat(),
+            "messages": head.counts.get(turn.MESSAGES, 0),
+            "live": is_live,
+            "stream_id": head.active_stream_id if is_live else None,
+        }
+
+    async def create(self, request: Request) -> Response:
+        fields = await fields_in(request)
+        session_id = checked_id(fields.get("id", uuid.uuid4().hex), "The session's id")
+        title = text_in({"title": "", **fields}, "title", most=TITLE_CHARACTERS)
+        if not await is_admitted(request, session_id, self._authorize):
+            raise unknown_session()
+        await self._store.create(session_id, {"title": title, "messages": []})
+        return Answered(await self._row(await self._store.head(session_id)), 201)
+
+    async def read(self, request: Request) -> Response:
+        session_id = await admitted(request, self._authorize)
+        limit, before = number_in(request, "limit", 50, 1, MAX_PAGE), number_in(request, "before", _LAST, 0, _LAST)
+        view, stream_id = await self._fresh(session_id)
+        messages = view.list(turn.MESSAGES)
+        end = min(before, len(messages))
+        first = max(0, end - limit)
+        live_id = None if stream_id is None else f"{stream_id}.answer"
+        shown = await asyncio.to_thread(_shown_all, messages[first:end], live_id)
+        title = view.fields.get("title")
+        body = {
+            "id": session_id,
+            "title": title if isinstance(title, str) else "",
+            "version": view.version,
+            "total": len(messages),
+            "first": first,
+            "messages": shown,
+            "stream": None,
+        }
+        if stream_id is not None:
+            partial = messages.find(f"{stream_id}.answer")
+            after = partial.get(OFFSET, 0) if type(partial) is dict else 0
+            body["stream"] = {"stream_id": stream_id, "live": True, "after": after}
+        return Answered(body)
+
+    async def _fresh(self, session_id: str) -> tuple[persist.View, str | None]:
+        """Return a session, and the stream that runs in it. A stream whose worker is gone is cleared first."""
+        while True:
+            view = await self._store.view(session_id)
+            stream_id = view.fields.get(turn.ACTIVE)
+            if not stream_id:
+                return view, None
+            info = await self._store.stream(session_id)
+            if info is not None and info.stream_id == stream_id:
+                if info.is_live:
+                    return view, str(stream_id)
+                await (await self._store.load(session_id)).clear_stale_stream()
+
+    async def rename(self, request: Request) -> Response:
+        session_id = await admitted(request, self._authorize)
+        title = text_in(await fields_in(request), "title", most=TITLE_CHARACTERS)
+
+        def put(tx: persist.Transaction) -> None:
+            tx.fields["title"] = title
+
+        await self._store.update(session_id, put, touch=False)
+        return Answered(await self._row(await self._store.head(session_id)))
+
+    async def delete(self, request: Request) -> Response:
+        session_id = await admitted(request, self._authorize)
+        is_forced = number_in(request, "force", 0, 0, 1) == 1
+        if is_forced:
+            # First, so that the followers learn that it was stopped.
+            with suppress(persist.CorruptSession, persist.UnsupportedFormat):
+                info = await self._store.stream(session_id)
+                if info is not None:
+                    await self._store.cancel(session_id, info.stream_id, force=True)
+        await self._store.delete(session_id, force=is_forced)
+        return Response(status_code=204)
+
+    # --- turns ---
+
+    async def start(self, request: Request) -> Response:
+        session_id = await admitted(request, self._authorize)
+        fields = await fields_in(request)
+        message = fields.pop("message", None)
+        if type(message) is not dict:
+            raise Refused(400, "invalid_argument", "message must be an object with an id and a content.")
+        message_id = checked_id(message.get("id"), "The message's id")
+        content = text_in(message, "content", least=1, most=10**9)
+        started = await self._turns.start(session_id, {"id": message_id, "role": "user", "content": content}, fields)
+        return _started(started)
+
+    async def retry(self, request: Request) -> Response:
+        session_id = await admitted(request, self._authorize)
+        fields = await fields_in(request)
+        prompt_id = fields.pop("message_id", None)
+        if prompt_id is not None:
+            checked_id(prompt_id, "The message's id")
+        return _started(await self._turns.retry(session_id, fields, prompt_id=prompt_id))
+
+    async def stop(self, request: Request) -> Response:
+        session_id, stream_id = await admitted(request, self._authorize), stream_id_in(request)
+        return Answered({"stopped": await self._turns.stop(session_id, stream_id)})
+
+    async def events(self, request: Request) -> Response:
+        session_id, stream_id = await admitted(request, self._authorize), stream_id_in(request)
+        after = cursor_in(request)
+        try:
+            following = await self._store.follow(session_id, stream_id, after=after)
+        except persist.EventsNotFound:
+            if not await self._store.exists(session_id):
+                raise unknown_session() from None
+            return EventStream(expired(stream_id), None, heartbeat_s=self._heartbeat_s)
+        return EventStream(parts(following), following, heartbeat_s=self._heartbeat_s)
+
+
+def _route(path: str, **handlers: Callable[[Request], Awaitable[Response]]) -> Route:
+    """Return one route for all methods of a path, because a refused method is told the methods of one route only."""
+
+    async def handle(request: Request) -> Response:
+        return await handlers["GET" if request.method == "HEAD" else request.method](request)
+
+    return Route(path, handle, methods=[*handlers])
+
+
+def _started(started: Started) -> Response:
+    body: dict[str, Any] = {"stream_id": started.stream_id, "message_id": started.message_id}
+    return Answered({**body, "repeated": True}, 200) if started.is_repeated else Answered(body, 201)
+
+
+# --- messages ---------------------------------------------------------------------------------------------------------
+
+
+def _shown_all(messages: list[Any], live_id: str | None) -> list[dict[str, Any]]:
+    return [shown(each, live_id) for each in messages]
+
+
+def shown(message: Any, live_id: str | None = None) -> dict[str, Any]:
+    """Return a stored message for a page. `live_id` is the id of the answer that still comes."""
+    if type(message) is not dict:
+        return {"id": None, "role": "unknown", "content": json.dumps(message)}
+    role = message.get("role")
+    body: dict[str, Any] = {
+        "id": message.get("id"),
+        "role": role if isinstance(role, str) else "unknown",
+        "content": text_of(message.get("content")),
+    }
+    if isinstance(message.get("parts"), list):
+        body["parts"] = message["parts"]
+    is_partial = role == "assistant" and (bool(message.get(turn.INTERRUPTED)) or message.get("id") == live_id)
+    if is_partial:
+        body["partial"] = True
+        if message.get(STOPPED):
+            body["stopped"] = True
+    elif role == "assistant":
+        html = html_of(body["content"])
+        if html is not None:
+            body["html"] = html
+    if isinstance(message.get("error"), str):
+        body["error"] = message["error"]
+    return body
+
+
+def text_of(content: Any) -> str:
+    """Return the text of a content, which other programs may keep as a list of parts."""
+    if isinstance(content, str):
+        return content
+    pieces = content if isinstance(content, list) else []
+    texts = [each.get("text") for each in pieces if type(each) is dict]
+    return "".join(each for each in texts if isinstance(each, str))

@@ -1,0 +1,269 @@
+"""The turns of this worker: each is claimed from the store, runs as a task, and ends with its answer or without.
+
+A turn goes on when the page that asked for it is gone. Any worker may ask it to stop. If this worker is told to end,
+its turns are cancelled, and what was said is kept. If it is killed, the last checkpoint is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import persist.aio
+from persist import turn
+from persist.asgi.exchange import Refused
+from persist.asgi.parts import Answer, Error, Message, Part
+from persist.asgi.responder import Conversation, Responder
+from persist.log import log
+
+#: How often a turn looks whether somebody has asked it to stop, in seconds.
+LOOK_S = 0.2
+#: How long a responder may go on after it was cancelled, in seconds.
+GRACE_S = 5.0
+#: The field that tells which stream has the last prompt, and the key of a partial answer that tells its last event.
+TURN, OFFSET = "turn", "offset"
+#: The key of a partial answer that a user stopped. A page tells it from one that a crash has cut off.
+STOPPED = "stopped"
+TITLE_CHARACTERS = 80
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A turn that was started, or that had been started before. Its stream is None if nobody knows it any more."""
+
+    stream_id: str | None
+    message_id: str
+    is_repeated: bool = False
+
+
+class Turns:
+    """The turns that run in this worker.
+
+    Args:
+        checkpoint_s: how often a running turn makes its partial answer durable.
+    """
+
+    def __init__(self, store: persist.aio.Store, responder: Responder, *, checkpoint_s: float) -> None:
+        self._store, self._responder, self._checkpoint_s = store, responder, checkpoint_s
+        self._running: set[asyncio.Task[None]] = set()  # the loop itself keeps no reference to a task
+
+    async def start(self, session_id: str, prompt: Message, extra: Mapping[str, Any]) -> Started:
+        """Start the turn of a prompt, once for each id of a prompt. A missing session is created.
+
+        Raises:
+            SessionBusy: another turn runs.
+            Refused: the session has another message of that id.
+        """
+        while True:
+            try:
+                view = await self._store.view(session_id)
+            except persist.SessionNotFound:
+                with suppress(persist.SessionExists):
+                    await self._store.create(session_id, {"title": "", "messages": []})
+                continue
+            there = view.list(turn.MESSAGES).find(prompt["id"])
+            if there is not None:
+                # An interrupted turn counts, too. Only a retry runs it again.
+                return _repeated(view, prompt, there)
+            stream_id = uuid.uuid4().hex
+            fields: dict[str, Any] = {TURN: {"prompt": prompt["id"], "stream_id": stream_id}}
+            if not view.fields.get("title"):
+                fields["title"] = " ".join(prompt["content"].split())[:TITLE_CHARACTERS]
+            options: dict[str, Any] = {"stream_id": stream_id, "fields": fields, "once": True}
+            try:
+                stream = await self._store.start_stream(session_id, prompt, if_version=view.version, **options)
+            except persist.AlreadyStarted as started:
+                return Started(started.stream_id or _stream_in(started.answer), prompt["id"], is_repeated=True)
+            except persist.VersionMismatch:
+                continue  # the same prompt may have come and gone
+            self._run(stream, extra)
+            return Started(stream_id, prompt["id"])
+
+    async def retry(self, session_id: str, extra: Mapping[str, Any], *, prompt_id: str | None = None) -> Started:
+        """Answer the last prompt again, in the place of its answer.
+
+        Args:
+            prompt_id: the prompt that the client means. None means the last one, whichever that is.
+
+        Raises:
+            SessionNotFound: there is no such session.
+            SessionBusy: a turn runs.
+            Refused: there is no prompt, or the last one is another one.
+        """
+        view = await self._store.view(session_id)
+        prompts = (each for each in reversed(view.list(turn.MESSAGES)) if _is_prompt(each))
+        prompt = next(prompts, None)
+        if prompt is None:
+            raise Refused(409, "nothing_to_retry", "The session has no prompt that could be answered again.")
+        if prompt_id not in (None, prompt["id"]):
+            raise _changed()
+        stream_id = uuid.uuid4().hex
+        fields = {TURN: {"prompt": prompt["id"], "stream_id": stream_id}}
+        options: dict[str, Any] = {"stream_id": stream_id, "fields": fields, "if_version": view.version}
+        try:
+            stream = await self._store.start_stream(session_id, prompt, **options)
+        except persist.VersionMismatch:
+            raise _changed() from None
+        self._run(stream, extra, again=prompt["id"])
+        return Started(stream_id, prompt["id"])
+
+    async def stop(self, session_id: str, stream_id: str) -> bool:
+        """Ask a stream of any worker to end. Tell whether it was running.
+
+        Raises:
+            SessionNotFound: there is no such session.
+        """
+        info = await self._store.stream(session_id)
+        if info is None or info.stream_id != stream_id:
+            return False
+        return await self._store.cancel(session_id, stream_id) and info.is_live
+
+    async def close(self) -> None:
+        """Cancel the turns of this worker. Their partial answers are kept."""
+        for task in self._running:
+            task.cancel()
+        await asyncio.gather(*self._running, return_exceptions=True)
+
+    def _run(self, stream: persist.aio.Stream, extra: Mapping[str, Any], again: str | int | None = None) -> None:
+        running = _Turn(self._store, self._responder, stream, self._checkpoint_s)
+        task = asyncio.create_task(running.run(extra, again))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+
+class _Turn:
+    """A turn that runs. One task generates the answer, and another one watches it."""
+
+    def __init__(
+        self, store: persist.aio.Store, responder: Responder, stream: persist.aio.Stream, checkpoint_s: float
+    ) -> None:
+        self._store, self._responder, self._stream, self._checkpoint_s = store, responder, stream, checkpoint_s
+        self._answer = Answer(f"{stream.id}.answer")
+        #: The last event. Under the lock, the events until then tell exactly the answer.
+        self._offset, self._telling = 0, asyncio.Lock()
+
+    async def run(self, extra: Mapping[str, Any], again: str | int | None) -> None:
+        """Run to the end. `again` is a prompt that has an answer, which makes room for the new one."""
+        stream, answer = self._stream, self._answer
+        try:
+            async with stream:
+                if again is not None:
+                    await stream.update(lambda tx: _cut(tx, again))
+                messages = list((await self._store.view(stream.session_id)).list(turn.MESSAGES))
+                shown = [_as_told(each) for each in messages if type(each) is dict]
+                try:
+                    is_whole = await self._watch(Conversation(stream.session_id, stream.id, shown, extra))
+                except asyncio.CancelledError:
+                    answer.add(Error("The server was stopped in the middle of this answer."))
+                    await stream.checkpoint(answer.message())
+                    raise
+                if is_whole:
+                    await stream.finish(answer.message())
+                elif answer:
+                    ended = {} if answer.error else {STOPPED: True}
+                    await stream.checkpoint({**answer.message(), **ended})
+        except persist.StreamLost:
+            pass  # the session was deleted or taken away, so the turn is over
+        except Exception:
+            log.exception("Session %r: its turn %s broke off", stream.session_id, stream.id)
+
+    async def _watch(self, conversation: Conversation) -> bool:
+        """Let the responder answer, until it has ended or somebody stops it. Tell whether the answer is whole."""
+        generating = asyncio.create_task(self._generate(conversation))
+        kept, kept_at = 0, _now()
+        try:
+            while not generating.done():
+                await asyncio.wait([generating], timeout=LOOK_S)
+                if generating.done():
+                    break
+                if await self._stream.is_cancelled():
+                    return False
+                if self._offset > kept and _now() - kept_at >= self._checkpoint_s:
+                    kept, kept_at = await self._keep(), _now()
+        finally:
+            generating.cancel()
+            await asyncio.wait([generating], timeout=GRACE_S)
+        failure = None if generating.cancelled() else generating.exception()
+        if isinstance(failure, persist.StreamLost):
+            raise failure
+        if failure is not None or not self._answer:
+            log.error("Session %r: the answer broke off", conversation.session_id, exc_info=failure)
+            # A disk that refuses the events may refuse this one, too. The stored answer tells it then.
+            with suppress(persist.EmitFailed):
+                await self._tell(Error("The model failed to answer."))
+        return self._answer.error is None
+
+    async def _generate(self, conversation: Conversation) -> None:
+        async with aclosing(_generator(self._responder(conversation))) as parts:
+            async for part in parts:
+                await self._tell(part)
+                if self._answer.error is not None:
+                    return
+
+    async def _tell(self, part: Part) -> None:
+        async with self._telling:
+            self._answer.add(part)
+            self._offset = await self._stream.emit(part.event())
+
+    async def _keep(self) -> int:
+        """Make the answer so far durable, and return the offset of its last event."""
+        async with self._telling:
+            message, offset = self._answer.message(), self._offset
+        with suppress(persist.LockTimeout, persist.CommitFailed):  # the next time may be luckier
+            await self._stream.checkpoint({**message, OFFSET: offset})
+        return offset
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def _generator(parts: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
+    """Yield the same parts. This can be closed, and closes what can be closed."""
+    try:
+        async for part in parts:
+            yield part
+    finally:
+        if hasattr(parts, "aclose"):
+            await parts.aclose()
+
+
+def _changed() -> Refused:
+    return Refused(409, "changed", "The session has changed meanwhile. Look at it again.")
+
+
+def _is_prompt(message: Any) -> bool:
+    return type(message) is dict and message.get("role") == "user" and message.get("id") is not None
+
+
+def _cut(tx: persist.Transaction, after: str | int) -> None:
+    messages = tx.list(turn.MESSAGES)
+    place = messages.place_of(after)
+    if place is not None:
+        del messages[place + 1 :]
+
+
+def _repeated(view: persist.View, prompt: Message, there: Message) -> Started:
+    if there.get("role") != "user" or there.get("content") != prompt["content"]:
+        raise Refused(409, "conflict", "The session has another message of that id.")
+    last = view.fields.get(TURN)
+    if type(last) is dict and last.get("prompt") == prompt["id"]:
+        return Started(last.get("stream_id"), prompt["id"], is_repeated=True)
+    answer = view.list(turn.MESSAGES).find(prompt["id"], turn.ANSWERS)
+    return Started(_stream_in(answer), prompt["id"], is_repeated=True)
+
+
+def _stream_in(answer: Any) -> str | None:
+    """Return the stream that an answer came from, by its id."""
+    answer_id = answer.get("id") if type(answer) is dict else None
+    return answer_id.removesuffix(".answer") if isinstance(answer_id, str) and answer_id.endswith(".answer") else None
+
+
+def _as_told(message: Message) -> Message:
+    """Return a message without the keys that are only of use to the store."""
+    ours = (turn.INTERRUPTED, turn.ANSWERS, OFFSET, STOPPED)
+    return {key: value for key, value in message.items() if key not in ours}

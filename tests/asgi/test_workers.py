@@ -1,0 +1,227 @@
+"""Several workers on one directory, as processes: followed, stopped and resumed through another one, killed, ended.
+
+Each server here has one worker and a port of its own, so that a test can choose the worker that it asks.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette", reason="the extra `server` is not installed")
+pytest.importorskip("sse_starlette", reason="the extra `server` is not installed")
+
+import httpx
+from actors import eventually
+from harness.chat_servers import DEADLINE_S, ChatServer, Sent, events_in
+from harness.pages import ROOT
+
+import persist
+
+LONG = " ".join(f"word{n} ~0.001" for n in range(300))
+
+
+@pytest.fixture
+def two(serve: Callable[..., ChatServer]) -> tuple[ChatServer, ChatServer]:
+    return serve(), serve()
+
+
+def start(server: ChatServer, content: str, message_id: str = "m1") -> str:
+    body = {"message": {"id": message_id, "content": content}}
+    response = httpx.post(f"{server.url}/api/sessions/s/turns", json=body, timeout=DEADLINE_S)
+    assert response.status_code == 201, response.text
+    return str(response.json()["stream_id"])
+
+
+def read(server: ChatServer) -> dict[str, Any]:
+    response = httpx.get(f"{server.url}/api/sessions/s", timeout=DEADLINE_S)
+    assert response.status_code == 200, response.text
+    found: dict[str, Any] = response.json()
+    return found
+
+
+def follow(server: ChatServer, stream_id: str, after: str = "", most: int | None = None) -> list[Sent]:
+    """Follow a stream to its end, or break off after some events."""
+    headers = {"Last-Event-ID": after} if after else {}
+    path = f"{server.url}/api/sessions/s/streams/{stream_id}/events"
+    found: list[Sent] = []
+    with httpx.stream("GET", path, headers=headers, timeout=DEADLINE_S) as response:
+        for event in events_in(response.iter_lines()):
+            found.append(event)
+            if len(found) == most:
+                break
+    return found
+
+
+def test_a_cut_connection_goes_on_at_another_worker(two: tuple[ChatServer, ChatServer]) -> None:
+    """A client that is cut off again and again, and lands on the other worker each time, misses and repeats nothing."""
+    stream_id = start(two[0], LONG)
+    seen: list[Sent] = []
+    for server in cycle(two):
+        seen += follow(server, stream_id, seen[-1].id if seen else "", most=23)
+        if seen[-1].event == "end":
+            break
+    assert [each.id for each in seen[:-1]] == [str(n) for n in range(1, 301)]
+    assert "".join(each.data["text"] for each in seen[:-1]) == "".join(f"word{n} " for n in range(300))
+    assert seen[-1].data["how"] == "finished"
+
+
+def test_a_turn_is_known_and_stopped_at_another_worker(two: tuple[ChatServer, ChatServer]) -> None:
+    """The other worker shows the turn as live, refuses another one, knows a repeated message, and stops it."""
+    a, b = two
+    stream_id = start(a, "a ~")
+    assert read(b)["stream"]["live"] is True
+    path = f"{b.url}/api/sessions/s"
+    busy = httpx.post(f"{path}/turns", json={"message": {"id": "m2", "content": "x"}}).json()
+    assert busy["owner"]["pid"] in a.workers()
+    again = httpx.post(f"{path}/turns", json={"message": {"id": "m1", "content": "a ~"}})
+    assert (again.status_code, again.json()["stream_id"]) == (200, stream_id)
+    assert httpx.post(f"{path}/streams/{stream_id}/stop").json() == {"stopped": True}
+    seen = follow(b, stream_id)
+    assert seen[-1].data["how"] == "stopped"
+    assert follow(a, stream_id) == seen
+    assert read(b)["stream"] is None
+
+
+def test_a_killed_worker_leaves_its_part_and_a_retry_answers_at_the_other(
+    two: tuple[ChatServer, ChatServer], store: persist.Store
+) -> None:
+    """After kill -9 a follower learns that the turn is lost, any reader sees a partial answer, and a retry runs."""
+    a, b = two
+    stream_id = start(a, "one two ~")
+    eventually(lambda: len(store.tail("s")) == 2)  # the first checkpoint
+    (worker,) = a.workers()
+    os.kill(worker, signal.SIGKILL)
+    a.process.send_signal(signal.SIGSTOP)  # no new worker sweeps here
+    assert read(b)["stream"] is None
+    assert store.load("s").active_stream_id is None
+    assert follow(b, stream_id)[-1].data["how"] == "lost"
+    prompt, partial = read(b)["messages"]
+    assert (partial["partial"], partial["content"]) == (True, "one two ")
+    again = httpx.post(f"{b.url}/api/sessions/s/turns", json={"message": {"id": "m1", "content": prompt["content"]}})
+    assert (again.status_code, again.json()["stream_id"]) == (200, stream_id)
+    retried = httpx.post(f"{b.url}/api/sessions/s/retry")
+    assert retried.status_code == 201
+    assert [m["id"] for m in read(b)["messages"] if m["role"] == "user"] == ["m1"]
+    assert httpx.post(f"{b.url}/api/sessions/s/streams/{retried.json()['stream_id']}/stop").json() == {"stopped": True}
+
+
+def test_a_new_turn_starts_over_a_dead_one(two: tuple[ChatServer, ChatServer]) -> None:
+    """Nobody need look first: a new message is answered although the worker of the turn before was killed."""
+    a, b = two
+    start(a, "a ~")
+    (worker,) = a.workers()
+    a.process.send_signal(signal.SIGSTOP)
+    os.kill(worker, signal.SIGKILL)
+    assert follow(b, start(b, "b", "m2"))[-1].data["how"] == "finished"
+    assert [m["content"] for m in read(b)["messages"] if m["role"] == "user"] == ["a ~", "b"]
+
+
+def test_a_worker_that_starts_clears_what_a_killed_one_left(
+    serve: Callable[..., ChatServer], store: persist.Store
+) -> None:
+    """The sweep at the start needs no reader."""
+    server = serve()
+    start(server, "a ~")
+    (worker,) = server.workers()
+    os.kill(worker, signal.SIGKILL)
+    eventually(lambda: store.load("s").active_stream_id is None)
+    eventually(lambda: httpx.get(f"{server.url}/healthz", timeout=DEADLINE_S).status_code == 200)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_told_to_end_keeps_what_was_said(
+    serve: Callable[..., ChatServer], store: persist.Store, signal_number: signal.Signals
+) -> None:
+    """Turns end, followers are let go, no worker stays, and the exit status is 0."""
+    server = serve(workers=2)
+    stream_id = start(server, "a b ~")
+    with httpx.stream("GET", f"{server.url}/api/sessions/s/streams/{stream_id}/events", timeout=DEADLINE_S) as response:
+        events = events_in(response.iter_lines())
+        assert [next(events).data["text"] for _ in "ab"] == ["a ", "b "]
+        workers = server.workers()
+        assert len(workers) == 2
+        server.process.send_signal(signal_number)
+        # A follower at the other worker may see how the turn ends, before it is let go itself.
+        with suppress(httpx.RemoteProtocolError):
+            assert [each.data["how"] for each in events] in ([], ["failed"])
+    assert server.process.wait(DEADLINE_S) == 0
+    assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []
+    session = store.load("s")
+    assert session.active_stream_id is None
+    answer = session.data["messages"][-1]
+    assert (answer["content"], answer["interrupted"]) == ("a b ", True)
+
+
+def test_workers_end_with_their_parent(serve: Callable[..., ChatServer]) -> None:
+    """A parent that is killed leaves no worker that would hold the port."""
+    server = serve(workers=2)
+    assert httpx.get(f"{server.url}/healthz", timeout=DEADLINE_S).status_code == 200
+    eventually(lambda: len(server.workers()) == 2)
+    workers = server.workers()
+    server.process.kill()
+    server.process.wait(DEADLINE_S)
+    eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+
+
+def refusal(*arguments: object) -> tuple[int, str]:
+    command = [sys.executable, "-m", "persist", "serve", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+    assert done.stdout == ""
+    return done.returncode, done.stderr
+
+
+def test_a_server_that_cannot_serve_says_why(serve: Callable[..., ChatServer], tmp_path: Path) -> None:
+    """A taken port, an unknown responder, and a file in the directory's place are refused in one line."""
+    taken = serve().url.rpartition(":")[2]
+    for arguments, words in {
+        (tmp_path / "a", "--port", taken): "cannot be listened at",
+        (tmp_path / "b", "--port", 0, "--responder", "nothing"): "responder",
+        (tmp_path / "c", "--port", 0, "--host", "192.0.2.1"): "cannot be listened at",
+        (__file__, "--port", 0): "directory",
+    }.items():
+        status, said = refusal(*arguments)
+        assert status == 3
+        assert words in said
+        assert "Traceback" not in said
+
+
+def test_a_server_for_other_machines_warns(tmp_path: Path) -> None:
+    """Anything but this machine gets a warning, and the name of the host is not checked then."""
+    command = [sys.executable, "-m", "persist", "serve", str(tmp_path / "s"), "--port", "0", "--host", "0.0.0.0"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    port = process.stdout.readline().strip().rpartition(":")[2]
+    response = httpx.get(f"http://127.0.0.1:{port}/healthz", headers={"Host": "chat.lan"}, timeout=DEADLINE_S)
+    assert response.status_code == 200
+    process.terminate()
+    _, said = process.communicate(timeout=DEADLINE_S)
+    assert said.startswith("Warning: 0.0.0.0 can be reached from other machines")
+    assert process.returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks in /proc")
+@pytest.mark.parametrize(("given", "taken"), [(None, "2"), ("4", "4")])
+def test_workers_keep_freed_memory_together(
+    serve: Callable[..., ChatServer], monkeypatch: pytest.MonkeyPatch, given: str | None, taken: str
+) -> None:
+    """The C library of a worker gets few arenas for its many threads, unless the user says how many."""
+    if given is None:
+        monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    else:
+        monkeypatch.setenv("MALLOC_ARENA_MAX", given)
+    server = serve()
+    eventually(lambda: len(server.workers()) == 1)
+    (worker,) = server.workers()
+    assert f"MALLOC_ARENA_MAX={taken}".encode() in Path(f"/proc/{worker}/environ").read_bytes().split(b"\0")
