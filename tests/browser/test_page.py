@@ -1,0 +1,456 @@
+"""The page at rest: the list of chats, old messages, hostile content, titles, deletion, keys, and narrow screens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from harness.chat_workers import Chat
+
+pytest.importorskip("playwright", reason="the browser tests need the package playwright")
+from harness.chat_page import Tab, expect, words
+
+OpenTab = Callable[..., Tab]
+NARROW: dict[str, Any] = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True}
+
+
+def exchange(number: int, answer: str | None = None) -> list[dict[str, Any]]:
+    """Return a prompt and its answer."""
+    answer = f"Answer {number}" if answer is None else answer
+    return [
+        {"id": f"p{number}", "role": "user", "content": f"Prompt {number}"},
+        {"id": f"a{number}", "role": "assistant", "content": answer},
+    ]
+
+
+def is_at_end(tab: Tab) -> bool:
+    return bool(
+        tab.page.locator("#scroll").evaluate("node => node.scrollHeight - node.scrollTop - node.clientHeight < 2")
+    )
+
+
+# --- the list of chats ---
+
+
+def test_a_list_of_200_chats(chat: Chat, open_tab: OpenTab) -> None:
+    """The list begins with the newest chats. Scrolling loads the others, each once and in order, and they open."""
+    store = chat.store
+    for number in range(200):
+        store.create(f"chat-{number}", {"title": f"Title {number}", "messages": exchange(number)})
+    tab = open_tab(chat.workers[0].url)
+    expect(tab.rows).to_have_count(50)
+    while tab.rows.count() < 200:
+        before = tab.rows.count()
+        tab.rows.last.scroll_into_view_if_needed()
+        expect(tab.rows).not_to_have_count(before)
+    expect(tab.page.get_by_role("button", name="Show more chats")).to_be_hidden()
+    expect(tab.rows.locator(".name")).to_have_text([f"Title {number}" for number in reversed(range(200))])
+    tab.page.get_by_role("link", name=re.compile(r"^Title 3 ")).click()
+    tab.expect_answer("Answer 3")
+    expect(tab.page.get_by_role("link", name=re.compile(r"^Title 3 "))).to_have_attribute("aria-current", "page")
+    tab.send("Once more")
+    expect(tab.rows.first).to_contain_text("Title 3")
+    expect(tab.rows).to_have_count(200)
+
+
+def test_an_empty_list(chat: Chat, open_tab: OpenTab) -> None:
+    """A page without any chat says so, and a new chat comes into its list."""
+    tab = open_tab(chat.workers[0].url)
+    expect(tab.page.get_by_text("No chats yet.")).to_be_visible()
+    expect(tab.page.get_by_role("heading", name="What would you like to talk about?")).to_be_visible()
+    tab.send("Hello there")
+    expect(tab.rows).to_have_text([re.compile("Hello there")])
+    expect(tab.page.get_by_text("No chats yet.")).to_be_hidden()
+
+
+# --- old messages ---
+
+
+def test_old_messages_come_by_scrolling(chat: Chat, open_tab: OpenTab) -> None:
+    """A chat opens at its end. Scrolling up loads the earlier messages, each once and in order, and the text stays."""
+    messages = [message for number in range(100) for message in exchange(number)]
+    chat.store.create("long", {"title": "Long", "messages": messages})
+    tab = open_tab(f"{chat.workers[0].url}#long")
+    tab.expect_answer("Answer 99")
+    assert is_at_end(tab)
+    articles, first = tab.page.locator("article"), tab.page.locator("article[data-id=p75]")
+    expect(articles).to_have_count(50)
+    top = first.evaluate("""node => {
+        document.getElementById("scroll").scrollTop = 150;
+        return node.getBoundingClientRect().top;
+    }""")
+    expect(articles).to_have_count(100)
+    assert abs(first.evaluate("node => node.getBoundingClientRect().top") - top) < 2
+    while articles.count() < 200:
+        before = articles.count()
+        tab.page.locator("#scroll").evaluate("node => node.scrollTo(0, 0)")
+        expect(articles).not_to_have_count(before)
+    expect(tab.prompts).to_have_text([f"Prompt {number}" for number in range(100)])
+    expect(tab.page.get_by_role("button", name="Show earlier messages")).to_be_hidden()
+
+
+def test_the_text_follows_only_a_reader_at_its_end(chat: Chat, open_tab: OpenTab) -> None:
+    """A reader at the end sees new words come, also when the message box grows. A reader further up is left alone."""
+    chat.pace.allow(2000)
+    tab = open_tab(chat.workers[0].url)
+    tab.send(words(4000))
+    tab.expect_live(words(2000))
+    expect(tab.page.get_by_role("button", name="Go to the newest message")).to_be_hidden()
+    assert is_at_end(tab)
+    tab.prompt.fill("line\n" * 20)
+    chat.pace.allow(2500)
+    tab.expect_live(words(2500))
+    assert is_at_end(tab)
+    tab.page.locator("#scroll").evaluate("node => node.scrollTo(0, 300)")
+    expect(tab.page.get_by_role("button", name="Go to the newest message")).to_be_visible()
+    chat.pace.allow(3000)
+    tab.expect_live(words(3000))
+    assert tab.page.locator("#scroll").evaluate("node => node.scrollTop") == 300
+    tab.page.get_by_role("button", name="Go to the newest message").click()
+    assert is_at_end(tab)
+    chat.pace.allow(10_000)
+    tab.expect_answer(words(4000))
+    assert is_at_end(tab)
+
+
+# --- hostile content ---
+
+SCRIPT = "globalThis.isHurt = true"
+HOSTILE = f"""\
+<script>{SCRIPT}</script> <img src=x onerror="{SCRIPT}"> <svg onload="{SCRIPT}"> <b onmouseover="{SCRIPT}">bold</b>
+
+<iframe srcdoc="<script>parent.{SCRIPT}</script>"></iframe> <style>* {{ display: none }}</style>
+<form action="api/sessions"><button id="send">x</button></form> <base href="http://elsewhere.example/">
+
+[a](javascript:{SCRIPT.replace(" ", "")}) [b](JaVaScRiPt:alert`1`) [c](data:text/html,<script>{SCRIPT}</script>)
+[d](vbscript:x) [e](&#106;avascript:alert(1)) [f](//elsewhere.example) [g](api/sessions) [h](java&#9;script:alert(1))
+![i](http://elsewhere.example/pixel.png) ![j](javascript:alert(1)) <javascript:alert(1)> <http://elsewhere.example/k>
+[l](http://elsewhere.example/" onmouseover="{SCRIPT}) [m](http://elsewhere.example/'onclick='x "t\\" onclick=\\"x")
+
+[n]: javascript:alert(1)
+[n] &lt;script&gt;{SCRIPT}&lt;/script&gt;
+
+```html" onclick="{SCRIPT}
+</code></pre><script>{SCRIPT}</script>
+```
+
+`<img src=x onerror={SCRIPT}>`
+
+| <script>{SCRIPT}</script> | b |
+|---|---|
+| [x](javascript:alert(1)) | <img src=x> |
+"""
+
+
+def expect_harmless(tab: Tab) -> None:
+    """See that no script has run, and that nothing on the page could run one, load something or submit something."""
+    elements = "#log, #log *, #sessions, #sessions *"
+    assert not tab.page.evaluate("globalThis.isHurt")
+    wrong = "script, img, iframe, svg, object, embed, style, base, form, input, link, meta, video, audio"
+    expect(tab.page.locator(f":is(#log, #sessions) :is({wrong})")).to_have_count(0)
+    names = tab.page.locator(elements).evaluate_all("nodes => nodes.flatMap((node) => node.getAttributeNames())")
+    assert {
+        name for name in names if name.startswith("on") or name in ("style", "src", "srcdoc", "formaction")
+    } == set()
+    ids = tab.page.locator("#log *").evaluate_all("nodes => nodes.map((node) => node.id).filter(Boolean)")
+    assert ids == []
+    links = tab.page.locator("#log a").evaluate_all("nodes => nodes.map((node) => [node.protocol, node.rel])")
+    assert all(protocol in ("http:", "https:", "mailto:") and "noopener" in rel for protocol, rel in links), links
+
+
+def test_hostile_text_does_nothing(chat: Chat, open_tab: OpenTab) -> None:
+    """HTML, scripts and links in a prompt, in its title and in its answer are text. A link leads to the web only."""
+    tab = open_tab(chat.workers[0].url)
+    chat.pace.allow(100)
+    tab.prompt.fill(HOSTILE)
+    tab.prompt.press("Enter")
+    expect(tab.live.locator(".plain")).to_contain_text("<script>")
+    expect_harmless(tab)
+    chat.pace.allow(10**9)
+    expect(tab.answers.last.locator(".markdown")).to_contain_text(f"<script>{SCRIPT}</script>")
+    expect(tab.prompts.last.locator(".plain")).to_have_text(HOSTILE.strip())
+    expect_harmless(tab)
+    links = tab.page.locator("#log .markdown a").evaluate_all("nodes => nodes.map((node) => new URL(node.href).host)")
+    assert links
+    assert set(links) == {"elsewhere.example"}
+    expect(tab.rows.first.locator(".name")).to_contain_text("<script>")
+    for link in tab.page.locator("#log .markdown *").all():
+        link.dispatch_event("mouseover")
+    tab.page.reload()
+    expect(tab.answers.last.locator(".markdown")).to_contain_text(f"<script>{SCRIPT}</script>")
+    expect_harmless(tab)
+
+
+def test_hostile_records_do_nothing(chat: Chat, open_tab: OpenTab) -> None:
+    """Nothing in a stored session is taken for HTML: its title, the ids, roles, tools and errors of its messages."""
+    evil = f'"><img src=x onerror="{SCRIPT}"><script>{SCRIPT}</script>'
+    parts = [
+        {"type": "reasoning", "text": evil},
+        {"type": f"tool-{evil}", "toolCallId": evil, "input": evil, "output": {evil: evil}},
+        {"type": evil, "text": evil},
+        {"type": "text", "text": evil},
+        {"type": "error", "text": evil},
+    ]
+    messages = [
+        {"id": evil, "role": evil, "content": evil},
+        {"id": "answer", "role": "assistant", "content": evil, "parts": parts},
+        {"id": "constructor", "role": "__proto__", "content": [{"type": "text", "text": evil}]},
+        {"id": "failed", "role": "assistant", "content": evil, "error": evil, "interrupted": True},
+    ]
+    chat.store.create("evil", {"title": evil, "messages": messages})
+    tab = open_tab(f"{chat.workers[0].url}#evil")
+    expect(tab.note).to_contain_text(evil)
+    expect(tab.page.locator("article")).to_have_count(4)
+    expect(tab.page.get_by_role("textbox", name="Title of this chat")).to_have_value(evil)
+    expect_harmless(tab)
+    assert tab.page.title() == evil
+
+
+def test_thoughts_and_tools_are_folded(chat: Chat, open_tab: OpenTab) -> None:
+    """The model's thoughts and its use of tools open on a click. They are the same while it comes and later."""
+    chat.pace.allow(1)
+    tab = open_tab(chat.workers[0].url)
+    tab.send("think twice")
+    summaries = tab.answers.last.locator("summary")
+    expect(summaries).to_have_text(["Thoughts", "Used think twice"])
+    summaries.last.click()
+    expect(tab.live.locator("details").last).to_contain_text('"of": "think twice"')
+    chat.pace.allow(10)
+    tab.expect_answer("think twice")
+    expect(summaries).to_have_text(["Thoughts", "Used think twice"])
+    summaries.last.click()
+    expect(tab.answers.last.locator("details").last).to_contain_text('"of": "think twice"')
+
+
+def test_code_is_copied_as_it_is(chat: Chat, open_tab: OpenTab) -> None:
+    """The button of a block of code copies exactly that code, and the button of an answer its Markdown."""
+    code = 'if a < b && c:\n\tprint("x")\n'
+    answer = f"So:\n\n```python\n{code}```\n"
+    chat.store.create("code", {"title": "Code", "messages": exchange(1, answer)})
+    tab = open_tab(f"{chat.workers[0].url}#code", permissions=["clipboard-read", "clipboard-write"])
+    tab.page.get_by_role("button", name="Copy", exact=True).click()
+    expect(tab.page.get_by_role("button", name="Copied")).to_be_visible()
+    assert tab.page.evaluate("navigator.clipboard.readText()") == code
+    tab.page.get_by_role("button", name="Copy answer").click()
+    tab.page.wait_for_function("text => navigator.clipboard.readText().then((found) => found === text)", arg=answer)
+
+
+# --- titles, and deletion ---
+
+
+def test_a_title_is_changed_in_all_tabs(chat: Chat, open_tab: OpenTab) -> None:
+    """A new title is stored and shown everywhere. Escape leaves the title as it was."""
+    chat.store.create("one", {"title": "Old", "messages": exchange(1)})
+    here, there = (open_tab(f"{worker.url}#one") for worker in chat.workers)
+    titles = [tab.page.get_by_role("textbox", name="Title of this chat") for tab in (here, there)]
+    expect(titles[0]).to_have_value("Old")
+    titles[0].fill("Not so")
+    titles[0].press("Escape")
+    expect(titles[0]).to_have_value("Old")
+    titles[0].fill("New")
+    titles[0].press("Enter")
+    expect(here.prompt).to_be_focused()
+    expect(titles[1]).to_have_value("New")
+    for tab in (here, there):
+        expect(tab.rows).to_have_text([re.compile("New")])
+        expect(tab.page).to_have_title("New")
+    assert chat.store.load("one").data["title"] == "New"
+    assert len(here.bodies("PATCH", "/one$")) == 1
+
+
+def test_delete_asks_first(chat: Chat, open_tab: OpenTab) -> None:
+    """A chat is deleted only after a question. A tab that has it open elsewhere says that it is gone."""
+    for name in ("one", "two"):
+        chat.store.create(name, {"title": f"Chat {name}", "messages": exchange(1)})
+    here, there = (open_tab(f"{worker.url}#one", errors="404") for worker in chat.workers)
+    delete = here.page.get_by_role("button", name="Delete this chat")
+    there.expect_answer("Answer 1")
+    delete.click()
+    here.page.get_by_role("dialog", name="Delete this chat?").get_by_role("button", name="Keep it").click()
+    expect(here.page.get_by_role("dialog")).to_be_hidden()
+    delete.click()
+    here.page.keyboard.press("Escape")
+    expect(here.page.get_by_role("dialog")).to_be_hidden()
+    assert here.bodies("DELETE", "") == []
+    delete.click()
+    here.page.get_by_role("button", name="Delete", exact=True).click()
+    for tab in (here, there):
+        expect(tab.rows).to_have_text([re.compile("Chat two")])
+        expect(tab.page.locator("article")).to_have_count(0)
+        expect(tab.page.get_by_role("button", name="Delete this chat")).to_be_hidden()
+    expect(there.notice).to_contain_text("There is no chat here any more.")
+    assert not chat.store.exists("one")
+    there.send("Begin anew")
+    there.expect_answer("Begin anew")
+    expect(there.notice).to_be_empty()
+    expect(there.page.get_by_role("button", name="Delete this chat")).to_be_visible()
+
+
+def test_a_chat_is_deleted_in_mid_answer(chat: Chat, open_tab: OpenTab) -> None:
+    """Deleting a chat ends its answer. The other tab, which was reading it, says that the chat is gone."""
+    chat.pace.allow(10)
+    here = open_tab(chat.workers[0].url, errors="404")
+    chat_id = here.send(words(30))
+    there = open_tab(f"{chat.workers[1].url}#{chat_id}", errors="404")
+    there.expect_live(words(10))
+    here.page.get_by_role("button", name="Delete this chat").click()
+    here.page.get_by_role("button", name="Delete", exact=True).click()
+    expect(there.notice).to_contain_text("There is no chat here any more.")
+    for tab in (here, there):
+        expect(tab.rows).to_have_count(0)
+        expect(tab.page.locator("article")).to_have_count(0)
+        expect(tab.page.get_by_role("button", name="Stop the answer")).to_be_hidden()
+
+
+# --- drafts ---
+
+
+def test_a_draft_stays_with_its_chat(chat: Chat, open_tab: OpenTab) -> None:
+    """A tab keeps a draft for each chat, through a change of chats, a reload and a new server."""
+    chat.store.create("one", {"title": "One", "messages": exchange(1)})
+    tab = open_tab(chat.workers[0].url, errors="ERR_|Failed to load resource")
+    tab.prompt.fill("Not sent yet")
+    tab.page.get_by_role("link", name="One").click()
+    expect(tab.prompt).to_have_value("")
+    tab.prompt.fill("For one")
+    port = chat.workers[0].port
+    chat.workers[0].kill()
+    expect(tab.connection).to_contain_text("The connection is lost.")
+    tab.prompt.press("End")
+    tab.page.keyboard.type(", and more")
+    chat.start("--port", str(port))
+    expect(tab.connection).to_be_empty()
+    expect(tab.prompt).to_have_value("For one, and more")
+    expect(tab.prompt).to_be_focused()
+    tab.page.reload()
+    expect(tab.prompt).to_have_value("For one, and more")
+    tab.page.get_by_role("link", name="New chat").click()
+    expect(tab.prompt).to_have_value("Not sent yet")
+    tab.send("Not sent yet")
+    tab.page.get_by_role("link", name="New chat").click()
+    expect(tab.prompt).to_have_value("")
+    expect(tab.page.locator("article")).to_have_count(0)
+
+
+# --- keys, screen readers, narrow screens ---
+
+
+def test_all_by_keys(chat: Chat, open_tab: OpenTab) -> None:
+    """Without a mouse: skip to the box, send, stop, open another chat, rename it and delete it."""
+    chat.store.create("one", {"title": "One", "messages": exchange(1)})
+    chat.pace.allow(3)
+    tab = open_tab(chat.workers[0].url)
+    keys = tab.page.keyboard
+    expect(tab.prompt).to_be_focused()
+    keys.type("This is")
+    keys.press("Shift+Enter")
+    keys.type("a prompt in two lines")
+    keys.press("Enter")
+    expect(tab.prompts.last).to_have_text("This is\na prompt in two lines", use_inner_text=True)
+    tab.expect_live("This is\na")
+    keys.press("Escape")
+    expect(tab.note).to_contain_text("The answer was stopped.")
+    tab.page.locator("#skip").focus()
+    expect(tab.page.get_by_role("button", name="Skip to the message box")).to_be_in_viewport()
+    keys.press("Tab")
+    expect(tab.page.get_by_role("link", name="New chat")).to_be_focused()
+    keys.press("Tab")
+    keys.press("Tab")
+    expect(tab.page.get_by_role("link", name="One")).to_be_focused()
+    keys.press("Enter")
+    tab.expect_answer("Answer 1")
+    expect(tab.prompt).to_be_focused()
+    tab.page.get_by_role("button", name="Skip to the message box").focus()
+    keys.press("Enter")
+    expect(tab.prompt).to_be_focused()
+    keys.press("Shift+Tab")  # the answer's buttons
+    expect(tab.page.get_by_role("button", name="Answer again")).to_be_focused()
+    keys.press("Shift+Tab")
+    expect(tab.page.get_by_role("button", name="Copy answer")).to_be_focused()
+    keys.press("Shift+Tab")
+    expect(tab.page.get_by_role("region", name="Messages")).to_be_focused()
+    keys.press("Shift+Tab")
+    expect(tab.page.get_by_role("button", name="Delete this chat")).to_be_focused()
+    keys.press("Shift+Tab")
+    keys.press("ControlOrMeta+a")
+    keys.type("Renamed")
+    keys.press("Enter")
+    expect(tab.rows.filter(has_text="Renamed")).to_have_count(1)
+    tab.page.get_by_role("button", name="Delete this chat").focus()
+    keys.press("Enter")
+    expect(tab.page.get_by_role("button", name="Keep it")).to_be_focused()
+    keys.press("Tab")
+    keys.press("Enter")
+    expect(tab.rows).to_have_count(1)
+    assert not chat.store.exists("one")
+
+
+def test_a_screen_reader_is_told(chat: Chat, open_tab: OpenTab) -> None:
+    """All that can be used has a name. An answer is told once it is whole, and an old chat is not read out."""
+    chat.store.create("one", {"title": "One", "messages": exchange(1, "So:\n\n```\ncode\n```")})
+    chat.pace.allow(2)
+    tab = open_tab(f"{chat.workers[0].url}#one")
+    expect(tab.answers).to_have_count(1)
+    assert tab.log.get_attribute("aria-live") == "off"
+    tab.send("Three more words")
+    tab.expect_live("Three more")
+    expect(tab.log).to_have_attribute("aria-live", "polite")
+    expect(tab.live).to_have_attribute("aria-busy", "true")
+    chat.pace.allow(100)
+    tab.expect_answer("Three more words")
+    expect(tab.page.locator("[aria-busy=true]")).to_have_count(0)
+    for id in ("connection", "notice"):
+        expect(tab.page.locator(f"#{id}")).to_have_attribute("role", "status")
+    expect(tab.page.get_by_role("navigation", name="Chats")).to_be_visible()
+    expect(tab.page.get_by_role("main")).to_be_visible()
+    expect(tab.log).to_have_attribute("aria-label", "Conversation")
+    snapshot = tab.page.locator("body").aria_snapshot()
+    nameless = re.findall(r"^\s*- (?:button|link|textbox|checkbox|img|dialog|region)(?!.*\").*$", snapshot, re.M)
+    assert nameless == []
+
+
+def test_a_narrow_screen(chat: Chat, open_tab: OpenTab) -> None:
+    """On a phone the list is a drawer, nothing is wider than the screen, and no keyboard comes up by itself."""
+    wide = "w" * 300
+    answer = f"{wide}\n\n```\n{wide}\n```\n\n| {wide} | b |\n|---|---|\n| a | b |\n\nhttp://elsewhere.example/{wide}"
+    chat.store.create("one", {"title": wide, "messages": [*exchange(1, answer), *exchange(2)]})
+    chat.store.create("two", {"title": "Two", "messages": exchange(3)})
+    tab = open_tab(chat.workers[0].url, **NARROW)
+    menu, new = tab.page.get_by_role("button", name="Chats"), tab.page.get_by_role("link", name="New chat")
+    expect(new).to_be_hidden()
+    assert tab.page.evaluate("document.activeElement === document.body")
+    menu.tap()
+    expect(menu).to_have_attribute("aria-expanded", "true")
+    expect(new).to_be_focused()
+    tab.page.keyboard.press("Escape")
+    expect(new).to_be_hidden()
+    expect(menu).to_be_focused()
+    menu.tap()
+    tab.rows.last.tap()
+    expect(new).to_be_hidden()
+    expect(menu).to_have_attribute("aria-expanded", "false")
+    tab.expect_answer("Answer 2")
+    assert tab.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert tab.page.locator("#scroll").evaluate("node => node.scrollWidth <= node.clientWidth")
+    menu.tap()
+    tab.page.locator("#backdrop").tap(position={"x": 350, "y": 600})
+    expect(new).to_be_hidden()
+    tab.prompt.tap()
+    tab.prompt.fill("From a phone")
+    tab.page.get_by_role("button", name="Send").tap()
+    tab.expect_answer("From a phone")
+
+
+# --- where it is served ---
+
+
+def test_the_page_below_a_prefix(chat: Chat, open_tab: OpenTab) -> None:
+    """The page works where an app has mounted it, because all of its addresses are relative."""
+    tab = open_tab(chat.start("--prefix", "/deep/down").url)
+    tab.send("Hello there")
+    tab.expect_answer("Hello there")
+    tab.page.reload()
+    tab.expect_answer("Hello there")
+    assert all("/deep/down/" in each.url for each in tab.requests)
