@@ -1,4 +1,4 @@
-"""Streams that any worker can resume: the server of docs/guides/events.md and the example, as uvicorn processes.
+"""Streams that any worker can resume: the server of docs/guides/events.md, as uvicorn processes.
 
 The processes share one directory. The tests have a client that loses its connection again and again, a worker that is
 killed, and cursors that cannot be right. They poll the servers, with a deadline. They assert what the servers sent,
@@ -27,8 +27,7 @@ from harness.pages import README, ROOT, file_of
 
 import persist
 
-EXAMPLE = ROOT / "scripts" / "example_async_server.py"
-#: The echo takes 100 ms or 10 ms a word, so it outlasts every test.
+#: The echo takes 100 ms a word, so it outlasts every test.
 LONG_PROMPT = " ".join(f"word{i}" for i in range(100_000))
 
 
@@ -188,13 +187,6 @@ def serve(tmp_path: Path, store: persist.Store, start_up: Callable[[list[str], i
     return lambda count: start_up(command, count)
 
 
-@pytest.fixture
-def serve_example(store: persist.Store, start_up: Callable[[list[str], int], list[Server]]) -> Serve:
-    """Return a function that starts workers of the example script."""
-    command = [sys.executable, "-W", "error", str(EXAMPLE), "--directory", str(store.path), "--delay-s", "0.01"]
-    return lambda count: start_up(command, count)
-
-
 def test_server_of_the_readme_adds_messages(
     tmp_path: Path, store: persist.Store, start_up: Callable[[list[str], int], list[Server]]
 ) -> None:
@@ -331,51 +323,6 @@ def test_worker_that_is_told_to_stop_finishes_its_turn(serve: Serve, store: pers
     assert store.load("s-1").data["messages"][-1]["content"] == "one two three four five"
 
 
-# --- the example ------------------------------------------------------------------------------------------------------
-
-
-def test_cancel_through_the_other_worker_ends_the_stream(serve_example: Serve) -> None:
-    """A cancel at B reaches the turn in A, and both workers' followers are told. Until then a second turn is refused.
-
-    Fails if the turn does not check whether it is cancelled.
-    """
-    a, b = serve_example(2)
-    stream_id = a.start(LONG_PROMPT)
-    followers = [worker.follow(stream_id) for worker in (a, b)]
-    streams = [iter(each) for each in followers]
-    seen = [[next(events)] for events in streams]
-    for worker in (a, b):
-        assert worker.request("POST", "/chat/s-1", "me too") == (409, {"error": "SessionBusy", "stream_id": stream_id})
-    assert b.request("POST", f"/cancel/s-1/{'0' * 32}") == (200, {"cancelled": False})
-    assert b.request("POST", f"/cancel/s-1/{stream_id}") == (200, {"cancelled": True})
-    for events, found in zip(streams, seen, strict=True):
-        found.extend(events)
-        assert found[-1].name == "cancelled"
-    assert seen[0] == seen[1]
-    assert [each.id for each in seen[0][:-1]] == [f"{stream_id}:{n}" for n in range(1, len(seen[0]))]
-    status, session = b.request("GET", "/session/s-1")
-    assert (status, session["active_stream_id"]) == (200, None)
-    assert (session["messages"][0]["content"], session["messages"][0]["interrupted"]) == (LONG_PROMPT, True)
-    assert b.start("again") != stream_id
-
-
-@pytest.mark.parametrize("text", ["\ud83d", "😀\ud83d !", "\ude00\ud83d"], ids=ascii)
-def test_half_an_emoji_leaves_the_example(serve_example: Serve, store: persist.Store, text: str) -> None:
-    """HAZARDS F14: neither a session nor an event with a lone surrogate gives a status 500.
-
-    Fails with `JSONResponse` in the place of the JSON in ASCII.
-    """
-    (server,) = serve_example(1)
-    prompt = {"id": "m", "role": "user", "content": text}
-    with store.start_stream("s-1", prompt, create=True, fields={text: text}) as stream:
-        stream.emit({"token": text}, {text: 1})
-        stream.finish({"id": "a", "role": "assistant", "content": text})
-    status, shown = server.request("GET", "/session/s-1")
-    assert (status, shown[text]) == (200, text)
-    assert [message["content"] for message in shown["messages"]] == [text, text]
-    assert tokens(list(server.follow(stream.id))) == [{"token": text}, {text: 1}]
-
-
 @pytest.mark.parametrize(
     "halves", ["\ud83d\ude00", "\ud83c\uddf3\ud83c\uddf1", "so \ud83d\udc4d\ud83c\udffd"], ids=ascii
 )
@@ -388,52 +335,3 @@ def test_an_emoji_in_two_events_is_whole_for_a_client(serve: Serve, store: persi
         stream.finish({"id": "a", "role": "assistant", "content": halves})
     heard = "".join(event["token"] for event in tokens(list(server.follow(stream.id))))
     assert json.loads(json.dumps(heard)) == store.load("s-1").data["messages"][-1]["content"]
-
-
-def test_cursor_of_the_example_names_its_stream(serve_example: Serve) -> None:
-    """D5: a cursor is "<stream id>:<offset>", or the offset alone, also as `?after=`.
-
-    A cursor of another stream is refused, not guessed at.
-    """
-    (server,) = serve_example(1)
-    stream_id = server.start("one two")
-    sent = list(server.follow(stream_id))
-    assert tokens(sent) == [{"token": "You said:"}, {"token": "one"}, {"token": "two"}]
-    for cursor in (f"{stream_id}:1", "1"):
-        assert list(server.follow(stream_id, cursor)) == sent[1:]
-    assert list(server.follow(f"{stream_id}?after={stream_id}:1")) == sent[1:]
-    for cursor in ("other:1", "x", "-1", "1.5", ":", "9" * 5000, ""):
-        refused = server.follow(stream_id, cursor)
-        assert refused.status == 400, cursor
-        refused.close()
-    assert answer(server.follow(stream_id, f"{stream_id}:4")) == (410, "EventsNotFound")
-    assert answer(server.follow("0" * 32)) == (410, "EventsNotFound")
-    assert answer(server.follow(stream_id, session_id="s-2")) == (404, "SessionNotFound")
-    assert server.request("GET", "/session/s-2") == (404, {"error": "SessionNotFound"})
-
-
-@pytest.mark.parametrize(
-    ("signal_number", "ended"), [(signal.SIGTERM, "failed"), (signal.SIGINT, "failed"), (signal.SIGKILL, "died")]
-)
-def test_server_that_stops_leaves_no_stream_behind(
-    serve_example: Serve, store: persist.Store, signal_number: signal.Signals, ended: str
-) -> None:
-    """A server that is told to stop fails its turns before it exits. The next server clears those of a killed one.
-
-    The next server does this when it starts. Fails without the cancel in its lifespan, and without the sweep.
-    """
-    (server,) = serve_example(1)
-    stream_id = server.start(LONG_PROMPT)
-    first_of(server.follow(stream_id), 25)
-    server.end(signal_number)
-    if signal_number == signal.SIGKILL:
-        assert store.load("s-1").active_stream_id == stream_id
-        serve_example(1)
-        # The address is printed before the sweep. The first answer comes after it.
-    eventually(lambda: store.load("s-1").active_stream_id is None)
-    session = store.load("s-1")
-    assert [message["interrupted"] for message in session.data["messages"]] == [True, True]
-    with store.follow("s-1", stream_id) as following:
-        assert len(list(following)) >= 25
-        assert following.ended == ended
-    assert store.streams() == []

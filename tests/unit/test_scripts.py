@@ -74,7 +74,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], option: str, scratch:
 @pytest.mark.parametrize("name", IN_PYTHON)
 def test_a_shortened_option_is_refused(tmp_path: Path, name: str) -> None:
     """A misspelt option is never taken for another one, nor ignored."""
-    required = {"example_server.py": "--store=sessions", "example_async_server.py": "--directory=sessions"}.get(name)
+    required = {"example_server.py": "--store=sessions"}.get(name)
     assert_refused(run(tmp_path, name, *filter(None, [required]), "--hel"), "--hel", tmp_path)
 
 
