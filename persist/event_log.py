@@ -575,12 +575,13 @@ class EventFiles:
 
     def _paths(self, session_id: str | None = None) -> list[str]:
         """Return the events files of a session, or of all sessions, and the temporary files that a crash has left."""
-        wanted = None if session_id is None else self._files.layout.session(session_id).name
+        # A session's name has no dot. A busy server has thousands of files here, and most of them are not looked at.
+        beginning = "" if session_id is None else f"{self._files.layout.session(session_id).name}."
         directory = self._files.layout.events
         with _reading(directory):
             disk.check_directory(directory)
-            found = [(name, layout.stream_of(name.removesuffix(layout.TEMP))) for name in disk.names(directory)]
-        return [os.path.join(directory, name) for name, stream in found if stream and wanted in (None, stream[0])]
+            found = [name for name in disk.names(directory) if name.startswith(beginning)]
+        return [os.path.join(directory, name) for name in found if layout.stream_of(name.removesuffix(layout.TEMP))]
 
 
 def _append_end(path: str, ended: Ended) -> None:

@@ -143,3 +143,15 @@ def test_a_small_session_is_read_compared_and_written_once(store: persist.Store)
     assert functions <= 165
     assert len(calls) <= 30
     assert [calls.count(name) for name in ("read", "write", "replace", "fsync")] == [1, 1, 1, 2]
+
+
+def test_a_start_does_not_look_at_the_events_of_other_sessions(store: persist.Store) -> None:
+    """A busy server keeps the events of thousands of streams for five minutes. They cost a start no function."""
+    costs = []
+    for count in (1, 100):
+        for number in range(count):
+            with store.start_stream(f"other-{number}", create=True) as stream:
+                stream.emit(1)
+        store.create(f"s-{count}")
+        costs.append(counted(lambda session_id=f"s-{count}": store.start_stream(session_id).finish())[0])  # type: ignore[misc]
+    assert costs[0] == costs[1]
