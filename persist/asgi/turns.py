@@ -185,7 +185,9 @@ class _Turn:
                 if self._offset > kept and _now() - kept_at >= self._checkpoint_s:
                     kept, kept_at = await self._keep(), _now()
         finally:
-            generating.cancel()
+            # Not in the middle of a part, which would be in the answer, and told to nobody.
+            async with self._telling:
+                generating.cancel()
             await asyncio.wait([generating], timeout=GRACE_S)
         failure = None if generating.cancelled() else generating.exception()
         if isinstance(failure, persist.StreamLost):

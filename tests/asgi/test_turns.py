@@ -202,6 +202,25 @@ def test_a_stopped_turn_keeps_what_was_said(client: Any) -> None:
     assert (answer["content"], answer["partial"], "html" in answer, "partial" in prompt) == ("a b ", True, False, False)
 
 
+def test_a_stopped_turn_keeps_exactly_what_was_told(client_of: Any) -> None:
+    """A turn that is stopped in the middle of its words keeps no word that was told to nobody, and lacks none.
+
+    Fails if the responder is cancelled without `_telling`, in the middle of a part.
+    """
+
+    async def talk(_conversation: Any) -> Any:
+        for number in range(100_000):
+            yield Text(f"{number} ")
+
+    client = client_of(talk)
+    for round_ in range(10):
+        stream_id = start(client, "talk", f"m{round_}")
+        assert client.post(f"/api/sessions/s/streams/{stream_id}/stop").json() == {"stopped": True}
+        events = followed(client, stream_id)
+        assert how(events) == "stopped"
+        assert messages_of(client)[-1]["content"] == "".join(each.data["text"] for each in events[:-1])
+
+
 def test_a_failure_of_the_responder_is_told_and_kept(client: Any) -> None:
     """An exception tells no detail, an `Error` tells its text, and something that is no part is a failure."""
     told = {
