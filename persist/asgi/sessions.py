@@ -112,12 +112,12 @@ class Sessions:
     async def read(self, request: Request) -> Response:
         session_id = await admitted(request, self._authorize)
         limit, before = number_in(request, "limit", 50, 1, MAX_PAGE), number_in(request, "before", _LAST, 0, _LAST)
-        view, stream_id = await self._fresh(session_id)
+        view, stream_id, is_live = await self._seen(session_id)
         messages = view.list(turn.MESSAGES)
         end = min(before, len(messages))
         first = max(0, end - limit)
-        live_id = None if stream_id is None else f"{stream_id}.answer"
-        shown = await asyncio.to_thread(_shown_all, messages[first:end], live_id)
+        partial_id = None if stream_id is None else f"{stream_id}.answer"
+        shown = await asyncio.to_thread(_shown_all, messages[first:end], partial_id)
         title = view.fields.get("title")
         body = {
             "id": session_id,
@@ -128,24 +128,26 @@ class Sessions:
             "messages": shown,
             "stream": None,
         }
-        if stream_id is not None:
-            partial = messages.find(f"{stream_id}.answer")
+        if is_live:
+            partial = messages.find(partial_id)
             after = partial.get(OFFSET, 0) if type(partial) is dict else 0
             body["stream"] = {"stream_id": stream_id, "live": True, "after": after}
         return Answered(body)
 
-    async def _fresh(self, session_id: str) -> tuple[persist.View, str | None]:
-        """Return a session, and the stream that runs in it. A stream whose worker is gone is cleared first."""
+    async def _seen(self, session_id: str) -> tuple[persist.View, str | None, bool]:
+        """Return a session, the stream that it names, and whether that stream runs."""
+        dead_id = None
         while True:
             view = await self._store.view(session_id)
-            stream_id = view.fields.get(turn.ACTIVE)
-            if not stream_id:
-                return view, None
+            stream_id = turn.active_stream(view.fields)
+            if stream_id in (None, dead_id):
+                return view, stream_id, False
             info = await self._store.stream(session_id)
             if info is not None and info.stream_id == stream_id:
                 if info.is_live:
-                    return view, str(stream_id)
-                await (await self._store.load(session_id)).clear_stale_stream()
+                    return view, info.stream_id, True
+                # It may have written after the view. It writes no more, so the next view shows its last words.
+                dead_id = stream_id
 
     async def rename(self, request: Request) -> Response:
         session_id = await admitted(request, self._authorize)
@@ -223,12 +225,12 @@ def _started(started: Started) -> Response:
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 
-def _shown_all(messages: list[Any], live_id: str | None) -> list[dict[str, Any]]:
-    return [shown(each, live_id) for each in messages]
+def _shown_all(messages: list[Any], partial_id: str | None) -> list[dict[str, Any]]:
+    return [shown(each, partial_id) for each in messages]
 
 
-def shown(message: Any, live_id: str | None = None) -> dict[str, Any]:
-    """Return a stored message for a page. `live_id` is the id of the answer that still comes."""
+def shown(message: Any, partial_id: str | None = None) -> dict[str, Any]:
+    """Return a stored message for a page. `partial_id` is the id of an answer that is not whole, or not yet."""
     if type(message) is not dict:
         return {"id": None, "role": "unknown", "content": json.dumps(message)}
     role = message.get("role")
@@ -239,7 +241,7 @@ def shown(message: Any, live_id: str | None = None) -> dict[str, Any]:
     }
     if isinstance(message.get("parts"), list):
         body["parts"] = message["parts"]
-    is_partial = role == "assistant" and (bool(message.get(turn.INTERRUPTED)) or message.get("id") == live_id)
+    is_partial = role == "assistant" and (bool(message.get(turn.INTERRUPTED)) or message.get("id") == partial_id)
     if is_partial:
         body["partial"] = True
         if message.get(STOPPED):

@@ -145,3 +145,20 @@ def test_a_checkpoint_that_is_refused_does_not_end_the_turn(client_of: Any, disk
     gates[1].touch()
     assert followed(client, stream_id)[-1].data["how"] == "finished"
     assert client.get("/api/sessions/s").json()["messages"][-1]["content"] == "a b c "
+
+
+def test_a_turn_that_a_full_disk_ended_can_be_read(client_of: Any, disk: Disk, tmp_path: Path) -> None:
+    """Its stream is over, though the session cannot be told so. Fails if the session is refused with status 503."""
+    client = client_of(checkpoint_s=0.0)
+    gate = tmp_path / "gate"
+    body = {"message": {"id": "m", "content": f"a <{gate} b"}}
+    stream_id = client.post("/api/sessions/s/turns", json=body).json()["stream_id"]
+    eventually(lambda: client.get("/api/sessions/s").json()["messages"][-1]["content"] == "a ")
+    disk.refused = ""
+    gate.touch()
+    assert followed(client, stream_id)[-1].data["how"] == "lost"
+    read = client.get("/api/sessions/s").json()
+    assert (read["stream"], read["messages"][-1]["content"], read["messages"][-1]["partial"]) == (None, "a ", True)
+    refused(client.post("/api/sessions/s/retry"), "unavailable")
+    disk.refused = None
+    assert client.post("/api/sessions/s/retry").status_code == 201
