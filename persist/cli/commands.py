@@ -662,6 +662,8 @@ def delete(store: Store, session_id: str, force: bool, as_json: bool) -> None:
 def serve(directory: Path, workers: int, host: str, port: int, responder: str, origins: tuple[str, ...]) -> None:
     """Serve the sessions in DIR (var/sessions) as a chat, with a page for the browser. DIR is made if it is missing.
 
+    Only this machine can reach the server, unless --host says otherwise. Ctrl-C ends it.
+
     openai asks the endpoint at OPENAI_BASE_URL for the model OPENAI_MODEL, with OPENAI_API_KEY. The server knows no
     users, so keep it on this machine, or put a proxy before it that does.
     """
@@ -678,7 +680,9 @@ def serve(directory: Path, workers: int, host: str, port: int, responder: str, o
         listening = serving.listen(host, port)
     except OSError as error:
         raise StoreFailure(f"{printable(host)}:{port} cannot be listened at: {error.strerror or error}.") from None
-    if not settings.is_local:
+    if settings.is_local:
+        click.echo("Only this machine can reach the server. --host lets others in.", err=True)
+    else:
         warning = f"Warning: {printable(host)} can be reached from other machines, and this server knows no users."
         click.secho(f"{warning} Whoever reaches it can read, change and delete every session.", err=True, fg="yellow")
     with listening:

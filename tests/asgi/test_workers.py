@@ -103,7 +103,6 @@ def test_a_killed_worker_leaves_its_part_and_a_retry_answers_at_the_other(
     os.kill(worker, signal.SIGKILL)
     a.process.send_signal(signal.SIGSTOP)  # no new worker sweeps here
     assert read(b)["stream"] is None
-    assert store.load("s").active_stream_id is None
     assert follow(b, stream_id)[-1].data["how"] == "lost"
     prompt, partial = read(b)["messages"]
     assert (partial["partial"], partial["content"]) == (True, "one two ")
@@ -196,18 +195,27 @@ def test_a_server_that_cannot_serve_says_why(serve: Callable[..., ChatServer], t
         assert "Traceback" not in said
 
 
-def test_a_server_for_other_machines_warns(tmp_path: Path) -> None:
-    """Anything but this machine gets a warning, and the name of the host is not checked then."""
-    command = [sys.executable, "-m", "persist", "serve", str(tmp_path / "s"), "--port", "0", "--host", "0.0.0.0"]
+@pytest.mark.parametrize(
+    ("options", "status", "words"),
+    [
+        ((), 421, "Only this machine can reach the server"),
+        (("--host", "0.0.0.0"), 200, "Warning: 0.0.0.0 can be reached from other machines"),
+    ],
+    ids=["this-machine", "other-machines"],
+)
+def test_a_server_says_who_can_reach_it(tmp_path: Path, options: tuple[str, ...], status: int, words: str) -> None:
+    """It binds this machine and knows no other name, unless it is told otherwise. Then it warns."""
+    command = [sys.executable, "-m", "persist", "serve", str(tmp_path / "s"), "--port", "0", *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    port = process.stdout.readline().strip().rpartition(":")[2]
+    address, _, port = process.stdout.readline().strip().rpartition(":")
+    assert address == f"http://{options[1] if options else '127.0.0.1'}"
     response = httpx.get(f"http://127.0.0.1:{port}/healthz", headers={"Host": "chat.lan"}, timeout=DEADLINE_S)
-    assert response.status_code == 200
+    assert response.status_code == status
     process.terminate()
     _, said = process.communicate(timeout=DEADLINE_S)
-    assert said.startswith("Warning: 0.0.0.0 can be reached from other machines")
+    assert said.startswith(words)
     assert process.returncode == 0
 
 

@@ -21,6 +21,8 @@ SCRIPTS = ROOT / "scripts"
 TIMEOUT_S = 120
 ALL = sorted(path for path in SCRIPTS.iterdir() if path.is_file() and path.suffix != ".md")
 IN_PYTHON = [path.name for path in ALL if path.read_text().startswith("#!/usr/bin/env python3\n")]
+#: The scripts that work in a directory of the user's choice.
+IN_A_DIRECTORY = ("torture", "soak", "bench", "bench-server", "chaos", "histories", "fuzz")
 
 # A script under any other Python switches to the project's own environment, and makes it if it is missing.
 needs_the_environment = pytest.mark.skipif(
@@ -97,10 +99,13 @@ def test_a_shortened_option_is_refused(tmp_path: Path, name: str) -> None:
             for name in ("torture", "powercut", "histories", "soak")
             for option in ("--journal", "--fold")
         ),
+        ("chaos", "--seconds", "0"),
+        ("chaos", "--clients", "0"),
+        ("bench-server", "--followers", "0"),
         ("fuzz", "--minutes", "0"),
         ("fuzz", "--minutes", "-1"),
         ("fuzz", "--minutes", "nan"),
-        *((name, "--directory", "missing") for name in ("torture", "soak", "bench", "histories", "fuzz")),
+        *((name, "--directory", "missing") for name in IN_A_DIRECTORY),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused(tmp_path: Path, name: str, option: str, value: str) -> None:
