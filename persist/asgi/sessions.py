@@ -129,7 +129,7 @@ class Sessions:
             "stream": None,
         }
         if is_live:
-            partial = messages.find(partial_id)
+            partial = messages.find(f"{stream_id}.answer")
             after = partial.get(OFFSET, 0) if type(partial) is dict else 0
             body["stream"] = {"stream_id": stream_id, "live": True, "after": after}
         return Answered(body)
