@@ -37,8 +37,9 @@ from persist.asgi.turns import OFFSET, STOPPED, Started, Turns
 TITLE_CHARACTERS = 200
 MAX_PAGE = 1000
 _LAST = 10**15 - 1
-#: How many sessions a request for a list looks at, if it may see only few of them.
-_LOOKED_AT = 1000
+#: How many pages of the store a request for a list looks at, if it may see only few sessions. Each page costs a look at
+#: every lock file.
+_MOST_PAGES = 20
 
 
 class Sessions:
@@ -70,15 +71,17 @@ class Sessions:
     async def list_sessions(self, request: Request) -> Response:
         limit, before = number_in(request, "limit", 50, 1, 200), request.query_params.get("before")
         rows: list[dict[str, Any]] = []
-        looked_at = 0
-        while True:
+        for _ in range(_MOST_PAGES):
             page = await self._store.recent(limit=limit - len(rows), before=before)
-            for head in page:
-                if ID.fullmatch(head.id) and await is_admitted(request, head.id, self._authorize):
-                    rows += [await self._row(head)]
-            before, looked_at = page.cursor, looked_at + len(page)
-            if before is None or len(rows) >= limit or looked_at >= _LOOKED_AT:
-                return Answered({"sessions": rows, "cursor": before})
+            seen = [head for head in page if await self._is_shown(request, head.id)]
+            rows += [await self._row(head) for head in seen]
+            before = page.cursor
+            if before is None or len(rows) == limit:
+                break
+        return Answered({"sessions": rows, "cursor": before})
+
+    async def _is_shown(self, request: Request, session_id: str) -> bool:
+        return ID.fullmatch(session_id) is not None and await is_admitted(request, session_id, self._authorize)
 
     async def _row(self, head: persist.Head) -> dict[str, Any]:
         is_live = False
@@ -188,8 +191,6 @@ class Sessions:
         session_id = await admitted(request, self._authorize)
         fields = await fields_in(request)
         prompt_id = fields.pop("message_id", None)
-        if prompt_id is not None:
-            checked_id(prompt_id, "The message's id")
         return _started(await self._turns.retry(session_id, fields, prompt_id=prompt_id))
 
     async def stop(self, request: Request) -> Response:

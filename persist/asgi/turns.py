@@ -83,7 +83,7 @@ class Turns:
             self._run(stream, extra)
             return Started(stream_id, prompt["id"])
 
-    async def retry(self, session_id: str, extra: Mapping[str, Any], *, prompt_id: str | None = None) -> Started:
+    async def retry(self, session_id: str, extra: Mapping[str, Any], *, prompt_id: object = None) -> Started:
         """Answer the last prompt again, in the place of its answer.
 
         Args:

@@ -75,6 +75,23 @@ def test_a_list_shows_only_own_sessions(client_of: Any, store: persist.Store) ->
     assert {row["id"] for page in (first, rest) for row in page["sessions"]} == {"ann-0", "ann-10", "ann-20", "ann-30"}
 
 
+def test_a_list_of_foreign_sessions_ends_its_request(client_of: Any, store: persist.Store) -> None:
+    """A request looks at 20 pages of the store at most. Fails without a bound on pages, which may be of one session."""
+    for place in range(25):
+        store.create(f"bob-{place}")
+    asked_for: list[str] = []
+
+    def judge(_request: Any, session_id: str) -> bool:
+        asked_for.append(session_id)
+        return False
+
+    client = client_of(authorize=judge)
+    first = client.get("/api/sessions?limit=1").json()
+    assert (first["sessions"], first["cursor"] is None, len(asked_for)) == ([], False, 20)
+    rest = client.get(f"/api/sessions?limit=1&before={first['cursor']}").json()
+    assert (rest, sorted(asked_for)) == ({"sessions": [], "cursor": None}, sorted(store.ids()))
+
+
 @pytest.mark.parametrize(
     ("origin", "status"),
     [

@@ -55,6 +55,20 @@ def test_a_list_of_200_chats(chat: Chat, open_tab: OpenTab) -> None:
     expect(tab.rows).to_have_count(200)
 
 
+def test_an_empty_page_of_the_list_hides_no_chat(chat: Chat, open_tab: OpenTab) -> None:
+    """A server that admits a user to few sessions may answer with an empty page, and more to come."""
+    for number in range(3):
+        chat.store.create(f"chat-{number}", {"title": f"Title {number}", "messages": []})
+    tab = open_tab(chat.workers[0].url)
+    expect(tab.rows).to_have_count(3)
+    tab.page.route("**/api/sessions?limit=50", lambda route: route.fulfill(json={"sessions": [], "cursor": "1-x"}))
+    for _ in range(2):  # the second request comes after the first answer was shown
+        with tab.page.expect_response("**/api/sessions?limit=50"):
+            pass
+    expect(tab.rows).to_have_count(3)
+    expect(tab.connection).to_be_empty()
+
+
 def test_an_empty_list(chat: Chat, open_tab: OpenTab) -> None:
     """A page without any chat says so, and a new chat comes into its list."""
     tab = open_tab(chat.workers[0].url)

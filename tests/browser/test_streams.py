@@ -114,6 +114,23 @@ def test_stop_from_the_other_tab(chat: Chat, open_tab: OpenTab) -> None:
         expect(tab.prompts).to_have_count(1)
 
 
+def test_a_retry_in_a_tab_that_is_behind_replaces_nothing(chat: Chat, open_tab: OpenTab) -> None:
+    """Another tab has sent a message since. Fails if a retry names no message: the answer of the other tab is gone."""
+    here = open_tab(chat.workers[0].url, errors="409")
+    chat_id = here.send("First")
+    here.expect_answer("First")
+    here.hide(True)
+    there = open_tab(f"{chat.workers[1].url}#{chat_id}")
+    there.send("Second")
+    there.expect_answer("Second")
+    stored = chat.store.tail(chat_id)
+    here.page.get_by_role("button", name="Answer again").click()
+    expect(here.notice).to_have_text("The session has changed meanwhile. Look at it again.")
+    here.hide(False)
+    expect(here.answers).to_have_text([re.compile("First"), re.compile("Second")])
+    assert chat.store.tail(chat_id) == stored
+
+
 def test_a_worker_dies_in_mid_answer(chat: Chat, open_tab: OpenTab) -> None:
     """After `kill -9` the page says that the server ended, shows what was kept, and a retry answers in full."""
     chat.pace.allow(30)

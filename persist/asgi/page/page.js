@@ -112,7 +112,8 @@ async function readList() {
   const before = rowOf(chat.id);
   const oldest = page.sessions.at(-1);
   const known = new Set(page.sessions.map((row) => row.id));
-  const rest = page.cursor ? list.rows.filter((row) => !known.has(row.id) && row.updated_at <= oldest.updated_at) : [];
+  const isOlder = (row) => !known.has(row.id) && (!oldest || row.updated_at <= oldest.updated_at);
+  const rest = page.cursor ? list.rows.filter(isOlder) : [];
   list.rows = [...page.sessions, ...rest];
   if (!rest.length) list.cursor = page.cursor;
   const row = rowOf(chat.id);
@@ -344,7 +345,7 @@ async function send() {
   draft.tried = draft.tried?.content === text ? draft.tried : { id: newId(), content: text };
   keepDraft();
   const message = draft.tried;
-  await acting("/turns", { message }, () => {
+  await acting("/turns", { message }, whyNotSent, () => {
     clearDraft(text);
     if (!chat.messages.some((known) => known.id === message.id)) chat.messages.push({ ...message, role: "user" });
     if (!chat.isNew) return;
@@ -355,13 +356,15 @@ async function send() {
 }
 
 async function retry() {
-  await acting("/retry", {}, () => {
+  // Another tab may have sent a message by now. Its answer stays.
+  const message_id = chat.messages.findLast((message) => message.role === "user")?.id;
+  await acting("/retry", { message_id }, whyNot, () => {
     while (chat.messages.length && chat.messages.at(-1).role !== "user") chat.messages.pop();
   });
 }
 
 // Starts a turn, and follows its answer.
-async function acting(path, body, onStarted) {
+async function acting(path, body, told, onStarted) {
   const asked = chat;
   say("notice", "");
   byId("composer").ariaBusy = "true";
@@ -375,7 +378,7 @@ async function acting(path, body, onStarted) {
     render();
   } catch (error) {
     if (asked !== chat) return;
-    say("notice", whyNot(error));
+    say("notice", told(error));
     chat.isStale = !chat.isNew || error.code === "busy";
   } finally {
     byId("composer").ariaBusy = "false";
@@ -384,6 +387,10 @@ async function acting(path, body, onStarted) {
 }
 
 function whyNot(error) {
+  return error instanceof Refused ? error.message : "The server could not be reached. Try again.";
+}
+
+function whyNotSent(error) {
   if (error.code === "busy") return "Another answer was being written, so your message was not sent. It stays here.";
   if (error instanceof Refused) return `${error.message} Your message stays here.`;
   return "The server could not be reached. Your message stays here until you send it again.";
@@ -419,7 +426,7 @@ async function trying(request) {
     await request;
     return true;
   } catch (error) {
-    say("notice", error instanceof Refused ? error.message : "The server could not be reached. Nothing was changed.");
+    say("notice", whyNot(error));
     return false;
   } finally {
     later(0);
