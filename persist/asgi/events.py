@@ -9,6 +9,7 @@ from typing import Any
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import SendTimeoutError
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 import persist.aio
@@ -49,6 +50,9 @@ class EventStream(EventSourceResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Not in the generator, because one that was never begun has no end either.
         try:
+            if scope["method"] == "HEAD":  # sse-starlette below 3.6 would follow the stream to its end
+                await Response(headers=dict(self.headers))(scope, receive, send)
+                return
             with suppress(SendTimeoutError):
                 await super().__call__(scope, receive, send)
         finally:

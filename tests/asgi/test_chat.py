@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import pytest
 pytest.importorskip("starlette", reason="the extra `server` is not installed")
 pytest.importorskip("sse_starlette", reason="the extra `server` is not installed")
 
+import httpx
 from actors import eventually
 from harness.chat_servers import events_in
+from harness.scripted import scripted
 
 import persist
+from persist.asgi import create_app
 
 
 def body_of(text: str, message_id: str = "m1", **fields: Any) -> dict[str, Any]:
@@ -179,3 +183,20 @@ def test_dropped_events_are_told_by_the_stored_answer(client_of: Any, directory:
     deltas = [each["delta"] for each in chunks[:-1] if each["type"] == "text-delta"]
     assert len(deltas) < len(words)
     assert "".join(deltas) == "".join(words) + "end"
+
+
+def test_a_head_of_a_stream_ends_at_once(directory: Path) -> None:
+    """HEAD tells the headers of a stream that runs, and follows nothing. Fails with sse-starlette 3.5 without the case."""
+
+    async def ask() -> list[httpx.Response]:
+        app = create_app(directory, scripted)
+        options: dict[str, Any] = {"transport": httpx.ASGITransport(app), "base_url": "http://127.0.0.1"}
+        async with app.router.lifespan_context(app), httpx.AsyncClient(**options) as client:
+            body = {"message": {"id": "m1", "content": "a ~"}}
+            stream_id = (await client.post("/api/sessions/c/turns", json=body)).json()["stream_id"]
+            paths = ("/api/chat/c/stream", f"/api/sessions/c/streams/{stream_id}/events")
+            return [await asyncio.wait_for(client.head(path), 10.0) for path in paths]
+
+    for response in asyncio.run(ask()):
+        assert (response.status_code, response.content) == (200, b"")
+        assert response.headers["content-type"].startswith("text/event-stream")
