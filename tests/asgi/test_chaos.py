@@ -13,6 +13,9 @@ pytest.importorskip("sse_starlette", reason="the extra `server` is not installed
 
 from harness.chaos import chaos
 
+#: The run goes on until so much has happened.
+LEAST = {"killed": 4, "finished": 20, "reconnected": 20}
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts in /proc")
 
 
@@ -25,8 +28,7 @@ def test_killed_workers_break_no_promise(scratch: Path, seconds: float, is_gunic
     if is_gunicorn:
         pytest.importorskip("gunicorn", reason="gunicorn is not installed")
         pytest.importorskip("uvicorn_worker", reason="uvicorn-worker is not installed")
-    outcome = asyncio.run(chaos(scratch / "s", seconds=seconds, clients=24, is_gunicorn=is_gunicorn, most_rss=1.5))
+    outcome = asyncio.run(
+        chaos(scratch / "s", seconds=seconds, clients=24, is_gunicorn=is_gunicorn, least=LEAST, most_rss=1.5)
+    )
     assert outcome.faults == []
-    assert outcome.counts["killed"] > 3
-    assert outcome.counts["finished"] > 20
-    assert outcome.counts["reconnected"] > 20

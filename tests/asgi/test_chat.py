@@ -186,7 +186,7 @@ def test_dropped_events_are_told_by_the_stored_answer(client_of: Any, directory:
 
 
 def test_a_head_of_a_stream_ends_at_once(directory: Path) -> None:
-    """HEAD tells the headers of a stream that runs, and follows nothing. Fails with sse-starlette 3.5 without the case."""
+    """HEAD tells the headers of a running stream, and follows nothing. Fails without the case for sse-starlette 3.5."""
 
     async def ask() -> list[httpx.Response]:
         app = create_app(directory, scripted)

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -342,11 +342,13 @@ async def chaos(
     clients: int = 36,
     every_s: float = 0.5,
     is_gunicorn: bool = False,
+    least: Mapping[str, int] | None = None,
     most_rss: float = MOST_RSS,
 ) -> Outcome:
     """Run the load against a new server for some seconds, and judge it.
 
     Args:
+        least: counts that the load goes on for, however slow the machine is.
         most_rss: how many times the memory of the early look a process may have at the end.
     """
     outcome = Outcome()
@@ -367,6 +369,8 @@ async def chaos(
             await asyncio.sleep(early_s := min(60.0, seconds / 3))
             early = await _sizes(load, pids)
             await asyncio.sleep(seconds - early_s)
+            wanted = least or {}
+            await _until(lambda: all(outcome.counts[what] >= wanted[what] for what in wanted), f"counts of {wanted}")
             late = await _sizes(load, pids)
             load.is_ending = True
             killing.cancel()
