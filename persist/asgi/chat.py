@@ -10,6 +10,7 @@ Source: "Stream Protocols" and "Chatbot Resume Streams" of the AI SDK's document
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 from sse_starlette import ServerSentEvent
@@ -75,8 +76,12 @@ class Chat:
         return view.list(turn.MESSAGES).find(prompt["id"]) is not None
 
     async def resume(self, request: Request) -> Response:
-        session_id = await admitted(request, self._authorize)
-        info = await self._store.stream(session_id)
+        session_id = checked_id(request.path_params["session_id"], "The chat's id")
+        info = None
+        if await is_admitted(request, session_id, self._authorize):
+            # A chat is unknown here until its first message, and a page asks for its stream all the same.
+            with suppress(persist.SessionNotFound):
+                info = await self._store.stream(session_id)
         if info is None or not info.is_live:
             return Response(status_code=204)
         return await self._response_to(session_id, Started(info.stream_id, ""))

@@ -34,10 +34,10 @@ REQUESTS = [
 ]
 
 
-def asked(client: Any, session_id: str, method: str, path: str, body: Any) -> tuple[int, Any]:
+def asked(client: Any, session_id: str, method: str, path: str, body: Any) -> tuple[int, str]:
     body = {**body, "id": session_id} if body and "id" in body else body
     response = client.request(method, path.replace("{id}", session_id), json=body)
-    return response.status_code, response.json()
+    return response.status_code, response.text
 
 
 @pytest.mark.parametrize(("method", "path", "body"), REQUESTS)
@@ -59,7 +59,8 @@ def test_a_foreign_session_answers_like_an_unknown_one(
     client = client_of(authorize=judge_later if is_awaited else judge)
     found = {session_id: asked(client, session_id, method, path, body) for session_id in ("foreign", "unknown")}
     assert found["foreign"] == found["unknown"]
-    assert found["foreign"][0] == 404
+    # A chat of the AI SDK that is new has no stream, and that is no error.
+    assert found["foreign"][0] == (204 if path.endswith("/stream") else 404)
     assert store.ids() == ["foreign"]
     assert store.load("foreign").version == version
 

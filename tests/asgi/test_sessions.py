@@ -158,7 +158,6 @@ def test_a_damaged_session_is_refused_and_hides_no_other(client: Any, store: per
         ("POST", "/api/chat", b'{"id": "s"}', 400, "invalid_argument"),
         ("POST", "/api/chat", b'{"id": "s", "message": {"id": "m", "parts": []}}', 400, "invalid_argument"),
         ("POST", "/api/chat", b'{"id": "s", "messages": [{"id": "m", "role": "assistant"}]}', 400, "invalid_argument"),
-        ("GET", "/api/chat/missing/stream", None, 404, "not_found"),
         ("POST", "/api/chat/missing/stop", None, 404, "not_found"),
         ("GET", "/nothing", None, 404, "not_found"),
         ("GET", "/api/sessions/", None, 404, "not_found"),

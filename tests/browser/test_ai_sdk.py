@@ -100,6 +100,13 @@ def test_a_message_is_sent_and_answered(chat: Chat, client: Callable[..., Client
     assert (nothing_runs["status"], text_of(answer_in(nothing_runs))) == ("ready", words(30))
 
 
+def test_a_new_chat_resumes_nothing(chat: Chat, client: Callable[..., Client]) -> None:
+    """A page with `resume` asks for the stream of a chat that has no message yet. Fails with status 404: an error."""
+    state = client(chat.workers[0], "resume").end()
+    assert (state["status"], state["error"], state["messages"]) == ("ready", None, [])
+    assert chat.store.ids() == []
+
+
 def test_thoughts_and_tools_arrive(chat: Chat, client: Callable[..., Client]) -> None:
     """Reasoning and the use of a tool are parts of the SDK's message. A page that loads the chat gets them, too."""
     sent = client(chat.workers[0], "send", "think-twice").end()
