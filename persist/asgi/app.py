@@ -20,7 +20,7 @@ from persist.asgi.chat import Chat
 from persist.asgi.exchange import HANDLERS, Answered, Authorize
 from persist.asgi.openapi import DOCUMENT
 from persist.asgi.responder import Responder
-from persist.asgi.safety import Guard
+from persist.asgi.safety import Guard, checked_origins
 from persist.asgi.sessions import Sessions
 from persist.asgi.turns import Turns
 from persist.errors import InvalidArgument
@@ -58,8 +58,12 @@ def create_app(
         sweep_s: how often this worker looks for streams of dead workers.
 
     Raises:
-        InvalidArgument: the store is neither a store nor a path.
+        InvalidArgument: the store is neither a store nor a path, an origin is none, or a number is out of its range.
     """
+    for what, value in {"heartbeat_s": heartbeat_s, "sweep_s": sweep_s, "max_body_bytes": max_body_bytes}.items():
+        if not value > 0:
+            raise InvalidArgument(what=what, expected="more than 0", got=str(value))
+    origins = checked_origins(allowed_origins)
     if not isinstance(store, persist.aio.Store):
         if not isinstance(store, (persist.Store, str, os.PathLike)):
             raise InvalidArgument(what="store", expected="a store or a path", got=type(store).__name__)
@@ -67,9 +71,7 @@ def create_app(
     turns = Turns(store, responder, checkpoint_s=checkpoint_s)
     sessions = Sessions(store, turns, authorize=authorize, heartbeat_s=heartbeat_s)
     chat = Chat(store, turns, authorize=authorize, heartbeat_s=heartbeat_s)
-    guard = Middleware(
-        Guard, allowed_origins=allowed_origins, allowed_hosts=allowed_hosts, max_body_bytes=max_body_bytes
-    )
+    guard = Middleware(Guard, allowed_origins=origins, allowed_hosts=allowed_hosts, max_body_bytes=max_body_bytes)
     own = [Route("/healthz", partial(_health, store)), Route("/openapi.json", _describe)]
     app = Starlette(
         routes=[*sessions.routes(), *chat.routes(), *own, *static.routes()],

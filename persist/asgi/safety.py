@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from urllib.parse import urlsplit
 
@@ -9,11 +10,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from persist.asgi.exchange import Refused
+from persist.errors import InvalidArgument, shown
 
 _READING = ("GET", "HEAD", "OPTIONS")
 _HEADERS = {
     "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "x-content-type-options": "nosniff",
@@ -22,13 +24,27 @@ _HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
+_ORIGIN = re.compile(r"https?://[^/?#@\s]+", re.IGNORECASE)
+
+
+def checked_origins(origins: Collection[str]) -> frozenset[str]:
+    """Return origins in the form in which a browser sends them.
+
+    Raises:
+        InvalidArgument: one is none, and so no page could ever have it.
+    """
+    found = frozenset(each.rstrip("/").lower() for each in ([origins] if isinstance(origins, str) else origins))
+    for each in found:
+        if not _ORIGIN.fullmatch(each):
+            raise InvalidArgument(what="origin", got=shown(each), expected="an address as https://chat.example.org")
+    return found
 
 
 class Guard:
     """An ASGI middleware.
 
     Args:
-        allowed_origins: origins as ``https://chat.example.org`` that may write, beside the request's own host.
+        allowed_origins: origins that may write, beside the request's own host. See `checked_origins`.
         allowed_hosts: the values of ``Host`` that are served, without their port. None serves any. On a machine of your
             own, names of this machine keep out a page whose name an attacker has pointed at it (DNS rebinding).
         max_body_bytes: a larger body is refused, also one that does not tell its length.
@@ -43,7 +59,7 @@ class Guard:
         max_body_bytes: int,
     ) -> None:
         self._app = app
-        self._origins = {origin.rstrip("/").lower() for origin in allowed_origins}
+        self._origins = allowed_origins
         self._hosts = None if allowed_hosts is None else {host.lower() for host in allowed_hosts}
         self._max_body_bytes = max_body_bytes
 

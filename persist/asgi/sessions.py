@@ -40,6 +40,8 @@ _LAST = 10**15 - 1
 #: How many pages of the store a request for a list looks at, if it may see only few sessions. Each page costs a look at
 #: every lock file.
 _MOST_PAGES = 20
+#: How long a list waits for the lock of one session that names a stream.
+_PATIENCE_S = 0.5
 
 
 class Sessions:
@@ -87,7 +89,7 @@ class Sessions:
         is_live = False
         if head.active_stream_id is not None:
             try:
-                info = await self._store.stream(head.id)
+                info = await self._store.stream(head.id, timeout_s=_PATIENCE_S)
                 is_live = info is not None and info.is_live
             except persist.LockTimeout:
                 is_live = True  # somebody works on it

@@ -668,12 +668,13 @@ def serve(directory: Path, workers: int, host: str, port: int, responder: str, o
     users, so keep it on this machine, or put a proxy before it that does.
     """
     try:
-        from persist.asgi import serving
+        from persist.asgi import safety, serving
     except ImportError as error:
         news = f"serving needs {error.name}: pip install '.[server]', in a checkout of persist"
         raise click.UsageError(news) from None
     settings = serving.Settings(expanded(str(directory)), responder, origins, serving.is_loopback(host))
     serving.responder_named(responder)
+    safety.checked_origins(origins)
     # A directory that cannot be used is refused here, once, and not by each worker.
     Store(directory).close()
     try:

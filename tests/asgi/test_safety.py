@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ pytest.importorskip("sse_starlette", reason="the extra `server` is not installed
 import httpx
 
 import persist
-from persist.asgi import create_app
+from persist.asgi import create_app, echo
 
 #: Each request that names a session.
 REQUESTS = [
@@ -203,3 +204,22 @@ def test_the_app_may_be_mounted(directory: Any) -> None:
     assert session.active_stream_id is None
     assert session.data["messages"][-1]["error"] == "The server was stopped in the middle of this answer."
     assert httpx.__version__
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"allowed_origins": ["chat.example.org"]},
+        {"allowed_origins": ["https://chat.example.org/chat"]},
+        {"allowed_origins": "*"},
+        {"heartbeat_s": 0},
+        {"sweep_s": -1.0},
+        {"max_body_bytes": 0},
+    ],
+    ids=str,
+)
+def test_an_option_that_makes_no_sense_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Nothing is made then, and no page waits for an answer that an origin can never get."""
+    with pytest.raises(persist.InvalidArgument):
+        create_app(tmp_path / "s", echo, **options)
+    assert not (tmp_path / "s").exists()

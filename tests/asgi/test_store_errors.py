@@ -67,6 +67,15 @@ def test_a_locked_session_is_refused_for_now(client_of: Any, directory: Path) ->
     assert client.post("/api/sessions/s/turns", json=TURN).status_code == 201
 
 
+def test_a_locked_session_does_not_hold_up_the_list(client_of: Any, directory: Path, tmp_path: Path) -> None:
+    """Its row says that it is live, because somebody works on it. Fails if the list waits for the session's lock."""
+    client = client_of(store=persist.Store(directory, timeout_s=3600))
+    client.post("/api/sessions/s/turns", json={"message": {"id": "m", "content": f"<{tmp_path / 'gate'}"}})
+    with persist.Store(directory).transaction("s"):
+        (row,) = client.get("/api/sessions").json()["sessions"]
+    assert (row["id"], row["live"]) == ("s", True)
+
+
 class Disk:
     """The disk of a directory, as the kernel tells it. It refuses to write to files whose paths match a pattern."""
 

@@ -187,6 +187,7 @@ def test_a_server_that_cannot_serve_says_why(serve: Callable[..., ChatServer], t
         (tmp_path / "a", "--port", taken): "cannot be listened at",
         (tmp_path / "b", "--port", 0, "--responder", "nothing"): "responder",
         (tmp_path / "c", "--port", 0, "--host", "192.0.2.1"): "cannot be listened at",
+        (tmp_path / "d", "--port", 0, "--origin", "chat.example.org"): "https://chat.example.org",
         (__file__, "--port", 0): "directory",
     }.items():
         status, said = refusal(*arguments)
