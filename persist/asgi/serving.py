@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import ipaddress
+import logging
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,7 @@ from starlette.applications import Starlette
 from persist.asgi.app import create_app
 from persist.asgi.responder import Responder, echo, openai
 from persist.errors import InvalidArgument
+from persist.log import log
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 #: How long a worker that is told to end waits for its requests, and how long the parent waits for the worker.
@@ -120,6 +122,7 @@ def serve(settings: Settings, listening: socket.socket, workers: int, ready: Cal
     Returns:
         Whether the workers could be started.
     """
+    _tell_warnings()
     # A worker has dozens of threads, and glibc would keep freed memory apart for many of them (70 MB against 53 MB).
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     told_to_end, tell = multiprocessing.Pipe(duplex=False)
@@ -134,9 +137,11 @@ def serve(settings: Settings, listening: socket.socket, workers: int, ready: Cal
             # A worker that somebody has killed ends with a negative status.
             since = started.pop(worker)
             is_well = (worker.exitcode or 0) < 0 or time.monotonic() - since > _STARTUP_S
+            dead, status = worker.pid, worker.exitcode
             worker.close()
             if not is_well or told_to_end.poll():
                 break
+            log.warning("Worker %s died with status %s. Another one takes its place.", dead, status)
             started[_started(settings, listening)] = time.monotonic()
     for worker in started:
         worker.terminate()
@@ -144,6 +149,11 @@ def serve(settings: Settings, listening: socket.socket, workers: int, ready: Cal
         worker.join(_PATIENCE_S)
         worker.kill()
     return is_well
+
+
+def _tell_warnings() -> None:
+    """Write warnings and errors to standard error, as a program does that serves by itself."""
+    logging.basicConfig(format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s")
 
 
 def _started(settings: Settings, listening: socket.socket) -> SpawnProcess:
@@ -154,6 +164,7 @@ def _started(settings: Settings, listening: socket.socket) -> SpawnProcess:
 
 def _work(settings: Settings, listening: socket.socket) -> None:
     """Serve in a worker, until a signal ends it or its parent is gone."""
+    _tell_warnings()
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()

@@ -172,6 +172,20 @@ def test_workers_end_with_their_parent(serve: Callable[..., ChatServer]) -> None
     eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
 
 
+def test_a_server_writes_what_went_wrong(serve: Callable[..., ChatServer], tmp_path: Path) -> None:
+    """Its standard error has the traceback of a responder, with the session, and a line for a worker that died."""
+    log = tmp_path / "stderr"
+    with log.open("w") as stderr:
+        server = serve(stderr=stderr)
+    assert follow(server, start(server, "!"))[-1].data["how"] == "failed"
+    (worker,) = server.workers()
+    os.kill(worker, signal.SIGKILL)
+    eventually(lambda: f"Worker {worker} died with status -9" in log.read_text())
+    told = log.read_text()
+    assert "Session 's': the answer broke off" in told
+    assert "RuntimeError: The script says so." in told
+
+
 def refusal(*arguments: object) -> tuple[int, str]:
     command = [sys.executable, "-m", "persist", "serve", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

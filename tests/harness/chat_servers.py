@@ -13,7 +13,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -91,13 +91,16 @@ def client_of_app(app: Any) -> Iterator[httpx.Client]:
 class ChatServer:
     """`persist serve` as a process, on a port of its own."""
 
-    def __init__(self, directory: Path, *options: str, workers: int = 1, responder: str = SCRIPTED) -> None:
+    def __init__(
+        self, directory: Path, *options: str, workers: int = 1, responder: str = SCRIPTED, stderr: IO[str] | None = None
+    ) -> None:
         command = [sys.executable, "-m", "persist", "serve", str(directory), "--port", "0", "--workers", str(workers)]
         paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
         self.process = subprocess.Popen(
             [*command, "--responder", responder, *options],
             env=os.environ | {"PYTHONPATH": paths},
             stdout=subprocess.PIPE,
+            stderr=stderr,
             text=True,
         )
         assert self.process.stdout is not None
