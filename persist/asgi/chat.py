@@ -37,6 +37,7 @@ from persist.asgi.turns import OFFSET, STOPPED, Started, Turns
 Chunk = dict[str, Any]
 _HEADERS = {"x-vercel-ai-ui-message-stream": "v1"}
 _LOST = "The server that gave this answer is gone. What it had said is kept."
+_ENDS = "This server ends. Load the page again to read on."
 _OWN = ("id", "message", "messages", "trigger", "messageId")
 
 
@@ -110,7 +111,9 @@ class Chat:
                 before, how = list(events_of(answer)), _how_told(answer)
                 following = await self._followed_from(session_id, str(stream_id), answer)
         events = _tell(Chunks(message_id), before, following, how)
-        return EventStream(events, following, heartbeat_s=self._heartbeat_s, headers=_HEADERS)
+        options: dict[str, Any] = {"heartbeat_s": self._heartbeat_s, "close_turns": self._turns.close}
+        farewell = [told({"type": "error", "errorText": _ENDS}), told("[DONE]")]
+        return EventStream(events, following, headers=_HEADERS, farewell=farewell, **options)
 
     async def _followed_from(self, session_id: str, stream_id: str, partial: Message) -> persist.aio.Following | None:
         """Follow a running stream from its stored partial answer."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
+from sse_starlette import ServerSentEvent
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -207,8 +208,11 @@ class Sessions:
         except persist.EventsNotFound:
             if not await self._store.exists(session_id):
                 raise unknown_session() from None
-            return EventStream(expired(stream_id), None, heartbeat_s=self._heartbeat_s)
-        return EventStream(parts(following), following, heartbeat_s=self._heartbeat_s)
+            return self._streamed(expired(stream_id), None)
+        return self._streamed(parts(following), following)
+
+    def _streamed(self, events: AsyncIterator[ServerSentEvent], following: persist.aio.Following | None) -> Response:
+        return EventStream(events, following, heartbeat_s=self._heartbeat_s, close_turns=self._turns.close)
 
 
 def _route(path: str, **handlers: Callable[[Request], Awaitable[Response]]) -> Route:

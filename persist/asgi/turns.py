@@ -123,10 +123,12 @@ class Turns:
         return await self._store.cancel(session_id, stream_id) and info.is_live
 
     async def close(self) -> None:
-        """Cancel the turns of this worker. Their partial answers are kept."""
+        """Cancel the turns of this worker. Their partial answers are kept. It may be called again, or be cancelled."""
         for task in self._running:
-            task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
+            if not task.cancelling():  # a second one would break off the last checkpoint
+                task.cancel()
+        if self._running:
+            await asyncio.wait(self._running)
 
     def _run(self, stream: persist.aio.Stream, extra: Mapping[str, Any], again: str | int | None = None) -> None:
         running = _Turn(self._store, self._responder, stream, self._checkpoint_s)

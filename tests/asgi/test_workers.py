@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -139,10 +138,12 @@ def test_a_worker_that_starts_clears_what_a_killed_one_left(
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_that_is_told_to_end_keeps_what_was_said(
-    serve: Callable[..., ChatServer], store: persist.Store, signal_number: signal.Signals
+    serve: Callable[..., ChatServer], store: persist.Store, signal_number: signal.Signals, tmp_path: Path
 ) -> None:
-    """Turns end, followers are let go, no worker stays, and the exit status is 0."""
-    server = serve(workers=2)
+    """Turns end, their followers learn how, no worker stays, the exit status is 0, and nothing is wrong in the log."""
+    log = tmp_path / "stderr"
+    with log.open("w") as stderr:
+        server = serve(workers=2, stderr=stderr)
     stream_id = start(server, "a b ~")
     with httpx.stream("GET", f"{server.url}/api/sessions/s/streams/{stream_id}/events", timeout=DEADLINE_S) as response:
         events = events_in(response.iter_lines())
@@ -150,15 +151,29 @@ def test_a_server_that_is_told_to_end_keeps_what_was_said(
         workers = server.workers()
         assert len(workers) == 2
         server.process.send_signal(signal_number)
-        # A follower at the other worker may see how the turn ends, before it is let go itself.
-        with suppress(httpx.RemoteProtocolError):
-            assert [each.data["how"] for each in events] in ([], ["failed"])
+        assert [each.data["how"] for each in events] == ["failed"]
     assert server.process.wait(DEADLINE_S) == 0
+    assert "ASGI" not in log.read_text()
     assert [pid for pid in workers if Path(f"/proc/{pid}").exists()] == []
     session = store.load("s")
     assert session.active_stream_id is None
     answer = session.data["messages"][-1]
     assert (answer["content"], answer["interrupted"]) == ("a b ", True)
+
+
+@pytest.mark.parametrize("path", ["api/sessions/s/streams/{}/events", "api/chat/s/stream"])
+def test_a_follower_is_let_go_by_a_server_that_ends(two: tuple[ChatServer, ChatServer], path: str) -> None:
+    """A turn of another server goes on. Its follower gets a whole response, and no word that the turn has ended."""
+    a, b = two
+    stream_id = start(a, "a ~")
+    with httpx.stream("GET", f"{b.url}/{path.format(stream_id)}", timeout=DEADLINE_S) as response:
+        events = events_in(response.iter_lines())
+        eventually(lambda: "a " in str(next(events).data))
+        b.process.terminate()
+        told = [each.event or each.data for each in events]
+    assert told in ([], [{"type": "error", "errorText": "This server ends. Load the page again to read on."}, "[DONE]"])
+    assert bool(told) == path.startswith("api/chat")
+    assert read(a)["stream"]["live"] is True
 
 
 def test_workers_end_with_their_parent(serve: Callable[..., ChatServer]) -> None:
