@@ -17,7 +17,7 @@ from starlette.routing import Route
 import persist.aio
 from persist.asgi import static
 from persist.asgi.chat import Chat
-from persist.asgi.exchange import HANDLERS, Answered, Authorize
+from persist.asgi.exchange import HANDLERS, Answered, Authorize, NewId
 from persist.asgi.openapi import DOCUMENT
 from persist.asgi.responder import Responder
 from persist.asgi.safety import Guard, checked_origins
@@ -32,6 +32,7 @@ def create_app(
     responder: Responder,
     *,
     authorize: Authorize | None = None,
+    new_id: NewId | None = None,
     allowed_origins: Collection[str] = (),
     allowed_hosts: Collection[str] | None = None,
     max_body_bytes: int = 1024 * 1024,
@@ -50,6 +51,8 @@ def create_app(
         responder: what answers a prompt.
         authorize: tells whether a request may see a session, by the session's id. It may be asynchronous. A session
             that it refuses answers like an unknown one. None admits everybody to everything.
+        new_id: returns another id each time, for a session that the request may create. `authorize` should admit it.
+            None takes a UUID's hex.
         allowed_origins: origins as ``https://chat.example.org`` whose pages may write, beside the server's own.
         allowed_hosts: the names by which this server is known, without a port. None takes any.
         max_body_bytes: how large a request's body may be.
@@ -69,7 +72,7 @@ def create_app(
             raise InvalidArgument(what="store", expected="a store or a path", got=type(store).__name__)
         store = persist.aio.Store(store)
     turns = Turns(store, responder, checkpoint_s=checkpoint_s)
-    sessions = Sessions(store, turns, authorize=authorize, heartbeat_s=heartbeat_s)
+    sessions = Sessions(store, turns, authorize=authorize, new_id=new_id, heartbeat_s=heartbeat_s)
     chat = Chat(store, turns, authorize=authorize, heartbeat_s=heartbeat_s)
     guard = Middleware(Guard, allowed_origins=origins, allowed_hosts=allowed_hosts, max_body_bytes=max_body_bytes)
     own = [Route("/healthz", partial(_health, store)), Route("/openapi.json", _describe)]

@@ -26,6 +26,8 @@ _OFFSET = re.compile(r"[0-9]{1,15}")
 
 #: Tells whether a request may see a session. A refused session answers like an unknown one.
 Authorize = Callable[[Request, str], bool | Awaitable[bool]]
+#: Returns the id of a session that a request may create.
+NewId = Callable[[Request], str]
 
 
 class Refused(Exception):

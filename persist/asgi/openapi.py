@@ -145,9 +145,10 @@ DOCUMENT: Schema = {
                     "200": _json(
                         "A page of sessions.",
                         _object(
-                            ("sessions", "cursor"),
+                            ("sessions", "cursor", "new_id"),
                             sessions={"type": "array", "items": _ref("Row")},
                             cursor={**_or_null(_TEXT), "description": "The `before` of the next page."},
+                            new_id={**_ID, "description": "An id for a new session. Each answer has another one."},
                         ),
                     )
                 },

@@ -21,6 +21,7 @@ from persist.asgi.exchange import (
     ID,
     Answered,
     Authorize,
+    NewId,
     Refused,
     admitted,
     checked_id,
@@ -34,6 +35,8 @@ from persist.asgi.exchange import (
 )
 from persist.asgi.markdown import html_of
 from persist.asgi.turns import OFFSET, STOPPED, Started, Turns
+from persist.errors import shown as shortened
+from persist.log import log
 
 TITLE_CHARACTERS = 200
 MAX_PAGE = 1000
@@ -53,9 +56,16 @@ class Sessions:
     """
 
     def __init__(
-        self, store: persist.aio.Store, turns: Turns, *, authorize: Authorize | None, heartbeat_s: float
+        self,
+        store: persist.aio.Store,
+        turns: Turns,
+        *,
+        authorize: Authorize | None,
+        new_id: NewId | None,
+        heartbeat_s: float,
     ) -> None:
         self._store, self._turns, self._authorize, self._heartbeat_s = store, turns, authorize, heartbeat_s
+        self._make_id: NewId = new_id or (lambda _request: uuid.uuid4().hex)
 
     def routes(self) -> list[Route]:
         one = "/api/sessions/{session_id}"
@@ -81,7 +91,15 @@ class Sessions:
             before = page.cursor
             if before is None or len(rows) == limit:
                 break
-        return Answered({"sessions": rows, "cursor": before})
+        return Answered({"sessions": rows, "cursor": before, "new_id": self._new_id(request)})
+
+    def _new_id(self, request: Request) -> str:
+        """Return an id that a new session of this request may take."""
+        session_id = self._make_id(request)
+        if isinstance(session_id, str) and ID.fullmatch(session_id):
+            return session_id
+        log.error("`new_id` of the chat server returned a malformed id: %s", shortened(session_id))
+        raise Refused(500, "internal", "The server has failed. Its log tells why.")
 
     async def _is_shown(self, request: Request, session_id: str) -> bool:
         return ID.fullmatch(session_id) is not None and await is_admitted(request, session_id, self._authorize)
@@ -108,7 +126,7 @@ class Sessions:
 
     async def create(self, request: Request) -> Response:
         fields = await fields_in(request)
-        session_id = checked_id(fields.get("id", uuid.uuid4().hex), "The session's id")
+        session_id = checked_id(fields["id"], "The session's id") if "id" in fields else self._new_id(request)
         title = text_in({"title": "", **fields}, "title", most=TITLE_CHARACTERS)
         if not await is_admitted(request, session_id, self._authorize):
             raise unknown_session()

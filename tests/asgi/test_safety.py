@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import uuid
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,40 @@ def test_a_list_of_foreign_sessions_ends_its_request(client_of: Any, store: pers
     first = client.get("/api/sessions?limit=1").json()
     assert (first["sessions"], first["cursor"] is None, len(asked_for)) == ([], False, 20)
     rest = client.get(f"/api/sessions?limit=1&before={first['cursor']}").json()
-    assert (rest, sorted(asked_for)) == ({"sessions": [], "cursor": None}, sorted(store.ids()))
+    assert (rest["sessions"], rest["cursor"], sorted(asked_for)) == ([], None, sorted(store.ids()))
+
+
+def test_new_sessions_get_ids_of_their_user(client_of: Any, store: persist.Store) -> None:
+    """A list names an id that its user may take, another one each time, and so does a session without an id."""
+    numbers = count(1)
+    client = client_of(
+        authorize=lambda request, session_id: session_id.startswith(f"{request.headers['x-user']}:"),
+        new_id=lambda request: f"{request.headers['x-user']}:{next(numbers)}",
+    )
+    for user in ("ann", "bob"):
+        client.headers["X-User"] = user
+        listed = [client.get("/api/sessions").json()["new_id"] for _ in range(2)]
+        assert client.post("/api/sessions", json={"id": listed[0]}).status_code == 201
+        assert client.post("/api/sessions").status_code == 201
+        prompt = {"message": {"id": "m", "content": "x"}}
+        assert client.post(f"/api/sessions/{listed[1]}/turns", json=prompt).status_code == 201
+    assert sorted(store.ids()) == ["ann:1", "ann:2", "ann:3", "bob:4", "bob:5", "bob:6"]
+
+
+def test_without_names_of_its_own_a_new_session_gets_a_uuid(client: Any) -> None:
+    found = {client.get("/api/sessions").json()["new_id"] for _ in range(3)}
+    assert len({uuid.UUID(hex=each) for each in found}) == 3
+
+
+def test_a_malformed_new_id_is_a_fault_of_the_server(client_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is created, and the log names the function and the id."""
+    client = client_of(new_id=lambda _request: "ann@example.org/1")
+    for response in (client.get("/api/sessions"), client.post("/api/sessions")):
+        assert (response.status_code, response.json()["error"]["code"]) == (500, "internal")
+    assert client.post("/api/sessions", json={"id": "s"}).status_code == 201
+    assert [("new_id" in each.message, "ann@example.org/1" in each.message) for each in caplog.records] == [
+        (True, True)
+    ] * 2
 
 
 @pytest.mark.parametrize(
