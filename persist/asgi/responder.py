@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,11 @@ class Conversation:
 
 #: The roles whose messages an endpoint takes without further keys.
 _ROLES = ("system", "developer", "user", "assistant")
+#: The reasons for which a model ends in the middle of its answer, and what the user is told.
+_CUT_OFF = {
+    "length": "The answer was cut off, because it reached the model's limit of length.",
+    "content_filter": "The answer was cut off by the content filter of the model's server.",
+}
 #: An async generator function, say. It is cancelled when the turn is stopped.
 Responder = Callable[[Conversation], AsyncIterator[Part]]
 
@@ -86,7 +91,7 @@ class OpenAI:
         body = {"model": model, "messages": _texts_in(conversation.messages), "stream": True}
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         url, timeout = f"{base_url.rstrip('/')}/chat/completions", httpx.Timeout(self.silence_s, connect=10.0)
-        calls: dict[int, dict[str, str]] = {}
+        reading = _Reading()
         try:
             async with httpx.AsyncClient(timeout=timeout) as client:
                 async with client.stream("POST", url, json=body, headers=headers) as response:
@@ -94,13 +99,13 @@ class OpenAI:
                         yield Error(f"The model's server answered with status {response.status_code}.")
                         return
                     async for line in response.aiter_lines():
-                        for part in _parts_in(line, calls):
+                        for part in reading.parts_in(line):
                             yield part
         except httpx.HTTPError as error:
             yield Error(f"The model's server cannot be reached, or broke off ({type(error).__name__}).")
             return
-        for call in calls.values():
-            yield ToolInput(call["id"], call["name"], _decoded(call["arguments"]))
+        for part in reading.last_parts():
+            yield part
 
 
 def _texts_in(messages: list[Message]) -> list[Message]:
@@ -109,30 +114,53 @@ def _texts_in(messages: list[Message]) -> list[Message]:
     return [{"role": each["role"], "content": each["content"]} for each in told]
 
 
-def _parts_in(line: str, calls: dict[int, dict[str, str]]) -> list[Part]:
-    """Return the parts in a line of the endpoint's stream. The pieces of tool calls are gathered in `calls`."""
-    data = line.removeprefix("data:").strip()
-    if not line.startswith("data:") or data == "[DONE]":
-        return []
-    try:
-        chunk = json.loads(data)
-        if chunk.get("error"):
-            return [Error("The model's server reported an error.")]
-        delta = chunk["choices"][0].get("delta") or {}
-    except (ValueError, LookupError, AttributeError, TypeError):
-        # The last chunk may tell the tokens only, and have no choice.
-        return []
-    thought = delta.get("reasoning_content") or delta.get("reasoning")
-    found: list[Part] = [Reasoning(thought)] if isinstance(thought, str) else []
-    if delta.get("content"):
-        found.append(Text(delta["content"]))
-    for piece in delta.get("tool_calls") or ():
-        call = calls.setdefault(piece.get("index", len(calls)), {"id": "", "name": "", "arguments": ""})
-        function = piece.get("function") or {}
-        call["id"] = call["id"] or piece.get("id") or ""
-        call["name"] += function.get("name") or ""
-        call["arguments"] += function.get("arguments") or ""
-    return found
+class _Reading:
+    """The endpoint's stream as it is read: the pieces of tool calls, and whether and why the model has ended."""
+
+    def __init__(self) -> None:
+        self._calls: dict[int, dict[str, str]] = {}
+        self._is_whole, self._reason = False, ""
+
+    def parts_in(self, line: str) -> list[Part]:
+        """Return the parts in a line."""
+        data = line.removeprefix("data:").strip()
+        if not line.startswith("data:"):
+            return []
+        if data == "[DONE]":
+            self._is_whole = True
+            return []
+        try:
+            chunk = json.loads(data)
+            if chunk.get("error"):
+                return [Error("The model's server reported an error.")]
+            choice = chunk["choices"][0]
+            delta = choice.get("delta") or {}
+        except (ValueError, LookupError, AttributeError, TypeError):
+            # The last chunk may tell the tokens only, and have no choice.
+            return []
+        if choice.get("finish_reason"):
+            self._is_whole, self._reason = True, str(choice["finish_reason"])
+        thought = delta.get("reasoning_content") or delta.get("reasoning")
+        found: list[Part] = [Reasoning(thought)] if isinstance(thought, str) else []
+        if delta.get("content"):
+            found.append(Text(delta["content"]))
+        for piece in delta.get("tool_calls") or ():
+            call = self._calls.setdefault(piece.get("index", len(self._calls)), {"id": "", "name": "", "arguments": ""})
+            function = piece.get("function") or {}
+            call["id"] = call["id"] or piece.get("id") or ""
+            call["name"] += function.get("name") or ""
+            call["arguments"] += function.get("arguments") or ""
+        return found
+
+    def last_parts(self) -> Iterator[Part]:
+        """Yield the parts behind the last line: the calls of tools, or why the answer is not whole."""
+        if not self._is_whole:
+            yield Error("The model's server broke off in the middle of the answer.")
+        elif self._reason in _CUT_OFF:
+            yield Error(_CUT_OFF[self._reason])
+        else:
+            for call in self._calls.values():
+                yield ToolInput(call["id"], call["name"], _decoded(call["arguments"]))
 
 
 def _decoded(arguments: str) -> Any:

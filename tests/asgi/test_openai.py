@@ -85,11 +85,36 @@ def test_the_pieces_of_tool_calls_are_joined(endpoint: Endpoint) -> None:
     assert parts_of(OpenAI(url, model="m")) == [ToolInput("c0", "look", {"at": 7}), ToolInput("c1", "guess", "{")]
 
 
+@pytest.mark.parametrize(
+    ("last", "error"),
+    [
+        ({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}, None),
+        ("[DONE]", None),
+        (None, "broke off"),
+        ({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}, "limit of length"),
+        ({"choices": [{"index": 0, "delta": {}, "finish_reason": "content_filter"}]}, "content filter"),
+    ],
+    ids=["stop", "done", "end-of-file", "length", "content-filter"],
+)
+def test_an_answer_that_is_cut_off_is_not_whole(endpoint: Endpoint, last: object, error: str | None) -> None:
+    """Only a model that says that it has ended has ended. Half a call of a tool is not told."""
+    call = {"index": 0, "id": "c0", "function": {"name": "look", "arguments": '{"at": 7}'}}
+    lines = [delta(content="Be"), delta(tool_calls=[call]), *([] if last is None else [last])]
+    said, *rest = parts_of(OpenAI(endpoint(*lines), model="m"))
+    assert said == Text("Be")
+    (part,) = rest
+    if error is None:
+        assert part == ToolInput("c0", "look", {"at": 7})
+    else:
+        assert isinstance(part, Error)
+        assert error in part.text
+
+
 def test_the_environment_names_the_endpoint(
     endpoint: Endpoint, asked: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Address, key and model come from the environment, unless they are given."""
-    monkeypatch.setenv("OPENAI_BASE_URL", endpoint(delta(content="a")) + "/")
+    monkeypatch.setenv("OPENAI_BASE_URL", endpoint(delta(content="a"), "[DONE]") + "/")
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     monkeypatch.setenv("OPENAI_MODEL", "small")
     for responder in (OpenAI(), OpenAI(api_key="mine", model="large")):
