@@ -19,7 +19,7 @@ from persist.asgi import static
 from persist.asgi.chat import Chat
 from persist.asgi.exchange import HANDLERS, Answered, Authorize, NewId
 from persist.asgi.openapi import DOCUMENT
-from persist.asgi.responder import Responder
+from persist.asgi.responder import Responder, checked_responder
 from persist.asgi.safety import Guard, checked_origins
 from persist.asgi.sessions import Sessions
 from persist.asgi.turns import Turns
@@ -61,12 +61,13 @@ def create_app(
         sweep_s: how often this worker looks for streams of dead workers.
 
     Raises:
-        InvalidArgument: the store is neither a store nor a path, an origin is none, or a number is out of its range.
+        InvalidArgument: the store is neither a store nor a path, the responder or an origin can be none, or a number is
+            out of its range.
     """
     for what, value in {"heartbeat_s": heartbeat_s, "sweep_s": sweep_s, "max_body_bytes": max_body_bytes}.items():
         if not value > 0:
             raise InvalidArgument(what=what, expected="more than 0", got=str(value))
-    origins = checked_origins(allowed_origins)
+    origins, responder = checked_origins(allowed_origins), checked_responder(responder)
     if not isinstance(store, persist.aio.Store):
         if not isinstance(store, (persist.Store, str, os.PathLike)):
             raise InvalidArgument(what="store", expected="a store or a path", got=type(store).__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import os
 import re
@@ -13,6 +14,8 @@ from typing import Any
 import httpx
 
 from persist.asgi.parts import Error, Message, Part, Reasoning, Text, ToolInput
+from persist.errors import InvalidArgument, shown
+from persist.log import log
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,34 @@ _CUT_OFF = {
 }
 #: An async generator function, say. It is cancelled when the turn is stopped.
 Responder = Callable[[Conversation], AsyncIterator[Part]]
+_OPENAI = "https://api.openai.com/v1"
+#: The user is told this if the endpoint refuses. Its own words go to the log.
+_REFUSALS = {
+    401: "The model's server refused the key of this server.",
+    403: "The model's server refused the key of this server.",
+    404: "The model's server knows no such address, or no such model.",
+}
+_LOGGED_CHARACTERS = 500
+
+
+def checked_responder(responder: Responder) -> Responder:
+    """Return a responder, if it may be one. A function that returns an async iterator may.
+
+    Raises:
+        InvalidArgument: no call of it can give an async iterator.
+    """
+    if inspect.isclass(responder):
+        is_one = hasattr(responder, "__aiter__")
+    else:
+        others = (inspect.iscoroutinefunction, inspect.isgeneratorfunction)
+        is_one = callable(responder) and not any(
+            is_other(each) for is_other in others for each in (responder, type(responder).__call__)
+        )
+    if is_one:
+        return responder
+    raise InvalidArgument(
+        what="responder", expected="an async generator function: async def, with yield", got=shown(responder)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +113,23 @@ class OpenAI:
     model: str | None = None
     silence_s: float = 120.0
 
+    def checked(self) -> OpenAI:
+        """Return this responder, if it has a model and an address.
+
+        Raises:
+            InvalidArgument: it has none.
+        """
+        if not (self.model or os.environ.get("OPENAI_MODEL")):
+            raise InvalidArgument(what="OPENAI_MODEL", expected="the name of a model", got="nothing")
+        base_url = self.base_url or os.environ.get("OPENAI_BASE_URL") or _OPENAI
+        if not base_url.lower().startswith(("http://", "https://")):
+            raise InvalidArgument(
+                what="OPENAI_BASE_URL", expected="an address as http://127.0.0.1:11434/v1", got=shown(base_url)
+            )
+        return self
+
     async def __call__(self, conversation: Conversation) -> AsyncIterator[Part]:
-        base_url = self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+        base_url = self.base_url or os.environ.get("OPENAI_BASE_URL") or _OPENAI
         key, model = self.api_key or os.environ.get("OPENAI_API_KEY"), self.model or os.environ.get("OPENAI_MODEL")
         if not model:
             yield Error("The server has no model: set OPENAI_MODEL.")
@@ -96,7 +142,9 @@ class OpenAI:
             async with httpx.AsyncClient(timeout=timeout) as client:
                 async with client.stream("POST", url, json=body, headers=headers) as response:
                     if response.status_code != httpx.codes.OK:
-                        yield Error(f"The model's server answered with status {response.status_code}.")
+                        status, said = response.status_code, (await _beginning_of(response)).replace(key or "\0", "…")
+                        log.error("The model's server %r answered with status %s: %s", response.url, status, said)
+                        yield Error(_REFUSALS.get(status, f"The model's server answered with status {status}."))
                         return
                     async for line in response.aiter_lines():
                         for part in reading.parts_in(line):
@@ -106,6 +154,16 @@ class OpenAI:
             return
         for part in reading.last_parts():
             yield part
+
+
+async def _beginning_of(response: httpx.Response) -> str:
+    """Return the first characters of a body."""
+    text = ""
+    async for piece in response.aiter_text():
+        text += piece
+        if len(text) >= _LOGGED_CHARACTERS:
+            break
+    return text[:_LOGGED_CHARACTERS]
 
 
 def _texts_in(messages: list[Message]) -> list[Message]:

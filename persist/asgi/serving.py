@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from types import ModuleType
 from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
 
 from persist.asgi.app import create_app
-from persist.asgi.responder import Responder, echo, openai
+from persist.asgi.responder import OpenAI, Responder, checked_responder, echo
 from persist.errors import InvalidArgument
 from persist.log import log
 
@@ -54,20 +55,41 @@ def responder_named(name: str) -> Responder:
     """Return a built-in responder, or one of a module that can be imported from the working directory.
 
     Raises:
-        InvalidArgument: there is none of that name.
+        InvalidArgument: there is none of that name, or it cannot answer. The message says why.
     """
-    built_in: dict[str, Responder] = {"echo": echo, "openai": openai}
-    if name in built_in:
-        return built_in[name]
+    if name == "echo":
+        return echo
+    if name == "openai":
+        return OpenAI().checked()
     module, _, attribute = name.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    if not module or not attribute:
+        raise _no_responder(repr(name))
+    directory = str(Path.cwd())
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
     try:
         found: Responder = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        expected = "echo, openai, or the module:name of a responder"
-        raise InvalidArgument(what="responder", got=repr(name), expected=expected) from error
-    return found
+    except Exception as error:
+        raise _no_responder(f"{name!r}, and {_fault_of(module, error, directory)}") from error
+    return checked_responder(found)
+
+
+def _no_responder(got: str) -> InvalidArgument:
+    return InvalidArgument(what="responder", got=got, expected="echo, openai, or the module:name of a responder")
+
+
+def _fault_of(module: str, error: Exception, directory: str) -> str:
+    """Return why the responder of a module cannot be had."""
+    match error:
+        case ModuleNotFoundError(name=str(missing)) if f"{module}.".startswith(f"{missing}."):
+            return f"{directory} has no module {missing}"
+        case ImportError():
+            return f"{module} cannot be imported: {error}"
+        case AttributeError(obj=ModuleType(__name__=name)) if name == module:
+            return f"{module} has no {error.name}"
+        case SyntaxError():
+            return f"{module} has an error in line {error.lineno} of {error.filename}: {error.msg}"
+    return f"{module} cannot be imported, because it raised {type(error).__name__}: {error}"
 
 
 def app_of(settings: Settings) -> Starlette:

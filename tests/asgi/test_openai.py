@@ -139,14 +139,14 @@ def test_a_failure_is_told_without_a_secret(endpoint: Endpoint, monkeypatch: pyt
     """A refusal, an endpoint that is not there, one that breaks off and one that reports an error end the answer."""
     monkeypatch.delenv("OPENAI_MODEL", raising=False)
     (missing,) = parts_of(OpenAI("http://127.0.0.1:9/v1"))
-    (refused,) = parts_of(OpenAI(endpoint(status=401), "secret", "m"))
+    (refused,) = parts_of(OpenAI(endpoint(status=500), "secret", "m"))
     (away,) = parts_of(OpenAI("http://127.0.0.1:9/v1", "secret", "m"))
     said, broken = parts_of(OpenAI(endpoint(delta(content="a"), breaks_off=True), "secret", "m"))
     reported, *_ = parts_of(OpenAI(endpoint({"error": {"message": "secret"}}), "secret", "m"))
     assert said == Text("a")
     for part, word in {
         missing: "OPENAI_MODEL",
-        refused: "401",
+        refused: "500",
         away: "reached",
         broken: "broke off",
         reported: "error",
@@ -154,3 +154,19 @@ def test_a_failure_is_told_without_a_secret(endpoint: Endpoint, monkeypatch: pyt
         assert isinstance(part, Error)
         assert word in part.text
         assert "secret" not in part.text
+
+
+@pytest.mark.parametrize(("status", "word"), [(401, "key"), (403, "key"), (404, "no such model")])
+def test_a_refusal_is_told_in_words(
+    endpoint: Endpoint, caplog: pytest.LogCaptureFixture, status: int, word: str
+) -> None:
+    """The user learns what kind of mistake it is. The log has the address and the endpoint's words, without the key."""
+    url = endpoint("your key secret is wrong", "x" * 1000, status=status)
+    (part,) = parts_of(OpenAI(url, "secret", "m"))
+    assert isinstance(part, Error)
+    assert word in part.text
+    (record,) = [each for each in caplog.records if each.name == "persist"]
+    for told in (f"{url}/chat/completions", str(status), "your key … is wrong"):
+        assert told in record.message
+    assert "secret" not in record.message
+    assert 400 < len(record.message) < 700

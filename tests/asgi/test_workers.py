@@ -5,11 +5,14 @@ Each server here has one worker and a port of its own, so that a test can choose
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,8 @@ from harness.chat_servers import DEADLINE_S, ChatServer, Sent, events_in
 from harness.pages import ROOT
 
 import persist
+from persist.asgi import Echo, OpenAI, create_app
+from persist.asgi.serving import responder_named
 
 LONG = " ".join(f"word{n} ~0.001" for n in range(300))
 
@@ -214,7 +219,8 @@ def test_a_server_that_cannot_serve_says_why(serve: Callable[..., ChatServer], t
     taken = serve().url.rpartition(":")[2]
     for arguments, words in {
         (tmp_path / "a", "--port", taken): "cannot be listened at",
-        (tmp_path / "b", "--port", 0, "--responder", "nothing"): "responder",
+        (tmp_path / "b", "--port", 0, "--responder", "nothing"): "module:name of a responder",
+        (tmp_path / "b", "--port", 0, "--responder", "no_such_module:answer"): "has no module no_such_module",
         (tmp_path / "c", "--port", 0, "--host", "192.0.2.1"): "cannot be listened at",
         (tmp_path / "d", "--port", 0, "--origin", "chat.example.org"): "https://chat.example.org",
         (__file__, "--port", 0): "directory",
@@ -223,6 +229,53 @@ def test_a_server_that_cannot_serve_says_why(serve: Callable[..., ChatServer], t
         assert status == 3
         assert words in said
         assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "words"),
+    [
+        (None, "answering:answer", "{directory} has no module answering"),
+        ("import no_such_thing", "answering:answer", "No module named 'no_such_thing'"),
+        ("from os import no_such_name", "answering:answer", "cannot import name 'no_such_name'"),
+        ("async def anser(conversation): yield", "answering:answer", "answering has no answer"),
+        ("def answer(:", "answering:answer", "line 1 of {directory}/answering.py"),
+        ("1 / 0", "answering:answer", "ZeroDivisionError"),
+        ("async def answer(conversation): return []", "answering:answer", "async generator function"),
+        ("def answer(conversation): yield", "answering:answer", "async generator function"),
+        ("answer = 7", "answering:answer", "async generator function"),
+        ("class answer:\n  async def __call__(self, c): yield", "answering:answer", "async generator function"),
+        ("class A:\n  async def __call__(self, c): pass\nanswer = A()", "answering:answer", "async generator function"),
+        (None, "openai", "OPENAI_MODEL"),
+    ],
+)
+def test_a_responder_that_cannot_answer_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str | None, name: str, words: str
+) -> None:
+    """The message names the real reason, before anything is served."""
+    if code is not None:
+        (tmp_path / "answering.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "answering", raising=False)
+    monkeypatch.delenv("OPENAI_MODEL", raising=False)
+    importlib.invalidate_caches()
+    with pytest.raises(persist.InvalidArgument, match=re.escape(words.format(directory=tmp_path))):
+        responder_named(name)
+
+
+def test_an_address_of_a_model_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_MODEL", "small")
+    monkeypatch.setenv("OPENAI_BASE_URL", "127.0.0.1:11434/v1")
+    with pytest.raises(persist.InvalidArgument, match=r"OPENAI_BASE_URL is '127\.0\.0\.1:11434/v1'"):
+        responder_named("openai")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:11434/v1")
+    assert responder_named("openai") == OpenAI()
+
+
+def test_what_returns_an_async_iterator_may_answer(tmp_path: Path) -> None:
+    """A plain function, an object with an async generator as its call, and a part of one of these are no mistakes."""
+    for responder in (lambda conversation: aiter(Echo()(conversation)), Echo(), partial(Echo.__call__, Echo())):
+        assert create_app(tmp_path, responder)
 
 
 @pytest.mark.parametrize(
