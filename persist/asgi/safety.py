@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from persist.asgi.exchange import Refused
 from persist.errors import InvalidArgument, shown
+from persist.log import log
 
 _READING = ("GET", "HEAD", "OPTIONS")
 _HEADERS = {
@@ -24,6 +25,8 @@ _HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
+#: Clients choose the names that they use, so only so many are logged.
+_MOST_LOGGED = 20
 _ORIGIN = re.compile(r"https?://[^/?#@\s]+", re.IGNORECASE)
 
 
@@ -38,6 +41,14 @@ def checked_origins(origins: Collection[str]) -> frozenset[str]:
         if not _ORIGIN.fullmatch(each):
             raise InvalidArgument(what="origin", got=shown(each), expected="an address as https://chat.example.org")
     return found
+
+
+def _split(address: str) -> SplitResult:
+    """Return the parts of an address, which are empty if it is malformed."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 class Guard:
@@ -62,6 +73,7 @@ class Guard:
         self._origins = allowed_origins
         self._hosts = None if allowed_hosts is None else {host.lower() for host in allowed_hosts}
         self._max_body_bytes = max_body_bytes
+        self._logged: set[str] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -94,14 +106,23 @@ class Guard:
     def _refusal(self, method: str, headers: Headers) -> Refused | None:
         """Return why a request is refused before its body is read, or None."""
         host, origin = headers.get("host", "").lower(), headers.get("origin")
-        if self._hosts is not None and urlsplit(f"//{host}").hostname not in self._hosts:
+        if self._hosts is not None and _split(f"//{host}").hostname not in self._hosts:
+            self._log_once(f"https://{host}", "allowed_hosts")
             return Refused(421, "unknown_host", "This server is not known by that name.")
         if method not in _READING and origin is not None:
-            is_own = bool(host) and urlsplit(origin.lower()).netloc == host
+            is_own = bool(host) and _split(origin.lower()).netloc == host
             if not is_own and origin.lower() not in self._origins:
+                self._log_once(origin, "allowed_origins")
                 return Refused(403, "foreign_origin", "A page of another origin may not write here.")
         length = headers.get("content-length", "")
         return self._too_large() if length.isdecimal() and int(length) > self._max_body_bytes else None
+
+    def _log_once(self, address: str, option: str) -> None:
+        """Log an address that was refused, and the option that admits it."""
+        if address not in self._logged and len(self._logged) < _MOST_LOGGED:
+            self._logged.add(address)
+            remedy = f"If browsers know the server by it, start with --origin and it, or give create_app {option}"
+            log.warning("The chat server refused a request for the address %s. %s.", shown(address), remedy)
 
     def _too_large(self) -> Refused:
         return Refused(413, "too_large", f"A body may have {self._max_body_bytes} bytes.")

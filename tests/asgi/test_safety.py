@@ -141,6 +141,7 @@ def test_a_malformed_new_id_is_a_fault_of_the_server(client_of: Any, caplog: pyt
         ("https://chat.example.org.evil.org", 403),
         ("http://chat.example.org", 403),
         ("null", 403),
+        ("http://[", 403),
         ("", 403),
     ],
 )
@@ -159,8 +160,33 @@ def test_a_page_of_another_origin_cannot_write(client_of: Any, origin: str | Non
 def test_another_name_of_the_machine_is_refused(client_of: Any) -> None:
     """A name that an attacker points at this machine reaches nothing, if the names of the server are told."""
     client = client_of(allowed_hosts=["localhost", "127.0.0.1", "::1"])
-    for host, status in {"evil.org": 421, "evil.org:80": 421, "LOCALHOST:80": 200, "[::1]:80": 200, "": 421}.items():
+    for host, status in {
+        "evil.org": 421,
+        "evil.org:80": 421,
+        "LOCALHOST:80": 200,
+        "[::1]:80": 200,
+        "": 421,
+        "[": 421,
+    }.items():
         assert client.get("/api/sessions", headers={"Host": host}).status_code == status, host
+
+
+def test_a_refused_name_is_logged_once(client_of: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The log names the address and the option that admits it. Names that clients make up do not fill the log."""
+    client = client_of(allowed_hosts=["127.0.0.1"])
+    for _ in range(2):
+        assert client.get("/healthz", headers={"Host": "chat.example.org"}).status_code == 421
+        assert client.post("/api/sessions", headers={"Origin": "https://page.example.org"}).status_code == 403
+    first, second = (each.message for each in caplog.records)
+    for message, words in (
+        (first, ("'https://chat.example.org'", "allowed_hosts")),
+        (second, ("'https://page.example.org'", "allowed_origins")),
+    ):
+        assert "--origin" in message
+        assert all(word in message for word in words)
+    for place in range(100):
+        client.get("/healthz", headers={"Host": f"{place}.example.org"})
+    assert len(caplog.records) == 20
 
 
 def test_a_body_is_bounded(client_of: Any) -> None:
