@@ -127,12 +127,13 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-def text_in(fields: dict[str, Any], name: str, *, most: int, least: int = 0) -> str:
-    """Return a text of a body, and its length in characters is within bounds."""
+def text_in(fields: dict[str, Any], name: str, *, most: int | None = None) -> str:
+    """Return a text of a body, of so many characters at most. Without a bound it may not be empty."""
     value = fields.get(name)
-    if isinstance(value, str) and least <= len(value) <= most:
+    if isinstance(value, str) and (len(value) <= most if most is not None else value):
         return value
-    raise Refused(400, "invalid_argument", f"{name} must be a text of {least} to {most} characters.")
+    bounds = "that is not empty" if most is None else f"of 0 to {most} characters"
+    raise Refused(400, "invalid_argument", f"{name} must be a text {bounds}.")
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

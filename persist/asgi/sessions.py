@@ -204,7 +204,7 @@ class Sessions:
         if type(message) is not dict:
             raise Refused(400, "invalid_argument", "message must be an object with an id and a content.")
         message_id = checked_id(message.get("id"), "The message's id")
-        content = text_in(message, "content", least=1, most=10**9)
+        content = text_in(message, "content")
         started = await self._turns.start(session_id, {"id": message_id, "role": "user", "content": content}, fields)
         return _started(started)
 

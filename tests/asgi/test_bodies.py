@@ -32,6 +32,16 @@ def test_a_value_of_a_wrong_type_is_refused(client: Any, store: persist.Store, p
     assert store.ids() == []
 
 
+def test_the_refusal_of_a_text_names_a_bound_that_holds(client: Any) -> None:
+    """A body is bounded itself, so a message has no bound of its own in characters. A title has one."""
+    refusals = {
+        client.post("/api/sessions/s/turns", json={"message": {"id": "m", "content": ""}}): "that is not empty.",
+        client.post("/api/sessions", json={"title": "x" * 201}): "of 0 to 200 characters.",
+    }
+    for response, end in refusals.items():
+        assert response.json()["error"]["message"].endswith(f"must be a text {end}")
+
+
 def test_half_an_emoji_is_kept(client: Any, store: persist.Store) -> None:
     """A lone surrogate in a message goes through the stream, the store and the page's view."""
     body = json.dumps({"message": {"id": "m", "content": "a\ud83d \x00 \u2028"}})
