@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from harness.chats import PROMPT, everything
@@ -165,6 +165,36 @@ def test_copy_is_put_back_as_a_file(full: persist.Store, copies: Path) -> None:
     assert full.load("large").version == kept
     full.append("large", "messages", {"id": "after"}, timeout_s=1)
     assert [problem for problem in full.check() if problem.kind != "foreign"] == []
+
+
+@pytest.mark.parametrize("journal", ["always", "never"])
+def test_deleted_session_is_put_back_beside_stores_that_know_it(
+    directory: Path, copies: Path, journal: Literal["always", "never"]
+) -> None:
+    """A rename of a copy to a name that is free gives each store the session of the copy, and both go on with it."""
+    a, b = (persist.Store(directory, journal=journal) for _ in range(2))
+    a.create("s", {"messages": [{"id": f"m{n}", "content": "x" * 100} for n in range(200)]})
+    with a.start_stream("s", PROMPT | {"id": "running"}):
+        a.backup(copies)
+    a.append("s", "messages", {"id": "lost"})
+    for each in (a, b):
+        assert each.load("s").data["messages"][-1] == {"id": "lost"}
+    a.delete("s")
+    with pytest.raises(persist.SessionNotFound):
+        b.head("s")
+    shutil.copy(copies / "s.json", directory / "put-back.tmp")
+    (directory / "put-back.tmp").rename(directory / "s.json")
+    for each in (b, a):
+        assert each.load("s").data["messages"][-1]["id"] == "running"
+        info = each.stream("s")
+        assert info is not None
+        assert not info.is_live
+    assert b.load("s").clear_stale_stream()
+    for each, other in ((b, a), (a, b)):
+        version = each.append("s", "messages", {"id": f"after {id(each)}"})
+        assert other.load("s").version == version
+    assert len(a.load("s").data["messages"]) == 203
+    assert a.check() == []
 
 
 # --- what is gone ---
