@@ -12,7 +12,11 @@ Any number of workers may run it on one directory. A turn runs in the worker tha
 and resumed through every other one. It needs the extra `server`: ``pip install 'persist-sessions[server]'``.
 """
 
-from persist.asgi.app import create_app as create_app
+try:
+    from persist.asgi.app import create_app as create_app
+except ModuleNotFoundError as error:
+    remedy = "persist.asgi needs it: pip install '.[server]', in a checkout of persist"
+    raise ModuleNotFoundError(f"{error}. {remedy}", name=error.name) from None
 from persist.asgi.parts import Error as Error
 from persist.asgi.parts import Part as Part
 from persist.asgi.parts import Reasoning as Reasoning

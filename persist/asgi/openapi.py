@@ -21,8 +21,9 @@ def _json(description: str, schema: Schema) -> Schema:
     return {"description": description, "content": {"application/json": {"schema": schema}}}
 
 
-def _body(schema: Schema, *, required: bool = True) -> Schema:
-    return {"required": required, "content": {"application/json": {"schema": schema}}}
+def _body(schema: Schema, *, required: bool = True, example: Any = None) -> Schema:
+    media: Schema = {"schema": schema} if example is None else {"schema": schema, "example": example}
+    return {"required": required, "content": {"application/json": media}}
 
 
 def _parameter(name: str, schema: Schema, *, where: str = "query", description: str = "", **more: Any) -> Schema:
@@ -115,12 +116,13 @@ _REFUSALS = {
     "404": "There is no such session.",
     "409": "The session is busy, or has other content.",
     "413": "The body is too large.",
+    "421": "The server is not known by the host of the request.",
     "503": "The session is in use, or cannot be used just now.",
 }
 
 
-def _operation(summary: str, answers: Schema, *parameters: Schema, body: Schema | None = None) -> Schema:
-    refusals = {status: _json(told, _ref("Error")) for status, told in _REFUSALS.items()}
+def _operation(summary: str, answers: Schema, *parameters: Schema, refuses: str, body: Schema | None = None) -> Schema:
+    refusals = {status: _json(_REFUSALS[status], _ref("Error")) for status in [*refuses.split(), "421", "503"]}
     found: Schema = {"summary": summary, "parameters": list(parameters), "responses": {**answers, **refusals}}
     return found if body is None else {**found, "requestBody": body}
 
@@ -131,6 +133,8 @@ def _streamed(description: str) -> Schema:
 
 _STARTS = {"201": _json("The turn runs.", _ref("Started"))}
 _REPEATED = {"200": _json("The turn had been started before.", _ref("Started"))}
+_PROMPT = {"id": "m-1", "content": "What time is it?"}
+_UI_PROMPT = {"id": "m-2", "role": "user", "parts": [{"type": "text", "text": "What time is it?"}]}
 _ONE = "/api/sessions/{session_id}"
 DOCUMENT: Schema = {
     "openapi": "3.1.0",
@@ -154,11 +158,13 @@ DOCUMENT: Schema = {
                 },
                 _parameter("limit", _count(1, 200)),
                 _parameter("before", _TEXT, description="The cursor of the page before."),
+                refuses="400",
             ),
             "post": _operation(
                 "Create a session",
                 {"201": _json("The session.", _ref("Row"))},
                 body=_body(_object(id=_ID, title=_TITLE), required=False),
+                refuses="400 403 404 409 413",
             ),
         },
         _ONE: {
@@ -168,18 +174,21 @@ DOCUMENT: Schema = {
                 _SESSION,
                 _parameter("limit", _count(1, 1000)),
                 _parameter("before", _count(0, 10**15 - 1)),
+                refuses="400 404",
             ),
             "patch": _operation(
                 "Give a session a title",
                 {"200": _json("The session.", _ref("Row"))},
                 _SESSION,
                 body=_body(_object(("title",), title=_TITLE)),
+                refuses="400 403 404 413",
             ),
             "delete": _operation(
                 "Delete a session",
                 {"204": {"description": "It is gone."}},
                 _SESSION,
                 _parameter("force", _count(0, 1), description="1 stops its turn first."),
+                refuses="400 403 404 409",
             ),
         },
         f"{_ONE}/turns": {
@@ -187,7 +196,8 @@ DOCUMENT: Schema = {
                 "Start the turn of a message, once for each id of a message",
                 {**_STARTS, **_REPEATED},
                 _SESSION,
-                body=_body(_object(("message",), message=_ref("Prompt"))),
+                body=_body(_object(("message",), message=_ref("Prompt")), example={"message": _PROMPT}),
+                refuses="400 403 404 409 413",
             )
         },
         f"{_ONE}/retry": {
@@ -196,11 +206,16 @@ DOCUMENT: Schema = {
                 _STARTS,
                 _SESSION,
                 body=_body(_object(message_id=_ID), required=False),
+                refuses="400 403 404 409 413",
             )
         },
         f"{_ONE}/streams/{{stream_id}}/stop": {
             "post": _operation(
-                "Stop a turn", {"200": _json("Whether it was running.", _ref("Stopped"))}, _SESSION, _STREAM
+                "Stop a turn",
+                {"200": _json("Whether it was running.", _ref("Stopped"))},
+                _SESSION,
+                _STREAM,
+                refuses="400 403 404",
             )
         },
         f"{_ONE}/streams/{{stream_id}}/events": {
@@ -211,6 +226,7 @@ DOCUMENT: Schema = {
                 _STREAM,
                 _parameter("after", _count(0, 10**15 - 1), description="The id of the last event that was seen."),
                 _parameter("Last-Event-ID", _OFFSET, where="header", description="As `after`."),
+                refuses="400 404",
             )
         },
         "/api/chat": {
@@ -225,8 +241,10 @@ DOCUMENT: Schema = {
                         messages={"type": "array", "items": _ref("UIMessage"), "minItems": 1},
                         trigger={"type": "string", "enum": ["submit-message", "regenerate-message"]},
                     )
-                    | {"anyOf": [{"required": ["message"]}, {"required": ["messages"]}]}
+                    | {"anyOf": [{"required": ["message"]}, {"required": ["messages"]}]},
+                    example={"id": "s-42", "message": _UI_PROMPT},
                 ),
+                refuses="400 403 404 409 413",
             )
         },
         "/api/chat/{session_id}/stream": {
@@ -234,6 +252,7 @@ DOCUMENT: Schema = {
                 "Resume the running answer from its start",
                 {"200": _streamed("The UI message stream."), "204": {"description": "No turn runs."}},
                 _SESSION,
+                refuses="400 404",
             )
         },
         "/api/chat/{session_id}/stop": {
@@ -242,9 +261,12 @@ DOCUMENT: Schema = {
                 {"200": _json("Whether it was running.", _ref("Stopped"))},
                 _SESSION,
                 body=_body(_object(activeStreamId=_TEXT), required=False),
+                refuses="400 403 404 413",
             )
         },
-        "/healthz": {"get": _operation("Tell whether the store can be read", {"200": _json("It can.", _object())})},
+        "/healthz": {
+            "get": _operation("Tell whether the store can be read", {"200": _json("It can.", _object())}, refuses="")
+        },
     },
     "components": {"schemas": _SCHEMAS},
 }
