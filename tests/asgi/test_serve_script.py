@@ -1,9 +1,11 @@
-"""The script that starts the server: it sets the environment up first, and chooses who answers."""
+"""The script that starts the server, which sets the environment up and chooses who answers, and the guide's service."""
 
 from __future__ import annotations
 
+import configparser
 import os
 import select
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,10 @@ pytest.importorskip("sse_starlette", reason="the extra `server` is not installed
 
 import httpx
 from harness.chat_servers import DEADLINE_S
-from harness.pages import ROOT
+from harness.pages import ROOT, blocks_of
+
+from persist.asgi import serving
+from persist.cli.commands import serve
 
 SETUP = '#!/bin/sh\nmkdir -p "$(dirname "$0")/../.venv"\nmv "$(dirname "$0")/../made" "$(dirname "$0")/../.venv/bin"\n'
 PERSIST = f'#!/bin/sh\nexec "{sys.executable}" -m persist "$@"\n'
@@ -67,3 +72,16 @@ def test_the_environment_chooses_who_answers(script: Path, model: str | None, op
     environment = {"PATH": os.environ["PATH"]} | ({} if model is None else {"OPENAI_MODEL": model})
     done = subprocess.run([script, "-h"], env=environment, capture_output=True, text=True, timeout=30, check=True)
     assert done.stdout == f"{options}\n"
+
+
+def test_the_service_of_the_guide_starts_the_server() -> None:
+    """Its command is one that `persist` takes, and systemd waits as long as the server waits for its workers."""
+    (unit,) = [each.code for each in blocks_of(ROOT / "docs/guides/server.md") if each.kind == "ini"]
+    settings = configparser.ConfigParser()
+    settings.optionxform = str  # type: ignore[assignment,method-assign]
+    settings.read_string(unit)
+    program, verb, *arguments = shlex.split(settings["Service"]["ExecStart"])
+    assert (Path(program).name, verb) == ("persist", "serve")
+    options = serve.make_context(verb, arguments).params
+    assert (options["workers"], options["origins"]) == (4, ("https://chat.example.org",))
+    assert float(settings["Service"]["TimeoutStopSec"]) >= serving._PATIENCE_S
