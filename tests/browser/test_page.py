@@ -129,6 +129,31 @@ def test_the_text_follows_only_a_reader_at_its_end(chat: Chat, open_tab: OpenTab
     assert is_at_end(tab)
 
 
+def test_earlier_answers_that_are_not_whole_say_so(chat: Chat, open_tab: OpenTab) -> None:
+    """Each says how it ended, to a screen reader too. The last one has the note with its button instead."""
+    ends: list[dict[str, Any]] = [
+        {"interrupted": True, "stopped": True},
+        {"interrupted": True, "error": "The model failed to answer."},
+        {"interrupted": True},
+        {},
+        {"interrupted": True, "stopped": True},
+    ]
+    messages = [message for number in range(5) for message in exchange(number)]
+    for number, end in enumerate(ends):
+        messages[2 * number + 1].update(end)
+    chat.store.create("one", {"title": "One", "messages": messages})
+    tab = open_tab(f"{chat.workers[0].url}#one")
+    expect(tab.note).to_contain_text("The answer was stopped.")
+    for answer, mark in zip(
+        tab.answers.all(),
+        ["Stopped", "Failed: The model failed to answer.", "Cut off: the server ended", None, None],
+        strict=True,
+    ):
+        expect(answer.locator(".mark")).to_have_text([mark] if mark else [])
+        if mark:
+            assert f"paragraph: {mark}" in answer.aria_snapshot().replace('"', "").replace("'", "")
+
+
 # --- hostile content ---
 
 SCRIPT = "globalThis.isHurt = true"

@@ -34,6 +34,7 @@ class Tab:
         self.answers = page.get_by_role("article", name="Assistant")
         self.prompts = page.get_by_role("article", name="You")
         self.note = page.locator(".note")
+        self.marks = page.locator(".mark")
         self.notice = page.locator("#notice")
         self.connection = page.locator("#connection")
         self.rows = page.locator("#sessions a")

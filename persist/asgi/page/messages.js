@@ -14,13 +14,14 @@ function button(label, onclick, className = "") {
   return element("button", { type: "button", className, textContent: label, onclick });
 }
 
-// A stored message. With `retry` an answer can be asked for again.
+// A stored message. With `retry` it is the last one: its answer can be asked for again, and a note tells how it ended.
 export function messageNode(message, retry) {
   const node = articleNode(message.role, message.id);
   const body = new Body(node);
   for (const part of partsOf(message)) if (!(message.html && part.type === "text")) body.add(part);
   if (message.html) node.append(markdownNode(message.html));
   if (isWhole(message)) node.append(actionsNode(message, retry));
+  else if (message.role === "assistant" && !retry) node.append(element("p", { className: "mark", textContent: markOf(message) }));
   return node;
 }
 
@@ -45,6 +46,12 @@ function actionsNode(message, retry) {
   const node = element("div", { className: "actions" }, copyButton("Copy answer", textOf(message.content)));
   if (retry) node.append(button("Answer again", retry, "quiet"));
   return node;
+}
+
+// Tells how an earlier answer ended that is not whole.
+function markOf(message) {
+  if (message.error) return `Failed: ${message.error}`;
+  return message.stopped ? "Stopped" : "Cut off: the server ended";
 }
 
 // Tells what became of a turn that has no whole answer. Returns null if it has one.
