@@ -114,6 +114,36 @@ def test_stop_from_the_other_tab(chat: Chat, open_tab: OpenTab) -> None:
         expect(tab.prompts).to_have_count(1)
 
 
+def test_earlier_partial_answers_stay_beside_a_live_one(chat: Chat, open_tab: OpenTab) -> None:
+    """A stopped and a cut off answer stay in the chat while a later one is written. Each says how it ended."""
+    chat.pace.allow(3)
+    tab = open_tab(chat.workers[0].url, errors=LOST)
+    chat_id = tab.send(words(10))
+    tab.expect_live(words(3))
+    tab.page.get_by_role("button", name="Stop the answer").click()
+    expect(tab.note).to_contain_text("The answer was stopped.")
+    expect(tab.marks).to_have_count(0)  # the note says it
+    tab.send(words(10, 10))
+    tab.expect_live(words(3, 10))
+    expect(tab.answers.first.locator(".plain")).to_have_text(words(3))
+    expect(tab.marks).to_have_text(["Stopped"])
+    chat.wait_until_kept(chat_id, words(3, 10))
+    chat.workers[0].kill()
+    tab = open_tab(f"{chat.workers[1].url}#{chat_id}")
+    expect(tab.note).to_contain_text("The server ended before the answer was whole.")
+    tab.send(words(10, 20))
+    for _ in range(2):
+        tab.expect_live(words(3, 20))
+        expect(tab.answers.locator(".plain")).to_have_text([words(3), words(3, 10), words(3, 20)])
+        expect(tab.marks).to_have_text(["Stopped", "Cut off: the server ended"])
+        chat.wait_until_kept(chat_id, words(3, 20))
+        tab.page.reload()
+    chat.pace.allow(1000)
+    tab.expect_answer(words(10, 20))
+    expect(tab.answers).to_have_count(3)
+    expect(tab.marks).to_have_text(["Stopped", "Cut off: the server ended"])
+
+
 def test_a_retry_in_a_tab_that_is_behind_replaces_nothing(chat: Chat, open_tab: OpenTab) -> None:
     """Another tab has sent a message since. Fails if a retry names no message: the answer of the other tab is gone."""
     here = open_tab(chat.workers[0].url, errors="409")

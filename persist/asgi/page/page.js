@@ -212,7 +212,8 @@ function show({ title, messages, first, stream }) {
   const kept = first > chat.first + chat.messages.length ? [] : chat.messages.slice(0, Math.max(0, first - chat.first));
   Object.assign(chat, { isGone: false, title: title ?? "", messages: [...kept, ...messages], first: first - kept.length });
   if (draft.tried && messages.some((message) => message.id === draft.tried.id)) clearDraft(draft.tried.content);
-  if (stream?.live) begin(stream.stream_id, stream.after, messages.find((message) => message.partial && message === messages.at(-1)));
+  // The server stores the answer of a stream under this id, and `after` is the last event that is in it.
+  if (stream?.live) begin(stream.stream_id, stream.after, messages.find(({ id }) => id === `${stream.stream_id}.answer`));
   else if (live) {
     end();
     say("notice", "");
@@ -244,7 +245,8 @@ async function readOlder() {
 const articles = new Map(); // by the id of the message: {key, node}
 
 function render() {
-  const shown = live ? chat.messages.filter((message) => !message.partial) : chat.messages;
+  // The live answer begins with what is stored of it, so that part is not shown by itself.
+  const shown = live && chat.messages.at(-1)?.partial ? chat.messages.slice(0, -1) : chat.messages;
   const last = live ? null : chat.messages.at(-1);
   staying(() => {
     const nodes = shown.map((message) => {
