@@ -291,6 +291,7 @@ def test_a_title_is_changed_in_all_tabs(chat: Chat, open_tab: OpenTab) -> None:
     titles[0].fill("New")
     titles[0].press("Enter")
     expect(here.prompt).to_be_focused()
+    expect(here.prompt).to_have_value("")
     expect(titles[1]).to_have_value("New")
     for tab in (here, there):
         expect(tab.rows).to_have_text([re.compile("New")])

@@ -501,7 +501,9 @@ byId("stop").onclick = stop;
 byId("delete").onclick = remove;
 byId("title").onchange = rename;
 byId("title").onkeydown = (event) => {
-  if (event.key === "Enter") prompt.focus();
+  if (event.key !== "Enter" || event.isComposing) return;
+  event.preventDefault(); // or the box, which has the focus then, gets a new line
+  prompt.focus();
 };
 byId("skip").onclick = () => prompt.focus();
 byId("new").onclick = () => {
