@@ -276,6 +276,29 @@ def test_code_is_copied_as_it_is(chat: Chat, open_tab: OpenTab) -> None:
     tab.page.wait_for_function("text => navigator.clipboard.readText().then((found) => found === text)", arg=answer)
 
 
+def test_code_that_is_cut_off_is_shaded(chat: Chat, open_tab: OpenTab) -> None:
+    """An edge of a block of code is shaded only while it hides more of the code."""
+    code = "```\nshort\n```\n\n```\n" + "long " * 100 + "\n```\n"
+    chat.store.create("code", {"title": "Code", "messages": exchange(1, code)})
+    tab = open_tab(f"{chat.workers[0].url}#code")
+    short, long = tab.page.locator(".code pre").all()
+
+    def edges(block: Any) -> list[bytes]:
+        """Return pictures of the two edges above the text."""
+        box = block.bounding_box()
+        top, ends = box["y"] + 1, (box["x"] + 1, box["x"] + box["width"] - 9)
+        clips: list[Any] = [{"x": x, "y": top, "width": 8, "height": 8} for x in ends]
+        return [tab.page.screenshot(clip=clip) for clip in clips]
+
+    plain, same = edges(short)
+    assert plain == same
+    assert [edge == plain for edge in edges(long)] == [True, False]
+    long.evaluate("node => node.scrollTo(200, 0)")
+    assert [edge == plain for edge in edges(long)] == [False, False]
+    long.evaluate("node => node.scrollTo(10_000, 0)")
+    assert [edge == plain for edge in edges(long)] == [False, True]
+
+
 # --- titles, and deletion ---
 
 
@@ -481,6 +504,13 @@ def test_a_narrow_screen(chat: Chat, open_tab: OpenTab) -> None:
     tab.prompt.fill("From a phone")
     tab.page.get_by_role("button", name="Send").tap()
     tab.expect_answer("From a phone")
+
+
+def test_only_the_page_sets_the_focus(chat: Chat, open_tab: OpenTab) -> None:
+    """The page gives its box the focus. An `autofocus` beside it makes Chromium complain on the console."""
+    tab = open_tab(chat.workers[0].url)
+    expect(tab.prompt).to_be_focused()
+    expect(tab.page.locator("[autofocus]")).to_have_count(0)
 
 
 # --- where it is served ---
