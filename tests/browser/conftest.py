@@ -66,5 +66,6 @@ def open_tab(chromium: Any) -> Iterator[Callable[..., Any]]:
 
     yield open_tab
     for tab in tabs:
+        tab.page.unroute_all(behavior="ignoreErrors")
         tab.page.context.close()
     assert [fault for tab in tabs for fault in tab.faults] == []

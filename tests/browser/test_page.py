@@ -13,6 +13,8 @@ pytest.importorskip("playwright", reason="the browser tests need the package pla
 from harness.chat_page import Tab, expect, words
 
 OpenTab = Callable[..., Tab]
+#: The list of chats, as the page asks for it.
+LISTS = "**/api/sessions?limit=50"
 NARROW: dict[str, Any] = {"viewport": {"width": 360, "height": 640}, "has_touch": True, "is_mobile": True}
 
 
@@ -61,9 +63,9 @@ def test_an_empty_page_of_the_list_hides_no_chat(chat: Chat, open_tab: OpenTab) 
         chat.store.create(f"chat-{number}", {"title": f"Title {number}", "messages": []})
     tab = open_tab(chat.workers[0].url)
     expect(tab.rows).to_have_count(3)
-    tab.page.route("**/api/sessions?limit=50", lambda route: route.fulfill(json={"sessions": [], "cursor": "1-x"}))
+    tab.page.route(LISTS, lambda route: route.fulfill(json={"sessions": [], "cursor": "1-x"}))
     for _ in range(2):  # the second request comes after the first answer was shown
-        with tab.page.expect_response("**/api/sessions?limit=50"):
+        with tab.page.expect_response(LISTS):
             pass
     expect(tab.rows).to_have_count(3)
     expect(tab.connection).to_be_empty()
@@ -299,6 +301,108 @@ def test_code_that_is_cut_off_is_shaded(chat: Chat, open_tab: OpenTab) -> None:
     assert [edge == plain for edge in edges(long)] == [False, True]
 
 
+# --- whose chats ---
+
+
+def offer(tab: Tab, user: str) -> list[str]:
+    """Let each list of chats offer another id for a new chat, and load the page again. Return the ids, as they come."""
+    offered = list[str]()
+
+    def fulfill(route: Any) -> None:
+        listed = route.fetch()
+        offered.append(f"{user}:{len(offered)}")
+        route.fulfill(response=listed, json={**listed.json(), "new_id": offered[-1]})
+
+    tab.page.route(LISTS, fulfill)
+    tab.page.reload()
+    return offered
+
+
+def hold(tab: Tab, pattern: str) -> list[Any]:
+    """Hold back the next request to such an address. Return the list that it comes into."""
+    held = list[Any]()
+
+    def keep(route: Any) -> None:
+        held.append(route)
+
+    tab.page.route(pattern, keep, times=1)
+    return held
+
+
+def test_a_new_chat_has_an_id_that_the_server_offered(chat: Chat, open_tab: OpenTab) -> None:
+    """Where each user may have other ids, both users begin chats from the page, and no id is used twice."""
+    url = chat.start("--users").url
+    tabs = {user: open_tab(url, extra_http_headers={"X-User": user}) for user in ("ann", "bob")}
+    for user, tab in tabs.items():
+        offered = offer(tab, user)
+        used = list[str]()
+        for number in range(3):
+            tab.page.get_by_role("link", name="New chat").click()
+            used.append(tab.send(f"Chat {number} of {user}"))
+            tab.expect_answer(f"Chat {number} of {user}")
+        assert set(used) <= set(offered)
+        assert len(set(used)) == 3
+    for user, tab in tabs.items():
+        expect(tab.rows.locator(".name")).to_have_text([f"Chat {number} of {user}" for number in (2, 1, 0)])
+
+
+def test_a_first_message_waits_for_the_offered_id(chat: Chat, open_tab: OpenTab) -> None:
+    """A user who is faster than the first list gets an offered id all the same."""
+    tab = open_tab(chat.start("--users").url, extra_http_headers={"X-User": "ann"})
+    held = hold(tab, LISTS)
+    tab.page.reload()
+    tab.prompt.fill("At once")
+    tab.prompt.press("Enter")
+    tab.prompt.press("Enter")
+    expect(tab.page.locator("#composer")).to_have_attribute("aria-busy", "true")
+    listed = held[0].fetch()
+    held[0].fulfill(response=listed, json={**listed.json(), "new_id": "ann:1"})
+    tab.expect_answer("At once")
+    assert tab.chat_id == "ann:1"
+    assert len(tab.bodies("POST", "/turns$")) == 1
+
+
+def test_a_new_chat_that_the_server_refuses(chat: Chat, open_tab: OpenTab) -> None:
+    """A user who may begin no chat is told so, and keeps the message. Later it is sent with another id."""
+    tab = open_tab(chat.start("--users").url, errors="404", extra_http_headers={"X-User": "ann"})
+    tab.page.route(LISTS, lambda route: route.fulfill(json={"sessions": [], "cursor": None, "new_id": "bob:1"}))
+    tab.page.reload()
+    tab.prompt.fill("May I?")
+    tab.prompt.press("Enter")
+    expect(tab.notice).to_have_text("This server does not let you begin this chat. Your message stays here.")
+    expect(tab.prompt).to_have_value("May I?")
+    tab.page.unroute(LISTS)
+    offer(tab, "ann")
+    expect(tab.prompt).to_have_value("May I?")
+    tab.prompt.press("Enter")
+    tab.expect_answer("May I?")
+    assert tab.chat_id.startswith("ann:")
+    tab.page.goto(f"{tab.url}#bob:1")
+    expect(tab.notice).to_contain_text("There is no chat here any more.")
+    tab.prompt.fill("And here?")
+    tab.prompt.press("Enter")
+    expect(tab.notice).to_have_text("This server does not let you begin this chat. Your message stays here.")
+
+
+def test_a_chat_that_was_begun_from_another_place_is_not_new(chat: Chat, open_tab: OpenTab) -> None:
+    """A user who opens another chat before the first message is taken finds it in the list, and an empty new chat."""
+    chat.store.create("one", {"title": "One", "messages": exchange(1)})
+    tab = open_tab(chat.workers[0].url)
+    held = hold(tab, "**/turns")
+    tab.prompt.fill("Hello there")
+    with tab.page.expect_request("**/turns"):
+        tab.prompt.press("Enter")
+    tab.page.get_by_role("link", name="One").click()
+    tab.expect_answer("Answer 1")
+    held[0].continue_()
+    expect(tab.rows.first).to_contain_text("Hello there")
+    tab.page.get_by_role("link", name="New chat").click()
+    expect(tab.prompt).to_have_value("")
+    tab.send("Another one")
+    tab.expect_answer("Another one")
+    expect(tab.rows.locator(".name")).to_have_text(["Another one", "Hello there", "One"])
+
+
 # --- titles, and deletion ---
 
 
@@ -334,6 +438,7 @@ def test_delete_asks_first(chat: Chat, open_tab: OpenTab) -> None:
     here.page.get_by_role("dialog", name="Delete this chat?").get_by_role("button", name="Keep it").click()
     expect(here.page.get_by_role("dialog")).to_be_hidden()
     delete.click()
+    expect(here.page.get_by_role("button", name="Keep it")).to_be_focused()
     here.page.keyboard.press("Escape")
     expect(here.page.get_by_role("dialog")).to_be_hidden()
     assert here.bodies("DELETE", "") == []

@@ -104,6 +104,7 @@ class Chat:
 def main() -> None:
     import uvicorn
     from starlette.applications import Starlette
+    from starlette.requests import Request
     from starlette.routing import Mount
 
     from persist.asgi import Part, Reasoning, Text, ToolInput, ToolOutput, create_app
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--prefix", default="")
     parser.add_argument("--keep-events-bytes", type=int, default=64 * 2**20)
+    parser.add_argument("--users", action="store_true", help="a user, who is named by X-User, has the sessions USER:…")
     options = parser.parse_args()
     pace = Pace(options.pace)
 
@@ -130,8 +132,11 @@ def main() -> None:
             await asyncio.sleep(0)
             yield Text(word)
 
+    def authorize(request: Request, session_id: str) -> bool:
+        return session_id.startswith(f"{request.headers.get('X-User')}:")
+
     store = persist.Store(options.directory, keep_events_bytes=options.keep_events_bytes)
-    app: Any = create_app(store, echo, checkpoint_s=0.02)
+    app: Any = create_app(store, echo, authorize=authorize if options.users else None, checkpoint_s=0.02)
     if options.prefix:
         app = Starlette(routes=[Mount(options.prefix, app=app)], lifespan=app.router.lifespan_context)
     listening = socket.create_server(("127.0.0.1", options.port))

@@ -13,7 +13,8 @@ const NEAR_PX = 80;
 const byId = (id) => document.getElementById(id);
 const prompt = byId("prompt"), scroll = byId("scroll"), log = byId("log");
 
-const list = { rows: [], cursor: null, isRead: false }; // the chats that are shown, newest first
+// The chats that are shown, newest first. `newId` is an id that the server lets this user's next chat have.
+const list = { rows: [], cursor: null, isRead: false, newId: null };
 let chat = null; // the open chat, see open()
 let live = null; // the answer that is being written, see begin()
 let draft = {}; // {text, tried}: what stands in the box, and the message that was last tried to be sent
@@ -120,6 +121,7 @@ async function readList() {
   if (row) chat.title = row.title ?? "";
   if (list.isRead && !chat.isNew && !live && JSON.stringify(row) !== JSON.stringify(before)) chat.isStale = true;
   list.isRead = true;
+  list.newId = page.new_id ?? null;
   renderTitle();
   renderList();
 }
@@ -174,15 +176,14 @@ function place(parent, nodes) {
 function open() {
   const named = location.hash.slice(1);
   const isNew = !/^(?!\.{1,2}$)[A-Za-z0-9_.:-]{1,128}$/.test(named);
-  const id = isNew ? recall("persist.new") ?? newId() : named;
-  if (isNew) remember("persist.new", id);
+  const id = isNew ? recall("persist.new") : named; // a new chat has none before its first message
   live?.source.close();
   live = null;
   chat = { id, isNew, isStale: !isNew, isGone: false, title: "", messages: [], first: 0 };
   articles.clear();
   isAtEnd = true;
   log.ariaLive = "off"; // until an answer is written, because a screen reader would read out the whole chat
-  draft = recall(`persist.draft.${id}`) ?? { text: "" };
+  draft = recall(draftKey()) ?? { text: "" };
   prompt.value = draft.text;
   say("notice", "");
   showDrawer(false);
@@ -350,11 +351,23 @@ async function send() {
   await acting("/turns", { message }, whyNotSent, () => {
     clearDraft(text);
     if (!chat.messages.some((known) => known.id === message.id)) chat.messages.push({ ...message, role: "user" });
-    if (!chat.isNew) return;
-    chat.isNew = false;
-    remember("persist.new", null);
-    history.pushState(null, "", `#${chat.id}`);
   });
+}
+
+// Gives a new chat an id that the server offers. A message that is tried again goes to the chat of its first try.
+async function nameNew(asked) {
+  if (!list.newId) await tick();
+  asked.id = list.newId ?? newId();
+  list.newId = null; // for one chat only
+  remember("persist.new", asked.id);
+}
+
+// The server has taken the first message of a new chat.
+function noteBegun(asked) {
+  remember(draftKey(asked), null);
+  remember("persist.new", null);
+  asked.isNew = false;
+  if (asked === chat) history.pushState(null, "", `#${chat.id}`);
 }
 
 async function retry() {
@@ -371,7 +384,10 @@ async function acting(path, body, told, onStarted) {
   say("notice", "");
   byId("composer").ariaBusy = "true";
   try {
+    if (!asked.id) await nameNew(asked);
+    if (asked !== chat) return;
     const turn = await call("POST", ofChat(path), body);
+    if (asked.isNew) noteBegun(asked);
     if (asked !== chat) return;
     onStarted();
     isAtEnd = true;
@@ -379,9 +395,14 @@ async function acting(path, body, told, onStarted) {
     else begin(turn.stream_id, "0");
     render();
   } catch (error) {
+    const isNoChat = error.status === 404 && (asked.isNew || asked.isGone);
+    if (isNoChat && asked.isNew) {
+      asked.id = null; // the next try asks for another one
+      remember("persist.new", null);
+    }
     if (asked !== chat) return;
-    say("notice", told(error));
-    chat.isStale = !chat.isNew || error.code === "busy";
+    say("notice", isNoChat ? "This server does not let you begin this chat. Your message stays here." : told(error));
+    chat.isStale = error.code === "busy" || !(chat.isNew || isNoChat);
   } finally {
     byId("composer").ariaBusy = "false";
     later(0);
@@ -435,9 +456,11 @@ async function trying(request) {
   }
 }
 
+const draftKey = (of = chat) => `persist.draft.${of.isNew ? "" : of.id}`;
+
 function keepDraft() {
   draft.text = prompt.value;
-  remember(`persist.draft.${chat.id}`, draft.text ? draft : null);
+  remember(draftKey(), draft.text ? draft : null);
 }
 
 function clearDraft(text) {
