@@ -17,7 +17,7 @@ from starlette.routing import Route
 import persist.aio
 from persist.asgi import static
 from persist.asgi.chat import Chat
-from persist.asgi.exchange import HANDLERS, Answered, Authorize, NewId
+from persist.asgi.exchange import HANDLERS, Answered, Authorize, Prefix, within
 from persist.asgi.openapi import DOCUMENT
 from persist.asgi.responder import Responder, checked_responder
 from persist.asgi.safety import Guard, checked_origins
@@ -31,8 +31,8 @@ def create_app(
     store: persist.aio.Store | persist.Store | str | os.PathLike[str],
     responder: Responder,
     *,
+    prefix: Prefix | None = None,
     authorize: Authorize | None = None,
-    new_id: NewId | None = None,
     allowed_origins: Collection[str] = (),
     allowed_hosts: Collection[str] | None = None,
     max_body_bytes: int = 1024 * 1024,
@@ -49,10 +49,10 @@ def create_app(
     Args:
         store: a store, or its directory.
         responder: what answers a prompt.
-        authorize: tells whether a request may see a session, by the session's id. It may be asynchronous. A session
-            that it refuses answers like an unknown one. None admits everybody to everything.
-        new_id: returns another id each time, for a session that the request may create. `authorize` should admit it.
-            None takes a UUID's hex.
+        prefix: returns what the ids of a request's sessions begin with: the user and a colon, for example. The request
+            sees no other session, and a new one gets such an id. Without it everybody sees everything.
+        authorize: tells whether a request may see a session, by the session's id. It may be asynchronous. It is asked
+            after `prefix`. A session that is refused answers like an unknown one.
         allowed_origins: origins as ``https://chat.example.org`` whose pages may write, beside the server's own.
         allowed_hosts: the names by which this server is known, without a port. None takes any.
         max_body_bytes: how large a request's body may be.
@@ -72,8 +72,9 @@ def create_app(
         if not isinstance(store, (persist.Store, str, os.PathLike)):
             raise InvalidArgument(what="store", expected="a store or a path", got=type(store).__name__)
         store = persist.aio.Store(store)
+    authorize = within(prefix, authorize)
     turns = Turns(store, responder, checkpoint_s=checkpoint_s)
-    sessions = Sessions(store, turns, authorize=authorize, new_id=new_id, heartbeat_s=heartbeat_s)
+    sessions = Sessions(store, turns, authorize=authorize, prefix=prefix, heartbeat_s=heartbeat_s)
     chat = Chat(store, turns, authorize=authorize, heartbeat_s=heartbeat_s)
     guard = Middleware(Guard, allowed_origins=origins, allowed_hosts=allowed_hosts, max_body_bytes=max_body_bytes)
     own = [Route("/healthz", partial(_health, store)), Route("/openapi.json", _describe)]

@@ -26,8 +26,8 @@ _OFFSET = re.compile(r"[0-9]{1,15}")
 
 #: Tells whether a request may see a session. A refused session answers like an unknown one.
 Authorize = Callable[[Request, str], bool | Awaitable[bool]]
-#: Returns the id of a session that a request may create.
-NewId = Callable[[Request], str]
+#: Returns what the ids of the sessions begin with that a request may see: ``ann:``, for example.
+Prefix = Callable[[Request], str]
 
 
 class Refused(Exception):
@@ -68,6 +68,17 @@ async def is_admitted(request: Request, session_id: str, authorize: Authorize | 
     """Tell whether a request may see a session."""
     verdict = True if authorize is None else authorize(request, session_id)
     return bool(await verdict if inspect.isawaitable(verdict) else verdict)
+
+
+def within(prefix: Prefix | None, authorize: Authorize | None) -> Authorize | None:
+    """Return what admits a request to the sessions of its prefix that `authorize` admits it to."""
+    if prefix is None:
+        return authorize
+
+    async def admits(request: Request, session_id: str) -> bool:
+        return session_id.startswith(prefix(request)) and await is_admitted(request, session_id, authorize)
+
+    return admits
 
 
 def unknown_session() -> Refused:

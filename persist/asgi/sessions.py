@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
@@ -21,7 +22,7 @@ from persist.asgi.exchange import (
     ID,
     Answered,
     Authorize,
-    NewId,
+    Prefix,
     Refused,
     admitted,
     checked_id,
@@ -44,6 +45,8 @@ _LAST = 10**15 - 1
 #: How many pages of the store a request for a list looks at, if it may see only few sessions. Each page costs a look at
 #: every lock file.
 _MOST_PAGES = 20
+#: A beginning of an id. It leaves room for 32 characters.
+_PREFIX = re.compile(r"[A-Za-z0-9_.:-]{1,96}")
 #: How long a list waits for the lock of one session that names a stream.
 _PATIENCE_S = 0.5
 
@@ -61,11 +64,11 @@ class Sessions:
         turns: Turns,
         *,
         authorize: Authorize | None,
-        new_id: NewId | None,
+        prefix: Prefix | None,
         heartbeat_s: float,
     ) -> None:
         self._store, self._turns, self._authorize, self._heartbeat_s = store, turns, authorize, heartbeat_s
-        self._make_id: NewId = new_id or (lambda _request: uuid.uuid4().hex)
+        self._prefix_of: Prefix = prefix or (lambda _request: "")
 
     def routes(self) -> list[Route]:
         one = "/api/sessions/{session_id}"
@@ -84,21 +87,22 @@ class Sessions:
     async def list_sessions(self, request: Request) -> Response:
         limit, before = number_in(request, "limit", 50, 1, 200), request.query_params.get("before")
         rows: list[dict[str, Any]] = []
+        prefix = self._prefix(request)
         for _ in range(_MOST_PAGES):
-            page = await self._store.recent(limit=limit - len(rows), before=before)
+            page = await self._store.recent(limit=limit - len(rows), before=before, prefix=prefix)
             seen = [head for head in page if await self._is_shown(request, head.id)]
             rows += [await self._row(head) for head in seen]
             before = page.cursor
             if before is None or len(rows) == limit:
                 break
-        return Answered({"sessions": rows, "cursor": before, "new_id": self._new_id(request)})
+        return Answered({"sessions": rows, "cursor": before, "new_id": f"{prefix}{uuid.uuid4().hex}"})
 
-    def _new_id(self, request: Request) -> str:
-        """Return an id that a new session of this request may take."""
-        session_id = self._make_id(request)
-        if isinstance(session_id, str) and ID.fullmatch(session_id):
-            return session_id
-        log.error("`new_id` of the chat server returned a malformed id: %s", shortened(session_id))
+    def _prefix(self, request: Request) -> str:
+        """Return what the ids of this request's sessions begin with."""
+        prefix = self._prefix_of(request)
+        if isinstance(prefix, str) and (not prefix or _PREFIX.fullmatch(prefix)):
+            return prefix
+        log.error("`prefix` of the chat server returned no beginning of an id: %s", shortened(prefix))
         raise Refused(500, "internal", "The server has failed. Its log tells why.")
 
     async def _is_shown(self, request: Request, session_id: str) -> bool:
@@ -126,7 +130,8 @@ class Sessions:
 
     async def create(self, request: Request) -> Response:
         fields = await fields_in(request)
-        session_id = checked_id(fields["id"], "The session's id") if "id" in fields else self._new_id(request)
+        session_id = checked_id(fields["id"], "The session's id") if "id" in fields else None
+        session_id = session_id or f"{self._prefix(request)}{uuid.uuid4().hex}"
         title = text_in({"title": "", **fields}, "title", most=TITLE_CHARACTERS)
         if not await is_admitted(request, session_id, self._authorize):
             raise unknown_session()

@@ -6,7 +6,6 @@ import asyncio
 import socket
 import uuid
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -96,21 +95,57 @@ def test_a_list_of_foreign_sessions_ends_its_request(client_of: Any, store: pers
     assert (rest["sessions"], rest["cursor"], sorted(asked_for)) == ([], None, sorted(store.ids()))
 
 
-def test_new_sessions_get_ids_of_their_user(client_of: Any, store: persist.Store) -> None:
-    """A list names an id that its user may take, another one each time, and so does a session without an id."""
-    numbers = count(1)
-    client = client_of(
-        authorize=lambda request, session_id: session_id.startswith(f"{request.headers['x-user']}:"),
-        new_id=lambda request: f"{request.headers['x-user']}:{next(numbers)}",
-    )
-    for user in ("ann", "bob"):
+def _user_of(request: Any) -> str:
+    return f"{request.headers['x-user']}:"
+
+
+def test_each_user_has_the_sessions_of_a_prefix(client_of: Any, store: persist.Store) -> None:
+    """A list names an id that its user may take, another one each time, and so does a session without an id.
+
+    It fails if new ids lack the prefix, or if a list or a route shows a session of another one.
+    """
+    client = client_of(prefix=_user_of)
+    for user, other in (("ann", "bob"), ("bob", "ann")):
         client.headers["X-User"] = user
         listed = [client.get("/api/sessions").json()["new_id"] for _ in range(2)]
         assert client.post("/api/sessions", json={"id": listed[0]}).status_code == 201
         assert client.post("/api/sessions").status_code == 201
         prompt = {"message": {"id": "m", "content": "x"}}
         assert client.post(f"/api/sessions/{listed[1]}/turns", json=prompt).status_code == 201
-    assert sorted(store.ids()) == ["ann:1", "ann:2", "ann:3", "bob:4", "bob:5", "bob:6"]
+        rows = client.get("/api/sessions").json()["sessions"]
+        assert {row["id"] for row in rows} == set(store.ids(prefix=f"{user}:"))
+        for foreign in store.ids(prefix=f"{other}:") or [f"{other}:new"]:
+            assert client.get(f"/api/sessions/{foreign}").status_code == 404
+            assert client.post(f"/api/sessions/{foreign}/turns", json=prompt).status_code == 404
+        assert client.post("/api/sessions", json={"id": f"{other}:new"}).status_code == 404
+    assert [each[:4] for each in store.ids()] == ["ann:"] * 3 + ["bob:"] * 3
+
+
+def test_the_cursor_of_a_list_names_no_session_of_another_prefix(client_of: Any, store: persist.Store) -> None:
+    """It fails if the list goes through all sessions, and only leaves the foreign ones out."""
+    for n in range(5):
+        store.create(f"ann:{n}")
+        store.create(f"bob:{n}")
+    before: str | None = ""
+    client, found = client_of(prefix=_user_of), list[str]()
+    client.headers["X-User"] = "ann"
+    while before is not None:
+        page = client.get("/api/sessions", params={"limit": 1, **({"before": before} if before else {})}).json()
+        assert "bob" not in str(page)
+        found += [row["id"] for row in page["sessions"]]
+        before = page["cursor"]
+    assert sorted(found) == [f"ann:{n}" for n in range(5)]
+
+
+def test_within_a_prefix_sessions_are_admitted_one_by_one(client_of: Any, store: persist.Store) -> None:
+    store.create("ann:1")
+    store.create("ann:secret")
+    store.create("bob:1")
+    client = client_of(prefix=_user_of, authorize=lambda _request, session_id: not session_id.endswith("secret"))
+    client.headers["X-User"] = "ann"
+    assert [row["id"] for row in client.get("/api/sessions").json()["sessions"]] == ["ann:1"]
+    statuses = [client.get(f"/api/sessions/{each}").status_code for each in ("ann:1", "ann:secret", "bob:1")]
+    assert statuses == [200, 404, 404]
 
 
 def test_without_names_of_its_own_a_new_session_gets_a_uuid(client: Any) -> None:
@@ -118,13 +153,15 @@ def test_without_names_of_its_own_a_new_session_gets_a_uuid(client: Any) -> None
     assert len({uuid.UUID(hex=each) for each in found}) == 3
 
 
-def test_a_malformed_new_id_is_a_fault_of_the_server(client_of: Any, caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing is created, and the log names the function and the id."""
-    client = client_of(new_id=lambda _request: "ann@example.org/1")
+@pytest.mark.parametrize("prefix", ["ann@example.org/", "x" * 97, None, 3])
+def test_a_malformed_prefix_is_a_fault_of_the_server(
+    client_of: Any, caplog: pytest.LogCaptureFixture, prefix: Any
+) -> None:
+    """Nothing is created, and the log names the function and what it returned."""
+    client = client_of(prefix=lambda _request: prefix)
     for response in (client.get("/api/sessions"), client.post("/api/sessions")):
         assert (response.status_code, response.json()["error"]["code"]) == (500, "internal")
-    assert client.post("/api/sessions", json={"id": "s"}).status_code == 201
-    assert [("new_id" in each.message, "ann@example.org/1" in each.message) for each in caplog.records] == [
+    assert [("`prefix`" in each.message, str(prefix)[:20] in each.message) for each in caplog.records] == [
         (True, True)
     ] * 2
 

@@ -132,11 +132,11 @@ def main() -> None:
             await asyncio.sleep(0)
             yield Text(word)
 
-    def authorize(request: Request, session_id: str) -> bool:
-        return session_id.startswith(f"{request.headers.get('X-User')}:")
+    def prefix(request: Request) -> str:
+        return f"{request.headers.get('X-User')}:"
 
     store = persist.Store(options.directory, keep_events_bytes=options.keep_events_bytes)
-    app: Any = create_app(store, echo, authorize=authorize if options.users else None, checkpoint_s=0.02)
+    app: Any = create_app(store, echo, prefix=prefix if options.users else None, checkpoint_s=0.02)
     if options.prefix:
         app = Starlette(routes=[Mount(options.prefix, app=app)], lifespan=app.router.lifespan_context)
     listening = socket.create_server(("127.0.0.1", options.port))
