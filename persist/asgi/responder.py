@@ -146,7 +146,7 @@ class OpenAI:
                         log.error("The model's server %r answered with status %s: %s", response.url, status, said)
                         yield Error(_REFUSALS.get(status, f"The model's server answered with status {status}."))
                         return
-                    async for line in response.aiter_lines():
+                    async for line in _lines_of(response):
                         for part in reading.parts_in(line):
                             yield part
         except httpx.HTTPError as error:
@@ -154,6 +154,16 @@ class OpenAI:
             return
         for part in reading.last_parts():
             yield part
+
+
+async def _lines_of(response: httpx.Response) -> AsyncIterator[str]:
+    """Yield the lines of a body. They end at a newline, and not at U+2028, as httpx's own do."""
+    rest = b""
+    async for piece in response.aiter_bytes():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line.decode("utf-8", "replace")
+    yield rest.decode("utf-8", "replace")
 
 
 async def _beginning_of(response: httpx.Response) -> str:
@@ -189,11 +199,14 @@ class _Reading:
             return []
         try:
             chunk = json.loads(data)
-            if chunk.get("error"):
+        except ValueError:
+            return [Error("The model's server sent something that is no JSON.")]
+        try:
+            if chunk.get("error") or chunk.get("object") == "error":
                 return [Error("The model's server reported an error.")]
             choice = chunk["choices"][0]
             delta = choice.get("delta") or {}
-        except (ValueError, LookupError, AttributeError, TypeError):
+        except (LookupError, AttributeError, TypeError):
             # The last chunk may tell the tokens only, and have no choice.
             return []
         if choice.get("finish_reason"):

@@ -65,12 +65,30 @@ def parts_of(responder: OpenAI, *messages: dict[str, Any]) -> list[Part]:
 
 
 def test_an_answer_is_told_as_it_comes(endpoint: Endpoint) -> None:
-    """Thoughts and texts are parts of their own. A chunk without a choice, a comment and other lines are none."""
+    """Thoughts and texts are parts of their own. A chunk without a choice is none."""
     usage, role = {"choices": [], "usage": {"total_tokens": 3}}, delta(role="assistant", content="")
-    url = endpoint(
-        role, delta(reasoning_content="Hm."), delta(content="Be"), "x", delta(content="cause."), usage, "[DONE]"
-    )
+    url = endpoint(role, delta(reasoning_content="Hm."), delta(content="Be"), delta(content="cause."), usage, "[DONE]")
     assert parts_of(OpenAI(url, model="m")) == [Reasoning("Hm."), Text("Be"), Text("cause.")]
+
+
+def test_only_a_newline_ends_a_line(endpoint: Endpoint) -> None:
+    """Some servers escape nothing. It fails if a line ends where Python's `splitlines` would end it."""
+    said = "a\u2028b\u2029c\x85d\x0be"
+    url = endpoint(json.dumps(delta(content=said), ensure_ascii=False), "[DONE]")
+    assert parts_of(OpenAI(url, model="m")) == [Text(said)]
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [("x", "no JSON"), ({"object": "error", "message": "out of memory"}, "reported an error")],
+    ids=["no-json", "error"],
+)
+def test_an_answer_with_a_line_that_is_no_part_has_failed(endpoint: Endpoint, line: object, error: str) -> None:
+    """It fails if a line that cannot be read is passed over."""
+    said, part, *_ = parts_of(OpenAI(endpoint(delta(content="Be"), line, "[DONE]"), model="m"))
+    assert said == Text("Be")
+    assert isinstance(part, Error)
+    assert error in part.text
 
 
 def test_the_pieces_of_tool_calls_are_joined(endpoint: Endpoint) -> None:
