@@ -1,7 +1,7 @@
 """The parts of an answer: what a responder yields, what followers see, and how the parts add up to a stored message.
 
-A stored message keeps its text in ``content``. If there is more than text, ``parts`` has everything, in the form of the
-AI SDK's UI messages.
+A stored message keeps its text in ``content``, with a blank line between texts that something else has parted. If there
+is more than text, ``parts`` has everything, in the form of the AI SDK's UI messages.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+
+from persist import json_codec
 
 Event = dict[str, Any]
 Message = dict[str, Any]
@@ -69,6 +71,33 @@ class Error:
 
 Part = Text | Reasoning | ToolInput | ToolOutput | Error
 
+#: The class of a part, by the type of its event. The other keys of the event are the fields of the part.
+_KINDS: dict[str, type[Part]] = {
+    "text": Text,
+    "reasoning": Reasoning,
+    "tool-input": ToolInput,
+    "tool-output": ToolOutput,
+    "error": Error,
+}
+#: Where a part stands in a session. So a part that is nested too deep for the session is refused by itself.
+_PLACE = ("messages", 0, "parts", 0)
+
+
+def copied(part: Any) -> Part:
+    """Return a copy of what a responder has yielded. Nobody else can change it, and it can be told and stored.
+
+    Raises:
+        TypeError: it is no part, or a text of it is none.
+        NotJSON: a value of it cannot be kept.
+    """
+    if not isinstance(part, Part):
+        raise TypeError(f"A responder yields parts (persist.asgi.Text, …), and this one yielded a {type(part)}.")
+    fields = json_codec.decode(json_codec.encode_exact(part.event(), _PLACE))
+    for name, value in fields.items():
+        if name not in ("input", "output") and type(value) is not str:
+            raise TypeError(f"{name} of a {type(part).__name__} must be a text, and is a {type(value).__name__}.")
+    return _KINDS[fields.pop("type")](**fields)
+
 
 class Answer:
     """An answer while it comes: the sum of its parts.
@@ -85,14 +114,16 @@ class Answer:
         # A long answer comes in many pieces, which are joined only when somebody asks.
         self._pieces: list[str] = []
 
-    def __bool__(self) -> bool:
-        return bool(self._parts or self.error)
+    @property
+    def is_silent(self) -> bool:
+        """Whether it has said nothing. An error says nothing."""
+        return not self._parts
 
     def add(self, part: Part) -> None:
         """Add a part.
 
         Raises:
-            TypeError: it is no part.
+            ValueError: it is the output of no call, or of a call that has its output.
         """
         if isinstance(part, (Text, Reasoning)):
             kind = "text" if isinstance(part, Text) else "reasoning"
@@ -105,13 +136,13 @@ class Answer:
             called = {"toolCallId": part.id, "state": "input-available", "input": part.input}
             self._parts.append({"type": f"tool-{part.name}", **called})
         elif isinstance(part, ToolOutput):
-            for each in self._parts:
-                if each.get("toolCallId") == part.id:
-                    each.update(state="output-available", output=part.output)
-        elif isinstance(part, Error):
-            self.error = part.text
+            # A model may number its calls anew in each step, so that an id comes again.
+            calls = [each for each in self._parts if each.get("toolCallId") == part.id and "output" not in each]
+            if not calls:
+                raise ValueError("A ToolOutput needs a ToolInput of the same id before it, one for each output.")
+            calls[-1].update(state="output-available", output=part.output)
         else:
-            raise TypeError(f"A responder yields parts (persist.asgi.Text, …), and this one yielded a {type(part)}.")
+            self.error = part.text
 
     def _join(self) -> None:
         if self._pieces:
@@ -121,7 +152,7 @@ class Answer:
     def message(self) -> Message:
         """Return the message as it is stored."""
         self._join()
-        text = "".join(each["text"] for each in self._parts if each["type"] == "text")
+        text = "\n\n".join(each["text"] for each in self._parts if each["type"] == "text")
         message: Message = {"id": self.id, "role": "assistant", "content": text}
         if any(each["type"] != "text" for each in self._parts):
             message["parts"] = [dict(each) for each in self._parts]

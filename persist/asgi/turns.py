@@ -16,7 +16,7 @@ from typing import Any
 import persist.aio
 from persist import turn
 from persist.asgi.exchange import Refused
-from persist.asgi.parts import Answer, Error, Message, Part
+from persist.asgi.parts import Answer, Error, Message, Part, Reasoning, Text, copied
 from persist.asgi.responder import Conversation, Responder
 from persist.log import log
 
@@ -165,7 +165,7 @@ class _Turn:
                     raise
                 if is_whole:
                     await stream.finish(answer.message())
-                elif answer:
+                elif not answer.is_silent or answer.error is not None:
                     ended = {} if answer.error else {STOPPED: True}
                     await stream.checkpoint({**answer.message(), **ended})
         except persist.StreamLost:
@@ -191,10 +191,11 @@ class _Turn:
             async with self._telling:
                 generating.cancel()
             await asyncio.wait([generating], timeout=GRACE_S)
-        failure = None if generating.cancelled() else generating.exception()
+        # Nobody has cancelled it. So a cancellation is its own, of a task say, and a failure as any other.
+        failure = _failure_of(generating)
         if isinstance(failure, persist.StreamLost):
             raise failure
-        if failure is not None or not self._answer:
+        if failure is not None or (self._answer.is_silent and self._answer.error is None):
             log.error("Session %r: the answer broke off", conversation.session_id, exc_info=failure)
             # A disk that refuses the events may refuse this one, too. The stored answer tells it then.
             with suppress(persist.EmitFailed):
@@ -203,7 +204,10 @@ class _Turn:
 
     async def _generate(self, conversation: Conversation) -> None:
         async with aclosing(_generator(self._responder(conversation))) as parts:
-            async for part in parts:
+            async for each in parts:
+                part = copied(each)
+                if part in (Text(""), Reasoning("")):
+                    continue
                 await self._tell(part)
                 if self._answer.error is not None:
                     return
@@ -220,6 +224,13 @@ class _Turn:
         with suppress(persist.LockTimeout, persist.CommitFailed):  # the next time may be luckier
             await self._stream.checkpoint({**message, OFFSET: offset})
         return offset
+
+
+def _failure_of(task: asyncio.Task[None]) -> BaseException | None:
+    try:
+        return task.exception()
+    except asyncio.CancelledError as cancelled:
+        return cancelled
 
 
 def _now() -> float:

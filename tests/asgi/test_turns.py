@@ -8,9 +8,11 @@ import json
 import socket
 import threading
 import time
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -22,7 +24,7 @@ from actors import eventually
 from harness.chat_servers import Sent, events_in
 
 import persist
-from persist.asgi import Echo, Text
+from persist.asgi import Echo, Error, Reasoning, Text, ToolInput, ToolOutput
 
 
 def start(client: Any, content: str, message_id: str = "m1", session_id: str = "s", status: int = 201) -> str:
@@ -89,7 +91,7 @@ def test_all_kinds_of_parts_are_told_and_stored(client: Any) -> None:
     kinds = [each.data["type"] for each in followed(client, stream_id)[:-1]]
     assert kinds == ["reasoning", "reasoning", "text", "tool-input", "tool-output", "text"]
     answer = messages_of(client)[-1]
-    assert answer["content"] == "a b "
+    assert answer["content"] == "a \n\nb "
     call = {"toolCallId": "call-3", "state": "output-available", "input": {"place": 3}, "output": {"found": "look"}}
     assert answer["parts"] == [
         {"type": "reasoning", "text": "hmwell"},
@@ -386,3 +388,91 @@ def test_echo_says_the_prompt_again(client_of: Any) -> None:
     events = followed(client, start(client, prompt))
     assert len(events) > 3
     assert messages_of(client)[-1]["content"] == prompt
+
+
+async def _cancelled() -> AsyncIterator[Any]:
+    yield Text("half ")
+    pause = asyncio.ensure_future(asyncio.sleep(3600))
+    asyncio.get_running_loop().call_soon(pause.cancel)
+    await pause
+
+
+async def _yielding(*parts: Any) -> AsyncIterator[Any]:
+    for part in parts:
+        yield part
+
+
+def _nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        _cancelled,
+        lambda: _yielding(Text("half "), ToolInput("c", "clock", {"now": datetime.now(UTC)})),
+        lambda: _yielding(Text("half "), ToolInput("c", "clock", _nested(196))),
+        lambda: _yielding(Text("half "), Text(cast(Any, None))),
+        lambda: _yielding(Text("half "), ToolOutput("c", 1)),
+        lambda: _yielding(Text("half "), Error(cast(Any, 7))),
+    ],
+    ids=["cancelled", "not-json", "deep", "no-text", "no-input", "no-error"],
+)
+def test_a_responder_that_misbehaves_tears_no_answer(client_of: Any, parts: Any) -> None:
+    """The turn has failed, and exactly what was told before is kept.
+
+    Fails if a cancellation of the responder's own counts as its end, or if a part is added before it is checked.
+    """
+    client = client_of(lambda _: parts())
+    events = followed(client, start(client, "a"))
+    assert [each.data["text"] for each in events[:-1]] == ["half ", "The model failed to answer."]
+    assert how(events) == "failed"
+    answer = messages_of(client)[-1]
+    assert (answer["content"], answer["error"]) == ("half ", "The model failed to answer.")
+    assert (answer["partial"], "parts" in answer) == (True, False)
+
+
+def test_the_deepest_part_is_stored(client_of: Any) -> None:
+    """A part that is told can be stored, too, down to the last level. Fails if a part is checked by itself."""
+    client = client_of(lambda _: _yielding(ToolInput("c", "clock", _nested(195))))
+    assert how(followed(client, start(client, "a"))) == "finished"
+    assert messages_of(client)[-1]["parts"][0]["input"] == _nested(195)
+
+
+def test_a_part_that_changes_later_is_kept_as_it_was_told(client_of: Any) -> None:
+    """A responder may use its values again. Fails if the answer keeps the responder's own value."""
+
+    async def change(_conversation: Any) -> Any:
+        value: dict[str, Any] = {"zone": "UTC"}
+        yield ToolInput("c", "clock", value)
+        value["zone"] = {1}
+        yield Text("noon")
+
+    client = client_of(change)
+    events = followed(client, start(client, "a"))
+    assert (how(events), events[0].data["input"]) == ("finished", {"zone": "UTC"})
+    assert messages_of(client)[-1]["parts"][0]["input"] == {"zone": "UTC"}
+
+
+def test_an_empty_piece_says_nothing(client_of: Any) -> None:
+    """It is not told, and makes no text of its own."""
+    client = client_of(lambda _: _yielding(Reasoning(""), Text("a"), Reasoning(""), Text("b")))
+    events = followed(client, start(client, "a"))
+    assert [each.data["text"] for each in events[:-1]] == ["a", "b"]
+    assert (messages_of(client)[-1]["content"], "parts" in messages_of(client)[-1]) == ("ab", False)
+
+
+def test_texts_stay_apart_and_outputs_go_to_their_calls(client_of: Any) -> None:
+    """Texts around a tool are two paragraphs. A call's id may come again.
+
+    Fails if an output goes to each call of its id.
+    """
+    steps = [part for n in (1, 2) for part in (ToolInput("call_0", "find", n), ToolOutput("call_0", -n))]
+    client = client_of(lambda _: _yielding(Text("Look."), *steps, Text("# Found")))
+    assert how(followed(client, start(client, "a"))) == "finished"
+    answer = messages_of(client)[-1]
+    assert answer["content"] == "Look.\n\n# Found"
+    assert [(each["input"], each["output"]) for each in answer["parts"][1:3]] == [(1, -1), (2, -2)]
