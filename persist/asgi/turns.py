@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import persist.aio
@@ -24,6 +25,10 @@ from persist.log import log
 LOOK_S = 0.2
 #: How long a responder may go on after it was cancelled, in seconds.
 GRACE_S = 5.0
+#: How long the end of a turn is tried again while the store refuses it, and the pause between two tries, in seconds.
+PATIENCE_S, PAUSE_S = 30.0, 0.5
+#: Refusals that pass: somebody holds the lock, or the disk is full.
+_PASSING = (persist.LockTimeout, persist.CommitFailed, persist.Unreadable)
 #: The field that tells which stream has the last prompt, and the key of a partial answer that tells its last event.
 TURN, OFFSET = "turn", "offset"
 #: The key of a partial answer that a user stopped. A page tells it from one that a crash has cut off.
@@ -150,7 +155,7 @@ class _Turn:
 
     async def run(self, extra: Mapping[str, Any], again: str | int | None) -> None:
         """Run to the end. `again` is a prompt that has an answer, which makes room for the new one."""
-        stream, answer = self._stream, self._answer
+        stream = self._stream
         try:
             async with stream:
                 if again is not None:
@@ -160,18 +165,31 @@ class _Turn:
                 try:
                     is_whole = await self._watch(Conversation(stream.session_id, stream.id, shown, extra))
                 except asyncio.CancelledError:
-                    answer.add(Error("The server was stopped in the middle of this answer."))
-                    await stream.checkpoint(answer.message())
+                    self._answer.add(Error("The server was stopped in the middle of this answer."))
+                    async with asyncio.timeout(GRACE_S):
+                        await _until_taken(partial(self._end, is_whole=False))
                     raise
-                if is_whole:
-                    await stream.finish(answer.message())
-                elif not answer.is_silent or answer.error is not None:
-                    ended = {} if answer.error else {STOPPED: True}
-                    await stream.checkpoint({**answer.message(), **ended})
+                ending = asyncio.create_task(_until_taken(partial(self._end, is_whole=is_whole)))
+                try:
+                    await asyncio.shield(ending)
+                except asyncio.CancelledError:
+                    await asyncio.wait([ending], timeout=GRACE_S)
+                    ending.cancel()
+                    raise
         except persist.StreamLost:
             pass  # the session was deleted or taken away, so the turn is over
         except Exception:
             log.exception("Session %r: its turn %s broke off", stream.session_id, stream.id)
+
+    async def _end(self, *, is_whole: bool) -> None:
+        """Store the answer, and end the stream. It may be called again if the store has refused."""
+        message = self._answer.message()
+        if is_whole:
+            await self._stream.finish(message)
+            return
+        if not self._answer.is_silent or self._answer.error is not None:
+            await self._stream.checkpoint(message if "error" in message else {**message, STOPPED: True})
+        await self._stream.fail()
 
     async def _watch(self, conversation: Conversation) -> bool:
         """Let the responder answer, until it has ended or somebody stops it. Tell whether the answer is whole."""
@@ -182,7 +200,7 @@ class _Turn:
                 await asyncio.wait([generating], timeout=LOOK_S)
                 if generating.done():
                     break
-                if await self._stream.is_cancelled():
+                if await self._is_cancelled():
                     return False
                 if self._offset > kept and _now() - kept_at >= self._checkpoint_s:
                     kept, kept_at = await self._keep(), _now()
@@ -198,9 +216,15 @@ class _Turn:
         if failure is not None or (self._answer.is_silent and self._answer.error is None):
             log.error("Session %r: the answer broke off", conversation.session_id, exc_info=failure)
             # A disk that refuses the events may refuse this one, too. The stored answer tells it then.
-            with suppress(persist.EmitFailed):
+            with suppress(persist.EmitFailed, *_PASSING):
                 await self._tell(Error("The model failed to answer."))
         return self._answer.error is None
+
+    async def _is_cancelled(self) -> bool:
+        try:
+            return await self._stream.is_cancelled()
+        except persist.PersistError:
+            return False  # the next look may be luckier
 
     async def _generate(self, conversation: Conversation) -> None:
         async with aclosing(_generator(self._responder(conversation))) as parts:
@@ -221,9 +245,21 @@ class _Turn:
         """Make the answer so far durable, and return the offset of its last event."""
         async with self._telling:
             message, offset = self._answer.message(), self._offset
-        with suppress(persist.LockTimeout, persist.CommitFailed):  # the next time may be luckier
+        with suppress(*_PASSING):  # the next time may be luckier
             await self._stream.checkpoint({**message, OFFSET: offset})
         return offset
+
+
+async def _until_taken(write: Callable[[], Awaitable[None]]) -> None:
+    """Write to the store, and try again for a while if it refuses for now."""
+    give_up_at = _now() + PATIENCE_S
+    while True:
+        try:
+            return await write()
+        except _PASSING:
+            if _now() >= give_up_at:
+                raise
+        await asyncio.sleep(PAUSE_S)
 
 
 def _failure_of(task: asyncio.Task[None]) -> BaseException | None:

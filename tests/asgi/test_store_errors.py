@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import re
@@ -16,9 +17,12 @@ pytest.importorskip("starlette", reason="the extra `server` is not installed")
 pytest.importorskip("sse_starlette", reason="the extra `server` is not installed")
 
 from actors import eventually
-from harness.chat_servers import Sent, events_in
+from harness.chat_servers import Sent, client_of_app, events_in
+from harness.scripted import scripted
 
 import persist
+from persist.asgi import create_app
+from persist.asgi.turns import Turns
 
 TURN = {"message": {"id": "m", "content": "a"}}
 
@@ -156,8 +160,98 @@ def test_a_checkpoint_that_is_refused_does_not_end_the_turn(client_of: Any, disk
     assert client.get("/api/sessions/s").json()["messages"][-1]["content"] == "a b c "
 
 
-def test_a_turn_that_a_full_disk_ended_can_be_read(client_of: Any, disk: Disk, tmp_path: Path) -> None:
+ENDS = [("c", "finished", "a b c ", None), ("!broken", "failed", "a b ", "broken")]
+
+
+@pytest.mark.parametrize(("end", "how", "content", "error"), ENDS)
+def test_an_end_that_a_full_disk_refuses_is_tried_again(
+    client_of: Any, disk: Disk, tmp_path: Path, end: str, how: str, content: str, error: str | None
+) -> None:
+    """All that was told is stored once there is room. Fails if the end of a turn is tried once."""
+    client = client_of(checkpoint_s=3600.0)
+    gate = tmp_path / "gate"
+    body = {"message": {"id": "m", "content": f"a b <{gate} {end}"}}
+    stream_id = client.post("/api/sessions/s/turns", json=body).json()["stream_id"]
+    disk.refused = r"/s\.(json|.*journal)"
+    gate.touch()
+    eventually(lambda: disk.refusals > 0)
+    disk.refused = None
+    assert followed(client, stream_id)[-1].data["how"] == how
+    answer = client.get("/api/sessions/s").json()["messages"][-1]
+    assert (answer["content"], answer.get("error")) == (content, error)
+
+
+def test_an_end_that_meets_a_lock_is_tried_again(
+    client_of: Any, directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody holds the session for longer than the store waits, and the answer is stored after that."""
+    client = client_of(store=persist.Store(directory, timeout_s=0.1))
+    gate, refused, finish = tmp_path / "gate", threading.Event(), persist.aio.Stream.finish
+
+    async def noted(*args: Any) -> None:
+        try:
+            await finish(*args)
+        except persist.LockTimeout:
+            refused.set()
+            raise
+
+    monkeypatch.setattr(persist.aio.Stream, "finish", noted)
+    body = {"message": {"id": "m", "content": f"a <{gate} b"}}
+    stream_id = client.post("/api/sessions/s/turns", json=body).json()["stream_id"]
+    with client.stream("GET", f"/api/sessions/s/streams/{stream_id}/events") as response:
+        events = events_in(response.iter_lines())
+        assert next(events).data["text"] == "a "
+        with persist.Store(directory).transaction("s"):
+            gate.touch()
+            assert refused.wait(60.0)
+        assert [*events][-1].data["how"] == "finished"
+    assert client.get("/api/sessions/s").json()["messages"][-1]["content"] == "a b "
+
+
+def test_an_end_that_is_refused_has_time_when_the_server_ends(
+    directory: Path, disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: persist.Store
+) -> None:
+    """A disk that has room again in the last seconds of the server loses nothing. Fails if an end is cut off."""
+    gate, close = tmp_path / "gate", Turns.close
+
+    async def free_and_close(turns: Turns) -> None:
+        asyncio.get_running_loop().call_later(0.5, lambda: setattr(disk, "refused", None))
+        await close(turns)
+
+    monkeypatch.setattr(Turns, "close", free_and_close)
+    with client_of_app(create_app(directory, scripted, checkpoint_s=3600.0)) as client:
+        client.post("/api/sessions/s/turns", json={"message": {"id": "m", "content": f"a <{gate} b"}})
+        disk.refused = r"/s\.(json|.*journal)"
+        gate.touch()
+        eventually(lambda: disk.refusals > 0)
+    answer = store.load("s").data["messages"][-1]
+    assert (answer["content"], "interrupted" in answer) == ("a b ", False)
+
+
+def test_a_look_that_fails_stops_nothing(client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether somebody has stopped a turn cannot be read for a while. Then the turn goes on, and a stop ends it."""
+    looks, look = iter(range(3)), persist.aio.Stream.is_cancelled
+    failed = threading.Event()
+
+    async def refusing(stream: persist.aio.Stream) -> bool:
+        if next(looks, None) is not None:
+            raise persist.Unreadable(path=tmp_path, reason="too many open files")
+        failed.set()
+        return await look(stream)
+
+    monkeypatch.setattr(persist.aio.Stream, "is_cancelled", refusing)
+    body = {"message": {"id": "m", "content": "a ~"}}
+    stream_id = client.post("/api/sessions/s/turns", json=body).json()["stream_id"]
+    assert failed.wait(60.0)
+    assert client.post(f"/api/sessions/s/streams/{stream_id}/stop").json() == {"stopped": True}
+    assert followed(client, stream_id)[-1].data["how"] == "stopped"
+
+
+def test_a_turn_that_a_full_disk_ended_can_be_read(
+    client_of: Any, disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its stream is over, though the session cannot be told so. Fails if the session is refused with status 503."""
+    monkeypatch.setattr("persist.asgi.turns.PATIENCE_S", 0.0)
     client = client_of(checkpoint_s=0.0)
     gate = tmp_path / "gate"
     body = {"message": {"id": "m", "content": f"a <{gate} b"}}
