@@ -32,7 +32,7 @@ from persist.asgi.exchange import (
     unknown_session,
 )
 from persist.asgi.parts import Event, Message, events_of
-from persist.asgi.turns import OFFSET, STOPPED, Started, Turns
+from persist.asgi.turns import OFFSET, STOPPED, Started, Turns, answer_to
 
 Chunk = dict[str, Any]
 _HEADERS = {"x-vercel-ai-ui-message-stream": "v1"}
@@ -101,15 +101,18 @@ class Chat:
         stream_id, before = started.stream_id, list[Event]()
         following, how = None, "lost"
         message_id = f"{stream_id or started.message_id}.answer"
-        try:
+        with suppress(persist.EventsNotFound):
             if stream_id is not None:
                 following = await self._store.follow(session_id, stream_id)
-        except persist.EventsNotFound:
+        if following is None:
             # The events have expired, or the first ones were dropped. The stored answer stands for them.
-            answer = (await self._store.view(session_id)).list(turn.MESSAGES).find(message_id)
+            messages = (await self._store.view(session_id)).list(turn.MESSAGES)
+            answer = messages.find(message_id) or answer_to(messages, started.message_id)
             if answer is not None:
                 before, how = list(events_of(answer)), _how_told(answer)
-                following = await self._followed_from(session_id, str(stream_id), answer)
+                message_id = str(answer.get("id") or message_id)
+                if message_id == f"{stream_id}.answer":
+                    following = await self._followed_from(session_id, str(stream_id), answer)
         events = _tell(Chunks(message_id), before, following, how)
         options: dict[str, Any] = {"heartbeat_s": self._heartbeat_s, "close_turns": self._turns.close}
         farewell = [told({"type": "error", "errorText": _ENDS}), told("[DONE]")]

@@ -162,15 +162,19 @@ class Answer:
 
 
 def events_of(message: Message) -> Iterator[Event]:
-    """Yield the events that tell a stored message: fewer and longer ones than its turn has emitted."""
-    parts = message.get("parts") or [{"type": "text", "text": message.get("content") or ""}]
-    for part in parts:
-        kind = part["type"]
-        if kind in ("text", "reasoning"):
-            yield {"type": kind, "text": part["text"]}
-        elif kind.startswith("tool-"):
-            yield ToolInput(part["toolCallId"], kind.removeprefix("tool-"), part["input"]).event()
-            if "output" in part:
-                yield ToolOutput(part["toolCallId"], part["output"]).event()
+    """Yield the events that tell a stored message: fewer and longer ones than its turn has emitted.
+
+    Another program may have stored it. Then the parts of other kinds are left out.
+    """
+    content = message.get("content")
+    parts = message.get("parts") or (content if isinstance(content, list) else [{"type": "text", "text": content}])
+    for part in parts if isinstance(parts, list) else []:
+        match part:
+            case {"type": "text" | "reasoning" as kind, "text": str(text)}:
+                yield {"type": kind, "text": text}
+            case {"type": str(kind), "toolCallId": str(call), "input": value} if kind.startswith("tool-"):
+                yield ToolInput(call, kind.removeprefix("tool-"), value).event()
+                if "output" in part:
+                    yield ToolOutput(call, part["output"]).event()
     if message.get("error"):
-        yield Error(message["error"]).event()
+        yield Error(str(message["error"])).event()

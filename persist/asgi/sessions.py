@@ -35,7 +35,7 @@ from persist.asgi.exchange import (
     unknown_session,
 )
 from persist.asgi.markdown import html_of
-from persist.asgi.turns import OFFSET, STOPPED, Started, Turns
+from persist.asgi.turns import OFFSET, STOPPED, Started, Turns, without_earlier
 from persist.errors import shown as shortened
 from persist.log import log
 
@@ -146,7 +146,11 @@ class Sessions:
         end = min(before, len(messages))
         first = max(0, end - limit)
         partial_id = None if stream_id is None else f"{stream_id}.answer"
-        shown = await asyncio.to_thread(_shown_all, messages[first:end], partial_id)
+        partial = messages.find(partial_id) if is_live and partial_id is not None else None
+        page = messages[first:end]
+        if is_live and partial is None:
+            page = without_earlier(page, view.fields)
+        shown = await asyncio.to_thread(_shown_all, page, partial_id)
         title = view.fields.get("title")
         body = {
             "id": session_id,
@@ -158,7 +162,6 @@ class Sessions:
             "stream": None,
         }
         if is_live:
-            partial = messages.find(f"{stream_id}.answer")
             after = partial.get(OFFSET, 0) if type(partial) is dict else 0
             body["stream"] = {"stream_id": stream_id, "live": True, "after": after}
         return Answered(body)

@@ -7,8 +7,9 @@ its turns are cancelled, and what was said is kept. If it is killed, the last ch
 from __future__ import annotations
 
 import asyncio
+import itertools
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from persist.asgi.exchange import Refused
 from persist.asgi.parts import Answer, Error, Message, Part, Reasoning, Text, copied
 from persist.asgi.responder import Conversation, Responder
 from persist.log import log
+from persist.view import ViewedList
 
 #: How often a turn looks whether somebody has asked it to stop, in seconds.
 LOOK_S = 0.2
@@ -85,11 +87,11 @@ class Turns:
                 return Started(started.stream_id or _stream_in(started.answer), prompt["id"], is_repeated=True)
             except persist.VersionMismatch:
                 continue  # the same prompt may have come and gone
-            self._run(stream, extra)
+            self._run(stream, prompt["id"], extra)
             return Started(stream_id, prompt["id"])
 
     async def retry(self, session_id: str, extra: Mapping[str, Any], *, prompt_id: object = None) -> Started:
-        """Answer the last prompt again, in the place of its answer.
+        """Answer the last prompt again. As soon as the new answer says something, it takes the place of the old one.
 
         Args:
             prompt_id: the prompt that the client means. None means the last one, whichever that is.
@@ -97,13 +99,13 @@ class Turns:
         Raises:
             SessionNotFound: there is no such session.
             SessionBusy: a turn runs.
-            Refused: there is no prompt, or the last one is another one.
+            Refused: there is no prompt, the last one is another one, or it has no id.
         """
         view = await self._store.view(session_id)
-        prompts = (each for each in reversed(view.list(turn.MESSAGES)) if _is_prompt(each))
-        prompt = next(prompts, None)
-        if prompt is None:
-            raise Refused(409, "nothing_to_retry", "The session has no prompt that could be answered again.")
+        prompt = next((each for each in reversed(view.list(turn.MESSAGES)) if _has_role(each, "user")), None)
+        if prompt is None or prompt.get("id") is None:
+            why = "has no prompt" if prompt is None else "ends with a prompt without an id"
+            raise Refused(409, "nothing_to_retry", f"The session {why}, so nothing could be answered again.")
         if prompt_id not in (None, prompt["id"]):
             raise _changed()
         stream_id = uuid.uuid4().hex
@@ -113,7 +115,7 @@ class Turns:
             stream = await self._store.start_stream(session_id, prompt, **options)
         except persist.VersionMismatch:
             raise _changed() from None
-        self._run(stream, extra, again=prompt["id"])
+        self._run(stream, prompt["id"], extra, is_again=True)
         return Started(stream_id, prompt["id"])
 
     async def stop(self, session_id: str, stream_id: str) -> bool:
@@ -135,9 +137,11 @@ class Turns:
         if self._running:
             await asyncio.wait(self._running)
 
-    def _run(self, stream: persist.aio.Stream, extra: Mapping[str, Any], again: str | int | None = None) -> None:
-        running = _Turn(self._store, self._responder, stream, self._checkpoint_s)
-        task = asyncio.create_task(running.run(extra, again))
+    def _run(
+        self, stream: persist.aio.Stream, prompt_id: str | int, extra: Mapping[str, Any], *, is_again: bool = False
+    ) -> None:
+        running = _Turn(self._store, self._responder, stream, prompt_id, self._checkpoint_s)
+        task = asyncio.create_task(running.run(extra, is_again=is_again))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
@@ -146,22 +150,33 @@ class _Turn:
     """A turn that runs. One task generates the answer, and another one watches it."""
 
     def __init__(
-        self, store: persist.aio.Store, responder: Responder, stream: persist.aio.Stream, checkpoint_s: float
+        self,
+        store: persist.aio.Store,
+        responder: Responder,
+        stream: persist.aio.Stream,
+        prompt_id: str | int,
+        checkpoint_s: float,
     ) -> None:
         self._store, self._responder, self._stream, self._checkpoint_s = store, responder, stream, checkpoint_s
+        self._prompt_id = prompt_id
+        #: Whether the prompt has an earlier answer, which stays until this one says something.
+        self._has_earlier = False
         self._answer = Answer(f"{stream.id}.answer")
         #: The last event. Under the lock, the events until then tell exactly the answer.
         self._offset, self._telling = 0, asyncio.Lock()
 
-    async def run(self, extra: Mapping[str, Any], again: str | int | None) -> None:
-        """Run to the end. `again` is a prompt that has an answer, which makes room for the new one."""
+    async def run(self, extra: Mapping[str, Any], *, is_again: bool) -> None:
+        """Run to the end. If the prompt is answered again, the earlier answer makes room for this one."""
         stream = self._stream
         try:
             async with stream:
-                if again is not None:
-                    await stream.update(lambda tx: _cut(tx, again))
                 messages = list((await self._store.view(stream.session_id)).list(turn.MESSAGES))
-                shown = [_as_told(each) for each in messages if type(each) is dict]
+                place = _place_of(messages, self._prompt_id)
+                shown = [_as_told(each) for each in messages[: place + 1] if type(each) is dict]
+                if is_again:
+                    self._has_earlier = any(map(_says_something, _behind(messages, place)))
+                    if not self._has_earlier:
+                        await _until_taken(self._cut)
                 try:
                     is_whole = await self._watch(Conversation(stream.session_id, stream.id, shown, extra))
                 except asyncio.CancelledError:
@@ -187,9 +202,11 @@ class _Turn:
         if is_whole:
             await self._stream.finish(message)
             return
-        if not self._answer.is_silent or self._answer.error is not None:
+        if not self._has_earlier and not (self._answer.is_silent and self._answer.error is None):
             await self._stream.checkpoint(message if "error" in message else {**message, STOPPED: True})
         await self._stream.fail()
+        if self._has_earlier and self._answer.error is not None:
+            log.warning("Session %r keeps its earlier answer: %s", self._stream.session_id, self._answer.error)
 
     async def _watch(self, conversation: Conversation) -> bool:
         """Let the responder answer, until it has ended or somebody stops it. Tell whether the answer is whole."""
@@ -239,7 +256,14 @@ class _Turn:
     async def _tell(self, part: Part) -> None:
         async with self._telling:
             self._answer.add(part)
+            if self._has_earlier and not self._answer.is_silent:
+                await self._cut()
+                self._has_earlier = False
             self._offset = await self._stream.emit(part.event())
+
+    async def _cut(self) -> None:
+        """Remove the earlier answer to the prompt."""
+        await self._stream.update(lambda tx: _cut(tx, self._prompt_id))
 
     async def _keep(self) -> int:
         """Make the answer so far durable, and return the offset of its last event."""
@@ -287,15 +311,47 @@ def _changed() -> Refused:
     return Refused(409, "changed", "The session has changed meanwhile. Look at it again.")
 
 
-def _is_prompt(message: Any) -> bool:
-    return type(message) is dict and message.get("role") == "user" and message.get("id") is not None
+def _has_role(message: Any, role: str) -> bool:
+    return type(message) is dict and message.get("role") == role
 
 
-def _cut(tx: persist.Transaction, after: str | int) -> None:
+def _is_prompt(message: Any, prompt_id: object) -> bool:
+    return prompt_id is not None and _has_role(message, "user") and message.get("id") == prompt_id
+
+
+def _says_something(message: Any) -> bool:
+    return _has_role(message, "assistant") and bool(message.get("content") or message.get("parts"))
+
+
+def _place_of(messages: Sequence[Any], prompt_id: object) -> int:
+    """Return the place of a prompt. If it is gone, this is the last place."""
+    return max((at for at, each in enumerate(messages) if _is_prompt(each, prompt_id)), default=len(messages) - 1)
+
+
+def _behind(messages: Sequence[Any], place: int) -> list[Any]:
+    """Return the messages behind a place, until the next message of the user."""
+    return [*itertools.takewhile(lambda each: not _has_role(each, "user"), messages[place + 1 :])]
+
+
+def _cut(tx: persist.Transaction, prompt_id: str | int) -> None:
     messages = tx.list(turn.MESSAGES)
-    place = messages.place_of(after)
+    place = messages.place_of(prompt_id)
     if place is not None:
-        del messages[place + 1 :]
+        del messages[place + 1 : place + 1 + len(_behind(messages, place))]
+
+
+def answer_to(messages: ViewedList, prompt_id: str | int) -> Message | None:
+    """Return the stored answer to a prompt, or None."""
+    linked = messages.find(prompt_id, turn.ANSWERS)  # quick, and a retried prompt has none
+    found = _behind(messages, _place_of(messages, prompt_id)) if linked is None else [linked]
+    return next((each for each in reversed(found) if _has_role(each, "assistant")), None)
+
+
+def without_earlier(messages: list[Any], fields: Mapping[str, Any]) -> list[Any]:
+    """Return the messages without the earlier answer to a prompt that is being answered again."""
+    last = fields.get(TURN)
+    place = _place_of(messages, last.get("prompt") if type(last) is dict else None)
+    return messages[: place + 1] + messages[place + 1 + len(_behind(messages, place)) :]
 
 
 def _repeated(view: persist.View, prompt: Message, there: Message) -> Started:
@@ -304,7 +360,7 @@ def _repeated(view: persist.View, prompt: Message, there: Message) -> Started:
     last = view.fields.get(TURN)
     if type(last) is dict and last.get("prompt") == prompt["id"]:
         return Started(last.get("stream_id"), prompt["id"], is_repeated=True)
-    answer = view.list(turn.MESSAGES).find(prompt["id"], turn.ANSWERS)
+    answer = answer_to(view.list(turn.MESSAGES), prompt["id"])
     return Started(_stream_in(answer), prompt["id"], is_repeated=True)
 
 

@@ -200,3 +200,33 @@ def test_a_head_of_a_stream_ends_at_once(directory: Path) -> None:
     for response in asyncio.run(ask()):
         assert (response.status_code, response.content) == (200, b"")
         assert response.headers["content-type"].startswith("text/event-stream")
+
+
+@pytest.mark.parametrize("body", [{"content": "foreign"}, {"content": [{"type": "text", "text": "foreign"}, {}]}])
+def test_a_message_that_another_program_has_answered_is_told_so(
+    client: Any, store: persist.Store, body: dict[str, Any]
+) -> None:
+    """Its answer names no stream, and stands behind it. Fails if an answer is found only by its stream."""
+    prompt = {"id": "m1", "role": "user", "content": "a"}
+    store.create("c", {"messages": [prompt, {"id": "a1", "role": "assistant", **body}]})
+    chunks = chunks_in(client.post("/api/chat", json=body_of("a")))
+    assert chunks[0]["messageId"] == "a1"
+    assert [each["delta"] for each in chunks if "delta" in each] == ["foreign"]
+    assert chunks[-1] == {"type": "finish"}
+
+
+def test_a_failed_retry_without_events_tells_the_answer_that_stayed(client_of: Any, directory: Path) -> None:
+    """The stored answer stands for a stream that said nothing."""
+    from persist.asgi import Error, Text
+
+    calls = iter(["good"])
+
+    async def answer(_conversation: Any) -> Any:
+        text = next(calls, None)
+        yield Error("away") if text is None else Text(text)
+
+    client = client_of(answer, store=persist.Store(directory, keep_events_s=0))
+    first = chunks_in(client.post("/api/chat", json=body_of("a")))
+    assert chunks_in(client.post("/api/chat", json=body_of("a", trigger="regenerate-message")))[-1]["type"] == "error"
+    chunks_in(client.post("/api/chat", json=body_of("b", "m2")))
+    assert chunks_in(client.post("/api/chat", json=body_of("a"))) == first

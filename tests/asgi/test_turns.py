@@ -476,3 +476,72 @@ def test_texts_stay_apart_and_outputs_go_to_their_calls(client_of: Any) -> None:
     answer = messages_of(client)[-1]
     assert answer["content"] == "Look.\n\n# Found"
     assert [(each["input"], each["output"]) for each in answer["parts"][1:3]] == [(1, -1), (2, -2)]
+
+
+def test_a_prompt_without_an_id_cannot_be_answered_again(client: Any, store: persist.Store) -> None:
+    """Another program may store messages without ids. Fails if an earlier prompt that has one is taken instead."""
+    prompts = [{"id": "m1", "role": "user", "content": "one"}, {"role": "user", "content": "two"}]
+    answers = [{"role": "assistant", "content": text} for text in ("first", "second")]
+    messages = [prompts[0], answers[0], prompts[1], answers[1]]
+    store.create("s", {"messages": messages})
+    refused = client.post("/api/sessions/s/retry", json={"message_id": None})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "nothing_to_retry")
+    assert store.load("s").data["messages"] == messages
+
+
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["failed", "stopped"])
+def test_an_answer_stays_if_no_new_one_comes(client_of: Any, is_stopped: bool) -> None:
+    """A retry that says nothing takes nothing away. While it waits, the earlier answer is not shown.
+
+    Fails if the earlier answer is removed before the new one says something.
+    """
+    calls = []
+
+    async def answer(conversation: Any) -> Any:
+        calls.append([each["content"] for each in conversation.messages])
+        if len(calls) == 1:
+            yield Text("good")
+        elif is_stopped:
+            await asyncio.sleep(3600)
+        else:
+            yield Error("The model is away.")
+
+    client = client_of(answer)
+    followed(client, start(client, "a"))
+    before = messages_of(client)
+    stream_id = client.post("/api/sessions/s/retry").json()["stream_id"]
+    if is_stopped:
+        assert [each["role"] for each in messages_of(client)] == ["user"]
+        assert client.post(f"/api/sessions/s/streams/{stream_id}/stop").json() == {"stopped": True}
+    assert how(followed(client, stream_id)) == ("stopped" if is_stopped else "failed")
+    assert messages_of(client) == before
+    assert calls == [["a"], ["a"]]
+
+
+def test_a_new_failure_takes_the_place_of_an_old_one(client_of: Any) -> None:
+    """An answer that has only failed is no answer that could stay."""
+    reasons = iter(["first", "second"])
+    client = client_of(lambda _: _yielding(Error(next(reasons))))
+    followed(client, start(client, "a"))
+    followed(client, client.post("/api/sessions/s/retry").json()["stream_id"])
+    assert [each.get("error") for each in messages_of(client)] == [None, "second"]
+
+
+def test_a_retry_removes_no_message_of_the_user(client: Any, store: persist.Store, tmp_path: Path) -> None:
+    """A message that another program adds meanwhile stays. Fails if all behind the prompt is removed."""
+    followed(client, start(client, "a"))
+    store.update("s", lambda tx: tx.list("messages")[0].__setitem__("content", f"<{tmp_path / 'gate'} b"))
+    stream_id = client.post("/api/sessions/s/retry").json()["stream_id"]
+    store.append("s", "messages", {"id": "m2", "role": "user", "content": "and this"})
+    (tmp_path / "gate").touch()
+    assert how(followed(client, stream_id)) == "finished"
+    assert [each["content"] for each in messages_of(client)][1:] == ["and this", "b "]
+
+
+def test_an_earlier_message_gives_its_retried_answer(client: Any) -> None:
+    """A message that comes late, behind a later turn, names the stream of its new answer."""
+    followed(client, start(client, "a"))
+    stream_id = client.post("/api/sessions/s/retry").json()["stream_id"]
+    followed(client, stream_id)
+    followed(client, start(client, "b", "m2"))
+    assert start(client, "a", status=200) == stream_id
