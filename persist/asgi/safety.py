@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -43,12 +43,11 @@ def checked_origins(origins: Collection[str]) -> frozenset[str]:
     return found
 
 
-def _split(address: str) -> SplitResult:
-    """Return the parts of an address, which are empty if it is malformed."""
+def _hostname(host: str) -> str | None:
     try:
-        return urlsplit(address)
+        return urlsplit(f"//{host}").hostname
     except ValueError:
-        return urlsplit("")
+        return None  # an address in brackets that is none
 
 
 class Guard:
@@ -106,11 +105,11 @@ class Guard:
     def _refusal(self, method: str, headers: Headers) -> Refused | None:
         """Return why a request is refused before its body is read, or None."""
         host, origin = headers.get("host", "").lower(), headers.get("origin")
-        if self._hosts is not None and _split(f"//{host}").hostname not in self._hosts:
+        if self._hosts is not None and _hostname(host) not in self._hosts:
             self._log_once(f"https://{host}", "allowed_hosts")
             return Refused(421, "unknown_host", "This server is not known by that name.")
         if method not in _READING and origin is not None:
-            is_own = bool(host) and _split(origin.lower()).netloc == host
+            is_own = bool(host) and origin.lower() in (f"http://{host}", f"https://{host}")
             if not is_own and origin.lower() not in self._origins:
                 self._log_once(origin, "allowed_origins")
                 return Refused(403, "foreign_origin", "A page of another origin may not write here.")
