@@ -272,20 +272,32 @@ def shown(message: Any, partial_id: str | None = None) -> dict[str, Any]:
         "role": role if isinstance(role, str) else "unknown",
         "content": text_of(message.get("content")),
     }
-    if isinstance(message.get("parts"), list):
-        body["parts"] = message["parts"]
-    is_partial = role == "assistant" and (bool(message.get(turn.INTERRUPTED)) or message.get("id") == partial_id)
+    is_running = partial_id is not None and message.get("id") == partial_id
+    is_partial = role == "assistant" and (bool(message.get(turn.INTERRUPTED)) or is_running)
     if is_partial:
         body["partial"] = True
         if message.get(STOPPED):
             body["stopped"] = True
     elif role == "assistant":
-        html = html_of(body["content"])
-        if html is not None:
-            body["html"] = html
+        body |= _html_of(body["content"])
+    if isinstance(message.get("parts"), list):
+        is_whole = role == "assistant" and not is_partial
+        body["parts"] = [_shown_part(each, is_whole) for each in message["parts"] if type(each) is dict]
     if isinstance(message.get("error"), str):
         body["error"] = message["error"]
     return body
+
+
+def _shown_part(part: dict[str, Any], is_whole: bool) -> dict[str, Any]:
+    """Return a part for a page. A text of a whole answer has its own HTML, which nobody but this server makes."""
+    own = {name: value for name, value in part.items() if name != "html"}
+    is_rendered = is_whole and own.get("type") == "text" and isinstance(own.get("text"), str)
+    return own | _html_of(own["text"]) if is_rendered else own
+
+
+def _html_of(text: str) -> dict[str, str]:
+    html = html_of(text)
+    return {} if html is None else {"html": html}
 
 
 def text_of(content: Any) -> str:

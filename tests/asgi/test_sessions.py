@@ -91,6 +91,22 @@ def test_markdown_is_rendered_and_html_stays_text(client: Any, store: persist.St
     assert '<a href="https://example.org" rel="noopener noreferrer nofollow" target="_blank">y</a>' in html
 
 
+def test_each_text_of_a_whole_answer_has_its_html(client: Any, store: persist.Store) -> None:
+    """A page shows texts and tools in their order. Fails if the HTML of another program's part is passed on.
+
+    An answer without an id is whole, too.
+    """
+    forged = {"html": "<script>alert(1)</script>"}
+    parts = [{"type": "text", "text": "*a*", **forged}, {"type": "tool-x", "input": 1, **forged}, {"type": "text"}, 7]
+    messages = [{"role": role, "content": "a", "parts": parts} for role in ("assistant", "user")]
+    partial = {"id": "p", "role": "assistant", "content": "a", "parts": parts, "interrupted": True}
+    store.create("s", {"messages": [*messages, partial]})
+    whole, *others = [each["parts"] for each in told(client.get("/api/sessions/s"))["messages"]]
+    plain: list[Any] = [{"type": "text", "text": "*a*"}, {"type": "tool-x", "input": 1}, {"type": "text"}]
+    assert whole == [plain[0] | {"html": "<p><em>a</em></p>\n"}, *plain[1:]]
+    assert others == [plain, plain]
+
+
 def test_messages_of_other_programs_are_shown(client: Any, store: persist.Store) -> None:
     """Contents in parts, messages that are none, and half an emoji give no status 500."""
     parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}, 7]

@@ -95,9 +95,9 @@ def test_all_kinds_of_parts_are_told_and_stored(client: Any) -> None:
     call = {"toolCallId": "call-3", "state": "output-available", "input": {"place": 3}, "output": {"found": "look"}}
     assert answer["parts"] == [
         {"type": "reasoning", "text": "hmwell"},
-        {"type": "text", "text": "a "},
+        {"type": "text", "text": "a ", "html": "<p>a</p>\n"},
         {"type": "tool-look", **call},
-        {"type": "text", "text": "b "},
+        {"type": "text", "text": "b ", "html": "<p>b</p>\n"},
     ]
 
 
