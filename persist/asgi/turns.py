@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import persist.aio
-from persist import turn
+from persist import json_codec, turn
 from persist.asgi.exchange import Refused
 from persist.asgi.parts import Answer, Error, Message, Part, Reasoning, Text, copied
 from persist.asgi.responder import Conversation, Responder
@@ -64,7 +64,9 @@ class Turns:
         Raises:
             SessionBusy: another turn runs.
             Refused: the session has another message of that id.
+            NotJSON: the prompt cannot be kept. No session is created.
         """
+        json_codec.check(prompt, (turn.MESSAGES, 0))
         while True:
             try:
                 view = await self._store.view(session_id)

@@ -230,3 +230,13 @@ def test_a_failed_retry_without_events_tells_the_answer_that_stayed(client_of: A
     assert chunks_in(client.post("/api/chat", json=body_of("a", trigger="regenerate-message")))[-1]["type"] == "error"
     chunks_in(client.post("/api/chat", json=body_of("b", "m2")))
     assert chunks_in(client.post("/api/chat", json=body_of("a"))) == first
+
+
+@pytest.mark.parametrize("value", ["1e400", "[" * 196 + "]" * 196], ids=["infinite", "deep"])
+def test_a_message_that_cannot_be_kept_makes_no_chat(client: Any, store: persist.Store, value: str) -> None:
+    """It is refused before its session is made. Fails if only the store checks it."""
+    parts = '[{"type": "text", "text": "a"}, {"type": "data", "data": ' + value + "}]"
+    content = '{"id": "c", "message": {"id": "m1", "parts": ' + parts + "}}"
+    response = client.post("/api/chat", content=content)
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_argument")
+    assert store.ids() == []
