@@ -406,6 +406,24 @@ def test_a_chat_that_was_begun_from_another_place_is_not_new(chat: Chat, open_ta
 # --- titles, and deletion ---
 
 
+def test_a_typed_title_stays_with_its_chat(chat: Chat, open_tab: OpenTab) -> None:
+    """Back in the middle of typing a title: it goes to the chat that it was typed for, and not to the other one."""
+    for name in ("one", "two"):
+        chat.store.create(name, {"title": f"Chat {name}", "messages": exchange(1)})
+    tab = open_tab(f"{chat.workers[0].url}#one")
+    tab.expect_answer("Answer 1")
+    tab.page.get_by_role("link", name="Chat two").click()
+    expect(tab.page).to_have_title("Chat two")
+    tab.page.get_by_role("textbox", name="Title of this chat").click()
+    tab.page.keyboard.type("!")
+    with tab.page.expect_response(lambda response: response.request.method == "PATCH"):
+        tab.page.go_back()
+    expect(tab.page).to_have_title("Chat one")
+    expect(tab.rows.locator(".name")).to_have_text([re.compile("two"), "Chat one"])
+    assert chat.store.load("one").data["title"] == "Chat one"
+    assert "!" in chat.store.load("two").data["title"]
+
+
 def test_a_title_is_changed_in_all_tabs(chat: Chat, open_tab: OpenTab) -> None:
     """A new title is stored and shown everywhere. Escape leaves the title as it was."""
     chat.store.create("one", {"title": "Old", "messages": exchange(1)})
@@ -454,6 +472,43 @@ def test_delete_asks_first(chat: Chat, open_tab: OpenTab) -> None:
     there.expect_answer("Begin anew")
     expect(there.notice).to_be_empty()
     expect(there.page.get_by_role("button", name="Delete this chat")).to_be_visible()
+
+
+def test_back_takes_the_question_away(chat: Chat, open_tab: OpenTab) -> None:
+    """The question names its chat, and ends when another chat is opened. A confirmation cannot reach that other one."""
+    for name in ("one", "two"):
+        chat.store.create(name, {"title": f"Chat {name}", "messages": exchange(1)})
+    tab = open_tab(f"{chat.workers[0].url}#one")
+    tab.expect_answer("Answer 1")
+    tab.page.get_by_role("link", name="Chat two").click()
+    expect(tab.page).to_have_title("Chat two")
+    tab.page.get_by_role("button", name="Delete this chat").click()
+    expect(tab.page.get_by_role("dialog", name="Delete this chat?")).to_have_accessible_description(
+        "All messages of “Chat two” are removed. This cannot be undone."
+    )
+    tab.page.go_back()
+    expect(tab.page).to_have_title("Chat one")
+    expect(tab.page.get_by_role("dialog")).to_be_hidden()
+    expect(tab.prompt).to_be_focused()
+    assert tab.bodies("DELETE", "") == []
+
+
+def test_a_deletion_reaches_the_chat_that_was_asked_for(chat: Chat, open_tab: OpenTab) -> None:
+    """The question is answered in the same moment as another chat is opened, which stays open."""
+    for name in ("one", "two"):
+        chat.store.create(name, {"title": f"Chat {name}", "messages": exchange(1)})
+    tab = open_tab(f"{chat.workers[0].url}#two")
+    tab.expect_answer("Answer 1")
+    tab.page.get_by_role("button", name="Delete this chat").click()
+    tab.page.evaluate("""
+        document.getElementById("confirm").close("delete"); // its event comes later
+        history.replaceState(null, "", "#one");
+        dispatchEvent(new Event("hashchange"));
+    """)
+    expect(tab.rows).to_have_text([re.compile("Chat one")])
+    expect(tab.page).to_have_title("Chat one")
+    assert tab.chat_id == "one"
+    assert [chat.store.exists(name) for name in ("one", "two")] == [True, False]
 
 
 def test_a_chat_is_deleted_in_mid_answer(chat: Chat, open_tab: OpenTab) -> None:

@@ -177,6 +177,8 @@ function open() {
   const named = location.hash.slice(1);
   const isNew = !/^(?!\.{1,2}$)[A-Za-z0-9_.:-]{1,128}$/.test(named);
   const id = isNew ? recall("persist.new") : named; // a new chat has none before its first message
+  byId("title").blur(); // so that a title that was typed goes to its own chat
+  byId("confirm").close("keep");
   live?.source.close();
   live = null;
   chat = { id, isNew, isStale: !isNew, isGone: false, title: "", messages: [], first: 0 };
@@ -434,13 +436,15 @@ async function rename() {
 }
 
 async function remove() {
+  const asked = chat; // another one may be open at the end of the dialog
+  say("confirm-text", `All messages of “${asked.title || "Untitled chat"}” are removed. This cannot be undone.`);
   byId("confirm").returnValue = "";
   byId("confirm").showModal();
   await new Promise((closed) => byId("confirm").addEventListener("close", closed, { once: true }));
   if (byId("confirm").returnValue !== "delete") return;
-  if (await trying(call("DELETE", ofChat("?force=1")))) {
-    list.rows = list.rows.filter((row) => row.id !== chat.id);
-    location.hash = "";
+  if (await trying(call("DELETE", `/${asked.id}?force=1`))) {
+    list.rows = list.rows.filter((row) => row.id !== asked.id);
+    if (asked === chat) location.hash = "";
   }
 }
 
