@@ -259,10 +259,37 @@ def test_thoughts_and_tools_are_folded(chat: Chat, open_tab: OpenTab) -> None:
     summaries.last.click()
     expect(tab.live.locator("details").last).to_contain_text('"of": "think twice"')
     chat.pace.allow(10)
-    tab.expect_answer("think twice")
+    expect(tab.live).to_have_count(0)
+    expect(tab.answers.last.locator(":scope > :is(.plain, .markdown)")).to_have_text("think twice")
     expect(summaries).to_have_text(["Thoughts", "Used think twice"])
     summaries.last.click()
     expect(tab.answers.last.locator("details").last).to_contain_text('"of": "think twice"')
+
+
+def test_a_whole_answer_keeps_the_order_of_its_parts(chat: Chat, open_tab: OpenTab) -> None:
+    """Text, a tool and text again stand in the same order while they come and later. Each text has its own Markdown."""
+    texts = ["**Before**", "*After*"]
+    call = {"type": "tool-search", "toolCallId": "call", "state": "output-available", "input": "cats", "output": "two"}
+    parts = [{"type": "text", "text": texts[0]}, call, {"type": "text", "text": texts[1]}]
+    answer = {**exchange(1, "".join(texts))[1], "parts": parts}
+    chat.store.create("one", {"title": "One", "messages": [exchange(1)[0], answer]})
+    tab = open_tab(f"{chat.workers[0].url}#one")
+    shown = tab.answers.last.locator(":scope > :is(.plain, .markdown, details)")
+    expect(shown).to_have_text([re.compile("Before"), re.compile("Used search"), re.compile("After")])
+
+    def render(route: Any) -> None:
+        """Give each text its own HTML, or none."""
+        told = route.fetch()
+        body = told.json()
+        for part in body["messages"][1]["parts"]:
+            part.pop("html", None)
+        body["messages"][1]["parts"][0]["html"] = "<p><strong>Before</strong></p>"
+        route.fulfill(response=told, json=body)
+
+    tab.page.route("**/sessions/one?*", render)
+    tab.page.reload()
+    expect(shown).to_have_text(["Before", re.compile("Used search"), texts[1]])
+    expect(shown.first.locator("strong")).to_have_text("Before")
 
 
 def test_code_is_copied_as_it_is(chat: Chat, open_tab: OpenTab) -> None:

@@ -1,6 +1,7 @@
 // How messages look.
 //
-// Text of messages is set as text. The only HTML is `message.html`, which the server made of Markdown without HTML.
+// Text of messages is set as text. The only HTML is `html` of a message or of a text part of it. The server makes it of
+// Markdown without HTML, for whole messages.
 
 const NAMES = { user: "You", assistant: "Assistant" };
 
@@ -18,8 +19,7 @@ function button(label, onclick, className = "") {
 export function messageNode(message, retry) {
   const node = articleNode(message.role, message.id);
   const body = new Body(node);
-  for (const part of partsOf(message)) if (!(message.html && part.type === "text")) body.add(part);
-  if (message.html) node.append(markdownNode(message.html));
+  for (const part of partsOf(message)) body.add(part);
   if (isWhole(message)) node.append(actionsNode(message, retry));
   else if (message.role === "assistant" && !retry) node.append(element("p", { className: "mark", textContent: markOf(message) }));
   return node;
@@ -34,7 +34,7 @@ function articleNode(role, id) {
 const isWhole = (message) => message.role === "assistant" && !message.partial && !message.error;
 
 function partsOf(message) {
-  return message.parts ?? [{ type: "text", text: textOf(message.content) }];
+  return message.parts ?? [{ type: "text", text: textOf(message.content), html: message.html }];
 }
 
 function textOf(content) {
@@ -90,13 +90,14 @@ class Body {
   }
 
   add(part) {
-    if (part.type === "text") this.text(part, () => this.node);
+    if (part.type === "text" && part.html) this.node.append(markdownNode(part.html));
+    else if (part.type === "text") this.text(part, () => this.node);
     else if (part.type === "reasoning") this.text(part, () => this.fold("Thoughts"));
     else if (part.type === "error") this.node.append(element("p", { className: "failure", textContent: part.text }));
     else if (part.type === "tool-input") this.tool(part.id, part.name, part.input);
     else if (part.type === "tool-output") this.tool(part.id, "a tool", part.output);
     else if (part.toolCallId) this.storedTool(part);
-    if (part.text === undefined) this.kind = null;
+    if (part.text === undefined || part.html) this.kind = null;
   }
 
   // Pieces of one kind make one text.
