@@ -20,6 +20,8 @@ from harness.chat_page import Tab, expect, words
 OpenTab = Callable[..., Tab]
 #: Chromium writes one of these about a connection that is gone.
 LOST = "ERR_|Failed to load resource"
+#: The connection of an answer, and the list of chats as the page asks for it.
+EVENTS, LISTS = re.compile(r"/events\?"), re.compile(r"/api/sessions\?limit=50$")
 
 
 def test_an_answer_streams_and_ends_as_markdown(chat: Chat, open_tab: OpenTab) -> None:
@@ -343,6 +345,36 @@ def test_two_tabs_send_at_once(chat: Chat, open_tab: OpenTab) -> None:
         expect(tab.prompts).to_have_count(2)
         expect(tab.answers).to_have_count(2)
         expect(tab.live).to_have_count(0)
+
+
+def test_a_connection_dies_in_silence_before_the_end(chat: Chat, open_tab: OpenTab) -> None:
+    """Nothing comes on the connection any more, and no error. The list tells that the answer is over."""
+    tab = open_tab(chat.workers[0].url)
+    held = tab.hold(EVENTS)
+    tab.send("Hello there")
+    tab.expect_answer("Hello there")
+    assert len(held) == 1
+
+
+def test_a_connection_dies_in_silence_before_the_next_answer(chat: Chat, open_tab: OpenTab) -> None:
+    """The list tells that another answer is written by now, and the page follows that one."""
+    chat.store.create("one", {"title": "One", "messages": []})
+    here, there = (open_tab(f"{worker.url}#one") for worker in chat.workers)
+    expect(here.rows).to_have_count(1)
+    with here.page.expect_request(LISTS):
+        listed = here.hold(LISTS)
+    held = here.hold(EVENTS)
+    here.send("Hello there")
+    there.expect_answer("Hello there")
+    chat.pace.allow(5)
+    there.send(words(60))
+    there.expect_live(words(5))
+    listed[0].continue_()
+    here.expect_live(words(5))
+    assert len(held) == 1
+    expect(here.prompts).to_have_count(2)
+    chat.pace.allow(1000)
+    here.expect_answer(words(60))
 
 
 def test_a_hidden_tab_follows_nothing(chat: Chat, open_tab: OpenTab) -> None:

@@ -69,6 +69,16 @@ class Tab:
             is_hidden,
         )
 
+    def hold(self, pattern: str | re.Pattern[str]) -> list[Any]:
+        """Hold back the next request to such an address. Return the list that it comes into."""
+        held = list[Any]()
+
+        def keep(route: Any) -> None:
+            held.append(route)
+
+        self.page.route(pattern, keep, times=1)
+        return held
+
     @property
     def chat_id(self) -> str:
         return self.page.url.partition("#")[2]

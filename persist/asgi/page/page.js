@@ -9,6 +9,7 @@ import { Answer, element, messageNode, noteNode, noteOf } from "./messages.js";
 const PAGE = 50; // messages, or chats, of one request
 const POLL_MS = 3000, SOON_MS = 700, LONGEST_MS = 10_000, DRAW_MS = 30;
 const NEAR_PX = 80;
+const MOST_DOUBTS = 2;
 
 const byId = (id) => document.getElementById(id);
 const prompt = byId("prompt"), scroll = byId("scroll"), log = byId("log");
@@ -119,11 +120,24 @@ async function readList() {
   if (!rest.length) list.cursor = page.cursor;
   const row = rowOf(chat.id);
   if (row) chat.title = row.title ?? "";
+  if (live) doubt(page);
   if (list.isRead && !chat.isNew && !live && JSON.stringify(row) !== JSON.stringify(before)) chat.isStale = true;
   list.isRead = true;
   list.newId = page.new_id ?? null;
   renderTitle();
   renderList();
+}
+
+// A connection may die in silence, and then nobody tells the end of the answer. One page of the list may be older than
+// the answer, so that it takes two of them. A row that stands further down in the list tells nothing.
+function doubt({ sessions, cursor }) {
+  const row = sessions.find(({ id }) => id === chat.id);
+  const isOver = row ? row.stream_id !== live.id : !cursor;
+  live.doubts = isOver ? live.doubts + 1 : 0;
+  if (live.doubts < MOST_DOUBTS) return;
+  live.doubts = 0;
+  live.source.close();
+  chat.isStale = true;
 }
 
 async function readMoreOfList() {
@@ -298,7 +312,7 @@ function noteScroll() {
 function begin(id, after, stored) {
   if (live?.id !== id) {
     end();
-    live = { id, after, answer: new Answer(id, stored), parts: [], source: null };
+    live = { id, after, answer: new Answer(id, stored), parts: [], source: null, doubts: 0 };
   }
   if (!live.source || live.source.readyState === EventSource.CLOSED) follow();
 }
