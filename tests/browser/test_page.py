@@ -651,6 +651,45 @@ def test_a_screen_reader_is_told(chat: Chat, open_tab: OpenTab) -> None:
     assert nameless == []
 
 
+def test_a_screen_reader_is_not_told_twice(chat: Chat, open_tab: OpenTab) -> None:
+    """An article that was shown stays when the next turn begins and ends. Only its button or its mark changes."""
+    chat.pace.allow(2)
+    tab = open_tab(chat.workers[0].url)
+    again, articles = tab.page.get_by_role("button", name="Answer again"), tab.page.locator("article:not(.live)")
+
+    def expect_kept(ids: list[str]) -> None:
+        """See that these articles were not made again, and remember all that are shown now."""
+        assert (
+            articles.evaluate_all("nodes => nodes.filter((node) => node.isKept).map((node) => node.dataset.id)") == ids
+        )
+        articles.evaluate_all("nodes => nodes.forEach((node) => (node.isKept = true))")
+
+    def ids() -> list[str]:
+        return list(articles.evaluate_all("nodes => nodes.map((node) => node.dataset.id)"))
+
+    tab.send("One two")
+    tab.expect_answer("One two")
+    expect(again).to_have_count(1)
+    expect_kept([])
+    before = ids()
+    tab.send("Stopped after two")
+    tab.expect_live("Stopped after")
+    expect(again).to_have_count(0)
+    expect_kept(before)
+    before = ids()
+    assert len(before) == 3
+    tab.page.get_by_role("button", name="Stop the answer").click()
+    expect(tab.note).to_contain_text("The answer was stopped.")
+    expect_kept(before)
+    before = ids()
+    tab.send("Three four")
+    tab.expect_answer("Three four")
+    expect(tab.marks).to_have_text(["Stopped"])
+    expect(again).to_have_count(1)
+    expect(tab.page.get_by_role("button", name="Copy answer")).to_have_count(2)
+    expect_kept(before)
+
+
 def test_a_narrow_screen(chat: Chat, open_tab: OpenTab) -> None:
     """On a phone the list is a drawer, nothing is wider than the screen, and no keyboard comes up by itself."""
     wide = "w" * 300

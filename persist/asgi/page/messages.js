@@ -15,14 +15,28 @@ function button(label, onclick, className = "") {
   return element("button", { type: "button", className, textContent: label, onclick });
 }
 
-// A stored message. With `retry` it is the last one: its answer can be asked for again, and a note tells how it ended.
-export function messageNode(message, retry) {
+// A stored message. `showEnd` completes it.
+export function messageNode(message) {
   const node = articleNode(message.role, message.id);
   const body = new Body(node);
   for (const part of partsOf(message)) body.add(part);
-  if (isWhole(message)) node.append(actionsNode(message, retry));
-  else if (message.role === "assistant" && !retry) node.append(element("p", { className: "mark", textContent: markOf(message) }));
+  if (isWhole(message)) node.append(element("div", { className: "actions" }, copyButton("Copy answer", textOf(message.content))));
   return node;
+}
+
+// With `retry` it is the last message: its answer can be asked for again, and a note tells how it ended. An earlier one
+// has a mark instead. This changes the node in place, because a screen reader reads out again what is made again.
+export function showEnd(node, message, retry) {
+  const mark = retry ? "" : markOf(message);
+  const shown = node.querySelector(":scope > .mark");
+  if ((shown?.textContent ?? "") !== mark) {
+    shown?.remove();
+    if (mark) node.append(element("p", { className: "mark", textContent: mark }));
+  }
+  if (!isWhole(message)) return;
+  const again = node.querySelector(":scope > .actions > .again");
+  if (retry && !again) node.lastElementChild.append(button("Answer again", retry, "again quiet"));
+  if (!retry) again?.remove();
 }
 
 function articleNode(role, id) {
@@ -42,14 +56,9 @@ function textOf(content) {
   return typeof content === "string" ? content : "";
 }
 
-function actionsNode(message, retry) {
-  const node = element("div", { className: "actions" }, copyButton("Copy answer", textOf(message.content)));
-  if (retry) node.append(button("Answer again", retry, "quiet"));
-  return node;
-}
-
-// Tells how an earlier answer ended that is not whole.
+// Tells how an earlier answer ended that is not whole. Returns "" if there is nothing to tell.
 function markOf(message) {
+  if (message.role !== "assistant" || isWhole(message)) return "";
   if (message.error) return `Failed: ${message.error}`;
   return message.stopped ? "Stopped" : "Cut off: the server ended";
 }

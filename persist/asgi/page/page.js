@@ -4,7 +4,7 @@
 // connection of its stream broke. While an answer is written, the page follows the stream's events from its cursor,
 // which is the id of the last event that it has shown. So it shows no word twice and misses none, from any worker.
 
-import { Answer, element, messageNode, noteNode, noteOf } from "./messages.js";
+import { Answer, element, messageNode, noteNode, noteOf, showEnd } from "./messages.js";
 
 const PAGE = 50; // messages, or chats, of one request
 const POLL_MS = 3000, SOON_MS = 700, LONGEST_MS = 10_000, DRAW_MS = 30;
@@ -267,8 +267,9 @@ function render() {
   const last = live ? null : chat.messages.at(-1);
   staying(() => {
     const nodes = shown.map((message) => {
-      const retryLast = message === last ? retry : null;
-      return cached(articles, message.id, [message, message === last], () => messageNode(message, retryLast));
+      const node = cached(articles, message.id, message, () => messageNode(message));
+      showEnd(node, message, message === last ? retry : null);
+      return node;
     });
     if (live) nodes.push(live.answer.node);
     const note = last && noteOf(last);
@@ -366,7 +367,9 @@ async function send() {
   const message = draft.tried;
   await acting("/turns", { message }, whyNotSent, () => {
     clearDraft(text);
-    if (!chat.messages.some((known) => known.id === message.id)) chat.messages.push({ ...message, role: "user" });
+    if (chat.messages.some((known) => known.id === message.id)) return;
+    // In the server's order of names, so that its article is not made again.
+    chat.messages.push({ id: message.id, role: "user", content: text });
   });
 }
 
