@@ -146,6 +146,25 @@ def test_earlier_partial_answers_stay_beside_a_live_one(chat: Chat, open_tab: Op
     expect(tab.marks).to_have_text(["Stopped", "Cut off: the server ended"])
 
 
+def test_a_prompt_without_an_answer_says_so(chat: Chat, open_tab: OpenTab) -> None:
+    """An answer that was stopped before its first word leaves nothing in the chat. Its prompt says that, once a next
+    prompt has taken the place of the note."""
+    chat.pace.allow(0)
+    tab = open_tab(chat.workers[0].url)
+    tab.send("Stopped")
+    tab.page.get_by_role("button", name="Stop the answer").click()
+    expect(tab.note).to_contain_text("The answer ended before its first word.")
+    expect(tab.marks).to_have_count(0)
+    tab.prompt.fill("Answered")
+    tab.prompt.press("Enter")
+    chat.pace.allow(10)
+    tab.expect_answer("Answered")
+    for _ in range(2):
+        expect(tab.prompts.first.locator(".mark")).to_have_text("No answer")
+        expect(tab.marks).to_have_count(1)
+        tab.page.reload()
+
+
 def test_a_retry_in_a_tab_that_is_behind_replaces_nothing(chat: Chat, open_tab: OpenTab) -> None:
     """Another tab has sent a message since. Fails if a retry names no message: the answer of the other tab is gone."""
     here = open_tab(chat.workers[0].url, errors="409")

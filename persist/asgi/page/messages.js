@@ -26,8 +26,8 @@ export function messageNode(message) {
 
 // With `retry` it is the last message: its answer can be asked for again, and a note tells how it ended. An earlier one
 // has a mark instead. This changes the node in place, because a screen reader reads out again what is made again.
-export function showEnd(node, message, retry) {
-  const mark = retry ? "" : markOf(message);
+export function showEnd(node, message, next, retry) {
+  const mark = retry ? "" : markOf(message, next);
   const shown = node.querySelector(":scope > .mark");
   if ((shown?.textContent ?? "") !== mark) {
     shown?.remove();
@@ -56,8 +56,10 @@ function textOf(content) {
   return typeof content === "string" ? content : "";
 }
 
-// Tells how an earlier answer ended that is not whole. Returns "" if there is nothing to tell.
-function markOf(message) {
+// Tells how an earlier answer ended that is not whole. Returns "" if there is nothing to tell. The server does not tell
+// why there is no answer: it was stopped before its first word, or the server ended.
+function markOf(message, next) {
+  if (message.role === "user" && next?.role === "user") return "No answer";
   if (message.role !== "assistant" || isWhole(message)) return "";
   if (message.error) return `Failed: ${message.error}`;
   return message.stopped ? "Stopped" : "Cut off: the server ended";

@@ -266,9 +266,9 @@ function render() {
   const shown = live && chat.messages.at(-1)?.partial ? chat.messages.slice(0, -1) : chat.messages;
   const last = live ? null : chat.messages.at(-1);
   staying(() => {
-    const nodes = shown.map((message) => {
+    const nodes = shown.map((message, place) => {
       const node = cached(articles, message.id, message, () => messageNode(message));
-      showEnd(node, message, message === last ? retry : null);
+      showEnd(node, message, shown[place + 1], message === last ? retry : null);
       return node;
     });
     if (live) nodes.push(live.answer.node);
