@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -187,6 +188,7 @@ def _started(settings: Settings, listening: socket.socket) -> SpawnProcess:
 def _work(settings: Settings, listening: socket.socket) -> None:
     """Serve in a worker, until a signal ends it or its parent is gone."""
     _tell_warnings()
+    _raise_limit_of_descriptors()
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
@@ -202,6 +204,16 @@ def _work(settings: Settings, listening: socket.socket) -> None:
         uvicorn.Server(config).run(sockets=[listening])
     except KeyboardInterrupt:
         pass  # the parent got the signal, too
+
+
+def _raise_limit_of_descriptors() -> None:
+    """Let this process open as many files as it may. A follower takes two, and the usual limit is 1,024."""
+    if sys.platform != "win32":
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with suppress(ValueError, OSError):  # macOS has a limit below its unlimited one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _end_with(parent: int) -> None:

@@ -316,3 +316,23 @@ def test_workers_keep_freed_memory_together(
     eventually(lambda: len(server.workers()) == 1)
     (worker,) = server.workers()
     assert f"MALLOC_ARENA_MAX={taken}".encode() in Path(f"/proc/{worker}/environ").read_bytes().split(b"\0")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks in /proc")
+def test_workers_open_as_many_files_as_they_may(serve: Callable[..., ChatServer]) -> None:
+    """With the usual limit of 1,024, some 500 followers would break off the turns of others."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        server = serve()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    eventually(lambda: len(server.workers()) == 1)
+    (worker,) = server.workers()
+
+    def limits() -> list[str]:
+        lines = Path(f"/proc/{worker}/limits").read_text().splitlines()
+        return next(line for line in lines if line.startswith("Max open files")).split()[3:5]
+
+    eventually(lambda: len({*limits()}) == 1)
