@@ -74,9 +74,12 @@ class Tab:
         held = list[Any]()
 
         def keep(route: Any) -> None:
-            held.append(route)
+            if held:
+                route.fallback()
+            else:
+                held.append(route)
 
-        self.page.route(pattern, keep, times=1)
+        self.page.route(pattern, keep)  # not `times=1`: without any route Playwright lets go of what is held
         return held
 
     @property
