@@ -204,7 +204,7 @@ def expect_harmless(tab: Tab) -> None:
 def test_hostile_text_does_nothing(chat: Chat, open_tab: OpenTab) -> None:
     """HTML, scripts and links in a prompt, in its title and in its answer are text. A link leads to the web only."""
     tab = open_tab(chat.workers[0].url)
-    chat.pace.allow(100)
+    chat.pace.allow(40)
     tab.prompt.fill(HOSTILE)
     tab.prompt.press("Enter")
     expect(tab.live.locator(".plain")).to_contain_text("<script>")
@@ -231,7 +231,7 @@ def test_hostile_records_do_nothing(chat: Chat, open_tab: OpenTab) -> None:
         {"type": "reasoning", "text": evil},
         {"type": f"tool-{evil}", "toolCallId": evil, "input": evil, "output": {evil: evil}},
         {"type": evil, "text": evil},
-        {"type": "text", "text": evil},
+        {"type": "text", "text": evil, "html": evil},
         {"type": "error", "text": evil},
     ]
     messages = [
@@ -331,33 +331,19 @@ def test_code_that_is_cut_off_is_shaded(chat: Chat, open_tab: OpenTab) -> None:
 # --- whose chats ---
 
 
-def offer(tab: Tab, user: str) -> list[str]:
-    """Let each list of chats offer another id for a new chat, and load the page again. Return the ids, as they come."""
-    offered = list[str]()
-
-    def fulfill(route: Any) -> None:
-        listed = route.fetch()
-        offered.append(f"{user}:{len(offered)}")
-        route.fulfill(response=listed, json={**listed.json(), "new_id": offered[-1]})
-
-    tab.page.route(LISTS, fulfill)
-    tab.page.reload()
-    return offered
-
-
 def test_a_new_chat_has_an_id_that_the_server_offered(chat: Chat, open_tab: OpenTab) -> None:
     """Where each user may have other ids, both users begin chats from the page, and no id is used twice."""
     url = chat.start("--users").url
     tabs = {user: open_tab(url, extra_http_headers={"X-User": user}) for user in ("ann", "bob")}
     for user, tab in tabs.items():
-        offered = offer(tab, user)
-        used = list[str]()
+        used = set[str]()
         for number in range(3):
             tab.page.get_by_role("link", name="New chat").click()
-            used.append(tab.send(f"Chat {number} of {user}"))
+            tab.send(f"Chat {number} of {user}")
             tab.expect_answer(f"Chat {number} of {user}")
-        assert set(used) <= set(offered)
-        assert len(set(used)) == 3
+            used.add(tab.chat_id)
+        assert len(used) == 3
+        assert all(each.startswith(f"{user}:") for each in used)
     for user, tab in tabs.items():
         expect(tab.rows.locator(".name")).to_have_text([f"Chat {number} of {user}" for number in (2, 1, 0)])
 
@@ -372,10 +358,9 @@ def test_a_first_message_waits_for_the_offered_id(chat: Chat, open_tab: OpenTab)
     tab.prompt.press("Enter")
     tab.prompt.press("Enter")
     expect(tab.page.locator("#composer")).to_have_attribute("aria-busy", "true")
-    listed = held[0].fetch()
-    held[0].fulfill(response=listed, json={**listed.json(), "new_id": "ann:1"})
+    held[0].continue_()
     tab.expect_answer("At once")
-    assert tab.chat_id == "ann:1"
+    assert tab.chat_id.startswith("ann:")
     assert len(tab.bodies("POST", "/turns$")) == 1
 
 
@@ -389,7 +374,7 @@ def test_a_new_chat_that_the_server_refuses(chat: Chat, open_tab: OpenTab) -> No
     expect(tab.notice).to_have_text("This server does not let you begin this chat. Your message stays here.")
     expect(tab.prompt).to_have_value("May I?")
     tab.page.unroute(LISTS)
-    offer(tab, "ann")
+    tab.page.reload()
     expect(tab.prompt).to_have_value("May I?")
     tab.prompt.press("Enter")
     tab.expect_answer("May I?")
