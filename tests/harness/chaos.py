@@ -70,7 +70,7 @@ class Gunicorn:
             self.url = address_of(listening, "127.0.0.1")
             fd = listening.fileno()
             command = [sys.executable, "-m", "gunicorn", "--preload", "--log-level", "critical", "-b", f"fd://{fd}"]
-            command += ["-w", str(workers), "-k", "uvicorn_worker.UvicornWorker", "harness.chaos_app:app"]
+            command += ["-w", str(workers), "-k", "uvicorn_worker.UvicornWorker", "harness.chaos_app:app()"]
             self.process = subprocess.Popen(command, env=environment, text=True, pass_fds=[fd])
 
     def workers(self) -> list[int]:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 
+from starlette.applications import Starlette
+
 from harness.scripted import scripted
 from persist.asgi import create_app
 
-app = create_app(os.environ["PERSIST_CHAOS"], scripted)
+
+def app() -> Starlette:
+    """Return the app of the directory that the environment names."""
+    return create_app(os.environ["PERSIST_CHAOS"], scripted)
