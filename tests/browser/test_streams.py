@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from actors import eventually
 from harness.chat_workers import Chat
 
 pytest.importorskip("playwright", reason="the browser tests need the package playwright")
@@ -47,8 +48,9 @@ def test_a_reload_goes_on_without_gap_or_repeat(chat: Chat, open_tab: OpenTab) -
     text = words(200)
     chat.pace.allow(40)
     tab = open_tab(chat.workers[0].url)
-    tab.send(text)
+    chat_id = tab.send(text)
     tab.expect_live(words(40))
+    eventually(lambda: chat.store.tail(chat_id, limit=1)[0].get("offset", 0) > 0)
     for allowed in (40, 41, 90, 150):
         chat.pace.allow(allowed)
         tab.page.reload()
