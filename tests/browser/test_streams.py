@@ -53,10 +53,10 @@ def test_a_reload_goes_on_without_gap_or_repeat(chat: Chat, open_tab: OpenTab) -
     eventually(lambda: chat.store.tail(chat_id, limit=1)[0].get("offset", 0) > 0)
     for allowed in (40, 41, 90, 150):
         chat.pace.allow(allowed)
-        tab.page.reload()
+        with tab.page.expect_request("**/events?*") as followed:
+            tab.page.reload()
         tab.expect_live(words(allowed))
-        followed = [each.url for each in tab.requests if "/events?" in each.url][-1]
-        assert int(re.findall(r"after=(\d+)", followed)[0]) > 0
+        assert int(re.findall(r"after=(\d+)", followed.value.url)[0]) > 0
     chat.pace.allow(1000)
     tab.expect_answer(text)
 
