@@ -310,7 +310,9 @@ def test_code_that_is_cut_off_is_shaded(chat: Chat, open_tab: OpenTab) -> None:
     code = "```\nshort\n```\n\n```\n" + "long " * 100 + "\n```\n"
     chat.store.create("code", {"title": "Code", "messages": exchange(1, code)})
     tab = open_tab(f"{chat.workers[0].url}#code")
-    short, long = tab.page.locator(".code pre").all()
+    blocks = tab.page.locator(".code pre")
+    expect(blocks).to_have_count(2)
+    short, long = blocks.all()
 
     def edges(block: Any) -> list[bytes]:
         """Return pictures of the two edges above the text."""
