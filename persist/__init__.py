@@ -21,7 +21,7 @@ _HOMES = {
         "LockTimeout MergeConflict NotJSON Owner PersistError SessionBusy SessionDeleted SessionExists SessionNotFound "
         "StoreClosed StreamLost TooLarge Unreadable UnsupportedFormat VersionMismatch"
     ),
-    "event_log": "Event",
+    "engine": "Event",
     "follow": "Following",
     "merge": "MISSING",
     "head": "Head Recent",

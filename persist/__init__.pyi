@@ -1,5 +1,6 @@
 from persist import errors as errors
 from persist.backup import Backup as Backup
+from persist.engine import Event as Event
 from persist.errors import AlreadyStarted as AlreadyStarted
 from persist.errors import CommitFailed as CommitFailed
 from persist.errors import CommitUnknown as CommitUnknown
@@ -23,7 +24,6 @@ from persist.errors import TooLarge as TooLarge
 from persist.errors import Unreadable as Unreadable
 from persist.errors import UnsupportedFormat as UnsupportedFormat
 from persist.errors import VersionMismatch as VersionMismatch
-from persist.event_log import Event as Event
 from persist.follow import Following as Following
 from persist.head import Head as Head
 from persist.head import Recent as Recent

@@ -43,11 +43,11 @@ from types import TracebackType
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, Self, TypedDict, TypeVar, Unpack
 
 import persist
-from persist import event_log, follow, streams, watch
+from persist import engine, follow, streams
 from persist.calls import Threads
+from persist.engine import Committed
 from persist.merge import Policy, Preference
 from persist.session import Overtaken, require_save_options
-from persist.storage.cache import Replica
 from persist.storage.commit import Mode
 from persist.translating import conflicts_in
 
@@ -205,12 +205,12 @@ class Session(_Awaited[persist.Session]):
         if self._sync._base.tried is not None:
             await self._read(self._sync._recognise)
 
-    async def _read(self, show: Callable[[Replica], None]) -> None:
+    async def _read(self, show: Callable[[Committed], None]) -> None:
         """Read the session in a thread, and show it in the loop's thread."""
         session = self._sync
 
-        def bring(there: Replica) -> None:
-            with session._backend.files.looking_at(session.id), conflicts_in(session.id):
+        def bring(there: Committed) -> None:
+            with session._decoding(), conflicts_in(session.id):
                 show(there)
 
         await self._threads.run(session._read_apart, apply=bring, is_quick=True)
@@ -229,7 +229,7 @@ class Session(_Awaited[persist.Session]):
             async with asyncio.timeout(timeout_s):
                 await turn.acquire()
         except TimeoutError:
-            facts: dict[str, Any] = {"path": self._sync._backend.files.layout.session(self.id).lock}
+            facts: dict[str, Any] = {"path": self._sync._backend.engine.where(self.id)}
             facts |= {
                 "holder": "another verb of the same object",
                 "remedy": "Wait for that verb first: await its save().",
@@ -369,13 +369,13 @@ class Following:
         self._look = partial(store._sync._cursor, session_id, stream_id, after)
         self._threads = store._threads
         self._cursor: follow.Cursor | None = None
-        self._pending: deque[event_log.Event] = deque()
+        self._pending: deque[engine.Event] = deque()
         self._is_closed = False
         self._is_taking = False
         self._open = ExitStack()
 
     @property
-    def ended(self) -> event_log.Ended | None:
+    def ended(self) -> engine.Ended | None:
         """How the stream has ended, or None while there is more to come."""
         return None if self._pending or self._cursor is None else self._cursor.ended
 
@@ -389,10 +389,10 @@ class Following:
     async def __aexit__(self, *_error: object) -> None:
         self.close()
 
-    def __aiter__(self) -> AsyncIterator[event_log.Event]:
+    def __aiter__(self) -> AsyncIterator[engine.Event]:
         return self
 
-    async def __anext__(self) -> event_log.Event:
+    async def __anext__(self) -> engine.Event:
         # Other tasks run between two events, even if all events are there already.
         await asyncio.sleep(0)
         if not self._pending and not self._is_closed:
@@ -409,7 +409,7 @@ class Following:
             self._cursor, self._news = await self._threads.run(self._look, undo=self._give_back), _News()
             self.offset = self._cursor.after
             self._open.callback(self._cursor.close)
-            self._open.enter_context(watch.waking(self._cursor.path, self._news.set))
+            self._open.enter_context(self._cursor.waking(self._news.set))
         return self._cursor
 
     async def _give_back(self, cursor: follow.Cursor) -> None:
@@ -481,7 +481,7 @@ class Store(_Awaited[persist.Store]):
             expected = "given to the persist.Store itself"
             raise persist.InvalidArgument(what="options", got="given beside it", expected=expected)
         store = path if isinstance(path, persist.Store) else persist.Store(path, **options)
-        super().__init__(store, Threads(store._backend.files))
+        super().__init__(store, Threads(store._backend.engine))
 
     path: Path = _mirrored("path")
 

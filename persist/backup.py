@@ -12,10 +12,11 @@ import os
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from persist import errors, json_codec, streams
 from persist.arguments import expanded, require_flags
+from persist.files import FileEngine
 from persist.maintenance import Step
 from persist.storage import commit, disk, document, layout
 from persist.storage.cache import Replica
@@ -72,7 +73,7 @@ def backing_up(
     If the generator is closed early, every copy that was made is whole.
     """
     require_flags(prune=prune)
-    directory, files = _directory(backend, dest), backend.files
+    directory, files = _directory(backend, dest), cast(FileEngine, backend.engine)
     names = sorted(filter(None, map(layout.name_of_document, files.names())))
     in_store = set(names)
     with _Copies(directory, files.layout.directory) as copies:
@@ -97,7 +98,7 @@ def backing_up(
 
 def _copy(backend: streams.Backend, copies: _Copies, name: str, timeout_s: float | None) -> Backup:
     """Copy a session, unless its copy has the same version."""
-    files, found = backend.files, Backup(Path(copies.directory))
+    files, found = cast(FileEngine, backend.engine), Backup(Path(copies.directory))
     session_id = files.id_of(name)
     there = copies.version_of(name, session_id)
     try:
@@ -326,7 +327,7 @@ def _directory(backend: streams.Backend, dest: object) -> str:
     path = os.fspath(dest) if isinstance(dest, (str, os.PathLike)) else None
     if type(path) is not str or not path or "\0" in path:
         raise errors.InvalidArgument(what="a backup's path", expected="a directory's name", got=repr(dest))
-    path, store = os.path.realpath(expanded(path)), backend.files.layout.directory
+    path, store = os.path.realpath(expanded(path)), cast(FileEngine, backend.engine).layout.directory
     if path == store or path.startswith(os.path.join(store, "")):
         raise _unfit(path, "the store itself, or within it", "Choose a directory beside it, or on another disk.")
     if os.path.exists(path) and not os.path.isdir(path):

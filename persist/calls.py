@@ -21,9 +21,9 @@ from contextlib import suppress
 from typing import Any
 
 from persist.arguments import seconds
+from persist.engine import Engine, Held
 from persist.errors import LockTimeout
 from persist.storage import lock
-from persist.storage.transaction import SessionFiles
 
 #: How many calls of a store read at the same time, each in its thread.
 QUICK_THREADS = 16
@@ -194,19 +194,19 @@ class Queue:
         for call in late:
             call.fail(call.timed_out(error.session_id, error.path, {"holder": error.holder, "remedy": error.remedy}))
 
-    def describe_holder(self, path: str, now: float) -> dict[str, str]:
+    def describe_holder(self, hold: Held, now: float) -> dict[str, str]:
         """Tell who holds the session. Hundreds of calls that are late together look once."""
         if now > self._described[0] + _DESCRIBED_FOR_S:
-            self._described = now, lock.describe_holder(path, self.waiting)
+            self._described = now, hold.describe_holder(self.waiting)
         return self._described[1]
 
 
 class _Pools:
     """The threads of one process, and the queues that they serve."""
 
-    def __init__(self, files: SessionFiles) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.pid = os.getpid()
-        self._files = files
+        self._engine = engine
         #: Guards all queues. A thread that holds it waits for nothing else.
         self._mutex = threading.Lock()
         #: The queues that have a thread.
@@ -271,7 +271,7 @@ class _Pools:
             call = None
             try:
                 assert queue.session_id is not None
-                hold = self._files.transaction(queue.session_id, 0.0)
+                hold = self._engine.transaction(queue.session_id, 0.0)
                 hold.waiting = queue.waiting
                 with hold:
                     queue.waiting.has_tried = queue.waiting.is_lent = True
@@ -316,21 +316,21 @@ class Threads:
     Reads, sessions and looks have threads of their own, so that a session that is locked for long blocks no other work.
     """
 
-    def __init__(self, files: SessionFiles) -> None:
-        self._files = files
-        self._pools = _Pools(files)
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._pools = _Pools(engine)
 
     def _here(self) -> _Pools:
         if self._pools.pid != os.getpid():
             # A forked child has none of the threads.
             with _making:
                 if self._pools.pid != os.getpid():
-                    self._pools = _Pools(self._files)
+                    self._pools = _Pools(self._engine)
         return self._pools
 
     def timeout_s(self, timeout_s: float | None) -> float:
         """Return a verb's time-out, or the store's."""
-        return self._files.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
+        return self._engine.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
 
     async def run(
         self,
@@ -408,8 +408,8 @@ class Threads:
             call.timer = loop.call_later(_ASK_AGAIN_S, self._expire, queue, call)
         elif queue.leave(call):
             session_id = str(queue.session_id)
-            path = self._files.layout.session(session_id).lock
-            call.error = call.timed_out(session_id, path, queue.describe_holder(path, loop.time()))
+            hold = self._engine.transaction(session_id)
+            call.error = call.timed_out(session_id, hold.path, queue.describe_holder(hold, loop.time()))
             call.end_in_loop()
 
 

@@ -42,20 +42,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from persist import errors, json_codec, watch
+from persist.engine import Ended, Event, Fenced
 from persist.log import log
 from persist.storage import disk, layout
 from persist.storage.directory import SessionDirectory
 from persist.storage.held import HeldFile, try_hold
-
-#: How a stream has ended. "died" means that its process was gone. "deleted" means that its session was removed.
-#: "unknown" means that the end line was not written, because the disk was full or the process was killed in that
-#: instant.
-Ended = Literal["finished", "failed", "cancelled", "died", "deleted", "unknown"]
 
 _LINE = re.compile(rb'\{"offset":(\d{1,18}),"event":(.+)\}', re.DOTALL)
 _END = re.compile(rb'\{"end":"(finished|failed|cancelled|died|deleted)"\}')
@@ -68,19 +62,7 @@ _CACHED_CHUNK_BYTES = 32 * 1024
 _MOST_PIECES = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One event of a stream. `offset` counts from 1, without gaps. With the stream's id it makes a cursor."""
-
-    offset: int
-    data: Any
-
-
 # --- writing ---------------------------------------------------------------------------------------------------------
-
-
-class Fenced(Exception):
-    """Raised when somebody else has ended the stream. Events that were appended after that do not count."""
 
 
 class EventWriter:
@@ -319,6 +301,7 @@ class EventReader:
         self._position = 0
         self._torn: list[bytes] = []
         self._fd = -1  # for `close`, if it cannot be opened
+        self.place = path
         with _reading(path):
             disk.check_directory(os.path.dirname(path))
             self._fd = disk.open_plain(path, os.O_RDONLY)
@@ -353,7 +336,11 @@ class EventReader:
         """Ask only for the events behind the passed ones."""
         self._after = self.count
 
-    def look_at_name(self) -> None:
+    def waking(self, wake: watch.Wake) -> contextlib.AbstractContextManager[None]:
+        """Call `wake` during a block, whenever any process has appended to the file."""
+        return watch.waking(self._path, wake)
+
+    def look_again(self) -> None:
         """Learn whether another file bears the name, because the mark that says so may be missing."""
         with _reading(self._path), contextlib.suppress(FileNotFoundError):
             self._is_moved = disk.version_of(self._path)[0] != os.fstat(self._fd).st_ino
@@ -487,24 +474,23 @@ class EventFiles:
         disk.check_directory(self._files.layout.events)
         disk.close(disk.open_plain(path, os.O_RDWR | os.O_CREAT, mode))
 
-    def fence(self, session_id: str, stream_id: object, ended: Ended) -> bool:
-        """Append the end line, if the stream has a file of events and no end line yet. Tell whether it has that file.
+    def fence(self, session_id: str, stream_id: str, ended: Ended) -> str | None:
+        """Append the end line, if the stream has a file of events and no end line yet. Return the path of that file.
 
         After that, events that the stream still emits count nowhere.
         """
-        if not layout.is_stream_id(stream_id):
-            return False
-        path = self._files.layout.session(session_id).events(str(stream_id))
+        path = self._files.layout.session(session_id).events(stream_id)
         if not disk.exists(path):
-            return False
+            return None
         _append_end(path, ended)
-        return True
+        return path
 
-    def end(self, session_id: str, stream_id: object, ended: Ended) -> None:
+    def end(self, session_id: str, stream_id: str, ended: Ended) -> None:
         """End the events of a stream that has ended. If the disk refuses, the document tells a follower of the end."""
         try:
-            if self.fence(session_id, stream_id, ended):
-                self._ended.append(self.path(session_id, str(stream_id)))
+            path = self.fence(session_id, stream_id, ended)
+            if path is not None:
+                self._ended.append(path)
         except OSError:
             pass
         if self._ended:

@@ -14,13 +14,13 @@ import random
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
 from typing import Literal, Self
 
-from persist import errors, streams, watch
-from persist.event_log import Ended, Event, EventReader
+from persist import errors, streams
+from persist.engine import Ended, Event, EventReader
 from persist.storage import layout
 from persist.storage.clock import now_s
 
@@ -43,13 +43,12 @@ class Cursor:
             raise errors.InvalidArgument(what="after", got=errors.shown(after), expected=expected)
         self.session_id = layout.check_session_id(session_id)
         self.stream_id = layout.check_stream_id(stream_id)
-        self.path = backend.events.path(session_id, stream_id)
-        backend.files.require_same()
         self.after = sys.maxsize if after == "end" else after
         self.ended: Ended | None = None
         self._backend = backend
         self._look_timeout_s = LOOK_TIMEOUT_S
         self._reader = self._open()
+        self._place = self._reader.place
         self._first = self._reader.read(until=self._reader.size())
         if after == "end":
             self._reader.begin_here()
@@ -61,21 +60,20 @@ class Cursor:
         self._hush()
 
     def _open(self) -> EventReader:
+        engine = self._backend.engine
         with suppress(FileNotFoundError):
-            return EventReader(self.path, self.after)
-        # The stream may be about to emit its first event. Then the process that ends it must find a file for the end
-        # line.
-        with self._backend.files.transaction(self.session_id) as tx:
-            if streams.active_in(tx.head()) == self.stream_id:
-                with tx.refusals():
-                    self._backend.events.make(self.session_id, self.stream_id)
-        try:
-            return EventReader(self.path, self.after)
-        except FileNotFoundError:
-            raise self._not_found() from None
+            return engine.events(self.session_id, self.stream_id, self.after)
+        with engine.transaction(self.session_id) as tx:
+            # The stream may be about to emit its first event.
+            is_active = streams.active_in(tx.head()) == self.stream_id
+            try:
+                return engine.events(self.session_id, self.stream_id, self.after, create=is_active)
+            except FileNotFoundError as error:
+                self._place = str(error.filename)
+                raise self._not_found() from None
 
     def _not_found(self, **facts: int) -> errors.EventsNotFound:
-        named = {"session_id": self.session_id, "stream_id": self.stream_id, "path": self.path}
+        named = {"session_id": self.session_id, "stream_id": self.stream_id, "path": self._place}
         return errors.EventsNotFound(**named, **facts)
 
     def _require_kept(self) -> None:
@@ -84,8 +82,12 @@ class Cursor:
             raise self._not_found(first=self._reader.first)
 
     def close(self) -> None:
-        """Close the file."""
+        """Stop reading."""
         self._reader.close()
+
+    def waking(self, wake: Callable[[], None]) -> AbstractContextManager[None]:
+        """Call `wake` during a block, whenever any process has emitted."""
+        return self._reader.waking(wake)
 
     @property
     def is_due(self) -> bool:
@@ -112,7 +114,7 @@ class Cursor:
         unsaid = None
         if self.is_quiet and not self._reader.has_more:
             unsaid = self._ended_unsaid()
-            self._reader.look_at_name()
+            self._reader.look_again()
         try:
             found, self._first = self._first or self._reader.read(), []
         except FileNotFoundError:
@@ -150,7 +152,7 @@ class Cursor:
         """Ask how a stream without an end line has ended. None if it goes on."""
         self._hush()
         try:
-            with self._backend.files.transaction(self.session_id, timeout_s=self._look_timeout_s) as tx:
+            with self._backend.engine.transaction(self.session_id, timeout_s=self._look_timeout_s) as tx:
                 info = streams.look_at(tx)
             self._look_timeout_s = LOOK_TIMEOUT_S
         except (errors.LockError, errors.CommitFailed, errors.Unreadable) as error:
@@ -197,7 +199,7 @@ class Following:
         self._is_closed = False
         self._open = ExitStack()
         self._open.callback(cursor.close)
-        self._open.enter_context(watch.waking(cursor.path, partial(_unlock, self._no_news)))
+        self._open.enter_context(cursor.waking(partial(_unlock, self._no_news)))
 
     def __repr__(self) -> str:
         ended = self.ended and f", {self.ended}"

@@ -10,14 +10,14 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from persist import errors, json_codec, streams, tool_calls, turn
+from persist.files import FileEngine, FileTransaction
 from persist.storage import disk, layout
 from persist.storage.content import Content, Items
 from persist.storage.directory import SessionDirectory, is_left_over
 from persist.storage.document import Header
-from persist.storage.transaction import Transaction
 from persist.working_copy import WorkingCopy
 
 Found = TypeVar("Found")
@@ -77,7 +77,7 @@ def in_order(problems: Iterator[Problem]) -> list[Problem]:
 
 def checking(backend: streams.Backend) -> Iterator[Step[list[Problem]]]:
     """Check one session after the other. The last step has the foreign files."""
-    files = backend.files
+    files = cast(FileEngine, backend.engine)
     sessions, foreign = _listed(files)
     # The streams in a backup are as they were committed. They end when it is put back.
     has_streams = not disk.exists(files.layout.backup)
@@ -105,7 +105,7 @@ def _listed(files: SessionDirectory) -> tuple[dict[str, _Files], list[str]]:
 
 def _problems(backend: streams.Backend, name: str, its: _Files, *, has_streams: bool) -> Iterator[Problem]:
     """Yield the problems of a session. If it looks wrong at first, it is looked at again under the lock."""
-    files = backend.files
+    files = cast(FileEngine, backend.engine)
     first = session_id = files.id_of(name)
     suspicion: Exception | None = None
     if session_id is not None and its.has_document:
@@ -142,10 +142,10 @@ def _problems(backend: streams.Backend, name: str, its: _Files, *, has_streams: 
 
 
 def _judged(
-    backend: streams.Backend, tx: Transaction, name: str, session_id: str | None, its: _Files, *, has_streams: bool
+    backend: streams.Backend, tx: FileTransaction, name: str, session_id: str | None, its: _Files, *, has_streams: bool
 ) -> Iterator[Problem]:
     """Yield the problems of a session whose lock is held. So no commit, fold or delete is under way."""
-    files, paths, header = backend.files, tx.paths, None
+    files, paths, header = cast(FileEngine, backend.engine), tx.paths, None
     has_document = tx.exists()
     if has_document:
         if session_id is None and (session_id := files.id_of(name)) is not None:
@@ -190,7 +190,7 @@ def _tool_call_faults(content: Content) -> list[tool_calls.ToolCallFault]:
     return [fault for fault in found if not fault.is_pending]
 
 
-def _of_turns(files: SessionDirectory, tx: Transaction, *, has_streams: bool) -> Iterator[Problem]:
+def _of_turns(files: SessionDirectory, tx: FileTransaction, *, has_streams: bool) -> Iterator[Problem]:
     """Tell what turns have left in a session. A live one is still at work."""
     info = streams.look_at(tx)
     if info is not None and info.is_live:
@@ -200,7 +200,7 @@ def _of_turns(files: SessionDirectory, tx: Transaction, *, has_streams: bool) ->
     yield from _unmatched(files, tx)
 
 
-def _unmatched(files: SessionDirectory, tx: Transaction) -> Iterator[Problem]:
+def _unmatched(files: SessionDirectory, tx: FileTransaction) -> Iterator[Problem]:
     """Name the tool calls without a result, and the results without a call, in a problem each."""
     faults = _tool_call_faults(tx.read().content)
     repair = layout.command("repair", files.layout.directory, tx.session_id)
@@ -217,7 +217,7 @@ def _unmatched(files: SessionDirectory, tx: Transaction) -> Iterator[Problem]:
             yield Problem(tx.session_id, f"{kind}-tools", Path(tx.paths.document), message)
 
 
-def _stale(files: SessionDirectory, tx: Transaction, info: streams.StreamInfo) -> Problem:
+def _stale(files: SessionDirectory, tx: FileTransaction, info: streams.StreamInfo) -> Problem:
     # A sweep looks at the leases, and another program's streams have none.
     has_lease = layout.is_stream_id(info.stream_id) and disk.exists(tx.paths.lease(info.stream_id))
     option = "" if has_lease else " --every-session"

@@ -14,16 +14,15 @@ from msgspec import structs
 from persist import errors, json_codec, streams, turn
 from persist.arguments import require_flags
 from persist.content_merge import decode_like, merge_contents, with_stream_fields_of
+from persist.engine import Committed, Transaction, decoding
 from persist.merge import Policy, Preference, count_removed
 from persist.patch import patch
 from persist.storage import diff
-from persist.storage.cache import Replica
 from persist.storage.content import Content, Items, decode, encoded
 from persist.storage.document import Header
-from persist.storage.transaction import Transaction
 from persist.streams import Backend
 from persist.transaction import refuse_changed_stream_fields
-from persist.translating import conflicts_in
+from persist.translating import Translating, conflicts_in
 
 _PREFERENCES = get_args(Preference)
 
@@ -58,7 +57,7 @@ class _Written(msgspec.Struct, frozen=True, eq=False):
         changes: the changes that others have committed before, in the values that stand apart.
     """
 
-    committed: Replica
+    committed: Committed
     mine: Content
     changes: tuple[diff.Change, ...]
 
@@ -101,10 +100,10 @@ class Session:
     __slots__ = ("__weakref__", "_backend", "_base", "_guard", "_pid", "_policies", "data", "id")
 
     def __init__(
-        self, backend: Backend, policies: Mapping[str, Policy], session_id: str, found: Replica, *, is_durable: bool
+        self, backend: Backend, policies: Mapping[str, Policy], session_id: str, found: Committed, *, is_durable: bool
     ) -> None:
         self.id = session_id
-        with backend.files.looking_at(session_id):
+        with decoding(session_id, backend.engine.where(session_id)):
             self.data: dict[str, Any] = found.content.decode()
         self._backend = backend
         self._policies = policies
@@ -201,7 +200,7 @@ class Session:
         """
         require_save_options(touch, on_conflict)
         try:
-            with self._backend.files.transaction(self.id, timeout_s) as tx, self._alone():
+            with self._backend.engine.transaction(self.id, timeout_s) as tx, self._alone():
                 self._recognise(tx.read())
                 mine = self._encode()
                 self._take(self._write(tx, mine, touch, on_conflict), mine, is_durable=True)
@@ -225,7 +224,7 @@ class Session:
             Overtaken: a save of this object by another loop came between.
         """
         try:
-            with self._backend.files.transaction(self.id, timeout_s) as tx:
+            with self._backend.engine.transaction(self.id, timeout_s) as tx:
                 if self._base is not base:
                     raise Overtaken
                 self._refuse_other(tx.read())
@@ -245,7 +244,7 @@ class Session:
         if not (is_added and changes and self._show_changes(mine, committed, changes)):
             self._take(committed, mine, is_durable=True)
 
-    def _write(self, tx: Transaction, mine: Content, touch: bool, prefer: Preference) -> Replica:
+    def _write(self, tx: Transaction, mine: Content, touch: bool, prefer: Preference) -> Committed:
         """Commit the changes that `mine` made to the merge base, and return the committed session.
 
         It does not touch `data`.
@@ -271,19 +270,15 @@ class Session:
                 self._base = structs.replace(base, is_durable=False)
                 raise
         else:
-            committed = there
-            if base.is_durable and is_current:
-                tx.require_known()
-            else:
-                tx.confirm()
+            committed = tx.confirm(is_durable=base.is_durable and is_current)
         return committed
 
-    def _refuse_other(self, there: Replica) -> None:
+    def _refuse_other(self, there: Committed) -> None:
         """Refuse another session of the same id."""
         if there.header.incarnation != self._base.header.incarnation:
             raise self._deleted()
 
-    def _recognise(self, there: Replica) -> None:
+    def _recognise(self, there: Committed) -> None:
         """Refuse another session of the same id, and learn the outcome of a save that was cut off.
 
         The items that such a save appended without an id must not be appended again.
@@ -302,7 +297,7 @@ class Session:
             remedy = "This object cannot be used any more: load the session anew, and look."
             raise errors.MergeConflict(path=(), reason="a save was cut off", clash=clash, remedy=remedy)
 
-    def _refuse_removal(self, there: Replica, merged: Content, changes: tuple[diff.Change, ...]) -> None:
+    def _refuse_removal(self, there: Committed, merged: Content, changes: tuple[diff.Change, ...]) -> None:
         """Refuse to remove messages in the middle of a turn, because there it is an accident (hermes-webui #4205)."""
         stream_id = streams.active_in(there.content)
         if stream_id is None or all(each.is_splice and not each.remove for each in changes):
@@ -324,7 +319,7 @@ class Session:
 
     # --- taking what others committed ---
 
-    def _take(self, committed: Replica, mine: Content, *, is_durable: bool) -> None:
+    def _take(self, committed: Committed, mine: Content, *, is_durable: bool) -> None:
         """Bring the commits of others into `data`, in place.
 
         `mine` is the state of `data` that was compared with the committed one.
@@ -339,7 +334,7 @@ class Session:
             # Such an edit contradicts the commits of others, or it is no JSON. It stays, and the next save reports it.
             self._base = structs.replace(self._base, content=mine, is_whole=False, tried=None)
 
-    def _merge_in(self, there: Replica, base: Content, *, is_durable: bool) -> None:
+    def _merge_in(self, there: Committed, base: Content, *, is_durable: bool) -> None:
         """Bring the differences between `base` and the committed state into `data`."""
         current = encoded(self.data, base)
         wanted = merge_contents(base, current, there.content, self._policies, "error")
@@ -384,27 +379,27 @@ class Session:
             before = self._base
             # Outside the guard, because the read takes the session's lock where folds follow one another.
             there = self._read()
-            with self._backend.files.looking_at(self.id), self._alone(), conflicts_in(self.id):
+            with self._decoding(), self._alone(), conflicts_in(self.id):
                 if self._base is before:
                     self._refresh(there)
                     return
 
-    def _refresh(self, there: Replica) -> None:
+    def _refresh(self, there: Committed) -> None:
         """Bring the state that was read into `data`, in place."""
         self._recognise(there)
         if there.header.commit != self._base.header.commit:
             self._merge_in(there, self._base.content, is_durable=False)
 
-    def _read_apart(self) -> Replica:
+    def _read_apart(self) -> Committed:
         """Do the part of a refresh that another thread may do for an event loop. It does not touch `data`."""
         there, base = self._read(), self._base
         if there.header.commit != base.header.commit:
             _split(base.content, there.content)
         return there
 
-    def _read(self) -> Replica:
+    def _read(self) -> Committed:
         try:
-            return self._backend.files.read(self.id)
+            return self._backend.engine.read(self.id)
         except errors.SessionNotFound:
             raise self._deleted() from None
 
@@ -468,7 +463,7 @@ class Session:
             if not is_shown:
                 self._show_merged(there)
 
-    def _show_changes(self, base: Content, after: Replica, changes: tuple[diff.Change, ...]) -> bool:
+    def _show_changes(self, base: Content, after: Committed, changes: tuple[diff.Change, ...]) -> bool:
         """Bring a commit on top of `base` into `data`, without a look at the rest of `data`.
 
         Args:
@@ -505,7 +500,7 @@ class Session:
         self._base = _Base(after.header, wanted, is_durable=True)
         return True
 
-    def _show_merged(self, there: Replica) -> None:
+    def _show_merged(self, there: Committed) -> None:
         base = self._base
         try:
             self._merge_in(there, base.content, is_durable=True)
@@ -524,7 +519,10 @@ class Session:
             self._base = structs.replace(base, content=content, is_whole=False, tried=None)
 
     def _deleted(self) -> errors.SessionDeleted:
-        return errors.SessionDeleted(session_id=self.id, path=self._backend.files.layout.session(self.id).document)
+        return errors.SessionDeleted(session_id=self.id, path=self._backend.engine.where(self.id))
+
+    def _decoding(self) -> Translating[None]:
+        return decoding(self.id, self._backend.engine.where(self.id))
 
 
 def require_save_options(touch: bool, on_conflict: Preference) -> None:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import functools
 import os
-import re
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
 
-from persist import backup, errors, json_codec, maintenance, streams, turn
-from persist.arguments import expanded, require_flags, require_key, require_limit, require_text, require_texts, seconds
-from persist.event_log import Event, EventFiles
+from persist import backup, engines, errors, json_codec, maintenance, streams, turn
+from persist.arguments import require_flags, require_key, require_limit, require_text, require_texts, seconds
+from persist.engine import Committed, Event, decoding
+from persist.engine import Transaction as Locked
 from persist.follow import Cursor, Following
 from persist.head import Head, Recent
 from persist.merge import Policy, check_policies
 from persist.session import Session
-from persist.storage import cache, commit, document, layout
+from persist.storage import commit, document
 from persist.storage.content import ALWAYS_APART, HEADER, Content, empty, encoded
-from persist.storage.transaction import Locked, SessionFiles
 from persist.streams import Backend, Stream, StreamInfo
 from persist.transaction import Transaction, refuse_changed_stream_fields, require_version
 from persist.turn import Message
@@ -29,10 +27,6 @@ from persist.view import View
 from persist.working_copy import WorkingCopy
 
 Result = TypeVar("Result")
-#: When a session was last written, in negative nanoseconds, and the name of its files. See `SessionDirectory.marks`.
-Mark = tuple[int, str]
-#: The mark behind which a page of `recent` begins.
-_CURSOR = re.compile(r"(-?[0-9]{1,20})-([\x21-\x7e]+)")
 _MODES = (0o600, 0o640, 0o660)
 _UNREADABLE = (errors.SessionNotFound, errors.CorruptSession, errors.UnsupportedFormat, errors.LockTimeout, OSError)
 
@@ -59,21 +53,10 @@ class Sweep:
     failures: dict[str, Exception]
 
 
-def _mark_of(cursor: str | None) -> Mark | None:
-    """Return the mark that a cursor of `recent` stands for."""
-    require_texts(before=cursor)
-    if cursor is None:
-        return None
-    found = _CURSOR.fullmatch(cursor)
-    if found is None or not layout.is_name(found[2]):
-        raise errors.InvalidArgument(what="before", got=errors.shown(cursor), expected="the cursor of a page, or None")
-    return -int(found[1]), found[2]
-
-
-def _page(heads: list[Head], last: Mark | None) -> Recent:
-    # Marks are a second apart at least. Within a page the heads tell the exact order.
+def _page(heads: list[Head], cursor: str | None) -> Recent:
+    # The engine's order is exact up to a second. Within a page the heads tell the exact order.
     heads.sort(key=lambda head: head.updated_at, reverse=True)
-    return Recent(heads, None if last is None else f"{-last[0]}-{last[1]}")
+    return Recent(heads, cursor)
 
 
 class Store:
@@ -139,7 +122,6 @@ class Store:
         create: bool = True,
     ) -> None:
         require_flags(unsafe_filesystem=unsafe_filesystem, create=create, answer_tool_calls=answer_tool_calls)
-        directory = _directory(path, create=create)
         if journal not in get_args(commit.Mode):
             raise errors.InvalidArgument(what="journal", expected=" | ".join(get_args(commit.Mode)), got=repr(journal))
         policies = {} if merge is None else merge
@@ -160,15 +142,17 @@ class Store:
             raise errors.InvalidArgument(what="mode", got=got, expected=expected)
         kept: dict[str, Any] = {"cache_bytes": cache_bytes, "unsafe_filesystem": unsafe_filesystem}
         timeout_s, keep_events_s = seconds("timeout_s", timeout_s), seconds("keep_events_s", keep_events_s)
-        files = SessionFiles(directory, commit.Options(journal, mode), timeout_s=timeout_s, create=create, **kept)
-        self._backend = Backend(files, EventFiles(files, keep_events_s, keep_events_bytes), answer_tool_calls)
-        self._options: dict[str, Any] = {
-            "timeout_s": timeout_s,
+        kept |= {
             "journal": journal,
-            "merge": self._policies,
+            "mode": mode,
             "keep_events_s": keep_events_s,
             "keep_events_bytes": keep_events_bytes,
-            "mode": mode,
+        }
+        self._at, engine = engines.opened(path, create=create, timeout_s=timeout_s, **kept)
+        self._backend = Backend(engine, answer_tool_calls)
+        self._options: dict[str, Any] = {
+            "timeout_s": timeout_s,
+            "merge": self._policies,
             "answer_tool_calls": answer_tool_calls,
             **kept,
         }
@@ -176,7 +160,7 @@ class Store:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # For multiprocessing. The other process opens the same directory for itself.
-        return functools.partial(Store, **self._options), (self.path,)
+        return functools.partial(Store, **self._options), (self._at,)
 
     def __repr__(self) -> str:
         return f"<persist.Store {self.path}>"
@@ -190,7 +174,7 @@ class Store:
     @property
     def path(self) -> Path:
         """The store's directory, absolute."""
-        return Path(self._backend.files.layout.directory)
+        return Path(self._backend.engine.place)
 
     def close(self) -> None:
         """Refuse further verbs with `StoreClosed`.
@@ -198,20 +182,20 @@ class Store:
         Running streams go on, and loaded sessions can still be saved. Events that have expired are removed.
         """
         self._is_closed = True
-        self._backend.events.close()
+        self._backend.engine.tidy(everywhere=False)
 
     def _open(self) -> Backend:
         if self._is_closed:
             raise errors.StoreClosed(path=self.path)
         return self._backend
 
-    def _locked(self, session_id: str, timeout_s: float | None) -> Locked:
+    def _locked(self, session_id: str, timeout_s: float | None) -> AbstractContextManager[Locked]:
         """Hold a session's lock for a block."""
         if self._is_closed:
             self._open()  # raises
-        return self._backend.files.transaction(session_id, timeout_s)
+        return self._backend.engine.transaction(session_id, timeout_s)
 
-    def _session(self, session_id: str, found: cache.Replica, *, is_durable: bool) -> Session:
+    def _session(self, session_id: str, found: Committed, *, is_durable: bool) -> Session:
         return Session(self._backend, self._policies, session_id, found, is_durable=is_durable)
 
     # --- looking ---
@@ -225,7 +209,7 @@ class Store:
             InvalidArgument: the id is not valid. An id is any text of 1 to 512 characters.
             Unreadable: the disk or its permissions refused.
         """
-        return self._session(session_id, self._open().files.read(session_id), is_durable=False)
+        return self._session(session_id, self._open().engine.read(session_id), is_durable=False)
 
     def view(self, session_id: str) -> View:
         """Return a session as it was last committed, to be read value by value. Takes no lock and never writes.
@@ -243,14 +227,14 @@ class Store:
             >>> view.list("messages").find("m1")["content"], view.version == version
             ('hi', True)
         """
-        return View(self._open().files.read(session_id))
+        return View(self._open().engine.read(session_id))
 
     def head(self, session_id: str) -> Head:
         """Return the small fields of a session, without reading its messages. Takes no lock and never writes.
 
         Raises: as `load`, but damage among the messages goes unnoticed.
         """
-        return Head.of(session_id, self._open().files.read_head(session_id))
+        return Head.of(session_id, self._open().engine.read_head(session_id))
 
     def heads(self, *, prefix: str = "", after: str | None = None, limit: int | None = None) -> Iterator[Head]:
         """Yield the heads of sessions, in the order of their ids. See `ids` for the arguments. Takes no lock.
@@ -258,7 +242,7 @@ class Store:
         Each head is read when it is asked for. A session that is gone by then, or cannot be read, is left out, because
         one damaged file must not hide the others. `check` names it.
         """
-        files = self._open().files
+        files = self._open().engine
         for session_id in self.ids(prefix=prefix, after=after, limit=limit):
             with suppress(*_UNREADABLE):
                 yield Head.of(session_id, files.read_head(session_id))
@@ -296,28 +280,20 @@ class Store:
         if limit == 0:
             raise errors.InvalidArgument(what="limit", got="0", expected="a whole number from 1 up")
         require_text("prefix", prefix)
-        files, place = self._open().files, _mark_of(before)
+        require_texts(before=before)
+        engine = self._open().engine
         heads: list[Head] = []
         last = None
-        for mark, session_id in self._marked(place):
+        for cursor, session_id in engine.recent(before):
             if not session_id.startswith(prefix):
                 continue
             if len(heads) >= limit:
                 # There is one more, or an unreadable one, which the next page leaves out.
                 return _page(heads, last)
             with suppress(*_UNREADABLE):
-                heads.append(Head.of(session_id, files.read_head(session_id)))
-                last = mark
+                heads.append(Head.of(session_id, engine.read_head(session_id)))
+                last = cursor
         return _page(heads, None)
-
-    def _marked(self, place: Mark | None = None) -> Iterator[tuple[Mark, str]]:
-        """Yield the mark of each session and its id, the last one first. `place` is the mark behind which to begin."""
-        files = self._open().files
-        for mark in files.marks():
-            is_wanted = (place is None or mark > place) and layout.is_name(mark[1])
-            session_id = files.id_of(mark[1]) if is_wanted else None
-            if session_id is not None:
-                yield mark, session_id
 
     def tail(self, session_id: str, *, limit: int = 20, field: str = turn.MESSAGES) -> list[Any]:
         """Return the last items of a list, and read no more than needed. Takes no lock and never writes.
@@ -332,11 +308,11 @@ class Store:
         """
         require_limit(limit, may_be_none=False)
         require_text("field", field)
-        return self._open().files.read_last(session_id, json_codec.joined(field), limit)
+        return self._open().engine.read_last(session_id, json_codec.joined(field), limit)
 
     def exists(self, session_id: str) -> bool:
         """Tell whether there is such a session. Takes no lock."""
-        return self._open().files.exists(session_id)
+        return self._open().engine.exists(session_id)
 
     def ids(self, *, prefix: str = "", after: str | None = None, limit: int | None = None) -> list[str]:
         """Return session ids, sorted. Takes no lock.
@@ -349,7 +325,7 @@ class Store:
         require_text("prefix", prefix)
         require_texts(after=after)
         require_limit(limit)
-        found = self._open().files.session_ids()
+        found = self._open().engine.session_ids()
         return [each for each in found if each.startswith(prefix) and (after is None or each > after)][:limit]
 
     # --- writing ---
@@ -373,8 +349,8 @@ class Store:
                 # answer. So the session must be durable.
                 with suppress(errors.CorruptSession, errors.UnsupportedFormat, errors.Unreadable):
                     tx.confirm()
-                raise errors.SessionExists(session_id=session_id, path=tx.paths.document)
-            committed = tx.commit(document.first_header(session_id if tx.paths.file_id else None), content)
+                raise errors.SessionExists(session_id=session_id, path=tx.place)
+            committed = tx.commit(document.first_header(), content)
         return self._session(session_id, committed, is_durable=True)
 
     def duplicate(self, session_id: str, new_id: str, *, timeout_s: float | None = None) -> Session:
@@ -382,9 +358,9 @@ class Store:
 
         Raises: as `load` for the first id, and as `create` for the second.
         """
-        files = self._open().files
-        found = files.read(session_id)
-        with files.looking_at(session_id):
+        engine = self._open().engine
+        found = engine.read(session_id)
+        with decoding(session_id, engine.where(session_id)):
             copy = WorkingCopy(found)
             stream_id = turn.active_stream(copy.fields)
             owner = streams.owner_of(found.header, stream_id)
@@ -421,7 +397,7 @@ class Store:
         content = encoded(data)
         refuse_changed_stream_fields(empty(), content)
         with self._locked(session_id, timeout_s) as tx:
-            committed = streams.replace(self._backend, tx, content, if_version)
+            committed = streams.replace(tx, content, if_version)
         return self._session(session_id, committed, is_durable=True)
 
     def delete(
@@ -445,7 +421,7 @@ class Store:
         with self._locked(session_id, timeout_s) as tx:
             if if_version is not None:
                 require_version(WorkingCopy.of(tx), session_id, if_version)
-            streams.delete(self._backend, tx, force=force)
+            streams.delete(tx, force=force)
 
     @contextmanager
     def transaction(
@@ -486,7 +462,7 @@ class Store:
             yield block
             if block.is_deleted:
                 if copy.version is not None:
-                    streams.delete(self._backend, tx)
+                    streams.delete(tx)
             else:
                 block.version = copy.commit_changes(streams.checked(tx, copy), touch=touch).header.version
 
@@ -706,10 +682,10 @@ class Store:
         """
         backend, timeout_s = self._open(), None if timeout_s is None else seconds("timeout_s", timeout_s)
         found = []
-        for session_id in dict.fromkeys(session_id for session_id, _ in backend.files.leases()):
+        for session_id in dict.fromkeys(session_id for session_id, _ in backend.engine.leases()):
             # One damaged session must not hide the streams of the others. `check` names it.
             with suppress(*_UNREADABLE):
-                with backend.files.transaction(session_id, timeout_s) as tx:
+                with backend.engine.transaction(session_id, timeout_s) as tx:
                     found.append(streams.look_at(tx))
         return [info for info in found if info is not None]
 
@@ -739,7 +715,7 @@ class Store:
         """Sweep one session after the other. Each step holds the result of one."""
         require_flags(every_session=every_session)
         backend, timeout_s = self._open(), None if timeout_s is None else seconds("timeout_s", timeout_s)
-        files = backend.files
+        files = backend.engine
         leases, others = files.leases(), files.session_ids() if every_session else []
         total = len(leases) + len(others)
         for done, (session_id, stream_id) in enumerate(leases, 1):
@@ -762,7 +738,7 @@ class Store:
             yield maintenance.Step(done, total, found)
         found = Sweep([], {})
         try:
-            backend.events.sweep()
+            backend.engine.tidy()
         except errors.PersistError as error:
             found.failures["*"] = error
         yield maintenance.Step(total, total, found)
@@ -912,24 +888,3 @@ def _encoded_items(field: str, items: Iterable[Any]) -> list[bytes]:
     for place, item in enumerate(items):
         lines.append(json_codec.encode_exact(item, (field, place) if len(items) > 1 else (field,)))
     return lines
-
-
-def _directory(path: object, *, create: bool) -> str:
-    """Return the real path of a store's directory, which need not exist yet.
-
-    It is the real path, because two names of one directory must share their in-process locks, and because a chdir must
-    not move the store.
-    """
-    directory = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
-    if type(directory) is not str or not directory or "\0" in directory:
-        raise errors.InvalidArgument(what="a store's path", expected="a directory's name", got=repr(path))
-    name, directory = directory, os.path.realpath(expanded(directory))
-    try:
-        found = "a directory" if stat.S_ISDIR(os.stat(directory).st_mode) else "a file"
-    except (FileNotFoundError, NotADirectoryError):
-        found = "missing"
-    except OSError as error:
-        raise errors.Unreadable.because(directory, error) from error
-    if found == "a file" or (found == "missing" and not create):
-        raise errors.InvalidArgument(what=f"the store {name}", expected="a directory that is there", got=found)
-    return directory

@@ -31,14 +31,12 @@ import msgspec
 
 from persist import errors, json_codec, tool_calls, turn
 from persist.arguments import require_flags
-from persist.event_log import Ended, EventFiles, Fenced
+from persist.engine import Committed, End, Ended, Engine, EventWriter, Fenced, Lease, Transaction, decoding
 from persist.log import log
-from persist.storage import disk, layout, lease
-from persist.storage.cache import Replica
+from persist.storage import layout
 from persist.storage.content import ALWAYS_APART, Content, Id
 from persist.storage.diff import Change
 from persist.storage.document import Head, Header, first_header
-from persist.storage.transaction import SessionFiles, Transaction
 from persist.transaction import Transaction as Block
 from persist.transaction import refuse_changed_stream_fields, require_version
 from persist.working_copy import Changed, WorkingCopy, WorkingList
@@ -48,10 +46,9 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """The sessions of a store and the events of its streams, on which all verbs work."""
+    """The engine of a store, and the options that its streams heed."""
 
-    files: SessionFiles
-    events: EventFiles
+    engine: Engine
     #: Whether a turn that breaks off leaves a synthetic result for each tool call that has none.
     answer_tool_calls: bool = False
 
@@ -91,23 +88,6 @@ def owner_of(header: Header, stream_id: object) -> StreamOwner | None:
     return owner if owner.stream_id == stream_id else None
 
 
-def _trying_lease(tx: Transaction, stream_id: object) -> lease.Probe:
-    """Try a stream's lease for a block, which learns whether the stream is dead. An impossible id was never alive."""
-    tx.require_lock()
-    if not layout.is_stream_id(stream_id):
-        return lease.Probe(is_dead=True)
-    with tx.refusals():
-        disk.check_directory(tx.paths.leases)
-        return lease.probe(tx.paths.lease(str(stream_id)))
-
-
-def _remove_lease(tx: Transaction, stream_id: object) -> None:
-    """Remove a stream's lease file, whoever holds it. If the disk refuses, a sweep finds it."""
-    tx.require_lock()
-    if layout.is_stream_id(stream_id):
-        disk.remove_quietly(tx.paths.lease(str(stream_id)))
-
-
 # --- starting --------------------------------------------------------------------------------------------------------
 
 
@@ -129,10 +109,10 @@ def start(
     if once and (message is None or message.get("id") is None):
         what = "the prompt of start_stream(once=True)"
         raise errors.InvalidArgument(what=what, got="without an id", expected="one with an id")
-    with backend.files.transaction(session_id, timeout_s) as tx:
+    with backend.engine.transaction(session_id, timeout_s) as tx:
         copy = WorkingCopy.of(tx, create=create)
         stale_id = active_in(copy.committed)
-        with _trying_lease(tx, stale_id) as is_dead:
+        with tx.probe(stale_id) as is_dead:
             if once and prompt is not None:
                 _refuse_started(tx, copy, prompt, live_id=None if is_dead else stale_id)
             if not is_dead:
@@ -153,28 +133,19 @@ def start(
             command = Path(sys.argv[0] or sys.executable).name if sys.argv else "python"
             process = os.getpid(), socket.gethostname(), command, datetime.now(UTC).isoformat()
             owner = StreamOwner(stream_id, *process, None if prompt is None else prompt["id"], once=once)
-            path = tx.paths.lease(stream_id)
-            description = {"pid": owner.pid, "started_at": owner.started_at, "session_id": session_id}
-            with tx.refusals():
-                backend.events.forget(session_id, stream_id)
-                backend.files.make_leases()
-                taken = lease.take(path, json_codec.encode(description), backend.files.options.file_mode)
-            if taken is None:
+            begun = tx.begin(stream_id, owner.started_at)
+            if begun is None:
                 raise _unusable(stream_id, "a stream of that id is alive")
+            end = None if stale_id is None else End(stale_id, "died")
             try:
-                committed = copy.commit(copy.next_header(epoch=copy.header.epoch + 1, owner=owner.to_header()), changed)
-                stream = Stream(backend, session_id, committed.header, stream_id, taken)
+                header = copy.next_header(epoch=copy.header.epoch + 1, owner=owner.to_header())
+                return Stream(backend, session_id, copy.commit(header, changed, end).header, stream_id, *begun)
             except BaseException as error:
-                # A failed launch must not keep its claim (hermes-webui #6869). If the claim may be visible all the
-                # same, the lease file stays behind, unlocked, so that a sweep finds the session by it.
-                if isinstance(error, errors.PersistError) and not tx.is_visible:
-                    _remove_lease(tx, stream_id)
-                taken.close()
+                # A failed launch must not keep its claim (hermes-webui #6869).
+                if isinstance(error, errors.PersistError):
+                    tx.forget(stream_id)
+                begun[0].close()
                 raise
-            if stale_id is not None:
-                backend.events.end(session_id, stale_id, "died")
-                _remove_lease(tx, stale_id)
-            return stream
 
 
 def _set_fields(copy: WorkingCopy, fields: Mapping[str, Any] | None) -> None:
@@ -230,8 +201,8 @@ class Cleared(msgspec.Struct, frozen=True, eq=False):
         changes: the changes from `before` to `after`, in the values that stand apart.
     """
 
-    before: Replica
-    after: Replica
+    before: Committed
+    after: Committed
     changes: tuple[Change, ...]
 
 
@@ -252,12 +223,12 @@ def clear_stale(
     Returns:
         The committed clear. None if another stream or none is active, or if this one is alive.
     """
-    with backend.files.transaction(session_id, timeout_s) as tx:
+    with backend.engine.transaction(session_id, timeout_s) as tx:
         copy = WorkingCopy(tx.read(), tx)
         active = active_in(copy.committed)
         if not _is_same(active, stream_id) or incarnation not in (None, copy.header.incarnation):
             return None
-        with _trying_lease(tx, stream_id) as is_dead:
+        with tx.probe(stream_id) as is_dead:
             return _take_away(backend, tx, copy, active, "died") if is_dead else None
 
 
@@ -272,15 +243,9 @@ def _take_away(backend: Backend, tx: Transaction, copy: WorkingCopy, stream_id: 
     """
     before = tx.read()
     _interrupt(backend, copy, stream_id)
-    if ended != "died":
-        # Before the commit, because an owner that lives may emit at any moment, and takes no lock.
-        with tx.refusals():
-            backend.events.fence(tx.session_id, stream_id, ended)
     changed = copy.changed() or (before.content, ())
     header = before.header.next(touch=False, epoch=before.header.epoch + 1, owner=None)
-    after = copy.commit(header, changed)
-    backend.events.end(tx.session_id, stream_id, ended)
-    _remove_lease(tx, stream_id)
+    after = copy.commit(header, changed, End(stream_id, ended, is_forced=ended != "died"))
     shown = stream_id if layout.is_stream_id(stream_id) else "of another program"
     log.info("Session %r: its stream %s was cleared, which had %s", tx.session_id, shown, ended)
     return Cleared(before, after, changed[1])
@@ -316,15 +281,15 @@ def repair_tool_calls(tx: Transaction, field: str) -> int:
 
 def sweep_lease(backend: Backend, session_id: str, stream_id: str, *, timeout_s: float | None) -> bool:
     """Clear the stream that a lease file names, or remove a left-over lease. Tell whether a stream was cleared."""
-    with backend.files.transaction(session_id, timeout_s) as tx:
+    with backend.engine.transaction(session_id, timeout_s) as tx:
         copy = WorkingCopy(tx.read(), tx) if tx.exists() else None
-        with _trying_lease(tx, stream_id) as is_dead:
+        with tx.probe(stream_id) as is_dead:
             if not is_dead:
                 return False
             if copy is not None and active_in(copy.committed) == stream_id:
                 _take_away(backend, tx, copy, stream_id, "died")
                 return True
-            _remove_lease(tx, stream_id)
+            tx.forget(stream_id)
             return False
 
 
@@ -333,7 +298,7 @@ def cancel(backend: Backend, tx: Transaction, stream_id: str, *, force: bool) ->
     copy = WorkingCopy(tx.read(), tx)
     if not _is_same(active_in(copy.committed), stream_id):
         return False
-    with _trying_lease(tx, stream_id) as is_dead:
+    with tx.probe(stream_id) as is_dead:
         owner = owner_of(copy.header, stream_id)
         if is_dead or force or owner is None:
             _take_away(backend, tx, copy, stream_id, "died" if is_dead else "cancelled")
@@ -344,65 +309,46 @@ def cancel(backend: Backend, tx: Transaction, stream_id: str, *, force: bool) ->
     return True
 
 
-def delete(backend: Backend, tx: Transaction, *, force: bool = False) -> None:
+def delete(tx: Transaction, *, force: bool = False) -> None:
     """Delete a session unless a live stream owns it. See `Store.delete`."""
     if not tx.exists():
-        raise errors.SessionNotFound(session_id=tx.session_id, path=tx.paths.document)
+        raise errors.SessionNotFound(session_id=tx.session_id, path=tx.place)
     if not force:
         # With `force`, a document that cannot be read is deleted, too.
         require_free(tx)
-    tx.require_known()
-    with tx.refusals():
-        # First, so that nothing is emitted behind the place that a follower takes for the end.
-        backend.events.fence_session(tx.session_id)
     tx.delete()
-    for stream_id in backend.files.stream_ids(tx.session_id):
-        _remove_lease(tx, stream_id)
-    backend.events.remove_session(tx.session_id)
 
 
-def replace(backend: Backend, tx: Transaction, content: Content, if_version: str | None) -> Replica:
+def replace(tx: Transaction, content: Content, if_version: str | None) -> Committed:
     """Replace the content of a session. See `Store.replace`."""
     try:
         before = tx.read()
-        with backend.files.looking_at(tx.session_id):
+        with decoding(tx.session_id, tx.place):
             # Somebody may have sealed a value that is no JSON.
             before.content.decode()
     except errors.CorruptSession:
         if if_version is not None:
             # Nobody knows the version of a damaged session.
             raise
-        return _replace_damaged(backend, tx, content)
+        return _replace_damaged(tx, content)
     if if_version is None:
         remedy = "It can be read: name the version that you have seen, with if_version=."
-        raise errors.SessionExists(session_id=tx.session_id, path=tx.paths.document, remedy=remedy)
+        raise errors.SessionExists(session_id=tx.session_id, path=tx.place, remedy=remedy)
     require_version(WorkingCopy(before, tx), tx.session_id, if_version)
     require_free(tx)
     stale_id = active_in(before.content)
     epoch = before.header.epoch + (stale_id is not None)
-    after = tx.commit(before.header.next(epoch=epoch, owner=None), content)
-    if stale_id is not None:
-        backend.events.end(tx.session_id, stale_id, "died")
-        _remove_lease(tx, stale_id)
-    return after
+    end = None if stale_id is None else End(stale_id, "died")
+    return tx.commit(before.header.next(epoch=epoch, owner=None), content, end=end)
 
 
-def _replace_damaged(backend: Backend, tx: Transaction, content: Content) -> Replica:
+def _replace_damaged(tx: Transaction, content: Content) -> Committed:
     """Begin a session anew. Its document does not tell whether a stream runs, so all its leases are tried."""
-    stream_ids = backend.files.stream_ids(tx.session_id)
-    for stream_id in stream_ids:
-        with _trying_lease(tx, stream_id) as is_dead:
+    for stream_id in tx.stream_ids():
+        with tx.probe(stream_id) as is_dead:
             if not is_dead:
                 raise _busy(tx, first_header(), stream_id)
-    tx.require_known()
-    with tx.refusals():
-        # First, so that nothing is emitted behind the place that a follower takes for the end.
-        backend.events.fence_session(tx.session_id)
-    after = tx.replace_damaged(content)
-    for stream_id in stream_ids:
-        _remove_lease(tx, stream_id)
-    backend.events.remove_session(tx.session_id)
-    return after
+    return tx.replace_damaged(content)
 
 
 def require_free(tx: Transaction, why: str = "") -> None:
@@ -410,7 +356,7 @@ def require_free(tx: Transaction, why: str = "") -> None:
     if not tx.exists():
         return
     active = active_in(tx.read().content)
-    with _trying_lease(tx, active) as is_dead:
+    with tx.probe(active) as is_dead:
         if not is_dead:
             raise _busy(tx, tx.read().header, active, why)
 
@@ -481,7 +427,7 @@ def look_at(tx: Transaction) -> StreamInfo | None:
     stream_id = active_in(head)
     if stream_id is None:
         return None
-    with _trying_lease(tx, stream_id) as is_dead:
+    with tx.probe(stream_id) as is_dead:
         owner = owner_of(head.header, stream_id)
         process, is_cancelled = (None, False) if owner is None else (owner.process, owner.cancelled)
         return StreamInfo(tx.session_id, stream_id, not is_dead, is_cancelled, process, head.header.updated_at)
@@ -495,7 +441,7 @@ def active_in(head: Head | Content) -> Any:
 
 def _busy(tx: Transaction, header: Header, stream_id: Any, why: str = "") -> errors.SessionBusy:
     owner = owner_of(header, stream_id)
-    process, path = None if owner is None else owner.process, tx.paths.lease(stream_id)
+    process, path = None if owner is None else owner.process, tx.where(stream_id)
     return errors.SessionBusy(session_id=tx.session_id, stream_id=stream_id, owner=process, path=path, why=why)
 
 
@@ -530,14 +476,16 @@ class Stream:
     stream. In a forked child every verb raises `StreamLost`, and leaving the block does nothing.
     """
 
-    def __init__(self, backend: Backend, session_id: str, claim: Header, stream_id: str, taken: lease.Lease) -> None:
+    def __init__(
+        self, backend: Backend, session_id: str, claim: Header, stream_id: str, lease: Lease, events: EventWriter
+    ) -> None:
         self.id = stream_id
         self.session_id = session_id
         self.epoch = claim.epoch
         self._backend = backend
         self._incarnation = claim.incarnation
-        self._lease = taken
-        self._events = backend.events.writer(session_id, stream_id)
+        self._lease = lease
+        self._events = events
 
     def __repr__(self) -> str:
         return f"<persist.Stream {self.id} of {self.session_id!r}{'' if self._lease.is_held else ', ended'}>"
@@ -551,7 +499,7 @@ class Stream:
         It reads the head of the document, which takes tens of microseconds and no lock.
         """
         try:
-            head = self._backend.files.read_head(self.session_id)
+            head = self._backend.engine.read_head(self.session_id)
             return self._require_ownership(head.header, active_in(head)).cancelled
         except (errors.StreamLost, errors.SessionNotFound):
             return True
@@ -642,7 +590,7 @@ class Stream:
             raise self._lost("it has ended, or this is a forked child")
         try:
             if not self._events.is_open:
-                with self._backend.files.transaction(self.session_id, timeout_s) as tx:
+                with self._backend.engine.transaction(self.session_id, timeout_s) as tx:
                     head = tx.head()
                     self._require_ownership(head.header, active_in(head))
                     self._events.open()
@@ -661,7 +609,7 @@ class Stream:
         The emitted events stand. So a failure here is no error, and a later emission tries again.
         """
         try:
-            with self._backend.files.transaction(self.session_id, 0) as tx:
+            with self._backend.engine.transaction(self.session_id, 0) as tx:
                 head = tx.head()
                 # Under the lock nobody else can end the stream. So no end line goes to the file that loses its name.
                 self._require_ownership(head.header, active_in(head))
@@ -716,7 +664,7 @@ class Stream:
             raise self._lost("it has ended, or this is a forked child")
         is_inside = False
         try:
-            with self._backend.files.transaction(self.session_id, timeout_s) as tx:
+            with self._backend.engine.transaction(self.session_id, timeout_s) as tx:
                 copy = WorkingCopy(tx.read(), tx)
                 owner = self._require_ownership(copy.header, active_in(copy.committed))
                 is_inside = True
@@ -737,10 +685,9 @@ class Stream:
 
     def _end(self, copy: WorkingCopy, ended: Ended) -> None:
         """Commit the end of the turn, and give up the lease in the same hold of the lock."""
-        copy.commit(copy.header.next(owner=None))
-        self._backend.events.end(self.session_id, self.id, ended)
-        disk.remove_quietly(self._lease.path)
-        self._close()
+        copy.commit(copy.header.next(owner=None), end=End(self.id, ended))
+        self._lease.close()
+        self._events.close()
 
     def _close(self) -> None:
         self._lease.close()

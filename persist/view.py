@@ -8,8 +8,8 @@ from typing import Any, overload
 
 from persist import json_codec
 from persist.arguments import require_key, require_text
+from persist.engine import Committed
 from persist.errors import InvalidArgument
-from persist.storage.cache import Replica
 from persist.storage.content import ALWAYS_APART, Content, Items, as_id, decode
 
 
@@ -25,7 +25,7 @@ class View:
 
     __slots__ = ("_content", "_header", "version")
 
-    def __init__(self, found: Replica) -> None:
+    def __init__(self, found: Committed) -> None:
         self._content: Content = found.content
         self._header = found.header
         self.version: str = found.header.version

@@ -20,9 +20,9 @@ import msgspec
 
 from persist import json_codec
 from persist.arguments import require_key
+from persist.engine import Committed, End, Transaction
 from persist.errors import InvalidArgument, reserved
 from persist.storage import diff
-from persist.storage.cache import Replica
 from persist.storage.content import (
     ALWAYS_APART,
     HEADER,
@@ -38,7 +38,6 @@ from persist.storage.content import (
     too_large,
 )
 from persist.storage.document import Header, first_header
-from persist.storage.transaction import Transaction
 
 _ALWAYS_APART = frozenset(ALWAYS_APART)
 
@@ -58,7 +57,7 @@ class WorkingCopy:
         header: the header of the committed revision.
     """
 
-    def __init__(self, found: Replica, tx: Transaction | None = None, *, is_new: bool = False) -> None:
+    def __init__(self, found: Committed, tx: Transaction | None = None, *, is_new: bool = False) -> None:
         self.header = found.header
         self._is_new = is_new
         self._tx = tx
@@ -76,8 +75,7 @@ class WorkingCopy:
         Raises: as `Transaction.read`.
         """
         if create and not tx.exists():
-            header = first_header(tx.session_id if tx.paths.file_id else None)
-            return cls(Replica(header, empty(), (0, 0, 0, 0)), tx, is_new=True)
+            return cls(Committed(first_header(), empty()), tx, is_new=True)
         return cls(tx.read(), tx)
 
     @property
@@ -232,23 +230,22 @@ class WorkingCopy:
         changed = self.changed()
         return self._content if changed is None else changed[0]
 
-    def commit(self, header: Header, changed: Changed | None = None) -> Replica:
+    def commit(self, header: Header, changed: Changed | None = None, end: End | None = None) -> Committed:
         """Commit the content as it is now under the `next_header`, even if nothing was changed in it.
 
-        `changed` is the result of the method `changed`, if the caller has it already.
+        `changed` is the result of the method `changed`, if the caller has it already. `end` is a stream that ends.
         """
         assert self._tx is not None
         content, changes = changed or self.changed() or (self._content, ())
-        return self._tx.commit(header, content, changes)
+        return self._tx.commit(header, content, changes, end)
 
-    def commit_changes(self, changed: Changed | None, *, touch: bool = True) -> Replica:
+    def commit_changes(self, changed: Changed | None, *, touch: bool = True) -> Committed:
         """Commit the result of the method `changed`. If that is None, make the state that was read durable."""
         assert self._tx is not None
         if self._is_new:
             return self.commit(self.header, changed)
         if changed is None:
-            self._tx.confirm()
-            return self._tx.read()
+            return self._tx.confirm()
         return self._tx.commit(self.header.next(touch=touch), *changed)
 
 

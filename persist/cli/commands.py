@@ -35,7 +35,7 @@ from persist.cli.output import (
 from persist.cli.progress import ENDED_BY_SIGINT, Watched
 from persist.errors import CorruptSession, PersistError, SessionNotFound
 from persist.json_codec import BYTE_ORDER_MARK, StrictError, Undecodable, decode, decode_strict
-from persist.storage.cache import Replica
+from persist.storage.cache import Committed
 from persist.storage.content import HEADER, Items
 from persist.storage.content import decode as decode_value
 from persist.storage.directory import mislabelled
@@ -197,7 +197,7 @@ def ls(ctx: click.Context, store: Store, recent: bool, limit: int | None, as_jso
     could not be taken). A session that cannot be read is shown with its error, and the exit status is then 1. `check`
     finds damage among the messages.
     """
-    ids: Iterable[str] = (session_id for _, session_id in store._marked()) if recent else store.ids()
+    ids: Iterable[str] = (session_id for _, session_id in store._open().engine.recent(None)) if recent else store.ids()
     entries = itertools.islice(_entries(ctx, store, ids), limit)
     if as_json:
         print_pieces(_json_entries(entries))
@@ -230,7 +230,7 @@ def _clipped(title: str) -> str:
 def _entry(store: Store, session_id: str) -> Entry | None:
     try:
         # Not a `Head`, because a `Head` decodes all fields. With 50,000 sessions the user would notice that.
-        head = store._open().files.read_head(session_id)
+        head = store._open().engine.read_head(session_id)
     except SessionNotFound:
         return None
     except (PersistError, OSError) as error:
@@ -269,8 +269,8 @@ def show(store: Store, session_id: str, as_json: bool) -> None:
 
     On a terminal a pager shows it: $PAGER, or less. A large conversation is printed while it is decoded.
     """
-    files = store._open().files
-    found = files.read(session_id)
+    engine = store._open().engine
+    found = engine.read(session_id)
     facts = {
         "revision": found.header.revision,
         "created_at": found.header.created_at.isoformat(),
@@ -283,10 +283,10 @@ def show(store: Store, session_id: str, as_json: bool) -> None:
     except Undecodable:
         # The checksums match, but a part of the document is not JSON. The error comes only at that part, after the
         # items before it are printed.
-        raise mislabelled(files.layout.session(session_id).document, session_id) from None
+        raise mislabelled(engine.where(session_id), session_id) from None
 
 
-def _json_of_session(session_id: str, facts: dict[str, Any], found: Replica) -> Iterator[str]:
+def _json_of_session(session_id: str, facts: dict[str, Any], found: Committed) -> Iterator[str]:
     """Yield the JSON of a session piece by piece. A list that is kept apart comes item by item."""
     yield "{"
     for name, value in {"id": session_id, **facts}.items():
@@ -302,7 +302,7 @@ def _json_of_session(session_id: str, facts: dict[str, Any], found: Replica) -> 
     yield "\n  }\n}\n" if before == "," else f"{before}}}\n}}\n"
 
 
-def _conversation(session_id: str, facts: dict[str, Any], found: Replica) -> Iterator[str]:
+def _conversation(session_id: str, facts: dict[str, Any], found: Committed) -> Iterator[str]:
     style = styles()
     title = found.content.fields.get("title")
     shown = None if title is None else decode(title)

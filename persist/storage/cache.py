@@ -22,18 +22,22 @@ _BYTES_AN_ITEM = 160
 _BYTES_A_SESSION = 4096
 
 
-class Replica(msgspec.Struct, eq=False):
-    """A session as one commit left it.
+class Committed(msgspec.Struct, eq=False):
+    """A session as one commit left it."""
+
+    header: Header
+    content: Content
+
+
+class Replica(Committed):
+    """A session as one commit left it in its files.
 
     Attributes:
-        header, content: the header and the content of that commit.
         version: the version of the document's file.
         tail: the end of its journal, or None if it has none.
         is_synced: whether this process has made the names and the document durable. The writer may have died before.
     """
 
-    header: Header
-    content: Content
     version: disk.Version
     tail: Tail | None = None
     is_synced: bool = False

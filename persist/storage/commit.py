@@ -76,6 +76,7 @@ class Place:
 
     session_id: str
     paths: SessionPaths
+    place: str
     options: Options
     unknown: dict[str, str]
     is_visible: bool
@@ -317,8 +318,10 @@ def _publish(
     `journals` names the journals that no longer count after that, the current one last.
     """
     name = token_hex(8) if is_journaled else None
-    header = header.but(journal=name, folded=journals[-1] if journals else None)
     paths, made = place.paths, [place.paths.temp]
+    folded = journals[-1] if journals else None
+    # The header holds the id if the file's name holds a hash of it.
+    header = header.but(journal=name, folded=folded, session_id=paths.file_id or header.session_id)
     # 1. The directory is opened while nothing is visible. If no descriptor were free after the rename, nobody would
     # know its outcome.
     directory = disk.open_directory(paths.directory)

@@ -12,9 +12,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+from typing import Any, Literal
+
+import msgspec
 
 from persist.storage import disk
 from persist.storage.held import HeldFile, try_hold
+
+#: How a stream has ended. "died" means that its process was gone. "deleted" means that its session was removed.
+#: "unknown" means that nobody noted the end, because the disk was full or the process was killed in that instant.
+Ended = Literal["finished", "failed", "cancelled", "died", "deleted", "unknown"]
+
+
+class End(msgspec.Struct, frozen=True):
+    """The end of a stream, which a commit makes.
+
+    Attributes:
+        stream_id: the stream's id. Another program may have put any value into the document.
+        is_forced: whether the owner may be alive. It emits without the lock, so its events end before the commit.
+    """
+
+    stream_id: Any
+    how: Ended
+    is_forced: bool = False
+
 
 #: The held lease of a stream that this process runs. After `close` its file stays, as the lease of a dead stream.
 Lease = HeldFile

@@ -196,6 +196,20 @@ class Hold:
         assert self._file is not None
         return self._file
 
+    def describe_holder(self, waiting: Waiting) -> dict[str, str]:
+        """Return the holder of the lock for which a thread waits, and a remedy, as the facts of a `LockTimeout`.
+
+        The caller is another thread, so the waiting thread may have the lock by now.
+        """
+        first = _first_in(self.path)
+        if first is None or first.waiting is waiting:
+            return {"holder": self._other_process()}
+        return _described_thread(first)
+
+    def _other_process(self) -> str:
+        """Name the process that holds the lock, or return "unknown"."""
+        return _process_that_holds(self.path)
+
     def _deadline(self, start: float) -> float:
         """Return the end of this hold's wait."""
         if self.waiting is None:
@@ -233,7 +247,7 @@ class Hold:
                     return
             # A last try, because the lock may be free by now, or the process that is next may be stopped.
             if not self._file.try_lock():
-                raise self._timeout(start, holder=_process_that_holds(self.path))
+                raise self._timeout(start, holder=self._other_process())
         finally:
             if has_turn:
                 # The close of the file is not enough, because a child may have a copy of the descriptor.
@@ -298,17 +312,6 @@ def _process_that_holds(path: str) -> str:
     same_inode = [pid for file, pid in holders.items() if file.rpartition(":")[2] == str(status.st_ino)]
     pid = holders.get(f"{device}:{status.st_ino}", same_inode[0] if same_inode else None)
     return "unknown" if pid is None else describe_process(pid)
-
-
-def describe_holder(path: str, waiting: Waiting) -> dict[str, str]:
-    """Return the holder of the lock for which a thread waits, and a remedy, as the facts of a `LockTimeout`.
-
-    The caller is another thread, so the waiting thread may have the lock by now.
-    """
-    first = _first_in(path)
-    if first is None or first.waiting is waiting:
-        return {"holder": _process_that_holds(path)}
-    return _described_thread(first)
 
 
 def _first_in(path: str) -> Hold | None:

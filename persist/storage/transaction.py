@@ -33,6 +33,7 @@ from persist.storage.document import Head, Header, first_header
 from persist.storage.held import HeldFile, is_stuck
 from persist.storage.journal import Overtaken
 from persist.storage.layout import SessionPaths
+from persist.storage.lease import End
 from persist.storage.salvage import salvage
 
 Found = TypeVar("Found")
@@ -49,6 +50,7 @@ class Transaction(commit.Place):
     def __init__(self, files: SessionFiles, paths: SessionPaths, session_id: str, held: HeldFile) -> None:
         self.session_id = session_id
         self.paths = paths
+        self.place = paths.document
         self.options = files.options
         self.unknown = files.unknown
         self.is_visible = self.is_marked = False
@@ -180,12 +182,15 @@ class Transaction(commit.Place):
                 self._replica = None
                 raise OSError(None, "another program replaced it without the lock")
 
-    def commit(self, header: Header, content: Content, changes: tuple[Change, ...] | None = None) -> Replica:
+    def commit(
+        self, header: Header, content: Content, changes: tuple[Change, ...] | None = None, end: End | None = None
+    ) -> Replica:
         """Write a revision. It is durable and visible on return.
 
         Args:
             changes: the changes that turn the values that stand apart into those of `content`. If it is None, the
                 values are compared.
+            end: the stream that ends with this commit.
 
         Raises:
             CommitFailed: the disk refused. The old revision stands.
@@ -196,6 +201,8 @@ class Transaction(commit.Place):
         if not self._files.is_durable:
             with self.refusals():
                 self._files.make_durable()
+        if end is not None and end.is_forced:
+            self._fence(end)
         before, self._replica = self._replica, None
         if before is not None and before.tail is not None:
             if changes is None:
@@ -212,8 +219,17 @@ class Transaction(commit.Place):
         after = commit.commit(self, before, header, content, changes or (), self._fd)
         if before is not None and before.tail is after.tail:
             self._replica = after
-            return after
-        return self._written(before, after)
+        else:
+            self._written(before, after)
+        if end is not None:
+            self._end(end)
+        return after
+
+    def _fence(self, end: End) -> None:
+        """End the events of a stream whose owner may be alive, before a commit."""
+
+    def _end(self, end: End) -> None:
+        """End a stream after a commit. It cannot fail, because the commit stands."""
 
     def _written(self, before: Replica | None, after: Replica) -> Replica:
         if before is None or before.tail is not after.tail:
@@ -221,15 +237,21 @@ class Transaction(commit.Place):
         self._replica, self._is_there = after, True
         return after
 
-    def confirm(self) -> None:
-        """Make the revision that was read durable, before a verb acknowledges it without a commit."""
+    def confirm(self, *, is_durable: bool = False) -> Replica:
+        """Make the revision that was read durable, before a verb acknowledges it without a commit. Return it.
+
+        `is_durable` says that the caller has made it durable before. Then only an unknown outcome counts.
+        """
         self.require_lock()
+        if is_durable:
+            self.require_known()
+            return self.read()
         if not self._files.is_durable:
             with self.refusals():
                 self._files.make_durable()
         before = self.read()
         self._replica = None
-        self._written(before, commit.confirm(self, before, self._fd))
+        return self._written(before, commit.confirm(self, before, self._fd))
 
     def compact(self, *, alone: bool = False) -> bool:
         """Fold the journal into the document. Durable on return. Tell whether there was anything to fold.
@@ -273,8 +295,7 @@ class Transaction(commit.Place):
         try:
             self.read()
             if not drop_journal:
-                self.confirm()
-                return self.read()
+                return self.confirm()
         except CorruptSession:
             self._is_there = True
         self._forget()
@@ -311,6 +332,9 @@ class Transaction(commit.Place):
 class SessionFiles(SessionDirectory):
     """The sessions of one directory, as files, and the way to change them: a transaction."""
 
+    #: The kind of transaction that a hold of the lock gives.
+    transactions: type[Any] = Transaction
+
     def read(self, session_id: str) -> Replica:
         """Read the committed session, without a lock: some committed revision, never half of one."""
         return self._not_overtaken(session_id, self.read_now)
@@ -335,7 +359,8 @@ class SessionFiles(SessionDirectory):
                 return look(session_id)
         try:
             with self.transaction(session_id) as tx:
-                return tx.undisturbed(look)
+                found: Found = tx.undisturbed(look)
+                return found
         except LockError:
             # Within the block of another session's lock, the reader can only try for longer.
             for _ in range(READ_ATTEMPTS_IN_A_LOCK):
@@ -379,15 +404,15 @@ class Locked(lock.Hold):
     files: SessionFiles
     is_new: bool
     paths: SessionPaths
-    tx: Transaction | None
+    tx: Any
 
     def before_create(self) -> None:
         """Note that the lock file is about to be created, in the directory that the store has opened."""
         self.is_new = True
         self.files.require_same()
 
-    def __enter__(self) -> Transaction:
-        self.tx = Transaction(self.files, self.paths, self.session_id, self.acquire())
+    def __enter__(self) -> Any:
+        self.tx = self.files.transactions(self.files, self.paths, self.session_id, self.acquire())
         if self.is_new:
             self._take_time_of_document()
         return self.tx

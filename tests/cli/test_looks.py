@@ -55,7 +55,7 @@ def test_show_begins_before_it_has_decoded_the_session(
         return real(text)
 
     monkeypatch.setattr(commands, "decode", counting)
-    found = talk._open().files.read("s-42")
+    found = talk._open().engine.read("s-42")
     facts = {"revision": 2}
     show = commands._json_of_session if as_json else commands._conversation
     pieces, seen = show("s-42", facts, found), ""

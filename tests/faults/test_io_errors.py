@@ -616,7 +616,7 @@ def view(store: persist.Store) -> View:
 
 def _document(store: persist.Store, session_id: str) -> object:
     try:
-        found = store._backend.files.read(session_id)
+        found = store._backend.engine.read(session_id)
     except persist.PersistError as error:
         return type(error).__name__
     header, owner = found.header, found.header.owner
@@ -669,7 +669,7 @@ def staged(operation: Operation, directory: Path) -> tuple[Scene, Run]:
     run = operation.stage(scene)
     set_mode(operation.mode, scene.store)
     if operation.is_cold:
-        scene.store._backend.files.cache = Cache(2**20)
+        scene.store._backend.engine.cache = Cache(2**20)
     return scene, run
 
 
@@ -682,7 +682,7 @@ def opened(mode: Mode, path: Path) -> persist.Store:
 def set_mode(mode: Mode, store: persist.Store) -> None:
     mode.set(store)
     # The reads of the harness's own check must not fail.
-    store._backend.files.options.verifies_folds = False
+    store._backend.engine.options.verifies_folds = False
 
 
 class Trial:

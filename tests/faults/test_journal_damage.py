@@ -882,7 +882,7 @@ def test_fold_that_does_not_fit_on_the_disk_waits(tmp_path: Path, error: int) ->
     store = persist.Store(tmp_path, journal="always")
     store.create("s", {"messages": [{"id": "m1"}]})
     stream = store.start_stream("s", {"id": "p", "content": "Why?"})
-    store._backend.files.options.fold_bytes = 1
+    store._backend.engine.options.fold_bytes = 1
     path = journal_of(store)
     # Only documents are written with `write`. Records go to a place in a file.
     with injecting(Fault("write", 1, error, is_persistent=True)) as injection:
@@ -909,7 +909,7 @@ def test_fold_that_fails_otherwise_fails_its_commit(tmp_path: Path, error: int) 
     store = persist.Store(tmp_path, journal="always")
     store.create("s", {"messages": [{"id": "m1"}]})
     store.append("s", "messages", {"id": "a"})
-    store._backend.files.options.fold_bytes = 1
+    store._backend.engine.options.fold_bytes = 1
     with injecting(Fault("write", 1, error, is_persistent=True)), pytest.raises(persist.CommitFailed):
         store.append("s", "messages", {"id": "b"})
     assert [message["id"] for message in persist.Store(tmp_path).load("s").data["messages"]] == ["m1", "a"]
@@ -1014,7 +1014,7 @@ def test_older_document_that_was_put_back_harms_no_newer_journal(tmp_path: Path)
         path.write_bytes(content)
     again = persist.Store(tmp_path, journal="always")
     again.append("s", "messages", {"id": "b"})
-    again._backend.files.options.fold_bytes = 1
+    again._backend.engine.options.fold_bytes = 1
     again.append("s", "messages", {"id": "c"})
     again.compact("s")
     assert b"late" in newer.read_bytes()

@@ -40,7 +40,7 @@ def files(store: persist.Store) -> dict[str, bytes]:
 
 
 def fold_at_once(store: persist.Store) -> persist.Store:
-    store._backend.files.options.fold_bytes = 1
+    store._backend.engine.options.fold_bytes = 1
     return store
 
 
@@ -235,7 +235,7 @@ def test_full_disk_keeps_nobody_from_deleting(directory: Path, journal: Any) -> 
     a file.
     """
     store = persist.Store(directory, journal=journal)
-    store._backend.files.options.room_bytes = 600
+    store._backend.engine.options.room_bytes = 600
     store.create("s", DATA)
     for number in range(5):
         store.append("s", "messages", {"id": f"n{number}"})

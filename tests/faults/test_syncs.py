@@ -65,7 +65,7 @@ def staged(directory: Path, mode: str, name: str) -> persist.Store:
     if name == "fold by compact":
         store.append("s", "messages", {"id": "m0"})
     if mode == "folding":
-        store._backend.files.options.fold_bytes = 1
+        store._backend.engine.options.fold_bytes = 1
     return store
 
 
@@ -176,7 +176,7 @@ def test_much_that_a_dead_process_did_not_sync_is_folded(directory: Path, actor:
     old = journal_of(store)
     append_and_die(actor(journal="always"), M2 | {"content": "x" * MOST_UNSYNCED_BYTES})
     # This bound is so large that the size of the journal alone is no reason to fold.
-    store._backend.files.options.fold_bytes = float("inf")
+    store._backend.engine.options.fold_bytes = float("inf")
     with refusing() as calls:
         store.append("s", "messages", M3)
     assert [call.content for call in calls if call.name == "pwrite"] == [b"?"]
@@ -250,12 +250,12 @@ def unsynced(request: pytest.FixtureRequest, directory: Path, actor: ActorFactor
             "import signal\nreal = os.fsync\n"
             "def fsync(fd):\n"
             "    os.kill(os.getpid(), signal.SIGKILL) if os.path.isdir(f'/proc/self/fd/{fd}') else real(fd)\n"
-            f"store._backend.files.make_durable()\nos.fsync = fsync\nstore.append('s', 'messages', {M2!r})"
+            f"store._backend.engine.make_durable()\nos.fsync = fsync\nstore.append('s', 'messages', {M2!r})"
         )
         dying.process.wait(60)
     assert ids(persist.Store(directory)) == ["m1", "m2"]
     store = persist.Store(directory, journal=mode)
-    store._backend.files.make_durable()
+    store._backend.engine.make_durable()
     return store
 
 

@@ -450,7 +450,8 @@ def misplaced(store: persist.Store) -> Iterator[str]:
             break
     if sorted(ids) != store.ids():
         yield f"recent shows {sorted(ids)} of {store.ids()}"
-    for (negative_ns, _), session_id in store._marked():
+    for cursor, session_id in store._backend.engine.recent(None):
+        negative_ns = -int(cursor.partition("-")[0])
         updated_ns = int(store.head(session_id).updated_at.timestamp() * 1e9)
         if -negative_ns < updated_ns - MARK_NS:
             yield f"{session_id} was updated {(updated_ns + negative_ns) / 1e9:.3f} s after its mark"

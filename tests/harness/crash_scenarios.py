@@ -49,7 +49,7 @@ class Mode:
         return store
 
     def set(self, store: persist.Store) -> None:
-        options = store._backend.files.options
+        options = store._backend.engine.options
         options.mode, options.fold_bytes, options.room_bytes = self.journal, self.fold_bytes, self.room_bytes
         options.verifies_folds = True
 
@@ -87,7 +87,7 @@ class Scenario:
         subject = self.prepare(store)
         self.mode.set(store)
         if self.is_cold:
-            store._backend.files.cache = Cache(CACHE_BYTES)
+            store._backend.engine.cache = Cache(CACHE_BYTES)
         another = self.mode.open(store.path)
         old, before = documents(store), read_disk(store.path)
         with recording(store.path) as recorder:
@@ -458,7 +458,7 @@ def documents(store: persist.Store) -> Documents:
 
 def _document(store: persist.Store, session_id: str) -> Any:
     try:
-        found = store._backend.files.read(session_id)
+        found = store._backend.engine.read(session_id)
     except persist.CorruptSession:
         return _damaged(store, session_id)
     owner = found.header.owner
@@ -614,7 +614,7 @@ def _waits_for_fold(store: persist.Store, problem: persist.Problem) -> bool:
 
     A commit that only appends a record does not look for it.
     """
-    is_journaled = store._backend.files.read(problem.session_id).header.journal is not None
+    is_journaled = store._backend.engine.read(problem.session_id).header.journal is not None
     return problem.kind == "left-over" and (is_journaled or problem.path.suffix == ".journal")
 
 

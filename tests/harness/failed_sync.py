@@ -96,7 +96,7 @@ def append(store: persist.Store, message_id: str, size_bytes: int) -> None:
 
 
 def replica_of(store: persist.Store) -> Replica:
-    cache = store._backend.files.cache
+    cache = store._backend.engine.cache
     replica = cache.take("s")
     assert replica is not None
     cache.put("s", replica)

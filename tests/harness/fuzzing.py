@@ -620,7 +620,7 @@ class JournalOracle(Oracle):
     def _store(self) -> persist.Store:
         """Return a store that has never seen the session."""
         store = persist.Store(self._directory, journal="always", timeout_s=0)
-        store._backend.files.options.verifies_folds = True
+        store._backend.engine.options.verifies_folds = True
         return store
 
     def complaint(self, content: bytes, *, is_sealed: bool = False) -> Complaint | None:

@@ -46,7 +46,7 @@ class Journaling:
         if self.mode == MIXED:
             raise ValueError("draw first")
         store = persist.Store(directory, journal=self.mode, **options)
-        written = store._backend.files.options
+        written = store._backend.engine.options
         written.fold_bytes = FOLDS[self.fold]
         # Journals are short here, so none would get room at its normal size.
         written.room_bytes = ROOM_BYTES_OF[self.fold]

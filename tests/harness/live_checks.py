@@ -42,7 +42,7 @@ def serve(directory: str, name: str) -> None:
     """Commit without end, until the process that started this one closes its input."""
     store = persist.Store(directory, timeout_s=20, journal="always" if int(name) % 2 else "auto")
     # Each second commit folds.
-    store._backend.files.options.fold_bytes = 300
+    store._backend.engine.options.fold_bytes = 300
     for count in itertools.count(1):
         for session_id in SESSIONS:
             _work(store, session_id, f"{name}-{count}")

@@ -242,9 +242,9 @@ class _Look:
         self._first = first
         self._holder = holder
         self._path = path
-        replica = holder._backend.files.cache.take("s-1")
+        replica = holder._backend.engine.cache.take("s-1")
         assert replica is not None
-        holder._backend.files.cache.put("s-1", replica)
+        holder._backend.engine.cache.put("s-1", replica)
         self._version = replica.version
         self._incarnation = replica.header.incarnation
         self._added: list[str] = []
@@ -328,7 +328,7 @@ class _Look:
 
     def _lost(self) -> Iterator[str]:
         try:
-            found = persist.Store(self._path)._backend.files.read("s-1")
+            found = persist.Store(self._path)._backend.engine.read("s-1")
         except persist.SessionNotFound:
             if "b1" in self._added:
                 yield "acknowledged and lost: the session"

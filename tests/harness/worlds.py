@@ -273,7 +273,7 @@ class World:
 
     def _shown(self, store: persist.Store) -> object:
         session, head = store.load("s"), store.head("s")
-        found = store._backend.files.read("s")
+        found = store._backend.engine.read("s")
         assert found.content == encoded(session.data), "the replayed content is that of the data"
         assert head.fields == {name: value for name, value in session.data.items() if name not in found.content.apart}
         assert list(head.fields) == list(found.content.fields)

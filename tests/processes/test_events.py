@@ -21,7 +21,7 @@ from harness.sweeps import sweep
 
 import persist
 from persist import follow, watch
-from persist.event_log import Ended
+from persist.engine import Ended
 from persist.storage import disk
 
 START = "stream = store.start_stream('s-1', {'role': 'user', 'content': 'Why?'}); stream.id"
@@ -213,7 +213,7 @@ def test_killed_in_the_middle_of_an_emission(
     stream_id = owner.do(START)
     owner.do("stream.emit('whole')")
     owner.do("""
-from persist.event_log import Ended
+from persist.engine import Ended
 from persist.storage import disk
 real = disk.write
 def half(fd, content):

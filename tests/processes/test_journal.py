@@ -319,8 +319,8 @@ def test_refused_verb_leaves_no_trace_in_what_is_known(large: persist.Store) -> 
 def test_evicted_knowledge_is_slower_and_never_wrong(store: persist.Store) -> None:
     """Random appends to five sessions are all stored, each once, in a cache with room for two replicas."""
     always = persist.Store(store.path, journal="always", cache_bytes=4096)
-    always._backend.files.options.verifies_folds = True
-    cache, evicted = always._backend.files.cache, 0
+    always._backend.engine.options.verifies_folds = True
+    cache, evicted = always._backend.engine.cache, 0
     names = [f"s{number}" for number in range(5)]
     for name in names:
         always.create(name, {"messages": []})
@@ -423,7 +423,7 @@ def test_processes_that_take_turns_lose_nothing_through_folds(store: persist.Sto
     modes = ("auto", "always", "never")
     servers = [actor(journal=mode) for mode in modes]
     for server in servers:
-        server.do("store._backend.files.options.verifies_folds = True")
+        server.do("store._backend.engine.options.verifies_folds = True")
     dice = random.Random(11)
     for number in range(90):
         server = dice.choice(servers)

@@ -114,8 +114,8 @@ def test_bound_that_is_none_is_refused(directory: Path, wrong: Any) -> None:
 def test_bound_goes_with_a_store_that_is_handed_on(store: persist.Store, stream: persist.Stream) -> None:
     """A pickled store and an asyncio store keep the bound."""
     again = pickle.loads(pickle.dumps(store))
-    assert again._backend.events._keep_bytes == BOUND
-    assert persist.aio.Store(store.path, keep_events_bytes=BOUND)._sync._backend.events._keep_bytes == BOUND
+    assert again._backend.engine.event_files._keep_bytes == BOUND
+    assert persist.aio.Store(store.path, keep_events_bytes=BOUND)._sync._backend.engine.event_files._keep_bytes == BOUND
 
 
 # --- who is told ------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def test_session_in_the_middle_of_a_commit_is_locked(
     store.create(session_id, {"messages": []})
     writer = actor(journal="always")
     writer.do(f"store.append({session_id!r}, 'messages', 1)")
-    writer.do("store._backend.files.options.fold_bytes = 1")
+    writer.do("store._backend.engine.options.fold_bytes = 1")
     writer.start_and_pause(f"store.append({session_id!r}, 'messages', 2)", step)
     impatient = persist.Store(store.path, timeout_s=0.05)
     assert [(problem.session_id, problem.kind) for problem in impatient.check()] == [(session_id, "locked")]

@@ -366,7 +366,7 @@ os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 def test_methods_of_a_finished_transaction_are_refused(store: persist.Store, session: persist.Session) -> None:
     """The methods of a transaction are refused outside its block, because the transaction is the lock."""
-    with store._backend.files.transaction("s-1") as tx:
+    with store._backend.engine.transaction("s-1") as tx:
         found = tx.read()
     for use in (
         tx.read,

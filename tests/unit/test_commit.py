@@ -38,7 +38,7 @@ def other(one: persist.Store) -> persist.Store:
 
 def opened(directory: Path) -> persist.Store:
     store = persist.Store(directory, journal="always", timeout_s=20.0)
-    store._backend.files.options.fold_bytes = math.inf
+    store._backend.engine.options.fold_bytes = math.inf
     return store
 
 
@@ -92,10 +92,10 @@ def test_mark_keeps_an_old_replica_from_a_journal_out_of_use(
     append(other, "b")
     # A crash before the last step leaves the old journal.
     os.link(tmp_path / "kept", old)
-    replica = one._backend.files.cache.take("s")
+    replica = one._backend.engine.cache.take("s")
     assert replica is not None
     replica.version = disk.version_of(one.path / "s.json")
-    one._backend.files.cache.put("s", replica)
+    one._backend.engine.cache.put("s", replica)
     append(one, "c")
     assert ids(one) == [*left, "b", "c"]
 

@@ -154,7 +154,7 @@ def nested_lock(scene: Scene) -> None:
 
 
 def lock_not_held(scene: Scene) -> None:
-    with scene.store._backend.files.transaction("s") as tx:
+    with scene.store._backend.engine.transaction("s") as tx:
         pass
     tx.read()
 

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 import persist
 from persist import event_log, json_codec, watch
-from persist.event_log import Ended, Event, EventFiles, EventReader, EventWriter, Fenced
+from persist.engine import Ended, Event, Fenced
+from persist.event_log import EventFiles, EventReader, EventWriter
 
 END = b'{"end":"finished"}\n'
 
@@ -56,7 +57,7 @@ def path(scratch: Path) -> Path:
 
 @pytest.fixture
 def files(scratch: Path) -> EventFiles:
-    return persist.Store(scratch)._backend.events
+    return persist.Store(scratch)._backend.engine.event_files
 
 
 @pytest.fixture
@@ -561,7 +562,7 @@ def test_garbage_collector_may_come_at_any_moment(path: Path) -> None:
 
 
 def expiring(scratch: Path, keep_s: float) -> EventFiles:
-    return persist.Store(scratch, keep_events_s=keep_s)._backend.events
+    return persist.Store(scratch, keep_events_s=keep_s)._backend.engine.event_files
 
 
 def test_sweep_removes_at_once_what_has_expired(scratch: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ HELLO = {"id": "m1", "role": "user", "content": "hi"}
 def journaled(directory: Path) -> persist.Store:
     """Return a store whose sessions all have a journal, with one session."""
     store = persist.Store(directory, journal="always", timeout_s=20.0)
-    store._backend.files.options.verifies_folds = True
+    store._backend.engine.options.verifies_folds = True
     store.create("s", {"title": "New chat", "messages": [HELLO]})
     return store
 
@@ -144,8 +144,8 @@ def shown(store: persist.Store) -> tuple[object, ...]:
         session.updated_at,
     )
     assert head.active_stream_id == session.active_stream_id
-    found = store._backend.files.read("s")
-    assert store._backend.files.read_head("s") == Head(found.header, found.content.fields, found.content.counts)
+    found = store._backend.engine.read("s")
+    assert store._backend.engine.read_head("s") == Head(found.header, found.content.fields, found.content.counts)
     assert_tails_are_ends(store, session.data)
     return head.revision, head.fields
 
@@ -165,7 +165,7 @@ def assert_tails_are_ends(store: persist.Store, data: dict[str, Any]) -> None:
 @pytest.mark.parametrize("fold_bytes", [2000, math.inf])
 def test_head_shows_what_the_whole_session_shows(journaled: persist.Store, seed: int, fold_bytes: float) -> None:
     """A head agrees with the session after any commits of any size, with and without a change of the head."""
-    journaled._backend.files.options.fold_bytes = fold_bytes
+    journaled._backend.engine.options.fold_bytes = fold_bytes
     dice = random.Random(seed)
     stream: persist.Stream | None = None
     for number in range(40):
@@ -209,7 +209,7 @@ def test_head_reads_no_more_of_a_long_journal(journaled: persist.Store, records:
 
     One of these reads takes in the room for more.
     """
-    journaled._backend.files.options.fold_bytes = math.inf
+    journaled._backend.engine.options.fold_bytes = math.inf
     journaled.update("s", lambda tx: tx.data.update(title="Locks"))
     for number in range(records):
         append(journaled, number)
@@ -225,7 +225,7 @@ def test_tail_reads_no_more_of_a_long_journal(journaled: persist.Store, records:
     """A tail of items that the last records added costs a head and those records.
     So does a tail of the document's items.
     """
-    journaled._backend.files.options.fold_bytes = math.inf
+    journaled._backend.engine.options.fold_bytes = math.inf
     journaled.update("s", lambda tx: tx.data.update(notes=[f"{number}" * 100 for number in range(5000)]))
     journaled.compact("s")
     for number in range(records):
@@ -416,7 +416,7 @@ def test_journal_that_was_folded_is_a_left_over(journaled: persist.Store) -> Non
     assert before.name == f"s.{header['folded']}.journal"
     before.write_bytes(content)
     assert [(problem.kind, problem.path) for problem in journaled.check()] == [("left-over", before)]
-    journaled._backend.files.options.fold_bytes = 1
+    journaled._backend.engine.options.fold_bytes = 1
     append(journaled, 2)
     append(journaled, 3)
     assert not before.exists(), "the next fold removes both"
@@ -533,7 +533,7 @@ def test_any_name_can_stand_apart(journaled: persist.Store, name: str) -> None:
     found = persist.Store(journaled.path).load("s")
     assert found.data[name] == [*large[1:], {"id": "new", "content": "é\ud800", "cost": 1e22}]
     assert journaled.head("s").counts == {"messages": 1, name: 100}
-    assert journaled._backend.files.read("s").content == encoded(found.data)
+    assert journaled._backend.engine.read("s").content == encoded(found.data)
     journaled.compact("s")
     journaled.update("s", lambda tx: tx.data.pop(name) and None)
     assert journaled.load("s").data == {"title": "New chat", "messages": [HELLO]}
@@ -646,7 +646,7 @@ def test_writer_that_waits_is_not_misled_by_a_fold(journaled: persist.Store, act
 @pytest.fixture
 def roomy(journaled: persist.Store) -> persist.Store:
     """Return the same store with a journal that has room for another 2 KB."""
-    journaled._backend.files.options.room_bytes = 2048
+    journaled._backend.engine.options.room_bytes = 2048
     for number in range(6):
         append(journaled, number)
     content = journal_of(journaled).read_bytes()
@@ -662,7 +662,7 @@ def test_records_are_written_into_the_room_that_a_journal_has(roomy: persist.Sto
     path, sizes = journal_of(roomy), set()
     stores = [roomy, persist.Store(roomy.path, journal="always"), persist.Store(roomy.path, journal="always")]
     for store in stores:
-        store._backend.files.options.room_bytes = 2048
+        store._backend.engine.options.room_bytes = 2048
     for number in range(6, 40):
         append(stores[number % 3], number)
         content = path.read_bytes()
@@ -681,7 +681,7 @@ def test_short_journal_and_long_record_get_no_room(journaled: persist.Store) -> 
     """Room is made where it pays: it is never more than a journal holds, or less than the record."""
     append(journaled, 1)
     assert not journal_of(journaled).read_bytes().endswith(b"\0")
-    journaled._backend.files.options.room_bytes = 600
+    journaled._backend.engine.options.room_bytes = 600
     journaled.append("s", "messages", {"id": "long", "content": "x" * 1000})
     assert not journal_of(journaled).read_bytes().endswith(b"\0")
     append(journaled, 2)
@@ -780,7 +780,7 @@ def test_auto_enters_above_64_kb_and_leaves_below_32_kb_at_a_fold(store: persist
     """A session above 64 KiB has a journal. Only a fold that finds 32 KiB or less leaves it."""
     store.create("s", {"messages": ["x"]})
     resize(store, 64 * KB)
-    assert store._backend.files.read("s").content.size_bytes == 64 * KB
+    assert store._backend.engine.read("s").content.size_bytes == 64 * KB
     assert not has_journal(store)
     resize(store, 64 * KB + 1)
     assert has_journal(store)
@@ -897,7 +897,7 @@ def test_end_of_a_new_journal_is_known_without_reading_it(journaled: persist.Sto
 def test_end_of_a_journal_is_known_by_its_last_bytes(journaled: persist.Store) -> None:
     """One read tells: nothing new, something new, or another record than the last known one."""
     append(journaled, 1)
-    found = journaled._backend.files.read("s")
+    found = journaled._backend.engine.read("s")
     assert found.tail is not None
     path = journal_of(journaled)
     log = journal.Journal(path, "s", found.tail.name)
@@ -980,7 +980,7 @@ def test_append_that_was_cut_off_is_idempotent(
     Fails if a kept replica differs from the disk: the store would take the id for new, or for known.
     """
     append(journaled, 1)
-    journaled._backend.files.options.fold_bytes = fold_bytes
+    journaled._backend.engine.options.fold_bytes = fold_bytes
     place: Any = {"put": Cache, "_version_of": commit, "Replica": commit}.get(step, disk)
     real = getattr(place, step)
     number = 1

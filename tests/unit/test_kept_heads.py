@@ -113,6 +113,6 @@ def test_what_is_kept_is_bounded(store: persist.Store, monkeypatch: pytest.Monke
         journaled.head(f"s{number}")
     journaled.create("large", {f"f{number}": "x" * 500 for number in range(20)})
     journaled.head("large")
-    kept = journaled._backend.files._heads
+    kept = journaled._backend.engine._heads
     assert 0 < len(kept) <= 3
     assert "large" not in kept

@@ -65,7 +65,7 @@ def fold(scene: Scene) -> None:
 
 
 def fold_of_a_large_journal(scene: Scene) -> None:
-    scene.store._backend.files.options.fold_bytes = 1
+    scene.store._backend.engine.options.fold_bytes = 1
     scene.add()
 
 

@@ -310,7 +310,7 @@ class SessionMachine(RuleBasedStateMachine):
         super().__init__()
         self.scratch = tempfile.TemporaryDirectory(dir=self.parent)
         self.store = persist.Store(self.scratch.name, merge={"visits": "sum"}, journal=self.journal)
-        self.store._backend.files.options.verifies_folds = True
+        self.store._backend.engine.options.verifies_folds = True
         self.sessions: dict[str, ModelSession] = {}
         self.loaded: list[ModelLoaded] = []
         self.streams: list[ModelStream] = []

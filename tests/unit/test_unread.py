@@ -20,8 +20,8 @@ STEPS = 60
 def stores(directory: Path, number: int, fold_bytes: float | None) -> list[persist.Store]:
     made = [persist.Store(directory, journal="always") for _ in range(number)]
     for store in made:
-        store._backend.files.options.fold_bytes = fold_bytes
-        store._backend.files.options.verifies_folds = True
+        store._backend.engine.options.fold_bytes = fold_bytes
+        store._backend.engine.options.verifies_folds = True
     return made
 
 

@@ -92,7 +92,7 @@ MUTANTS = (
                 "Store.transaction",
                 replace_expression(
                     "self._locked(session_id, timeout_s)",
-                    "((earlier := self._open().files.read(session_id)), IT)[1]",
+                    "((earlier := self._open().engine.read(session_id)), IT)[1]",
                 ),
             ),
             Change("store.py", "Store.transaction", replace_statement("yield block", "tx.read()\nyield block")),

@@ -35,7 +35,7 @@ def fold(store: persist.Store, session_id: str) -> None:
 def fold_and_go_on(store: persist.Store, session_id: str) -> None:
     store.compact(session_id, alone=True)
     folding = journaled(store)
-    folding._backend.files.options.fold_bytes = 1
+    folding._backend.engine.options.fold_bytes = 1
     for number in range(3):
         folding.append(session_id, "messages", number)
 
@@ -135,7 +135,7 @@ def test_document_is_judged_under_its_lock(store: persist.Store, monkeypatch: py
     def half_way(session_id: str) -> object:
         raise persist.CorruptSession(session_id=session_id, path="s.json", reason="it is half-way")
 
-    monkeypatch.setattr(store._backend.files, "read", half_way, raising=True)
+    monkeypatch.setattr(store._backend.engine, "read", half_way, raising=True)
     assert store.check() == []
     path = store.path / "s.json"
     path.write_bytes(path.read_bytes().replace(b"messages", b"messengers"))

@@ -24,7 +24,7 @@ NAMES = ["a", "user:7/b", "long " * 50, "con", "日本"]
 
 def date(store: persist.Store, session_id: str, age_s: float) -> Path:
     """Give a session's lock file a time, as if its last commit was so long ago."""
-    lock = Path(store._backend.files.layout.session(session_id).lock)
+    lock = Path(store._backend.engine.layout.session(session_id).lock)
     then = time.time_ns() - int(age_s * 1e9)
     os.utime(lock, ns=(then, then))
     return lock
@@ -108,7 +108,7 @@ def test_look_at_a_restored_session_moves_nothing(aged: persist.Store, tmp_path:
     restored.stream("日本")
     restored.append("con", "messages", {"id": "n"}, touch=False)
     restored.backup(tmp_path / "again")
-    assert [session_id for _, session_id in restored._marked()] == NAMES
+    assert [session_id for _, session_id in restored._backend.engine.recent(None)] == NAMES
     restored.append("日本", "messages", {"id": "n"})
     assert ids(restored.recent())[0] == "日本"
 
@@ -156,7 +156,7 @@ def test_killed_process_leaves_no_session_that_looks_older(
     monkeypatch.setattr(disk, "sync_data", die)
     with pytest.raises(KeyboardInterrupt):
         aged.append("con", "messages", {"id": "m"})
-    assert next(aged._marked())[1] == "con"
+    assert next(aged._backend.engine.recent(None))[1] == "con"
 
 
 def test_nothing_is_hidden(aged: persist.Store, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_directory_that_is_gone_is_an_error(aged: persist.Store) -> None:
 def test_only_lock_files_are_looked_at(aged: persist.Store) -> None:
     """A look at a journal's times makes its next sync dearer. Fails if every entry is asked for its status."""
     persist.Store(aged.path, journal="always").append("a", "messages", {"id": "m"})
-    _, calls = counted(lambda: list(aged._backend.files.marks()))
+    _, calls = counted(lambda: list(aged._backend.engine.marks()))
     assert "lstat" not in calls
     assert calls.count("stat") <= 1
 
