@@ -44,8 +44,13 @@ def opened(
     unsafe_filesystem: bool,
     keep_events_s: float,
     keep_events_bytes: int | None,
+    schema: str,
 ) -> tuple[str, Engine]:
     """Open the engine of a store. See `Store`. Return its absolute name, too, by which another process opens it."""
+    if isinstance(path, str) and path.startswith(("postgresql://", "postgres://")):
+        from persist.postgres.engine import PostgresEngine
+
+        return path, PostgresEngine(path, schema=schema, create=create, timeout_s=timeout_s)
     directory = _directory(path, create=create)
     engine = FileEngine(
         directory,

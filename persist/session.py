@@ -18,7 +18,7 @@ from persist.engine import Committed, Transaction, decoding
 from persist.merge import Policy, Preference, count_removed
 from persist.patch import patch
 from persist.storage import diff
-from persist.storage.content import Content, Items, decode, encoded
+from persist.storage.content import Content, Items, decode, encoded, load
 from persist.storage.document import Header
 from persist.streams import Backend
 from persist.transaction import refuse_changed_stream_fields
@@ -251,11 +251,14 @@ class Session:
         """
         there, base = tx.read(), self._base
         is_current = base.is_whole and there.header.commit == base.header.commit
-        if mine == base.content:
+        if is_current:
+            there, merged = Committed(there.header, base.content), mine
+        elif mine == base.content:
+            load(there.content)
             merged = there.content
-        elif is_current:
-            merged = mine
         else:
+            # The object shows the result after the lock is given up.
+            load(there.content)
             merged = merge_contents(base.content, mine, there.content, self._policies, prefer)
         if merged != there.content:
             # This object's base shares the unchanged values with `mine`, so they need no comparison.
@@ -270,7 +273,8 @@ class Session:
                 self._base = structs.replace(base, is_durable=False)
                 raise
         else:
-            committed = tx.confirm(is_durable=base.is_durable and is_current)
+            tx.confirm(is_durable=base.is_durable and is_current)
+            committed = there
         return committed
 
     def _refuse_other(self, there: Committed) -> None:
@@ -289,6 +293,7 @@ class Session:
             return
         commit_id, mine = base.tried
         if there.header.commit == commit_id:
+            load(there.content)
             self._take(there, mine, is_durable=False)
         elif there.header.commit == base.header.commit:
             self._base = structs.replace(base, tried=None)
@@ -446,7 +451,9 @@ class Session:
             return None
         incarnation = self._base.header.incarnation
         try:
-            return streams.clear_stale(self._backend, self.id, stream_id, incarnation, timeout_s=timeout_s)
+            return streams.clear_stale(
+                self._backend, self.id, stream_id, incarnation, is_whole=True, timeout_s=timeout_s
+            )
         except errors.SessionNotFound:
             return None
 

@@ -120,6 +120,7 @@ class Store:
         unsafe_filesystem: bool = False,
         mode: int = 0o600,
         create: bool = True,
+        schema: str = "persist",
     ) -> None:
         require_flags(unsafe_filesystem=unsafe_filesystem, create=create, answer_tool_calls=answer_tool_calls)
         if journal not in get_args(commit.Mode):
@@ -142,7 +143,9 @@ class Store:
             raise errors.InvalidArgument(what="mode", got=got, expected=expected)
         kept: dict[str, Any] = {"cache_bytes": cache_bytes, "unsafe_filesystem": unsafe_filesystem}
         timeout_s, keep_events_s = seconds("timeout_s", timeout_s), seconds("keep_events_s", keep_events_s)
+        require_text("schema", schema)
         kept |= {
+            "schema": schema,
             "journal": journal,
             "mode": mode,
             "keep_events_s": keep_events_s,
@@ -163,7 +166,7 @@ class Store:
         return functools.partial(Store, **self._options), (self._at,)
 
     def __repr__(self) -> str:
-        return f"<persist.Store {self.path}>"
+        return f"<persist.Store {self._backend.engine.place}>"
 
     def __enter__(self) -> Self:
         return self

@@ -34,7 +34,7 @@ from persist.arguments import require_flags
 from persist.engine import Committed, End, Ended, Engine, EventWriter, Fenced, Lease, Transaction, decoding
 from persist.log import log
 from persist.storage import layout
-from persist.storage.content import ALWAYS_APART, Content, Id
+from persist.storage.content import ALWAYS_APART, Content, Id, load
 from persist.storage.diff import Change
 from persist.storage.document import Head, Header, first_header
 from persist.transaction import Transaction as Block
@@ -212,6 +212,7 @@ def clear_stale(
     stream_id: object,
     incarnation: str | None = None,
     *,
+    is_whole: bool = False,
     timeout_s: float | None = None,
 ) -> Cleared | None:
     """Clear `stream_id` from its session if it is still the active stream and is dead. `updated_at` is kept.
@@ -219,6 +220,7 @@ def clear_stale(
     Args:
         incarnation: the incarnation that the asking object knows. A session that was created anew under the same id
             has another one.
+        is_whole: whether the caller needs all items of the lists, before and after the clear.
 
     Returns:
         The committed clear. None if another stream or none is active, or if this one is alive.
@@ -229,6 +231,8 @@ def clear_stale(
         if not _is_same(active, stream_id) or incarnation not in (None, copy.header.incarnation):
             return None
         with tx.probe(stream_id) as is_dead:
+            if is_dead and is_whole:
+                load(copy.committed)
             return _take_away(backend, tx, copy, active, "died") if is_dead else None
 
 

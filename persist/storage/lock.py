@@ -109,6 +109,10 @@ class Hold:
         "waiting",
     )
 
+    #: The part of the lock that other processes see. Another engine has another one.
+    held: type[Any] = HeldFile
+    is_taken = staticmethod(turnstile.is_taken)
+
     def __init__(self, path: str, session_id: str, timeout_s: float) -> None:
         self.path = path
         self.session_id = session_id
@@ -117,7 +121,7 @@ class Hold:
         self.mode = disk.PRIVATE
         self.given = threading.Lock()
         self.thread = 0
-        self._file: HeldFile | None = None
+        self._file: Any = None
         self._me = ref(self)
         self._pid = os.getpid()
 
@@ -157,8 +161,8 @@ class Hold:
             must_wait = self.given.locked()
             if must_wait and not self._wait_for_threads(start):
                 raise self._timeout(start, **_described_thread(_first_in(self.path)))
-            self._file = HeldFile(self.path, before_create=self.before_create, mode=self.mode)
-            if turnstile.is_taken(self._file.fd) or not self._file.try_lock():
+            self._file = self.held(self.path, before_create=self.before_create, mode=self.mode)
+            if self.is_taken(self._file.fd) or not self._file.try_lock():
                 self._wait_for_processes(start)
                 must_wait = True
             if must_wait and (waited_s := now_s() - start) > LONG_WAIT_S:

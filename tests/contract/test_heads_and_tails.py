@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,10 +29,10 @@ def test_head_refuses_what_it_does_not_hold(store: persist.Store) -> None:
         head.fields["none"]
 
 
-def test_heads_are_those_of_a_page_and_hide_nothing_behind_damage(store: persist.Store) -> None:
+def test_heads_are_those_of_a_page_and_hide_nothing_behind_damage(store: persist.Store, files: Path) -> None:
     for name in ("a/1", "a/2", "a/3", "b/1"):
         store.create(name, {"title": name})
-    (store.path / "a%2F2.json").write_text("{")
+    (files / "a%2F2.json").write_text("{")
     assert [head.id for head in store.heads()] == ["a/1", "a/3", "b/1"]
     assert [head.id for head in store.heads(prefix="a/", after="a/1")] == ["a/3"]
     assert [head.fields["title"] for head in store.heads(prefix="a/", limit=1)] == ["a/1"]

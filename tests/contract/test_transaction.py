@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 import persist
-from persist.storage.commit import Mode
 from persist.working_copy import WorkingList
 
 HI = {"id": "m1", "role": "user", "content": "hi"}
@@ -29,10 +28,10 @@ class Oops(Exception):
     pass
 
 
-@pytest.fixture(params=get_args(Mode))
-def store(request: pytest.FixtureRequest, directory: Path) -> persist.Store:
-    """Return a store with one session of two messages, with a journal and without one."""
-    made = persist.Store(directory, journal=request.param)
+@pytest.fixture
+def store(make_store: Callable[..., persist.Store]) -> persist.Store:
+    """Return a store with one session of two messages, with a journal and without one, and on PostgreSQL."""
+    made = make_store(timeout_s=5.0)
     made.create("s", {"title": "t", "n": 0, "log": [1], "messages": [dict(HI), dict(HELLO)]})
     return made
 

@@ -1,0 +1,220 @@
+"""The connections to the server: a pool for each process, the named statements, and the errors in the words of persist.
+
+Statements are sent with their values in the text, and without being prepared, because pgbouncer gives each transaction
+another connection. So one message to the server can hold several statements.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg import sql
+from psycopg.adapt import Loader
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import TransactionStatus
+from psycopg_pool import ConnectionPool, PoolTimeout
+
+from persist.errors import PersistError, Unreadable
+from persist.log import log
+from persist.storage.clock import now_s
+
+Result = TypeVar("Result")
+Connection = psycopg.Connection[tuple[Any, ...]]
+Row = tuple[Any, ...]
+
+#: How many connections a process uses at most.
+MOST_CONNECTIONS = 16
+#: The pause before a verb asks a server again that did not answer. It doubles up to the second number.
+_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
+_HERE = Path(__file__).parent
+
+
+class _Utf8(Loader):
+    """Text as the bytes that the server sent. Most of it is JSON, which is kept as bytes."""
+
+    def load(self, data: Any) -> bytes:
+        return bytes(data)
+
+
+def is_dead(error: psycopg.Error, connection: Connection) -> bool:
+    """Tell whether an error means that the transaction is gone, through no fault of its statements."""
+    again = (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected)
+    return connection.broken or connection.closed or isinstance(error, again)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what the server said, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def text_of(name: str) -> str:
+    """Return a name or an id as the server's text can hold it. No text there holds a NUL, or half of a surrogate pair."""
+    if "\0" in name or "\\" in name or not name.isascii():
+        name = name.replace("\\", "\\\\").replace("\0", "\\0")
+        name = re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", name)
+    return name
+
+
+def name_of(text: bytes) -> str:
+    """Return the name that `text_of` has written."""
+    name = text.decode()
+    if "\\" not in name:
+        return name
+    parts = {"\\\\": "\\", "\\0": "\0"}
+    return re.sub(r"\\(?:\\|0|u[0-9a-f]{4})", lambda one: parts.get(one[0]) or chr(int(one[0][2:], 16)), name)
+
+
+class Statements:
+    """The named statements of queries.sql, for one schema."""
+
+    def __init__(self, schema: str) -> None:
+        quoted = sql.Identifier(schema).as_string(None)
+        self._texts: dict[str, str] = {}
+        for part in re.split(r"^-- name: ", (_HERE / "queries.sql").read_text(), flags=re.MULTILINE)[1:]:
+            name, _, text = part.partition("\n")
+            self._texts[name.strip()] = (
+                re.sub(r"^--.*\n", "", text, flags=re.MULTILINE).strip().replace("{schema}", quoted)
+            )
+
+    def __getitem__(self, name: str) -> str:
+        return self._texts[name]
+
+
+class Connections:
+    """The connections of this process to one database."""
+
+    def __init__(self, url: str, schema: str) -> None:
+        parts = conninfo_to_dict(url)
+        command = Path(sys.argv[0] or sys.executable).name if sys.argv else "python"
+        parts.setdefault("application_name", f"persist {socket.gethostname()} {command}"[:63])
+        for name, value in {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}.items():
+            parts.setdefault(name, value)
+        parts.setdefault("connect_timeout", 5)
+        self.conninfo = make_conninfo(**parts)
+        # A password never stands in an error.
+        host = parts.get("host") or "localhost"
+        self.place = f"postgresql://{host}:{parts.get('port') or 5432}/{parts.get('dbname') or ''}?schema={schema}"
+        self.schema = schema
+        self.statements = Statements(schema)
+        self._guard = threading.Lock()
+        self._pid = -1
+        self._pool: ConnectionPool[Connection] | None = None
+
+    def _here(self) -> ConnectionPool[Connection]:
+        if self._pid != os.getpid() or self._pool is None:
+            # A forked child must not speak on the connections of its parent.
+            if self._pid != os.getpid():
+                self._guard = threading.Lock()
+            with self._guard:
+                if self._pid != os.getpid() or self._pool is None:
+                    kwargs = {"autocommit": True, "cursor_factory": psycopg.ClientCursor, "prepare_threshold": None}
+                    self._pool = ConnectionPool(
+                        self.conninfo,
+                        min_size=0,
+                        max_size=MOST_CONNECTIONS,
+                        kwargs=kwargs,
+                        configure=configure,
+                        open=True,
+                        name="persist",
+                    )
+                    self._pid = os.getpid()
+                    weakref.finalize(self, _close, self._pool, self._pid)
+        return self._pool
+
+    def take(self, deadline: float) -> Connection:
+        """Return a connection that works, as far as anybody knows. Give it back with `give`.
+
+        Raises:
+            Unreadable: there is none until the deadline.
+        """
+        try:
+            return self._here().getconn(timeout=max(0.05, deadline - now_s()))
+        except (PoolTimeout, psycopg.Error) as error:
+            raise self.unreadable(self._why(error)) from error
+
+    def _why(self, error: Exception) -> str:
+        if isinstance(error, PoolTimeout):
+            # The pool does not say why it has none.
+            try:
+                psycopg.connect(self.conninfo, connect_timeout=2).close()
+            except psycopg.Error as reason:
+                return reason_of(reason)
+            return f"all {MOST_CONNECTIONS} connections of this process are in use"
+        return reason_of(error)
+
+    def give(self, connection: Connection) -> None:
+        """Give a connection back. A transaction that was not committed is rolled back."""
+        pool = self._pool
+        if pool is None or self._pid != os.getpid():
+            return
+        try:
+            if not connection.closed and connection.info.transaction_status != TransactionStatus.IDLE:
+                connection.rollback()
+        except psycopg.Error:
+            connection.close()
+        pool.putconn(connection)
+
+    def unreadable(self, reason: str) -> Unreadable:
+        return Unreadable(path=self.place, reason=reason, remedy="Look at the server, and retry.")
+
+    def run(self, work: Callable[[Connection], Result], timeout_s: float) -> Result:
+        """Do work that may be done twice, on a connection. A connection that is dead is replaced until the time is over.
+
+        Raises:
+            Unreadable: the server refused, or cannot be reached.
+        """
+        deadline, pause_s = now_s() + timeout_s, _PAUSE_S
+        while True:
+            connection = self.take(deadline)
+            try:
+                return work(connection)
+            except psycopg.Error as error:
+                if not is_dead(error, connection) or now_s() + pause_s > deadline:
+                    raise self.unreadable(reason_of(error)) from error
+                log.debug("%s: a connection died, and the statement is repeated: %s", self.place, reason_of(error))
+            finally:
+                self.give(connection)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def query(self, connection: Connection, statement: str, /, **values: Any) -> list[Row]:
+        """Run a named statement, and return its rows."""
+        cursor = connection.execute(self.statements[statement], values)
+        return cursor.fetchall() if cursor.description is not None else []
+
+    def text(self, connection: Connection, statement: str, /, **values: Any) -> str:
+        """Return a named statement with its values, to be sent together with others."""
+        return psycopg.ClientCursor(connection).mogrify(self.statements[statement], values)
+
+
+def configure(connection: Connection) -> None:
+    """Prepare a new connection."""
+    connection.adapters.register_loader("text", _Utf8)
+
+
+def _close(pool: ConnectionPool[Connection], pid: int) -> None:
+    if pid == os.getpid():
+        with contextlib.suppress(Exception):
+            pool.close(timeout=1.0)
+
+
+@contextlib.contextmanager
+def refusals(place: str) -> Iterator[None]:
+    """Turn the server's errors in a block into `Unreadable`."""
+    try:
+        yield
+    except PersistError:
+        raise
+    except psycopg.Error as error:
+        raise Unreadable(path=place, reason=reason_of(error), remedy="Look at the server, and retry.") from error

@@ -1,0 +1,166 @@
+"""The engine: the sessions of one schema of a database."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from persist import errors, json_codec
+from persist.arguments import seconds
+from persist.engine import Committed, EventReader, EventWriter, Lease, decoding
+from persist.postgres import migrate
+from persist.postgres.connections import Connection, Connections, Row, name_of, text_of
+from persist.postgres.transaction import Held, apart_of, head_of, header_of
+from persist.storage.content import Content, Items, Value
+from persist.storage.document import Head, fields_of
+from persist.storage.layout import check_session_id
+from persist.translating import Translating
+
+_CURSOR = re.compile(r"([0-9T:.+-]{20,40})/([0-9]{1,18})")
+#: So many sessions are asked for at a time.
+_PAGE = 200
+
+
+class PostgresEngine:
+    """The sessions of one schema, with their streams and events."""
+
+    def __init__(self, url: str, *, schema: str, create: bool, timeout_s: float) -> None:
+        self.connections = Connections(url, schema)
+        self.place = self.connections.place
+        self.timeout_s = timeout_s
+        migrate.require_newest(self.connections, create=create, timeout_s=max(timeout_s, 5.0))
+
+    def where(self, session_id: str) -> str:
+        """Return where a session is, for errors."""
+        return f"{self.place}#{check_session_id(session_id)}"
+
+    def _run(self, statement: str, /, **values: Any) -> list[Row]:
+        return self.connections.run(
+            lambda connection: self.connections.query(connection, statement, **values), self.timeout_s
+        )
+
+    def reading(self, session_id: str) -> Translating[None]:
+        """Return a block that raises `CorruptSession` for a row that makes no sense."""
+        return decoding(session_id, self.where(session_id))
+
+    # --- one session ---
+
+    def exists(self, session_id: str) -> bool:
+        """Tell whether there is such a session."""
+        self.where(session_id)
+        return bool(self._run("exists", id=text_of(session_id))[0][0])
+
+    def _rows(self, statement: str, session_id: str, /, **values: Any) -> list[Row]:
+        place = self.where(session_id)
+        rows = self._run(statement, id=text_of(session_id), **values)
+        if not rows:
+            raise errors.SessionNotFound(session_id=session_id, path=place)
+        return rows
+
+    def read(self, session_id: str) -> Committed:
+        """Read the committed session, in one statement."""
+        rows = self._rows("read", session_id)
+        first = rows[0]
+        values = {name: value for *_, name, value in rows if name is not None}
+        with self.reading(session_id):
+            apart: dict[str, Value] = {}
+            for name, (count, _) in apart_of(first[9]).items():
+                text = values.get(text_of(name).encode(), b"")
+                if count is None:
+                    apart[name] = text
+                else:
+                    apart[name] = Items.in_document(memoryview(b"[\n%b\n]" % text), count)
+            return Committed(header_of(first), Content(fields_of(first[8]), apart))
+
+    def read_head(self, session_id: str) -> Head:
+        """Read the committed header and fields."""
+        row = self._rows("head", session_id)[0]
+        with self.reading(session_id):
+            return head_of(row)
+
+    def read_last(self, session_id: str, name: str, limit: int) -> list[Any]:
+        """Read the last items of a list."""
+        rows = self._rows("last", session_id, list=text_of(name), limit=limit)
+        with self.reading(session_id):
+            fields, apart = fields_of(rows[0][0]), apart_of(rows[0][1])
+            if name in apart and apart[name][0] is not None:
+                return [json_codec.decode(row[2]) for row in reversed(rows) if row[2] is not None]
+            value = json_codec.decode(fields[name]) if name in fields else None if name in apart else []
+        if type(value) is not list:
+            got = "a value of another kind" if name in apart else type(value).__name__
+            raise errors.InvalidArgument(what=f"field {name!r} of the document", expected="a list", got=got)
+        return value[max(0, len(value) - limit) :]
+
+    # --- all sessions ---
+
+    def session_ids(self) -> list[str]:
+        """Return the ids of all sessions, sorted."""
+        return sorted(name_of(row[0]) for row in self._run("ids"))
+
+    def recent(self, before: str | None) -> Iterator[tuple[str, str]]:
+        """Yield a cursor and an id for each session, the last updated one first, from behind a cursor on."""
+        place = None if before is None else _CURSOR.fullmatch(before)
+        if before is not None and place is None:
+            expected = "the cursor of a page, or None"
+            raise errors.InvalidArgument(what="before", got=errors.shown(before), expected=expected)
+        return self._recent((None, None) if place is None else (place[1], int(place[2])))
+
+    def _recent(self, place: tuple[str | None, int | None]) -> Iterator[tuple[str, str]]:
+        while True:
+            rows = self._run("recent", before=place[0], number=place[1], limit=_PAGE)
+            for session_id, updated_at, number in rows:
+                place = updated_at.isoformat(), number
+                yield f"{place[0]}/{number}", name_of(session_id)
+            if len(rows) < _PAGE:
+                return
+
+    def leases(self) -> list[tuple[str, str]]:
+        """Return the (session id, stream id) of all streams that a session names, dead ones included."""
+        return sorted((name_of(row[0]), row[1].decode()) for row in self._run("leases"))
+
+    # --- the lock ---
+
+    def transaction(self, session_id: str, timeout_s: float | None = None) -> Held:
+        """Return a hold of the session's lock for a block, which gets a transaction."""
+        return Held(self, session_id, self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s))
+
+    def lock_row(self, connection: Connection, session_id: str, timeout_s: float) -> Row | None:
+        """Begin a transaction, lock a session, and return its row. None if there is none: then its name is locked.
+
+        Raises:
+            psycopg.Error: LockNotAvailable after `timeout_s`, for example.
+        """
+        text = partial(self.connections.text, connection, id=text_of(session_id))
+        begin = f"BEGIN; SET LOCAL lock_timeout = {max(1, round(timeout_s * 1000))}"
+        cursor = connection.execute(f"{begin}; {text('lock')}")
+        while cursor.nextset():
+            pass
+        row = cursor.fetchone()
+        if row is not None:
+            return row
+        # There is no row to lock. So the name is locked, and looked for again.
+        cursor = connection.execute(f"{text('lock_name', schema=self.connections.schema)}; {text('lock')}")
+        while cursor.nextset():
+            pass
+        return cursor.fetchone()
+
+    def holder(self, connection: Connection, session_id: str) -> str:
+        """Name the process that holds a session's lock."""
+        rows = self.connections.query(connection, "holder", id=text_of(session_id))
+        if not rows:
+            return "unknown"
+        pid, name, since = rows[0]
+        return f"{name.decode()!r} (server process {pid}), since {since:%H:%M:%S} UTC"
+
+    # --- streams and their events ---
+
+    def writer(self, session_id: str, stream_id: str, lease: Lease) -> EventWriter:
+        raise NotImplementedError
+
+    def events(self, session_id: str, stream_id: str, after: int, *, create: bool = False) -> EventReader:
+        raise NotImplementedError
+
+    def tidy(self, *, everywhere: bool = True) -> None:
+        """Remove the events whose time is over."""

@@ -1,0 +1,133 @@
+-- Each query has a name. {schema} stands for the quoted name of the schema.
+
+-- name: lock
+-- Lock a session's row until the end of the transaction, and return it.
+SELECT number, incarnation, revision, commit, epoch, created_at, updated_at, owner, fields, apart, commits,
+       process, stream_id
+FROM {schema}.sessions WHERE id = %(id)s FOR UPDATE
+
+-- name: lock_name
+-- Lock the name of a session that is not there.
+SELECT pg_advisory_xact_lock(hashtextextended(%(schema)s || ' ' || %(id)s, 0))
+
+-- name: try_lock_name
+SELECT pg_try_advisory_xact_lock(hashtextextended(%(schema)s || ' ' || %(id)s, 0))
+
+-- name: read
+-- The session with all its values, in one statement, so that they are of one commit.
+SELECT s.number, s.incarnation, s.revision, s.commit, s.epoch, s.created_at, s.updated_at, s.owner, s.fields, s.apart,
+       v.name, v.value
+FROM {schema}.sessions s LEFT JOIN LATERAL (
+    SELECT list AS name, string_agg(item, E',\n' ORDER BY place) AS value FROM {schema}.items WHERE session = s.number GROUP BY list
+    UNION ALL SELECT name, value FROM {schema}.parts WHERE session = s.number
+) v ON true
+WHERE s.id = %(id)s
+
+-- name: head
+SELECT number, incarnation, revision, commit, epoch, created_at, updated_at, owner, fields, apart
+FROM {schema}.sessions WHERE id = %(id)s
+
+-- name: last
+-- The last items of a list, the last one first, with the session's fields.
+SELECT s.fields, s.apart, i.item
+FROM {schema}.sessions s LEFT JOIN LATERAL (
+    SELECT item, place FROM {schema}.items WHERE session = s.number AND list = %(list)s ORDER BY place DESC LIMIT %(limit)s
+) i ON true
+WHERE s.id = %(id)s ORDER BY i.place DESC
+
+-- name: items
+SELECT item FROM {schema}.items WHERE session = %(session)s AND list = %(list)s AND place >= %(start)s AND place < %(stop)s ORDER BY place
+
+-- name: places_of_key
+SELECT place FROM {schema}.items WHERE session = %(session)s AND list = %(list)s AND key = %(key)s AND place < %(stop)s
+ORDER BY place DESC LIMIT 2
+
+-- name: items_with
+-- The items in whose text a value stands, the last one first.
+SELECT place, item FROM {schema}.items
+WHERE session = %(session)s AND list = %(list)s AND place < %(stop)s AND strpos(item, %(value)s) > 0 ORDER BY place DESC
+
+-- name: parts
+SELECT name, value FROM {schema}.parts WHERE session = %(session)s
+
+-- name: create
+INSERT INTO {schema}.sessions
+    (id, incarnation, revision, commit, commits, epoch, created_at, updated_at, owner, process, stream_id, fields, apart)
+VALUES (%(id)s, %(incarnation)s, %(revision)s, %(commit)s, %(commit)s, %(epoch)s, %(created_at)s, %(updated_at)s,
+    %(owner)s, %(process)s, %(stream_id)s, %(fields)s, %(apart)s)
+RETURNING number
+
+-- name: update
+-- Compare and swap: nothing is written if somebody has committed since.
+UPDATE {schema}.sessions SET revision = %(revision)s, commit = %(commit)s,
+    commits = left(%(commit)s || commits, 512), epoch = %(epoch)s, updated_at = %(updated_at)s, owner = %(owner)s,
+    process = %(process)s, stream_id = %(stream_id)s, fields = %(fields)s, apart = %(apart)s
+WHERE number = %(session)s AND incarnation = %(incarnation)s AND commit = %(before)s
+
+-- name: put_items
+INSERT INTO {schema}.items (session, list, place, key, item)
+SELECT %(session)s, %(list)s, %(start)s + n - 1, k, i
+FROM unnest(%(keys)s::text[], %(items)s::text[]) WITH ORDINALITY AS t(k, i, n)
+ON CONFLICT (session, list, place) DO UPDATE SET key = excluded.key, item = excluded.item
+
+-- name: remove_items
+DELETE FROM {schema}.items WHERE session = %(session)s AND list = %(list)s AND place >= %(start)s AND place < %(stop)s
+
+-- name: move_items
+-- In two steps, because no two items may have one place even for an instant.
+UPDATE {schema}.items SET place = -1 - place WHERE session = %(session)s AND list = %(list)s AND place >= %(start)s;
+UPDATE {schema}.items SET place = -1 - place + %(by)s WHERE session = %(session)s AND list = %(list)s AND place < 0
+
+-- name: remove_list
+DELETE FROM {schema}.items WHERE session = %(session)s AND list = %(list)s
+
+-- name: put_part
+INSERT INTO {schema}.parts (session, name, value) VALUES (%(session)s, %(name)s, %(value)s)
+ON CONFLICT (session, name) DO UPDATE SET value = excluded.value
+
+-- name: remove_part
+DELETE FROM {schema}.parts WHERE session = %(session)s AND name = %(name)s
+
+-- name: delete
+DELETE FROM {schema}.sessions WHERE number = %(session)s AND incarnation = %(incarnation)s AND commit = %(before)s
+
+-- name: outcome
+-- What became of a commit. The row's lock waits for a transaction that is still about to end.
+SELECT incarnation, commit, commits, revision FROM {schema}.sessions WHERE id = %(id)s FOR UPDATE
+
+-- name: exists
+SELECT EXISTS (SELECT FROM {schema}.sessions WHERE id = %(id)s)
+
+-- name: ids
+SELECT id FROM {schema}.sessions ORDER BY id
+
+-- name: recent
+SELECT id, updated_at, number FROM {schema}.sessions
+WHERE (%(before)s::timestamptz IS NULL OR (updated_at, number) < (%(before)s::timestamptz, %(number)s))
+ORDER BY updated_at DESC, number DESC LIMIT %(limit)s
+
+-- name: leases
+SELECT id, stream_id FROM {schema}.sessions WHERE process IS NOT NULL ORDER BY id
+
+-- name: holder
+-- The transaction that has locked a session's row, or its name.
+SELECT a.pid, a.application_name, a.xact_start
+FROM {schema}.sessions s JOIN pg_stat_activity a ON a.backend_xid = s.xmax WHERE s.id = %(id)s
+
+-- name: beat
+-- Renew the process's row, or make it. A row whose time is over is never renewed.
+UPDATE {schema}.processes SET expires_at = clock_timestamp() + make_interval(secs => %(lease_s)s)
+WHERE id = %(process)s AND expires_at > clock_timestamp()
+
+-- name: register
+INSERT INTO {schema}.processes (id, host, pid, command, expires_at)
+VALUES (%(process)s, %(host)s, %(pid)s, %(command)s, clock_timestamp() + make_interval(secs => %(lease_s)s))
+
+-- name: unregister
+DELETE FROM {schema}.processes WHERE id = %(process)s
+
+-- name: is_alive
+SELECT EXISTS (SELECT FROM {schema}.processes WHERE id = %(process)s AND expires_at > clock_timestamp())
+
+-- name: remove_dead_processes
+DELETE FROM {schema}.processes WHERE expires_at < clock_timestamp() - interval '1 day'

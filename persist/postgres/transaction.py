@@ -1,0 +1,561 @@
+"""The transaction: the lock of a session's row, and the operations under it.
+
+    in-process turn -> BEGIN; SELECT … FOR UPDATE -> the verb reads what it needs -> row operations; UPDATE; COMMIT
+
+The threads of a process take turns first (see `lock.Hold`), so one connection waits for a session, however many threads
+do. The row's lock spans read, merge and write. `commit` ends it: what a block does behind its commit needs no lock.
+
+A commit compares and swaps: its UPDATE names the incarnation and the commit that were read. So even a transaction that
+has lost its connection, and with it the lock, overwrites nothing.
+
+**Unknown outcomes.** A connection may die between COMMIT and its answer. Then the session's row tells on another
+connection what became of it, because it holds the ids of its last commits. Its lock waits for a server process that is
+still about to end.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import psycopg
+
+from persist import json_codec
+from persist.engine import Committed, End, EventWriter, Lease, mislabelled
+from persist.errors import (
+    CommitFailed,
+    CommitUnknown,
+    MergeConflict,
+    PersistError,
+    SessionNotFound,
+    not_held,
+)
+from persist.log import log
+from persist.postgres.connections import Connection, Row, is_dead, reason_of, text_of
+from persist.postgres.items import RemoteItems, key_of
+from persist.storage import diff, lock
+from persist.storage.clock import now_s
+from persist.storage.content import Content, Items, Value, items_of
+from persist.storage.diff import Change
+from persist.storage.document import Head, Header, fields_of, first_header
+from persist.storage.layout import is_stream_id
+from persist.storage.lease import Probe
+
+if TYPE_CHECKING:
+    from persist.postgres.engine import PostgresEngine
+
+#: A row holds the ids of so many commits.
+_COMMITS_KEPT = 32
+#: A thread that waits for several calls (of an event loop) looks so often whether some have left.
+_SLICE_S = 0.5
+_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def header_of(row: Row) -> Header:
+    """Return the header that a row holds in the columns behind its number."""
+    incarnation, revision, commit, epoch, created_at, updated_at, owner = row[1:8]
+    return Header(
+        incarnation.decode(),
+        revision,
+        commit.decode(),
+        epoch,
+        created_at.astimezone(UTC),
+        updated_at.astimezone(UTC),
+        None if owner is None else json_codec.decode(owner),
+        None,
+        None,
+    )
+
+
+def apart_of(text: bytes) -> dict[str, tuple[int | None, int]]:
+    """Return the number of items and the bytes of each value that stands apart."""
+    return {name: (count, size) for name, (count, size) in json_codec.decode(text).items()}
+
+
+def head_of(row: Row) -> Head:
+    """Return the head that a row holds."""
+    counts = {name: count for name, (count, _) in apart_of(row[9]).items()}
+    return Head(header_of(row), fields_of(row[8]), counts)
+
+
+def _fields_text(content: Content) -> str:
+    members = [json_codec.encode_key(name) + value for name, value in content.fields.items()]
+    return b"{%b}".__mod__(b",".join(members)).decode()
+
+
+def _apart_text(content: Content) -> str:
+    sizes = {
+        name: (value.count, value.size_bytes) if isinstance(value, Items) else (None, len(value))
+        for name, value in content.apart.items()
+    }
+    return json_codec.encode(msgspec.to_builtins(sizes)).decode()
+
+
+def _when(time_: datetime) -> str:
+    # As text, because a test tool that freezes the clock may have put its own datetime there.
+    return time_.isoformat()
+
+
+# --- the lock --------------------------------------------------------------------------------------------------------
+
+
+class _Row:
+    """The place of a session's row lock in a `Hold`: a connection whose transaction has the lock."""
+
+    fd = -1
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.connection: Connection | None = None
+        self.give: Callable[[Connection], None] | None = None
+        self.row: Row | None = None
+
+    def close(self) -> None:
+        """Give the lock up. What was not committed is gone."""
+        connection, self.connection = self.connection, None
+        if connection is not None and self.give is not None:
+            self.give(connection)
+
+
+class Held(lock.Hold):
+    """The hold of a session's lock for a block, which gets its transaction."""
+
+    __slots__ = ("engine", "tx")
+    held = _Row
+    _file: Any
+
+    def __init__(self, engine: PostgresEngine, session_id: str, timeout_s: float) -> None:
+        super().__init__(engine.where(session_id), session_id, timeout_s)
+        self.engine = engine
+        self.tx: Transaction | None = None
+
+    @staticmethod
+    def is_taken(_fd: int) -> bool:
+        # The server keeps the order of those who wait.
+        return True
+
+    def _wait_for_processes(self, start: float) -> None:
+        connections, pause_s = self.engine.connections, _PAUSE_S
+        while True:
+            deadline = self._deadline(start)
+            connection = connections.take(max(deadline, now_s() + 0.05))
+            self._file.connection, self._file.give = connection, connections.give
+            left_s = deadline - now_s()
+            try:
+                self._file.row = self.engine.lock_row(
+                    connection, self.session_id, left_s if self.waiting is None else min(left_s, _SLICE_S)
+                )
+                return
+            except psycopg.errors.LockNotAvailable:
+                connection.rollback()
+                if now_s() >= self._deadline(start):
+                    raise self._timeout(start, holder=self.engine.holder(connection, self.session_id)) from None
+                self._file.close()
+            except psycopg.Error as error:
+                if not is_dead(error, connection) or now_s() + pause_s > self._deadline(start):
+                    raise connections.unreadable(reason_of(error)) from error
+                self._file.close()
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _other_process(self) -> str:
+        try:
+            work = partial(self.engine.holder, session_id=self.session_id)
+            return self.engine.connections.run(work, 0.2)
+        except PersistError:
+            return "unknown"
+
+    def __enter__(self) -> Transaction:
+        held = self.acquire()
+        self.tx = Transaction(self.engine, self.session_id, held, self.timeout_s)
+        return self.tx
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self.tx is not None:
+                self.tx.end()
+        finally:
+            self.release()
+        if isinstance(error, json_codec.Undecodable):
+            raise mislabelled(self.path, self.session_id) from None
+        if isinstance(error, MergeConflict) and not error.session_id:
+            raise error.in_session(self.session_id) from None
+
+    def __del__(self) -> None:
+        if getattr(self, "thread", 0):
+            self.__exit__(None, None, None)
+
+
+# --- under the lock --------------------------------------------------------------------------------------------------
+
+
+class Transaction:
+    """The operations on a session whose row is locked. After the block, every method raises `LockError`."""
+
+    def __init__(self, engine: PostgresEngine, session_id: str, held: Any, timeout_s: float) -> None:
+        self.session_id = session_id
+        self.place = engine.where(session_id)
+        self._engine = engine
+        self._held: Any = held
+        self._row: Row | None = held.row
+        self._timeout_s = timeout_s
+        self._pid = os.getpid()
+        self._committed: Committed | None = None
+        self._head: Head | None = None
+        #: The stream that this process begins with the next commit.
+        self._begun: str | None = None
+
+    def require_lock(self) -> None:
+        """Raise `LockError` after the block, and in a forked child."""
+        if self._held is None or self._pid != os.getpid():
+            raise not_held(self.session_id)
+
+    def require_unchanged(self) -> None:
+        """Return, because the server lets nobody change a locked row."""
+
+    def end(self) -> None:
+        """End the transaction."""
+        self._held = None
+
+    def where(self, stream_id: object) -> str:
+        """Return where a stream's lease is, for errors."""
+        return f"{self.place}, stream {stream_id}"
+
+    def _query(self, statement: str, /, **values: Any) -> list[Row]:
+        self.require_lock()
+        connection = self._held.connection
+        try:
+            return self._engine.connections.query(connection, statement, **values)
+        except psycopg.Error as error:
+            if not is_dead(error, connection):
+                raise self._engine.connections.unreadable(reason_of(error)) from error
+            # Nothing is written yet. So the lock may be had again, if the session is still the same.
+            self._lock_again(now_s() + self._timeout_s)
+            return self._engine.connections.query(self._held.connection, statement, **values)
+
+    def _lock_again(self, deadline: float) -> Row | None:
+        """Lock the row on another connection, after the first one has died.
+
+        Raises:
+            CommitFailed: somebody has committed in between.
+            psycopg.Error, PersistError: no connection could be had until the deadline.
+        """
+        before, pause_s = self._row, _PAUSE_S
+        while True:
+            self._held.close()
+            connection = self._engine.connections.take(deadline)
+            self._held.connection, self._held.give = connection, self._engine.connections.give
+            try:
+                self._row = self._engine.lock_row(connection, self.session_id, max(0.05, deadline - now_s()))
+                break
+            except psycopg.Error as error:
+                if not is_dead(error, connection) or now_s() + pause_s > deadline:
+                    raise
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        log.debug("Session %r: its connection died, and it was locked on another one", self.session_id)
+        if _commit_in(before) != _commit_in(self._row):
+            raise self._failed("the connection was lost, and somebody else has committed since")
+        return self._row
+
+    def _failed(self, reason: str) -> CommitFailed:
+        return CommitFailed(session_id=self.session_id, path=self.place, reason=reason, errno=None)
+
+    # --- reading ---
+
+    def exists(self) -> bool:
+        """Tell whether there is such a session."""
+        self.require_lock()
+        return self._row is not None
+
+    def _there(self) -> Row:
+        self.require_lock()
+        if self._row is None:
+            raise SessionNotFound(session_id=self.session_id, path=self.place)
+        return self._row
+
+    def head(self) -> Head:
+        """Return the committed header and fields."""
+        row = self._there()
+        if self._head is None:
+            with self._engine.reading(self.session_id):
+                self._head = head_of(row)
+        return self._head
+
+    def read(self) -> Committed:
+        """Return the committed session. Its lists stay in the database, until somebody asks for their items."""
+        self.require_lock()
+        if self._committed is None:
+            head, row = self.head(), self._there()
+            number, apart = row[0], dict[str, Value]()
+            sizes = apart_of(row[9])
+            values = None
+            for name, (count, size_bytes) in sizes.items():
+                if count is not None:
+                    query = partial(self._query, session=number, list=text_of(name))
+                    apart[name] = RemoteItems(query, count, size_bytes)
+                else:
+                    values = values or dict(self._query("parts", session=number))
+                    apart[name] = values[text_of(name).encode()]
+            self._committed = Committed(head.header, Content(head.fields, apart))
+        return self._committed
+
+    def confirm(self, *, is_durable: bool = False) -> Committed:
+        """Return the committed session. The server shows no commit that is not durable."""
+        return self.read()
+
+    # --- writing ---
+
+    def commit(
+        self, header: Header, content: Content, changes: tuple[Change, ...] | None = None, end: End | None = None
+    ) -> Committed:
+        """Write a revision. It is durable and visible on return.
+
+        Raises:
+            CommitFailed: the server refused, or was lost before the commit. The old revision stands.
+            CommitUnknown: the server was lost in the commit, and did not come back in time.
+        """
+        self.require_lock()
+        before = self._row
+        if before is not None and changes is None:
+            changes = diff.between(self.read().content, content)
+        if before is not None and before[1].decode() != header.incarnation:
+            changes = None
+        self._settle(lambda connection: self._write(connection, before, header, content, changes, end), header.commit)
+        self._committed = Committed(header, content)
+        self._head = None
+        self._begun = None
+        return self._committed
+
+    def _settle(self, write: Callable[[Connection], None], commit: str | None) -> None:
+        """Write and commit. If the connection dies, find out on another one what became of that, and go on.
+
+        Args:
+            write: makes the changes. It may run twice, because each time the changes before are rolled back.
+            commit: the id of the commit, or None for a delete.
+        """
+        deadline, before = now_s() + max(self._timeout_s, 1.0), self._row
+        is_sent, reason = False, ""
+        while True:
+            connection = self._held.connection
+            try:
+                if is_sent or connection is None or connection.closed:
+                    try:
+                        self._row = before
+                        self._lock_again(deadline)
+                    except CommitFailed:
+                        if self._has_happened(commit):
+                            return
+                        raise
+                    is_sent = False
+                    connection = self._held.connection
+                write(connection)
+                is_sent = True
+                connection.execute("COMMIT")
+                return
+            except psycopg.Error as error:
+                reason = reason_of(error)
+                if connection is None or not is_dead(error, connection):
+                    raise self._failed(reason) from error
+                if connection.closed:
+                    log.debug("Session %r: the connection died in a commit: %s", self.session_id, reason)
+                else:
+                    connection.rollback()
+                    is_sent = True
+                failure: Exception = error
+            except PersistError as error:
+                if isinstance(error, CommitFailed):
+                    raise
+                failure = error
+            if now_s() > deadline or isinstance(failure, PersistError):
+                facts: dict[str, Any] = {"path": self.place, "reason": reason or str(failure), "errno": None}
+                raise (CommitUnknown if is_sent else CommitFailed)(session_id=self.session_id, **facts) from failure
+            time.sleep(_PAUSE_S)
+
+    def _has_happened(self, commit: str | None) -> bool:
+        """Tell whether a commit of this transaction stands, from the row as it was locked again.
+
+        Raises:
+            CommitUnknown: the row does not go back so far.
+        """
+        if commit is None or self._row is None:
+            # The session is gone. For a delete it does not matter who has removed it.
+            return commit is None and self._row is None
+        commits = self._row[10].decode()
+        if any(commits[at : at + 16] == commit for at in range(0, len(commits), 16)):
+            return True
+        if len(commits) >= 16 * _COMMITS_KEPT:
+            reason = "the connection was lost, and many others have committed since"
+            raise CommitUnknown(session_id=self.session_id, path=self.place, reason=reason, errno=None)
+        return False
+
+    def _write(
+        self,
+        connection: Connection,
+        before: Row | None,
+        header: Header,
+        content: Content,
+        changes: tuple[Change, ...] | None,
+        end: End | None,
+    ) -> None:
+        """Send all changes of a commit. If they do not fit the row any more, nothing is written."""
+        text = partial(self._engine.connections.text, connection)
+        owner = header.owner
+        stream_id = None if owner is None else owner.get("stream_id")
+        process = None
+        if stream_id is not None:
+            process = self._engine.heartbeat.id if stream_id == self._begun else before[11] if before else None
+        values: dict[str, Any] = {
+            "id": text_of(self.session_id),
+            "incarnation": header.incarnation,
+            "revision": header.revision,
+            "commit": header.commit,
+            "epoch": header.epoch,
+            "created_at": _when(header.created_at),
+            "updated_at": _when(header.updated_at),
+            "owner": None if owner is None else json_codec.encode(dict(owner)).decode(),
+            "process": process,
+            "stream_id": stream_id,
+            "fields": _fields_text(content),
+            "apart": _apart_text(content),
+        }
+        if before is not None and changes is None:
+            # The session begins anew.
+            connection.execute(
+                text("delete", session=before[0], incarnation=before[1].decode(), before=_commit_in(before))
+            )
+            before = None
+        if before is None:
+            cursor = connection.execute(text("create", **values))
+            row = cursor.fetchone()
+            assert row is not None
+            number = row[0]
+            changes = tuple(diff.whole(name, value) for name, value in content.apart.items())
+            counts: dict[str, int | None] = {}
+            update: list[str] = []
+        else:
+            number = before[0]
+            counts = {name: count for name, (count, _) in apart_of(before[9]).items()}
+            update = [text("update", session=number, before=_commit_in(before), **values)]
+        statements = [*_row_operations(text, number, counts, changes or ())]
+        if stream_id is not None and stream_id == self._begun:
+            statements.append(text("begin_stream", session=number, stream_id=stream_id))
+        if end is not None and is_stream_id(end.stream_id):
+            statements.append(text("end_stream", session=number, stream_id=end.stream_id, ended=end.how))
+        self._execute(connection, [*update, *statements], is_update=bool(update))
+
+    def _execute(self, connection: Connection, statements: list[str], *, is_update: bool) -> None:
+        """Run statements that were sent as one message. The first one must have found the row, if it is an update."""
+        if not statements:
+            return
+        cursor = connection.execute(";\n".join(statements))
+        if is_update and cursor.rowcount != 1:
+            raise self._failed("somebody else has committed since it was read, although the row was locked")
+
+    def delete(self) -> None:
+        """Remove the session, with the leases and events of its streams. Durable on return."""
+        row = self._there()
+        values = {"session": row[0], "incarnation": row[1].decode(), "before": _commit_in(row)}
+
+        def write(connection: Connection) -> None:
+            text = self._engine.connections.text(connection, "delete", **values)
+            self._execute(connection, [text], is_update=True)
+
+        self._settle(write, None)
+        self._row = self._committed = self._head = None
+
+    # --- streams ---
+
+    def probe(self, stream_id: object) -> Probe:
+        """Tell a block whether a stream is dead. A dead process never comes back, so the answer stays true."""
+        self.require_lock()
+        row = self._row
+        if row is None or not is_stream_id(stream_id) or row[11] is None or row[12] != str(stream_id).encode():
+            return Probe(is_dead=True)
+        return Probe(is_dead=not self._query("is_alive", process=row[11])[0][0])
+
+    def begin(self, stream_id: str, started_at: str) -> tuple[Lease, EventWriter] | None:
+        """Prepare the lease of a new stream of this process, which the next commit makes the session's."""
+        self.require_lock()
+        lease = self._engine.heartbeat.lease(self.session_id)
+        self._begun = stream_id
+        return lease, self._engine.writer(self.session_id, stream_id, lease)
+
+    def forget(self, stream_id: object) -> None:
+        """Do nothing, because a lease is a part of its session's row."""
+
+    # --- mending ---
+
+    def compact(self, *, alone: bool = False) -> bool:
+        """Return False, because there is nothing to fold."""
+        self._there()
+        return False
+
+    def accept(self, *, drop_journal: bool = False) -> Committed:
+        """Return the committed session. There is no edit by hand to accept, because it needs no checksum."""
+        found = self.read()
+        with self._engine.reading(self.session_id):
+            found.content.decode()
+        return found
+
+    def stream_ids(self) -> list[str]:
+        """Return the ids of all streams of the session that have a lease."""
+        return [] if self._row is None or self._row[12] is None else [self._row[12].decode()]
+
+    def replace_damaged(self, content: Content) -> Committed:
+        """Begin the session anew, in the place of one that cannot be read. Durable on return."""
+        return self.commit(first_header(), content, ())
+
+
+def _commit_in(row: Row | None) -> str | None:
+    return None if row is None else row[3].decode()
+
+
+def _row_operations(
+    text: Callable[..., str], number: int, counts: dict[str, int | None], changes: tuple[Change, ...]
+) -> list[str]:
+    """Return the statements that make the changes of the values that stand apart. `counts` follows them."""
+    found: list[str] = []
+
+    def put(name: str, start: int, items: list[bytes]) -> None:
+        if items:
+            facts = {"keys": [key_of(item) for item in items], "items": [item.decode() for item in items]}
+            found.append(text("put_items", session=number, list=text_of(name), start=start, **facts))
+
+    for change in changes:
+        name = text_of(change.name)
+        if not change.is_splice:
+            if change.name in counts:
+                one = "remove_part" if counts.pop(change.name) is None else "remove_list"
+                key = "name" if one == "remove_part" else "list"
+                found.append(text(one, session=number, **{key: name}))
+            if change.is_gone:
+                continue
+            value = items_of(bytes(change.value))  # type: ignore[arg-type]
+            if isinstance(value, Items):
+                counts[change.name] = value.count
+                put(change.name, 0, value.split())
+            else:
+                counts[change.name] = None
+                found.append(text("put_part", session=number, name=name, value=value.decode()))
+            continue
+        count, at, insert = counts[change.name] or 0, change.at, list(map(bytes, change.insert))
+        stop, by = at + change.remove, len(insert) - change.remove
+        if stop < count and by:
+            found.append(text("remove_items", session=number, list=name, start=at, stop=stop))
+            found.append(text("move_items", session=number, list=name, start=stop, by=by))
+        elif by < 0:
+            found.append(text("remove_items", session=number, list=name, start=stop + by, stop=count))
+        put(change.name, at, insert)
+        counts[change.name] = count + by
+    return found

@@ -1,0 +1,90 @@
+"""Stores on each engine, for the promises that hold on all of them.
+
+One PostgreSQL server serves all workers of a run, and each worker has a database of its own. Each test has a schema.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.chats import HELLO
+from harness.postgres import Server, why_not
+
+import persist
+from persist.pytest_plugin import shared_fixture
+
+MakeStore = Callable[..., persist.Store]
+
+
+def stop_server(running: dict[str, Any]) -> None:
+    """Stop the server, in whichever process ends last."""
+    Server(running["directory"], running["port"]).remove()
+
+
+@shared_fixture(teardown=stop_server)
+def postgres_server() -> dict[str, Any]:
+    """Start one real server for all workers of the run."""
+    server = Server()
+    server.start()
+    return {"directory": str(server.directory), "port": server.port}
+
+
+@pytest.fixture(scope="session")
+def postgres_url(request: pytest.FixtureRequest) -> str:
+    """Return the URL of a database for this worker."""
+    pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed")
+    reason = why_not()
+    if reason is not None:
+        if os.environ.get("CI"):
+            pytest.fail(f"In CI the tests of PostgreSQL must run: {reason}.")
+        pytest.skip(reason)
+    import psycopg
+
+    running = request.getfixturevalue("postgres_server")
+    server, name = Server(running["directory"], running["port"]), f"worker_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return server.url_of(name)
+
+
+@pytest.fixture(params=["never", "always", "postgres"])
+def make_store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[MakeStore]:
+    """Return a function that opens a store: the same one at each call, with other options."""
+    if request.param == "postgres":
+        url, schema = request.getfixturevalue("postgres_url"), f"s_{uuid.uuid4().hex[:12]}"
+        at, always = url, {"schema": schema}
+    else:
+        at, always = str(tmp_path / "sessions"), {"journal": request.param}
+
+    def make(**options: Any) -> persist.Store:
+        return persist.Store(at, **{"timeout_s": 20.0, **always, **options})
+
+    yield make
+    if request.param == "postgres":
+        import psycopg
+
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
+
+
+@pytest.fixture
+def store(make_store: MakeStore) -> persist.Store:
+    return make_store()
+
+
+@pytest.fixture
+def session(store: persist.Store) -> persist.Session:
+    return store.create("s", {"title": "New chat", "messages": [HELLO]})
+
+
+@pytest.fixture
+def files(store: persist.Store) -> Path:
+    """Return the directory of a store of files. A test that looks there is for this engine only."""
+    if not Path(store.path).is_dir():
+        pytest.skip("this engine has no files")
+    return store.path

@@ -1,0 +1,113 @@
+"""A real PostgreSQL server for tests, in a scratch directory. It refuses root, so root runs it as the user postgres."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+
+def programs() -> Path | None:
+    """Return the directory of the server's programs, or None."""
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if found:
+        return found[-1].parent
+    initdb = shutil.which("initdb")
+    return None if initdb is None else Path(initdb).resolve().parent
+
+
+def why_not() -> str | None:
+    """Return the reason why no server can be run here, or None."""
+    if programs() is None:
+        return "there is no PostgreSQL server here (apt-get install postgresql)"
+    if os.getuid() == 0:
+        try:
+            pwd.getpwnam("postgres")
+        except KeyError:
+            return "PostgreSQL refuses root, and there is no user postgres"
+    return None
+
+
+class Server:
+    """A server on a free port of this machine, with trust for everybody on it."""
+
+    def __init__(self, directory: str | None = None, port: int = 0) -> None:
+        self.directory = Path(directory or tempfile.mkdtemp(prefix="persist-postgres-"))
+        self.port = port or _free_port()
+
+    @property
+    def url(self) -> str:
+        return self.url_of("postgres")
+
+    def url_of(self, database: str) -> str:
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
+
+    @property
+    def _data(self) -> Path:
+        return self.directory / "data"
+
+    def _run(self, program: str, *args: object) -> None:
+        found = programs()
+        assert found is not None
+        facts: dict[str, object] = {"user": "postgres", "group": "postgres", "extra_groups": []}
+        facts = facts if os.getuid() == 0 else {}
+        with (self.directory / f"{program}.out").open("ab") as output:
+            subprocess.run(
+                [found / program, *map(str, args)],
+                check=True,
+                stdout=output,
+                stderr=output,
+                cwd="/",
+                **facts,  # type: ignore[call-overload]
+            )
+
+    def start(self) -> None:
+        """Make the cluster if it is missing, and start the server. It answers on return."""
+        if not self._data.exists():
+            if os.getuid() == 0:
+                user = pwd.getpwnam("postgres")
+                os.chown(self.directory, user.pw_uid, user.pw_gid)
+            self.directory.chmod(0o700)
+            self._run("initdb", "-D", self._data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "-N")
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.directory}"
+        options += " -c max_connections=200 -c shared_buffers=64MB -c logging_collector=off"
+        self._run("pg_ctl", "-D", self._data, "-w", "-t", 60, "-l", self.directory / "log", "-o", options, "start")
+
+    def stop(self, mode: str = "immediate") -> None:
+        """Stop the server. "immediate" is a crash."""
+        self._run("pg_ctl", "-D", self._data, "-w", "-t", 60, "-m", mode, "stop")
+
+    def restart(self, mode: str = "immediate") -> None:
+        """Stop and start the server."""
+        self.stop(mode)
+        self.start()
+
+    def remove(self) -> None:
+        """Stop the server, and remove all that it has."""
+        try:
+            self.stop()
+        except subprocess.CalledProcessError:
+            self._kill()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _kill(self) -> None:
+        try:
+            pid = int((self._data / "postmaster.pid").read_text().split()[0])
+            os.kill(pid, signal.SIGQUIT)
+        except (OSError, ValueError, IndexError):
+            return
+        deadline = time.monotonic() + 10
+        while (self._data / "postmaster.pid").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
