@@ -134,10 +134,12 @@ class Transaction(Mending, Protocol):
 
     Attributes:
         place: where the session is, for people.
+        lease: the lease of the stream that is about to commit, which must hold then. None for any other commit.
     """
 
     session_id: str
     place: str
+    lease: Lease | None
 
     def require_lock(self) -> None:
         """Raise `LockError` after the block."""

@@ -45,12 +45,15 @@ def opened(
     keep_events_s: float,
     keep_events_bytes: int | None,
     schema: str,
+    lease_s: float,
 ) -> tuple[str, Engine]:
     """Open the engine of a store. See `Store`. Return its absolute name, too, by which another process opens it."""
     if isinstance(path, str) and path.startswith(("postgresql://", "postgres://")):
         from persist.postgres.engine import PostgresEngine
 
-        return path, PostgresEngine(path, schema=schema, create=create, timeout_s=timeout_s)
+        return path, PostgresEngine(
+            path, schema=schema, create=create, timeout_s=timeout_s, keep_events_s=keep_events_s, lease_s=lease_s
+        )
     directory = _directory(path, create=create)
     engine = FileEngine(
         directory,

@@ -28,6 +28,8 @@ class FileTransaction(Transaction):
     """The operations on a session whose lock is held, with those on its streams."""
 
     _files: FileEngine
+    #: The stream that is about to commit. The kernel's lock on a lease cannot be lost, so nothing is asked of it.
+    lease: lease.Lease | None = None
 
     def probe(self, stream_id: object) -> lease.Probe:
         """Try a stream's lease for a block, which learns whether the stream is dead. An impossible id is dead."""

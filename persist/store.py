@@ -121,6 +121,7 @@ class Store:
         mode: int = 0o600,
         create: bool = True,
         schema: str = "persist",
+        lease_s: float = 15.0,
     ) -> None:
         require_flags(unsafe_filesystem=unsafe_filesystem, create=create, answer_tool_calls=answer_tool_calls)
         if journal not in get_args(commit.Mode):
@@ -146,6 +147,7 @@ class Store:
         require_text("schema", schema)
         kept |= {
             "schema": schema,
+            "lease_s": seconds("lease_s", lease_s),
             "journal": journal,
             "mode": mode,
             "keep_events_s": keep_events_s,

@@ -671,6 +671,7 @@ class Stream:
             with self._backend.engine.transaction(self.session_id, timeout_s) as tx:
                 copy = WorkingCopy(tx.read(), tx)
                 owner = self._require_ownership(copy.header, active_in(copy.committed))
+                tx.lease = self._lease
                 is_inside = True
                 yield tx, copy, owner
         except errors.SessionNotFound:

@@ -7,6 +7,7 @@ another connection. So one message to the server can hold several statements.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import socket
@@ -59,7 +60,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def text_of(name: str) -> str:
-    """Return a name or an id as the server's text can hold it. No text there holds a NUL, or half of a surrogate pair."""
+    """Return a name or an id as text of the server, which holds neither a NUL nor half of a surrogate pair."""
     if "\0" in name or "\\" in name or not name.isascii():
         name = name.replace("\\", "\\\\").replace("\0", "\\0")
         name = re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", name)
@@ -106,6 +107,8 @@ class Connections:
         host = parts.get("host") or "localhost"
         self.place = f"postgresql://{host}:{parts.get('port') or 5432}/{parts.get('dbname') or ''}?schema={schema}"
         self.schema = schema
+        #: The channel of the hints that there are events.
+        self.channel = f"persist_{hashlib.blake2b(schema.encode(), digest_size=8).hexdigest()}"
         self.statements = Statements(schema)
         self._guard = threading.Lock()
         self._pid = -1
@@ -169,7 +172,7 @@ class Connections:
         return Unreadable(path=self.place, reason=reason, remedy="Look at the server, and retry.")
 
     def run(self, work: Callable[[Connection], Result], timeout_s: float) -> Result:
-        """Do work that may be done twice, on a connection. A connection that is dead is replaced until the time is over.
+        """Do work that may be done twice. A connection that is dead is replaced until the time is over.
 
         Raises:
             Unreadable: the server refused, or cannot be reached.
@@ -218,3 +221,48 @@ def refusals(place: str) -> Iterator[None]:
         raise
     except psycopg.Error as error:
         raise Unreadable(path=place, reason=reason_of(error), remedy="Look at the server, and retry.") from error
+
+
+class Own:
+    """A connection that one thread keeps for itself, apart from the pool. So it never waits for the verbs."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._connection: Connection | None = None
+        self._pid = os.getpid()
+
+    def get(self) -> Connection:
+        """Return the connection. It is made anew if it has died."""
+        if self._connection is None or self._connection.closed:
+            try:
+                self._connection = psycopg.connect(
+                    self._connections.conninfo,
+                    autocommit=True,
+                    cursor_factory=psycopg.ClientCursor,
+                    prepare_threshold=None,
+                )
+            except psycopg.Error as error:
+                raise self._connections.unreadable(reason_of(error)) from error
+            configure(self._connection)
+        return self._connection
+
+    def run(self, work: Callable[[Connection], Result]) -> Result:
+        """Do work that may be done twice. If the connection had died in the meantime, it is done on a new one."""
+        for is_last in (False, True):
+            connection = self.get()
+            try:
+                return work(connection)
+            except psycopg.Error as error:
+                if is_last or not is_dead(error, connection):
+                    raise self._connections.unreadable(reason_of(error)) from error
+        raise AssertionError
+
+    def close(self) -> None:
+        """Close the connection. In a forked child it is the parent's, and stays open."""
+        connection, self._connection = self._connection, None
+        if connection is not None and self._pid == os.getpid():
+            connection.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from persist import errors, json_codec
 from persist.arguments import seconds
-from persist.engine import Committed, EventReader, EventWriter, Lease, decoding
+from persist.engine import Committed, decoding
 from persist.postgres import migrate
 from persist.postgres.connections import Connection, Connections, Row, name_of, text_of
+from persist.postgres.events import Emitter, Listener, RemoteReader, RemoteWriter
+from persist.postgres.heartbeat import Heartbeat, HeldLease
 from persist.postgres.transaction import Held, apart_of, head_of, header_of
 from persist.storage.content import Content, Items, Value
 from persist.storage.document import Head, fields_of
@@ -21,22 +25,50 @@ from persist.translating import Translating
 _CURSOR = re.compile(r"([0-9T:.+-]{20,40})/([0-9]{1,18})")
 #: So many sessions are asked for at a time.
 _PAGE = 200
+_making = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_making._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 class PostgresEngine:
     """The sessions of one schema, with their streams and events."""
 
-    def __init__(self, url: str, *, schema: str, create: bool, timeout_s: float) -> None:
+    def __init__(
+        self, url: str, *, schema: str, create: bool, timeout_s: float, keep_events_s: float, lease_s: float
+    ) -> None:
         self.connections = Connections(url, schema)
         self.place = self.connections.place
         self.timeout_s = timeout_s
+        self._keep_events_s = keep_events_s
+        self.heartbeat = Heartbeat(self.connections, lease_s=lease_s, beat_s=lease_s / 3)
+        self.writers: dict[tuple[str, str], RemoteWriter] = {}
+        self._pid = -1
         migrate.require_newest(self.connections, create=create, timeout_s=max(timeout_s, 5.0))
 
     def where(self, session_id: str) -> str:
         """Return where a session is, for errors."""
         return f"{self.place}#{check_session_id(session_id)}"
 
-    def _run(self, statement: str, /, **values: Any) -> list[Row]:
+    @property
+    def emitter(self) -> Emitter:
+        """The thread that writes the events of this process."""
+        self._require_process()
+        return self._emitter
+
+    @property
+    def listener(self) -> Listener:
+        """The thread that hears of the events that are followed in this process."""
+        self._require_process()
+        return self._listener
+
+    def _require_process(self) -> None:
+        with _making:
+            if self._pid != os.getpid():
+                # A forked child has none of the threads.
+                self._emitter, self._listener = Emitter(self.connections), Listener(self.connections)
+                self._pid = os.getpid()
+
+    def run(self, statement: str, /, **values: Any) -> list[Row]:
         return self.connections.run(
             lambda connection: self.connections.query(connection, statement, **values), self.timeout_s
         )
@@ -50,11 +82,11 @@ class PostgresEngine:
     def exists(self, session_id: str) -> bool:
         """Tell whether there is such a session."""
         self.where(session_id)
-        return bool(self._run("exists", id=text_of(session_id))[0][0])
+        return bool(self.run("exists", id=text_of(session_id))[0][0])
 
     def _rows(self, statement: str, session_id: str, /, **values: Any) -> list[Row]:
         place = self.where(session_id)
-        rows = self._run(statement, id=text_of(session_id), **values)
+        rows = self.run(statement, id=text_of(session_id), **values)
         if not rows:
             raise errors.SessionNotFound(session_id=session_id, path=place)
         return rows
@@ -97,7 +129,7 @@ class PostgresEngine:
 
     def session_ids(self) -> list[str]:
         """Return the ids of all sessions, sorted."""
-        return sorted(name_of(row[0]) for row in self._run("ids"))
+        return sorted(name_of(row[0]) for row in self.run("ids"))
 
     def recent(self, before: str | None) -> Iterator[tuple[str, str]]:
         """Yield a cursor and an id for each session, the last updated one first, from behind a cursor on."""
@@ -109,7 +141,7 @@ class PostgresEngine:
 
     def _recent(self, place: tuple[str | None, int | None]) -> Iterator[tuple[str, str]]:
         while True:
-            rows = self._run("recent", before=place[0], number=place[1], limit=_PAGE)
+            rows = self.run("recent", before=place[0], number=place[1], limit=_PAGE)
             for session_id, updated_at, number in rows:
                 place = updated_at.isoformat(), number
                 yield f"{place[0]}/{number}", name_of(session_id)
@@ -118,7 +150,7 @@ class PostgresEngine:
 
     def leases(self) -> list[tuple[str, str]]:
         """Return the (session id, stream id) of all streams that a session names, dead ones included."""
-        return sorted((name_of(row[0]), row[1].decode()) for row in self._run("leases"))
+        return sorted((name_of(row[0]), row[1].decode()) for row in self.run("leases"))
 
     # --- the lock ---
 
@@ -156,11 +188,17 @@ class PostgresEngine:
 
     # --- streams and their events ---
 
-    def writer(self, session_id: str, stream_id: str, lease: Lease) -> EventWriter:
-        raise NotImplementedError
+    def begin(self, session_id: str, stream_id: str) -> tuple[HeldLease, RemoteWriter]:
+        """Return the lease and the writer of a new stream of this process."""
+        lease = self.heartbeat.lease(session_id, stream_id)
+        writer = self.writers[session_id, stream_id] = RemoteWriter(self, session_id, stream_id, lease)
+        return lease, writer
 
-    def events(self, session_id: str, stream_id: str, after: int, *, create: bool = False) -> EventReader:
-        raise NotImplementedError
+    def events(self, session_id: str, stream_id: str, after: int, *, create: bool = False) -> RemoteReader:
+        """Open the events of a stream behind an offset. Raise `FileNotFoundError` if there are none."""
+        return RemoteReader(self, session_id, stream_id, after)
 
     def tidy(self, *, everywhere: bool = True) -> None:
         """Remove the events whose time is over."""
+        if everywhere:
+            self.run("remove_expired", keep_s=self._keep_events_s, limit=10_000)

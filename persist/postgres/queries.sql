@@ -58,11 +58,13 @@ VALUES (%(id)s, %(incarnation)s, %(revision)s, %(commit)s, %(commit)s, %(epoch)s
 RETURNING number
 
 -- name: update
--- Compare and swap: nothing is written if somebody has committed since.
+-- Compare and swap: nothing is written if somebody has committed since, or if the stream's process is dead.
 UPDATE {schema}.sessions SET revision = %(revision)s, commit = %(commit)s,
     commits = left(%(commit)s || commits, 512), epoch = %(epoch)s, updated_at = %(updated_at)s, owner = %(owner)s,
     process = %(process)s, stream_id = %(stream_id)s, fields = %(fields)s, apart = %(apart)s
 WHERE number = %(session)s AND incarnation = %(incarnation)s AND commit = %(before)s
+    AND (%(lease)s::uuid IS NULL
+        OR EXISTS (SELECT FROM {schema}.processes WHERE id = %(lease)s::uuid AND expires_at > clock_timestamp()))
 
 -- name: put_items
 INSERT INTO {schema}.items (session, list, place, key, item)
@@ -131,3 +133,65 @@ SELECT EXISTS (SELECT FROM {schema}.processes WHERE id = %(process)s AND expires
 
 -- name: remove_dead_processes
 DELETE FROM {schema}.processes WHERE expires_at < clock_timestamp() - interval '1 day'
+
+-- name: begin_stream
+INSERT INTO {schema}.streams (session, stream_id) VALUES (%(session)s, %(stream_id)s)
+ON CONFLICT (session, stream_id) DO UPDATE SET ended = NULL, ended_at = NULL
+
+-- name: end_stream
+UPDATE {schema}.streams SET ended = %(ended)s, ended_at = clock_timestamp()
+WHERE session = %(session)s AND stream_id = %(stream_id)s AND ended IS NULL
+
+-- name: emit
+-- The fence: nothing is emitted to a stream that has ended, nor by a process whose time is over, nor twice.
+WITH owned AS (
+    UPDATE {schema}.streams SET last = last + %(count)s
+    WHERE number = %(stream)s AND ended IS NULL AND last = %(last)s
+      AND EXISTS (SELECT FROM {schema}.processes WHERE id = %(process)s AND expires_at > clock_timestamp())
+    RETURNING number, last
+), made AS (
+    INSERT INTO {schema}.events (stream, place, event)
+    SELECT owned.number, %(last)s + n, event FROM owned, unnest(%(events)s::text[]) WITH ORDINALITY AS t(event, n)
+)
+SELECT last FROM owned
+
+-- name: find_stream
+SELECT t.number, t.first, t.last, t.ended FROM {schema}.streams t JOIN {schema}.sessions s ON s.number = t.session
+WHERE s.id = %(id)s AND t.stream_id = %(stream_id)s
+
+-- name: events
+SELECT t.first, t.last, t.ended, e.place, e.event
+FROM {schema}.streams t LEFT JOIN LATERAL (
+    SELECT place, event FROM {schema}.events
+    WHERE stream = t.number AND place > %(after)s AND place <= %(until)s ORDER BY place LIMIT %(limit)s
+) e ON true
+WHERE t.number = %(stream)s ORDER BY e.place
+
+-- name: news
+SELECT number, last, ended IS NOT NULL FROM {schema}.streams WHERE number = ANY(%(streams)s::bigint[])
+
+-- name: drop_oldest
+WITH kept AS (
+    UPDATE {schema}.streams SET first = %(first)s WHERE number = %(stream)s AND ended IS NULL RETURNING number
+)
+DELETE FROM {schema}.events WHERE stream IN (SELECT number FROM kept) AND place < %(first)s
+
+-- name: remove_expired
+-- Streams that never emitted keep no row for longer than the others.
+DELETE FROM {schema}.streams WHERE number IN (
+    SELECT number FROM {schema}.streams WHERE ended_at < clock_timestamp() - make_interval(secs => %(keep_s)s)
+    LIMIT %(limit)s FOR UPDATE SKIP LOCKED)
+
+-- name: notify
+SELECT pg_notify(%(channel)s, %(streams)s)
+
+-- name: free
+-- It never waits, because the heartbeat does it: a session that is locked just now is left for the next time.
+WITH dropped AS (
+    SELECT number FROM {schema}.sessions WHERE id = %(id)s AND stream_id = %(stream_id)s AND process = %(process)s
+), free AS (
+    SELECT number FROM {schema}.sessions WHERE number IN (SELECT number FROM dropped) FOR UPDATE SKIP LOCKED
+), freed AS (
+    UPDATE {schema}.sessions SET process = NULL WHERE number IN (SELECT number FROM free) RETURNING number
+)
+SELECT (SELECT count(*) FROM dropped) = (SELECT count(*) FROM freed)

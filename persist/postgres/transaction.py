@@ -15,6 +15,7 @@ still about to end.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -34,10 +35,12 @@ from persist.errors import (
     MergeConflict,
     PersistError,
     SessionNotFound,
+    StreamLost,
     not_held,
 )
 from persist.log import log
 from persist.postgres.connections import Connection, Row, is_dead, reason_of, text_of
+from persist.postgres.events import RemoteWriter
 from persist.postgres.items import RemoteItems, key_of
 from persist.storage import diff, lock
 from persist.storage.clock import now_s
@@ -214,6 +217,8 @@ class Transaction:
         self._head: Head | None = None
         #: The stream that this process begins with the next commit.
         self._begun: str | None = None
+        #: The lease that must hold when a stream commits.
+        self.lease: Any = None
 
     def require_lock(self) -> None:
         """Raise `LockError` after the block, and in a forked child."""
@@ -331,7 +336,19 @@ class Transaction:
             changes = diff.between(self.read().content, content)
         if before is not None and before[1].decode() != header.incarnation:
             changes = None
-        self._settle(lambda connection: self._write(connection, before, header, content, changes, end), header.commit)
+        writer = None if end is None else self._engine.writers.get((self.session_id, end.stream_id))
+        with contextlib.nullcontext() if writer is None else writer.writing:
+            # The last events of the stream are a part of the commit that ends it.
+            rest = (0, []) if writer is None or writer.is_fenced else writer.pending()
+            self._settle(
+                lambda connection: self._write(connection, before, header, content, changes, end, writer, rest),
+                header.commit,
+            )
+            if writer is not None:
+                writer.written(len(rest[1]))
+                writer.is_fenced = True
+        if end is not None:
+            self._engine.heartbeat.has_ended(self.session_id, str(end.stream_id))
         self._committed = Committed(header, content)
         self._head = None
         self._begun = None
@@ -374,7 +391,7 @@ class Transaction:
                     is_sent = True
                 failure: Exception = error
             except PersistError as error:
-                if isinstance(error, CommitFailed):
+                if isinstance(error, (CommitFailed, StreamLost)):
                     raise
                 failure = error
             if now_s() > deadline or isinstance(failure, PersistError):
@@ -407,6 +424,8 @@ class Transaction:
         content: Content,
         changes: tuple[Change, ...] | None,
         end: End | None,
+        writer: RemoteWriter | None,
+        rest: tuple[int, list[bytes]],
     ) -> None:
         """Send all changes of a commit. If they do not fit the row any more, nothing is written."""
         text = partial(self._engine.connections.text, connection)
@@ -446,10 +465,16 @@ class Transaction:
         else:
             number = before[0]
             counts = {name: count for name, (count, _) in apart_of(before[9]).items()}
-            update = [text("update", session=number, before=_commit_in(before), **values)]
+            lease = None if self.lease is None else self.lease.process
+            update = [text("update", session=number, before=_commit_in(before), lease=lease, **values)]
         statements = [*_row_operations(text, number, counts, changes or ())]
         if stream_id is not None and stream_id == self._begun:
             statements.append(text("begin_stream", session=number, stream_id=stream_id))
+        if writer is not None and rest[1]:
+            if writer.number is None:
+                found = self._query("find_stream", id=text_of(self.session_id), stream_id=writer.stream_id)
+                writer.number = found[0][0]
+            statements.append(text("emit", **writer.values(*rest)))
         if end is not None and is_stream_id(end.stream_id):
             statements.append(text("end_stream", session=number, stream_id=end.stream_id, ended=end.how))
         self._execute(connection, [*update, *statements], is_update=bool(update))
@@ -460,6 +485,10 @@ class Transaction:
             return
         cursor = connection.execute(";\n".join(statements))
         if is_update and cursor.rowcount != 1:
+            if self.lease is not None and not self._query("is_alive", process=self.lease.process)[0][0]:
+                stream_id = self._row[12].decode() if self._row and self._row[12] else "?"
+                reason = "its process was not heard of for longer than its lease"
+                raise StreamLost(session_id=self.session_id, stream_id=stream_id, reason=reason)
             raise self._failed("somebody else has committed since it was read, although the row was locked")
 
     def delete(self) -> None:
@@ -482,14 +511,19 @@ class Transaction:
         row = self._row
         if row is None or not is_stream_id(stream_id) or row[11] is None or row[12] != str(stream_id).encode():
             return Probe(is_dead=True)
+        # Of its own streams this process knows more than the server.
+        runs = self._engine.heartbeat.runs(row[11], self.session_id, str(stream_id))
+        if runs is False:
+            return Probe(is_dead=True)
         return Probe(is_dead=not self._query("is_alive", process=row[11])[0][0])
 
     def begin(self, stream_id: str, started_at: str) -> tuple[Lease, EventWriter] | None:
         """Prepare the lease of a new stream of this process, which the next commit makes the session's."""
         self.require_lock()
-        lease = self._engine.heartbeat.lease(self.session_id)
         self._begun = stream_id
-        return lease, self._engine.writer(self.session_id, stream_id, lease)
+        lease, writer = self._engine.begin(self.session_id, stream_id)
+        self.lease = lease
+        return lease, writer
 
     def forget(self, stream_id: object) -> None:
         """Do nothing, because a lease is a part of its session's row."""

@@ -1,0 +1,199 @@
+"""The heartbeat: the row by which others see that this process lives, and the leases that refer to it.
+
+One row a process, however many streams it runs. A thread renews it by the server's clock. A stream is dead when the row
+of its process has expired. A row that has expired is never renewed, so a dead stream never comes back to life.
+
+This cannot be as sure as the kernel's lock on a file: a process that was paused for longer than its lease looks dead.
+So every write of a stream asks in its own statement whether the process's row is alive (see queries.sql, `update` and
+`emit`). In between, the process asks only itself, so that it stops early.
+
+A renewal that fails is lost authority. Until one succeeds again, no lease of the process counts as held.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import socket
+import sys
+import threading
+import uuid
+import weakref
+from functools import partial
+from pathlib import Path
+
+import psycopg
+
+from persist.errors import PersistError
+from persist.log import log
+from persist.postgres.connections import Connection, Connections, Own, text_of
+from persist.storage.clock import now_s
+
+
+class HeldLease:
+    """The lease of one stream of this process. It is a column of the session's row, so a commit takes and frees it."""
+
+    def __init__(self, heartbeat: Heartbeat, session_id: str, stream_id: str) -> None:
+        self._heartbeat: Heartbeat | None = heartbeat
+        self._key = session_id, stream_id
+        self._pid = os.getpid()
+        self.process = heartbeat.id
+        self.is_dropped = False
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the process has proven lately that it lives, as the one that took this lease."""
+        heartbeat = self._heartbeat
+        return heartbeat is not None and self._pid == os.getpid() and heartbeat.is_proven(self.process)
+
+    def close(self) -> None:
+        """Give the lease up. The stream is dead from now on, if it has not ended."""
+        heartbeat, self._heartbeat = self._heartbeat, None
+        if heartbeat is not None and self._pid == os.getpid():
+            heartbeat.free(*self._key)
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing() and getattr(self, "_heartbeat", None) is not None and self._pid == os.getpid():
+            self.close()
+            self.is_dropped = True
+
+
+class Heartbeat:
+    """The heartbeat of this process, in one schema."""
+
+    def __init__(self, connections: Connections, *, lease_s: float, beat_s: float) -> None:
+        self._connections = connections
+        self._lease_s, self._beat_s = lease_s, beat_s
+        self.forget()
+        _all.add(self)
+
+    def forget(self) -> None:
+        """Begin as another process, because this is a forked child."""
+        # Re-entrant, because a finaliser may free a lease in a thread that is inside.
+        self._guard = threading.RLock()
+        self.id = str(uuid.uuid4())
+        #: The (session id, stream id) of the streams that this process runs.
+        self._held: set[tuple[str, str]] = set()
+        self._to_free: list[tuple[str, str, str]] = []
+        self._proven_until = -1.0
+        self._is_failing = False
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._own = Own(self._connections)
+
+    def is_proven(self, process: str) -> bool:
+        """Tell whether this process has proven lately that it lives, under that name."""
+        return process == self.id and not self._is_failing and now_s() < self._proven_until
+
+    def runs(self, process: object, session_id: str, stream_id: str) -> bool | None:
+        """Tell whether this process runs a stream. None if the stream is another process's."""
+        return (session_id, stream_id) in self._held if str(process) == self.id else None
+
+    def lease(self, session_id: str, stream_id: str) -> HeldLease:
+        """Make sure that this process has a live row, and return a lease for a new stream.
+
+        Raises:
+            Unreadable: the server cannot be reached.
+        """
+        with self._guard:
+            if not self.is_proven(self.id):
+                since = now_s()
+                if self._proven_until < 0 or not self._own.run(self._renew):
+                    # A row that has expired stays dead, and with it all streams that refer to it.
+                    self.id = str(uuid.uuid4())
+                    since = now_s()
+                    self._own.run(self._register)
+                self._proven_until, self._is_failing = since + self._lease_s, False
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=_beat, args=(weakref.ref(self),), name="persist-beat", daemon=True
+                )
+                self._thread.start()
+            self._held.add((session_id, stream_id))
+            return HeldLease(self, session_id, stream_id)
+
+    def has_ended(self, session_id: str, stream_id: str) -> None:
+        """Note that a commit has ended a stream, so that nothing is left to free."""
+        self._held.discard((session_id, stream_id))
+
+    def free(self, session_id: str, stream_id: str) -> None:
+        """Free the lease of a stream that did not end. The thread tells the server, because this may be a finaliser."""
+        if (session_id, stream_id) in self._held:
+            self._held.discard((session_id, stream_id))
+            self._to_free.append((session_id, stream_id, self.id))
+            self._wake.set()
+
+    def _register(self, connection: Connection) -> None:
+        command = Path(sys.argv[0] or sys.executable).name if sys.argv else "python"
+        facts = {"host": socket.gethostname(), "pid": os.getpid(), "command": command, "lease_s": self._lease_s}
+        self._connections.query(connection, "register", process=self.id, **facts)
+
+    def _renew(self, connection: Connection) -> bool:
+        values = {"process": self.id, "lease_s": self._lease_s}
+        return connection.execute(self._connections.statements["beat"], values).rowcount == 1
+
+    def beat(self) -> None:
+        """Renew the row, and free the leases that were dropped."""
+        self._wake.clear()
+        with self._guard:
+            process, since = self.id, now_s()
+            try:
+                is_alive = self._own.run(self._renew)
+                for each in list(self._to_free):
+                    session_id, stream_id, owner = each
+                    values = {"id": text_of(session_id), "stream_id": stream_id, "process": owner}
+                    query = partial(self._connections.query, **values)
+                    if self._own.run(lambda connection, query=query: query(connection, "free"))[0][0]:  # type: ignore[misc]
+                        self._to_free.remove(each)
+            except (PersistError, psycopg.Error) as error:
+                # Others may see this process as dead at any moment.
+                if not self._is_failing:
+                    log.warning("%s: the heartbeat failed: %s", self._connections.place, error)
+                self._is_failing = True
+                return
+            if is_alive:
+                self._proven_until, self._is_failing = since + self._lease_s, False
+            else:
+                log.warning("%s: process %s was late, and its streams count as dead", self._connections.place, process)
+                self._proven_until, self.id = -1.0, str(uuid.uuid4())
+
+    def pause(self) -> tuple[threading.Event, float]:
+        """Return what the thread waits for, and how long."""
+        return self._wake, min(0.5, self._beat_s) if self._is_failing or self._to_free else self._beat_s
+
+    def close(self) -> None:
+        """Free all streams of this process at once, at its end."""
+        if self._thread is not None:
+            with contextlib.suppress(Exception):
+                self._own.run(lambda connection: self._connections.query(connection, "unregister", process=self.id))
+            self._own.close()
+
+
+_all: weakref.WeakSet[Heartbeat] = weakref.WeakSet()
+
+
+def _beat(found: weakref.ref[Heartbeat]) -> None:
+    pid = os.getpid()
+    while (heartbeat := found()) is not None and os.getpid() == pid:
+        wake, pause_s = heartbeat.pause()
+        del heartbeat
+        wake.wait(pause_s)
+        if (heartbeat := found()) is not None and os.getpid() == pid:
+            heartbeat.beat()
+            del heartbeat
+
+
+def _close_all() -> None:
+    for each in list(_all):
+        each.close()
+
+
+def _forget_in_child() -> None:
+    for each in list(_all):
+        each.forget()
+
+
+atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
