@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from persist import errors, json_codec
+from persist.engine import Lease
 from persist.event_log import EventFiles, EventReader, EventWriter
-from persist.storage import disk, layout, lease
+from persist.storage import disk, layout
 from persist.storage.cache import Replica
 from persist.storage.commit import Options
 from persist.storage.content import Content
-from persist.storage.lease import End
+from persist.storage.lease import End, Probe, probe, take
 from persist.storage.transaction import SessionFiles, Transaction
 
 #: How long ago a session was last written, and the name of its files. See `SessionDirectory.marks`.
@@ -29,18 +30,18 @@ class FileTransaction(Transaction):
 
     _files: FileEngine
     #: The stream that is about to commit. The kernel's lock on a lease cannot be lost, so nothing is asked of it.
-    lease: lease.Lease | None = None
+    lease: Lease | None = None
 
-    def probe(self, stream_id: object) -> lease.Probe:
+    def probe(self, stream_id: object) -> Probe:
         """Try a stream's lease for a block, which learns whether the stream is dead. An impossible id is dead."""
         self.require_lock()
         if not layout.is_stream_id(stream_id):
-            return lease.Probe(is_dead=True)
+            return Probe(is_dead=True)
         with self.refusals():
             disk.check_directory(self.paths.leases)
-            return lease.probe(self.paths.lease(str(stream_id)))
+            return probe(self.paths.lease(str(stream_id)))
 
-    def begin(self, stream_id: str, started_at: str) -> tuple[lease.Lease, EventWriter] | None:
+    def begin(self, stream_id: str, started_at: str) -> tuple[Lease, EventWriter] | None:
         """Take the lease of a new stream of this process. None if a stream of that id is alive."""
         path = self.paths.lease(stream_id)
         description = {"pid": os.getpid(), "started_at": started_at, "session_id": self.session_id}
@@ -48,7 +49,7 @@ class FileTransaction(Transaction):
         with self.refusals():
             events.forget(self.session_id, stream_id)
             self._files.make_leases()
-            taken = lease.take(path, json_codec.encode(description), self.options.file_mode)
+            taken = take(path, json_codec.encode(description), self.options.file_mode)
         return None if taken is None else (taken, events.writer(self.session_id, stream_id))
 
     def forget(self, stream_id: object) -> None:

@@ -96,7 +96,7 @@ class Connections:
     """The connections of this process to one database."""
 
     def __init__(self, url: str, schema: str) -> None:
-        parts = conninfo_to_dict(url)
+        parts: dict[str, Any] = conninfo_to_dict(url)
         command = Path(sys.argv[0] or sys.executable).name if sys.argv else "python"
         parts.setdefault("application_name", f"persist {socket.gethostname()} {command}"[:63])
         for name, value in {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}.items():

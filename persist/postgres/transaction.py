@@ -28,7 +28,7 @@ import msgspec
 import psycopg
 
 from persist import json_codec
-from persist.engine import Committed, End, EventWriter, Lease, mislabelled
+from persist.engine import Committed, End, EventWriter, Lease
 from persist.errors import (
     CommitFailed,
     CommitUnknown,
@@ -46,6 +46,7 @@ from persist.storage import diff, lock
 from persist.storage.clock import now_s
 from persist.storage.content import Content, Items, Value, items_of
 from persist.storage.diff import Change
+from persist.storage.directory import mislabelled
 from persist.storage.document import Head, Header, fields_of, first_header
 from persist.storage.layout import is_stream_id
 from persist.storage.lease import Probe
@@ -304,7 +305,7 @@ class Transaction:
             head, row = self.head(), self._there()
             number, apart = row[0], dict[str, Value]()
             sizes = apart_of(row[9])
-            values = None
+            values: dict[bytes, bytes] | None = None
             for name, (count, size_bytes) in sizes.items():
                 if count is not None:
                     query = partial(self._query, session=number, list=text_of(name))

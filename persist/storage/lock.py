@@ -128,7 +128,7 @@ class Hold:
     def before_create(self) -> None:
         """Do what has to be done before a missing lock file is created."""
 
-    def acquire(self) -> HeldFile:
+    def acquire(self) -> Any:
         """Take the lock, and return its file.
 
         Raises:
@@ -184,7 +184,7 @@ class Hold:
             self.release()
             raise
 
-    def _take_over(self, lent: Hold) -> HeldFile:
+    def _take_over(self, lent: Hold) -> Any:
         """Take over the lock that this thread holds for its next verb.
 
         If the verb wants the lock of another session first, free the lent one.

@@ -1,0 +1,385 @@
+"""What only the PostgreSQL engine has to prove: locks, fences and unknown outcomes over a network that may break."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from harness.cutting import Relay, relaying
+
+import persist
+
+pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed")
+import psycopg
+
+from persist.postgres.transaction import Transaction
+
+USER = {"role": "user", "content": "Why?"}
+
+
+@pytest.fixture
+def schema() -> str:
+    return f"s_{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def store(postgres_url: str, schema: str) -> persist.Store:
+    return persist.Store(postgres_url, schema=schema, timeout_s=20.0)
+
+
+@pytest.fixture
+def relay(postgres_url: str) -> Iterator[Relay]:
+    with relaying(int(postgres_url.rsplit(":", 1)[1].split("/", maxsplit=1)[0])) as found:
+        yield found
+
+
+@pytest.fixture
+def cut(store: persist.Store, relay: Relay, postgres_url: str, schema: str) -> persist.Store:
+    """Return a store whose connections go through the relay. It shares its sessions with `store`."""
+    store.create("s", {"n": 0, "messages": [{"id": "m0"}]})
+    host, _, rest = postgres_url.rpartition(":")
+    return persist.Store(f"{host}:{relay.port}/{rest.split('/')[1]}", schema=schema, timeout_s=5.0)
+
+
+def run(code: str, url: str, schema: str, **options: Any) -> subprocess.Popen[str]:
+    """Start another process on the same sessions. Its code has `store`."""
+    opening = f"import persist, sys, time\nstore = persist.Store({url!r}, schema={schema!r}, **{options!r})\n"
+    command = [sys.executable, "-c", opening + code]
+    _started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    return _started[-1]
+
+
+_started: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def ended() -> Iterator[None]:
+    """End the processes of a test."""
+    yield
+    while _started:
+        with _started.pop() as each:
+            each.kill()
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def go(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+# --- the lock ---------------------------------------------------------------------------------------------------------
+
+
+def test_updates_of_several_processes_are_all_kept(store: persist.Store, postgres_url: str, schema: str) -> None:
+    """The lock spans read and write, across processes.
+
+    Without FOR UPDATE in the statement `lock`, verbs raise CommitFailed, because a commit compares and swaps.
+    """
+    store.create("s", {"n": 0, "messages": []})
+    code = """
+print("ready", flush=True); sys.stdin.readline()
+for number in range(40):
+    with store.transaction("s") as tx:
+        tx.fields["n"] += 1
+    store.append("s", "messages", {"id": f"{sys.argv}{number}"}, key=None)
+"""
+    others = [run(code, postgres_url, schema, timeout_s=20.0) for _ in range(4)]
+    assert [said(each) for each in others] == ["ready"] * 4
+    for each in others:
+        go(each)
+    assert [each.wait(60) for each in others] == [0] * 4
+    assert store.load("s").data["n"] == 160
+    assert len(store.load("s").data["messages"]) == 160
+
+
+def test_two_first_writes_make_one_session(store: persist.Store) -> None:
+    """A name without a row is locked, too. Without the statement `lock_name`, a verb fails with a duplicate key."""
+    barrier, failures = threading.Barrier(2), list[Exception]()
+    other = persist.Store(store._at, **{**store._options, "timeout_s": 20.0})
+
+    def add(which: persist.Store, number: int) -> None:
+        for name in range(20):
+            barrier.wait()
+            try:
+                # The turns of threads are by the name of the store, so the two stores have to differ in it.
+                which.append(f"new-{name}", "messages", {"id": number}, create=True)
+            except Exception as error:
+                failures.append(error)
+
+    other._backend.engine.place = "another way to the same place"
+    threads = [threading.Thread(target=add, args=each) for each in ((store, 1), (other, 2))]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert failures == []
+    assert all({item["id"] for item in store.tail(f"new-{name}")} == {1, 2} for name in range(20))
+
+
+def test_timeout_names_the_holder(store: persist.Store, postgres_url: str, schema: str) -> None:
+    """The error names the process that holds the row."""
+    store.create("s", {})
+    code = "with store.transaction('s') as tx:\n    print('held', flush=True); sys.stdin.readline()\n"
+    other = run(code, postgres_url, schema)
+    assert said(other) == "held"
+    with pytest.raises(persist.LockTimeout, match=r"persist .* \(server process [0-9]+\), since"):
+        store.append("s", "messages", {"id": "m1"}, timeout_s=0.2)
+    go(other)
+    assert other.wait(20) == 0
+    store.append("s", "messages", {"id": "m1"})
+
+
+def test_row_changed_without_the_lock_is_not_overwritten(store: persist.Store, postgres_url: str, schema: str) -> None:
+    """A commit compares with what was read, so nothing is overwritten when the lock was lost.
+
+    Without the comparison in `_lock_again` and without `commit = …` in the statement `update`, it is overwritten.
+    """
+    store.create("s", {"n": 0})
+    with pytest.raises(persist.CommitFailed), store.transaction("s") as tx:
+        tx.fields["n"] = 1
+        # The server ends the transaction of the block, and somebody else commits.
+        connection = store._backend.engine.connections
+        pid = tx._copy._tx._held.connection.info.backend_pid
+        with psycopg.connect(connection.conninfo, autocommit=True) as other:
+            other.execute("SELECT pg_terminate_backend(%s)", [pid])
+        run("store.update('s', lambda tx: tx.fields.update(n=7))", postgres_url, schema).wait(20)
+    assert store.load("s").data["n"] == 7
+
+
+def test_lost_connection_before_the_commit_is_replaced(store: persist.Store) -> None:
+    """A block whose connection died is committed all the same, if nobody else has committed."""
+    store.create("s", {"n": 0})
+    with store.transaction("s") as tx:
+        tx.fields["n"] = 1
+        connection = store._backend.engine.connections
+        pid = tx._copy._tx._held.connection.info.backend_pid
+        with psycopg.connect(connection.conninfo, autocommit=True) as other:
+            other.execute("SELECT pg_terminate_backend(%s)", [pid])
+    assert store.load("s").data["n"] == 1
+    assert store.load("s").revision == 2
+
+
+# --- unknown outcomes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_delivered", [True, False])
+def test_connection_cut_in_a_commit_doubles_nothing(
+    cut: persist.Store, store: persist.Store, relay: Relay, is_delivered: bool
+) -> None:
+    """A commit whose answer was lost is looked up.
+
+    Without `_has_happened`, the verb fails although it is committed.
+    """
+    cut.append("s", "messages", {"id": "m1"})
+    relay.cut_behind, relay.cut_before = (b"COMMIT", None) if is_delivered else (None, b"COMMIT")
+    cut.append("s", "messages", {"content": "without an id"}, key=None)
+    assert relay.cuts == 1
+    assert store.load("s").data["messages"] == [{"id": "m0"}, {"id": "m1"}, {"content": "without an id"}]
+    assert store.load("s").revision == 3
+
+
+def test_commit_is_known_under_the_commits_of_others(
+    cut: persist.Store, store: persist.Store, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row holds the ids of its last commits. Without them, the verb raises CommitFailed for a commit that stands."""
+    really = Transaction._lock_again
+
+    def overtake() -> None:
+        for number in range(3):
+            store.append("s", "messages", {"id": f"other-{number}"})
+
+    def late(self: Transaction, deadline: float) -> Any:
+        self._held.close()
+        thread = threading.Thread(target=overtake)
+        thread.start()
+        thread.join()
+        return really(self, deadline)
+
+    cut.append("s", "messages", {"id": "m1"})
+    # The turns of threads are by the name of the place.
+    store._backend.engine.place = "another way to the same place"
+    monkeypatch.setattr(Transaction, "_lock_again", late)
+    relay.cut_behind = b"COMMIT"
+    cut.append("s", "messages", {"id": "m2"})
+    assert relay.cuts == 1
+    assert [each["id"] for each in store.tail("s")] == ["m0", "m1", "m2", "other-0", "other-1", "other-2"]
+
+
+@pytest.mark.parametrize("where", ["cut_behind", "cut_before"])
+def test_server_that_stays_away_in_a_commit_is_unknown(
+    cut: persist.Store, store: persist.Store, relay: Relay, where: str
+) -> None:
+    """Nobody can tell what became of a COMMIT if the server cannot be asked."""
+    relay.refuse_after_cut = True
+    setattr(relay, where, b"COMMIT")
+    with pytest.raises(persist.CommitUnknown):
+        cut.append("s", "messages", {"id": "m1"}, timeout_s=1.0)
+    relay.refuses = False
+    cut.append("s", "messages", {"id": "m1"})
+    assert [each["id"] for each in store.tail("s")] == ["m0", "m1"]
+
+
+# --- leases and fences ------------------------------------------------------------------------------------------------
+
+
+def test_stream_of_a_killed_process_is_taken_over_after_its_lease(
+    store: persist.Store, postgres_url: str, schema: str
+) -> None:
+    """Until the lease is over the session is busy. Then the next start takes it."""
+    store.create("s", {"messages": []})
+    code = "s = store.start_stream('s', {'role': 'user', 'content': 'q'})\nprint(s.id, flush=True); time.sleep(60)"
+    other = run(code, postgres_url, schema, lease_s=1.0)
+    assert said(other)
+    other.kill()
+    other.wait()
+    with pytest.raises(persist.SessionBusy):
+        store.start_stream("s", USER)
+    deadline = time.monotonic() + 30
+    while (info := store.stream("s")) is not None and info.is_live:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with store.start_stream("s", USER) as stream:
+        stream.finish({"role": "assistant", "content": "a"})
+    assert [each.get("interrupted") for each in store.load("s").data["messages"]] == [True, None, None]
+
+
+def test_paused_process_writes_nothing_after_its_lease(store: persist.Store, postgres_url: str, schema: str) -> None:
+    """A process that was stopped for longer than its lease is refused: every verb, and every event.
+
+    Without the comparison of the epoch (`Stream._require_ownership`), the checkpoint of the old owner is written.
+    """
+    store.create("s", {"messages": []})
+    code = """
+stream = store.start_stream("s", {"role": "user", "content": "q"}, stream_id="old")
+stream.emit({"n": 1}, durable=True)
+print("started", flush=True)
+sys.stdin.readline()
+for verb in (lambda: stream.checkpoint({"role": "assistant", "content": "late"}),
+             lambda: stream.emit({"n": 2}, durable=True), lambda: stream.finish({"role": "assistant", "content": "x"})):
+    try:
+        verb()
+        print("written", flush=True)
+    except persist.StreamLost:
+        print("lost", flush=True)
+"""
+    other = run(code, postgres_url, schema, lease_s=1.0)
+    assert said(other) == "started"
+    os.kill(other.pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 30
+    stream = None
+    while stream is None:
+        assert time.monotonic() < deadline
+        try:
+            stream = store.start_stream("s", USER, stream_id="new")
+        except persist.SessionBusy:
+            time.sleep(0.05)
+    os.kill(other.pid, signal.SIGCONT)
+    go(other)
+    assert [said(other) for _ in range(3)] == ["lost"] * 3
+    assert other.wait(20) == 0
+    stream.finish({"role": "assistant", "content": "a"})
+    assert [each.get("content") for each in store.load("s").data["messages"]] == ["q", "Why?", "a"]
+    assert [each.data for each in store.events("s", "old")] == [{"n": 1}]
+
+
+def test_process_that_is_late_writes_nothing_even_if_it_believes_in_itself(store: persist.Store) -> None:
+    """The server checks the lease in the statement of each write.
+
+    Without `expires_at` in the statements `update` and `emit`, the writes of an expired process are made.
+    """
+    store.create("s", {"messages": []})
+    stream = store.start_stream("s", USER)
+    stream.emit({"n": 1}, durable=True)
+    engine = store._backend.engine
+    with psycopg.connect(engine.connections.conninfo, autocommit=True) as other:
+        other.execute(f"UPDATE {engine.connections.schema}.processes SET expires_at = clock_timestamp()")
+    with pytest.raises(persist.StreamLost):
+        stream.checkpoint({"role": "assistant", "content": "late"})
+    with pytest.raises(persist.StreamLost):
+        stream.emit({"n": 2}, durable=True)
+    assert [each.get("content") for each in store.load("s").data["messages"]] == ["Why?"]
+    assert [each.data for each in store.events("s", stream.id)] == [{"n": 1}]
+    stream._close()
+
+
+def test_clean_exit_frees_the_session_at_once(store: persist.Store, postgres_url: str, schema: str) -> None:
+    store.create("s", {"messages": []})
+    code = "stream = store.start_stream('s')\nprint('started', flush=True)\nimport os; globals()['kept'] = stream"
+    other = run(code, postgres_url, schema, lease_s=600.0)
+    assert said(other) == "started"
+    assert other.wait(20) == 0
+    info = store.stream("s")
+    assert info is not None
+    assert not info.is_live
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_hints", [True, False])
+def test_events_of_another_process_are_followed_to_their_end(
+    store: persist.Store, postgres_url: str, schema: str, has_hints: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every event comes once, in order, with hints and without."""
+    if not has_hints:
+        monkeypatch.setattr(store._backend.engine.connections, "channel", "persist_nobody")
+    store.create("s", {"messages": []})
+    code = """
+with store.start_stream("s", stream_id="t") as stream:
+    print("started", flush=True); sys.stdin.readline()
+    for number in range(200):
+        stream.emit({"n": number}); time.sleep(0.002)
+    stream.finish({"role": "assistant", "content": "a"})
+"""
+    other = run(code, postgres_url, schema)
+    assert said(other) == "started"
+    following = store.follow("s", "t")
+    go(other)
+    assert [event.data["n"] for event in following] == list(range(200))
+    assert following.ended == "finished"
+    assert other.wait(20) == 0
+    assert [event.offset for event in store.follow("s", "t", after=150)] == list(range(151, 201))
+    with pytest.raises(persist.EventsNotFound):
+        store.follow("s", "t", after=201)
+
+
+def test_forced_cancel_ends_the_events_of_a_live_owner(store: persist.Store) -> None:
+    store.create("s", {"messages": []})
+    stream = store.start_stream("s", USER)
+    stream.emit({"n": 1}, durable=True)
+    assert store.cancel("s", stream.id, force=True)
+    with pytest.raises(persist.StreamLost):
+        stream.emit({"n": 2}, durable=True)
+    following = store.follow("s", stream.id)
+    assert [event.data for event in following] == [{"n": 1}]
+    assert following.ended == "cancelled"
+    stream._close()
+
+
+# --- the schema -------------------------------------------------------------------------------------------------------
+
+
+def test_workers_that_start_at_once_migrate_once(postgres_url: str, schema: str) -> None:
+    """Without the lock in `migrate`, a worker fails, because a table is there already."""
+    others = [run("print(store.ids())", postgres_url, schema) for _ in range(6)]
+    assert [each.wait(60) for each in others] == [0] * 6
+
+
+def test_schema_of_a_newer_version_is_refused(store: persist.Store, postgres_url: str, schema: str) -> None:
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"INSERT INTO {schema}.migrations (version) VALUES (999)")
+    with pytest.raises(persist.InvalidArgument, match="newer"):
+        persist.Store(postgres_url, schema=schema)
