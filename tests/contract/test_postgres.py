@@ -194,7 +194,10 @@ def test_connection_cut_in_a_commit_doubles_nothing(
 def test_commit_is_known_under_the_commits_of_others(
     cut: persist.Store, store: persist.Store, relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The row holds the ids of its last commits. Without them, the verb raises CommitFailed for a commit that stands."""
+    """The row holds the ids of its last commits.
+
+    Without them, the verb raises CommitFailed for a commit that stands.
+    """
     really = Transaction._lock_again
 
     def overtake() -> None:
@@ -259,7 +262,8 @@ def test_stream_of_a_killed_process_is_taken_over_after_its_lease(
 def test_paused_process_writes_nothing_after_its_lease(store: persist.Store, postgres_url: str, schema: str) -> None:
     """A process that was stopped for longer than its lease is refused: every verb, and every event.
 
-    Without the comparison of the epoch (`Stream._require_ownership`), the checkpoint of the old owner is written.
+    Three protections stand behind each other here: its own clock, the owner in the row, and the server's clock. The
+    other tests take the last two out one by one.
     """
     store.create("s", {"messages": []})
     code = """
@@ -356,16 +360,24 @@ with store.start_stream("s", stream_id="t") as stream:
         store.follow("s", "t", after=201)
 
 
-def test_forced_cancel_ends_the_events_of_a_live_owner(store: persist.Store) -> None:
+def test_forced_cancel_fences_a_live_owner(store: persist.Store) -> None:
+    """Behind a forced cancel the owner emits nothing and writes nothing, although its lease is alive.
+
+    Without `ended IS NULL` in the statement `emit`, the event is there. Without the owner's comparison in
+    `Stream._require_ownership`, the checkpoint is.
+    """
     store.create("s", {"messages": []})
     stream = store.start_stream("s", USER)
     stream.emit({"n": 1}, durable=True)
-    assert store.cancel("s", stream.id, force=True)
+    assert persist.Store(store._at, **store._options).cancel("s", stream.id, force=True)
     with pytest.raises(persist.StreamLost):
         stream.emit({"n": 2}, durable=True)
+    with pytest.raises(persist.StreamLost):
+        stream.checkpoint({"role": "assistant", "content": "late"})
     following = store.follow("s", stream.id)
     assert [event.data for event in following] == [{"n": 1}]
     assert following.ended == "cancelled"
+    assert [each["content"] for each in store.tail("s")] == ["Why?"]
     stream._close()
 
 
@@ -374,8 +386,13 @@ def test_forced_cancel_ends_the_events_of_a_live_owner(store: persist.Store) -> 
 
 def test_workers_that_start_at_once_migrate_once(postgres_url: str, schema: str) -> None:
     """Without the lock in `migrate`, a worker fails, because a table is there already."""
-    others = [run("print(store.ids())", postgres_url, schema) for _ in range(6)]
-    assert [each.wait(60) for each in others] == [0] * 6
+    opening = f"store = persist.Store({postgres_url!r}, schema={schema + 'x'!r})"
+    code = f"import persist.postgres.engine\nprint('ready', flush=True); sys.stdin.readline()\n{opening}"
+    others = [run(code, postgres_url, schema) for _ in range(8)]
+    assert [said(each) for each in others] == ["ready"] * 8
+    for each in others:
+        go(each)
+    assert [each.wait(60) for each in others] == [0] * 8
 
 
 def test_schema_of_a_newer_version_is_refused(store: persist.Store, postgres_url: str, schema: str) -> None:
