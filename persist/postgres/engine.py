@@ -30,6 +30,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_making._at_fork_reinit)  # type: ignore[attr-defined]
 
 
+class Place(str):
+    """The place of a session, for errors. They take any other text for a path, which would lose a slash."""
+
+    __slots__ = ()
+
+
 class PostgresEngine:
     """The sessions of one schema, with their streams and events."""
 
@@ -47,7 +53,7 @@ class PostgresEngine:
 
     def where(self, session_id: str) -> str:
         """Return where a session is, for errors."""
-        return f"{self.place}#{check_session_id(session_id)}"
+        return Place(f"{self.place}#{check_session_id(session_id)}")
 
     @property
     def emitter(self) -> Emitter:

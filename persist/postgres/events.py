@@ -305,7 +305,7 @@ class Listener:
         self._own = Own(connections)
         self._guard = threading.RLock()
         self._waiting: dict[int, tuple[Callable[[], None], ...]] = {}
-        #: What is known of each stream: its last event, and whether it has ended.
+        #: The last event of each stream, as far as it is known, and whether the stream has ended.
         self._known: dict[int, tuple[int, bool]] = {}
         self._thread: threading.Thread | None = None
 

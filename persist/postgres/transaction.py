@@ -123,7 +123,7 @@ class _Row:
         self.row: Row | None = None
 
     def close(self) -> None:
-        """Give the lock up. What was not committed is gone."""
+        """Give the lock up. Changes that were not committed are gone."""
         connection, self.connection = self.connection, None
         if connection is not None and self.give is not None:
             self.give(connection)

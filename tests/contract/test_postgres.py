@@ -1,4 +1,4 @@
-"""What only the PostgreSQL engine has to prove: locks, fences and unknown outcomes over a network that may break."""
+"""The proofs that only the PostgreSQL engine needs: locks, fences and unknown outcomes over a broken network."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import persist
 pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed")
 import psycopg
 
+from persist.postgres.engine import PostgresEngine
 from persist.postgres.transaction import Transaction
 
 USER = {"role": "user", "content": "Why?"}
@@ -67,6 +68,18 @@ def ended() -> Iterator[None]:
     while _started:
         with _started.pop() as each:
             each.kill()
+
+
+def engine_of(store: persist.Store) -> PostgresEngine:
+    engine = store._backend.engine
+    assert isinstance(engine, PostgresEngine)
+    return engine
+
+
+def server_process(tx: persist.Transaction) -> int:
+    """Return the server process that holds the lock of a block."""
+    inner: Any = tx._copy._tx
+    return int(inner._held.connection.info.backend_pid)
 
 
 def said(process: subprocess.Popen[str]) -> str:
@@ -151,8 +164,8 @@ def test_row_changed_without_the_lock_is_not_overwritten(store: persist.Store, p
     with pytest.raises(persist.CommitFailed), store.transaction("s") as tx:
         tx.fields["n"] = 1
         # The server ends the transaction of the block, and somebody else commits.
-        connection = store._backend.engine.connections
-        pid = tx._copy._tx._held.connection.info.backend_pid
+        connection = engine_of(store).connections
+        pid = server_process(tx)
         with psycopg.connect(connection.conninfo, autocommit=True) as other:
             other.execute("SELECT pg_terminate_backend(%s)", [pid])
         run("store.update('s', lambda tx: tx.fields.update(n=7))", postgres_url, schema).wait(20)
@@ -164,8 +177,8 @@ def test_lost_connection_before_the_commit_is_replaced(store: persist.Store) -> 
     store.create("s", {"n": 0})
     with store.transaction("s") as tx:
         tx.fields["n"] = 1
-        connection = store._backend.engine.connections
-        pid = tx._copy._tx._held.connection.info.backend_pid
+        connection = engine_of(store).connections
+        pid = server_process(tx)
         with psycopg.connect(connection.conninfo, autocommit=True) as other:
             other.execute("SELECT pg_terminate_backend(%s)", [pid])
     assert store.load("s").data["n"] == 1
@@ -307,7 +320,7 @@ def test_process_that_is_late_writes_nothing_even_if_it_believes_in_itself(store
     store.create("s", {"messages": []})
     stream = store.start_stream("s", USER)
     stream.emit({"n": 1}, durable=True)
-    engine = store._backend.engine
+    engine = engine_of(store)
     with psycopg.connect(engine.connections.conninfo, autocommit=True) as other:
         other.execute(f"UPDATE {engine.connections.schema}.processes SET expires_at = clock_timestamp()")
     with pytest.raises(persist.StreamLost):
@@ -339,7 +352,7 @@ def test_events_of_another_process_are_followed_to_their_end(
 ) -> None:
     """Every event comes once, in order, with hints and without."""
     if not has_hints:
-        monkeypatch.setattr(store._backend.engine.connections, "channel", "persist_nobody")
+        monkeypatch.setattr(engine_of(store).connections, "channel", "persist_nobody")
     store.create("s", {"messages": []})
     code = """
 with store.start_stream("s", stream_id="t") as stream:

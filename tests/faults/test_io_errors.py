@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from harness.crash_scenarios import Mode
 from harness.faults import ERRORS, SHORT, SYNCS, TORN, Fault, FullDisk, descriptors, faults, injecting, quick_directory
+from harness.files import file_engine
 from harness.journal_scenarios import ALWAYS, AUTO, FOLDING, LEAVING, NEVER
 from harness.sweeps import SweepFailed, sweep
 
@@ -669,7 +670,7 @@ def staged(operation: Operation, directory: Path) -> tuple[Scene, Run]:
     run = operation.stage(scene)
     set_mode(operation.mode, scene.store)
     if operation.is_cold:
-        scene.store._backend.engine.cache = Cache(2**20)
+        file_engine(scene.store).cache = Cache(2**20)
     return scene, run
 
 
@@ -682,7 +683,7 @@ def opened(mode: Mode, path: Path) -> persist.Store:
 def set_mode(mode: Mode, store: persist.Store) -> None:
     mode.set(store)
     # The reads of the harness's own check must not fail.
-    store._backend.engine.options.verifies_folds = False
+    file_engine(store).options.verifies_folds = False
 
 
 class Trial:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from harness.faults import TORN, Fault, injecting, quick_directory, refusing
+from harness.files import file_engine
 from harness.journals import journal_of, line_of, parted, record_of, sealed, traffic
 from harness.sweeps import sweep
 from harness.verbs import within_deadline
@@ -882,7 +883,7 @@ def test_fold_that_does_not_fit_on_the_disk_waits(tmp_path: Path, error: int) ->
     store = persist.Store(tmp_path, journal="always")
     store.create("s", {"messages": [{"id": "m1"}]})
     stream = store.start_stream("s", {"id": "p", "content": "Why?"})
-    store._backend.engine.options.fold_bytes = 1
+    file_engine(store).options.fold_bytes = 1
     path = journal_of(store)
     # Only documents are written with `write`. Records go to a place in a file.
     with injecting(Fault("write", 1, error, is_persistent=True)) as injection:
@@ -909,7 +910,7 @@ def test_fold_that_fails_otherwise_fails_its_commit(tmp_path: Path, error: int) 
     store = persist.Store(tmp_path, journal="always")
     store.create("s", {"messages": [{"id": "m1"}]})
     store.append("s", "messages", {"id": "a"})
-    store._backend.engine.options.fold_bytes = 1
+    file_engine(store).options.fold_bytes = 1
     with injecting(Fault("write", 1, error, is_persistent=True)), pytest.raises(persist.CommitFailed):
         store.append("s", "messages", {"id": "b"})
     assert [message["id"] for message in persist.Store(tmp_path).load("s").data["messages"]] == ["m1", "a"]
@@ -1014,7 +1015,7 @@ def test_older_document_that_was_put_back_harms_no_newer_journal(tmp_path: Path)
         path.write_bytes(content)
     again = persist.Store(tmp_path, journal="always")
     again.append("s", "messages", {"id": "b"})
-    again._backend.engine.options.fold_bytes = 1
+    file_engine(again).options.fold_bytes = 1
     again.append("s", "messages", {"id": "c"})
     again.compact("s")
     assert b"late" in newer.read_bytes()

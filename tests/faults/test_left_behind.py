@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from harness.faults import Call, FullDisk, injecting, refusing
+from harness.files import file_engine
 from harness.journals import has_journal, journal_of, parted
 
 import persist
@@ -40,7 +41,7 @@ def files(store: persist.Store) -> dict[str, bytes]:
 
 
 def fold_at_once(store: persist.Store) -> persist.Store:
-    store._backend.engine.options.fold_bytes = 1
+    file_engine(store).options.fold_bytes = 1
     return store
 
 
@@ -235,7 +236,7 @@ def test_full_disk_keeps_nobody_from_deleting(directory: Path, journal: Any) -> 
     a file.
     """
     store = persist.Store(directory, journal=journal)
-    store._backend.engine.options.room_bytes = 600
+    file_engine(store).options.room_bytes = 600
     store.create("s", DATA)
     for number in range(5):
         store.append("s", "messages", {"id": f"n{number}"})

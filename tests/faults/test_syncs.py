@@ -14,6 +14,7 @@ import pytest
 from actors import Actor
 from conftest import ActorFactory
 from harness.faults import Call, Refuse, refusing
+from harness.files import file_engine
 from harness.journals import has_journal, journal_of, parted, record_of
 
 import persist
@@ -65,7 +66,7 @@ def staged(directory: Path, mode: str, name: str) -> persist.Store:
     if name == "fold by compact":
         store.append("s", "messages", {"id": "m0"})
     if mode == "folding":
-        store._backend.engine.options.fold_bytes = 1
+        file_engine(store).options.fold_bytes = 1
     return store
 
 
@@ -176,7 +177,7 @@ def test_much_that_a_dead_process_did_not_sync_is_folded(directory: Path, actor:
     old = journal_of(store)
     append_and_die(actor(journal="always"), M2 | {"content": "x" * MOST_UNSYNCED_BYTES})
     # This bound is so large that the size of the journal alone is no reason to fold.
-    store._backend.engine.options.fold_bytes = float("inf")
+    file_engine(store).options.fold_bytes = float("inf")
     with refusing() as calls:
         store.append("s", "messages", M3)
     assert [call.content for call in calls if call.name == "pwrite"] == [b"?"]
@@ -255,7 +256,7 @@ def unsynced(request: pytest.FixtureRequest, directory: Path, actor: ActorFactor
         dying.process.wait(60)
     assert ids(persist.Store(directory)) == ["m1", "m2"]
     store = persist.Store(directory, journal=mode)
-    store._backend.engine.make_durable()
+    file_engine(store).make_durable()
     return store
 
 

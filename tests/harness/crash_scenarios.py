@@ -17,8 +17,9 @@ from typing import Any
 
 import persist
 from harness.crashes import Disk, Trace, read_disk, recording, states, write_disk
+from harness.files import file_engine
 from harness.sweeps import sweep
-from persist.event_log import EventReader
+from persist.event_log import EventReader, EventWriter
 from persist.storage import disk
 from persist.storage.cache import Cache
 from persist.storage.commit import Mode as Journal
@@ -49,7 +50,7 @@ class Mode:
         return store
 
     def set(self, store: persist.Store) -> None:
-        options = store._backend.engine.options
+        options = file_engine(store).options
         options.mode, options.fold_bytes, options.room_bytes = self.journal, self.fold_bytes, self.room_bytes
         options.verifies_folds = True
 
@@ -87,7 +88,7 @@ class Scenario:
         subject = self.prepare(store)
         self.mode.set(store)
         if self.is_cold:
-            store._backend.engine.cache = Cache(CACHE_BYTES)
+            file_engine(store).cache = Cache(CACHE_BYTES)
         another = self.mode.open(store.path)
         old, before = documents(store), read_disk(store.path)
         with recording(store.path) as recorder:
@@ -149,6 +150,7 @@ def emitting_too_much(store: persist.Store) -> persist.Stream:
     """Return a stream whose durable events have outgrown a bound of 4 KiB."""
     stream = running(store)
     stream.emit(*[f"{number:0100}" for number in range(60)], durable=True)
+    assert isinstance(stream._events, EventWriter)
     stream._events._most_bytes, stream._events.is_full = 4096, True
     return stream
 

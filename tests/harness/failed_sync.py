@@ -23,6 +23,7 @@ from pathlib import Path
 import persist
 from harness.crash_scenarios import Mode
 from harness.faults import quick_directory
+from harness.files import file_engine
 from harness.powercut import (
     BLOCK_BYTES,
     FILE_SYSTEMS,
@@ -96,7 +97,7 @@ def append(store: persist.Store, message_id: str, size_bytes: int) -> None:
 
 
 def replica_of(store: persist.Store) -> Replica:
-    cache = store._backend.engine.cache
+    cache = file_engine(store).cache
     replica = cache.take("s")
     assert replica is not None
     cache.put("s", replica)

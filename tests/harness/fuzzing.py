@@ -27,6 +27,7 @@ import xxhash
 
 import persist
 from harness.faults import quick_directory
+from harness.files import file_engine
 from harness.runs import duration, existing_directory
 from persist.storage import document
 from persist.storage.document import Header
@@ -620,7 +621,7 @@ class JournalOracle(Oracle):
     def _store(self) -> persist.Store:
         """Return a store that has never seen the session."""
         store = persist.Store(self._directory, journal="always", timeout_s=0)
-        store._backend.engine.options.verifies_folds = True
+        file_engine(store).options.verifies_folds = True
         return store
 
     def complaint(self, content: bytes, *, is_sealed: bool = False) -> Complaint | None:

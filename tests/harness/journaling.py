@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import persist
+from harness.files import file_engine
 from persist.storage.commit import ENTER_BYTES, Mode
 from persist.storage.journal import ROOM_BYTES
 
@@ -46,7 +47,7 @@ class Journaling:
         if self.mode == MIXED:
             raise ValueError("draw first")
         store = persist.Store(directory, journal=self.mode, **options)
-        written = store._backend.engine.options
+        written = file_engine(store).options
         written.fold_bytes = FOLDS[self.fold]
         # Journals are short here, so none would get room at its normal size.
         written.room_bytes = ROOM_BYTES_OF[self.fold]

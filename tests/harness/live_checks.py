@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import persist
+from harness.files import file_engine
 from harness.runs import INTERRUPTED, existing_directory, positive
 
 TESTS = Path(__file__).parents[1]
@@ -42,7 +43,7 @@ def serve(directory: str, name: str) -> None:
     """Commit without end, until the process that started this one closes its input."""
     store = persist.Store(directory, timeout_s=20, journal="always" if int(name) % 2 else "auto")
     # Each second commit folds.
-    store._backend.engine.options.fold_bytes = 300
+    file_engine(store).options.fold_bytes = 300
     for count in itertools.count(1):
         for session_id in SESSIONS:
             _work(store, session_id, f"{name}-{count}")

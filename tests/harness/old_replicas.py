@@ -25,6 +25,7 @@ import pytest
 import persist
 from harness.crash_scenarios import Mode, disk_of
 from harness.crashes import Killed
+from harness.files import file_engine
 from harness.journal_scenarios import ENDLESS, FOLDING, NEVER
 from persist.storage import disk
 
@@ -242,9 +243,9 @@ class _Look:
         self._first = first
         self._holder = holder
         self._path = path
-        replica = holder._backend.engine.cache.take("s-1")
+        replica = file_engine(holder).cache.take("s-1")
         assert replica is not None
-        holder._backend.engine.cache.put("s-1", replica)
+        file_engine(holder).cache.put("s-1", replica)
         self._version = replica.version
         self._incarnation = replica.header.incarnation
         self._added: list[str] = []

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import ActorFactory
+from harness.files import file_engine
 from harness.journals import Traffic, has_journal, journal_of, parted, traffic
 from harness.sweeps import sweep
 
@@ -319,8 +320,8 @@ def test_refused_verb_leaves_no_trace_in_what_is_known(large: persist.Store) -> 
 def test_evicted_knowledge_is_slower_and_never_wrong(store: persist.Store) -> None:
     """Random appends to five sessions are all stored, each once, in a cache with room for two replicas."""
     always = persist.Store(store.path, journal="always", cache_bytes=4096)
-    always._backend.engine.options.verifies_folds = True
-    cache, evicted = always._backend.engine.cache, 0
+    file_engine(always).options.verifies_folds = True
+    cache, evicted = file_engine(always).cache, 0
     names = [f"s{number}" for number in range(5)]
     for name in names:
         always.create(name, {"messages": []})

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from conftest import ActorFactory
 from harness.faults import descriptors
+from harness.files import file_engine
 from harness.sweeps import sweep
 
 import persist
 import persist.aio
-from persist.event_log import EventReader
+from persist.event_log import EventReader, EventWriter
 from persist.storage import disk
 
 BOUND = 4096
@@ -114,8 +115,8 @@ def test_bound_that_is_none_is_refused(directory: Path, wrong: Any) -> None:
 def test_bound_goes_with_a_store_that_is_handed_on(store: persist.Store, stream: persist.Stream) -> None:
     """A pickled store and an asyncio store keep the bound."""
     again = pickle.loads(pickle.dumps(store))
-    assert again._backend.engine.event_files._keep_bytes == BOUND
-    assert persist.aio.Store(store.path, keep_events_bytes=BOUND)._sync._backend.engine.event_files._keep_bytes == BOUND
+    assert file_engine(again).event_files._keep_bytes == BOUND
+    assert file_engine(persist.aio.Store(store.path, keep_events_bytes=BOUND)._sync).event_files._keep_bytes == BOUND
 
 
 # --- who is told ------------------------------------------------------------------------------------------------------
@@ -437,6 +438,7 @@ def test_interrupt_behind_the_rename_loses_no_event(
         patch.setattr(disk, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
             overgrow(stream)
+    assert isinstance(stream._events, EventWriter)
     assert stream._events._held is not None
     assert os.fstat(stream._events._held.fd).st_ino == file_of(store, stream.id).stat().st_ino
     number = stream.emit("next")

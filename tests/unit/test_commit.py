@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from harness.files import file_engine
 from harness.journals import journal_of, parted
 
 import persist
@@ -38,7 +39,7 @@ def other(one: persist.Store) -> persist.Store:
 
 def opened(directory: Path) -> persist.Store:
     store = persist.Store(directory, journal="always", timeout_s=20.0)
-    store._backend.engine.options.fold_bytes = math.inf
+    file_engine(store).options.fold_bytes = math.inf
     return store
 
 
@@ -92,10 +93,10 @@ def test_mark_keeps_an_old_replica_from_a_journal_out_of_use(
     append(other, "b")
     # A crash before the last step leaves the old journal.
     os.link(tmp_path / "kept", old)
-    replica = one._backend.engine.cache.take("s")
+    replica = file_engine(one).cache.take("s")
     assert replica is not None
     replica.version = disk.version_of(one.path / "s.json")
-    one._backend.engine.cache.put("s", replica)
+    file_engine(one).cache.put("s", replica)
     append(one, "c")
     assert ids(one) == [*left, "b", "c"]
 

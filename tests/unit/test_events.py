@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from harness.faults import SHORT, Fault, descriptors, faults, injecting
+from harness.files import file_engine
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,7 +58,7 @@ def path(scratch: Path) -> Path:
 
 @pytest.fixture
 def files(scratch: Path) -> EventFiles:
-    return persist.Store(scratch)._backend.engine.event_files
+    return file_engine(persist.Store(scratch)).event_files
 
 
 @pytest.fixture
@@ -562,7 +563,7 @@ def test_garbage_collector_may_come_at_any_moment(path: Path) -> None:
 
 
 def expiring(scratch: Path, keep_s: float) -> EventFiles:
-    return persist.Store(scratch, keep_events_s=keep_s)._backend.engine.event_files
+    return file_engine(persist.Store(scratch, keep_events_s=keep_s)).event_files
 
 
 def test_sweep_removes_at_once_what_has_expired(scratch: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

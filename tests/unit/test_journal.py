@@ -23,12 +23,13 @@ import pytest
 from actors import Actor
 from conftest import ActorFactory
 from harness.faults import SHORT, TORN, Fault, injecting
+from harness.files import file_engine
 from harness.journals import chain_is_right, has_journal, journal_of, parted, record_of, sealed, traffic
 from harness.sweeps import sweep
 
 import persist
 from persist.storage import commit, disk, document, journal
-from persist.storage.cache import Cache
+from persist.storage.cache import Cache, Replica
 from persist.storage.commit import Mode
 from persist.storage.content import encoded
 from persist.storage.document import Head
@@ -41,7 +42,7 @@ HELLO = {"id": "m1", "role": "user", "content": "hi"}
 def journaled(directory: Path) -> persist.Store:
     """Return a store whose sessions all have a journal, with one session."""
     store = persist.Store(directory, journal="always", timeout_s=20.0)
-    store._backend.engine.options.verifies_folds = True
+    file_engine(store).options.verifies_folds = True
     store.create("s", {"title": "New chat", "messages": [HELLO]})
     return store
 
@@ -165,7 +166,7 @@ def assert_tails_are_ends(store: persist.Store, data: dict[str, Any]) -> None:
 @pytest.mark.parametrize("fold_bytes", [2000, math.inf])
 def test_head_shows_what_the_whole_session_shows(journaled: persist.Store, seed: int, fold_bytes: float) -> None:
     """A head agrees with the session after any commits of any size, with and without a change of the head."""
-    journaled._backend.engine.options.fold_bytes = fold_bytes
+    file_engine(journaled).options.fold_bytes = fold_bytes
     dice = random.Random(seed)
     stream: persist.Stream | None = None
     for number in range(40):
@@ -209,7 +210,7 @@ def test_head_reads_no_more_of_a_long_journal(journaled: persist.Store, records:
 
     One of these reads takes in the room for more.
     """
-    journaled._backend.engine.options.fold_bytes = math.inf
+    file_engine(journaled).options.fold_bytes = math.inf
     journaled.update("s", lambda tx: tx.data.update(title="Locks"))
     for number in range(records):
         append(journaled, number)
@@ -225,7 +226,7 @@ def test_tail_reads_no_more_of_a_long_journal(journaled: persist.Store, records:
     """A tail of items that the last records added costs a head and those records.
     So does a tail of the document's items.
     """
-    journaled._backend.engine.options.fold_bytes = math.inf
+    file_engine(journaled).options.fold_bytes = math.inf
     journaled.update("s", lambda tx: tx.data.update(notes=[f"{number}" * 100 for number in range(5000)]))
     journaled.compact("s")
     for number in range(records):
@@ -416,7 +417,7 @@ def test_journal_that_was_folded_is_a_left_over(journaled: persist.Store) -> Non
     assert before.name == f"s.{header['folded']}.journal"
     before.write_bytes(content)
     assert [(problem.kind, problem.path) for problem in journaled.check()] == [("left-over", before)]
-    journaled._backend.engine.options.fold_bytes = 1
+    file_engine(journaled).options.fold_bytes = 1
     append(journaled, 2)
     append(journaled, 3)
     assert not before.exists(), "the next fold removes both"
@@ -646,7 +647,7 @@ def test_writer_that_waits_is_not_misled_by_a_fold(journaled: persist.Store, act
 @pytest.fixture
 def roomy(journaled: persist.Store) -> persist.Store:
     """Return the same store with a journal that has room for another 2 KB."""
-    journaled._backend.engine.options.room_bytes = 2048
+    file_engine(journaled).options.room_bytes = 2048
     for number in range(6):
         append(journaled, number)
     content = journal_of(journaled).read_bytes()
@@ -662,7 +663,7 @@ def test_records_are_written_into_the_room_that_a_journal_has(roomy: persist.Sto
     path, sizes = journal_of(roomy), set()
     stores = [roomy, persist.Store(roomy.path, journal="always"), persist.Store(roomy.path, journal="always")]
     for store in stores:
-        store._backend.engine.options.room_bytes = 2048
+        file_engine(store).options.room_bytes = 2048
     for number in range(6, 40):
         append(stores[number % 3], number)
         content = path.read_bytes()
@@ -681,7 +682,7 @@ def test_short_journal_and_long_record_get_no_room(journaled: persist.Store) -> 
     """Room is made where it pays: it is never more than a journal holds, or less than the record."""
     append(journaled, 1)
     assert not journal_of(journaled).read_bytes().endswith(b"\0")
-    journaled._backend.engine.options.room_bytes = 600
+    file_engine(journaled).options.room_bytes = 600
     journaled.append("s", "messages", {"id": "long", "content": "x" * 1000})
     assert not journal_of(journaled).read_bytes().endswith(b"\0")
     append(journaled, 2)
@@ -898,6 +899,7 @@ def test_end_of_a_journal_is_known_by_its_last_bytes(journaled: persist.Store) -
     """One read tells: nothing new, something new, or another record than the last known one."""
     append(journaled, 1)
     found = journaled._backend.engine.read("s")
+    assert isinstance(found, Replica)
     assert found.tail is not None
     path = journal_of(journaled)
     log = journal.Journal(path, "s", found.tail.name)
@@ -909,6 +911,7 @@ def test_end_of_a_journal_is_known_by_its_last_bytes(journaled: persist.Store) -
         path.write_bytes(now)
         fd = log.open()
         try:
+            assert isinstance(found, Replica)
             assert found.tail is not None
             return found.tail.is_end_of(fd)
         finally:
@@ -980,7 +983,7 @@ def test_append_that_was_cut_off_is_idempotent(
     Fails if a kept replica differs from the disk: the store would take the id for new, or for known.
     """
     append(journaled, 1)
-    journaled._backend.engine.options.fold_bytes = fold_bytes
+    file_engine(journaled).options.fold_bytes = fold_bytes
     place: Any = {"put": Cache, "_version_of": commit, "Replica": commit}.get(step, disk)
     real = getattr(place, step)
     number = 1

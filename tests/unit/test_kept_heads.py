@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.files import file_engine
 
 import persist
 from persist.storage import disk
@@ -113,6 +114,6 @@ def test_what_is_kept_is_bounded(store: persist.Store, monkeypatch: pytest.Monke
         journaled.head(f"s{number}")
     journaled.create("large", {f"f{number}": "x" * 500 for number in range(20)})
     journaled.head("large")
-    kept = journaled._backend.engine._heads
+    kept = file_engine(journaled)._heads
     assert 0 < len(kept) <= 3
     assert "large" not in kept

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.files import file_engine
 
 import persist
 from persist.storage import disk, lock
@@ -65,7 +66,7 @@ def fold(scene: Scene) -> None:
 
 
 def fold_of_a_large_journal(scene: Scene) -> None:
-    scene.store._backend.engine.options.fold_bytes = 1
+    file_engine(scene.store).options.fold_bytes = 1
     scene.add()
 
 

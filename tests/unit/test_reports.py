@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.files import file_engine
 from msgspec import structs
 
 import persist
@@ -275,7 +276,7 @@ def test_count_of_the_cache_that_a_signal_has_spoilt_stops_no_verb(store: persis
     """If the count is too high, a put drops what the cache holds and counts anew. Fails with a bare KeyError."""
     journaled = persist.Store(store.path, journal="always", cache_bytes=0)
     journaled.create("s", {"messages": []})
-    cache = journaled._backend.engine.cache
+    cache = file_engine(journaled).cache
     cache._total_bytes = 10_000
     for number in range(3):
         journaled.append("s", "messages", {"id": f"m{number}"})

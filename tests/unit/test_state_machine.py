@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
+from harness.files import file_engine
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -310,7 +311,7 @@ class SessionMachine(RuleBasedStateMachine):
         super().__init__()
         self.scratch = tempfile.TemporaryDirectory(dir=self.parent)
         self.store = persist.Store(self.scratch.name, merge={"visits": "sum"}, journal=self.journal)
-        self.store._backend.engine.options.verifies_folds = True
+        file_engine(self.store).options.verifies_folds = True
         self.sessions: dict[str, ModelSession] = {}
         self.loaded: list[ModelLoaded] = []
         self.streams: list[ModelStream] = []

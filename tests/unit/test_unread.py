@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 import pytest
+from harness.files import file_engine
 from harness.worlds import World
 
 import persist
@@ -20,8 +21,8 @@ STEPS = 60
 def stores(directory: Path, number: int, fold_bytes: float | None) -> list[persist.Store]:
     made = [persist.Store(directory, journal="always") for _ in range(number)]
     for store in made:
-        store._backend.engine.options.fold_bytes = fold_bytes
-        store._backend.engine.options.verifies_folds = True
+        file_engine(store).options.fold_bytes = fold_bytes
+        file_engine(store).options.verifies_folds = True
     return made
 
 

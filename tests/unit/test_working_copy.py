@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.files import file_engine
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -518,7 +519,7 @@ def test_field_is_read_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_value_that_crosses_4_kib_moves_both_ways_in_a_journal(directory: Path) -> None:
     """A value leaves the fields and comes back, as a text and as a list. A replay agrees each time."""
     store = persist.Store(directory, journal="always")
-    store._backend.engine.options.verifies_folds = True
+    file_engine(store).options.verifies_folds = True
     store.create("s", {"title": "t", "messages": [HELLO]})
     for value in (LARGE, "x", [LARGE], ["x"], {"a": LARGE}, LARGE[:-3], LARGE[:-2], [1] * 3000, [1], None):
         with store.transaction("s") as tx:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from harness.chats import everything
+from harness.files import file_engine
 
 import persist
 from persist.storage import disk, journal, layout
@@ -35,7 +36,7 @@ def fold(store: persist.Store, session_id: str) -> None:
 def fold_and_go_on(store: persist.Store, session_id: str) -> None:
     store.compact(session_id, alone=True)
     folding = journaled(store)
-    folding._backend.engine.options.fold_bytes = 1
+    file_engine(folding).options.fold_bytes = 1
     for number in range(3):
         folding.append(session_id, "messages", number)
 

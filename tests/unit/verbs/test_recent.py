@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from cli.conftest import json_of, runner_of
 from harness.acknowledged import misplaced
+from harness.files import file_engine
 from unit.test_costs import counted
 
 import persist
@@ -24,7 +25,7 @@ NAMES = ["a", "user:7/b", "long " * 50, "con", "日本"]
 
 def date(store: persist.Store, session_id: str, age_s: float) -> Path:
     """Give a session's lock file a time, as if its last commit was so long ago."""
-    lock = Path(store._backend.engine.layout.session(session_id).lock)
+    lock = Path(file_engine(store).layout.session(session_id).lock)
     then = time.time_ns() - int(age_s * 1e9)
     os.utime(lock, ns=(then, then))
     return lock
@@ -187,7 +188,7 @@ def test_directory_that_is_gone_is_an_error(aged: persist.Store) -> None:
 def test_only_lock_files_are_looked_at(aged: persist.Store) -> None:
     """A look at a journal's times makes its next sync dearer. Fails if every entry is asked for its status."""
     persist.Store(aged.path, journal="always").append("a", "messages", {"id": "m"})
-    _, calls = counted(lambda: list(aged._backend.engine.marks()))
+    _, calls = counted(lambda: list(file_engine(aged).marks()))
     assert "lstat" not in calls
     assert calls.count("stat") <= 1
 
