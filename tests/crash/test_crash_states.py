@@ -39,6 +39,7 @@ from persist.storage.content import Content
 from persist.storage.diff import Change
 from persist.storage.document import Header
 from persist.storage.journal import MARK, Journal, Record, Tail
+from persist.storage.lease import End
 from persist.storage.transaction import Transaction
 
 Play = Scenario | Opening
@@ -136,12 +137,12 @@ really_commit = Transaction.commit
 
 
 def commit_in_two(
-    tx: Transaction, header: Header, content: Content, changes: tuple[Change, ...] | None = None
+    tx: Transaction, header: Header, content: Content, changes: tuple[Change, ...] | None = None, end: End | None = None
 ) -> Replica:
     """Commit as `Transaction.commit` does, but commit the values that stand apart first, and then the fields."""
     before = {} if tx._replica is None else tx._replica.content.fields
     really_commit(tx, header, Content(before, content.apart), changes)
-    return really_commit(tx, header.next(), content, ())
+    return really_commit(tx, header.next(), content, (), end)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +179,7 @@ def test_a_pair_that_is_two_commits_is_seen(name: str, scratch: Path, monkeypatc
 )
 def test_an_answer_without_a_sync_is_seen(name: str, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The states above would show a missing sync: the commit of a killed writer is acknowledged, and lost."""
-    monkeypatch.setattr(Transaction, "confirm", lambda _tx: None)
+    monkeypatch.setattr(Transaction, "confirm", lambda tx, **_: tx.read())
     case = BY_NAME[name].play(scratch)
     found = list(faults(case, case.trace, scratch, deep=False))
     if case.between == case.new:
