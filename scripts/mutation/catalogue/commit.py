@@ -179,7 +179,7 @@ MUTANTS = (
         "commit: the sync before a known item is acknowledged",
         "working_copy.py",
         "WorkingCopy.commit_changes",
-        drop_call("self._tx.confirm"),
+        replace_call("self._tx.confirm", "self._tx.read()"),
         COMMIT,
         f"{ACKNOWLEDGED} and (append or update)",
     ),

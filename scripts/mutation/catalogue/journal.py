@@ -153,7 +153,8 @@ MUTANTS = (
         TRANSACTION,
         "SessionFiles._not_overtaken",
         replace_statement(
-            "with self.transaction(session_id) as tx:\n    return tx.undisturbed(look)", "return look(session_id)"
+            "with self.transaction(session_id) as tx:\n    found: Found = tx.undisturbed(look)\n    return found",
+            "return look(session_id)",
         ),
         JOURNAL,
         "takes_the_lock",

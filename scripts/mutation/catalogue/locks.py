@@ -21,7 +21,7 @@ HELD = "storage/held.py"
 TURNSTILE = "storage/turnstile.py"
 
 # The lock file is opened, and whether it is locked does not matter.
-NO_FILE_LOCK = condition("turnstile.is_taken(self._file.fd) or not self._file.try_lock()", "False")
+NO_FILE_LOCK = condition("self.is_taken(self._file.fd) or not self._file.try_lock()", "False")
 NO_QUEUE = Change(LOCK, "Hold.acquire", drop_call("self.given.acquire"))
 NOTHING_CLOSED = drop_call("os.close")
 REMOVED = "file_that_was_removed"
@@ -88,7 +88,7 @@ MUTANTS = (
         "the look at the turnstile before a lock is taken",
         LOCK,
         "Hold.acquire",
-        drop_operand("turnstile.is_taken(self._file.fd)"),
+        drop_operand("self.is_taken(self._file.fd)"),
         LOCKS,
         "left_to_who_waits",
     ),

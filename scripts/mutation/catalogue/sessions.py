@@ -173,7 +173,7 @@ MUTANTS = (
     _saved(
         "the sync of what others committed",
         "Session._write",
-        condition("base.is_durable and is_current", "base.is_durable"),
+        drop_operand("is_current"),
         SHARED_SESSIONS,
         "made_durable",
     ),

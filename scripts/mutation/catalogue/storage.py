@@ -96,7 +96,7 @@ MUTANTS = (
     ),
     Mutant(
         "the home directory behind a tilde",
-        "store.py",
+        "engines.py",
         "_directory",
         replace_call("expanded", "directory"),
         OPENING,

@@ -119,7 +119,7 @@ MUTANTS = (
         "the removal of the lease of a failed claim",
         MODULE,
         "start",
-        condition("isinstance(error, errors.PersistError) and not tx.is_visible", "False"),
+        condition("isinstance(error, errors.PersistError)", "False"),
         HAZARDS,
         "a8_failed_launch",
     ),
@@ -156,7 +156,7 @@ MUTANTS = (
         TURN,
         "answer_to",
         condition("linked is not None", "False"),
-        ("tests/unit/verbs/test_once.py",),
+        ("tests/contract/test_once.py",),
         "wherever_it_stands",
     ),
     Mutant(
@@ -164,7 +164,7 @@ MUTANTS = (
         TURN,
         "answer_to",
         drop_operand("not there.get(INTERRUPTED)"),
-        ("tests/unit/verbs/test_once.py",),
+        ("tests/contract/test_once.py",),
         "taken_up_again or up_again",
     ),
     Mutant(
@@ -172,7 +172,7 @@ MUTANTS = (
         MODULE,
         "refuse_twins",
         condition("turn.has_twin(after, own) and not turn.has_twin(before, own)", "False"),
-        ("tests/unit/verbs/test_stream_transaction.py",),
+        ("tests/contract/test_stream_transaction.py",),
         "has_no_twin",
     ),
     Mutant(
