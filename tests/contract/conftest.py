@@ -5,15 +5,15 @@ One PostgreSQL server serves all workers of a run, and each worker has a databas
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import servers
 from harness.chats import HELLO
-from harness.postgres import Server, why_not
+from harness.postgres import Server, can_run
 
 import persist
 from persist.pytest_plugin import shared_fixture
@@ -38,11 +38,8 @@ def postgres_server() -> dict[str, Any]:
 def postgres_url(request: pytest.FixtureRequest) -> str:
     """Return the URL of a database for this worker."""
     pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed")
-    reason = why_not()
-    if reason is not None:
-        if os.environ.get("CI"):
-            pytest.fail(f"In CI the tests of PostgreSQL must run: {reason}.")
-        pytest.skip(reason)
+    if not can_run():
+        servers.missing("PostgreSQL")
     import psycopg
 
     running = request.getfixturevalue("postgres_server")

@@ -22,16 +22,14 @@ def programs() -> Path | None:
     return None if initdb is None else Path(initdb).resolve().parent
 
 
-def why_not() -> str | None:
-    """Return the reason why no server can be run here, or None."""
+def can_run() -> bool:
+    """Tell whether a server can be run here. It refuses root, so root needs the user postgres."""
     if programs() is None:
-        return "there is no PostgreSQL server here (apt-get install postgresql)"
-    if os.getuid() == 0:
-        try:
-            pwd.getpwnam("postgres")
-        except KeyError:
-            return "PostgreSQL refuses root, and there is no user postgres"
-    return None
+        return False
+    try:
+        return os.getuid() != 0 or bool(pwd.getpwnam("postgres"))
+    except KeyError:
+        return False
 
 
 class Server:

@@ -91,7 +91,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path: Path) -> None:
     package = {
         path.relative_to(PROJECT.parent).as_posix()
         for path in (PROJECT.parent / "persist").rglob("*")
-        if path.suffix in (".py", ".pyi") or path.name == "py.typed" or path.parent.name == "page"
+        if path.suffix in (".py", ".pyi", ".sql") or path.name == "py.typed" or path.parent.name == "page"
     }
     info = f"persist_sessions-{persist.__version__}.dist-info"
     about = {f"{info}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")}
