@@ -12,9 +12,9 @@ import os
 from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from persist import errors, json_codec, streams
+from persist import engines, errors, json_codec, streams
 from persist.arguments import expanded, require_flags
 from persist.files import FileEngine
 from persist.maintenance import Step
@@ -24,6 +24,7 @@ from persist.storage.document import Header
 from persist.storage.held import HeldFile, try_hold
 
 FORMAT = 1
+_REMEDY = "Backups of a database are PostgreSQL's own: pg_dump --schema=NAME DATABASE, say."
 _MARKER_BYTES = 64 * 1024
 
 
@@ -59,7 +60,7 @@ class Backup:
 
 def backup(backend: streams.Backend, dest: str | os.PathLike[str], *, prune: bool, timeout_s: float | None) -> Backup:
     """Copy a store. See `Store.backup`."""
-    done = Backup(Path(_directory(backend, dest)))
+    done = Backup(Path(_directory(engines.require_files(backend.engine, _REMEDY), dest)))
     for step in backing_up(backend, dest, prune=prune, timeout_s=timeout_s):
         done.add(step.found)
     return done
@@ -73,7 +74,8 @@ def backing_up(
     If the generator is closed early, every copy that was made is whole.
     """
     require_flags(prune=prune)
-    directory, files = _directory(backend, dest), cast(FileEngine, backend.engine)
+    files = engines.require_files(backend.engine, _REMEDY)
+    directory = _directory(files, dest)
     names = sorted(filter(None, map(layout.name_of_document, files.names())))
     in_store = set(names)
     with _Copies(directory, files.layout.directory) as copies:
@@ -84,7 +86,7 @@ def backing_up(
             raise errors.InvalidArgument(what=f"the store {files.layout.directory}", got=got, expected=expected)
         total = len(names) + len(gone)
         for done, name in enumerate(names, 1):
-            yield Step(done, total, _copy(backend, copies, name, timeout_s))
+            yield Step(done, total, _copy(files, copies, name, timeout_s))
         for done, name in enumerate(gone, len(names) + 1):
             found = Backup(Path(directory))
             # The session may have been created since the listing.
@@ -96,9 +98,9 @@ def backing_up(
             yield Step(done, total, found)
 
 
-def _copy(backend: streams.Backend, copies: _Copies, name: str, timeout_s: float | None) -> Backup:
+def _copy(files: FileEngine, copies: _Copies, name: str, timeout_s: float | None) -> Backup:
     """Copy a session, unless its copy has the same version."""
-    files, found = cast(FileEngine, backend.engine), Backup(Path(copies.directory))
+    found = Backup(Path(copies.directory))
     session_id = files.id_of(name)
     there = copies.version_of(name, session_id)
     try:
@@ -322,12 +324,15 @@ def _lease(header: Header, session_id: str, stream_id: str) -> bytes:
     return json_codec.encode({**facts, "session_id": session_id})
 
 
-def _directory(backend: streams.Backend, dest: object) -> str:
+def _directory(files: FileEngine, dest: object) -> str:
     """Return the real path of a backup's directory, which need not exist yet."""
+    if engines.is_url(dest):
+        got, remedy = "a URL", "Copy sessions into a database with 'persist copy'."
+        raise errors.InvalidArgument(what="a backup's path", expected="a directory's name", got=got, remedy=remedy)
     path = os.fspath(dest) if isinstance(dest, (str, os.PathLike)) else None
     if type(path) is not str or not path or "\0" in path:
         raise errors.InvalidArgument(what="a backup's path", expected="a directory's name", got=repr(dest))
-    path, store = os.path.realpath(expanded(path)), cast(FileEngine, backend.engine).layout.directory
+    path, store = os.path.realpath(expanded(path)), files.layout.directory
     if path == store or path.startswith(os.path.join(store, "")):
         raise _unfit(path, "the store itself, or within it", "Choose a directory beside it, or on another disk.")
     if os.path.exists(path) and not os.path.isdir(path):

@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 from persist import errors
 from persist.arguments import expanded
 from persist.engine import Engine
 from persist.files import FileEngine
 from persist.storage import commit
+from persist.storage.layout import LEASES
+
+#: The schema of a store whose URL and options name none.
+SCHEMA = "persist"
+_SCHEMES = ("postgresql://", "postgres://")
+_SCHEMA_IN_URL = re.compile(r"([?&])schema=([^&]*)(&?)")
+#: A longer name would be cut off by the server, and two of them could become one.
+_SCHEMA_BYTES = 63
+_PASSWORD = re.compile(rf"((?:{'|'.join(_SCHEMES)})[^:@/\s]*):\S*@")
+
+
+def is_url(name: object) -> bool:
+    """Tell whether a store's name is the URL of a database."""
+    return isinstance(name, str) and name.startswith(_SCHEMES)
+
+
+def without_passwords(text: str) -> str:
+    """Return a text without the passwords of the URLs in it.
+
+    >>> without_passwords("No command 'postgresql://ann:secret@db/chats'.")
+    "No command 'postgresql://ann:***@db/chats'."
+    """
+    return _PASSWORD.sub(r"\1:***@", text)
 
 
 def _directory(path: object, *, create: bool) -> str:
@@ -48,12 +76,12 @@ def opened(
     lease_s: float,
 ) -> tuple[str, Engine]:
     """Open the engine of a store. See `Store`. Return its absolute name, too, by which another process opens it."""
-    if isinstance(path, str) and path.startswith(("postgresql://", "postgres://")):
-        from persist.postgres.engine import PostgresEngine
-
-        return path, PostgresEngine(
-            path, schema=schema, create=create, timeout_s=timeout_s, keep_events_s=keep_events_s, lease_s=lease_s
+    if is_url(path):
+        url, schema = _parted(str(path), schema)
+        engine: Engine = _postgres("engine").PostgresEngine(
+            url, schema=schema, create=create, timeout_s=timeout_s, keep_events_s=keep_events_s, lease_s=lease_s
         )
+        return str(path), engine
     directory = _directory(path, create=create)
     engine = FileEngine(
         directory,
@@ -66,3 +94,90 @@ def opened(
         keep_events_bytes=keep_events_bytes,
     )
     return directory, engine
+
+
+# --- a database ---
+
+
+def _postgres(module: str) -> Any:
+    """Import a module of the engine on PostgreSQL, which needs packages of its own."""
+    try:
+        return import_module(f"persist.postgres.{module}")
+    except ImportError as error:
+        remedy = "Install them: pip install '.[postgres]', in a checkout of persist."
+        reason = f"A store on PostgreSQL needs psycopg and psycopg_pool ({error})."
+        raise errors.PersistError(reason=reason, remedy=remedy) from error
+
+
+def _parted(url: str, schema: str) -> tuple[str, str]:
+    """Return a URL without its ``schema=…``, which libpq does not know, and the name of the schema."""
+    found = _SCHEMA_IN_URL.search(url)
+    if found is not None:
+        url = url[: found.start()] + (found[1] if found[3] else "") + url[found.end() :]
+        named = unquote(found[2])
+        if schema not in (SCHEMA, named):
+            raise errors.InvalidArgument(what="schema", got=repr(schema), expected=f"{named!r}, as in the URL")
+        schema = named
+    if not schema or "\0" in schema or len(schema.encode(errors="replace")) > _SCHEMA_BYTES:
+        expected = f"a name of 1 to {_SCHEMA_BYTES} bytes"
+        raise errors.InvalidArgument(what="schema", got=errors.shown(schema), expected=expected)
+    return url, schema
+
+
+# --- for the command line ---
+
+
+def options_there(name: str) -> dict[str, Any]:
+    """Return the options of `Store` for a store that must be there already, because a look makes none.
+
+    Raises:
+        InvalidArgument: there is a directory of another kind, or none.
+    """
+    if is_url(name):
+        return {"create": False}
+    path, expected = Path(expanded(name)), "the directory of a store"
+    if not path.is_dir():
+        raise errors.InvalidArgument(what=str(path), got="not a directory", expected=expected)
+    if not (path / LEASES).is_dir() and not any(path.glob("*.json")):
+        got = f"not a store, with neither sessions (*.json) nor {LEASES}"
+        raise errors.InvalidArgument(what=str(path), got=got, expected=expected)
+    return {"create": False, "mode": _mode_in(path)}
+
+
+def options_to_write(name: str) -> dict[str, Any]:
+    """Return the options of `Store` for a store that may be new: an empty directory, none, or an empty database.
+
+    Raises:
+        InvalidArgument: there is a directory of another kind.
+    """
+    if is_url(name):
+        return {}
+    path = Path(expanded(name))
+    return options_there(name) | {"create": True} if path.exists() and not _is_empty(path) else {}
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _mode_in(directory: Path) -> int:
+    """Return the mode of a store's files (`Store(mode=…)`).
+
+    The mode of the directory shows whether a group shares the store.
+    """
+    mode = directory.stat().st_mode
+    if not mode & stat.S_ISGID or mode & 0o050 != 0o050:
+        return 0o600
+    return 0o660 if mode & 0o020 else 0o640
+
+
+def require_files(engine: Engine, remedy: str) -> FileEngine:
+    """Return the engine of files, for work that only a directory needs.
+
+    Raises:
+        InvalidArgument: it is another one. The remedy says what is done there instead.
+    """
+    if not isinstance(engine, FileEngine):
+        what, got = f"the store {engine.place}", "a database"
+        raise errors.InvalidArgument(what=what, got=got, expected="a directory", remedy=remedy)
+    return engine

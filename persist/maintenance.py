@@ -10,9 +10,10 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar, cast
+from typing import Generic, TypeVar
 
 from persist import errors, json_codec, streams, tool_calls, turn
+from persist.engine import Engine, Transaction, decoding
 from persist.files import FileEngine, FileTransaction
 from persist.storage import disk, layout
 from persist.storage.content import Content, Items
@@ -76,14 +77,47 @@ def in_order(problems: Iterator[Problem]) -> list[Problem]:
 
 
 def checking(backend: streams.Backend) -> Iterator[Step[list[Problem]]]:
-    """Check one session after the other. The last step has the foreign files."""
-    files = cast(FileEngine, backend.engine)
+    """Check one session after the other. The last step has the foreign files, if the store has files."""
+    if not isinstance(backend.engine, FileEngine):
+        yield from _checking_sessions(backend.engine)
+        return
+    files = backend.engine
     sessions, foreign = _listed(files)
     # The streams in a backup are as they were committed. They end when it is put back.
     has_streams = not disk.exists(files.layout.backup)
     for done, (name, its) in enumerate(sorted(sessions.items()), 1):
-        yield Step(done, len(sessions), list(_problems(backend, name, its, has_streams=has_streams)))
+        yield Step(done, len(sessions), list(_problems(files, name, its, has_streams=has_streams)))
     yield Step(len(sessions), len(sessions), [_foreign(files, name) for name in sorted(foreign)])
+
+
+def _checking_sessions(engine: Engine) -> Iterator[Step[list[Problem]]]:
+    """Check the sessions of a store that has nothing beside them: no files that a crash may leave."""
+    session_ids = engine.session_ids()
+    for done, session_id in enumerate(session_ids, 1):
+        yield Step(done, len(session_ids), list(_problems_of(engine, session_id)))
+
+
+def _problems_of(engine: Engine, session_id: str) -> Iterator[Problem]:
+    place = engine.where(session_id)
+    try:
+        found = engine.read(session_id)
+        with decoding(session_id, place):
+            found.content.decode()
+        if turn.active_stream(WorkingCopy(found).fields) is not None or _tool_call_faults(found.content):
+            with engine.transaction(session_id) as tx:
+                yield from _of_turns(engine, tx, has_streams=True)
+    except errors.SessionNotFound:
+        # It was deleted since the listing.
+        return
+    except errors.LockTimeout as error:
+        yield Problem(session_id, "locked", _path(place), str(error))
+    except (errors.PersistError, OSError) as error:
+        yield _of_document(session_id, _path(place), error)
+
+
+def _path(place: str) -> Path:
+    """Return the place of a session for a problem: a path, or the name of a place in a database as it is."""
+    return Path(place) if type(place) is str else place  # type: ignore[return-value]
 
 
 def _listed(files: SessionDirectory) -> tuple[dict[str, _Files], list[str]]:
@@ -103,9 +137,8 @@ def _listed(files: SessionDirectory) -> tuple[dict[str, _Files], list[str]]:
     return sessions, foreign
 
 
-def _problems(backend: streams.Backend, name: str, its: _Files, *, has_streams: bool) -> Iterator[Problem]:
+def _problems(files: FileEngine, name: str, its: _Files, *, has_streams: bool) -> Iterator[Problem]:
     """Yield the problems of a session. If it looks wrong at first, it is looked at again under the lock."""
-    files = cast(FileEngine, backend.engine)
     first = session_id = files.id_of(name)
     suspicion: Exception | None = None
     if session_id is not None and its.has_document:
@@ -126,7 +159,7 @@ def _problems(backend: streams.Backend, name: str, its: _Files, *, has_streams: 
             # The first look has waited for the lock already.
             raise suspicion
         with files.transaction_on(name, first) as tx:
-            yield from _judged(backend, tx, name, first, its, has_streams=has_streams)
+            yield from _judged(files, tx, name, first, its, has_streams=has_streams)
     except errors.LockTimeout as error:
         yield Problem(session_id, "locked", document, str(error))
     except errors.LockError as error:
@@ -142,10 +175,10 @@ def _problems(backend: streams.Backend, name: str, its: _Files, *, has_streams: 
 
 
 def _judged(
-    backend: streams.Backend, tx: FileTransaction, name: str, session_id: str | None, its: _Files, *, has_streams: bool
+    files: FileEngine, tx: FileTransaction, name: str, session_id: str | None, its: _Files, *, has_streams: bool
 ) -> Iterator[Problem]:
     """Yield the problems of a session whose lock is held. So no commit, fold or delete is under way."""
-    files, paths, header = cast(FileEngine, backend.engine), tx.paths, None
+    paths, header = tx.paths, None
     has_document = tx.exists()
     if has_document:
         if session_id is None and (session_id := files.id_of(name)) is not None:
@@ -190,20 +223,20 @@ def _tool_call_faults(content: Content) -> list[tool_calls.ToolCallFault]:
     return [fault for fault in found if not fault.is_pending]
 
 
-def _of_turns(files: SessionDirectory, tx: FileTransaction, *, has_streams: bool) -> Iterator[Problem]:
+def _of_turns(engine: Engine, tx: Transaction, *, has_streams: bool) -> Iterator[Problem]:
     """Tell what turns have left in a session. A live one is still at work."""
     info = streams.look_at(tx)
     if info is not None and info.is_live:
         return
     if info is not None and has_streams:
-        yield _stale(files, tx, info)
-    yield from _unmatched(files, tx)
+        yield _stale(engine, tx, info)
+    yield from _unmatched(engine, tx)
 
 
-def _unmatched(files: SessionDirectory, tx: FileTransaction) -> Iterator[Problem]:
+def _unmatched(engine: Engine, tx: Transaction) -> Iterator[Problem]:
     """Name the tool calls without a result, and the results without a call, in a problem each."""
     faults = _tool_call_faults(tx.read().content)
-    repair = layout.command("repair", files.layout.directory, tx.session_id)
+    repair = layout.command("repair", engine.place, tx.session_id)
     texts = {
         "unanswered": f"tool calls have no result, so a provider may refuse the conversation. {repair} answers them.",
         "misplaced": f"results of tools stand where a provider does not take them. {repair} moves or removes them.",
@@ -214,16 +247,15 @@ def _unmatched(files: SessionDirectory, tx: FileTransaction) -> Iterator[Problem
         if ids:
             some = ", ".join(ids[:_MOST_IDS]) + (", …" if len(ids) > _MOST_IDS else "")
             message = f"Session {tx.session_id!r}: {len(ids)} {text} ({some})"
-            yield Problem(tx.session_id, f"{kind}-tools", Path(tx.paths.document), message)
+            yield Problem(tx.session_id, f"{kind}-tools", _path(tx.place), message)
 
 
-def _stale(files: SessionDirectory, tx: FileTransaction, info: streams.StreamInfo) -> Problem:
+def _stale(engine: Engine, tx: Transaction, info: streams.StreamInfo) -> Problem:
     # A sweep looks at the leases, and another program's streams have none.
-    has_lease = layout.is_stream_id(info.stream_id) and disk.exists(tx.paths.lease(info.stream_id))
-    option = "" if has_lease else " --every-session"
-    remedy = f"Clear it with 'persist clear-stale {files.layout.directory}{option}'."
+    option = "" if (tx.session_id, info.stream_id) in engine.leases() else " --every-session"
+    remedy = f"Clear it with 'persist clear-stale {engine.place}{option}'."
     message = f"Stream {info.stream_id} of session {tx.session_id!r} is dead. {remedy}"
-    return Problem(tx.session_id, "stale", Path(tx.paths.document), message)
+    return Problem(tx.session_id, "stale", _path(tx.place), message)
 
 
 def _of_document(session_id: str, path: Path, error: Exception) -> Problem:

@@ -64,6 +64,7 @@ class Store:
 
     Args:
         path: the directory. A missing one is created (mode 0700). A leading ``~`` or ``~user`` is a home directory.
+            Or the URL of a PostgreSQL database, for several machines: ``"postgresql://user@host/database"``.
         timeout_s: seconds that a verb waits for a session's lock before it raises `LockTimeout`. 0 tries only once.
             Every verb that waits takes a `timeout_s` of its own.
         journal: the sessions that have a journal beside their document, so that the cost of a commit depends only on
@@ -87,7 +88,9 @@ class Store:
             read. The directories that it creates have 0o700, 0o2770 or 0o2750, and files get the group of their
             directory. The umask counts for nothing. Every store on the directory needs the same mode. A directory that
             exists must have its mode already.
-        create: False opens a directory that must exist, and creates nothing in it until something is written.
+        create: False opens a directory that must exist, and creates nothing in it until something is written. In a
+            database it opens a schema that must be up to date. With True the schema is made, or brought up to date.
+        schema: the schema of a database, which ``?schema=…`` in the URL names, too.
 
     Raises:
         InvalidArgument: an argument is not what it must be, or the directory is on a file system where locks or fsync
@@ -120,7 +123,7 @@ class Store:
         unsafe_filesystem: bool = False,
         mode: int = 0o600,
         create: bool = True,
-        schema: str = "persist",
+        schema: str = engines.SCHEMA,
         lease_s: float = 15.0,
     ) -> None:
         require_flags(unsafe_filesystem=unsafe_filesystem, create=create, answer_tool_calls=answer_tool_calls)

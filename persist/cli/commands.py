@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
@@ -15,8 +14,7 @@ from typing import Any
 
 import click
 
-from persist import __version__, maintenance, turn
-from persist.arguments import expanded
+from persist import __version__, engines, maintenance, turn
 from persist.backup import Backup, backing_up
 from persist.cli.output import (
     Style,
@@ -33,13 +31,13 @@ from persist.cli.output import (
     tolerate_any_terminal,
 )
 from persist.cli.progress import ENDED_BY_SIGINT, Watched
-from persist.errors import CorruptSession, PersistError, SessionNotFound
+from persist.errors import CorruptSession, InvalidArgument, PersistError, SessionNotFound
 from persist.json_codec import BYTE_ORDER_MARK, StrictError, Undecodable, decode, decode_strict
 from persist.storage.cache import Committed
 from persist.storage.content import HEADER, Items
 from persist.storage.content import decode as decode_value
 from persist.storage.directory import mislabelled
-from persist.storage.layout import LEASES, journal_of, name_of
+from persist.storage.layout import journal_of, name_of
 from persist.store import ClearedStream, Store
 from persist.streams import StreamInfo, active_in
 
@@ -67,6 +65,7 @@ Examples:
   persist clear-stale var/sessions
   persist check var/sessions --json | jq '.problems[].path'
   persist backup var/sessions /backup/sessions
+  persist ls 'postgresql://chat@db/chats?schema=persist'
 """
 
 
@@ -89,8 +88,12 @@ def errors_as_messages() -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("Stopped.", err=True)
         raise SystemExit(ENDED_BY_SIGINT) from None
+    except click.ClickException as error:
+        # A URL in the wrong place is shown as any other word.
+        error.message = engines.without_passwords(error.message)  # type: ignore[misc]
+        raise
     except (PersistError, OSError) as error:
-        raise StoreFailure(printable(str(error), keep="\n")) from error
+        raise StoreFailure(printable(engines.without_passwords(str(error)), keep="\n")) from error
 
 
 class StoreGroup(click.Group):
@@ -118,34 +121,23 @@ def _leave_stopped(ctx: click.Context, steps: Watched[Any], further: str) -> Non
     ctx.exit(ENDED_BY_SIGINT)
 
 
-def _open_store(ctx: click.Context, _argument: click.Parameter, path: Path) -> Store:
+def _open_store(ctx: click.Context, _argument: click.Parameter, name: str) -> Store:
     """Open a store that exists.
 
     A look must never make the directory, as `Store` does by default.
     """
-    path = Path(expanded(str(path)))
-    if not path.is_dir():
-        raise click.BadParameter(f"{printable(str(path))} is not a directory.")
-    if not (path / LEASES).is_dir() and not any(path.glob("*.json")):
-        raise click.BadParameter(
-            f"{printable(str(path))} is not a store: it has neither sessions (*.json) nor {LEASES}."
-        )
-    is_unsafe = bool(ctx.find_root().params.get("unsafe_filesystem"))
-    return Store(path, create=False, mode=_mode_in(path), unsafe_filesystem=is_unsafe)
+    return _opened(ctx, name, engines.options_there)
 
 
-def _mode_in(directory: Path) -> int:
-    """Return the mode of a store's files (`Store(mode=…)`).
-
-    The mode of the directory shows whether a group shares the store.
-    """
-    mode = directory.stat().st_mode
-    if not mode & stat.S_ISGID or mode & 0o050 != 0o050:
-        return 0o600
-    return 0o660 if mode & 0o020 else 0o640
+def _opened(ctx: click.Context, name: str, options_of: Callable[[str], dict[str, Any]]) -> Store:
+    try:
+        options = options_of(name)
+    except InvalidArgument as error:
+        raise click.BadParameter(printable(str(error))) from None
+    return Store(name, unsafe_filesystem=bool(ctx.find_root().params.get("unsafe_filesystem")), **options)
 
 
-store_argument = click.argument("store", type=click.Path(path_type=Path), callback=_open_store)
+store_argument = click.argument("store", callback=_open_store)
 session_argument = click.argument("session_id", metavar="ID")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
@@ -154,7 +146,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 @click.version_option(__version__, prog_name="persist")
 @click.option("--unsafe-filesystem", is_flag=True, help="Accept any file system, even one where locks do not work.")
 def persist(unsafe_filesystem: bool) -> None:
-    """Look at a store of chat sessions, and mend it."""
+    """Look at a store of chat sessions, and mend it.
+
+    STORE is a directory, or a URL: postgresql://user@host/database?schema=persist. Leave the password to PGPASSWORD or
+    ~/.pgpass, because other users of the machine see a command's words.
+    """
 
 
 # --- looking ---
@@ -413,11 +409,11 @@ def check(ctx: click.Context, store: Store, as_json: bool) -> None:
 
 @persist.command(epilog="Example: persist backup var/sessions /backup/sessions")
 @store_argument
-@click.argument("dest", type=click.Path(path_type=Path))
+@click.argument("dest")
 @click.option("--prune", is_flag=True, help="Remove the copies of sessions that are no longer in the store.")
 @json_option
 @click.pass_context
-def backup(ctx: click.Context, store: Store, dest: Path, prune: bool, as_json: bool) -> None:
+def backup(ctx: click.Context, store: Store, dest: str, prune: bool, as_json: bool) -> None:
     """Copy all sessions into DEST, while servers go on.
 
     DEST is a new directory, or an earlier backup of this store. In an earlier backup, only the changes are written.
@@ -426,7 +422,7 @@ def backup(ctx: click.Context, store: Store, dest: Path, prune: bool, as_json: b
     store stay.
     """
     steps = Watched(backing_up(store._open(), dest, prune=prune), "copied or found unchanged")
-    done = Backup(dest)
+    done = Backup(Path(dest))
     for each in steps:
         done.add(each)
     failures = done.failures
@@ -692,7 +688,8 @@ def serve(directory: Path, workers: int, host: str, port: int, responder: str, o
 
 
 def _damaged_journals(store: Store, session_id: str) -> set[Path]:
-    names = (path.name for path in store.path.iterdir())
+    # A store that is no directory has none.
+    names = (path.name for path in store.path.glob("*"))
     mine = {name for name in names if (found := journal_of(name, copies=True)) and found[0] == name_of(session_id)}
     return {store.path / name for name in mine if journal_of(name) is None}
 

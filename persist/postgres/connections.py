@@ -26,7 +26,7 @@ from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
 from psycopg_pool import ConnectionPool, PoolTimeout
 
-from persist.errors import PersistError, Unreadable
+from persist.errors import InvalidArgument, PersistError, Unreadable
 from persist.log import log
 from persist.storage.clock import now_s
 
@@ -76,6 +76,12 @@ def name_of(text: bytes) -> str:
     return re.sub(r"\\(?:\\|0|u[0-9a-f]{4})", lambda one: parts.get(one[0]) or chr(int(one[0][2:], 16)), name)
 
 
+class Place(str):
+    """The place of a store or a session, for errors. They take any other text for a path, which would lose a slash."""
+
+    __slots__ = ()
+
+
 class Statements:
     """The named statements of queries.sql, for one schema."""
 
@@ -92,11 +98,28 @@ class Statements:
         return self._texts[name]
 
 
+def _parts_of(url: str) -> dict[str, Any]:
+    """Return the parts of a URL.
+
+    Raises:
+        InvalidArgument: it is malformed. The message of libpq is left out, because it may show a part of the password.
+    """
+    try:
+        parts = conninfo_to_dict(url)
+        is_sound = str(parts.get("port", "0")).replace(",", "").isdigit() and "@" not in str(parts.get("host", ""))
+    except psycopg.ProgrammingError:
+        is_sound = False
+    if not is_sound:
+        expected = "postgresql://user:password@host:port/database, with %40 for an @ in a part, and %2F for a /"
+        raise InvalidArgument(what="the URL of the store", got="malformed", expected=expected)
+    return parts
+
+
 class Connections:
     """The connections of this process to one database."""
 
     def __init__(self, url: str, schema: str) -> None:
-        parts: dict[str, Any] = conninfo_to_dict(url)
+        parts: dict[str, Any] = _parts_of(url)
         command = Path(sys.argv[0] or sys.executable).name if sys.argv else "python"
         parts.setdefault("application_name", f"persist {socket.gethostname()} {command}"[:63])
         for name, value in {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}.items():
@@ -105,7 +128,9 @@ class Connections:
         self.conninfo = make_conninfo(**parts)
         # A password never stands in an error.
         host = parts.get("host") or "localhost"
-        self.place = f"postgresql://{host}:{parts.get('port') or 5432}/{parts.get('dbname') or ''}?schema={schema}"
+        self.place: str = Place(
+            f"postgresql://{host}:{parts.get('port') or 5432}/{parts.get('dbname') or ''}?schema={schema}"
+        )
         self.schema = schema
         #: The channel of the hints that there are events.
         self.channel = f"persist_{hashlib.blake2b(schema.encode(), digest_size=8).hexdigest()}"

@@ -13,7 +13,7 @@ from persist import errors, json_codec
 from persist.arguments import seconds
 from persist.engine import Committed, decoding
 from persist.postgres import migrate
-from persist.postgres.connections import Connection, Connections, Row, name_of, text_of
+from persist.postgres.connections import Connection, Connections, Place, Row, name_of, text_of
 from persist.postgres.events import Emitter, Listener, RemoteReader, RemoteWriter
 from persist.postgres.heartbeat import Heartbeat, HeldLease
 from persist.postgres.transaction import Held, apart_of, head_of, header_of
@@ -28,12 +28,6 @@ _PAGE = 200
 _making = threading.Lock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_making._at_fork_reinit)  # type: ignore[attr-defined]
-
-
-class Place(str):
-    """The place of a session, for errors. They take any other text for a path, which would lose a slash."""
-
-    __slots__ = ()
 
 
 class PostgresEngine:
