@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,38 @@ def _parted(url: str, schema: str) -> tuple[str, str]:
         expected = f"a name of 1 to {_SCHEMA_BYTES} bytes"
         raise errors.InvalidArgument(what="schema", got=errors.shown(schema), expected=expected)
     return url, schema
+
+
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """The result of `migrate`: the place of the store, the version of its schema, and the migrations that were run."""
+
+    place: str
+    version: int
+    ran: list[str]
+
+
+def migrate(url: str, *, schema: str = SCHEMA, timeout_s: float = 60.0) -> Migrated:
+    """Make the schema of a store, or bring it up to date. Any number of processes may do this at once.
+
+    Args:
+        schema: the schema's name, which ``?schema=…`` in the URL names, too.
+        timeout_s: seconds to wait for a connection. The migrations may take longer.
+
+    Raises:
+        InvalidArgument: it is no URL of a database.
+        UnsupportedFormat: a newer version of persist has migrated the schema.
+        Unreadable: the server refused, or cannot be reached.
+    """
+    if not is_url(url):
+        got, remedy = "no URL of a database", "A directory needs no migration."
+        expected = "postgresql://user@host/database"
+        raise errors.InvalidArgument(what="the store", got=got, expected=expected, remedy=remedy)
+    url, schema = _parted(url, schema)
+    connections = _postgres("connections").Connections(url, schema)
+    module = _postgres("migrate")
+    ran = module.migrate(connections, timeout_s=timeout_s)
+    return Migrated(str(connections.place), module.NEWEST, ran)
 
 
 # --- for the command line ---

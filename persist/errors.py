@@ -383,16 +383,20 @@ class CorruptSession(PersistError):
 
 
 class UnsupportedFormat(PersistError):
-    """The file has a format that this version does not read.
+    """The file, or the schema of a database, has a format that this version does not read.
 
-    It is the format of a newer `persist`, or of its first edition (1 and 2). The file was not changed.
+    It is the format of a newer `persist`, or of its first edition (1 and 2). Nothing was changed.
     """
 
-    template = "Session {session_id!r}: {path} has format {found}, and this version knows {known}."
+    template = "{whose}{path} has format {found}, and this version knows {known}."
     remedy = (
         "Load it with the version of persist that wrote it. store.delete(id, force=True) or 'persist delete --force' "
         "removes it."
     )
+
+    def __init__(self, **facts: Any) -> None:
+        whose = f"Session {facts['session_id']!r}: " if "session_id" in facts else ""
+        super().__init__(**{"whose": whose, **facts})
 
 
 class CommitFailed(PersistError, OSError):

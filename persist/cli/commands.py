@@ -442,6 +442,24 @@ def backup(ctx: click.Context, store: Store, dest: str, prune: bool, as_json: bo
     _leave(ctx)
 
 
+@persist.command(epilog="Example: persist migrate 'postgresql://chat@db/chats?schema=persist'")
+@click.argument("url")
+@json_option
+def migrate(url: str, as_json: bool) -> None:
+    """Make the schema of a store in a database, or bring it up to date.
+
+    Run it before the servers start. Several may run it at once: one migrates, and the others wait for it.
+    """
+    done = engines.migrate(url)
+    if as_json:
+        print_json(asdict(done))
+        return
+    for name in done.ran:
+        click.echo(f"{name} is done.")
+    told = "" if done.ran else ": there was nothing to do"
+    click.echo(f"{printable(done.place)} is at version {done.version}{told}.")
+
+
 # --- mending ---
 
 

@@ -6,11 +6,12 @@ run under a lock of the database.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from psycopg import sql
 
-from persist.errors import InvalidArgument
+from persist.errors import InvalidArgument, UnsupportedFormat
 from persist.postgres.connections import Connection, Connections
 
 _FILES = sorted((Path(__file__).parent / "migrations").glob("[0-9]*.sql"))
@@ -32,23 +33,45 @@ def require_newest(connections: Connections, *, create: bool, timeout_s: float) 
     """Bring the schema up to date, or refuse one that is not.
 
     Raises:
-        InvalidArgument: a newer version of persist has migrated it. Or it is not there, and must not be created.
+        InvalidArgument: it is missing or too old, and must not be changed.
+        UnsupportedFormat: a newer version of persist has migrated it.
     """
+    if create:
+        migrate(connections, timeout_s=timeout_s)
+        return
     found = connections.run(lambda connection: version_of(connection, connections.schema), timeout_s)
-    if found < NEWEST and create:
-        found = connections.run(lambda connection: migrate(connection, connections.schema), timeout_s)
-    if found != NEWEST:
-        expected = f"at version {NEWEST}: run 'persist migrate'" if found < NEWEST else "used by a newer persist"
+    _refuse_newer(connections, found)
+    if found < NEWEST:
+        expected = f"at version {NEWEST}: run 'persist migrate URL'"
         got = f"at version {found}" if found else "missing"
         raise InvalidArgument(what=f"the schema of {connections.place}", got=got, expected=expected)
 
 
-def migrate(connection: Connection, schema: str) -> int:
-    """Run the migrations that a schema lacks, and return its version."""
-    name = sql.Identifier(schema).as_string(connection)
+def _refuse_newer(connections: Connections, found: int) -> None:
+    if found > NEWEST:
+        remedy = "Use the version of persist that migrated it, or a newer one."
+        raise UnsupportedFormat(path=connections.place, found=found, known=NEWEST, remedy=remedy)
+
+
+def migrate(connections: Connections, *, timeout_s: float) -> list[str]:
+    """Run the migrations that the schema lacks, and return their names. The schema is made if it is missing.
+
+    Raises:
+        UnsupportedFormat: a newer version of persist has migrated it.
+    """
+    found = connections.run(lambda connection: version_of(connection, connections.schema), timeout_s)
+    _refuse_newer(connections, found)
+    # A user who may not change an up-to-date schema can use it all the same.
+    return [] if found == NEWEST else connections.run(partial(_migrate, connections.schema), timeout_s)
+
+
+def _migrate(schema: str, connection: Connection) -> list[str]:
+    name, ran = sql.Identifier(schema).as_string(connection), list[str]()
     with connection.transaction():
         connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('persist migrate ' || %s, 0))", [schema])
-        connection.execute(f"CREATE SCHEMA IF NOT EXISTS {name}")
+        # IF NOT EXISTS would ask for the right to make a schema, even if it is there.
+        if connection.execute("SELECT FROM pg_namespace WHERE nspname = %s", [schema]).rowcount == 0:
+            connection.execute(f"CREATE SCHEMA {name}")
         connection.execute(
             f"CREATE TABLE IF NOT EXISTS {name}.migrations "
             "(version integer PRIMARY KEY, at timestamptz NOT NULL DEFAULT clock_timestamp())"
@@ -59,5 +82,5 @@ def migrate(connection: Connection, schema: str) -> int:
             if number > found:
                 connection.execute(path.read_text().replace("{schema}", name).encode())
                 connection.execute(f"INSERT INTO {name}.migrations (version) VALUES (%s)", [number])  # noqa: S608
-                found = number
-    return found
+                ran.append(path.stem)
+    return ran

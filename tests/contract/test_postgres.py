@@ -406,10 +406,3 @@ def test_workers_that_start_at_once_migrate_once(postgres_url: str, schema: str)
     for each in others:
         go(each)
     assert [each.wait(60) for each in others] == [0] * 8
-
-
-def test_schema_of_a_newer_version_is_refused(store: persist.Store, postgres_url: str, schema: str) -> None:
-    with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute(f"INSERT INTO {schema}.migrations (version) VALUES (999)")
-    with pytest.raises(persist.InvalidArgument, match="newer"):
-        persist.Store(postgres_url, schema=schema)

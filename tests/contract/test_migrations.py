@@ -1,0 +1,126 @@
+"""The schema of a store in a database: it is made once, brought up to date, and refused if it is too new or too old."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+import uuid
+
+import pytest
+from cli.conftest import Run, json_of, runner_of
+
+import persist
+from persist import engines
+from persist.cli.commands import persist as command
+
+pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed")
+import psycopg
+
+
+@pytest.fixture
+def run() -> Run:
+    return runner_of(command)
+
+
+@pytest.fixture
+def url(postgres_url: str) -> str:
+    """Return the URL of a schema that is not there."""
+    return f"{postgres_url}?schema=s_{uuid.uuid4().hex[:12]}"
+
+
+def execute(url: str, statement: str) -> None:
+    """Run a statement. {schema} stands for the schema of the URL."""
+    database, schema = url.split("?schema=")
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(statement.replace("{schema}", schema).encode())
+
+
+def test_migrate_makes_the_schema_once_and_says_so(run: Run, url: str) -> None:
+    """The first run makes the schema, and the second one finds nothing to do."""
+    first, second = json_of(run("migrate", url, "--json")), json_of(run("migrate", url, "--json"))
+    assert first["ran"][0] == "0001_sessions"
+    assert second["ran"] == []
+    assert first["version"] == second["version"] == len(first["ran"])
+    assert "there was nothing to do" in run("migrate", url).stdout
+    persist.Store(url, create=False).create("s")
+
+
+def test_many_workers_migrate_at_once(url: str) -> None:
+    """Every migration is run by one of them, and all end well. Without the advisory lock, some fail."""
+    code = """
+import sys
+import persist.postgres.engine
+from persist import engines
+print("ready", flush=True)
+sys.stdin.readline()
+print(len(engines.migrate(sys.argv[1]).ran), flush=True)
+"""
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(6)
+    ]
+    for each in workers:
+        assert each.stdout is not None
+        assert each.stdout.readline() == "ready\n"
+    for each in workers:
+        assert each.stdin is not None
+        each.stdin.write("\n")
+        each.stdin.flush()
+    counts = [int(each.communicate(timeout=60)[0]) for each in workers]
+    assert [each.returncode for each in workers] == [0] * 6
+    assert sorted(counts) == [0] * 5 + [engines.migrate(url).version]
+
+
+def test_store_that_must_not_make_the_schema_says_how_to(run: Run, url: str) -> None:
+    """With `create=False`, a missing schema is refused. A command makes none, either."""
+    with pytest.raises(persist.InvalidArgument, match=r"is missing; it must be at version \d+: run 'persist migrate"):
+        persist.Store(url, create=False)
+    result = run("ls", url)
+    assert result.exit_code == 3
+    assert "persist migrate" in result.stderr
+    assert len(engines.migrate(url).ran) > 0
+
+
+def test_too_old_schema_is_refused_or_brought_up_to_date(url: str) -> None:
+    """A schema without the last migration is too old for `create=False`. An ordinary store runs what is missing."""
+    execute(url, "CREATE SCHEMA {schema}")
+    execute(url, "CREATE TABLE {schema}.migrations (version integer PRIMARY KEY, at timestamptz DEFAULT now())")
+    with pytest.raises(persist.InvalidArgument, match="persist migrate"):
+        persist.Store(url, create=False)
+    persist.Store(url).create("s")
+    assert persist.Store(url, create=False).ids() == ["s"]
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_too_new_schema_is_an_unsupported_format(run: Run, url: str, create: bool) -> None:
+    """A schema of a newer persist is left alone by stores and by `migrate`."""
+    engines.migrate(url)
+    execute(url, "INSERT INTO {schema}.migrations VALUES (999)")
+    with pytest.raises(persist.UnsupportedFormat, match="has format 999") as caught:
+        persist.Store(url, create=create)
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value)
+    assert str(again).startswith("postgresql://")
+    result = run("migrate", url)
+    assert result.exit_code == 3
+    assert "has format 999" in result.stderr
+
+
+def test_user_without_the_right_to_make_a_schema_migrates_one_that_is_there(url: str) -> None:
+    """A schema that an administrator has made for the user is enough."""
+    user = f"u_{uuid.uuid4().hex[:12]}"
+    execute(url, f"CREATE ROLE {user} LOGIN")
+    execute(url, f"CREATE SCHEMA {{schema}} AUTHORIZATION {user}")
+    own = url.replace("postgres@", f"{user}@")
+    assert len(engines.migrate(own).ran) > 0
+    persist.Store(own).create("s")
+    execute(url, f"REVOKE CREATE ON SCHEMA {{schema}} FROM {user}")
+    assert persist.Store(own).ids() == ["s"]
+
+
+def test_directory_needs_no_migration(run: Run) -> None:
+    """`migrate` of a directory is refused."""
+    result = run("migrate", "var/sessions")
+    assert result.exit_code == 3
+    assert "A directory needs no migration" in result.stderr
