@@ -125,8 +125,11 @@ class Mending(Protocol):
     def stream_ids(self) -> list[str]:
         """Return the ids of all streams of the session that have a lease, because a damaged session names none."""
 
-    def replace_damaged(self, content: Content) -> Committed:
-        """Begin the session anew, in the place of one that cannot be read. Durable on return."""
+    def put(self, header: Header, content: Content) -> Committed:
+        """Write a session whole, in the place of whatever is there: a damaged one, or an older copy. Durable on return.
+
+        The events of its streams are gone.
+        """
 
 
 class Transaction(Mending, Protocol):

@@ -18,6 +18,7 @@ from persist.storage import disk, layout
 from persist.storage.cache import Replica
 from persist.storage.commit import Options
 from persist.storage.content import Content
+from persist.storage.document import Header
 from persist.storage.lease import End, Probe, probe, take
 from persist.storage.transaction import SessionFiles, Transaction
 
@@ -82,10 +83,10 @@ class FileTransaction(Transaction):
         super().delete()
         self._remove_all(stream_ids)
 
-    def replace_damaged(self, content: Content) -> Replica:
-        """Begin the session anew, in the place of a document that cannot be read. Durable on return."""
+    def put(self, header: Header, content: Content) -> Replica:
+        """Write a session whole, in the place of whatever is there. Durable on return."""
         stream_ids = self._fence_all()
-        after = super().replace_damaged(content)
+        after = super().put(header, content)
         self._remove_all(stream_ids)
         return after
 

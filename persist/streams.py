@@ -352,7 +352,7 @@ def _replace_damaged(tx: Transaction, content: Content) -> Committed:
         with tx.probe(stream_id) as is_dead:
             if not is_dead:
                 raise _busy(tx, first_header(), stream_id)
-    return tx.replace_damaged(content)
+    return tx.put(first_header(), content)
 
 
 def require_free(tx: Transaction, why: str = "") -> None:

@@ -31,7 +31,8 @@ from persist.cli.output import (
     tolerate_any_terminal,
 )
 from persist.cli.progress import ENDED_BY_SIGINT, Watched
-from persist.errors import CorruptSession, InvalidArgument, PersistError, SessionNotFound
+from persist.copying import Copy, comparing, copying
+from persist.errors import CorruptSession, PersistError, SessionNotFound
 from persist.json_codec import BYTE_ORDER_MARK, StrictError, Undecodable, decode, decode_strict
 from persist.storage.cache import Committed
 from persist.storage.content import HEADER, Items
@@ -47,6 +48,8 @@ STORE_ERROR = 3
 #: before the end.
 _STATUS = "persist.status"
 _TITLE_SHOWN = 60
+#: So many sessions of one kind are named.
+_MOST_NAMED = 10
 #: A long text is made printable in pieces of this length.
 _PIECE_CHARACTERS = 64 * 1024
 
@@ -132,7 +135,7 @@ def _open_store(ctx: click.Context, _argument: click.Parameter, name: str) -> St
 def _opened(ctx: click.Context, name: str, options_of: Callable[[str], dict[str, Any]]) -> Store:
     try:
         options = options_of(name)
-    except InvalidArgument as error:
+    except engines.NoStore as error:
         raise click.BadParameter(printable(str(error))) from None
     return Store(name, unsafe_filesystem=bool(ctx.find_root().params.get("unsafe_filesystem")), **options)
 
@@ -440,6 +443,61 @@ def backup(ctx: click.Context, store: Store, dest: str, prune: bool, as_json: bo
     if steps.was_stopped:
         _leave_stopped(ctx, steps, "The finished copies are whole. Start it again for the rest.")
     _leave(ctx)
+
+
+def _open_destination(ctx: click.Context, _argument: click.Parameter, name: str) -> Store:
+    """Open a store that may be new. A directory with other files is no store."""
+    return _opened(ctx, name, engines.options_to_write)
+
+
+@persist.command(epilog="Example: persist copy var/sessions 'postgresql://chat@db/chats'")
+@click.argument("source", metavar="SRC", callback=_open_store)
+@click.argument("destination", metavar="DST", callback=_open_destination)
+@click.option("--prune", is_flag=True, help="Remove the copies of sessions that are no longer in SRC.")
+@json_option
+@click.pass_context
+def copy(ctx: click.Context, source: Store, destination: Store, prune: bool, as_json: bool) -> None:
+    """Copy all sessions of SRC into DST, and compare them.
+
+    Each is a directory or a URL. DST may be new. Run it while the servers go on, and once more with the servers
+    stopped: then it copies what has changed. It can be stopped and started again at any time. A session with a live
+    stream is named, and left for the next run. A session that DST has on its own, or that was changed there, is named
+    and left alone. The exit status is 0 only if DST has every session of SRC, with equal text.
+    """
+    engine, other = source._open().engine, destination._open().engine
+    done = Copy()
+    steps = Watched(copying(engine, other, prune=prune), "copied or found unchanged")
+    for each in steps:
+        done.add(each)
+    if not steps.was_stopped:
+        steps = Watched(comparing(engine, other, leave_out=done.failures.keys()), "compared")
+        for each in steps:
+            done.add(each)
+    ctx.meta[_STATUS] = ENDED_BY_SIGINT if steps.was_stopped else 0 if done.is_complete else PROBLEMS_FOUND
+    if as_json:
+        reasons = {session_id: str(error) for session_id, error in done.failures.items()}
+        print_json(asdict(dataclasses.replace(done, failures={})) | {"failures": reasons})
+    else:
+        _tell_copy(done)
+    if steps.was_stopped:
+        _leave_stopped(ctx, steps, "What is copied stands. Start it again for the rest.")
+    _leave(ctx)
+
+
+def _tell_copy(done: Copy) -> None:
+    shown = f"{len(done.copied):,} sessions copied, {len(done.unchanged):,} unchanged"
+    shown += f", {len(done.removed):,} removed" if done.removed else ""
+    click.echo(f"{shown}. {len(done.equal):,} documents compared with their copies are equal.")
+    for session_ids, what in (
+        (done.behind, "have changed since they were copied. Copy again, with the servers stopped"),
+        (done.gone, "are gone from SRC, and their copies stay. Remove them with --prune"),
+        (done.different, "differ from their copies, although the versions are the same. Delete those, and copy again"),
+    ):
+        if session_ids:
+            some = ", ".join(map(printable, session_ids[:_MOST_NAMED])) + (", …" if session_ids[_MOST_NAMED:] else "")
+            click.echo(f"{len(session_ids):,} sessions {what}: {some}", err=True)
+    for error in done.failures.values():
+        click.echo(f"Error: {printable(engines.without_passwords(str(error)))}", err=True)
 
 
 @persist.command(epilog="Example: persist migrate 'postgresql://chat@db/chats?schema=persist'")

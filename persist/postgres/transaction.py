@@ -47,7 +47,7 @@ from persist.storage.clock import now_s
 from persist.storage.content import Content, Items, Value, items_of
 from persist.storage.diff import Change
 from persist.storage.directory import mislabelled
-from persist.storage.document import Head, Header, fields_of, first_header
+from persist.storage.document import Head, Header, fields_of
 from persist.storage.layout import is_stream_id
 from persist.storage.lease import Probe
 
@@ -547,9 +547,11 @@ class Transaction:
         """Return the ids of all streams of the session that have a lease."""
         return [] if self._row is None or self._row[12] is None else [self._row[12].decode()]
 
-    def replace_damaged(self, content: Content) -> Committed:
-        """Begin the session anew, in the place of one that cannot be read. Durable on return."""
-        return self.commit(first_header(), content, ())
+    def put(self, header: Header, content: Content) -> Committed:
+        """Write a session whole, in the place of whatever is there. Durable on return."""
+        # Only a later commit of the same session can be compared. A damaged one cannot be read.
+        is_later = self._row is not None and self._row[1].decode() == header.incarnation
+        return self.commit(header, content, None if is_later else ())
 
 
 def _commit_in(row: Row | None) -> str | None:

@@ -29,7 +29,7 @@ from persist.storage.clock import file_time_ns
 from persist.storage.content import Content
 from persist.storage.diff import Change
 from persist.storage.directory import SessionDirectory, is_left_over, mislabelled, missing_journal, raise_typed
-from persist.storage.document import Head, Header, first_header
+from persist.storage.document import Head, Header
 from persist.storage.held import HeldFile, is_stuck
 from persist.storage.journal import Overtaken
 from persist.storage.layout import SessionPaths
@@ -304,16 +304,20 @@ class Transaction(commit.Place):
         after = commit.write_document(self, before, header.next(), content)
         return self._written(None, after)
 
-    def replace_damaged(self, content: Content) -> Replica:
-        """Begin the session anew, in the place of a document that cannot be read. Durable on return."""
+    def put(self, header: Header, content: Content) -> Replica:
+        """Write a session whole, in the place of whatever is there. Durable on return."""
         self.require_lock()
         self._forget()
         self._files.cache.take(self.session_id)
         with self.refusals():
             self._files.make_durable()
-            journals = list(self._files.journals(self.session_id))
-        header = first_header(self.session_id if self.paths.file_id else None)
-        return self._written(None, commit.replace_damaged(self, header, content, journals))
+            # A look at the whole directory would make the copy of many sessions slow.
+            journals = list(self._files.journals(self.session_id)) if self.exists() else []
+        after = commit.replace_damaged(self, header, content, journals)
+        with contextlib.suppress(OSError):
+            # By it `recent` knows the order, also of copies that are older than now.
+            disk.touch(self.paths.lock, int(header.updated_at.timestamp() * 1e9))
+        return self._written(None, after)
 
     def delete(self) -> None:
         """Remove the session, also one that cannot be read. Durable on return."""
