@@ -59,7 +59,8 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True):
         revision: grows by one with each commit.
         commit: tells this commit from any other.
         epoch: the fencing token. It grows with every stream and never shrinks.
-        owner: the facts that the layer of the streams keeps about the running stream, as JSON values, or None.
+        owner: the facts that the layer of the streams keeps about the running stream, as JSON values, or those of
+            `copying` about the store that the session is a copy of, or None.
         journal: the hex in the name of the session's journal, or None.
         folded: the hex of the journal that was folded into this document, or None.
         session_id: the session's id, if the file's name holds a hash of it.
