@@ -109,7 +109,8 @@ WHERE (%(before)s::timestamptz IS NULL OR (updated_at, number) < (%(before)s::ti
 ORDER BY updated_at DESC, number DESC LIMIT %(limit)s
 
 -- name: leases
-SELECT id, stream_id FROM {schema}.sessions WHERE process IS NOT NULL ORDER BY id
+-- A stream that was dropped without an end has no process any more.
+SELECT id, stream_id FROM {schema}.sessions WHERE stream_id IS NOT NULL ORDER BY id
 
 -- name: holder
 -- The transaction that has locked a session's row, or its name.

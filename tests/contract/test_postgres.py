@@ -394,6 +394,21 @@ def test_forced_cancel_fences_a_live_owner(store: persist.Store) -> None:
     stream._close()
 
 
+def test_sweep_finds_a_stream_that_was_dropped_in_a_live_process(store: persist.Store) -> None:
+    """Its session names no process any more. With `process IS NOT NULL` in the statement `leases`, nobody finds it."""
+    stream = store.start_stream("s", USER, create=True)
+    stream._close()
+    heartbeat, waiting = engine_of(store).heartbeat, threading.Event()
+    for _ in range(400):
+        if not heartbeat._to_free:
+            break
+        waiting.wait(0.05)
+    assert heartbeat._to_free == []
+    assert [each.stream_id for each in store.streams()] == [stream.id]
+    assert [each.stream_id for each in store.clear_stale_streams().cleared] == [stream.id]
+    assert store.clear_stale_streams().cleared == []
+
+
 # --- the schema -------------------------------------------------------------------------------------------------------
 
 

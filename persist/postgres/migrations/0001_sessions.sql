@@ -23,7 +23,7 @@ CREATE TABLE {schema}.sessions (
     apart text NOT NULL
 );
 CREATE INDEX sessions_recent ON {schema}.sessions (updated_at DESC, number DESC);
-CREATE INDEX sessions_leases ON {schema}.sessions (process) WHERE process IS NOT NULL;
+CREATE INDEX sessions_leases ON {schema}.sessions (id) WHERE stream_id IS NOT NULL;
 
 CREATE TABLE {schema}.items (
     session bigint NOT NULL REFERENCES {schema}.sessions ON DELETE CASCADE,
