@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutation.catalogue.suites import (
     BACKUP,
     CHECK,
+    COPYING,
     FILE_SYSTEM,
     GROUPS,
     HAZARDS,
@@ -238,6 +239,30 @@ MUTANTS = (
         drop_call("disk.sync_directory"),
         BACKUP,
         "synced_behind",
+    ),
+    Mutant(
+        "copy: a copy that was changed is left alone",
+        "copying.py",
+        "_mark_of",
+        replace_expression("mark if mark.commit == header.commit else None", "mark"),
+        COPYING,
+        "left_alone",
+    ),
+    Mutant(
+        "copy: the comparison of the texts",
+        "copying.py",
+        "_compare",
+        condition("_facts(source, session_id, mine) == _facts(destination, session_id, theirs)", "True"),
+        COPYING,
+        "planted_difference",
+    ),
+    Mutant(
+        "copy: a live stream",
+        "copying.py",
+        "_read_at_rest",
+        drop_call("streams.require_free"),
+        COPYING,
+        "live_stream",
     ),
     Mutant(
         "check: a temporary file that is there under the lock",
