@@ -89,6 +89,13 @@ class Engine(Protocol):
         With `create`, begin with none, under the session's lock, for a reader that comes before the first event.
         """
 
+    def how_ended(self, session_id: str, stream_id: str, timeout_s: float) -> Ended | None:
+        """Tell how a stream has ended whose events do not say it. None if it runs. It may wait for the session's lock.
+
+        Raises:
+            SessionNotFound: there is no such session any more.
+        """
+
     def tidy(self, *, everywhere: bool = True) -> None:
         """Remove the events whose time is over, or only those of streams that ended in this process."""
 

@@ -23,7 +23,7 @@ SCHEMA = "persist"
 _SCHEMES = ("postgresql://", "postgres://")
 _SCHEMA_IN_URL = re.compile(r"([?&])schema=([^&]*)(&?)")
 #: A longer name would be cut off by the server, and two of them could become one.
-_SCHEMA_BYTES = 63
+_SCHEMA_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$-]{0,62}")
 _PASSWORD = re.compile(rf"((?:{'|'.join(_SCHEMES)})[^:@/\s]*):\S*@")
 
 
@@ -119,8 +119,8 @@ def _parted(url: str, schema: str) -> tuple[str, str]:
         if schema not in (SCHEMA, named):
             raise errors.InvalidArgument(what="schema", got=repr(schema), expected=f"{named!r}, as in the URL")
         schema = named
-    if not schema or "\0" in schema or len(schema.encode(errors="replace")) > _SCHEMA_BYTES:
-        expected = f"a name of 1 to {_SCHEMA_BYTES} bytes"
+    if _SCHEMA_NAME.fullmatch(schema) is None:
+        expected = "1 to 63 ASCII letters, digits, '_', '-' or '$', beginning with a letter or '_'"
         raise errors.InvalidArgument(what="schema", got=errors.shown(schema), expected=expected)
     return url, schema
 

@@ -17,9 +17,9 @@ from persist.event_log import EventFiles, EventReader, EventWriter
 from persist.storage import disk, layout
 from persist.storage.cache import Replica
 from persist.storage.commit import Options
-from persist.storage.content import Content
+from persist.storage.content import ALWAYS_FIELD, Content
 from persist.storage.document import Header
-from persist.storage.lease import End, Probe, probe, take
+from persist.storage.lease import End, Ended, Probe, probe, take
 from persist.storage.transaction import SessionFiles, Transaction
 
 #: How long ago a session was last written, and the name of its files. See `SessionDirectory.marks`.
@@ -159,6 +159,15 @@ class FileEngine(SessionFiles):
                 facts: dict[str, Any] = {"path": path, "reason": reason, "errno": error.errno}
                 raise errors.CommitFailed(session_id=session_id, **facts) from error
         return EventReader(path, after)
+
+    def how_ended(self, session_id: str, stream_id: str, timeout_s: float) -> Ended | None:
+        """Tell how a stream has ended whose events do not say it. None if it runs."""
+        with self.transaction(session_id, timeout_s) as tx:
+            active = tx.head().fields.get(ALWAYS_FIELD)
+            if active is None or json_codec.decode(active) != stream_id:
+                return "unknown"
+            with tx.probe(stream_id) as is_dead:
+                return "died" if is_dead else None
 
     def tidy(self, *, everywhere: bool = True) -> None:
         """Remove the events whose time is over, or only those of streams that ended in this process."""

@@ -4,8 +4,7 @@ A cursor is a stream's id and the offset of the last event that was seen. A clie
 with its cursor, to any worker. It misses nothing, and sees nothing twice. A cursor that cannot be right gets an error
 at once.
 
-A waiting follower is woken when the file grows (see `watch`). Only after a silence does it ask whether the owner lives.
-It asks under the session's lock, where the question disturbs nobody.
+A waiting follower is woken when something was emitted. Only after a silence does it ask whether the owner lives.
 """
 
 from __future__ import annotations
@@ -152,9 +151,9 @@ class Cursor:
         """Ask how a stream without an end line has ended. None if it goes on."""
         self._hush()
         try:
-            with self._backend.engine.transaction(self.session_id, timeout_s=self._look_timeout_s) as tx:
-                info = streams.look_at(tx)
+            ended = self._backend.engine.how_ended(self.session_id, self.stream_id, self._look_timeout_s)
             self._look_timeout_s = LOOK_TIMEOUT_S
+            return ended
         except (errors.LockError, errors.CommitFailed, errors.Unreadable) as error:
             if isinstance(error, errors.LockError) and error.kind not in ("timeout", "refused"):
                 raise
@@ -165,9 +164,6 @@ class Cursor:
             return None
         except errors.SessionNotFound:
             return "deleted"
-        if info is None or info.stream_id != self.stream_id:
-            return "unknown"
-        return None if info.is_live else "died"
 
 
 def _unlock(lock: threading.Lock) -> None:

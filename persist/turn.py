@@ -64,6 +64,8 @@ def add_once(
     """
     fresh: list[bytes] = []
     own: dict[Id, int] = {}
+    if len(lines) > 1 and key == "id":
+        messages.base.expect(filter(None, (id_in(line, key) for line in lines)))
     for line in lines:
         identity = None if key is None else id_in(line, key)
         if identity is None or key is None:

@@ -1,8 +1,4 @@
-"""The connections to the server: a pool for each process, the named statements, and the errors in the words of persist.
-
-Statements are sent with their values in the text, and without being prepared, because pgbouncer gives each transaction
-another connection. So one message to the server can hold several statements.
-"""
+"""The connections to the server: a pool for each process, and the errors in the words of persist."""
 
 from __future__ import annotations
 
@@ -20,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psycopg
-from psycopg import sql
 from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
@@ -28,6 +23,7 @@ from psycopg_pool import ConnectionPool, PoolTimeout
 
 from persist.errors import InvalidArgument, PersistError, Unreadable
 from persist.log import log
+from persist.postgres.statements import Statements
 from persist.storage.clock import now_s
 
 Result = TypeVar("Result")
@@ -38,7 +34,6 @@ Row = tuple[Any, ...]
 MOST_CONNECTIONS = 16
 #: The pause before a verb asks a server again that did not answer. It doubles up to the second number.
 _PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
-_HERE = Path(__file__).parent
 
 
 class _Utf8(Loader):
@@ -82,22 +77,6 @@ class Place(str):
     __slots__ = ()
 
 
-class Statements:
-    """The named statements of queries.sql, for one schema."""
-
-    def __init__(self, schema: str) -> None:
-        quoted = sql.Identifier(schema).as_string(None)
-        self._texts: dict[str, str] = {}
-        for part in re.split(r"^-- name: ", (_HERE / "queries.sql").read_text(), flags=re.MULTILINE)[1:]:
-            name, _, text = part.partition("\n")
-            self._texts[name.strip()] = (
-                re.sub(r"^--.*\n", "", text, flags=re.MULTILINE).strip().replace("{schema}", quoted)
-            )
-
-    def __getitem__(self, name: str) -> str:
-        return self._texts[name]
-
-
 def _parts_of(url: str) -> dict[str, Any]:
     """Return the parts of a URL.
 
@@ -125,6 +104,8 @@ class Connections:
         for name, value in {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}.items():
             parts.setdefault(name, value)
         parts.setdefault("connect_timeout", 5)
+        # Texts are sent as the bytes that they are kept as.
+        parts["client_encoding"] = "UTF8"
         self.conninfo = make_conninfo(**parts)
         # A password never stands in an error.
         host = parts.get("host") or "localhost"
@@ -218,12 +199,17 @@ class Connections:
 
     def query(self, connection: Connection, statement: str, /, **values: Any) -> list[Row]:
         """Run a named statement, and return its rows."""
-        cursor = connection.execute(self.statements[statement], values)
+        cursor = connection.execute(self.statements.text(connection.pgconn, statement, values))
         return cursor.fetchall() if cursor.description is not None else []
 
-    def text(self, connection: Connection, statement: str, /, **values: Any) -> str:
+    def text(self, connection: Connection, statement: str, /, **values: Any) -> bytes:
         """Return a named statement with its values, to be sent together with others."""
-        return psycopg.ClientCursor(connection).mogrify(self.statements[statement], values)
+        return self.statements.text(connection.pgconn, statement, values)
+
+    def news(self, connection: Connection, streams: list[int | None]) -> bytes:
+        """Return the statement that tells the processes that follow these streams, when the transaction commits."""
+        # A notification has at most 8,000 bytes. The others are found by polling.
+        return self.text(connection, "notify", channel=self.channel, streams=",".join(map(str, streams[:400])))
 
 
 def configure(connection: Connection) -> None:

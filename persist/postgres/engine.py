@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import threading
@@ -11,7 +12,7 @@ from typing import Any
 
 from persist import errors, json_codec
 from persist.arguments import seconds
-from persist.engine import Committed, decoding
+from persist.engine import Committed, Ended, decoding
 from persist.postgres import migrate
 from persist.postgres.connections import Connection, Connections, Place, Row, name_of, text_of
 from persist.postgres.events import Emitter, Listener, RemoteReader, RemoteWriter
@@ -164,26 +165,29 @@ class PostgresEngine:
         Raises:
             psycopg.Error: LockNotAvailable after `timeout_s`, for example.
         """
-        text = partial(self.connections.text, connection, id=text_of(session_id))
-        begin = f"BEGIN; SET LOCAL lock_timeout = {max(1, round(timeout_s * 1000))}"
-        cursor = connection.execute(f"{begin}; {text('lock')}")
-        while cursor.nextset():
-            pass
-        row = cursor.fetchone()
-        if row is not None:
-            return row
-        # There is no row to lock. So the name is locked, and looked for again.
-        cursor = connection.execute(f"{text('lock_name', schema=self.connections.schema)}; {text('lock')}")
+        text = partial(self.connections.text, connection)
+        timeout = b"SET LOCAL lock_timeout = %d" % max(1, round(timeout_s * 1000))
+        lock = text("lock_name", lock=self._lock_of(session_id))
+        cursor = connection.execute(b"; ".join((b"BEGIN", timeout, lock, text("lock", id=text_of(session_id)))))
         while cursor.nextset():
             pass
         return cursor.fetchone()
 
+    def _lock_of(self, session_id: str) -> int:
+        """Return the number of the lock of a session's name."""
+        name = f"{self.connections.schema} {text_of(session_id)}".encode()
+        return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big", signed=True)
+
     def holder(self, connection: Connection, session_id: str) -> str:
         """Name the process that holds a session's lock."""
-        rows = self.connections.query(connection, "holder", id=text_of(session_id))
+        facts = {"id": text_of(session_id), "lock": self._lock_of(session_id)}
+        rows = self.connections.query(connection, "holder", **facts)
         if not rows:
             return "unknown"
         pid, name, since = rows[0]
+        if name is None or since is None:
+            # The server tells these facts only to the role that runs the transaction.
+            return f"server process {pid}"
         return f"{name.decode()!r} (server process {pid}), since {since:%H:%M:%S} UTC"
 
     # --- streams and their events ---
@@ -197,6 +201,16 @@ class PostgresEngine:
     def events(self, session_id: str, stream_id: str, after: int, *, create: bool = False) -> RemoteReader:
         """Open the events of a stream behind an offset. Raise `FileNotFoundError` if there are none."""
         return RemoteReader(self, session_id, stream_id, after)
+
+    def how_ended(self, session_id: str, stream_id: str, timeout_s: float) -> Ended | None:
+        """Tell how a stream has ended whose events do not say it. None if it runs. No lock is needed for that.
+
+        A commit that ends a stream notes this in the same transaction, and a dead process never comes back.
+        """
+        if self.listener.knows_alive(session_id, stream_id):
+            return None
+        is_active, is_alive = self._rows("runs", session_id, stream_id=stream_id)[0]
+        return "unknown" if not is_active else None if is_alive else "died"
 
     def tidy(self, *, everywhere: bool = True) -> None:
         """Remove the events whose time is over."""

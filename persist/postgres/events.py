@@ -1,23 +1,27 @@
-"""The events of streams: rows that the one owner of a stream numbers, and who is told of them.
+"""The events of streams: rows that the one owner of a stream numbers, and the readers that are told of them.
 
 **Writing.** `emit` gives an event its number and puts it into a buffer. A thread writes the buffers of all streams of
-this process, every 25 ms, in one transaction. Each write is fenced by the stream's row: nothing is written to a stream
-that has ended, by a process whose lease is over, or twice. The commit that ends a stream writes the rest of its events
-itself, so they are there when the end is.
+this process, every 25 ms, in one message. Each write is fenced by the stream's row: nothing is written to a stream that
+has ended, or by a process whose lease is over. A commit of the stream writes the events that wait together with its
+message. So nobody finds a message that knows more than the events, whatever dies in between.
 
-**Reading.** One thread a process waits for news of all streams that are followed here. NOTIFY wakes it, and is a hint
-only. The thread also asks the server in short intervals, because pgbouncer and a lost connection swallow hints.
+**Reading.** One thread a process fetches the news of all streams that are followed here, once for all their followers.
+NOTIFY wakes it, and is a hint only. The thread also asks the server in short intervals, because pgbouncer and a lost
+connection swallow hints. A follower that is behind, or whose news are late, asks the server itself.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
+import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -26,22 +30,30 @@ from persist import json_codec
 from persist.engine import Ended, Event, Fenced
 from persist.errors import EmitFailed, PersistError
 from persist.log import log
-from persist.postgres.connections import Connection, Connections, Own, text_of
+from persist.postgres.connections import Connection, Connections, Own, Row, text_of
 from persist.postgres.heartbeat import HeldLease
+from persist.storage.clock import now_s
 
 if TYPE_CHECKING:
     from persist.postgres.engine import PostgresEngine
 
 #: How long the events of a process are gathered, before they are written together.
 BATCH_S = 0.025
-#: How often a process asks for news, with hints and without.
+#: How often a process asks for news, while hints come and while none do.
 POLL_S, POLL_WITHOUT_HINTS_S = 0.25, 0.05
 #: So many events are read at a time.
 _PAGE = 1000
+#: So many events of a stream are kept for its followers, up to so many bytes.
+_MOST_KEPT, _MOST_KEPT_BYTES = 1000, 1024 * 1024
 
 
 class RemoteWriter:
-    """The writer of the events of a stream that this process runs. The threads of the process may share it."""
+    """The writer of the events of a stream that this process runs. The threads of the process may share it.
+
+    Attributes:
+        number: the number of the stream's row. None if the answer that told it was lost.
+        writing: held while the events are written, because the writes of one stream follow each other.
+    """
 
     is_full = False
 
@@ -51,7 +63,6 @@ class RemoteWriter:
         self.process = lease.process
         self._engine = engine
         self._guard = threading.Lock()
-        #: Held while the events are written, because the writes of one stream follow each other.
         self.writing = threading.RLock()
         self._pending: list[bytes] = []
         self._count = 0
@@ -98,7 +109,10 @@ class RemoteWriter:
         """
         try:
             with self.writing:
-                self._engine.connections.run(self.write, self._engine.timeout_s)
+                self._engine.connections.run(
+                    lambda connection: write(self._engine.connections, connection, [self], durable=True),
+                    self._engine.timeout_s,
+                )
         except PersistError as error:
             self._engine.emitter.schedule(self)
             raise self._failed(str(error)) from error
@@ -106,7 +120,7 @@ class RemoteWriter:
             raise Fenced
 
     def pending(self) -> tuple[int, list[bytes]]:
-        """Return the offset before the events that are not written yet, and these events."""
+        """Return the offset before the events that are not written yet, and these events. `writing` is held."""
         with self._guard:
             return self._count - len(self._pending), list(self._pending)
 
@@ -115,31 +129,17 @@ class RemoteWriter:
         with self._guard:
             del self._pending[:count]
 
-    def write(self, connection: Connection) -> int | None:
-        """Write the events that wait. Return the stream's number, or None if nothing was written. `writing` is held."""
-        last, events = self.pending()
-        if not events or self.is_fenced:
-            return None
-        connections = self._engine.connections
+    def find(self, connection: Connection) -> bool:
+        """Make sure that the stream's number is known. Tell whether there is such a stream."""
         if self.number is None:
-            found = connections.query(connection, "find_stream", id=text_of(self.session_id), stream_id=self.stream_id)
-            if not found:
-                self.is_fenced = True
-                return None
-            self.number = found[0][0]
-        if not connections.query(connection, "emit", **self.values(last, events)):
-            # A write whose answer was lost may stand.
-            rows = connections.query(connection, "events", stream=self.number, after=0, until=0, limit=0)
-            if not rows or rows[0][1] != last + len(events):
-                self.is_fenced = True
-                return None
-        self.written(len(events))
-        return self.number
+            names = {"id": text_of(self.session_id), "stream_id": self.stream_id}
+            found = self._engine.connections.query(connection, "find_stream", **names)
+            self.number = found[0][0] if found else None
+        return self.number is not None
 
     def values(self, last: int, events: list[bytes]) -> dict[str, Any]:
         """Return the values of the statement that writes events."""
-        texts = [event.decode() for event in events]
-        return {"stream": self.number, "last": last, "count": len(events), "events": texts, "process": self.process}
+        return {"stream": self.number, "last": last, "count": len(events), "events": events, "process": self.process}
 
     def drop_oldest(self) -> None:
         """Do nothing."""
@@ -152,6 +152,34 @@ class RemoteWriter:
         self._engine.writers.pop((self.session_id, self.stream_id), None)
         if self.pending()[1] and not self.is_fenced:
             self._engine.emitter.schedule(self)
+
+
+def write(connections: Connections, connection: Connection, writers: Iterable[RemoteWriter], *, durable: bool) -> None:
+    """Write the events of streams that wait, as one message. It may be repeated. The streams' `writing` is held."""
+    batches = []
+    for writer in writers:
+        last, events = writer.pending()
+        if events and not writer.is_fenced:
+            # A stream whose row is gone was deleted together with its session.
+            writer.is_fenced = not writer.find(connection)
+            if not writer.is_fenced:
+                batches.append((writer, last, events))
+    if not batches:
+        return
+    statements = [b"BEGIN"]
+    if not durable:
+        # A crash of the server may take them, as it may on files.
+        statements.append(b"SET LOCAL synchronous_commit = off")
+    for writer, last, events in batches:
+        statements.append(connections.text(connection, "emit", **writer.values(last, events)))
+    statements += [connections.news(connection, [writer.number for writer, *_ in batches]), b"COMMIT"]
+    cursor = connection.execute(b";\n".join(statements))
+    answers = [cursor.fetchall() for _ in cursor.results() if cursor.description is not None]
+    for (writer, _, events), found in zip(batches, answers, strict=False):
+        if found:
+            writer.written(len(events))
+        else:
+            writer.is_fenced = True
 
 
 class Emitter:
@@ -182,7 +210,7 @@ class Emitter:
         return self._wake
 
     def write_all(self) -> None:
-        """Write the events of all streams, in one transaction."""
+        """Write the events of all streams."""
         self._wake.clear()
         with self._guard:
             writers, self._dirty = list(self._dirty), {}
@@ -190,22 +218,13 @@ class Emitter:
             for writer in writers:
                 stack.enter_context(writer.writing)
             try:
-                self._own.run(lambda connection: self._write(connection, writers))
+                self._own.run(lambda connection: write(self._connections, connection, writers, durable=False))
             except (PersistError, psycopg.Error) as error:
                 log.debug("%s: events wait for the server: %s", self._connections.place, error)
                 for writer in writers:
                     writer.failure = str(error)
                 with self._guard:
                     self._dirty |= dict.fromkeys(writers)
-
-    def _write(self, connection: Connection, writers: list[RemoteWriter]) -> None:
-        with connection.transaction():
-            # A crash of the server may take them, as it may on files.
-            connection.execute("SET LOCAL synchronous_commit = off")
-            numbers = [number for writer in writers if (number := writer.write(connection)) is not None]
-            if numbers:
-                news = {"channel": self._connections.channel, "streams": ",".join(map(str, numbers[:500]))}
-                self._connections.query(connection, "notify", **news)
 
 
 def _emit(found: weakref.ref[Emitter]) -> None:
@@ -223,27 +242,83 @@ def _emit(found: weakref.ref[Emitter]) -> None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
+class Feed:
+    """The news of one stream, for its followers in this process. It is used under `guard`, which is its listener's.
+
+    Attributes:
+        key: the session's id and the stream's.
+        after: the offset before the first event that is kept. None before the first answer of the server.
+        fetched: the offset of the last event that was fetched.
+        first: the offset of the first event that the server has, and `last` that of its last one.
+        ended: how the stream has ended. If it has not, `is_alive` tells whether it runs.
+        is_gone: whether the server does not have the stream any more.
+        asked_at: the time at which the server was asked last.
+    """
+
+    def __init__(self, key: tuple[str, str], guard: Any) -> None:
+        self.key = key
+        self.guard = guard
+        self.pid = os.getpid()
+        self.after: int | None = None
+        self.fetched = self.last = 0
+        self.first = 1
+        self.ended: Ended | None = None
+        self.is_alive, self.is_gone = True, False
+        self.asked_at = 0.0
+        self.wakes: tuple[Callable[[], None], ...] = ()
+        self._kept: deque[tuple[int, bytes]] = deque()
+        self._bytes = 0
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the server was asked lately."""
+        return now_s() - self.asked_at <= 2 * POLL_S
+
+    def add(self, place: int, event: bytes) -> None:
+        """Keep the next event, and drop the oldest ones. A slow follower asks the server for them."""
+        self._kept.append((place, event))
+        self.fetched = place
+        self._bytes += len(event)
+        while len(self._kept) > _MOST_KEPT or (self._bytes > _MOST_KEPT_BYTES and len(self._kept) > 1):
+            self.after, dropped = self._kept.popleft()
+            self._bytes -= len(dropped)
+
+    def behind(self, count: int) -> list[tuple[int, bytes]] | None:
+        """Return the kept events behind an offset. None if the server has to be asked."""
+        if self.after is None or count < self.after or self.is_gone or not self.is_fresh:
+            return None
+        # A follower that keeps up wants only the last ones.
+        found = list(itertools.takewhile(lambda each: each[0] > count, reversed(self._kept)))
+        found.reverse()
+        return found
+
+
 class RemoteReader:
     """The reader of one stream's events from an offset on."""
 
     def __init__(self, engine: PostgresEngine, session_id: str, stream_id: str, after: int) -> None:
         self._engine = engine
+        self._key = session_id, stream_id
         self.place = f"{engine.where(session_id)}, events of {stream_id}"
         rows = engine.run("find_stream", id=text_of(session_id), stream_id=stream_id)
         if not rows:
             raise FileNotFoundError(errno.ENOENT, "there are no such events", self.place)
-        self.number, self.first, self._last, _ = rows[0]
+        self.number: int = rows[0][0]
+        self.first: int = rows[0][1]
+        self._last: int = rows[0][2]
         self.ended: Ended | None = None
-        self._after = after
         # Events before `after` are passed over unread.
         self.count = max(min(after, self._last), self.first - 1)
         self.is_overtaken = after < self.first - 1
         self._has_news = True
+        #: The news of this process, while this reader waits for them.
+        self._feed: Feed | None = None
+        #: The time before which the news may lack something that this reader has to see.
+        self._asks_until = 0.0
 
     def size(self) -> int:
-        """Return the offset of the last event."""
-        rows = self._engine.run("news", streams=[self.number])
-        return int(rows[0][1]) if rows else self.count
+        """Return the offset of the last event, as the server has told it last."""
+        return self._last
 
     @property
     def has_more(self) -> bool:
@@ -254,32 +329,52 @@ class RemoteReader:
         """Return the events that came since the last call."""
         if self.ended is not None or (until is not None and self.count >= until):
             return []
-        self._has_news = False
-        after = self.count
-        limits = {"until": 2**62 if until is None else until, "limit": _PAGE}
-        rows = self._engine.run("events", stream=self.number, after=after, **limits)
-        if not rows:
-            raise FileNotFoundError(errno.ENOENT, "the session is gone", self.place)
-        self.first, self._last, ended = rows[0][:3]
-        self.is_overtaken = self.is_overtaken or self.first - 1 > after
-        found = [Event(row[3], json_codec.decode(row[4])) for row in rows if row[3] is not None]
-        if found:
-            self.count = found[-1].offset
-            self._has_news = self.count < self._last or ended is not None
-        elif ended is not None and self.count >= self._last:
-            self.ended = ended.decode()
-        return found
+        found = self.read_cached() if until is None else None
+        return self._ask(until) if found is None else found
 
     def read_cached(self) -> list[Event] | None:
-        """Return None, because a read waits for the server."""
-        return [] if self.ended is not None else None
+        """Read as `read` does, from the news of this process. None if the server has to be asked."""
+        if self.ended is not None:
+            return []
+        feed = self._feed
+        if feed is None or feed.pid != os.getpid():
+            return None
+        self._has_news = False
+        with feed.guard:
+            found = None if feed.asked_at < self._asks_until else feed.behind(self.count)
+            last, ended = feed.last, feed.ended
+        return None if found is None else self._taken(found, last, ended)
+
+    def _ask(self, until: int | None) -> list[Event]:
+        self._has_news = False
+        limits = {"until": 2**62 if until is None else until, "limit": _PAGE}
+        rows = self._engine.run("events", stream=self.number, after=self.count, **limits)
+        if not rows:
+            if self._engine.exists(self._key[0]):
+                raise FileNotFoundError(errno.ENOENT, "the events are gone", self.place)
+            self.ended = "deleted"
+            return []
+        self.first, last, ended = rows[0][:3]
+        self.is_overtaken = self.is_overtaken or self.first - 1 > self.count
+        events = [(row[3], row[4]) for row in rows if row[3] is not None]
+        return self._taken(events, last, None if ended is None else ended.decode())
+
+    def _taken(self, events: list[tuple[int, bytes]], last: int, ended: Ended | None) -> list[Event]:
+        self._last = max(self._last, last)
+        found = [Event(place, json_codec.decode(event)) for place, event in events]
+        if found:
+            self.count = found[-1].offset
+            self._has_news = self.count < last or ended is not None
+        elif ended is not None and self.count >= last:
+            self.ended = ended
+        return found
 
     def begin_here(self) -> None:
         """Ask only for the events behind the last one that is there."""
         self.count = max(self.count, self._last)
 
     def look_again(self) -> None:
-        """Let the next read ask the server."""
+        """Let the next read ask the server, unless the news are fresh."""
         self._has_news = True
 
     @contextlib.contextmanager
@@ -290,74 +385,121 @@ class RemoteReader:
             self._has_news = True
             wake()
 
-        with self._engine.listener.waking(self.number, self.count, tell):
-            yield
+        with self._engine.listener.following(self.number, self._key, tell) as feed:
+            # Events that came before this moment may have been told to nobody here.
+            self._feed, self._asks_until = feed, now_s()
+            try:
+                yield
+            finally:
+                self._feed = None
 
     def close(self) -> None:
         """Do nothing, because nothing is kept open."""
 
 
 class Listener:
-    """The thread that hears of news of all streams that are followed in this process."""
+    """The thread that fetches the news of all streams that are followed in this process."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
         self._own = Own(connections)
+        # Re-entrant, because the garbage collector may end a dropped wait in the thread that is inside just now.
         self._guard = threading.RLock()
-        self._waiting: dict[int, tuple[Callable[[], None], ...]] = {}
-        #: The last event of each stream, as far as it is known, and whether the stream has ended.
-        self._known: dict[int, tuple[int, bool]] = {}
+        self._feeds: dict[int, Feed] = {}
+        self._by_key: dict[tuple[str, str], Feed] = {}
         self._thread: threading.Thread | None = None
 
     @contextlib.contextmanager
-    def waking(self, number: int, last: int, wake: Callable[[], None]) -> Iterator[None]:
-        """Call `wake` during a block, when a stream has news."""
+    def following(self, number: int, key: tuple[str, str], wake: Callable[[], None]) -> Iterator[Feed]:
+        """Call `wake` during a block, when a stream has news. Yield these news."""
         try:
             with self._guard:
-                self._waiting[number] = (*self._waiting.get(number, ()), wake)
-                self._known[number] = min(self._known.get(number, (last, False)), (last, False))
+                feed = self._feeds.setdefault(number, Feed(key, self._guard))
+                self._by_key[key] = feed
+                feed.wakes = (*feed.wakes, wake)
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._listen, name="persist-listen", daemon=True)
                     self._thread.start()
-            yield
+            yield feed
         finally:
-            with self._guard:
-                self._waiting[number] = tuple(each for each in self._waiting.get(number, ()) if each is not wake)
-                if not self._waiting[number]:
-                    del self._waiting[number]
-                    self._known.pop(number, None)
+            # At the end of the interpreter nobody waits, and a thread that was stopped inside never leaves the guard.
+            if not sys.is_finalizing():
+                with self._guard:
+                    feed.wakes = tuple(each for each in feed.wakes if each is not wake)
+                    if not feed.wakes:
+                        self._feeds.pop(number, None)
+                        if self._by_key.get(key) is feed:
+                            del self._by_key[key]
+
+    def knows_alive(self, session_id: str, stream_id: str) -> bool:
+        """Tell whether there are fresh news that say that a stream runs."""
+        with self._guard:
+            feed = self._by_key.get((session_id, stream_id))
+            return feed is not None and feed.is_alive and feed.is_fresh
 
     def _listen(self) -> None:
-        is_listening = None
+        listening, poll_at, poll_s = None, 0.0, POLL_S
         while True:
             with self._guard:
-                if not self._waiting:
+                if not self._feeds:
                     self._thread = None
                     self._own.close()
                     return
             try:
                 connection = self._own.get()
-                if is_listening is not connection:
+                if listening is not connection:
                     connection.execute(f"LISTEN {self._connections.channel}")
-                    is_listening = connection
-                self._poll(connection)
-                for hint in connection.notifies(timeout=POLL_S, stop_after=1):
-                    self._tell(int(each) for each in hint.payload.split(",") if each.isdecimal())
+                    listening, poll_at = connection, 0.0
+                hinted = set[int]()
+                for hint in connection.notifies(timeout=max(0.0, poll_at - now_s()), stop_after=1):
+                    hinted.update(int(each) for each in hint.payload.split(",") if each.isdecimal())
+                if hinted:
+                    poll_s = POLL_S
+                if now_s() < poll_at:
+                    self._fetch(connection, hinted)
+                    continue
+                if self._fetch(connection, None) - hinted and poll_at:
+                    # There are news, and nobody has told of them.
+                    poll_s = POLL_WITHOUT_HINTS_S
+                poll_at = now_s() + poll_s
             except (PersistError, psycopg.Error) as error:
                 log.debug("%s: the listener lost its connection: %s", self._connections.place, error)
-                time.sleep(POLL_S)
+                time.sleep(POLL_WITHOUT_HINTS_S)
 
-    def _poll(self, connection: Connection) -> None:
+    def _fetch(self, connection: Connection, numbers: set[int] | None) -> set[int]:
+        """Fetch the news of streams, or of all. Wake their followers. Return the streams that have news."""
         with self._guard:
-            known = dict(self._known)
-        rows = self._connections.query(connection, "news", streams=list(known))
-        found = {row[0]: (row[1], row[2]) for row in rows}
-        fresh = [number for number in known if found.get(number, (-1, True)) != known[number]]
-        with self._guard:
-            self._known |= {number: found.get(number, (-1, True)) for number in fresh if number in self._known}
-        self._tell(fresh)
+            asked = {number: feed for number, feed in self._feeds.items() if numbers is None or number in numbers}
+        fresh = set[int]()
+        while asked:
+            places = [None if feed.after is None else feed.fetched for feed in asked.values()]
+            asked_at = now_s()
+            rows = self._connections.query(connection, "news", streams=list(asked), after=places, limit=_PAGE)
+            with self._guard:
+                news = self._take(asked, rows, asked_at)
+            for feed in news:
+                for wake in feed.wakes:
+                    wake()
+            fresh |= {number for number, feed in asked.items() if feed in news}
+            asked = {number: feed for number, feed in asked.items() if feed.fetched < feed.last and not feed.is_gone}
+        return fresh
 
-    def _tell(self, numbers: Any) -> None:
-        for number in numbers:
-            for wake in self._waiting.get(number, ()):
-                wake()
+    @staticmethod
+    def _take(asked: dict[int, Feed], rows: list[Row], asked_at: float) -> list[Feed]:
+        """Note the server's answer, and return the streams that have news."""
+        before = {number: (feed.after is None, feed.last, feed.ended, feed.is_gone) for number, feed in asked.items()}
+        for feed in asked.values():
+            feed.asked_at, feed.is_gone = asked_at, True
+        for number, last, ended, is_alive, place, event in rows:
+            feed = asked[number]
+            feed.last, feed.ended = last, None if ended is None else ended.decode()
+            feed.is_alive, feed.is_gone = is_alive, False
+            if feed.after is None:
+                feed.after = feed.fetched = last
+            elif place is not None:
+                feed.add(place, event)
+        return [
+            feed
+            for number, feed in asked.items()
+            if before[number] != (feed.after is None, feed.last, feed.ended, feed.is_gone)
+        ]

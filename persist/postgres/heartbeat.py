@@ -36,7 +36,7 @@ class HeldLease:
 
     def __init__(self, heartbeat: Heartbeat, session_id: str, stream_id: str) -> None:
         self._heartbeat: Heartbeat | None = heartbeat
-        self._key = session_id, stream_id
+        self._session_id, self.stream_id = session_id, stream_id
         self._pid = os.getpid()
         self.process = heartbeat.id
         self.is_dropped = False
@@ -51,7 +51,7 @@ class HeldLease:
         """Give the lease up. The stream is dead from now on, if it has not ended."""
         heartbeat, self._heartbeat = self._heartbeat, None
         if heartbeat is not None and self._pid == os.getpid():
-            heartbeat.free(*self._key)
+            heartbeat.free(self._session_id, self.stream_id)
 
     def __del__(self) -> None:
         if not sys.is_finalizing() and getattr(self, "_heartbeat", None) is not None and self._pid == os.getpid():
@@ -130,8 +130,7 @@ class Heartbeat:
         self._connections.query(connection, "register", process=self.id, **facts)
 
     def _renew(self, connection: Connection) -> bool:
-        values = {"process": self.id, "lease_s": self._lease_s}
-        return connection.execute(self._connections.statements["beat"], values).rowcount == 1
+        return bool(self._connections.query(connection, "beat", process=self.id, lease_s=self._lease_s))
 
     def beat(self) -> None:
         """Renew the row, and free the leases that were dropped."""

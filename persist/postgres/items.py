@@ -6,7 +6,7 @@ themselves. So a commit costs what it changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from persist import json_codec
@@ -17,14 +17,10 @@ from persist.storage.content import SEPARATOR, Id, Items, id_in
 Query = Callable[..., list[Row]]
 
 
-def key_of(item: bytes) -> str | None:
+def key_of(item: bytes) -> bytes | None:
     """Return the key of an item's row: the JSON of its id, or None."""
     value = id_in(item, "id")
-    return None if value is None else _key(value)
-
-
-def _key(value: Id) -> str:
-    return json_codec.encode(value).decode()
+    return None if value is None else json_codec.encode(value)
 
 
 class RemoteItems(Items):
@@ -33,13 +29,24 @@ class RemoteItems(Items):
     They may be asked only while the session's lock is held. `load` makes them a value that stays.
     """
 
-    __slots__ = ("_query", "_rows", "_tail")
+    __slots__ = ("_found", "_known", "_query", "_rows", "_tail")
 
-    def __init__(self, query: Query, rows: int, size_bytes: int, tail: list[bytes] | None = None) -> None:
+    def __init__(
+        self,
+        query: Query,
+        rows: int,
+        size_bytes: int,
+        tail: list[bytes] | None = None,
+        known: dict[int, bytes] | None = None,
+    ) -> None:
         # The base's own state is made when a method of the base asks for it. See `__getattr__`.
         self._query = query
         self._rows = rows
         self._tail = [] if tail is None else tail
+        #: Rows that were asked for, by their places. They cannot change while the session is locked.
+        self._known: dict[int, bytes] = {} if known is None else known
+        #: The places of the rows with an id, as `_rows_of` has found them.
+        self._found: dict[Id, list[int]] = {}
         self._places = {}
         self.count = rows + len(self._tail)
         self.size_bytes = size_bytes
@@ -61,12 +68,15 @@ class RemoteItems(Items):
 
     def _from(self, start: int) -> list[bytes]:
         """Return the items that are rows, from a place on."""
-        if start >= self._rows:
-            return []
-        found = [row[0] for row in self._query("items", start=start, stop=self._rows)]
-        if len(found) != self._rows - start:
-            raise json_codec.Undecodable("a list has another number of items than its session says")
-        return found
+        places = range(start, self._rows)
+        if len(places) > len(self._known) or not all(map(self._known.__contains__, places)):
+            found = [row[0] for row in self._query("items", start=start, stop=self._rows)]
+            if len(found) != len(places):
+                raise json_codec.Undecodable("a list has another number of items than its session says")
+            if start:
+                self._known.update(zip(places, found, strict=True))
+            return found
+        return [self._known[place] for place in places]
 
     def load(self) -> None:
         """Hold the items themselves, so that they can be asked after the lock is given up."""
@@ -77,7 +87,9 @@ class RemoteItems(Items):
             return super().__getitem__(place)
         if place >= self._rows:
             return self._tail[place - self._rows]
-        return bytes(self._query("items", start=place, stop=place + 1)[0][0])
+        if place not in self._known:
+            self._known[place] = self._query("items", start=place, stop=place + 1)[0][0]
+        return self._known[place]
 
     def last(self, count: int) -> list[bytes]:
         """Return the last items."""
@@ -98,7 +110,7 @@ class RemoteItems(Items):
         gone = tail[at - rows : at - rows + remove]
         tail[at - rows : at - rows + remove] = insert
         size_bytes = self.size_bytes + _bytes_of(insert) - _bytes_of(gone)
-        return RemoteItems(self._query, rows, size_bytes, tail)
+        return RemoteItems(self._query, rows, size_bytes, tail, self._known)
 
     def find(self, value: Id, key: str = "id") -> int | None:
         """Return the place of the last item whose key has this value, or None."""
@@ -118,11 +130,27 @@ class RemoteItems(Items):
         if len(places) > 1 or not self._rows:
             return places
         if key == "id":
-            return [*places, *(row[0] for row in self._query("places_of_key", key=_key(value), stop=self._rows))]
+            return [*places, *self._rows_of(value)]
         text = json_codec.encode(value).decode()
         # An item may hold the same text in another encoding, if it is not ASCII.
         rows = self._query("items_with", value=text if text.isascii() else "", stop=self._rows)
         return [*places, *(place for place, item in rows if _is(id_in(item, key), value))]
+
+    def _rows_of(self, value: Id) -> list[int]:
+        if value not in self._found:
+            rows = self._query("items_of_key", key=json_codec.encode(value), stop=self._rows)
+            self._known.update(rows)
+            self._found[value] = [place for place, _ in rows]
+        return self._found[value]
+
+    def expect(self, values: Iterable[Id]) -> None:
+        """Look for the items with these ids, because the caller is about to `find` each of them."""
+        if self._rows and not self._is_loaded:
+            keys = {json_codec.encode(value): value for value in values}
+            self._found |= {value: [] for value in keys.values()}
+            for key, place, item in self._query("items_of_keys", keys=list(keys), stop=self._rows):
+                self._known[place] = item
+                self._found[keys[key]].append(place)
 
 
 def _is(one: Id | None, other: Id) -> bool:

@@ -7,11 +7,9 @@ SELECT number, incarnation, revision, commit, epoch, created_at, updated_at, own
 FROM {schema}.sessions WHERE id = %(id)s FOR UPDATE
 
 -- name: lock_name
--- Lock the name of a session that is not there.
-SELECT pg_advisory_xact_lock(hashtextextended(%(schema)s || ' ' || %(id)s, 0))
-
--- name: try_lock_name
-SELECT pg_try_advisory_xact_lock(hashtextextended(%(schema)s || ' ' || %(id)s, 0))
+-- Lock a session's name until the end of the transaction, whether there is such a session or not. Those who wait are
+-- served in their order. A row's lock would go to whoever comes just when it is free.
+SELECT pg_advisory_xact_lock(%(lock)s)
 
 -- name: read
 -- The session with all its values, in one statement, so that they are of one commit.
@@ -38,9 +36,16 @@ WHERE s.id = %(id)s ORDER BY i.place DESC
 -- name: items
 SELECT item FROM {schema}.items WHERE session = %(session)s AND list = %(list)s AND place >= %(start)s AND place < %(stop)s ORDER BY place
 
--- name: places_of_key
-SELECT place FROM {schema}.items WHERE session = %(session)s AND list = %(list)s AND key = %(key)s AND place < %(stop)s
-ORDER BY place DESC LIMIT 2
+-- name: items_of_key
+-- The items with an id, the last one first. Two of them tell that the id is repeated.
+SELECT place, item FROM {schema}.items
+WHERE session = %(session)s AND list = %(list)s AND key = %(key)s AND place < %(stop)s ORDER BY place DESC LIMIT 2
+
+-- name: items_of_keys
+SELECT k.key, i.place, i.item FROM unnest(%(keys)s::text[]) AS k (key) CROSS JOIN LATERAL (
+    SELECT place, item FROM {schema}.items
+    WHERE session = %(session)s AND list = %(list)s AND key = k.key AND place < %(stop)s ORDER BY place DESC LIMIT 2
+) i ORDER BY i.place DESC
 
 -- name: items_with
 -- The items in whose text a value stands, the last one first.
@@ -55,21 +60,25 @@ INSERT INTO {schema}.sessions
     (id, incarnation, revision, commit, commits, epoch, created_at, updated_at, owner, process, stream_id, fields, apart)
 VALUES (%(id)s, %(incarnation)s, %(revision)s, %(commit)s, %(commit)s, %(epoch)s, %(created_at)s, %(updated_at)s,
     %(owner)s, %(process)s, %(stream_id)s, %(fields)s, %(apart)s)
-RETURNING number
+
+-- name: created
+-- The number of the session that this transaction has created.
+currval('{schema}.sessions_number_seq')
 
 -- name: update
--- Compare and swap: nothing is written if somebody has committed since, or if the stream's process is dead.
-UPDATE {schema}.sessions SET revision = %(revision)s, commit = %(commit)s,
+-- Compare and swap: if somebody has committed since, or if the stream's process is dead, nothing is found, and the
+-- division by zero ends the transaction. So the statements behind this one, COMMIT included, need no answer of it.
+WITH found AS (UPDATE {schema}.sessions SET revision = %(revision)s, commit = %(commit)s,
     commits = left(%(commit)s || commits, 512), epoch = %(epoch)s, updated_at = %(updated_at)s, owner = %(owner)s,
     process = %(process)s, stream_id = %(stream_id)s, fields = %(fields)s, apart = %(apart)s
 WHERE number = %(session)s AND incarnation = %(incarnation)s AND commit = %(before)s
     AND (%(lease)s::uuid IS NULL
         OR EXISTS (SELECT FROM {schema}.processes WHERE id = %(lease)s::uuid AND expires_at > clock_timestamp()))
+    RETURNING number)
+SELECT 1 / count(*) FROM found
 
 -- name: put_items
-INSERT INTO {schema}.items (session, list, place, key, item)
-SELECT %(session)s, %(list)s, %(start)s + n - 1, k, i
-FROM unnest(%(keys)s::text[], %(items)s::text[]) WITH ORDINALITY AS t(k, i, n)
+INSERT INTO {schema}.items (session, list, place, key, item) VALUES %(rows)s
 ON CONFLICT (session, list, place) DO UPDATE SET key = excluded.key, item = excluded.item
 
 -- name: remove_items
@@ -91,11 +100,10 @@ ON CONFLICT (session, name) DO UPDATE SET value = excluded.value
 DELETE FROM {schema}.parts WHERE session = %(session)s AND name = %(name)s
 
 -- name: delete
-DELETE FROM {schema}.sessions WHERE number = %(session)s AND incarnation = %(incarnation)s AND commit = %(before)s
-
--- name: outcome
--- What became of a commit. The row's lock waits for a transaction that is still about to end.
-SELECT incarnation, commit, commits, revision FROM {schema}.sessions WHERE id = %(id)s FOR UPDATE
+-- As `update`.
+WITH found AS (DELETE FROM {schema}.sessions
+    WHERE number = %(session)s AND incarnation = %(incarnation)s AND commit = %(before)s RETURNING number)
+SELECT 1 / count(*) FROM found
 
 -- name: exists
 SELECT EXISTS (SELECT FROM {schema}.sessions WHERE id = %(id)s)
@@ -113,14 +121,19 @@ ORDER BY updated_at DESC, number DESC LIMIT %(limit)s
 SELECT id, stream_id FROM {schema}.sessions WHERE stream_id IS NOT NULL ORDER BY id
 
 -- name: holder
--- The transaction that has locked a session's row, or its name.
-SELECT a.pid, a.application_name, a.xact_start
+-- The transaction that has locked a session's name, or its row.
+SELECT a.pid, a.application_name, a.xact_start FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+    AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+    AND l.classid = (%(lock)s >> 32 & 4294967295)::oid AND l.objid = (%(lock)s & 4294967295)::oid
+UNION ALL SELECT a.pid, a.application_name, a.xact_start
 FROM {schema}.sessions s JOIN pg_stat_activity a ON a.backend_xid = s.xmax WHERE s.id = %(id)s
+LIMIT 1
 
 -- name: beat
 -- Renew the process's row, or make it. A row whose time is over is never renewed.
 UPDATE {schema}.processes SET expires_at = clock_timestamp() + make_interval(secs => %(lease_s)s)
-WHERE id = %(process)s AND expires_at > clock_timestamp()
+WHERE id = %(process)s AND expires_at > clock_timestamp() RETURNING true
 
 -- name: register
 INSERT INTO {schema}.processes (id, host, pid, command, expires_at)
@@ -136,25 +149,31 @@ SELECT EXISTS (SELECT FROM {schema}.processes WHERE id = %(process)s AND expires
 DELETE FROM {schema}.processes WHERE expires_at < clock_timestamp() - interval '1 day'
 
 -- name: begin_stream
-INSERT INTO {schema}.streams (session, stream_id) VALUES (%(session)s, %(stream_id)s)
-ON CONFLICT (session, stream_id) DO UPDATE SET ended = NULL, ended_at = NULL
+-- What an earlier stream of that id has left is gone.
+DELETE FROM {schema}.streams WHERE session = %(session)s AND stream_id = %(stream_id)s;
+INSERT INTO {schema}.streams (session, stream_id) VALUES (%(session)s, %(stream_id)s) RETURNING number
 
 -- name: end_stream
-UPDATE {schema}.streams SET ended = %(ended)s, ended_at = clock_timestamp()
-WHERE session = %(session)s AND stream_id = %(stream_id)s AND ended IS NULL
+WITH ended AS (
+    UPDATE {schema}.streams SET ended = %(ended)s, ended_at = clock_timestamp()
+    WHERE session = %(session)s AND stream_id = %(stream_id)s AND ended IS NULL RETURNING number
+)
+SELECT pg_notify(%(channel)s, number::text) FROM ended
 
 -- name: emit
--- The fence: nothing is emitted to a stream that has ended, nor by a process whose time is over, nor twice.
+-- The fence: nothing is emitted to a stream that has ended, nor by a process whose time is over. Only this process
+-- numbers the stream's events. So a part of them is there already if the answer of an earlier write was lost.
 WITH owned AS (
-    UPDATE {schema}.streams SET last = last + %(count)s
-    WHERE number = %(stream)s AND ended IS NULL AND last = %(last)s
+    UPDATE {schema}.streams SET last = %(last)s + %(count)s
+    WHERE number = %(stream)s AND ended IS NULL AND last BETWEEN %(last)s AND %(last)s + %(count)s
       AND EXISTS (SELECT FROM {schema}.processes WHERE id = %(process)s AND expires_at > clock_timestamp())
-    RETURNING number, last
+    RETURNING number
 ), made AS (
     INSERT INTO {schema}.events (stream, place, event)
     SELECT owned.number, %(last)s + n, event FROM owned, unnest(%(events)s::text[]) WITH ORDINALITY AS t(event, n)
+    ON CONFLICT (stream, place) DO NOTHING
 )
-SELECT last FROM owned
+SELECT number FROM owned
 
 -- name: find_stream
 SELECT t.number, t.first, t.last, t.ended FROM {schema}.streams t JOIN {schema}.sessions s ON s.number = t.session
@@ -169,13 +188,22 @@ FROM {schema}.streams t LEFT JOIN LATERAL (
 WHERE t.number = %(stream)s ORDER BY e.place
 
 -- name: news
-SELECT number, last, ended IS NOT NULL FROM {schema}.streams WHERE number = ANY(%(streams)s::bigint[])
+-- The events of streams behind offsets, and what has become of these streams. Without an offset only that.
+SELECT t.number, t.last, t.ended, s.stream_id IS NOT DISTINCT FROM t.stream_id AND p.id IS NOT NULL, e.place, e.event
+FROM unnest(%(streams)s::bigint[], %(after)s::bigint[]) AS w (number, after)
+JOIN {schema}.streams t ON t.number = w.number
+JOIN {schema}.sessions s ON s.number = t.session
+LEFT JOIN {schema}.processes p ON p.id = s.process AND p.expires_at > clock_timestamp()
+LEFT JOIN LATERAL (
+    SELECT place, event FROM {schema}.events WHERE stream = t.number AND place > w.after ORDER BY place LIMIT %(limit)s
+) e ON true
+ORDER BY t.number, e.place
 
--- name: drop_oldest
-WITH kept AS (
-    UPDATE {schema}.streams SET first = %(first)s WHERE number = %(stream)s AND ended IS NULL RETURNING number
-)
-DELETE FROM {schema}.events WHERE stream IN (SELECT number FROM kept) AND place < %(first)s
+-- name: runs
+-- Whether a session's stream is this one, and whether its process is alive.
+SELECT s.stream_id = %(stream_id)s, p.id IS NOT NULL
+FROM {schema}.sessions s LEFT JOIN {schema}.processes p ON p.id = s.process AND p.expires_at > clock_timestamp()
+WHERE s.id = %(id)s
 
 -- name: remove_expired
 -- Streams that never emitted keep no row for longer than the others.

@@ -1,12 +1,13 @@
 """The transaction: the lock of a session's row, and the operations under it.
 
-    in-process turn -> BEGIN; SELECT … FOR UPDATE -> the verb reads what it needs -> row operations; UPDATE; COMMIT
+    in-process turn -> BEGIN; the locks; SELECT -> the verb reads what it needs -> UPDATE; row operations; COMMIT
 
-The threads of a process take turns first (see `lock.Hold`), so one connection waits for a session, however many threads
-do. The row's lock spans read, merge and write. `commit` ends it: what a block does behind its commit needs no lock.
+Each arrow is one message to the server, and most verbs read nothing more. The threads of a process take turns first
+(see `lock.Hold`), so one connection waits for a session, however many threads do. The locks span read, merge and write.
+`commit` ends them: what a block does behind its commit needs no lock.
 
-A commit compares and swaps: its UPDATE names the incarnation and the commit that were read. So even a transaction that
-has lost its connection, and with it the lock, overwrites nothing.
+A commit compares and swaps: its UPDATE names the incarnation and the commit that were read, and fails if it finds
+nothing. So even a transaction that has lost its connection, and with it the locks, overwrites nothing.
 
 **Unknown outcomes.** A connection may die between COMMIT and its answer. Then the session's row tells on another
 connection what became of it, because it holds the ids of its last commits. Its lock waits for a server process that is
@@ -42,6 +43,7 @@ from persist.log import log
 from persist.postgres.connections import Connection, Row, is_dead, reason_of, text_of
 from persist.postgres.events import RemoteWriter
 from persist.postgres.items import RemoteItems, key_of
+from persist.postgres.statements import Raw
 from persist.storage import diff, lock
 from persist.storage.clock import now_s
 from persist.storage.content import Content, Items, Value, items_of
@@ -91,17 +93,16 @@ def head_of(row: Row) -> Head:
     return Head(header_of(row), fields_of(row[8]), counts)
 
 
-def _fields_text(content: Content) -> str:
-    members = [json_codec.encode_key(name) + value for name, value in content.fields.items()]
-    return b"{%b}".__mod__(b",".join(members)).decode()
+def _fields_text(content: Content) -> bytes:
+    return b"{%b}" % b",".join([json_codec.encode_key(name) + value for name, value in content.fields.items()])
 
 
-def _apart_text(content: Content) -> str:
+def _apart_text(content: Content) -> bytes:
     sizes = {
         name: (value.count, value.size_bytes) if isinstance(value, Items) else (None, len(value))
         for name, value in content.apart.items()
     }
-    return json_codec.encode(msgspec.to_builtins(sizes)).decode()
+    return json_codec.encode(msgspec.to_builtins(sizes))
 
 
 def _when(time_: datetime) -> str:
@@ -337,17 +338,21 @@ class Transaction:
             changes = diff.between(self.read().content, content)
         if before is not None and before[1].decode() != header.incarnation:
             changes = None
-        writer = None if end is None else self._engine.writers.get((self.session_id, end.stream_id))
+        stream_id = end.stream_id if end is not None else "" if self.lease is None else self.lease.stream_id
+        writer = self._engine.writers.get((self.session_id, stream_id))
         with contextlib.nullcontext() if writer is None else writer.writing:
-            # The last events of the stream are a part of the commit that ends it.
-            rest = (0, []) if writer is None or writer.is_fenced else writer.pending()
+            # The events of the stream that wait are a part of its commit. So what is stored never knows more than they.
+            last, events = (0, []) if writer is None or writer.is_fenced else writer.pending()
+            batch = None
+            if writer is not None and events and writer.find(self._held.connection):
+                batch = writer, last, events
             self._settle(
-                lambda connection: self._write(connection, before, header, content, changes, end, writer, rest),
+                lambda connection: self._write(connection, before, header, content, changes, end, batch),
                 header.commit,
             )
             if writer is not None:
-                writer.written(len(rest[1]))
-                writer.is_fenced = True
+                writer.written(len(events))
+                writer.is_fenced = writer.is_fenced or end is not None
         if end is not None:
             self._engine.heartbeat.has_ended(self.session_id, str(end.stream_id))
         self._committed = Committed(header, content)
@@ -359,7 +364,8 @@ class Transaction:
         """Write and commit. If the connection dies, find out on another one what became of that, and go on.
 
         Args:
-            write: makes the changes. It may run twice, because each time the changes before are rolled back.
+            write: makes the changes, and commits them. It may run twice, because it runs again only if the first time
+                has come to nothing.
             commit: the id of the commit, or None for a delete.
         """
         deadline, before = now_s() + max(self._timeout_s, 1.0), self._row
@@ -375,12 +381,15 @@ class Transaction:
                         if self._has_happened(commit):
                             return
                         raise
-                    is_sent = False
                     connection = self._held.connection
-                write(connection)
                 is_sent = True
-                connection.execute("COMMIT")
+                write(connection)
                 return
+            except psycopg.errors.DivisionByZero as error:
+                self._held.close()
+                self._require_lease()
+                reason = "somebody else has committed since it was read, although the row was locked"
+                raise self._failed(reason) from error
             except psycopg.Error as error:
                 reason = reason_of(error)
                 if connection is None or not is_dead(error, connection):
@@ -389,7 +398,6 @@ class Transaction:
                     log.debug("Session %r: the connection died in a commit: %s", self.session_id, reason)
                 else:
                     connection.rollback()
-                    is_sent = True
                 failure: Exception = error
             except PersistError as error:
                 if isinstance(error, (CommitFailed, StreamLost)):
@@ -399,6 +407,12 @@ class Transaction:
                 facts: dict[str, Any] = {"path": self.place, "reason": reason or str(failure), "errno": None}
                 raise (CommitUnknown if is_sent else CommitFailed)(session_id=self.session_id, **facts) from failure
             time.sleep(_PAUSE_S)
+
+    def _require_lease(self) -> None:
+        """Raise `StreamLost` if the process of the stream that commits was not heard of in time."""
+        if self.lease is not None and not self._engine.run("is_alive", process=self.lease.process)[0][0]:
+            reason = "its process was not heard of for longer than its lease"
+            raise StreamLost(session_id=self.session_id, stream_id=self.lease.stream_id, reason=reason)
 
     def _has_happened(self, commit: str | None) -> bool:
         """Tell whether a commit of this transaction stands, from the row as it was locked again.
@@ -425,16 +439,20 @@ class Transaction:
         content: Content,
         changes: tuple[Change, ...] | None,
         end: End | None,
-        writer: RemoteWriter | None,
-        rest: tuple[int, list[bytes]],
+        batch: tuple[RemoteWriter, int, list[bytes]] | None,
     ) -> None:
-        """Send all changes of a commit. If they do not fit the row any more, nothing is written."""
+        """Send all changes of a commit, and the commit, as one message.
+
+        Raises:
+            psycopg.errors.DivisionByZero: they do not fit the row any more, and nothing was written.
+        """
         text = partial(self._engine.connections.text, connection)
         owner = header.owner
         stream_id = None if owner is None else owner.get("stream_id")
+        begins = stream_id is not None and stream_id == self._begun
         process = None
         if stream_id is not None:
-            process = self._engine.heartbeat.id if stream_id == self._begun else before[11] if before else None
+            process = self._engine.heartbeat.id if begins else before[11] if before else None
         values: dict[str, Any] = {
             "id": text_of(self.session_id),
             "incarnation": header.incarnation,
@@ -443,63 +461,50 @@ class Transaction:
             "epoch": header.epoch,
             "created_at": _when(header.created_at),
             "updated_at": _when(header.updated_at),
-            "owner": None if owner is None else json_codec.encode(dict(owner)).decode(),
-            "process": process,
+            "owner": None if owner is None else json_codec.encode(dict(owner)),
+            "process": None if process is None else str(process),
             "stream_id": stream_id,
             "fields": _fields_text(content),
             "apart": _apart_text(content),
         }
+        statements: list[bytes] = []
         if before is not None and changes is None:
             # The session begins anew.
-            connection.execute(
-                text("delete", session=before[0], incarnation=before[1].decode(), before=_commit_in(before))
-            )
+            statements.append(text("delete", session=before[0], incarnation=before[1], before=before[3]))
             before = None
         if before is None:
-            cursor = connection.execute(text("create", **values))
-            row = cursor.fetchone()
-            assert row is not None
-            number = row[0]
-            changes = tuple(diff.whole(name, value) for name, value in content.apart.items())
+            statements.append(text("create", **values))
+            number: Any = Raw(text("created"))
             counts: dict[str, int | None] = {}
-            update: list[str] = []
+            changes = tuple(diff.whole(name, value) for name, value in content.apart.items())
         else:
             number = before[0]
             counts = {name: count for name, (count, _) in apart_of(before[9]).items()}
             lease = None if self.lease is None else self.lease.process
-            update = [text("update", session=number, before=_commit_in(before), lease=lease, **values)]
-        statements = [*_row_operations(text, number, counts, changes or ())]
-        if stream_id is not None and stream_id == self._begun:
-            statements.append(text("begin_stream", session=number, stream_id=stream_id))
-        if writer is not None and rest[1]:
-            if writer.number is None:
-                found = self._query("find_stream", id=text_of(self.session_id), stream_id=writer.stream_id)
-                writer.number = found[0][0]
-            statements.append(text("emit", **writer.values(*rest)))
+            statements.append(text("update", session=number, before=before[3], lease=lease, **values))
+        statements += _row_operations(text, number, counts, changes or ())
+        if batch is not None:
+            writer = batch[0]
+            statements.append(text("emit", **writer.values(*batch[1:])))
+            statements.append(self._engine.connections.news(connection, [writer.number]))
         if end is not None and is_stream_id(end.stream_id):
-            statements.append(text("end_stream", session=number, stream_id=end.stream_id, ended=end.how))
-        self._execute(connection, [*update, *statements], is_update=bool(update))
-
-    def _execute(self, connection: Connection, statements: list[str], *, is_update: bool) -> None:
-        """Run statements that were sent as one message. The first one must have found the row, if it is an update."""
-        if not statements:
-            return
-        cursor = connection.execute(";\n".join(statements))
-        if is_update and cursor.rowcount != 1:
-            if self.lease is not None and not self._query("is_alive", process=self.lease.process)[0][0]:
-                stream_id = self._row[12].decode() if self._row and self._row[12] else "?"
-                reason = "its process was not heard of for longer than its lease"
-                raise StreamLost(session_id=self.session_id, stream_id=stream_id, reason=reason)
-            raise self._failed("somebody else has committed since it was read, although the row was locked")
+            facts = {"stream_id": end.stream_id, "ended": end.how, "channel": self._engine.connections.channel}
+            statements.append(text("end_stream", session=number, **facts))
+        if begins:
+            statements.append(text("begin_stream", session=number, stream_id=stream_id))
+        cursor = connection.execute(b";\n".join([*statements, b"COMMIT"]))
+        if begins:
+            # The last answer but one, which is COMMIT's.
+            *_, [number] = [cursor.fetchall()[0] for _ in cursor.results() if cursor.description is not None]
+            self._engine.writers[self.session_id, str(stream_id)].number = number
 
     def delete(self) -> None:
         """Remove the session, with the leases and events of its streams. Durable on return."""
         row = self._there()
-        values = {"session": row[0], "incarnation": row[1].decode(), "before": _commit_in(row)}
+        values = {"session": row[0], "incarnation": row[1], "before": row[3]}
 
         def write(connection: Connection) -> None:
-            text = self._engine.connections.text(connection, "delete", **values)
-            self._execute(connection, [text], is_update=True)
+            connection.execute(self._engine.connections.text(connection, "delete", **values) + b"; COMMIT")
 
         self._settle(write, None)
         self._row = self._committed = self._head = None
@@ -559,15 +564,16 @@ def _commit_in(row: Row | None) -> str | None:
 
 
 def _row_operations(
-    text: Callable[..., str], number: int, counts: dict[str, int | None], changes: tuple[Change, ...]
-) -> list[str]:
+    text: Callable[..., bytes], number: Any, counts: dict[str, int | None], changes: tuple[Change, ...]
+) -> list[bytes]:
     """Return the statements that make the changes of the values that stand apart. `counts` follows them."""
-    found: list[str] = []
+    found: list[bytes] = []
 
     def put(name: str, start: int, items: list[bytes]) -> None:
         if items:
-            facts = {"keys": [key_of(item) for item in items], "items": [item.decode() for item in items]}
-            found.append(text("put_items", session=number, list=text_of(name), start=start, **facts))
+            own = text_of(name)
+            rows = [(number, own, place, key_of(item), item) for place, item in enumerate(items, start)]
+            found.append(text("put_items", rows=rows))
 
     for change in changes:
         name = text_of(change.name)
@@ -584,12 +590,13 @@ def _row_operations(
                 put(change.name, 0, value.split())
             else:
                 counts[change.name] = None
-                found.append(text("put_part", session=number, name=name, value=value.decode()))
+                found.append(text("put_part", session=number, name=name, value=value))
             continue
         count, at, insert = counts[change.name] or 0, change.at, list(map(bytes, change.insert))
         stop, by = at + change.remove, len(insert) - change.remove
         if stop < count and by:
-            found.append(text("remove_items", session=number, list=name, start=at, stop=stop))
+            if change.remove:
+                found.append(text("remove_items", session=number, list=name, start=at, stop=stop))
             found.append(text("move_items", session=number, list=name, start=stop, by=by))
         elif by < 0:
             found.append(text("remove_items", session=number, list=name, start=stop + by, stop=count))

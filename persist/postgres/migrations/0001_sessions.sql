@@ -35,7 +35,8 @@ CREATE TABLE {schema}.items (
     item text NOT NULL,
     PRIMARY KEY (session, list, place)
 );
-CREATE INDEX items_keys ON {schema}.items (session, list, key) WHERE key IS NOT NULL;
+-- With the place, so that the server never reads a whole list backwards to find the last item with a key.
+CREATE INDEX items_keys ON {schema}.items (session, list, key, place) WHERE key IS NOT NULL;
 
 CREATE TABLE {schema}.parts (
     session bigint NOT NULL REFERENCES {schema}.sessions ON DELETE CASCADE,

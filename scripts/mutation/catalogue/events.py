@@ -44,9 +44,9 @@ MUTANTS = (
     ),
     Mutant(
         "events: the look at the lease",
-        FOLLOWING,
-        "Cursor._ended_unsaid",
-        replace_expression("None if info.is_live else 'died'", "'died'"),
+        "files.py",
+        "FileEngine.how_ended",
+        replace_expression("'died' if is_dead else None", "'died'"),
         EVENTS,
         "silent_owner",
     ),
