@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from persist.json_codec import Undecodable
 from persist.storage.cache import Committed
-from persist.storage.content import Content
+from persist.storage.content import Content, Id
 from persist.storage.diff import Change
 from persist.storage.directory import mislabelled
 from persist.storage.document import Head, Header
@@ -40,9 +40,14 @@ __all__ = [
     "Fenced",
     "Held",
     "Lease",
+    "Seeking",
     "Transaction",
     "decoding",
 ]
+
+
+#: The name of a list, and ids of items in it. None is no id.
+Seeking = tuple[str, Sequence[Id | None]]
 
 
 class Engine(Protocol):
@@ -80,8 +85,11 @@ class Engine(Protocol):
     def leases(self) -> list[tuple[str, str]]:
         """Return the (session id, stream id) of all streams that have a lease, dead ones included."""
 
-    def transaction(self, session_id: str, timeout_s: float | None = None) -> Held:
-        """Hold the session's lock for a block, which gets its transaction."""
+    def transaction(self, session_id: str, timeout_s: float | None = None, *, seeking: Seeking | None = None) -> Held:
+        """Hold the session's lock for a block, which gets its transaction.
+
+        `seeking` is what the block is about to look for. An engine may fetch it together with the lock.
+        """
 
     def events(self, session_id: str, stream_id: str, after: int, *, create: bool = False) -> EventReader:
         """Open the events of a stream behind an offset. Raise `FileNotFoundError` if there are none.

@@ -12,14 +12,14 @@ from typing import Any, Literal, Self, TypeVar, get_args
 
 from persist import backup, engines, errors, json_codec, maintenance, streams, turn
 from persist.arguments import require_flags, require_key, require_limit, require_text, require_texts, seconds
-from persist.engine import Committed, Event, decoding
+from persist.engine import Committed, Event, Seeking, decoding
 from persist.engine import Transaction as Locked
 from persist.follow import Cursor, Following
 from persist.head import Head, Recent
 from persist.merge import Policy, check_policies
 from persist.session import Session
 from persist.storage import commit, document
-from persist.storage.content import ALWAYS_APART, HEADER, Content, empty, encoded
+from persist.storage.content import ALWAYS_APART, HEADER, Content, empty, encoded, id_in
 from persist.streams import Backend, Stream, StreamInfo
 from persist.transaction import Transaction, refuse_changed_stream_fields, require_version
 from persist.turn import Message
@@ -197,11 +197,13 @@ class Store:
             raise errors.StoreClosed(path=self.path)
         return self._backend
 
-    def _locked(self, session_id: str, timeout_s: float | None) -> AbstractContextManager[Locked]:
+    def _locked(
+        self, session_id: str, timeout_s: float | None, *, seeking: Seeking | None = None
+    ) -> AbstractContextManager[Locked]:
         """Hold a session's lock for a block."""
         if self._is_closed:
             self._open()  # raises
-        return self._backend.engine.transaction(session_id, timeout_s)
+        return self._backend.engine.transaction(session_id, timeout_s, seeking=seeking)
 
     def _session(self, session_id: str, found: Committed, *, is_durable: bool) -> Session:
         return Session(self._backend, self._policies, session_id, found, is_durable=is_durable)
@@ -567,9 +569,10 @@ class Store:
         # The usual arguments need no check one by one.
         if type(field) is not str or field in turn.IDLE or key != "id" or create is not False or touch is not True:
             _require_list(field, key, touch, create)
-        with self._locked(session_id, timeout_s) as tx:
+        ids = [None if key is None else id_in(line, key) for line in lines]
+        with self._locked(session_id, timeout_s, seeking=(field, ids) if key == "id" else None) as tx:
             copy = WorkingCopy.of(tx, create=create) if create else WorkingCopy(tx.read(), tx)
-            turn.add_once(copy.list(field), lines, key=key, field=field)
+            turn.add_once(copy.list(field), lines, ids, key=key, field=field)
             changed = copy.changed()
             if changed is not None and key != "id":
                 streams.refuse_twins(copy.header, copy.committed, changed[0])

@@ -34,7 +34,7 @@ from persist.arguments import require_flags
 from persist.engine import Committed, End, Ended, Engine, EventWriter, Fenced, Lease, Transaction, decoding
 from persist.log import log
 from persist.storage import layout
-from persist.storage.content import ALWAYS_APART, Content, Id, load
+from persist.storage.content import ALWAYS_APART, Content, Id, as_id, load
 from persist.storage.diff import Change
 from persist.storage.document import Head, Header, first_header
 from persist.transaction import Transaction as Block
@@ -109,7 +109,9 @@ def start(
     if once and (message is None or message.get("id") is None):
         what = "the prompt of start_stream(once=True)"
         raise errors.InvalidArgument(what=what, got="without an id", expected="one with an id")
-    with backend.engine.transaction(session_id, timeout_s) as tx:
+    used = f"{stream_id}.prompt", f"{stream_id}.answer"
+    seeking = turn.MESSAGES, used if prompt is None or prompt["id"] in used else (*used, prompt["id"])
+    with backend.engine.transaction(session_id, timeout_s, seeking=seeking) as tx:
         copy = WorkingCopy.of(tx, create=create)
         stale_id = active_in(copy.committed)
         with tx.probe(stale_id) as is_dead:
@@ -119,7 +121,7 @@ def start(
                 raise _busy(tx, copy.header, stale_id)
             require_version(copy, session_id, if_version)
             messages = copy.list(turn.MESSAGES)
-            if any(messages.place_of(f"{stream_id}.{part}") is not None for part in ("prompt", "answer")):
+            if any(messages.place_of(each) is not None for each in used):
                 raise _unusable(stream_id, "a stream of this session had it before")
             if stream_id == stale_id:
                 raise _unusable(stream_id, "it is the id of the stream that died")
@@ -522,7 +524,7 @@ class Stream:
             CommitFailed, CommitUnknown, LockTimeout: see the errors. The turn may go on.
         """
         answer = turn.with_id(_checked(message), f"{self.id}.answer")
-        with self._owned(timeout_s) as (_, copy, owner):
+        with self._owned(timeout_s, answer["id"]) as (_, copy, owner):
             answer_id = turn.put_answer(copy.list(turn.MESSAGES), answer, owner.answer_id)
             self._commit(copy, owner, answer_id)
 
@@ -531,10 +533,11 @@ class Stream:
 
         Raises: as `checkpoint`.
         """
-        line = json_codec.encode(_checked(message))
-        with self._owned(timeout_s) as (_, copy, owner):
+        own = _checked(message)
+        message_id = as_id(own.get("id"))
+        with self._owned(timeout_s, message_id, f"{self.id}.answer") as (_, copy, owner):
             messages = copy.list(turn.MESSAGES)
-            turn.add_once(messages, [line], before=messages.place_of(owner.answer_id))
+            turn.add_once(messages, [json_codec.encode(own)], [message_id], before=messages.place_of(owner.answer_id))
             self._commit(copy, owner, owner.answer_id)
 
     @contextmanager
@@ -637,7 +640,7 @@ class Stream:
         Raises: as `checkpoint`.
         """
         answer = None if message is None else turn.with_id(_checked(message), f"{self.id}.answer")
-        with self._owned(timeout_s) as (_, copy, owner):
+        with self._owned(timeout_s, *([] if answer is None else [answer["id"]])) as (_, copy, owner):
             answer_id = owner.answer_id
             if answer is not None:
                 answer_id = turn.put_answer(copy.list(turn.MESSAGES), answer, owner.answer_id)
@@ -662,13 +665,19 @@ class Stream:
             self._end(copy, "cancelled" if owner.cancelled else "failed")
 
     @contextmanager
-    def _owned(self, timeout_s: float | None) -> Iterator[tuple[Transaction, WorkingCopy, StreamOwner]]:
-        """Hold the session's lock for a block, and give it a working copy, if the session is still this stream's."""
+    def _owned(
+        self, timeout_s: float | None, *message_ids: Id | None
+    ) -> Iterator[tuple[Transaction, WorkingCopy, StreamOwner]]:
+        """Hold the session's lock for a block, and give it a working copy, if the session is still this stream's.
+
+        The block is about to look for messages with these ids.
+        """
+        seeking = turn.MESSAGES, message_ids
         if not self._lease.is_held:
             raise self._lost("it has ended, or this is a forked child")
         is_inside = False
         try:
-            with self._backend.engine.transaction(self.session_id, timeout_s) as tx:
+            with self._backend.engine.transaction(self.session_id, timeout_s, seeking=seeking) as tx:
                 copy = WorkingCopy(tx.read(), tx)
                 owner = self._require_ownership(copy.header, active_in(copy.committed))
                 tx.lease = self._lease

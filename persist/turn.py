@@ -14,7 +14,7 @@ from typing import Any
 from persist import json_codec
 from persist.errors import id_taken
 from persist.json_codec import same
-from persist.storage.content import Content, Id, Items, id_in
+from persist.storage.content import Content, Id, Items
 from persist.working_copy import WorkingCopy, WorkingList
 
 Message = dict[str, Any]
@@ -50,6 +50,7 @@ def leave_out(document: WorkingCopy, answer_id: Id | None) -> None:
 def add_once(
     messages: WorkingList,
     lines: Sequence[bytes],
+    ids: Sequence[Id | None],
     *,
     key: str | None = "id",
     before: int | None = None,
@@ -60,14 +61,12 @@ def add_once(
     An item with the same `key` and other content is a `MergeConflict`.
 
     Args:
+        ids: the value of the `key` of each item.
         before: the place of the item before which they go. None adds them at the end.
     """
     fresh: list[bytes] = []
     own: dict[Id, int] = {}
-    if len(lines) > 1 and key == "id":
-        messages.base.expect(filter(None, (id_in(line, key) for line in lines)))
-    for line in lines:
-        identity = None if key is None else id_in(line, key)
+    for line, identity in zip(lines, ids, strict=True):
         if identity is None or key is None:
             fresh.append(line)
         elif identity in own:

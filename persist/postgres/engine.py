@@ -12,11 +12,12 @@ from typing import Any
 
 from persist import errors, json_codec
 from persist.arguments import seconds
-from persist.engine import Committed, Ended, decoding
+from persist.engine import Committed, Ended, Seeking, decoding
 from persist.postgres import migrate
 from persist.postgres.connections import Connection, Connections, Place, Row, name_of, text_of
 from persist.postgres.events import Emitter, Listener, RemoteReader, RemoteWriter
 from persist.postgres.heartbeat import Heartbeat, HeldLease
+from persist.postgres.items import Sought
 from persist.postgres.transaction import Held, apart_of, head_of, header_of
 from persist.storage.content import Content, Items, Value
 from persist.storage.document import Head, fields_of
@@ -155,23 +156,42 @@ class PostgresEngine:
 
     # --- the lock ---
 
-    def transaction(self, session_id: str, timeout_s: float | None = None) -> Held:
-        """Return a hold of the session's lock for a block, which gets a transaction."""
-        return Held(self, session_id, self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s))
+    def transaction(self, session_id: str, timeout_s: float | None = None, *, seeking: Seeking | None = None) -> Held:
+        """Return a hold of the session's lock for a block, which gets a transaction.
 
-    def lock_row(self, connection: Connection, session_id: str, timeout_s: float) -> Row | None:
+        Items that the block is `seeking` come with the lock.
+        """
+        timeout_s = self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
+        return Held(self, session_id, timeout_s, Sought.of(seeking))
+
+    def lock_row(
+        self, connection: Connection, session_id: str, timeout_s: float, sought: Sought | None = None
+    ) -> Row | None:
         """Begin a transaction, lock a session, and return its row. None if there is none: then its name is locked.
 
         Raises:
             psycopg.Error: LockNotAvailable after `timeout_s`, for example.
         """
-        text = partial(self.connections.text, connection)
-        timeout = b"SET LOCAL lock_timeout = %d" % max(1, round(timeout_s * 1000))
-        lock = text("lock_name", lock=self._lock_of(session_id))
-        cursor = connection.execute(b"; ".join((b"BEGIN", timeout, lock, text("lock", id=text_of(session_id)))))
-        while cursor.nextset():
-            pass
-        return cursor.fetchone()
+        text = partial(self.connections.text, connection, id=text_of(session_id))
+        statements = [
+            b"BEGIN",
+            b"SET LOCAL lock_timeout = %d" % max(1, round(timeout_s * 1000)),
+            text("lock_name", lock=self._lock_of(session_id)),
+            text("lock"),
+        ]
+        if sought is not None:
+            keys = list(sought.values)
+            one = ("seek_one", {"key": keys[0]}) if len(keys) == 1 else ("seek", {"keys": keys})
+            statements.append(text(one[0], list=text_of(sought.name), **one[1]))
+        cursor = connection.execute(b";\n".join(statements))
+        # BEGIN, the time-out and the lock of the name have no answer of interest.
+        for _ in range(3):
+            cursor.nextset()
+        row = cursor.fetchone()
+        if sought is not None:
+            cursor.nextset()
+            sought.rows = cursor.fetchall()
+        return row
 
     def _lock_of(self, session_id: str) -> int:
         """Return the number of the lock of a session's name."""

@@ -6,12 +6,13 @@ themselves. So a commit costs what it changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from persist import json_codec
+from persist.engine import Seeking
 from persist.postgres.connections import Row
-from persist.storage.content import SEPARATOR, Id, Items, id_in
+from persist.storage.content import SEPARATOR, Id, Items, as_id, id_in
 
 #: Runs a named statement in the transaction that has locked the session.
 Query = Callable[..., list[Row]]
@@ -21,6 +22,32 @@ def key_of(item: bytes) -> bytes | None:
     """Return the key of an item's row: the JSON of its id, or None."""
     value = id_in(item, "id")
     return None if value is None else json_codec.encode(value)
+
+
+class Sought:
+    """The items that a block is about to look for, which come with the session's lock.
+
+    Attributes:
+        name: the list's name.
+        values: the ids that are looked for, by their keys.
+        rows: the key, the place and the item of each that was found, the last ones first. None before the lock.
+    """
+
+    __slots__ = ("name", "rows", "values")
+
+    def __init__(self, name: str, values: dict[bytes, Id]) -> None:
+        self.name = name
+        self.values = values
+        self.rows: list[Row] | None = None
+
+    @classmethod
+    def of(cls, seeking: Seeking | None) -> Sought | None:
+        """Return what a block seeks, or None if it is nothing."""
+        if seeking is None:
+            return None
+        name, ids = seeking
+        values = {json_codec.encode(value): value for each in ids if (value := as_id(each)) is not None}
+        return cls(name if name.isascii() else json_codec.joined(name), values) if values else None
 
 
 class RemoteItems(Items):
@@ -136,21 +163,20 @@ class RemoteItems(Items):
         rows = self._query("items_with", value=text if text.isascii() else "", stop=self._rows)
         return [*places, *(place for place, item in rows if _is(id_in(item, key), value))]
 
+    def take(self, sought: Sought) -> None:
+        """Take the items that came with the lock."""
+        if sought.rows is not None:
+            self._found = {value: [] for value in sought.values.values()}
+            for key, place, item in sought.rows:
+                self._found[sought.values[key]].append(place)
+                self._known[place] = item
+
     def _rows_of(self, value: Id) -> list[int]:
         if value not in self._found:
             rows = self._query("items_of_key", key=json_codec.encode(value), stop=self._rows)
             self._known.update(rows)
             self._found[value] = [place for place, _ in rows]
         return self._found[value]
-
-    def expect(self, values: Iterable[Id]) -> None:
-        """Look for the items with these ids, because the caller is about to `find` each of them."""
-        if self._rows and not self._is_loaded:
-            keys = {json_codec.encode(value): value for value in values}
-            self._found |= {value: [] for value in keys.values()}
-            for key, place, item in self._query("items_of_keys", keys=list(keys), stop=self._rows):
-                self._known[place] = item
-                self._found[keys[key]].append(place)
 
 
 def _is(one: Id | None, other: Id) -> bool:

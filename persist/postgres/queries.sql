@@ -41,11 +41,18 @@ SELECT item FROM {schema}.items WHERE session = %(session)s AND list = %(list)s 
 SELECT place, item FROM {schema}.items
 WHERE session = %(session)s AND list = %(list)s AND key = %(key)s AND place < %(stop)s ORDER BY place DESC LIMIT 2
 
--- name: items_of_keys
-SELECT k.key, i.place, i.item FROM unnest(%(keys)s::text[]) AS k (key) CROSS JOIN LATERAL (
+-- name: seek_one
+-- As `items_of_key`, of the session that was locked just now.
+SELECT key, place, item FROM {schema}.items
+WHERE session = (SELECT number FROM {schema}.sessions WHERE id = %(id)s) AND list = %(list)s AND key = %(key)s
+ORDER BY place DESC LIMIT 2
+
+-- name: seek
+SELECT k.key, i.place, i.item
+FROM {schema}.sessions s CROSS JOIN unnest(%(keys)s::text[]) AS k (key) CROSS JOIN LATERAL (
     SELECT place, item FROM {schema}.items
-    WHERE session = %(session)s AND list = %(list)s AND key = k.key AND place < %(stop)s ORDER BY place DESC LIMIT 2
-) i ORDER BY i.place DESC
+    WHERE session = s.number AND list = %(list)s AND key = k.key ORDER BY place DESC LIMIT 2
+) i WHERE s.id = %(id)s ORDER BY i.place DESC
 
 -- name: items_with
 -- The items in whose text a value stands, the last one first.

@@ -42,7 +42,7 @@ from persist.errors import (
 from persist.log import log
 from persist.postgres.connections import Connection, Row, is_dead, reason_of, text_of
 from persist.postgres.events import RemoteWriter
-from persist.postgres.items import RemoteItems, key_of
+from persist.postgres.items import RemoteItems, Sought, key_of
 from persist.postgres.statements import Raw
 from persist.storage import diff, lock
 from persist.storage.clock import now_s
@@ -133,13 +133,14 @@ class _Row:
 class Held(lock.Hold):
     """The hold of a session's lock for a block, which gets its transaction."""
 
-    __slots__ = ("engine", "tx")
+    __slots__ = ("engine", "sought", "tx")
     held = _Row
     _file: Any
 
-    def __init__(self, engine: PostgresEngine, session_id: str, timeout_s: float) -> None:
+    def __init__(self, engine: PostgresEngine, session_id: str, timeout_s: float, sought: Sought | None) -> None:
         super().__init__(engine.where(session_id), session_id, timeout_s)
         self.engine = engine
+        self.sought = sought
         self.tx: Transaction | None = None
 
     @staticmethod
@@ -155,9 +156,8 @@ class Held(lock.Hold):
             self._file.connection, self._file.give = connection, connections.give
             left_s = deadline - now_s()
             try:
-                self._file.row = self.engine.lock_row(
-                    connection, self.session_id, left_s if self.waiting is None else min(left_s, _SLICE_S)
-                )
+                wait_s = left_s if self.waiting is None else min(left_s, _SLICE_S)
+                self._file.row = self.engine.lock_row(connection, self.session_id, wait_s, self.sought)
                 return
             except psycopg.errors.LockNotAvailable:
                 connection.rollback()
@@ -180,7 +180,7 @@ class Held(lock.Hold):
 
     def __enter__(self) -> Transaction:
         held = self.acquire()
-        self.tx = Transaction(self.engine, self.session_id, held, self.timeout_s)
+        self.tx = Transaction(self.engine, self.session_id, held, self.timeout_s, self.sought)
         return self.tx
 
     def __exit__(
@@ -207,12 +207,15 @@ class Held(lock.Hold):
 class Transaction:
     """The operations on a session whose row is locked. After the block, every method raises `LockError`."""
 
-    def __init__(self, engine: PostgresEngine, session_id: str, held: Any, timeout_s: float) -> None:
+    def __init__(
+        self, engine: PostgresEngine, session_id: str, held: Any, timeout_s: float, sought: Sought | None = None
+    ) -> None:
         self.session_id = session_id
         self.place = engine.where(session_id)
         self._engine = engine
         self._held: Any = held
         self._row: Row | None = held.row
+        self._sought = sought
         self._timeout_s = timeout_s
         self._pid = os.getpid()
         self._committed: Committed | None = None
@@ -310,7 +313,9 @@ class Transaction:
             for name, (count, size_bytes) in sizes.items():
                 if count is not None:
                     query = partial(self._query, session=number, list=text_of(name))
-                    apart[name] = RemoteItems(query, count, size_bytes)
+                    items = apart[name] = RemoteItems(query, count, size_bytes)
+                    if self._sought is not None and self._sought.name == name:
+                        items.take(self._sought)
                 else:
                     values = values or dict(self._query("parts", session=number))
                     apart[name] = values[text_of(name).encode()]

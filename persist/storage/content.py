@@ -245,9 +245,6 @@ class Items:
         places = self._places.get(key) or self._placed(key)
         return places.found.get(value)
 
-    def expect(self, values: Iterable[Id]) -> None:
-        """Do nothing, because the items are here. An engine may look for all these ids at once, before each `find`."""
-
     def is_repeated(self, value: Id, key: str = "id") -> bool:
         """Tell whether more than one item has this value."""
         return value in self._placed(key).repeated

@@ -373,10 +373,10 @@ class SessionFiles(SessionDirectory):
                     return look(session_id)
             raise
 
-    def transaction(self, session_id: str, timeout_s: float | None = None) -> Locked:
+    def transaction(self, session_id: str, timeout_s: float | None = None, *, seeking: object = None) -> Locked:
         """Return a hold of the session's lock for a block, which gets a transaction.
 
-        If the session turns out not to be there, no lock file is left.
+        Whatever the block is `seeking` is here already. If the session turns out not to be there, no lock file is left.
 
         Raises:
             InvalidArgument: an argument is not what it must be.

@@ -140,14 +140,20 @@ class InBatches(ByHand):
     ) -> None:
         execute = self.connection.execute
         text = psycopg.ClientCursor(self.connection).mogrify
-        locks = text(self.texts["lock_name"], {"lock": hash(session_id)}), text(self.texts["lock"], {"id": session_id})
-        cursor = execute("; ".join(("BEGIN", "SET LOCAL lock_timeout = 5000", *locks)))
-        while cursor.nextset():
-            pass
+        looks = [
+            text(self.texts["lock_name"], {"lock": hash(session_id)}),
+            text(self.texts["lock"], {"id": session_id}),
+        ]
+        if key is not None:
+            find = {"id": session_id, "list": "messages", "key": _encode(key).decode()}
+            looks.append(text(self.texts["seek_one"], find))
+        cursor = execute("; ".join(["BEGIN", "SET LOCAL lock_timeout = 5000", *looks]))
+        for _ in range(3):
+            cursor.nextset()
         row, found = self.row(cursor.fetchone()), []
         if key is not None:
-            find = {"session": row["session"], "list": "messages", "key": _encode(key).decode(), "stop": row["count"]}
-            found = execute(self.texts["items_of_key"], find).fetchall()
+            cursor.nextset()
+            found = [row[1:] for row in cursor.fetchall()]
         item = change(row)
         statements = [text(self.texts["update"], self.next(row, item, is_new=not found))]
         if item is not None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import persist
 from persist import json_codec, turn
 from persist.storage.cache import Replica
-from persist.storage.content import encoded
+from persist.storage.content import encoded, id_in
 from persist.storage.document import first_header
 from persist.working_copy import WorkingCopy
 
@@ -152,7 +152,9 @@ def test_id_that_is_taken_is_not_given_again() -> None:
 
 def added(there: list[Any], items: list[Any], **options: Any) -> list[Any]:
     document = copy_of({"messages": there})
-    turn.add_once(document.list("messages"), list(map(json_codec.encode, items)), **options)
+    lines = list(map(json_codec.encode, items))
+    ids = [id_in(line, options.get("key", "id")) for line in lines]
+    turn.add_once(document.list("messages"), lines, ids, **options)
     found: list[Any] = document.content.decode()["messages"]
     return found
 
