@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
 
@@ -569,7 +570,7 @@ class Store:
         # The usual arguments need no check one by one.
         if type(field) is not str or field in turn.IDLE or key != "id" or create is not False or touch is not True:
             _require_list(field, key, touch, create)
-        ids = [None if key is None else id_in(line, key) for line in lines]
+        ids = [None] * len(lines) if key is None else list(map(id_in, lines, repeat(key)))
         with self._locked(session_id, timeout_s, seeking=(field, ids) if key == "id" else None) as tx:
             copy = WorkingCopy.of(tx, create=create) if create else WorkingCopy(tx.read(), tx)
             turn.add_once(copy.list(field), lines, ids, key=key, field=field)

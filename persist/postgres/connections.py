@@ -27,7 +27,6 @@ from persist.postgres.statements import Statements
 from persist.storage.clock import now_s
 
 Result = TypeVar("Result")
-Connection = psycopg.Connection[tuple[Any, ...]]
 Row = tuple[Any, ...]
 
 #: How many connections a process uses at most.
@@ -41,6 +40,16 @@ class _Utf8(Loader):
 
     def load(self, data: Any) -> bytes:
         return bytes(data)
+
+
+class Connection(psycopg.Connection[Row]):
+    """A connection to the server.
+
+    Attributes:
+        is_prepared: whether the usual statements are prepared on it. None if nobody has tried that yet.
+    """
+
+    is_prepared: bool | None = None
 
 
 def is_dead(error: psycopg.Error, connection: Connection) -> bool:
@@ -132,6 +141,7 @@ class Connections:
                         self.conninfo,
                         min_size=0,
                         max_size=MOST_CONNECTIONS,
+                        connection_class=Connection,
                         kwargs=kwargs,
                         configure=configure,
                         open=True,
@@ -148,9 +158,32 @@ class Connections:
             Unreadable: there is none until the deadline.
         """
         try:
-            return self._here().getconn(timeout=max(0.05, deadline - now_s()))
+            connection = self._here().getconn(timeout=max(0.05, deadline - now_s()))
+            if connection.is_prepared is None:
+                self._prepare(connection)
+            return connection
         except (PoolTimeout, psycopg.Error) as error:
             raise self.unreadable(self._why(error)) from error
+
+    def _prepare(self, connection: Connection) -> None:
+        """Prepare the usual statements, unless a pooler stands between this process and the server.
+
+        A pooler greets a client in the server's name, but with a number of its own.
+        """
+        try:
+            [[pid]] = connection.execute("SELECT pg_backend_pid()").fetchall()
+            is_direct = pid == connection.info.backend_pid
+            if is_direct:
+                connection.execute(self.statements.preparation)
+            connection.is_prepared = is_direct
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+            # The schema is about to be made, or to be refused.
+            pass
+        except psycopg.Error as error:
+            if not connection.closed:
+                raise
+            # Whoever takes the connection finds out.
+            log.debug("%s: a new connection died: %s", self.place, reason_of(error))
 
     def _why(self, error: Exception) -> str:
         if isinstance(error, PoolTimeout):
@@ -199,12 +232,12 @@ class Connections:
 
     def query(self, connection: Connection, statement: str, /, **values: Any) -> list[Row]:
         """Run a named statement, and return its rows."""
-        cursor = connection.execute(self.statements.text(connection.pgconn, statement, values))
+        cursor = connection.execute(self.text(connection, statement, **values))
         return cursor.fetchall() if cursor.description is not None else []
 
     def text(self, connection: Connection, statement: str, /, **values: Any) -> bytes:
         """Return a named statement with its values, to be sent together with others."""
-        return self.statements.text(connection.pgconn, statement, values)
+        return self.statements.text(connection.pgconn, statement, values, is_prepared=connection.is_prepared is True)
 
     def news(self, connection: Connection, streams: list[int | None]) -> bytes:
         """Return the statement that tells the processes that follow these streams, when the transaction commits."""
@@ -246,7 +279,7 @@ class Own:
         """Return the connection. It is made anew if it has died."""
         if self._connection is None or self._connection.closed:
             try:
-                self._connection = psycopg.connect(
+                self._connection = Connection.connect(
                     self._connections.conninfo,
                     autocommit=True,
                     cursor_factory=psycopg.ClientCursor,

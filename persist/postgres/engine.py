@@ -94,19 +94,37 @@ class PostgresEngine:
         return rows
 
     def read(self, session_id: str) -> Committed:
-        """Read the committed session, in one statement."""
-        rows = self._rows("read", session_id)
-        first = rows[0]
-        values = {name: value for *_, name, value in rows if name is not None}
+        """Read the committed session: its row, its items and its other values in one snapshot, by one message."""
+        place = self.where(session_id)
+        row, items, parts = self.connections.run(partial(self._read, session_id), self.timeout_s)
+        if row is None:
+            raise errors.SessionNotFound(session_id=session_id, path=place)
         with self.reading(session_id):
+            lists, own = dict[bytes, list[bytes]](), list[bytes]()
+            for name, item in items:
+                if name is not None:
+                    own = lists[name] = []
+                own.append(item)
+            values: dict[bytes, Value] = dict(parts) | {name: Items(items) for name, items in lists.items()}
             apart: dict[str, Value] = {}
-            for name, (count, _) in apart_of(first[9]).items():
-                text = values.get(text_of(name).encode(), b"")
-                if count is None:
-                    apart[name] = text
-                else:
-                    apart[name] = Items.in_document(memoryview(b"[\n%b\n]" % text), count)
-            return Committed(header_of(first), Content(fields_of(first[8]), apart))
+            for name, (count, _) in apart_of(row[9]).items():
+                value = values.get(text_of(name).encode(), Items([]))
+                if (value.count if isinstance(value, Items) else None) != count:
+                    raise json_codec.Undecodable("a session's values are not those that its row tells of")
+                apart[name] = value
+            return Committed(header_of(row), Content(fields_of(row[8]), apart))
+
+    def _read(self, session_id: str, connection: Connection) -> tuple[Row | None, list[Row], list[Row]]:
+        text = partial(self.connections.text, connection, id=text_of(session_id))
+        statements = (
+            b"BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY",
+            text("head"),
+            text("all_items"),
+            text("all_parts"),
+        )
+        cursor = connection.execute(b";\n".join((*statements, b"COMMIT")))
+        heads, items, parts = [cursor.fetchall() for _ in cursor.results() if cursor.description is not None]
+        return heads[0] if heads else None, items, parts
 
     def read_head(self, session_id: str) -> Head:
         """Read the committed header and fields."""

@@ -11,19 +11,17 @@ FROM {schema}.sessions WHERE id = %(id)s FOR UPDATE
 -- served in their order. A row's lock would go to whoever comes just when it is free.
 SELECT pg_advisory_xact_lock(%(lock)s)
 
--- name: read
--- The session with all its values, in one statement, so that they are of one commit.
-SELECT s.number, s.incarnation, s.revision, s.commit, s.epoch, s.created_at, s.updated_at, s.owner, s.fields, s.apart,
-       v.name, v.value
-FROM {schema}.sessions s LEFT JOIN LATERAL (
-    SELECT list AS name, string_agg(item, E',\n' ORDER BY place) AS value FROM {schema}.items WHERE session = s.number GROUP BY list
-    UNION ALL SELECT name, value FROM {schema}.parts WHERE session = s.number
-) v ON true
-WHERE s.id = %(id)s
-
 -- name: head
 SELECT number, incarnation, revision, commit, epoch, created_at, updated_at, owner, fields, apart
 FROM {schema}.sessions WHERE id = %(id)s
+
+-- name: all_items
+-- The items of all lists, one list after the other. Its name stands beside its first item.
+SELECT CASE WHEN place = 0 THEN list END, item FROM {schema}.items
+WHERE session = (SELECT number FROM {schema}.sessions WHERE id = %(id)s) ORDER BY list, place
+
+-- name: all_parts
+SELECT name, value FROM {schema}.parts WHERE session = (SELECT number FROM {schema}.sessions WHERE id = %(id)s)
 
 -- name: last
 -- The last items of a list, the last one first, with the session's fields.
@@ -83,6 +81,11 @@ WHERE number = %(session)s AND incarnation = %(incarnation)s AND commit = %(befo
         OR EXISTS (SELECT FROM {schema}.processes WHERE id = %(lease)s::uuid AND expires_at > clock_timestamp()))
     RETURNING number)
 SELECT 1 / count(*) FROM found
+
+-- name: put_item
+INSERT INTO {schema}.items (session, list, place, key, item)
+VALUES (%(session)s, %(list)s, %(place)s, %(key)s, %(item)s)
+ON CONFLICT (session, list, place) DO UPDATE SET key = excluded.key, item = excluded.item
 
 -- name: put_items
 INSERT INTO {schema}.items (session, list, place, key, item) VALUES %(rows)s

@@ -1,8 +1,10 @@
 """The named statements of queries.sql, with their values in the text.
 
-A text is bytes from its parts to the socket: most of it is JSON that is kept as bytes. Nothing is prepared and nothing
-is bound, because pgbouncer gives each transaction another connection. So one message to the server holds as many
-statements as a verb has, and a verb costs two or three round trips.
+A text is bytes from its parts to the socket: most of it is JSON that is kept as bytes. Values are never bound, so that
+one message to the server holds as many statements as a verb has. Most verbs cost two round trips.
+
+The statements of the usual verbs are prepared on a connection that nobody stands in. pgbouncer gives each transaction
+another connection, so behind it their whole text is sent.
 """
 
 from __future__ import annotations
@@ -22,6 +24,27 @@ _VALUE = re.compile(r"%\((\w+)\)s")
 Value = Any
 
 
+#: The statements of the usual verbs.
+_USUAL = (
+    "lock_name",
+    "lock",
+    "seek_one",
+    "seek",
+    "items_of_key",
+    "update",
+    "put_item",
+    "head",
+    "last",
+    "all_items",
+    "all_parts",
+)
+
+
+def _names(text: str) -> list[str]:
+    """Return the names of a statement's values, each once."""
+    return list(dict.fromkeys(_VALUE.findall(text)))
+
+
 class Raw(bytes):
     """An expression of SQL, in the place of a value."""
 
@@ -39,15 +62,26 @@ class Statements:
             name, _, text = part.partition("\n")
             text = re.sub(r"^ *--.*\n", "", text, flags=re.MULTILINE).strip()
             self.texts[name.strip()] = text.replace("{schema}", quoted)
+        #: What prepares the usual statements, as one message. An earlier try may have prepared some of them.
+        self.preparation = b";\n".join([b"DEALLOCATE ALL", *map(self._prepare, _USUAL)])
+        self._prepared = {name: _names(self.texts[name]) for name in _USUAL}
         # A text, the name of a value, a text, and so on.
         self._parts = {
             name: [part if at % 2 else part.encode() for at, part in enumerate(_VALUE.split(text))]
             for name, text in self.texts.items()
         }
 
-    def text(self, pgconn: pq.abc.PGconn, name: str, values: dict[str, Value]) -> bytes:
-        """Return a statement with its values."""
+    def _prepare(self, name: str) -> bytes:
+        names = _names(self.texts[name])
+        text = _VALUE.sub(lambda value: f"${names.index(value[1]) + 1}", self.texts[name])
+        return f"PREPARE persist_{name} AS {text}".encode()
+
+    def text(self, pgconn: pq.abc.PGconn, name: str, values: dict[str, Value], *, is_prepared: bool) -> bytes:
+        """Return a statement with its values. `is_prepared` tells whether the connection has the `preparation`."""
         quote = pq.Escaping(pgconn).escape_literal
+        if is_prepared and name in self._prepared:
+            own = [literal(values[each], quote) for each in self._prepared[name]]
+            return b"EXECUTE persist_%b (%b)" % (name.encode(), b", ".join(own))
         return b"".join(
             [part if type(part) is bytes else literal(values[part], quote) for part in self._parts[name]]  # type: ignore[index]
         )

@@ -575,10 +575,12 @@ def _row_operations(
     found: list[bytes] = []
 
     def put(name: str, start: int, items: list[bytes]) -> None:
-        if items:
-            own = text_of(name)
-            rows = [(number, own, place, key_of(item), item) for place, item in enumerate(items, start)]
+        own = text_of(name)
+        rows = [(number, own, place, key_of(item), item) for place, item in enumerate(items, start)]
+        if len(rows) > 1:
             found.append(text("put_items", rows=rows))
+        for _, _, place, key, item in rows[:1] if len(rows) == 1 else ():
+            found.append(text("put_item", session=number, list=own, place=place, key=key, item=item))
 
     for change in changes:
         name = text_of(change.name)

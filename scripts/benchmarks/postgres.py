@@ -40,6 +40,9 @@ DEADLINE_S = 120.0
 _encode, _decode = msgspec.json.encode, msgspec.json.decode
 PROMPT = {"id": "prompt", "role": "user", "content": "Why?"}
 
+#: The statements that read a whole session.
+_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY"
+_WHOLE = ("head", "all_items", "all_parts")
 #: The columns of a session's row, as the statements `lock` and `read` give them.
 _COLUMNS = (
     *("session", "incarnation", "revision", "commit", "epoch", "created_at", "updated_at", "owner", "fields", "apart"),
@@ -106,12 +109,23 @@ class ByHand:
         return {"session": row["session"], "list": "messages", "place": start, **facts}
 
     def load(self, session_id: str) -> dict[str, Any]:
-        """Read a session with all its items."""
-        rows = self.connection.execute(self.texts["read"], {"id": session_id}).fetchall()
-        data: dict[str, Any] = _decode(rows[0][8])
-        for row in rows:
-            data[row[-2]] = _decode(f"[{row[-1]}]")
-        return data
+        """Read a session with all its items, in one snapshot."""
+        execute = self.connection.execute
+        execute(_SNAPSHOT)
+        found = [execute(self.texts[name], {"id": session_id}).fetchall() for name in _WHOLE]
+        execute("COMMIT")
+        return self.data(*found)
+
+    def data(self, heads: list[Any], items: list[Any], parts: list[Any]) -> dict[str, Any]:
+        data: dict[str, Any] = _decode(heads[0][8])
+        lists: dict[str, list[str]] = {}
+        for name, item in items:
+            if name is not None:
+                own = lists[name] = []
+            own.append(item)
+        for name, texts in lists.items():
+            data[name] = _decode(f"[{','.join(texts)}]")
+        return data | {name: _decode(value) for name, value in parts}
 
     # --- the verbs ---
 
@@ -160,6 +174,12 @@ class InBatches(ByHand):
             statements.append(text(self.texts["put_items"], self.put(row, item, found)))
         execute("; ".join([*statements, "COMMIT"]))
 
+    def load(self, session_id: str) -> dict[str, Any]:
+        text = psycopg.ClientCursor(self.connection).mogrify
+        statements = [_SNAPSHOT, *(text(self.texts[name], {"id": session_id}) for name in _WHOLE), "COMMIT"]
+        cursor = self.connection.execute("; ".join(statements))
+        return self.data(*[cursor.fetchall() for _ in cursor.results() if cursor.description is not None])
+
 
 # --- one process -----------------------------------------------------------------------------------------------------
 
@@ -171,6 +191,8 @@ def verbs(url: str, effort: Effort) -> Findings:
     store.create(SESSION, conversation(MESSAGES))
     # A checkpoint needs a session with a running stream, whose row is the same for all of them.
     store.create("turn", conversation(MESSAGES))
+    # The others grow.
+    store.create("read", conversation(MESSAGES))
     stream = store.start_stream("turn", PROMPT)
     programs = {"one by one": ByHand(url, schema), "in batches": InBatches(url, schema)}
     texts = itertools.count(1)
@@ -187,13 +209,13 @@ def verbs(url: str, effort: Effort) -> Findings:
         "append": lambda: store.append(SESSION, "messages", new_message()),
         "update of a field": lambda: store.update(SESSION, edit),
         "checkpoint": lambda: stream.checkpoint(answer()),
-        "load": lambda: store.load(SESSION).data,
+        "load": lambda: store.load("read").data,
     }
     theirs: dict[str, Callable[[ByHand], object]] = {
         "append": lambda program: program.append(),
         "update of a field": lambda program: program.update(),
         "checkpoint": lambda program: program.checkpoint(answer()),
-        "load": lambda program: program.load(SESSION),
+        "load": lambda program: program.load("read"),
     }
     rows, targets = [], []
     for verb, call in ours.items():
