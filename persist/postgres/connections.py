@@ -52,6 +52,15 @@ class Connection(psycopg.Connection[Row]):
     is_prepared: bool | None = None
 
 
+def is_direct(connection: Connection) -> bool:
+    """Tell whether no pooler stands between this process and the server.
+
+    A pooler greets a client in the server's name, but with a process number of its own.
+    """
+    [[pid]] = connection.execute("SELECT pg_backend_pid()").fetchall()
+    return bool(pid == connection.info.backend_pid)
+
+
 def is_dead(error: psycopg.Error, connection: Connection) -> bool:
     """Tell whether an error means that the transaction is gone, through no fault of its statements."""
     again = (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected)
@@ -118,9 +127,8 @@ class Connections:
         self.conninfo = make_conninfo(**parts)
         # A password never stands in an error.
         host = parts.get("host") or "localhost"
-        self.place: str = Place(
-            f"postgresql://{host}:{parts.get('port') or 5432}/{parts.get('dbname') or ''}?schema={schema}"
-        )
+        port, name = parts.get("port") or 5432, parts.get("dbname") or ""
+        self.place = Place(f"postgresql://{host}:{port}/{name}?schema={schema}")
         self.schema = schema
         #: The channel of the hints that there are events.
         self.channel = f"persist_{hashlib.blake2b(schema.encode(), digest_size=8).hexdigest()}"
@@ -166,16 +174,12 @@ class Connections:
             raise self.unreadable(self._why(error)) from error
 
     def _prepare(self, connection: Connection) -> None:
-        """Prepare the usual statements, unless a pooler stands between this process and the server.
-
-        A pooler greets a client in the server's name, but with a number of its own.
-        """
+        """Prepare the usual statements, unless the next transaction may get another connection of a pooler's."""
         try:
-            [[pid]] = connection.execute("SELECT pg_backend_pid()").fetchall()
-            is_direct = pid == connection.info.backend_pid
-            if is_direct:
+            is_prepared = is_direct(connection)
+            if is_prepared:
                 connection.execute(self.statements.preparation)
-            connection.is_prepared = is_direct
+            connection.is_prepared = is_prepared
         except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
             # The schema is about to be made, or to be refused.
             pass

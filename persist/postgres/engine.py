@@ -39,7 +39,7 @@ class PostgresEngine:
         self, url: str, *, schema: str, create: bool, timeout_s: float, keep_events_s: float, lease_s: float
     ) -> None:
         self.connections = Connections(url, schema)
-        self.place = self.connections.place
+        self.place: str = self.connections.place
         self.timeout_s = timeout_s
         self._keep_events_s = keep_events_s
         self.heartbeat = Heartbeat(self.connections, lease_s=lease_s, beat_s=lease_s / 3)

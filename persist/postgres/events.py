@@ -30,7 +30,7 @@ from persist import json_codec
 from persist.engine import Ended, Event, Fenced
 from persist.errors import EmitFailed, PersistError
 from persist.log import log
-from persist.postgres.connections import Connection, Connections, Own, Row, text_of
+from persist.postgres.connections import Connection, Connections, Own, Row, is_direct, text_of
 from persist.postgres.heartbeat import HeldLease
 from persist.storage.clock import now_s
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 #: How long the events of a process are gathered, before they are written together.
 BATCH_S = 0.025
-#: How often a process asks for news, while hints come and while none do.
+#: How often a process asks for news, where hints are heard and where they are not.
 POLL_S, POLL_WITHOUT_HINTS_S = 0.25, 0.05
 #: So many events are read at a time.
 _PAGE = 1000
@@ -450,6 +450,8 @@ class Listener:
                 if listening is not connection:
                     connection.execute(f"LISTEN {self._connections.channel}")
                     listening, poll_at = connection, 0.0
+                    # A pooler may swallow the hints.
+                    poll_s = POLL_S if is_direct(connection) else POLL_WITHOUT_HINTS_S
                 hinted = set[int]()
                 for hint in connection.notifies(timeout=max(0.0, poll_at - now_s()), stop_after=1):
                     hinted.update(int(each) for each in hint.payload.split(",") if each.isdecimal())
