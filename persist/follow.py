@@ -48,7 +48,11 @@ class Cursor:
         self._look_timeout_s = LOOK_TIMEOUT_S
         self._reader = self._open()
         self._place = self._reader.place
-        self._first = self._reader.read(until=self._reader.size())
+        try:
+            self._first = self._reader.read(until=self._reader.size())
+        except FileNotFoundError:
+            # Their time was over just now.
+            raise self._not_found() from None
         if after == "end":
             self._reader.begin_here()
             self.after = self._reader.count

@@ -21,6 +21,7 @@ pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed"
 import psycopg
 
 from persist.postgres.engine import PostgresEngine
+from persist.postgres.events import RemoteReader
 from persist.postgres.transaction import Transaction
 
 USER = {"role": "user", "content": "Why?"}
@@ -53,7 +54,8 @@ def cut(store: persist.Store, relay: Relay, postgres_url: str, schema: str) -> p
 def run(code: str, url: str, schema: str, **options: Any) -> subprocess.Popen[str]:
     """Start another process on the same sessions. Its code has `store`."""
     opening = f"import persist, sys, time\nstore = persist.Store({url!r}, schema={schema!r}, **{options!r})\n"
-    command = [sys.executable, "-c", opening + code]
+    # -P: the package of the test, wherever it runs.
+    command = [sys.executable, "-P", "-c", opening + code]
     _started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
     return _started[-1]
 
@@ -409,6 +411,25 @@ def test_sweep_finds_a_stream_that_was_dropped_in_a_live_process(store: persist.
     assert store.clear_stale_streams().cleared == []
 
 
+def test_late_writes_do_not_reach_the_turn_of_a_successor(store: persist.Store) -> None:
+    """The owner stands in the row that is locked, so a turn that was taken away writes nothing into the next one.
+
+    Its process is alive for the server. Without the comparison in `Stream._require_ownership`, the writes are made.
+    """
+    store.create("s", {"messages": []})
+    stream = store.start_stream("s", USER)
+    stream.checkpoint({"role": "assistant", "content": "early"})
+    other = persist.Store(store._at, **store._options)
+    other.cancel("s", stream.id, force=True)
+    with other.start_stream("s", USER) as successor:
+        for verb in (stream.checkpoint, stream.append, stream.finish):
+            with pytest.raises(persist.StreamLost):
+                verb({"role": "assistant", "content": "late"})
+        successor.finish({"role": "assistant", "content": "a"})
+    assert [each["content"] for each in store.tail("s")] == ["Why?", "early", "Why?", "a"]
+    stream._close()
+
+
 # --- the schema -------------------------------------------------------------------------------------------------------
 
 
@@ -421,3 +442,29 @@ def test_workers_that_start_at_once_migrate_once(postgres_url: str, schema: str)
     for each in others:
         go(each)
     assert [each.wait(60) for each in others] == [0] * 8
+
+
+# --- servers and processes that are lost ------------------------------------------------------------------------------
+
+
+def test_events_that_expire_under_a_reader_are_not_found(
+    postgres_url: str, schema: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events that go between the look for them and the first read are gone, and no error of a file system comes out.
+
+    Without the handler in `Cursor.__init__`, FileNotFoundError does.
+    """
+    store = persist.Store(postgres_url, schema=schema, keep_events_s=0.0)
+    store.create("s", {"messages": []})
+    with store.start_stream("s", USER, stream_id="t") as stream:
+        stream.emit(1, durable=True)
+        stream.finish({"role": "assistant", "content": "a"})
+    really = RemoteReader.size
+
+    def late(self: RemoteReader) -> int:
+        store._backend.engine.tidy()
+        return really(self)
+
+    monkeypatch.setattr(RemoteReader, "size", late)
+    with pytest.raises(persist.EventsNotFound):
+        store.events("s", "t")
