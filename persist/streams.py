@@ -728,6 +728,8 @@ class Stream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._lease.is_held:
+            # The stream has ended, or has lost its authority for a while. It must not come back to life.
+            self._close()
             return
         try:
             self.fail()

@@ -62,6 +62,7 @@ class RemoteWriter:
         self.stream_id = stream_id
         self.process = lease.process
         self._engine = engine
+        self._pid = os.getpid()
         self._guard = threading.Lock()
         self.writing = threading.RLock()
         self._pending: list[bytes] = []
@@ -149,6 +150,9 @@ class RemoteWriter:
 
     def close(self) -> None:
         """Write what is left, if the stream has not ended."""
+        if self._pid != os.getpid():
+            # The events are the parent's.
+            return
         self._engine.writers.pop((self.session_id, self.stream_id), None)
         if self.pending()[1] and not self.is_fenced:
             self._engine.emitter.schedule(self)

@@ -447,6 +447,49 @@ def test_workers_that_start_at_once_migrate_once(postgres_url: str, schema: str)
 # --- servers and processes that are lost ------------------------------------------------------------------------------
 
 
+def test_block_that_ends_while_the_server_is_away_frees_its_session(
+    cut: persist.Store, store: persist.Store, relay: Relay, postgres_url: str
+) -> None:
+    """A stream that has lost its authority for a while gives its lease up for good when its block is left.
+
+    Without the close in `Stream.__exit__`, the session is busy for as long as the process lives.
+    """
+    heartbeat = engine_of(cut).heartbeat
+    with cut.start_stream("s", USER) as stream:
+        relay.refuses = True
+        with psycopg.connect(postgres_url, autocommit=True) as other:
+            other.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        heartbeat.beat()
+        with pytest.raises(persist.StreamLost):
+            stream.checkpoint({"role": "assistant", "content": "late"})
+    relay.refuses = False
+    heartbeat.beat()
+    info = store.stream("s")
+    assert info is not None
+    assert not info.is_live
+
+
+def test_forked_child_that_leaves_a_block_emits_nothing(postgres_url: str, schema: str) -> None:
+    """The events that wait are the parent's. Without the look at the process in `RemoteWriter.close`, both write."""
+    code = """
+import os
+store.create("s", {"messages": []})
+stream = store.start_stream("s")
+with stream._events.writing:
+    stream.emit({"n": 1})
+    pid = os.fork()
+    if pid == 0:
+        stream.__exit__(None, None, None)
+        os._exit(len(store._backend.engine.emitter._dirty))
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+stream.finish()
+"""
+    assert said(run(code, postgres_url, schema)) == "0"
+
+
 def test_events_that_expire_under_a_reader_are_not_found(
     postgres_url: str, schema: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
