@@ -68,9 +68,12 @@ def migrate(connections: Connections, *, timeout_s: float) -> list[str]:
 def _migrate(schema: str, connection: Connection) -> list[str]:
     name, ran = sql.Identifier(schema).as_string(connection), list[str]()
     with connection.transaction():
+        # Nobody waits for a process that was cut off in here.
+        connection.execute("SET LOCAL idle_in_transaction_session_timeout = '30s'")
         connection.execute("SELECT pg_advisory_xact_lock(hashtextextended('persist migrate ' || %s, 0))", [schema])
-        # IF NOT EXISTS would ask for the right to make a schema, even if it is there.
-        if connection.execute("SELECT FROM pg_namespace WHERE nspname = %s", [schema]).rowcount == 0:
+        # IF NOT EXISTS would ask for the right to make a schema, even if it is there. And it may answer from what this
+        # connection knew before the lock.
+        if not connection.execute("SELECT FROM pg_namespace WHERE nspname = %s", [schema]).fetchall():
             connection.execute(f"CREATE SCHEMA {name}")
         connection.execute(
             f"CREATE TABLE IF NOT EXISTS {name}.migrations "
