@@ -294,16 +294,28 @@ class Own:
             configure(self._connection)
         return self._connection
 
-    def run(self, work: Callable[[Connection], Result]) -> Result:
-        """Do work that may be done twice. If the connection had died in the meantime, it is done on a new one."""
-        for is_last in (False, True):
-            connection = self.get()
+    def run(self, work: Callable[[Connection], Result], timeout_s: float = 0.0) -> Result:
+        """Do work that may be done twice. If the connection had died in the meantime, it is done on a new one.
+
+        A server that cannot be reached is tried again until the time is over.
+        """
+        deadline, pause_s, is_first = now_s() + timeout_s, _PAUSE_S, True
+        while True:
+            connection = None
             try:
+                connection = self.get()
                 return work(connection)
             except psycopg.Error as error:
-                if is_last or not is_dead(error, connection):
+                may_go_on = (is_first or now_s() < deadline) and is_dead(error, connection) if connection else False
+                if not may_go_on:
                     raise self._connections.unreadable(reason_of(error)) from error
-        raise AssertionError
+            except PersistError:
+                if now_s() + pause_s > deadline:
+                    raise
+            if not is_first:
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            is_first = False
 
     def close(self) -> None:
         """Close the connection. In a forked child it is the parent's, and stays open."""

@@ -232,7 +232,7 @@ class PostgresEngine:
 
     def begin(self, session_id: str, stream_id: str) -> tuple[HeldLease, RemoteWriter]:
         """Return the lease and the writer of a new stream of this process."""
-        lease = self.heartbeat.lease(session_id, stream_id)
+        lease = self.heartbeat.lease(session_id, stream_id, self.timeout_s)
         writer = self.writers[session_id, stream_id] = RemoteWriter(self, session_id, stream_id, lease)
         return lease, writer
 

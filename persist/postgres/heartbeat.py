@@ -77,6 +77,8 @@ class Heartbeat:
         self._held: set[tuple[str, str]] = set()
         self._to_free: list[tuple[str, str, str]] = []
         self._proven_until = -1.0
+        #: When the server was last asked to renew the row. Its own time of that is later.
+        self._asked_at = -1.0
         self._is_failing = False
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -90,21 +92,19 @@ class Heartbeat:
         """Tell whether this process runs a stream. None if the stream is another process's."""
         return (session_id, stream_id) in self._held if str(process) == self.id else None
 
-    def lease(self, session_id: str, stream_id: str) -> HeldLease:
+    def lease(self, session_id: str, stream_id: str, timeout_s: float) -> HeldLease:
         """Make sure that this process has a live row, and return a lease for a new stream.
 
         Raises:
-            Unreadable: the server cannot be reached.
+            Unreadable: the server cannot be reached for so many seconds.
         """
         with self._guard:
             if not self.is_proven(self.id):
-                since = now_s()
-                if self._proven_until < 0 or not self._own.run(self._renew):
+                if self._proven_until < 0 or not self._own.run(self._renew, timeout_s):
                     # A row that has expired stays dead, and with it all streams that refer to it.
                     self.id = str(uuid.uuid4())
-                    since = now_s()
-                    self._own.run(self._register)
-                self._proven_until, self._is_failing = since + self._lease_s, False
+                    self._own.run(self._register, timeout_s)
+                self._proven_until, self._is_failing = self._asked_at + self._lease_s, False
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=_beat, args=(weakref.ref(self),), name="persist-beat", daemon=True
@@ -127,16 +127,18 @@ class Heartbeat:
     def _register(self, connection: Connection) -> None:
         command = Path(sys.argv[0] or sys.executable).name if sys.argv else "python"
         facts = {"host": socket.gethostname(), "pid": os.getpid(), "command": command, "lease_s": self._lease_s}
+        self._asked_at = now_s()
         self._connections.query(connection, "register", process=self.id, **facts)
 
     def _renew(self, connection: Connection) -> bool:
+        self._asked_at = now_s()
         return bool(self._connections.query(connection, "beat", process=self.id, lease_s=self._lease_s))
 
     def beat(self) -> None:
         """Renew the row, and free the leases that were dropped."""
         self._wake.clear()
         with self._guard:
-            process, since = self.id, now_s()
+            process = self.id
             try:
                 is_alive = self._own.run(self._renew)
                 for each in list(self._to_free):
@@ -152,7 +154,7 @@ class Heartbeat:
                 self._is_failing = True
                 return
             if is_alive:
-                self._proven_until, self._is_failing = since + self._lease_s, False
+                self._proven_until, self._is_failing = self._asked_at + self._lease_s, False
             else:
                 log.warning("%s: process %s was late, and its streams count as dead", self._connections.place, process)
                 self._proven_until, self.id = -1.0, str(uuid.uuid4())

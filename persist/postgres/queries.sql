@@ -148,6 +148,7 @@ WHERE id = %(process)s AND expires_at > clock_timestamp() RETURNING true
 -- name: register
 INSERT INTO {schema}.processes (id, host, pid, command, expires_at)
 VALUES (%(process)s, %(host)s, %(pid)s, %(command)s, clock_timestamp() + make_interval(secs => %(lease_s)s))
+ON CONFLICT (id) DO UPDATE SET expires_at = excluded.expires_at
 
 -- name: unregister
 DELETE FROM {schema}.processes WHERE id = %(process)s

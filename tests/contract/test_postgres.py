@@ -447,6 +447,17 @@ def test_workers_that_start_at_once_migrate_once(postgres_url: str, schema: str)
 # --- servers and processes that are lost ------------------------------------------------------------------------------
 
 
+def test_start_waits_for_a_server_that_comes_back(cut: persist.Store, relay: Relay) -> None:
+    """A start tries the server again until its time is over. Without the loop in `Own.run` it fails at once."""
+    cut.head("s")
+    relay.refuses = True
+    back = threading.Timer(0.5, setattr, (relay, "refuses", False))
+    back.start()
+    with cut.start_stream("s", USER) as stream:
+        stream.finish({"role": "assistant", "content": "a"})
+    back.join()
+
+
 def test_block_that_ends_while_the_server_is_away_frees_its_session(
     cut: persist.Store, store: persist.Store, relay: Relay, postgres_url: str
 ) -> None:
