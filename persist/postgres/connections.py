@@ -115,11 +115,13 @@ def _parts_of(url: str) -> dict[str, Any]:
 class Connections:
     """The connections of this process to one database."""
 
-    def __init__(self, url: str, schema: str) -> None:
+    def __init__(self, url: str, schema: str, *, idle_s: float = 15.0) -> None:
         parts: dict[str, Any] = _parts_of(url)
         command = Path(sys.argv[0] or sys.executable).name if sys.argv else "python"
         parts.setdefault("application_name", f"persist {socket.gethostname()} {command}"[:63])
-        for name, value in {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}.items():
+        # The last one is in milliseconds. Without it a statement on a dead link waits for a quarter of an hour.
+        alive = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3, "tcp_user_timeout": 10_000}
+        for name, value in alive.items():
             parts.setdefault(name, value)
         parts.setdefault("connect_timeout", 5)
         # Texts are sent as the bytes that they are kept as.
@@ -133,6 +135,9 @@ class Connections:
         #: The channel of the hints that there are events.
         self.channel = f"persist_{hashlib.blake2b(schema.encode(), digest_size=8).hexdigest()}"
         self.statements = Statements(schema)
+        #: Ends a transaction whose process is cut off, or stopped. It would hold its locks for as long as its
+        #: connection seems to live to the server, which is two hours.
+        self.while_idle = b"SET LOCAL idle_in_transaction_session_timeout = %d" % max(1, round(idle_s * 1000))
         self._guard = threading.Lock()
         self._pid = -1
         self._pool: ConnectionPool[Connection] | None = None

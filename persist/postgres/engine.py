@@ -38,7 +38,7 @@ class PostgresEngine:
     def __init__(
         self, url: str, *, schema: str, create: bool, timeout_s: float, keep_events_s: float, lease_s: float
     ) -> None:
-        self.connections = Connections(url, schema)
+        self.connections = Connections(url, schema, idle_s=lease_s)
         self.place: str = self.connections.place
         self.timeout_s = timeout_s
         self._keep_events_s = keep_events_s
@@ -194,6 +194,7 @@ class PostgresEngine:
         statements = [
             b"BEGIN",
             b"SET LOCAL lock_timeout = %d" % max(1, round(timeout_s * 1000)),
+            self.connections.while_idle,
             text("lock_name", lock=self._lock_of(session_id)),
             text("lock"),
         ]
@@ -202,8 +203,8 @@ class PostgresEngine:
             one = ("seek_one", {"key": keys[0]}) if len(keys) == 1 else ("seek", {"keys": keys})
             statements.append(text(one[0], list=text_of(sought.name), **one[1]))
         cursor = connection.execute(b";\n".join(statements))
-        # BEGIN, the time-out and the lock of the name have no answer of interest.
-        for _ in range(3):
+        # BEGIN, the time-outs and the lock of the name have no answer of interest.
+        for _ in range(4):
             cursor.nextset()
         row = cursor.fetchone()
         if sought is not None:

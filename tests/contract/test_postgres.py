@@ -447,6 +447,33 @@ def test_workers_that_start_at_once_migrate_once(postgres_url: str, schema: str)
 # --- servers and processes that are lost ------------------------------------------------------------------------------
 
 
+def test_lock_of_a_process_that_is_stopped_is_free_after_its_lease(
+    store: persist.Store, postgres_url: str, schema: str
+) -> None:
+    """A process that was stopped, or cut off, holds a lock no longer than its lease. Its late commit is refused.
+
+    Without `while_idle` in `lock_row`, the append times out: the server would wait for two hours.
+    """
+    store.create("s", {"n": 0, "messages": []})
+    code = """
+try:
+    with store.transaction("s") as tx:
+        tx.fields["n"] = 1
+        print("held", flush=True)
+        sys.stdin.readline()
+except persist.CommitFailed:
+    print("refused", flush=True)
+"""
+    other = run(code, postgres_url, schema, lease_s=0.5)
+    assert said(other) == "held"
+    os.kill(other.pid, signal.SIGSTOP)
+    store.append("s", "messages", {"id": "m1"})
+    os.kill(other.pid, signal.SIGCONT)
+    go(other)
+    assert said(other) == "refused"
+    assert store.load("s").data == {"n": 0, "messages": [{"id": "m1"}]}
+
+
 def test_start_waits_for_a_server_that_comes_back(cut: persist.Store, relay: Relay) -> None:
     """A start tries the server again until its time is over. Without the loop in `Own.run` it fails at once."""
     cut.head("s")
