@@ -184,8 +184,10 @@ class PostgresEngine:
 
     def lock_row(
         self, connection: Connection, session_id: str, timeout_s: float, sought: Sought | None = None
-    ) -> Row | None:
-        """Begin a transaction, lock a session, and return its row. None if there is none: then its name is locked.
+    ) -> tuple[Row | None, bytes]:
+        """Begin a transaction, lock a session, and return its row, and the server's number of the transaction.
+
+        The row is None if there is none. Then its name is locked.
 
         Raises:
             psycopg.Error: LockNotAvailable after `timeout_s`, for example.
@@ -203,14 +205,10 @@ class PostgresEngine:
             one = ("seek_one", {"key": keys[0]}) if len(keys) == 1 else ("seek", {"keys": keys})
             statements.append(text(one[0], list=text_of(sought.name), **one[1]))
         cursor = connection.execute(b";\n".join(statements))
-        # BEGIN, the time-outs and the lock of the name have no answer of interest.
-        for _ in range(4):
-            cursor.nextset()
-        row = cursor.fetchone()
+        name, row, *found = (each.fetchall() for each in cursor.results() if each.description is not None)
         if sought is not None:
-            cursor.nextset()
-            sought.rows = cursor.fetchall()
-        return row
+            [sought.rows] = found
+        return (row[0] if row else None), name[0][1]
 
     def _lock_of(self, session_id: str) -> int:
         """Return the number of the lock of a session's name."""

@@ -8,8 +8,9 @@ FROM {schema}.sessions WHERE id = %(id)s FOR UPDATE
 
 -- name: lock_name
 -- Lock a session's name until the end of the transaction, whether there is such a session or not. Those who wait are
--- served in their order. A row's lock would go to whoever comes just when it is free.
-SELECT pg_advisory_xact_lock(%(lock)s)
+-- served in their order. A row's lock would go to whoever comes just when it is free. The transaction's number tells
+-- later what has become of it.
+SELECT pg_advisory_xact_lock(%(lock)s), pg_current_xact_id()::text
 
 -- name: head
 SELECT number, incarnation, revision, commit, epoch, created_at, updated_at, owner, fields, apart
@@ -114,6 +115,10 @@ DELETE FROM {schema}.parts WHERE session = %(session)s AND name = %(name)s
 WITH found AS (DELETE FROM {schema}.sessions
     WHERE number = %(session)s AND incarnation = %(incarnation)s AND commit = %(before)s RETURNING number)
 SELECT 1 / count(*) FROM found
+
+-- name: became
+-- "committed", "aborted", or NULL for a transaction that is too long ago.
+SELECT pg_xact_status(%(transaction)s::xid8)
 
 -- name: exists
 SELECT EXISTS (SELECT FROM {schema}.sessions WHERE id = %(id)s)

@@ -11,7 +11,8 @@ nothing. So even a transaction that has lost its connection, and with it the loc
 
 **Unknown outcomes.** A connection may die between COMMIT and its answer. Then the session's row tells on another
 connection what became of it, because it holds the ids of its last commits. Its lock waits for a server process that is
-still about to end.
+still about to end. If others have committed too often since, or have deleted the session, the server tells what became
+of the transaction.
 """
 
 from __future__ import annotations
@@ -122,6 +123,8 @@ class _Row:
         self.connection: Connection | None = None
         self.give: Callable[[Connection], None] | None = None
         self.row: Row | None = None
+        #: The server's number of the transaction that has the lock.
+        self.transaction = b""
 
     def close(self) -> None:
         """Give the lock up. Changes that were not committed are gone."""
@@ -157,7 +160,8 @@ class Held(lock.Hold):
             left_s = deadline - now_s()
             try:
                 wait_s = left_s if self.waiting is None else min(left_s, _SLICE_S)
-                self._file.row = self.engine.lock_row(connection, self.session_id, wait_s, self.sought)
+                found = self.engine.lock_row(connection, self.session_id, wait_s, self.sought)
+                self._file.row, self._file.transaction = found
                 return
             except psycopg.errors.LockNotAvailable:
                 connection.rollback()
@@ -266,7 +270,8 @@ class Transaction:
             connection = self._engine.connections.take(deadline)
             self._held.connection, self._held.give = connection, self._engine.connections.give
             try:
-                self._row = self._engine.lock_row(connection, self.session_id, max(0.05, deadline - now_s()))
+                found = self._engine.lock_row(connection, self.session_id, max(0.05, deadline - now_s()))
+                self._row, self._held.transaction = found
                 break
             except psycopg.Error as error:
                 if not is_dead(error, connection) or now_s() + pause_s > deadline:
@@ -374,20 +379,17 @@ class Transaction:
             commit: the id of the commit, or None for a delete.
         """
         deadline, before = now_s() + max(self._timeout_s, 1.0), self._row
-        is_sent, reason = False, ""
+        # Whether the row has to be locked anew. And the number of the transaction whose COMMIT has no answer.
+        is_sent, sent, reason = False, b"", ""
         while True:
             connection = self._held.connection
             try:
                 if is_sent or connection is None or connection.closed:
-                    try:
-                        self._row = before
-                        self._lock_again(deadline)
-                    except CommitFailed:
-                        if self._has_happened(commit):
-                            return
-                        raise
+                    self._row = before
+                    if self._stands(before, commit, sent, deadline):
+                        return
                     connection = self._held.connection
-                is_sent = True
+                is_sent, sent = True, self._held.transaction
                 write(connection)
                 return
             except psycopg.errors.DivisionByZero as error:
@@ -403,14 +405,15 @@ class Transaction:
                     log.debug("Session %r: the connection died in a commit: %s", self.session_id, reason)
                 else:
                     connection.rollback()
+                    sent = b""
                 failure: Exception = error
             except PersistError as error:
-                if isinstance(error, (CommitFailed, StreamLost)):
+                if isinstance(error, (CommitFailed, CommitUnknown, StreamLost)):
                     raise
                 failure = error
             if now_s() > deadline or isinstance(failure, PersistError):
                 facts: dict[str, Any] = {"path": self.place, "reason": reason or str(failure), "errno": None}
-                raise (CommitUnknown if is_sent else CommitFailed)(session_id=self.session_id, **facts) from failure
+                raise (CommitUnknown if sent else CommitFailed)(session_id=self.session_id, **facts) from failure
             time.sleep(_PAUSE_S)
 
     def _require_lease(self) -> None:
@@ -419,22 +422,51 @@ class Transaction:
             reason = "its process was not heard of for longer than its lease"
             raise StreamLost(session_id=self.session_id, stream_id=self.lease.stream_id, reason=reason)
 
-    def _has_happened(self, commit: str | None) -> bool:
+    def _stands(self, before: Row | None, commit: str | None, sent: bytes, deadline: float) -> bool:
+        """Lock the row again. Tell whether the transaction stands that was sent, if one was.
+
+        Raises:
+            CommitFailed: it does not, and somebody else has committed since.
+            CommitUnknown: nobody knows.
+        """
+        try:
+            self._lock_again(deadline)
+        except CommitFailed:
+            if sent and self._has_happened(before, commit, sent):
+                return True
+            raise
+        # A session that it has created may be deleted already.
+        return bool(before is None and sent and self._became(sent))
+
+    def _became(self, sent: bytes) -> bool | None:
+        """Ask the server whether it has committed a transaction. None if it does not know."""
+        became = self._query("became", transaction=sent.decode())[0][0]
+        return None if became is None else bool(became == b"committed")
+
+    def _has_happened(self, before: Row | None, commit: str | None, sent: bytes) -> bool:
         """Tell whether a commit of this transaction stands, from the row as it was locked again.
 
         Raises:
-            CommitUnknown: the row does not go back so far.
+            CommitUnknown: the row does not go back so far, and the server does not know.
         """
-        if commit is None or self._row is None:
-            # The session is gone. For a delete it does not matter who has removed it.
-            return commit is None and self._row is None
-        commits = self._row[10].decode()
-        if any(commits[at : at + 16] == commit for at in range(0, len(commits), 16)):
+        row, reason = self._row, ""
+        is_other = row is None or (before is not None and row[1] != before[1])
+        if commit is None:
+            # For a delete it does not matter who has removed the session.
+            return is_other
+        text = "" if row is None else row[10].decode()
+        commits = [text[at : at + 16] for at in range(0, len(text), 16)]
+        if commit in commits:
             return True
-        if len(commits) >= 16 * _COMMITS_KEPT:
+        if is_other:
+            reason = "the connection was lost, and the session was deleted since"
+        elif len(commits) >= _COMMITS_KEPT and _commit_in(before) not in commits:
             reason = "the connection was lost, and many others have committed since"
+        # The row does not tell any more. The server does, unless it is another one since, which would not know.
+        has_happened = self._became(sent) if reason else False
+        if has_happened is None:
             raise CommitUnknown(session_id=self.session_id, path=self.place, reason=reason, errno=None)
-        return False
+        return has_happened
 
     def _write(
         self,

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -472,6 +472,78 @@ except persist.CommitFailed:
     go(other)
     assert said(other) == "refused"
     assert store.load("s").data == {"n": 0, "messages": [{"id": "m1"}]}
+
+
+def overtaking(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Do something in another thread before a transaction that lost its connection takes its lock again."""
+    really = Transaction._lock_again
+
+    def late(self: Transaction, deadline: float) -> Any:
+        self._held.close()
+        thread = threading.Thread(target=act)
+        thread.start()
+        thread.join()
+        return really(self, deadline)
+
+    monkeypatch.setattr(Transaction, "_lock_again", late)
+
+
+@pytest.mark.parametrize("is_delivered", [True, False])
+def test_commit_is_known_under_any_number_of_commits_of_others(
+    cut: persist.Store, store: persist.Store, relay: Relay, monkeypatch: pytest.MonkeyPatch, is_delivered: bool
+) -> None:
+    """If the row does not go back so far, the server knows the transaction.
+
+    Without `_became`, the verb raises CommitUnknown in both cases.
+    """
+    for number in range(40):
+        cut.update("s", lambda tx, number=number: tx.fields.update(n=number))  # type: ignore[misc]
+    # The turns of threads are by the name of the place.
+    store._backend.engine.place = "another way to the same place"
+    overtaking(monkeypatch, lambda: [store.update("s", lambda tx: tx.fields.update(n=-1)) for _ in range(40)])
+    relay.cut_behind, relay.cut_before = (b"COMMIT", None) if is_delivered else (None, b"COMMIT")
+    if is_delivered:
+        cut.append("s", "messages", {"id": "m1"})
+    else:
+        with pytest.raises(persist.CommitFailed):
+            cut.append("s", "messages", {"id": "m1"})
+    assert relay.cuts == 1
+    assert [each["id"] for each in store.tail("s")] == ["m0", "m1"][: 1 + is_delivered]
+
+
+def test_commit_that_did_not_happen_is_not_unknown_behind_a_few_others(
+    cut: persist.Store, store: persist.Store, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ids of the last commits go back to the one that was read, so nothing is missing among them.
+
+    Without the look for that one, the server is asked, which may be a replica that never saw the transaction.
+    """
+    for number in range(40):
+        cut.update("s", lambda tx, number=number: tx.fields.update(n=number))  # type: ignore[misc]
+    store._backend.engine.place = "another way to the same place"
+    overtaking(monkeypatch, lambda: store.append("s", "messages", {"id": "other"}))
+    monkeypatch.setattr(Transaction, "_became", lambda *_: None)
+    relay.cut_before = b"COMMIT"
+    with pytest.raises(persist.CommitFailed):
+        cut.append("s", "messages", {"id": "m1"})
+    assert [each["id"] for each in store.tail("s")] == ["m0", "other"]
+
+
+@pytest.mark.parametrize("session_id", ["s", "new"])
+def test_commit_is_known_although_the_session_was_deleted_since(
+    cut: persist.Store, store: persist.Store, relay: Relay, monkeypatch: pytest.MonkeyPatch, session_id: str
+) -> None:
+    """A session that was written and then deleted by somebody else is not made again.
+
+    Without `_became`, the append raises CommitFailed for what was committed, and the new session comes back.
+    """
+    cut.append("s", "messages", {"id": "m1"})
+    store._backend.engine.place = "another way to the same place"
+    overtaking(monkeypatch, lambda: store.delete(session_id))
+    relay.cut_behind = b"COMMIT"
+    cut.append(session_id, "messages", {"id": "m2"}, create=True)
+    assert relay.cuts == 1
+    assert not store.exists(session_id)
 
 
 def test_start_waits_for_a_server_that_comes_back(cut: persist.Store, relay: Relay) -> None:
