@@ -7,12 +7,13 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+from harness.postgres import databases
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
@@ -45,6 +46,13 @@ class StoreCommand(click.Command):
     "--kills", type=click.IntRange(0), default=0, show_default=True, help="Workers to kill in mid-turn (SIGKILL)."
 )
 @click.option("--store", type=click.Path(path_type=Path), help="A new or empty directory; by default a temporary one.")
+@click.option(
+    "--postgres",
+    metavar="URL",
+    is_flag=False,
+    flag_value="",
+    help="Play into PostgreSQL: a scratch server, or a new database on the server of a URL.",
+)
 @click.option("--seed", type=int, help="Repeat the random choices of another run (not its timing).")
 @click.option(
     "--timeout-s",
@@ -61,6 +69,7 @@ def replay(
     workers: int,
     kills: int,
     store: Path | None,
+    postgres: str | None,
     seed: int | None,
     timeout_s: float,
     as_json: bool,
@@ -81,7 +90,10 @@ def replay(
       scripts/replay
       scripts/replay --workers 4 --kills 20
       scripts/replay my/transcripts --kills 500 --store /var/tmp/replay
+      scripts/replay --kills 500 --postgres
     """
+    if store is not None and postgres is not None:
+        raise click.UsageError("--store names a directory, and --postgres plays into a server.")
     played = _conversations(transcripts)
     if kills and not any(conversation.turns for conversation in played):
         raise click.UsageError(
@@ -90,13 +102,16 @@ def replay(
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     directory = _empty_directory(store)
     try:
-        with _ended_by_signals(), _progress_bar() as on_progress:
-            result = outcome.replay(Plan(played, directory, workers, kills, seed, timeout_s), on_progress)
+        with ExitStack() as stack:
+            place = directory if postgres is None else stack.enter_context(databases(postgres))()
+            stack.enter_context(_ended_by_signals())
+            on_progress = stack.enter_context(_progress_bar())
+            result = outcome.replay(Plan(played, place, workers, kills, seed, timeout_s), on_progress)
     except KeyboardInterrupt:
         if store is None:
             shutil.rmtree(directory)
         raise click.ClickException("Interrupted; nothing was compared.") from None
-    is_kept = store is not None or not result.is_clean
+    is_kept = store is not None or (postgres is None and not result.is_clean)
     if not is_kept:
         shutil.rmtree(directory)
     _print(result, directory if is_kept else None, seed, as_json)
@@ -165,7 +180,7 @@ def _print(result: Outcome, directory: Path | None, seed: int, as_json: bool) ->
         click.echo(f"and {len(result.findings) - _FINDINGS_SHOWN} findings more (see --json)")
     for failure in result.failures:
         click.echo(printable(failure, keep="\n"), err=True)
-    if not result.is_clean:
+    if not result.is_clean and directory is not None:
         click.echo(f"The store is kept for a look: {directory}")
 
 

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from persist.store import Store
+from replaying.ledger import Ledger
 from replaying.supervise import Plan, Progress, Supervisor
-from replaying.verdict import Finding, compare
+from replaying.verdict import Finding, compare, is_of_files
+from replaying.worker import LEASE_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,9 @@ class Outcome:
 def replay(plan: Plan, on_progress: Callable[[Progress], None] = lambda _: None) -> Outcome:
     """Play the plan to its end and compare the store with what was played.
 
-    The store's directory must be empty or new.
+    The store must be empty or new.
     """
-    store = Store(plan.directory, timeout_s=plan.timeout_s)
+    store = Store(plan.place, timeout_s=plan.timeout_s)
     with tempfile.TemporaryDirectory(prefix="persist-replay-") as scratch:
         supervisor = Supervisor(plan, Path(scratch), on_progress)
         started = time.monotonic()
@@ -63,9 +65,9 @@ def replay(plan: Plan, on_progress: Callable[[Progress], None] = lambda _: None)
 
 def _judge(store: Store, supervisor: Supervisor, playing_s: float) -> Outcome:
     ledger, played = supervisor.ledger, supervisor.played
-    # The failures of this sweep are left out, because the comparison names each damaged session.
-    ledger.cleared.update(cleared.stream_id for cleared in store.clear_stale_streams().cleared)
-    _commit_over_left_overs(store)
+    _sweep(store, ledger)
+    if is_of_files(store):
+        _commit_over_left_overs(store)
     return Outcome(
         rounds=supervisor.rounds,
         sessions=len(played),
@@ -84,6 +86,19 @@ def _judge(store: Store, supervisor: Supervisor, playing_s: float) -> Outcome:
         findings=compare(store, played, ledger),
         failures=supervisor.failures,
     )
+
+
+def _sweep(store: Store, ledger: Ledger) -> None:
+    """Clear the streams of the workers that were killed last. In a database their leases have to run out first.
+
+    The failures of this sweep are left out, because the comparison names each damaged session.
+    """
+    deadline = time.monotonic() + 2 * LEASE_S
+    while True:
+        ledger.cleared.update(cleared.stream_id for cleared in store.clear_stale_streams().cleared)
+        if is_of_files(store) or not store.streams() or time.monotonic() > deadline:
+            return
+        time.sleep(0.1)
 
 
 def _commit_over_left_overs(store: Store) -> None:

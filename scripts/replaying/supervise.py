@@ -29,13 +29,13 @@ _TICK_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The plan of a replay: the conversations, and the directory into which they are played.
+    """The plan of a replay: the conversations, and the store into which they are played: a directory, or a URL.
 
     `timeout_s` is how long a worker may be silent, and how long the store may be without a commit.
     """
 
     conversations: list[Conversation]
-    directory: Path
+    place: Path | str
     workers: int = 4
     kills: int = 0
     seed: int = 0
@@ -91,7 +91,7 @@ class Supervisor:
     def run(self) -> None:
         """Play at least one round. On return no process is left."""
         try:
-            sweeper = self._start("sweeper", str(self._plan.directory))
+            sweeper = self._start("sweeper", str(self._plan.place))
             while self.rounds == 0 or (self._kills_left and not self.failures):
                 self._play_round()
             sweeper.ask_to_end()
@@ -127,7 +127,7 @@ class Supervisor:
 
     def _start_worker(self) -> None:
         seed = f"{self._plan.seed}/{self._names_given}"
-        self._workers.add(self._start("worker", str(self._plan.directory), str(self._score()), seed))
+        self._workers.add(self._start("worker", str(self._plan.place), str(self._score()), seed))
 
     def _start(self, module: str, *arguments: str) -> Child:
         self._names_given += 1

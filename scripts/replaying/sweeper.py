@@ -21,9 +21,9 @@ def sweep(store: Store) -> None:
         Report("cleared", cleared.session_id, cleared.stream_id).send()
 
 
-def main(directory: str) -> None:
+def main(place: str) -> None:
     """Sweep until the supervisor closes the pipe, or is gone."""
-    store = Store(directory, timeout_s=LOCK_TIMEOUT_S)
+    store = Store(place, timeout_s=LOCK_TIMEOUT_S)
     while not select.select([sys.stdin], [], [], INTERVAL_S)[0]:
         sweep(store)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from persist.errors import PersistError
+from persist.files import FileEngine
 from persist.json_codec import same
 from persist.storage import layout
 from persist.store import Store
@@ -36,14 +37,20 @@ def compare(store: Store, played: list[Conversation], ledger: Ledger) -> list[Fi
     `Store.check` finds nothing but tool calls.
     """
     findings = [finding for conversation in played for finding in _compare_session(store, conversation, ledger)]
-    # Tool calls and results are as the transcript has them.
-    problems = [problem for problem in store.check() if not problem.kind.endswith("-tools")]
-    findings += [Finding("damaged", problem.session_id, problem.message) for problem in problems]
-    findings += [
-        Finding("stuck", name.partition(".")[0], f"the lease {name} is left over")
-        for name in sorted(os.listdir(store.path / layout.LEASES))
-    ]
+    if is_of_files(store):
+        # Tool calls and results are as the transcript has them.
+        problems = [problem for problem in store.check() if not problem.kind.endswith("-tools")]
+        findings += [Finding("damaged", problem.session_id, problem.message) for problem in problems]
+        left = [(name.partition(".")[0], name) for name in sorted(os.listdir(store.path / layout.LEASES))]
+    else:
+        left = store._backend.engine.leases()
+    findings += [Finding("stuck", session_id, f"the lease {name} is left over") for session_id, name in left]
     return findings
+
+
+def is_of_files(store: Store) -> bool:
+    """Tell whether a store is a directory."""
+    return isinstance(store._backend.engine, FileEngine)
 
 
 def _compare_session(store: Store, conversation: Conversation, ledger: Ledger) -> Iterator[Finding]:

@@ -38,6 +38,8 @@ WORDS_PER_CHECKPOINT = 12
 # Workers choose among this many unfinished sessions, the first ones. They are few, so that workers meet often.
 SESSIONS_IN_PLAY = 8
 LOCK_TIMEOUT_S = 30.0
+# How long a killed worker counts as alive, where the kernel cannot tell.
+LEASE_S = 2.0
 _LONGEST_BACKOFF_S = 0.02
 
 
@@ -199,11 +201,11 @@ class TitleThread(threading.Thread):
             raise self._error
 
 
-def main(directory: str, conversations: str, seed: str) -> None:
+def main(place: str, conversations: str, seed: str) -> None:
     """Play, with the arguments of the command line."""
     listed = json_codec.decode(Path(conversations).read_bytes())
     play(
-        Store(directory, timeout_s=LOCK_TIMEOUT_S),
+        Store(place, timeout_s=LOCK_TIMEOUT_S, lease_s=LEASE_S),
         [Conversation(session_id, title, tuple(messages)) for session_id, title, messages in listed],
         random.Random(seed),
     )

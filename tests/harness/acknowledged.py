@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import persist
-from harness.journaling import load_of
+from harness.journaling import LEASE_S, load_of
 from harness.sweeps import sweep
 
 #: The errors that no verb may raise here. A fold raises `AssertionError` if its replica differs from its files.
@@ -62,6 +63,8 @@ class Shown(NamedTuple):
 
 State = Shown | None
 """None: there is no such session."""
+IN_TURN = ("put", "insert", "finish")
+"""The changes that only the owner of a stream makes."""
 
 
 class Change(NamedTuple):
@@ -213,7 +216,11 @@ class History:
 class Ledger:
     """The changes that every author has begun, and those that were acknowledged, for each watched session."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, may_lose_streams: bool = False) -> None:
+        #: Whether the stream of a process that lives may be ended for it, because its lease was over.
+        self.may_lose_streams = may_lose_streams
+        #: The changes of turns that were acknowledged after others had ended the turn.
+        self.faults: list[str] = []
         #: The offset of the last event that each stream has emitted, by session and stream.
         self.emitted: dict[tuple[str, str], int] = {}
         self._histories: defaultdict[str, dict[str, History]] = defaultdict(dict)
@@ -235,12 +242,19 @@ class Ledger:
         self._pending[author] = change
 
     def acknowledge(self, author: str) -> None:
-        history = self._histories[self._pending.pop(author).session_id][author]
+        change = self._pending.pop(author)
+        history = self._histories[change.session_id][author]
+        before = history.states[-2] if len(history.states) > 1 else None
+        if change.kind in IN_TURN and before is not None and before.stream is None:
+            self.faults.append(f"{change.session_id}, {author}: {change.kind} by a stream that others had ended")
         history.promised = len(history.states) - 1
 
     def refuse(self, author: str) -> None:
         """Undo the begun change, because the verb raised an error that says that nothing was written."""
-        self._histories[self._pending.pop(author).session_id][author].states.pop()
+        states = self._histories[self._pending.pop(author).session_id][author].states
+        # A look has dropped the state before the change only if the change was there.
+        assert len(states) > 1, "a refused change was seen"
+        states.pop()
 
     def bury(self, author: str) -> Change | None:
         """Note that the author is dead. Return the change whose outcome nobody knows.
@@ -291,11 +305,19 @@ class Ledger:
     def compare(self, session_id: str, document: Document | None, figures: Figures) -> None:
         """Compare the document that was read with the promises. The state that is found of a dead author is final."""
         found = {} if document is None else shown_by_author(document)
+        for what in self.faults:
+            figures.found("doubled", what)
+        self.faults.clear()
         if document is not None:
             self._compare_whole(session_id, document, figures)
         for author, history in self._histories[session_id].items():
             state = None if document is None else found.get(author, Shown())
-            allowed = [*history.states, *map(interrupted, history.states)] if author in self._dead else history.states
+            may_be_cut = author in self._dead or self.may_lose_streams
+            allowed = [*history.states, *map(interrupted, history.states)] if may_be_cut else history.states
+            if state in allowed and state not in history.states:
+                # Others have ended the stream. Its owner can change nothing in it from now on.
+                pending = None if state == interrupted(history.states[-1]) else self._pending_in(session_id, author)
+                history.go_on_from(state, pending)
             if state not in allowed:
                 _name_fault(figures, f"{session_id}, {author}", allowed, state)
                 # Go on from the state that was found, so that a fault is counted once.
@@ -415,6 +437,53 @@ def read_all(store: persist.Store, session_ids: Iterable[str], figures: Figures)
             found.pop(session_id, None)
             figures.found("torn", str(error))
     return found
+
+
+def settle_rows(store: persist.Store, figures: Figures) -> None:
+    """Do what servers do after a crash, where the sessions are rows. Then no trace may be left."""
+    try:
+        until = time.monotonic() + 10 * LEASE_S
+        while any(info.is_live for info in store.streams()) and time.monotonic() < until:
+            time.sleep(0.1)
+        sweep(store)
+        for session_id in store.ids():
+            if store.head(session_id).active_stream_id is not None:
+                figures.found("stuck", f"{session_id} has an active stream after a sweep")
+            store.update(session_id, _mark_as_settled, timeout_s=5.0)
+    except FAULTS as error:
+        figures.found("stuck", str(error))
+    for name in stray_rows(store):
+        figures.found("stray", name)
+
+
+#: The faults of rows at rest: a session's id or a process, and a text.
+_STRAY_ROWS = """
+SELECT id, 'has a lease and no stream' FROM {schema}.sessions WHERE process IS NOT NULL AND owner IS NULL
+UNION ALL
+SELECT s.id, 'does not run its stream ' || t.stream_id || ', which has not ended' FROM {schema}.streams t
+JOIN {schema}.sessions s ON s.number = t.session WHERE t.ended IS NULL AND s.stream_id IS DISTINCT FROM t.stream_id
+UNION ALL
+SELECT s.id, 'has gaps in the list ' || list FROM {schema}.items i JOIN {schema}.sessions s ON s.number = i.session
+GROUP BY s.id, list HAVING min(place) <> 0 OR max(place) <> count(*) - 1
+UNION ALL
+SELECT s.id, 'has ' || count(i.place) || ' items in ' || a.key || ', and says ' || (a.value ->> 0)
+FROM {schema}.sessions s CROSS JOIN LATERAL json_each(s.apart::json) a
+LEFT JOIN {schema}.items i ON i.session = s.number AND i.list = a.key
+WHERE a.value ->> 0 IS NOT NULL GROUP BY s.id, a.key, a.value ->> 0 HAVING count(i.place) <> (a.value ->> 0)::bigint
+UNION ALL
+SELECT pid::text, 'is a server process with an open transaction: ' || left(query, 80) FROM pg_stat_activity
+WHERE datname = current_database() AND pid <> pg_backend_pid() AND xact_start < clock_timestamp() - interval '1 s'
+"""
+
+
+def stray_rows(store: persist.Store) -> Iterator[str]:
+    """Yield what no verb may leave in the database of a store at rest."""
+    import psycopg
+
+    connections = store._backend.engine.connections  # type: ignore[attr-defined]
+    with psycopg.connect(connections.conninfo) as connection:
+        for name, what in connection.execute(_STRAY_ROWS.replace("{schema}", connections.schema)).fetchall():
+            yield f"{name} {what}"
 
 
 def settle(store: persist.Store, figures: Figures) -> None:

@@ -16,6 +16,7 @@ import selectors
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from harness.acknowledged import (
     title_of,
     titled,
 )
-from harness.journaling import LOAD_BYTES, Journaling
+from harness.journaling import LOAD_BYTES, Journaling, is_url
 
 LOCK_TIMEOUT_S = 30.0
 # Room for a few dozen reports. When the pipe is full, an author waits for the parent to listen. Otherwise a long look
@@ -47,6 +48,8 @@ LOCK_TIMEOUT_S = 30.0
 PIPE_BYTES = 4096
 # Processes that only look leave the processor to those that write.
 PAUSE_S = 0.001
+# A block cannot be run anew when its lock was lost with the connection, and somebody else has committed since.
+LOSSES = (persist.CommitFailed, persist.StreamLost, persist.EmitFailed)
 HEADS_A_LOOK = 5
 # More than a reader of a head takes at a time. The share is small, because with many such messages no session would
 # stay small.
@@ -59,7 +62,7 @@ Role = Callable[["Author", Sequence[str]], None]
 class Author:
     """The child's side: its store, and its way to report the changes that it makes."""
 
-    def __init__(self, name: str, directory: Path, pipe: int, seed: int, journaling: Journaling) -> None:
+    def __init__(self, name: str, place: Path | str, pipe: int, seed: int, journaling: Journaling) -> None:
         self.name = name
         self.random = random.Random(f"{seed}/{name}")
         self._pipe = pipe
@@ -67,7 +70,9 @@ class Author:
         # Two saves may count a visit at the same time, so the counts are summed. Events of a stream that has ended are
         # of no interest here.
         options = {"timeout_s": LOCK_TIMEOUT_S, "merge": {"visits": "sum"}, "keep_events_s": 0}
-        self.store = journaling.drawn(self.random).open(directory, **options)
+        self.store = journaling.drawn(self.random).open(place, **options)
+        #: The errors of a verb that has changed nothing, because a server or a connection was lost.
+        self.losses: tuple[type[Exception], ...] = LOSSES if is_url(place) else ()
 
     def new_id(self) -> str:
         return f"{self.name}-{next(self._numbers)}"
@@ -88,7 +93,7 @@ class Author:
         self.report("begin", *change)
         try:
             yield
-        except (persist.SessionBusy, persist.CommitFailed):
+        except (persist.SessionBusy, persist.CommitFailed, persist.StreamLost):
             self.report("refuse")
             raise
         self.report("acknowledge")
@@ -115,7 +120,8 @@ def write(author: Author, shared: Sequence[str]) -> None:
     """Append, extend, save, edit, update and compact, on sessions that others write to."""
     ways = (_append, _append_twice, _extend, _extend, _several, _several, _save, _edit, _update, _mark, _compact)
     while True:
-        author.random.choice(ways)(author, author.random.choice(shared))
+        with suppress(*author.losses):
+            author.random.choice(ways)(author, author.random.choice(shared))
 
 
 def _append(author: Author, session_id: str) -> Message:
@@ -195,24 +201,34 @@ def _compact(author: Author, session_id: str) -> None:
 def own(author: Author, shared: Sequence[str]) -> None:
     """Run one turn after the other on sessions that others write to."""
     while True:
-        with suppress(persist.SessionBusy):
+        with suppress(persist.SessionBusy, *author.losses):
             _turn(author, author.random.choice(shared))
 
 
 def _turn(author: Author, session_id: str) -> None:
     stream_id = author.new_id()
-    answer_id = stream_id + ANSWER
     prompt, note = author.words(), f"{stream_id} began"
     asked = {"id": stream_id + PROMPT, "role": "user", "content": prompt}
     with author.reporting(Change("start", session_id, ((stream_id + PROMPT, prompt),), note=note)):
         stream = author.store.start_stream(
             session_id, asked, stream_id=stream_id, once=True, fields={NOTE + author.name: note}
         )
+    try:
+        _run_turn(author, stream, asked)
+    except author.losses:
+        # Its end is a part of the block, or of a sweep.
+        author.report("begin", *Change("fail", session_id))
+        raise
+
+
+def _run_turn(author: Author, stream: persist.Stream, asked: Document) -> None:
+    session_id, stream_id = stream.session_id, stream.id
+    answer_id = stream_id + ANSWER
     with stream:
         for step in range(author.random.randrange(6)):
             _emit(author, stream)
             way = author.random.random()
-            if way < 0.1:
+            if way < 0.1 and not author.losses:
                 _ask_again(author, session_id, asked, stream_id, None)
             elif way < 0.3:
                 _several_in_turn(author, stream)
@@ -229,6 +245,9 @@ def _turn(author: Author, session_id: str) -> None:
             with author.reporting(Change("finish", session_id, ((answer_id, "whole"),), note=note)):
                 stream.finish({"role": "assistant", "content": "whole"}, fields={NOTE + author.name: note})
             _ask_again(author, session_id, asked, None, "whole")
+        elif author.losses:
+            # If the stream is lost just now, others end it later.
+            author.report("begin", *Change("fail", session_id))
         else:
             # The stream ends because its block is left.
             with author.reporting(Change("fail", session_id)), stream:
@@ -281,29 +300,34 @@ def garden(author: Author, _shared: Sequence[str]) -> None:
     A rename makes some sessions large and others small.
     """
     while True:
-        session_id, copy_id = author.new_id(), author.new_id()
-        first, title = author.message(), _title(author)
-        with author.reporting(Change("create", session_id, (first,), title=title)):
-            if author.random.random() < 0.5:
-                author.store.create(session_id, titled({"messages": [as_document(first)]}, title))
-            else:
-                with author.store.transaction(session_id, create=True) as tx:
-                    titled(tx.data, title)["messages"] = [as_document(first)]
-        second = _append(author, session_id)
-        title = _rename(author, session_id)
-        _compact(author, session_id)
-        with author.reporting(Change("create", copy_id, (first, second), title=title)):
-            author.store.duplicate(session_id, copy_id)
-        _append(author, copy_id)
-        for each in (session_id, copy_id):
-            _delete(author, each)
-        new_id, pair = author.new_id(), _pair(author)
-        with author.reporting(Change("create", new_id, pair)):
-            version = author.store.extend(new_id, "messages", [*map(as_document, pair)], create=True)
-        _extend(author, new_id)
-        with author.reporting(Change("keep", new_id)), suppress(persist.VersionMismatch):
-            author.store.delete(new_id, if_version=version)
-        _delete(author, new_id)
+        with suppress(*author.losses):
+            _garden(author)
+
+
+def _garden(author: Author) -> None:
+    session_id, copy_id = author.new_id(), author.new_id()
+    first, title = author.message(), _title(author)
+    with author.reporting(Change("create", session_id, (first,), title=title)):
+        if author.random.random() < 0.5:
+            author.store.create(session_id, titled({"messages": [as_document(first)]}, title))
+        else:
+            with author.store.transaction(session_id, create=True) as tx:
+                titled(tx.data, title)["messages"] = [as_document(first)]
+    second = _append(author, session_id)
+    title = _rename(author, session_id)
+    _compact(author, session_id)
+    with author.reporting(Change("create", copy_id, (first, second), title=title)):
+        author.store.duplicate(session_id, copy_id)
+    _append(author, copy_id)
+    for each in (session_id, copy_id):
+        _delete(author, each)
+    new_id, pair = author.new_id(), _pair(author)
+    with author.reporting(Change("create", new_id, pair)):
+        version = author.store.extend(new_id, "messages", [*map(as_document, pair)], create=True)
+    _extend(author, new_id)
+    with author.reporting(Change("keep", new_id)), suppress(persist.VersionMismatch):
+        author.store.delete(new_id, if_version=version)
+    _delete(author, new_id)
 
 
 def _delete(author: Author, session_id: str) -> None:
@@ -435,16 +459,19 @@ class Crew:
         self._selector = selectors.DefaultSelector()
         self._cut_off: dict[Hand, bytes] = {}
 
-    def start(self, role: Role, directory: Path, shared: tuple[str, ...]) -> Hand:
+    def start(self, role: Role, place: Path | str, shared: tuple[str, ...]) -> Hand:
         name = next(self._names)
         ours, theirs = os.pipe()
         if sys.platform == "linux":
             fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
-        pid = os.fork()
+        with warnings.catch_warnings():
+            # The parent of authors in a database has the threads of its own store, which the children do without.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
         if pid == 0:
             for pipe in (ours, *(hand.pipe for hand in self.hands)):
                 os.close(pipe)
-            _live(role, lambda: Author(name, directory, theirs, self._seed, self._journaling), theirs, shared)
+            _live(role, lambda: Author(name, place, theirs, self._seed, self._journaling), theirs, shared)
         os.close(theirs)
         os.set_blocking(ours, False)
         hand = Hand(name, role, shared, pid, ours)

@@ -1,9 +1,16 @@
-"""A relay between a client and a PostgreSQL server that cuts a connection at a chosen message."""
+"""A relay between a client and a PostgreSQL server that cuts a connection at a chosen message.
+
+    python -m harness.cutting PORT
+
+As a program it prints its port, and cuts one connection at the COMMIT that comes next, for each line of its input:
+"before" does not deliver it, and "behind" does not deliver its answer.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -44,7 +51,12 @@ def relaying(server_port: int) -> Iterator[Relay]:
             if relay.refuses:
                 client.close()
                 continue
-            server = socket.create_connection(("127.0.0.1", server_port))
+            try:
+                server = socket.create_connection(("127.0.0.1", server_port))
+            except OSError:
+                # The server is just being restarted.
+                client.close()
+                continue
             is_answered = threading.Event()
             is_answered.set()
             for pair in ((client, server, True), (server, client, False)):
@@ -82,3 +94,15 @@ def relaying(server_port: int) -> Iterator[Relay]:
     finally:
         relay.refuses = True
         listening.close()
+
+
+def main(port: str) -> None:
+    """Relay to a port until the input ends."""
+    with relaying(int(port)) as relay:
+        print(relay.port, flush=True)
+        for line in sys.stdin:
+            setattr(relay, f"cut_{line.strip()}", b"COMMIT")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import persist
 from harness import planted
-from harness.journaling import LOAD_BYTES, MIXED, Journaling, load_of
+from harness.journaling import LEASE_S, LOAD_BYTES, MIXED, Journaling, is_url, load_of
 from harness.linearizability import (
     TAIL,
     UNKNOWN,
@@ -44,6 +44,8 @@ from persist.storage.commit import Mode
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 120.0
+# A server process may go on with what a killed process has sent. It notices the lost connection at its next answer.
+SERVER_LATE_S = 2.0
 KINDS = ("list", "register", "owner", "life")
 
 
@@ -704,9 +706,9 @@ WRITES: dict[str, list[Action]] = {
 }
 
 
-def _work(directory: Path, number: int, starts: list[int], plan: Plan) -> None:
+def _work(directory: Path, place: str, number: int, starts: list[int], plan: Plan) -> None:
     journaling = plan.journaling.drawn(random.Random(f"{plan.seed} {number}"))
-    store = journaling.open(directory / "sessions", timeout_s=DEADLINE_S)
+    store = journaling.open(place, timeout_s=DEADLINE_S)
     barrier = threading.Barrier(len(starts) + 1)
     failures: list[BaseException] = []
 
@@ -742,12 +744,13 @@ def _record_path(directory: Path, number: int, index: int) -> Path:
 class _Worker:
     """One process of a round. `starts` are the numbers of the operations that its threads begin with."""
 
-    def __init__(self, directory: Path, number: int, starts: list[int], plan: Plan, package: Path) -> None:
+    def __init__(self, directory: Path, place: str, number: int, starts: list[int], plan: Plan, package: Path) -> None:
         self.number = number
         self.starts = starts
+        self._late_ns = int(SERVER_LATE_S * 1e9) if is_url(place) else 0
         self.died: tuple[int, int] | None = None
         self.records = [_record_path(directory, number, index) for index in range(len(starts))]
-        options = json.dumps([str(directory), number, starts, asdict(plan)])
+        options = json.dumps([str(directory), place, number, starts, asdict(plan)])
         command = [*planted.PYTHON, __file__, options]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=planted.environment(package))
 
@@ -779,11 +782,12 @@ class _Worker:
         """Kill the process with SIGKILL, and note the instants before and after.
 
         The process died between the two. An operation that it had begun has taken effect by the second one, or never.
+        Where a server does the work, that is a while later.
         """
         called = time.monotonic_ns()
         self.process.kill()
         self.process.wait()
-        self.died = called, time.monotonic_ns()
+        self.died = called, time.monotonic_ns() + self._late_ns
 
     def calls(self) -> list[int]:
         """Return how far each thread has come."""
@@ -830,10 +834,11 @@ def _tuple(value: Any) -> Any:
 class _Round:
     """One round: fresh sessions, the processes that work on them, and the kills."""
 
-    def __init__(self, directory: Path, plan: Plan, package: Path) -> None:
-        self._directory, self._plan, self._package = directory, plan, package
+    def __init__(self, directory: Path, place: str, plan: Plan, package: Path) -> None:
+        self._directory, self._place, self._plan, self._package = directory, place, plan, package
         self._random = random.Random(plan.seed)
-        self._deadline = time.monotonic() + DEADLINE_S
+        # A server answers slower than a directory in memory.
+        self._deadline = time.monotonic() + DEADLINE_S * (5 if is_url(place) else 1)
         self._workers: list[_Worker] = []
         self._kills = self._planned_kills()
         (directory / "records").mkdir(parents=True)
@@ -853,7 +858,7 @@ class _Round:
         return kills
 
     def _start(self, starts: list[int]) -> _Worker:
-        worker = _Worker(self._directory, len(self._workers), starts, self._plan, self._package)
+        worker = _Worker(self._directory, self._place, len(self._workers), starts, self._plan, self._package)
         self._workers.append(worker)
         return worker
 
@@ -884,29 +889,34 @@ class _Round:
         return successor
 
     def _pause(self) -> None:
-        assert time.monotonic() < self._deadline, f"a round did not end within {DEADLINE_S} s"
+        assert time.monotonic() < self._deadline, "a round did not end in time"
         time.sleep(0.001)
 
 
-def run_round(directory: Path, plan: Plan, *, package: Path = ROOT) -> Report:
+def run_round(directory: Path, plan: Plan, *, package: Path = ROOT, url: str | None = None) -> Report:
     """Run one round on fresh sessions in `directory`, and check its history.
 
     Args:
         package: the directory that holds the package `persist` which the processes use.
+        url: an empty database, which holds the sessions instead.
     """
     started = time.monotonic()
-    store = plan.journaling.drawn(random.Random(plan.seed)).open(directory / "sessions")
+    place = url or str(directory / "sessions")
+    store = plan.journaling.drawn(random.Random(plan.seed)).open(place)
     for session_id in plan.session_ids:
         # Every other session is large.
         load = load_of(int(session_id.rpartition("-")[2]) % 2 * LOAD_BYTES)
         store.create(session_id, {"messages": [], "value": None, "tool_calls": load})
-    workers = _Round(directory, plan, package).run()
+    workers = _Round(directory, place, plan, package).run()
     histories: dict[str, list[Operation]] = defaultdict(list)
     for worker in workers:
         for session_id, operation in worker.operations():
             histories[session_id].append(operation)
     report = Report(kills=sum(worker.died is not None for worker in workers))
-    deaths = [Operation(worker.number, "die", None, *worker.died, None) for worker in workers if worker.died]
+    # A file's lease ends with its process, and a lease in a database a while later.
+    lease_ns = int(LEASE_S * 1e9) if url else 0
+    dead = [(worker.number, *worker.died) for worker in workers if worker.died]
+    deaths = [Operation(number, "die", None, called, gone + lease_ns, None) for number, called, gone in dead]
     for session_id, history in histories.items():
         asked = [operation for operation in history if operation.kind != "raised"]
         report.operations += len(asked)
@@ -955,5 +965,5 @@ def check_session(
 
 
 if __name__ == "__main__":
-    _directory, _number, _starts, _plan = json.loads(sys.argv[1])
-    _work(Path(_directory), _number, _starts, Plan(**_plan))
+    _directory, _place, _number, _starts, _plan = json.loads(sys.argv[1])
+    _work(Path(_directory), _place, _number, _starts, Plan(**_plan))

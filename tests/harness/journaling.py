@@ -29,6 +29,15 @@ LOAD_BYTES = ENTER_BYTES + 4096
 """With so much a session is a large one, whatever else it holds; without, a small one."""
 
 
+LEASE_S = 2.0
+"""How long a killed process counts as alive, where the kernel cannot tell."""
+
+
+def is_url(place: Path | str) -> bool:
+    """Tell whether a store is in a database."""
+    return "://" in str(place)
+
+
 @dataclass(frozen=True, slots=True)
 class Journaling:
     """A preference: one of `MODES` and one of `FOLDS`. "mixed" lets each store draw its own."""
@@ -42,11 +51,16 @@ class Journaling:
         fold = random.choice(list(FOLDS)) if self.fold == MIXED else self.fold
         return Journaling(mode, fold)
 
-    def open(self, directory: Path, **options: Any) -> persist.Store:
-        """Open a store that writes in this way. Nothing may be left open in the preference."""
+    def open(self, place: Path | str, **options: Any) -> persist.Store:
+        """Open a store that writes in this way. Nothing may be left open in the preference.
+
+        A store in a database (`place` is its URL) has no journals, and leases that a test can wait for.
+        """
         if self.mode == MIXED:
             raise ValueError("draw first")
-        store = persist.Store(directory, journal=self.mode, **options)
+        if is_url(place):
+            return persist.Store(place, **{"lease_s": LEASE_S, **options})
+        store = persist.Store(place, journal=self.mode, **options)
         written = file_engine(store).options
         written.fold_bytes = FOLDS[self.fold]
         # Journals are short here, so none would get room at its normal size.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import os
 import pwd
 import shutil
@@ -10,6 +12,9 @@ import socket
 import subprocess
 import tempfile
 import time
+import urllib.parse
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 
@@ -33,11 +38,17 @@ def can_run() -> bool:
 
 
 class Server:
-    """A server on a free port of this machine, with trust for everybody on it."""
+    """A server on a free port of this machine, with trust for everybody on it.
 
-    def __init__(self, directory: str | None = None, port: int = 0) -> None:
+    `addresses` are further addresses on which it listens, and `network` has the clients that may use them.
+    """
+
+    def __init__(
+        self, directory: str | None = None, port: int = 0, *, addresses: Sequence[str] = (), network: str = ""
+    ) -> None:
+        self._addresses, self._network = addresses, network
         self.directory = Path(directory or tempfile.mkdtemp(prefix="persist-postgres-"))
-        self.port = port or _free_port()
+        self.port = port or free_port()
 
     @property
     def url(self) -> str:
@@ -73,7 +84,11 @@ class Server:
                 os.chown(self.directory, user.pw_uid, user.pw_gid)
             self.directory.chmod(0o700)
             self._run("initdb", "-D", self._data, "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "-N")
-        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.directory}"
+            if self._network:
+                with (self._data / "pg_hba.conf").open("a") as clients:
+                    clients.write(f"host all all {self._network} trust\n")
+        listening = ",".join(("127.0.0.1", *self._addresses))
+        options = f"-p {self.port} -c listen_addresses={listening} -c unix_socket_directories={self.directory}"
         options += " -c max_connections=200 -c shared_buffers=64MB -c logging_collector=off"
         self._run("pg_ctl", "-D", self._data, "-w", "-t", 60, "-l", self.directory / "log", "-o", options, "start")
 
@@ -105,7 +120,44 @@ class Server:
             time.sleep(0.05)
 
 
-def _free_port() -> int:
+def add_postgres(parser: argparse.ArgumentParser) -> None:
+    """Add the option --postgres. Its value is None without it, and "" for a server of the run's own."""
+    told = "keep the sessions in PostgreSQL: on a scratch server, or in new databases on the server of this URL"
+    parser.add_argument("--postgres", metavar="URL", nargs="?", const="", help=told)
+
+
+@contextlib.contextmanager
+def databases(url: str) -> Iterator[Callable[[], str]]:
+    """Yield a function that makes an empty database and returns its URL. Without a URL, a scratch server has it."""
+    import psycopg
+
+    server = Server() if not url else None
+    made: list[str] = []
+
+    def make() -> str:
+        name = f"persist_{uuid.uuid4().hex[:12]}"
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name}")
+        made.append(name)
+        parts = urllib.parse.urlsplit(url)
+        return urllib.parse.urlunsplit(parts._replace(path=f"/{name}"))
+
+    try:
+        if server is not None:
+            server.start()
+            url = server.url
+        yield make
+        if server is None:
+            with psycopg.connect(url, autocommit=True) as connection:
+                for name in made:
+                    connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    finally:
+        if server is not None:
+            server.remove()
+
+
+def free_port() -> int:
+    """Return a port that nobody uses just now."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

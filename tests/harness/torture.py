@@ -11,12 +11,15 @@ import argparse
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness.acknowledged import Figures, misplaced
 from harness.authors import Hand, garden, look, own, sweep, write
+from harness.postgres import add_postgres
 from harness.runs import Plan, Run, arguments_of, existing_directory, positive
 from harness.watch import Watch
+from persist.files import FileEngine
 
 ROLES = (write, own, garden, write, own, sweep, look, write)
 LONGEST_PAUSE_S = 0.02
@@ -30,10 +33,10 @@ class Torture(Run):
 
     crashes = "kills"
 
-    def __init__(self, directory: Path, workers: int, plan: Plan) -> None:
+    def __init__(self, place: Path | str, workers: int, plan: Plan, ways: Sequence[str] = ()) -> None:
         super().__init__(plan)
         self._roles = [ROLES[number % len(ROLES)] for number in range(workers)]
-        self._watch = Watch(directory, self.figures, plan)
+        self._watch = Watch(place, self.figures, plan, ways)
 
     def run(self) -> Figures:
         watch, crew = self._watch, self._watch.crew
@@ -44,7 +47,7 @@ class Torture(Run):
                 watch.start(role)
             while not self._is_over() and watch.await_commit():
                 crew.listen(self._random.uniform(0, LONGEST_PAUSE_S))
-                self._replace(self._random.choice(crew.hands))
+                self._disturb()
                 self._tell()
             if self.figures.is_sound:
                 watch.require_work_of(self._roles)
@@ -53,13 +56,17 @@ class Torture(Run):
         watch.blame()
         watch.look()
         watch.settle()
-        if self.figures.is_sound:
+        if self.figures.is_sound and isinstance(watch.store._backend.engine, FileEngine):
             for what in misplaced(watch.store):
                 self.figures.found("misplaced", what)
         watch.look()
         return self.figures
 
+    def _disturb(self) -> None:
+        self._replace(self._random.choice(self._watch.crew.hands))
+
     def _replace(self, victim: Hand) -> None:
+        """Kill a process, look at the store, and start another one."""
         watch = self._watch
         change = watch.crew.kill(victim)
         self.figures.crashes += 1
@@ -79,7 +86,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--directory", type=existing_directory, help="where to make the store; it is removed if all is well"
     )
+    add_postgres(parser)
     options, plan = arguments_of(parser, arguments, Torture.crashes)
+    if options.postgres is not None:
+        from harness.torture_postgres import run
+
+        return run(options.postgres, options.workers, plan)
     parent = tempfile.mkdtemp(prefix="persist-torture-", dir=options.directory)
     print(f"{options.workers} processes, {parent}", flush=True)
     torture = Torture(Path(parent, "sessions"), options.workers, plan)

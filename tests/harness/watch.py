@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,11 +22,12 @@ from harness.acknowledged import (
     load_bytes_of,
     read_all,
     settle,
+    settle_rows,
     title_of,
     titled,
 )
 from harness.authors import LOCK_TIMEOUT_S, Crew, Hand, Role, as_document
-from harness.journaling import LOAD_BYTES
+from harness.journaling import LOAD_BYTES, is_url
 from harness.runs import Plan
 
 SHARED = 3
@@ -36,30 +37,33 @@ MADE_HERE = "shared"
 
 
 class Watch:
-    """A store directory, the crew that works on it, and the ledger of what it was promised.
+    """A store, the crew that works on it, and the ledger of what it was promised.
 
     Sessions stay small, so that reading all of them after each crash is cheap. A session that has grown is replaced for
     the authors that start from then on. It is deleted when the last author that knows it is dead.
     """
 
-    def __init__(self, directory: Path, figures: Figures, plan: Plan) -> None:
+    def __init__(self, place: Path | str, figures: Figures, plan: Plan, ways: Sequence[Path | str] = ()) -> None:
+        """Watch the store at a place. `ways` are the names under which authors find it."""
         self.figures = figures
-        self.ledger = Ledger()
+        self._is_remote = is_url(place)
+        self.ledger = Ledger(may_lose_streams=self._is_remote)
         self.crew = Crew(self.ledger, figures, plan.seed, plan.journaling)
         self._random = random.Random(plan.seed)
         self._journaled: set[str] = set()
         self.shared: tuple[str, ...] = ()
-        self._directory = directory
+        self._place = place
+        self._ways = ways or (place,)
         self._plan = plan
         self._acknowledged_before = figures.acknowledged
 
     def open(self) -> None:
-        """Look at the directory with a new store, as a process does that has just started."""
+        """Look at the store with a new store, as a process does that has just started."""
         journaling = self._plan.journaling.drawn(self._random)
-        self.store = journaling.open(self._directory, timeout_s=LOCK_TIMEOUT_S, keep_events_s=0)
+        self.store = journaling.open(self._place, timeout_s=LOCK_TIMEOUT_S, keep_events_s=0)
 
     def start(self, role: Role) -> Hand:
-        return self.crew.start(role, self._directory, self.shared)
+        return self.crew.start(role, self._random.choice(self._ways), self.shared)
 
     def share(self) -> None:
         """Make sure that there are enough sessions to share, and rename one.
@@ -162,6 +166,8 @@ class Watch:
         self.shared = tuple(each for each in self.shared if _is_fit(found.get(each)))
 
     def _count_journals(self) -> None:
+        if self._is_remote:
+            return
         before = self._journaled
         self._journaled = {path.name.partition(".")[0] for path in self.store.path.glob("*.journal")}
         self.figures.entered += len(self._journaled - before)
@@ -172,6 +178,9 @@ class Watch:
         living = {hand.name for hand in self.crew.hands}
         in_use = set(self.shared).union(*(hand.shared for hand in self.crew.hands))
         for session_id in set(self.ledger.session_ids) - in_use:
+            if self._is_remote and session_id in {info.session_id for info in self.store.streams() if info.is_live}:
+                # The lease of a killed process is not over yet.
+                continue
             if self.ledger.is_gone(session_id) or not self.ledger.authors(session_id) & living:
                 self.ledger.forget(session_id)
                 if self.store.exists(session_id):
@@ -187,7 +196,7 @@ class Watch:
 
     def settle(self) -> None:
         """Sweep and repair as servers do, with no author alive, and look for traces."""
-        settle(self.store, self.figures)
+        settle_rows(self.store, self.figures) if self._is_remote else settle(self.store, self.figures)
 
 
 def _is_fit(document: Document | None) -> bool:
