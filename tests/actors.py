@@ -32,7 +32,7 @@ def eventually(claim: Callable[[], bool]) -> None:
 class Actor:
     """A process with ``store`` (a `persist.Store`) and ``persist`` in reach of the code it runs."""
 
-    def __init__(self, directory: Path, *, prefix: Sequence[str] = (), **store_options: Any) -> None:
+    def __init__(self, place: Path | str, *, prefix: Sequence[str] = (), **store_options: Any) -> None:
         """Start the process. `prefix` is a command that starts commands, such as ``unshare``."""
         here, there = Pipe()
         self._connection = here
@@ -43,7 +43,7 @@ class Actor:
             "error",
             __file__,
             str(there.fileno()),
-            str(directory),
+            str(place),
             repr(store_options),
             repr(sys.getswitchinterval()),
         ]
@@ -125,13 +125,13 @@ def _pausing(connection: Connection[Any, Any]) -> Callable[[str], None]:
     return pause_at
 
 
-def _main(descriptor: str, directory: str, options: str, switch_interval_s: str) -> None:
+def _main(descriptor: str, place: str, options: str, switch_interval_s: str) -> None:
     import persist
 
     # Switch threads as often as the test does.
     sys.setswitchinterval(float(switch_interval_s))
     connection: Connection[Any, Any] = Connection(int(descriptor))
-    store = persist.Store(directory, **ast.literal_eval(options))
+    store = persist.Store(place, **ast.literal_eval(options))
     names: dict[str, Any] = {"persist": persist, "store": store, "os": os, "pause_at": _pausing(connection)}
     while True:
         try:
