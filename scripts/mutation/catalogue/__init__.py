@@ -8,7 +8,20 @@ whether the test notices.
 
 from __future__ import annotations
 
-from mutation.catalogue import aio, commit, content, events, journal, locks, merge, plugin, sessions, storage, streams
+from mutation.catalogue import (
+    aio,
+    commit,
+    content,
+    events,
+    journal,
+    locks,
+    merge,
+    plugin,
+    postgres,
+    sessions,
+    storage,
+    streams,
+)
 
 MUTANTS = (
     *locks.MUTANTS,
@@ -21,5 +34,6 @@ MUTANTS = (
     *merge.MUTANTS,
     *events.MUTANTS,
     *aio.MUTANTS,
+    *postgres.MUTANTS,
     *plugin.MUTANTS,
 )

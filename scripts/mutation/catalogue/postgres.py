@@ -1,0 +1,143 @@
+"""Mutants of the engine in PostgreSQL. Some of its mechanisms are in its statements, so these are edited, too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mutation.catalogue.suites import POSTGRES
+from mutation.edits import (
+    DoesNotApply,
+    Edit,
+    Function,
+    condition,
+    drop_call,
+    drop_handler,
+    drop_operand,
+    replace_expression,
+    return_now,
+)
+from mutation.mutant import Change, Mutant
+
+TRANSACTION = "postgres/transaction.py"
+EVENTS = "postgres/events.py"
+STATEMENTS = "postgres/statements.py"
+_QUERIES = Path(__file__).parents[3] / "persist" / "postgres" / "queries.sql"
+
+
+def _without(*texts: str) -> Edit:
+    """Take texts out of the statements."""
+
+    def edit(function: Function) -> None:
+        for text in texts:
+            if text not in _QUERIES.read_text():
+                raise DoesNotApply(f"no statement has {text!r}")
+        calls = "".join(f".replace({text!r}, '')" for text in texts)
+        replace_expression("_FILE.read_text()", f"IT{calls}")(function)
+
+    return edit
+
+
+def _statement(name: str, edit: Edit, select: str, *also: Change) -> Mutant:
+    return Mutant(f"postgres: {name}", STATEMENTS, "Statements.__init__", edit, POSTGRES, select, also)
+
+
+def _postgres(name: str, module: str, function: str, edit: Edit, select: str, *also: Change) -> Mutant:
+    return Mutant(f"postgres: {name}", module, function, edit, POSTGRES, select, also)
+
+
+ALIVE = " AND expires_at > clock_timestamp()"
+
+MUTANTS = (
+    # A row's lock stands behind that of its name, so each alone would do.
+    _statement(
+        "the lock of a session",
+        _without(" FOR UPDATE\n\n-- name: lock_name", "pg_advisory_xact_lock(%(lock)s), "),
+        "updates_of_several_processes",
+        Change("postgres/engine.py", "PostgresEngine.lock_row", replace_expression("name[1]", "name[0]")),
+    ),
+    _statement(
+        "the comparison with what was read",
+        _without(" AND commit = %(before)s\n    AND (%(lease)s::uuid IS NULL\n        OR"),
+        "changed_without_the_lock",
+        # A transaction that takes its lock again compares, too.
+        Change(
+            TRANSACTION,
+            "Transaction._lock_again",
+            condition("_commit_in(before) != _commit_in(self._row)", "False"),
+        ),
+    ),
+    _statement(
+        "the fence of an event",
+        _without(" AND ended IS NULL AND last BETWEEN %(last)s AND %(last)s + %(count)s"),
+        "forced_cancel",
+    ),
+    _postgres(
+        "the owner of a turn's write",
+        "streams.py",
+        "Stream._require_ownership",
+        condition("owner is None or active_stream_id != self.id or header.epoch != self.epoch", "owner is None"),
+        "turn_of_a_successor",
+        Change(
+            "streams.py",
+            "owner_of",
+            replace_expression("owner if owner.stream_id == stream_id else None", "owner"),
+        ),
+    ),
+    _statement("the server's clock in the write of a turn", _without(ALIVE), "is_late_writes_nothing"),
+    _postgres(
+        "the look-up of an unknown COMMIT",
+        TRANSACTION,
+        "Transaction._stands",
+        condition("sent and self._has_happened(before, commit, sent)", "False"),
+        "cut_in_a_commit",
+    ),
+    _postgres(
+        "the server's memory of a transaction",
+        TRANSACTION,
+        "Transaction._became",
+        return_now(),
+        "any_number_of_commits or deleted_since",
+    ),
+    _postgres(
+        "the look for the commit that was read, among the last ones",
+        TRANSACTION,
+        "Transaction._has_happened",
+        drop_operand("_commit_in(before) not in commits"),
+        "not_unknown_behind_a_few",
+    ),
+    _postgres(
+        "the end of a transaction whose process is stopped",
+        "postgres/engine.py",
+        "PostgresEngine.lock_row",
+        replace_expression("self.connections.while_idle", "b'SET LOCAL jit = off'"),
+        "process_that_is_stopped",
+    ),
+    _postgres(
+        "the patience of a start with its server",
+        "postgres/connections.py",
+        "Own.run",
+        condition("now_s() + pause_s > deadline", "True"),
+        "server_that_comes_back",
+    ),
+    _postgres(
+        "the end of a stream that lost its authority for a while",
+        "streams.py",
+        "Stream.__exit__",
+        drop_call("self._close"),
+        "while_the_server_is_away",
+    ),
+    _postgres(
+        "the look at the process whose events they are",
+        EVENTS,
+        "RemoteWriter.close",
+        condition("self._pid != os.getpid()", "False"),
+        "forked_child",
+    ),
+    _postgres(
+        "the error of events that expire under a reader",
+        "follow.py",
+        "Cursor.__init__",
+        drop_handler("FileNotFoundError"),
+        "expire_under_a_reader",
+    ),
+)
