@@ -33,7 +33,7 @@ class Actor:
     """A process with ``store`` (a `persist.Store`) and ``persist`` in reach of the code it runs."""
 
     def __init__(self, place: Path | str, *, prefix: Sequence[str] = (), **store_options: Any) -> None:
-        """Start the process. `prefix` is a command that starts commands, such as ``unshare``."""
+        """Start the process on the store there. `prefix` is a command that starts commands, such as ``unshare``."""
         here, there = Pipe()
         self._connection = here
         command = [

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from actors import Actor, eventually
+from conftest import ActorFactory
 from harness import pgbouncer, servers
 from harness.chats import HELLO
 from harness.postgres import Server, can_run
@@ -20,20 +22,12 @@ import persist
 from persist.pytest_plugin import shared_fixture
 
 MakeStore = Callable[..., persist.Store]
-
-
+#: How long a process is taken for alive after its last heartbeat. Tests with a kill wait for it on PostgreSQL.
+LEASE_S = 2.0
 #: The modules whose tests go through pgbouncer, too: those whose verbs need several statements, or wait.
 BOUNCED = ("test_create_and_delete", "test_extend", "test_lists", "test_once", "test_stream_transaction", "test_update")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave the tests of other modules out that would go through pgbouncer."""
-    items[:] = [item for item in items if not _is_left_out(item)]
-
-
-def _is_left_out(item: pytest.Item) -> bool:
-    callspec = getattr(item, "callspec", None)
-    return callspec is not None and callspec.params.get("make_store") == "pgbouncer" and item.path.stem not in BOUNCED
+#: The kinds of stores that are in a database, with the fixtures of their URLs.
+DATABASES = {"postgres": "postgres_url", "pgbouncer": "bouncer_url"}
 
 
 def stop_server(running: dict[str, Any]) -> None:
@@ -75,25 +69,37 @@ def bouncer_url(postgres_url: str) -> Iterator[str]:
         yield f"{host}:{bouncer}/{name}"
 
 
-@pytest.fixture(params=["never", "always", "postgres", "pgbouncer"])
-def make_store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[MakeStore]:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each test on PostgreSQL, and on files with the journal's modes that its module names."""
+    if "kind" in metafunc.fixturenames:
+        kinds = getattr(metafunc.module, "KINDS", ("never", "always", "postgres"))
+        is_bounced = metafunc.module.__name__.rpartition(".")[2] in BOUNCED
+        metafunc.parametrize("kind", (*kinds, "pgbouncer") if is_bounced else kinds)
+
+
+@pytest.fixture
+def place(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Return where the test's store is, and the options by which any process opens it."""
+    if kind not in DATABASES:
+        yield str(tmp_path / "sessions"), {"journal": kind}
+        return
+    url, schema = request.getfixturevalue(DATABASES[kind]), f"s_{uuid.uuid4().hex[:12]}"
+    yield url, {"schema": schema, "lease_s": LEASE_S}
+    import psycopg
+
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
+
+
+@pytest.fixture
+def make_store(place: tuple[str, dict[str, Any]]) -> MakeStore:
     """Return a function that opens a store: the same one at each call, with other options."""
-    if request.param in ("postgres", "pgbouncer"):
-        name = "postgres_url" if request.param == "postgres" else "bouncer_url"
-        url, schema = request.getfixturevalue(name), f"s_{uuid.uuid4().hex[:12]}"
-        at, always = url, {"schema": schema}
-    else:
-        at, always = str(tmp_path / "sessions"), {"journal": request.param}
+    at, always = place
 
     def make(**options: Any) -> persist.Store:
         return persist.Store(at, **{"timeout_s": 20.0, **always, **options})
 
-    yield make
-    if request.param in ("postgres", "pgbouncer"):
-        import psycopg
-
-        with psycopg.connect(url, autocommit=True) as connection:
-            connection.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
+    return make
 
 
 @pytest.fixture
@@ -104,6 +110,40 @@ def store(make_store: MakeStore) -> persist.Store:
 @pytest.fixture
 def session(store: persist.Store) -> persist.Session:
     return store.create("s", {"title": "New chat", "messages": [HELLO]})
+
+
+@pytest.fixture
+def actor(place: tuple[str, dict[str, Any]]) -> Iterator[ActorFactory]:
+    """Provide a function that starts another server process on the same sessions."""
+    actors: list[Actor] = []
+    at, always = place
+
+    def start(**options: Any) -> Actor:
+        actors.append(Actor(at, **{**always, **options}))
+        return actors[-1]
+
+    yield start
+    for each in actors:
+        each.close()
+
+
+def is_owned_by(pid: int, stream: persist.StreamInfo) -> bool:
+    return stream.owner is not None and stream.owner.pid == pid
+
+
+@pytest.fixture
+def kill(store: persist.Store, kind: str) -> Callable[[Actor], None]:
+    """Return a function that kills an actor, and returns when others know of it: with files, at once."""
+
+    def kill(actor: Actor) -> None:
+        pid = actor.pid
+        actor.kill()
+        if kind in DATABASES:
+            eventually(
+                lambda: all(each.owner is None or each.owner.pid != pid or not each.is_live for each in store.streams())
+            )
+
+    return kill
 
 
 @pytest.fixture
