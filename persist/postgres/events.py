@@ -28,7 +28,7 @@ import psycopg
 
 from persist import json_codec
 from persist.engine import Ended, Event, Fenced
-from persist.errors import EmitFailed, PersistError
+from persist.errors import EmitFailed, PersistError, nested
 from persist.log import log
 from persist.postgres.connections import Connection, Connections, Own, Row, is_direct, text_of
 from persist.postgres.heartbeat import HeldLease
@@ -47,6 +47,10 @@ _PAGE = 1000
 _MOST_KEPT, _MOST_KEPT_BYTES = 1000, 1024 * 1024
 
 
+#: `is_busy` tells whether the thread is in the middle of an emission.
+_this_thread = threading.local()
+
+
 class RemoteWriter:
     """The writer of the events of a stream that this process runs. The threads of the process may share it.
 
@@ -63,7 +67,8 @@ class RemoteWriter:
         self.process = lease.process
         self._engine = engine
         self._pid = os.getpid()
-        self._guard = threading.Lock()
+        # Re-entrant, because the commit that ends the stream holds it, too.
+        self._guard = threading.RLock()
         self.writing = threading.RLock()
         self._pending: list[bytes] = []
         self._count = 0
@@ -80,22 +85,45 @@ class RemoteWriter:
         """Do nothing."""
 
     def append(self, events: Sequence[bytes], *, durable: bool) -> int:
-        """Number encoded events, and write them soon. With `durable`, they are durable on return."""
-        with self._guard:
-            if self.is_fenced:
-                raise Fenced
-            failure, self.failure = self.failure, None
-            if failure is None:
-                self._pending += events
-                self._count += len(events)
-            offset = self._count
-        if failure is not None:
-            raise self._failed(failure)
-        if durable:
-            self.flush()
-        else:
-            self._engine.emitter.schedule(self)
+        """Number encoded events, and write them soon. With `durable`, they are durable on return.
+
+        Raises:
+            LockError: this thread is in the middle of an emission, or of the commit that ends a stream, and its signal
+                handler emits.
+        """
+        with self._busy():
+            with self._guard:
+                if self.is_fenced:
+                    raise Fenced
+                failure, self.failure = self.failure, None
+                if failure is None:
+                    self._pending += events
+                    self._count += len(events)
+                offset = self._count
+            if failure is not None:
+                raise self._failed(failure)
+            if durable:
+                self.flush()
+            else:
+                self._engine.emitter.schedule(self)
         return offset
+
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Refuse emissions of this thread's signal handlers during a block, because they would wait for the thread."""
+        if getattr(_this_thread, "is_busy", False):
+            raise nested(self.session_id, held=self.session_id)
+        try:
+            _this_thread.is_busy = True
+            yield
+        finally:
+            _this_thread.is_busy = False
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Keep all emissions out of a block that ends the stream, so that none is acknowledged and not written."""
+        with self.writing, self._guard, self._busy():
+            yield
 
     def _failed(self, reason: str) -> EmitFailed:
         facts: dict[str, Any] = {"stream_id": self.stream_id, "path": self._engine.where(self.session_id)}
@@ -304,12 +332,18 @@ class RemoteReader:
         self._engine = engine
         self._key = session_id, stream_id
         self.place = f"{engine.where(session_id)}, events of {stream_id}"
+        writer = engine.writers.get(self._key)
+        if writer is not None and not writer.is_fenced:
+            # The owner's process sees what it has emitted.
+            with contextlib.suppress(PersistError, Fenced):
+                writer.flush()
         rows = engine.run("find_stream", id=text_of(session_id), stream_id=stream_id)
         if not rows:
             raise FileNotFoundError(errno.ENOENT, "there are no such events", self.place)
         self.number: int = rows[0][0]
         self.first: int = rows[0][1]
         self._last: int = rows[0][2]
+        self._session: int = rows[0][4]
         self.ended: Ended | None = None
         # Events before `after` are passed over unread.
         self.count = max(min(after, self._last), self.first - 1)
@@ -354,7 +388,7 @@ class RemoteReader:
         limits = {"until": 2**62 if until is None else until, "limit": _PAGE}
         rows = self._engine.run("events", stream=self.number, after=self.count, **limits)
         if not rows:
-            if self._engine.exists(self._key[0]):
+            if self._engine.run("has_number", session=self._session)[0][0]:
                 raise FileNotFoundError(errno.ENOENT, "the events are gone", self.place)
             self.ended = "deleted"
             return []

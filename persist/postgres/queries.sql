@@ -123,6 +123,9 @@ SELECT pg_xact_status(%(transaction)s::xid8)
 -- name: exists
 SELECT EXISTS (SELECT FROM {schema}.sessions WHERE id = %(id)s)
 
+-- name: has_number
+SELECT EXISTS (SELECT FROM {schema}.sessions WHERE number = %(session)s)
+
 -- name: ids
 SELECT id FROM {schema}.sessions ORDER BY id
 
@@ -192,7 +195,7 @@ WITH owned AS (
 SELECT number FROM owned
 
 -- name: find_stream
-SELECT t.number, t.first, t.last, t.ended FROM {schema}.streams t JOIN {schema}.sessions s ON s.number = t.session
+SELECT t.number, t.first, t.last, t.ended, t.session FROM {schema}.streams t JOIN {schema}.sessions s ON s.number = t.session
 WHERE s.id = %(id)s AND t.stream_id = %(stream_id)s
 
 -- name: events

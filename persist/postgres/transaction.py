@@ -350,7 +350,7 @@ class Transaction:
             changes = None
         stream_id = end.stream_id if end is not None else "" if self.lease is None else self.lease.stream_id
         writer = self._engine.writers.get((self.session_id, stream_id))
-        with contextlib.nullcontext() if writer is None else writer.writing:
+        with contextlib.nullcontext() if writer is None else writer.writing if end is None else writer.ending():
             # The events of the stream that wait are a part of its commit. So what is stored never knows more than they.
             last, events = (0, []) if writer is None or writer.is_fenced else writer.pending()
             batch = None

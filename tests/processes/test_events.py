@@ -61,73 +61,6 @@ def numbered(data: list[Any]) -> list[tuple[int, Any]]:
 # --- followed to the end ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("switching")
-def test_followers_see_every_event_of_many_threads_once(
-    store: persist.Store, session: persist.Session, actor: ActorFactory
-) -> None:
-    """Followers see every event once, at the offset that `emit` returned.
-
-    4 threads emit 200 times each, also several events at once, and 2 processes follow. Fails without the writer's
-    guard, and if a reader does not keep a torn line.
-    """
-    followers = [actor(), actor()]
-    barrier = threading.Barrier(4)
-    told: dict[int, list[str]] = {}
-    with store.start_stream("s-1") as stream:
-        for each in followers:
-            each.start(FOLLOW.format(stream.id))
-
-        def emit(thread: int) -> None:
-            barrier.wait(DEADLINE_S)
-            for n in range(200):
-                data = [f"{thread}.{n}.{part}" for part in range(1 + n % 3)]
-                told[stream.emit(*data)] = data
-
-        threads = [threading.Thread(target=emit, args=(n,)) for n in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(DEADLINE_S)
-        stream.finish()
-    expected = [data for offset in sorted(told) for data in told[offset]]
-    assert len(expected) == 4 * sum(1 + n % 3 for n in range(200))
-    for each in followers:
-        assert each.result() == (numbered(expected), "finished")
-
-
-ENDS: dict[str, tuple[str, Ended]] = {
-    "finish": ("stream.finish({'role': 'assistant', 'content': 'Because.'})", "finished"),
-    "fail": ("stream.fail()", "failed"),
-    "leaving": ("with stream: pass", "failed"),
-    "cancel": ("store.cancel('s-1', stream.id)\nwith stream: pass", "cancelled"),
-    "finish in spite of a cancel": ("store.cancel('s-1', stream.id); stream.finish()", "finished"),
-    "forced cancel": ("store.cancel('s-1', stream.id, force=True)", "cancelled"),
-    "forced delete": ("store.delete('s-1', force=True)", "deleted"),
-}
-
-
-@pytest.mark.parametrize("end", ENDS)
-def test_follower_is_told_how_the_stream_ended(
-    store: persist.Store, session: persist.Session, actor: ActorFactory, end: str
-) -> None:
-    """Every end of a stream ends its followers and tells them how it ended, also if there were no events.
-
-    The followers come before the first event. Without the end line they would ask the document, which can only say
-    "unknown". Fails, too, if only the stream makes the file: the follower finds none.
-    """
-    owner = actor()
-    code, ended = ENDS[end]
-    for data in ([], ["Be", "cause."]):
-        if not store.exists("s-1"):
-            store.create("s-1", {"messages": []})
-        with store.follow("s-1", owner.do(START)) as followed:
-            owner.do(f"[stream.emit(each) for each in {data}]")
-            owner.do(code)
-            assert [(event.offset, event.data) for event in followed] == numbered(data)
-            assert followed.ended == ended
-            assert next(followed, None) is None
-
-
 def test_full_disk_does_not_keep_a_session_from_being_deleted(store: persist.Store, session: persist.Session) -> None:
     """A session can be deleted on a full disk, because a delete makes room.
 
@@ -177,27 +110,6 @@ def test_killed_owner_is_noticed(store: persist.Store, session: persist.Session,
         assert follower.result() == (numbered(list(range(1000))), "died")
         assert written(store, stream_id) == list(range(1000))
         store.start_stream("s-1").finish()
-
-
-def test_what_was_written_before_the_look_comes_first(
-    store: persist.Store, session: persist.Session, actor: ActorFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A follower gets the last event when the owner emits it and finishes just before the follower's look at the lease.
-
-    Fails if the answer of that look counts alone.
-    """
-    owner = actor()
-    stream_id = owner.do(START)
-    real = follow.Cursor._ended_unsaid
-
-    def ask(cursor: follow.Cursor) -> Ended | None:
-        # The look has no lock yet, so the owner can finish.
-        owner.do("stream.emit('last'); stream.finish()")
-        return real(cursor)
-
-    monkeypatch.setattr(follow.Cursor, "_ended_unsaid", ask)
-    with store.follow("s-1", stream_id) as followed:
-        assert ([event.data for event in followed], followed.ended) == (["last"], "finished")
 
 
 def test_one_look_after_a_silence_is_enough() -> None:
@@ -433,62 +345,6 @@ def test_first_emission_under_way_when_the_session_is_taken_away(
         assert (len(list(followed)), followed.ended) == (len(acknowledged), "cancelled")
 
 
-@pytest.mark.usefixtures("switching")
-def test_emission_beside_finish(store: persist.Store, session: persist.Session) -> None:
-    """A thread emits while another one finishes, 20 times: acknowledged events are stored, and refused ones are not."""
-    for _ in range(20):
-        barrier = threading.Barrier(2)
-        acknowledged: list[int] = []
-        stream = store.start_stream("s-1")
-
-        def emit(
-            stream: persist.Stream = stream, barrier: threading.Barrier = barrier, to: list[int] = acknowledged
-        ) -> None:
-            barrier.wait(DEADLINE_S)
-            while True:
-                try:
-                    to.append(stream.emit(len(to) + 1))
-                except persist.StreamLost:
-                    return
-
-        thread = threading.Thread(target=emit)
-        thread.start()
-        barrier.wait(DEADLINE_S)
-        stream.finish()
-        thread.join(DEADLINE_S)
-        assert not thread.is_alive()
-        try:
-            assert written(store, stream.id) == acknowledged
-        except persist.EventsNotFound:
-            assert acknowledged == []
-
-
-def test_forked_child_emits_nothing(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """`emit` raises StreamLost in a forked child, even where the parent's file is open. The parent goes on.
-
-    Fails without the look at the process id.
-    """
-    owner = actor()
-    code = """
-stream.emit('before')
-child = os.fork()
-if child == 0:
-    verdict = 1
-    try:
-        stream.emit('from the child')
-    except persist.StreamLost:
-        verdict = 7
-    finally:
-        os._exit(verdict)
-child_said = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-stream.emit('after')
-child_said
-"""
-    stream_id = owner.do(START)
-    assert owner.do(code) == 7
-    assert written(store, stream_id) == ["before", "after"]
-
-
 def test_id_that_is_used_again_begins_anew(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
     """A new stream with an id that was used before starts without the events of the earlier stream.
 
@@ -554,21 +410,6 @@ def test_cursor_that_cannot_be_right_is_refused_at_once(
     assert (caught.value.after, caught.value.count) == (3, 2)
 
 
-def test_cursor_at_the_last_event_waits_for_the_next(
-    store: persist.Store, session: persist.Session, actor: ActorFactory
-) -> None:
-    """A follower at the last event waits for the next one, and ends if the stream has ended."""
-    owner, follower = actor(), actor()
-    stream_id = owner.do(START)
-    owner.do("stream.emit(1, 2)")
-    follower.start(f"following = store.follow('s-1', {stream_id!r}, after=2); next(following)")
-    owner.do("stream.emit(3)")
-    assert follower.result() == persist.Event(3, 3)
-    owner.do("stream.finish()")
-    followed = store.follow("s-1", stream_id, after=3)
-    assert (list(followed), followed.ended) == ([], "finished")
-
-
 def test_stream_that_ended_without_an_event_has_none(store: persist.Store, session: persist.Session) -> None:
     """A stream that nobody emits to or follows makes no directory. A later reader gets a clear error."""
     store.start_stream("s-1").finish()
@@ -579,52 +420,6 @@ def test_stream_that_ended_without_an_event_has_none(store: persist.Store, sessi
     with pytest.raises(persist.EventsNotFound):
         store.follow("s-1", stream.id)
     assert not (store.path / ".events").exists()
-
-
-@pytest.mark.usefixtures("switching")
-def test_follower_may_come_and_go(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """A client misses nothing if it loses its connection after each event and returns to any process.
-
-    It returns with its cursor.
-    """
-    owner, workers = actor(), [actor(), actor()]
-    stream_id = owner.do(START)
-    owner.do(
-        "import threading\n"
-        "thread = threading.Thread(target=lambda: [stream.emit(n) for n in range(40)])\n"
-        "thread.start()"
-    )
-    seen: list[Any] = []
-    while len(seen) < 40:
-        code = (
-            f"with store.follow('s-1', {stream_id!r}, after={len(seen)}) as f: event = next(f)\n"
-            "(event.offset, event.data)"
-        )
-        seen.append(workers[len(seen) % 2].do(code))
-    assert seen == numbered(list(range(40)))
-    owner.kill()
-    after_death = f"f = store.follow('s-1', {stream_id!r}, after=40); list(f), f.ended"
-    assert workers[0].do(after_death) == ([], "died")
-
-
-def test_loop_that_was_left_goes_on_where_it_was(store: persist.Store, session: persist.Session) -> None:
-    """A follower can be iterated again after a `break` and loses nothing. A closed follower gives no more events."""
-    with store.start_stream("s-1") as stream:
-        stream.emit(*range(10))
-        followed = store.follow("s-1", stream.id)
-        seen = []
-        for event in followed:
-            seen.append(event.data)
-            if event.data == 4:
-                break
-        assert (followed.offset, followed.ended) == (5, None)
-        stream.emit(10)
-        stream.finish()
-    seen += [event.data for event in followed]
-    assert (seen, followed.offset, followed.ended) == (list(range(11)), 11, "finished")
-    closed = store.follow("s-1", stream.id)
-    closed.close()
-    assert (list(closed), closed.ended) == ([], None)
 
 
 def test_dropped_follower_leaves_nothing_open(store: persist.Store, session: persist.Session) -> None:
@@ -949,58 +744,6 @@ def test_no_event_appears_in_an_error(store: persist.Store, session: persist.Ses
 
 
 # --- signals, forks, and what a fast writer does ----------------------------------------------------------------------
-
-
-def test_signal_handler_may_emit_while_others_follow(actor: ActorFactory, session: persist.Session) -> None:
-    """A signal handler that emits while threads of its process follow may be refused, but no thread waits for ever."""
-    owner = actor()
-    seen = owner.do(
-        """
-import signal, threading
-stream = store.start_stream("s-1")
-stream.emit(0)
-followers = [store.follow("s-1", stream.id) for _ in range(2)]
-counts = [0, 0]
-def count(place):
-    for _ in followers[place]:
-        counts[place] += 1
-threads = [threading.Thread(target=count, args=(place,)) for place in range(2)]
-for thread in threads: thread.start()
-emitted = 1
-def handler(*_):
-    global emitted
-    try:
-        stream.emit("handler"); emitted += 1
-    except persist.LockError:
-        pass
-signal.signal(signal.SIGALRM, handler)
-signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
-for n in range(3000):
-    stream.emit(n); emitted += 1
-signal.setitimer(signal.ITIMER_REAL, 0)
-stream.finish()
-for thread in threads: thread.join()
-len(store.events("s-1", stream.id)), counts
-"""
-    )
-    assert seen[1] == [seen[0]] * 2
-
-
-def test_child_reads_with_a_cursor_of_its_own(store: persist.Store, session: persist.Session) -> None:
-    """A follower that is open when the process forks gives every event to the parent, and every event to the child.
-
-    Fails if they share a position.
-    """
-    with store.start_stream("s-1") as stream:
-        for n in range(300):
-            stream.emit(*[f"{n} {m} {'x' * 1000}" for m in range(10)])
-        followed = store.follow("s-1", stream.id)
-        stream.finish()
-    child = os.fork()
-    if child == 0:
-        os._exit([event.offset for event in followed] != list(range(1, 3001)))
-    assert [event.offset for event in followed] == list(range(1, 3001))
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_child_of_a_fork_in_the_middle_of_a_registration_can_follow(
