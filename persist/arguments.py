@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from typing import TypeGuard
 
 from persist.errors import InvalidArgument, shown
+
+
+def is_url(place: object) -> TypeGuard[str]:
+    """Tell whether a store's place is the URL of a database."""
+    return isinstance(place, str) and place.startswith(("postgresql://", "postgres://"))
 
 
 def require_flags(**flags: object) -> None:

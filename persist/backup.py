@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from persist import engines, errors, json_codec, streams
-from persist.arguments import expanded, require_flags
+from persist.arguments import expanded, is_url, require_flags
 from persist.files import FileEngine
 from persist.maintenance import Step
 from persist.storage import commit, disk, document, layout
@@ -326,7 +326,7 @@ def _lease(header: Header, session_id: str, stream_id: str) -> bytes:
 
 def _directory(files: FileEngine, dest: object) -> str:
     """Return the real path of a backup's directory, which need not exist yet."""
-    if engines.is_url(dest):
+    if is_url(dest):
         got, remedy = "a URL", "Copy sessions into a database with 'persist copy'."
         raise errors.InvalidArgument(what="a backup's path", expected="a directory's name", got=got, remedy=remedy)
     path = os.fspath(dest) if isinstance(dest, (str, os.PathLike)) else None

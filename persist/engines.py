@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from persist import errors
-from persist.arguments import expanded
+from persist.arguments import expanded, is_url
 from persist.engine import Engine
 from persist.files import FileEngine
 from persist.storage import commit
@@ -20,16 +20,10 @@ from persist.storage.layout import LEASES
 
 #: The schema of a store whose URL and options name none.
 SCHEMA = "persist"
-_SCHEMES = ("postgresql://", "postgres://")
 _SCHEMA_IN_URL = re.compile(r"([?&])schema=([^&]*)(&?)")
 #: A longer name would be cut off by the server, and two of them could become one.
 _SCHEMA_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$-]{0,62}")
-_PASSWORD = re.compile(rf"((?:{'|'.join(_SCHEMES)})[^:@/\s]*):\S*@")
-
-
-def is_url(name: object) -> bool:
-    """Tell whether a store's name is the URL of a database."""
-    return isinstance(name, str) and name.startswith(_SCHEMES)
+_PASSWORD = re.compile(r"(postgres(?:ql)?://[^:@/\s]*):\S*@")
 
 
 def without_passwords(text: str) -> str:
@@ -50,6 +44,9 @@ def _directory(path: object, *, create: bool) -> str:
     directory = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
     if type(directory) is not str or not directory or "\0" in directory:
         raise errors.InvalidArgument(what="a store's path", expected="a directory's name", got=repr(path))
+    if is_url(directory.replace(":/", "://", 1)):
+        # A `Path` that was made from a URL has lost a slash.
+        raise errors.InvalidArgument(what="a store's path", expected="a URL as a string, not as a Path", got=repr(path))
     name, directory = directory, os.path.realpath(expanded(directory))
     try:
         found = "a directory" if stat.S_ISDIR(os.stat(directory).st_mode) else "a file"
@@ -78,11 +75,11 @@ def opened(
 ) -> tuple[str, Engine]:
     """Open the engine of a store. See `Store`. Return its absolute name, too, by which another process opens it."""
     if is_url(path):
-        url, schema = _parted(str(path), schema)
+        url, schema = _parted(path, schema)
         engine: Engine = _postgres("engine").PostgresEngine(
             url, schema=schema, create=create, timeout_s=timeout_s, keep_events_s=keep_events_s, lease_s=lease_s
         )
-        return str(path), engine
+        return path, engine
     directory = _directory(path, create=create)
     engine = FileEngine(
         directory,

@@ -1,12 +1,14 @@
 """Fixtures of all tests: a directory for sessions, a store on it, and actors on the same directory.
 
-An actor is another process.
+An actor is another process. One PostgreSQL server serves all workers of a run, and each worker has a database of its
+own.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ import pytest
 from actors import Actor
 from harness import servers
 from harness.faults import quick_directory
+from harness.postgres import Server, can_run
 
 import persist
+from persist.pytest_plugin import shared_fixture
 
 ActorFactory = Callable[..., Actor]
 
@@ -79,3 +83,45 @@ def actor(directory: Path) -> Iterator[ActorFactory]:
     yield start
     for each in actors:
         each.close()
+
+
+# --- PostgreSQL -------------------------------------------------------------------------------------------------------
+
+
+def stop_server(running: dict[str, Any]) -> None:
+    """Stop the server, in whichever process ends last."""
+    Server(running["directory"], running["port"]).remove()
+
+
+@shared_fixture(teardown=stop_server)
+def postgres_server() -> dict[str, Any]:
+    """Start one real server for all workers of the run."""
+    server = Server()
+    server.start()
+    return {"directory": str(server.directory), "port": server.port}
+
+
+@pytest.fixture(scope="session")
+def postgres_url(request: pytest.FixtureRequest) -> str:
+    """Return the URL of a database for this worker."""
+    pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed")
+    if not can_run():
+        servers.missing("PostgreSQL")
+    import psycopg
+
+    running = request.getfixturevalue("postgres_server")
+    server, name = Server(running["directory"], running["port"]), f"worker_{uuid.uuid4().hex[:12]}"
+    with psycopg.connect(server.url, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return server.url_of(name)
+
+
+@pytest.fixture
+def postgres_schema(postgres_url: str) -> Iterator[str]:
+    """Return the name of a schema that is not there yet, and is gone after the test."""
+    import psycopg
+
+    schema = f"s_{uuid.uuid4().hex[:12]}"
+    yield schema
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")

@@ -7,7 +7,7 @@ from weakref import WeakValueDictionary
 
 import persist
 import persist.aio
-from persist.arguments import expanded
+from persist.arguments import expanded, is_url
 from persist.errors import InvalidArgument
 
 AnyStore = persist.aio.Store | persist.Store | str | os.PathLike[str]
@@ -18,7 +18,7 @@ _STORES: WeakValueDictionary[str, persist.aio.Store] = WeakValueDictionary()
 
 
 def opened(store: AnyStore) -> persist.aio.Store:
-    """Return the store that an adapter was given, or the store of a directory. Adapters of one path share a store.
+    """Return the store that an adapter was given, or that of a directory or URL. Adapters of one place share a store.
 
     Raises:
         InvalidArgument: it is neither.
@@ -28,10 +28,10 @@ def opened(store: AnyStore) -> persist.aio.Store:
     if isinstance(store, persist.Store):
         return persist.aio.Store(store)
     if isinstance(store, (str, os.PathLike)):
-        path = os.path.realpath(expanded(os.fspath(store)))
+        path = store if is_url(store) else os.path.realpath(expanded(os.fspath(store)))
         return _STORES.get(path) or _STORES.setdefault(path, persist.aio.Store(store))
     raise InvalidArgument(
-        what="store", expected="a persist.aio.Store, a persist.Store or a path", got=type(store).__name__
+        what="store", expected="a persist.aio.Store, a persist.Store, a path or a URL", got=type(store).__name__
     )
 
 

@@ -1,12 +1,10 @@
 """Stores on each engine, for the promises that hold on all of them.
 
-One PostgreSQL server serves all workers of a run, and each worker has a database of its own. Each test has a schema.
-A selection of the tests also goes through pgbouncer.
+Each test has a schema of its own on PostgreSQL. A selection of the tests also goes through pgbouncer.
 """
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,8 @@ from actors import Actor, eventually
 from conftest import ActorFactory
 from harness import pgbouncer, servers
 from harness.chats import HELLO
-from harness.postgres import Server, can_run
 
 import persist
-from persist.pytest_plugin import shared_fixture
 
 MakeStore = Callable[..., persist.Store]
 #: How long a process is taken for alive after its last heartbeat. Tests with a kill wait for it on PostgreSQL.
@@ -28,34 +24,6 @@ LEASE_S = 2.0
 BOUNCED = ("test_create_and_delete", "test_extend", "test_lists", "test_once", "test_stream_transaction", "test_update")
 #: The kinds of stores that are in a database, with the fixtures of their URLs.
 DATABASES = {"postgres": "postgres_url", "pgbouncer": "bouncer_url"}
-
-
-def stop_server(running: dict[str, Any]) -> None:
-    """Stop the server, in whichever process ends last."""
-    Server(running["directory"], running["port"]).remove()
-
-
-@shared_fixture(teardown=stop_server)
-def postgres_server() -> dict[str, Any]:
-    """Start one real server for all workers of the run."""
-    server = Server()
-    server.start()
-    return {"directory": str(server.directory), "port": server.port}
-
-
-@pytest.fixture(scope="session")
-def postgres_url(request: pytest.FixtureRequest) -> str:
-    """Return the URL of a database for this worker."""
-    pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed")
-    if not can_run():
-        servers.missing("PostgreSQL")
-    import psycopg
-
-    running = request.getfixturevalue("postgres_server")
-    server, name = Server(running["directory"], running["port"]), f"worker_{uuid.uuid4().hex[:12]}"
-    with psycopg.connect(server.url, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return server.url_of(name)
 
 
 @pytest.fixture(scope="session")
@@ -78,17 +46,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @pytest.fixture
-def place(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[str, Any]]]:
+def place(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     """Return where the test's store is, and the options by which any process opens it."""
     if kind not in DATABASES:
-        yield str(tmp_path / "sessions"), {"journal": kind}
-        return
-    url, schema = request.getfixturevalue(DATABASES[kind]), f"s_{uuid.uuid4().hex[:12]}"
-    yield url, {"schema": schema, "lease_s": LEASE_S}
-    import psycopg
-
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
+        return str(tmp_path / "sessions"), {"journal": kind}
+    schema = request.getfixturevalue("postgres_schema")
+    return request.getfixturevalue(DATABASES[kind]), {"schema": schema, "lease_s": LEASE_S}
 
 
 @pytest.fixture

@@ -58,3 +58,12 @@ def test_an_unknown_home_is_refused(home: Path, path: str) -> None:
 def test_a_tilde_elsewhere_is_a_name(home: Path, path: str) -> None:
     """Only a leading tilde is a home."""
     assert persist.Store(path).path == Path.cwd() / path
+
+
+def test_path_that_was_made_from_a_url_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `Path` loses a slash of a URL, and would be a directory called "postgresql:"."""
+    monkeypatch.chdir(tmp_path)
+    for place in (Path("postgresql://localhost/chats"), "postgres:/localhost"):
+        with pytest.raises(persist.InvalidArgument, match="a URL as a string"):
+            persist.Store(place)
+    assert list(tmp_path.iterdir()) == []
