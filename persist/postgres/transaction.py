@@ -154,7 +154,8 @@ class Held(lock.Hold):
     def _wait_for_processes(self, start: float) -> None:
         connections, pause_s = self.engine.connections, _PAUSE_S
         while True:
-            deadline = self._deadline(start)
+            # Not `_deadline`, because the call of an event loop must not expire before its first try has an answer.
+            deadline = start + self.timeout_s if self.waiting is None else self.waiting.deadline
             connection = connections.take(max(deadline, now_s() + 0.05))
             self._file.connection, self._file.give = connection, connections.give
             left_s = deadline - now_s()

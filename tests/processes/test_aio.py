@@ -7,7 +7,6 @@ import contextlib
 import gc
 import inspect
 import os
-import signal
 import sys
 import threading
 import types
@@ -23,7 +22,7 @@ from harness.loops import cancel_again_and_again, in_loop
 
 import persist
 import persist.aio
-from persist.calls import QUICK_THREADS, Call
+from persist.calls import Call
 from persist.storage import disk
 
 PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
@@ -88,29 +87,6 @@ def test_every_verb_is_there_with_the_same_arguments(kind: str) -> None:
 
 
 @in_loop
-async def test_verbs_do_what_their_twins_do(aio: persist.aio.Store, store: persist.Store) -> None:
-    """Create, load, change, save, append, update, look, duplicate, delete."""
-    session = await aio.create("s-2", {"messages": []})
-    session.data["title"] = "mine"
-    await aio.append("s-2", "messages", PROMPT)
-    assert await session.save() == session.version
-    assert (session.revision, session.data) == (3, {"title": "mine", "messages": [PROMPT]})
-    assert await aio.update("s-2", lambda tx: tx.data["messages"].pop(), if_version=session.version) == PROMPT
-    assert (await aio.head("s-2")).fields["title"] == "mine"
-    await (await aio.load("s-2")).refresh()
-    await aio.duplicate("s-2", "s-3")
-    assert await aio.ids() == ["s-1", "s-2", "s-3"]
-    await aio.delete("s-3")
-    assert not await aio.exists("s-3")
-    assert await aio.check() == []
-    assert (await aio.accept("s-2")).revision == 4
-    with pytest.raises(persist.SessionNotFound):
-        await aio.load("s-3")
-    with pytest.raises(persist.InvalidArgument):
-        persist.aio.Store(store, timeout_s=1.0)
-
-
-@in_loop
 async def test_large_sessions_cost_what_changes(aio: persist.aio.Store) -> None:
     """`update` and `compact` do what their twins do. A verb of a large session appends to its journal."""
     await aio.create("s-2", {"title": "Async", "messages": ["x" * 70_000]})
@@ -123,49 +99,6 @@ async def test_large_sessions_cost_what_changes(aio: persist.aio.Store) -> None:
     assert await aio.compact("s-2") is False
     assert (aio.path / "s-2.json").read_bytes() != document
     assert (await aio.load("s-2")).data == {"title": "Large", "messages": ["x" * 70_000, PROMPT]}
-
-
-@in_loop
-async def test_turn_from_prompt_to_answer(aio: persist.aio.Store, store: persist.Store) -> None:
-    """A stream as a context manager: one owner, checkpoints, and the answer."""
-    async with aio.start_stream("s-1", PROMPT) as stream:
-        assert (await aio.stream("s-1")).stream_id == stream.id  # type: ignore[union-attr]
-        with pytest.raises(persist.SessionBusy):
-            await aio.start_stream("s-1")
-        assert not await stream.is_cancelled()
-        await stream.emit({"token": "Be"}, {"token": "cause."}, durable=True)
-        await stream.checkpoint({"id": "a1", "role": "assistant", "content": "Be"})
-        await stream.append({"id": "t1", "role": "tool", "content": "x"})
-        await aio.cancel("s-1", stream.id)
-        assert await stream.is_cancelled()
-        await stream.finish(ANSWER)
-    assert contents(store) == ["Why?", "x", "Because."]
-    assert [event.data["token"] for event in await aio.events("s-1", stream.id)] == ["Be", "cause."]
-    assert await aio.streams() == []
-
-
-@in_loop
-async def test_start_is_a_coroutine(aio: persist.aio.Store, store: persist.Store) -> None:
-    """`start_stream` returns a coroutine, which `asyncio.create_task` accepts, and it starts one stream."""
-    starting = aio.start_stream("s-1", PROMPT)
-    assert isinstance(starting, Coroutine)
-    starting.close()
-    assert store.head("s-1").active_stream_id is None
-    stream = await asyncio.create_task(aio.start_stream("s-1", PROMPT))
-    assert store.head("s-1").active_stream_id == stream.id
-    await stream.finish(ANSWER)
-
-
-@in_loop
-async def test_turn_that_raises_is_marked(aio: persist.aio.Store, store: persist.Store) -> None:
-    """B3: leaving the block without `finish` means `fail`. The prompt stays, marked, and the session is free."""
-    with pytest.raises(ZeroDivisionError):
-        async with aio.start_stream("s-1", PROMPT):
-            raise ZeroDivisionError
-    assert store.load("s-1").data["messages"] == [{**PROMPT, "interrupted": True}]
-    stream = await aio.start_stream("s-1")
-    await stream.fail()
-    assert await aio.clear_stale_streams() == persist.Sweep([], {})
 
 
 @in_loop
@@ -201,19 +134,6 @@ async def test_loop_runs_on_while_a_verb_waits(aio: persist.aio.Store, actor: Ac
     await asyncio.to_thread(other.result)
     assert ticks == 50
     assert [message["content"] for message in (await aio.load("s-1")).data["messages"]] == ["theirs", "mine"]
-
-
-@in_loop
-async def test_many_tasks_on_one_session_lose_nothing(aio: persist.aio.Store, store: persist.Store) -> None:
-    """A12: 100 read-modify-writes at once, in one loop, and none is lost."""
-
-    async def visit() -> None:
-        await aio.update("s-1", lambda tx: tx.data.update(visits=tx.data.get("visits", 0) + 1))
-
-    async with asyncio.TaskGroup() as tasks:
-        for _ in range(100):
-            tasks.create_task(visit())
-    assert store.load("s-1").data["visits"] == 100
 
 
 # --- cancellation -----------------------------------------------------------------------------------------------------
@@ -278,33 +198,6 @@ async def test_cancellation_again_and_again_waits_for_the_write(
     await cancelling
     assert task.cancelled()
     assert contents(store) == ["kept"]
-
-
-@in_loop
-async def test_cancelled_turn_is_marked_also_if_it_is_cancelled_again_and_again(
-    aio: persist.aio.Store, store: persist.Store
-) -> None:
-    """Leaving the stream's block is carried out, even if its task is cancelled in every round of the loop.
-
-    A request that ends is cancelled in that way. Fails if the task leaves while the exit of the block waits: the prompt
-    is not marked.
-    """
-    is_running = asyncio.Event()
-
-    async def turn() -> None:
-        async with aio.start_stream("s-1", PROMPT):
-            is_running.set()
-            await asyncio.sleep(DEADLINE_S)
-
-    task = asyncio.create_task(turn())
-    await is_running.wait()
-    with store.transaction("s-1"):
-        cancelling = asyncio.create_task(cancel_again_and_again(task))
-        await asyncio.sleep(0.05)
-        assert not task.done()
-    await cancelling
-    assert store.stream("s-1") is None
-    assert store.load("s-1").data["messages"] == [{**PROMPT, "interrupted": True}]
 
 
 @in_loop
@@ -403,44 +296,6 @@ async def test_cancellation_at_every_await_loses_nothing_and_leaks_no_lease(scra
 
 
 @in_loop
-async def test_follower_in_the_loop_sees_every_event_of_another_process(
-    aio: persist.aio.Store, actor: ActorFactory
-) -> None:
-    """A follower gets the events in order, once, without gaps, to the end of the stream."""
-    owner = actor()
-    stream_id = owner.do("stream = store.start_stream('s-1'); stream.id")
-    owner.start("for n in range(2000): stream.emit(n)\nstream.finish()")
-    async with aio.follow("s-1", stream_id) as following:
-        found = [(event.offset, event.data) async for event in following]
-    assert found == [(n + 1, n) for n in range(2000)]
-    assert (following.ended, following.offset) == ("finished", 2000)
-    await asyncio.to_thread(owner.result)
-
-
-@in_loop
-async def test_follower_that_times_out_again_and_again_loses_nothing(aio: persist.aio.Store) -> None:
-    """A step of a follower that is cancelled loses no event, because the next step hands out what it has read.
-
-    The time-out of a heartbeat cancels steps in this way.
-    """
-    async with aio.start_stream("s-1") as stream, asyncio.TaskGroup() as tasks:
-
-        async def emit() -> None:
-            for n in range(200):
-                await stream.emit(n)
-            await stream.finish()
-
-        tasks.create_task(emit())
-        following, found = aio.follow("s-1", stream.id), []
-        while following.ended is None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(0.001):
-                    event = await anext(following, None)
-                    found += [] if event is None else [event.data]
-    assert found == list(range(200))
-
-
-@in_loop
 async def test_death_of_the_owner_ends_the_loop(aio: persist.aio.Store, actor: ActorFactory) -> None:
     """The follower gets the events that were emitted, and then ends with "died"."""
     owner = actor()
@@ -451,18 +306,6 @@ async def test_death_of_the_owner_ends_the_loop(aio: persist.aio.Store, actor: A
     with pytest.raises(StopAsyncIteration):
         await anext(following)
     assert following.ended == "died"
-
-
-@in_loop
-async def test_bad_cursor_is_answered_at_the_first_step(aio: persist.aio.Store) -> None:
-    """D5: a bad cursor is a clear error, never a hang."""
-    async with aio.start_stream("s-1") as stream:
-        await stream.emit(1)
-        for bad, error in (((stream.id, 7), persist.EventsNotFound), (("none", 0), persist.EventsNotFound)):
-            with pytest.raises(error):
-                await anext(aio.follow("s-1", bad[0], after=bad[1]))
-            with pytest.raises(error):
-                await aio.follow("s-1", bad[0], after=bad[1])
 
 
 @in_loop
@@ -482,39 +325,7 @@ async def test_dropped_follower_leaves_no_descriptor(aio: persist.aio.Store) -> 
         assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_follower_of_a_loop_that_has_ended_disturbs_no_emitter(store: persist.Store) -> None:
-    """A stream goes on after the loops of its followers have ended."""
-    store.create("s-1")
-    with store.start_stream("s-1") as stream:
-        stream.emit("first")
-        aio = persist.aio.Store(store)
-        following = aio.follow("s-1", stream.id)
-
-        async def look() -> None:
-            await anext(following)
-
-        asyncio.run(look())
-        assert stream.emit("second") == 2
-        following.close()
-        stream.finish()
-
-
 # --- threads, forks and loops -----------------------------------------------------------------------------------------
-
-
-@in_loop
-async def test_streams_end_after_the_store_is_closed(aio: persist.aio.Store, store: persist.Store) -> None:
-    """Closing the store lets the running turns go on until they end, and refuses new verbs.
-
-    A server that stops closes its store in this way.
-    """
-    stream = await aio.start_stream("s-1", PROMPT)
-    aio.close()
-    with pytest.raises(persist.StoreClosed):
-        await aio.load("s-1")
-    await stream.emit(1)
-    await stream.finish(ANSWER)
-    assert contents(store) == ["Why?", "Because."]
 
 
 @in_loop
@@ -559,103 +370,6 @@ async def test_cancellation_comes_through_when_the_undo_fails(
 def _suppressed(call: Callable[[], object]) -> None:
     with contextlib.suppress(persist.PersistError):
         call()
-
-
-@in_loop
-async def test_locked_session_holds_up_no_events_of_others(aio: persist.aio.Store, store: persist.Store) -> None:
-    """A stream goes on while more verbs than there are quick threads wait for another session.
-
-    Fails if all verbs share the threads.
-    """
-    await aio.create("s-2", {"messages": []})
-    async with aio.start_stream("s-2") as stream, asyncio.TaskGroup() as tasks:
-        await stream.emit(0)
-        with store.transaction("s-1"):
-            for n in range(2 * QUICK_THREADS):
-                tasks.create_task(aio.append("s-1", "messages", {"content": str(n)}))
-            for n in range(20):
-                await stream.emit(n)
-            assert len(await aio.events("s-2", stream.id)) == 21
-        await stream.finish()
-    assert len(contents(store)) == 2 * QUICK_THREADS
-
-
-@in_loop
-async def test_closed_follower_stops(aio: persist.aio.Store) -> None:
-    """A follower that is closed ends its loop.
-
-    It may be closed before its first step, between two steps, or by another task while a step waits.
-    """
-    async with aio.start_stream("s-1") as stream:
-        await stream.emit(1, 2)
-        unopened, between, waiting_one = (aio.follow("s-1", stream.id, after=after) for after in (0, 0, 2))
-        unopened.close()
-        assert [event async for event in unopened] == []
-        await anext(between)
-        between.close()
-        assert [event.data async for event in between] == [2]
-        async with asyncio.TaskGroup() as tasks:
-
-            async def close() -> None:
-                await asyncio.sleep(0.02)
-                waiting_one.close()
-
-            tasks.create_task(close())
-            assert [event async for event in waiting_one] == []
-
-
-def test_loops_in_two_threads_share_a_store(store: persist.Store) -> None:
-    """A store belongs to no loop: two loops use it at once, each with many tasks, and a third one after them."""
-    store.create("s-1", {"n": 0})
-    aio = persist.aio.Store(store)
-
-    async def count() -> None:
-        await aio.update("s-1", lambda tx: tx.data.update(n=tx.data["n"] + 1))
-
-    async def serve() -> None:
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(50):
-                tasks.create_task(count())
-
-    threads = [threading.Thread(target=lambda: asyncio.run(serve())) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(DEADLINE_S)
-    asyncio.run(serve())
-    assert store.load("s-1").data["n"] == 150
-
-
-def test_forked_worker_has_threads_of_its_own(store: persist.Store) -> None:
-    """A forked child of a pre-fork server gets threads of its own, because the parent's threads are not in the child.
-
-    Fails (by its alarm) if the threads are shared.
-    """
-    store.create("s-1", {"messages": []})
-    aio = persist.aio.Store(store)
-
-    async def use() -> None:
-        await aio.append("s-1", "messages", {"content": "x"})
-        await aio.load("s-1")
-
-    asyncio.run(use())
-    child = os.fork()
-    if child == 0:
-        signal.alarm(int(DEADLINE_S))
-        asyncio.run(use())
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert contents(store) == ["x", "x"]
-
-
-@in_loop
-async def test_large_event_passes(aio: persist.aio.Store) -> None:
-    """An event of several megabytes is read in a thread, and in one piece."""
-    async with aio.start_stream("s-1") as stream:
-        large = "x" * 3_000_000
-        await stream.emit("before", large, "after")
-        await stream.finish()
-    assert [event.data async for event in aio.follow("s-1", stream.id)] == ["before", large, "after"]
 
 
 @in_loop

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import random
 import signal
 import threading
 import time
@@ -154,39 +153,6 @@ async def test_timeout_names_the_holder(aio: persist.aio.Store, holder: Actor) -
 
 
 @in_loop
-async def test_waiting_behind_a_call_of_the_same_loop_counts(aio: persist.aio.Store, store: persist.Store) -> None:
-    """The time-out of a call behind a slow `update` begins when the call is made, and the error names the thread.
-
-    Fails if the time-out begins when the call has a thread.
-    """
-    has_begun, may_end = threading.Event(), threading.Event()
-
-    def slow(_tx: persist.Transaction) -> None:
-        has_begun.set()
-        assert may_end.wait(DEADLINE_S)
-
-    task = asyncio.create_task(aio.update("s-1", slow))
-    assert await asyncio.to_thread(has_begun.wait, DEADLINE_S)
-    for timeout_s in (0.0, 0.05):
-        with pytest.raises(persist.LockTimeout, match="thread 'persist-session"):
-            await aio.append("s-1", "messages", {"content": "late"}, timeout_s=timeout_s)
-    may_end.set()
-    await task
-    assert contents(store) == []
-
-
-@in_loop
-async def test_now_or_never_takes_a_free_session(aio: persist.aio.Store, store: persist.Store) -> None:
-    """A time-out of 0 means one try, however long the call waits for a thread.
-
-    Fails if a call times out before it tried to take its session.
-    """
-    for n in range(100):
-        await aio.append("s-1", "messages", {"content": n}, timeout_s=0)
-    assert contents(store) == list(range(100))
-
-
-@in_loop
 async def test_long_wait_outlives_a_short_one(
     aio: persist.aio.Store, holder: Actor, store: persist.Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,43 +208,6 @@ async def test_cancelled_wait_ends_at_once_and_writes_nothing_later(
     # A late write would be made before this one.
     await aio.append("s-1", "messages", {"content": "kept"})
     assert contents(store) == ["kept"]
-
-
-@in_loop
-async def test_cancellation_at_any_moment_leaves_nothing_to_be_written(
-    aio: persist.aio.Store, actor: ActorFactory, store: persist.Store
-) -> None:
-    """A cancelled task finds its item on the disk at once, or the item never comes.
-
-    Fails if a call that has begun lets its task go, or if a call that has not begun is run later.
-    """
-    other = actor()
-    other.start("for n in range(400): store.append('s-1', 'messages', {'content': 'theirs'})")
-    returned: set[int] = set()
-    found_at_cancellation: dict[int, bool] = {}
-
-    async def write(n: int) -> None:
-        try:
-            await aio.append("s-1", "messages", {"content": n})
-            returned.add(n)
-        except asyncio.CancelledError:
-            found_at_cancellation[n] = n in contents(store)
-            raise
-
-    chance = random.Random(7)
-    for start in range(0, 300, 30):
-        tasks = [asyncio.create_task(write(n)) for n in range(start, start + 30)]
-        for task in chance.sample(tasks, 20):
-            await asyncio.sleep(chance.uniform(0, 0.002))
-            task.cancel()
-        await asyncio.wait(tasks)
-    await asyncio.to_thread(other.result)
-    assert returned
-    assert found_at_cancellation
-    written = contents(store)
-    assert returned <= set(written)
-    assert {n: n in written for n in found_at_cancellation} == found_at_cancellation
-    assert len([n for n in written if n != "theirs"]) == len({n for n in written if n != "theirs"})
 
 
 @in_loop
@@ -351,93 +280,6 @@ async def test_call_that_gets_no_thread_is_refused_and_never_made(
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
-
-
-@in_loop
-async def test_save_writes_what_it_found_when_it_was_called(aio: persist.aio.Store, store: persist.Store) -> None:
-    """An edit during a save's wait belongs to the next save, because no other thread reads `data`.
-
-    Fails if the save encodes when it has the lock.
-    """
-    session = await aio.load("s-1")
-    session.data["title"] = "first"
-    with store.transaction("s-1"):
-        task = asyncio.create_task(session.save())
-        await asyncio.sleep(0.05)
-        session.data["title"] = "second"
-        session.data["messages"].append({"content": "later"})
-    assert await task == session.version == store.head("s-1").version
-    assert store.load("s-1").data == {"messages": [], "title": "first"}
-    assert session.data == {"messages": [{"content": "later"}], "title": "second"}
-    await session.save()
-    assert store.load("s-1").data == session.data
-
-
-@in_loop
-async def test_saves_of_one_object_follow_one_another(aio: persist.aio.Store, store: persist.Store) -> None:
-    """Two tasks save one object at once: each edit is stored once, and none contradicts the one before.
-
-    Fails if the second save encodes before the first one is applied: its own earlier edit looks like another writer's.
-    """
-    session = await aio.load("s-1")
-    for n in range(20):
-        with store.transaction("s-1"):
-            tasks = []
-            for edit in range(3):
-                session.data["title"] = f"{n}-{edit}"
-                session.data["messages"].append({"content": 3 * n + edit})
-                tasks += [asyncio.create_task(session.save()), asyncio.create_task(session.refresh())]
-                await asyncio.sleep(0)
-        await asyncio.gather(*tasks)
-        assert store.load("s-1").data == session.data
-    assert contents(store) == list(range(60))
-
-
-@in_loop
-async def test_waiting_for_a_save_of_the_same_object_counts(aio: persist.aio.Store, store: persist.Store) -> None:
-    """The time-out of a save behind another save of its object begins when it is called.
-
-    Fails if the time-out begins with the encoding.
-    """
-    session = await aio.load("s-1")
-    session.data["title"] = "x"
-    with store.transaction("s-1"):
-        first = asyncio.create_task(session.save())
-        await asyncio.sleep(0)
-        with pytest.raises(persist.LockTimeout, match="another verb of the same object"):
-            await session.save(timeout_s=0.05)
-        assert not first.done()
-    await first
-
-
-@in_loop
-async def test_save_brings_in_what_others_committed(aio: persist.aio.Store, store: persist.Store) -> None:
-    """A save brings the items and changes of other writers into `data`, into the objects that tasks hold.
-
-    An edit that came while the save was written stays in `data`, and the next save stores it. Fails if a change of
-    another writer replaces the message that a task holds.
-    """
-    store.append("s-1", "messages", {"id": "m1", "content": "first"})
-    session = await aio.load("s-1")
-    messages, first = session.data["messages"], session.data["messages"][0]
-    for n in range(10):
-        store.append("s-1", "messages", {"id": f"t{n}", "content": "theirs"})
-        if n % 2:
-            store.update("s-1", lambda tx: tx.data["messages"][0].update(seen=tx.version))
-        session.data["title"] = f"title {n}"
-        with store.transaction("s-1"):
-            task = asyncio.create_task(session.save())
-            await asyncio.sleep(0)
-            session.data["edited"] = n
-        await task
-        saved = store.load("s-1").data
-        assert session.data == {**saved, "edited": n}
-        assert session.data["messages"] is messages
-        assert messages[0] is first
-        assert saved["title"] == f"title {n}"
-        assert [message["id"] for message in messages] == ["m1", *(f"t{k}" for k in range(n + 1))]
-    await session.save()
-    assert store.load("s-1").data == session.data
 
 
 @in_loop
@@ -538,22 +380,6 @@ def test_loops_of_several_threads_and_one_after_the_other_share_a_store(aio: per
     assert len(contents(aio._sync, "s-2")) == 20
 
 
-def test_object_is_used_in_one_loop_after_the_other(aio: persist.aio.Store, store: persist.Store) -> None:
-    """A session that was loaded in one loop is saved in the next one, also by tasks that wait for one another.
-
-    Fails if the object keeps a lock of the first loop.
-    """
-    session = asyncio.run(aio.load("s-1"))
-
-    async def save_often() -> None:
-        await asyncio.gather(*(session.save() for _ in range(5)))
-
-    for n in range(3):
-        session.data["n"] = n
-        asyncio.run(save_often())
-    assert store.load("s-1").data["n"] == 2
-
-
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_child_of_a_waiting_process_has_queues_of_its_own(
     aio: persist.aio.Store, holder: Actor, store: persist.Store
@@ -647,36 +473,6 @@ async def test_a_stream_that_is_left_in_vain_is_given_up_also_by_a_cancellation(
     info = await aio.stream("s-1")
     assert info is not None
     assert not info.is_live
-
-
-@pytest.mark.parametrize("verb", ["save", "clear_stale_stream"])
-@in_loop
-async def test_an_edit_that_is_no_json_is_for_the_next_save(aio: persist.aio.Store, verb: str) -> None:
-    """`data` may change while a verb runs. An edit that is not JSON is refused by the next save, not by this one.
-
-    Fails if the verb says "nothing was written" of what it has committed.
-    """
-    session, other = await aio.load("s-1"), await aio.load("s-1")
-    if verb == "clear_stale_stream":
-        stream = await aio.start_stream("s-1", {"role": "user", "content": "?"})
-        stream._sync._close()
-        session = await aio.load("s-1")
-    other.data["theirs"] = 1
-    await other.refresh()
-    await other.save()
-    session.data["mine"] = 1
-    call = asyncio.create_task(getattr(session, verb)())
-    await asyncio.sleep(0)
-    session.data["when"] = {1}
-    await call
-    assert session.active_stream_id is None
-    with pytest.raises(persist.NotJSON):
-        await session.save()
-    del session.data["when"]
-    await session.save()
-    there = (await aio.load("s-1")).data
-    assert (there["mine"], there["theirs"]) == (1, 1)
-    assert session.data == there
 
 
 def test_an_interrupt_leaves_no_session_without_its_thread(

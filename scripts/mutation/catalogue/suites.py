@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-AIO = ("tests/processes/test_aio.py",)
-AIO_WAITING = ("tests/processes/test_aio_waiting.py",)
+AIO = ("tests/processes/test_aio.py", "tests/contract/test_aio.py")
+AIO_WAITING = ("tests/processes/test_aio_waiting.py", "tests/contract/test_aio.py")
 BACKUP = ("tests/unit/verbs/test_backup.py",)
 RECENT = ("tests/unit/verbs/test_recent.py",)
 REPAIR = ("tests/unit/verbs/test_repair.py",)
