@@ -82,15 +82,18 @@ def is_printed(shown: str, printed: str) -> bool:
     return re.fullmatch("".join(lines), printed) is not None
 
 
-def play(page: Path, directory: Path) -> list[str]:
-    """Run the blocks of a page in a directory. Return what went wrong, by the lines of the page."""
+def play(page: Path, directory: Path, **variables: str) -> list[str]:
+    """Run the blocks of a page in a directory, with environment variables that the page names.
+
+    Return what went wrong, by the lines of the page.
+    """
     blocks = json.dumps([asdict(block) for block in blocks_of(page)])
     command = [sys.executable, "-P", "-W", "error", "-m", "harness.pages", blocks]
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     done = subprocess.run(
         command,
         cwd=directory,
-        env=os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(directory)},
+        env=os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(directory)} | variables,
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,

@@ -21,9 +21,13 @@ MAPS = (ROOT / "tests/README.md", ROOT / "scripts/README.md", ROOT / "CHANGELOG.
 
 
 @names
-def test_code_of_a_page_runs_and_prints_what_the_page_shows(tmp_path: Path, page: Path) -> None:
+def test_code_of_a_page_runs_and_prints_what_the_page_shows(
+    tmp_path: Path, page: Path, request: pytest.FixtureRequest
+) -> None:
     """Every block runs as it stands, in order, and prints the text below it."""
-    assert play(page, tmp_path) == []
+    needs_server = "DATABASE_URL" in page.read_text(encoding="utf-8")
+    given = {"DATABASE_URL": request.getfixturevalue("postgres_url")} if needs_server else {}
+    assert play(page, tmp_path, **given) == []
 
 
 @names
