@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from harness.sweeps import sweep
 import persist
 import persist.aio
 from persist.cli.commands import persist as command
-from persist.tool_calls import faults
 
 shapes = pytest.mark.parametrize("shape", list(SHAPES))
 PROMPT = {"id": "p", "role": "user", "content": "Look."}
@@ -90,64 +88,6 @@ def test_live_turn_is_left_alone(store: persist.Store) -> None:
     assert store.check() == []
 
 
-def test_arguments_are_checked(store: persist.Store) -> None:
-    """Nothing is written for a session that is not there, or for a field that is no list."""
-    store.create("s", {"title": "t", "items": broken("responses")})
-    for call, kind in (
-        (lambda: store.repair("x"), persist.SessionNotFound),
-        (lambda: store.repair("s", field="title"), persist.InvalidArgument),
-        (lambda: persist.Store(store.path, answer_tool_calls="yes"), persist.InvalidArgument),  # type: ignore[arg-type]
-    ):
-        with pytest.raises(kind):
-            call()
-    assert store.repair("s", field="items") == 2
-
-
-def fail(store: persist.Store, stream: persist.Stream) -> None:
-    stream.fail()
-
-
-def cancel(store: persist.Store, stream: persist.Stream) -> None:
-    with stream:
-        store.cancel("s", stream.id, force=True)
-
-
-def clear(store: persist.Store, stream: persist.Stream) -> None:
-    stream._lease.close()
-    assert store.load("s").clear_stale_stream()
-
-
-def sweep_all(store: persist.Store, stream: persist.Stream) -> None:
-    stream._lease.close()
-    assert len(sweep(store)) == 1
-
-
-def start_again(store: persist.Store, stream: persist.Stream) -> None:
-    stream._lease.close()
-    store.start_stream("s", {"id": "p2", "role": "user", "content": "?"}).finish()
-
-
-@pytest.mark.parametrize("end", [fail, cancel, clear, sweep_all, start_again], ids=lambda end: end.__name__)
-@pytest.mark.parametrize("answers", [True, False], ids=["answers", "leaves"])
-def test_turn_that_breaks_off_answers_its_calls(
-    store: persist.Store, end: Callable[[persist.Store, persist.Stream], None], *, answers: bool
-) -> None:
-    """In the commit that ends the turn, however it ends. Without the option the calls stay as they are.
-
-    An earlier turn's calls are left alone.
-    """
-    mine = persist.Store(store.path, answer_tool_calls=answers)
-    mine.create("s", {"messages": [{**CALL, "id": "old"}]})
-    stream = mine.start_stream("s", PROMPT)
-    stream.append(CALL)
-    end(mine, stream)
-    found = mine.load("s").data["messages"]
-    assert [fault.place for fault in faults(found)] == ([0] if answers else [0, 2])
-    assert [message["id"] for message in found if message.get("role") == "tool"] == (
-        ["c.result.call_1"] if answers else []
-    )
-
-
 def test_retry_leaves_no_synthetic_result_behind(store: persist.Store) -> None:
     """The turn is run again, and its answer takes the place of the partial one that had the call.
 
@@ -213,10 +153,3 @@ def test_repair_of_asyncio_and_of_the_command(store: persist.Store, tmp_path: Pa
     assert json_of(run("repair", store.path, "b", "--json")) == {"id": "b", "answered": 2}
     assert "c: 2 tool calls answered." in run("repair", store.path, "c").stdout
     assert run("check", store.path).exit_code == 0
-
-
-def test_store_keeps_the_option_in_another_process(store: persist.Store) -> None:
-    """A store that is handed over is opened there with the same options."""
-    mine = persist.Store(store.path, answer_tool_calls=True)
-    make, arguments = mine.__reduce__()
-    assert make(*arguments)._backend.answer_tool_calls is True

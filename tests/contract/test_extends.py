@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from conftest import ActorFactory
 
 import persist
 
+KINDS = ("auto", "postgres")
 PROCESSES, EXTENDS = 4, 100
 
 WORK = """
@@ -41,12 +43,12 @@ def assert_pairs(store: persist.Store, expected: int) -> None:
 
 
 @pytest.mark.parametrize("key", ["uuid", None])
-def test_no_pair_is_split(store: persist.Store, actor: ActorFactory, key: str | None) -> None:
+def test_no_pair_is_split(store: persist.Store, actor: ActorFactory, tmp_path: Path, key: str | None) -> None:
     """4 processes x 100 extends of two items give 400 pairs, none of them split."""
     store.create("s-1", {"messages": []})
     actors = [actor(timeout_s=60.0) for _ in range(PROCESSES)]
     for number, each in enumerate(actors):
-        each.do(f"import pathlib\npath = pathlib.Path({str(store.path.parent / f'done-{number}')!r})\n{WORK}")
+        each.do(f"import pathlib\npath = pathlib.Path({str(tmp_path / f'done-{number}')!r})\n{WORK}")
     for number, each in enumerate(actors):
         each.start(f"work('p{number}', {key!r}, 0, {EXTENDS})")
     for each in actors:
@@ -54,7 +56,7 @@ def test_no_pair_is_split(store: persist.Store, actor: ActorFactory, key: str | 
     assert_pairs(store, PROCESSES * EXTENDS)
 
 
-def test_retry_after_a_kill_doubles_none(store: persist.Store, actor: ActorFactory) -> None:
+def test_retry_after_a_kill_doubles_none(store: persist.Store, actor: ActorFactory, tmp_path: Path) -> None:
     """A retry after a kill doubles no pair.
 
     Each process is killed again and again, and the next one repeats from the last pair that was not acknowledged.
@@ -62,12 +64,12 @@ def test_retry_after_a_kill_doubles_none(store: persist.Store, actor: ActorFacto
     dice = random.Random(15)
     store.create("s-1", {"messages": []})
     for number in range(PROCESSES):
-        (store.path.parent / f"done-{number}").write_text("-1")
+        (tmp_path / f"done-{number}").write_text("-1")
     kills = 0
     for _ in range(6):
         actors = [actor(timeout_s=60.0) for _ in range(PROCESSES)]
         for number, each in enumerate(actors):
-            path = store.path.parent / f"done-{number}"
+            path = tmp_path / f"done-{number}"
             each.do(f"import pathlib\npath = pathlib.Path({str(path)!r})\n{WORK}")
             each.start(f"work('p{number}', 'uuid', {int(path.read_text()) + 1}, {EXTENDS})")
         for each in dice.sample(actors, k=3):
@@ -77,7 +79,7 @@ def test_retry_after_a_kill_doubles_none(store: persist.Store, actor: ActorFacto
         for each in actors:
             each.close()
     for number in range(PROCESSES):
-        path = store.path.parent / f"done-{number}"
+        path = tmp_path / f"done-{number}"
         last = actor(timeout_s=60.0)
         last.do(f"import pathlib\npath = pathlib.Path({str(path)!r})\n{WORK}")
         last.do(f"work('p{number}', 'uuid', {int(path.read_text()) + 1}, {EXTENDS})")

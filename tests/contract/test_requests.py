@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from actors import Actor
 from conftest import ActorFactory
 
 import persist
 
+KINDS = ("auto", "postgres")
 PROMPT = {"id": "p1", "role": "user", "content": "Why?"}
 ANSWER = {"id": "a1", "role": "assistant", "content": "Because."}
 #: Answer a request as a server does: with the started stream, the running one, or the stored answer.
@@ -57,13 +60,13 @@ def test_request_that_is_sent_to_three_processes_starts_one_turn(store: persist.
 
 
 def test_request_whose_server_has_died_is_taken_up_again(
-    store: persist.Store, session: persist.Session, actor: ActorFactory
+    store: persist.Store, session: persist.Session, actor: ActorFactory, kill: Callable[[Actor], None]
 ) -> None:
     """An interrupted prompt has no answer, so the next process that gets it runs it. The prompt is stored once."""
     victim, other = actor(), actor()
     victim.do(ONCE)
     victim.do("stream.checkpoint({'role': 'assistant', 'content': 'Be'})")
-    victim.kill()
+    kill(victim)
     assert store.load("s-1").clear_stale_stream()
     # A message that another writer appends is not the answer.
     store.append("s-1", "messages", {"id": "sorry", "role": "assistant", "content": "That was interrupted."})
@@ -207,7 +210,7 @@ def test_transaction_of_a_stream_puts_its_messages_before_the_partial_answer(
 
 @pytest.mark.parametrize("removal", ["del tx.list('messages')[-1]", "tx.delete()", "tx.data['messages'].clear()"])
 def test_removal_of_what_a_live_stream_is_about_to_complete_is_refused(
-    store: persist.Store, session: persist.Session, actor: ActorFactory, removal: str
+    store: persist.Store, session: persist.Session, actor: ActorFactory, removal: str, kill: Callable[[Actor], None]
 ) -> None:
     """The partial answer of a live stream, and its session, cannot be removed. Once the owner is dead they can."""
     owner, other = actor(), actor()
@@ -218,7 +221,7 @@ def test_removal_of_what_a_live_stream_is_about_to_complete_is_refused(
     with pytest.raises(persist.SessionBusy):
         other.do(remove)
     assert (store.head("s-1").version, ids(store)) == (version, ["m1", "p1", "a1"])
-    owner.kill()
+    kill(owner)
     other.do(remove)
     found: Any = ids(store) if store.exists("s-1") else None
     assert found in (None, [], ["m1", "p1"])
