@@ -30,7 +30,7 @@ from typing import Any, NoReturn, Self, TypeVar
 import msgspec
 
 from persist import errors, json_codec, tool_calls, turn
-from persist.arguments import require_flags
+from persist.arguments import require_flags, seconds
 from persist.engine import Committed, End, Ended, Engine, EventWriter, Fenced, Lease, Transaction, decoding
 from persist.log import log
 from persist.storage import layout
@@ -592,6 +592,8 @@ class Stream:
             expected = "called with one event or more"
             raise errors.InvalidArgument(what="emit()", got="called with none", expected=expected)
         require_flags(durable=durable)
+        if timeout_s is not None:
+            seconds("timeout_s", timeout_s)
         encoded = list(map(json_codec.encode_exact, events))
         if not self._lease.is_held:
             raise self._lost("it has ended, or this is a forked child")
