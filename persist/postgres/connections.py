@@ -33,6 +33,8 @@ Row = tuple[Any, ...]
 MOST_CONNECTIONS = 16
 #: The pause before a verb asks a server again that did not answer. It doubles up to the second number.
 _PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
+#: So often a server that cannot be reached is tried again for a connection. The pool itself would double its pauses.
+_TRY_S = 0.25
 
 
 class _Utf8(Loader):
@@ -158,6 +160,7 @@ class Connections:
                         kwargs=kwargs,
                         configure=configure,
                         open=True,
+                        reconnect_timeout=0.0,
                         name="persist",
                     )
                     self._pid = os.getpid()
@@ -170,13 +173,20 @@ class Connections:
         Raises:
             Unreadable: there is none until the deadline.
         """
-        try:
-            connection = self._here().getconn(timeout=max(0.05, deadline - now_s()))
-            if connection.is_prepared is None:
+        while True:
+            try:
+                connection = self._here().getconn(timeout=max(0.05, min(_TRY_S, deadline - now_s())))
+                break
+            except (PoolTimeout, psycopg.Error) as error:
+                if not isinstance(error, PoolTimeout) or now_s() >= deadline:
+                    raise self.unreadable(self._why(error)) from error
+        if connection.is_prepared is None:
+            try:
                 self._prepare(connection)
-            return connection
-        except (PoolTimeout, psycopg.Error) as error:
-            raise self.unreadable(self._why(error)) from error
+            except psycopg.Error as error:
+                self.give(connection)
+                raise self.unreadable(reason_of(error)) from error
+        return connection
 
     def _prepare(self, connection: Connection) -> None:
         """Prepare the usual statements, unless the next transaction may get another connection of a pooler's."""
