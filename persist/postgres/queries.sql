@@ -9,8 +9,10 @@ FROM {schema}.sessions WHERE id = %(id)s FOR UPDATE
 -- name: lock_name
 -- Lock a session's name until the end of the transaction, whether there is such a session or not. Those who wait are
 -- served in their order. A row's lock would go to whoever comes just when it is free. The transaction's number tells
--- later what has become of it.
-SELECT pg_advisory_xact_lock(%(lock)s), pg_current_xact_id()::text
+-- later what has become of it. After a crash, the server gives the numbers again under which nothing was written.
+-- Statistics begin anew then, so their time tells whether there was a crash.
+SELECT pg_advisory_xact_lock(%(lock)s),
+       pg_current_xact_id()::text || ' ' || coalesce(pg_stat_get_bgwriter_stat_reset_time()::text, '')
 
 -- name: head
 SELECT number, incarnation, revision, commit, epoch, created_at, updated_at, owner, fields, apart
@@ -117,8 +119,10 @@ WITH found AS (DELETE FROM {schema}.sessions
 SELECT 1 / count(*) FROM found
 
 -- name: became
--- "committed", "aborted", or NULL for a transaction that is too long ago.
-SELECT pg_xact_status(%(transaction)s::xid8)
+-- "committed", "aborted", or NULL for a transaction that is too long ago, and the time that `lock_name` tells.
+SELECT CASE WHEN %(transaction)s::xid8 < pg_snapshot_xmax(pg_current_snapshot())
+    THEN pg_xact_status(%(transaction)s::xid8) ELSE 'aborted' END,
+    coalesce(pg_stat_get_bgwriter_stat_reset_time()::text, '')
 
 -- name: exists
 SELECT EXISTS (SELECT FROM {schema}.sessions WHERE id = %(id)s)

@@ -441,7 +441,11 @@ class Transaction:
 
     def _became(self, sent: bytes) -> bool | None:
         """Ask the server whether it has committed a transaction. None if it does not know."""
-        became = self._query("became", transaction=sent.decode())[0][0]
+        number, _, since = sent.decode().partition(" ")
+        became, now = self._engine.run("became", transaction=number)[0]
+        if became == b"committed" and now.decode() != since:
+            # The server has crashed, and this may be another transaction.
+            return None
         return None if became is None else bool(became == b"committed")
 
     def _has_happened(self, before: Row | None, commit: str | None, sent: bytes) -> bool:

@@ -529,6 +529,29 @@ def test_commit_that_did_not_happen_is_not_unknown_behind_a_few_others(
     assert [each["id"] for each in store.tail("s")] == ["m0", "other"]
 
 
+def test_number_that_was_given_again_after_a_crash_proves_nothing(
+    cut: persist.Store, store: persist.Store, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crashed server forgets the numbers of transactions that have written nothing, and others get them.
+
+    Without the comparison of the times in `_became`, the create is acknowledged, and nothing is there. The server's own
+    crash is in test_lost_machines.py. Here the number is that of another transaction.
+    """
+    really = PostgresEngine.lock_row
+    with psycopg.connect(engine_of(store).connections.conninfo) as other:
+        [number] = other.execute("SELECT pg_current_xact_id()::text").fetchone() or [""]
+
+    def reused(self: PostgresEngine, *args: Any) -> Any:
+        row, _ = really(self, *args)
+        return row, f"{number} before the crash".encode()
+
+    monkeypatch.setattr(PostgresEngine, "lock_row", reused)
+    relay.cut_before = b"COMMIT"
+    cut.create("new", {"n": 1})
+    assert relay.cuts == 1
+    assert store.load("new").data == {"n": 1}
+
+
 @pytest.mark.parametrize("session_id", ["s", "new"])
 def test_commit_is_known_although_the_session_was_deleted_since(
     cut: persist.Store, store: persist.Store, relay: Relay, monkeypatch: pytest.MonkeyPatch, session_id: str
@@ -555,6 +578,20 @@ def test_start_waits_for_a_server_that_comes_back(cut: persist.Store, relay: Rel
     with cut.start_stream("s", USER) as stream:
         stream.finish({"role": "assistant", "content": "a"})
     back.join()
+
+
+def test_verb_waits_for_a_server_that_comes_back(cut: persist.Store, store: persist.Store, relay: Relay) -> None:
+    """A verb gets its connection soon after the server is back. The pool's own pauses would be 1, 2 and 4 seconds.
+
+    Without `reconnect_timeout` the verb fails, because its time is over before the third pause.
+    """
+    cut.append("s", "messages", {"id": "m1"})
+    back = threading.Timer(3.5, setattr, (relay, "refuses", False))
+    relay.refuse_after_cut, relay.cut_before = True, b"BEGIN"
+    back.start()
+    cut.append("s", "messages", {"id": "m2"})
+    back.join()
+    assert [each["id"] for each in store.tail("s")] == ["m0", "m1", "m2"]
 
 
 def test_block_that_ends_while_the_server_is_away_frees_its_session(
