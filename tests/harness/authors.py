@@ -360,7 +360,11 @@ def _title(author: Author) -> str:
 def sweep(author: Author, _shared: Sequence[str]) -> None:
     """Clear stale streams, and ask who is alive."""
     while True:
-        sweeps.sweep(author.store)
+        try:
+            sweeps.sweep(author.store)
+        except sweeps.SweepFailed as failed:
+            if not all(isinstance(each, author.losses) for each in failed.failures.values()):
+                raise
         author.store.streams()
         author.report("look")
         time.sleep(PAUSE_S)

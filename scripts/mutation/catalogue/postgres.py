@@ -12,6 +12,7 @@ from mutation.edits import (
     condition,
     drop_call,
     drop_handler,
+    drop_keyword,
     drop_operand,
     replace_expression,
     return_now,
@@ -99,6 +100,13 @@ MUTANTS = (
         "any_number_of_commits or deleted_since",
     ),
     _postgres(
+        "the look whether the server has crashed since",
+        TRANSACTION,
+        "Transaction._became",
+        condition("became == b'committed' and now.decode() != since", "False"),
+        "given_again_after_a_crash",
+    ),
+    _postgres(
         "the look for the commit that was read, among the last ones",
         TRANSACTION,
         "Transaction._has_happened",
@@ -117,7 +125,14 @@ MUTANTS = (
         "postgres/connections.py",
         "Own.run",
         condition("now_s() + pause_s > deadline", "True"),
-        "server_that_comes_back",
+        "start_waits_for_a_server",
+    ),
+    _postgres(
+        "the short pauses before a server is tried again",
+        "postgres/connections.py",
+        "Connections._here",
+        drop_keyword("ConnectionPool", "reconnect_timeout"),
+        "verb_waits_for_a_server",
     ),
     _postgres(
         "the end of a stream that lost its authority for a while",
