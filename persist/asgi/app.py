@@ -42,12 +42,12 @@ def create_app(
 ) -> Starlette:
     """Return a chat server as an ASGI app.
 
-    Any number of workers may serve it on one directory. Its lifespan clears the streams of dead workers, and ends the
+    Any number of workers may serve it on one store. Its lifespan clears the streams of dead workers, and ends the
     turns of this worker. An app that it is mounted in must run that lifespan:
     ``FastAPI(lifespan=chat.router.lifespan_context)``.
 
     Args:
-        store: a store, or its directory.
+        store: a store, its directory, or its URL.
         responder: what answers a prompt.
         prefix: returns what the ids of a request's sessions begin with: the user and a colon, for example. The request
             sees no other session, and a new one gets such an id. Without it everybody sees everything.
@@ -61,8 +61,8 @@ def create_app(
         sweep_s: how often this worker looks for streams of dead workers.
 
     Raises:
-        InvalidArgument: the store is neither a store nor a path, the responder or an origin can be none, or a number is
-            out of its range.
+        InvalidArgument: the store is none of these three, the responder or an origin can be none, or a number is out of
+            its range.
     """
     for what, value in {"heartbeat_s": heartbeat_s, "sweep_s": sweep_s, "max_body_bytes": max_body_bytes}.items():
         if not value > 0:
@@ -70,7 +70,7 @@ def create_app(
     origins, responder = checked_origins(allowed_origins), checked_responder(responder)
     if not isinstance(store, persist.aio.Store):
         if not isinstance(store, (persist.Store, str, os.PathLike)):
-            raise InvalidArgument(what="store", expected="a store or a path", got=type(store).__name__)
+            raise InvalidArgument(what="store", expected="a store, a path or a URL", got=type(store).__name__)
         store = persist.aio.Store(store)
     authorize = within(prefix, authorize)
     turns = Turns(store, responder, checkpoint_s=checkpoint_s)

@@ -1,4 +1,4 @@
-"""Serving: workers of uvicorn that share one socket and one directory. A worker that dies is replaced at once."""
+"""Serving: workers of uvicorn that share one socket and one store. A worker that dies is replaced at once."""
 
 from __future__ import annotations
 
@@ -41,12 +41,13 @@ class Settings:
     """The store and the responder of a worker, and the names that it answers to.
 
     Attributes:
+        store: a directory, or the URL of a database.
         responder: ``echo``, ``openai``, or ``module:name``.
         origins: the addresses under which browsers know the server, if a proxy stands before it.
         is_local: only requests that name this machine, or one of the origins, are served.
     """
 
-    directory: str
+    store: str
     responder: str = "echo"
     origins: tuple[str, ...] = ()
     is_local: bool = True
@@ -97,7 +98,7 @@ def app_of(settings: Settings) -> Starlette:
     """Return the app of a worker."""
     hosts = {*_LOOPBACK, *(urlsplit(origin).hostname or "" for origin in settings.origins)}
     return create_app(
-        settings.directory,
+        settings.store,
         responder_named(settings.responder),
         allowed_origins=settings.origins,
         allowed_hosts=hosts if settings.is_local else None,

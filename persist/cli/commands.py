@@ -725,14 +725,14 @@ def delete(store: Store, session_id: str, force: bool, as_json: bool) -> None:
 
 
 @persist.command(epilog="Example: persist serve var/sessions --workers 2 --responder openai")
-@click.argument("directory", type=click.Path(path_type=Path), default=Path("var/sessions"), metavar="[DIR]")
+@click.argument("store", default="var/sessions", metavar="[STORE]")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes that serve.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen at.")
 @click.option("--port", type=click.IntRange(0, 65_535), default=8000, show_default=True, help="0 takes any free port.")
 @click.option("--responder", default="echo", show_default=True, help="Who answers: echo, openai, or module:name.")
 @click.option("--origin", "origins", multiple=True, metavar="URL", help="The address in the browser, behind a proxy.")
-def serve(directory: Path, workers: int, host: str, port: int, responder: str, origins: tuple[str, ...]) -> None:
-    """Serve the sessions in DIR (var/sessions) as a chat, with a page for the browser. DIR is made if it is missing.
+def serve(store: str, workers: int, host: str, port: int, responder: str, origins: tuple[str, ...]) -> None:
+    """Serve the sessions in STORE (var/sessions) as a chat, with a page for the browser. A missing STORE is made.
 
     Only this machine can reach the server, unless --host says otherwise. Ctrl-C ends it.
 
@@ -744,11 +744,11 @@ def serve(directory: Path, workers: int, host: str, port: int, responder: str, o
     except ImportError as error:
         news = f"serving needs {error.name}: pip install '.[server]', in a checkout of persist"
         raise click.UsageError(news) from None
-    settings = serving.Settings(expanded(str(directory)), responder, origins, serving.is_loopback(host))
+    settings = serving.Settings(store, responder, origins, serving.is_loopback(host))
     serving.responder_named(responder)
     safety.checked_origins(origins)
-    # A directory that cannot be used is refused here, once, and not by each worker.
-    Store(directory).close()
+    # A store that cannot be used is refused here, once, and not by each worker.
+    Store(store).close()
     try:
         listening = serving.listen(host, port)
     except OSError as error:

@@ -9,10 +9,25 @@ from typing import Any
 
 import pytest
 
+import persist
+
 
 @pytest.fixture
-def client_of(directory: Path) -> Iterator[Callable[..., Any]]:
-    """Provide a function that serves the test's directory in this process, and returns a client of that server."""
+def place(directory: Path, request: pytest.FixtureRequest) -> Path | str:
+    """Return where the servers of a test keep their sessions: in files, or with the parameter "postgres" there."""
+    if getattr(request, "param", "files") == "files":
+        return directory
+    return f"{request.getfixturevalue('postgres_url')}?schema={request.getfixturevalue('postgres_schema')}"
+
+
+@pytest.fixture
+def store(place: Path | str) -> persist.Store:
+    return persist.Store(place, timeout_s=20.0)
+
+
+@pytest.fixture
+def client_of(place: Path | str) -> Iterator[Callable[..., Any]]:
+    """Provide a function that serves the test's store in this process, and returns a client of that server."""
     from harness.chat_servers import client_of_app
     from harness.scripted import scripted
 
@@ -20,7 +35,7 @@ def client_of(directory: Path) -> Iterator[Callable[..., Any]]:
 
     with ExitStack() as open_clients:
 
-        def make(responder: Any = scripted, *, store: Any = directory, **options: Any) -> Any:
+        def make(responder: Any = scripted, *, store: Any = place, **options: Any) -> Any:
             return open_clients.enter_context(client_of_app(create_app(store, responder, **options)))
 
         yield make
@@ -32,14 +47,14 @@ def client(client_of: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture
-def serve(directory: Path) -> Iterator[Callable[..., Any]]:
-    """Provide a function that starts another server on the test's directory, as processes."""
+def serve(place: Path | str) -> Iterator[Callable[..., Any]]:
+    """Provide a function that starts another server on the test's store, as processes."""
     from harness.chat_servers import ChatServer
 
     servers: list[ChatServer] = []
 
     def start(*options: str, **more: Any) -> ChatServer:
-        servers.append(ChatServer(directory, *options, **more))
+        servers.append(ChatServer(place, *options, **more))
         return servers[-1]
 
     yield start

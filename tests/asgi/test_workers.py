@@ -1,4 +1,4 @@
-"""Several workers on one directory, as processes: followed, stopped and resumed through another one, killed, ended.
+"""Several workers on one store, as processes: followed, stopped and resumed through another one, killed, ended.
 
 Each server here has one worker and a port of its own, so that a test can choose the worker that it asks.
 """
@@ -23,7 +23,7 @@ pytest.importorskip("starlette", reason="the extra `server` is not installed")
 pytest.importorskip("sse_starlette", reason="the extra `server` is not installed")
 
 import httpx
-from actors import eventually
+from actors import Actor, eventually
 from harness.chat_servers import DEADLINE_S, ChatServer, Sent, events_in
 from harness.pages import ROOT
 
@@ -31,6 +31,8 @@ import persist
 from persist.asgi import Echo, OpenAI, create_app
 from persist.asgi.serving import responder_named
 
+#: On files and on PostgreSQL. There nobody knows of a killed worker for 15 seconds, so the tests with a kill are not.
+both = pytest.mark.parametrize("place", ["files", "postgres"], indirect=True)
 LONG = " ".join(f"word{n} ~0.001" for n in range(300))
 
 
@@ -66,6 +68,7 @@ def follow(server: ChatServer, stream_id: str, after: str = "", most: int | None
     return found
 
 
+@both
 def test_a_cut_connection_goes_on_at_another_worker(two: tuple[ChatServer, ChatServer]) -> None:
     """A client that is cut off again and again, and lands on the other worker each time, misses and repeats nothing."""
     stream_id = start(two[0], LONG)
@@ -79,6 +82,7 @@ def test_a_cut_connection_goes_on_at_another_worker(two: tuple[ChatServer, ChatS
     assert seen[-1].data["how"] == "finished"
 
 
+@both
 def test_a_turn_is_known_and_stopped_at_another_worker(two: tuple[ChatServer, ChatServer]) -> None:
     """The other worker shows the turn as live, refuses another one, knows a repeated message, and stops it."""
     a, b = two
@@ -118,6 +122,28 @@ def test_a_killed_worker_leaves_its_part_and_a_retry_answers_at_the_other(
     assert httpx.post(f"{b.url}/api/sessions/s/streams/{retried.json()['stream_id']}/stop").json() == {"stopped": True}
 
 
+@pytest.mark.parametrize("place", ["postgres"], indirect=True)
+def test_a_lost_machine_is_told_and_its_turn_is_retried(client_of: Callable[..., httpx.Client], place: str) -> None:
+    """A follower learns after the lease that the turn is lost, and a retry answers the same prompt."""
+    client = client_of(store=persist.Store(place, lease_s=1.0))
+    other = Actor(place, lease_s=1.0)
+    prompt = {"id": "m1", "role": "user", "content": "one"}
+    other.do(f"stream = store.start_stream('s', {prompt!r}, create=True)")
+    path = f"/api/sessions/s/streams/{other.do('stream.id')}/events"
+    with client.stream("GET", path) as response:
+        other.kill()
+        assert [each.data["how"] for each in events_in(response.iter_lines())] == ["lost"]
+    retried = client.post("/api/sessions/s/retry")
+    assert retried.status_code == 201
+    with client.stream("GET", f"/api/sessions/s/streams/{retried.json()['stream_id']}/events") as response:
+        *_, end = events_in(response.iter_lines())
+    assert end.data["how"] == "finished"
+    assert [(each["role"], each["content"]) for each in client.get("/api/sessions/s").json()["messages"]] == [
+        ("user", "one"),
+        ("assistant", "one "),
+    ]
+
+
 def test_a_new_turn_starts_over_a_dead_one(two: tuple[ChatServer, ChatServer]) -> None:
     """Nobody need look first: a new message is answered although the worker of the turn before was killed."""
     a, b = two
@@ -141,6 +167,7 @@ def test_a_worker_that_starts_clears_what_a_killed_one_left(
     eventually(lambda: httpx.get(f"{server.url}/healthz", timeout=DEADLINE_S).status_code == 200)
 
 
+@both
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_that_is_told_to_end_keeps_what_was_said(
     serve: Callable[..., ChatServer], store: persist.Store, signal_number: signal.Signals, tmp_path: Path

@@ -92,9 +92,14 @@ class ChatServer:
     """`persist serve` as a process, on a port of its own."""
 
     def __init__(
-        self, directory: Path, *options: str, workers: int = 1, responder: str = SCRIPTED, stderr: IO[str] | None = None
+        self,
+        place: Path | str,
+        *options: str,
+        workers: int = 1,
+        responder: str = SCRIPTED,
+        stderr: IO[str] | None = None,
     ) -> None:
-        command = [sys.executable, "-m", "persist", "serve", str(directory), "--port", "0", "--workers", str(workers)]
+        command = [sys.executable, "-m", "persist", "serve", str(place), "--port", "0", "--workers", str(workers)]
         paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
         self.process = subprocess.Popen(
             [*command, "--responder", responder, *options],
