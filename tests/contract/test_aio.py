@@ -58,6 +58,7 @@ async def test_verbs_do_what_their_twins_do(aio: persist.aio.Store, store: persi
     assert await aio.ids() == ["s-1", "s-2", "s-3"]
     await aio.delete("s-3")
     assert not await aio.exists("s-3")
+    assert await aio.check() == []
     assert (await aio.accept("s-2")).revision == 4
     with pytest.raises(persist.SessionNotFound):
         await aio.load("s-3")

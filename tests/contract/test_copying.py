@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from cli.conftest import Run, json_of, runner_of
 from harness.chats import HELLO
+from harness.contents import name_of
 
 import persist
 from persist.cli.commands import persist as command
@@ -36,11 +37,6 @@ ODD = {
 @pytest.fixture
 def run() -> Run:
     return runner_of(command)
-
-
-def name_of(store: persist.Store) -> str:
-    schema = f"?schema={store._options['schema']}" if "://" in store._at else ""
-    return store._at + schema
 
 
 @pytest.fixture(params=["files to files", "files to postgres", "postgres to files", "postgres to postgres"])

@@ -34,5 +34,10 @@ def reopened(store: persist.Store, **options: Any) -> persist.Store:
     return persist.Store(store._at, **{**copy.copy(store._options), **options})
 
 
+def name_of(store: persist.Store) -> str:
+    """Return the name of a store as a command takes it."""
+    return f"{store._at}?schema={store._options['schema']}" if _is_postgres(store) else str(store._at)
+
+
 def _is_postgres(store: persist.Store) -> bool:
     return store._at.startswith("postgresql:")
