@@ -52,9 +52,9 @@ MUTANTS = (
     # A row's lock stands behind that of its name, so each alone would do.
     _statement(
         "the lock of a session",
-        _without(" FOR UPDATE\n\n-- name: lock_name", "pg_advisory_xact_lock(%(lock)s), "),
+        _without(" FOR UPDATE\n\n-- name: lock_name", "pg_advisory_xact_lock(%(lock)s),\n       "),
         "updates_of_several_processes",
-        Change("postgres/engine.py", "PostgresEngine.lock_row", replace_expression("name[1]", "name[0]")),
+        Change("postgres/engine.py", "PostgresEngine.lock_row", replace_expression("name[0][1]", "name[0][0]")),
     ),
     _statement(
         "the comparison with what was read",
