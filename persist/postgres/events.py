@@ -12,6 +12,7 @@ connection swallow hints. A follower that is behind, or whose news are late, ask
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import itertools
@@ -225,6 +226,7 @@ class Emitter:
         self._dirty: dict[RemoteWriter, None] = {}
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
+        _emitters.add(self)
 
     def schedule(self, writer: RemoteWriter) -> None:
         """Let the thread write the events of a writer soon."""
@@ -240,6 +242,11 @@ class Emitter:
     def wait(self) -> threading.Event:
         """Return the event for which the thread waits."""
         return self._wake
+
+    def close(self) -> None:
+        """Write what waits, at the end of the process."""
+        if self._pid == os.getpid() and self._dirty:
+            self.write_all()
 
     def write_all(self) -> None:
         """Write the events of all streams."""
@@ -257,6 +264,18 @@ class Emitter:
                     writer.failure = str(error)
                 with self._guard:
                     self._dirty |= dict.fromkeys(writers)
+
+
+_emitters: weakref.WeakSet[Emitter] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for each in list(_emitters):
+        each.close()
+
+
+# It runs before the heartbeat ends, because that module is imported, and registered, first.
+atexit.register(_close_all)
 
 
 def _emit(found: weakref.ref[Emitter]) -> None:

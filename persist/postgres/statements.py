@@ -62,7 +62,7 @@ class Statements:
             name, _, text = part.partition("\n")
             text = re.sub(r"^ *--.*\n", "", text, flags=re.MULTILINE).strip()
             self.texts[name.strip()] = text.replace("{schema}", quoted)
-        #: What prepares the usual statements, as one message. An earlier try may have prepared some of them.
+        #: The message that prepares the usual statements. An earlier try may have prepared some of them.
         self.preparation = b";\n".join([b"DEALLOCATE ALL", *map(self._prepare, _USUAL)])
         self._prepared = {name: _names(self.texts[name]) for name in _USUAL}
         # A text, the name of a value, a text, and so on.

@@ -376,7 +376,8 @@ class SessionFiles(SessionDirectory):
     def transaction(self, session_id: str, timeout_s: float | None = None, *, seeking: object = None) -> Locked:
         """Return a hold of the session's lock for a block, which gets a transaction.
 
-        Whatever the block is `seeking` is here already. If the session turns out not to be there, no lock file is left.
+        The items that the block is `seeking` are here already. If the session turns out not to be there, no lock file
+        is left.
 
         Raises:
             InvalidArgument: an argument is not what it must be.

@@ -165,7 +165,7 @@ def test_schema_in_the_url_is_the_option(store: persist.Store, postgres_only: st
         assert persist.Store(url, create=False, schema=schema).ids() == ["s"]
     with pytest.raises(persist.InvalidArgument, match="as in the URL"):
         persist.Store(f"{postgres_only}?schema={schema}", schema="another")
-    for wrong in ("", "x" * 64, "a\0b", "7th", 'a"b', "a%(id)sb", "schöma"):
+    for wrong in ("", "x" * 64, "a\0b", "7th", 'a"b', "a'b", "a b", "a%(id)sb", "schöma"):
         with pytest.raises(persist.InvalidArgument, match="1 to 63 ASCII letters"):
             persist.Store(postgres_only, schema=wrong)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
-import subprocess
-import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -19,7 +19,9 @@ import persist
 
 pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed")
 import psycopg
+from harness.remote import end_all, engine_of, go, run, said
 
+from persist.postgres import events
 from persist.postgres.engine import PostgresEngine
 from persist.postgres.events import RemoteReader
 from persist.postgres.transaction import Transaction
@@ -51,48 +53,17 @@ def cut(store: persist.Store, relay: Relay, postgres_url: str, schema: str) -> p
     return persist.Store(f"{host}:{relay.port}/{rest.split('/')[1]}", schema=schema, timeout_s=5.0)
 
 
-def run(code: str, url: str, schema: str, **options: Any) -> subprocess.Popen[str]:
-    """Start another process on the same sessions. Its code has `store`."""
-    opening = f"import persist, sys, time\nstore = persist.Store({url!r}, schema={schema!r}, **{options!r})\n"
-    # -P: the package of the test, wherever it runs.
-    command = [sys.executable, "-P", "-c", opening + code]
-    _started.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-    return _started[-1]
-
-
-_started: list[subprocess.Popen[str]] = []
-
-
 @pytest.fixture(autouse=True)
 def ended() -> Iterator[None]:
     """End the processes of a test."""
     yield
-    while _started:
-        with _started.pop() as each:
-            each.kill()
-
-
-def engine_of(store: persist.Store) -> PostgresEngine:
-    engine = store._backend.engine
-    assert isinstance(engine, PostgresEngine)
-    return engine
+    end_all()
 
 
 def server_process(tx: persist.Transaction) -> int:
     """Return the server process that holds the lock of a block."""
     inner: Any = tx._copy._tx
     return int(inner._held.connection.info.backend_pid)
-
-
-def said(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
-
-
-def go(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
 
 
 # --- the lock ---------------------------------------------------------------------------------------------------------
@@ -373,6 +344,60 @@ with store.start_stream("s", stream_id="t") as stream:
     assert [event.offset for event in store.follow("s", "t", after=150)] == list(range(151, 201))
     with pytest.raises(persist.EventsNotFound):
         store.follow("s", "t", after=201)
+
+
+@pytest.mark.parametrize("where", ["cut_behind", "cut_before"])
+def test_batch_whose_answer_was_lost_is_written_once(
+    cut: persist.Store, store: persist.Store, relay: Relay, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Events whose write has an unknown outcome are written again, together with those that came since.
+
+    Without `BETWEEN` in the statement `emit`, the stream counts as fenced. Without `DO NOTHING`, its events are stuck.
+    """
+    monkeypatch.setattr(events, "BATCH_S", 60.0)
+    stream = cut.start_stream("s", USER)
+    relay.refuse_after_cut = True
+    setattr(relay, where, b"COMMIT")
+    cut._backend.engine.timeout_s = 0.5
+    with pytest.raises(persist.EmitFailed):
+        stream.emit(1, durable=True)
+    relay.refuses = False
+    cut._backend.engine.timeout_s = 20.0
+    assert [event.data for event in store.events("s", stream.id)] == ([1] if where == "cut_behind" else [])
+    stream.emit(2)
+    assert stream.emit(3, durable=True) == 3
+    stream.finish()
+    assert [(event.offset, event.data) for event in store.events("s", stream.id)] == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_hints_alone_carry_events_and_their_end(
+    store: persist.Store, postgres_url: str, schema: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A follower hears of everything by NOTIFY. Here the next poll would come in an hour.
+
+    Without `news` in `events.write`, or without the notification in the statement `end_stream`, it waits for that.
+    """
+    monkeypatch.setattr(events, "POLL_S", 3600.0)
+    store.create("s", {"messages": []})
+    stream = store.start_stream("s", USER)
+    following, heard = store.follow("s", stream.id), queue.Queue[Any]()
+
+    def hear() -> None:
+        for event in following:
+            heard.put(event.data)
+
+    with ThreadPoolExecutor(1) as pool:
+        listener = pool.submit(hear)
+        try:
+            # The follower may have read the first event itself, but not the others.
+            for number in range(5):
+                stream.emit(number, durable=True)
+                assert heard.get(timeout=30) == number
+            stream.finish()
+            listener.result(30)
+        finally:
+            following.close()
+    assert following.ended == "finished"
 
 
 def test_forced_cancel_fences_a_live_owner(store: persist.Store) -> None:

@@ -1,0 +1,128 @@
+"""The events of a stream: their order, their end, and what a stream's commit has to do with them."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from harness.chats import ANSWER, PROMPT
+
+import persist
+
+
+def heard(following: persist.Following) -> list[Any]:
+    return [event.data for event in following]
+
+
+def ended_with(store: persist.Store, code: str) -> int:
+    """Run some code in another process, which has `store`, and return its exit status."""
+    opening = f"import os, signal, persist\nstore = persist.Store({store._at!r}, **{dict(store._options)!r})\n"
+    return subprocess.run([sys.executable, "-c", opening + code], check=False, timeout=60).returncode
+
+
+def test_followers_hear_all_events_and_the_end(store: persist.Store, session: persist.Session) -> None:
+    stream = store.start_stream("s", PROMPT)
+    with ThreadPoolExecutor(5) as pool:
+        listeners = [pool.submit(heard, store.follow("s", stream.id)) for _ in range(5)]
+        for number in range(300):
+            assert stream.emit(number) == number + 1
+        stream.finish(ANSWER)
+        assert [each.result() for each in listeners] == [list(range(300))] * 5
+    late = store.follow("s", stream.id, after=290)
+    assert heard(late) == list(range(290, 300))
+    assert (late.ended, late.offset) == ("finished", 300)
+    assert heard(store.follow("s", stream.id, after="end")) == []
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "stream.checkpoint({'role': 'assistant', 'content': 'ab'})",
+        "stream.append({'role': 'tool', 'content': 'ab'})",
+        "stream.update(lambda tx: tx.fields.update(n=1))",
+        "stream.finish({'role': 'assistant', 'content': 'ab'})",
+        "stream.fail()",
+        "stream.emit('c', durable=True)",
+    ],
+)
+def test_commit_of_a_stream_never_knows_more_than_its_events(
+    store: persist.Store, session: persist.Session, verb: str
+) -> None:
+    """A process is killed behind a commit of its stream. The events that it emitted before the commit are all there.
+
+    PostgreSQL gets events in batches, and here the next one would come in a minute. Without the batch in
+    `Transaction._write`, they are lost.
+    """
+    code = f"""
+if not os.path.isdir({str(store._at)!r}):
+    from persist.postgres import events
+    events.BATCH_S = 60.0
+stream = store.start_stream("s", stream_id="t")
+stream.emit("a"); stream.emit("b")
+{verb}
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert ended_with(store, code) == -signal.SIGKILL
+    assert [event.data for event in store.events("s", "t")][:2] == ["a", "b"]
+
+
+def test_events_of_a_process_that_exits_are_written(store: persist.Store, session: persist.Session) -> None:
+    """A process that comes to its end writes the events that wait. Without `_close_all` in `events`, they are lost."""
+    code = f"""
+if not os.path.isdir({str(store._at)!r}):
+    from persist.postgres import events
+    events.BATCH_S = 60.0
+stream = store.start_stream("s", stream_id="t")
+stream.emit("a"); stream.emit("b")
+globals()["kept"] = stream
+"""
+    assert ended_with(store, code) == 0
+    assert [event.data for event in store.events("s", "t")] == ["a", "b"]
+
+
+def test_follower_of_a_deleted_session_ends(store: persist.Store, session: persist.Session) -> None:
+    stream = store.start_stream("s", PROMPT)
+    stream.emit("a", durable=True)
+    following, begun = store.follow("s", stream.id), threading.Event()
+
+    def hear() -> list[Any]:
+        found = [next(following).data]
+        begun.set()
+        return found + heard(following)
+
+    with ThreadPoolExecutor(1) as pool:
+        listener = pool.submit(hear)
+        assert begun.wait(20)
+        store.delete("s", force=True)
+        assert listener.result(20) == ["a"]
+    assert following.ended == "deleted"
+    stream._close()
+
+
+def test_stream_id_that_is_used_again_begins_anew(store: persist.Store, session: persist.Session) -> None:
+    """Events of the first stream of that id are not mixed with those of the second one."""
+    for data in (["a", "b", "c"], ["d"]):
+        with store.start_stream("s", stream_id="t") as stream:
+            stream.emit(*data, durable=True)
+            stream.finish()
+        assert [(event.offset, event.data) for event in store.events("s", "t")] == list(enumerate(data, 1))
+
+
+def test_texts_of_any_kind_come_back(make_store: Any) -> None:
+    """No quote, backslash, NUL, percent sign or half of a surrogate pair means anything on the way."""
+    store = make_store()
+    odd = "a'b\"c\\d\\0%(id)s$1;--{schema}\x00é\U0001f600"
+    for name in (odd, odd[::-1], "'", "\\", "\\'", "x\\u0000"):
+        message = {"id": name, "content": name, name: [name, "\ud800", -0.0]}
+        data = {name: name, "k" + name: [message] * 20, "t" + name: name * 2000}
+        store.create(name, {**data, "messages": [message]})
+        store.append(name, "messages", {"id": name + "2", "content": name})
+        store.append(name, "messages", {"id": name + "2", "content": name})
+        assert store.load(name).data == {**data, "messages": [message, {"id": name + "2", "content": name}]}
+        assert store.update(name, lambda tx, name=name: tx.list("messages").find(name)["content"]) == name
+    assert len(store.ids()) == 6
