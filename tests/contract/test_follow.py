@@ -22,7 +22,7 @@ def heard(following: persist.Following) -> list[Any]:
 def ended_with(store: persist.Store, code: str) -> int:
     """Run some code in another process, which has `store`, and return its exit status."""
     opening = f"import os, signal, persist\nstore = persist.Store({store._at!r}, **{dict(store._options)!r})\n"
-    return subprocess.run([sys.executable, "-c", opening + code], check=False, timeout=60).returncode
+    return subprocess.run([sys.executable, "-P", "-c", opening + code], check=False, timeout=60).returncode
 
 
 def test_followers_hear_all_events_and_the_end(store: persist.Store, session: persist.Session) -> None:
