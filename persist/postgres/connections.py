@@ -201,7 +201,7 @@ class Connections:
         except psycopg.Error as error:
             if not connection.closed:
                 raise
-            # Whoever takes the connection finds out.
+            # The one who takes the connection finds out.
             log.debug("%s: a new connection died: %s", self.place, reason_of(error))
 
     def _why(self, error: Exception) -> str:

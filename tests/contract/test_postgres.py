@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from actors import eventually
 from harness.cutting import Relay, relaying
 
 import persist
@@ -497,6 +498,21 @@ except persist.CommitFailed:
     go(other)
     assert said(other) == "refused"
     assert store.load("s").data == {"n": 0, "messages": [{"id": "m1"}]}
+
+
+def test_block_that_pauses_for_longer_than_its_lease_commits_if_nobody_else_has(
+    store: persist.Store, postgres_url: str, schema: str
+) -> None:
+    """The server ends the transaction, and the commit takes the lock again. Without the second try it fails."""
+    mine = persist.Store(postgres_url, schema=schema, lease_s=0.2)
+    store.create("s", {"n": 0, "messages": [{"id": "m0"}]})
+    with psycopg.connect(postgres_url, autocommit=True) as other, mine.transaction("s") as tx:
+        tx.fields["n"] = 1
+        locks = """SELECT FROM pg_locks JOIN pg_database ON oid = database
+            WHERE locktype = 'advisory' AND datname = current_database()"""
+        eventually(lambda: other.execute(locks).rowcount == 0)
+        assert tx.data["messages"] == [{"id": "m0"}]
+    assert store.load("s").data == {"n": 1, "messages": [{"id": "m0"}]}
 
 
 def overtaking(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:

@@ -17,6 +17,8 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+MISSING = "there is no PostgreSQL here: sudo scripts/install-servers installs it"
+
 
 def programs() -> Path | None:
     """Return the directory of the server's programs, or None."""
@@ -131,6 +133,8 @@ def databases(url: str) -> Iterator[Callable[[], str]]:
     """Yield a function that makes an empty database and returns its URL. Without a URL, a scratch server has it."""
     import psycopg
 
+    if not url and not can_run():
+        raise SystemExit(MISSING)
     server = Server() if not url else None
     made: list[str] = []
 
