@@ -181,11 +181,7 @@ class Connections:
                 if not isinstance(error, PoolTimeout) or now_s() >= deadline:
                     raise self.unreadable(self._why(error)) from error
         if connection.is_prepared is None:
-            try:
-                self._prepare(connection)
-            except psycopg.Error as error:
-                self.give(connection)
-                raise self.unreadable(reason_of(error)) from error
+            self._prepare(connection)
         return connection
 
     def _prepare(self, connection: Connection) -> None:
@@ -195,14 +191,12 @@ class Connections:
             if is_prepared:
                 connection.execute(self.statements.preparation)
             connection.is_prepared = is_prepared
-        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
-            # The schema is about to be made, or to be refused.
-            pass
         except psycopg.Error as error:
-            if not connection.closed:
-                raise
-            # The one who takes the connection finds out.
-            log.debug("%s: a new connection died: %s", self.place, reason_of(error))
+            # The schema is about to be made, or the connection has died. Its first statement will tell.
+            log.debug("%s: nothing is prepared: %s", self.place, reason_of(error))
+        except BaseException:
+            self.give(connection)
+            raise
 
     def _why(self, error: Exception) -> str:
         if isinstance(error, PoolTimeout):

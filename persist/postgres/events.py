@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 BATCH_S = 0.025
 #: How often a process asks for news, where hints are heard and where they are not.
 POLL_S, POLL_WITHOUT_HINTS_S = 0.25, 0.05
+#: The pause after a failure, before the server is asked again.
+_RETRY_S = 0.2
 #: So many events are read at a time.
 _PAGE = 1000
 #: So many events of a stream are kept for its followers, up to so many bytes.
@@ -248,22 +250,28 @@ class Emitter:
         if self._pid == os.getpid() and self._dirty:
             self.write_all()
 
-    def write_all(self) -> None:
-        """Write the events of all streams."""
+    def write_all(self) -> bool:
+        """Write the events of all streams. Tell whether the server took them. If not, they wait for the next time."""
         self._wake.clear()
         with self._guard:
             writers, self._dirty = list(self._dirty), {}
-        with contextlib.ExitStack() as stack:
-            for writer in writers:
-                stack.enter_context(writer.writing)
-            try:
-                self._own.run(lambda connection: write(self._connections, connection, writers, durable=False))
-            except (PersistError, psycopg.Error) as error:
-                log.debug("%s: events wait for the server: %s", self._connections.place, error)
-                for writer in writers:
-                    writer.failure = str(error)
-                with self._guard:
-                    self._dirty |= dict.fromkeys(writers)
+        # A commit of a stream writes the stream's events itself. The others do not wait for it.
+        taken = [writer for writer in writers if writer.writing.acquire(blocking=False)]
+        later, failure = [writer for writer in writers if writer not in taken], None
+        try:
+            self._own.run(lambda connection: write(self._connections, connection, taken, durable=False))
+        except (PersistError, psycopg.Error) as error:
+            log.debug("%s: events wait for the server: %s", self._connections.place, error)
+            later, failure = writers, str(error)
+        finally:
+            for writer in taken:
+                writer.failure = failure
+                writer.writing.release()
+        if later:
+            with self._guard:
+                self._dirty |= dict.fromkeys(later)
+            self._wake.set()
+        return failure is None
 
 
 _emitters: weakref.WeakSet[Emitter] = weakref.WeakSet()
@@ -286,8 +294,10 @@ def _emit(found: weakref.ref[Emitter]) -> None:
         if wake.wait(1.0):
             time.sleep(BATCH_S)
             if (emitter := found()) is not None and os.getpid() == pid:
-                emitter.write_all()
+                is_well = emitter.write_all()
                 del emitter
+                if not is_well:
+                    time.sleep(_RETRY_S)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -523,7 +533,7 @@ class Listener:
                 poll_at = now_s() + poll_s
             except (PersistError, psycopg.Error) as error:
                 log.debug("%s: the listener lost its connection: %s", self._connections.place, error)
-                time.sleep(POLL_WITHOUT_HINTS_S)
+                time.sleep(_RETRY_S)
 
     def _fetch(self, connection: Connection, numbers: set[int] | None) -> set[int]:
         """Fetch the news of streams, or of all. Wake their followers. Return the streams that have news."""

@@ -371,6 +371,26 @@ def test_batch_whose_answer_was_lost_is_written_once(
     assert [(event.offset, event.data) for event in store.events("s", stream.id)] == [(1, 1), (2, 2), (3, 3)]
 
 
+def test_events_that_waited_for_the_server_are_written(cut: persist.Store, store: persist.Store, relay: Relay) -> None:
+    """The server is away when a batch is due. The batch is written when the server is back, without another event.
+
+    Without the second wake in `Emitter.write_all`, it waits for the next event.
+    """
+    stream = cut.start_stream("s", USER)
+    stream.emit(0, durable=True)
+    relay.refuse_after_cut, relay.cut_before = True, b"synchronous_commit = off"
+    stream.emit(1)
+    deadline = time.monotonic() + 30
+    while not relay.cuts:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    relay.refuses = False
+    while [event.data for event in store.events("s", stream.id)] != [0, 1]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    stream.finish()
+
+
 def test_hints_alone_carry_events_and_their_end(
     store: persist.Store, postgres_url: str, schema: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
