@@ -45,8 +45,9 @@ def _directory(path: object, *, create: bool) -> str:
     if type(directory) is not str or not directory or "\0" in directory:
         raise errors.InvalidArgument(what="a store's path", expected="a directory's name", got=repr(path))
     if is_url(directory.replace(":/", "://", 1)):
-        # A `Path` that was made from a URL has lost a slash.
-        raise errors.InvalidArgument(what="a store's path", expected="a URL as a string, not as a Path", got=repr(path))
+        # A `Path` that was made from a URL has lost a slash. It is not shown, because it may hold a password.
+        got, expected = "a URL with one slash", "a URL as a string, not as a Path"
+        raise errors.InvalidArgument(what="a store's path", got=got, expected=expected)
     name, directory = directory, os.path.realpath(expanded(directory))
     try:
         found = "a directory" if stat.S_ISDIR(os.stat(directory).st_mode) else "a file"
