@@ -195,7 +195,7 @@ class Store:
 
     def _open(self) -> Backend:
         if self._is_closed:
-            raise errors.StoreClosed(path=self.path)
+            raise errors.StoreClosed(path=self._backend.engine.place)
         return self._backend
 
     def _locked(

@@ -286,13 +286,14 @@ class Own:
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
         self._connection: Connection | None = None
+        self._closing: weakref.finalize[..., Own] | None = None
         self._pid = os.getpid()
 
     def get(self) -> Connection:
         """Return the connection. It is made anew if it has died."""
         if self._connection is None or self._connection.closed:
             try:
-                self._connection = Connection.connect(
+                made = Connection.connect(
                     self._connections.conninfo,
                     autocommit=True,
                     cursor_factory=psycopg.ClientCursor,
@@ -300,7 +301,12 @@ class Own:
                 )
             except psycopg.Error as error:
                 raise self._connections.unreadable(reason_of(error)) from error
-            configure(self._connection)
+            configure(made)
+            self.close()
+            self._connection = made
+            # A `__del__` could come too late, because garbage may be a cycle.
+            self._closing = weakref.finalize(self, _close_own, made, self._pid)
+            self._closing.atexit = False
         return self._connection
 
     def run(self, work: Callable[[Connection], Result], timeout_s: float = 0.0) -> Result:
@@ -328,10 +334,11 @@ class Own:
 
     def close(self) -> None:
         """Close the connection. In a forked child it is the parent's, and stays open."""
-        connection, self._connection = self._connection, None
-        if connection is not None and self._pid == os.getpid():
-            connection.close()
+        closing, self._closing, self._connection = self._closing, None, None
+        if closing is not None:
+            closing()
 
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self.close()
+
+def _close_own(connection: Connection, pid: int) -> None:
+    if pid == os.getpid():
+        connection.close()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
 import threading
 import time
 import uuid
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,6 +26,7 @@ import psycopg
 from harness.remote import end_all, engine_of, go, run, said
 
 from persist.postgres import events
+from persist.postgres.connections import Connection, Connections, Own
 from persist.postgres.engine import PostgresEngine
 from persist.postgres.events import RemoteReader
 from persist.postgres.transaction import Transaction
@@ -474,6 +478,24 @@ def test_late_writes_do_not_reach_the_turn_of_a_successor(store: persist.Store) 
         successor.finish({"role": "assistant", "content": "a"})
     assert [each["content"] for each in store.tail("s")] == ["Why?", "early", "Why?", "a"]
     stream._close()
+
+
+def test_connection_of_a_thread_is_closed_with_its_owner(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Garbage may be a cycle, in which nobody knows what goes first.
+
+    With a `__del__` of `Own` in the place of the finaliser, the connection goes first here, with a ResourceWarning.
+    """
+    made = [Connection.connect(postgres_url)]
+    monkeypatch.setattr(Connection, "connect", lambda *_, **__: made.pop())
+    own: Any = Own(Connections(postgres_url, "s"))
+    closed = weakref.ref(own.get())
+    own.cycle = own
+    del own
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        gc.collect()
+    assert closed() is None
+    assert [str(each.message) for each in warned] == []
 
 
 # --- the schema -------------------------------------------------------------------------------------------------------
