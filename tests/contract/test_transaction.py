@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.contents import reopened
 
 import persist
 from persist.working_copy import WorkingList
@@ -285,7 +286,7 @@ def test_first_write_makes_the_session(name: str, store: persist.Store) -> None:
     assert (first.data, first.revision) == (expected, 1)
     verb(store)
     assert store.load("new").created_at == first.created_at
-    assert persist.Store(store.path).check() == []
+    assert reopened(store).check() == []
 
 
 def test_first_write_begins_a_stream(store: persist.Store) -> None:
