@@ -15,6 +15,7 @@ from mutation.edits import (
     drop_keyword,
     drop_operand,
     replace_expression,
+    replace_statement,
     return_now,
 )
 from mutation.mutant import Change, Mutant
@@ -154,5 +155,48 @@ MUTANTS = (
         "Cursor.__init__",
         drop_handler("FileNotFoundError"),
         "expire_under_a_reader",
+    ),
+    _postgres(
+        "the lock of a name that has no row",
+        "postgres/engine.py",
+        "PostgresEngine.lock_row",
+        replace_expression("text('lock_name', lock=self._lock_of(session_id))", "b\"SELECT 1, ''\""),
+        "first_writes",
+    ),
+    _postgres(
+        "the lock of a migration",
+        "postgres/migrate.py",
+        "_migrate",
+        replace_expression(
+            "\"SELECT pg_advisory_xact_lock(hashtextextended('persist migrate ' || %s, 0))\"", '"SELECT %s"'
+        ),
+        "migrate_once",
+    ),
+    _postgres(
+        "the next try of a batch that failed", EVENTS, "Emitter.write_all", drop_call("self._wake.set"), "waited_for"
+    ),
+    _postgres(
+        "the events in a stream's commit",
+        TRANSACTION,
+        "Transaction.commit",
+        replace_statement("batch = writer, last, events", "pass"),
+        "never_knows and postgres",
+    ),
+    _postgres(
+        "the events at the end of a process", EVENTS, "_close_all", drop_call("each.close"), "exits and postgres"
+    ),
+    _postgres(
+        "the news that followers share",
+        EVENTS,
+        "RemoteReader.read",
+        replace_expression("self.read_cached() if until is None else None", "None"),
+        "share",
+    ),
+    _postgres(
+        "the items that come with the lock",
+        "postgres/engine.py",
+        "PostgresEngine.transaction",
+        replace_expression("Sought.of(seeking)", "None"),
+        "two_messages",
     ),
 )

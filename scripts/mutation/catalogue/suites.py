@@ -37,7 +37,11 @@ KEPT_HEADS = ("tests/unit/test_kept_heads.py",)
 REPLICA = ("tests/processes/test_journal.py",)
 SESSION = ("tests/unit/test_session.py", "tests/contract/test_session.py")
 SHARED_SESSIONS = ("tests/processes/test_shared_sessions.py",)
-POSTGRES = ("tests/contract/test_postgres.py",)
+POSTGRES = (
+    "tests/contract/test_postgres.py",
+    "tests/contract/test_postgres_costs.py",
+    "tests/contract/test_follow.py",
+)
 OPENING = ("tests/unit/verbs/test_opening.py",)
 UNREAD = ("tests/unit/test_unread.py",)
 COMMIT = ("tests/unit/test_commit.py",)
