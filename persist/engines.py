@@ -78,7 +78,13 @@ def opened(
     if is_url(path):
         url, schema = _parted(path, schema)
         engine: Engine = _postgres("engine").PostgresEngine(
-            url, schema=schema, create=create, timeout_s=timeout_s, keep_events_s=keep_events_s, lease_s=lease_s
+            url,
+            schema=schema,
+            create=create,
+            timeout_s=timeout_s,
+            keep_events_s=keep_events_s,
+            keep_events_bytes=keep_events_bytes,
+            lease_s=lease_s,
         )
         return path, engine
     directory = _directory(path, create=create)

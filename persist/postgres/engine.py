@@ -36,12 +36,21 @@ class PostgresEngine:
     """The sessions of one schema, with their streams and events."""
 
     def __init__(
-        self, url: str, *, schema: str, create: bool, timeout_s: float, keep_events_s: float, lease_s: float
+        self,
+        url: str,
+        *,
+        schema: str,
+        create: bool,
+        timeout_s: float,
+        keep_events_s: float,
+        keep_events_bytes: int | None,
+        lease_s: float,
     ) -> None:
         self.connections = Connections(url, schema, idle_s=lease_s)
         self.place: str = self.connections.place
         self.timeout_s = timeout_s
         self._keep_events_s = keep_events_s
+        self.keep_events_bytes = keep_events_bytes
         self.heartbeat = Heartbeat(self.connections, lease_s=lease_s, beat_s=lease_s / 3)
         self.writers: dict[tuple[str, str], RemoteWriter] = {}
         self._pid = -1
@@ -67,7 +76,8 @@ class PostgresEngine:
         with _making:
             if self._pid != os.getpid():
                 # A forked child has none of the threads.
-                self._emitter, self._listener = Emitter(self.connections), Listener(self.connections)
+                self._emitter = Emitter(self.connections, self._keep_events_s)
+                self._listener = Listener(self.connections)
                 self._pid = os.getpid()
 
     def run(self, statement: str, /, **values: Any) -> list[Row]:

@@ -4,6 +4,7 @@
 this process, every 25 ms, in one message. Each write is fenced by the stream's row: nothing is written to a stream that
 has ended, or by a process whose lease is over. A commit of the stream writes the events that wait together with its
 message. So nobody finds a message that knows more than the events, whatever dies in between.
+The same thread drops the oldest events of a stream that has too many, and the events of streams whose time is over.
 
 **Reading.** One thread a process fetches the news of all streams that are followed here, once for all their followers.
 NOTIFY wakes it, and is a hint only. The thread also asks the server in short intervals, because pgbouncer and a lost
@@ -46,6 +47,8 @@ POLL_S, POLL_WITHOUT_HINTS_S = 0.25, 0.05
 _RETRY_S = 0.2
 #: So many events are read at a time.
 _PAGE = 1000
+#: How many expired streams an end removes.
+_MOST_REMOVED = 2
 #: So many events of a stream are kept for its followers, up to so many bytes.
 _MOST_KEPT, _MOST_KEPT_BYTES = 1000, 1024 * 1024
 
@@ -75,6 +78,7 @@ class RemoteWriter:
         self.writing = threading.RLock()
         self._pending: list[bytes] = []
         self._count = 0
+        self._kept = Kept(engine.keep_events_bytes)
         self.number: int | None = None
         self.is_fenced = False
         self.failure: str | None = None
@@ -102,6 +106,7 @@ class RemoteWriter:
                 if failure is None:
                     self._pending += events
                     self._count += len(events)
+                    self._kept.add(self._count, sum(map(len, events)))
                 offset = self._count
             if failure is not None:
                 raise self._failed(failure)
@@ -173,8 +178,14 @@ class RemoteWriter:
         """Return the values of the statement that writes events."""
         return {"stream": self.number, "last": last, "count": len(events), "events": events, "process": self.process}
 
+    def surplus(self) -> dict[str, Any] | None:
+        """Return the values of the statement that drops the oldest events. None if there are not too many."""
+        with self._guard:
+            first = self._kept.surplus()
+        return None if first is None else {"stream": self.number, "first": first}
+
     def drop_oldest(self) -> None:
-        """Do nothing."""
+        """Do nothing, because the thread that writes events drops the oldest ones."""
 
     def postpone(self) -> None:
         """Do nothing."""
@@ -187,6 +198,34 @@ class RemoteWriter:
         self._engine.writers.pop((self.session_id, self.stream_id), None)
         if self.pending()[1] and not self.is_fenced:
             self._engine.emitter.schedule(self)
+
+
+class Kept:
+    """How many bytes the events of a stream have, counted coarsely, and which of them are too many."""
+
+    def __init__(self, most_bytes: int | None) -> None:
+        self._most_bytes = most_bytes
+        self._total = self._before = 0
+        #: The offset behind which, and the bytes before which, the events stand that came since.
+        self._marks = deque[tuple[int, int]]()
+
+    def add(self, count: int, size_bytes: int) -> None:
+        """Note that the last event has this offset now, and so many bytes came with it."""
+        self._total += size_bytes
+        if self._most_bytes and self._total - (self._marks[-1][1] if self._marks else 0) >= self._most_bytes / 16:
+            self._marks.append((count, self._total))
+
+    def surplus(self) -> int | None:
+        """Return the offset of the first event to be kept, if the events outgrow their bound, else None.
+
+        The younger half of the bound is kept.
+        """
+        if not self._most_bytes or self._total - self._before <= self._most_bytes:
+            return None
+        first = None
+        while self._marks and self._total - self._marks[0][1] >= self._most_bytes / 2:
+            first, self._before = self._marks.popleft()
+        return None if first is None else first + 1
 
 
 def write(connections: Connections, connection: Connection, writers: Iterable[RemoteWriter], *, durable: bool) -> None:
@@ -207,6 +246,9 @@ def write(connections: Connections, connection: Connection, writers: Iterable[Re
         statements.append(b"SET LOCAL synchronous_commit = off")
     for writer, last, events in batches:
         statements.append(connections.text(connection, "emit", **writer.values(last, events)))
+    for writer, *_ in batches:
+        if (surplus := writer.surplus()) is not None:
+            statements.append(connections.text(connection, "drop_oldest", **surplus))
     statements += [connections.news(connection, [writer.number for writer, *_ in batches]), b"COMMIT"]
     cursor = connection.execute(b";\n".join(statements))
     answers = [cursor.fetchall() for _ in cursor.results() if cursor.description is not None]
@@ -220,8 +262,11 @@ def write(connections: Connections, connection: Connection, writers: Iterable[Re
 class Emitter:
     """The thread that writes the events of all streams of this process."""
 
-    def __init__(self, connections: Connections) -> None:
+    def __init__(self, connections: Connections, keep_s: float) -> None:
         self._connections = connections
+        self._keep_s = keep_s
+        #: How many expired streams may be removed now.
+        self._to_remove = 0
         self._own = Own(connections)
         self._pid = os.getpid()
         self._guard = threading.Lock()
@@ -234,12 +279,31 @@ class Emitter:
         """Let the thread write the events of a writer soon."""
         with self._guard:
             self._dirty[writer] = None
+        self._go()
+
+    def tidy_soon(self) -> None:
+        """Let the thread remove the events of two streams whose time is over. So each end makes up for a start."""
+        with self._guard:
+            self._to_remove += _MOST_REMOVED
+        self._go()
+
+    def _go(self) -> None:
+        with self._guard:
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=_emit, args=(weakref.ref(self),), name="persist-emit", daemon=True
                 )
                 self._thread.start()
         self._wake.set()
+
+    def tidy(self) -> None:
+        """Remove the events of streams whose time is over."""
+        with self._guard:
+            limit, self._to_remove = self._to_remove, 0
+        if limit:
+            facts = {"keep_s": self._keep_s, "limit": limit}
+            with contextlib.suppress(PersistError):
+                self._own.run(lambda connection: self._connections.query(connection, "remove_expired", **facts))
 
     def wait(self) -> threading.Event:
         """Return the event for which the thread waits."""
@@ -295,6 +359,7 @@ def _emit(found: weakref.ref[Emitter]) -> None:
             time.sleep(BATCH_S)
             if (emitter := found()) is not None and os.getpid() == pid:
                 is_well = emitter.write_all()
+                emitter.tidy()
                 del emitter
                 if not is_well:
                     time.sleep(_RETRY_S)

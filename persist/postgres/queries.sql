@@ -222,6 +222,13 @@ LEFT JOIN LATERAL (
 ) e ON true
 ORDER BY t.number, e.place
 
+-- name: drop_oldest
+WITH kept AS (
+    UPDATE {schema}.streams SET first = %(first)s WHERE number = %(stream)s AND ended IS NULL AND first < %(first)s
+    RETURNING number
+)
+DELETE FROM {schema}.events WHERE stream IN (SELECT number FROM kept) AND place < %(first)s
+
 -- name: runs
 -- Whether a session's stream is this one, and whether its process is alive.
 SELECT s.stream_id = %(stream_id)s, p.id IS NOT NULL

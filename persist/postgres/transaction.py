@@ -366,6 +366,7 @@ class Transaction:
                 writer.is_fenced = writer.is_fenced or end is not None
         if end is not None:
             self._engine.heartbeat.has_ended(self.session_id, str(end.stream_id))
+            self._engine.emitter.tidy_soon()
         self._committed = Committed(header, content)
         self._head = None
         self._begun = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -126,3 +128,41 @@ def test_texts_of_any_kind_come_back(make_store: Any) -> None:
         assert store.load(name).data == {**data, "messages": [message, {"id": name + "2", "content": name}]}
         assert store.update(name, lambda tx, name=name: tx.list("messages").find(name)["content"]) == name
     assert len(store.ids()) == 6
+
+
+def test_events_that_outgrow_their_bound_lose_the_oldest(make_store: Any) -> None:
+    """At least half of the bound is left, without gaps, to the last event. A cursor before that is told so."""
+    store = make_store(keep_events_bytes=4096)
+    store.create("s", {"messages": []})
+    stream = store.start_stream("s", PROMPT)
+    for number in range(1, 1001):
+        stream.emit({"n": number}, durable=number % 100 == 0)
+    with pytest.raises(persist.EventsNotFound) as caught:
+        store.follow("s", stream.id)
+    first = caught.value.first
+    assert first is not None
+    assert 500 < first < 950
+    left = store.events("s", stream.id, after=first - 1)
+    assert [(event.offset, event.data["n"]) for event in left] == [(number, number) for number in range(first, 1001)]
+    stream.finish()
+
+
+def test_end_removes_the_events_of_streams_whose_time_is_over(make_store: Any) -> None:
+    """Nobody has to sweep, because each end removes up to two streams that ended long ago."""
+    kept, expiring = make_store(), make_store(keep_events_s=0.001)
+    kept.create("s", {"messages": []})
+    for name in ("a", "b"):
+        with kept.start_stream("s", stream_id=name) as stream:
+            stream.emit(name, durable=True)
+            stream.finish()
+    assert [event.data for event in kept.events("s", "a")] == ["a"]
+    deadline = time.monotonic() + 30
+    for number in itertools.count():
+        with expiring.start_stream("s", stream_id=f"c{number}") as stream:
+            stream.emit(number, durable=True)
+            stream.finish()
+        try:
+            kept.events("s", "a")
+        except persist.EventsNotFound:
+            return
+        assert time.monotonic() < deadline
