@@ -164,24 +164,20 @@ def migrate(url: str, *, schema: str = SCHEMA, timeout_s: float = 60.0) -> Migra
 # --- for the command line ---
 
 
-class NoStore(errors.InvalidArgument):
-    """There is no store of the name that a command was given."""
-
-
 def options_there(name: str) -> dict[str, Any]:
     """Return the options of `Store` for a store that must be there already, because a look makes none.
 
     Raises:
-        NoStore: there is a directory of another kind, or none.
+        InvalidArgument: there is a directory of another kind, or none.
     """
     if is_url(name):
         return {"create": False}
     path, expected = Path(expanded(name)), "the directory of a store"
     if not path.is_dir():
-        raise NoStore(what=str(path), got="not a directory", expected=expected)
+        raise errors.InvalidArgument(what=str(path), got="not a directory", expected=expected)
     if not (path / LEASES).is_dir() and not any(path.glob("*.json")):
         got = f"not a store, with neither sessions (*.json) nor {LEASES}"
-        raise NoStore(what=str(path), got=got, expected=expected)
+        raise errors.InvalidArgument(what=str(path), got=got, expected=expected)
     return {"create": False, "mode": _mode_in(path)}
 
 
@@ -189,7 +185,7 @@ def options_to_write(name: str) -> dict[str, Any]:
     """Return the options of `Store` for a store that may be new: an empty directory, none, or an empty database.
 
     Raises:
-        NoStore: there is a directory of another kind.
+        InvalidArgument: there is a directory of another kind.
     """
     if is_url(name):
         return {}

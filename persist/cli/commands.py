@@ -32,7 +32,7 @@ from persist.cli.output import (
 )
 from persist.cli.progress import ENDED_BY_SIGINT, Watched
 from persist.copying import Copy, comparing, copying
-from persist.errors import CorruptSession, PersistError, SessionNotFound
+from persist.errors import CorruptSession, InvalidArgument, PersistError, SessionNotFound
 from persist.json_codec import BYTE_ORDER_MARK, StrictError, Undecodable, decode, decode_strict
 from persist.storage.cache import Committed
 from persist.storage.content import HEADER, Items
@@ -135,7 +135,7 @@ def _open_store(ctx: click.Context, _argument: click.Parameter, name: str) -> St
 def _opened(ctx: click.Context, name: str, options_of: Callable[[str], dict[str, Any]]) -> Store:
     try:
         options = options_of(name)
-    except engines.NoStore as error:
+    except InvalidArgument as error:
         raise click.BadParameter(printable(str(error))) from None
     return Store(name, unsafe_filesystem=bool(ctx.find_root().params.get("unsafe_filesystem")), **options)
 
