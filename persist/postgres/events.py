@@ -166,11 +166,10 @@ class RemoteWriter:
         with self._guard:
             del self._pending[:count]
 
-    def find(self, connection: Connection) -> bool:
+    def find(self) -> bool:
         """Make sure that the stream's number is known. Tell whether there is such a stream."""
         if self.number is None:
-            names = {"id": text_of(self.session_id), "stream_id": self.stream_id}
-            found = self._engine.connections.query(connection, "find_stream", **names)
+            found = self._engine.run("find_stream", id=text_of(self.session_id), stream_id=self.stream_id)
             self.number = found[0][0] if found else None
         return self.number is not None
 
@@ -235,7 +234,7 @@ def write(connections: Connections, connection: Connection, writers: Iterable[Re
         last, events = writer.pending()
         if events and not writer.is_fenced:
             # A stream whose row is gone was deleted together with its session.
-            writer.is_fenced = not writer.find(connection)
+            writer.is_fenced = not writer.find()
             if not writer.is_fenced:
                 batches.append((writer, last, events))
     if not batches:
@@ -402,6 +401,10 @@ class Feed:
 
     def add(self, place: int, event: bytes) -> None:
         """Keep the next event, and drop the oldest ones. A slow follower asks the server for them."""
+        if place != self.fetched + 1:
+            # The events in between were dropped. A follower that lacks them is told so by the server.
+            self._kept.clear()
+            self.after, self._bytes = place - 1, 0
         self._kept.append((place, event))
         self.fetched = place
         self._bytes += len(event)
@@ -607,7 +610,7 @@ class Listener:
         fresh = set[int]()
         while asked:
             places = [None if feed.after is None else feed.fetched for feed in asked.values()]
-            asked_at = now_s()
+            reached, asked_at = {number: feed.fetched for number, feed in asked.items()}, now_s()
             rows = self._connections.query(connection, "news", streams=list(asked), after=places, limit=_PAGE)
             with self._guard:
                 news = self._take(asked, rows, asked_at)
@@ -615,7 +618,8 @@ class Listener:
                 for wake in feed.wakes:
                     wake()
             fresh |= {number for number, feed in asked.items() if feed in news}
-            asked = {number: feed for number, feed in asked.items() if feed.fetched < feed.last and not feed.is_gone}
+            # Only a page comes at a time.
+            asked = {number: feed for number, feed in asked.items() if reached[number] < feed.fetched < feed.last}
         return fresh
 
     @staticmethod

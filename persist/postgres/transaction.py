@@ -355,7 +355,7 @@ class Transaction:
             # The events of the stream that wait are a part of its commit. So what is stored never knows more than they.
             last, events = (0, []) if writer is None or writer.is_fenced else writer.pending()
             batch = None
-            if writer is not None and events and writer.find(self._held.connection):
+            if writer is not None and events and writer.find():
                 batch = writer, last, events
             self._settle(
                 lambda connection: self._write(connection, before, header, content, changes, end, batch),
@@ -395,7 +395,6 @@ class Transaction:
                 write(connection)
                 return
             except psycopg.errors.DivisionByZero as error:
-                self._held.close()
                 self._require_lease()
                 reason = "somebody else has committed since it was read, although the row was locked"
                 raise self._failed(reason) from error
