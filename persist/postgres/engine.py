@@ -204,7 +204,8 @@ class PostgresEngine:
         """
         text = partial(self.connections.text, connection, id=text_of(session_id))
         statements = [
-            b"BEGIN",
+            # Under another level, which a role may prefer, those who have waited for the lock would see the past.
+            b"BEGIN ISOLATION LEVEL READ COMMITTED",
             b"SET LOCAL lock_timeout = %d" % max(1, round(timeout_s * 1000)),
             self.connections.while_idle,
             text("lock_name", lock=self._lock_of(session_id)),

@@ -239,7 +239,7 @@ def write(connections: Connections, connection: Connection, writers: Iterable[Re
                 batches.append((writer, last, events))
     if not batches:
         return
-    statements = [b"BEGIN"]
+    statements = [b"BEGIN ISOLATION LEVEL READ COMMITTED"]
     if not durable:
         # A crash of the server may take them, as it may on files.
         statements.append(b"SET LOCAL synchronous_commit = off")

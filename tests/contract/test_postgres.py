@@ -163,6 +163,18 @@ def test_lost_connection_before_the_commit_is_replaced(store: persist.Store) -> 
     assert store.load("s").revision == 2
 
 
+def test_level_of_isolation_is_not_the_role_s(postgres_url: str, schema: str) -> None:
+    """A transaction reads what the one before has committed, whatever level the role prefers.
+
+    Under another level, a verb that has waited for the lock is refused by the server, and has to begin again.
+    """
+    store = persist.Store(f"{postgres_url}?options=-c%20default_transaction_isolation%3Dserializable", schema=schema)
+    store.create("s", {})
+    with store.transaction("s") as tx:
+        inner: Any = tx._copy._tx
+        assert inner._held.connection.execute("SHOW transaction_isolation").fetchone() == (b"read committed",)
+
+
 # --- unknown outcomes -------------------------------------------------------------------------------------------------
 
 
