@@ -23,7 +23,12 @@ SCHEMA = "persist"
 _SCHEMA_IN_URL = re.compile(r"([?&])schema=([^&]*)(&?)")
 #: A longer name would be cut off by the server, and two of them could become one.
 _SCHEMA_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$-]{0,62}")
-_PASSWORD = re.compile(r"(postgres(?:ql)?://[^:@/\s]*):\S*@")
+#: A URL, also one that has lost a slash in a `Path`, or the other form in which libpq is told of a database.
+_OTHER_PLACE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|(.*\s)?(host|dbname|password|service)\s*=", re.DOTALL)
+_PASSWORDS = (
+    (re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:/+[^:@/\s]*):\S*@"), r"\1:***@"),
+    (re.compile(r"(password\s*=\s*)('[^']*'|[^&\s')]*)", re.IGNORECASE), r"\1***"),
+)
 
 
 def without_passwords(text: str) -> str:
@@ -32,7 +37,9 @@ def without_passwords(text: str) -> str:
     >>> without_passwords("No command 'postgresql://ann:secret@db/chats'.")
     "No command 'postgresql://ann:***@db/chats'."
     """
-    return _PASSWORD.sub(r"\1:***@", text)
+    for password, rest in _PASSWORDS:
+        text = password.sub(rest, text)
+    return text
 
 
 def _directory(path: object, *, create: bool) -> str:
@@ -44,10 +51,7 @@ def _directory(path: object, *, create: bool) -> str:
     directory = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
     if type(directory) is not str or not directory or "\0" in directory:
         raise errors.InvalidArgument(what="a store's path", expected="a directory's name", got=repr(path))
-    if is_url(directory.replace(":/", "://", 1)):
-        # A `Path` that was made from a URL has lost a slash. It is not shown, because it may hold a password.
-        got, expected = "a URL with one slash", "a URL as a string, not as a Path"
-        raise errors.InvalidArgument(what="a store's path", got=got, expected=expected)
+    _refuse_other_place(directory)
     name, directory = directory, os.path.realpath(expanded(directory))
     try:
         found = "a directory" if stat.S_ISDIR(os.stat(directory).st_mode) else "a file"
@@ -58,6 +62,14 @@ def _directory(path: object, *, create: bool) -> str:
     if found == "a file" or (found == "missing" and not create):
         raise errors.InvalidArgument(what=f"the store {name}", expected="a directory that is there", got=found)
     return directory
+
+
+def _refuse_other_place(name: str) -> None:
+    """Refuse what means a database to other programs, because a directory of that name would be made instead."""
+    if _OTHER_PLACE.match(name):
+        # It is not shown, because it may hold a password.
+        expected = "a directory, or postgresql://user@host/database as a string, not as a Path"
+        raise errors.InvalidArgument(what="a store's path", got="a URL of another kind", expected=expected)
 
 
 def opened(
@@ -172,6 +184,7 @@ def options_there(name: str) -> dict[str, Any]:
     """
     if is_url(name):
         return {"create": False}
+    _refuse_other_place(name)
     path, expected = Path(expanded(name)), "the directory of a store"
     if not path.is_dir():
         raise errors.InvalidArgument(what=str(path), got="not a directory", expected=expected)

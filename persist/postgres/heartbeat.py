@@ -7,7 +7,8 @@ This cannot be as sure as the kernel's lock on a file: a process that was paused
 So every write of a stream asks in its own statement whether the process's row is alive (see queries.sql, `update` and
 `emit`). In between, the process asks only itself, so that it stops early.
 
-A renewal that fails is lost authority. Until one succeeds again, no lease of the process counts as held.
+A renewal that fails is lost authority. Until one succeeds again, no lease of the process counts as held. A renewal has
+failed when the server did not answer for a whole beat. So a restart of the server ends no turn.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class Heartbeat:
 
     def is_proven(self, process: str) -> bool:
         """Tell whether this process has proven lately that it lives, under that name."""
-        return process == self.id and not self._is_failing and now_s() < self._proven_until
+        return process == self.id and now_s() < self._proven_until
 
     def runs(self, process: object, session_id: str, stream_id: str) -> bool | None:
         """Tell whether this process runs a stream. None if the stream is another process's."""
@@ -148,9 +149,10 @@ class Heartbeat:
                     if self._own.run(lambda connection, query=query: query(connection, "free"))[0][0]:  # type: ignore[misc]
                         self._to_free.remove(each)
             except (PersistError, psycopg.Error) as error:
-                # Others may see this process as dead at any moment.
                 if not self._is_failing:
                     log.warning("%s: the heartbeat failed: %s", self._connections.place, error)
+                    # If the renewal is not made up for within a beat, others may see this process as dead soon.
+                    self._proven_until = min(self._proven_until, now_s() + self._beat_s)
                 self._is_failing = True
                 return
             if is_alive:
