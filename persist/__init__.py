@@ -19,7 +19,7 @@ _HOMES = {
     "errors": (
         "AlreadyStarted CommitFailed CommitUnknown CorruptSession EmitFailed EventsNotFound InvalidArgument LockError "
         "LockTimeout MergeConflict NotJSON Owner PersistError SessionBusy SessionDeleted SessionExists SessionNotFound "
-        "StoreClosed StreamLost TooLarge Unreadable UnsupportedFormat VersionMismatch"
+        "StoreClosed StreamLost TooLarge Unavailable Unreadable UnsupportedFormat VersionMismatch"
     ),
     "engine": "Event",
     "follow": "Following",

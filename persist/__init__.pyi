@@ -21,6 +21,7 @@ from persist.errors import SessionNotFound as SessionNotFound
 from persist.errors import StoreClosed as StoreClosed
 from persist.errors import StreamLost as StreamLost
 from persist.errors import TooLarge as TooLarge
+from persist.errors import Unavailable as Unavailable
 from persist.errors import Unreadable as Unreadable
 from persist.errors import UnsupportedFormat as UnsupportedFormat
 from persist.errors import VersionMismatch as VersionMismatch

@@ -104,8 +104,11 @@ class Engine(Protocol):
             SessionNotFound: there is no such session any more.
         """
 
-    def tidy(self, *, everywhere: bool = True) -> None:
-        """Remove the events whose time is over, or only those of streams that ended in this process."""
+    def tidy(self) -> None:
+        """Remove the events whose time is over."""
+
+    def close(self) -> None:
+        """Give up what only verbs need. Streams go on. If the engine is used again, it takes what it needs again."""
 
 
 class Held(Protocol):

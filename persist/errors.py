@@ -353,6 +353,13 @@ class Unreadable(PersistError, OSError):
         return cls(path=path, reason=error.strerror or type(error).__name__, errno=error.errno)
 
 
+class Unavailable(Unreadable):
+    """The server of a store on PostgreSQL refused, or cannot be reached. Nothing was changed, and a retry may help."""
+
+    template = "{path} is not available: {reason}. Nothing was changed."
+    remedy = "Look at the server, and retry."
+
+
 def unsafe(path: Path | str, found: str, wanted: str = "a plain file") -> Unreadable:
     """Return the error for a name that is a symbolic link, a directory, a FIFO or a device."""
     reason = f"it is {found}, where persist keeps {wanted}"

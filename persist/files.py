@@ -169,9 +169,10 @@ class FileEngine(SessionFiles):
             with tx.probe(stream_id) as is_dead:
                 return "died" if is_dead else None
 
-    def tidy(self, *, everywhere: bool = True) -> None:
-        """Remove the events whose time is over, or only those of streams that ended in this process."""
-        if everywhere:
-            self.event_files.sweep()
-        else:
-            self.event_files.close()
+    def tidy(self) -> None:
+        """Remove the events whose time is over."""
+        self.event_files.sweep()
+
+    def close(self) -> None:
+        """Remove the events whose time is over, of streams that ended in this process."""
+        self.event_files.close()

@@ -188,10 +188,11 @@ class Store:
     def close(self) -> None:
         """Refuse further verbs with `StoreClosed`.
 
-        Running streams go on, and loaded sessions can still be saved. Events that have expired are removed.
+        Running streams go on, and loaded sessions can still be saved. Events that have expired are removed. On
+        PostgreSQL the connections are closed, as far as no stream of this process needs them.
         """
         self._is_closed = True
-        self._backend.engine.tidy(everywhere=False)
+        self._backend.engine.close()
 
     def _open(self) -> Backend:
         if self._is_closed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import socket
@@ -11,17 +12,18 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import psycopg
 from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
-from psycopg_pool import ConnectionPool, PoolTimeout
+from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
 
-from persist.errors import InvalidArgument, PersistError, Unreadable
+from persist.errors import InvalidArgument, PersistError, Unavailable
 from persist.log import log
 from persist.postgres.statements import Statements
 from persist.storage.clock import now_s
@@ -35,6 +37,10 @@ MOST_CONNECTIONS = 16
 _PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
 #: So often a server that cannot be reached is tried again for a connection. The pool itself would double its pauses.
 _TRY_S = 0.25
+#: The pool closes a connection that nobody has needed for so long.
+_IDLE_S = 30.0
+#: The server says so when another try would have the same answer. In another language, it is tried again.
+_FINAL = ("password authentication failed", "no password supplied", "no pg_hba.conf entry", "does not exist", "invalid")
 
 
 class _Utf8(Loader):
@@ -49,9 +55,35 @@ class Connection(psycopg.Connection[Row]):
 
     Attributes:
         is_prepared: whether the usual statements are prepared on it. None if nobody has tried that yet.
+        home: the pool that it comes from.
     """
 
     is_prepared: bool | None = None
+    home: ConnectionPool[Connection] | None = None
+
+    @classmethod
+    def connect(  # type: ignore[override]  # the base names each option
+        cls, conninfo: str = "", *, failures: deque[psycopg.Error] | None = None, **options: Any
+    ) -> Self:
+        """Connect. A failure is noted in `failures`, too, because a pool tells it only to its log."""
+        try:
+            return super().connect(conninfo, **options)
+        except psycopg.Error as error:
+            if failures is not None:
+                failures.append(error)
+            raise
+
+
+class _OfOurPools(logging.Filter):
+    """Leaves each try of our pools out of the log, because the verb that waits tells its failure once."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        return _POOL not in arguments and not any(isinstance(each, Connection) for each in arguments)
+
+
+_POOL = "persist"
+logging.getLogger("psycopg.pool").addFilter(_OfOurPools())
 
 
 def is_direct(connection: Connection) -> bool:
@@ -143,46 +175,65 @@ class Connections:
         self._guard = threading.Lock()
         self._pid = -1
         self._pool: ConnectionPool[Connection] | None = None
+        #: The last failure to connect, until the next success.
+        self._failures = deque[psycopg.Error](maxlen=1)
 
     def _here(self) -> ConnectionPool[Connection]:
-        if self._pid != os.getpid() or self._pool is None:
-            # A forked child must not speak on the connections of its parent.
-            if self._pid != os.getpid():
-                self._guard = threading.Lock()
-            with self._guard:
-                if self._pid != os.getpid() or self._pool is None:
-                    kwargs = {"autocommit": True, "cursor_factory": psycopg.ClientCursor, "prepare_threshold": None}
-                    self._pool = ConnectionPool(
-                        self.conninfo,
-                        min_size=0,
-                        max_size=MOST_CONNECTIONS,
-                        connection_class=Connection,
-                        kwargs=kwargs,
-                        configure=configure,
-                        open=True,
-                        reconnect_timeout=0.0,
-                        name="persist",
-                    )
-                    self._pid = os.getpid()
-                    weakref.finalize(self, _close, self._pool, self._pid)
-        return self._pool
+        if self._pid != os.getpid():
+            # A forked child must not speak on the connections of its parent, nor wait for a lock of its threads.
+            self._guard = threading.Lock()
+        with self._guard:
+            if self._pid != os.getpid() or self._pool is None:
+                self._pool, self._pid = self._new_pool(), os.getpid()
+                weakref.finalize(self, _close, self._pool, self._pid)
+            return self._pool
+
+    def _new_pool(self) -> ConnectionPool[Connection]:
+        kwargs = {
+            "autocommit": True,
+            "cursor_factory": psycopg.ClientCursor,
+            "prepare_threshold": None,
+            "failures": self._failures,
+        }
+        return ConnectionPool(
+            self.conninfo,
+            min_size=0,
+            max_size=MOST_CONNECTIONS,
+            connection_class=Connection,
+            kwargs=kwargs,
+            configure=configure,
+            open=True,
+            reconnect_timeout=0.0,
+            max_idle=_IDLE_S,
+            name=_POOL,
+        )
 
     def take(self, deadline: float) -> Connection:
         """Return a connection that works, as far as anybody knows. Give it back with `give`.
 
         Raises:
-            Unreadable: there is none until the deadline.
+            Unavailable: there is none until the deadline.
         """
         while True:
             try:
-                connection = self._here().getconn(timeout=max(0.05, min(_TRY_S, deadline - now_s())))
+                pool = self._here()
+                connection = pool.getconn(timeout=max(0.05, min(_TRY_S, deadline - now_s())))
                 break
-            except (PoolTimeout, psycopg.Error) as error:
-                if not isinstance(error, PoolTimeout) or now_s() >= deadline:
-                    raise self.unreadable(self._why(error)) from error
+            except (PoolTimeout, PoolClosed, psycopg.Error) as error:
+                if now_s() >= deadline or self._is_refused(error):
+                    raise self.unavailable(self._why(error)) from error
+        connection.home = pool
+        self._failures.clear()
         if connection.is_prepared is None:
             self._prepare(connection)
         return connection
+
+    def _is_refused(self, error: Exception) -> bool:
+        """Tell whether another try would have the same answer."""
+        if isinstance(error, PoolTimeout):
+            return bool(self._failures) and any(each in str(self._failures[-1]) for each in _FINAL)
+        # Another thread may have closed the store just now.
+        return not isinstance(error, PoolClosed)
 
     def _prepare(self, connection: Connection) -> None:
         """Prepare the usual statements, unless the next transaction may get another connection of a pooler's."""
@@ -199,18 +250,15 @@ class Connections:
             raise
 
     def _why(self, error: Exception) -> str:
-        if isinstance(error, PoolTimeout):
-            # The pool does not say why it has none.
-            try:
-                psycopg.connect(self.conninfo, connect_timeout=2).close()
-            except psycopg.Error as reason:
-                return reason_of(reason)
-            return f"all {MOST_CONNECTIONS} connections of this process are in use"
-        return reason_of(error)
+        if not isinstance(error, PoolTimeout):
+            return reason_of(error)
+        # The pool does not say why it has none.
+        failures = list(self._failures)
+        return reason_of(failures[-1]) if failures else f"all {MOST_CONNECTIONS} connections of this process are in use"
 
     def give(self, connection: Connection) -> None:
         """Give a connection back. A transaction that was not committed is rolled back."""
-        pool = self._pool
+        pool = connection.home
         if pool is None or self._pid != os.getpid():
             return
         try:
@@ -218,16 +266,28 @@ class Connections:
                 connection.rollback()
         except psycopg.Error:
             connection.close()
-        pool.putconn(connection)
+        except BaseException:
+            # A signal handler has raised. The pool counts a connection until it comes back.
+            connection.close()
+            raise
+        finally:
+            pool.putconn(connection)
 
-    def unreadable(self, reason: str) -> Unreadable:
-        return Unreadable(path=self.place, reason=reason, remedy="Look at the server, and retry.")
+    def close(self) -> None:
+        """Close the connections that nobody uses, and the others when they are given back. A later use connects."""
+        with self._guard:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            _close(pool, self._pid)
+
+    def unavailable(self, reason: str) -> Unavailable:
+        return Unavailable(path=self.place, reason=reason)
 
     def run(self, work: Callable[[Connection], Result], timeout_s: float) -> Result:
         """Do work that may be done twice. A connection that is dead is replaced until the time is over.
 
         Raises:
-            Unreadable: the server refused, or cannot be reached.
+            Unavailable: the server refused, or cannot be reached.
         """
         deadline, pause_s = now_s() + timeout_s, _PAUSE_S
         while True:
@@ -236,7 +296,7 @@ class Connections:
                 return work(connection)
             except psycopg.Error as error:
                 if not is_dead(error, connection) or now_s() + pause_s > deadline:
-                    raise self.unreadable(reason_of(error)) from error
+                    raise self.unavailable(reason_of(error)) from error
                 log.debug("%s: a connection died, and the statement is repeated: %s", self.place, reason_of(error))
             finally:
                 self.give(connection)
@@ -258,6 +318,12 @@ class Connections:
         return self.text(connection, "notify", channel=self.channel, streams=",".join(map(str, streams[:400])))
 
 
+def at_end_of_children(close: Callable[[], object], priority: int) -> None:
+    """Call a function at the end of a child of multiprocessing, which ends past `atexit`. High priorities are first."""
+    if (util := sys.modules.get("multiprocessing.util")) is not None:
+        util.Finalize(None, close, exitpriority=priority)
+
+
 def configure(connection: Connection) -> None:
     """Prepare a new connection."""
     connection.adapters.register_loader("text", _Utf8)
@@ -271,13 +337,13 @@ def _close(pool: ConnectionPool[Connection], pid: int) -> None:
 
 @contextlib.contextmanager
 def refusals(place: str) -> Iterator[None]:
-    """Turn the server's errors in a block into `Unreadable`."""
+    """Turn the server's errors in a block into `Unavailable`."""
     try:
         yield
     except PersistError:
         raise
     except psycopg.Error as error:
-        raise Unreadable(path=place, reason=reason_of(error), remedy="Look at the server, and retry.") from error
+        raise Unavailable(path=place, reason=reason_of(error)) from error
 
 
 class Own:
@@ -300,7 +366,7 @@ class Own:
                     prepare_threshold=None,
                 )
             except psycopg.Error as error:
-                raise self._connections.unreadable(reason_of(error)) from error
+                raise self._connections.unavailable(reason_of(error)) from error
             configure(made)
             self.close()
             self._connection = made
@@ -322,8 +388,12 @@ class Own:
                 return work(connection)
             except psycopg.Error as error:
                 may_go_on = (is_first or now_s() < deadline) and is_dead(error, connection) if connection else False
+                if connection is not None and not connection.closed:
+                    # The next statement must not find a transaction that has failed.
+                    with contextlib.suppress(psycopg.Error):
+                        connection.rollback()
                 if not may_go_on:
-                    raise self._connections.unreadable(reason_of(error)) from error
+                    raise self._connections.unavailable(reason_of(error)) from error
             except PersistError:
                 if now_s() + pause_s > deadline:
                     raise
@@ -335,8 +405,10 @@ class Own:
     def close(self) -> None:
         """Close the connection. In a forked child it is the parent's, and stays open."""
         closing, self._closing, self._connection = self._closing, None, None
-        if closing is not None:
-            closing()
+        # Calling `closing` does nothing at the end of the interpreter.
+        if closing is not None and (found := closing.detach()) is not None:
+            _, close, arguments, _ = found
+            close(*arguments)
 
 
 def _close_own(connection: Connection, pid: int) -> None:

@@ -76,7 +76,7 @@ class PostgresEngine:
         with _making:
             if self._pid != os.getpid():
                 # A forked child has none of the threads.
-                self._emitter = Emitter(self.connections, self._keep_events_s)
+                self._emitter = Emitter(self.connections, keep_s=self._keep_events_s, patience_s=self.timeout_s)
                 self._listener = Listener(self.connections)
                 self._pid = os.getpid()
 
@@ -260,7 +260,13 @@ class PostgresEngine:
         is_active, is_alive = self._rows("runs", session_id, stream_id=stream_id)[0]
         return "unknown" if not is_active else None if is_alive else "died"
 
-    def tidy(self, *, everywhere: bool = True) -> None:
+    def tidy(self) -> None:
         """Remove the events whose time is over."""
-        if everywhere:
-            self.run("remove_expired", keep_s=self._keep_events_s, limit=10_000)
+        self.run("remove_expired", keep_s=self._keep_events_s, limit=10_000)
+
+    def close(self) -> None:
+        """Close the connections, and give up the row of this process, if none of its streams runs."""
+        if self._pid == os.getpid():
+            self._emitter.rest()
+        self.heartbeat.rest()
+        self.connections.close()

@@ -24,6 +24,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -32,7 +33,7 @@ from persist import json_codec
 from persist.engine import Ended, Event, Fenced
 from persist.errors import EmitFailed, PersistError, nested
 from persist.log import log
-from persist.postgres.connections import Connection, Connections, Own, Row, is_direct, text_of
+from persist.postgres.connections import Connection, Connections, Own, Row, at_end_of_children, is_direct, text_of
 from persist.postgres.heartbeat import HeldLease
 from persist.storage.clock import now_s
 
@@ -45,6 +46,8 @@ BATCH_S = 0.025
 POLL_S, POLL_WITHOUT_HINTS_S = 0.25, 0.05
 #: The pause after a failure, before the server is asked again.
 _RETRY_S = 0.2
+#: The end of a process waits for so long for events that are being written.
+_END_S = 5.0
 #: So many events are read at a time.
 _PAGE = 1000
 #: How many expired streams an end removes.
@@ -144,12 +147,14 @@ class RemoteWriter:
             EmitFailed: the server cannot be reached. The events are kept, and are written later.
             Fenced: the stream has been ended.
         """
-        try:
+
+        def write_own(connection: Connection) -> None:
+            # After the connection, as in a commit. In the other order both could wait for each other.
             with self.writing:
-                self._engine.connections.run(
-                    lambda connection: write(self._engine.connections, connection, [self], durable=True),
-                    self._engine.timeout_s,
-                )
+                write(self._engine.connections, connection, [self])
+
+        try:
+            self._engine.connections.run(write_own, self._engine.timeout_s)
         except PersistError as error:
             self._engine.emitter.schedule(self)
             raise self._failed(str(error)) from error
@@ -166,22 +171,19 @@ class RemoteWriter:
         with self._guard:
             del self._pending[:count]
 
-    def find(self) -> bool:
+    def find(self, query: Callable[..., list[Row]]) -> bool:
         """Make sure that the stream's number is known. Tell whether there is such a stream."""
         if self.number is None:
-            found = self._engine.run("find_stream", id=text_of(self.session_id), stream_id=self.stream_id)
+            found = query("find_stream", id=text_of(self.session_id), stream_id=self.stream_id)
             self.number = found[0][0] if found else None
         return self.number is not None
 
     def values(self, last: int, events: list[bytes]) -> dict[str, Any]:
-        """Return the values of the statement that writes events."""
-        return {"stream": self.number, "last": last, "count": len(events), "events": events, "process": self.process}
-
-    def surplus(self) -> dict[str, Any] | None:
-        """Return the values of the statement that drops the oldest events. None if there are not too many."""
+        """Return the values of the statement that writes events, and drops the oldest ones if there are too many."""
         with self._guard:
-            first = self._kept.surplus()
-        return None if first is None else {"stream": self.number, "first": first}
+            first = self._kept.surplus() or 1
+        own = {"stream": self.number, "process": self.process}
+        return {"last": last, "count": len(events), "events": events, "first": first, **own}
 
     def drop_oldest(self) -> None:
         """Do nothing, because the thread that writes events drops the oldest ones."""
@@ -227,27 +229,25 @@ class Kept:
         return None if first is None else first + 1
 
 
-def write(connections: Connections, connection: Connection, writers: Iterable[RemoteWriter], *, durable: bool) -> None:
-    """Write the events of streams that wait, as one message. It may be repeated. The streams' `writing` is held."""
+def write(connections: Connections, connection: Connection, writers: Iterable[RemoteWriter]) -> None:
+    """Write the events of streams that wait, as one message. It may be repeated. The streams' `writing` is held.
+
+    They are durable as any commit is. After a crash of the server, a part of a stream's events would else be gone while
+    its owner lives, and goes on.
+    """
     batches = []
     for writer in writers:
         last, events = writer.pending()
         if events and not writer.is_fenced:
             # A stream whose row is gone was deleted together with its session.
-            writer.is_fenced = not writer.find()
+            writer.is_fenced = not writer.find(partial(connections.query, connection))
             if not writer.is_fenced:
                 batches.append((writer, last, events))
     if not batches:
         return
     statements = [b"BEGIN ISOLATION LEVEL READ COMMITTED"]
-    if not durable:
-        # A crash of the server may take them, as it may on files.
-        statements.append(b"SET LOCAL synchronous_commit = off")
     for writer, last, events in batches:
         statements.append(connections.text(connection, "emit", **writer.values(last, events)))
-    for writer, *_ in batches:
-        if (surplus := writer.surplus()) is not None:
-            statements.append(connections.text(connection, "drop_oldest", **surplus))
     statements += [connections.news(connection, [writer.number for writer, *_ in batches]), b"COMMIT"]
     cursor = connection.execute(b";\n".join(statements))
     answers = [cursor.fetchall() for _ in cursor.results() if cursor.description is not None]
@@ -261,9 +261,11 @@ def write(connections: Connections, connection: Connection, writers: Iterable[Re
 class Emitter:
     """The thread that writes the events of all streams of this process."""
 
-    def __init__(self, connections: Connections, keep_s: float) -> None:
+    def __init__(self, connections: Connections, *, keep_s: float, patience_s: float) -> None:
         self._connections = connections
         self._keep_s = keep_s
+        #: Emissions wait for the server for so long, as all verbs do. After that they fail.
+        self._patience_s = patience_s
         #: How many expired streams may be removed now.
         self._to_remove = 0
         self._own = Own(connections)
@@ -272,6 +274,10 @@ class Emitter:
         self._dirty: dict[RemoteWriter, None] = {}
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
+        #: One round of writing is under way at a time. The end of the process waits for it.
+        self._round = threading.Lock()
+        #: When the server was found to be away. None if it is there.
+        self._failing_since: float | None = None
         _emitters.add(self)
 
     def schedule(self, writer: RemoteWriter) -> None:
@@ -293,6 +299,7 @@ class Emitter:
                     target=_emit, args=(weakref.ref(self),), name="persist-emit", daemon=True
                 )
                 self._thread.start()
+                at_end_of_children(_close_all, priority=1)
         self._wake.set()
 
     def tidy(self) -> None:
@@ -310,30 +317,46 @@ class Emitter:
 
     def close(self) -> None:
         """Write what waits, at the end of the process."""
-        if self._pid == os.getpid() and self._dirty:
+        if self._pid == os.getpid():
+            # A thread that the end of the interpreter has stopped inside never leaves.
+            if self._round.acquire(timeout=_END_S):
+                self._round.release()
+            if self._dirty:
+                self.write_all()
+            self._own.close()
+
+    def rest(self) -> None:
+        """Write what waits, and give the connection up. A later emission takes one again."""
+        if self._dirty:
             self.write_all()
+        with self._round:
+            self._own.close()
 
     def write_all(self) -> bool:
         """Write the events of all streams. Tell whether the server took them. If not, they wait for the next time."""
         self._wake.clear()
-        with self._guard:
-            writers, self._dirty = list(self._dirty), {}
-        # A commit of a stream writes the stream's events itself. The others do not wait for it.
-        taken = [writer for writer in writers if writer.writing.acquire(blocking=False)]
-        later, failure = [writer for writer in writers if writer not in taken], None
-        try:
-            self._own.run(lambda connection: write(self._connections, connection, taken, durable=False))
-        except (PersistError, psycopg.Error) as error:
-            log.debug("%s: events wait for the server: %s", self._connections.place, error)
-            later, failure = writers, str(error)
-        finally:
-            for writer in taken:
-                writer.failure = failure
-                writer.writing.release()
-        if later:
+        with self._round:
             with self._guard:
-                self._dirty |= dict.fromkeys(later)
-            self._wake.set()
+                writers, self._dirty = list(self._dirty), {}
+            # A commit of a stream writes the stream's events itself. The others do not wait for it.
+            taken = [writer for writer in writers if writer.writing.acquire(blocking=False)]
+            later, failure = [writer for writer in writers if writer not in taken], None
+            try:
+                self._own.run(lambda connection: write(self._connections, connection, taken))
+                self._failing_since = None
+            except (PersistError, psycopg.Error) as error:
+                log.debug("%s: events wait for the server: %s", self._connections.place, error)
+                later, failure = writers, str(error)
+                self._failing_since = self._failing_since or now_s()
+            finally:
+                is_told = self._failing_since is not None and now_s() - self._failing_since >= self._patience_s
+                for writer in taken:
+                    writer.failure = failure if is_told else None
+                    writer.writing.release()
+            if later:
+                with self._guard:
+                    self._dirty |= dict.fromkeys(later)
+                self._wake.set()
         return failure is None
 
 
@@ -509,8 +532,8 @@ class RemoteReader:
         self.count = max(self.count, self._last)
 
     def look_again(self) -> None:
-        """Let the next read ask the server, unless the news are fresh."""
-        self._has_news = True
+        """Let the next read ask the server, unless it was asked since."""
+        self._has_news, self._asks_until = True, now_s()
 
     @contextlib.contextmanager
     def waking(self, wake: Callable[[], None]) -> Iterator[None]:
@@ -589,7 +612,7 @@ class Listener:
                     poll_s = POLL_S if is_direct(connection) else POLL_WITHOUT_HINTS_S
                 hinted = set[int]()
                 for hint in connection.notifies(timeout=max(0.0, poll_at - now_s()), stop_after=1):
-                    hinted.update(int(each) for each in hint.payload.split(",") if each.isdecimal())
+                    hinted.update(int(each) for each in hint.payload.split(",") if each.isdecimal() and len(each) < 20)
                 if hinted:
                     poll_s = POLL_S
                 if now_s() < poll_at:

@@ -28,7 +28,7 @@ import psycopg
 
 from persist.errors import PersistError
 from persist.log import log
-from persist.postgres.connections import Connection, Connections, Own, text_of
+from persist.postgres.connections import Connection, Connections, Own, at_end_of_children, text_of
 from persist.storage.clock import now_s
 
 
@@ -97,7 +97,7 @@ class Heartbeat:
         """Make sure that this process has a live row, and return a lease for a new stream.
 
         Raises:
-            Unreadable: the server cannot be reached for so many seconds.
+            Unavailable: the server cannot be reached for so many seconds.
         """
         with self._guard:
             if not self.is_proven(self.id):
@@ -111,6 +111,7 @@ class Heartbeat:
                     target=_beat, args=(weakref.ref(self),), name="persist-beat", daemon=True
                 )
                 self._thread.start()
+                at_end_of_children(_close_all, priority=0)
             self._held.add((session_id, stream_id))
             return HeldLease(self, session_id, stream_id)
 
@@ -141,7 +142,8 @@ class Heartbeat:
         with self._guard:
             process = self.id
             try:
-                is_alive = self._own.run(self._renew)
+                # A process that was late has no row until its next stream.
+                is_alive = self._own.run(self._renew) if self._proven_until >= 0 else None
                 for each in list(self._to_free):
                     session_id, stream_id, owner = each
                     values = {"id": text_of(session_id), "stream_id": stream_id, "process": owner}
@@ -155,15 +157,29 @@ class Heartbeat:
                     self._proven_until = min(self._proven_until, now_s() + self._beat_s)
                 self._is_failing = True
                 return
+            self._is_failing = False
             if is_alive:
-                self._proven_until, self._is_failing = self._asked_at + self._lease_s, False
-            else:
+                self._proven_until = self._asked_at + self._lease_s
+            elif is_alive is not None:
                 log.warning("%s: process %s was late, and its streams count as dead", self._connections.place, process)
                 self._proven_until, self.id = -1.0, str(uuid.uuid4())
+
+    def beats_here(self) -> bool:
+        """Tell whether this thread is the one that beats."""
+        return self._thread is threading.current_thread()
 
     def pause(self) -> tuple[threading.Event, float]:
         """Return what the thread waits for, and how long."""
         return self._wake, min(0.5, self._beat_s) if self._is_failing or self._to_free else self._beat_s
+
+    def rest(self) -> None:
+        """Give the row and the connection up, if this process runs no stream. A later stream takes them again."""
+        with self._guard:
+            if self._thread is None or self._held or self._to_free:
+                return
+            self.close()
+            self._thread, self._proven_until, self.id = None, -1.0, str(uuid.uuid4())
+            self._wake.set()
 
     def close(self) -> None:
         """Free all streams of this process at once, at its end."""
@@ -183,6 +199,8 @@ def _beat(found: weakref.ref[Heartbeat]) -> None:
         del heartbeat
         wake.wait(pause_s)
         if (heartbeat := found()) is not None and os.getpid() == pid:
+            if not heartbeat.beats_here():
+                return
             heartbeat.beat()
             del heartbeat
 

@@ -186,8 +186,10 @@ SELECT pg_notify(%(channel)s, number::text) FROM ended
 -- name: emit
 -- The fence: nothing is emitted to a stream that has ended, nor by a process whose time is over. Only this process
 -- numbers the stream's events. So a part of them is there already if the answer of an earlier write was lost.
+-- The oldest events are dropped by the way. A second update of the row in this transaction would make the server look
+-- at the session's row, too, and wait for its lock.
 WITH owned AS (
-    UPDATE {schema}.streams SET last = %(last)s + %(count)s
+    UPDATE {schema}.streams SET last = %(last)s + %(count)s, first = greatest(first, %(first)s)
     WHERE number = %(stream)s AND ended IS NULL AND last BETWEEN %(last)s AND %(last)s + %(count)s
       AND EXISTS (SELECT FROM {schema}.processes WHERE id = %(process)s AND expires_at > clock_timestamp())
     RETURNING number
@@ -195,8 +197,23 @@ WITH owned AS (
     INSERT INTO {schema}.events (stream, place, event)
     SELECT owned.number, %(last)s + n, event FROM owned, unnest(%(events)s::text[]) WITH ORDINALITY AS t(event, n)
     ON CONFLICT (stream, place) DO NOTHING
+), dropped AS (
+    DELETE FROM {schema}.events WHERE stream IN (SELECT number FROM owned) AND place < %(first)s
 )
 SELECT number FROM owned
+
+-- name: emit_within
+-- As `emit`, in a commit of the stream, which has proven the lease. As in `update`, nothing found ends the transaction.
+WITH owned AS (
+    UPDATE {schema}.streams SET last = %(last)s + %(count)s
+    WHERE number = %(stream)s AND ended IS NULL AND last BETWEEN %(last)s AND %(last)s + %(count)s
+    RETURNING number
+), made AS (
+    INSERT INTO {schema}.events (stream, place, event)
+    SELECT owned.number, %(last)s + n, event FROM owned, unnest(%(events)s::text[]) WITH ORDINALITY AS t(event, n)
+    ON CONFLICT (stream, place) DO NOTHING
+)
+SELECT 1 / count(*) FROM owned
 
 -- name: find_stream
 SELECT t.number, t.first, t.last, t.ended, t.session FROM {schema}.streams t JOIN {schema}.sessions s ON s.number = t.session
@@ -221,13 +238,6 @@ LEFT JOIN LATERAL (
     SELECT place, event FROM {schema}.events WHERE stream = t.number AND place > w.after ORDER BY place LIMIT %(limit)s
 ) e ON true
 ORDER BY t.number, e.place
-
--- name: drop_oldest
-WITH kept AS (
-    UPDATE {schema}.streams SET first = %(first)s WHERE number = %(stream)s AND ended IS NULL AND first < %(first)s
-    RETURNING number
-)
-DELETE FROM {schema}.events WHERE stream IN (SELECT number FROM kept) AND place < %(first)s
 
 -- name: runs
 -- Whether a session's stream is this one, and whether its process is alive.

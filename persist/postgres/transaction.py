@@ -171,7 +171,7 @@ class Held(lock.Hold):
                 self._file.close()
             except psycopg.Error as error:
                 if not is_dead(error, connection) or now_s() + pause_s > self._deadline(start):
-                    raise connections.unreadable(reason_of(error)) from error
+                    raise connections.unavailable(reason_of(error)) from error
                 self._file.close()
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
@@ -253,7 +253,7 @@ class Transaction:
             return self._engine.connections.query(connection, statement, **values)
         except psycopg.Error as error:
             if not is_dead(error, connection):
-                raise self._engine.connections.unreadable(reason_of(error)) from error
+                raise self._engine.connections.unavailable(reason_of(error)) from error
             # Nothing is written yet. So the lock may be had again, if the session is still the same.
             self._lock_again(now_s() + self._timeout_s)
             return self._engine.connections.query(self._held.connection, statement, **values)
@@ -355,7 +355,7 @@ class Transaction:
             # The events of the stream that wait are a part of its commit. So what is stored never knows more than they.
             last, events = (0, []) if writer is None or writer.is_fenced else writer.pending()
             batch = None
-            if writer is not None and events and writer.find():
+            if writer is not None and events and writer.find(self._query):
                 batch = writer, last, events
             self._settle(
                 lambda connection: self._write(connection, before, header, content, changes, end, batch),
@@ -455,7 +455,7 @@ class Transaction:
             CommitUnknown: the row does not go back so far, and the server does not know.
         """
         row, reason = self._row, ""
-        is_other = row is None or (before is not None and row[1] != before[1])
+        is_other = row is None or before is None or row[1] != before[1]
         if commit is None:
             # For a delete it does not matter who has removed the session.
             return is_other
@@ -527,7 +527,7 @@ class Transaction:
         statements += _row_operations(text, number, counts, changes or ())
         if batch is not None:
             writer = batch[0]
-            statements.append(text("emit", **writer.values(*batch[1:])))
+            statements.append(text("emit_within", **writer.values(*batch[1:])))
             statements.append(self._engine.connections.news(connection, [writer.number]))
         if end is not None and is_stream_id(end.stream_id):
             facts = {"stream_id": end.stream_id, "ended": end.how, "channel": self._engine.connections.channel}

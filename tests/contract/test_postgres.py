@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from actors import eventually
-from harness.cutting import Relay, relaying
+from harness.cutting import COMMIT, Relay, relaying
 
 import persist
 
@@ -187,7 +187,7 @@ def test_connection_cut_in_a_commit_doubles_nothing(
     Without `_has_happened`, the verb fails although it is committed.
     """
     cut.append("s", "messages", {"id": "m1"})
-    relay.cut_behind, relay.cut_before = (b"COMMIT", None) if is_delivered else (None, b"COMMIT")
+    relay.cut_behind, relay.cut_before = (COMMIT, None) if is_delivered else (None, COMMIT)
     cut.append("s", "messages", {"content": "without an id"}, key=None)
     assert relay.cuts == 1
     assert store.load("s").data["messages"] == [{"id": "m0"}, {"id": "m1"}, {"content": "without an id"}]
@@ -218,7 +218,7 @@ def test_commit_is_known_under_the_commits_of_others(
     # The turns of threads are by the name of the place.
     store._backend.engine.place = "another way to the same place"
     monkeypatch.setattr(Transaction, "_lock_again", late)
-    relay.cut_behind = b"COMMIT"
+    relay.cut_behind = COMMIT
     cut.append("s", "messages", {"id": "m2"})
     assert relay.cuts == 1
     assert [each["id"] for each in store.tail("s")] == ["m0", "m1", "m2", "other-0", "other-1", "other-2"]
@@ -230,7 +230,7 @@ def test_server_that_stays_away_in_a_commit_is_unknown(
 ) -> None:
     """Nobody can tell what became of a COMMIT if the server cannot be asked."""
     relay.refuse_after_cut = True
-    setattr(relay, where, b"COMMIT")
+    setattr(relay, where, COMMIT)
     with pytest.raises(persist.CommitUnknown):
         cut.append("s", "messages", {"id": "m1"}, timeout_s=1.0)
     relay.refuses = False
@@ -374,7 +374,7 @@ def test_batch_whose_answer_was_lost_is_written_once(
     monkeypatch.setattr(events, "BATCH_S", 60.0)
     stream = cut.start_stream("s", USER)
     relay.refuse_after_cut = True
-    setattr(relay, where, b"COMMIT")
+    setattr(relay, where, COMMIT)
     cut._backend.engine.timeout_s = 0.5
     with pytest.raises(persist.EmitFailed):
         stream.emit(1, durable=True)
@@ -394,7 +394,7 @@ def test_events_that_waited_for_the_server_are_written(cut: persist.Store, store
     """
     stream = cut.start_stream("s", USER)
     stream.emit(0, durable=True)
-    relay.refuse_after_cut, relay.cut_before = True, b"synchronous_commit = off"
+    relay.refuse_after_cut, relay.cut_before = True, b"WITH owned"
     stream.emit(1)
     deadline = time.monotonic() + 30
     while not relay.cuts:
@@ -596,7 +596,7 @@ def test_commit_is_known_under_any_number_of_commits_of_others(
     # The turns of threads are by the name of the place.
     store._backend.engine.place = "another way to the same place"
     overtaking(monkeypatch, lambda: [store.update("s", lambda tx: tx.fields.update(n=-1)) for _ in range(40)])
-    relay.cut_behind, relay.cut_before = (b"COMMIT", None) if is_delivered else (None, b"COMMIT")
+    relay.cut_behind, relay.cut_before = (COMMIT, None) if is_delivered else (None, COMMIT)
     if is_delivered:
         cut.append("s", "messages", {"id": "m1"})
     else:
@@ -618,7 +618,7 @@ def test_commit_that_did_not_happen_is_not_unknown_behind_a_few_others(
     store._backend.engine.place = "another way to the same place"
     overtaking(monkeypatch, lambda: store.append("s", "messages", {"id": "other"}))
     monkeypatch.setattr(Transaction, "_became", lambda *_: None)
-    relay.cut_before = b"COMMIT"
+    relay.cut_before = COMMIT
     with pytest.raises(persist.CommitFailed):
         cut.append("s", "messages", {"id": "m1"})
     assert [each["id"] for each in store.tail("s")] == ["m0", "other"]
@@ -641,7 +641,7 @@ def test_number_that_was_given_again_after_a_crash_proves_nothing(
         return row, f"{number} before the crash".encode()
 
     monkeypatch.setattr(PostgresEngine, "lock_row", reused)
-    relay.cut_before = b"COMMIT"
+    relay.cut_before = COMMIT
     cut.create("new", {"n": 1})
     assert relay.cuts == 1
     assert store.load("new").data == {"n": 1}
@@ -658,7 +658,7 @@ def test_commit_is_known_although_the_session_was_deleted_since(
     cut.append("s", "messages", {"id": "m1"})
     store._backend.engine.place = "another way to the same place"
     overtaking(monkeypatch, lambda: store.delete(session_id))
-    relay.cut_behind = b"COMMIT"
+    relay.cut_behind = COMMIT
     cut.append(session_id, "messages", {"id": "m2"}, create=True)
     assert relay.cuts == 1
     assert not store.exists(session_id)
@@ -690,13 +690,14 @@ def test_verb_waits_for_a_server_that_comes_back(cut: persist.Store, store: pers
 
 
 def test_block_that_ends_while_the_server_is_away_frees_its_session(
-    cut: persist.Store, store: persist.Store, relay: Relay, postgres_url: str
+    cut: persist.Store, store: persist.Store, relay: Relay, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stream that has lost its authority for a while gives its lease up for good when its block is left.
 
     Without the close in `Stream.__exit__`, the session is busy for as long as the process lives.
     """
     heartbeat = engine_of(cut).heartbeat
+    monkeypatch.setattr(heartbeat, "_beat_s", 0.2)
     with cut.start_stream("s", USER) as stream:
         relay.refuses = True
         with psycopg.connect(postgres_url, autocommit=True) as other:
@@ -705,6 +706,7 @@ def test_block_that_ends_while_the_server_is_away_frees_its_session(
                 "WHERE datname = current_database() AND pid <> pg_backend_pid()"
             )
         heartbeat.beat()
+        eventually(lambda: not heartbeat.is_proven(heartbeat.id))
         with pytest.raises(persist.StreamLost):
             stream.checkpoint({"role": "assistant", "content": "late"})
     relay.refuses = False

@@ -15,6 +15,9 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+#: The message that commits ends so. A level of isolation has the word, too.
+COMMIT = b"COMMIT\0"
+
 
 @dataclass
 class Relay:
@@ -101,7 +104,7 @@ def main(port: str) -> None:
     with relaying(int(port)) as relay:
         print(relay.port, flush=True)
         for line in sys.stdin:
-            setattr(relay, f"cut_{line.strip()}", b"COMMIT")
+            setattr(relay, f"cut_{line.strip()}", COMMIT)
 
 
 if __name__ == "__main__":
