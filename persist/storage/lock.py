@@ -92,6 +92,7 @@ class Hold:
         waiting: the calls for which the thread takes the lock, in the place of `timeout_s`. None for an ordinary verb.
         thread: the native id of the thread that asked for the lock, 0 before that.
         given: locked while that thread waits for other threads.
+        has_lock: whether the thread has the lock. Until then another process may have it.
         mode: the mode of a new lock file.
     """
 
@@ -101,6 +102,7 @@ class Hold:
         "_me",
         "_pid",
         "given",
+        "has_lock",
         "mode",
         "path",
         "session_id",
@@ -120,6 +122,7 @@ class Hold:
         self.waiting: Waiting | None = None
         self.mode = disk.PRIVATE
         self.given = threading.Lock()
+        self.has_lock = False
         self.thread = 0
         self._file: Any = None
         self._me = ref(self)
@@ -160,13 +163,14 @@ class Hold:
                 queue.append(self._me)
             must_wait = self.given.locked()
             if must_wait and not self._wait_for_threads(start):
-                raise self._timeout(start, **_described_thread(_first_in(self.path)))
+                raise self._timeout(start, **self.describe_holder())
             self._file = self.held(self.path, before_create=self.before_create, mode=self.mode)
             if self.is_taken(self._file.fd) or not self._file.try_lock():
                 self._wait_for_processes(start)
                 must_wait = True
             if must_wait and (waited_s := now_s() - start) > LONG_WAIT_S:
                 log.debug("Session %r: waited %.3f s for its lock", self.session_id, waited_s)
+            self.has_lock = True
             return self._file
         except OSError as error:
             self.release()
@@ -198,15 +202,16 @@ class Hold:
         self.thread, lent.thread = lent.thread, 0
         self._file, lent._file = lent._file, None
         assert self._file is not None
+        self.has_lock = True
         return self._file
 
-    def describe_holder(self, waiting: Waiting) -> dict[str, str]:
+    def describe_holder(self, waiting: Waiting | None = None) -> dict[str, str]:
         """Return the holder of the lock for which a thread waits, and a remedy, as the facts of a `LockTimeout`.
 
-        The caller is another thread, so the waiting thread may have the lock by now.
+        The thread that waits for the calls of `waiting` may have the lock by now.
         """
         first = _first_in(self.path)
-        if first is None or first.waiting is waiting:
+        if first is None or not first.has_lock or (waiting is not None and first.waiting is waiting):
             return {"holder": self._other_process()}
         return _described_thread(first)
 
@@ -327,9 +332,9 @@ def _first_in(path: str) -> Hold | None:
         return None
 
 
-def _described_thread(hold: Hold | None) -> dict[str, str]:
+def _described_thread(hold: Hold) -> dict[str, str]:
     names = {thread.native_id: thread.name for thread in threading.enumerate()}
-    name = "unknown" if hold is None else names.get(hold.thread, "unknown")
+    name = names.get(hold.thread, "unknown")
     remedy = "Wait for longer (timeout_s), or leave that thread's transaction() sooner."
     return {"holder": f"this process (pid {os.getpid()}), thread {name!r}", "remedy": remedy}
 

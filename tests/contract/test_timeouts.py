@@ -6,12 +6,16 @@ import inspect
 import math
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from actors import eventually
+from conftest import ActorFactory
 from harness.contents import everything_in, reopened
 
 import persist
+from persist.storage import lock
 
 KINDS = ("auto", "postgres")
 WAITING: dict[str, Callable[[persist.Store, persist.Session, persist.Stream], object]] = {
@@ -122,3 +126,24 @@ class _Waiting:
         return lambda *arguments, **options: getattr(self._target, name)(
             *arguments, **options | {"timeout_s": self._timeout_s}
         )
+
+
+def test_timeout_names_the_process_that_all_threads_wait_for(
+    store: persist.Store, actor: ActorFactory, kind: str
+) -> None:
+    """A thread behind one that itself waits for another process names that process, and not the thread before it.
+
+    Without `has_lock` in `Hold.describe_holder`, the thread is named: "this process (pid 7), thread 'first'".
+    """
+    store.create("s", {"messages": []})
+    holder = actor()
+    holder.do("block = store.transaction('s'); block.__enter__(); None")
+    named = r"persist .* \(server process [0-9]+\), since" if kind == "postgres" else f"pid {holder.pid} "
+    with ThreadPoolExecutor(1, thread_name_prefix="first") as threads:
+        first = threads.submit(store.append, "s", "messages", {"id": "m1"})
+        eventually(lambda: bool(lock._queues))
+        with pytest.raises(persist.LockTimeout, match=named):
+            store.append("s", "messages", {"id": "m2"}, timeout_s=0)
+        holder.do("block.__exit__(None, None, None)")
+        first.result()
+    assert store.tail("s") == [{"id": "m1"}]
