@@ -223,9 +223,11 @@ class Lease(Protocol):
     Attributes:
         is_held: whether it is proven just now, in the process that took it.
         is_dropped: whether its finaliser has given it up.
+        why_not_held: the reasons that there may be why it is not held, for an error.
     """
 
     is_dropped: bool
+    why_not_held: str
 
     @property
     def is_held(self) -> bool: ...

@@ -338,7 +338,7 @@ def replace(tx: Transaction, content: Content, if_version: str | None) -> Commit
             raise
         return _replace_damaged(tx, content)
     if if_version is None:
-        remedy = "It can be read: name the version that you have seen, with if_version=."
+        remedy = "It can be read: name the version that you have seen, with if_version= or --if-version."
         raise errors.SessionExists(session_id=tx.session_id, path=tx.place, remedy=remedy)
     require_version(WorkingCopy(before, tx), tx.session_id, if_version)
     require_free(tx)
@@ -596,7 +596,7 @@ class Stream:
             seconds("timeout_s", timeout_s)
         encoded = list(map(json_codec.encode_exact, events))
         if not self._lease.is_held:
-            raise self._lost("it has ended, or this is a forked child")
+            raise self._lost(self._lease.why_not_held)
         try:
             if not self._events.is_open:
                 with self._backend.engine.transaction(self.session_id, timeout_s) as tx:
@@ -676,7 +676,7 @@ class Stream:
         """
         seeking = turn.MESSAGES, message_ids
         if not self._lease.is_held:
-            raise self._lost("it has ended, or this is a forked child")
+            raise self._lost(self._lease.why_not_held)
         is_inside = False
         try:
             with self._backend.engine.transaction(self.session_id, timeout_s, seeking=seeking) as tx:
@@ -717,7 +717,7 @@ class Stream:
         if owner is None or active_stream_id != self.id or header.epoch != self.epoch:
             raise self._lost("it has ended, was cancelled by force, or was cleared as stale")
         if not self._lease.is_held:
-            raise self._lost("it has ended, or this is a forked child")
+            raise self._lost(self._lease.why_not_held)
         return owner
 
     def _lost(self, reason: str) -> errors.StreamLost:

@@ -35,6 +35,8 @@ from persist.storage.clock import now_s
 class HeldLease:
     """The lease of one stream of this process. It is a column of the session's row, so a commit takes and frees it."""
 
+    why_not_held = "it has ended, this is a forked child, or the server did not renew its lease in time"
+
     def __init__(self, heartbeat: Heartbeat, session_id: str, stream_id: str) -> None:
         self._heartbeat: Heartbeat | None = heartbeat
         self._session_id, self.stream_id = session_id, stream_id

@@ -37,9 +37,11 @@ class HeldFile:
         status: the system's answer about the file when it was opened.
         is_dropped: whether the finaliser has closed it. In a cycle of garbage, this finaliser may run before the
             finaliser of the file's owner.
+        why_not_held: the reasons that there may be why a stream's lease is not held, for an error.
     """
 
     __slots__ = ("_is_locked", "fd", "is_dropped", "path", "pid", "status")
+    why_not_held = "it has ended, or this is a forked child"
 
     def __init__(
         self,

@@ -97,7 +97,9 @@ def test_changing_commands_take_a_url(store: persist.Store, run: Run, tmp_path: 
     (tmp_path / "new.json").write_text(json.dumps({"title": "Second", "messages": []}))
     assert "there was nothing to accept" in run("accept", name, "s").stdout
     assert run("compact", name, "s").exit_code == 0
-    assert run("replace", name, "s", tmp_path / "new.json").exit_code == 3
+    refused = run("replace", name, "s", tmp_path / "new.json")
+    assert refused.exit_code == 3
+    assert "--if-version" in refused.stderr
     assert run("replace", name, "s", tmp_path / "new.json", "--if-version", version).exit_code == 0
     assert store.load("s").data == {"title": "Second", "messages": []}
     assert run("delete", name, "s").exit_code == 0

@@ -230,6 +230,18 @@ def test_exception_in_the_turn_marks_it_interrupted_and_travels_on(
     assert store.streams() == []
 
 
+def test_verb_after_the_end_names_the_reasons_that_there_may_be(
+    store: persist.Store, session: persist.Session, kind: str
+) -> None:
+    """`StreamLost` speaks of a server that did not renew the lease only where there is a server."""
+    with store.start_stream("s-1") as stream:
+        stream.finish()
+    for verb in (lambda: stream.emit(1), stream.finish):
+        with pytest.raises(persist.StreamLost, match=r"it has ended, .*this is a forked child") as lost:
+            verb()
+        assert ("or the server did not renew its lease in time" in str(lost.value)) == (kind == "postgres")
+
+
 def test_forked_child_neither_owns_nor_ends_the_stream(
     store: persist.Store, session: persist.Session, actor: ActorFactory
 ) -> None:
