@@ -261,12 +261,6 @@ class PostgresEngine:
         return "unknown" if not is_active else None if is_alive else "died"
 
     def tidy(self) -> None:
-        """Remove the events whose time is over."""
+        """Remove the events whose time is over, and the rows of processes that died long ago."""
         self.run("remove_expired", keep_s=self._keep_events_s, limit=10_000)
-
-    def close(self) -> None:
-        """Close the connections, and give up the row of this process, if none of its streams runs."""
-        if self._pid == os.getpid():
-            self._emitter.rest()
-        self.heartbeat.rest()
-        self.connections.close()
+        self.run("remove_dead_processes")

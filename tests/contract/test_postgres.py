@@ -458,6 +458,20 @@ def test_forced_cancel_fences_a_live_owner(store: persist.Store) -> None:
     stream._close()
 
 
+def test_sweep_removes_the_rows_of_processes_that_died_long_ago(store: persist.Store) -> None:
+    """A process that is killed leaves its row. Without the statement in `PostgresEngine.tidy` they pile up."""
+    connections = engine_of(store).connections
+    with psycopg.connect(connections.conninfo, autocommit=True) as other:
+        for died in ("2 days", "1 minute"):
+            other.execute(
+                f"INSERT INTO {connections.schema}.processes (id, host, pid, command, expires_at) "
+                "VALUES (%s, %s, 1, 'test', clock_timestamp() - %s::interval)",
+                [uuid.uuid4(), died, died],
+            )
+        store.clear_stale_streams()
+        assert other.execute(f"SELECT host FROM {connections.schema}.processes").fetchall() == [("1 minute",)]
+
+
 def test_sweep_finds_a_stream_that_was_dropped_in_a_live_process(store: persist.Store) -> None:
     """Its session names no process any more. With `process IS NOT NULL` in the statement `leases`, nobody finds it."""
     stream = store.start_stream("s", USER, create=True)
