@@ -9,6 +9,7 @@ import uuid
 
 import pytest
 from cli.conftest import Run, json_of, runner_of
+from harness.pages import ROOT, blocks_of
 
 import persist
 from persist import engines
@@ -117,6 +118,32 @@ def test_user_without_the_right_to_make_a_schema_migrates_one_that_is_there(url:
     persist.Store(own).create("s")
     execute(url, f"REVOKE CREATE ON SCHEMA {{schema}} FROM {user}")
     assert persist.Store(own).ids() == ["s"]
+
+
+def test_rights_of_the_guide_are_enough_for_a_role_that_only_uses_the_tables(url: str) -> None:
+    """With the statements of docs/guides/postgres.md a role opens the store and runs every kind of statement.
+
+    It needs no right to make anything. Without the line of the sequences, a create is refused. Without the last two
+    lines, so is a table of a later migration.
+    """
+    [rights] = [block.code for block in blocks_of(ROOT / "docs/guides/postgres.md") if block.kind == "sql"]
+    role = f"u_{uuid.uuid4().hex[:12]}"
+    execute(url, f"CREATE ROLE {role} LOGIN")
+    engines.migrate(url)
+    execute(url, rights.replace("SCHEMA persist", "SCHEMA {schema}").replace("TO chat", f"TO {role}"))
+    own = url.replace("postgres@", f"{role}@")
+    store = persist.Store(own)
+    with store.start_stream("s", {"role": "user", "content": "Why?"}, create=True) as stream:
+        stream.emit(1, durable=True)
+        stream.checkpoint({"role": "assistant", "content": "Be"})
+        stream.finish({"role": "assistant", "content": "Because."}, fields={"text": "x" * 5000})
+    assert [event.data for event in store.events("s", stream.id)] == [1]
+    store.update("s", lambda tx: (tx.list("messages").pop(0), tx.fields.pop("text")))
+    assert [each["content"] for each in persist.Store(own, create=False).tail("s")] == ["Because."]
+    assert store.clear_stale_streams().failures == {}
+    store.delete("s")
+    execute(url, "CREATE TABLE {schema}.later (number bigserial, x int)")
+    execute(own, "INSERT INTO {schema}.later (x) VALUES (1)")
 
 
 def test_directory_needs_no_migration(run: Run) -> None:

@@ -8,7 +8,8 @@ The blocks of a page run in order, in one directory that is empty at first:
 - ``text`` behind one of these is what it prints (see `is_printed`).
 - ``console`` is for a person and does not run: an installation, say, or servers with ports of their own.
 - ``json`` shows a file, and ``js`` a part of one.
-- ``nginx`` and ``caddy`` are settings of these proxies, and ``ini`` a service of systemd. They have tests of their own.
+- ``nginx`` and ``caddy`` are settings of these proxies, ``ini`` is a service of systemd, and ``sql`` is for the owner
+  of a database. They have tests of their own.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = (README, *sorted((ROOT / "docs").rglob("*.md")))
-KINDS = ("python", "sh", "text", "console", "json", "js", "nginx", "caddy", "ini")
+KINDS = ("python", "sh", "text", "console", "json", "js", "nginx", "caddy", "ini", "sql")
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _FILE = re.compile(r"# ([\w-]+\.(?:py|ini|toml))\n")
 TIMEOUT_S = 120
