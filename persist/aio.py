@@ -471,9 +471,10 @@ class _Options(TypedDict, total=False):
 
 
 class Store(_Awaited[persist.Store]):
-    """A directory of sessions. It takes the arguments of `persist.Store`, or such a store.
+    """A store of sessions. It takes the arguments of `persist.Store`, or such a store.
 
-    Opening it touches the disk for some milliseconds. Open it before the loop serves.
+    Opening it touches the disk for some milliseconds. On PostgreSQL it connects, and waits for a server that is away.
+    So open it before the loop serves, or in a thread: ``await asyncio.to_thread(persist.aio.Store, url)``.
     """
 
     def __init__(self, path: str | os.PathLike[str] | persist.Store, **options: Unpack[_Options]) -> None:
