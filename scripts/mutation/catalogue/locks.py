@@ -68,6 +68,14 @@ MUTANTS = (
         CLOCKS,
         "lock_timeout",
     ),
+    Mutant(
+        "the thread that itself waits for another process",
+        LOCK,
+        "Hold.describe_holder",
+        drop_operand("not first.has_lock"),
+        ("tests/contract/test_timeouts.py",),
+        "names_the_process and auto",
+    ),
     # --- the file behind the name ---
     Mutant("the look at the name", HELD, "HeldFile.bears_name", return_now("True"), LOCKS, "deleted_session"),
     # A file that has any name at all counts as the one that was looked for.
