@@ -10,7 +10,8 @@ parent. Its message never holds the content of a document. It holds only ids, fi
     ├── LockError (RuntimeError)       LockTimeout (LockError, TimeoutError)
     ├── SessionBusy                    AlreadyStarted                 StreamLost
     ├── EventsNotFound (KeyError)      EmitFailed (OSError)
-    ├── Unreadable (OSError)           CorruptSession                 UnsupportedFormat
+    ├── Unreadable (OSError)           Unavailable (Unreadable)
+    ├── CorruptSession                 UnsupportedFormat
     └── CommitFailed (OSError)         CommitUnknown (OSError)
 """
 
@@ -417,10 +418,9 @@ class CommitUnknown(PersistError, OSError):
     """The disk failed while a commit was being made durable. The commit may or may not survive a power cut.
 
     The store takes no further write to this session. Look at the disk, and then open a new store.
+    On PostgreSQL, the server was lost in a commit, and did not come back in time. Nothing is refused there.
     """
 
-    template = (
-        "Session {session_id!r}: it is unknown whether the last commit is durable ({reason} at {path}). "
-        "This store refuses further writes to it."
-    )
+    template = "Session {session_id!r}: it is unknown whether the last commit is durable ({reason} at {path}).{refusal}"
     remedy = "Look at the disk, then open a new persist.Store()."
+    defaults: ClassVar = {"refusal": " This store refuses further writes to it."}

@@ -264,3 +264,10 @@ class PostgresEngine:
         """Remove the events whose time is over, and the rows of processes that died long ago."""
         self.run("remove_expired", keep_s=self._keep_events_s, limit=10_000)
         self.run("remove_dead_processes")
+
+    def close(self) -> None:
+        """Close the connections, and give up the row of this process, if none of its streams runs."""
+        if self._pid == os.getpid():
+            self._emitter.rest()
+        self.heartbeat.rest()
+        self.connections.close()

@@ -287,6 +287,11 @@ class Transaction:
     def _failed(self, reason: str) -> CommitFailed:
         return CommitFailed(session_id=self.session_id, path=self.place, reason=reason, errno=None)
 
+    def _unknown(self, reason: str) -> CommitUnknown:
+        remedy = "Load the session, and look, or repeat the verb: with the same ids nothing is doubled."
+        facts: dict[str, Any] = {"path": self.place, "reason": reason, "errno": None, "refusal": "", "remedy": remedy}
+        return CommitUnknown(session_id=self.session_id, **facts)
+
     # --- reading ---
 
     def exists(self) -> bool:
@@ -413,8 +418,7 @@ class Transaction:
                     raise
                 failure = error
             if now_s() > deadline or isinstance(failure, PersistError):
-                facts: dict[str, Any] = {"path": self.place, "reason": reason or str(failure), "errno": None}
-                raise (CommitUnknown if sent else CommitFailed)(session_id=self.session_id, **facts) from failure
+                raise (self._unknown if sent else self._failed)(reason or str(failure)) from failure
             time.sleep(_PAUSE_S)
 
     def _require_lease(self) -> None:
@@ -470,7 +474,7 @@ class Transaction:
         # The row does not tell any more. The server does, unless it is another one since, which would not know.
         has_happened = self._became(sent) if reason else False
         if has_happened is None:
-            raise CommitUnknown(session_id=self.session_id, path=self.place, reason=reason, errno=None)
+            raise self._unknown(reason)
         return has_happened
 
     def _write(

@@ -6,6 +6,8 @@ import gc
 import os
 import queue
 import signal
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -173,6 +175,96 @@ def test_level_of_isolation_is_not_the_role_s(postgres_url: str, schema: str) ->
     with store.transaction("s") as tx:
         inner: Any = tx._copy._tx
         assert inner._held.connection.execute("SHOW transaction_isolation").fetchone() == (b"read committed",)
+
+
+# --- connections ------------------------------------------------------------------------------------------------------
+
+
+def connections_of(url: str, name: str) -> int:
+    """Return how many connections an application has."""
+    with psycopg.connect(url) as connection:
+        row = connection.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name = %s", [name]).fetchone()
+        return 0 if row is None else int(row[0])
+
+
+def test_closed_store_has_no_connection_and_no_row(postgres_url: str, schema: str) -> None:
+    """A closed store keeps nothing at the server. What was loaded from it can still be saved.
+
+    Without `Engine.close`, connections stay until the last object of the store is gone, and nobody can drop the
+    database. A stream that runs keeps its lease.
+    """
+    url = f"{postgres_url}?application_name={schema}"
+    store = persist.Store(url, schema=schema)
+    session = store.create("s", {"n": 0})
+    stream = store.start_stream("s", USER)
+    stream.emit(1, durable=True)
+    store.close()
+    assert stream._lease.is_held
+    stream.checkpoint({"role": "assistant", "content": "Because."})
+    stream.finish()
+    store.close()
+    eventually(lambda: connections_of(postgres_url, schema) == 0)
+    with psycopg.connect(postgres_url) as other:
+        assert other.execute(f"SELECT count(*) FROM {schema}.processes").fetchone() == (0,)
+    session.refresh()
+    session.data["n"] = 1
+    session.save()
+    with persist.Store(url, schema=schema) as again, again.start_stream("s", USER) as stream:
+        assert again.load("s").data["n"] == 1
+
+
+def test_verb_that_finds_all_connections_in_use_says_so(store: persist.Store, postgres_url: str, schema: str) -> None:
+    """The error names the cause, and the look for it opens no further connection."""
+    store = persist.Store(f"{postgres_url}?application_name={schema}", schema=schema, timeout_s=20.0)
+    entered, leave = threading.Barrier(17), threading.Event()
+
+    def hold(number: int) -> None:
+        with store.transaction(f"s-{number}", create=True):
+            entered.wait()
+            leave.wait(60)
+
+    with ThreadPoolExecutor(16) as pool:
+        holding = [pool.submit(hold, number) for number in range(16)]
+        entered.wait()
+        with pytest.raises(persist.Unavailable, match="all 16 connections of this process are in use"):
+            store.append("s", "messages", {"id": "m1"}, create=True, timeout_s=0.1)
+        assert connections_of(postgres_url, schema) == 16
+        leave.set()
+        for each in holding:
+            each.result()
+
+
+def test_server_that_refuses_is_not_asked_again(postgres_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A database that is missing, as a wrong password, is told at once, by one error. The log of the pool is silent.
+
+    Without `_is_refused`, the store would try again until its time is over, which is a day here. Without the filter,
+    the pool logs each try.
+    """
+    url = f"{postgres_url.rpartition('/')[0]}/there_is_no_such_database"
+    with pytest.raises(persist.Unavailable, match="does not exist"):
+        persist.Store(url, timeout_s=86_400.0)
+    assert [record for record in caplog.records if record.name == "psycopg.pool"] == []
+
+
+def test_end_of_a_process_is_silent(store: persist.Store, postgres_url: str, schema: str) -> None:
+    """A process that emits, follows and ends says nothing: no connection is left to the garbage collector.
+
+    Without the closes in `Emitter.close` and in `Own.close` at the end of the interpreter, it warns of them.
+    """
+    code = """
+store.create('s')
+with store.start_stream('s') as stream:
+    stream.emit(1, 2)
+    following = store.follow('s', stream.id)
+    next(following)
+    stream.finish()
+with store.start_stream('s') as late:
+    late.emit(3)
+"""
+    opening = f"import persist\nstore = persist.Store({postgres_url!r}, schema={schema!r})\n"
+    command = [sys.executable, "-P", "-W", "error", "-X", "dev", "-c", opening + code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # --- unknown outcomes -------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,12 @@ def unsafe_file(scene: Scene) -> None:
 def unreadable(scene: Scene) -> None:
     scene.fail("read_version", errno.EACCES)
     scene.store.load("s")
+
+
+def unavailable(_scene: Scene) -> None:
+    pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed")
+    connections = import_module("persist.postgres.connections")
+    connections.Connections("postgresql://ann:secret@127.0.0.1:1/chats", "persist").take(0.0)
 
 
 def commit_failed(scene: Scene) -> None:
@@ -383,6 +390,14 @@ CASES: dict[type[persist.PersistError], tuple[Case, ...]] = {
             emit_failed,
             ("stream 't1'", str(EVENTS / "s.t1"), "No space left", "store.events()"),
             {"stream_id": "t1", "path": EVENTS / "s.t1", "errno": errno.ENOSPC},
+            OSError,
+        ),
+    ),
+    errors.Unavailable: (
+        Case(
+            unavailable,
+            ("postgresql://", "127.0.0.1:1/chats", "is not available", "refused", "Nothing was changed", "retry"),
+            {"errno": None},
             OSError,
         ),
     ),
