@@ -14,13 +14,14 @@ and only then a later copy takes its place. Nothing else is remembered. A run th
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import msgspec
 
 from persist import errors, streams
-from persist.arguments import require_flags
+from persist.arguments import is_url, require_flags
 from persist.engine import Committed, Engine, decoding
 from persist.maintenance import Step
 from persist.storage.content import as_json, load
@@ -41,7 +42,7 @@ _OF_A_SESSION = (
 
 
 class CopyOf(msgspec.Struct, frozen=True):
-    """The mark of a copy: the place of the store that it was copied from, and the id of the commit."""
+    """The mark of a copy: the name of the store that it was copied from, and the id of the commit."""
 
     store: str
     commit: str
@@ -88,6 +89,9 @@ def copy(source: Store, destination: Store, *, prune: bool = False, timeout_s: f
 
     Servers may go on in the source. Nobody should write to the destination yet. A session whose copy has the same
     version already is not written again.
+
+    A copy that has a later revision than its session stays, because another run may have written it just now. If an
+    older backup was put back in the source, delete the session in the destination first.
 
     Args:
         prune: remove the copies of sessions that the source no longer has. Without it they stay.
@@ -164,7 +168,7 @@ def _copy(source: Engine, destination: Engine, session_id: str, timeout_s: float
         found.failures[session_id] = error
         return found
     try:
-        is_new = _put(destination, session_id, committed, source.place, timeout_s)
+        is_new = _put(destination, session_id, committed, _name_of(source), timeout_s)
     except _OF_A_SESSION as error:
         found.failures[session_id] = error
         return found
@@ -196,8 +200,8 @@ def _read_at_rest(source: Engine, session_id: str, timeout_s: float | None) -> C
 
 
 def _put(destination: Engine, session_id: str, found: Committed, store: str, timeout_s: float | None) -> bool:
-    """Write a copy. Tell whether it was not there already."""
-    mark = CopyOf(str(store), found.header.commit)
+    """Write a copy. Tell whether it was not there already, or a later one."""
+    mark = CopyOf(store, found.header.commit)
     owner = {_MARK: msgspec.to_builtins(mark)}
     header = found.header.but(journal=None, folded=None, session_id=None, owner=owner)
     with destination.transaction(session_id, timeout_s) as tx:
@@ -207,12 +211,21 @@ def _put(destination: Engine, session_id: str, found: Committed, store: str, tim
                 return False
             before = _mark_of(there)
             # A store may have another name by now. Then the incarnation tells that it is the same session.
-            if before is None or (before.store != store and there.incarnation != header.incarnation):
+            is_same = there.incarnation == header.incarnation
+            if before is None or (before.store != store and not is_same):
                 remedy = "It was changed there, or is no copy of this session, and is left alone. "
                 remedy += "Look at both with 'persist show', delete one of them, and copy again."
                 raise errors.SessionExists(session_id=session_id, path=tx.place, remedy=remedy)
+            if is_same and there.revision > header.revision:
+                # Another copy has read the session later, and was faster.
+                return False
         tx.put(header, found.content)
         return True
+
+
+def _name_of(store: Engine) -> str:
+    """Return a store's name for marks. Two machines may have directories of one name."""
+    return str(store.place) if is_url(store.place) else f"{socket.gethostname()}:{store.place}"
 
 
 def _mark_of(header: Header) -> CopyOf | None:
@@ -228,7 +241,7 @@ def _is_copy_from(source: Engine, destination: Engine, session_id: str) -> bool:
     """Tell whether a session is an unchanged copy of one that this source has, or had."""
     with contextlib.suppress(*_OF_A_SESSION, errors.SessionNotFound):
         mark = _mark_of(destination.read_head(session_id).header)
-        return mark is not None and mark.store == source.place
+        return mark is not None and mark.store == _name_of(source)
     return False
 
 

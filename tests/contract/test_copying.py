@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cli.conftest import Run, json_of, runner_of
@@ -214,6 +216,55 @@ def test_session_that_the_destination_has_changed_is_left_alone(
     assert result.exit_code == 1
     assert "'s' exists already" in result.stderr
     assert text_of(destination, "s") == before
+
+
+def test_directories_of_one_name_on_two_machines_are_two_stores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither copy takes the place of the other, and `prune` leaves the other machine's copies alone.
+
+    A machine that has got another name is still the source of its copies.
+    """
+    there, path = persist.Store(tmp_path / "there"), tmp_path / "sessions"
+    monkeypatch.setattr(socket, "gethostname", lambda: "one")
+    first = persist.Store(path)
+    first.create("s", {"title": "of one"})
+    first.create("only one")
+    assert copy(first, there).is_complete
+    first.update("s", lambda tx: tx.fields.update(title="of one, changed"))
+    monkeypatch.setattr(socket, "gethostname", lambda: "another name")
+    assert copy(first, there).copied == ["s"]
+    path.rename(tmp_path / "of one")
+    monkeypatch.setattr(socket, "gethostname", lambda: "two")
+    second = persist.Store(path)
+    second.create("s", {"title": "of two"})
+    done = copy(second, there, prune=True)
+    assert isinstance(done.failures["s"], persist.SessionExists)
+    assert there.load("s").data["title"] == "of one, changed"
+    assert there.ids() == ["only one", "s"]
+
+
+def test_slow_copy_does_not_take_the_place_of_a_later_one(
+    source: persist.Store, destination: persist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that reads a session, and writes it only when another run has copied a later commit, writes nothing."""
+    begin = destination._open().engine.transaction
+
+    def later(*args: Any, **options: Any) -> Any:
+        monkeypatch.undo()
+        source.append("s", "messages", {"id": "m3"})
+        assert "s" in copy(source, destination).copied
+        return begin(*args, **options)
+
+    only = [each for each in source.ids() if each != "s"]
+    copy(source, destination)
+    source.append("s", "messages", {"id": "m2.5"})
+    monkeypatch.setattr(destination._open().engine, "transaction", later)
+    done = copy(source, destination)
+    assert done.copied == []
+    assert sorted(done.unchanged) == sorted([*only, "s"])
+    assert done.is_complete
+    require_equal(source, destination)
 
 
 def test_session_with_a_live_stream_waits_for_the_next_run(
