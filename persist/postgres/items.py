@@ -6,6 +6,7 @@ themselves. So a commit costs what it changes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,10 +19,20 @@ from persist.storage.content import SEPARATOR, Id, Items, as_id, id_in
 Query = Callable[..., list[Row]]
 
 
-def key_of(item: bytes) -> bytes | None:
-    """Return the key of an item's row: the JSON of its id, or None."""
+#: An entry of an index has 2,700 bytes at most. The name of a list and a key stand in one.
+LONGEST_BYTES = 1_000
+
+
+def key_of(value: Id) -> bytes:
+    """Return the key of the rows whose items have this id: its JSON, or a hash, which begins as no JSON."""
+    text = json_codec.encode(value)
+    return text if len(text) <= LONGEST_BYTES else b"#" + hashlib.sha256(text).hexdigest().encode()
+
+
+def key_in(item: bytes) -> bytes | None:
+    """Return the key of an item's row, or None."""
     value = id_in(item, "id")
-    return None if value is None else json_codec.encode(value)
+    return None if value is None else key_of(value)
 
 
 class Sought:
@@ -46,7 +57,7 @@ class Sought:
         if seeking is None:
             return None
         name, ids = seeking
-        values = {json_codec.encode(value): value for each in ids if (value := as_id(each)) is not None}
+        values = {key_of(value): value for each in ids if (value := as_id(each)) is not None}
         return cls(name if name.isascii() else json_codec.joined(name), values) if values else None
 
 
@@ -173,7 +184,7 @@ class RemoteItems(Items):
 
     def _rows_of(self, value: Id) -> list[int]:
         if value not in self._found:
-            rows = self._query("items_of_key", key=json_codec.encode(value), stop=self._rows)
+            rows = self._query("items_of_key", key=key_of(value), stop=self._rows)
             self._known.update(rows)
             self._found[value] = [place for place, _ in rows]
         return self._found[value]

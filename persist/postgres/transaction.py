@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from functools import partial
 from types import TracebackType
@@ -34,16 +34,18 @@ from persist.engine import Committed, End, EventWriter, Lease
 from persist.errors import (
     CommitFailed,
     CommitUnknown,
+    InvalidArgument,
     MergeConflict,
     PersistError,
     SessionNotFound,
     StreamLost,
     not_held,
+    shown,
 )
 from persist.log import log
 from persist.postgres.connections import Connection, Row, is_dead, reason_of, text_of
 from persist.postgres.events import RemoteWriter
-from persist.postgres.items import RemoteItems, Sought, key_of
+from persist.postgres.items import LONGEST_BYTES, RemoteItems, Sought, key_in
 from persist.postgres.statements import Raw
 from persist.storage import diff, lock
 from persist.storage.clock import now_s
@@ -347,8 +349,10 @@ class Transaction:
         Raises:
             CommitFailed: the server refused, or was lost before the commit. The old revision stands.
             CommitUnknown: the server was lost in the commit, and did not come back in time.
+            InvalidArgument: the name of a large value is too long.
         """
         self.require_lock()
+        _require_short(content.apart)
         before = self._row
         if before is not None and changes is None:
             changes = diff.between(self.read().content, content)
@@ -605,6 +609,15 @@ class Transaction:
         return self.commit(header, content, None if is_later else ())
 
 
+def _require_short(names: Iterable[str]) -> None:
+    """Raise `InvalidArgument` if an index of the database cannot hold the name of a value that stands apart."""
+    for name in names:
+        size = len(text_of(name).encode())
+        if size > LONGEST_BYTES:
+            what, got = f"the name {shown(name)} of a large value", f"{size:,} bytes"
+            raise InvalidArgument(what=what, got=got, expected=f"at most {LONGEST_BYTES:,} bytes in a database")
+
+
 def _commit_in(row: Row | None) -> str | None:
     return None if row is None else row[3].decode()
 
@@ -617,7 +630,7 @@ def _row_operations(
 
     def put(name: str, start: int, items: list[bytes]) -> None:
         own = text_of(name)
-        rows = [(number, own, place, key_of(item), item) for place, item in enumerate(items, start)]
+        rows = [(number, own, place, key_in(item), item) for place, item in enumerate(items, start)]
         if len(rows) > 1:
             found.append(text("put_items", rows=rows))
         for _, _, place, key, item in rows[:1] if len(rows) == 1 else ():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -314,6 +315,19 @@ def test_damaged_session_does_not_keep_the_others(source: persist.Store, destina
     done = copy(source, destination)
     assert {key: type(error) for key, error in done.failures.items()} == {"s": persist.CorruptSession}
     assert destination.ids() == sorted({*source.ids()} - {"s"})
+
+
+def test_session_that_the_database_cannot_take_does_not_keep_the_others(tmp_path: Path, postgres_url: str) -> None:
+    """It is named, with the limit, and the others are copied."""
+    here = persist.Store(tmp_path / "here")
+    there = persist.Store(postgres_url, schema=f"s_{uuid.uuid4().hex[:12]}")
+    for name in ("a", "b", "c"):
+        here.create(name, {"messages": [{"id": os.urandom(5000).hex(), "content": name}]})
+    here.update("b", lambda tx: tx.fields.update({os.urandom(5000).hex(): "x" * 9000}))
+    done = copy(here, there)
+    assert sorted(done.equal) == there.ids() == ["a", "c"]
+    assert list(done.failures) == ["b"]
+    assert "at most 1,000 bytes" in str(done.failures["b"])
 
 
 def test_store_is_not_copied_into_itself(source: persist.Store, run: Run) -> None:

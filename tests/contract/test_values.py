@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+import string
 from typing import Any
 
 import pytest
@@ -112,3 +114,36 @@ def test_names_of_fields_of_all_kinds(store: persist.Store) -> None:
     store.create("t", {name: {"a": LARGE} for name in FIELDS})
     store.update("t", lambda tx: tx.fields.update({name: {"b": LARGE} for name in FIELDS}))
     assert committed(store, "t") == {name: {"b": LARGE} for name in FIELDS}
+
+
+LONG = "".join(random.Random(5).choices(string.ascii_letters, k=9000))
+
+
+def test_long_ids_are_ids(store: persist.Store) -> None:
+    """Items are found by ids that no index can hold, and a retry adds nothing."""
+    ids: list[str | int] = [LONG, LONG + "é", "\ud800" + LONG, int("7" * 4000)]
+    for each in [*ids, *ids]:
+        store.append("s", "messages", {"id": each}, create=True)
+    store.extend("s", "messages", [{"id": each} for each in [*ids, LONG[:5000]]])
+    assert [item["id"] for item in store.tail("s")] == [*ids, LONG[:5000]]
+    with store.transaction("s") as tx:
+        assert [tx.list("messages").find(each) for each in ids] == [{"id": each} for each in ids]
+        assert tx.list("messages").find(LONG[:-1]) is None
+    with pytest.raises(persist.MergeConflict):
+        store.append("s", "messages", {"id": LONG, "content": "another"})
+
+
+@pytest.mark.parametrize("value", [LARGE, [LARGE] * 3])
+def test_long_name_of_a_large_value_is_kept_or_refused(store: persist.Store, kind: str, value: Any) -> None:
+    """A database refuses a name that no index can hold, and says so. Nothing is written."""
+    store.create("s", {LONG: [], LONG[:1000]: value})
+    if kind in ("never", "always"):
+        store.update("s", lambda tx: tx.fields.update({LONG: value}))
+        assert store.load("s").data[LONG] == value
+        return
+    with pytest.raises(persist.InvalidArgument, match=r"9,000 bytes; it must be at most 1,000 bytes"):
+        store.update("s", lambda tx: tx.fields.update({LONG: value}))
+    with pytest.raises(persist.InvalidArgument, match="9,000 bytes"):
+        store.create("other", {LONG: value})
+    assert store.load("s").data == {LONG: [], LONG[:1000]: value}
+    assert store.ids() == ["s"]

@@ -30,7 +30,7 @@ CREATE TABLE {schema}.items (
     list text COLLATE "C" NOT NULL,
     -- Places count from 0, without gaps.
     place bigint NOT NULL,
-    -- The JSON of the item's "id", by which it is found.
+    -- The JSON of the item's "id", by which it is found, or a hash of a long one. See items.py.
     key text COLLATE "C",
     item text NOT NULL,
     PRIMARY KEY (session, list, place)
