@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import threading
 from collections.abc import Iterator
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -18,13 +20,15 @@ from persist.postgres.connections import Connection, Connections, Place, Row, na
 from persist.postgres.events import Emitter, Listener, RemoteReader, RemoteWriter
 from persist.postgres.heartbeat import Heartbeat, HeldLease
 from persist.postgres.items import Sought
-from persist.postgres.transaction import Held, apart_of, head_of, header_of
+from persist.postgres.transaction import Held, apart_of, head_of, header_of, time_of
 from persist.storage.content import Content, Items, Value
 from persist.storage.document import Head, fields_of
 from persist.storage.layout import check_session_id
 from persist.translating import Translating
 
-_CURSOR = re.compile(r"([0-9T:.+-]{20,40})/([0-9]{1,18})")
+_CURSOR = re.compile(r"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]{8,15}\+00:00)/([0-9]{1,18})")
+#: The largest number of the server.
+_LARGEST = 2**63 - 1
 #: So many sessions are asked for at a time.
 _PAGE = 200
 _making = threading.Lock()
@@ -144,7 +148,7 @@ class PostgresEngine:
 
     def read_last(self, session_id: str, name: str, limit: int) -> list[Any]:
         """Read the last items of a list."""
-        rows = self._rows("last", session_id, list=text_of(name), limit=limit)
+        rows = self._rows("last", session_id, list=text_of(name), limit=min(limit, _LARGEST))
         with self.reading(session_id):
             fields, apart = fields_of(rows[0][0]), apart_of(rows[0][1])
             if name in apart and apart[name][0] is not None:
@@ -163,17 +167,13 @@ class PostgresEngine:
 
     def recent(self, before: str | None) -> Iterator[tuple[str, str]]:
         """Yield a cursor and an id for each session, the last updated one first, from behind a cursor on."""
-        place = None if before is None else _CURSOR.fullmatch(before)
-        if before is not None and place is None:
-            expected = "the cursor of a page, or None"
-            raise errors.InvalidArgument(what="before", got=errors.shown(before), expected=expected)
-        return self._recent((None, None) if place is None else (place[1], int(place[2])))
+        return self._recent((None, None) if before is None else _place_of(before))
 
     def _recent(self, place: tuple[str | None, int | None]) -> Iterator[tuple[str, str]]:
         while True:
             rows = self.run("recent", before=place[0], number=place[1], limit=_PAGE)
             for session_id, updated_at, number in rows:
-                place = updated_at.isoformat(), number
+                place = time_of(updated_at).isoformat(), number
                 yield f"{place[0]}/{number}", name_of(session_id)
             if len(rows) < _PAGE:
                 return
@@ -236,7 +236,7 @@ class PostgresEngine:
         if name is None or since is None:
             # The server tells these facts only to the role that runs the transaction.
             return f"server process {pid}"
-        return f"{name.decode()!r} (server process {pid}), since {since:%H:%M:%S} UTC"
+        return f"{name.decode()!r} (server process {pid}), since {since.decode()} UTC"
 
     # --- streams and their events ---
 
@@ -271,3 +271,13 @@ class PostgresEngine:
             self._emitter.rest()
         self.heartbeat.rest()
         self.connections.close()
+
+
+def _place_of(cursor: str) -> tuple[str, int]:
+    """Return the time and the number in a cursor."""
+    found = _CURSOR.fullmatch(cursor)
+    with contextlib.suppress(ValueError):
+        if found is not None:
+            return datetime.fromisoformat(found[1]).isoformat(), int(found[2])
+    expected = "the cursor of a page, or None"
+    raise errors.InvalidArgument(what="before", got=errors.shown(cursor), expected=expected)

@@ -1,9 +1,10 @@
 -- Each query has a name. {schema} stands for the quoted name of the schema.
+-- Times are read as microseconds since 1970, and sent as ISO 8601, because a role may have a DateStyle of its own.
 
 -- name: lock
 -- Lock a session's row until the end of the transaction, and return it.
-SELECT number, incarnation, revision, commit, epoch, created_at, updated_at, owner, fields, apart, commits,
-       process, stream_id
+SELECT number, incarnation, revision, commit, epoch, (extract(epoch FROM created_at) * 1000000)::bigint,
+       (extract(epoch FROM updated_at) * 1000000)::bigint, owner, fields, apart, commits, process, stream_id
 FROM {schema}.sessions WHERE id = %(id)s FOR UPDATE
 
 -- name: lock_name
@@ -15,7 +16,8 @@ SELECT pg_advisory_xact_lock(%(lock)s),
        pg_current_xact_id()::text || ' ' || coalesce(pg_stat_get_bgwriter_stat_reset_time()::text, '')
 
 -- name: head
-SELECT number, incarnation, revision, commit, epoch, created_at, updated_at, owner, fields, apart
+SELECT number, incarnation, revision, commit, epoch, (extract(epoch FROM created_at) * 1000000)::bigint,
+       (extract(epoch FROM updated_at) * 1000000)::bigint, owner, fields, apart
 FROM {schema}.sessions WHERE id = %(id)s
 
 -- name: all_items
@@ -134,7 +136,7 @@ SELECT EXISTS (SELECT FROM {schema}.sessions WHERE number = %(session)s)
 SELECT id FROM {schema}.sessions ORDER BY id
 
 -- name: recent
-SELECT id, updated_at, number FROM {schema}.sessions
+SELECT id, (extract(epoch FROM updated_at) * 1000000)::bigint, number FROM {schema}.sessions
 WHERE (%(before)s::timestamptz IS NULL OR (updated_at, number) < (%(before)s::timestamptz, %(number)s))
 ORDER BY updated_at DESC, number DESC LIMIT %(limit)s
 
@@ -144,11 +146,12 @@ SELECT id, stream_id FROM {schema}.sessions WHERE stream_id IS NOT NULL ORDER BY
 
 -- name: holder
 -- The transaction that has locked a session's name, or its row.
-SELECT a.pid, a.application_name, a.xact_start FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+SELECT a.pid, a.application_name, to_char(a.xact_start AT TIME ZONE 'UTC', 'HH24:MI:SS')
+FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
 WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
     AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
     AND l.classid = (%(lock)s >> 32 & 4294967295)::oid AND l.objid = (%(lock)s & 4294967295)::oid
-UNION ALL SELECT a.pid, a.application_name, a.xact_start
+UNION ALL SELECT a.pid, a.application_name, to_char(a.xact_start AT TIME ZONE 'UTC', 'HH24:MI:SS')
 FROM {schema}.sessions s JOIN pg_stat_activity a ON a.backend_xid = s.xmax WHERE s.id = %(id)s
 LIMIT 1
 

@@ -21,7 +21,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -59,6 +59,7 @@ from persist.storage.lease import Probe
 if TYPE_CHECKING:
     from persist.postgres.engine import PostgresEngine
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: A row holds the ids of so many commits.
 _COMMITS_KEPT = 32
 #: A thread that waits for several calls (of an event loop) looks so often whether some have left.
@@ -77,8 +78,8 @@ def header_of(row: Row) -> Header:
         revision,
         commit.decode(),
         epoch,
-        created_at.astimezone(UTC),
-        updated_at.astimezone(UTC),
+        time_of(created_at),
+        time_of(updated_at),
         None if owner is None else json_codec.decode(owner),
         None,
         None,
@@ -106,6 +107,11 @@ def _apart_text(content: Content) -> bytes:
         for name, value in content.apart.items()
     }
     return json_codec.encode(msgspec.to_builtins(sizes))
+
+
+def time_of(microseconds: int) -> datetime:
+    """Return a time that a statement has read."""
+    return _EPOCH + timedelta(microseconds=microseconds)
 
 
 def _when(time_: datetime) -> str:

@@ -53,5 +53,6 @@ def test_tail_is_that_of_a_list(store: persist.Store, field: str) -> None:
     assert store.tail("s", field="none") == []
     assert store.tail("s") == [HELLO]
     assert store.tail("s", limit=0) == []
+    assert store.tail("s", limit=2**63) == [HELLO]
     with pytest.raises(persist.SessionNotFound):
         store.tail("nobody")

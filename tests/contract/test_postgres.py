@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import uuid
 import warnings
 import weakref
@@ -265,6 +266,27 @@ with store.start_stream('s') as late:
     command = [sys.executable, "-P", "-W", "error", "-X", "dev", "-c", opening + code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("style", ["German", "SQL,DMY", "Postgres,MDY"])
+def test_times_do_not_depend_on_the_settings_of_the_role(
+    store: persist.Store, postgres_url: str, schema: str, style: str
+) -> None:
+    """Times are the same under each DateStyle and time zone, written and read, and so are the pages of `recent`."""
+    options = f"-c DateStyle={style} -c TimeZone=Asia/Kolkata"
+    other = persist.Store(f"{postgres_url}?options={urllib.parse.quote(options)}", schema=schema)
+    for name in ("a", "b", "c"):
+        session = other.create(name, {"messages": []})
+        assert store.head(name).updated_at == other.load(name).updated_at == session.updated_at
+        assert store.head(name).created_at == other.head(name).created_at == session.created_at
+    with other.start_stream("b", {"role": "user", "content": "Why?"}) as stream:
+        stream.emit(1)
+        stream.finish()
+    assert [event.data for event in other.follow("b", stream.id)] == [1]
+    first = other.recent(limit=2)
+    assert [head.id for head in first] == ["b", "c"]
+    assert first.cursor == store.recent(limit=2).cursor
+    assert [head.id for head in other.recent(limit=2, before=first.cursor)] == ["a"]
 
 
 # --- unknown outcomes -------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_pages_show_the_last_updated_ones_first(aged: persist.Store) -> None:
 
 def test_what_is_no_cursor_is_refused(store: persist.Store) -> None:
     store.create("a")
-    for cursor in ("", "a", "1", "../a", 5, "2026/x", "\0", "9" * 40):
+    for cursor in ("", "a", "1", "../a", 5, "2026/x", "\0", "9" * 40, "2026-13-45T10:00:00+00:00/5"):
         with pytest.raises(persist.InvalidArgument):
             store.recent(before=cursor)  # type: ignore[arg-type]
     for limit in (0, -1, True, "1", None):
