@@ -158,7 +158,7 @@ def migrate(url: str, *, schema: str = SCHEMA, timeout_s: float = 60.0) -> Migra
         timeout_s: seconds to wait for a connection. The migrations may take longer.
 
     Raises:
-        InvalidArgument: it is no URL of a database.
+        InvalidArgument: it is no URL of a database, or the encoding of the database is not UTF-8.
         UnsupportedFormat: a newer version of persist has migrated the schema.
         Unreadable: the server refused, or cannot be reached.
     """

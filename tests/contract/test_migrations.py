@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import urllib.parse
 import uuid
 
 import pytest
@@ -47,8 +48,13 @@ def test_migrate_makes_the_schema_once_and_says_so(run: Run, url: str) -> None:
     persist.Store(url, create=False).create("s")
 
 
-def test_many_workers_migrate_at_once(url: str) -> None:
-    """Every migration is run by one of them, and all end well. Without the advisory lock, some fail."""
+@pytest.mark.parametrize("level", [r"read\ committed", "serializable"])
+def test_many_workers_migrate_at_once(url: str, level: str) -> None:
+    """Every migration is run by one of them, and all end well, whatever level the role prefers.
+
+    Without the advisory lock, some fail.
+    """
+    url += "&options=" + urllib.parse.quote(f"-c default_transaction_isolation={level}")
     code = """
 import sys
 import persist.postgres.engine
@@ -144,6 +150,28 @@ def test_rights_of_the_guide_are_enough_for_a_role_that_only_uses_the_tables(url
     store.delete("s")
     execute(url, "CREATE TABLE {schema}.later (number bigserial, x int)")
     execute(own, "INSERT INTO {schema}.later (x) VALUES (1)")
+
+
+def test_user_without_the_right_to_make_a_schema_is_told_who_has_it(url: str) -> None:
+    """The error names the command that the owner of the database runs."""
+    user = f"u_{uuid.uuid4().hex[:12]}"
+    execute(url, f"CREATE ROLE {user} LOGIN")
+    with pytest.raises(persist.Unreadable, match=r"permission denied .* owner .* 'persist migrate URL'"):
+        persist.Store(url.replace("postgres@", f"{user}@"))
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_database_of_another_encoding_is_refused(run: Run, url: str, encoding: str) -> None:
+    """Such a database cannot keep every text. Stores and `migrate` write nothing there."""
+    name = f"worker_{uuid.uuid4().hex[:12]}"
+    execute(url, f"CREATE DATABASE {name} ENCODING '{encoding}' LOCALE 'C' TEMPLATE template0")
+    other = f"{url.rpartition('/')[0]}/{name}?schema=chats"
+    for create in (True, False):
+        with pytest.raises(persist.InvalidArgument, match=f"is {encoding}; it must be UTF8"):
+            persist.Store(other, create=create)
+    assert run("migrate", other).exit_code == 3
+    with psycopg.connect(other.partition("?")[0]) as connection:
+        assert connection.execute("SELECT FROM pg_namespace WHERE nspname = 'chats'").fetchall() == []
 
 
 def test_directory_needs_no_migration(run: Run) -> None:
