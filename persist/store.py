@@ -92,6 +92,7 @@ class Store:
         create: False opens a directory that must exist, and creates nothing in it until something is written. In a
             database it opens a schema that must be up to date. With True the schema is made, or brought up to date.
         schema: the schema of a database, which ``?schema=…`` in the URL names, too.
+        lease_s: seconds after which a process counts as dead that a database has not heard of, 1 or more.
 
     Raises:
         InvalidArgument: an argument is not what it must be, or the directory is on a file system where locks or fsync
@@ -148,10 +149,13 @@ class Store:
             raise errors.InvalidArgument(what="mode", got=got, expected=expected)
         kept: dict[str, Any] = {"cache_bytes": cache_bytes, "unsafe_filesystem": unsafe_filesystem}
         timeout_s, keep_events_s = seconds("timeout_s", timeout_s), seconds("keep_events_s", keep_events_s)
+        lease_s = seconds("lease_s", lease_s)
+        if lease_s < 1:
+            raise errors.InvalidArgument(what="lease_s", expected="1 second or more", got=errors.shown(lease_s))
         require_text("schema", schema)
         kept |= {
             "schema": schema,
-            "lease_s": seconds("lease_s", lease_s),
+            "lease_s": lease_s,
             "journal": journal,
             "mode": mode,
             "keep_events_s": keep_events_s,

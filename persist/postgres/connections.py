@@ -123,6 +123,12 @@ def name_of(text: bytes) -> str:
     return re.sub(r"\\(?:\\|0|u[0-9a-f]{4})", lambda one: parts.get(one[0]) or chr(int(one[0][2:], 16)), name)
 
 
+def program_name() -> str:
+    """Return the name of this program, which need not be UTF-8, as text of the server."""
+    command = Path(sys.argv[0] or sys.executable).name if sys.argv else "python"
+    return os.fsencode(command).decode(errors="replace")
+
+
 class Place(str):
     """The place of a store or a session, for errors. They take any other text for a path, which would lose a slash."""
 
@@ -151,8 +157,7 @@ class Connections:
 
     def __init__(self, url: str, schema: str, *, idle_s: float = 15.0) -> None:
         parts: dict[str, Any] = _parts_of(url)
-        command = Path(sys.argv[0] or sys.executable).name if sys.argv else "python"
-        parts.setdefault("application_name", f"persist {socket.gethostname()} {command}"[:63])
+        parts.setdefault("application_name", f"persist {socket.gethostname()} {program_name()}"[:63])
         # The last one is in milliseconds. Without it a statement on a dead link waits for a quarter of an hour.
         alive = {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3, "tcp_user_timeout": 10_000}
         for name, value in alive.items():

@@ -207,6 +207,8 @@ class PostgresEngine:
             # Under another level, which a role may prefer, those who have waited for the lock would see the past.
             b"BEGIN ISOLATION LEVEL READ COMMITTED",
             b"SET LOCAL lock_timeout = %d" % max(1, round(timeout_s * 1000)),
+            # A role may have a shorter one than the verb may wait for the lock.
+            b"SET LOCAL statement_timeout = 0",
             self.connections.while_idle,
             text("lock_name", lock=self._lock_of(session_id)),
             text("lock"),

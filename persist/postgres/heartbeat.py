@@ -22,13 +22,12 @@ import threading
 import uuid
 import weakref
 from functools import partial
-from pathlib import Path
 
 import psycopg
 
 from persist.errors import PersistError
 from persist.log import log
-from persist.postgres.connections import Connection, Connections, Own, at_end_of_children, text_of
+from persist.postgres.connections import Connection, Connections, Own, at_end_of_children, program_name, text_of
 from persist.storage.clock import now_s
 
 
@@ -129,8 +128,8 @@ class Heartbeat:
             self._wake.set()
 
     def _register(self, connection: Connection) -> None:
-        command = Path(sys.argv[0] or sys.executable).name if sys.argv else "python"
-        facts = {"host": socket.gethostname(), "pid": os.getpid(), "command": command, "lease_s": self._lease_s}
+        own = {"host": socket.gethostname(), "pid": os.getpid(), "command": program_name()}
+        facts = {**own, "lease_s": self._lease_s}
         self._asked_at = now_s()
         self._connections.query(connection, "register", process=self.id, **facts)
 

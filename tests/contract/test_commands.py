@@ -63,7 +63,7 @@ def test_check_and_the_mending_commands_find_what_a_dead_process_left(
     options = {key: value for key, value in store._options.items() if key in ("schema", "journal")}
     code = f"""
 import os, persist
-store = persist.Store({store._at!r}, lease_s=0.3, **{options!r})
+store = persist.Store({store._at!r}, lease_s=1.0, **{options!r})
 stream = store.start_stream("s", {{"role": "user", "content": "When?"}}, create=True)
 stream.append({{"id": "m2", "role": "assistant", "tool_calls": [{CALL!r}]}})
 os._exit(1)

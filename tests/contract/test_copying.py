@@ -292,7 +292,7 @@ def test_session_with_a_dead_stream_is_copied_once_it_is_cleared(
     options = {key: source._options[key] for key in ("schema",)}
     code = f"""
 import os, persist
-persist.Store({source._at!r}, lease_s=0.3, **{options!r}).start_stream("s", {{"role": "user", "content": "Why?"}})
+persist.Store({source._at!r}, lease_s=1.0, **{options!r}).start_stream("s", {{"role": "user", "content": "Why?"}})
 os._exit(1)
 """
     subprocess.run([sys.executable, "-c", code], check=False, timeout=60)

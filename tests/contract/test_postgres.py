@@ -16,6 +16,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -266,6 +267,15 @@ with store.start_stream('s') as late:
     command = [sys.executable, "-P", "-W", "error", "-X", "dev", "-c", opening + code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_wait_for_a_lock_is_not_bounded_by_the_role(postgres_url: str, schema: str) -> None:
+    """A `statement_timeout` of the role, shorter than `timeout_s`, does not end the wait."""
+    store = persist.Store(f"{postgres_url}?options=-c%20statement_timeout%3D2s", schema=schema)
+    store.create("s", {})
+    with store.transaction("s") as tx:
+        inner: Any = tx._copy._tx
+        assert inner._held.connection.execute("SHOW statement_timeout").fetchone() == (b"0",)
 
 
 @pytest.mark.parametrize("style", ["German", "SQL,DMY", "Postgres,MDY"])
@@ -672,7 +682,7 @@ try:
 except persist.CommitFailed:
     print("refused", flush=True)
 """
-    other = run(code, postgres_url, schema, lease_s=0.5)
+    other = run(code, postgres_url, schema, lease_s=1.0)
     assert said(other) == "held"
     os.kill(other.pid, signal.SIGSTOP)
     store.append("s", "messages", {"id": "m1"})
@@ -686,7 +696,7 @@ def test_block_that_pauses_for_longer_than_its_lease_commits_if_nobody_else_has(
     store: persist.Store, postgres_url: str, schema: str
 ) -> None:
     """The server ends the transaction, and the commit takes the lock again. Without the second try it fails."""
-    mine = persist.Store(postgres_url, schema=schema, lease_s=0.2)
+    mine = persist.Store(postgres_url, schema=schema, lease_s=1.0)
     store.create("s", {"n": 0, "messages": [{"id": "m0"}]})
     with psycopg.connect(postgres_url, autocommit=True) as other, mine.transaction("s") as tx:
         tx.fields["n"] = 1
@@ -695,6 +705,28 @@ def test_block_that_pauses_for_longer_than_its_lease_commits_if_nobody_else_has(
         eventually(lambda: other.execute(locks).rowcount == 0)
         assert tx.data["messages"] == [{"id": "m0"}]
     assert store.load("s").data == {"n": 1, "messages": [{"id": "m0"}]}
+
+
+def test_program_may_have_any_file_name(store: persist.Store, postgres_url: str, schema: str, tmp_path: Path) -> None:
+    """A name that is not UTF-8 is shown to the server in part."""
+    program = os.fsencode(tmp_path) + b"/chat\xff.py"
+    with open(program, "w") as file:
+        file.write(f"import persist\nstore = persist.Store({postgres_url!r}, schema={schema!r})\n")
+        file.write("store.create('s').id\nstore.start_stream('s').finish()\n")
+    subprocess.run([sys.executable, program], check=True, timeout=60)
+    assert store.ids() == ["s"]
+
+
+def test_sweep_removes_the_rows_of_processes_that_are_long_dead(store: persist.Store, schema: str) -> None:
+    """A process that was killed leaves a row. The rows of the living, and of the newly dead, stay."""
+    ids = [str(uuid.uuid4()) for _ in range(3)]
+    with psycopg.connect(engine_of(store).connections.conninfo, autocommit=True) as connection:
+        for name, age in zip(ids, ("2 days", "1 hour", "-1 hour"), strict=True):
+            row = f"INSERT INTO {schema}.processes VALUES (%s, 'host', 1, 'chat.py', now(), now() - %s::interval)"
+            connection.execute(row.encode(), [name, age])
+        store.clear_stale_streams()
+        left = connection.execute(f"SELECT id::text FROM {schema}.processes".encode()).fetchall()
+    assert {name for [name] in left} == {*ids[1:]}
 
 
 def overtaking(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:

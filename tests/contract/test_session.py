@@ -1093,6 +1093,7 @@ BAD_ARGUMENTS: dict[str, tuple[Verb, type[Exception]]] = {
     "store: timeout NaN": (lambda store: reopened(store, timeout_s=math.nan), persist.InvalidArgument),
     "store: timeout text": (lambda store: reopened(store, timeout_s="5"), persist.InvalidArgument),
     "store: timeout bool": (lambda store: reopened(store, timeout_s=True), persist.InvalidArgument),
+    "store: lease": (lambda store: reopened(store, lease_s=0.9), persist.InvalidArgument),
     "store: create": (lambda store: reopened(store, create="false"), persist.InvalidArgument),
     "store: network": (lambda store: reopened(store, unsafe_filesystem=1), persist.InvalidArgument),
     "store: policy of 1": (lambda store: reopened(store, merge={1: "sum"}), persist.InvalidArgument),
