@@ -485,6 +485,7 @@ class Store(_Awaited[persist.Store]):
         super().__init__(store, Threads(store._backend.engine))
 
     path: Path = _mirrored("path")
+    place: str = _mirrored("place")
 
     def close(self) -> None:
         """Refuse further verbs with `StoreClosed`. Running streams go on until they end."""

@@ -72,7 +72,7 @@ class Cursor:
             try:
                 return engine.events(self.session_id, self.stream_id, self.after, create=is_active)
             except FileNotFoundError as error:
-                self._place = str(error.filename)
+                self._place = error.filename
                 raise self._not_found() from None
 
     def _not_found(self, **facts: int) -> errors.EventsNotFound:

@@ -186,8 +186,17 @@ class Store:
 
     @property
     def path(self) -> Path:
-        """The store's directory, absolute."""
-        return Path(self._backend.engine.place)
+        """The store's directory, absolute.
+
+        Raises:
+            InvalidArgument: the store is a database. `place` names it.
+        """
+        return Path(engines.require_files(self._backend.engine, "Store.place names it.").place)
+
+    @property
+    def place(self) -> str:
+        """Where the store is, for people: its directory, or the URL of its database without a password."""
+        return str(self._backend.engine.place)
 
     def close(self) -> None:
         """Refuse further verbs with `StoreClosed`.

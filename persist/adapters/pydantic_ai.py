@@ -93,7 +93,7 @@ class PersistConversationStore(ConversationStore):
         self._homes: dict[str, str] = {}
 
     def __repr__(self) -> str:
-        return f"<PersistConversationStore {self._store.path}>"
+        return f"<PersistConversationStore {self._store.place}>"
 
     # --- records ---
 
@@ -282,7 +282,7 @@ class PersistConversationStore(ConversationStore):
                 if await asyncio.to_thread(items.find, entry_id) is not None:
                     self._remember(head.id, entry_id)
                     return items
-        raise LookupError(f"No conversation in {self._store.path} holds the entry {entry_id!r}.")
+        raise LookupError(f"No conversation in {self._store.place} holds the entry {entry_id!r}.")
 
     async def _items_of(self, conversation_id: str) -> ViewedList:
         view = await self._store.view(conversation_id)

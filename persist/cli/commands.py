@@ -765,9 +765,10 @@ def serve(store: str, workers: int, host: str, port: int, responder: str, origin
 
 def _damaged_journals(store: Store, session_id: str) -> set[Path]:
     # A store that is no directory has none.
-    names = (path.name for path in store.path.glob("*"))
+    directory = Path(store.place)
+    names = (path.name for path in directory.glob("*"))
     mine = {name for name in names if (found := journal_of(name, copies=True)) and found[0] == name_of(session_id)}
-    return {store.path / name for name in mine if journal_of(name) is None}
+    return {directory / name for name in mine if journal_of(name) is None}
 
 
 def _trouble(store: Store, session_id: str) -> CorruptSession | None:

@@ -33,7 +33,16 @@ from persist import json_codec
 from persist.engine import Ended, Event, Fenced
 from persist.errors import EmitFailed, PersistError, nested
 from persist.log import log
-from persist.postgres.connections import Connection, Connections, Own, Row, at_end_of_children, is_direct, text_of
+from persist.postgres.connections import (
+    Connection,
+    Connections,
+    Own,
+    Place,
+    Row,
+    at_end_of_children,
+    is_direct,
+    text_of,
+)
 from persist.postgres.heartbeat import HeldLease
 from persist.storage.clock import now_s
 
@@ -451,7 +460,7 @@ class RemoteReader:
     def __init__(self, engine: PostgresEngine, session_id: str, stream_id: str, after: int) -> None:
         self._engine = engine
         self._key = session_id, stream_id
-        self.place = f"{engine.where(session_id)}, events of {stream_id}"
+        self.place: str = Place(f"{engine.where(session_id)}, events of {stream_id}")
         writer = engine.writers.get(self._key)
         if writer is not None and not writer.is_fenced:
             # The owner's process sees what it has emitted.

@@ -43,7 +43,7 @@ from persist.errors import (
     shown,
 )
 from persist.log import log
-from persist.postgres.connections import Connection, Row, is_dead, reason_of, text_of
+from persist.postgres.connections import Connection, Place, Row, is_dead, reason_of, text_of
 from persist.postgres.events import RemoteWriter
 from persist.postgres.items import LONGEST_BYTES, RemoteItems, Sought, key_in
 from persist.postgres.statements import Raw
@@ -252,7 +252,7 @@ class Transaction:
 
     def where(self, stream_id: object) -> str:
         """Return where a stream's lease is, for errors."""
-        return f"{self.place}, stream {stream_id}"
+        return Place(f"{self.place}, stream {stream_id}")
 
     def _query(self, statement: str, /, **values: Any) -> list[Row]:
         self.require_lock()

@@ -112,6 +112,6 @@ def kill(store: persist.Store, kind: str) -> Callable[[Actor], None]:
 @pytest.fixture
 def files(store: persist.Store) -> Path:
     """Return the directory of a store of files. A test that looks there is for this engine only."""
-    if not Path(store.path).is_dir():
+    if not Path(store.place).is_dir():
         pytest.skip("this engine has no files")
     return store.path

@@ -6,6 +6,7 @@ The tests fail if a block that raises leaves something behind, or if a delete hi
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from harness.chats import HELLO, ids_of
@@ -15,7 +16,12 @@ import persist
 
 def files_in(store: persist.Store) -> list[str]:
     """Return the names of the files of a store, if it has files."""
-    return [each.name for each in store.path.iterdir() if each.is_file()] if store.path.is_dir() else []
+    directory = Path(store.place)
+    return [each.name for each in directory.iterdir() if each.is_file()] if directory.is_dir() else []
+
+
+def test_place_of_files_is_their_directory(store: persist.Store, files: Path) -> None:
+    assert store.place == str(store.path) == str(files)
 
 
 def test_create_begins_with_an_empty_session(store: persist.Store) -> None:

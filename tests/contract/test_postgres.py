@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import queue
 import signal
 import subprocess
@@ -727,6 +728,32 @@ def test_sweep_removes_the_rows_of_processes_that_are_long_dead(store: persist.S
         store.clear_stale_streams()
         left = connection.execute(f"SELECT id::text FROM {schema}.processes".encode()).fetchall()
     assert {name for [name] in left} == {*ids[1:]}
+
+
+def test_errors_and_the_store_name_the_place_as_a_url(store: persist.Store) -> None:
+    """A `Path` would lose a slash of the URL. So a database has a place, and no path."""
+    assert store.place.startswith("postgresql://")
+    with pytest.raises(persist.InvalidArgument, match=r"Store\.place"):
+        _ = store.path
+    store.create("s")
+    caught: list[Any] = []
+    with store.start_stream("s", {"role": "user", "content": "Why?"}) as stream:
+        for verb in (
+            lambda: store.start_stream("s", {"role": "user", "content": "And?"}),
+            lambda: store.load("none"),
+            lambda: store.create("s"),
+            lambda: store.follow("s", "none"),
+            lambda: store.follow("s", stream.id, after=5),
+        ):
+            with pytest.raises(persist.PersistError) as error:
+                verb()
+            caught.append(error.value)
+        stream.finish()
+    assert {type(each) for each in caught} == {
+        *(persist.SessionBusy, persist.SessionNotFound, persist.SessionExists, persist.EventsNotFound),
+    }
+    for each in [*caught, *pickle.loads(pickle.dumps(caught))]:
+        assert str(each.path).startswith(store.place)
 
 
 def overtaking(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:

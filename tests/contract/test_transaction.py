@@ -38,7 +38,8 @@ def store(make_store: Callable[..., persist.Store]) -> persist.Store:
 
 
 def files_of(store: persist.Store, session_id: str) -> list[str]:
-    return sorted(path.name for path in store.path.rglob("*") if path.is_file() and path.name.startswith(session_id))
+    found = [path.name for path in Path(store.place).rglob("*") if path.is_file()]
+    return sorted(name for name in found if name.startswith(session_id))
 
 
 # --- one commit -------------------------------------------------------------------------------------------------------

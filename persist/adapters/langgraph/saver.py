@@ -75,7 +75,7 @@ class PersistSaver(BaseCheckpointSaver[str]):
         super().__init__(serde=serde)
         self._aio = opened(store)
         self._store = self._aio._sync
-        self._path = str(self._store.path)
+        self._place = self._store.place
 
     # --- reading ---
 
@@ -156,7 +156,7 @@ class PersistSaver(BaseCheckpointSaver[str]):
 
     def _read(self, thread_id: str, config: RunnableConfig | None) -> View | None:
         """Return the thread as it was last committed, or None. The first read of a run begins the run."""
-        run = runs.begin(config, (self._path, thread_id)) if config else None
+        run = runs.begin(config, (self._place, thread_id)) if config else None
         try:
             if run is not None and run.has_predecessor:
                 # A write of the earlier run that was admitted before is committed when the lock is free.
@@ -295,7 +295,7 @@ class PersistSaver(BaseCheckpointSaver[str]):
         return write
 
     def _admission(self, config: RunnableConfig) -> Write:
-        return runs.admission(config, (self._path, _thread_of(config)))
+        return runs.admission(config, (self._place, _thread_of(config)))
 
     def _unchanged(self, parent: Item, versions: ChannelVersions) -> dict[str, str]:
         """Return the ids of the parent's values that have the same version in a child."""
