@@ -26,6 +26,7 @@ from persist.engine import Committed, Engine, decoding
 from persist.maintenance import Step
 from persist.storage.content import as_json, load
 from persist.storage.document import Header
+from persist.storage.layout import command
 from persist.store import Store
 
 #: The key of the mark in the header's `owner`.
@@ -192,7 +193,7 @@ def _read_at_rest(source: Engine, session_id: str, timeout_s: float | None) -> C
         stream_id = streams.active_in(tx.head())
         if stream_id is not None:
             reason = f"Session {session_id!r} is not copied: its stream {stream_id} is dead, and was not cleared."
-            remedy = f"Clear it with 'persist clear-stale {source.place}', and copy again."
+            remedy = f"Clear it with {command('clear-stale', source.place)}, and copy again."
             raise errors.PersistError(session_id=session_id, stream_id=stream_id, reason=reason, remedy=remedy)
         found = tx.read()
         load(found.content)

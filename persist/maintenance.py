@@ -252,8 +252,8 @@ def _unmatched(engine: Engine, tx: Transaction) -> Iterator[Problem]:
 
 def _stale(engine: Engine, tx: Transaction, info: streams.StreamInfo) -> Problem:
     # A sweep looks at the leases, and another program's streams have none.
-    option = "" if (tx.session_id, info.stream_id) in engine.leases() else " --every-session"
-    remedy = f"Clear it with 'persist clear-stale {engine.place}{option}'."
+    options = [] if (tx.session_id, info.stream_id) in engine.leases() else ["--every-session"]
+    remedy = f"Clear it with {layout.command('clear-stale', engine.place, *options)}."
     message = f"Stream {info.stream_id} of session {tx.session_id!r} is dead. {remedy}"
     return Problem(tx.session_id, "stale", _path(tx.place), message)
 

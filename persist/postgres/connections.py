@@ -16,11 +16,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
+from urllib.parse import quote
 
 import psycopg
 from psycopg.adapt import Loader
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
-from psycopg.pq import TransactionStatus
+from psycopg.pq import Conninfo, TransactionStatus
 from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout
 
 from persist.errors import InvalidArgument, PersistError, Unavailable
@@ -143,13 +144,29 @@ def _parts_of(url: str) -> dict[str, Any]:
     """
     try:
         parts = conninfo_to_dict(url)
-        is_sound = str(parts.get("port", "0")).replace(",", "").isdigit() and "@" not in str(parts.get("host", ""))
+        is_sound = str(parts.get("port", "0")).replace(",", "0").isdigit() and "@" not in str(parts.get("host", ""))
     except psycopg.ProgrammingError:
         is_sound = False
     if not is_sound:
         expected = "postgresql://user:password@host:port/database, with %40 for an @ in a part, and %2F for a /"
         raise InvalidArgument(what="the URL of the store", got="malformed", expected=expected)
     return parts
+
+
+def _place_of(parts: dict[str, Any], schema: str) -> Place:
+    """Return a URL by which the same program finds the store again. A password never stands in it."""
+    # A file tells what a service stands for, and a service comes before the environment.
+    defaults = [] if "service" in parts else Conninfo.get_defaults()
+    known = {each.keyword.decode(): each.val.decode(errors="replace") for each in defaults if each.val} | parts
+    user, name, service = (quote(str(known.get(each) or ""), safe="") for each in ("user", "dbname", "service"))
+    hosts = str(known.get("host") or known.get("hostaddr") or "").split(",")
+    ports = str(known.get("port") or "").split(",")
+    named = [
+        (f"[{host}]" if ":" in host else quote(host, safe="")) + (f":{port}" if port else "")
+        for host, port in zip(hosts, ports * len(hosts) if len(ports) == 1 else ports, strict=False)
+    ]
+    options = f"service={service}&" if service else ""
+    return Place(f"postgresql://{user and user + '@'}{','.join(named)}/{name}?{options}schema={schema}")
 
 
 class Connections:
@@ -166,10 +183,7 @@ class Connections:
         # Texts are sent as the bytes that they are kept as.
         parts["client_encoding"] = "UTF8"
         self.conninfo = make_conninfo(**parts)
-        # A password never stands in an error.
-        host = parts.get("host") or "localhost"
-        port, name = parts.get("port") or 5432, parts.get("dbname") or ""
-        self.place = Place(f"postgresql://{host}:{port}/{name}?schema={schema}")
+        self.place = _place_of(parts, schema)
         self.schema = schema
         #: The channel of the hints that there are events.
         self.channel = f"persist_{hashlib.blake2b(schema.encode(), digest_size=8).hexdigest()}"

@@ -62,10 +62,10 @@ def check_session_id(session_id: object) -> str:
     return session_id
 
 
-def command(words: str, directory: str, session_id: str) -> str:
-    """Return a `persist` command line for an error's text. Quote an id that a shell or a terminal would misread."""
-    quoted = shlex.quote(session_id if session_id.isprintable() else ascii(session_id)[1:-1])
-    return f"'persist {words} {directory} {quoted}'"
+def command(words: str, *names: str) -> str:
+    """Return a `persist` command line for an error's text. Quote a name that a shell or a terminal would misread."""
+    quoted = [shlex.quote(each if each.isprintable() else ascii(each)[1:-1]) for each in names]
+    return f"'persist {words} {' '.join(quoted)}'"
 
 
 def _is_plain(name: str) -> bool:

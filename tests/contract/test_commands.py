@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -59,7 +61,10 @@ def test_looks_tell_the_same_on_every_engine(store: persist.Store, run: Run) -> 
 def test_check_and_the_mending_commands_find_what_a_dead_process_left(
     store: persist.Store, make_store: MakeStore, run: Run
 ) -> None:
-    """A stream of a killed process is stale, and `clear-stale` clears it. Its tool call is answered by `repair`."""
+    """A stream of a killed process is stale, and `clear-stale` clears it. Its tool call is answered by `repair`.
+
+    The command of the advice can be pasted.
+    """
     options = {key: value for key, value in store._options.items() if key in ("schema", "journal")}
     code = f"""
 import os, persist
@@ -71,8 +76,11 @@ os._exit(1)
     subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
     name = name_of(store)
     wait_until_dead(store, "s")
-    assert [each["kind"] for each in json_of(run("check", name, "--json"))["problems"]] == ["stale"]
-    assert [each["session_id"] for each in json_of(run("clear-stale", name, "--json"))["cleared"]] == ["s"]
+    [problem] = json_of(run("check", name, "--json"))["problems"]
+    assert problem["kind"] == "stale"
+    advice = re.search("'persist (clear-stale .*)'", problem["message"])
+    assert advice is not None
+    assert [each["session_id"] for each in json_of(run(*shlex.split(advice[1]), "--json"))["cleared"]] == ["s"]
     assert [each["kind"] for each in json_of(run("check", name, "--json"))["problems"]] == ["unanswered-tools"]
     assert json_of(run("repair", name, "s", "--json")) == {"id": "s", "answered": 1}
     result = run("check", name)
@@ -210,7 +218,7 @@ def test_server_that_does_not_answer_is_named_without_the_password(run: Run) -> 
     pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed")
     result = run("ls", f"postgresql://ann:{PASSWORD}@127.0.0.1:1/chats?connect_timeout=1")
     assert result.exit_code == 3
-    assert "postgresql://127.0.0.1:1/chats?schema=persist cannot be read" in result.stderr
+    assert "postgresql://ann@127.0.0.1:1/chats?schema=persist cannot be read" in result.stderr
 
 
 def test_missing_package_is_named(tmp_path: Path) -> None:

@@ -756,6 +756,28 @@ def test_errors_and_the_store_name_the_place_as_a_url(store: persist.Store) -> N
         assert str(each.path).startswith(store.place)
 
 
+PLACES = {
+    "postgresql://ann:secret@db/chats": "postgresql://ann@db:7/chats?schema=p",
+    "postgresql://ann@h1:1,h2:2/chats": "postgresql://ann@h1:1,h2:2/chats?schema=p",
+    "postgresql://ann@h1,h2/chats": "postgresql://ann@h1,h2/chats?schema=p",
+    "postgresql://ann@[::1]:6/chats": "postgresql://ann@[::1]:6/chats?schema=p",
+    "postgresql:///a%2Fb?host=/run&port=6&user=a%40b": "postgresql://a%40b@%2Frun:6/a%2Fb?schema=p",
+    "postgresql://": "postgresql://bob@here:7/talks?schema=p",
+    "postgresql://db": "postgresql://bob@db:7/talks?schema=p",
+    "postgresql://?service=sa": "postgresql:///?service=sa&schema=p",
+    "postgresql://ann@?service=sb&password=secret": "postgresql://ann@/?service=sb&schema=p",
+}
+
+
+@pytest.mark.parametrize(("url", "place"), PLACES.items(), ids=PLACES)
+def test_place_is_a_url_of_the_same_store(url: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has all that tells two stores apart, also from the environment. So it can be pasted behind a command."""
+    for name, value in {"USER": "bob", "HOST": "here", "PORT": "7", "DATABASE": "talks"}.items():
+        monkeypatch.setenv(f"PG{name}", value)
+    assert Connections(url, "p").place == place
+    assert Connections(place.replace("?schema=p", "").replace("&schema=p", ""), "p").place == place
+
+
 def overtaking(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
     """Do something in another thread before a transaction that lost its connection takes its lock again."""
     really = Transaction._lock_again
