@@ -160,7 +160,7 @@ def migrate(url: str, *, schema: str = SCHEMA, timeout_s: float = 60.0) -> Migra
     Raises:
         InvalidArgument: it is no URL of a database, or the encoding of the database is not UTF-8.
         UnsupportedFormat: a newer version of persist has migrated the schema.
-        Unreadable: the server refused, or cannot be reached.
+        Unavailable: the server refused, or cannot be reached.
     """
     if not is_url(url):
         got, remedy = "no URL of a database", "A directory needs no migration."

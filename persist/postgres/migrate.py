@@ -12,7 +12,7 @@ from pathlib import Path
 import psycopg
 from psycopg import sql
 
-from persist.errors import InvalidArgument, Unreadable, UnsupportedFormat
+from persist.errors import InvalidArgument, Unavailable, UnsupportedFormat
 from persist.postgres.connections import Connection, Connections
 
 _FILES = sorted((Path(__file__).parent / "migrations").glob("[0-9]*.sql"))
@@ -74,17 +74,17 @@ def migrate(connections: Connections, *, timeout_s: float) -> list[str]:
     Raises:
         InvalidArgument: the database has another encoding.
         UnsupportedFormat: a newer version of persist has migrated it.
-        Unreadable: the user may not do that.
+        Unavailable: the user may not do that.
     """
     if _version(connections, timeout_s) == NEWEST:
         # A user who may not change an up-to-date schema can use it all the same.
         return []
     try:
         return connections.run(partial(_migrate, connections.schema), timeout_s)
-    except Unreadable as error:
+    except Unavailable as error:
         if isinstance(error.__cause__, psycopg.errors.InsufficientPrivilege):
             remedy = "Let the owner of the database run 'persist migrate URL'."
-            raise Unreadable(path=error.path, reason=error.reason, remedy=remedy) from error
+            raise Unavailable(path=error.path, reason=error.reason, remedy=remedy) from error
         raise
 
 

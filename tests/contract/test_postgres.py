@@ -191,7 +191,7 @@ def connections_of(url: str, name: str) -> int:
 
 
 def test_closed_store_has_no_connection_and_no_row(postgres_url: str, schema: str) -> None:
-    """A closed store keeps nothing at the server. What was loaded from it can still be saved.
+    """A closed store keeps nothing at the server. A session that was loaded from it can still be saved.
 
     Without `Engine.close`, connections stay until the last object of the store is gone, and nobody can drop the
     database. A stream that runs keeps its lease.

@@ -131,7 +131,7 @@ MUTANTS = (
     _postgres(
         "the short pauses before a server is tried again",
         "postgres/connections.py",
-        "Connections._here",
+        "Connections._new_pool",
         drop_keyword("ConnectionPool", "reconnect_timeout"),
         "verb_waits_for_a_server",
     ),
