@@ -218,7 +218,7 @@ def test_server_that_does_not_answer_is_named_without_the_password(run: Run) -> 
     pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed")
     result = run("ls", f"postgresql://ann:{PASSWORD}@127.0.0.1:1/chats?connect_timeout=1")
     assert result.exit_code == 3
-    assert "postgresql://ann@127.0.0.1:1/chats?schema=persist cannot be read" in result.stderr
+    assert "postgresql://ann@127.0.0.1:1/chats?schema=persist is not available" in result.stderr
 
 
 def test_missing_package_is_named(tmp_path: Path) -> None:

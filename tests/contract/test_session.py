@@ -958,7 +958,7 @@ def test_a_closed_store_takes_no_verb(session: persist.Session, store: persist.S
 
 def test_the_list_of_closed_verbs_is_complete(store: persist.Store) -> None:
     """A verb that is added later must be refused on a closed store, too."""
-    public = {name for name in vars(persist.Store) if not name.startswith("_")} - {"path", "close"}
+    public = {name for name in vars(persist.Store) if not name.startswith("_")} - {"path", "place", "close"}
     assert len(public) == len(CLOSED_VERBS)
 
 
