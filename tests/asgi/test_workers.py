@@ -24,7 +24,7 @@ pytest.importorskip("sse_starlette", reason="the extra `server` is not installed
 
 import httpx
 from actors import Actor, eventually
-from harness.chat_servers import DEADLINE_S, ChatServer, Sent, events_in
+from harness.chat_servers import DEADLINE_S, ChatServer, Sent, events_in, kill
 from harness.pages import ROOT
 
 import persist
@@ -108,10 +108,9 @@ def test_a_killed_worker_leaves_its_part_and_a_retry_answers_at_the_other(
     stream_id = start(a, "one two ~")
     eventually(lambda: len(store.tail("s")) == 2)  # the first checkpoint
     (worker,) = a.workers()
-    os.kill(worker, signal.SIGKILL)
     a.process.send_signal(signal.SIGSTOP)  # no new worker sweeps here
-    # The kernel needs a moment to end a process that was killed.
-    eventually(lambda: read(b)["stream"] is None)
+    kill(worker)
+    assert read(b)["stream"] is None
     assert follow(b, stream_id)[-1].data["how"] == "lost"
     prompt, partial = read(b)["messages"]
     assert (partial["partial"], partial["content"]) == (True, "one two ")
@@ -151,7 +150,7 @@ def test_a_new_turn_starts_over_a_dead_one(two: tuple[ChatServer, ChatServer]) -
     start(a, "a ~")
     (worker,) = a.workers()
     a.process.send_signal(signal.SIGSTOP)
-    os.kill(worker, signal.SIGKILL)
+    kill(worker)
     assert follow(b, start(b, "b", "m2"))[-1].data["how"] == "finished"
     assert [m["content"] for m in read(b)["messages"] if m["role"] == "user"] == ["a ~", "b"]
 

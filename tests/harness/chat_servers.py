@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import uvicorn
+from actors import eventually
 
 from harness.pages import ROOT
 from persist.asgi.serving import address_of, listen
@@ -152,3 +153,10 @@ def close_server(server: Any) -> None:
     server.process.wait(DEADLINE_S)
     if server.process.stdout is not None:
         server.process.stdout.close()
+
+
+def kill(worker: int) -> None:
+    """Kill a worker, and return when it is over. The kernel needs a moment for that."""
+    os.kill(worker, signal.SIGKILL)
+    state = Path(f"/proc/{worker}/stat")
+    eventually(lambda: not state.exists() or state.read_text().rpartition(") ")[2][0] in "ZX")
