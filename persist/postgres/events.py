@@ -313,12 +313,13 @@ class Emitter:
 
     def tidy(self) -> None:
         """Remove the events of streams whose time is over."""
-        with self._guard:
-            limit, self._to_remove = self._to_remove, 0
-        if limit:
+        with self._round:
+            with self._guard:
+                limit, self._to_remove = self._to_remove, 0
             facts = {"keep_s": self._keep_s, "limit": limit}
             with contextlib.suppress(PersistError):
-                self._own.run(lambda connection: self._connections.query(connection, "remove_expired", **facts))
+                if limit:
+                    self._own.run(lambda connection: self._connections.query(connection, "remove_expired", **facts))
 
     def wait(self) -> threading.Event:
         """Return the event for which the thread waits."""
@@ -330,14 +331,13 @@ class Emitter:
             # A thread that the end of the interpreter has stopped inside never leaves.
             if self._round.acquire(timeout=_END_S):
                 self._round.release()
-            if self._dirty:
-                self.write_all()
+            self.write_all()
             self._own.close()
 
     def rest(self) -> None:
-        """Write what waits, and give the connection up. A later emission takes one again."""
-        if self._dirty:
-            self.write_all()
+        """Do what waits, and give the connection up. A later emission takes one again."""
+        self.write_all()
+        self.tidy()
         with self._round:
             self._own.close()
 
@@ -351,8 +351,9 @@ class Emitter:
             taken = [writer for writer in writers if writer.writing.acquire(blocking=False)]
             later, failure = [writer for writer in writers if writer not in taken], None
             try:
-                self._own.run(lambda connection: write(self._connections, connection, taken))
-                self._failing_since = None
+                if taken:
+                    self._own.run(lambda connection: write(self._connections, connection, taken))
+                    self._failing_since = None
             except (PersistError, psycopg.Error) as error:
                 log.debug("%s: events wait for the server: %s", self._connections.place, error)
                 later, failure = writers, str(error)
