@@ -139,7 +139,7 @@ def test_crash_of_the_server_takes_no_event_that_was_seen(postgres_url: str) -> 
                 stream.emit(number)
                 assert next(following).data == number
             server.restart("immediate")
-            stream.emit(40)
+            stream.emit(40, durable=True)
             assert next(following).data == 40
             stream.finish()
         assert [event.data for event in store.events("s", stream.id)] == list(range(1, 41))
