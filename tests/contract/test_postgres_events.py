@@ -276,8 +276,11 @@ def test_child_of_multiprocessing_ends_cleanly(store: persist.Store, postgres_ur
     code = """
 import multiprocessing
 def turn():
-    persist.Store(*at, **options).start_stream('s', stream_id='t').emit(1)
+    # It is kept, because a stream that is dropped gives its lease up.
+    kept.append(persist.Store(*at, **options).start_stream('s', stream_id='t'))
+    kept[0].emit(1)
     time.sleep(0.05)
+kept = []
 at, options = [store._at], store._options
 child = multiprocessing.get_context('fork').Process(target=turn)
 child.start(); child.join()
