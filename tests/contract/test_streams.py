@@ -11,6 +11,7 @@ import pytest
 from actors import Actor, eventually
 from conftest import ActorFactory
 from harness.contents import everything_in
+from harness.turns import START, contents
 
 import persist
 
@@ -18,16 +19,9 @@ KINDS = ("auto", "postgres")
 Kill = Callable[[Actor], None]
 
 
-START = "stream = store.start_stream('s-1', {'role': 'user', 'content': 'Why?'}); stream.id"
-
-
 @pytest.fixture
 def session(store: persist.Store) -> persist.Session:
     return store.create("s-1", {"title": "Streams", "messages": []})
-
-
-def contents(store: persist.Store) -> list[tuple[str, bool]]:
-    return [(m["content"], m.get("interrupted", False)) for m in store.load("s-1").data["messages"]]
 
 
 def test_dropped_stream_is_stale_and_warns(store: persist.Store, session: persist.Session) -> None:

@@ -13,11 +13,11 @@ import freezegun
 import pytest
 import time_machine
 from conftest import ActorFactory
+from harness.turns import START
 
 import persist
 from persist.pytest_plugin.run import Wait
 
-START = "stream = store.start_stream('s-1', {'role': 'user', 'content': 'Why?'}); stream.id"
 #: These tools stop or move the clocks of an actor.
 TOOLS = {
     "freezegun": "freezegun.freeze_time('2001-01-01', real_asyncio=True)",

@@ -18,15 +18,12 @@ from actors import DEADLINE_S, eventually
 from conftest import ActorFactory
 from harness.faults import Fault, descriptors, injecting
 from harness.sweeps import sweep
+from harness.turns import START, written
 
 import persist
 from persist import follow, watch
-from persist.engine import Ended
 from persist.storage import disk
 
-START = "stream = store.start_stream('s-1', {'role': 'user', 'content': 'Why?'}); stream.id"
-#: Follow to the end, and return the events and how the stream ended.
-FOLLOW = "following = store.follow('s-1', {!r}); [(event.offset, event.data) for event in following], following.ended"
 #: Follow in a thread, and look after each millisecond of silence whether the owner lives. `looks` holds each answer.
 LOOKING = """
 import threading
@@ -47,17 +44,6 @@ def session(store: persist.Store) -> persist.Session:
     return store.create("s-1", {"messages": []})
 
 
-def written(store: persist.Store, stream_id: str) -> list[Any]:
-    """Return the events of a stream of "s-1", and check their offsets."""
-    found = store.events("s-1", stream_id)
-    assert [event.offset for event in found] == list(range(1, len(found) + 1))
-    return [event.data for event in found]
-
-
-def numbered(data: list[Any]) -> list[tuple[int, Any]]:
-    return list(enumerate(data, 1))
-
-
 # --- followed to the end ----------------------------------------------------------------------------------------------
 
 
@@ -72,44 +58,6 @@ def test_full_disk_does_not_keep_a_session_from_being_deleted(store: persist.Sto
             store.delete("s-1", force=True)
     assert not store.exists("s-1")
     assert disk.names(store.path / ".events") == []
-
-
-def test_cleared_stream_has_died(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """Every verb that finds the stream dead first writes so into its events, before any follower asks."""
-    clearing: tuple[Callable[[str], object], ...] = (
-        lambda _: sweep(store),
-        lambda _: store.load("s-1").clear_stale_stream(),
-        lambda stream_id: store.cancel("s-1", stream_id),
-        lambda stream_id: store.cancel("s-1", stream_id, force=True),
-        lambda _: store.start_stream("s-1").finish(),
-    )
-    for clear in clearing:
-        owner = actor()
-        stream_id = owner.do(START)
-        owner.do("stream.emit('Be')")
-        owner.kill()
-        clear(stream_id)
-        assert (store.path / ".events" / f"s-1.{stream_id}").read_bytes().endswith(b'{"end":"died"}\n')
-        with store.follow("s-1", stream_id) as followed:
-            assert ([event.data for event in followed], followed.ended) == (["Be"], "died")
-
-
-def test_killed_owner_is_noticed(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
-    """After kill -9 each follower gets all the events and "died", and the session can start a new stream.
-
-    Fails without the look at the lease. Fails, too, if emitted events are kept in memory for a while.
-    """
-    follower = actor()
-    for _ in range(3):
-        owner = actor()
-        stream_id = owner.do(START)
-        follower.start(FOLLOW.format(stream_id))
-        assert owner.do("[stream.emit(n) for n in range(1000)][-1]") == 1000
-        owner.kill()
-        # An idle machine takes at most LOOK_S + POLL_S after the kill. `result` gives up after its deadline.
-        assert follower.result() == (numbered(list(range(1000))), "died")
-        assert written(store, stream_id) == list(range(1000))
-        store.start_stream("s-1").finish()
 
 
 def test_one_look_after_a_silence_is_enough() -> None:
@@ -345,7 +293,9 @@ def test_first_emission_under_way_when_the_session_is_taken_away(
         assert (len(list(followed)), followed.ended) == (len(acknowledged), "cancelled")
 
 
-def test_id_that_is_used_again_begins_anew(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
+def test_id_that_is_used_again_begins_anew_over_a_file_that_was_left_behind(
+    store: persist.Store, session: persist.Session, actor: ActorFactory
+) -> None:
     """A new stream with an id that was used before starts without the events of the earlier stream.
 
     This also holds if the delete of the session could not remove them. Fails if the file is not removed at the start of
@@ -369,45 +319,6 @@ def test_id_that_is_used_again_begins_anew(store: persist.Store, session: persis
 
 
 # --- cursors ----------------------------------------------------------------------------------------------------------
-
-
-def test_cursor_that_cannot_be_right_is_refused_at_once(
-    store: persist.Store, session: persist.Session, actor: ActorFactory
-) -> None:
-    """`follow` and `events` refuse a wrong cursor with an error that names it.
-
-    The cursor may be ahead, of a wrong type, malformed, or of another session or stream.
-    """
-    store.create("s-2", {"messages": []})
-    owner = actor()
-    stream_id = owner.do(START)
-    owner.do("stream.emit(1, 2)")
-    cases: list[tuple[tuple[Any, Any, Any], type[Exception]]] = [
-        (("s-1", stream_id, 3), persist.EventsNotFound),
-        (("s-1", stream_id, 2**70), persist.EventsNotFound),
-        (("s-2", stream_id, 0), persist.EventsNotFound),
-        (("s-1", "another", 0), persist.EventsNotFound),
-        *[((missing, stream_id, 0), persist.SessionNotFound) for missing in ("s-3", "../s", "a.b")],
-        *[(("s-1", stream_id, after), persist.InvalidArgument) for after in (-1, True, None, 1.0, "1", "")],
-        *[
-            (("s-1", wrong, 0), persist.InvalidArgument)
-            for wrong in ("", "../s-1", "a.b", "x" * 65, None, 7, "a\0", f"{stream_id}\n")
-        ],
-        *[((wrong, stream_id, 0), persist.InvalidArgument) for wrong in ("", "x" * 513, "\ud800", None, 7)],
-    ]
-    names = sorted(os.listdir(store.path))
-    open_before = descriptors()
-    look: Callable[..., object]
-    for look in (store.follow, store.events):
-        for (session_id, of_stream, after), error in cases:
-            with pytest.raises(error):
-                look(session_id, of_stream, after=after)
-    assert descriptors() == open_before
-    assert sorted(os.listdir(store.path)) == names
-    owner.do("stream.finish()")
-    with pytest.raises(persist.EventsNotFound) as caught:
-        store.follow("s-1", stream_id, after=3)
-    assert (caught.value.after, caught.value.count) == (3, 2)
 
 
 def test_stream_that_ended_without_an_event_has_none(store: persist.Store, session: persist.Session) -> None:
@@ -477,61 +388,6 @@ def test_follower_in_the_same_process_is_woken(
     assert (seen, followed.ended) == (list(range(20)), "finished")
 
 
-def test_lock_that_is_held_for_long_ends_no_follower(
-    store: persist.Store, session: persist.Session, actor: ActorFactory, directory: Path
-) -> None:
-    """A follower that cannot look whether the owner lives, because the session is locked, tries again.
-
-    Fails if it concludes that the stream has ended.
-    """
-    owner, holder = actor(), actor()
-    stream_id = owner.do(START)
-    follower = persist.Store(directory, timeout_s=0.0)
-    with follower.follow("s-1", stream_id) as followed:
-        holder.start_and_pause("store.append('s-1', 'messages', {'content': 'x'})", "replace")
-        with pytest.raises(persist.LockTimeout):
-            follower.stream("s-1")
-        looks: list[object] = []
-        real = follow.Cursor._ended_unsaid
-
-        def counted(cursor: follow.Cursor) -> Ended | None:
-            looks.append(cursor)
-            return real(cursor)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(follow, "LOOK_S", 0.001)
-            patch.setattr(follow.Cursor, "_ended_unsaid", counted)
-            thread = threading.Thread(target=lambda: next(followed), daemon=True)
-            thread.start()
-            eventually(lambda: len(looks) > 10)
-            assert thread.is_alive()
-            holder.go()
-            holder.result()
-            owner.do("stream.emit(1)")
-            thread.join(DEADLINE_S)
-        assert (followed.offset, followed.ended) == (1, None)
-
-
-def test_event_that_is_no_json_is_refused_with_all_beside_it(store: persist.Store, session: persist.Session) -> None:
-    """A value that is not JSON raises NotJSON, and no event of that call is emitted.
-
-    The stream goes on at the next offset. Fails if each event is written by itself.
-    """
-    with store.start_stream("s-1") as stream:
-        for wrong in ({1, 2}, {1: 2}, float("nan"), (1,), b"x", {"a": [object()]}):
-            with pytest.raises(persist.NotJSON):
-                stream.emit("before", wrong, "behind")
-        with pytest.raises(persist.InvalidArgument):
-            stream.emit()
-        assert not (store.path / ".events").exists()
-        assert stream.emit("fine") == 1
-        with pytest.raises(persist.NotJSON):
-            stream.emit({1, 2})
-        assert stream.emit("too", "three") == 3
-        stream.finish()
-    assert written(store, stream.id) == ["fine", "too", "three"]
-
-
 # --- expiry -----------------------------------------------------------------------------------------------------------
 
 
@@ -588,22 +444,6 @@ def test_finish_removes_two_expired_ones_at_most(directory: Path) -> None:
         assert [path for path in ended if path.exists()] == ended[6 - left :]
 
 
-def test_events_are_kept_as_long_as_was_said(store: persist.Store, session: persist.Session, directory: Path) -> None:
-    """Neither the end of a later stream nor a sweep removes events before their time.
-
-    A sweep removes them after it.
-    """
-    for _ in range(2):
-        with store.start_stream("s-1") as stream:
-            stream.emit(1)
-            stream.finish()
-        sweep(store)
-    assert written(store, stream.id) == [1]
-    assert len(list((directory / ".events").iterdir())) == 2
-    sweep(persist.Store(directory, keep_events_s=0))
-    assert list((directory / ".events").iterdir()) == []
-
-
 def test_sweep_after_a_crash_removes_what_nobody_else_will(
     store: persist.Store, session: persist.Session, actor: ActorFactory, directory: Path
 ) -> None:
@@ -638,28 +478,6 @@ def test_events_of_a_live_stream_stay_however_old(
     assert written(store, stream_id) == [1]
     assert owner.do("stream.emit(2)") == 2
     owner.do("stream.finish()")
-
-
-def test_time_of_an_earlier_stream_takes_no_events_of_a_live_one(directory: Path) -> None:
-    """The expiry of an earlier stream leaves the events of a running stream with the same id, in a session made anew.
-
-    Fails if a finish, a sweep or `close` removes the file that has the name by then.
-    """
-    store = persist.Store(directory, keep_events_s=0)
-    for session_id in ("s-1", "s-2"):
-        store.create(session_id, {"messages": []})
-    path = end_turn(store, "s-1", "old", stream_id="turn-1")
-    store.delete("s-1")
-    store.create("s-1", {"messages": []})
-    with store.start_stream("s-1", stream_id="turn-1") as stream:
-        stream.emit("new")
-        end_turn(store, "s-2", "other")
-        sweep(store)
-        store.close()
-        assert written(persist.Store(directory), "turn-1") == ["new"]
-        stream.finish()
-    sweep(persist.Store(directory, keep_events_s=0))
-    assert not path.exists()
 
 
 # --- whose files ------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from conftest import ActorFactory
 from harness.faults import descriptors
 from harness.files import file_engine
 from harness.sweeps import sweep
+from harness.turns import START
 
 import persist
 import persist.aio
@@ -24,7 +25,6 @@ from persist.event_log import EventReader, EventWriter
 from persist.storage import disk
 
 BOUND = 4096
-START = "stream = store.start_stream('s-1', {'role': 'user', 'content': 'Why?'}); stream.id"
 
 
 @pytest.fixture

@@ -12,19 +12,14 @@ from pathlib import Path
 import pytest
 from actors import DEADLINE_S, eventually
 from conftest import ActorFactory
+from harness.turns import START, contents
 
 import persist
-
-START = "stream = store.start_stream('s-1', {'role': 'user', 'content': 'Why?'}); stream.id"
 
 
 @pytest.fixture
 def session(store: persist.Store) -> persist.Session:
     return store.create("s-1", {"messages": []})
-
-
-def contents(store: persist.Store) -> list[tuple[str, bool]]:
-    return [(m["content"], m.get("interrupted", False)) for m in store.load("s-1").data["messages"]]
 
 
 # --- ends -------------------------------------------------------------------------------------------------------------

@@ -9,19 +9,14 @@ from pathlib import Path
 
 import pytest
 from conftest import ActorFactory
+from harness.turns import START, contents
 
 import persist
-
-START = "stream = store.start_stream('s-1', {'role': 'user', 'content': 'Why?'}); stream.id"
 
 
 @pytest.fixture
 def session(store: persist.Store) -> persist.Session:
     return store.create("s-1", {"title": "Streams", "messages": []})
-
-
-def contents(store: persist.Store) -> list[tuple[str, bool]]:
-    return [(m["content"], m.get("interrupted", False)) for m in store.load("s-1").data["messages"]]
 
 
 def test_paused_owner_is_alive(store: persist.Store, session: persist.Session, actor: ActorFactory) -> None:
