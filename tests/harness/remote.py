@@ -6,6 +6,8 @@ import subprocess
 import sys
 from typing import Any
 
+import psycopg
+
 import persist
 from persist.postgres.engine import PostgresEngine
 
@@ -33,6 +35,13 @@ def end_all() -> None:
     while _started:
         with _started.pop() as each:
             each.kill()
+
+
+def end_connections(url: str) -> None:
+    """Let the server end all other connections to a database."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        others = "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        connection.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity {others}")
 
 
 def said(process: subprocess.Popen[str]) -> str:

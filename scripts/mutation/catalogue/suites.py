@@ -38,8 +38,7 @@ REPLICA = ("tests/processes/test_journal.py",)
 SESSION = ("tests/unit/test_session.py", "tests/contract/test_session.py")
 SHARED_SESSIONS = ("tests/processes/test_shared_sessions.py",)
 POSTGRES = (
-    "tests/contract/test_postgres.py",
-    "tests/contract/test_postgres_events.py",
+    "tests/contract/postgres",
     "tests/contract/test_postgres_costs.py",
     "tests/contract/test_follow.py",
 )

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from actors import eventually
-from harness.cutting import Relay, relaying
+from contract.postgres.conftest import Through
+from harness.cutting import Relay
 
 import persist
 
 pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed")
 import psycopg
 from harness.postgres import Server
-from harness.remote import end_all, engine_of, run
+from harness.remote import end_connections, engine_of, run
 
 from persist.postgres.events import RemoteReader
 
@@ -23,28 +22,9 @@ USER = {"role": "user", "content": "Why?"}
 
 
 @pytest.fixture
-def schema() -> str:
-    return f"s_{uuid.uuid4().hex[:12]}"
-
-
-@pytest.fixture
-def store(postgres_url: str, schema: str) -> persist.Store:
-    store = persist.Store(postgres_url, schema=schema, timeout_s=20.0)
+def store(store: persist.Store) -> persist.Store:
     store.create("s", {"messages": []})
     return store
-
-
-@pytest.fixture
-def relay(postgres_url: str) -> Iterator[Relay]:
-    with relaying(int(postgres_url.rsplit(":", 1)[1].split("/", maxsplit=1)[0])) as found:
-        yield found
-
-
-@pytest.fixture(autouse=True)
-def ended() -> Iterator[None]:
-    """End the processes of a test."""
-    yield
-    end_all()
 
 
 def in_database(url: str, schema: str) -> int:
@@ -176,22 +156,19 @@ def test_message_is_not_stored_without_its_events(
 
 
 def test_server_that_is_away_for_a_moment_ends_no_turn(
-    store: persist.Store, relay: Relay, postgres_url: str, schema: str
+    through: Through, store: persist.Store, relay: Relay, postgres_url: str, schema: str
 ) -> None:
     """While the server restarts, events wait, and the turn keeps its lease. Nothing is lost, and nothing fails.
 
     If a writer tells its first failure, the next `emit` raises EmitFailed. If one failed renewal is lost authority, the
     `checkpoint` raises StreamLost.
     """
-    host, _, rest = postgres_url.rpartition(":")
-    cut = persist.Store(f"{host}:{relay.port}/{rest.split('/')[1]}", schema=schema, timeout_s=20.0)
+    cut = through(timeout_s=20.0)
     emitter, heartbeat = engine_of(cut).emitter, engine_of(cut).heartbeat
     with cut.start_stream("s", USER) as stream:
         stream.emit(0, durable=True)
         relay.refuses = True
-        with psycopg.connect(postgres_url, autocommit=True) as other:
-            mine = "WHERE datname = current_database() AND pid <> pg_backend_pid()"
-            other.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity {mine}")
+        end_connections(postgres_url)
         stream.emit(1)
         heartbeat.beat()
         eventually(lambda: emitter._failing_since is not None)
@@ -204,17 +181,14 @@ def test_server_that_is_away_for_a_moment_ends_no_turn(
 
 
 def test_server_that_stays_away_fails_an_emission(
-    store: persist.Store, relay: Relay, postgres_url: str, schema: str
+    through: Through, store: persist.Store, relay: Relay, postgres_url: str, schema: str
 ) -> None:
     """When the server was away for longer than `timeout_s`, the owner is told. The events are kept all the same."""
-    host, _, rest = postgres_url.rpartition(":")
-    cut = persist.Store(f"{host}:{relay.port}/{rest.split('/')[1]}", schema=schema, timeout_s=0.5)
+    cut = through(timeout_s=0.5)
     stream = cut.start_stream("s", USER)
     stream.emit(0, durable=True)
     relay.refuses = True
-    with psycopg.connect(postgres_url, autocommit=True) as other:
-        mine = "WHERE datname = current_database() AND pid <> pg_backend_pid()"
-        other.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity {mine}")
+    end_connections(postgres_url)
     stream.emit(1)
     eventually(lambda: engine_of(cut).writers["s", stream.id].failure is not None)
     with pytest.raises(persist.EmitFailed):
