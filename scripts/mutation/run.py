@@ -67,7 +67,7 @@ def faults(mutant: Mutant) -> Iterator[str]:
         mutated_modules(PACKAGE, mutant)
     except DoesNotApply as reason:
         yield str(reason)
-    yield from (f"there is no {file}" for file in mutant.tests if not (ROOT / file).is_file())
+    yield from (f"there is no {file}" for file in mutant.tests if not (ROOT / file).exists())
 
 
 def check(mutants: list[Mutant]) -> int:
