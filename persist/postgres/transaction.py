@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -35,7 +34,6 @@ from persist.errors import (
     CommitFailed,
     CommitUnknown,
     InvalidArgument,
-    MergeConflict,
     PersistError,
     SessionNotFound,
     StreamLost,
@@ -47,14 +45,14 @@ from persist.postgres.connections import Connection, Place, Row, is_dead, reason
 from persist.postgres.events import RemoteWriter
 from persist.postgres.items import LONGEST_BYTES, RemoteItems, Sought, key_in
 from persist.postgres.statements import Raw
-from persist.storage import diff, lock
+from persist.storage import diff
 from persist.storage.clock import now_s
 from persist.storage.content import Content, Items, Value, items_of
 from persist.storage.diff import Change
-from persist.storage.directory import mislabelled
 from persist.storage.document import Head, Header, fields_of
 from persist.storage.layout import is_stream_id
 from persist.storage.lease import Probe
+from persist.storage.locked import LockedBlock
 
 if TYPE_CHECKING:
     from persist.postgres.engine import PostgresEngine
@@ -141,10 +139,10 @@ class _Row:
             self.give(connection)
 
 
-class Held(lock.Hold):
+class Held(LockedBlock):
     """The hold of a session's lock for a block, which gets its transaction."""
 
-    __slots__ = ("engine", "sought", "tx")
+    __slots__ = ("engine", "sought")
     held = _Row
     _file: Any
 
@@ -152,7 +150,7 @@ class Held(lock.Hold):
         super().__init__(engine.where(session_id), session_id, timeout_s)
         self.engine = engine
         self.sought = sought
-        self.tx: Transaction | None = None
+        self.place, self.tx = self.path, None
 
     @staticmethod
     def is_taken(_fd: int) -> bool:
@@ -193,25 +191,8 @@ class Held(lock.Hold):
 
     def __enter__(self) -> Transaction:
         held = self.acquire()
-        self.tx = Transaction(self.engine, self.session_id, held, self.timeout_s, self.sought)
-        return self.tx
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if self.tx is not None:
-                self.tx.end()
-        finally:
-            self.release()
-        if isinstance(error, json_codec.Undecodable):
-            raise mislabelled(self.path, self.session_id) from None
-        if isinstance(error, MergeConflict) and not error.session_id:
-            raise error.in_session(self.session_id) from None
-
-    def __del__(self) -> None:
-        if getattr(self, "thread", 0):
-            self.__exit__(None, None, None)
+        tx = self.tx = Transaction(self.engine, self.session_id, held, self.timeout_s, self.sought)
+        return tx
 
 
 # --- under the lock --------------------------------------------------------------------------------------------------

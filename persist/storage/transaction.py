@@ -13,27 +13,26 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, TypeVar
 
 from persist import json_codec
 from persist.arguments import seconds
-from persist.errors import CorruptSession, LockError, MergeConflict, PersistError, not_held
+from persist.errors import CorruptSession, LockError, PersistError, not_held
 from persist.log import log
-from persist.storage import commit, diff, disk, lock
+from persist.storage import commit, diff, disk
 from persist.storage.cache import Replica
 from persist.storage.clock import file_time_ns
 from persist.storage.content import Content
 from persist.storage.diff import Change
-from persist.storage.directory import SessionDirectory, is_left_over, mislabelled, missing_journal, raise_typed
+from persist.storage.directory import SessionDirectory, is_left_over, missing_journal, raise_typed
 from persist.storage.document import Head, Header
-from persist.storage.held import HeldFile, is_stuck
+from persist.storage.held import HeldFile
 from persist.storage.journal import Overtaken
 from persist.storage.layout import SessionPaths
 from persist.storage.lease import End
+from persist.storage.locked import LockedBlock
 from persist.storage.salvage import salvage
 
 Found = TypeVar("Found")
@@ -386,7 +385,8 @@ class SessionFiles(SessionDirectory):
         paths = self.paths_of(session_id) if self.ignores_case else self.layout.session(session_id)
         timeout_s = self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
         locked = Locked(paths.lock, session_id, timeout_s)
-        locked.files, locked.paths, locked.tx, locked.is_new = self, paths, None, False
+        locked.files, locked.paths, locked.place = self, paths, paths.document
+        locked.tx, locked.is_new = None, False
         locked.mode = self.options.file_mode
         return locked
 
@@ -398,18 +398,18 @@ class SessionFiles(SessionDirectory):
         paths = self.layout.named(name, session_id)
         timeout_s = self.timeout_s if timeout_s is None else seconds("timeout_s", timeout_s)
         locked = Locked(paths.lock, session_id or name, timeout_s)
-        locked.files, locked.paths, locked.tx, locked.is_new = self, paths, None, False
+        locked.files, locked.paths, locked.place = self, paths, paths.document
+        locked.tx, locked.is_new = None, False
         return locked
 
 
-class Locked(lock.Hold):
+class Locked(LockedBlock):
     """The hold of a session's lock for a block, which gets its transaction."""
 
-    __slots__ = ("files", "is_new", "paths", "tx")
+    __slots__ = ("files", "is_new", "paths")
     files: SessionFiles
     is_new: bool
     paths: SessionPaths
-    tx: Any
 
     def before_create(self) -> None:
         """Note that the lock file is about to be created, in the directory that the store has opened."""
@@ -426,27 +426,3 @@ class Locked(lock.Hold):
         """Date a new lock file as its document, which is older. Else a mere look would bring a session to the top."""
         with contextlib.suppress(OSError):
             disk.touch(self.paths.lock, int(disk.modified_at(self.paths.document) * 1e9))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if sys.is_finalizing() and is_stuck():
-            # The block belongs to a generator that nobody has ended.
-            return
-        try:
-            if self.tx is not None:
-                self.tx.end()
-        finally:
-            self.release()
-        if isinstance(error, json_codec.Undecodable):
-            # Somebody has sealed text that is no JSON, and the verb has come to it.
-            raise mislabelled(self.paths.document, self.session_id) from None
-        if isinstance(error, MergeConflict) and not error.session_id:
-            # The pure functions that found the conflict do not know the session. A conflict that names a session came
-            # from the caller's own block, maybe from another session.
-            raise error.in_session(self.session_id) from None
-
-    def __del__(self) -> None:
-        # A signal's exception may have kept `__exit__` from running.
-        if getattr(self, "thread", 0):
-            self.__exit__(None, None, None)

@@ -175,3 +175,24 @@ def test_block_that_pauses_for_longer_than_its_lease_commits_if_nobody_else_has(
         eventually(lambda: other.execute(locks).rowcount == 0)
         assert tx.data["messages"] == [{"id": "m0"}]
     assert store.load("s").data == {"n": 1, "messages": [{"id": "m0"}]}
+
+
+def test_open_block_at_the_end_of_the_interpreter_waits_for_no_stopped_thread(
+    store: persist.Store, postgres_url: str, schema: str
+) -> None:
+    """A thread that the end has stopped inside the table of locks never leaves it. The block's finaliser knows that.
+
+    Without the look at `is_stuck`, the process never ends.
+    """
+    store.create("s", {})
+    code = """
+import builtins, threading
+from persist.storage import held
+builtins.block = store.transaction('s'); block.__enter__().fields['a'] = 1
+inside = threading.Event()
+names = {'lock': held.table, 'inside': inside, 'forever': threading.Event()}
+exec('def stop():\\n with lock:\\n  inside.set(); forever.wait()', names)
+threading.Thread(target=names.pop('stop'), daemon=True).start(); inside.wait()
+"""
+    assert run(code, postgres_url, schema).wait(20) == 0
+    assert store.load("s").data == {}
