@@ -17,10 +17,12 @@ from persist.arguments import seconds
 from persist.engine import Committed, Ended, Seeking, decoding
 from persist.postgres import migrate
 from persist.postgres.connections import Connection, Connections, Place, Row, name_of, text_of
-from persist.postgres.events import Emitter, Listener, RemoteReader, RemoteWriter
+from persist.postgres.emitter import Emitter, RemoteWriter
 from persist.postgres.heartbeat import Heartbeat, HeldLease
 from persist.postgres.items import Sought
-from persist.postgres.transaction import Held, apart_of, head_of, header_of, time_of
+from persist.postgres.listener import Listener, RemoteReader
+from persist.postgres.rows import apart_of, head_of, header_of, time_of
+from persist.postgres.transaction import Held
 from persist.storage.content import Content, Items, Value
 from persist.storage.document import Head, fields_of
 from persist.storage.layout import check_session_id

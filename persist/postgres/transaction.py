@@ -20,12 +20,10 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import psycopg
 
 from persist import json_codec
@@ -33,23 +31,30 @@ from persist.engine import Committed, End, EventWriter, Lease
 from persist.errors import (
     CommitFailed,
     CommitUnknown,
-    InvalidArgument,
     PersistError,
     SessionNotFound,
     StreamLost,
     not_held,
-    shown,
 )
 from persist.log import log
 from persist.postgres.connections import Connection, Place, Row, is_dead, reason_of, text_of
-from persist.postgres.events import RemoteWriter
-from persist.postgres.items import LONGEST_BYTES, RemoteItems, Sought, key_in
+from persist.postgres.emitter import RemoteWriter
+from persist.postgres.items import RemoteItems, Sought
+from persist.postgres.rows import (
+    apart_of,
+    apart_text,
+    fields_text,
+    head_of,
+    require_short,
+    row_operations,
+    written,
+)
 from persist.postgres.statements import Raw
 from persist.storage import diff
 from persist.storage.clock import now_s
-from persist.storage.content import Content, Items, Value, items_of
+from persist.storage.content import Content, Value
 from persist.storage.diff import Change
-from persist.storage.document import Head, Header, fields_of
+from persist.storage.document import Head, Header
 from persist.storage.layout import is_stream_id
 from persist.storage.lease import Probe
 from persist.storage.locked import LockedBlock
@@ -57,64 +62,11 @@ from persist.storage.locked import LockedBlock
 if TYPE_CHECKING:
     from persist.postgres.engine import PostgresEngine
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 #: A row holds the ids of so many commits.
 _COMMITS_KEPT = 32
 #: A thread that waits for several calls (of an event loop) looks so often whether some have left.
 _SLICE_S = 0.5
 _PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
-def header_of(row: Row) -> Header:
-    """Return the header that a row holds in the columns behind its number."""
-    incarnation, revision, commit, epoch, created_at, updated_at, owner = row[1:8]
-    return Header(
-        incarnation.decode(),
-        revision,
-        commit.decode(),
-        epoch,
-        time_of(created_at),
-        time_of(updated_at),
-        None if owner is None else json_codec.decode(owner),
-        None,
-        None,
-    )
-
-
-def apart_of(text: bytes) -> dict[str, tuple[int | None, int]]:
-    """Return the number of items and the bytes of each value that stands apart."""
-    return {name: (count, size) for name, (count, size) in json_codec.decode(text).items()}
-
-
-def head_of(row: Row) -> Head:
-    """Return the head that a row holds."""
-    counts = {name: count for name, (count, _) in apart_of(row[9]).items()}
-    return Head(header_of(row), fields_of(row[8]), counts)
-
-
-def _fields_text(content: Content) -> bytes:
-    return b"{%b}" % b",".join([json_codec.encode_key(name) + value for name, value in content.fields.items()])
-
-
-def _apart_text(content: Content) -> bytes:
-    sizes = {
-        name: (value.count, value.size_bytes) if isinstance(value, Items) else (None, len(value))
-        for name, value in content.apart.items()
-    }
-    return json_codec.encode(msgspec.to_builtins(sizes))
-
-
-def time_of(microseconds: int) -> datetime:
-    """Return a time that a statement has read."""
-    return _EPOCH + timedelta(microseconds=microseconds)
-
-
-def _when(time_: datetime) -> str:
-    # As text, because a test tool that freezes the clock may have put its own datetime there.
-    return time_.isoformat()
 
 
 # --- the lock --------------------------------------------------------------------------------------------------------
@@ -339,7 +291,7 @@ class Transaction:
             InvalidArgument: the name of a large value is too long.
         """
         self.require_lock()
-        _require_short(content.apart)
+        require_short(content.apart)
         before = self._row
         if before is not None and changes is None:
             changes = diff.between(self.read().content, content)
@@ -496,13 +448,13 @@ class Transaction:
             "revision": header.revision,
             "commit": header.commit,
             "epoch": header.epoch,
-            "created_at": _when(header.created_at),
-            "updated_at": _when(header.updated_at),
+            "created_at": written(header.created_at),
+            "updated_at": written(header.updated_at),
             "owner": None if owner is None else json_codec.encode(dict(owner)),
             "process": None if process is None else str(process),
             "stream_id": stream_id,
-            "fields": _fields_text(content),
-            "apart": _apart_text(content),
+            "fields": fields_text(content),
+            "apart": apart_text(content),
         }
         statements: list[bytes] = []
         if before is not None and changes is None:
@@ -519,7 +471,7 @@ class Transaction:
             counts = {name: count for name, (count, _) in apart_of(before[9]).items()}
             lease = None if self.lease is None else self.lease.process
             statements.append(text("update", session=number, before=before[3], lease=lease, **values))
-        statements += _row_operations(text, number, counts, changes or ())
+        statements += row_operations(text, number, counts, changes or ())
         if batch is not None:
             writer = batch[0]
             statements.append(text("emit_within", **writer.values(*batch[1:])))
@@ -596,58 +548,5 @@ class Transaction:
         return self.commit(header, content, None if is_later else ())
 
 
-def _require_short(names: Iterable[str]) -> None:
-    """Raise `InvalidArgument` if an index of the database cannot hold the name of a value that stands apart."""
-    for name in names:
-        size = len(text_of(name).encode())
-        if size > LONGEST_BYTES:
-            what, got = f"the name {shown(name)} of a large value", f"{size:,} bytes"
-            raise InvalidArgument(what=what, got=got, expected=f"at most {LONGEST_BYTES:,} bytes in a database")
-
-
 def _commit_in(row: Row | None) -> str | None:
     return None if row is None else row[3].decode()
-
-
-def _row_operations(
-    text: Callable[..., bytes], number: Any, counts: dict[str, int | None], changes: tuple[Change, ...]
-) -> list[bytes]:
-    """Return the statements that make the changes of the values that stand apart. `counts` follows them."""
-    found: list[bytes] = []
-
-    def put(name: str, start: int, items: list[bytes]) -> None:
-        own = text_of(name)
-        rows = [(number, own, place, key_in(item), item) for place, item in enumerate(items, start)]
-        if len(rows) > 1:
-            found.append(text("put_items", rows=rows))
-        for _, _, place, key, item in rows[:1] if len(rows) == 1 else ():
-            found.append(text("put_item", session=number, list=own, place=place, key=key, item=item))
-
-    for change in changes:
-        name = text_of(change.name)
-        if not change.is_splice:
-            if change.name in counts:
-                one = "remove_part" if counts.pop(change.name) is None else "remove_list"
-                key = "name" if one == "remove_part" else "list"
-                found.append(text(one, session=number, **{key: name}))
-            if change.is_gone:
-                continue
-            value = items_of(bytes(change.value))  # type: ignore[arg-type]
-            if isinstance(value, Items):
-                counts[change.name] = value.count
-                put(change.name, 0, value.split())
-            else:
-                counts[change.name] = None
-                found.append(text("put_part", session=number, name=name, value=value))
-            continue
-        count, at, insert = counts[change.name] or 0, change.at, list(map(bytes, change.insert))
-        stop, by = at + change.remove, len(insert) - change.remove
-        if stop < count and by:
-            if change.remove:
-                found.append(text("remove_items", session=number, list=name, start=at, stop=stop))
-            found.append(text("move_items", session=number, list=name, start=stop, by=by))
-        elif by < 0:
-            found.append(text("remove_items", session=number, list=name, start=stop + by, stop=count))
-        put(change.name, at, insert)
-        counts[change.name] = count + by
-    return found

@@ -62,8 +62,8 @@ def test_commit_of_a_stream_never_knows_more_than_its_events(
     """
     code = f"""
 if not os.path.isdir({str(store._at)!r}):
-    from persist.postgres import events
-    events.BATCH_S = 60.0
+    from persist.postgres import emitter
+    emitter.BATCH_S = 60.0
 stream = store.start_stream("s", stream_id="t")
 stream.emit("a"); stream.emit("b")
 {verb}
@@ -77,8 +77,8 @@ def test_events_of_a_process_that_exits_are_written(store: persist.Store, sessio
     """A process that comes to its end writes the events that wait. Without `_close_all` in `events`, they are lost."""
     code = f"""
 if not os.path.isdir({str(store._at)!r}):
-    from persist.postgres import events
-    events.BATCH_S = 60.0
+    from persist.postgres import emitter
+    emitter.BATCH_S = 60.0
 stream = store.start_stream("s", stream_id="t")
 stream.emit("a"); stream.emit("b")
 globals()["kept"] = stream

@@ -16,7 +16,7 @@ import persist
 pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed")
 import psycopg
 
-from persist.postgres import connections, events
+from persist.postgres import connections, listener
 
 MESSAGES = [{"id": f"m{number}", "content": str(number)} for number in range(300)]
 
@@ -25,7 +25,7 @@ MESSAGES = [{"id": f"m{number}", "content": str(number)} for number in range(300
 def store(postgres_url: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> persist.Store:
     if request.param != "direct":
         # Statements are not prepared there, so all of them are sent as text.
-        for module in (connections, events):
+        for module in (connections, listener):
             monkeypatch.setattr(module, "is_direct", lambda _connection: False)
     return persist.Store(postgres_url, schema=f"s_{uuid.uuid4().hex[:12]}", timeout_s=20.0)
 

@@ -21,7 +21,8 @@ from mutation.edits import (
 from mutation.mutant import Change, Mutant
 
 TRANSACTION = "postgres/transaction.py"
-EVENTS = "postgres/events.py"
+EMITTER = "postgres/emitter.py"
+LISTENER = "postgres/listener.py"
 STATEMENTS = "postgres/statements.py"
 _QUERIES = Path(__file__).parents[3] / "persist" / "postgres" / "queries.sql"
 
@@ -144,7 +145,7 @@ MUTANTS = (
     ),
     _postgres(
         "the look at the process whose events they are",
-        EVENTS,
+        EMITTER,
         "RemoteWriter.close",
         condition("self._pid != os.getpid()", "False"),
         "forked_child",
@@ -173,7 +174,7 @@ MUTANTS = (
         "migrate_once",
     ),
     _postgres(
-        "the next try of a batch that failed", EVENTS, "Emitter.write_all", drop_call("self._wake.set"), "waited_for"
+        "the next try of a batch that failed", EMITTER, "Emitter.write_all", drop_call("self._wake.set"), "waited_for"
     ),
     _postgres(
         "the events in a stream's commit",
@@ -183,11 +184,11 @@ MUTANTS = (
         "never_knows and postgres",
     ),
     _postgres(
-        "the events at the end of a process", EVENTS, "_close_all", drop_call("each.close"), "exits and postgres"
+        "the events at the end of a process", EMITTER, "_close_all", drop_call("each.close"), "exits and postgres"
     ),
     _postgres(
         "the news that followers share",
-        EVENTS,
+        LISTENER,
         "RemoteReader.read",
         replace_expression("self.read_cached() if until is None else None", "None"),
         "share",
@@ -208,7 +209,7 @@ MUTANTS = (
     ),
     _postgres(
         "the connection before the stream's turn",
-        EVENTS,
+        EMITTER,
         "RemoteWriter.flush",
         replace_statement(
             "self._engine.connections.run(write_own, self._engine.timeout_s)",
@@ -218,7 +219,7 @@ MUTANTS = (
     ),
     _postgres(
         "the durable write of events",
-        EVENTS,
+        EMITTER,
         "write",
         replace_expression(
             "b'BEGIN ISOLATION LEVEL READ COMMITTED'",
@@ -235,7 +236,7 @@ MUTANTS = (
     ),
     _postgres(
         "the patience of emissions",
-        EVENTS,
+        EMITTER,
         "Emitter.write_all",
         replace_expression("now_s() - self._failing_since >= self._patience_s", "True"),
         "away_for_a_moment",
@@ -249,14 +250,14 @@ MUTANTS = (
     ),
     _postgres(
         "the time of a look at the server",
-        EVENTS,
+        LISTENER,
         "RemoteReader.look_again",
         replace_expression("now_s()", "self._asks_until"),
         "no_older_news",
     ),
     _postgres(
         "the wait for the last round of writes",
-        EVENTS,
+        EMITTER,
         "Emitter.close",
         condition("self._round.acquire(timeout=_END_S)", "False"),
         "last_events",

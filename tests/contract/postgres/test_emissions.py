@@ -16,7 +16,7 @@ import psycopg
 from harness.postgres import Server
 from harness.remote import end_connections, engine_of, run
 
-from persist.postgres.events import RemoteReader
+from persist.postgres.listener import RemoteReader
 
 USER = {"role": "user", "content": "Why?"}
 

@@ -15,8 +15,8 @@ import persist
 pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed")
 from harness.remote import engine_of, go, run, said
 
-from persist.postgres import events
-from persist.postgres.events import RemoteReader
+from persist.postgres import emitter, listener
+from persist.postgres.listener import RemoteReader
 
 USER = {"role": "user", "content": "Why?"}
 
@@ -56,7 +56,7 @@ def test_batch_whose_answer_was_lost_is_written_once(
 
     Without `BETWEEN` in the statement `emit`, the stream counts as fenced. Without `DO NOTHING`, its events are stuck.
     """
-    monkeypatch.setattr(events, "BATCH_S", 60.0)
+    monkeypatch.setattr(emitter, "BATCH_S", 60.0)
     stream = cut.start_stream("s", USER)
     relay.refuse_after_cut = True
     setattr(relay, where, COMMIT)
@@ -97,9 +97,9 @@ def test_hints_alone_carry_events_and_their_end(
 ) -> None:
     """A follower hears of everything by NOTIFY. Here the next poll would come in an hour.
 
-    Without `news` in `events.write`, or without the notification in the statement `end_stream`, it waits for that.
+    Without `news` in `emitter.write`, or without the notification in the statement `end_stream`, it waits for that.
     """
-    monkeypatch.setattr(events, "POLL_S", 3600.0)
+    monkeypatch.setattr(listener, "POLL_S", 3600.0)
     store.create("s", {"messages": []})
     stream = store.start_stream("s", USER)
     following, heard = store.follow("s", stream.id), queue.Queue[Any]()
@@ -109,14 +109,14 @@ def test_hints_alone_carry_events_and_their_end(
             heard.put(event.data)
 
     with ThreadPoolExecutor(1) as pool:
-        listener = pool.submit(hear)
+        hearing = pool.submit(hear)
         try:
             # The follower may have read the first event itself, but not the others.
             for number in range(5):
                 stream.emit(number, durable=True)
                 assert heard.get(timeout=30) == number
             stream.finish()
-            listener.result(30)
+            hearing.result(30)
         finally:
             following.close()
     assert following.ended == "finished"
