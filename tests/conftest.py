@@ -103,7 +103,10 @@ def postgres_server() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def postgres_url(request: pytest.FixtureRequest) -> str:
-    """Return the URL of a database for this worker."""
+    """Return the URL of a database for this worker.
+
+    A test has a schema of its own in it (`postgres_schema`). Those that play the pages have the default one.
+    """
     pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed")
     if not can_run():
         servers.missing("PostgreSQL")

@@ -18,10 +18,11 @@ def store(postgres_url: str, postgres_schema: str) -> persist.Store:
     return persist.Store(postgres_url, schema=postgres_schema)
 
 
-def test_adapters_of_one_url_share_a_store(postgres_url: str) -> None:
+def test_adapters_of_one_url_share_a_store(postgres_url: str, postgres_schema: str) -> None:
     """A URL is taken as it stands, and leads to one store."""
-    first = opened(postgres_url)
-    assert opened(postgres_url) is first
+    url = f"{postgres_url}?schema={postgres_schema}"
+    first = opened(url)
+    assert opened(url) is first
     name = postgres_url.rsplit("/", 1)[1]
     assert name in repr(first)
 

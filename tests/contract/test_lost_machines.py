@@ -42,12 +42,13 @@ def test_nothing_acknowledged_is_lost_torn_or_doubled(server: None) -> None:
     assert all(what in done.stdout for what in ("killed", "cut before", "cut behind", "ended", "restarted"))
 
 
-def test_every_history_is_linearizable(scratch: Path, postgres_url: str) -> None:
+def test_every_history_is_linearizable(scratch: Path, postgres_url: str, postgres_schema: str) -> None:
     """The operations of 3 processes with 2 threads each have one order that explains them, with 3 kills.
 
     Without the locks in the statements `lock` and `lock_name`, a list loses appends, or verbs raise CommitFailed.
     """
-    report = run_round(scratch, Plan(operations=1_000, groups=2, kills=3), url=postgres_url)
+    url = f"{postgres_url}?schema={postgres_schema}"
+    report = run_round(scratch, Plan(operations=1_000, groups=2, kills=3), url=url)
     assert report.anomalies == []
     assert report.kills == 3
 

@@ -898,7 +898,7 @@ def run_round(directory: Path, plan: Plan, *, package: Path = ROOT, url: str | N
 
     Args:
         package: the directory that holds the package `persist` which the processes use.
-        url: an empty database, which holds the sessions instead.
+        url: a database with an empty schema, which holds the sessions instead.
     """
     started = time.monotonic()
     place = url or str(directory / "sessions")

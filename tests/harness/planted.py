@@ -38,11 +38,11 @@ NOT_WRITTEN = (
 )
 # A bug that hangs in the children only, so that the harness's own calls go well.
 HANGS = (
-    "storage/transaction.py",
-    "\nclass SessionFiles(SessionDirectory):\n",
-    "\ndef hang(_hold):\n    __import__('time').sleep(3600)\n\n"
-    "\nos.register_at_fork(after_in_child=lambda: setattr(lock.Hold, 'acquire', hang))\n"
-    "\n\nclass SessionFiles(SessionDirectory):\n",
+    "storage/lock.py",
+    "\n\ndef describe_process(",
+    "\n\ndef hang(_hold):\n    time.sleep(3600)\n\n"
+    "\nos.register_at_fork(after_in_child=lambda: setattr(Hold, 'acquire', hang))\n"
+    "\n\ndef describe_process(",
 )
 STREAMS_HANG = (
     "streams.py",

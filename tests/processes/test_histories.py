@@ -43,13 +43,13 @@ def test_every_history_is_linearizable(scratch: Path, journal: Any, fold: str) -
 
 # Every transaction locks a file of its own, so neither threads nor processes exclude each other any more.
 LOCK_OUT = """
-_acquire = lock.Hold.acquire
+_acquire = Hold.acquire
 
 def acquire(self):
     self.path = os.path.join(os.path.dirname(self.path), f"{os.urandom(8).hex()}.lock")
     return _acquire(self)
 
-lock.Hold.acquire = acquire
+Hold.acquire = acquire
 """
 OLD_CACHE = """
 _seen = {}
@@ -139,9 +139,7 @@ FileTransaction.probe = _probe_in_vain
 @pytest.mark.parametrize(
     ("file", "bug", "expected"),
     [
-        pytest.param(
-            "storage/transaction.py", LOCK_OUT, {"list: lost append", "register: not linearizable"}, id="lock-out"
-        ),
+        pytest.param("storage/lock.py", LOCK_OUT, {"list: lost append", "register: not linearizable"}, id="lock-out"),
         pytest.param("store.py", OLD_CACHE, {"list: stale read"}, id="load-from-an-old-cache"),
         pytest.param("store.py", EARLY_ANSWER, {"list: stale read"}, id="append-answered-before-it-is-written"),
         pytest.param("store.py", NO_VERSION, {"register: not linearizable"}, id="if-version-ignored"),
