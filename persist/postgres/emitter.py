@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 BATCH_S = 0.025
 #: The pause after a failure, before the server is asked again.
 _RETRY_S = 0.2
-#: The end of a process waits for so long for events that are being written.
-_END_S = 5.0
 #: How many expired streams an end removes.
 _MOST_REMOVED = 2
 
@@ -310,11 +308,8 @@ class Emitter:
         return self._wake
 
     def close(self) -> None:
-        """Write what waits, at the end of the process."""
+        """Write what waits, at the end of the process, when the thread has written what it was writing."""
         if self._pid == os.getpid():
-            # A thread that the end of the interpreter has stopped inside never leaves.
-            if self._round.acquire(timeout=_END_S):
-                self._round.release()
             self.write_all()
             self._own.close()
 

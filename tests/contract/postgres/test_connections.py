@@ -25,6 +25,7 @@ pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed"
 import psycopg
 from harness.remote import go, run, said
 
+from persist.postgres import connections
 from persist.postgres.connections import Connection, Connections, Own
 
 USER = {"role": "user", "content": "Why?"}
@@ -37,12 +38,16 @@ def connections_of(url: str, name: str) -> int:
         return 0 if row is None else int(row[0])
 
 
-def test_closed_store_has_no_connection_and_no_row(postgres_url: str, schema: str) -> None:
+def test_closed_store_has_no_connection_and_no_row(
+    postgres_url: str, schema: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A closed store keeps nothing at the server. A session that was loaded from it can still be saved.
 
     Without `Engine.close`, connections stay until the last object of the store is gone, and nobody can drop the
     database. A stream that runs keeps its lease.
     """
+    # The pool closes what was idle for long by itself.
+    monkeypatch.setattr(connections, "_IDLE_S", 3600.0)
     url = f"{postgres_url}?application_name={schema}"
     store = persist.Store(url, schema=schema)
     session = store.create("s", {"n": 0})

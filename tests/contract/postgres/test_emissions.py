@@ -212,12 +212,13 @@ def test_look_at_the_server_accepts_no_older_news(store: persist.Store, monkeypa
     assert [event.data for event in reader.read()] == [1]
     with reader.waking(lambda: None):
         eventually(lambda: reader.read_cached() is not None)
-        reader.look_again()
         feed = reader._feed
         assert feed is not None
+        asked_at = feed.asked_at
+        reader.look_again()
         with feed.guard:
             # The news that come next were asked for before the look.
-            monkeypatch.setattr(feed, "asked_at", reader._asks_until - 0.01)
+            monkeypatch.setattr(feed, "asked_at", asked_at)
             assert reader.read_cached() is None
     stream.finish()
 
@@ -225,13 +226,15 @@ def test_look_at_the_server_accepts_no_older_news(store: persist.Store, monkeypa
 def test_clean_exit_writes_the_last_events(store: persist.Store, postgres_url: str, schema: str) -> None:
     """A process that ends while its thread is writing, here because it has to connect first, waits for that.
 
-    Without the wait in `Emitter.close`, the process gives its row up first, and the server takes the events no more.
+    Without `write_all` in `Emitter.close`, it gives its row up first, and the server takes the events no more.
     """
     code = """
+import threading
 from persist.postgres import connections
 really = connections.Own.get
 def late(self):
-    time.sleep(0.3)
+    if threading.current_thread().name == 'persist-emit':
+        time.sleep(0.3)
     return really(self)
 stream = store.start_stream('s', stream_id='t')
 connections.Own.get = late
