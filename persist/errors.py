@@ -81,7 +81,7 @@ class PersistError(Exception):
     kind: str
     timeout_s: float
     waited_s: float
-    count: int
+    count: int | None
     version: str
     offset: int | None
     after: int

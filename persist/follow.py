@@ -147,6 +147,8 @@ class Cursor:
             # Only up to the size that the file has now, because a fast stream could be followed for ever.
             while new := self._reader.read(until):
                 found += new
+        except FileNotFoundError:
+            raise self._not_found() from None
         finally:
             self.close()
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -140,23 +141,29 @@ stream.finish()
     assert said(run(code, postgres_url, schema)) == "0"
 
 
+@pytest.mark.parametrize("ahead_of", [1, 2])
 def test_events_that_expire_under_a_reader_are_not_found(
-    postgres_url: str, schema: str, monkeypatch: pytest.MonkeyPatch
+    postgres_url: str, schema: str, ahead_of: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Events that go between the look for them and the first read are gone, and no error of a file system comes out.
+    """Events that go ahead of the first read, or the second, are gone, and no error of a file system comes out.
 
-    Without the handler in `Cursor.__init__`, FileNotFoundError does.
+    Without the handlers in `Cursor.__init__` and `Cursor.take_all`, FileNotFoundError does.
     """
     store = persist.Store(postgres_url, schema=schema, keep_events_s=0.0)
     store.create("s", {"messages": []})
-    with store.start_stream("s", USER, stream_id="t") as stream:
-        stream.emit(1, durable=True)
-        stream.finish({"role": "assistant", "content": "a"})
-    really = RemoteReader.size
+    stream = store.start_stream("s", USER, stream_id="t")
+    stream.emit(1, durable=True)
+    really, calls = RemoteReader.size, itertools.count(1)
 
     def late(self: RemoteReader) -> int:
-        store._backend.engine.tidy()
-        return really(self)
+        size, call = really(self), next(calls)
+        if call == 1:
+            # The first read stops ahead of this one.
+            stream.emit(2, durable=True)
+        if call == ahead_of:
+            stream.finish({"role": "assistant", "content": "a"})
+            store._backend.engine.tidy()
+        return size
 
     monkeypatch.setattr(RemoteReader, "size", late)
     with pytest.raises(persist.EventsNotFound):
