@@ -81,6 +81,8 @@ OLD_TITLE = (
 UNCOUNTED = ("merge.py", "total = t + (m - (b or 0))", "total = max(t, m)")
 UNMARKED = ("turn.py", "messages[place][INTERRUPTED] = True", "pass")
 NOT_MIRRORED = ("turn.py", '["pending_user_message"] = prompt.get("content")', '["pending_user_message"] = ""')
+ONE_MORE_DROPPED = ("event_log.py", "(first[1], tail[start:])", "(first[1], tail[end + 1 :])")
+LAST_ONES_ONLY = ("follow.py", "_pending.extend(self._cursor.take())", "_pending.extend(self._cursor.take()[-2:])")
 NO_MARK = ("storage/transaction.py", "                held.touch()\n", "                pass\n")
 
 # Mutations of journals.
@@ -161,6 +163,9 @@ def test_nothing_acknowledged_is_lost_torn_or_doubled_by_kills(
         pytest.param(UNMARKED, 40, {"lost", "torn"}, id="no-mark-on-an-interrupted-turn"),
         pytest.param(NO_MARK, 150, {"misplaced"}, id="commits-leave-the-time-of-the-lock-alone"),
         pytest.param(NOT_MIRRORED, 40, {"lost"}, id="a-prompt-missing-from-the-stream-fields"),
+        pytest.param(ONE_MORE_DROPPED, 150, {"lost"}, id="one-more-event-is-dropped-than-is-told"),
+        # The follower raises.
+        pytest.param(LAST_ONES_ONLY, 150, {"raised"}, id="a-follower-that-is-behind-passes-events-over"),
     ],
 )
 def test_the_torture_sees_a_planted_bug(tmp_path: Path, mutation: Mutation, kills: int, verdicts: set[str]) -> None:
@@ -198,7 +203,8 @@ def test_the_torture_sees_a_bug_planted_in_the_journal(
     ("mutation", "patience_s", "verdict"),
     [
         pytest.param(HANGS, 1, "idle: no commit for 1 s", id="every-verb-hangs"),
-        pytest.param(STREAMS_HANG, 2, "idle: ['own'] have done nothing", id="one-role-hangs"),
+        # Without a turn there is none to follow.
+        pytest.param(STREAMS_HANG, 2, "idle: ['follow', 'own'] have done nothing", id="one-role-hangs"),
     ],
 )
 def test_a_run_in_which_too_little_is_done_does_not_pass(

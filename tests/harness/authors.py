@@ -28,6 +28,8 @@ from harness import sweeps
 from harness.acknowledged import (
     ANSWER,
     FIRST,
+    KEPT_EVENTS_BYTES,
+    KEPT_EVENTS_S,
     NOTE,
     PROMPT,
     SECOND,
@@ -37,6 +39,8 @@ from harness.acknowledged import (
     Figures,
     Ledger,
     Message,
+    all_follow,
+    event_of,
     title_of,
     titled,
 )
@@ -54,6 +58,8 @@ HEADS_A_LOOK = 5
 # More than a reader of a head takes at a time. The share is small, because with many such messages no session would
 # stay small.
 LONG, LONG_SHARE = "Once upon a time, there was a lock. " * 250, 0.01
+# So many events outgrow their bound.
+MANY, MANY_SHARE = 40, 0.1
 WORDS = ("Why?", "Grüße, 世界 🌍.", "The stream owns the session. " * 4, '{"quoted": "text"}\n' * 3)
 
 Role = Callable[["Author", Sequence[str]], None]
@@ -67,9 +73,13 @@ class Author:
         self.random = random.Random(f"{seed}/{name}")
         self._pipe = pipe
         self._numbers = itertools.count()
-        # Two saves may count a visit at the same time, so the counts are summed. Events of a stream that has ended are
-        # of no interest here.
-        options = {"timeout_s": LOCK_TIMEOUT_S, "merge": {"visits": "sum"}, "keep_events_s": 0}
+        # Two saves may count a visit at the same time, so the counts are summed.
+        options = {"timeout_s": LOCK_TIMEOUT_S, "merge": {"visits": "sum"}}
+        # A stream that has ended has its events for a short while, or not.
+        options |= {
+            "keep_events_s": self.random.choice(KEPT_EVENTS_S),
+            "keep_events_bytes": self.random.choice(KEPT_EVENTS_BYTES),
+        }
         self.store = journaling.drawn(self.random).open(place, **options)
         #: The errors of a verb that has changed nothing, because a server or a connection was lost.
         self.losses: tuple[type[Exception], ...] = LOSSES if is_url(place) else ()
@@ -224,9 +234,10 @@ def _turn(author: Author, session_id: str) -> None:
 def _run_turn(author: Author, stream: persist.Stream, asked: Document) -> None:
     session_id, stream_id = stream.session_id, stream.id
     answer_id = stream_id + ANSWER
+    emitted = 0
     with stream:
         for step in range(author.random.randrange(6)):
-            _emit(author, stream)
+            emitted = _emit(author, stream, emitted)
             way = author.random.random()
             if way < 0.1 and not author.losses:
                 _ask_again(author, session_id, asked, stream_id, None)
@@ -242,6 +253,7 @@ def _run_turn(author: Author, stream: persist.Stream, asked: Document) -> None:
                     stream.append(as_document(message))
         if author.random.random() < 0.8:
             note = f"{stream_id} ended"
+            stream.emit(event_of(stream_id, emitted + 1, is_last=True))
             with author.reporting(Change("finish", session_id, ((answer_id, "whole"),), note=note)):
                 stream.finish({"role": "assistant", "content": "whole"}, fields={NOTE + author.name: note})
             _ask_again(author, session_id, asked, None, "whole")
@@ -287,11 +299,13 @@ def _several_in_turn(author: Author, stream: persist.Stream) -> None:
             tx.fields[NOTE + author.name] = note
 
 
-def _emit(author: Author, stream: persist.Stream) -> None:
-    """Emit two events. The second one is synced, and the first one with it."""
-    first = stream.emit(f"{stream.id} 1")
-    assert stream.emit(f"{stream.id} 2", durable=True) == first + 1
-    author.report("emitted", stream.session_id, stream.id, first + 1)
+def _emit(author: Author, stream: persist.Stream, emitted: int) -> int:
+    """Emit two events, or so many that the oldest ones are dropped. The last one is synced, and the others with it."""
+    last = emitted + (MANY if author.random.random() < MANY_SHARE else 2)
+    for offset in range(emitted + 1, last + 1):
+        assert stream.emit(event_of(stream.id, offset), durable=offset == last) == offset
+    author.report("emitted", stream.session_id, stream.id, last, last - emitted)
+    return last
 
 
 def garden(author: Author, _shared: Sequence[str]) -> None:
@@ -381,6 +395,42 @@ def look(author: Author, shared: Sequence[str]) -> None:
                 author.store.load(session_id)
         author.report("look")
         time.sleep(PAUSE_S)
+
+
+def follow(author: Author, _shared: Sequence[str]) -> None:
+    """Follow one turn after the other, as a browser does, wherever one runs."""
+    while True:
+        with suppress(persist.SessionNotFound, *author.losses):
+            running = [head for head in author.store.heads() if head.active_stream_id is not None]
+            for head in author.random.sample(running, min(1, len(running))):
+                if _follow(author, head.id, str(head.active_stream_id)):
+                    author.report("followed")
+        time.sleep(PAUSE_S)
+
+
+def _follow(author: Author, session_id: str, stream_id: str) -> bool:
+    """Follow a turn to its end: no event is missing, but those that were dropped before the follower came to them.
+
+    Where the server or the connection is lost, it comes back with its cursor. Return False if the events went before
+    their end was seen.
+    """
+    seen, was_last = 0, False
+    while True:
+        with suppress(*author.losses):
+            try:
+                with author.store.follow(session_id, stream_id, after=seen) as following:
+                    for event in following:
+                        assert all_follow(stream_id, [event], seen), f"{stream_id} has {event} behind {seen}"
+                        seen, was_last = event.offset, event.data["is_last"]
+                is_missed = following.ended == "finished" and not was_last
+                assert not is_missed, f"the last events of {stream_id} behind {seen} are missing"
+                return True
+            except persist.EventsNotFound as told:
+                if told.count is not None:
+                    raise AssertionError(f"of {stream_id} an event was seen that is gone: {told}") from told
+                if told.first is None:
+                    return False
+                seen = told.first - 1
 
 
 def _look_at(store: persist.Store, session_id: str, seen: int) -> int:
@@ -540,9 +590,12 @@ class Crew:
         elif kind == "refuse":
             self._ledger.refuse(hand.name)
         elif kind == "emitted":
-            session_id, stream_id, offset = record
+            session_id, stream_id, offset, count = record
             self._ledger.emitted[session_id, stream_id] = offset
-            self._figures.events += 2
+            self._figures.events += count
+        elif kind == "followed":
+            self._figures.followed += 1
+            self._figures.worked.add(hand.role.__name__)
         elif kind == "look":
             self._figures.looks += 1
             self._figures.worked.add(hand.role.__name__)

@@ -1,8 +1,8 @@
 """kill -9 at random instants: processes of every role on one store are killed and replaced.
 
-The roles are writers, stream owners, gardeners, sweepers and readers. After each kill the harness reads every session
-and compares it with the acknowledgements that came over a pipe *after* the verb had returned. An append that was cut
-off is tried again. At the end nothing may be left but documents and their locks.
+The roles are writers, stream owners, gardeners, sweepers, readers and followers. After each kill the harness reads
+every session and compares it with the acknowledgements that came over a pipe *after* the verb had returned. An append
+that was cut off is tried again. At the end nothing may be left but documents and their locks.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.acknowledged import Figures, misplaced
-from harness.authors import Hand, garden, look, own, sweep, write
+from harness.authors import Hand, follow, garden, look, own, sweep, write
 from harness.postgres import add_postgres
 from harness.runs import Plan, Run, arguments_of, existing_directory, positive
 from harness.watch import Watch
 from persist.files import FileEngine
 
-ROLES = (write, own, garden, write, own, sweep, look, write)
+ROLES = (write, own, garden, write, own, sweep, look, follow, write)
 LONGEST_PAUSE_S = 0.02
 # The share of kills after which the parent forgets all that it knows of the sessions. From then on it may write in
 # another way.
