@@ -34,6 +34,7 @@ from persist.postgres.connections import (
     text_of,
 )
 from persist.postgres.heartbeat import HeldLease
+from persist.postgres.wake import Wake
 from persist.storage.clock import now_s
 
 if TYPE_CHECKING:
@@ -261,9 +262,10 @@ class Emitter:
         self._to_remove = 0
         self._own = Own(connections)
         self._pid = os.getpid()
-        self._guard = threading.Lock()
+        # Re-entrant, because a finaliser may close a writer in a thread that is inside.
+        self._guard = threading.RLock()
         self._dirty: dict[RemoteWriter, None] = {}
-        self._wake = threading.Event()
+        self._wake = Wake()
         self._thread: threading.Thread | None = None
         #: One round of writing is under way at a time. The end of the process waits for it.
         self._round = threading.Lock()
@@ -303,15 +305,18 @@ class Emitter:
                 if limit:
                     self._own.run(lambda connection: self._connections.query(connection, "remove_expired", **facts))
 
-    def wait(self) -> threading.Event:
-        """Return the event for which the thread waits."""
+    def wait(self) -> Wake:
+        """Return what the thread waits for."""
         return self._wake
 
     def close(self) -> None:
         """Write what waits, at the end of the process, when the thread has written what it was writing."""
         if self._pid == os.getpid():
             self.write_all()
-            self._own.close()
+            with self._round:
+                # The thread has nothing more to do.
+                self._to_remove = 0
+                self._own.close()
 
     def rest(self) -> None:
         """Do what waits, and give the connection up. A later emission takes one again."""
@@ -325,7 +330,8 @@ class Emitter:
         self._wake.clear()
         with self._round:
             with self._guard:
-                writers, self._dirty = list(self._dirty), {}
+                # The same dictionary, because a finaliser may add to it at any moment.
+                writers, self._dirty = self._dirty, {}
             # A commit of a stream writes the stream's events itself. The others do not wait for it.
             taken = [writer for writer in writers if writer.writing.acquire(blocking=False)]
             later, failure = [writer for writer in writers if writer not in taken], None
@@ -335,7 +341,7 @@ class Emitter:
                     self._failing_since = None
             except (PersistError, psycopg.Error) as error:
                 log.debug("%s: events wait for the server: %s", self._connections.place, error)
-                later, failure = writers, str(error)
+                later, failure = list(writers), str(error)
                 self._failing_since = self._failing_since or now_s()
             finally:
                 is_told = self._failing_since is not None and now_s() - self._failing_since >= self._patience_s

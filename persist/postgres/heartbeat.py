@@ -28,6 +28,7 @@ import psycopg
 from persist.errors import PersistError
 from persist.log import log
 from persist.postgres.connections import Connection, Connections, Own, at_end_of_children, program_name, text_of
+from persist.postgres.wake import Wake
 from persist.storage.clock import now_s
 
 
@@ -82,7 +83,7 @@ class Heartbeat:
         #: When the server was last asked to renew the row. Its own time of that is later.
         self._asked_at = -1.0
         self._is_failing = False
-        self._wake = threading.Event()
+        self._wake = Wake()
         self._thread: threading.Thread | None = None
         self._own = Own(self._connections)
 
@@ -169,7 +170,7 @@ class Heartbeat:
         """Tell whether this thread is the one that beats."""
         return self._thread is threading.current_thread()
 
-    def pause(self) -> tuple[threading.Event, float]:
+    def pause(self) -> tuple[Wake, float]:
         """Return what the thread waits for, and how long."""
         return self._wake, min(0.5, self._beat_s) if self._is_failing or self._to_free else self._beat_s
 
@@ -179,15 +180,18 @@ class Heartbeat:
             if self._thread is None or self._held or self._to_free:
                 return
             self.close()
-            self._thread, self._proven_until, self.id = None, -1.0, str(uuid.uuid4())
+            self._thread, self.id = None, str(uuid.uuid4())
             self._wake.set()
 
     def close(self) -> None:
         """Free all streams of this process at once, at its end."""
-        if self._thread is not None:
-            with contextlib.suppress(Exception):
-                self._own.run(lambda connection: self._connections.query(connection, "unregister", process=self.id))
-            self._own.close()
+        with self._guard:
+            if self._thread is not None:
+                with contextlib.suppress(Exception):
+                    self._own.run(lambda connection: self._connections.query(connection, "unregister", process=self.id))
+                self._own.close()
+                # A beat that comes later has nothing to do.
+                self._proven_until, self._to_free = -1.0, []
 
 
 _all: weakref.WeakSet[Heartbeat] = weakref.WeakSet()

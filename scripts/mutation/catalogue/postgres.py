@@ -256,6 +256,20 @@ MUTANTS = (
         "no_older_news",
     ),
     _postgres(
+        "a finaliser inside of the emitter",
+        EMITTER,
+        "Emitter.__init__",
+        replace_expression("threading.RLock()", "threading.Lock()"),
+        "dropped_wherever",
+    ),
+    _postgres(
+        "the end of the beats",
+        "postgres/heartbeat.py",
+        "Heartbeat.close",
+        replace_statement("self._proven_until, self._to_free = -1.0, []", "pass"),
+        "beat_behind",
+    ),
+    _postgres(
         "the last round of writes",
         EMITTER,
         "Emitter.close",

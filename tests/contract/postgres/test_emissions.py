@@ -14,7 +14,7 @@ import persist
 pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed")
 import psycopg
 from harness.postgres import Server
-from harness.remote import end_connections, engine_of, run
+from harness.remote import end_connections, engine_of, run, said
 
 from persist.postgres.listener import RemoteReader
 
@@ -243,6 +243,75 @@ time.sleep(0.1)
 """
     assert run(code, postgres_url, schema).wait(20) == 0
     assert [event.data for event in store.events("s", "t")] == [1]
+
+
+def test_stream_may_be_dropped_wherever_its_threads_are(store: persist.Store, postgres_url: str, schema: str) -> None:
+    """A garbage stream with events that wait is collected at each line of an emission, a round of writing, and a beat.
+
+    The collector may run in any thread at any line. With a lock that is not re-entrant in `Emitter`, or an Event in
+    the place of `Wake`, the thread waits for itself, and no event of the process is written any more.
+    """
+    code = """
+import faulthandler, gc, threading, warnings
+faulthandler.dump_traceback_later(60, exit=True)
+warnings.simplefilter('ignore', ResourceWarning)
+from persist.postgres import emitter
+emitter.BATCH_S = 3600.0
+engine, own = store._backend.engine, store.start_stream('s')
+engine.emitter._round.acquire()  # The thread itself writes nothing meanwhile.
+files = ('emitter.py', 'heartbeat.py', 'wake.py', 'threading.py')
+box = []
+def at_line(wanted):
+    seen = 0
+    def trace(frame, event, _):
+        nonlocal seen
+        if not frame.f_code.co_filename.endswith(files):
+            return None
+        if event == 'line':
+            seen += 1
+            if seen == wanted and box:
+                box.clear()
+                gc.collect()
+        return trace
+    return trace
+def work():
+    own.emit(1)
+    engine.emitter._round.release()
+    engine.emitter.write_all()
+    engine.heartbeat.beat()
+    engine.emitter._round.acquire()
+gc.disable()
+line = 0
+while not box:
+    line += 1
+    store.create(f's{line}', {'messages': []})
+    dropped = [store.start_stream(f's{line}')]
+    dropped[0].emit(1)
+    dropped.append(dropped)
+    box.append(dropped)
+    del dropped
+    sys.settrace(at_line(line))
+    work()
+    sys.settrace(None)
+box.clear()
+print(line, flush=True)
+engine.emitter._round.release()
+own.finish()
+"""
+    assert int(said(run(code, postgres_url, schema))) > 30
+
+
+def test_nothing_is_tidied_behind_the_end_of_a_process(store: persist.Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread may be about to remove expired events when the process ends. It connects no more.
+
+    Without the reset in `Emitter.close`, it leaves a connection open.
+    """
+    emitter = engine_of(store).emitter
+    monkeypatch.setattr(emitter, "_go", lambda: None)
+    emitter.tidy_soon()
+    emitter.close()
+    emitter.tidy()
+    assert emitter._own._connection is None
 
 
 def test_child_of_multiprocessing_ends_cleanly(store: persist.Store, postgres_url: str, schema: str) -> None:

@@ -113,6 +113,22 @@ def test_clean_exit_frees_the_session_at_once(store: persist.Store, postgres_url
     assert not info.is_live
 
 
+def test_beat_behind_the_end_of_a_process_does_nothing(store: persist.Store, caplog: pytest.LogCaptureFixture) -> None:
+    """The thread may be about to beat when the process ends. It connects no more, and warns of nothing.
+
+    Without the reset in `Heartbeat.close`, it says that its row is gone, and leaves a connection open.
+    """
+    store.create("s", {"messages": []})
+    stream, heartbeat = store.start_stream("s", USER), engine_of(store).heartbeat
+    heartbeat.close()
+    heartbeat.beat()
+    assert heartbeat._own._connection is None
+    assert caplog.text == ""
+    with pytest.raises(persist.StreamLost):
+        stream.finish()
+    stream._close()
+
+
 def test_forced_cancel_fences_a_live_owner(store: persist.Store) -> None:
     """Behind a forced cancel the owner emits nothing and writes nothing, although its lease is alive.
 
