@@ -40,7 +40,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Concatenate, Generic, Literal, ParamSpec, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, Self, TypedDict, TypeVar, Unpack, cast
 
 import persist
 from persist import engine, follow, streams
@@ -383,7 +383,13 @@ class Following:
         return self.__aenter__().__await__()
 
     async def __aenter__(self) -> Self:
-        await self._opened()
+        try:
+            await self._opened()
+        except BaseException:
+            # Nobody will close it.
+            self._open.close()
+            self._cursor = None
+            raise
         return self
 
     async def __aexit__(self, *_error: object) -> None:
@@ -405,15 +411,16 @@ class Following:
         return event
 
     async def _opened(self) -> follow.Cursor:
-        if self._cursor is None:
-            self._cursor, self._news = await self._threads.run(self._look, undo=self._give_back), _News()
-            self.offset = self._cursor.after
-            self._open.callback(self._cursor.close)
-            self._open.enter_context(self._cursor.waking(self._news.set))
-        return self._cursor
+        # Also a step that is cancelled opens it. Time-outs that are shorter than that would else keep it from opening.
+        return self._cursor or cast(follow.Cursor, await self._threads.run(self._look, apply=self._begin))
 
-    async def _give_back(self, cursor: follow.Cursor) -> None:
-        await self._threads.run(cursor.close, is_quick=True, is_cleaning_up=True)
+    def _begin(self, cursor: follow.Cursor) -> follow.Cursor:
+        self._cursor, self._news, self.offset = cursor, _News(), cursor.after
+        self._open.callback(cursor.close)
+        self._open.enter_context(cursor.waking(self._news.set))
+        if self._is_closed:
+            self._open.close()
+        return cursor
 
     async def _wait(self, cursor: follow.Cursor) -> None:
         """Return when there is an event, or there will be none."""

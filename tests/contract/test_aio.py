@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
@@ -196,6 +197,38 @@ async def test_follower_that_times_out_again_and_again_loses_nothing(aio: persis
                     event = await anext(following, None)
                     found += [] if event is None else [event.data]
     assert found == list(range(200))
+
+
+@in_loop
+async def test_follower_whose_steps_are_all_cancelled_opens(
+    aio: persist.aio.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening a follower takes longer than the time-out of each step. It opens, and a later step has the first event.
+
+    Without `apply` in `Following._opened`, each step opens it anew. An `await` that is cancelled leaves it closed.
+    """
+    really = aio._sync._cursor
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.05)
+        return really(*arguments)
+
+    monkeypatch.setattr(aio._sync, "_cursor", slow)
+    async with aio.start_stream("s-1") as stream:
+        await stream.emit(1)
+        following, event = aio.follow("s-1", stream.id), None
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.001):
+                await following
+        assert following._cursor is None
+        for _ in range(100):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.001):
+                    event = await anext(following)
+                    break
+        assert event == persist.Event(1, 1)
+        following.close()
+        await stream.finish()
 
 
 @in_loop
