@@ -146,7 +146,8 @@ def start(
                 # A failed launch must not keep its claim (hermes-webui #6869).
                 if isinstance(error, errors.PersistError):
                     tx.forget(stream_id)
-                begun[0].close()
+                for each in begun:
+                    each.close()
                 raise
 
 

@@ -202,7 +202,8 @@ class Connections:
             # A forked child must not speak on the connections of its parent, nor wait for a lock of its threads.
             self._guard = threading.Lock()
         with self._guard:
-            if self._pid != os.getpid() or self._pool is None:
+            # The end of the interpreter closes the pool, and exit handlers of the program may come after that.
+            if self._pid != os.getpid() or self._pool is None or self._pool.closed:
                 self._pool, self._pid = self._new_pool(), os.getpid()
                 weakref.finalize(self, _close, self._pool, self._pid)
             return self._pool
@@ -384,7 +385,7 @@ class Own:
                     cursor_factory=psycopg.ClientCursor,
                     prepare_threshold=None,
                 )
-            except psycopg.Error as error:
+            except (psycopg.Error, OSError) as error:
                 raise self._connections.unavailable(reason_of(error)) from error
             configure(made)
             self.close()

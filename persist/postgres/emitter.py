@@ -34,7 +34,7 @@ from persist.postgres.connections import (
     text_of,
 )
 from persist.postgres.heartbeat import HeldLease
-from persist.postgres.wake import Wake
+from persist.postgres.wake import Wake, is_started
 from persist.storage.clock import now_s
 
 if TYPE_CHECKING:
@@ -77,6 +77,11 @@ class RemoteWriter:
         self.number: int | None = None
         self.is_fenced = False
         self.failure: str | None = None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the process that runs the stream, and no child of it."""
+        return self._pid == os.getpid()
 
     @property
     def is_open(self) -> bool:
@@ -185,10 +190,11 @@ class RemoteWriter:
 
     def close(self) -> None:
         """Write what is left, if the stream has not ended."""
-        if self._pid != os.getpid():
+        if not self.is_here:
             # The events are the parent's.
             return
-        self._engine.writers.pop((self.session_id, self.stream_id), None)
+        if self._engine.writers.get((self.session_id, self.stream_id)) is self:
+            del self._engine.writers[self.session_id, self.stream_id]
         if self.pending()[1] and not self.is_fenced:
             self._engine.emitter.schedule(self)
 
@@ -291,8 +297,11 @@ class Emitter:
                 self._thread = threading.Thread(
                     target=_emit, args=(weakref.ref(self),), name="persist-emit", daemon=True
                 )
-                self._thread.start()
-                at_end_of_children(_close_all, priority=1)
+                if is_started(self._thread):
+                    at_end_of_children(_close_all, priority=1)
+                else:
+                    # The next commit of the stream writes its events, and the next emission tries again.
+                    self._thread = None
         self._wake.set()
 
     def tidy(self) -> None:

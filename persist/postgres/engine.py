@@ -79,6 +79,8 @@ class PostgresEngine:
         return self._listener
 
     def _require_process(self) -> None:
+        if self._pid == os.getpid():
+            return
         with _making:
             if self._pid != os.getpid():
                 # A forked child has none of the threads.
@@ -249,6 +251,12 @@ class PostgresEngine:
         lease = self.heartbeat.lease(session_id, stream_id, self.timeout_s)
         writer = self.writers[session_id, stream_id] = RemoteWriter(self, session_id, stream_id, lease)
         return lease, writer
+
+    def writer_of(self, session_id: str, stream_id: str) -> RemoteWriter | None:
+        """Return the writer of a stream that this process runs."""
+        writer = self.writers.get((session_id, stream_id))
+        # In a forked child it is the parent's, and a thread that the child lacks may hold its locks.
+        return writer if writer is not None and writer.is_here else None
 
     def events(self, session_id: str, stream_id: str, after: int, *, create: bool = False) -> RemoteReader:
         """Open the events of a stream behind an offset. Raise `FileNotFoundError` if there are none."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import os
 import socket
 import sys
@@ -28,8 +29,11 @@ import psycopg
 from persist.errors import PersistError
 from persist.log import log
 from persist.postgres.connections import Connection, Connections, Own, at_end_of_children, program_name, text_of
-from persist.postgres.wake import Wake
+from persist.postgres.wake import Wake, is_started
 from persist.storage.clock import now_s
+
+#: Numbers that no two leases of this process share.
+_numbers = itertools.count()
 
 
 class HeldLease:
@@ -37,9 +41,9 @@ class HeldLease:
 
     why_not_held = "it has ended, this is a forked child, or the server did not renew its lease in time"
 
-    def __init__(self, heartbeat: Heartbeat, session_id: str, stream_id: str) -> None:
+    def __init__(self, heartbeat: Heartbeat, session_id: str, stream_id: str, number: int) -> None:
         self._heartbeat: Heartbeat | None = heartbeat
-        self._session_id, self.stream_id = session_id, stream_id
+        self._session_id, self.stream_id, self._number = session_id, stream_id, number
         self._pid = os.getpid()
         self.process = heartbeat.id
         self.is_dropped = False
@@ -54,7 +58,7 @@ class HeldLease:
         """Give the lease up. The stream is dead from now on, if it has not ended."""
         heartbeat, self._heartbeat = self._heartbeat, None
         if heartbeat is not None and self._pid == os.getpid():
-            heartbeat.free(self._session_id, self.stream_id)
+            heartbeat.free(self._session_id, self.stream_id, self._number)
 
     def __del__(self) -> None:
         if not sys.is_finalizing() and getattr(self, "_heartbeat", None) is not None and self._pid == os.getpid():
@@ -76,8 +80,8 @@ class Heartbeat:
         # Re-entrant, because a finaliser may free a lease in a thread that is inside.
         self._guard = threading.RLock()
         self.id = str(uuid.uuid4())
-        #: The (session id, stream id) of the streams that this process runs.
-        self._held: set[tuple[str, str]] = set()
+        #: The (session id, stream id) of the streams that this process runs -> the number of the lease.
+        self._held: dict[tuple[str, str], int] = {}
         self._to_free: list[tuple[str, str, str]] = []
         self._proven_until = -1.0
         #: When the server was last asked to renew the row. Its own time of that is later.
@@ -112,19 +116,26 @@ class Heartbeat:
                 self._thread = threading.Thread(
                     target=_beat, args=(weakref.ref(self),), name="persist-beat", daemon=True
                 )
-                self._thread.start()
+                if not is_started(self._thread):
+                    self._thread = None
+                    raise self._connections.unavailable("the system has no thread for the heartbeat")
                 at_end_of_children(_close_all, priority=0)
-            self._held.add((session_id, stream_id))
-            return HeldLease(self, session_id, stream_id)
+            key, number = (session_id, stream_id), next(_numbers)
+            # A stream of this id that came to nothing must not free this one.
+            for each in [each for each in self._to_free if each[:2] == key]:
+                self._to_free.remove(each)
+            self._held[key] = number
+            return HeldLease(self, session_id, stream_id, number)
 
     def has_ended(self, session_id: str, stream_id: str) -> None:
         """Note that a commit has ended a stream, so that nothing is left to free."""
-        self._held.discard((session_id, stream_id))
+        self._held.pop((session_id, stream_id), None)
 
-    def free(self, session_id: str, stream_id: str) -> None:
+    def free(self, session_id: str, stream_id: str, number: int) -> None:
         """Free the lease of a stream that did not end. The thread tells the server, because this may be a finaliser."""
-        if (session_id, stream_id) in self._held:
-            self._held.discard((session_id, stream_id))
+        # A later stream may have the same id.
+        if self._held.get((session_id, stream_id)) == number:
+            del self._held[session_id, stream_id]
             self._to_free.append((session_id, stream_id, self.id))
             self._wake.set()
 

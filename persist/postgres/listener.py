@@ -33,6 +33,7 @@ from persist.postgres.connections import (
     is_direct,
     text_of,
 )
+from persist.postgres.wake import is_started
 from persist.storage.clock import now_s
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class RemoteReader:
         self._engine = engine
         self._key = session_id, stream_id
         self.place: str = Place(f"{engine.where(session_id)}, events of {stream_id}")
-        writer = engine.writers.get(self._key)
+        writer = engine.writer_of(*self._key)
         if writer is not None and not writer.is_fenced:
             # The owner's process sees what it has emitted.
             with contextlib.suppress(PersistError, Fenced):
@@ -235,11 +236,14 @@ class Listener:
                 feed.wakes = (*feed.wakes, wake)
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._listen, name="persist-listen", daemon=True)
-                    self._thread.start()
+                    if not is_started(self._thread):
+                        # The follower asks the server itself, now and then.
+                        self._thread = None
             yield feed
         finally:
             # At the end of the interpreter nobody waits, and a thread that was stopped inside never leaves the guard.
-            if not sys.is_finalizing():
+            # Neither does one that a forked child lacks.
+            if not sys.is_finalizing() and feed.pid == os.getpid():
                 with self._guard:
                     feed.wakes = tuple(each for each in feed.wakes if each is not wake)
                     if not feed.wakes:
@@ -287,7 +291,9 @@ class Listener:
     def _fetch(self, connection: Connection, numbers: set[int] | None) -> set[int]:
         """Fetch the news of streams, or of all. Wake their followers. Return the streams that have news."""
         with self._guard:
-            asked = {number: feed for number, feed in self._feeds.items() if numbers is None or number in numbers}
+            # A copy, because the garbage collector may end a dropped wait at any moment.
+            feeds = self._feeds.copy()
+        asked = {number: feed for number, feed in feeds.items() if numbers is None or number in numbers}
         fresh = set[int]()
         while asked:
             places = [None if feed.after is None else feed.fetched for feed in asked.values()]

@@ -37,7 +37,7 @@ from persist.errors import (
     not_held,
 )
 from persist.log import log
-from persist.postgres.connections import Connection, Place, Row, is_dead, reason_of, text_of
+from persist.postgres.connections import Connection, Place, Row, is_dead, reason_of, refusals, text_of
 from persist.postgres.emitter import RemoteWriter
 from persist.postgres.items import RemoteItems, Sought
 from persist.postgres.rows import (
@@ -123,9 +123,8 @@ class Held(LockedBlock):
                 self._file.row, self._file.transaction = found
                 return
             except psycopg.errors.LockNotAvailable:
-                connection.rollback()
                 if now_s() >= self._deadline(start):
-                    raise self._timeout(start, holder=self.engine.holder(connection, self.session_id)) from None
+                    raise self._timeout(start, holder=self._holder(connection)) from None
                 self._file.close()
             except psycopg.Error as error:
                 if not is_dead(error, connection) or now_s() + pause_s > self._deadline(start):
@@ -133,6 +132,13 @@ class Held(LockedBlock):
                 self._file.close()
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _holder(self, connection: Connection) -> str:
+        try:
+            connection.rollback()
+            return self.engine.holder(connection, self.session_id)
+        except psycopg.Error:
+            return "unknown"
 
     def _other_process(self) -> str:
         try:
@@ -196,8 +202,9 @@ class Transaction:
             if not is_dead(error, connection):
                 raise self._engine.connections.unavailable(reason_of(error)) from error
             # Nothing is written yet. So the lock may be had again, if the session is still the same.
-            self._lock_again(now_s() + self._timeout_s)
-            return self._engine.connections.query(self._held.connection, statement, **values)
+            with refusals(self._engine.place):
+                self._lock_again(now_s() + self._timeout_s)
+                return self._engine.connections.query(self._held.connection, statement, **values)
 
     def _lock_again(self, deadline: float) -> Row | None:
         """Lock the row on another connection, after the first one has died.
@@ -298,7 +305,7 @@ class Transaction:
         if before is not None and before[1].decode() != header.incarnation:
             changes = None
         stream_id = end.stream_id if end is not None else "" if self.lease is None else self.lease.stream_id
-        writer = self._engine.writers.get((self.session_id, stream_id))
+        writer = self._engine.writer_of(self.session_id, stream_id)
         with contextlib.nullcontext() if writer is None else writer.writing if end is None else writer.ending():
             # The events of the stream that wait are a part of its commit. So what is stored never knows more than they.
             last, events = (0, []) if writer is None or writer.is_fenced else writer.pending()

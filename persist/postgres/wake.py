@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from queue import Empty, SimpleQueue
+
+from persist.log import log
 
 
 class Wake:
@@ -32,3 +35,13 @@ class Wake:
         except Empty:
             return False
         return True
+
+
+def is_started(thread: threading.Thread) -> bool:
+    """Start a thread. Tell whether the system had one left."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        log.warning("%s: %s", thread.name, error)
+        return False
+    return True

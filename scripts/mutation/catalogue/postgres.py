@@ -147,7 +147,7 @@ MUTANTS = (
         "the look at the process whose events they are",
         EMITTER,
         "RemoteWriter.close",
-        condition("self._pid != os.getpid()", "False"),
+        condition("not self.is_here", "False"),
         "forked_child",
     ),
     _postgres(
@@ -261,6 +261,36 @@ MUTANTS = (
         "Emitter.__init__",
         replace_expression("threading.RLock()", "threading.Lock()"),
         "dropped_wherever",
+    ),
+    _postgres(
+        "the parent's writers in a forked child",
+        "postgres/engine.py",
+        "PostgresEngine.writer_of",
+        replace_expression("writer is not None and writer.is_here", "writer is not None"),
+        "forked_child_asks",
+    ),
+    _postgres(
+        "the free of a start that failed",
+        "postgres/heartbeat.py",
+        "Heartbeat.lease",
+        drop_call("self._to_free.remove"),
+        "start_that_failed",
+    ),
+    _postgres(
+        "the number of a lease",
+        "postgres/heartbeat.py",
+        "Heartbeat.free",
+        replace_expression(
+            "self._held.get((session_id, stream_id)) == number", "(session_id, stream_id) in self._held"
+        ),
+        "old_block",
+    ),
+    _postgres(
+        "the look at a closed pool",
+        "postgres/connections.py",
+        "Connections._here",
+        replace_expression("self._pool.closed", "False"),
+        "exit_handler",
     ),
     _postgres(
         "the end of the beats",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import pickle
@@ -23,7 +24,7 @@ import persist
 
 pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed")
 import psycopg
-from harness.remote import go, run, said
+from harness.remote import engine_of, go, run, said
 
 from persist.postgres import connections
 from persist.postgres.connections import Connection, Connections, Own
@@ -120,6 +121,38 @@ with store.start_stream('s') as late:
     command = [sys.executable, "-P", "-W", "error", "-X", "dev", "-c", opening + code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_exit_handler_of_a_program_may_save(store: persist.Store, postgres_url: str, schema: str) -> None:
+    """A handler that was registered before the store was opened runs behind the end of the pool, and saves yet.
+
+    Without the look at `closed` in `Connections._here`, its verb tries the closed pool until its time is over.
+    """
+    store.create("s", {"messages": []})
+    code = f"""
+import atexit
+atexit.register(lambda: store.append('s', 'messages', {{'id': 'last'}}))
+import persist
+store = persist.Store({postgres_url!r}, schema={schema!r}, timeout_s=5.0)
+assert store.load('s').data['messages'] == []
+"""
+    command = [sys.executable, "-P", "-W", "error", "-X", "dev", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert store.tail("s") == [{"id": "last"}]
+
+
+def test_system_without_a_descriptor_is_a_server_that_is_away(
+    store: persist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The threads survive that. Without `OSError` in `Own.get`, the heartbeat would end, and with it all turns."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(Connection, "connect", refuse)
+    with pytest.raises(persist.Unavailable, match="Too many open files"):
+        Own(engine_of(store).connections).get()
 
 
 @pytest.mark.parametrize("style", ["German", "SQL,DMY", "Postgres,MDY"])

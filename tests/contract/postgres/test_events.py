@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import queue
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -139,6 +140,78 @@ with stream._events.writing:
 stream.finish()
 """
     assert said(run(code, postgres_url, schema)) == "0"
+
+
+def test_forked_child_asks_the_server_for_the_events_of_its_parent(postgres_url: str, schema: str) -> None:
+    """The parent writes just when it forks, and has events that wait. The child reads and cancels all the same.
+
+    Without the look at the process in `PostgresEngine.writer_of`, the child waits for a thread that it lacks, or gets
+    `CommitFailed` for events that its parent has written since.
+    """
+    code = """
+import os, signal, threading
+store.create("s", {"messages": []})
+stream = store.start_stream("s", stream_id="t")
+stream.emit(1, durable=True)
+inside, goes_on, told = threading.Event(), threading.Event(), os.pipe()
+def write():
+    with stream._events.writing:
+        inside.set()
+        goes_on.wait()
+thread = threading.Thread(target=write)
+thread.start()
+inside.wait()
+stream.emit(2)
+pid = os.fork()
+if pid == 0:
+    signal.alarm(20)
+    os.read(told[0], 1)
+    assert [event.data for event in store.events("s", "t")] == [1, 2, 3]
+    assert store.cancel("s", "t", force=True)
+    os._exit(0)
+goes_on.set()
+thread.join()
+stream.emit(3, durable=True)
+os.write(told[1], b".")
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+stream._close()
+"""
+    assert said(run(code, postgres_url, schema)) == "0"
+
+
+def test_system_without_a_thread_costs_no_event_and_no_turn(
+    store: persist.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a heartbeat no stream starts. Without the other threads, events are written and read more rarely.
+
+    Without the resets of `_thread`, the process never gets these threads, also when the system has some again.
+    """
+    store.create("s", {"messages": []})
+    missing, really = {"persist-beat", "persist-emit", "persist-listen"}, threading.Thread.start
+
+    def start(self: threading.Thread) -> None:
+        if self.name in missing:
+            raise RuntimeError("can't start new thread")
+        really(self)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(persist.Unavailable, match="no thread"):
+        store.start_stream("s", USER)
+    assert store.head("s").active_stream_id is None
+    missing.remove("persist-beat")
+    stream = store.start_stream("s", USER)
+    assert engine_of(store).heartbeat._thread is not None
+    assert stream.emit(1) == 1
+    assert stream.emit(2, durable=True) == 2
+    with store.follow("s", stream.id) as following:
+        assert [next(following).data, next(following).data] == [1, 2]
+    missing.clear()
+    with store.follow("s", stream.id, after=2) as following:
+        stream.emit(3)
+        assert next(following).data == 3
+        assert engine_of(store).emitter._thread is not None
+        assert engine_of(store).listener._thread is not None
+    stream.finish()
 
 
 @pytest.mark.parametrize("ahead_of", [1, 2])

@@ -10,7 +10,7 @@ import uuid
 
 import pytest
 from actors import eventually
-from harness.cutting import Relay
+from harness.cutting import COMMIT, Relay
 
 import persist
 
@@ -127,6 +127,48 @@ def test_beat_behind_the_end_of_a_process_does_nothing(store: persist.Store, cap
     with pytest.raises(persist.StreamLost):
         stream.finish()
     stream._close()
+
+
+def test_start_that_failed_does_not_free_the_next_one(
+    cut: persist.Store, store: persist.Store, relay: Relay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start fails while the server is away, and is tried again with its id. The beat frees nothing of the second.
+
+    Without the removal from `_to_free` in `Heartbeat.lease`, the running turn counts as dead.
+    """
+    relay.refuse_after_cut, relay.cut_before = True, COMMIT
+    cut._backend.engine.timeout_s = 0.5
+    # The thread does not free it at once.
+    monkeypatch.setattr(engine_of(cut).heartbeat._wake, "set", lambda: None)
+    with pytest.raises(persist.PersistError):
+        cut.start_stream("s", USER, stream_id="t", timeout_s=0.5)
+    assert ("s", "t") not in engine_of(cut).writers
+    relay.refuses = False
+    with cut.start_stream("s", USER, stream_id="t", timeout_s=20.0) as stream:
+        engine_of(cut).heartbeat.beat()
+        info = store.stream("s")
+        assert info is not None
+        assert info.is_live
+        stream.finish()
+
+
+def test_end_of_an_old_block_leaves_the_next_stream_of_its_id_alone(store: persist.Store) -> None:
+    """A stream is cancelled by force and started anew with its id. Then the block of the first one is left.
+
+    Without the numbers of leases, the second one loses its lease. Without the look in `RemoteWriter.close`, it loses
+    its writer.
+    """
+    store.create("s", {"messages": []})
+    first = store.start_stream("s", stream_id="t")
+    assert store.cancel("s", "t", force=True)
+    with store.start_stream("s", stream_id="t") as second:
+        first._close()
+        engine_of(store).heartbeat.beat()
+        info = store.stream("s")
+        assert info is not None
+        assert info.is_live
+        assert engine_of(store).writers["s", "t"] is second._events
+        second.finish()
 
 
 def test_forced_cancel_fences_a_live_owner(store: persist.Store) -> None:

@@ -14,7 +14,7 @@ import persist
 
 pytest.importorskip("psycopg_pool", reason="the extra postgres is not installed")
 import psycopg
-from harness.remote import engine_of, go, run, said
+from harness.remote import end_connections, engine_of, go, run, said
 
 USER = {"role": "user", "content": "Why?"}
 
@@ -112,6 +112,19 @@ def test_lost_connection_before_the_commit_is_replaced(store: persist.Store) -> 
             other.execute("SELECT pg_terminate_backend(%s)", [pid])
     assert store.load("s").data["n"] == 1
     assert store.load("s").revision == 2
+
+
+def test_block_that_cannot_lock_again_raises_a_typed_error(
+    store: persist.Store, postgres_url: str, schema: str
+) -> None:
+    """The connection of a block dies, and somebody else keeps the session. Without `refusals`, it is psycopg's."""
+    store.create("s", {"messages": [{"id": "m"}]})
+    mine = persist.Store(postgres_url, schema=schema, timeout_s=0.5)
+    with pytest.raises(persist.Unavailable, match="lock timeout"), mine.transaction("s") as tx:
+        end_connections(postgres_url)
+        with psycopg.connect(postgres_url) as other:
+            other.execute(f"SELECT FROM {schema}.sessions WHERE id = 's' FOR UPDATE")
+            len(tx.data["messages"])
 
 
 def test_level_of_isolation_is_not_the_role_s(postgres_url: str, schema: str) -> None:
