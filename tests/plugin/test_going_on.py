@@ -6,7 +6,7 @@ It may make a fixture fail, but never the run.
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -259,9 +259,19 @@ WAITS = """
 """
 
 
+@pytest.fixture
+def hangup() -> Iterator[None]:
+    """Let SIGHUP end processes, also if `nohup` has started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("workers", [(), ("-n1",)], ids=["alone", "xdist"])
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGHUP], ids=lambda by: by.name)
-def test_signals_run_the_teardowns(project: Projects, workers: tuple[str, ...], by: signal.Signals) -> None:
+def test_signals_run_the_teardowns(
+    project: Projects, hangup: None, workers: tuple[str, ...], by: signal.Signals
+) -> None:
     """As a supervisor, a CI or a closed terminal ends a run.
 
     Fails without `end_on_signals`: the process is gone at once.
