@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import random
 import sys
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, suppress
-from functools import partial
 from typing import Literal, Self
 
 from persist import errors, streams
 from persist.engine import Ended, Event, EventReader
 from persist.storage import layout
 from persist.storage.clock import now_s
+from persist.wake import Wake
 
 #: The silence after which a follower asks whether the owner lives, and the pause before it asks again.
 LOOK_S = 0.4
@@ -172,11 +171,6 @@ class Cursor:
             return "deleted"
 
 
-def _unlock(lock: threading.Lock) -> None:
-    with suppress(RuntimeError):
-        lock.release()
-
-
 class Following:
     """The events of a stream as they come, made by `Store.follow`. A loop over it ends with the stream.
 
@@ -194,14 +188,11 @@ class Following:
         self.offset = cursor.after
         self._cursor = cursor
         self._pending: deque[Event] = deque()
-        # Locked while there is no news. It is no threading.Event, because a signal handler that emits could meet its
-        # own thread inside.
-        self._no_news = threading.Lock()
-        self._no_news.acquire()
+        self._news = Wake()
         self._is_closed = False
         self._open = ExitStack()
         self._open.callback(cursor.close)
-        self._open.enter_context(cursor.waking(partial(_unlock, self._no_news)))
+        self._open.enter_context(cursor.waking(self._news.set))
 
     def __repr__(self) -> str:
         ended = self.ended and f", {self.ended}"
@@ -220,10 +211,10 @@ class Following:
             if self._is_closed or self._cursor.ended is not None:
                 self.close()
                 raise StopIteration
-            self._no_news.acquire(blocking=False)
+            self._news.clear()
             self._pending.extend(self._cursor.take())
             if not self._pending and self._cursor.ended is None:
-                self._no_news.acquire(timeout=self._cursor.quiet_left_s)
+                self._news.wait(self._cursor.quiet_left_s)
         event = self._pending.popleft()
         self.offset = event.offset
         return event

@@ -338,6 +338,16 @@ class Connections:
         return self.text(connection, "notify", channel=self.channel, streams=",".join(map(str, streams[:400])))
 
 
+def try_start(thread: threading.Thread) -> bool:
+    """Start a thread. Return False if the system has none left."""
+    try:
+        thread.start()
+    except RuntimeError as error:
+        log.warning("%s: %s", thread.name, error)
+        return False
+    return True
+
+
 def at_end_of_children(close: Callable[[], object], priority: int) -> None:
     """Call a function at the end of a child of multiprocessing, which ends past `atexit`. High priorities are first."""
     if (util := sys.modules.get("multiprocessing.util")) is not None:

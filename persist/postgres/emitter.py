@@ -32,10 +32,11 @@ from persist.postgres.connections import (
     Row,
     at_end_of_children,
     text_of,
+    try_start,
 )
 from persist.postgres.heartbeat import HeldLease
-from persist.postgres.wake import Wake, is_started
 from persist.storage.clock import now_s
+from persist.wake import Wake
 
 if TYPE_CHECKING:
     from persist.postgres.engine import PostgresEngine
@@ -297,7 +298,7 @@ class Emitter:
                 self._thread = threading.Thread(
                     target=_emit, args=(weakref.ref(self),), name="persist-emit", daemon=True
                 )
-                if is_started(self._thread):
+                if try_start(self._thread):
                     at_end_of_children(_close_all, priority=1)
                 else:
                     # The next commit of the stream writes its events, and the next emission tries again.
@@ -323,8 +324,9 @@ class Emitter:
         if self._pid == os.getpid():
             self.write_all()
             with self._round:
-                # The thread has nothing more to do.
-                self._to_remove = 0
+                with self._guard:
+                    # The thread has nothing more to do.
+                    self._to_remove = 0
                 self._own.close()
 
     def rest(self) -> None:

@@ -28,9 +28,17 @@ import psycopg
 
 from persist.errors import PersistError
 from persist.log import log
-from persist.postgres.connections import Connection, Connections, Own, at_end_of_children, program_name, text_of
-from persist.postgres.wake import Wake, is_started
+from persist.postgres.connections import (
+    Connection,
+    Connections,
+    Own,
+    at_end_of_children,
+    program_name,
+    text_of,
+    try_start,
+)
 from persist.storage.clock import now_s
+from persist.wake import Wake
 
 #: Numbers that no two leases of this process share.
 _numbers = itertools.count()
@@ -116,7 +124,7 @@ class Heartbeat:
                 self._thread = threading.Thread(
                     target=_beat, args=(weakref.ref(self),), name="persist-beat", daemon=True
                 )
-                if not is_started(self._thread):
+                if not try_start(self._thread):
                     self._thread = None
                     raise self._connections.unavailable("the system has no thread for the heartbeat")
                 at_end_of_children(_close_all, priority=0)

@@ -32,8 +32,8 @@ from persist.postgres.connections import (
     Row,
     is_direct,
     text_of,
+    try_start,
 )
-from persist.postgres.wake import is_started
 from persist.storage.clock import now_s
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ class Listener:
                 feed.wakes = (*feed.wakes, wake)
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._listen, name="persist-listen", daemon=True)
-                    if not is_started(self._thread):
+                    if not try_start(self._thread):
                         # The follower asks the server itself, now and then.
                         self._thread = None
             yield feed

@@ -402,9 +402,9 @@ def follow(author: Author, _shared: Sequence[str]) -> None:
     while True:
         with suppress(persist.SessionNotFound, *author.losses):
             running = [head for head in author.store.heads() if head.active_stream_id is not None]
-            for head in author.random.sample(running, min(1, len(running))):
-                if _follow(author, head.id, str(head.active_stream_id)):
-                    author.report("followed")
+            head = author.random.choice(running) if running else None
+            if head is not None and _follow(author, head.id, str(head.active_stream_id)):
+                author.report("followed")
         time.sleep(PAUSE_S)
 
 

@@ -232,14 +232,16 @@ def test_clean_exit_writes_the_last_events(store: persist.Store, postgres_url: s
 import threading
 from persist.postgres import connections
 really = connections.Own.get
+inside = threading.Event()
 def late(self):
     if threading.current_thread().name == 'persist-emit':
+        inside.set()
         time.sleep(0.3)
     return really(self)
 stream = store.start_stream('s', stream_id='t')
 connections.Own.get = late
 stream.emit(1)
-time.sleep(0.1)
+inside.wait()
 """
     assert run(code, postgres_url, schema).wait(20) == 0
     assert [event.data for event in store.events("s", "t")] == [1]

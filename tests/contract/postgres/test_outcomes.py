@@ -58,23 +58,15 @@ def test_commit_is_known_under_the_commits_of_others(
 
     Without them, the verb raises CommitFailed for a commit that stands.
     """
-    really = Transaction._lock_again
 
     def overtake() -> None:
         for number in range(3):
             store.append("s", "messages", {"id": f"other-{number}"})
 
-    def late(self: Transaction, deadline: float) -> Any:
-        self._held.close()
-        thread = threading.Thread(target=overtake)
-        thread.start()
-        thread.join()
-        return really(self, deadline)
-
     cut.append("s", "messages", {"id": "m1"})
     # The turns of threads are by the name of the place.
     store._backend.engine.place = "another way to the same place"
-    monkeypatch.setattr(Transaction, "_lock_again", late)
+    overtaking(monkeypatch, overtake)
     relay.cut_behind = COMMIT
     cut.append("s", "messages", {"id": "m2"})
     assert relay.cuts == 1
