@@ -95,8 +95,8 @@ def stop_server(running: dict[str, Any]) -> None:
 
 @shared_fixture(teardown=stop_server)
 def postgres_server() -> dict[str, Any]:
-    """Start one real server for all workers of the run."""
-    server = Server()
+    """Start one real server for all workers of the run. No test cuts its power."""
+    server = Server(fsync=False)
     server.start()
     return {"directory": str(server.directory), "port": server.port}
 

@@ -161,7 +161,7 @@ def test_nothing_acknowledged_is_lost_torn_or_doubled_by_kills(
         pytest.param(UNCOUNTED, 150, {"lost"}, id="one-of-two-visits-is-not-counted"),
         # The finding is torn where others had to mark the turn of a dead process.
         pytest.param(UNMARKED, 40, {"lost", "torn"}, id="no-mark-on-an-interrupted-turn"),
-        pytest.param(NO_MARK, 150, {"misplaced"}, id="commits-leave-the-time-of-the-lock-alone"),
+        pytest.param(NO_MARK, 60, {"misplaced"}, id="commits-leave-the-time-of-the-lock-alone"),
         pytest.param(NOT_MIRRORED, 40, {"lost"}, id="a-prompt-missing-from-the-stream-fields"),
         pytest.param(ONE_MORE_DROPPED, 150, {"lost"}, id="one-more-event-is-dropped-than-is-told"),
         # The follower raises.

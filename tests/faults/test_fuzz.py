@@ -128,7 +128,7 @@ NO_HEAD_CHECKSUM = (
 def test_the_fuzzing_sees_a_missing_check(tmp_path: Path, mutation: Mutation, reader: str) -> None:
     """With one check taken out of a copy of the package, some mutants show a document that must be refused."""
     write_mutated_package(mutation, tmp_path)
-    done = run_harness("fuzzing", ["--minutes=0.15", f"--directory={tmp_path}"], tmp_path, DEADLINE_S)
+    done = run_harness("fuzzing", ["--minutes=0.07", f"--directory={tmp_path}"], tmp_path, DEADLINE_S)
     assert done.returncode == 1, done.stdout + done.stderr
     assert f"WRONG: {reader}, {NOT_VOUCHED_FOR}, damaged" in done.stdout
 
