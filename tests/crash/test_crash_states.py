@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from harness import crash_scenarios
-from harness.crash_scenarios import MESSAGE, SCENARIOS, Opening, Scenario, faults
+from harness.crash_scenarios import MESSAGE, SCENARIOS, Opening, Scenario, Sound, faults
 from harness.crashes import (
     MOST_SECTORS,
     SECTOR_BYTES,
@@ -65,10 +65,9 @@ def test_every_sync_is_needed(scenario: Play, scratch: Path) -> None:
     syncs = [i for i, step in enumerate(case.trace.steps) if step.kind.startswith("sync")]
     needed = [i for i in syncs if not is_spare(case.trace, i)]
     assert needed
+    sound = Sound(case)
     for index in needed:
-        assert next(faults(case, case.trace.without(index), scratch, deep=False), None), (
-            f"{case.trace.steps[index]} is not needed"
-        )
+        assert next(sound.faults(case.trace.without(index), scratch), None), f"{case.trace.steps[index]} is not needed"
 
 
 @by_name
@@ -80,11 +79,11 @@ def test_the_order_is_needed(scenario: Play, scratch: Path) -> None:
     """
     case = scenario.play(scratch)
     trace = Trace(case.trace.before, tuple(step for step in case.trace.steps if not is_mark(step)))
-    steps = trace.steps
+    steps, sound = trace.steps, Sound(case)
     for index, (one, two) in enumerate(pairwise(steps)):
         if is_harmless(one, two) or is_spare(trace, index) or is_spare(trace, index + 1):
             continue
-        fault = next(faults(case, trace.swapped(index), scratch, deep=False), None)
+        fault = next(sound.faults(trace.swapped(index), scratch), None)
         assert fault, f"{one} and {two} could be swapped"
 
 

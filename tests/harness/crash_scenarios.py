@@ -510,6 +510,28 @@ def faults(case: Case, trace: Trace, scratch: Path, *, deep: bool = True) -> Ite
             yield from _faults_of(case, root, returned, deep=deep)
 
 
+class Sound:
+    """The crash states of a case's own trace, against which the states of a spoilt trace are held."""
+
+    def __init__(self, case: Case) -> None:
+        self._case = case
+        self._returned = {frozenset(state.items()): returned for state, returned in states(case.trace)}
+
+    def faults(self, trace: Trace, scratch: Path) -> Iterator[str]:
+        """Yield what is wrong with the states that a spoilt trace adds.
+
+        A state of the case's own trace is left out, if no more is asked of it here than there: its verdict is that of
+        `faults` on the own trace. So what is found is due to the spoiling alone.
+        """
+        for state, returned in states(trace):
+            known = self._returned.get(frozenset(state.items()))
+            # After the return only the new documents are right, and before it they are right, too.
+            if known is not None and known >= returned:
+                continue
+            with disk_of(state, scratch / "state") as root:
+                yield from _faults_of(self._case, root, returned, deep=False)
+
+
 @contextmanager
 def disk_of(state: Disk, root: Path) -> Iterator[Path]:
     """Write a state out for the block."""

@@ -280,18 +280,32 @@ def record(root: Path, verb: Callable[[], Any]) -> Trace:
 
 
 def read_disk(root: Path) -> Disk:
-    return {
-        os.path.relpath(path, root): None if path.is_dir() else path.read_bytes() for path in sorted(root.rglob("*"))
-    }
+    return dict(_entries(str(root), ""))
+
+
+# Plain names and unbuffered files, because thousands of states are written and read.
+
+
+def _entries(directory: str, above: str) -> Iterator[tuple[str, Content]]:
+    with os.scandir(directory) as entries:
+        found = sorted(entries, key=lambda entry: entry.name)
+    for entry in found:
+        if entry.is_dir():
+            yield above + entry.name, None
+            yield from _entries(entry.path, f"{above}{entry.name}/")
+        else:
+            with open(entry.path, "rb", buffering=0) as file:
+                yield above + entry.name, file.readall()
 
 
 def write_disk(root: Path, state: Disk) -> None:
     root.mkdir(parents=True)
     for name, content in sorted(state.items()):
         if content is None:
-            (root / name).mkdir()
+            os.mkdir(f"{root}/{name}")
         else:
-            (root / name).write_bytes(content)
+            with open(f"{root}/{name}", "wb", buffering=0) as file:
+                file.write(content)
 
 
 # --- enumerating ------------------------------------------------------------------------------------------------------
