@@ -6,6 +6,7 @@ own.
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 import uuid
@@ -28,6 +29,12 @@ ActorFactory = Callable[..., Actor]
 # that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collector from walking the modules and the tests again and again, because they stay to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
