@@ -12,16 +12,24 @@ from typing import Any
 
 import pytest
 from harness import servers
-from harness.chat_workers import Chat, Pace
+from harness.chat_workers import Chat, Forker, Pace
 
 #: The page's timers run five times as fast as a user's, because the tests would wait for them.
 _FASTER = "const wait = setTimeout; globalThis.setTimeout = (act, wait_ms) => wait(act, wait_ms / 5);"
 
 
+@pytest.fixture(scope="session")
+def forker() -> Iterator[Forker]:
+    """Provide the process of which all workers are forked."""
+    forker = Forker()
+    yield forker
+    forker.close()
+
+
 @pytest.fixture
-def chat(tmp_path: Path) -> Iterator[Chat]:
+def chat(tmp_path: Path, forker: Forker) -> Iterator[Chat]:
     """Provide two workers. Their model says all at once unless the test sets its pace."""
-    chat = Chat(tmp_path / "chats", Pace(tmp_path / "pace"))
+    chat = Chat(tmp_path / "chats", Pace(tmp_path / "pace"), forker)
     chat.pace.allow(10**9)
     try:
         chat.start()

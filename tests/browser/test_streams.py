@@ -5,7 +5,6 @@ The tests allow the model so many words. So an answer stands still where a test 
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 from collections.abc import Callable
@@ -238,11 +237,11 @@ def test_a_worker_that_hangs_is_no_harm_to_a_reload_elsewhere(chat: Chat, open_t
     chat_id = here.send(words(60))
     here.expect_live(words(20))
     with chat.store.transaction(chat_id):  # so the worker does not hold the session's lock when it stops
-        os.kill(chat.workers[0].process.pid, signal.SIGSTOP)
+        chat.workers[0].send(signal.SIGSTOP)
     there = open_tab(f"{chat.workers[1].url}#{chat_id}")
     there.expect_live(words(20))
     chat.pace.allow(1000)
-    os.kill(chat.workers[0].process.pid, signal.SIGCONT)
+    chat.workers[0].send(signal.SIGCONT)
     there.expect_answer(words(60))
     here.expect_answer(words(60))
 
@@ -428,8 +427,8 @@ def test_a_server_is_restarted_in_mid_answer(chat: Chat, open_tab: OpenTab) -> N
     tab = open_tab(chat.workers[0].url, errors=LOST)
     tab.send(words(60))
     tab.expect_live(words(20))
-    chat.workers[0].process.terminate()
-    chat.workers[0].process.wait(20)
+    chat.workers[0].send(signal.SIGTERM)
+    chat.workers[0].wait()
     chat.start("--port", str(chat.workers[0].port))
     expect(tab.note).to_contain_text("The server was stopped in the middle of this answer.")
     expect(tab.answers.last.locator(".plain").first).to_have_text(words(20))
