@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -38,7 +39,9 @@ LONG = " ".join(f"word{n} ~0.001" for n in range(300))
 
 @pytest.fixture
 def two(serve: Callable[..., ChatServer]) -> tuple[ChatServer, ChatServer]:
-    return serve(), serve()
+    with ThreadPoolExecutor(2) as pool:  # both import the package at the same time
+        first, second = (pool.submit(serve) for _ in range(2))
+        return first.result(), second.result()
 
 
 def start(server: ChatServer, content: str, message_id: str = "m1") -> str:
