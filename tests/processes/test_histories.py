@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from harness.histories import ROOT, Plan, run_round
 
+from persist.storage.commit import Mode
+
 
 def broken_package(parent: Path, file: str, bug: str) -> Path:
     """Write a copy of the package with a bug appended to one module. Return its directory."""
@@ -19,6 +21,20 @@ def broken_package(parent: Path, file: str, bug: str) -> Path:
     with (parent / "persist" / file).open("a") as module:
         module.write(bug)
     return parent
+
+
+def is_seen(expected: set[str], scratch: Path, package: Path, journal: Mode) -> bool:
+    """Tell whether one of up to five rounds on a broken package shows an anomaly of these kinds.
+
+    Chance decides what a round shows. Without the bug none shows an anomaly (`test_every_history_is_linearizable`).
+    """
+    for number in range(5):
+        directory = scratch / f"round-{number}"
+        directory.mkdir()
+        plan = Plan(operations=1_800, groups=2, kills=0, reads=0.5, journal=journal, seed=1533 + number)
+        if expected & run_round(directory, plan, package=package).kinds:
+            return True
+    return False
 
 
 @pytest.mark.parametrize(
@@ -165,8 +181,7 @@ FileTransaction.probe = _probe_in_vain
 def test_a_planted_bug_is_caught(scratch: Path, file: str, bug: str, expected: set[str]) -> None:
     """A package with a bug shows an anomaly that this bug causes, so the proof can fail."""
     package = broken_package(scratch / "broken", file, bug)
-    report = run_round(scratch, Plan(operations=1_800, groups=2, kills=0, reads=0.5, journal="never"), package=package)
-    assert expected & report.kinds
+    assert is_seen(expected, scratch, package, journal="never")
 
 
 # Bugs of journals.
@@ -221,5 +236,4 @@ SessionDirectory.read_now = _read_now
 def test_a_bug_planted_in_the_journal_is_caught(scratch: Path, file: str, bug: str, expected: set[str]) -> None:
     """A bug in the journal shows its anomaly, with every session journaled, by stores that fold at different times."""
     package = broken_package(scratch / "broken", file, bug)
-    report = run_round(scratch, Plan(operations=1_800, groups=2, kills=0, reads=0.5, journal="always"), package=package)
-    assert expected & report.kinds
+    assert is_seen(expected, scratch, package, journal="always")
