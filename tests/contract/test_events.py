@@ -293,7 +293,7 @@ def test_cursor_that_cannot_be_right_is_refused_at_once(
         ],
         *[((wrong, stream_id, 0), persist.InvalidArgument) for wrong in ("", "x" * 513, "\ud800", None, 7)],
     ]
-    before, open_before = everything_in(store), descriptors()
+    before, open_before = everything_in(store), descriptors(collect=True)
     look: Callable[..., object]
     for look in (store.follow, store.events):
         for (session_id, of_stream, after), error in cases:

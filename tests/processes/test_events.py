@@ -340,7 +340,7 @@ def test_dropped_follower_leaves_nothing_open(store: persist.Store, session: per
     """
     with store.start_stream("s-1") as stream:
         stream.emit(*range(3))
-        before = descriptors()
+        before = descriptors(collect=True)
         store.follow("s-1", stream.id).close()
         next(store.follow("s-1", stream.id))
         store.events("s-1", stream.id)

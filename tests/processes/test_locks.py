@@ -751,7 +751,7 @@ def test_exception_in_the_turnstile_leaves_it(
         assert take(fd)
         raise KeyboardInterrupt
 
-    before = descriptors()
+    before = descriptors(collect=True)
     with monkeypatch.context() as patch:
         patch.setattr(turnstile, "take", interrupted)
         with pytest.raises(KeyboardInterrupt):
