@@ -43,7 +43,7 @@ def test_a_route_lists_only_what_it_may_answer(client_of: Any) -> None:
 def test_requests_of_the_document_get_the_answers_of_the_document(
     client_of: Any, store: persist.Store, tmp_path: Path
 ) -> None:
-    """Some thousand requests, sound and unsound ones, get no status 500, and no status or body that is not documented.
+    """Requests made for 20 s, sound and unsound ones, get no status 500, and no status or body that is not documented.
 
     The session of the document's examples is there, so that its turns are started, stopped and retried. It stays.
     """

@@ -280,10 +280,8 @@ def record(root: Path, verb: Callable[[], Any]) -> Trace:
 
 
 def read_disk(root: Path) -> Disk:
+    # Here and below: plain names and unbuffered files, because thousands of states are written and read.
     return dict(_entries(str(root), ""))
-
-
-# Plain names and unbuffered files, because thousands of states are written and read.
 
 
 def _entries(directory: str, above: str) -> Iterator[tuple[str, Content]]:

@@ -43,7 +43,7 @@ class Server:
     """A server on a free port of this machine, with trust for everybody on it.
 
     `addresses` are further addresses on which it listens, and `network` has the clients that may use them. Without
-    `fsync` it survives its own crashes, but no power cut. Then a new schema takes it half of the time.
+    `fsync` it makes a new schema sooner, and survives its own crashes, but no power cut.
     """
 
     def __init__(

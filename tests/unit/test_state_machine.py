@@ -1303,6 +1303,6 @@ def test_every_verb_does_what_the_model_says(scratch: Path, mode: Mode) -> None:
         parent = scratch
         journal = mode
 
-    # 40 runs of 40 steps each: some hundred times each verb. `--hypothesis-profile=search` makes 800.
+    # 40 runs of up to 40 steps each. With `--hypothesis-profile=search` they are 800.
     runs = settings().max_examples * 2 // 5
     run_state_machine_as_test(Machine, settings=settings(max_examples=runs, stateful_step_count=40, deadline=None))
