@@ -19,7 +19,7 @@ LEAST = {"killed": 4, "finished": 20, "reconnected": 20}
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts in /proc")
 
 
-@pytest.mark.parametrize(("seconds", "is_gunicorn"), [(12.0, False), (8.0, True)], ids=["uvicorn", "gunicorn"])
+@pytest.mark.parametrize(("seconds", "is_gunicorn"), [(30.0, False), (8.0, True)], ids=["uvicorn", "gunicorn"])
 def test_killed_workers_break_no_promise(scratch: Path, seconds: float, is_gunicorn: bool) -> None:
     """No message is lost or doubled, no stream has a gap, no session stays busy, and no descriptor is left open.
 
